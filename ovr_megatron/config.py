@@ -1,0 +1,331 @@
+"""Every setting of the project: schema, defaults and validation.
+
+The YAML files under ``recipes/`` hold values only; each is merged onto one of the three root
+dataclasses here (`ColdStartConfig`, `RLConfig`, `EvaluateConfig`), so an unknown key or a value of the
+wrong type stops the run before anything is loaded.  All dataclasses are frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key, its value and what to change."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{key}={value!r} is not known; choose one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of rows.
+
+    ``path`` is a JSONL, JSON or parquet file, a folder, a hub data set name, or ``puzzle:KIND`` for a
+    generated stream.  ``weight`` is its share of the mixture.  ``image_root`` bounds the images that its
+    rows may name (default: the folder of the file).
+    """
+
+    path: str
+    weight: float = 1.0
+    format: str = "auto"
+    image_root: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("data.sources[].format", self.format, ("auto", "messages", "orz", "mathvision", "puzzlevqa"))
+        _require(self.weight > 0, f"data.sources[].weight={self.weight} of {self.path} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where rows come from and how they become tokens; one image budget for trainer, engine and export."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    template: str = "think"
+    min_pixels: int = 3136
+    max_pixels: int = 1003520
+    max_images: int = 8
+    max_frames: int = 16
+    max_image_bytes: int = 50_000_000
+    max_image_pixels: int = 100_000_000
+    pack_tokens: int = 65536
+    max_prompt_tokens: int = 8192
+    exclude: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("data.template", self.template, ("think", "model"))
+        _require(
+            0 < self.min_pixels <= self.max_pixels,
+            f"data.min_pixels={self.min_pixels} must be positive and at most data.max_pixels={self.max_pixels}",
+        )
+        for key in ("max_images", "max_frames", "pack_tokens", "max_prompt_tokens"):
+            _require(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Initial weights, their number format, and which parts train.
+
+    ``path`` is a Hugging Face Qwen2.5-VL directory or one of our checkpoints.
+    """
+
+    path: str
+    dtype: str = "float32"
+    freeze_vision: bool = False
+    freeze_merger: bool = False
+    freeze_language: bool = False
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Layout of one model over the ranks; what is left of the world size is data parallel."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("tp", "pp", "cp"):
+            _require(getattr(self, key) >= 1, f"parallel.{key}={getattr(self, key)} must be at least 1")
+        _require(
+            not self.sequence_parallel or self.tp > 1,
+            "parallel.sequence_parallel=true needs parallel.tp of at least 2",
+        )
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size in a world of ``world_size`` ranks, or `ConfigError` if it does not divide."""
+        ranks = self.tp * self.pp * self.cp
+        _require(
+            world_size % ranks == 0,
+            f"{world_size} processes cannot be cut into tp={self.tp} x pp={self.pp} x cp={self.cp} = {ranks} ranks "
+            f"a replica; start a multiple of {ranks} processes or change parallel.*",
+        )
+        return world_size // ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule.  ``warmup_steps`` counts optimizer steps."""
+
+    lr: float = 1e-6
+    min_lr_ratio: float = 1.0
+    schedule: str = "constant"
+    warmup_steps: int = 50
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        _choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear"))
+        _require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        _require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run folder and what is written to it."""
+
+    dir: str
+    seed: int = 1
+    save_every: int = 100
+    keep_last: int = 0
+    log_every: int = 1
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.save_every > 0, f"run.save_every={self.save_every} must be positive")
+        _require(self.keep_last >= 0, f"run.keep_last={self.keep_last} must be 0 (keep all) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStartConfig:
+    """Stage 1: supervised training on packed samples (paper, section 3.1)."""
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 900
+    packs_per_step: int = 640
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, f"steps={self.steps} must be positive")
+        _require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """vLLM: its layout, its memory and how it samples."""
+
+    tp: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_num_seqs: int = 256
+    max_model_len: int = 0
+    kv_cache_gib: float = 0.0
+    gpu_memory_utilization: float = 0.5
+    stop: list[str] = field(default_factory=list)
+    enforce_eager: bool = False
+    mismatch_warning: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
+        _require(
+            self.top_p == 1.0,
+            f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must not cut it; use 1.0",
+        )
+        _require(self.tp >= 1, f"rollout.tp={self.tp} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of the length curriculum: up to iteration ``until`` (inclusive), ``max_tokens`` of prompt and response."""
+
+    until: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """PPO as in the paper's section 3.2; see `ovr_megatron.ppo.maths` for the equations."""
+
+    gamma: float = 1.0
+    lam: float = 1.0
+    clip: float = 0.2
+    value_clip: float = 0.0
+    reduction: str = "token"
+    critic_steps: int = 4
+    critic_warmup_iterations: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("algorithm.reduction", self.reduction, ("token", "pack"))
+        _require(0 < self.gamma <= 1 and 0 <= self.lam <= 1, "algorithm.gamma and algorithm.lam must lie in 0..1")
+        _require(self.critic_steps >= 1, f"algorithm.critic_steps={self.critic_steps} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The separate value network: same class, another head, its own optimizer."""
+
+    path: str | None = None
+    head_init: str = "orz"
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
+
+    def __post_init__(self) -> None:
+        _choice("critic.head_init", self.head_init, ("orz", "kaiming", "paper"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Graders: how many workers and how long one verdict may take."""
+
+    workers: int = 2
+    timeout_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
+        _require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """Stage 2: PPO with verifiable rewards."""
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    curriculum: list[StageConfig] = field(default_factory=list)
+    iterations: int = 900
+    prompts: int = 512
+    responses: int = 16
+
+    def __post_init__(self) -> None:
+        _require(self.iterations > 0, f"iterations={self.iterations} must be positive")
+        _require(self.prompts > 0 and self.responses > 0, "prompts and responses must be positive")
+        _require(bool(self.curriculum), "curriculum is empty: give at least one {until, max_tokens}")
+        ends = [stage.until for stage in self.curriculum]
+        _require(ends == sorted(set(ends)), f"curriculum: 'until' must rise, got {ends}")
+        _require(
+            ends[-1] >= self.iterations,
+            f"curriculum ends at iteration {ends[-1]} but iterations={self.iterations}; raise the last 'until'",
+        )
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """Every key of ``schema`` with its default, nested; a value that must be given is ``???`` (Hydra's mark)."""
+    hints = typing.get_type_hints(schema)
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(schema):
+        if item.default is not dataclasses.MISSING:
+            values[item.name] = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            value = item.default_factory()
+            values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        else:
+            hint = hints[item.name]
+            values[item.name] = defaults(hint) if dataclasses.is_dataclass(hint) else "???"
+    return values
+
+
+def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
+    """Check ``values`` against the dataclass ``schema``.
+
+    Returns:
+        A frozen instance of ``schema``.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a missing value, or a value that cannot work.
+    """
+    config = values if isinstance(values, DictConfig) else OmegaConf.create(values)
+    missing = sorted(OmegaConf.missing_keys(config))
+    _require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
+    try:
+        return TypeAdapter(schema).validate_python(OmegaConf.to_container(config, resolve=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "config"
+        raise ConfigError(f"{key}: {first['msg']} (got {first['input']!r})") from error
+
+
+def save(config: Any, path: Path) -> None:
+    """Write the resolved ``config`` as YAML to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+
+
+def _forbid_unknown_keys() -> None:
+    for item in list(globals().values()):
+        if dataclasses.is_dataclass(item):
+            item.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+
+_forbid_unknown_keys()
