@@ -1,0 +1,1 @@
+"""From ``torchrun``'s environment to process groups, devices, seeds, progress and logs."""

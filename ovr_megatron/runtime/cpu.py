@@ -1,0 +1,106 @@
+"""What lets Megatron-Core 0.16 and a CUDA build of torchvision run on a machine without a GPU.
+
+This is the only file of the project that patches torch, torchvision or Megatron.  With a GPU, each function
+here does nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import sys
+import types
+from typing import Any
+
+# Modules that name the device "cuda" literally, or pin memory, when they create tensors.
+_MODULES_WITH_LITERAL_CUDA = (
+    "pipeline_parallel.schedules",
+    "optimizer.optimizer",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "utils",
+    "transformer.utils",
+    "models.common.embeddings.rope_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.exchange_utils",
+)
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like")
+
+
+class _TorchvisionSchemas(importlib.abc.MetaPathFinder):
+    """Declares the operators that torchvision registers fakes for, when its own library cannot load.
+
+    torchvision of the package registry is linked against CUDA; beside a CPU torch its C++ library does not
+    load and ``torchvision._meta_registrations`` then fails on unknown operators.  They only need a schema.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name != "torchvision._meta_registrations" or sys.modules["torchvision.extension"]._has_ops():
+            return
+        library = sys.modules["torch"].library
+        for operator in ("nms", "qnms"):
+            library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        sys.meta_path.remove(self)
+
+
+def let_torchvision_import() -> None:
+    """Make ``import torchvision`` work beside a CPU torch; free until torchvision is imported."""
+    if not any(isinstance(finder, _TorchvisionSchemas) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TorchvisionSchemas())
+
+
+class _TorchOnCpu(types.ModuleType):
+    """A stand-in for the name ``torch`` in one Megatron module: tensors asked for on "cuda" are made on the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        value = getattr(torch, name)
+        if name not in _FACTORIES:
+            return value
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)
+            return value(*args, **kwargs)
+
+        return make
+
+
+def let_megatron_run() -> None:
+    """Point Megatron-Core's CUDA calls at the CPU.  Idempotent; does nothing where CUDA is available."""
+    import torch
+
+    if torch.cuda.is_available() or getattr(torch.cuda, "_ovr_on_cpu", False):
+        return
+    torch.cuda._ovr_on_cpu = True  # type: ignore[attr-defined]
+    device = torch.device("cpu")
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    for name in _MODULES_WITH_LITERAL_CUDA:
+        importlib.import_module(f"megatron.core.{name}").torch = _TorchOnCpu("torch")  # type: ignore[attr-defined]
+    _name_cpu_types_as_cuda(torch)
+
+
+def _name_cpu_types_as_cuda(torch: Any) -> None:
+    """Megatron's optimizers compare ``tensor.type()`` with 'torch.cuda.FloatTensor': answer them, and only them, so."""
+    original = torch.Tensor.type
+
+    def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not args and not kwargs and caller.startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_
