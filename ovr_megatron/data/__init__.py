@@ -1,0 +1,1 @@
+"""Data: rows and their sources, generated puzzles, streams that resume, samples and packs."""

@@ -1,0 +1,55 @@
+"""Fingerprints of prompts, to keep held-out problems out of the training streams."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ovr_megatron.config import ConfigError, DataConfig
+from ovr_megatron.data.images import load_media
+from ovr_megatron.data.schema import Row
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def fingerprint(row: Row, config: DataConfig | None = None) -> str:
+    """Return the SHA-256 of the prompt: roles, text (runs of white space count as one) and RGB pixels.
+
+    The answer, the options, the response, the source and the file format of an image do not enter.
+    ``config`` bounds the images (default: the default limits).
+    """
+    digest = hashlib.sha256()
+    for message in row.prompt:
+        text = " ".join(message.text.split())
+        digest.update(f"{message.role}\0{text}\0".encode())
+    images, videos = load_media(row, config or DataConfig())
+    for image in images + [frame for video in videos for frame in video]:
+        digest.update(f"{image.width}x{image.height}\0".encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def write_fingerprints(rows: Iterable[Row], path: Path, config: DataConfig | None = None) -> int:
+    """Write the fingerprints of ``rows`` to ``path``, one a line, sorted; returns how many differ."""
+    found = sorted({fingerprint(row, config) for row in rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{item}\n" for item in found))
+    return len(found)
+
+
+def read_fingerprints(path: Path) -> frozenset[str]:
+    """Read a file of `write_fingerprints`; blank lines are skipped.
+
+    Raises:
+        ConfigError: there is no such file, or a line is not a SHA-256.
+    """
+    if not path.is_file():
+        raise ConfigError(f"data.exclude={path}: there is no such file; write it with write_fingerprints or unset it")
+    found = set()
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        item = line.strip().lower()
+        if item and not _SHA256.fullmatch(item):
+            raise ConfigError(f"{path}:{number}: {item[:40]!r} is not a SHA-256; write one fingerprint a line")
+        found.add(item)
+    return frozenset(found - {""})

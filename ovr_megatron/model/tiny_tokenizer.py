@@ -1,0 +1,128 @@
+"""A byte-level BPE tokenizer in Qwen's form, trained on a few lines: the tokenizer of `ovr_megatron.model.tiny`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+# In the hub's order; those of the second group are added tokens but not special ones.
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+ADDED_TOKENS = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+PRE_TOKENIZER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = (
+    "system\nYou are a helpful assistant.\nuser\nassistant\n<think>\n</think>\n\n",
+    "List: red1 green2 blue3 white4. Take red:5,6. Add 7+8=15. Let me check: 15. So \\boxed{15}",
+    "list red green blue white. take green: 9. add 9+0=9. Wait, 9. Let me check. So \\boxed{9}",
+    "Describe the picture. Name the blue digits. Add the white digits. Take the red ones.",
+    "Which colour is it? (A) red (B) green (C) blue (D) white. How many digits are there in the image?",
+    "Put the final answer in \\boxed{}. The answer is \\boxed{A}.",
+)
+# A plain ChatML template in the manner of Qwen2.5-VL: the base model's own, without a thinking prefix.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif part.type == 'video' %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- elif part.type == 'text' %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+def write_tokenizer(out: Path, corpus: Iterable[str], bpe_vocab: int, max_length: int) -> dict[str, int]:
+    """Train a tokenizer on ``corpus`` and write its files to ``out``.
+
+    ``bpe_vocab`` bounds the learned vocabulary, the 256 bytes included; the added tokens follow it.
+
+    Returns:
+        The ids of the added tokens.
+    """
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZER), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=bpe_vocab,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    tokenizer.add_tokens(special + [AddedToken(token, normalized=False) for token in ADDED_TOKENS])
+    ids = {token: tokenizer.token_to_id(token) for token in (*SPECIAL_TOKENS, *ADDED_TOKENS)}
+
+    tokenizer.save(str(out / "tokenizer.json"))
+    _write_vocabulary(out, learned)
+    _write_config(out, ids, max_length)
+    return ids
+
+
+def _write_vocabulary(out: Path, learned: dict[str, Any]) -> None:
+    """``vocab.json`` and ``merges.txt``: what tokenizers written in Python read."""
+    _write_json(out / "vocab.json", learned["vocab"])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
+    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def _write_config(out: Path, ids: dict[str, int], max_length: int) -> None:
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    _write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "added_tokens_decoder": {
+                str(index): {"content": token, **plain, "special": token in SPECIAL_TOKENS}
+                for token, index in ids.items()
+            },
+            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "unk_token": None,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "errors": "replace",
+            "model_max_length": max_length,
+            "split_special_tokens": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,171 @@
+"""The vision tower of Qwen2.5-VL, made of Megatron layers.
+
+Shapes: P patches of all images and frames of a pack, m merge size, F = P / m^2 features, D language width.
+Patches arrive as the image processor lays them out: the m x m patches of a feature follow each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ovr_megatron.model.attention import rotary_table
+from ovr_megatron.model.layers import RMSNorm, layer_spec
+from ovr_megatron.model.segments import Segments
+from ovr_megatron.model.shape import VisionShape
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """How the patches of one image or video are visited.
+
+    Attributes:
+        order: int64 [P], for each row in window order its row in processor order.
+        feature_order: int64 [F], the same for merged features.
+        position: int64 [P, 2], height and width of each patch, in window order.
+        window_lengths: patches of each window.
+        frame_lengths: patches of each frame.
+    """
+
+    order: np.ndarray
+    feature_order: np.ndarray
+    position: np.ndarray
+    window_lengths: tuple[int, ...]
+    frame_lengths: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def grid_layout(grid: tuple[int, int, int], merge: int, window: int) -> GridLayout:
+    """Layout of a ``grid`` (frames, height, width in patches); ``window`` is counted in features."""
+    frames, height, width = grid
+    frame, row, column = np.meshgrid(
+        np.arange(frames), np.arange(height // merge), np.arange(width // merge), indexing="ij"
+    )
+    windows_wide = -(-(width // merge) // window)
+    windows_high = -(-(height // merge) // window)
+    window_of = ((frame * windows_high + row // window) * windows_wide + column // window).ravel()
+    feature_order = np.argsort(window_of, kind="stable")
+    _, features = np.unique(window_of, return_counts=True)
+
+    unit = merge * merge
+    inner_row, inner_column = np.divmod(np.arange(unit), merge)
+    position = np.stack(
+        (
+            row.reshape(-1, 1) * merge + inner_row,
+            column.reshape(-1, 1) * merge + inner_column,
+        ),
+        axis=-1,
+    )
+    return GridLayout(
+        order=(feature_order[:, None] * unit + np.arange(unit)).ravel(),
+        feature_order=feature_order,
+        position=position[feature_order].reshape(-1, 2),
+        window_lengths=tuple(int(n) * unit for n in features),
+        frame_lengths=(height * width,) * frames,
+    )
+
+
+def _boundaries(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
+
+
+class PatchMerger(MegatronModule):
+    """Norm, then each m x m block of patches through a two-layer perceptron to the language width."""
+
+    def __init__(self, config: TransformerConfig, merge: int, out_size: int, tp_group: torch.distributed.ProcessGroup):
+        super().__init__(config=config)
+        self.norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+        self.width = config.hidden_size * merge * merge
+        self.linear_fc1 = ColumnParallelLinear(
+            self.width, self.width, config=config, init_method=config.init_method, skip_bias_add=False, tp_group=tp_group
+        )
+        self.linear_fc2 = RowParallelLinear(
+            self.width,
+            out_size,
+            config=config,
+            init_method=config.init_method,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=tp_group,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[P, 1, hidden] -> [F, 1, D]."""
+        blocks = self.norm(hidden).view(-1, 1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(blocks)[0]))[0]
+
+
+class VisionTower(MegatronModule):
+    """Patches to language-model features: window attention, full attention on some layers, merger.
+
+    Layers, attention and merger are sharded over the tensor-parallel group; the patch embedding is replicated.
+    """
+
+    def __init__(
+        self, shape: VisionShape, out_size: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ):
+        super().__init__(config=config)
+        self.shape = shape
+        self.patch_embed = torch.nn.Linear(
+            shape.patch_dim,
+            shape.hidden,
+            bias=False,
+            dtype=config.params_dtype,
+            device=torch.cuda.current_device(),
+        )
+        self.layers = torch.nn.ModuleList(
+            build_module(layer_spec(causal=False), config=config, layer_number=i + 1, pg_collection=pg_collection)
+            for i in range(shape.depth)
+        )
+        self.merger = PatchMerger(config, shape.merge, out_size, pg_collection.tp)
+        head = shape.hidden // shape.heads
+        exponents = torch.arange(0, head // 2, 2, dtype=torch.float32) / (head // 2)
+        self.register_buffer("inv_freq", 1.0 / 10000.0**exponents, persistent=False)
+
+    def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
+        """Features [F, D] in the order of the images.
+
+        Args:
+            patches: [P, patch_dim] in processor order, images one after the other.
+            grid_thw: int64 [images, 3] frames, height and width in patches.
+        """
+        device = patches.device
+        window = self.shape.window // self.shape.merge // self.shape.patch
+        layouts = [grid_layout(tuple(grid), self.shape.merge, window) for grid in grid_thw.tolist()]
+        order, feature_order = _concatenate(layouts)
+        positions = torch.from_numpy(np.concatenate([layout.position for layout in layouts])).to(device)
+        angles = (positions[:, :, None].float() * self.inv_freq).flatten(1)
+        table = rotary_table(angles)
+        windows = Segments.build(_boundaries([n for x in layouts for n in x.window_lengths], device), exact=True)
+        frames = Segments.build(_boundaries([n for x in layouts for n in x.frame_lengths], device), exact=True)
+
+        hidden = self.patch_embed(patches.to(self.patch_embed.weight.dtype))[order.to(device)].unsqueeze(1)
+        for i, layer in enumerate(self.layers):
+            segments = frames if i in self.shape.full_attention_layers else windows
+            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=table, packed_seq_params=segments)
+        features = self.merger(hidden).squeeze(1)
+        restored = torch.empty_like(feature_order)
+        restored[feature_order] = torch.arange(len(feature_order))
+        return features[restored.to(device)]
+
+
+def _concatenate(layouts: list[GridLayout]) -> tuple[Tensor, Tensor]:
+    """Orders of all grids of a pack as two index tensors [P] and [F]."""
+    orders, features, patches_before, features_before = [], [], 0, 0
+    for layout in layouts:
+        orders.append(layout.order + patches_before)
+        features.append(layout.feature_order + features_before)
+        patches_before += len(layout.order)
+        features_before += len(layout.feature_order)
+    return torch.from_numpy(np.concatenate(orders)), torch.from_numpy(np.concatenate(features))

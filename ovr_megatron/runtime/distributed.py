@@ -1,0 +1,134 @@
+"""From ``torchrun`` or ``srun`` to a device, process groups and seeds."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# Megatron warns at import that Transformer Engine and Apex, both optional, are missing.
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+
+from ovr_megatron.config import ParallelConfig  # noqa: E402
+from ovr_megatron.runtime import cpu  # noqa: E402
+
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, its device and its groups."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and small files."""
+        return self.rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        """Rank within the data-parallel group."""
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel replicas."""
+        return self.groups.dp.size()
+
+
+def _environment() -> tuple[int, int, int]:
+    """Rank, world size and local rank from ``torchrun``'s variables, else ``srun``'s, else one process."""
+    for ours, theirs in _SLURM.items():
+        if ours not in os.environ and theirs in os.environ and "SLURM_STEP_ID" in os.environ:
+            os.environ[ours] = os.environ[theirs]
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def start(parallel: ParallelConfig, seed: int, threads: int = 0) -> World:
+    """Join the process group and lay the ranks out.
+
+    Args:
+        parallel: layout of the models.
+        seed: run seed; each data-parallel rank derives its own.
+        threads: CPU threads of this process, 0 leaves torch's choice.
+
+    Raises:
+        ConfigError: the world size is not a multiple of the layout's ranks.
+    """
+    cpu.let_megatron_run()
+    rank, size, local_rank = _environment()
+    parallel.data_parallel(size)
+    if threads:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "cuda:nccl,cpu:gloo"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(minutes=30))
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, context_parallel_size=parallel.cp)
+    world = World(rank, size, local_rank, device, ProcessGroupCollection.use_mpu_process_groups())
+    seed_everything(seed * 1009 + world.dp_rank)
+    model_parallel_cuda_manual_seed(seed)
+    return world
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators; the loops themselves draw from generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def keep_generators() -> Iterator[None]:
+    """Leave the global generators, thread count and default number format as they were, whatever runs inside."""
+    python, numpy, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    threads, dtype, set_threads = torch.get_num_threads(), torch.get_default_dtype(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(state)
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

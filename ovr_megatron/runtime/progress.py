@@ -1,0 +1,50 @@
+"""Progress for the person at the terminal: a bar with rate and remaining time, plain lines where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+_EVERY_S = 15.0
+
+
+class Progress:
+    """Counts ``total`` units of ``what``; silent where ``show`` is false (every rank but the first)."""
+
+    def __init__(self, total: int, what: str, unit: str = "step", show: bool = True, start: int = 0):
+        self.total, self.what, self.unit, self.done = total, what, unit, start
+        self.show = show
+        self.began, self.before, self.last_line = time.monotonic(), start, time.monotonic()
+        terminal = show and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, desc=what, unit=unit, dynamic_ncols=True) if terminal else None
+
+    def update(self, count: int = 1, **shown: Any) -> None:
+        """Count ``count`` more and show the values, for example ``loss=0.31``."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(count)
+        elif self.show and (time.monotonic() - self.last_line > _EVERY_S or self.done >= self.total):
+            self.last_line = time.monotonic()
+            self._line(shown)
+
+    def _line(self, shown: dict[str, Any]) -> None:
+        rate = (self.done - self.before) / max(time.monotonic() - self.began, 1e-9)
+        left = (self.total - self.done) / rate if rate else 0.0
+        values = " ".join(f"{key}={value}" for key, value in shown.items())
+        print(
+            f"{self.what}: {self.done}/{self.total} {rate:.2f} {self.unit}/s, {left:.0f} s left {values}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,1 @@
+"""Weights: the table between Megatron's and Hugging Face's parameters, safetensors folders, averaging."""

@@ -1,0 +1,242 @@
+"""Hugging Face folders of safetensors, read and written as a stream of tensors.
+
+Reading maps the files into memory, writing holds one shard at a time, so that a folder of any size passes
+through a small process.  Both generations of Hugging Face names are read; the hub's names are written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ovr_megatron.weights import table
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".partial", ".index.json")
+
+
+class WeightError(ValueError):
+    """Weights that are missing, damaged or of another model; names the file or the tensor, and the remedy."""
+
+
+class WeightFolder:
+    """The weights of a Hugging Face folder, by hub name, whatever their sharding and generation of names.
+
+    Raises:
+        WeightError: no weights, a missing or damaged shard, an index that disagrees with its shards.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._stored: dict[str, tuple[Any, str]] = {}
+        self._open_files = ExitStack()
+        for file, expected in _shards(self.directory).items():
+            shard = self._open(self.directory / file)
+            held = list(shard.keys())
+            absent = sorted(set(expected) - set(held))
+            if absent:
+                raise WeightError(
+                    f"{self.directory / file}: lacks {some(absent)}, which {INDEX} says it holds; get both files again"
+                )
+            for stored in held:
+                name = table.canonical(stored)
+                if name in self._stored:
+                    raise WeightError(f"{self.directory / file}: {stored} is stored a second time; remove one of them")
+                self._stored[name] = (shard, stored)
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._open_files.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise WeightError(f"{path} is missing, but {INDEX} names it; download or copy this shard again") from None
+        except (SafetensorError, OSError) as error:
+            raise WeightError(f"{path} is damaged or cut off ({error}); download or copy this file again") from error
+
+    def __enter__(self) -> WeightFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open_files.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def names(self) -> list[str]:
+        """Hub names of all tensors, in the order of the files."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of a tensor, without reading it."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Number format of a tensor as safetensors writes it (``F32``, ``BF16``), without reading it."""
+        return self._slice(name).get_dtype()
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, mapped from its file: pages are read when they are used.  Do not write to it."""
+        shard, stored = self._find(name)
+        return shard.get_tensor(stored)
+
+    def _slice(self, name: str) -> Any:
+        shard, stored = self._find(name)
+        return shard.get_slice(stored)
+
+    def _find(self, name: str) -> tuple[Any, str]:
+        if name not in self._stored:
+            raise WeightError(f"{self.directory} has no tensor {name}; it is of another model or not whole")
+        return self._stored[name]
+
+
+def _shards(directory: Path) -> dict[str, list[str]]:
+    """The files of a folder, with the names that the index expects in each."""
+    index = directory / INDEX
+    if index.exists():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise WeightError(f"{index} is not a safetensors index ({error!r}); get this file again") from error
+        shards: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise WeightError(f"{index}: {name} points outside the folder, to {file!r}")
+            shards.setdefault(file, []).append(name)
+        return shards
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    if found == [SINGLE]:
+        return {SINGLE: []}
+    if found:
+        raise WeightError(f"{directory} has {some(found)} but no {INDEX}; get the index, or the whole folder, again")
+    raise WeightError(f"{directory} has no safetensors weights; give the folder of a Hugging Face model in safetensors")
+
+
+def copy_companions(source: Path, out: Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Copy every file that is not a weight: config, tokenizer, processor, chat template, generation config.
+
+    Hidden files and folders are left. With ``dtype``, ``config.json`` names it as the format of the weights.
+
+    Returns:
+        The names of the copied files, relative to the folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    copied = companions(source)
+    for name in copied:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, out / name)
+    if dtype is not None:
+        config = json.loads((out / "config.json").read_text())
+        if _stored_dtype(config) != (name := str(dtype).removeprefix("torch.")):
+            (out / "config.json").write_text(json.dumps(_with_dtype(config, name), indent=2, ensure_ascii=False) + "\n")
+    return copied
+
+
+def companions(directory: Path) -> list[str]:
+    """Every file of a folder that is not a weight, relative to it, sorted; hidden files and folders are left out."""
+    files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return sorted(
+        str(file)
+        for file in files
+        if not file.name.endswith(_WEIGHT_SUFFIXES) and not any(part.startswith(".") for part in file.parts)
+    )
+
+
+def _stored_dtype(config: dict[str, Any]) -> str | None:
+    return config.get("dtype", config.get("torch_dtype"))
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The config with ``name`` wherever it has a number format; Transformers 4 calls it torch_dtype, 5 dtype."""
+    changed = {
+        key: name if key in ("dtype", "torch_dtype") else _with_dtype(value, name) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    return changed if _stored_dtype(config) or "model_type" not in config else {**changed, "torch_dtype": name}
+
+
+class WeightWriter:
+    """Writes tensors to safetensors shards of about ``shard_bytes``, and the index if there is more than one.
+
+    Use it in a ``with`` block.  The shards carry temporary names until the block ends; an interrupted write leaves
+    nothing that looks like a model.
+
+    Raises:
+        WeightError: the folder has weights already, or a tensor comes twice.
+    """
+
+    def __init__(self, directory: str | Path, shard_bytes: int = 1 << 30) -> None:
+        self.directory = Path(directory)
+        self.shard_bytes = shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._shard_of: dict[str, int] = {}
+        self._shards: list[Path] = []
+        self._total_bytes = 0
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if any(self.directory.glob("*.safetensors")) or (self.directory / INDEX).exists():
+            raise WeightError(f"{self.directory} has weights already; remove them or choose another folder")
+        for left_over in self.directory.glob("model*.partial"):
+            left_over.unlink()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor under its hub name.  It is held, and must not change, until its shard is full."""
+        if name in self._shard_of:
+            raise WeightError(f"{self.directory}: {name} is written twice")
+        tensor = tensor.detach().cpu().contiguous()
+        if self._held and sum(held.nbytes for held in self._held.values()) + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self._held[name] = tensor
+        self._shard_of[name] = len(self._shards)
+        self._total_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        path = self.directory / f"model-{len(self._shards) + 1:05d}.partial"
+        self._shards.append(path)
+        save_file(self._held, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it private
+        _sync(path)
+        self._held = {}
+
+    def __enter__(self) -> WeightWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._flush()
+            self._publish()
+        else:
+            for path in self._shards:
+                path.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        count = len(self._shards)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+        for path, name in zip(self._shards, names, strict=True):
+            path.rename(self.directory / name)
+        if count == 1:
+            return
+        weight_map = {tensor: names[shard] for tensor, shard in self._shard_of.items()}
+        partial = self.directory / f"{INDEX}.partial"
+        partial.write_text(
+            json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
+        )
+        _sync(partial)
+        partial.rename(self.directory / INDEX)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list that may be long, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,150 @@
+"""Whole folders of weights: checked against the model, copied, compared, and put in place at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.runtime.progress import Progress
+from ovr_megatron.weights import table
+from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, companions, some
+
+EMBEDDING, HEAD, VALUE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "value_head.weight"
+_FLOATS = ("F32", "BF16", "F16")
+
+
+def check_weights(folder: WeightFolder, shape: ModelShape, critic: bool = False) -> None:
+    """Check every name and size against the model: nothing missing, nothing unknown.
+
+    A tied model may store ``lm_head.weight`` too, if it is equal to the embedding.
+
+    Raises:
+        WeightError: names the tensor, and both shapes where they differ.
+    """
+    expected = {name: size for row in table.rows(shape, critic) for name, size in zip(row.hf, row.sizes, strict=True)}
+    names = set(folder.names())
+    doubled = shape.tied and not critic and HEAD in names
+    if doubled:
+        expected[HEAD] = (shape.vocab, shape.hidden)
+    where = folder.directory
+    for name in sorted(names & expected.keys()):
+        _check_tensor(folder, name, expected[name])
+    if missing := sorted(expected.keys() - names):
+        raise WeightError(f"{where}: no tensor {some(missing)}; the folder is not whole, or of another model")
+    if unknown := sorted(names - expected.keys()):
+        raise WeightError(f"{where}: {some(unknown)} not in this model; weights and config.json do not belong together")
+    if doubled and not same_bits(folder.tensor(HEAD), folder.tensor(EMBEDDING)):
+        raise WeightError(
+            f"{where}: {HEAD} differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to false"
+        )
+
+
+def _check_tensor(folder: WeightFolder, name: str, expected: tuple[int, ...]) -> None:
+    if folder.shape(name) != expected:
+        raise WeightError(
+            f"{folder.directory}: {name} has shape {list(folder.shape(name))}, config.json makes it {list(expected)}; "
+            "weights and config.json do not belong together"
+        )
+    if folder.dtype(name) not in _FLOATS:
+        raise WeightError(
+            f"{folder.directory}: {name} is stored as {folder.dtype(name)}, not {', '.join(_FLOATS)}; "
+            "give a model that is not quantised"
+        )
+
+
+def copy_weights(
+    source: WeightFolder, out: Path, dtype: torch.dtype | None = None, leave_out: Sequence[str] = ()
+) -> None:
+    """Write the tensors of ``source``, but those of ``leave_out``, to ``out``, in ``dtype`` or as they are stored."""
+    names = [name for name in source.names() if name not in leave_out]
+    with WeightWriter(out) as writer, Progress(len(names), f"weights of {source.directory}", "tensor") as progress:
+        for name in names:
+            tensor = source.tensor(name)
+            writer.add(name, tensor if dtype is None else tensor.to(dtype))
+            progress.update(1)
+
+
+def differences(ours: Path, theirs: Path, ignore: Sequence[str] = ()) -> list[str]:
+    """What differs between two Hugging Face folders: each tensor bit by bit, and each other file byte by byte.
+
+    ``lm_head.weight`` may be stored on one side only if the model is tied.  Hidden files and the names in
+    ``ignore`` (tensors or files) are not compared.
+    """
+    found = []
+    with WeightFolder(ours) as a, WeightFolder(theirs) as b:
+        names = sorted((set(a.names()) | set(b.names())).difference(ignore))
+        optional = {HEAD} if ModelShape.from_hf(ours).tied else set()
+        with Progress(len(names), f"comparing with {theirs}", "tensor") as progress:
+            for name in names:
+                if difference := _difference(a, b, name, optional):
+                    found.append(difference)
+                progress.update(1)
+    for file in sorted(set(companions(ours) + companions(theirs)).difference(ignore)):
+        for here, there in ((ours, theirs), (theirs, ours)):
+            if not (there / file).exists():
+                found.append(f"{file}: only in {here}")
+        if (ours / file).exists() and (theirs / file).exists():
+            if (ours / file).read_bytes() != (theirs / file).read_bytes():
+                found.append(f"{file}: the files differ")
+    return found
+
+
+def _difference(a: WeightFolder, b: WeightFolder, name: str, optional: set[str]) -> str | None:
+    holders = [folder.directory for folder in (a, b) if name in folder]
+    if len(holders) == 1:
+        return None if name in optional else f"{name}: only in {holders[0]}"
+    x, y = a.tensor(name), b.tensor(name)
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return f"{name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"
+    if not same_bits(x, y):
+        return f"{name}: values differ by up to {(x.double() - y.double()).abs().max().item():.3g}"
+    return None
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same format, sizes and bits (a NaN equals itself, 0 is not -0)."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+@contextmanager
+def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes ``out`` when the block ends without an error.
+
+    ``replace`` allows an ``out`` that holds a model or a checkpoint already; anything else is never removed.
+
+    Raises:
+        WeightError: ``out`` is not empty and may not be replaced, or contains or lies in one of the ``sources``.
+    """
+    out = out.resolve()
+    for source in sources:
+        if out.is_relative_to(source.resolve()) or source.resolve().is_relative_to(out):
+            raise WeightError(f"{out} and {source} lie in each other; choose another folder to write")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not replace:
+            raise WeightError(f"{out} exists and is not empty; choose another folder, or replace it with --force")
+        if not any((out / mark).exists() for mark in ("config.json", "manifest.json")):
+            raise WeightError(f"{out} holds neither a model nor a checkpoint, so it is not replaced; remove it by hand")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

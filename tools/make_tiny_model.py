@@ -1,0 +1,46 @@
+"""Write a small random Qwen2.5-VL folder: ``tools/make_tiny_model.py --out DIR [--untied] [--seed N]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+
+
+def main() -> None:
+    """Parse the command line and write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True, help="tie output and embedding")
+    parser.add_argument("--untied", dest="tied", action="store_false", help="the same as --no-tied")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    parser.add_argument("--std", type=float, default=0.04, help="standard deviation of the matrices")
+    parser.add_argument("--perturb", action="store_true", help="move norms and biases off 1 and 0")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="format of the weights")
+    parser.add_argument("--corpus", type=Path, help="text file to train the tokenizer on, one text a line")
+    for size in fields(TinySizes):
+        parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default, help="size")
+    args = parser.parse_args()
+    try:
+        out = make_tiny_model(
+            args.out,
+            tied=args.tied,
+            seed=args.seed,
+            sizes=TinySizes(**{size.name: getattr(args, size.name) for size in fields(TinySizes)}),
+            corpus=args.corpus.read_text(encoding="utf-8").splitlines(keepends=True) if args.corpus else None,
+            perturb=args.perturb,
+            std=args.std,
+            dtype=getattr(torch, args.dtype),
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"make_tiny_model: {error}")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
