@@ -63,8 +63,8 @@ find_python() {
     done
     [ -z "$without_venv" ] || stop "Python $without_venv has no venv module; install it (on Debian and Ubuntu:" \
         "apt install python$without_venv-venv) and run the same command again."
-    stop "Python 3.11 or 3.12 is needed, and this machine offers${found:- no Python at all}; install one (on Debian and" \
-        "Ubuntu: apt install python3.11 python3.11-venv; without root: https://docs.astral.sh/uv and then" \
+    stop "Python 3.11 or 3.12 is needed, and this machine offers${found:- none}; install one (on Debian and Ubuntu:" \
+        "apt install python3.11 python3.11-venv; without root: get uv from https://docs.astral.sh/uv, then" \
         "'uv python install 3.11') or name one with PYTHON=/path/to/python3.11."
 }
 
@@ -78,35 +78,37 @@ make_venv() {
     "$python" -m venv "$venv" || stop "$python -m venv $venv failed, see above."
 }
 
-# Says every few seconds how far pip is, on one line of a terminal and on a new line elsewhere.
+# Says how far pip is, until its standard input ends: every second on one line of a terminal (which the next message
+# overwrites), every ten seconds on a new line elsewhere.
 show_progress() {
-    local pause=10 end='\n'
-    [ ! -t 2 ] || { pause=1 end='\r'; }
-    while sleep "$pause"; do
-        printf "installing: %4d s, %s on disk$end" $SECONDS "$(du -sh "$venv" 2>/dev/null | cut -f 1)" >&2
+    local every=10 end='\n'
+    [ ! -t 2 ] || { every=1 end='\r'; }
+    while read -r -t 1; [ $? -gt 128 ]; do
+        ((SECONDS % every)) ||
+            printf "installing: %4d s, %s on disk$end" $SECONDS "$(du -sh "$venv" 2>/dev/null | cut -f 1)" >&2
     done
 }
 
-# One sentence on why pip failed, from its log.
+# Says in one sentence why pip failed and what to do; shows the end of its log where that is not known.
 explain() {
-    local reached='NewConnectionError|Max retries exceeded|NameResolutionError|ConnectTimeout|ReadTimeout|SSLError|ProxyError'
-    local hosts
-    hosts="$(grep -oE "host='[^']+'" "$log" | sort -u | cut -d "'" -f 2 | paste -sd ' ')"
-    if grep -q 'No space left on device' "$log"; then
+    local unreached='ConnectionError|NameResolutionError|TimeoutError|SSLError|ProxyError|Max retries exceeded'
+    local index="${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null)}"
+    ! grep -q 'No space left on device' "$log" ||
         stop "the disk of $venv ran full; free some space and run the same command again."
-    elif grep -qE "$reached" "$log"; then
-        stop "no network: pip cannot reach ${hosts:-its index}; connect the machine, set https_proxy, or point pip to a" \
-            "mirror ('pip config set global.index-url URL'), then run the same command again."
-    elif grep -qE 'No matching distribution found for torch==[0-9.]+\+cpu|torch==[0-9.]+\+cpu.* not ' "$log"; then
-        stop "the CPU build of torch is neither at $torch_index, which did not answer, nor at pip's own index; open the" \
-            "way to the former, or add a mirror of it ('pip config set global.extra-index-url URL')."
+    rm -f "$stamp" # pip installs nothing before it has everything: what was there is still whole
+    if grep -qE "$unreached" "$log"; then
+        stop "no network: pip cannot reach ${index:-https://pypi.org/simple}; connect the machine, set https_proxy" \
+            "or name a mirror ('pip config set global.index-url URL'), then run the same command again."
+    elif grep -q 'No matching distribution found for torch==' "$log"; then
+        stop "the CPU build of torch was found neither at $torch_index (not reachable from here) nor at pip's own" \
+            "indexes; open the way to the former or add a mirror of it ('pip config set global.extra-index-url URL')."
     fi
+    grep -v '^WARNING: Location' "$log" | tail -n 15 >&2
     stop "pip failed for the reason above; all that it said is in $log."
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip --log "$log" --retries 2 --disable-pip-version-check \
-        install --quiet --progress-bar off --no-warn-script-location "$@"
+    "$venv/bin/python" -m pip --disable-pip-version-check install --progress-bar off "$@" >>"$log" 2>&1
 }
 
 install_packages() {
@@ -138,10 +140,9 @@ echo "$wanted" >"$stamp"
 rm -f "$log"
 export TMPDIR="$venv/tmp" # /tmp may be small
 mkdir -p "$TMPDIR"
-show_progress 9<&- &
-trap 'kill $! 2>/dev/null || true' EXIT
+exec 8> >(show_progress)
 trap 'stop "stopped; the same command begins again."' INT TERM
 install_packages
 rm -rf "$TMPDIR"
 echo complete >>"$stamp"
-echo "Installed in $SECONDS s." >&2
+echo "Installed in $SECONDS s; $venv takes $(du -sh "$venv" | cut -f 1)." >&2

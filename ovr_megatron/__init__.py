@@ -9,3 +9,4 @@ from ovr_megatron.runtime import cpu
 __version__ = "0.1.0"
 
 cpu.let_torchvision_import()
+cpu.hush_megatron()

@@ -27,7 +27,7 @@ from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import WeightFolder
-from ovr_megatron.weights.table import Row, canonical, from_hf, join, rows, split, to_hf
+from ovr_megatron.weights.table import Row, canonical, cut_dim, from_hf, join, rows, split, to_hf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -77,6 +77,9 @@ class Engine:
         ).to(world.device)
         self._freeze(model)
         self.parameters: dict[str, Parameter] = dict(self.module.named_parameters())
+        for row in self.rows:
+            # Megatron marks shards only where it fills them with random numbers; the gradient norm needs the mark.
+            self.parameters[row.megatron].tensor_model_parallel = cut_dim(row) is not None  # type: ignore[attr-defined]
         self.model = DistributedDataParallel(
             self.module.config,
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False),

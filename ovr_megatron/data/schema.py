@@ -23,6 +23,7 @@ ROLES = ("system", "user", "assistant")
 MAX_ANSWER_CHARACTERS = 512
 ENDLESS = 2**31  # length of a source that never runs out
 BOX_REQUEST = "Put your final answer in \\boxed{}."
+LETTER_REQUEST = "Put the letter of the right option in \\boxed{}."
 
 
 class RowError(ValueError):
@@ -152,7 +153,7 @@ def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
         id=Path(where).name if raw.get("id") is None else _text(raw["id"], where, "id"),
         where=where,
     )
-    _check_answer(row)
+    check_answer(row)
     return row
 
 
@@ -280,7 +281,11 @@ def _check_turns(messages: tuple[Message, ...], where: str) -> None:
             raise RowError(where, f"messages[{i}].content", "is empty", "give a text or remove the row")
 
 
-def _check_answer(row: Row) -> None:
+def check_answer(row: Row) -> None:
+    """Raise `RowError` unless the answer has a verifiable form: a short text, one of the options if there are any.
+
+    Only a supervised row may come without an answer.
+    """
     answer = (row.answer or "").strip()
     if not answer:
         if row.is_prompt:

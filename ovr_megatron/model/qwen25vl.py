@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ovr_megatron.config import ConfigError, ParallelConfig
-from ovr_megatron.data.packing import IGNORE, Pack
+from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.heads import token_scores
 from ovr_megatron.model.layers import RMSNorm, layer_spec
@@ -231,7 +231,7 @@ class Qwen25VL(GPTModel):
         return self.output_layer.weight
 
     def _score(self, hidden: Tensor, pack: Pack) -> Scores:
-        rows = (pack.labels != IGNORE).nonzero()[:, 0]
+        rows = (pack.labels != IGNORED).nonzero()[:, 0]
         scored = self._gather_rows(hidden)[rows]
         if self.critic:
             return Scores(rows, values=self.value_head(scored)[:, 0].float())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ovr_megatron.model.tiny_tokenizer import CHAT_TEMPLATE, CORPUS, write_tokenizer
 
+
 @dataclass(frozen=True, kw_only=True)
 class TinySizes:
     """Sizes of a small model; the defaults are the miniature's.  ``window`` is in pixels."""

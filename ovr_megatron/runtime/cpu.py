@@ -10,6 +10,7 @@ import importlib
 import importlib.abc
 import sys
 import types
+import warnings
 from typing import Any
 
 # Modules that name the device "cuda" literally, or pin memory, when they create tensors.
@@ -25,6 +26,11 @@ _MODULES_WITH_LITERAL_CUDA = (
     "dist_checkpointing.exchange_utils",
 )
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like")
+
+
+def hush_megatron() -> None:
+    """Drop Megatron's warnings, at every import, that Transformer Engine and Apex are missing: both are optional."""
+    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (are|is) not installed")
 
 
 class _TorchvisionSchemas(importlib.abc.MetaPathFinder):

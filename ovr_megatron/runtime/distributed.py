@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import random
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-# Megatron warns at import that Transformer Engine and Apex, both optional, are missing.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-
-from ovr_megatron.config import ParallelConfig  # noqa: E402
-from ovr_megatron.runtime import cpu  # noqa: E402
+from ovr_megatron.config import ParallelConfig
+from ovr_megatron.runtime import cpu
 
 _SLURM = {
     "RANK": "SLURM_PROCID",
@@ -63,6 +58,7 @@ def _environment() -> tuple[int, int, int]:
     for ours, theirs in _SLURM.items():
         if ours not in os.environ and theirs in os.environ and "SLURM_STEP_ID" in os.environ:
             os.environ[ours] = os.environ[theirs]
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # tensor parallelism overlaps in launch order
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -124,6 +120,11 @@ def keep_generators() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(state)
+
+
+def is_main() -> bool:
+    """Whether this process is the first of the process group."""
+    return dist.get_rank() == 0
 
 
 def finish() -> None:

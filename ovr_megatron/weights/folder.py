@@ -22,7 +22,9 @@ from ovr_megatron.weights import table
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".partial", ".index.json")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".partial")
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_DTYPE_KEYS = {"dtype", "torch_dtype"}
 
 
 class WeightError(ValueError):
@@ -134,9 +136,11 @@ def copy_companions(source: Path, out: Path, dtype: torch.dtype | None = None) -
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, out / name)
     if dtype is not None:
-        config = json.loads((out / "config.json").read_text())
-        if _stored_dtype(config) != (name := str(dtype).removeprefix("torch.")):
-            (out / "config.json").write_text(json.dumps(_with_dtype(config, name), indent=2, ensure_ascii=False) + "\n")
+        path = out / "config.json"
+        config = json.loads(path.read_text())
+        named = _with_dtype(config, str(dtype).removeprefix("torch."))
+        if named != config:
+            path.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")
     return copied
 
 
@@ -146,21 +150,22 @@ def companions(directory: Path) -> list[str]:
     return sorted(
         str(file)
         for file in files
-        if not file.name.endswith(_WEIGHT_SUFFIXES) and not any(part.startswith(".") for part in file.parts)
+        if not file.name.endswith(_WEIGHT_SUFFIXES + _INDEX_SUFFIXES)
+        and not any(part.startswith(".") for part in file.parts)
     )
 
 
-def _stored_dtype(config: dict[str, Any]) -> str | None:
-    return config.get("dtype", config.get("torch_dtype"))
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with ``dtype`` as its number format, which Transformers 4 calls torch_dtype and 5 dtype."""
+    named = _replaced(config, dtype)
+    return named if named.keys() & _DTYPE_KEYS else {**named, "torch_dtype": dtype}
 
 
-def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The config with ``name`` wherever it has a number format; Transformers 4 calls it torch_dtype, 5 dtype."""
-    changed = {
-        key: name if key in ("dtype", "torch_dtype") else _with_dtype(value, name) if isinstance(value, dict) else value
+def _replaced(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {
+        key: dtype if key in _DTYPE_KEYS else _replaced(value, dtype) if isinstance(value, dict) else value
         for key, value in config.items()
     }
-    return changed if _stored_dtype(config) or "model_type" not in config else {**changed, "torch_dtype": name}
 
 
 class WeightWriter:
@@ -200,7 +205,10 @@ class WeightWriter:
     def _flush(self) -> None:
         path = self.directory / f"model-{len(self._shards) + 1:05d}.partial"
         self._shards.append(path)
-        save_file(self._held, path, metadata={"format": "pt"})
+        try:
+            save_file(self._held, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
         path.chmod(0o644)  # safetensors makes it private
         _sync(path)
         self._held = {}

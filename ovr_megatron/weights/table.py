@@ -179,6 +179,11 @@ def padded_vocab(shape: ModelShape, tp: int) -> int:
     return math.ceil(shape.vocab / tp) * tp
 
 
+def cut_dim(row: Row) -> int | None:
+    """The dimension that tensor-parallel ranks cut, or None where every rank holds the whole parameter."""
+    return _KINDS[row.kind].dim
+
+
 def from_hf(row: Row, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     """The whole Megatron parameter (vocabulary not padded) of the Hugging Face tensors, in the order of ``row.hf``.
 

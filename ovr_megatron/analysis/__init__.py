@@ -1,0 +1,1 @@
+"""After training: evaluation of exported models, figures, the report and the summary of a run folder."""

@@ -1,0 +1,148 @@
+"""Reading an experiment's folder: what each stage logged and how each model scored.
+
+An experiment holds the run folders ``base``, ``cold_start`` and ``rl``, evaluations under
+``eval/MODEL/SET.json`` and measured commands under ``measured/NAME.json``; a single run folder is an
+experiment of one stage.  Everything may be missing: a run that is still going can be read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ovr_megatron.runtime.runlog import read_metrics
+
+STAGES = {"base": "Base model", "cold_start": "Cold start", "rl": "RL"}
+MODELS = {"base": "Base", "cold_start": "Cold start", "rl": "RL", "average": "Average"}
+SETS = {"visual": "Visual puzzles", "text": "Text puzzles", "caption": "Captions"}
+
+
+class ExperimentError(ValueError):
+    """A folder that is no experiment; the message names it and says what is expected."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run folder: its resolved configuration and its metrics, one dictionary a step."""
+
+    name: str
+    dir: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, float]]
+
+    @property
+    def title(self) -> str:
+        """What people call the stage."""
+        return STAGES.get(self.name, self.name)
+
+    @property
+    def done(self) -> int:
+        """Steps or iterations that are logged."""
+        return int(self.metrics[-1]["step"]) + 1 if self.metrics else 0
+
+    @property
+    def total(self) -> int:
+        """Steps or iterations that the configuration asks for; 0 if it does not say."""
+        return int(self.config.get("iterations") or self.config.get("steps") or 0)
+
+    @property
+    def unit(self) -> str:
+        """What is counted: iterations of PPO, steps otherwise."""
+        return "iterations" if "iterations" in self.config else "steps"
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, where it was logged."""
+        found = [(int(line["step"]), line[key]) for line in self.metrics if line.get(key) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def values(self, key: str) -> list[float]:
+        """Values of one metric, in the order of the steps."""
+        return self.series(key)[1]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a folder holds so far: ``scores[model][set]`` is an evaluation, ``measured[name]`` a timed command."""
+
+    dir: Path
+    stages: dict[str, Stage]
+    scores: dict[str, dict[str, dict[str, Any]]]
+    measured: dict[str, dict[str, float]]
+
+    def score(self, model: str, problem_set: str) -> dict[str, Any] | None:
+        """Greedy result of ``model`` on ``problem_set``, None if it was not evaluated."""
+        found = self.scores.get(model, {}).get(problem_set)
+        return found["greedy"] if found else None
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """Name and title of every problem set that some model was evaluated on, the miniature's own first."""
+        names = {name for scores in self.scores.values() for name in scores}
+        ordered = [name for name in SETS if name in names] + sorted(names - set(SETS))
+        return {name: SETS.get(name, name) for name in ordered}
+
+    @property
+    def exported(self) -> Path | None:
+        """Folder of the final model: the exported average, else the exported RL model, else None."""
+        found = (self.dir / "export" / name for name in ("average", "rl"))
+        return next((folder.resolve() for folder in found if (folder / "config.json").is_file()), None)
+
+    @property
+    def missing(self) -> list[str]:
+        """One sentence for each part of the recipe that is not there yet."""
+        parts = []
+        for name, title in STAGES.items():
+            stage = self.stages.get(name)
+            if stage is None or not stage.metrics:
+                parts.append(f"{title}: no metrics yet.")
+            elif stage.done < stage.total:
+                parts.append(f"{title}: {stage.done} of {stage.total} {stage.unit} done.")
+        unscored = [title for name, title in MODELS.items() if not self.scores.get(name)]
+        if unscored:
+            parts.append(f"Evaluation: nothing yet of {', '.join(unscored)}.")
+        if self.exported is None:
+            parts.append("Export: no final model yet.")
+        return parts
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """Read what ``folder`` holds so far.
+
+    Raises:
+        ExperimentError: there is no such folder, or nothing in it comes from a run.
+    """
+    if not folder.is_dir():
+        raise ExperimentError(f"{folder}: there is no such folder; give the run folder of an experiment")
+    if (folder / "config.yaml").is_file():
+        stage = _read_stage(folder, "")
+        stages = {stage.name: stage}
+    else:
+        stages = {name: _read_stage(folder / name, name) for name in STAGES if (folder / name).is_dir()}
+    scores = {
+        model.name: {file.stem: _read_json(file) for file in sorted(model.glob("*.json"))}
+        for model in sorted((folder / "eval").glob("*/"))
+    }
+    if not stages and not scores:
+        raise ExperimentError(
+            f"{folder}: neither a run folder (config.yaml) nor an experiment ({', '.join(STAGES)}, eval) is in it"
+        )
+    measured = {file.stem: _read_json(file) for file in sorted((folder / "measured").glob("*.json"))}
+    return Experiment(folder, stages, scores, measured)
+
+
+def _read_stage(folder: Path, name: str) -> Stage:
+    settings, metrics = folder / "config.yaml", folder / "metrics" / "train.jsonl"
+    config = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
+    name = name or ("rl" if "iterations" in config else "cold_start")
+    return Stage(name, folder, config, read_metrics(metrics) if metrics.is_file() else [])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ExperimentError(f"{path}: is not JSON ({error}); remove the file and make it anew") from error

@@ -1,0 +1,230 @@
+"""The paper's figures from an experiment's folder: cold-start loss, training dynamics of the RL, accuracy.
+
+Each is drawn once per theme: light ones go to ``figures/*.png``, both into the report.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
+from ovr_megatron.analysis.statistics import moving_average
+
+WIDTH = 6.4  # inches
+DPI = 180
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one look; ``models`` in the order of `MODELS`."""
+
+    name: str
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    models: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The theme as Matplotlib settings."""
+        return {
+            "figure.facecolor": self.paper,
+            "axes.facecolor": self.paper,
+            "savefig.facecolor": self.paper,
+            "text.color": self.ink,
+            "axes.labelcolor": self.muted,
+            "axes.edgecolor": self.grid,
+            "xtick.color": self.grid,
+            "ytick.color": self.grid,
+            "xtick.labelcolor": self.muted,
+            "ytick.labelcolor": self.muted,
+            "grid.color": self.grid,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 10.5,
+            "axes.titleweight": "bold",
+            "axes.titlepad": 10,
+            "ytick.major.size": 0,
+            "font.size": 9.5,
+            "legend.frameon": False,
+            "lines.linewidth": 2,
+            "lines.solid_capstyle": "round",
+        }
+
+
+LIGHT = Theme("light", "#ffffff", "#1d2127", "#626975", "#e4e2dc", ("#9aa0a8", "#3a7cbd", "#d9652b", "#8660b3"))
+DARK = Theme("dark", "#1b1e24", "#e9e7e2", "#a2a8b3", "#333842", ("#868d98", "#69a6e3", "#f0905a", "#b596dd"))
+THEMES = (LIGHT, DARK)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn figure as PNG, and what it shows in words."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+def draw(experiment: Experiment, theme: Theme) -> list[Chart]:
+    """Every figure for which the folder holds numbers, in the order of the recipe."""
+    charts = []
+    with matplotlib.rc_context(theme.settings):
+        for name in ("base", "cold_start"):
+            stage = experiment.stages.get(name)
+            if stage and stage.values("loss/train"):
+                caption = f"{stage.title}: cross entropy of the target tokens, faint by step, strong as a moving average."
+                charts.append(Chart(f"{name}_loss", caption, _png(loss_figure(stage, theme))))
+        stage = experiment.stages.get("rl")
+        if stage and stage.values("reward/mean"):
+            caption = "PPO: mean reward and response length; dashed lines mark where the curriculum allows longer sequences."
+            charts.append(Chart("rl_dynamics", caption, _png(dynamics_figure(stage, theme))))
+        if stage and any(stage.values(key) for key, _, _ in _HEALTH):
+            caption = "PPO under the hood. The mismatch is the largest difference between rollout and trainer log-probabilities."
+            charts.append(Chart("rl_health", caption, _png(health_figure(stage, theme))))
+        if experiment.sets:
+            caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
+            charts.append(Chart("accuracy", caption, _png(accuracy_figure(experiment, theme))))
+    return charts
+
+
+def write_figures(experiment: Experiment) -> list[Path]:
+    """Write the figures in the light theme to ``figures/NAME.png`` of the experiment; returns their paths."""
+    folder = experiment.dir / "figures"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for chart in draw(experiment, LIGHT):
+        paths.append(folder / f"{chart.name}.png")
+        paths[-1].write_bytes(chart.png)
+    return paths
+
+
+def loss_figure(stage: Stage, theme: Theme) -> Figure:
+    """Loss by optimizer step (paper, figure 3a)."""
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    axes = figure.add_subplot(title=f"{stage.title}: loss", xlabel="Step")
+    steps, losses = stage.series("loss/train")
+    _curve(axes, steps, losses, theme.models[0 if stage.name == "base" else 1], "{:.3f}")
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def dynamics_figure(stage: Stage, theme: Theme) -> Figure:
+    """Mean reward above mean response length by iteration, curriculum switches marked (paper, figure 3b)."""
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    reward, length = figure.subplots(2, 1, sharex=True)
+    _curve(reward, *stage.series("reward/mean"), theme.models[2], "{:.2f}")
+    _curve(length, *stage.series("response/length"), theme.models[3], "{:.0f}")
+    reward.set_title("RL: mean reward", pad=22)  # room for the switches' labels
+    length.set_title("RL: mean response length in tokens")
+    length.set_xlabel("Iteration")
+    for step, before, after in switches(stage):
+        for axes in (reward, length):
+            axes.axvline(step, color=theme.muted, linestyle=(0, (4, 3)), linewidth=1, gid="switch")
+        place = {"xy": (step, 1), "xycoords": reward.get_xaxis_transform(), "textcoords": "offset points"}
+        text = f"{before:,} to {after:,} tokens"
+        reward.annotate(text, **place, xytext=(0, 3), ha="center", va="bottom", fontsize=8, color=theme.muted)
+    return figure
+
+
+def switches(stage: Stage) -> list[tuple[int, int, int]]:
+    """Where the curriculum changed: first iteration of the new limit, limit before, limit after."""
+    steps, limits = stage.series("curriculum/max_tokens")
+    changes = zip(steps[1:], limits, limits[1:], strict=False)
+    return [(step, int(before), int(after)) for step, before, after in changes if before != after]
+
+
+_HEALTH = (
+    ("policy/entropy", "Entropy of the policy", "{:.2f}"),
+    ("critic/explained_variance", "Explained variance of the critic", "{:.2f}"),
+    ("response/stopped", "Share of responses that stop", "{:.2f}"),
+    ("rollout/mismatch_max", "Largest mismatch", "{:.0e}"),
+)
+
+
+def health_figure(stage: Stage, theme: Theme) -> Figure:
+    """What tells a healthy PPO run from a sick one, by iteration."""
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    for axes, (key, title, form) in zip(figure.subplots(2, 2, sharex=True).flat, _HEALTH, strict=True):
+        steps, values = stage.series(key)
+        axes.set_title(title, fontsize=9.5)
+        if not values:
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=theme.muted)
+            continue
+        _curve(axes, steps, values, theme.models[2], form, smooth=key != "rollout/mismatch_max")
+        if key == "rollout/mismatch_max" and min(values) > 0:
+            axes.set_yscale("log")
+    return figure
+
+
+def accuracy_figure(experiment: Experiment, theme: Theme) -> Figure:
+    """Accuracy of each model on each problem set, with confidence intervals."""
+    sets = experiment.sets
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.add_subplot(title="Accuracy on held-out problems")
+    step = 0.82 / len(MODELS)
+    for index, (model, title) in enumerate(MODELS.items()):
+        places = [place + (index - (len(MODELS) - 1) / 2) * step for place in range(len(sets))]
+        scores = [experiment.score(model, name) for name in sets]
+        axes.bar(
+            [at for at, score in zip(places, scores, strict=True) if score],
+            [score["accuracy"] for score in scores if score],
+            yerr=_errors([score for score in scores if score]),
+            width=step * 0.9,
+            color=theme.models[index],
+            label=title,
+            error_kw={"ecolor": theme.ink, "elinewidth": 1, "capsize": 2, "alpha": 0.7},
+        )
+        for at, score in zip(places, scores, strict=True):
+            text, height = (f"{100 * score['accuracy']:.0f}", score["high"]) if score else ("not run", 0.0)
+            turn = {} if score else {"rotation": 90, "color": theme.muted}
+            axes.annotate(text, (at, height), (0, 3), textcoords="offset points", ha="center", fontsize=8, **turn)
+    axes.set_xticks(range(len(sets)), sets.values())
+    axes.tick_params(axis="x", length=0, labelcolor=theme.ink)
+    axes.set_xlim(-0.5, len(sets) - 0.5)
+    axes.set_ylim(0, 1.08)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    figure.legend(loc="outside lower center", ncols=len(MODELS), handlelength=1, handleheight=1)
+    return figure
+
+
+def _errors(scores: Sequence[dict[str, float]]) -> list[list[float]]:
+    below = [max(0.0, score["accuracy"] - score["low"]) for score in scores]
+    return [below, [max(0.0, score["high"] - score["accuracy"]) for score in scores]]
+
+
+def _curve(
+    axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, form: str, smooth: bool = True
+) -> None:
+    """Plot ``values``, faint with a strong moving average over a twentieth of the run, and name the last one."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if not values:
+        return
+    window = max(1, len(values) // 20) if smooth else 1
+    strong = moving_average(values, window)
+    if window > 1:
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.4)
+    axes.plot(steps, strong, color=colour, marker="o" if len(values) == 1 else None)
+    label = {"xy": (steps[-1], strong[-1]), "xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(form.format(strong[-1]), **label, color=colour, fontweight="bold", annotation_clip=False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
+    return buffer.getvalue()

@@ -1,0 +1,158 @@
+"""HTML by construction: every text that is not `Html` is escaped on its way into a page.
+
+A page stands alone: one file, one style sheet inside, no script, nothing from the network.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+
+Content = object  # Html stays as it is, None vanishes, all else becomes text
+
+
+class Html(str):
+    """Markup that is safe to place in a page; only the functions of this module make it."""
+
+    __slots__ = ()
+
+
+def tag(name: str, /, *content: Content, **attributes: str | None) -> Html:
+    """``<name attributes>content</name>``; a trailing underscore of an attribute is dropped, None leaves it out."""
+    pairs = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
+    opening = name + "".join(f' {key}="{html.escape(value)}"' for key, value in pairs)
+    if name in ("img", "source", "meta"):
+        return Html(f"<{opening}>")
+    return Html(f"<{opening}>{join(content)}</{name}>")
+
+
+def join(content: Iterable[Content]) -> Html:
+    """One piece after the other, escaped where they are not markup."""
+    return Html("".join(_markup(piece) for piece in content))
+
+
+def _markup(piece: Content) -> str:
+    if piece is None:
+        return ""
+    return piece if isinstance(piece, Html) else html.escape(str(piece))
+
+
+def data_uri(data: bytes, kind: str = "image/png") -> str:
+    """``data`` as an address, so that a picture travels inside the page."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def picture(light: bytes, dark: bytes, alt: str) -> Html:
+    """A PNG in the colours of the reader's theme."""
+    source = tag("source", srcset=data_uri(dark), media="(prefers-color-scheme: dark)")
+    return tag("picture", source, tag("img", src=data_uri(light), alt=alt))
+
+
+def section(title: str, *content: Content) -> Html:
+    """A card with a heading."""
+    return tag("section", tag("h2", title), *content)
+
+
+def table(head: Sequence[Content], rows: Iterable[Sequence[Content]]) -> Html:
+    """A table that scrolls by itself where it is too wide; the first cell of each row names it."""
+    top = tag("tr", *(tag("th", cell, scope="col") for cell in head))
+    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
+    return tag("div", tag("table", tag("thead", top), tag("tbody", *body)), class_="scroll", tabindex="0")
+
+
+def folded(title: str, *content: Content) -> Html:
+    """Content behind a line to click."""
+    return tag("details", tag("summary", title), *content)
+
+
+def document(title: str, *content: Content) -> str:
+    """A whole page."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Html(STYLE)),
+    )
+    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", tag("main", *content)), lang="en") + "\n"
+
+
+STYLE = """
+:root {
+  --page: #f5f3ee; --card: #ffffff; --ink: #1d2127; --muted: #626975; --line: #e4e2dc; --soft: #f5f3ee;
+  --good: #1d7a46; --good-soft: #e2f2e8; --bad: #b3372b; --bad-soft: #fae7e4;
+  --base: #9aa0a8; --cold_start: #3a7cbd; --rl: #d9652b; --average: #8660b3;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #131519; --card: #1b1e24; --ink: #e9e7e2; --muted: #a2a8b3; --line: #333842; --soft: #252931;
+    --good: #7ed3a1; --good-soft: #1d3529; --bad: #f0998e; --bad-soft: #412421;
+    --base: #868d98; --cold_start: #69a6e3; --rl: #f0905a; --average: #b596dd;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
+main { max-width: 860px; margin: 0 auto; padding: 40px 20px 64px; }
+h1 { font-size: clamp(26px, 5vw, 34px); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 8px; }
+h2 { font-size: 19px; letter-spacing: -.01em; margin: 0 0 14px; }
+h3 { font-size: 14px; color: var(--muted); margin: 26px 0 10px; font-weight: 600; }
+p { margin: 0 0 12px; }
+.lead { font-size: 18px; max-width: 62ch; }
+.note, figcaption, footer { color: var(--muted); font-size: 14px; }
+section, .missing { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 24px;
+  margin-top: 20px; }
+.missing { border-left: 4px solid var(--rl); padding-block: 16px; }
+.missing ul { margin: 6px 0 0; padding-left: 20px; }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 24px 0 0; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 14px 16px; }
+.tile b { display: block; font-size: 25px; line-height: 1.25; letter-spacing: -.02em; white-space: nowrap; }
+.tile span { display: block; color: var(--muted); font-size: 13px; }
+.tile[class*=" "] { border-top: 4px solid; }
+.base { border-top-color: var(--base) !important; } .cold_start { border-top-color: var(--cold_start) !important; }
+.rl { border-top-color: var(--rl) !important; } .average { border-top-color: var(--average) !important; }
+figure { margin: 0 0 28px; } figure:last-child { margin-bottom: 0; }
+figure img { width: 100%; height: auto; display: block; }
+figcaption { margin-top: 8px; }
+.scroll { overflow-x: auto; margin: 0 -24px; padding: 0 24px; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 9px 0 9px 18px; border-top: 1px solid var(--line); vertical-align: baseline; }
+td { white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; font-weight: 500; }
+thead th { border-top: 0; color: var(--muted); font-size: 13px; font-weight: 500; white-space: nowrap; }
+td small { display: block; color: var(--muted); font-size: 12px; }
+.phases { display: flex; height: 26px; border-radius: 7px; overflow: hidden; gap: 2px; margin: 6px 0 12px; }
+.phases i { display: block; min-width: 2px; }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
+.p0 { background: var(--cold_start); } .p1 { background: var(--average); } .p2 { background: var(--rl); }
+.p3 { background: var(--good); } .p4 { background: var(--base); }
+.rollout { border-top: 1px solid var(--line); padding: 16px 0; display: grid; gap: 4px 18px;
+  grid-template-columns: 112px minmax(0, 1fr); }
+.rollout img { width: 100%; height: auto; border-radius: 8px; }
+.rollout img.small { image-rendering: pixelated; }
+.rollout.photo { grid-template-columns: 220px minmax(0, 1fr); }
+.rollout.text { grid-template-columns: minmax(0, 1fr); }
+.rollout pre { margin: 0 0 8px; }
+pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space:
+  pre-wrap; overflow-wrap: anywhere; margin: 0; }
+.response { background: var(--soft); border-radius: 8px; padding: 10px 12px; max-height: 420px; overflow-y: auto; }
+.badge { display: inline-block; border-radius: 99px; padding: 1px 10px; font-size: 13px; font-weight: 600;
+  margin-right: 8px; }
+.right { color: var(--good); background: var(--good-soft); } .wrong { color: var(--bad); background: var(--bad-soft); }
+details { border-top: 1px solid var(--line); padding: 10px 0; } details[open] { padding-bottom: 14px; }
+summary { cursor: pointer; } details pre { margin-top: 10px; }
+code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .92em;
+  overflow-wrap: anywhere; }
+footer { margin-top: 28px; }
+@media (max-width: 640px) {
+  main { padding: 24px 12px 40px; }
+  section, .missing { padding: 18px 16px; border-radius: 12px; }
+  .scroll { margin: 0 -16px; padding: 0 16px; }
+  .tiles { grid-template-columns: repeat(2, 1fr); }
+  .rollout { grid-template-columns: 84px minmax(0, 1fr); } .rollout.photo { grid-template-columns: 1fr; }
+  figure img { width: calc(100% + 20px); margin: 0 -10px; }
+}
+"""

@@ -1,0 +1,53 @@
+"""``summary.json``: the few numbers by which an experiment is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ovr_megatron.analysis.experiment import MODELS, Experiment
+from ovr_megatron.analysis.statistics import mean_of_first, mean_of_last
+
+ENDS = 10  # iterations at either end of the reward curve
+
+
+def summarise(experiment: Experiment) -> dict[str, Any]:
+    """The numbers; None stands for what the folder does not hold yet.
+
+    Returns:
+        ``accuracy`` (visual puzzles), ``accuracy_text`` and ``accuracy_caption``: greedy fractions of ``base``,
+        ``cold_start``, ``rl`` and ``average``, and the number of ``problems``.  ``reward``: means of the
+        ``first10`` and ``last10`` iterations.  ``mismatch.max``: the largest difference between rollout and trainer
+        log-probabilities in any iteration.  ``wall_seconds`` (sum) and ``peak_memory_bytes`` (largest) of the
+        commands under ``measured``.  ``exported_model``: path of the final Hugging Face folder.
+    """
+    rl = experiment.stages.get("rl")
+    rewards = rl.values("reward/mean") if rl else []
+    mismatches = rl.values("rollout/mismatch_max") if rl else []
+    measured = experiment.measured.values()
+    return {
+        "accuracy": _accuracy(experiment, "visual"),
+        "accuracy_text": _accuracy(experiment, "text"),
+        "accuracy_caption": _accuracy(experiment, "caption"),
+        "reward": {"first10": mean_of_first(rewards, ENDS), "last10": mean_of_last(rewards, ENDS)},
+        "mismatch": {"max": max(mismatches, default=None)},
+        "wall_seconds": sum(m["wall_seconds"] for m in measured) if measured else None,
+        "peak_memory_bytes": max((m["peak_memory_bytes"] for m in measured), default=None),
+        "exported_model": str(experiment.exported) if experiment.exported else None,
+    }
+
+
+def write_summary(experiment: Experiment) -> Path:
+    """Write ``summary.json`` into the experiment's folder and return its path."""
+    path = experiment.dir / "summary.json"
+    path.write_text(json.dumps(summarise(experiment), indent=2) + "\n")
+    return path
+
+
+def _accuracy(experiment: Experiment, problem_set: str) -> dict[str, float | int | None]:
+    """Accuracy of each model, and the number of problems that each of them was asked."""
+    scores = {model: experiment.score(model, problem_set) for model in MODELS}
+    values: dict[str, float | int | None] = {model: score["accuracy"] if score else None for model, score in scores.items()}
+    values["problems"] = min((score["problems"] for score in scores.values() if score), default=None)
+    return values

@@ -1,0 +1,1 @@
+"""Checkpoints: folders with a manifest written last; save and resume."""

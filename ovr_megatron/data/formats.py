@@ -1,0 +1,161 @@
+"""Readers of the files that others publish: one function per format, from a decoded object to a `Row`.
+
+Each takes ``(raw, where, image_root)`` as `ovr_megatron.data.schema.parse_row` does, which is the reader
+of our own form, and raises `RowError` naming the field of the file, not of our schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovr_megatron.data.schema import (
+    BOX_REQUEST,
+    LETTER_REQUEST,
+    Message,
+    Part,
+    Row,
+    RowError,
+    TextPart,
+    check_answer,
+    option_letter,
+    parse_image,
+    parse_row,
+)
+
+Reader = Callable[[Any, str, Path], Row]
+
+_MARKER = re.compile(r"<image\d+>")
+
+
+def read_orz(raw: Any, where: str, image_root: Path) -> Row:
+    """Read one problem of Open-Reasoner-Zero.
+
+    Its evaluation files have ``{"prompt": [{"from", "value"}], "final_answer"}``, its training files
+    ``[{"from": "human", "value"}, {"from": "assistant", "ground_truth": {"value"}}]``, which a data set
+    library turns into columns ``"0"`` and ``"1"``.
+    """
+    if isinstance(raw, Mapping) and "0" in raw:
+        raw = [raw["0"], raw.get("1")]
+    if isinstance(raw, Mapping):
+        prompt, answer, field = raw.get("prompt"), raw.get("final_answer"), "final_answer"
+        asked = prompt[0] if isinstance(prompt, Sequence) and len(prompt) == 1 else None
+    else:
+        asked, told = raw if isinstance(raw, Sequence) and len(raw) == 2 else (None, None)
+        truth = told.get("ground_truth") if isinstance(told, Mapping) else None
+        answer, field = truth.get("value") if isinstance(truth, Mapping) else None, "ground_truth.value"
+    question = asked.get("value") if isinstance(asked, Mapping) else None
+    if not isinstance(question, str):
+        raise RowError(where, "prompt", "has no question", "give exactly one turn {'from': 'user', 'value': text}")
+    if answer is None:
+        raise RowError(where, field, "is missing", "give the final answer or remove the row")
+    return _prompt_row((TextPart(question),), answer, (), where)
+
+
+def read_mathvision(raw: Any, where: str, image_root: Path) -> Row:
+    """Read one MathVision problem: ``id``, ``question``, ``options``, ``answer``, ``image``, ``level`` 1 to 5.
+
+    All pictures of a problem are in one file.  A single ``<image1>`` says where it stands in the text; with
+    several, which then name places inside the picture, the picture comes first and the names stay.
+    """
+    question = _field(raw, "question", where)
+    key = "decoded_image" if raw.get("decoded_image") is not None else "image"
+    image = parse_image(_field(raw, key, where), where, key, image_root)
+    before, *after = _MARKER.split(question)
+    if len(after) == 1:
+        parts = (*_texts(before), image, *_texts(after[0]))
+    else:
+        parts = (image, TextPart(question))
+    level = raw.get("level")
+    return _prompt_row(
+        parts,
+        _field(raw, "answer", where),
+        [str(option) for option in raw.get("options") or ()],
+        where,
+        id=str(raw.get("id") or Path(where).name),
+        difficulty=float(level) / 5 if isinstance(level, (int, float)) else None,
+    )
+
+
+def read_puzzlevqa(raw: Any, where: str, image_root: Path) -> Row:
+    """Read one PuzzleVQA problem: ``image``, ``question``, ``options``, and as ``answer`` the content of one option."""
+    image = parse_image(_field(raw, "image", where), where, "image", image_root)
+    options = [str(option) for option in _field(raw, "options", where)]
+    answer = str(_field(raw, "answer", where))
+    if answer not in options:
+        remedy = f"give one of {', '.join(options)}"
+        raise RowError(where, "answer", f"{answer!r} is none of the options", remedy)
+    question = TextPart(_field(raw, "question", where))
+    return _prompt_row((image, question), option_letter(options.index(answer)), options, where)
+
+
+READERS: dict[str, Reader] = {
+    "messages": parse_row,
+    "orz": read_orz,
+    "mathvision": read_mathvision,
+    "puzzlevqa": read_puzzlevqa,
+}
+
+
+def detect(raw: Any, where: str) -> str:
+    """Return the name of the format of a decoded object, or raise `RowError` if it has none of them."""
+    keys = set(raw) if isinstance(raw, Mapping) else set()
+    if "messages" in keys:
+        return "messages"
+    if isinstance(raw, list) or {"prompt", "final_answer"} <= keys or {"0", "1"} <= keys:
+        return "orz"
+    if {"question", "answer", "level"} <= keys:
+        return "mathvision"
+    if {"question", "answer", "options"} <= keys:
+        return "puzzlevqa"
+    remedy = f"give rows with 'messages', or set the format of the source to one of {', '.join(READERS)}"
+    raise RowError(where, "row", f"has only the fields {', '.join(sorted(keys)) or '(none)'}", remedy)
+
+
+def _prompt_row(
+    parts: tuple[Part, ...],
+    answer: Any,
+    options: Sequence[str],
+    where: str,
+    id: str | None = None,
+    difficulty: float | None = None,
+) -> Row:
+    asked = _list_options(options) + (f"\n{LETTER_REQUEST}" if options else f"\n{BOX_REQUEST}")
+    if isinstance(parts[-1], TextPart):
+        parts = (*parts[:-1], TextPart(parts[-1].text + asked))
+    else:
+        parts = (*parts, TextPart(asked))
+    row = Row(
+        (Message("user", parts),),
+        answer=str(answer),
+        options=tuple(options),
+        difficulty=difficulty,
+        id=id or Path(where).name,
+        where=where,
+    )
+    check_answer(row)
+    return row
+
+
+def _texts(text: str) -> tuple[Part, ...]:
+    return (TextPart(text),) if text.strip() else ()
+
+
+def _list_options(options: Sequence[str]) -> str:
+    """One line per option; an option that is only its own letter stands in the picture."""
+    lines = []
+    for i, option in enumerate(options):
+        letter = option_letter(i)
+        lines.append(f"\n({letter})" + ("" if option == letter else f" {option}"))
+    return "".join(lines)
+
+
+def _field(raw: Any, key: str, where: str) -> Any:
+    value = raw.get(key) if isinstance(raw, Mapping) else None
+    if value is None:
+        raise RowError(where, key, "is missing", "add the field, or set the format of the source")
+    if key == "question" and not isinstance(value, str):
+        raise RowError(where, key, f"is {type(value).__name__}", "give a text")
+    return value

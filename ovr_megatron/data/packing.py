@@ -1,0 +1,268 @@
+"""From samples to packs: documents one after the other, without padding, and a stream of them that resumes."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovr_megatron.config import ConfigError
+from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.schema import Row
+
+IGNORED = -100  # label of a token that predicts nothing
+CHUNK = 64  # rows that are drawn and tokenised together
+BARREN = 16  # chunks without one row that fits, after which the stream gives up
+LOOKAHEAD = 2  # packs that wait beyond a step's own, so that its own can be filled well
+
+
+class PackError(ValueError):
+    """Documents that do not fit into a pack."""
+
+
+@dataclass
+class Pack:
+    """Documents in one row.  T tokens, D documents, P patches, F image and video features.
+
+    Attributes:
+        tokens: int64[T].
+        labels: int64[T]; the next token of the same document where that one is a target, else -100.
+        position_ids: int64[3, T], counted from 0 in each document.
+        cu_seqlens: int32[D + 1], where documents begin and the last one ends.
+        patches: float32[P, patch_dim].
+        grid_thw: int64[n, 3], patches in time, height and width of each image or video.
+        placement: int64[F], index in ``tokens`` of each feature, F = P / merge^2.
+        extras: More arrays [T] in line with ``labels``: what belongs to a target stands where it is predicted.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    patches: Tensor
+    grid_thw: Tensor
+    placement: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Pack:
+        """Return the pack with every tensor on ``device``."""
+        moved = {item.name: getattr(self, item.name).to(device) for item in fields(self) if item.name != "extras"}
+        return Pack(**moved, extras={name: value.to(device) for name, value in self.extras.items()})
+
+
+def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] | None = None) -> Pack:
+    """Put ``samples`` one after the other.
+
+    Args:
+        samples: At least one.
+        extras: For each sample, arrays with one number per target in order, or one per token in line with
+            the labels.  All samples have the same names.
+
+    Raises:
+        PackError: no sample, or an extra of another length.
+    """
+    if not samples:
+        raise PackError("a pack needs at least one sample")
+    starts = np.cumsum([0, *map(len, samples)])
+    labels = [_labels(sample) for sample in samples]
+    arrays = {
+        "tokens": np.concatenate([sample.tokens for sample in samples]),
+        "labels": np.concatenate(labels),
+        "position_ids": np.concatenate([sample.position_ids for sample in samples], axis=1),
+        "cu_seqlens": starts.astype(np.int32),
+        "patches": np.concatenate([sample.patches for sample in samples]),
+        "grid_thw": np.concatenate([sample.grid_thw for sample in samples]),
+        "placement": np.concatenate([sample.placement + start for sample, start in zip(samples, starts, strict=False)]),
+    }
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    rows = list(extras or ())
+    spread = {
+        name: np.concatenate([_spread(name, row[name], label) for row, label in zip(rows, labels, strict=True)])
+        for name in (rows[0] if rows else ())
+    }
+    return Pack(**tensors, extras={name: torch.from_numpy(value) for name, value in spread.items()})
+
+
+def _labels(sample: Sample) -> np.ndarray:
+    labels = np.full(len(sample), IGNORED, np.int64)
+    labels[:-1] = np.where(sample.loss_mask[1:], sample.tokens[1:], IGNORED)
+    return labels
+
+
+def _spread(name: str, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    values = np.asarray(values)
+    targets = labels != IGNORED
+    if len(values) == len(labels):
+        return values
+    if len(values) != targets.sum():
+        raise PackError(
+            f"extra {name!r} has {len(values)} numbers for a sample of {len(labels)} tokens and {targets.sum()} targets"
+        )
+    placed = np.zeros(len(labels), values.dtype)
+    placed[targets] = values
+    return placed
+
+
+def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
+    """Distribute documents over packs: each goes, in the order given, to the fullest pack that has room.
+
+    Returns:
+        The indices of each pack's documents; packs in the order in which they were opened.
+
+    Raises:
+        PackError: a document is longer than ``pack_tokens``.
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
+    for index, length in enumerate(lengths):
+        if length > pack_tokens:
+            raise PackError(f"sample {index} has {length} tokens and does not fit into a pack of {pack_tokens}")
+        at = bisect.bisect_left(room, (length, 0))
+        if at == len(room):
+            free, number = pack_tokens, len(packs)
+            packs.append([])
+        else:
+            free, number = room.pop(at)
+        packs[number].append(index)
+        if free > length:
+            bisect.insort(room, (free - length, number))
+    return packs
+
+
+class ResumableRows(Protocol):
+    """An endless stream of rows whose position is JSON."""
+
+    def __next__(self) -> Row:
+        """Draw a row."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the position."""
+
+    def load(self, state: dict[str, Any], /) -> None:
+        """Go to a position."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    draw: int
+    row: Row
+    length: int
+
+
+class PackStream:
+    """Supervised packs, step by step, from an endless stream of rows.
+
+    Every rank draws and measures every row and so finds the same plan; it processes the pixels of its own
+    packs only.  Rows that have waited longest are packed first.  A row over ``data.max_prompt_tokens`` or
+    ``pack_tokens`` is dropped and counted in ``dropped``.
+
+    Attributes:
+        dropped: Rows dropped so far.
+        fill: Share of the last step's pack space that tokens took.
+    """
+
+    def __init__(
+        self,
+        stream: ResumableRows,
+        processor: Processor,
+        pack_tokens: int,
+        packs_per_step: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ) -> None:
+        """Set up; nothing is drawn yet.
+
+        Raises:
+            ConfigError: ``packs_per_step`` is not a multiple of ``dp_size``.
+        """
+        if packs_per_step % dp_size:
+            raise ConfigError(
+                f"packs_per_step={packs_per_step} cannot be shared by {dp_size} data-parallel replicas; "
+                f"make it a multiple of {dp_size}"
+            )
+        self.pack_tokens, self.packs_per_step = pack_tokens, packs_per_step
+        self.dropped, self.fill = 0, 0.0
+        self._stream, self._processor = stream, processor
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._waiting: list[_Waiting] = []
+        self._drawn, self._barren = 0, 0
+        self._snapshots: list[tuple[int, dict[str, Any]]] = []  # (rows drawn, position), before each chunk
+
+    def __iter__(self) -> Iterator[list[Pack]]:
+        return self
+
+    def __next__(self) -> list[Pack]:
+        """Return this rank's packs of the next step.
+
+        Raises:
+            RowError: a row cannot be used, or very many rows in a row are too long.
+        """
+        wanted = (self.packs_per_step + LOOKAHEAD) * self.pack_tokens
+        while sum(item.length for item in self._waiting) < wanted:
+            self._draw()
+        lengths = [item.length for item in self._waiting]
+        plan = plan_packs(lengths, self.pack_tokens)[: self.packs_per_step]
+        # Packs of similar attention cost meet in the same micro-step of the replicas.
+        plan.sort(key=lambda members: -sum(lengths[i] ** 2 for i in members))
+        self.fill = sum(lengths[i] for members in plan for i in members) / (self.packs_per_step * self.pack_tokens)
+        packs = [
+            pack(self._processor.encode([self._waiting[i].row for i in members], generation=False))
+            for members in plan[self._dp_rank :: self._dp_size]
+        ]
+        taken = {i for members in plan for i in members}
+        self._waiting = [item for i, item in enumerate(self._waiting) if i not in taken]
+        self._forget_snapshots()
+        return packs
+
+    def state(self) -> dict[str, Any]:
+        """Return the position as JSON: a position of the rows, and which of those drawn since still wait."""
+        start, rows = self._snapshots[0] if self._snapshots else (self._drawn, self._stream.state())
+        return {
+            "rows": copy.deepcopy(rows),
+            "drawn": self._drawn - start,
+            "waiting": [item.draw - start for item in self._waiting],
+            "dropped": self.dropped,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go to a position: draw again what was drawn since, and keep what still waited."""
+        self._stream.load(copy.deepcopy(state["rows"]))
+        self._waiting, self._snapshots, self._drawn = [], [], 0
+        while self._drawn < state["drawn"]:
+            self._draw(keep=set(state["waiting"]))
+        self.dropped = state["dropped"]
+
+    def _draw(self, keep: set[int] | None = None) -> None:
+        """Draw a chunk of rows and let those wait that fit; of them only the draws in ``keep``, if given."""
+        self._snapshots.append((self._drawn, copy.deepcopy(self._stream.state())))
+        drawn = [(draw, next(self._stream)) for draw in range(self._drawn, self._drawn + CHUNK)]
+        self._drawn += CHUNK
+        drawn = [(draw, row) for draw, row in drawn if keep is None or draw in keep]
+        lengths = self._processor.lengths([row for _, row in drawn], generation=False)
+        fitting = [
+            _Waiting(draw, row, length)
+            for (draw, row), length in zip(drawn, lengths, strict=True)
+            if not isinstance(length, TooLongError) and length <= self.pack_tokens
+        ]
+        self._waiting += fitting
+        self.dropped += len(drawn) - len(fitting)
+        self._barren = 0 if fitting else self._barren + 1
+        if self._barren == BARREN and drawn:
+            self._give_up(drawn[-1][1], lengths[-1])
+
+    def _give_up(self, row: Row, length: int | TooLongError) -> NoReturn:
+        problem = f"has {length} tokens" if isinstance(length, int) else length.problem
+        remedy = f"raise data.pack_tokens={self.pack_tokens} or data.max_prompt_tokens"
+        raise TooLongError(row.where, "messages", f"{problem}; so it is with {BARREN * CHUNK} rows in a row", remedy)
+
+    def _forget_snapshots(self) -> None:
+        """Keep those from which the oldest waiting row can be drawn again."""
+        oldest = self._waiting[0].draw if self._waiting else self._drawn
+        while len(self._snapshots) > 1 and self._snapshots[1][0] <= oldest:
+            self._snapshots.pop(0)

@@ -1,0 +1,97 @@
+"""Pictures to patches under one image budget, through the processors of the model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from ovr_megatron.config import DataConfig
+from ovr_megatron.data.positions import Visual
+from ovr_megatron.data.schema import Row, RowError, VideoPart
+from ovr_megatron.model.shape import VisionShape
+
+Video = tuple[np.ndarray, dict[str, Any]]  # uint8[frames, height, width, 3], metadata as vLLM takes it
+
+
+class PixelProcessor:
+    """The image and the video processor of a model folder, held to ``data.min_pixels`` and ``data.max_pixels``.
+
+    Attributes:
+        mm_processor_kwargs: The same budget in the form that vLLM's argument of this name takes.
+    """
+
+    def __init__(self, image_processor: Any, video_processor: Any, vision: VisionShape, config: DataConfig) -> None:
+        """Set the budget on both Hugging Face processors, which are changed in place."""
+        self._image_processor, self._video_processor, self._vision = image_processor, video_processor, vision
+        self._budget = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+        self.mm_processor_kwargs: dict[str, Any] = {"size": size}
+        for processor in (image_processor, video_processor):
+            processor.size = type(processor.size)(**size)  # as an argument it would lose to the folder's numbers
+        if hasattr(video_processor, "cap_pixels_per_frame"):  # Transformers 5.22 turns it on
+            video_processor.cap_pixels_per_frame = False
+            self.mm_processor_kwargs["videos_kwargs"] = {"cap_pixels_per_frame": False}
+
+    def still(self, image: Image.Image) -> Visual:
+        """Return the grid that ``image`` will have."""
+        return Visual((1, *self._grid(image.height, image.width)))
+
+    def moving(self, video: Video) -> Visual:
+        """Return the grid and the time step that ``video`` will have; a last odd frame counts twice."""
+        pixels, metadata = video
+        frames, height, width, _ = pixels.shape
+        step = self._vision.temporal_patch
+        return Visual((-(-frames // step), *self._grid(height, width)), seconds=step / metadata["fps"])
+
+    def patches(
+        self, images: Sequence[Image.Image], videos: Sequence[Video]
+    ) -> tuple[Iterator[np.ndarray], Iterator[np.ndarray]]:
+        """Process all images in one call and all videos in another.
+
+        Returns:
+            float32[patches, patch_dim] of each image, and of each video.
+        """
+        still, moving = iter([]), iter([])  # type: ignore[var-annotated]
+        if images:
+            found = self._image_processor(images=list(images), return_tensors="pt")
+            still = _split(found["pixel_values"], found["image_grid_thw"])
+        if videos:
+            pixels = [pixels for pixels, _ in videos]
+            found = self._video_processor(videos=pixels, do_sample_frames=False, return_tensors="pt")
+            moving = _split(found["pixel_values_videos"], found["video_grid_thw"])
+        return still, moving
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        patch = self._vision.patch
+        height, width = smart_resize(height, width, factor=patch * self._vision.merge, **self._budget)
+        return height // patch, width // patch
+
+
+def stack_frames(frames: Sequence[Image.Image], part: VideoPart, row: Row) -> Video:
+    """Stack the opened frames of a video; its metadata says that they are to be taken as they are.
+
+    Raises:
+        RowError: the frames are not of one size.
+    """
+    sizes = {frame.size for frame in frames}
+    if len(sizes) > 1:
+        found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+        raise RowError(row.where, "video", f"has frames of different sizes ({found})", "make all frames one size")
+    metadata = {
+        "fps": part.fps,
+        "duration": len(frames) / part.fps,
+        "total_num_frames": len(frames),
+        "frames_indices": list(range(len(frames))),
+        "video_backend": "frames",
+        "do_sample_frames": False,
+    }
+    return np.stack([np.asarray(frame) for frame in frames]), metadata
+
+
+def _split(patches: torch.Tensor, grids: torch.Tensor) -> Iterator[np.ndarray]:
+    return iter(np.split(patches.numpy(), np.cumsum(grids.prod(dim=1).numpy())[:-1]))

@@ -1,0 +1,147 @@
+"""Text logic whose traces show backward chaining, subgoals, backtracking and verification, each of them always."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from random import Random
+
+from ovr_megatron.data.puzzle_kind import Kind, Number, Params, Puzzle, box
+from ovr_megatron.data.schema import BOX_REQUEST, TextPart
+
+NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn")
+
+MAX_FAILED = 2  # failed walks that a countdown trace tells
+Order = tuple[str, ...]
+Clue = tuple[str, str, str]  # (relation, who, whom)
+RELATIONS = {
+    "left": "{} stands somewhere left of {}",
+    "beside": "{} stands beside {}",
+    "apart": "{} does not stand beside {}",
+}
+
+
+def _holds(clue: Clue, order: Order) -> bool:
+    relation, who, whom = clue
+    distance = order.index(whom) - order.index(who)
+    return {"left": distance > 0, "beside": abs(distance) == 1, "apart": abs(distance) > 1}[relation]
+
+
+def _fitting(clues: Sequence[Clue], people: Sequence[str]) -> list[Order]:
+    return [order for order in itertools.permutations(people) if all(_holds(clue, order) for clue in clues)]
+
+
+def draw_ordering(rng: Random, params: Params) -> tuple[Order, tuple[Clue, ...]]:
+    """People in a row, and the clues that together leave this order; without any one of them there are more."""
+    people = NAMES[: params["people"]]
+    order = tuple(rng.sample(people, len(people)))
+    pairs = [(a, b) for a, b in itertools.permutations(people, 2)]
+    true = [(relation, a, b) for a, b in pairs for relation in RELATIONS if _holds((relation, a, b), order)]
+    rng.shuffle(true)
+    left, clues = list(itertools.permutations(people)), list[Clue]()
+    while len(left) > 1:
+        clue = true.pop()
+        rest = [other for other in left if _holds(clue, other)]
+        if len(rest) < len(left):
+            left, clues = rest, [*clues, clue]
+    for clue in list(clues):
+        others = [other for other in clues if other != clue]
+        if len(_fitting(others, people)) == 1:
+            clues = others
+    return order, tuple(sorted(clues))
+
+
+def tell_ordering(problem: tuple[Order, tuple[Clue, ...]], rng: Random, params: Params) -> Puzzle:
+    """Find the place of one person: fit all clues but the last, then try what is left."""
+    order, clues = problem[0], rng.sample(problem[1], len(problem[1]))
+    wanted, last = rng.choice(order), len(clues)
+    place = order.index(wanted) + 1
+    said = " ".join(f"({i}) {RELATIONS[relation].format(a, b)}." for i, (relation, a, b) in enumerate(clues, 1))
+    question = f"{', '.join(sorted(order))} stand in a row. {said} At which place from the left does {wanted} stand?"
+    rows = _fitting(clues[:-1], sorted(order))
+    failed = "".join(f"Try {', '.join(row)}: ({last}) fails. Wait, go back. " for row in rows if row != order)
+    checked = ", ".join(f"({i}) holds" for i in range(1, last + 1))
+    thinking = (
+        f"I want the place of {wanted}, so I work back: for it I need a row that fits every clue. "
+        f"First goal: rows that fit all clues but ({last}). There are {len(rows)}. Next goal: test them. {failed}"
+        f"Try {', '.join(order)}: ({last}) holds. Let me check: {checked}. {wanted} is at place {place}. "
+    )
+    return Puzzle((TextPart(f"{question} {BOX_REQUEST}"),), box(thinking, place), str(place))
+
+
+Step = tuple[str, int]  # (operation, number)
+
+
+def _undo(step: Step, value: int) -> int | None:
+    """The positive number that ``step`` turns into ``value``, None if there is none."""
+    operation, number = step
+    if operation == "*":
+        return value // number if value % number == 0 else None
+    before = value - number if operation == "+" else value + number
+    return before if before > 0 else None
+
+
+def _work_back(order: Sequence[Step], target: int) -> list[int | None]:
+    """The numbers before the last step, the one before it, and so on; ends with None where a step cannot be undone."""
+    values: list[int | None] = []
+    value: int | None = target
+    for step in reversed(order):
+        value = _undo(step, value) if value is not None else None
+        values.append(value)
+        if value is None:
+            break
+    return values
+
+
+def draw_countdown(rng: Random, params: Params) -> tuple[int, tuple[Step, ...], int]:
+    """A start, steps and a target that some orders of the steps reach, all with one number before the last step."""
+    while True:
+        start = rng.randint(2, 9)
+        steps = tuple((rng.choice("+-*"), rng.randint(2, 9)) for _ in range(params["steps"]))
+        value: int = start
+        for operation, number in steps:
+            value = {"+": value + number, "-": value - number, "*": value * number}[operation]
+        walks = [_work_back(order, value) for order in itertools.permutations(steps)]
+        reaching = {walk[0] for walk in walks if walk[-1] == start}
+        if len(reaching) == 1 and 0 < value < 200 and any(walk[-1] != start for walk in walks):
+            return start, tuple(sorted(steps)), value
+
+
+def tell_countdown(problem: tuple[int, tuple[Step, ...], int], rng: Random, params: Params) -> Puzzle:
+    """Find the number before the last step by working back from the target."""
+    start, steps, target = problem
+    orders = list(itertools.permutations(steps))
+    rng.shuffle(orders)
+    reaching = [order for order in orders if _work_back(order, target)[-1] == start]
+    failing = [order for order in orders if order not in reaching]
+    listed = ", ".join(operation + str(number) for operation, number in steps)
+    question = (
+        f"Start at {start}. Use each of the steps {listed} once, in some order, to reach {target}. "
+        f"Which number stands before the last step? {BOX_REQUEST}"
+    )
+    walks = dict.fromkeys(_told_walk(order, start, target) for order in failing)
+    told = "".join(f"{walk} Wait, go back. " for walk in list(walks)[:MAX_FAILED])
+    good = reaching[0]
+    numbers = [*reversed(_work_back(good, target)), target]
+    forward = ", ".join(f"{a}{op}{n}={b}" for a, (op, n), b in zip(numbers, good, numbers[1:], strict=False))
+    thinking = (
+        f"I want {target}, so I work back from it. First goal: the last step. Next goal: the steps before. "
+        f"{told}{_told_walk(good, start, target)} Let me check: {forward}. "
+    )
+    answer = numbers[-2]
+    assert answer is not None, "a reaching order can be undone"
+    return Puzzle((TextPart(question),), box(thinking, answer), str(answer))
+
+
+def _told_walk(order: Sequence[Step], start: int, target: int) -> str:
+    walk = _work_back(order, target)
+    told = [
+        f"undo {operation}{number}: {'impossible' if value is None else value}"
+        for (operation, number), value in zip(reversed(order), walk, strict=False)
+    ]
+    end = "" if walk[-1] is None else ", the start" if walk[-1] == start else f", not {start}"
+    return f"Try to {', '.join(told)}{end}."
+
+
+ORDERING = Kind(draw_ordering, tell_ordering, {"people": Number(4, 3, len(NAMES))})
+COUNTDOWN = Kind(draw_countdown, tell_countdown, {"steps": Number(3, 3, 5)})

@@ -1,0 +1,120 @@
+"""Generated problems with reasoning traces and verifiable answers: ``puzzle:KIND?parameter=value&...``.
+
+Row ``i`` is a function of the kind, its parameters and ``i`` alone.  A kind draws a problem and then tells
+it, as a text or as a picture.  One problem in sixteen, chosen by its hash, is held out: the train split of
+no task and no form ever shows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from random import Random
+from typing import Any
+from urllib.parse import parse_qsl
+
+from ovr_megatron.config import ConfigError
+from ovr_megatron.data.puzzle_grids import DIGITS, SHAPES_COUNT
+from ovr_megatron.data.puzzle_kind import Kind, Number, Params
+from ovr_megatron.data.puzzle_logic import COUNTDOWN, ORDERING
+from ovr_megatron.data.schema import ENDLESS, Message, Row, TextPart
+
+HELD_OUT_SHARE = 16
+
+KINDS: dict[str, Kind] = {
+    "digits": DIGITS,
+    "shapes": SHAPES_COUNT,
+    "ordering": ORDERING,
+    "countdown": COUNTDOWN,
+}
+
+GENERAL: dict[str, Number | tuple[str, ...]] = {
+    "seed": Number(1, 0, 2**31),
+    "split": ("train", "heldout"),
+    "answered": Number(1, 0, 1),
+    "count": Number(1000, 1, 10**6),
+}
+
+
+class PuzzleSource:
+    """Rows of one kind: endless in the train split, ``count`` distinct problems in the held-out one."""
+
+    def __init__(self, path: str, kind: str, params: Params, name: str | None = None) -> None:
+        """Use `open_puzzle`, which checks ``params``; ``name`` labels the rows."""
+        self._path, self._kind, self._params = path, KINDS[kind], params
+        self._label = name or "/".join(["puzzle:" + kind] + [params[key] for key in ("task", "form") if key in params])
+        told = sorted((key, value) for key, value in params.items() if key not in ("form", "answered", "count"))
+        self._seed = f"{kind}{told}"
+        self._held_out = self._draw_held_out(kind) if params["split"] == "heldout" else None
+
+    def __len__(self) -> int:
+        """Return `ENDLESS` or the size of the held-out set."""
+        return ENDLESS if self._held_out is None else len(self._held_out)
+
+    def __getitem__(self, index: int) -> Row:
+        """Return row ``index``; a prompt row if ``answered=0``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        rng = Random(f"{self._seed}#{index}")
+        problem = self._draw(rng, held_out=False) if self._held_out is None else self._held_out[index]
+        puzzle = self._kind.tell(problem, rng, self._params)
+        messages = [Message("user", puzzle.parts)]
+        if self._params["answered"]:
+            messages.append(Message("assistant", (TextPart(puzzle.response),)))
+        where = f"{self._path}#{index}"
+        return Row(tuple(messages), puzzle.answer, source=self._label, id=f"{self._label}#{index}", where=where)
+
+    def _draw(self, rng: Random, held_out: bool) -> Hashable:
+        for _ in range(10_000):
+            problem = self._kind.draw(rng, self._params)
+            if is_held_out(problem) == held_out:
+                return problem
+        raise ConfigError(f"{self._path}: too few problems for this split; widen the parameters")
+
+    def _draw_held_out(self, kind: str) -> Sequence[Hashable]:
+        """Draw ``count`` distinct held-out problems; every task and form of a kind sees the same ones."""
+        rng, found = Random(f"{kind}#{self._params['seed']}"), dict[Hashable, None]()
+        for _ in range(100 * HELD_OUT_SHARE * self._params["count"]):
+            problem = self._draw(rng, held_out=True)
+            found[problem] = None
+            if len(found) == self._params["count"]:
+                return tuple(found)
+        remedy = f"set count={len(found)} or less, or widen the other parameters"
+        raise ConfigError(f"{self._path}: only {len(found)} held-out problems found; {remedy}")
+
+
+def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
+    """Open ``puzzle:KIND?parameter=value&...``.
+
+    Raises:
+        ConfigError: the kind or a parameter is unknown, or a value is out of bounds.
+    """
+    kind, _, query = path.removeprefix("puzzle:").partition("?")
+    if kind not in KINDS:
+        raise ConfigError(f"{path}: no such kind of puzzle; choose one of {', '.join(KINDS)}")
+    known = GENERAL | dict(KINDS[kind].parameters)
+    params: dict[str, Any] = {k: v[0] if isinstance(v, tuple) else v.default for k, v in known.items()}
+    for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
+        if key not in known:
+            raise ConfigError(f"{path}: parameter {key!r} is unknown; {kind} takes {', '.join(known)}")
+        params[key] = _value(path, key, text, known[key])
+    return PuzzleSource(path, kind, params, name)
+
+
+def is_held_out(problem: Hashable) -> bool:
+    """True for the one problem in `HELD_OUT_SHARE` that no train split shows."""
+    return int.from_bytes(hashlib.sha256(repr(problem).encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
+
+
+def _value(path: str, key: str, text: str, known: Number | tuple[str, ...]) -> Any:
+    if isinstance(known, tuple):
+        if text not in known:
+            raise ConfigError(f"{path}: {key}={text!r} is unknown; choose one of {', '.join(known)}")
+        return text
+    try:
+        value = type(known.default)(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {key}={text!r} is not a number") from error
+    if not known.low <= value <= known.high:
+        raise ConfigError(f"{path}: {key}={text} must lie in {known.low}..{known.high}")
+    return value

@@ -1,0 +1,252 @@
+"""Sources of rows: JSONL, JSON and parquet files, folders of them, data sets of the hub, generated puzzles.
+
+JSONL, parquet and hub data go through ``datasets``: memory-mapped, a row is decoded when it is asked for.
+JSONL is read as lines of text, so that rows may differ in form and an error can name its line.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
+from ovr_megatron.data.formats import READERS, detect
+from ovr_megatron.data.images import load_media
+from ovr_megatron.data.puzzles import open_puzzle
+from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
+
+SUFFIXES = (".jsonl", ".parquet", ".json")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_source(config: SourceConfig) -> RowSource:
+    """Open the source that ``config.path`` names.
+
+    Raises:
+        RowError: there is no such file or data set, it is empty or unreadable, or its form is unknown.
+        ConfigError: a parameter of a puzzle is unknown or has a wrong value.
+    """
+    if config.path.startswith("puzzle:"):
+        return open_puzzle(config.path, config.name)
+    path = Path(config.path).expanduser()
+    tables = _open_path(path) if path.exists() else [_open_hub(config.path)]
+    folder = path if path.is_dir() else path.parent if path.exists() else Path.cwd()
+    root = Path(config.image_root).expanduser() if config.image_root else folder
+    return TableRows(tables, config.format, root, config.name)
+
+
+def validate(source: RowSource, config: DataConfig) -> int:
+    """Walk every row of ``source``, open every image, and return the number of rows.
+
+    Raises:
+        RowError: the first row that cannot be used.
+        ConfigError: the source is endless.
+    """
+    if len(source) >= ENDLESS:
+        raise ConfigError("an endless source cannot be walked; validate files, folders and hub data sets only")
+    for index in range(len(source)):
+        load_media(source[index], config)
+    return len(source)
+
+
+class Table(Protocol):
+    """Decoded objects by index, and the names under which errors and statistics know them."""
+
+    label: str
+
+    def __len__(self) -> int:
+        """Return the number of objects."""
+
+    def where(self, index: int) -> str:
+        """Return the place of object ``index``."""
+
+    def raw(self, index: int) -> Any:
+        """Return object ``index`` as decoded from the file."""
+
+
+class TableRows:
+    """The rows of one or more tables, one after the other; parsed when they are asked for."""
+
+    def __init__(self, tables: Sequence[Table], format: str, image_root: Path, name: str | None) -> None:
+        """Join ``tables``; ``format`` 'auto' looks at the first object of each; ``name`` labels every row."""
+        self._tables = tables
+        self._ends = list(itertools.accumulate(len(table) for table in tables))
+        self._root, self._name = image_root, name
+        self._readers = [READERS[detect(t.raw(0), t.where(0)) if format == "auto" else format] for t in tables]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Row:
+        """Return row ``index``; raises `RowError` if it cannot be used, `IndexError` past the end."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        table, local = self._tables[number], int(index) - (self._ends[number - 1] if number else 0)
+        row = self._readers[number](table.raw(local), table.where(local), self._root)
+        return replace(row, source=self._name or row.source or table.label)
+
+
+class LineTable:
+    """A JSONL file, held as lines; blank lines are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file at ``path``."""
+        self._path, self.label = path, _label(path)
+        self._lines = _load(str(path), "text", data_files=[str(path)], encoding="utf-8-sig")
+        filled = pc.not_equal(self._lines.data.column("text"), "").to_numpy()
+        self._numbers = np.flatnonzero(filled)
+
+    def __len__(self) -> int:
+        """Return the number of lines that are not blank."""
+        return len(self._numbers)
+
+    def where(self, index: int) -> str:
+        """Return ``file:line``."""
+        return f"{self._path}:{self._numbers[index] + 1}"
+
+    def raw(self, index: int) -> Any:
+        """Decode line ``index``."""
+        line = self._lines[int(self._numbers[index])]["text"]
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise RowError(
+                self.where(index),
+                "",
+                f"is not JSON ({error}): {line[:60]!r}",
+                "write one JSON object a line, or remove the line",
+            ) from error
+
+
+class ArrowTable:
+    """A table of ``datasets``; images stay encoded."""
+
+    def __init__(self, name: str, label: str, dataset: datasets.Dataset) -> None:
+        """Hold ``dataset``, which errors call ``name`` and statistics ``label``."""
+        self._name, self.label = name, label
+        self._dataset = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._dataset)
+
+    def where(self, index: int) -> str:
+        """Return ``name[row]``."""
+        return f"{self._name}[{index}]"
+
+    def raw(self, index: int) -> Any:
+        """Return row ``index`` as Python objects."""
+        return self._dataset[index : index + 1].to_pylist()[0]
+
+
+class ListTable:
+    """A JSON file with one array of objects."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file at ``path``."""
+        self._path, self.label = path, _label(path)
+        try:
+            self._rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            remedy = "give one array of objects; a file with one object a line must be named .jsonl"
+            raise RowError(str(path), "", f"is not JSON ({error})", remedy) from error
+        if not isinstance(self._rows, list):
+            raise RowError(str(path), "", f"holds a {type(self._rows).__name__}", "give one array of objects")
+
+    def __len__(self) -> int:
+        """Return the number of objects."""
+        return len(self._rows)
+
+    def where(self, index: int) -> str:
+        """Return ``file[index]``."""
+        return f"{self._path}[{index}]"
+
+    def raw(self, index: int) -> Any:
+        """Return object ``index``."""
+        return self._rows[index]
+
+
+def _open_path(path: Path) -> list[Table]:
+    if path.is_file():
+        files = [path]
+    elif (path / "dataset_info.json").is_file():
+        return [_filled(ArrowTable(str(path), _label(path), datasets.load_from_disk(str(path))), path)]
+    else:
+        found = ([f for f in sorted(path.iterdir()) if f.suffix == suffix] for suffix in SUFFIXES)
+        files = next((group for group in found if group), [])
+    if not files:
+        raise RowError(str(path), "", f"has no {', '.join(SUFFIXES)} file", "name a file, or a folder with such files")
+    return [_filled(_open_file(file), file) for file in files]
+
+
+def _open_file(path: Path) -> Table:
+    if path.suffix == ".jsonl":
+        if path.stat().st_size == 0:
+            raise RowError(str(path), "", "is empty", "give at least one row")
+        return LineTable(path)
+    if path.suffix == ".parquet":
+        return ArrowTable(str(path), _label(path), _load(str(path), "parquet", data_files=[str(path)]))
+    if path.suffix == ".json":
+        return ListTable(path)
+    raise RowError(str(path), "", "has an unknown suffix", f"use one of {', '.join(SUFFIXES)}")
+
+
+def _filled(table: Table, path: Path) -> Table:
+    if len(table) == 0:
+        raise RowError(str(path), "", "has no rows", "give at least one row")
+    return table
+
+
+def _open_hub(path: str) -> Table:
+    name, _, query = path.partition("?")
+    if not _HUB_NAME.fullmatch(name) or Path(name).suffix in SUFFIXES:
+        raise RowError(path, "", "there is no such file or folder", "correct data.sources[].path")
+    options = dict(parse_qsl(query))
+    unknown = sorted(set(options) - {"split", "config"})
+    if unknown:
+        raise ConfigError(f"{path}: {unknown[0]!r} is not known; a hub name takes ?split=..&config=..")
+    split = options.get("split", "train")
+    return ArrowTable(name, name, _load(path, name, name=options.get("config"), split=split))
+
+
+def _load(where: str, builder: str, split: str = "train", **options: Any) -> datasets.Dataset:
+    datasets.disable_progress_bars()  # every rank would show its own
+    try:
+        return datasets.load_dataset(builder, split=split, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            where, remedy = f"{where}:{_undecodable_line(Path(where))}", "convert the file to UTF-8"
+        else:
+            remedy = "write the file anew"
+        raise RowError(where, "", f"cannot be read ({cause})", remedy) from error
+    except (OSError, ValueError) as error:
+        remedy = "correct data.sources[].path (a file, or owner/name?split=..&config=.. of the hub) or go online"
+        raise RowError(where, "", f"cannot be loaded ({error})", remedy) from error
+
+
+def _undecodable_line(path: Path) -> int:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError:
+            return number
+    return 0
+
+
+def _label(path: Path) -> str:
+    """``folder/stem`` of a file: what statistics call its rows."""
+    return f"{path.resolve().parent.name}/{path.stem}"

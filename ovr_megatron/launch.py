@@ -1,0 +1,45 @@
+"""From a command line to a checked configuration: Hydra composes, the dataclasses judge, errors become one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from ovr_megatron.checkpoint.manifest import CheckpointError
+from ovr_megatron.config import ConfigError, build, defaults
+from ovr_megatron.data.processing import TemplateError
+from ovr_megatron.data.schema import RowError
+from ovr_megatron.model.shape import ShapeError
+from ovr_megatron.weights.folder import WeightError
+from ovr_megatron.weights.table import LayoutError
+
+USER_ERRORS = (ConfigError, RowError, TemplateError, ShapeError, WeightError, LayoutError, CheckpointError)
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def launch(schema: type, recipe: str, run: Callable[[Any], None]) -> None:
+    """Run ``run`` on the configuration that the command line asks for.
+
+    Args:
+        schema: root dataclass; its defaults stand below every recipe under the name ``defaults``.
+        recipe: file under ``recipes/`` used when ``--config-name`` is not given.
+        run: receives the checked configuration.  A user's mistake ends the process with one sentence and code 2.
+    """
+    ConfigStore.instance().store(name="schema", node=defaults(schema))
+    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled"]
+
+    @hydra.main(version_base=None, config_path=str(RECIPES), config_name=recipe)
+    def main(values: DictConfig) -> None:
+        try:
+            run(build(schema, values))
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    main()

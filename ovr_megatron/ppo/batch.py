@@ -1,0 +1,78 @@
+"""One iteration's batch on this rank: responses, their samples, and packs with per-token arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ovr_megatron.data.packing import Pack, pack, plan_packs
+from ovr_megatron.data.processing import Sample
+from ovr_megatron.model.qwen25vl import Scores
+from ovr_megatron.ppo.maths import Ragged
+
+
+@dataclass
+class Response:
+    """What the engine answered to prompt number ``prompt`` of the iteration, and its grade.
+
+    ``logprobs`` [n] are the engine's own, of the ``tokens`` [n], the end token included if it ``stopped``.
+    """
+
+    prompt: int
+    tokens: list[int]
+    logprobs: np.ndarray
+    stopped: bool
+    text: str
+    reward: float = 0.0
+    verdict: str = ""
+
+
+def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int]:
+    """Sampling seeds of a prompt's responses, a function of these numbers alone; consecutive, below 2^31."""
+    first = int(np.random.SeedSequence([run_seed, iteration, prompt]).generate_state(1)[0]) >> 2
+    return list(range(first, first + count))
+
+
+class Batch:
+    """Prompt-and-response samples of this data-parallel rank, in order, cut into packs on demand."""
+
+    def __init__(self, samples: Sequence[Sample], response_lengths: Sequence[int], pack_tokens: int):
+        self.samples, self.pack_tokens = samples, pack_tokens
+        self.lengths = list(response_lengths)
+
+    def __len__(self) -> int:
+        """Number of responses."""
+        return len(self.samples)
+
+    def packs(self, members: Sequence[int], **arrays: Ragged) -> tuple[list[Pack], list[list[int]]]:
+        """Packs of the responses ``members`` with ``arrays`` [n per response] laid beside their labels.
+
+        Returns:
+            The packs, and for each the responses in it in order.
+        """
+        plan = plan_packs([len(self.samples[i]) for i in members], self.pack_tokens)
+        layout = [[members[k] for k in chosen] for chosen in plan]
+        packs = [
+            pack(
+                [self.samples[i] for i in chosen],
+                [{name: values[i].astype(np.float32) for name, values in arrays.items()} for i in chosen],
+            )
+            for chosen in layout
+        ]
+        return packs, layout
+
+    def unpack(self, found: Sequence[Tensor], layout: Sequence[Sequence[int]]) -> Ragged:
+        """Per-response arrays [n] of the scored rows of packs; inverse of `packs`."""
+        arrays: dict[int, np.ndarray] = {}
+        for values, chosen in zip(found, layout, strict=True):
+            cuts = np.cumsum([self.lengths[i] for i in chosen])[:-1]
+            arrays.update(zip(chosen, np.split(values.double().cpu().numpy(), cuts), strict=True))
+        return [arrays[i] for i in sorted(arrays)]
+
+
+def scored(scores: Scores, pack_: Pack, name: str) -> Tensor:
+    """The array ``name`` of a pack at its scored rows [n]."""
+    return pack_.extras[name][scores.rows]

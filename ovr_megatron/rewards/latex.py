@@ -1,0 +1,140 @@
+r"""Answers as text: the last ``\boxed{}`` of a response, and one plain form for the many spellings of LaTeX.
+
+Everything here is string work in linear or bounded time; nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+MAX_ANSWER = 1000
+"""Characters of a box that are looked at; a longer one is no final answer."""
+
+_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\\\(?=[{}])|\\[{}]|(?P<open>\{)|(?P<close>\})")
+_STYLES = r"rm|bf|it|sf|tt|em|displaystyle|textstyle|limits|nolimits|left|right|[bB]igg?[lrm]?"
+_WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|bb|cal|normal)|operatorname\*?|mbox|hbox"
+    r"|boldsymbol|bm|boxed|fbox|emph|underline)\s*\{"
+)
+_FUNCTIONS = r"arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp"
+
+_SYMBOLS = str.maketrans(
+    {
+        "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ",  # noqa: RUF001
+        "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ",  # noqa: RUF001
+        "±": r"\pm ", "≈": r"\approx ", "°": r"^\circ ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4",
+        "€": "", "£": "", "¥": "", "`": "", '"': "", "“": "", "”": "", "。": ".", "、": ",",
+    }
+)  # fmt: skip
+
+# In order.  First what only dresses the answer, then one spelling for each operator.
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<!\\),\s*\\!\s*", ","),
+        (r"(?<!\\)\\!", ""),
+        (r"\\hspace\*?\{[^{}]*\}|\\q?quad(?![a-zA-Z])|(?<!\\)\\[,;:> ]|~|\s+", " "),
+        (rf"\\(?:{_STYLES})(?![a-zA-Z])", " "),
+        (r"\\\$|\$|\\textdollar(?![a-zA-Z])|(?<!\\)\\[()\[\]]", " "),
+        (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z]))(?:\s*[CF](?![a-zA-Z]))?", " "),
+        (r"\\%|(?<![a-zA-Z])per ?cent(?:age)?(?: points?)?(?![a-zA-Z])", "%"),
+        (r"\*\*(?=\w)(?<=\w\*\*)", "^"),
+        (r"\*\*", ""),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+        (r"√ ?(\d+|[a-z])", r"\\sqrt{\1}"),
+        (r"(?:√|(?<![\\a-zA-Z])sqrt) ?\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![\\a-zA-Z])(pi|infty)(?![a-zA-Z])", r"\\\1 "),
+        (rf"(?<![\\a-zA-Z])({_FUNCTIONS})(?![a-zA-Z])", r"\\\1 "),
+        (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
+        (r"\\times(?![a-zA-Z])|\*", r"\\cdot "),
+        (r"\\leq(?:slant)?(?![a-zA-Z])|<=", r"\\le "),
+        (r"\\geq(?:slant)?(?![a-zA-Z])|>=", r"\\ge "),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\{\s*,\s*\}", ","),
+        (r"\s*([\^_])\s*", r"\1"),
+        (r"([\^_])\{\s*(\w)\s*\}", r"\1\2"),
+        (r"\s+", " "),
+    )
+]
+_THOUSANDS = re.compile(
+    r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])"  # 10,080 but no pair (1,234)
+    r"|(?<![\d.] )(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])"  # 12 000
+)
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹]+")
+
+
+def last_box(response: str) -> str | None:
+    r"""Content of the last ``\boxed{...}``; None without one, or where the last one is never closed.
+
+    Braces are balanced and escaped braces skipped.  For a box within a box the outer one counts.
+    """
+    start = response.find("\\boxed")
+    if start < 0:
+        return None
+    stack: list[int] = []
+    closed: list[tuple[int, int]] = []
+    last = -1
+    for token in _BRACES.finditer(response, start):
+        if token["box"]:
+            last = token.end()
+            stack.append(last)
+        elif token["open"]:
+            stack.append(-1)
+        elif token["close"] and stack:
+            opened = stack.pop()
+            if opened >= 0:
+                closed.append((opened, token.start()))
+    around = [(opened, end) for opened, end in closed if 0 <= opened <= last <= end]
+    if not around:
+        return None
+    opened, end = min(around)
+    return response[opened:end]
+
+
+def closing(text: str, start: int) -> int:
+    """Index of the brace that closes the group whose content begins at ``start``, or -1."""
+    depth = 1
+    for token in _BRACES.finditer(text, start):
+        depth += bool(token["box"] or token["open"]) - bool(token["close"])
+        if depth == 0:
+            return token.start()
+    return -1
+
+
+def _unwrap(text: str) -> str:
+    while wrapper := _WRAPPER.search(text):
+        end = closing(text, wrapper.end())
+        inside, after = (text[wrapper.end() : end], text[end + 1 :]) if end >= 0 else (text[wrapper.end() :], "")
+        text = f"{text[: wrapper.start()]} {inside} {after}"
+    return text
+
+
+@lru_cache(maxsize=8192)
+def clean(text: str) -> str:
+    r"""``text`` without what does not decide: ``\text{}`` and fonts, spacing, ``$``, degrees, thousands commas.
+
+    One spelling is left of each fraction, root, product sign and comparison.  Single spaces stay, because
+    they part a number from its unit.  Percent signs stay too: `ovr_megatron.rewards.quantity` reads them.
+    """
+    text = _SUPERSCRIPT.sub(lambda power: f"^{{{power.group()}}}", text.translate(_SYMBOLS))
+    text = _unwrap(unicodedata.normalize("NFKC", text).replace("\u2044", "/"))
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = text.lstrip(" ,;:=").rstrip(" .,;:")
+    if text.startswith("{") and closing(text, 1) == len(text) - 1:
+        text = text[1:-1].strip()
+    if not text.startswith(("(", "[", "\\{")):
+        text = _THOUSANDS.sub(lambda number: re.sub("[, ]", "", number.group()), text)
+    return text
+
+
+def key(text: str) -> str:
+    """`clean` without any space: equal keys mean the same text."""
+    return clean(text).replace(" ", "")

@@ -1,0 +1,55 @@
+"""What goes into a grader and what comes out; free of SymPy, so that a trainer can hold it cheaply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a verdict is what it is; `RIGHT` holds those that earn the reward."""
+
+    LETTER = "letter of the right option"
+    CONTENT = "content of the right option"
+    TEXT = "same text"
+    NUMBER = "same number"
+    MATH = "equal by math-verify"
+    NO_BOX = "no box"
+    EMPTY_BOX = "empty box"
+    LONG_BOX = "box too long"
+    OTHER_OPTION = "another option"
+    SEVERAL_OPTIONS = "several options"
+    CONTRADICTION = "letter and content name different options"
+    DIFFERENT = "different"
+    TIMEOUT = "timeout"
+    CRASH = "grader crashed"
+
+
+RIGHT = frozenset({Reason.LETTER, Reason.CONTENT, Reason.TEXT, Reason.NUMBER, Reason.MATH})
+
+
+@dataclass(frozen=True)
+class GradeRequest:
+    """A response, its reference answer (a letter, the content of an option, or a value) and the options, if any."""
+
+    response: str
+    answer: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one request; ``box`` is what was graded (None without a box, a timeout or a crash)."""
+
+    reason: Reason
+    box: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        """Whether the reason is one of `RIGHT`."""
+        return self.reason in RIGHT
+
+    @property
+    def reward(self) -> float:
+        """1.0 for a right answer, else 0.0 (recipe: no format reward)."""
+        return float(self.correct)

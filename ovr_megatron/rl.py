@@ -1,0 +1,190 @@
+"""Stage 2: multimodal PPO with verifiable rewards, vLLM in the trainer's own processes (paper, section 3.2).
+
+``python -m ovr_megatron.rl --config-name tiny_rl run.dir=RUN model.path=COLD_START``; under ``torchrun`` or ``srun``
+for more than one process.  The same command on the same run folder goes on where the run ended.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ovr_megatron import config as configuration
+from ovr_megatron.checkpoint import store
+from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.config import RLConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import Row
+from ovr_megatron.data.stream import RowStream, open_stream
+from ovr_megatron.engine import Engine
+from ovr_megatron.launch import launch
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.ppo.iteration import Learner, Outcome, iterate
+from ovr_megatron.rewards.pool import GraderPool
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.progress import Progress
+from ovr_megatron.runtime.runlog import RunLog
+from ovr_megatron.runtime.stop import StopRequest
+from ovr_megatron.weights.folder import WeightFolder
+
+PICTURES_PER_ITERATION = 2
+
+
+def train(config: RLConfig, world: World) -> Path:
+    """Run every iteration, from the newest checkpoint if there is one; returns the last checkpoint's folder."""
+    run = Path(config.run.dir)
+    source = store.weights_of(config.model.path)
+    processor = Processor(source, config.data)
+    stream = open_stream(config.data, config.run.seed)
+    policy, critic = build_engines(config, source, world)
+    found = store.find(run / "checkpoints", world)
+    if found:
+        store.restore(found, {"policy": policy, "critic": critic})
+        stream.load(found.state["prompts"])
+    rollout = build_rollout(config, source, processor, policy)
+    first = last = found.step if found else 0
+    stop = StopRequest()
+    log = RunLog(run, "train", first) if world.is_main else None
+    if world.is_main:
+        configuration.save(config, run / "config.yaml")
+        write_companions(source, run / "companions", processor)
+
+    with (
+        GraderPool(config.reward.workers, config.reward.timeout_s) as grader,
+        Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress,
+    ):
+        learner = Learner(config, world, processor, policy, critic, rollout, grader)
+        for iteration in range(first, config.iterations):
+            outcome = iterate(learner, next_prompts(stream, processor, config.prompts), iteration)
+            record(run, iteration, outcome, world)
+            if log:
+                log.scalars(iteration, outcome.metrics)
+                warn(outcome.metrics, iteration, config)
+            shown = outcome.metrics
+            progress.update(reward=f"{shown['reward/mean']:.3f}", length=f"{shown['response/length']:.0f}")
+            done = iteration + 1
+            stopping = stop.asked()
+            if done % config.run.save_every == 0 or done == config.iterations or stopping:
+                engines = {"policy": policy, "critic": critic}
+                state = {"prompts": stream.state()}
+                store.save(run / "checkpoints", done, engines, run / "companions", state, world)
+                store.prune(run / "checkpoints", config.run.keep_last if world.is_main else 0)
+                last = done
+            if stopping:
+                break
+    if log:
+        log.close()
+    return run / "checkpoints" / f"step_{last:06d}"
+
+
+def build_engines(config: RLConfig, source: Path, world: World) -> tuple[Engine, Engine]:
+    """The policy, and the critic that starts from the same weights with a fresh value head."""
+    shape = ModelShape.from_hf(source)
+    policy = Engine(shape, config.model, config.parallel, world)
+    policy.with_optimizer(config.optimizer, config.iterations).load(WeightFolder(source))
+    critic = Engine(shape, config.model, config.parallel, world, critic=True)
+    critic.with_optimizer(config.critic.optimizer, config.iterations * config.algorithm.critic_steps)
+    start = store.weights_of(config.critic.path, "critic") if config.critic.path else source
+    critic.load(WeightFolder(start), config.critic.head_init, seed=config.run.seed)
+    return policy, critic
+
+
+def build_rollout(config: RLConfig, source: Path, processor: Processor, policy: Engine) -> RolloutEngine:
+    """vLLM on this rank, with the policy's live weights; both sides ban the same ids."""
+    rollout = RolloutEngine(
+        source,
+        config.rollout,
+        processor,
+        config.model.dtype,
+        max_model_len=config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum),
+    )
+    policy.module.sample_from(rollout.banned, config.rollout.temperature)
+    rollout.update(policy.weights())
+    return rollout
+
+
+def next_prompts(stream: RowStream, processor: Processor, count: int) -> list[Row]:
+    """The next ``count`` prompts; those over ``data.max_prompt_tokens`` are dropped."""
+    rows: list[Row] = []
+    while len(rows) < count:
+        drawn = list(islice(stream, count - len(rows)))
+        lengths = processor.lengths(drawn, generation=True)
+        rows += [row for row, length in zip(drawn, lengths, strict=True) if isinstance(length, int)]
+    return rows
+
+
+def record(run: Path, iteration: int, outcome: Outcome, world: World) -> None:
+    """Append every response to ``rollouts/``, with the pictures of a few prompts."""
+    mine = [] if world.groups.tp.rank() else lines(run, iteration, outcome)
+    everything: list[list[dict]] | None = [[] for _ in range(world.size)] if world.is_main else None
+    dist.gather_object(mine, everything)
+    if everything is not None:
+        path = run / "rollouts" / f"{iteration:06d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for part in everything for line in part))
+
+
+def lines(run: Path, iteration: int, outcome: Outcome) -> list[dict]:
+    """One JSON object for each response of this rank."""
+    prompts = outcome.prompts
+    assert prompts is not None
+    pictured: dict[int, str] = {}
+    found = []
+    for r, advantage in zip(outcome.responses, outcome.advantages, strict=True):
+        sample, row = prompts.sample(r.prompt), prompts.rows[r.prompt]
+        if sample.images and r.prompt not in pictured and len(pictured) < PICTURES_PER_ITERATION:
+            name = f"rollouts/images/{iteration:06d}_{r.prompt}.png"
+            (run / name).parent.mkdir(parents=True, exist_ok=True)
+            sample.images[0].save(run / name)
+            pictured[r.prompt] = name
+        found.append(
+            {
+                "iteration": iteration,
+                "prompt": row.messages[-1].text,
+                "response": r.text,
+                "reward": r.reward,
+                "verdict": r.verdict,
+                "answer": row.answer,
+                "source": row.source,
+                "tokens": len(r.tokens),
+                "stopped": r.stopped,
+                "advantage_mean": advantage,
+                "image": pictured.get(r.prompt),
+            }
+        )
+    return found
+
+
+def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
+    """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
+    mismatch = metrics.get("rollout/mismatch_max", 0.0)
+    if mismatch > config.rollout.mismatch_warning:
+        print(f"warning: iteration {iteration}: rollout and trainer differ by {mismatch:.2e}", file=sys.stderr)
+    if iteration == 0 and metrics["critic/value_std"] > 1:
+        spread = metrics["critic/value_std"]
+        print(f"warning: initial values have a standard deviation of {spread:.1f}: see critic.head_init", file=sys.stderr)
+
+
+def run(config: RLConfig) -> None:
+    """Join the process group, train, and say where the result lies."""
+    world = distributed.start(config.parallel, config.run.seed, config.run.threads)
+    result: Sequence[object] | Path = train(config, world)
+    if world.is_main:
+        print(f"rl: {result}", flush=True)
+    distributed.finish()
+
+
+def main() -> None:
+    """Entry point; the recipe is chosen with ``--config-name`` and changed with ``key=value``."""
+    launch(RLConfig, "rl_7b_64gpu", run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""vLLM as part of the trainer's process: start, take live weights, generate, sleep.
+
+One engine runs on every rank (``external_launcher``): groups of ``rollout.tp`` neighbouring ranks hold one copy
+of the model, must be given the same prompts and return the same responses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm import LLM
+from vllm.config import WeightTransferConfig
+
+from ovr_megatron.config import RolloutConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.rollout import model as _registers_the_model  # noqa: F401
+from ovr_megatron.rollout.sampling import (
+    Generation,
+    Prompt,
+    RolloutError,
+    banned_tokens,
+    end_tokens,
+    generations,
+    sampling_params,
+)
+from ovr_megatron.rollout.transfer import BACKEND
+from ovr_megatron.runtime.distributed import keep_generators
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",
+    "HF_HUB_OFFLINE": "1",
+}
+_CPU_BATCH_TOKENS = 8192
+_CPU_BLOCK_TOKENS = 32
+_CPU_CACHE_BYTES = 256 << 20
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave the process as it was: generators, threads, affinity, number format and environment variables.
+
+    vLLM seeds the global generators, draws from them, replaces ``torch.set_num_threads`` and sets variables, among
+    them ``LD_PRELOAD`` and ``LOCAL_WORLD_SIZE``, that child processes and the trainer would inherit.
+    """
+    before, affinity = dict(os.environ), os.sched_getaffinity(0)
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    # On a CPU vLLM compiles one comparison of its sampler, which takes seconds and wants a C++ compiler.
+    compiling = nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
+    os.environ.update(_ENVIRONMENT)
+    try:
+        with keep_generators(), compiling:
+            yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+        os.sched_setaffinity(0, affinity)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+
+
+class RolloutEngine:
+    """vLLM on this rank, with the weights of the last `update`.
+
+    Attributes:
+        banned: Ids that are never sampled; the trainer must leave out the same.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        config: RolloutConfig,
+        processor: Processor,
+        dtype: str,
+        max_model_len: int,
+        seed: int = 0,
+    ) -> None:
+        """Start vLLM; ``torch.distributed`` must be initialised.
+
+        Args:
+            model_dir: Hugging Face folder of the model.
+            config: Layout, memory and stop strings.
+            processor: The trainer's; its tokenizer, image budget and position rule hold here too.
+            dtype: ``float32`` or ``bfloat16``.
+            max_model_len: Most tokens of a prompt and its response together.
+            seed: Of vLLM's own generators; responses have seeds of their own.
+
+        Raises:
+            RolloutError: ``rollout.tp`` does not divide the number of processes.
+        """
+        if dist.get_world_size() % config.tp:
+            raise RolloutError(
+                f"rollout.tp={config.tp} does not divide the {dist.get_world_size()} processes; change one of them"
+            )
+        self.banned = banned_tokens(processor.shape, processor.tokenizer)
+        self._end_ids = end_tokens(processor.tokenizer)
+        self._stop = list(config.stop)
+        self._asleep: set[str] = set()
+        settings = _settings(config, processor, dtype, max_model_len)
+        with undisturbed():
+            self._llm = LLM(model=str(model_dir), seed=seed, **settings)
+            self._llm.init_weight_transfer_engine({"init_info": {}})
+            self._llm.apply_model(lambda model: model.follow(self.banned, processor.after_video))
+        self._can_sleep = settings.get("enable_sleep_mode", False)
+
+    def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over ``weights``, (hub name, full tensor) for every parameter, and forget what the old ones computed.
+
+        The tensors are copied; none may be overwritten before this returns.
+
+        Raises:
+            TransferError: a parameter is missing.
+        """
+        with undisturbed():
+            self._wake("weights")
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": {"weights": weights}})
+            self._llm.finish_weight_update()
+            self._reset_caches()
+
+    def generate(
+        self, prompts: Sequence[Prompt], temperature: float, progress: Callable[[int], None] | None = None
+    ) -> list[list[Generation]]:
+        """Answer every prompt once for each of its seeds.
+
+        Args:
+            prompts: The same on all ranks of a tensor-parallel group.
+            temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
+            progress: Called with the number of responses finished since its last call.
+
+        Returns:
+            For each prompt the responses in the order of its seeds.
+
+        Raises:
+            RolloutError: vLLM gave a request up.
+        """
+        with undisturbed():
+            self._wake("weights", "kv_cache")
+            owners = self._enqueue(prompts, temperature)
+            finished: dict[int, list[Generation]] = {}
+            while self._llm.llm_engine.has_unfinished_requests():
+                done = {int(o.request_id): generations(o) for o in self._llm.llm_engine.step() if o.finished}
+                finished.update(done)
+                if done and progress:
+                    progress(sum(map(len, done.values())))
+        responses: list[list[Generation]] = [[] for _ in prompts]
+        for owner, request_id in zip(owners, sorted(finished), strict=True):  # vLLM numbers requests in order
+            responses[owner] += finished[request_id]
+        return responses
+
+    def _enqueue(self, prompts: Sequence[Prompt], temperature: float) -> list[int]:
+        """Hand all requests to vLLM; returns the index of each request's prompt."""
+        inputs: list[dict[str, Any]] = []
+        params, owners = [], []
+        for i, prompt in enumerate(prompts):
+            media = {"image": list(prompt.images), "video": list(prompt.videos)}
+            media = {kind: items for kind, items in media.items() if items}
+            request = {"prompt_token_ids": list(prompt.tokens)} | ({"multi_modal_data": media} if media else {})
+            for run in sampling_params(prompt, temperature, self._end_ids, self._stop):
+                inputs.append(request)
+                params.append(run)
+                owners.append(i)
+        if inputs:
+            self._llm.enqueue(inputs, params, use_tqdm=False)  # type: ignore[arg-type]
+        return owners
+
+    def sleep(self) -> None:
+        """Give the GPU back to the trainer until the next `update` or `generate`; on a CPU nothing happens.
+
+        The weights move to the host: vLLM's deeper sleep drops them with what is no parameter of the vision tower.
+        """
+        if self._can_sleep and not self._asleep:
+            with undisturbed():
+                self._reset_caches()
+                self._llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *parts: str) -> None:
+        wanted = [part for part in parts if part in self._asleep]
+        if wanted:
+            self._llm.wake_up(tags=wanted)
+            self._asleep -= set(wanted)
+
+    def _reset_caches(self) -> None:
+        """Forget keys and values and image features: vLLM keeps all of them over an update."""
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM kept its prefix cache: requests are still running")
+        self._llm.llm_engine.reset_encoder_cache()
+        self._llm.reset_mm_cache()
+
+
+def _settings(config: RolloutConfig, processor: Processor, dtype: str, max_model_len: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    data = processor.config
+    settings = {
+        "dtype": dtype,
+        "tensor_parallel_size": config.tp,
+        "distributed_executor_backend": "external_launcher",
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "limit_mm_per_prompt": {"image": data.max_images, "video": 1},
+        "mm_processor_kwargs": processor.mm_processor_kwargs,
+        "mm_processor_cache_gb": 0,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+    }
+    if config.kv_cache_gib:
+        settings["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+    if torch.cuda.is_available():
+        return settings | {
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "enforce_eager": config.enforce_eager,
+            "enable_sleep_mode": True,
+        }
+    return {"kv_cache_memory_bytes": _cache_bytes(config, processor.shape, dtype, max_model_len)} | settings | {
+        "enforce_eager": True,
+        "block_size": _CPU_BLOCK_TOKENS,
+        # vLLM rewinds a request's generator when it cuts its prefill, which torch's CPU generators cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, max_model_len),
+    }
+
+
+def _cache_bytes(config: RolloutConfig, shape: ModelShape, dtype: str, max_model_len: int) -> int:
+    """Keys and values for all sequences at full length, but at most 256 MiB, or two sequences if that is more."""
+    bytes_per_number = 4 if dtype == "float32" else 2
+    per_token = 2 * shape.layers * max(shape.kv_heads // config.tp, 1) * shape.head_dim * bytes_per_number
+    length = -(-max_model_len // _CPU_BLOCK_TOKENS) * _CPU_BLOCK_TOKENS
+    wanted = min(config.max_num_seqs * length * per_token, _CPU_CACHE_BYTES)
+    return max(wanted, 2 * (length + _CPU_BLOCK_TOKENS) * per_token)

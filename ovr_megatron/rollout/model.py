@@ -1,0 +1,58 @@
+"""vLLM's Qwen2.5-VL with the trainer's conventions: the same ids banned, the same positions after a video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import ModelRegistry
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+from ovr_megatron.data.positions import Visual, mrope_positions
+
+
+class RolloutModel(Qwen2_5_VLForConditionalGeneration):
+    """The model that vLLM runs.
+
+    Banned ids are masked where the logits arise, once for the batch: whatever vLLM then does with them, greedy
+    choice, sampling and log-probabilities, is normalised over the rest.  A ``logit_bias`` would cost Python time
+    for each request and id, and would be no exact zero.
+    """
+
+    banned: Tensor | None = None
+    after_video: str = "grid"
+
+    def follow(self, banned: Sequence[int], after_video: str) -> None:
+        """Never sample ``banned``; go on after a video as `mrope_positions` does with ``after_video``."""
+        # A plain attribute: a buffer would be dropped by a weight update and by vLLM's sleep.
+        self.banned = torch.tensor(banned, dtype=torch.long, device=next(self.parameters()).device)
+        self.after_video = after_video
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits [n, V] of hidden states [n, D]; None on the tensor-parallel ranks that vLLM gives none."""
+        logits = super().compute_logits(hidden_states)
+        if logits is not None and self.banned is not None:
+            logits.index_fill_(-1, self.banned, float("-inf"))
+        return logits
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        """Positions [3, S] of a prompt, and what to add to an index to get the position of a later token."""
+        segments: list[int | Visual] = []
+        merge, start = self.config.vision_config.spatial_merge_size, 0
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            data, kind = feature.data, feature.modality
+            grid = tuple(data[f"{kind}_grid_thw"].data.tolist())
+            seconds = float(data["second_per_grid_ts"].data) if kind == "video" else None
+            segments += [feature.mm_position.offset - start, Visual(grid, seconds)]
+            start = feature.mm_position.offset + feature.mm_position.length
+        segments.append(len(input_tokens) - start)
+        per_second = self.config.vision_config.tokens_per_second
+        positions = mrope_positions(segments, merge, per_second, self.after_video)
+        return torch.from_numpy(positions), int(positions[0, -1]) + 1 - len(input_tokens)
+
+
+# Given as a class, not by name: vLLM would otherwise inspect the model in a fresh interpreter, which takes
+# seconds and lacks what lets torchvision import on a machine without a GPU.
+ModelRegistry.register_model("Qwen2_5_VLForConditionalGeneration", RolloutModel)

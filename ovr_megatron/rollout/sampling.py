@@ -1,0 +1,139 @@
+"""What is sampled and what comes back: prompts, the ids that are never sampled, parameters, results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+
+from ovr_megatron.data.pixels import Video
+from ovr_megatron.model.shape import ModelShape
+
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+class RolloutError(ValueError):
+    """A rollout that cannot be set up or whose result cannot be used; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and how often to answer it.
+
+    Attributes:
+        tokens: Ids with one placeholder for each image or video; the engine expands them.
+        images: Pictures in the order of their placeholders.
+        videos: Videos, frames and metadata, in the order of theirs.
+        seeds: One for each response.  A response depends on the weights, the prompt and its own seed alone, up
+            to rounding.  Consecutive seeds (s, s + 1, ...) share one request and are faster.
+        max_tokens: Longest response, its end token included.
+    """
+
+    tokens: Sequence[int]
+    images: Sequence[Image.Image] = ()
+    videos: Sequence[Video] = ()
+    seeds: Sequence[int] = (0,)
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response of n tokens.
+
+    Attributes:
+        tokens: n sampled ids, with the end token if the model gave one.
+        logprobs: float32[n], log_softmax(masked logits / temperature) at the sampled ids.
+        stopped: Whether it ended by itself: an end token or a stop string, not the length limit.
+        prompt_tokens: The prompt as the engine saw it, placeholders expanded.
+    """
+
+    tokens: list[int]
+    logprobs: np.ndarray
+    stopped: bool
+    prompt_tokens: list[int] = field(repr=False)
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """Ids that end a response: ``<|im_end|>`` and ``<|endoftext|>``.
+
+    Raises:
+        RolloutError: the tokenizer has no such token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in END_TOKENS:
+        if token not in vocabulary:
+            raise RolloutError(f"the tokenizer of {tokenizer.name_or_path} lacks {token}; it is not Qwen2.5-VL's")
+    return [vocabulary[token] for token in END_TOKENS]
+
+
+def banned_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
+    """Ids below ``shape.vocab`` that are never sampled, ascending.
+
+    The placeholders of images and videos, every other added special token except the end tokens, and ids that
+    the tokenizer does not know.
+
+    Raises:
+        RolloutError: the tokenizer lacks an end token.
+    """
+    unknown = set(range(shape.vocab)) - set(tokenizer.get_vocab().values())
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    visual = {shape.image_token, shape.video_token, shape.vision_start_token, shape.vision_end_token}
+    banned = unknown | special | set(tokenizer.all_special_ids) | visual
+    return sorted(i for i in banned - set(end_tokens(tokenizer)) if i < shape.vocab)
+
+
+def sampling_params(
+    prompt: Prompt, temperature: float, end_ids: Sequence[int], stop: Sequence[str]
+) -> list[SamplingParams]:
+    """One request for each run of consecutive seeds; vLLM gives sample i of a request the seed ``seed + i``.
+
+    Nothing is left to the model folder or to vLLM's idea of the end of a text.
+    """
+    return [
+        SamplingParams(
+            n=count,
+            seed=first,
+            temperature=temperature,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_tokens=prompt.max_tokens,
+            ignore_eos=True,
+            stop_token_ids=list(end_ids),
+            stop=list(stop),
+            detokenize=bool(stop),
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+        )
+        for first, count in _runs(prompt.seeds)
+    ]
+
+
+def _runs(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Maximal runs of consecutive seeds, as (first, length)."""
+    cuts = [0, *(k for k in range(1, len(seeds)) if seeds[k] != seeds[k - 1] + 1), len(seeds)]
+    return ((seeds[a], b - a) for a, b in zip(cuts, cuts[1:], strict=False) if b > a)
+
+
+def generations(output: RequestOutput) -> list[Generation]:
+    """Responses of one finished request, in the order of its samples.
+
+    Raises:
+        RolloutError: vLLM gave a request up.
+    """
+    found = []
+    for sample in output.outputs:
+        if sample.finish_reason not in ("stop", "length"):
+            raise RolloutError(
+                f"vLLM ended a request of {len(output.prompt_token_ids or [])} prompt tokens with "
+                f"{sample.finish_reason!r}; its log says why"
+            )
+        tokens = list(sample.token_ids)
+        assert sample.logprobs is not None and sample.logprobs.token_ids == tokens, "log-probabilities of other tokens"
+        logprobs = np.array(sample.logprobs.logprobs, np.float32)
+        found.append(Generation(tokens, logprobs, sample.finish_reason == "stop", list(output.prompt_token_ids or [])))
+    return found

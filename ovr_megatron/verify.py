@@ -1,0 +1,229 @@
+"""Our model against Transformers' on the same weights and inputs: logits, and the gradient of a loss, tensor by tensor.
+
+Run it on your own checkpoint before a week of training: ``tools/verify.py --hf DIR --layout tp=2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from ovr_megatron.checkpoint.store import weights_of
+from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.data.packing import IGNORED, Pack
+from ovr_megatron.data.positions import Visual, mrope_positions
+from ovr_megatron.engine import Engine, LossSum
+from ovr_megatron.model.qwen25vl import DTYPES, Scores
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.runtime import distributed
+from ovr_megatron.weights.folder import WeightFolder
+from ovr_megatron.weights.table import canonical
+
+SECONDS_PER_SLICE = 1.0
+LOGIT_BOUND = 1e-4
+GRADIENT_BOUND = 1e-4
+
+
+@dataclass(frozen=True)
+class Document:
+    """Random text with images or a video of random pixels in it."""
+
+    name: str
+    tokens: list[int]
+    segments: list[int | Visual]
+    patches: Tensor
+
+
+@dataclass
+class Report:
+    """Largest differences; the run passes if ``logits`` and ``gradients`` are within their bounds."""
+
+    logits: dict[str, float] = field(default_factory=dict)
+    largest_logit: float = 0.0
+    gradients: dict[str, float] = field(default_factory=dict)
+    loss: float = 0.0
+    reference_loss: float = 0.0
+
+    @property
+    def logit_bound(self) -> float:
+        """1e-4, or 1e-4 of the largest logit where that is above 1."""
+        return LOGIT_BOUND * max(1.0, self.largest_logit)
+
+    @property
+    def worst_gradient(self) -> tuple[str, float]:
+        """The tensor whose gradient differs most, and by how much of its norm."""
+        return max(self.gradients.items(), key=lambda item: item[1])
+
+    @property
+    def passed(self) -> bool:
+        """Whether every difference is within its bound (a NaN is not)."""
+        logits = all(value <= self.logit_bound for value in self.logits.values())
+        return logits and all(value <= GRADIENT_BOUND for value in self.gradients.values())
+
+
+def documents(shape: ModelShape, seed: int = 0) -> list[Document]:
+    """Text, one image, three images of different sizes, and a video, with windows whole and cut."""
+    generator = torch.Generator().manual_seed(seed)
+    vision = shape.vision
+    unit, window = vision.merge, max(1, vision.window // vision.patch // vision.merge)
+    small, cut, large = 2 * unit, (window + 1) * unit, (2 * window + 1) * unit
+    visuals = {
+        "text": [],
+        "image": [Visual((1, small, small))],
+        "images": [Visual((1, small, cut)), Visual((1, cut, large)), Visual((1, large, small))],
+        "video": [Visual((3, small, cut), SECONDS_PER_SLICE)],
+    }
+    plain = min(shape.image_token, shape.video_token, shape.vision_start_token, shape.vision_end_token, shape.vocab)
+
+    def text(length: int) -> list[int]:
+        return torch.randint(0, plain, (length,), generator=generator).tolist()
+
+    found = []
+    for name, shown in visuals.items():
+        tokens, segments, patches = text(11), [11], [torch.zeros(0, vision.patch_dim)]
+        for visual in shown:
+            placeholder = shape.image_token if visual.seconds is None else shape.video_token
+            tokens += [shape.vision_start_token, *[placeholder] * visual.features(unit), shape.vision_end_token]
+            tokens += text(5)
+            segments[-1] += 1
+            segments += [visual, 6]
+            patches.append(torch.randn(int(np.prod(visual.grid)), vision.patch_dim, generator=generator))
+        found.append(Document(name, tokens, segments, torch.cat(patches)))
+    return found
+
+
+def _labels(document: Document) -> Tensor:
+    return torch.tensor([*document.tokens[1:], IGNORED])
+
+
+def as_pack(found: list[Document], shape: ModelShape) -> Pack:
+    """All documents in one pack, every next token a target."""
+    merge, rate = shape.vision.merge, shape.vision.tokens_per_second
+    starts = np.cumsum([0, *(len(document.tokens) for document in found)])
+    grids = [segment.grid for document in found for segment in document.segments if isinstance(segment, Visual)]
+    places = [
+        start + np.flatnonzero(np.isin(document.tokens, (shape.image_token, shape.video_token)))
+        for start, document in zip(starts, found, strict=False)
+    ]
+    positions = [mrope_positions(document.segments, merge, rate) for document in found]
+    return Pack(
+        tokens=torch.tensor([token for document in found for token in document.tokens]),
+        labels=torch.cat([_labels(document) for document in found]),
+        position_ids=torch.from_numpy(np.concatenate(positions, axis=1)),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        patches=torch.cat([document.patches for document in found]),
+        grid_thw=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
+        placement=torch.from_numpy(np.concatenate(places)),
+        extras={},
+    )
+
+
+def reference(directory: Path, found: list[Document], dtype: torch.dtype) -> tuple[list[Tensor], float, dict[str, Tensor]]:
+    """Transformers' logits of each document, mean loss over all, and gradients under the hub's names."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    shape = ModelShape.from_hf(directory)
+    count = sum(len(document.tokens) - 1 for document in found)
+    logits, total = [], 0.0
+    for document in found:
+        ids = torch.tensor([document.tokens])
+        kinds = (ids == shape.image_token).long() + 2 * (ids == shape.video_token).long()
+        grids = [segment for segment in document.segments if isinstance(segment, Visual)]
+        inputs: dict[str, Tensor] = {}
+        if grids:
+            video = grids[0].seconds is not None
+            grid = torch.tensor([visual.grid for visual in grids])
+            inputs["pixel_values_videos" if video else "pixel_values"] = document.patches.to(dtype)
+            inputs["video_grid_thw" if video else "image_grid_thw"] = grid
+            if video:
+                inputs["second_per_grid_ts"] = torch.full((len(grids),), SECONDS_PER_SLICE)
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **inputs)
+        scores = out.logits[0].float()
+        logits.append(scores.detach())
+        loss = F.cross_entropy(scores, _labels(document), reduction="sum", ignore_index=IGNORED) / count
+        loss.backward()
+        total += loss.item()
+    gradients = {canonical(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits, total, gradients
+
+
+def _cross_entropy(scores: Scores, pack: Pack) -> LossSum:
+    assert scores.logprobs is not None
+    return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
+
+
+def verify(directory: Path, weights: Path, parallel: ParallelConfig, dtype: str = "float32") -> Report:
+    """Compare in the layout of this process group; the first rank holds the full report.
+
+    A gradient's difference is ||ours - theirs|| / max(||theirs||, 1e-6 ||all of theirs||).
+    """
+    world = distributed.start(parallel, seed=0)
+    shape = ModelShape.from_hf(weights)
+    found = documents(shape)
+    engine = Engine(shape, ModelConfig(path=str(weights), dtype=dtype), parallel, world)
+    engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(weights))
+    pack = as_pack(found, shape)
+    with torch.no_grad():
+        ours = engine.module.logits(pack.to(world.device)).float().cpu()
+    metrics = engine.backward([pack], _cross_entropy)
+    report = Report(loss=metrics["loss"])
+    if world.is_main:
+        logits, report.reference_loss, theirs = reference(directory, found, DTYPES[dtype])
+        report.largest_logit = max(float(part.abs().max()) for part in logits)
+        for document, part, mine in zip(found, logits, ours.split([len(x) for x in logits]), strict=True):
+            report.logits[document.name] = float((mine - part).abs().max())
+        everything = float(torch.stack([g.float().norm() for g in theirs.values()]).norm())
+    for name, gradient in engine.gradients():
+        if world.is_main:
+            other = theirs.pop(name).float()
+            difference = float((gradient.float().cpu() - other).norm())
+            report.gradients[name] = difference / max(float(other.norm()), 1e-6 * everything)
+    if world.is_main and theirs:
+        report.gradients |= dict.fromkeys(theirs, float("inf"))
+    return report
+
+
+def parse_layout(text: str) -> ParallelConfig:
+    """``tp=2,sp=1`` as a layout; ``sp`` is sequence parallelism, ``dp`` only adds processes."""
+    values = dict(part.split("=", 1) for part in text.split(",") if part)
+    unknown = set(values) - {"tp", "pp", "cp", "dp", "sp"}
+    if unknown or not all(value.isdigit() for value in values.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2 or tp=2,sp=1")
+    sizes = {key: int(value) for key, value in values.items()}
+    return ParallelConfig(
+        tp=sizes.get("tp", 1),
+        pp=sizes.get("pp", 1),
+        cp=sizes.get("cp", 1),
+        sequence_parallel=bool(sizes.get("sp", 0)),
+    )
+
+
+def show(report: Report) -> str:
+    """The report as a few lines of text."""
+    lines = [f"{'input':8} largest logit difference (bound {report.logit_bound:.1e})"]
+    lines += [f"{name:8} {value:.3e}" for name, value in report.logits.items()]
+    name, worst = report.worst_gradient
+    lines.append(f"gradients of {len(report.gradients)} tensors, bound {GRADIENT_BOUND:.0e}: worst {worst:.3e} ({name})")
+    lines.append(f"loss {report.loss:.7f}, Transformers {report.reference_loss:.7f}")
+    lines.append("passed" if report.passed else "FAILED")
+    return "\n".join(lines)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Verify in this process group; 0 if everything is within its bounds."""
+    weights = weights_of(arguments.checkpoint) if arguments.checkpoint else arguments.hf
+    report = verify(arguments.hf, weights, arguments.layout, arguments.dtype)
+    code = 0
+    if distributed.is_main():
+        text = asdict(report) | {"passed": report.passed, "logit_bound": report.logit_bound}
+        print(json.dumps(text) if arguments.json else show(report), flush=True)
+        code = 0 if report.passed else 1
+    distributed.finish()
+    return code

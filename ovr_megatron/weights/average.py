@@ -1,0 +1,85 @@
+"""The uniform average of several models' weights (paper, section 3.2: the final model)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.runtime.progress import Progress
+from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, copy_companions
+from ovr_megatron.weights.transfer import HEAD, check_weights, staged
+
+_PIECE = 1 << 22  # numbers that are summed at once
+
+
+def policy_folder(directory: Path) -> Path:
+    """The Hugging Face folder of a checkpoint's policy; a folder that is a model itself stays as it is."""
+    return directory / "policy" if (directory / "policy" / "config.json").exists() else directory
+
+
+def average(directories: Sequence[Path], out: Path, replace: bool = False) -> None:
+    """Write the uniform mean of the weights, and the first model's other files, to the Hugging Face folder ``out``.
+
+    Each directory is a Hugging Face folder or a checkpoint, whose policy is taken.  The folder appears when it is
+    whole; memory holds one shard.  A tied model is written without ``lm_head.weight``.
+
+    Raises:
+        WeightError: no directory, models of different shapes or number formats, weights that `check_weights`
+            refuses, or an ``out`` that `staged` refuses.
+    """
+    if not directories:
+        raise WeightError("nothing to average: give at least one checkpoint or Hugging Face folder")
+    sources = [policy_folder(directory) for directory in directories]
+    shapes = [ModelShape.from_hf(source) for source in sources]
+    with ExitStack() as stack:
+        folders = [stack.enter_context(WeightFolder(source)) for source in sources]
+        for folder, shape in zip(folders, shapes, strict=True):
+            check_weights(folder, shape)
+            _check_alike(folders[0], shapes[0], folder, shape)
+        names = [name for name in folders[0].names() if not (shapes[0].tied and name == HEAD)]
+        partial = stack.enter_context(staged(out, directories, replace))
+        copy_companions(sources[0], partial)
+        progress = stack.enter_context(Progress(len(names), f"mean of {len(folders)} models", "tensor"))
+        writer = stack.enter_context(WeightWriter(partial))
+        for name in names:
+            writer.add(name, mean([folder.tensor(name) for folder in folders]))
+            progress.update(1)
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of equally shaped tensors, rounded once to their format.
+
+    float32 is summed in float64, bfloat16 and float16 in float32, in the order given.
+    """
+    wide = torch.float64 if tensors[0].dtype == torch.float32 else torch.float32
+    result = torch.empty_like(tensors[0])
+    for target, *pieces in zip(
+        result.view(-1).split(_PIECE), *(tensor.flatten().split(_PIECE) for tensor in tensors), strict=True
+    ):
+        total = torch.zeros_like(target, dtype=wide)
+        for piece in pieces:
+            total += piece
+        target.copy_(total / len(tensors))
+    return result
+
+
+def _check_alike(first: WeightFolder, first_shape: ModelShape, other: WeightFolder, other_shape: ModelShape) -> None:
+    a, b = dataclasses.asdict(first_shape), dataclasses.asdict(other_shape)
+    if different := [key for key in a if a[key] != b[key]]:
+        key = different[0]
+        raise WeightError(
+            f"{other.directory} is of another model than {first.directory}: {key} is {b[key]} instead of {a[key]}; "
+            "average checkpoints of one run"
+        )
+    for name in first.names():
+        if name in other and other.dtype(name) != first.dtype(name):
+            raise WeightError(
+                f"{other.directory}: {name} is {other.dtype(name)}, but {first.dtype(name)} in {first.directory}; "
+                "convert them to one format first"
+            )

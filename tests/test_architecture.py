@@ -1,0 +1,335 @@
+"""What every module of the project must keep to; read from the syntax trees, so that nothing has to be imported."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "ovr_megatron"
+
+# A module imports from rooms that stand before its own, or from its own.
+ROOMS = ("config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint", "rollout", "launch")
+ROOMS += ("coldstart", "ppo", "rl", "verify", "analysis", "plan", "tools")
+EXCEPTIONS = {
+    ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
+    ("", f"{PACKAGE}.runtime.cpu"),  # free of torch, and torchvision must be importable from anywhere
+}
+
+PATCHED_LIBRARIES = ("torch", "torchvision", "megatron")
+SETTINGS_OF_LIBRARIES = ("torch.backends",)
+# vLLM replaces it; here the original is put back.
+PUT_BACK = {(f"{PACKAGE}.runtime.distributed", "torch.set_num_threads")}
+WITHOUT_TORCH = (f"{PACKAGE}.rewards.worker", f"{PACKAGE}.model.shape", f"{PACKAGE}.config")
+NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "misc"}
+
+
+@dataclass(frozen=True)
+class Import:
+    target: str
+    line: int
+    function: str | None
+
+
+@dataclass(frozen=True)
+class Module:
+    name: str
+    file: str
+    tree: ast.Module
+    imports: tuple[Import, ...]
+
+    @property
+    def room(self) -> str:
+        return room_of(self.name)
+
+
+def room_of(name: str) -> str:
+    """`ovr_megatron.data.packing` -> data, `tools.grade` -> tools, `ovr_megatron` -> the empty name."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == PACKAGE else first
+
+
+def read_project(root: Path) -> dict[str, Module]:
+    """All modules of the package and of tools/, by dotted name."""
+    files: dict[str, Path] = {}
+    for folder in (PACKAGE, "tools"):
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    modules = {}
+    for name, path in files.items():
+        tree = ast.parse(path.read_text(), path.name)
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        imports = tuple(read_imports(tree, package, files))
+        modules[name] = Module(name, str(path.relative_to(root)), tree, imports)
+    return modules
+
+
+def read_imports(tree: ast.Module, package: str, known: dict[str, Path]) -> Iterator[Import]:
+    """Every import, at any depth; of a package `from` which a module is imported, that module."""
+    for node, function in walk_functions(tree, None):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, function)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join(parents[: len(parents) - node.level + 1] + ([base] if base else []))
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield Import(inner if inner in known else base, node.lineno, function)
+        elif isinstance(node, ast.Call) and is_import_module(node) and node.args:
+            if isinstance(node.args[0], ast.Constant):
+                yield Import(str(node.args[0].value), node.lineno, function)
+
+
+def walk_functions(node: ast.AST, function: str | None) -> Iterator[tuple[ast.AST, str | None]]:
+    """Every node below, with the name of the function that it stands in."""
+    for child in ast.iter_child_nodes(node):
+        yield child, function
+        inner = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
+        yield from walk_functions(child, inner)
+
+
+def is_import_module(node: ast.Call) -> bool:
+    return ast.unparse(node.func).endswith("import_module")
+
+
+def wrong_order(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.room and module.room not in ROOMS:
+            yield f"{module.file}: {module.room} is no room; give it a place in ROOMS"
+            continue
+        for item in module.imports:
+            room = room_of(item.target)
+            if item.target not in modules or not room or (module.room, item.target) in EXCEPTIONS:
+                continue
+            if not module.room or room not in ROOMS[: ROOMS.index(module.room) + 1]:
+                yield f"{module.file}:{item.line}: imports {item.target}, which stands further down"
+
+
+def cycles(modules: dict[str, Module]) -> Iterator[str]:
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> Iterator[str]:
+        if name in path:
+            yield "import cycle: " + " -> ".join([*path[path.index(name) :], name])
+        elif name not in done:
+            for item in modules[name].imports:
+                if item.target in modules and item.target != name:
+                    yield from visit(item.target, [*path, name])
+            done.add(name)
+
+    for name in modules:
+        yield from visit(name, [])
+
+
+def stray_transformer_engine(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        for item in module.imports:
+            if item.target.partition(".")[0] == "transformer_engine" and module.name != f"{PACKAGE}.model.layers":
+                yield f"{module.file}:{item.line}: only model/layers.py imports transformer_engine"
+
+
+def names_of_libraries(tree: ast.Module) -> dict[str, str]:
+    """Names bound to something of the patched libraries, with what they stand for."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and is_import_module(node.value):
+            source = ast.unparse(node.value.args[0]).strip("f'\"")
+            names |= {target.id: source for target in node.targets if isinstance(target, ast.Name)}
+    return {name: source for name, source in names.items() if source.partition(".")[0] in PATCHED_LIBRARIES}
+
+
+def assigned_attributes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """What is assigned, deleted or `setattr` with a dot in its name: (line, dotted name)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            yield node.lineno, f"{ast.unparse(node.args[0])}.{ast.unparse(node.args[1])}"
+
+
+def stray_patches(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.name == f"{PACKAGE}.runtime.cpu":
+            continue
+        names = names_of_libraries(module.tree)
+        for line, target in assigned_attributes(module.tree):
+            first, _, rest = target.partition(".")
+            full = f"{names[first]}.{rest}" if first in names else ""
+            if full and not full.startswith(SETTINGS_OF_LIBRARIES) and (module.name, full) not in PUT_BACK:
+                yield f"{module.file}:{line}: {full} is patched; only runtime/cpu.py patches"
+
+
+def reach(modules: dict[str, Module], start: str) -> dict[str, str]:
+    """All that is imported with `start`, packages on the way included, each with the module that does it."""
+    reached = {start: start}
+    queue = [start]
+    while queue:
+        name = queue.pop()
+        parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+        imports = modules[name].imports if name in modules else ()
+        targets = [item.target for item in imports if item.function is None]
+        for target in parents + targets:
+            if target not in reached:
+                reached[target] = name
+                queue.append(target)
+    return reached
+
+
+def torch_where_it_must_not_be(modules: dict[str, Module]) -> Iterator[str]:
+    for start in WITHOUT_TORCH:
+        if start not in modules:
+            yield f"{start} is missing"
+        for target, source in reach(modules, start).items():
+            if target.partition(".")[0] in (*PATCHED_LIBRARIES, "vllm", "transformers"):
+                yield f"{start} comes to import {target} through {source}"
+
+
+def forbidden_code(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        for node in ast.walk(module.tree):
+            if reason := why_forbidden(node):
+                yield f"{module.file}:{getattr(node, 'lineno', 0)}: {reason}"
+
+
+def why_forbidden(node: ast.AST) -> str | None:
+    match node:
+        case ast.keyword(arg="trust_remote_code") | ast.Constant(value="trust_remote_code"):
+            return "trust_remote_code runs code of a model folder"
+        case ast.keyword(arg="weights_only", value=value) if ast.unparse(value) != "True":
+            return "weights_only must be True: a pickle runs code"
+        case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
+            return f"{name}() runs text as code"
+        case ast.ExceptHandler(type=None):
+            return "a bare except swallows everything"
+        case ast.ExceptHandler(type=ast.Name(id="Exception" | "BaseException" as name), body=body):
+            return None if ast.unparse(body[-1]) == "raise" else f"except {name} swallows what nobody foresaw"
+    return None
+
+
+def hidden_imports(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        for item in module.imports:
+            if item.target in modules and item.function not in (None, "main") and module.room != "tools":
+                yield f"{module.file}:{item.line}: {item.target} is imported inside {item.function}()"
+
+
+def names_that_say_nothing(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if NAMES_THAT_SAY_NOTHING & set(module.name.split(".")):
+            yield f"{module.file}: name it after what it does"
+
+
+Rule = Callable[[dict[str, Module]], Iterator[str]]
+RULES: tuple[Rule, ...] = (
+    wrong_order,
+    cycles,
+    stray_transformer_engine,
+    stray_patches,
+    torch_where_it_must_not_be,
+    forbidden_code,
+    hidden_imports,
+    names_that_say_nothing,
+)
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Module]:
+    return read_project(ROOT)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_project_keeps_the_rule(rule: Rule, project: dict[str, Module]) -> None:
+    assert f"{PACKAGE}.runtime.cpu" in project
+    assert list(rule(project)) == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_imports_without_torch(name: str) -> None:
+    heavy = "{'torch', 'torchvision', 'transformers', 'vllm', 'megatron'}"
+    script = f"import sys, {name}; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "[]\n", result.stderr
+
+
+# A small project that keeps every rule; each case below changes one of its files and names the complaint.
+SOUND = {
+    "ovr_megatron/__init__.py": "from ovr_megatron.runtime import cpu",
+    "ovr_megatron/config.py": "import dataclasses",
+    "ovr_megatron/runtime/__init__.py": "",
+    "ovr_megatron/runtime/cpu.py": "def f():\n    import torch\n    torch.cuda.synchronize = print",
+    "ovr_megatron/data/__init__.py": "",
+    "ovr_megatron/data/schema.py": "from ovr_megatron.model.shape import ModelShape",
+    "ovr_megatron/data/packing.py": "import torch\nfrom . import schema\nfrom ovr_megatron.config import X",
+    "ovr_megatron/model/__init__.py": "",
+    "ovr_megatron/model/shape.py": "import json",
+    "ovr_megatron/model/layers.py": "import transformer_engine.pytorch as te",
+    "ovr_megatron/rewards/__init__.py": "",
+    "ovr_megatron/rewards/worker.py": "import math_verify",
+    "ovr_megatron/rl.py": "import torch\ntorch.backends.cuda.matmul.allow_tf32 = False\n"
+    "def main():\n    from ovr_megatron.data import packing\n"
+    "def save(state):\n    try:\n        torch.load(state, weights_only=True).eval()\n"
+    "    except BaseException:\n        print(1)\n        raise\n",
+    "tools/grade.py": "def grade():\n    from ovr_megatron.rewards import worker",
+}
+VIOLATIONS = [
+    (wrong_order, "ovr_megatron/data/packing.py", "from ovr_megatron.model import layers", "model.layers"),
+    (wrong_order, "ovr_megatron/data/packing.py", "from ..model.layers import X", "model.layers"),
+    (wrong_order, "ovr_megatron/config.py", "def f():\n    import ovr_megatron.data.schema", "config.py:2"),
+    (wrong_order, "ovr_megatron/__init__.py", "from ovr_megatron.config import X", "__init__.py:1"),
+    (wrong_order, "ovr_megatron/extras.py", "", "extras is no room"),
+    (wrong_order, "ovr_megatron/rl.py", "from tools.grade import X", "tools.grade"),
+    (cycles, "ovr_megatron/data/schema.py", "from ovr_megatron.data.packing import X", "import cycle"),
+    (cycles, "ovr_megatron/data/schema.py", "def f():\n    from . import packing", "data.schema -> "),
+    (stray_transformer_engine, "ovr_megatron/model/vision.py", "from transformer_engine.pytorch import X", "vision"),
+    (stray_transformer_engine, "ovr_megatron/rl.py", "importlib.import_module('transformer_engine')", "rl.py:1"),
+    (stray_patches, "ovr_megatron/rl.py", "import torch\ntorch.cuda.synchronize = print", "torch.cuda.synchronize"),
+    (stray_patches, "ovr_megatron/rl.py", "import torch.cuda as c\nsetattr(c, 'x', 1)", "torch.cuda"),
+    (stray_patches, "ovr_megatron/rl.py", "from megatron.core import a as b\nb.x: int = 1", "megatron.core.a.x"),
+    (stray_patches, "ovr_megatron/rl.py", "m = import_module(f'megatron.{x}')\nm.torch = 1", "megatron"),
+    (stray_patches, "ovr_megatron/rl.py", "from torchvision import ops\ndel ops.nms", "torchvision.ops.nms"),
+    (torch_where_it_must_not_be, "ovr_megatron/rewards/worker.py", "from torch import nn", "import torch through"),
+    (torch_where_it_must_not_be, "ovr_megatron/rewards/__init__.py", "import ovr_megatron.data.packing", "packing"),
+    (torch_where_it_must_not_be, "ovr_megatron/model/__init__.py", "if 1:\n    import vllm", "import vllm"),
+    (forbidden_code, "ovr_megatron/rl.py", "load(x, trust_remote_code=False)", "trust_remote_code"),
+    (forbidden_code, "ovr_megatron/rl.py", "options = {'trust_remote_code': 1}", "trust_remote_code"),
+    (forbidden_code, "tools/grade.py", "torch.load(x, weights_only=False)", "weights_only"),
+    (forbidden_code, "ovr_megatron/rl.py", "eval('1')", "eval()"),
+    (forbidden_code, "ovr_megatron/rl.py", "try:\n    f()\nexcept:\n    raise", "bare except"),
+    (forbidden_code, "ovr_megatron/rl.py", "try:\n    f()\nexcept Exception:\n    pass", "except Exception"),
+    (hidden_imports, "ovr_megatron/rl.py", "def f():\n    import ovr_megatron.config", "inside f()"),
+    (names_that_say_nothing, "ovr_megatron/data/utils.py", "", "utils.py"),
+]
+
+
+def write_project(root: Path, files: dict[str, str]) -> dict[str, Module]:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return read_project(root)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_sound_project_passes(rule: Rule, tmp_path: Path) -> None:
+    assert list(rule(write_project(tmp_path, SOUND))) == []
+
+
+@pytest.mark.parametrize(("rule", "file", "text", "complaint"), VIOLATIONS)
+def test_violation_is_found(rule: Rule, file: str, text: str, complaint: str, tmp_path: Path) -> None:
+    found = list(rule(write_project(tmp_path, {**SOUND, file: text})))
+    assert found
+    assert complaint in found[0]

@@ -1,0 +1,171 @@
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from ovr_megatron import config as configuration
+from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults, save
+
+REQUIRED = ["run.dir=runs/a", "model.path=models/tiny"]
+CURRICULUM = ["curriculum=[{until: 300, max_tokens: 4096}, {until: 900, max_tokens: 8192}]"]
+
+
+def merge(schema: type, *overrides: str) -> DictConfig:
+    """The defaults of `schema` under KEY=VALUE, as on the command line."""
+    given = OmegaConf.from_dotlist([*REQUIRED, *(CURRICULUM if schema is RLConfig else []), *overrides])
+    return OmegaConf.merge(defaults(schema), given)
+
+
+def complaint(schema: type, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        build(schema, merge(schema, *overrides))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("schema", [ColdStartConfig, RLConfig])
+def test_defaults_name_every_key(schema: type) -> None:
+    values = defaults(schema)
+    assert list(values) == [item.name for item in dataclasses.fields(schema)]
+    assert values["run"]["dir"] == values["model"]["path"] == "???"
+    assert list(values["data"]) == [item.name for item in dataclasses.fields(configuration.DataConfig)]
+
+
+def test_defaults_are_the_recipe() -> None:
+    """900 steps of 640 packs of 64k tokens; 512 prompts x 16 responses, gamma = lambda = 1, clip 0.2 (the paper)."""
+    cold_start = build(ColdStartConfig, merge(ColdStartConfig))
+    assert (cold_start.steps, cold_start.packs_per_step, cold_start.data.pack_tokens) == (900, 640, 65536)
+    rl = build(RLConfig, merge(RLConfig))
+    assert (rl.iterations, rl.prompts, rl.responses, rl.algorithm.critic_steps) == (900, 512, 16, 4)
+    assert (rl.algorithm.gamma, rl.algorithm.lam, rl.algorithm.clip) == (1.0, 1.0, 0.2)
+    assert (rl.optimizer.lr, rl.critic.optimizer.lr) == (1e-6, 5e-6)
+
+
+def test_values_given_replace_defaults_and_nothing_else() -> None:
+    plain = build(RLConfig, merge(RLConfig))
+    changed = build(RLConfig, merge(RLConfig, "critic.optimizer.warmup_steps=7", "data.sources=[{path: a.jsonl}]"))
+    assert changed.critic.optimizer == dataclasses.replace(plain.critic.optimizer, warmup_steps=7)
+    assert [source.path for source in changed.data.sources] == ["a.jsonl"]
+    assert changed.optimizer == plain.optimizer
+    assert [stage.until for stage in changed.curriculum] == [300, 900]
+
+
+def test_configuration_is_frozen() -> None:
+    config = build(ColdStartConfig, merge(ColdStartConfig))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.dtype = "bfloat16"
+
+
+def test_saved_configuration_builds_the_same(tmp_path: Path) -> None:
+    config = build(RLConfig, merge(RLConfig, "optimizer.lr=3e-7", "data.sources=[{path: a.jsonl, weight: 2}]"))
+    save(config, tmp_path / "run/config.yaml")
+    assert build(RLConfig, OmegaConf.load(tmp_path / "run/config.yaml")) == config
+
+
+def test_missing_values_are_all_named() -> None:
+    with pytest.raises(ConfigError, match=re.escape("no value for model.path, run.dir; give it as KEY=VALUE")):
+        build(ColdStartConfig, defaults(ColdStartConfig))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("promts=8", "promts"),
+        ("optimizer.learning_rate=1e-6", "optimizer.learning_rate"),
+        ("data.sources=[{path: a, wieght: 2}]", "data.sources.0.wieght"),
+        ("curriculum=[{until: 900, max_tokens: 8, name: x}]", "curriculum.0.name"),
+    ],
+)
+def test_unknown_key_is_named(override: str, key: str) -> None:
+    assert re.match(rf"{re.escape(key)}\b.*[Uu]nexpected", complaint(RLConfig, override))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "given"),
+    [
+        ("prompts=many", "prompts", "'many'"),
+        ("prompts=2.5", "prompts", "2.5"),
+        ("prompts=null", "prompts", "None"),
+        ("optimizer.lr=fast", "optimizer.lr", "'fast'"),
+        ("model.recompute=perhaps", "model.recompute", "'perhaps'"),
+        ("data.sources=a.jsonl", "data.sources", "'a.jsonl'"),
+        ("data.sources=[{weight: 1}]", "data.sources.0.path", "required"),
+    ],
+)
+def test_wrong_type_names_key_and_value(override: str, key: str, given: str) -> None:
+    message = complaint(RLConfig, override)
+    assert message.startswith(f"{key}: ")
+    assert given in message
+
+
+# For each check: a value that it refuses, and what the message must name or advise.
+REFUSED = [
+    (
+        "data.sources=[{path: a, format: csv}]",
+        "'csv' is not known; choose one of auto, messages, orz, mathvision, puzzle",
+    ),
+    ("data.sources=[{path: a, weight: 0}]", "weight=0.0 of a must be positive"),
+    ("data.template=chatml", "data.template='chatml' is not known; choose one of think, model"),
+    ("data.min_pixels=0", "data.min_pixels=0 must be positive and at most data.max_pixels=1003520"),
+    ("data.max_pixels=3000", "data.min_pixels=3136 must be positive and at most data.max_pixels=3000"),
+    ("data.max_images=0", "data.max_images=0 must be positive"),
+    ("data.max_frames=-1", "data.max_frames=-1 must be positive"),
+    ("data.pack_tokens=0", "data.pack_tokens=0 must be positive"),
+    ("data.max_prompt_tokens=0", "data.max_prompt_tokens=0 must be positive"),
+    ("model.dtype=float16", "model.dtype='float16' is not known; choose one of float32, bfloat16"),
+    ("parallel.tp=0", "parallel.tp=0 must be at least 1"),
+    ("parallel.pp=0", "parallel.pp=0 must be at least 1"),
+    ("parallel.cp=-2", "parallel.cp=-2 must be at least 1"),
+    ("parallel.sequence_parallel=true", "parallel.sequence_parallel=true needs parallel.tp of at least 2"),
+    ("optimizer.schedule=step", "optimizer.schedule='step' is not known; choose one of constant, cosine, linear"),
+    ("optimizer.lr=0", "optimizer.lr=0.0 must be positive"),
+    ("optimizer.min_lr_ratio=1.5", "optimizer.min_lr_ratio=1.5 must lie in 0..1"),
+    ("run.save_every=0", "run.save_every=0 must be positive"),
+    ("run.keep_last=-1", "run.keep_last=-1 must be 0 (keep all) or more"),
+    ("rollout.temperature=0", "rollout.temperature=0.0 must be positive"),
+    ("rollout.top_p=0.9", "rollout.top_p=0.9: the trainer scores the whole distribution"),
+    ("rollout.tp=0", "rollout.tp=0 must be at least 1"),
+    ("algorithm.reduction=mean", "algorithm.reduction='mean' is not known; choose one of token, pack"),
+    ("algorithm.gamma=0", "algorithm.gamma and algorithm.lam must lie in 0..1"),
+    ("algorithm.lam=1.1", "algorithm.gamma and algorithm.lam must lie in 0..1"),
+    ("algorithm.critic_steps=0", "algorithm.critic_steps=0 must be at least 1"),
+    ("critic.head_init=zero", "critic.head_init='zero' is not known; choose one of orz, kaiming, paper"),
+    ("reward.workers=0", "reward.workers=0 must be at least 1"),
+    ("reward.timeout_s=0", "reward.timeout_s=0.0 must be positive"),
+    ("iterations=0", "iterations=0 must be positive"),
+    ("prompts=0", "prompts and responses must be positive"),
+    ("responses=0", "prompts and responses must be positive"),
+    ("curriculum=[]", "curriculum is empty: give at least one {until, max_tokens}"),
+    (
+        "curriculum=[{until: 900, max_tokens: 8}, {until: 900, max_tokens: 9}]",
+        "curriculum: 'until' must rise, got [900, 900]",
+    ),
+    ("iterations=901", "curriculum ends at iteration 900 but iterations=901; raise the last 'until'"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED)
+def test_refused_value_says_what_to_change(override: str, message: str) -> None:
+    assert message in complaint(RLConfig, override)
+
+
+@pytest.mark.parametrize("key", ["steps", "packs_per_step"])
+def test_refused_cold_start_value(key: str) -> None:
+    assert f"{key}=0 must be positive" in complaint(ColdStartConfig, f"{key}=0")
+
+
+def test_data_parallel_size_is_what_the_layout_leaves() -> None:
+    layout = ParallelConfig(tp=2, pp=2, cp=2)
+    assert [layout.data_parallel(world) for world in (8, 64)] == [1, 8]
+    with pytest.raises(
+        ConfigError, match=r"12 processes cannot be cut into tp=2 x pp=2 x cp=2 = 8 ranks.*multiple of 8"
+    ):
+        layout.data_parallel(12)
+
+
+def test_checks_hold_outside_build_too() -> None:
+    values: dict[str, Any] = {"dir": "runs/a", "save_every": 0}
+    with pytest.raises(ConfigError, match=r"run\.save_every=0"):
+        configuration.RunConfig(**values)

@@ -1,0 +1,212 @@
+"""examples/install.sh in a copy of the project, with a PATH that holds only what a test puts there."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("awk", "bash", "cat", "cut", "df", "dirname", "du", "flock", "grep", "head", "mkdir", "rm", "sha256sum")
+TOOLS += ("cp", "tail", "timeout")
+
+STUB_PYTHON = """
+case "$*" in
+*"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+*"-m pip --version"* | *"import ensurepip"* | *"import ovr_megatron"*) ;;
+*"-m pip config"* | *urllib*) exit 1 ;;
+*"-m pip"*)
+    echo "$*" >>"CALLS"
+    [ "${STUB:-}" != killed ] || kill -9 $PPID
+    [ -z "${STUB:-}" ] || { echo "$STUB"; exit 1; } ;;
+*) echo 3.11 ;;
+esac
+"""
+
+
+class Machine:
+    """A copy of the project's set-up and a folder of commands that is all its PATH."""
+
+    def __init__(self, folder: Path):
+        self.project = folder / "a project"
+        self.commands = folder / "bin"
+        self.commands.mkdir()
+        self.calls = folder / "calls"
+        for tool in TOOLS:
+            (self.commands / tool).symlink_to(shutil.which(tool))
+        for name in ("setup.cfg", "pyproject.toml", "LICENSE", "examples/install.sh", "ovr_megatron/__init__.py"):
+            target = self.project / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+
+    @property
+    def venv(self) -> Path:
+        return self.project / ".venv"
+
+    def add_command(self, name: str, script: str) -> None:
+        """Puts a shell script on the PATH."""
+        path = self.commands / name
+        path.write_text(f"#!{shutil.which('bash')}\n{script}\n")
+        path.chmod(0o755)
+
+    def add_python(self, name: str = "python3.11") -> None:
+        """Puts the interpreter of these tests on the PATH."""
+        base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
+        self.add_command(name, f'exec "{base}" "$@"')
+
+    def add_stub_python(self) -> None:
+        """Puts an interpreter on the PATH whose pip only notes what it is asked for.
+
+        It fails with what the variable STUB says, and is killed in the middle where STUB is ``killed``.
+        """
+        self.add_command("python3.11", STUB_PYTHON.replace("CALLS", str(self.calls)))
+
+    def pip_calls(self) -> list[str]:
+        """The calls of pip, without the flags that do not matter here."""
+        shown = ("install", "uninstall", "--no-build-isolation", "--editable")
+        return [
+            " ".join(word for word in line.split() if word in shown or (word[0] != "-" and word not in ("pip", "off")))
+            for line in self.calls.read_text().splitlines()
+        ]
+
+    def install(self, **env: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(self.project / "examples/install.sh")]
+        return subprocess.run(
+            command, env={"PATH": str(self.commands), **env}, cwd="/", capture_output=True, text=True, timeout=120
+        )
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_no_python(machine: Machine) -> None:
+    result = machine.install()
+    assert result.returncode == 1
+    assert "Python 3.11 or 3.12 is needed, and this machine offers none; install one" in result.stderr
+    assert not machine.venv.exists()
+
+
+def test_wrong_python_is_named(machine: Machine) -> None:
+    machine.add_command("python3", "echo 3.9")
+    machine.add_command("python3.12", "exit 127")  # a version manager's stub for a version that is not there
+    result = machine.install()
+    assert result.returncode == 1
+    assert "offers python3 (3.9); install one (on Debian and Ubuntu: apt install python3.11" in result.stderr
+    assert "PYTHON=/path/to/python3.11" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_python_without_venv_module(machine: Machine) -> None:
+    machine.add_command("python3", 'case "$2" in *ensurepip*) exit 1 ;; *) echo 3.12 ;; esac')
+    result = machine.install()
+    assert result.returncode == 1
+    assert "Python 3.12 has no venv module; install it" in result.stderr
+    assert "apt install python3.12-venv" in result.stderr
+
+
+def test_full_disk(machine: Machine) -> None:
+    machine.add_python()
+    (machine.commands / "df").unlink()
+    machine.add_command("df", "echo header; echo /dev/sda 100 50 7340032 50% /")
+    result = machine.install()
+    assert result.returncode == 1
+    assert f"{machine.project} has 7 GB of free disk space and the installation needs 8;" in result.stderr
+
+
+def test_gpu_needs_more_disk(machine: Machine) -> None:
+    machine.add_python()
+    machine.add_command("nvidia-smi", "echo 'GPU 0: a card'")
+    (machine.commands / "df").unlink()
+    machine.add_command("df", "echo header; echo /dev/sda 100 50 9437184 50% /")
+    assert "has 9 GB of free disk space and the installation needs 20;" in machine.install().stderr
+
+
+def test_no_network(machine: Machine) -> None:
+    machine.add_python()
+    nowhere = "http://127.0.0.1:9"
+    result = machine.install(
+        PIP_CONFIG_FILE=os.devnull, PIP_INDEX_URL=f"{nowhere}/simple", PIP_RETRIES="1", https_proxy=nowhere
+    )
+    assert result.returncode == 1
+    assert f"no network: pip cannot reach {nowhere}/simple; connect the machine" in result.stderr
+
+
+def test_second_run_does_nothing(machine: Machine) -> None:
+    machine.add_stub_python()
+    first = machine.install()
+    assert first.returncode == 0, first.stderr
+    assert machine.pip_calls() == ["install --editable .[cpu,dev]", "uninstall torchaudio torchcodec"]
+    start = time.monotonic()
+    second = machine.install()
+    assert time.monotonic() - start < 3
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    assert len(machine.pip_calls()) == 2
+
+
+def test_changed_versions_are_installed_over_the_old(machine: Machine) -> None:
+    machine.add_stub_python()
+    machine.install()
+    (machine.venv / "witness").touch()
+    with (machine.project / "setup.cfg").open("a") as file:
+        file.write("# another version\n")
+    assert machine.install().returncode == 0
+    assert len(machine.pip_calls()) == 4
+    assert (machine.venv / "witness").exists()
+
+
+def test_cut_off_installation_begins_afresh(machine: Machine) -> None:
+    machine.add_stub_python()
+    machine.install(STUB="killed")
+    (machine.venv / "witness").touch()
+    assert machine.install().returncode == 0
+    assert not (machine.venv / "witness").exists()
+
+
+def test_copied_environment_begins_afresh(machine: Machine) -> None:
+    machine.add_stub_python()
+    machine.install()
+    (machine.venv / "witness").touch()
+    machine.project = machine.project.rename(machine.project.with_name("moved"))
+    assert machine.install().returncode == 0
+    assert not (machine.venv / "witness").exists()
+
+
+def test_refusal_of_pip_leaves_the_environment(machine: Machine) -> None:
+    machine.add_stub_python()
+    machine.install()
+    (machine.venv / "witness").touch()
+    with (machine.project / "setup.cfg").open("a") as file:
+        file.write("# another version\n")
+    result = machine.install(STUB="ERROR: No matching distribution found for torch==2.13.0+cpu")
+    assert result.returncode == 1
+    assert "the CPU build of torch was found neither at https://download.pytorch.org/whl/cpu" in result.stderr
+    assert machine.install().returncode == 0
+    assert (machine.venv / "witness").exists()
+
+
+def test_other_failure_shows_what_pip_said(machine: Machine) -> None:
+    machine.add_stub_python()
+    result = machine.install(STUB="ERROR: something else")
+    assert result.returncode == 1
+    assert "ERROR: something else\ninstall.sh: pip failed for the reason above" in result.stderr
+
+
+def test_disk_that_runs_full_meanwhile(machine: Machine) -> None:
+    machine.add_stub_python()
+    result = machine.install(STUB="ERROR: Could not install packages: [Errno 28] No space left on device")
+    assert result.returncode == 1
+    assert "ran full; free some space" in result.stderr
+
+
+def test_gpu_extras_and_their_optional_part(machine: Machine) -> None:
+    machine.add_stub_python()
+    machine.add_command("nvidia-smi", "echo 'GPU 0: a card'")
+    (machine.commands / "df").unlink()
+    machine.add_command("df", "echo header; echo /dev/sda 100 50 99999999 50% /")
+    assert machine.install().returncode == 0
+    assert machine.pip_calls() == ["install --editable .[gpu,dev]", "install --no-build-isolation --editable .[te]"]

@@ -1,0 +1,40 @@
+"""Make a checkpoint (step 0) of a Hugging Face Qwen2.5-VL folder: every tensor checked, every other file kept."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def convert(hf: Path, out: Path, force: bool) -> None:
+    """Write ``out/policy`` and the manifest; ``out`` appears when it is whole."""
+    from ovr_megatron.checkpoint.manifest import write_manifest
+    from ovr_megatron.model.shape import ModelShape
+    from ovr_megatron.weights.folder import WeightFolder, copy_companions
+    from ovr_megatron.weights.transfer import check_weights, copy_weights, staged
+
+    shape = ModelShape.from_hf(hf)
+    with WeightFolder(hf) as folder:
+        check_weights(folder, shape)
+        with staged(out, [hf], force) as partial:
+            copy_companions(hf, partial / "policy")
+            copy_weights(folder, partial / "policy")
+            manifest = write_manifest(partial, step=0, extra={"converted_from": str(hf.resolve())})
+    print(f"{out}: checkpoint of step 0, {sum(file.bytes for file in manifest.files.values()):,} bytes")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and convert; exit 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="convert_from_hf.py", description=__doc__)
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face folder (safetensors)")
+    parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="checkpoint folder to write")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint or model that is there")
+    args = parser.parse_args(argv)
+    try:
+        convert(args.hf, args.out, args.force)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

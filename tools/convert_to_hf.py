@@ -1,0 +1,70 @@
+"""Write the policy or the critic of a checkpoint as a Hugging Face folder that Transformers and vLLM load."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, force: bool) -> None:
+    """Write the folder ``out``, which appears when it is whole, and say what it leaves out."""
+    import torch
+
+    from ovr_megatron.checkpoint.manifest import CheckpointError, check
+    from ovr_megatron.model.shape import ModelShape
+    from ovr_megatron.weights.folder import WeightFolder, copy_companions
+    from ovr_megatron.weights.transfer import VALUE_HEAD, check_weights, copy_weights, staged
+
+    part = "critic" if critic else "policy"
+    manifest = check(checkpoint, under=part)
+    if not (checkpoint / part).is_dir():
+        held = ", ".join(sorted({name.split("/")[0] for name in manifest.files}))
+        raise CheckpointError(f"{checkpoint} has no {part}, only {held}; use another checkpoint")
+    shape = ModelShape.from_hf(checkpoint / part)
+    number_format = getattr(torch, dtype) if dtype else None
+    with WeightFolder(checkpoint / part) as folder:
+        check_weights(folder, shape, critic)
+        with staged(out, [checkpoint], force) as partial:
+            copy_companions(checkpoint / part, partial, number_format)
+            copy_weights(folder, partial, number_format, leave_out=[VALUE_HEAD])
+    print(f"{out}: {part} of step {manifest.step}")
+    left_out = sorted({name.split("/")[0] for name in manifest.files} - {part})
+    if critic:
+        left_out.insert(0, f"{VALUE_HEAD} (a Hugging Face model has no place for it)")
+        if not shape.tied:
+            print("a critic has no lm_head.weight: load it with AutoModel, it cannot generate")
+    print(f"left out: {', '.join(left_out) or 'nothing'}")
+
+
+def verify(out: Path, hf: Path, critic: bool) -> bool:
+    """Compare with the folder ``hf``: tensors bit by bit, other files byte by byte; print what differs."""
+    from ovr_megatron.weights.transfer import HEAD, VALUE_HEAD, differences
+
+    found = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [])
+    for line in found[:20]:
+        print(f"differs: {line}")
+    print(f"{len(found)} differences from {hf}" if found else f"equal to {hf}, bit by bit")
+    return not found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and convert; exit 1 if ``--verify`` finds a difference, 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="convert_to_hf.py", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="checkpoint folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
+    parser.add_argument("--verify", type=Path, metavar="HF_DIR", help="compare the result with this folder, bit by bit")
+    parser.add_argument("--critic", action="store_true", help="export the critic, without its value head")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="number format (default: as it is stored)")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint or model that is there")
+    args = parser.parse_args(argv)
+    try:
+        convert(args.checkpoint, args.out, args.critic, args.dtype, args.force)
+        equal = args.verify is None or verify(args.out, args.verify, args.critic)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    sys.exit(0 if equal else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+r"""Grade a JSONL file of responses: accuracy, and the agreement with another grader where the rows have its verdict.
+
+A row has ``response`` (text), ``answer`` (a letter, an option's content or a value), optionally ``options`` (a
+list) and ``correct`` (true or false: what another script said).  Only the last \boxed{} of a response counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ovr_megatron.rewards.choice import named_letter
+from ovr_megatron.rewards.latex import clean
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason, Verdict
+from ovr_megatron.rewards.quantity import has_unit
+from ovr_megatron.runtime.progress import Progress
+
+NO_BOX = "no box in the response"
+UNIT = "the benchmark's script missed a unit"
+CONTENT = "the benchmark's script missed an option's content"
+UNEXPLAINED = "unexplained"
+
+
+class GradeFileError(ValueError):
+    """A file that cannot be graded; the message has file, line, field and what to change."""
+
+
+@dataclass(frozen=True)
+class GradedRow:
+    """One row of the file: what to grade, and what another script said (None where the row does not tell)."""
+
+    request: GradeRequest
+    correct: bool | None
+    raw: dict[str, Any]
+
+
+def read_rows(path: Path) -> list[GradedRow]:
+    """Read the rows of ``path``; empty lines are skipped.
+
+    Raises:
+        GradeFileError: no such file, no rows, or a row that is not as described above.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise GradeFileError(f"{path}: {error.strerror}; give a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise GradeFileError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
+    lines = enumerate(text.split("\n"), start=1)
+    rows = [_read_row(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    if not rows:
+        raise GradeFileError(f"{path}: no rows; give one JSON object a line")
+    return rows
+
+
+def _read_row(line: str, where: str) -> GradedRow:
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        problem = f"not JSON at column {error.colno} ({error.msg})"
+        raise GradeFileError(f"{where}: {problem}; write one JSON object a line") from None
+    if not isinstance(raw, dict):
+        raise GradeFileError(f"{where}: a {type(raw).__name__}, not an object; write one JSON object a line")
+    response, answer, options = raw.get("response"), raw.get("answer"), raw.get("options") or []
+    if not isinstance(response, str):
+        raise GradeFileError(f"{where}:response: {_found(raw, 'response')}; give the text of the response")
+    if not _is_value(answer):
+        raise GradeFileError(f"{where}:answer: {_found(raw, 'answer')}; give the reference as a text or a number")
+    if not isinstance(options, list) or not all(_is_value(option) for option in options):
+        raise GradeFileError(f"{where}:options: {_found(raw, 'options')}; give a list of texts or numbers, or none")
+    correct = raw.get("correct")
+    if correct is not None and not isinstance(correct, bool):
+        raise GradeFileError(f"{where}:correct: {_found(raw, 'correct')}; give true or false, or leave it out")
+    return GradedRow(GradeRequest(response, str(answer), tuple(map(str, options))), correct, raw)
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and bool(str(value).strip())
+
+
+def _found(raw: dict[str, Any], field: str) -> str:
+    return f"{str(raw[field])[:60]!r} is a {type(raw[field]).__name__}" if raw.get(field) is not None else "missing"
+
+
+def explain(row: GradedRow, verdict: Verdict) -> str:
+    """Name the group of a disagreement, from the row and the verdict alone.
+
+    A script that reads letters outside of a box says right where there is no box.  One that compares texts
+    says wrong where the box has the right option's letter and content, its content, or a unit beside the value.
+    """
+    request = row.request
+    if row.correct and verdict.reason is Reason.NO_BOX:
+        return NO_BOX
+    if row.correct or not verdict.correct or verdict.box is None:
+        return UNEXPLAINED
+    named = named_letter(clean(verdict.box), len(request.options))
+    if verdict.reason is Reason.LETTER:
+        return CONTENT if named is not None and named.rest else UNEXPLAINED
+    if has_unit(verdict.box) or has_unit(request.answer):
+        return UNIT
+    return CONTENT if verdict.reason is Reason.CONTENT else UNEXPLAINED
+
+
+def summarise(rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Counts, accuracy and reasons; ``agreement`` and ``disagreements`` by group where rows have ``correct``."""
+    right = sum(verdict.correct for verdict in verdicts)
+    summary: dict[str, Any] = {
+        "rows": len(rows),
+        "correct": right,
+        "accuracy": right / len(rows),
+        "reasons": dict(Counter(verdict.reason.value for verdict in verdicts).most_common()),
+    }
+    judged = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
+    if judged:
+        groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row, verdict in judged:
+            if row.correct != verdict.correct:
+                groups[explain(row, verdict)].append(_shown(row, verdict))
+        disagreements = sum(map(len, groups.values()))
+        summary["compared"] = len(judged)
+        summary["agreement"] = 1 - disagreements / len(judged)
+        summary["disagreements"] = dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+    return summary
+
+
+def _shown(row: GradedRow, verdict: Verdict) -> dict[str, Any]:
+    shown = {"id": row.raw.get("id"), "answer": row.request.answer, "box": verdict.box, "reason": verdict.reason.value}
+    named = named_letter(clean(row.request.answer), len(row.request.options))
+    if named is not None:
+        shown["option"] = row.request.options[named.index]
+    return {**shown, "correct": verdict.correct, "file": row.correct}
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print `summarise`'s result for a person."""
+    print(f"accuracy   {summary['accuracy']:.4f}  ({summary['correct']} of {summary['rows']})")
+    for reason, count in summary["reasons"].items():
+        print(f"  {count:6d}  {reason}")
+    if "agreement" not in summary:
+        return
+    groups = summary["disagreements"]
+    total = sum(map(len, groups.values()))
+    print(f"agreement  {summary['agreement']:.4f}  ({total} of {summary['compared']} differ)")
+    for group, shown in groups.items():
+        print(f"  {len(shown):6d}  {group}")
+        for row in shown:
+            right = row["answer"] + (f" = {row['option']}" if "option" in row else "")
+            print(f"          id {row['id']}: box {row['box']!r}, reference {right!r}, file says {row['file']}")
+
+
+def write_verdicts(path: Path, rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> None:
+    """Write each row with ``verdict`` = {correct, reason, box} added, one a line."""
+    with path.open("w", encoding="utf-8") as out:
+        for row, verdict in zip(rows, verdicts, strict=True):
+            added = {"correct": verdict.correct, "reason": verdict.reason.value, "box": verdict.box}
+            out.write(json.dumps({**row.raw, "verdict": added}) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, grade and report; exit 2 on bad input."""
+    parser = argparse.ArgumentParser(
+        prog="grade.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="JSONL rows: response, answer, options, correct")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="grader processes (default: 2)")
+    parser.add_argument("--timeout-s", type=float, default=5.0, metavar="S", help="limit of one verdict (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument("--out", type=Path, metavar="JSONL", help="write every row with its verdict to this file")
+    args = parser.parse_args(argv)
+    try:
+        rows = read_rows(args.file)
+        with (
+            GraderPool(args.workers, args.timeout_s) as pool,
+            Progress(len(rows), "grading", "response", show=not args.json) as progress,
+        ):
+            verdicts = pool.grade([row.request for row in rows], progress.update)
+        if args.out:
+            write_verdicts(args.out, rows, verdicts)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    summary = summarise(rows, verdicts)
+    if args.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print_summary(summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Compare our model with Transformers' on the same weights: ``tools/verify.py --hf DIR [--layout tp=2]``.
+
+Text, an image, three images of different sizes and a video go through both; the largest difference of the
+logits and of every gradient is printed.  Exits with 1 past the bound.  For a layout of several processes it
+starts them itself.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ovr_megatron import verify
+
+
+def main() -> int:
+    """Parse, and run here or in as many processes as the layout asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Qwen2.5-VL folder, the reference")
+    parser.add_argument("--checkpoint", type=Path, help="take our weights from this checkpoint instead")
+    parser.add_argument("--layout", default="", help="for example tp=2, tp=2,sp=1 or tp=2,dp=2")
+    parser.add_argument("--dtype", default="float32", choices=("float32",), help="number format of both models")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args()
+    layout = verify.parse_layout(arguments.layout)
+    sizes = dict(part.split("=", 1) for part in arguments.layout.split(",") if part)
+    processes = layout.tp * layout.pp * layout.cp * int(sizes.get("dp", 1))
+    if processes > 1 and "LOCAL_RANK" not in os.environ:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return subprocess.run([*start, __file__, *sys.argv[1:]]).returncode
+    arguments.layout = layout
+    return verify.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
