@@ -6,7 +6,7 @@ Each is drawn once per theme: light ones go to ``figures/*.png``, both into the 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.statistics import moving_average
 
-WIDTH = 6.4  # inches
+WIDE, NARROW = 6.4, 3.9  # inches: for a page, for a phone
 DPI = 180
 
 
@@ -48,6 +48,8 @@ class Theme:
             "xtick.labelcolor": self.muted,
             "ytick.labelcolor": self.muted,
             "grid.color": self.grid,
+            "figure.constrained_layout.h_pad": 0.1,
+            "figure.constrained_layout.w_pad": 0.1,
             "axes.grid": True,
             "axes.grid.axis": "y",
             "axes.axisbelow": True,
@@ -80,26 +82,32 @@ class Chart:
     png: bytes
 
 
-def draw(experiment: Experiment, theme: Theme) -> list[Chart]:
-    """Every figure for which the folder holds numbers, in the order of the recipe."""
-    charts = []
+def draw(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Chart]:
+    """Every figure for which the folder holds numbers, in the order of the recipe; ``width`` in inches."""
     with matplotlib.rc_context(theme.settings):
-        for name in ("base", "cold_start"):
-            stage = experiment.stages.get(name)
-            if stage and stage.values("loss/train"):
-                caption = f"{stage.title}: cross entropy of the target tokens, faint by step, strong as a moving average."
-                charts.append(Chart(f"{name}_loss", caption, _png(loss_figure(stage, theme))))
-        stage = experiment.stages.get("rl")
-        if stage and stage.values("reward/mean"):
-            caption = "PPO: mean reward and response length; dashed lines mark where the curriculum allows longer sequences."
-            charts.append(Chart("rl_dynamics", caption, _png(dynamics_figure(stage, theme))))
-        if stage and any(stage.values(key) for key, _, _ in _HEALTH):
-            caption = "PPO under the hood. The mismatch is the largest difference between rollout and trainer log-probabilities."
-            charts.append(Chart("rl_health", caption, _png(health_figure(stage, theme))))
+        drawn = [*_supervised(experiment, theme, width), *_ppo(experiment, theme, width)]
         if experiment.sets:
             caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
-            charts.append(Chart("accuracy", caption, _png(accuracy_figure(experiment, theme))))
-    return charts
+            drawn.append(Chart("accuracy", caption, _png(accuracy_figure(experiment, theme, width))))
+    return drawn
+
+
+def _supervised(experiment: Experiment, theme: Theme, width: float) -> Iterator[Chart]:
+    for name in ("base", "cold_start"):
+        stage = experiment.stages.get(name)
+        if stage and stage.values("loss/train"):
+            caption = f"{stage.title}: cross entropy of the target tokens; faint: each step, strong: moving average."
+            yield Chart(f"{name}_loss", caption, _png(loss_figure(stage, theme, width)))
+
+
+def _ppo(experiment: Experiment, theme: Theme, width: float) -> Iterator[Chart]:
+    stage = experiment.stages.get("rl")
+    if stage and stage.values("reward/mean"):
+        caption = "PPO: mean reward and response length. Dashed: the curriculum allows longer sequences from here on."
+        yield Chart("rl_dynamics", caption, _png(dynamics_figure(stage, theme, width)))
+    if stage and any(stage.values(key) for key, _, _ in _HEALTH):
+        caption = "PPO under the hood. Mismatch: largest difference of rollout and trainer log-probabilities."
+        yield Chart("rl_health", caption, _png(health_figure(stage, theme, width)))
 
 
 def write_figures(experiment: Experiment) -> list[Path]:
@@ -113,9 +121,9 @@ def write_figures(experiment: Experiment) -> list[Path]:
     return paths
 
 
-def loss_figure(stage: Stage, theme: Theme) -> Figure:
+def loss_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     """Loss by optimizer step (paper, figure 3a)."""
-    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    figure = Figure(figsize=(width, 3.0), layout="constrained")
     axes = figure.add_subplot(title=f"{stage.title}: loss", xlabel="Step")
     steps, losses = stage.series("loss/train")
     _curve(axes, steps, losses, theme.models[0 if stage.name == "base" else 1], "{:.3f}")
@@ -123,9 +131,9 @@ def loss_figure(stage: Stage, theme: Theme) -> Figure:
     return figure
 
 
-def dynamics_figure(stage: Stage, theme: Theme) -> Figure:
+def dynamics_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     """Mean reward above mean response length by iteration, curriculum switches marked (paper, figure 3b)."""
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
     reward, length = figure.subplots(2, 1, sharex=True)
     _curve(reward, *stage.series("reward/mean"), theme.models[2], "{:.2f}")
     _curve(length, *stage.series("response/length"), theme.models[3], "{:.0f}")
@@ -156,10 +164,11 @@ _HEALTH = (
 )
 
 
-def health_figure(stage: Stage, theme: Theme) -> Figure:
+def health_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     """What tells a healthy PPO run from a sick one, by iteration."""
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-    for axes, (key, title, form) in zip(figure.subplots(2, 2, sharex=True).flat, _HEALTH, strict=True):
+    rows, columns = (2, 2) if width == WIDE else (4, 1)
+    figure = Figure(figsize=(width, 2.1 * rows), layout="constrained")
+    for axes, (key, title, form) in zip(figure.subplots(rows, columns, sharex=True).flat, _HEALTH, strict=True):
         steps, values = stage.series(key)
         axes.set_title(title, fontsize=9.5)
         if not values:
@@ -171,10 +180,10 @@ def health_figure(stage: Stage, theme: Theme) -> Figure:
     return figure
 
 
-def accuracy_figure(experiment: Experiment, theme: Theme) -> Figure:
+def accuracy_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
     """Accuracy of each model on each problem set, with confidence intervals."""
     sets = experiment.sets
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(width, 3.6), layout="constrained")
     axes = figure.add_subplot(title="Accuracy on held-out problems")
     step = 0.82 / len(MODELS)
     for index, (model, title) in enumerate(MODELS.items()):
@@ -199,7 +208,7 @@ def accuracy_figure(experiment: Experiment, theme: Theme) -> Figure:
     axes.set_ylim(0, 1.08)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    figure.legend(loc="outside lower center", ncols=len(MODELS), handlelength=1, handleheight=1)
+    figure.legend(loc="outside lower center", ncols=4 if width == WIDE else 2, handlelength=1, handleheight=1)
     return figure
 
 
@@ -226,5 +235,5 @@ def _curve(
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
+    figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

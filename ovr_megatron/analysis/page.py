@@ -10,6 +10,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 Content = object  # Html stays as it is, None vanishes, all else becomes text
+NARROW, DARK = "(max-width: 640px)", "(prefers-color-scheme: dark)"
 
 
 class Html(str):
@@ -43,10 +44,12 @@ def data_uri(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def picture(light: bytes, dark: bytes, alt: str) -> Html:
-    """A PNG in the colours of the reader's theme."""
-    source = tag("source", srcset=data_uri(dark), media="(prefers-color-scheme: dark)")
-    return tag("picture", source, tag("img", src=data_uri(light), alt=alt))
+def picture(looks: Sequence[bytes], alt: str) -> Html:
+    """A PNG that fits the reader's screen and theme; ``looks``: wide light, wide dark, narrow light, narrow dark."""
+    light, dark, *narrow = map(data_uri, looks)
+    choices = zip((narrow[1], narrow[0], dark), (f"{NARROW} and {DARK}", NARROW, DARK), strict=True)
+    sources = (tag("source", srcset=address, media=media) for address, media in choices)
+    return tag("picture", *sources, tag("img", src=light, alt=alt))
 
 
 def section(title: str, *content: Content) -> Html:
@@ -123,7 +126,7 @@ th, td { text-align: right; padding: 9px 0 9px 18px; border-top: 1px solid var(-
 td { white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; font-weight: 500; }
 thead th { border-top: 0; color: var(--muted); font-size: 13px; font-weight: 500; white-space: nowrap; }
-td small { display: block; color: var(--muted); font-size: 12px; }
+table small { display: block; color: var(--muted); font-size: 12px; }
 .phases { display: flex; height: 26px; border-radius: 7px; overflow: hidden; gap: 2px; margin: 6px 0 12px; }
 .phases i { display: block; min-width: 2px; }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
@@ -152,7 +155,7 @@ footer { margin-top: 28px; }
   section, .missing { padding: 18px 16px; border-radius: 12px; }
   .scroll { margin: 0 -16px; padding: 0 16px; }
   .tiles { grid-template-columns: repeat(2, 1fr); }
+  table { font-size: 13px; } th, td { padding-left: 8px; } table small { font-size: 11px; }
   .rollout { grid-template-columns: 84px minmax(0, 1fr); } .rollout.photo { grid-template-columns: 1fr; }
-  figure img { width: calc(100% + 20px); margin: 0 -10px; }
 }
 """

@@ -20,7 +20,7 @@ PHASES = {
     "timing/update": "Update",
     "timing/sync": "Weights to vLLM",
 }
-NOTHING = "–"  # noqa: RUF001
+NOTHING = "\N{EN DASH}"
 
 
 def write_report(experiment: Experiment) -> Path:
@@ -67,7 +67,8 @@ def _lead(summary: dict[str, Any]) -> str:
 def _missing(parts: list[str]) -> Html | None:
     if not parts:
         return None
-    return tag("div", tag("strong", "Not complete yet"), tag("ul", *(tag("li", part) for part in parts)), class_="missing")
+    items = (tag("li", part) for part in parts)
+    return tag("div", tag("strong", "Not complete yet"), tag("ul", *items), class_="missing")
 
 
 def _tiles(summary: dict[str, Any]) -> Iterator[Html]:
@@ -87,10 +88,11 @@ def _tile(name: str, value: str, kind: str = "tile") -> Html:
 
 
 def _charts(experiment: Experiment) -> dict[str, Html]:
-    light, dark = (figures.draw(experiment, theme) for theme in figures.THEMES)
+    looks = ((theme, width) for width in (figures.WIDE, figures.NARROW) for theme in figures.THEMES)
+    drawn = zip(*(figures.draw(experiment, theme, width) for theme, width in looks), strict=True)
     return {
-        a.name: tag("figure", picture(a.png, b.png, a.caption), tag("figcaption", a.caption))
-        for a, b in zip(light, dark, strict=True)
+        same[0].name: tag("figure", picture([c.png for c in same], same[0].caption), tag("figcaption", same[0].caption))
+        for same in drawn
     }
 
 
@@ -112,7 +114,7 @@ def _greedy_rows(experiment: Experiment) -> Iterator[list[object]]:
     for name, title in experiment.sets.items():
         scores = [experiment.score(model, name) for model in MODELS]
         problems = max(score["problems"] for score in scores if score)
-        yield [join([title, tag("small", f" {problems} problems", class_="note")]), *map(_cell, scores)]
+        yield [join([title, tag("small", f"{problems} problems")]), *map(_cell, scores)]
 
 
 def _sampled_rows(experiment: Experiment) -> Iterator[list[object]]:
@@ -126,14 +128,14 @@ def _source_rows(experiment: Experiment) -> Iterator[list[object]]:
     for name, title in experiment.sets.items():
         found = [(experiment.scores.get(model, {}).get(name) or {}).get("sources", {}) for model in MODELS]
         names = sorted({source for sources in found for source in sources})
-        if len(names) > 1:
-            yield from ([f"{title}: {s}", *(_cell(sources.get(s, {}).get("greedy")) for sources in found)] for s in names)
+        for source in names if len(names) > 1 else ():
+            yield [f"{title}: {source}", *(_cell(sources.get(source, {}).get("greedy")) for sources in found)]
 
 
 def _cell(score: dict[str, Any] | None) -> Html | str:
     if not score:
         return NOTHING
-    interval = f"{100 * score['low']:.1f} to {100 * score['high']:.1f}"
+    interval = f"{100 * score['low']:.1f}\N{EN DASH}{100 * score['high']:.1f}"
     length = tag("small", f"{score['tokens']:.1f} tokens") if "tokens" in score else None
     return join([percent(score["accuracy"]), tag("small", interval), length])
 

@@ -44,19 +44,22 @@ def moments(run: Path) -> list[Moment]:
 
 
 def pick(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dict[str, Any]]:
-    """Choose ``count`` rollouts: of each kind (image or none, rewarded or not) in turn, of other prompts if possible."""
-    kinds: dict[tuple[bool, bool], list[dict[str, Any]]] = {}
+    """Choose ``count`` rollouts: each source in turn, right and wrong ones, of other prompts where possible.
+
+    Of a source whose prompts have images only those are taken whose image the run has kept.
+    """
+    pictured = {rollout["source"] for rollout in rollouts if rollout.get("image")}
+    kinds: dict[tuple[bool, str], list[dict[str, Any]]] = {}
     for rollout in rollouts:
-        kinds.setdefault((not rollout.get("image"), not rollout["reward"]), []).append(rollout)
+        if rollout.get("image") or rollout["source"] not in pictured:
+            kinds.setdefault((not rollout["reward"], rollout["source"]), []).append(rollout)
     queues = [kinds[kind] for kind in sorted(kinds)]
     chosen: list[dict[str, Any]] = []
-    while len(chosen) < min(count, len(rollouts)):
+    while queues and len(chosen) < count:
         queue = queues.pop(0)
         asked = {_problem(rollout) for rollout in chosen}
-        at = next((i for i, rollout in enumerate(queue) if _problem(rollout) not in asked), 0)
-        chosen.append(queue[at])
-        rest = queue[:at] + queue[at + 1 :]
-        queues += [rest] if rest else []
+        chosen.append(queue.pop(next((i for i, rollout in enumerate(queue) if _problem(rollout) not in asked), 0)))
+        queues += [queue] if queue else []
     return chosen
 
 

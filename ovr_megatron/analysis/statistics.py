@@ -46,7 +46,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
         ValueError: not 1 <= k <= samples or not 0 <= correct <= samples.
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
-        raise ValueError(f"pass@{k} of {correct} right in {samples} samples: k and the right ones are at most {samples}")
+        raise ValueError(f"pass@{k} of {correct} right in {samples} samples: at most {samples} of either, k from 1")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 

@@ -48,6 +48,5 @@ def write_summary(experiment: Experiment) -> Path:
 def _accuracy(experiment: Experiment, problem_set: str) -> dict[str, float | int | None]:
     """Accuracy of each model, and the number of problems that each of them was asked."""
     scores = {model: experiment.score(model, problem_set) for model in MODELS}
-    values: dict[str, float | int | None] = {model: score["accuracy"] if score else None for model, score in scores.items()}
-    values["problems"] = min((score["problems"] for score in scores.values() if score), default=None)
-    return values
+    problems = min((score["problems"] for score in scores.values() if score), default=None)
+    return {model: score["accuracy"] if score else None for model, score in scores.items()} | {"problems": problems}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from random import Random
 
 from ovr_megatron.data.puzzle_kind import Kind, Number, Params, Puzzle, box
@@ -27,28 +29,37 @@ def _holds(clue: Clue, order: Order) -> bool:
     return {"left": distance > 0, "beside": abs(distance) == 1, "apart": abs(distance) > 1}[relation]
 
 
-def _fitting(clues: Sequence[Clue], people: Sequence[str]) -> list[Order]:
-    return [order for order in itertools.permutations(people) if all(_holds(clue, order) for clue in clues)]
+@functools.cache
+def _orders(people: int) -> tuple[Order, ...]:
+    return tuple(itertools.permutations(NAMES[:people]))
+
+
+@functools.cache
+def _fit(clue: Clue, people: int) -> int:
+    """The orders that fit ``clue``, as bits."""
+    return sum(1 << i for i, order in enumerate(_orders(people)) if _holds(clue, order))
+
+
+def _fit_all(clues: Iterable[Clue], people: int) -> int:
+    every = (1 << len(_orders(people))) - 1
+    return functools.reduce(operator.and_, (_fit(clue, people) for clue in clues), every)
 
 
 def draw_ordering(rng: Random, params: Params) -> tuple[Order, tuple[Clue, ...]]:
     """People in a row, and the clues that together leave this order; without any one of them there are more."""
-    people = NAMES[: params["people"]]
-    order = tuple(rng.sample(people, len(people)))
-    pairs = [(a, b) for a, b in itertools.permutations(people, 2)]
-    true = [(relation, a, b) for a, b in pairs for relation in RELATIONS if _holds((relation, a, b), order)]
-    rng.shuffle(true)
-    left, clues = list(itertools.permutations(people)), list[Clue]()
-    while len(left) > 1:
-        clue = true.pop()
-        rest = [other for other in left if _holds(clue, other)]
-        if len(rest) < len(left):
-            left, clues = rest, [*clues, clue]
+    people = params["people"]
+    number = rng.randrange(len(_orders(people)))
+    only = 1 << number
+    pairs = itertools.permutations(NAMES[:people], 2)
+    true = [(relation, a, b) for a, b in pairs for relation in RELATIONS if _fit((relation, a, b), people) & only]
+    clues: list[Clue] = []
+    while _fit_all(clues, people) != only:
+        clues.append(true.pop(rng.randrange(len(true))))
     for clue in list(clues):
         others = [other for other in clues if other != clue]
-        if len(_fitting(others, people)) == 1:
+        if _fit_all(others, people) == only:
             clues = others
-    return order, tuple(sorted(clues))
+    return _orders(people)[number], tuple(sorted(clues))
 
 
 def tell_ordering(problem: tuple[Order, tuple[Clue, ...]], rng: Random, params: Params) -> Puzzle:
@@ -58,7 +69,8 @@ def tell_ordering(problem: tuple[Order, tuple[Clue, ...]], rng: Random, params: 
     place = order.index(wanted) + 1
     said = " ".join(f"({i}) {RELATIONS[relation].format(a, b)}." for i, (relation, a, b) in enumerate(clues, 1))
     question = f"{', '.join(sorted(order))} stand in a row. {said} At which place from the left does {wanted} stand?"
-    rows = _fitting(clues[:-1], sorted(order))
+    left = _fit_all(clues[:-1], len(order))
+    rows = [row for i, row in enumerate(_orders(len(order))) if left >> i & 1]
     failed = "".join(f"Try {', '.join(row)}: ({last}) fails. Wait, go back. " for row in rows if row != order)
     checked = ", ".join(f"({i}) holds" for i in range(1, last + 1))
     thinking = (
@@ -101,9 +113,11 @@ def draw_countdown(rng: Random, params: Params) -> tuple[int, tuple[Step, ...], 
         value: int = start
         for operation, number in steps:
             value = {"+": value + number, "-": value - number, "*": value * number}[operation]
+        if not 0 < value < 200:
+            continue
         walks = [_work_back(order, value) for order in itertools.permutations(steps)]
         reaching = {walk[0] for walk in walks if walk[-1] == start}
-        if len(reaching) == 1 and 0 < value < 200 and any(walk[-1] != start for walk in walks):
+        if len(reaching) == 1 and any(walk[-1] != start for walk in walks):
             return start, tuple(sorted(steps)), value
 
 
@@ -143,5 +157,5 @@ def _told_walk(order: Sequence[Step], start: int, target: int) -> str:
     return f"Try to {', '.join(told)}{end}."
 
 
-ORDERING = Kind(draw_ordering, tell_ordering, {"people": Number(4, 3, len(NAMES))})
-COUNTDOWN = Kind(draw_countdown, tell_countdown, {"steps": Number(3, 3, 5)})
+ORDERING = Kind(draw_ordering, tell_ordering, {"people": Number(4, 4, len(NAMES))})
+COUNTDOWN = Kind(draw_countdown, tell_countdown, {"steps": Number(3, 3, 4)})

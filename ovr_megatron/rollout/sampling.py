@@ -94,6 +94,7 @@ def sampling_params(
 
     Nothing is left to the model folder or to vLLM's idea of the end of a text.
     """
+    runs = _runs(prompt.seeds) if temperature else ((seed, 1) for seed in prompt.seeds)  # greedy requests are single
     return [
         SamplingParams(
             n=count,
@@ -109,7 +110,7 @@ def sampling_params(
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
         )
-        for first, count in _runs(prompt.seeds)
+        for first, count in runs
     ]
 
 

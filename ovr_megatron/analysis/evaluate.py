@@ -1,0 +1,173 @@
+"""Evaluate a Hugging Face Qwen2.5-VL folder, or a checkpoint, with vLLM on problem sets.
+
+Each set is asked once greedily and, with --samples K, K times at temperature 1 for pass@k.  DIR/SET.json holds the
+scores with 95 % intervals, overall and by source, DIR/SET.responses.jsonl every response.  Under torchrun the
+processes share the problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    this = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = this.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder, or a checkpoint (its policy)")
+    what = "JSONL, JSON or parquet file, folder, hub name or puzzle:KIND?split=heldout; repeat for several sets"
+    add("--data", action="append", required=True, metavar="[NAME=]SRC", help=what)
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add("--samples", type=_count, default=0, metavar="K", help="responses for pass@k (default: greedy only)")
+    add("--limit", type=_count, default=0, metavar="N", help="first N problems of each set (default: all)")
+    add("--max-tokens", type=_count, default=1024, metavar="N", help="longest response (default: 1024)")
+    add("--max-prompt-tokens", type=_count, metavar="N", help="longest prompt (default: what the model leaves, 8192)")
+    graded = "boxed: the last \\boxed{} is right; exact: the whole response is the reference text; auto: by row"
+    add("--metric", choices=("auto", "boxed", "exact"), default="auto", help=graded)
+    add("--template", choices=("model", "think"), default="model", help="chat template: the folder's own, or ours")
+    add("--min-pixels", type=_count, metavar="N", help="image budget (default: the folder's)")
+    add("--max-pixels", type=_count, metavar="N", help="image budget (default: the folder's)")
+    add("--max-images", type=_count, default=8, metavar="N", help="images of one prompt (default: 8)")
+    add("--dtype", choices=("float32", "bfloat16"), help="number format (default: the folder's)")
+    add("--tp", type=_count, default=1, metavar="N", help="processes that hold one copy of the model (default: 1)")
+    add("--max-num-seqs", type=_count, default=256, metavar="N", help="responses at a time (default: 256)")
+    add("--workers", type=_count, default=2, metavar="N", help="grader processes (default: 2)")
+    add("--threads", type=_count, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--seed", type=_count, default=1, metavar="N", help="seed of the samples (default: 1)")
+    return this
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and evaluate; a user's mistake ends with one sentence and code 2."""
+    args = parser().parse_args(argv)
+
+    # Here, so that --help does not wait for vLLM.
+    from ovr_megatron.analysis.evaluation import Bench, Settings, evaluate, open_problems
+    from ovr_megatron.checkpoint.store import weights_of
+    from ovr_megatron.data.processing import Processor
+    from ovr_megatron.launch import USER_ERRORS
+    from ovr_megatron.rewards.pool import GraderPool
+    from ovr_megatron.rollout.engine import RolloutEngine
+    from ovr_megatron.rollout.sampling import RolloutError
+    from ovr_megatron.runtime import distributed
+
+    try:
+        sets = [open_problems(name, path, args.limit) for name, path in named(args.data).items()]
+        model = weights_of(args.model)
+        config = data_config(model, args)
+        processor = Processor(model, config)
+        distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
+        rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
+        length = config.max_prompt_tokens + args.max_tokens
+        engine = RolloutEngine(model, rollout, processor, args.dtype or dtype_of(model), length)
+        settings = Settings(samples=args.samples, max_tokens=args.max_tokens, metric=args.metric, seed=args.seed)
+        with GraderPool(args.workers) as grader:
+            bench = Bench(str(args.model), engine, processor, grader, args.tp)
+            for problems in sets:
+                if result := evaluate(bench, problems, settings, args.out):
+                    print(sentence(result, args.out), flush=True)
+        distributed.finish()
+    except (*USER_ERRORS, RolloutError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def named(sources: Sequence[str]) -> dict[str, str]:
+    """``NAME=SRC`` or ``SRC``, whose name is made of its own letters, to path by name.
+
+    Raises:
+        ConfigError: two sets of one name.
+    """
+    found: dict[str, str] = {}
+    for source in sources:
+        match = _NAMED.fullmatch(source)
+        name, path = match.groups() if match else (_name(source), source)
+        if name in found:
+            raise ConfigError(f"--data: two problem sets are called {name}; name one of them: OTHER={path}")
+        found[name] = path
+    return found
+
+
+def _name(source: str) -> str:
+    stem = source.removeprefix("puzzle:") if source.startswith("puzzle:") else Path(source).stem
+    return re.sub(r"[^\w.-]+", "_", stem)
+
+
+def data_config(model: Path, args: argparse.Namespace) -> DataConfig:
+    """Image budget of the folder and length limit of the model, where the command line does not say otherwise.
+
+    Raises:
+        ConfigError: no room is left for a prompt.
+    """
+    budget = image_budget(model)
+    positions = _text_config(model).get("max_position_embeddings", 32768)
+    limit = positions - args.max_tokens
+    if limit < 1:
+        raise ConfigError(f"--max-tokens {args.max_tokens} leaves no room for a prompt: the model takes {positions}")
+    return DataConfig(
+        template=args.template,
+        min_pixels=args.min_pixels or budget["min_pixels"],
+        max_pixels=args.max_pixels or budget["max_pixels"],
+        max_images=args.max_images,
+        max_prompt_tokens=args.max_prompt_tokens or min(limit, DataConfig.max_prompt_tokens),
+    )
+
+
+def image_budget(model: Path) -> dict[str, int]:
+    """``min_pixels`` and ``max_pixels`` that the folder was exported with; our defaults if it does not say."""
+    found = next((_read(model / name) for name in _PROCESSORS if (model / name).is_file()), {})
+    found = found.get("image_processor", found)
+    size = found.get("size") or {}
+    low = found.get("min_pixels") or size.get("shortest_edge") or DataConfig.min_pixels
+    high = found.get("max_pixels") or size.get("longest_edge") or DataConfig.max_pixels
+    return {"min_pixels": low, "max_pixels": high}
+
+
+def dtype_of(model: Path) -> str:
+    """Number format in which the folder's weights are meant to run: float32 if it says so, else bfloat16."""
+    text = _text_config(model)
+    named = text.get("dtype") or text.get("torch_dtype")
+    return "float32" if named in (None, "float32") else "bfloat16"
+
+
+def sentence(result: dict[str, Any], out: Path) -> str:
+    """One line for the person at the terminal."""
+    greedy, sampled = result["greedy"], result["sampled"]
+    shown = f"{100 * greedy['accuracy']:.1f} % ({100 * greedy['low']:.1f} to {100 * greedy['high']:.1f})"
+    passed = {k: share["accuracy"] for k, share in sampled["pass"].items()} if sampled else {}
+    more = "".join(f", pass@{k} {100 * value:.1f} %" for k, value in passed.items())
+    dropped = f", {result['dropped']} prompts too long" if result["dropped"] else ""
+    rate = f"{result['tokens_per_second']:,.0f} tokens/s"
+    return f"{result['set']}: {shown} of {result['problems']}{more}{dropped}; {rate}; {out / result['set']}.json"
+
+
+def _text_config(model: Path) -> dict[str, Any]:
+    config = _read(model / "config.json")
+    return {**config, **config.get("text_config", {})}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a whole Hugging Face folder") from error
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value

@@ -1,0 +1,120 @@
+"""From graded responses to scores: greedy accuracy and pass@k, over all problems and by source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ovr_megatron.analysis.statistics import pass_at_k, wilson
+from ovr_megatron.data.schema import Row, RowError
+
+METRICS = ("auto", "boxed", "exact")
+
+
+@dataclass(frozen=True)
+class Graded:
+    r"""One response to problem number ``index``; ``sample`` is None for the greedy one.
+
+    ``metric`` is ``boxed`` (the last ``\boxed{}`` is right) or ``exact`` (the whole text is the reference).
+    ``response`` is None for a prompt over the length limit: it is not asked, and counts as wrong.
+    """
+
+    index: int
+    sample: int | None
+    id: str
+    source: str
+    question: str
+    reference: str
+    options: tuple[str, ...]
+    metric: str
+    response: str | None = None
+    tokens: int = 0
+    stopped: bool = False
+    correct: bool = False
+    reason: str = ""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts by problem, the greedy response first."""
+        return self.index, -1 if self.sample is None else self.sample
+
+    def to_json(self) -> dict[str, Any]:
+        """The response as one line of ``SET.responses.jsonl``."""
+        return asdict(self)
+
+
+def reference_of(row: Row, metric: str) -> tuple[str, str]:
+    """How a row is graded, ``boxed`` or ``exact``, and against what.
+
+    ``auto`` takes ``exact`` for a row whose assistant text is itself the answer, such as a caption, else ``boxed``.
+
+    Raises:
+        RowError: the row has nothing to compare with.
+    """
+    if metric == "auto":
+        metric = "exact" if row.response is not None and row.answer in (None, row.response) else "boxed"
+    reference = row.answer
+    if metric == "exact" and row.response is not None:
+        reference = row.response
+    if reference is None:
+        raise RowError(row.where, "answer", "is missing", "add the final answer, or give --metric exact")
+    return metric, reference
+
+
+def score(responses: Sequence[Graded]) -> dict[str, Any]:
+    """Scores of all ``responses``, and under ``sources`` those of each source.
+
+    Returns:
+        ``problems`` and ``dropped`` (prompts over the limit); ``greedy`` with ``accuracy``, its 95 % interval
+        ``low`` to ``high``, ``correct``, ``problems``, mean ``tokens`` and the share that ``stopped``; ``sampled``,
+        None without samples, with ``samples``, ``tokens``, ``stopped`` and ``pass``: for each k an accuracy with
+        its interval.
+    """
+    greedy = [response for response in responses if response.sample is None]
+    sources = sorted({response.source for response in responses})
+    return {
+        "problems": len(greedy),
+        "dropped": sum(response.response is None for response in greedy),
+        **_part(responses),
+        "sources": {name: _part([r for r in responses if r.source == name]) for name in sources},
+    }
+
+
+def _part(responses: Sequence[Graded]) -> dict[str, Any]:
+    greedy = [response for response in responses if response.sample is None]
+    drawn = [response for response in responses if response.sample is not None]
+    correct = sum(response.correct for response in greedy)
+    found = {**_share(correct, len(greedy)), "correct": correct, "problems": len(greedy), **_length(greedy)}
+    return {"greedy": found, "sampled": _sampled(drawn) if drawn else None}
+
+
+def _sampled(drawn: Sequence[Graded]) -> dict[str, Any]:
+    problems: dict[int, list[bool]] = {}
+    for response in drawn:
+        problems.setdefault(response.index, []).append(response.correct)
+    samples = len(drawn) // len(problems)
+    passed = {
+        str(k): _share(sum(pass_at_k(len(right), sum(right), k) for right in problems.values()), len(problems))
+        for k in ks(samples)
+    }
+    return {"samples": samples, "pass": passed, **_length(drawn)}
+
+
+def ks(samples: int) -> list[int]:
+    """The k of pass@k that are reported: powers of two below ``samples``, and ``samples``."""
+    return [2**power for power in range(samples.bit_length()) if 2**power < samples] + [samples]
+
+
+def _share(correct: float, total: int) -> dict[str, float]:
+    found = wilson(min(correct, total), total)
+    return {"accuracy": found.value, "low": found.low, "high": found.high}
+
+
+def _length(responses: Sequence[Graded]) -> dict[str, float | None]:
+    """Mean length and share that stopped, of what was answered at all."""
+    answered = [response for response in responses if response.response is not None]
+    if not answered:
+        return {"tokens": None, "stopped": None}
+    count = len(answered)
+    return {"tokens": sum(r.tokens for r in answered) / count, "stopped": sum(r.stopped for r in answered) / count}

@@ -1,0 +1,100 @@
+"""An endless mixture of rows whose order is a function of the seed alone and whose position is a few numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ovr_megatron.config import ConfigError, DataConfig
+from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
+from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
+from ovr_megatron.data.sources import open_source
+
+_BARREN = 10_000  # excluded rows in a row, after which the stream gives up
+
+
+class RowStream:
+    """Rows of several sources, each drawn with its weight.
+
+    A finite source is walked in a new shuffle each epoch, without replacement; an endless one in order, from a
+    place that depends on the seed.  A row whose fingerprint is excluded is skipped and counted.
+
+    Attributes:
+        excluded: Rows skipped so far.
+    """
+
+    def __init__(
+        self, sources: Sequence[tuple[RowSource, float]], seed: int, exclude: frozenset[str] = frozenset()
+    ) -> None:
+        """Start at the first row; ``exclude`` holds fingerprints of prompts."""
+        self._sources = [source for source, _ in sources]
+        self._weights = [weight for _, weight in sources]
+        self._seed, self._exclude = seed, exclude
+        self._drawn = 0
+        self._taken = [0] * len(sources)
+        self.excluded = 0
+        self._orders: dict[int, tuple[int, list[int]]] = {}
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        """Draw a row.
+
+        Raises:
+            RowError: the row cannot be used, or every row is excluded.
+        """
+        for _ in range(_BARREN):
+            number = random.Random(f"{self._seed}#{self._drawn}").choices(range(len(self._sources)), self._weights)[0]
+            self._drawn += 1
+            row = self._sources[number][self._index(number)]
+            self._taken[number] += 1
+            if not self._exclude or fingerprint(row) not in self._exclude:
+                return row
+            self.excluded += 1
+        raise RowError(
+            row.where, "messages", f"{_BARREN} rows in a row are excluded", "remove data.exclude or add other sources"
+        )
+
+    def _index(self, number: int) -> int:
+        """Which row of source ``number`` comes next."""
+        taken, size = self._taken[number], len(self._sources[number])
+        if size >= ENDLESS:
+            return (random.Random(f"{self._seed}/{number}").randrange(size) + taken) % size
+        epoch, place = divmod(taken, size)
+        if self._orders.get(number, (-1, []))[0] != epoch:
+            order = list(range(size))
+            random.Random(f"{self._seed}/{number}/{epoch}").shuffle(order)
+            self._orders[number] = (epoch, order)
+        return self._orders[number][1][place]
+
+    def state(self) -> dict[str, Any]:
+        """Return the position as JSON."""
+        return {"drawn": self._drawn, "taken": list(self._taken), "excluded": self.excluded}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go to a position.
+
+        Raises:
+            ConfigError: the position is that of another number of sources.
+        """
+        if len(state["taken"]) != len(self._sources):
+            raise ConfigError(
+                f"data.sources has {len(self._sources)} entries, the checkpoint was written with "
+                f"{len(state['taken'])}; use the same sources or another run.dir"
+            )
+        self._drawn, self._taken, self.excluded = state["drawn"], list(state["taken"]), state["excluded"]
+
+
+def open_stream(config: DataConfig, seed: int) -> RowStream:
+    """Open every source of ``config`` as one stream.
+
+    Raises:
+        ConfigError: there is no source.
+        RowError: a source cannot be read.
+    """
+    if not config.sources:
+        raise ConfigError("data.sources is empty: give at least one, for example 'data.sources=[{path: rows.jsonl}]'")
+    exclude = read_fingerprints(config.exclude) if config.exclude else frozenset()
+    return RowStream([(open_source(source), source.weight) for source in config.sources], seed, exclude)
