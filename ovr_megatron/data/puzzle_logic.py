@@ -52,9 +52,13 @@ def draw_ordering(rng: Random, params: Params) -> tuple[Order, tuple[Clue, ...]]
     only = 1 << number
     pairs = itertools.permutations(NAMES[:people], 2)
     true = [(relation, a, b) for a, b in pairs for relation in RELATIONS if _fit((relation, a, b), people) & only]
-    clues: list[Clue] = []
-    while _fit_all(clues, people) != only:
-        clues.append(true.pop(rng.randrange(len(true))))
+    rng.shuffle(true)
+    clues, left = list[Clue](), _fit_all((), people)
+    while left != only:
+        clue = true.pop()
+        if left & _fit(clue, people) != left:
+            clues.append(clue)
+            left &= _fit(clue, people)
     for clue in list(clues):
         others = [other for other in clues if other != clue]
         if _fit_all(others, people) == only:
