@@ -44,7 +44,6 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), help="number format (default: the folder's)")
     add("--tp", type=_count, default=1, metavar="N", help="processes that hold one copy of the model (default: 1)")
     add("--max-num-seqs", type=_count, default=256, metavar="N", help="responses at a time (default: 256)")
-    add("--workers", type=_count, default=2, metavar="N", help="grader processes (default: 2)")
     add("--threads", type=_count, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     add("--seed", type=_count, default=1, metavar="N", help="seed of the samples (default: 1)")
     return this
@@ -55,30 +54,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
 
     # Here, so that --help does not wait for vLLM.
-    from ovr_megatron.analysis.evaluation import Bench, Settings, evaluate, open_problems
+    from ovr_megatron.analysis.evaluation import Settings, run
     from ovr_megatron.checkpoint.store import weights_of
-    from ovr_megatron.data.processing import Processor
     from ovr_megatron.launch import USER_ERRORS
-    from ovr_megatron.rewards.pool import GraderPool
-    from ovr_megatron.rollout.engine import RolloutEngine
     from ovr_megatron.rollout.sampling import RolloutError
     from ovr_megatron.runtime import distributed
 
     try:
-        sets = [open_problems(name, path, args.limit) for name, path in named(args.data).items()]
-        model = weights_of(args.model)
-        config = data_config(model, args)
-        processor = Processor(model, config)
-        distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
-        rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
-        length = config.max_prompt_tokens + args.max_tokens
-        engine = RolloutEngine(model, rollout, processor, args.dtype or dtype_of(model), length)
+        sets, model = named(args.data), weights_of(args.model)
+        data = data_config(model, args)
         settings = Settings(samples=args.samples, max_tokens=args.max_tokens, metric=args.metric, seed=args.seed)
-        with GraderPool(args.workers) as grader:
-            bench = Bench(str(args.model), engine, processor, grader, args.tp)
-            for problems in sets:
-                if result := evaluate(bench, problems, settings, args.out):
-                    print(sentence(result, args.out), flush=True)
+        rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
+        distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
+        for result in run(model, sets, args.limit, settings, data, rollout, args.dtype or dtype_of(model), args.out):
+            print(sentence(result, args.out), flush=True)
         distributed.finish()
     except (*USER_ERRORS, RolloutError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ovr_megatron.analysis.scoring import Graded, reference_of, score
-from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
+from ovr_megatron.config import ConfigError, DataConfig, RolloutConfig, SourceConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import ENDLESS, Row, RowSource
 from ovr_megatron.data.sources import open_source
@@ -82,6 +82,33 @@ def open_problems(name: str, path: str, limit: int = 0) -> ProblemSet:
     if len(rows) >= ENDLESS and not limit:
         raise ConfigError(f"{path} never ends; give --limit, or for a puzzle split=heldout")
     return ProblemSet(name, path, rows, min(limit or len(rows), len(rows)))
+
+
+def run(
+    model: Path,
+    sets: Mapping[str, str],
+    limit: int,
+    settings: Settings,
+    data: DataConfig,
+    rollout: RolloutConfig,
+    dtype: str,
+    out: Path,
+) -> Iterator[dict[str, Any]]:
+    """Evaluate the folder ``model`` on every set, path by name, with one start of vLLM; a collective.
+
+    ``torch.distributed`` must be initialised; vLLM is gone when the last result has been taken.
+
+    Yields:
+        The result of each set, on the first rank only.
+    """
+    problems = [open_problems(name, path, limit) for name, path in sets.items()]
+    processor = Processor(model, data)
+    engine = RolloutEngine(model, rollout, processor, dtype, data.max_prompt_tokens + settings.max_tokens)
+    with GraderPool() as grader:
+        bench = Bench(str(model), engine, processor, grader, rollout.tp)
+        for each in problems:
+            if result := evaluate(bench, each, settings, out):
+                yield result
 
 
 def evaluate(bench: Bench, problems: ProblemSet, settings: Settings, out: Path) -> dict[str, Any] | None:

@@ -44,6 +44,9 @@ _CPU_BATCH_TOKENS = 8192
 _CPU_BLOCK_TOKENS = 32
 _CPU_CACHE_BYTES = 256 << 20
 
+# When an engine is collected, vLLM destroys all process groups, the trainer's too: keep each until the process ends.
+_started: list[LLM] = []
+
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
@@ -71,6 +74,8 @@ def undisturbed() -> Iterator[None]:
 
 class RolloutEngine:
     """vLLM on this rank, with the weights of the last `update`.
+
+    It lives as long as the process; for other weights of the same shape, `update` it instead of starting another.
 
     Attributes:
         banned: Ids that are never sampled; the trainer must leave out the same.
@@ -109,6 +114,7 @@ class RolloutEngine:
         settings = _settings(config, processor, dtype, max_model_len)
         with undisturbed():
             self._llm = LLM(model=str(model_dir), seed=seed, **settings)
+            _started.append(self._llm)
             self._llm.init_weight_transfer_engine({"init_info": {}})
             self._llm.apply_model(lambda model: model.follow(self.banned, processor.after_video))
         self._can_sleep = settings.get("enable_sleep_mode", False)

@@ -12,7 +12,8 @@ SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 
 
 @pytest.mark.parametrize(
-    "text", ["C", "c", "(C)", "C.", "C)", "[C]", "( C )", "Option C", "option (C)", "Answer: C", "The correct answer is C"]
+    "text",
+    ["C", "c", "(C)", "C.", "C)", "[C]", "( C )", "Option C", "option (C)", "Answer: C", "The correct answer is C"],
 )
 def test_a_lone_letter_names_its_option(text):
     named = named_letter(text, 5)
@@ -85,7 +86,7 @@ def test_answers_with_a_verifiable_form(answer):
 def test_every_reference_of_the_real_sets_is_verifiable():
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
-    pairs = [
+    pairs: list[tuple[str, tuple[str, ...]]] = [
         (row["final_answer"], ()) for file in SHARED.glob("text/*.json") for row in json.loads(file.read_text("utf-8"))
     ]
     for file in [SHARED / "mathvision/testmini.jsonl", *SHARED.glob("puzzlevqa/*.jsonl")]:

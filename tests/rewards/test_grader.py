@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ovr_megatron.rewards.verdict import GradeRequest, Reason
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 LETTERS = tuple("ABCDE")
 COLOURS = ("red", "blue", "green", "Yellow", "cannot be told")
+LETTER_A = ("A", "(A)", "a", "A.", "\\text{A}", "\\textbf{(A)}", "Option A", "\uff08A\uff09")
 LENGTHS = ("$8 \\mathrm{~m}$", "9 m", "10 m")
 ORDERS = ("5-4-3-2-1", "5-2-3-4-1", "5-4-2-3-1", "5-3-2-1-4", "5-2-3-1-4")
 NAMES = ("GDA", "ADG", "GAD", "GAG")
@@ -27,8 +29,8 @@ def verdict(box, answer, options=()):
 @pytest.mark.parametrize(
     ("box", "answer", "options"),
     [
-        *[(letter, "A", COLOURS) for letter in ("A", "(A)", "a", "A.", "\\text{A}", "\\textbf{(A)}", "Option A", "（A）")],  # noqa: RUF001
-        *[(both, "A", COLOURS) for both in ("A: red", "(A) red", "A. red", "A red", "A - red", "\\text{(A)}\\ \\text{Red}")],
+        *[(letter, "A", COLOURS) for letter in LETTER_A],
+        *[(both, "A", COLOURS) for both in ("A: red", "(A) red", "A. red", "A red", "A - red", "\\text{(A)}\\ Red")],
         ("red", "A", COLOURS),
         ("A", "red", COLOURS),
         ("yellow", "D", COLOURS),
@@ -82,8 +84,9 @@ def test_not_the_right_option(box, answer, options, reason):
 @pytest.mark.parametrize(
     ("box", "answer"),
     [
-        ("12\\text{ cm}", "12"), ("12", "12 cm"), ("12 cm^2", "12\\text{ cm}^2"), ("500 cm", "5 m"), ("20 m/s", "72 km/h"),
-        ("864", "864 \\mbox{ inches}^2"), ("\\frac{270}{7}", "\\frac{270}7\\text{ degrees}"), ("21 jumps", "21"),
+        ("12\\text{ cm}", "12"), ("12", "12 cm"), ("12 cm^2", "12\\text{ cm}^2"), ("500 cm", "5 m"),
+        ("20 m/s", "72 km/h"), ("864", "864 \\mbox{ inches}^2"), ("\\frac{270}{7}", "\\frac{270}7\\text{ degrees}"),
+        ("21 jumps", "21"),
         ("13 times", "13"), ("3\\pi", "3 \\pi \\mathrm{cm}^{3}"), ("90", "90^\\circ"), ("90 degrees", "90^{\\circ}"),
         ("5", "5\\ \\mathrm{N}"), ("12 dollars", "\\$12"), ("\\$18.90", "18.9"), ("50\\%", "50"), ("0.5", "50\\%"),
         ("0.5", "\\frac12"), ("1/2", "\\dfrac{1}{2}"), ("\\frac 59", "\\frac{5}{9}"), ("1\\frac45", "\\frac{9}{5}"),
@@ -109,8 +112,10 @@ def test_notation_does_not_decide(box, answer):
         ("[1,2]", "(1,2)"), ("\\{1,2\\}", "(1,2)"), ("(2,1)", "(1,2)"), ("(1,234)", "1234"), ("x<3", "x \\le 3"),
         ("5 or 6", "5"), ("5, 6", "5"), ("1, 2, 3", "1, 2"), ("3", "3,3"), ("5 million", "5"), ("21 or more", "21"),
         ("y=5", "x=5"), ("52_7", "52_8"), ("seat", "east"), ("\\text{seat}", "\\text{east}"), ("X", "Y"),
-        ("\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("-\\sqrt{5}", "\\sqrt{5}"),
-        ("x^2+1", "(x+1)^2"), ("\\frac32", "V=\\frac{3}{2} W"), ("the answer is 5", "5"), ("5", "5m"), ("\\frac{1}{0}", "0"),
+        ("\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+        ("-\\sqrt{5}", "\\sqrt{5}"),
+        ("x^2+1", "(x+1)^2"), ("\\frac32", "V=\\frac{3}{2} W"), ("the answer is 5", "5"), ("5", "5m"),
+        ("\\frac{1}{0}", "0"),
         ("1/0", "\\infty"), ("q-p", "p-q"), ("D", "C"), ("s^2-2", "s^2-2s"),
     ],
 )  # fmt: skip
@@ -131,8 +136,10 @@ def test_the_reward_is_one_or_zero():
     assert (verdict("5", "5").reward, verdict("6", "5").reward) == (1.0, 0.0)
 
 
-FORMS = ["{n}", "${n}$", "\\text{{{n}}}", "{n}\\text{{ cm}}", "{n}^{{\\circ}}", "\\left( {n} \\right)", "x = {n}", "\\ {n}\\,",
-         "{n}.0", "{n}\\%", "\\$ {n}", "\\frac{{{n}}}{{1}}", "{n} apples"]  # fmt: skip
+FORMS = (
+    "{n}", "${n}$", "\\text{{{n}}}", "{n}\\text{{ cm}}", "{n}^{{\\circ}}", "\\left( {n} \\right)", "x = {n}", "\\ {n}\\,",
+    "{n}.0", "{n}\\%", "\\$ {n}", "\\frac{{{n}}}{{1}}", "{n} apples",
+)  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,7 +175,10 @@ def test_intervals_are_equal_end_by_end(one, other):
     assert verdict(written(one, ""), written(other, "")).correct == (one == other)
 
 
-@given(st.lists(st.sampled_from(["red", "$x+1$", "7 m", "1:2", "north", "\\frac{3}{4}"]), min_size=2, unique=True), st.data())
+CONTENTS = st.sampled_from(["red", "$x+1$", "7 m", "1:2", "north", "\\frac{3}{4}"])
+
+
+@given(st.lists(CONTENTS, min_size=2, unique=True), st.data())
 def test_exactly_one_option_is_right(options, data):
     right = data.draw(st.integers(0, len(options) - 1))
     answer = data.draw(st.sampled_from([LETTERS[right] if right < 5 else "F", options[right]]))
@@ -199,5 +209,5 @@ def test_every_real_reference_is_equal_to_itself_and_to_no_other():
         pytest.skip(f"no shared data at {file}")
     answers = [row["final_answer"] for row in json.loads(file.read_text("utf-8"))]
     assert [answer for answer in answers if not verdict(answer, answer).correct] == []
-    shifted = [(box, answer) for box, answer in zip(answers, answers[1:], strict=False) if box != answer]
+    shifted = [(box, answer) for box, answer in pairwise(answers) if box != answer]
     assert [pair for pair in shifted if verdict(*pair).correct] == [("5", "x=5")]  # neighbours that are equal

@@ -29,7 +29,7 @@ def test_verdicts_are_the_graders_in_the_order_of_the_requests(pool):
     boxes = ["7", "8", "\\frac{14}{2}", "\\sqrt{49}", "", "x", "(7)", "7 apples", "seven", "é\ud800\u2028\n7"] * 3
     requests = [GradeRequest(f"\\boxed{{{box}}}", "7") for box in boxes] + [GradeRequest("none", "7")]
     requests += [GradeRequest("\\boxed{B}", "blue", ("red", "blue")), GradeRequest("x" * 300_000 + "\\boxed{7}", "7")]
-    counted = []
+    counted: list[int] = []
     verdicts = pool.grade(requests, counted.append)
     assert verdicts == [grade(request) for request in requests]
     assert sum(counted) == len(requests)

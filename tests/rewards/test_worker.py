@@ -13,7 +13,8 @@ MATHS = {"response": "\\boxed{\\sqrt{20}}", "answer": "2\\sqrt{5}", "options": [
 
 def run(*lines, flags=(), python=()):
     command = [sys.executable, *python, "-m", WORKER, *flags]
-    return subprocess.run(command, input="".join(f"{line}\n" for line in lines), capture_output=True, text=True, timeout=60)
+    asked = "".join(f"{line}\n" for line in lines)
+    return subprocess.run(command, input=asked, capture_output=True, text=True, timeout=60)
 
 
 def test_it_speaks_one_json_line_a_verdict_and_nothing_else():
@@ -30,7 +31,7 @@ def test_it_never_imports_torch():
     done = run(json.dumps(MATHS), python=["-X", "importtime"])
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert {"sympy", "math_verify", "antlr4"} <= imported
-    assert not {name for name in imported if name.split(".")[0] in {"torch", "vllm", "megatron", "transformers", "numpy"}}
+    assert not {name.split(".")[0] for name in imported} & {"torch", "vllm", "megatron", "transformers", "numpy"}
 
 
 def test_it_ends_by_itself_where_nobody_kills_it():
