@@ -7,6 +7,7 @@ of the model, must be given the same prompts and return the same responses.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -61,7 +62,7 @@ def undisturbed() -> Iterator[None]:
     compiling = nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
     os.environ.update(_ENVIRONMENT)
     try:
-        with keep_generators(), compiling:
+        with keep_generators(), compiling, warnings.catch_warnings(action="ignore", category=FutureWarning):
             yield
     finally:
         for name in set(os.environ) - set(before):
@@ -232,7 +233,8 @@ def _settings(config: RolloutConfig, processor: Processor, dtype: str, max_model
             "enforce_eager": config.enforce_eager,
             "enable_sleep_mode": True,
         }
-    return {"kv_cache_memory_bytes": _cache_bytes(config, processor.shape, dtype, max_model_len)} | settings | {
+    settings.setdefault("kv_cache_memory_bytes", _cache_bytes(config, processor.shape, dtype, max_model_len))
+    return settings | {
         "enforce_eager": True,
         "block_size": _CPU_BLOCK_TOKENS,
         # vLLM rewinds a request's generator when it cuts its prefill, which torch's CPU generators cannot do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def sampling_params(
 def _runs(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Maximal runs of consecutive seeds, as (first, length)."""
     cuts = [0, *(k for k in range(1, len(seeds)) if seeds[k] != seeds[k - 1] + 1), len(seeds)]
-    return ((seeds[a], b - a) for a, b in zip(cuts, cuts[1:], strict=False) if b > a)
+    return ((seeds[a], b - a) for a, b in pairwise(cuts) if b > a)
 
 
 def generations(output: RequestOutput) -> list[Generation]:

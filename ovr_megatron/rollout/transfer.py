@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 BACKEND = "same-process"
 
@@ -58,10 +59,8 @@ class SameProcessTransfer(WeightTransferEngine[SameProcessInit, SameProcessUpdat
         """Give the layers back the shapes that checkpoints have."""
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(
-        self, update_info: SameProcessUpdate, load_weights: Callable[..., Any] | None = None
-    ) -> None:
-        """Load every weight (``load_weights`` is how vLLM before 0.24 hands over the model's loader).
+    def receive_weights(self, update_info: SameProcessUpdate, load_weights: Callable[..., Any] | None = None) -> None:
+        """Load every weight (vLLM 0.23 hands over the model's loader as ``load_weights``).
 
         Raises:
             TransferError: parameters are left without a new value.
@@ -70,12 +69,12 @@ class SameProcessTransfer(WeightTransferEngine[SameProcessInit, SameProcessUpdat
         loaded = load((name, tensor.detach()) for name, tensor in update_info.weights)
         if missing := sorted(self.expected - loaded):
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise TransferError(f"an update leaves {len(missing)} of vLLM's parameters as they were ({shown}); send all")
+            raise TransferError(f"an update leaves {len(missing)} of vLLM's parameters as they are ({shown}); send all")
 
     def finish_weight_update(self) -> None:
         """Repack what kernels want packed, the tied output layer included."""
         finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
+        if current_platform.is_cpu():
             repack_output_layers(self.model)
 
     def shutdown(self) -> None:
@@ -83,7 +82,7 @@ class SameProcessTransfer(WeightTransferEngine[SameProcessInit, SameProcessUpdat
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Abstract in vLLM before 0.24; there is nobody to send to."""
+        """Abstract in vLLM 0.23; there is nobody to send to."""
         raise NotImplementedError("the trainer hands its weights over in the same process")
 
 

@@ -137,8 +137,8 @@ def test_the_reward_is_one_or_zero():
 
 
 FORMS = (
-    "{n}", "${n}$", "\\text{{{n}}}", "{n}\\text{{ cm}}", "{n}^{{\\circ}}", "\\left( {n} \\right)", "x = {n}", "\\ {n}\\,",
-    "{n}.0", "{n}\\%", "\\$ {n}", "\\frac{{{n}}}{{1}}", "{n} apples",
+    "{n}", "${n}$", "\\text{{{n}}}", "{n}\\text{{ cm}}", "{n}^{{\\circ}}", "\\left( {n} \\right)", "x = {n}",
+    "\\ {n}\\,", "{n}.0", "{n}\\%", "\\$ {n}", "\\frac{{{n}}}{{1}}", "{n} apples",
 )  # fmt: skip
 
 

@@ -169,8 +169,8 @@ def test_responses_end_at_an_end_token_or_at_their_limit(engine, samples, ask):
 
 
 def test_more_prompts_than_one_step_takes_are_answered(engine, references, long_samples, ask):
-    responses = engine.generate(ask(long_samples, [1, 2], 3), 1.0)
-    assert references[0].worst(long_samples[::20], responses[::20], engine.banned, 1.0) < CLOSE
+    responses = engine.generate(ask(long_samples, [1], 3), 1.0)
+    assert references[0].worst(long_samples[::10], responses[::10], engine.banned, 1.0) < CLOSE
 
 
 def test_progress_counts_responses(engine, samples, ask):
