@@ -27,8 +27,10 @@ from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import WeightFolder
-from ovr_megatron.weights.table import Row, canonical, cut_dim, from_hf, join, rows, split, to_hf
+from ovr_megatron.weights.table import Row, cut_dim, from_hf, join, rows, split, to_hf
+from ovr_megatron.weights.transfer import check_weights
 
+VALUE_HEAD = "value_head.weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -130,10 +132,11 @@ class Engine:
             head_init: how a missing value head is filled, see `init_value_head`.
             seed: of the missing value head.
         """
-        present = {canonical(name) for name in folder.names()}
+        has_head = VALUE_HEAD in folder
+        check_weights(folder, self.shape, critic=self.critic and has_head)
         for row in self.rows:
             parameter = self.parameters[row.megatron]
-            if row.megatron == "value_head.weight" and row.hf[0] not in present:
+            if row.megatron == VALUE_HEAD and not has_head:
                 init_value_head(parameter, head_init, torch.Generator().manual_seed(seed))
                 continue
             self._put(row, [folder.tensor(name) for name in row.hf], parameter)

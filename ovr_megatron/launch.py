@@ -23,13 +23,16 @@ USER_ERRORS = (ConfigError, RowError, TemplateError, ShapeError, WeightError, La
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def launch(schema: type, recipe: str, run: Callable[[Any], None]) -> None:
+def launch(
+    schema: type, recipe: str, run: Callable[[Any], None], errors: tuple[type[Exception], ...] = USER_ERRORS
+) -> None:
     """Run ``run`` on the configuration that the command line asks for.
 
     Args:
         schema: root dataclass; its defaults stand below every recipe under the name ``defaults``.
         recipe: file under ``recipes/`` used when ``--config-name`` is not given.
-        run: receives the checked configuration.  A user's mistake ends the process with one sentence and code 2.
+        run: receives the checked configuration.
+        errors: a user's mistakes, which end the process with one sentence and code 2.
     """
     ConfigStore.instance().store(name="schema", node=defaults(schema))
     sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled"]
@@ -38,7 +41,7 @@ def launch(schema: type, recipe: str, run: Callable[[Any], None]) -> None:
     def main(values: DictConfig) -> None:
         try:
             run(build(schema, values))
-        except USER_ERRORS as error:
+        except errors as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -22,11 +21,12 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row
 from ovr_megatron.data.stream import RowStream, open_stream
 from ovr_megatron.engine import Engine
-from ovr_megatron.launch import launch
+from ovr_megatron.launch import USER_ERRORS, launch
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.ppo.iteration import Learner, Outcome, iterate
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.sampling import RolloutError
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
@@ -175,7 +175,7 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
 def run(config: RLConfig) -> None:
     """Join the process group, train, and say where the result lies."""
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
-    result: Sequence[object] | Path = train(config, world)
+    result = train(config, world)
     if world.is_main:
         print(f"rl: {result}", flush=True)
     distributed.finish()
@@ -183,7 +183,7 @@ def run(config: RLConfig) -> None:
 
 def main() -> None:
     """Entry point; the recipe is chosen with ``--config-name`` and changed with ``key=value``."""
-    launch(RLConfig, "rl_7b_64gpu", run)
+    launch(RLConfig, "rl_7b_64gpu", run, (*USER_ERRORS, RolloutError))
 
 
 if __name__ == "__main__":

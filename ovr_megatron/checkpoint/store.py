@@ -77,7 +77,7 @@ def save(
     extra: dict[str, Any] = {"state": state, "optimizers": {}}
     for name, engine in engines.items():
         if world.is_main:
-            copy_companions(companions, partial / name)
+            copy_companions(companions, partial / name, dtype=engine.module.config.params_dtype)
         _write(partial / name, engine.weights(), world)
         low = engine.module.config.params_dtype == torch.bfloat16
         parts = (*MOMENTS, "master") if low else MOMENTS

@@ -57,6 +57,7 @@ def iterate(learner: Learner, rows: Sequence[Row], iteration: int) -> Outcome:
     with clock("generate"):
         prompts = Prompts(rows, learner.processor)
         responses = collect(learner.rollout, learner.grader, prompts, config, iteration, limit, world)
+        learner.rollout.sleep()
     samples = [learner.processor.response_sample(prompts.sample(r.prompt), r.tokens) for r in responses]
     batch = Batch(samples, [len(r.tokens) for r in responses], config.data.pack_tokens)
     everyone = range(len(batch))

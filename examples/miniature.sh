@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The stages of examples/quickstart.sh, one after the other, into RUN_DIR; what is there already is not done again.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+run="$1" seed="${SEED:-1}" evaluated="${PROBLEMS:-500}"
+python=.venv/bin/python
+processes=$(($(nproc) > 1 ? 2 : 1))
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+
+launch() { "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" "$@"; }
+newest() { find "$run/$1/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 1; }
+title() { printf '\n== %s\n' "$*"; }
+
+# Trains one stage unless its last checkpoint is there: stage NAME, RECIPE, last step, module, overrides...
+stage() {
+    local name="$1" recipe="$2" last="$3" module="$4"
+    shift 4
+    [ -e "$run/$name/checkpoints/$(printf 'step_%06d' "$last")/manifest.json" ] ||
+        launch -m "ovr_megatron.$module" --config-name "$recipe" run.dir="$run/$name" run.seed="$seed" "$@"
+}
+
+title "base model: the stand-in for Qwen2.5-VL's pre-training, on generated captions and single steps"
+[ -e "$run/init/config.json" ] || "$python" tools/make_tiny_model.py --out "$run/init" --seed "$seed"
+stage base tiny_base 800 coldstart model.path="$run/init"
+
+title "stage 1, linguistic cold start: text puzzles with reasoning, vision frozen"
+stage cold_start tiny_cold_start 80 coldstart model.path="$(newest base)"
+
+title "stage 2, multimodal PPO: images and text, critic, vLLM rollouts"
+iterations=100
+stage rl tiny_rl $iterations rl model.path="$(newest cold_start)" iterations=$iterations
+
+title "average of the last checkpoints, export to Hugging Face, check against Transformers"
+mapfile -t last < <(find "$run/rl/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 3)
+for name in base cold_start rl; do
+    [ -e "$run/export/$name/config.json" ] ||
+        "$python" tools/convert_to_hf.py --checkpoint "$(newest $name)" --out "$run/export/$name"
+done
+if [ ! -e "$run/export/average/config.json" ]; then
+    "$python" tools/average_checkpoints.py "${last[@]}" --out "$run/average" --force
+    "$python" tools/convert_to_hf.py --checkpoint "$run/average" --out "$run/export/average"
+fi
+"$python" tools/verify.py --hf "$run/export/rl" --checkpoint "$(newest rl)"
+
+title "evaluation on $evaluated held-out puzzles with vLLM"
+puzzle='split=heldout&count=1000'
+for name in base cold_start rl average; do
+    [ -e "$run/eval/$name/caption.json" ] || launch tools/evaluate.py --model "$run/export/$name" \
+        --out "$run/eval/$name" --limit "$evaluated" --max-tokens 72 --threads 1 --max-num-seqs 128 \
+        --data "visual=puzzle:digits?form=image&task=sum&answered=0&$puzzle" \
+        --data "text=puzzle:digits?form=text&task=sum&answered=0&$puzzle" \
+        --data "caption=puzzle:digits?form=image&task=caption&$puzzle"
+done

@@ -1,0 +1,7 @@
+"""Before any test imports Transformers: let torchvision import on a machine without a GPU."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import ovr_megatron  # noqa: E402, F401
