@@ -195,14 +195,14 @@ class RolloutConfig:
         _require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         _require(
             self.top_p == 1.0,
-            f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must not cut it; use 1.0",
+            f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must too; use 1.0",
         )
         _require(self.tp >= 1, f"rollout.tp={self.tp} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of the length curriculum: up to iteration ``until`` (inclusive), ``max_tokens`` of prompt and response."""
+    """One stage of the length curriculum: up to iteration ``until``, ``max_tokens`` of prompt and response together."""
 
     until: int
     max_tokens: int
@@ -282,18 +282,21 @@ class RLConfig:
 
 def defaults(schema: type) -> dict[str, Any]:
     """Every key of ``schema`` with its default, nested; a value that must be given is ``???`` (Hydra's mark)."""
-    hints = typing.get_type_hints(schema)
+    hints: dict[str, Any] = typing.get_type_hints(schema)
     values: dict[str, Any] = {}
     for item in dataclasses.fields(schema):
         if item.default is not dataclasses.MISSING:
             values[item.name] = item.default
         elif item.default_factory is not dataclasses.MISSING:
-            value = item.default_factory()
-            values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            values[item.name] = _plain(item.default_factory())
         else:
             hint = hints[item.name]
-            values[item.name] = defaults(hint) if dataclasses.is_dataclass(hint) else "???"
+            values[item.name] = defaults(hint) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else "???"
     return values
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
@@ -324,8 +327,8 @@ def save(config: Any, path: Path) -> None:
 
 def _forbid_unknown_keys() -> None:
     for item in list(globals().values()):
-        if dataclasses.is_dataclass(item):
-            item.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+        if isinstance(item, type) and dataclasses.is_dataclass(item):
+            setattr(item, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010
 
 
 _forbid_unknown_keys()

@@ -97,7 +97,7 @@ def build_engines(config: RLConfig, source: Path, world: World) -> tuple[Engine,
 
 
 def build_rollout(config: RLConfig, source: Path, processor: Processor, policy: Engine) -> RolloutEngine:
-    """vLLM on this rank, with the policy's live weights; both sides ban the same ids."""
+    """VLLM on this rank, with the policy's live weights; both sides ban the same ids."""
     rollout = RolloutEngine(
         source,
         config.rollout,
@@ -169,7 +169,7 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
         print(f"warning: iteration {iteration}: rollout and trainer differ by {mismatch:.2e}", file=sys.stderr)
     if iteration == 0 and metrics["critic/value_std"] > 1:
         spread = metrics["critic/value_std"]
-        print(f"warning: initial values have a standard deviation of {spread:.1f}: see critic.head_init", file=sys.stderr)
+        print(f"warning: initial values spread by {spread:.1f}: see critic.head_init", file=sys.stderr)
 
 
 def run(config: RLConfig) -> None:

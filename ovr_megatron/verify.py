@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Document:
 
     name: str
     tokens: list[int]
-    segments: list[int | Visual]
+    segments: Sequence[int | Visual]
     patches: Tensor
 
 
@@ -75,7 +76,7 @@ def documents(shape: ModelShape, seed: int = 0) -> list[Document]:
     vision = shape.vision
     unit, window = vision.merge, max(1, vision.window // vision.patch // vision.merge)
     small, cut, large = 2 * unit, (window + 1) * unit, (2 * window + 1) * unit
-    visuals = {
+    visuals: dict[str, list[Visual]] = {
         "text": [],
         "image": [Visual((1, small, small))],
         "images": [Visual((1, small, cut)), Visual((1, cut, large)), Visual((1, large, small))],
@@ -88,15 +89,17 @@ def documents(shape: ModelShape, seed: int = 0) -> list[Document]:
 
     found = []
     for name, shown in visuals.items():
-        tokens, segments, patches = text(11), [11], [torch.zeros(0, vision.patch_dim)]
+        tokens, patches = text(11), [torch.zeros(0, vision.patch_dim)]
+        segments: list[int | Visual] = []
+        before = 11
         for visual in shown:
             placeholder = shape.image_token if visual.seconds is None else shape.video_token
             tokens += [shape.vision_start_token, *[placeholder] * visual.features(unit), shape.vision_end_token]
             tokens += text(5)
-            segments[-1] += 1
-            segments += [visual, 6]
+            segments += [before + 1, visual]
+            before = 6
             patches.append(torch.randn(int(np.prod(visual.grid)), vision.patch_dim, generator=generator))
-        found.append(Document(name, tokens, segments, torch.cat(patches)))
+        found.append(Document(name, tokens, [*segments, before], torch.cat(patches)))
     return found
 
 
@@ -126,7 +129,9 @@ def as_pack(found: list[Document], shape: ModelShape) -> Pack:
     )
 
 
-def reference(directory: Path, found: list[Document], dtype: torch.dtype) -> tuple[list[Tensor], float, dict[str, Tensor]]:
+def reference(
+    directory: Path, found: list[Document], dtype: torch.dtype
+) -> tuple[list[Tensor], float, dict[str, Tensor]]:
     """Transformers' logits of each document, mean loss over all, and gradients under the hub's names."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     shape = ModelShape.from_hf(directory)
@@ -210,7 +215,7 @@ def show(report: Report) -> str:
     lines = [f"{'input':8} largest logit difference (bound {report.logit_bound:.1e})"]
     lines += [f"{name:8} {value:.3e}" for name, value in report.logits.items()]
     name, worst = report.worst_gradient
-    lines.append(f"gradients of {len(report.gradients)} tensors, bound {GRADIENT_BOUND:.0e}: worst {worst:.3e} ({name})")
+    lines.append(f"{len(report.gradients)} gradients, bound {GRADIENT_BOUND:.0e}: worst {worst:.3e} ({name})")
     lines.append(f"loss {report.loss:.7f}, Transformers {report.reference_loss:.7f}")
     lines.append("passed" if report.passed else "FAILED")
     return "\n".join(lines)

@@ -4,4 +4,4 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import ovr_megatron  # noqa: E402, F401
+import ovr_megatron  # noqa: F401

@@ -19,7 +19,7 @@ def write_companions(source: Path, out: Path, processor: Processor) -> None:
     serves the export gives the model what it was trained on.
     """
     copy_companions(source, out)
-    template = processor.chat_template
+    template = str(processor.chat_template)
     (out / "chat_template.jinja").write_text(template)
     # Transformers 4 reads the template from these two.
     (out / "chat_template.json").write_text(json.dumps({"chat_template": template}, indent=2) + "\n")

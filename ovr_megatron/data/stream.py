@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError, DataConfig
@@ -96,5 +97,5 @@ def open_stream(config: DataConfig, seed: int) -> RowStream:
     """
     if not config.sources:
         raise ConfigError("data.sources is empty: give at least one, for example 'data.sources=[{path: rows.jsonl}]'")
-    exclude = read_fingerprints(config.exclude) if config.exclude else frozenset()
+    exclude = read_fingerprints(Path(config.exclude)) if config.exclude else frozenset()
     return RowStream([(open_source(source), source.weight) for source in config.sources], seed, exclude)

@@ -44,7 +44,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm and column-parallel linear in one module, with the parameter names of Transformer Engine's fused layer."""
+    """RMSNorm and column-parallel linear in one module, parameters named as in Transformer Engine's fused layer."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any):
         super().__init__(input_size, output_size, config=config, **kwargs)

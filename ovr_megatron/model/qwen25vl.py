@@ -166,6 +166,7 @@ class Qwen25VL(GPTModel):
         self.register_buffer("inv_freq", 1.0 / shape.rope_theta**exponents, persistent=False)
         rows = torch.repeat_interleave(torch.arange(3), torch.tensor(shape.mrope_section))
         self.register_buffer("position_row", rows, persistent=False)
+        self.banned: Tensor
         self.register_buffer("banned", self._padding_rows(), persistent=False)
         self.temperature = 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -44,7 +45,7 @@ class Segments(PackedSeqParams):
             exact: only group segments of equal length (attention without a causal mask would see padding).
         """
         bounds = cu_seqlens.tolist()
-        lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(bounds)]
         longest = max(lengths, default=0)
         segments = cls(
             qkv_format="thd",

@@ -84,7 +84,8 @@ def write_tokenizer(out: Path, corpus: Iterable[str], bpe_vocab: int, max_length
     learned = json.loads(tokenizer.to_str())["model"]
     special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
     tokenizer.add_tokens(special + [AddedToken(token, normalized=False) for token in ADDED_TOKENS])
-    ids = {token: tokenizer.token_to_id(token) for token in (*SPECIAL_TOKENS, *ADDED_TOKENS)}
+    added = (*SPECIAL_TOKENS, *ADDED_TOKENS)
+    ids = {token: found for token in added if (found := tokenizer.token_to_id(token)) is not None}
 
     tokenizer.save(str(out / "tokenizer.json"))
     _write_vocabulary(out, learned)

@@ -87,7 +87,12 @@ class PatchMerger(MegatronModule):
         self.norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
         self.width = config.hidden_size * merge * merge
         self.linear_fc1 = ColumnParallelLinear(
-            self.width, self.width, config=config, init_method=config.init_method, skip_bias_add=False, tp_group=tp_group
+            self.width,
+            self.width,
+            config=config,
+            init_method=config.init_method,
+            skip_bias_add=False,
+            tp_group=tp_group,
         )
         self.linear_fc2 = RowParallelLinear(
             self.width,

@@ -74,7 +74,9 @@ def explained_variance(error: np.ndarray, target: np.ndarray) -> float:
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate, negated, one number a token: -min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log pi - log pi_old).
+    """Clipped surrogate, negated, one number a token.
+
+    -min(rho A, clip(rho, 1 - eps, 1 + eps) A) with rho = exp(log pi - log pi_old).
 
     Strictly on-policy, ``old`` is ``logprobs.detach()``: rho is exactly 1 and the gradient is the policy gradient.
 

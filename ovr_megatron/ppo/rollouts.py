@@ -11,7 +11,7 @@ from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, seeds_of
-from ovr_megatron.rewards.pool import GraderPool, GradeRequest
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import Prompt, RolloutEngine
 from ovr_megatron.runtime.distributed import World
 
@@ -69,7 +69,7 @@ def collect(
 def generate(
     engine: RolloutEngine, prompts: Prompts, mine: Sequence[int], config: RLConfig, iteration: int, limit: int
 ) -> list[Response]:
-    """``config.responses`` responses to each prompt of ``mine``; prompt and response together at most ``limit`` tokens."""
+    """``config.responses`` responses to each prompt of ``mine``, at most ``limit`` tokens with the prompt."""
     requests = []
     for i in mine:
         sample = prompts.sample(i)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,8 +129,9 @@ def is_main() -> bool:
 
 
 def finish() -> None:
-    """Leave the process group."""
+    """Wait for the others and leave the process group; where vLLM was started, its own exit hook does the latter."""
     if dist.is_initialized():
         dist.barrier()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if "vllm" not in sys.modules:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
