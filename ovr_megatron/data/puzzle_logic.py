@@ -161,5 +161,5 @@ def _told_walk(order: Sequence[Step], start: int, target: int) -> str:
     return f"Try to {', '.join(told)}{end}."
 
 
-ORDERING = Kind(draw_ordering, tell_ordering, {"people": Number(4, 4, len(NAMES))})
+ORDERING = Kind(draw_ordering, tell_ordering, {"people": Number(5, 4, len(NAMES))})
 COUNTDOWN = Kind(draw_countdown, tell_countdown, {"steps": Number(3, 3, 4)})

@@ -74,9 +74,8 @@ class PuzzleSource:
     def _draw_held_out(self, kind: str) -> Sequence[Hashable]:
         """Draw ``count`` distinct held-out problems; every task and form of a kind sees the same ones."""
         rng, found = Random(f"{kind}#{self._params['seed']}"), dict[Hashable, None]()
-        for _ in range(100 * HELD_OUT_SHARE * self._params["count"]):
-            problem = self._draw(rng, held_out=True)
-            found[problem] = None
+        for _ in range(20 * self._params["count"]):
+            found[self._draw(rng, held_out=True)] = None
             if len(found) == self._params["count"]:
                 return tuple(found)
         remedy = f"set count={len(found)} or less, or widen the other parameters"
@@ -94,7 +93,11 @@ def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
         raise ConfigError(f"{path}: no such kind of puzzle; choose one of {', '.join(KINDS)}")
     known = GENERAL | dict(KINDS[kind].parameters)
     params: dict[str, Any] = {k: v[0] if isinstance(v, tuple) else v.default for k, v in known.items()}
-    for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
+    try:
+        given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; write puzzle:KIND?parameter=value&parameter=value") from error
+    for key, text in given:
         if key not in known:
             raise ConfigError(f"{path}: parameter {key!r} is unknown; {kind} takes {', '.join(known)}")
         params[key] = _value(path, key, text, known[key])

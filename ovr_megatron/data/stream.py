@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError, DataConfig
@@ -26,18 +27,23 @@ class RowStream:
     """
 
     def __init__(
-        self, sources: Sequence[tuple[RowSource, float]], seed: int, exclude: frozenset[str] = frozenset()
+        self,
+        sources: Sequence[tuple[RowSource, float]],
+        seed: int,
+        exclude: frozenset[str] = frozenset(),
+        config: DataConfig | None = None,
     ) -> None:
-        """Start at the first row; ``exclude`` holds fingerprints of prompts."""
+        """Start at the first row; ``exclude`` holds fingerprints of prompts, ``config`` bounds their images."""
         self._sources = [source for source, _ in sources]
         self._weights = [weight for _, weight in sources]
-        self._seed, self._exclude = seed, exclude
+        self._seed, self._exclude, self._config = seed, exclude, config
         self._drawn = 0
         self._taken = [0] * len(sources)
         self.excluded = 0
         self._orders: dict[int, tuple[int, list[int]]] = {}
 
     def __iter__(self) -> Iterator[Row]:
+        """Return the stream itself: there is one position."""
         return self
 
     def __next__(self) -> Row:
@@ -51,7 +57,7 @@ class RowStream:
             self._drawn += 1
             row = self._sources[number][self._index(number)]
             self._taken[number] += 1
-            if not self._exclude or fingerprint(row) not in self._exclude:
+            if not self._exclude or fingerprint(row, self._config) not in self._exclude:
                 return row
             self.excluded += 1
         raise RowError(
@@ -72,19 +78,26 @@ class RowStream:
 
     def state(self) -> dict[str, Any]:
         """Return the position as JSON."""
-        return {"drawn": self._drawn, "taken": list(self._taken), "excluded": self.excluded}
+        return {
+            "seed": self._seed,
+            "sizes": [len(source) for source in self._sources],
+            "drawn": self._drawn,
+            "taken": list(self._taken),
+            "excluded": self.excluded,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go to a position.
 
         Raises:
-            ConfigError: the position is that of another number of sources.
+            ConfigError: the position is that of a stream with another seed, or other sources.
         """
-        if len(state["taken"]) != len(self._sources):
-            raise ConfigError(
-                f"data.sources has {len(self._sources)} entries, the checkpoint was written with "
-                f"{len(state['taken'])}; use the same sources or another run.dir"
-            )
+        for key, now in (("seed", self._seed), ("sizes", [len(source) for source in self._sources])):
+            if state[key] != now:
+                raise ConfigError(
+                    f"data.sources: the checkpoint was written with {key} {state[key]}, this run has {now}; "
+                    "use the same seed and sources, or another run.dir"
+                )
         self._drawn, self._taken, self.excluded = state["drawn"], list(state["taken"]), state["excluded"]
 
 
@@ -98,4 +111,4 @@ def open_stream(config: DataConfig, seed: int) -> RowStream:
     if not config.sources:
         raise ConfigError("data.sources is empty: give at least one, for example 'data.sources=[{path: rows.jsonl}]'")
     exclude = read_fingerprints(Path(config.exclude)) if config.exclude else frozenset()
-    return RowStream([(open_source(source), source.weight) for source in config.sources], seed, exclude)
+    return RowStream([(open_source(source), source.weight) for source in config.sources], seed, exclude, config)

@@ -109,10 +109,10 @@ def same_plainly(reference: str, candidate: str) -> Reason | None:
         return Reason.TEXT
     a, b = number(left.removesuffix("%").strip()), number(right.removesuffix("%").strip())
     if a is not None and b is not None:
-        rounded = ("." in left) != ("." in right) or scale != 1
+        decimal = ("." in left) != ("." in right)
         percent = Fraction(100) if left.endswith("%") != right.endswith("%") else Fraction(1)
         smaller = (a / percent, b) if left.endswith("%") else (a, b / percent)
-        same = same_number(a, b * scale, rounded) or (percent != 1 and same_number(*smaller, rounded))
+        same = same_number(a, b * scale, decimal) or (percent != 1 and same_number(*smaller, decimal))
         return Reason.NUMBER if same else Reason.DIFFERENT
     based = _BASE.fullmatch(left), _BASE.fullmatch(right)
     if any(based):

@@ -157,11 +157,20 @@ def split_unit(text: str, attached: bool = False) -> tuple[str, Unit | None]:
     return (value, Unit()) if plain and not _NO_NOUN.search(words) else (text, None)
 
 
-def same_number(reference: Fraction, candidate: Fraction, rounded: bool) -> bool:
-    """Equal, or (where one of them was a rounded decimal) equal to one part in a million."""
+def same_number(reference: Fraction, candidate: Fraction, decimal: bool) -> bool:
+    """Equal, or the one a decimal rounding of the other.
+
+    Args:
+        reference: one value.
+        candidate: the other.
+        decimal: whether exactly one of them was written as a decimal.  It may then be off by one part in a
+            million, if the other has no finite decimal form ("0.333333" for a third, but not for 333333/10^6).
+    """
     if reference == candidate:
         return True
-    return rounded and abs(reference - candidate) * 1_000_000 <= abs(reference)
+    if not decimal or all(10**60 % value.denominator == 0 for value in (reference, candidate)):
+        return False
+    return abs(reference - candidate) * 1_000_000 <= abs(reference)
 
 
 def has_unit(raw: str) -> bool:

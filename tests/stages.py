@@ -1,0 +1,67 @@
+"""Both stages in one process group, for tests/test_stages.py: ``torchrun ... tests/stages.py OUT TP``."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ovr_megatron import coldstart, rl
+from ovr_megatron.config import ColdStartConfig, ParallelConfig, RLConfig, build, defaults
+from ovr_megatron.launch import RECIPES
+from ovr_megatron.runtime import distributed
+
+
+def recipe(schema: type, name: str, *overrides: str) -> Any:
+    values = OmegaConf.load(RECIPES / f"{name}.yaml")
+    values.pop("defaults")
+    return build(schema, OmegaConf.merge(defaults(schema), values, OmegaConf.from_dotlist(list(overrides))))
+
+
+def cold_start(run: Path, model: Path, tp: int) -> Path:
+    options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", "steps=4", "run.save_every=2"]
+    config = recipe(ColdStartConfig, "tiny_cold_start", *options, "data.pack_tokens=512")
+    return coldstart.train(config, world)
+
+
+def ppo(run: Path, model: Path, tp: int, rollout_tp: int) -> Path:
+    options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", f"rollout.tp={rollout_tp}"]
+    sizes = ["iterations=3", "prompts=4", "responses=4", "run.save_every=2", "run.keep_last=0"]
+    config = recipe(RLConfig, "tiny_rl", *options, *sizes, "algorithm.critic_warmup_iterations=0")
+    return rl.train(config, world)
+
+
+def forget_last(run: Path) -> None:
+    """As if the run had been killed before its last checkpoint."""
+    if world.is_main:
+        shutil.rmtree(sorted((run / "checkpoints").glob("step_*"))[-1])
+
+
+if __name__ == "__main__":
+    out, tp = Path(sys.argv[1]), int(sys.argv[2])
+    world = distributed.start(ParallelConfig(tp=tp), seed=1, threads=1)
+    model = out / "model"
+    if tp == 1:
+        cold_start(out / "cold", model, tp)
+        cold_start(out / "cold_again", model, tp)
+        shutil.copytree(out / "cold", out / "cold_resumed") if world.is_main else None
+        distributed.dist.barrier()
+        forget_last(out / "cold_resumed")
+        distributed.dist.barrier()
+        cold_start(out / "cold_resumed", model, tp)
+        ppo(out / "rl", model, tp, 1)
+        ppo(out / "rl_again", model, tp, 1)
+        shutil.copytree(out / "rl", out / "rl_resumed") if world.is_main else None
+        distributed.dist.barrier()
+        forget_last(out / "rl_resumed")
+        distributed.dist.barrier()
+        ppo(out / "rl_resumed", model, tp, 1)
+    else:
+        cold_start(out / "cold_tp2", model, tp)
+        ppo(out / "rl_tp2_engine_tp2", model, tp, 2)
+        ppo(out / "rl_tp2_engine_dp2", model, tp, 1)
+    if world.is_main:
+        print(json.dumps({"done": True}))
+    distributed.finish()

@@ -1,0 +1,90 @@
+"""Both stages on two processes: layouts, repetition, resume, and the agreement of rollout and trainer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ovr_megatron.model.tiny import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CLOCKS = ("timing/", "perf/")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stages")
+    make_tiny_model(out / "model", tied=True, seed=5)
+    for tp in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        result = subprocess.run(
+            [*command, ROOT / "tests/stages.py", out, str(tp)], capture_output=True, text=True, timeout=600
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+    return out
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """Every metric but those of a clock."""
+    lines = [json.loads(line) for line in (run / "metrics/train.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCKS)} for line in lines]
+
+
+def weights(run: Path, name: str = "policy") -> dict:
+    return load_file(sorted((run / "checkpoints").glob("step_*"))[-1] / name / "model.safetensors")
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not a[name].equal(b[name])] == []
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_the_same_seed_gives_the_same_curve_and_weights(runs: Path, stage: str) -> None:
+    assert curve(runs / stage) == curve(runs / f"{stage}_again")
+    assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_again"))
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_a_resumed_run_is_the_undisturbed_one(runs: Path, stage: str) -> None:
+    assert curve(runs / stage) == curve(runs / f"{stage}_resumed")
+    assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_resumed"))
+    if stage == "rl":
+        assert_same_bits(weights(runs / "rl", "critic"), weights(runs / "rl_resumed", "critic"))
+
+
+def test_training_changes_what_it_should_and_nothing_else(runs: Path) -> None:
+    start, cold, rl = load_file(runs / "model/model.safetensors"), weights(runs / "cold"), weights(runs / "rl")
+    frozen = [name for name in start if name.startswith("visual.")]
+    assert frozen and all(start[name].equal(cold[name]) for name in frozen)
+    moved = [name for name in start if not name.startswith("visual.")]
+    assert all(not start[name].equal(cold[name]) for name in moved if name.endswith("proj.weight"))
+    assert all(not start[name].equal(rl[name]) for name in start if name.endswith("proj.weight"))
+
+
+@pytest.mark.parametrize("name", ["rl", "rl_tp2_engine_tp2", "rl_tp2_engine_dp2"])
+def test_rollout_and_trainer_agree_in_every_iteration(runs: Path, name: str) -> None:
+    lines = curve(runs / name)
+    assert len(lines) == 3
+    assert max(line["rollout/mismatch_max"] for line in lines) <= 1e-4
+    assert all(line["policy/clip_fraction"] == 0 for line in lines)
+
+
+def test_tensor_parallel_training_follows_data_parallel_training(runs: Path) -> None:
+    for one, two in zip(curve(runs / "cold"), curve(runs / "cold_tp2"), strict=True):
+        # The two see the same packs, cut differently over the ranks.
+        assert two["loss/train"] == pytest.approx(one["loss/train"], rel=1e-4)
+        assert two["optimizer/grad_norm"] == pytest.approx(one["optimizer/grad_norm"], rel=1e-3)
+
+
+def test_every_response_is_kept(runs: Path) -> None:
+    files = sorted((runs / "rl/rollouts").glob("*.jsonl"))
+    assert len(files) == 3
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == 4 * 4
+        assert {row["image"] is None for row in rows} == {True, False} or all(row["source"] == "text" for row in rows)
+        assert all(row["reward"] in (0.0, 1.0) and row["tokens"] > 0 for row in rows)
