@@ -1,4 +1,7 @@
-"""Both stages in one process group, for tests/test_stages.py: ``torchrun ... tests/stages.py OUT TP``."""
+"""Both stages in one process group, for tests/test_stages.py: ``torchrun ... tests/stages.py OUT TP ROLLOUT_TP``.
+
+A process can hold vLLM in one layout only.
+"""
 
 import json
 import shutil
@@ -40,7 +43,7 @@ def forget_last(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    out, tp = Path(sys.argv[1]), int(sys.argv[2])
+    out, tp, rollout_tp = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     world = distributed.start(ParallelConfig(tp=tp), seed=1, threads=1)
     model = out / "model"
     if tp == 1:
@@ -59,9 +62,9 @@ if __name__ == "__main__":
         distributed.dist.barrier()
         ppo(out / "rl_resumed", model, tp, 1)
     else:
-        cold_start(out / "cold_tp2", model, tp)
-        ppo(out / "rl_tp2_engine_tp2", model, tp, 2)
-        ppo(out / "rl_tp2_engine_dp2", model, tp, 1)
+        if rollout_tp == 2:
+            cold_start(out / "cold_tp2", model, tp)
+        ppo(out / f"rl_tp2_engine_tp{rollout_tp}", model, tp, rollout_tp)
     if world.is_main:
         print(json.dumps({"done": True}))
     distributed.finish()

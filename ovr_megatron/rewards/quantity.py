@@ -164,7 +164,7 @@ def same_number(reference: Fraction, candidate: Fraction, decimal: bool) -> bool
         reference: one value.
         candidate: the other.
         decimal: whether exactly one of them was written as a decimal.  It may then be off by one part in a
-            million, if the other has no finite decimal form ("0.333333" for a third, but not for 333333/10^6).
+            million if the other has no finite decimal form ("0.333333" for a third).
     """
     if reference == candidate:
         return True
