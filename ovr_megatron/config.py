@@ -1,7 +1,7 @@
 """Every setting of the project: schema, defaults and validation.
 
-The YAML files under ``recipes/`` hold values only; each is merged onto one of the three root
-dataclasses here (`ColdStartConfig`, `RLConfig`, `EvaluateConfig`), so an unknown key or a value of the
+The YAML files under ``recipes/`` hold values only; each is merged onto one of the two root
+dataclasses here (`ColdStartConfig`, `RLConfig`), so an unknown key or a value of the
 wrong type stops the run before anything is loaded.  All dataclasses are frozen.
 """
 
@@ -140,6 +140,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear"))
         _require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
+        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and optimizer.beta2 must lie in 0..1")
         _require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
 
 
@@ -207,6 +209,9 @@ class StageConfig:
     until: int
     max_tokens: int
 
+    def __post_init__(self) -> None:
+        _require(self.until > 0 and self.max_tokens > 0, "curriculum[].until and .max_tokens must be positive")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
@@ -222,6 +227,7 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         _choice("algorithm.reduction", self.reduction, ("token", "pack"))
+        _require(0 < self.clip < 1, f"algorithm.clip={self.clip} must lie between 0 and 1")
         _require(0 < self.gamma <= 1 and 0 <= self.lam <= 1, "algorithm.gamma and algorithm.lam must lie in 0..1")
         _require(self.critic_steps >= 1, f"algorithm.critic_steps={self.critic_steps} must be at least 1")
 
@@ -315,6 +321,8 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
         return TypeAdapter(schema).validate_python(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # one of ours, which names its key
+            raise ConfigError(str(first["ctx"]["error"])) from None
         key = ".".join(str(part) for part in first["loc"]) or "config"
         raise ConfigError(f"{key}: {first['msg']} (got {first['input']!r})") from error
 

@@ -18,12 +18,13 @@ from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.companions import write_companions
 from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.schema import Row
+from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.stream import RowStream, open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.launch import USER_ERRORS, launch
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.ppo.iteration import Learner, Outcome, iterate
+from ovr_megatron.rewards.choice import verifiable
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import RolloutError
@@ -111,10 +112,17 @@ def build_rollout(config: RLConfig, source: Path, processor: Processor, policy: 
 
 
 def next_prompts(stream: RowStream, processor: Processor, count: int) -> list[Row]:
-    """The next ``count`` prompts; those over ``data.max_prompt_tokens`` are dropped."""
+    """The next ``count`` prompts; those over ``data.max_prompt_tokens`` are dropped.
+
+    Raises:
+        RowError: an answer that no grader could verify.
+    """
     rows: list[Row] = []
     while len(rows) < count:
         drawn = list(islice(stream, count - len(rows)))
+        for row in drawn:
+            if problem := verifiable(row.answer or "", row.options):
+                raise RowError(row.where, "answer", problem, "give the bare final answer or remove the row")
         lengths = processor.lengths(drawn, generation=True)
         rows += [row for row, length in zip(drawn, lengths, strict=True) if isinstance(length, int)]
     return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError, DataConfig
