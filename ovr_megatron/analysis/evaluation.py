@@ -128,7 +128,7 @@ def evaluate(bench: Bench, problems: ProblemSet, settings: Settings, out: Path) 
     with Progress(len(mine) * (1 + settings.samples), problems.name, "response", bench.is_main) as progress:
         for start in range(0, len(mine), CHUNK):
             answered = list(_answer(bench, problems, mine[start : start + CHUNK], settings, progress.update))
-            graded += answered if follower else _grade(bench.grader, answered)
+            graded += answered if follower else grade(bench.grader, answered)
     everything: list[list[Graded]] | None = [[] for _ in range(dist.get_world_size())] if bench.is_main else None
     dist.gather_object([] if follower else graded, everything)
     if everything is None:
@@ -159,6 +159,7 @@ def _answer(
     blank = {index: _ungraded(index, row, settings.metric) for index, row in zip(indices, rows, strict=True)}
     for index in set(indices) - {indices[at] for at in fits}:
         for sample in (None, *range(settings.samples)):
+            progress(1)
             yield replace(blank[index], sample=sample, reason="prompt too long")
     greedy = [_prompt(sample, [0], settings) for sample in samples]
     for at, [found] in zip(fits, bench.engine.generate(greedy, 0.0, progress), strict=True):
@@ -185,7 +186,7 @@ def _with(bench: Bench, blank: Graded, sample: int | None, found: Generation) ->
     return replace(blank, sample=sample, response=text, tokens=len(found.tokens), stopped=found.stopped)
 
 
-def _grade(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
+def grade(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
     """The same responses with their verdicts.  Unlike the reward, a box in a response that was cut off counts."""
     graded = list(responses)
     boxed = [at for at, r in enumerate(responses) if r.response is not None and r.metric == "boxed"]

@@ -1,0 +1,90 @@
+import io
+import shutil
+
+import PIL.Image
+import pytest
+
+from ovr_megatron.analysis.experiment import read_experiment
+from ovr_megatron.analysis.figures import (
+    DARK,
+    LIGHT,
+    NARROW,
+    WIDE,
+    accuracy_figure,
+    draw,
+    dynamics_figure,
+    loss_figure,
+    switches,
+    write_figures,
+)
+
+NAMES = ["base_loss", "cold_start_loss", "rl_dynamics", "rl_health", "accuracy"]
+
+
+@pytest.fixture
+def experiment(experiment_dir):
+    return read_experiment(experiment_dir)
+
+
+def test_every_figure_is_written_as_png(experiment):
+    paths = write_figures(experiment)
+    assert [path.stem for path in paths] == NAMES
+    for path in paths:
+        with PIL.Image.open(path) as image:
+            assert image.format == "PNG"
+            assert image.width > 1000
+            assert len(set(image.convert("RGB").resize((200, 100)).getdata())) > 20
+
+
+def test_looks_differ_in_colour_and_width(experiment):
+    light, dark, narrow = (draw(experiment, *look)[-1].png for look in ((LIGHT,), (DARK,), (LIGHT, NARROW)))
+    images = [PIL.Image.open(io.BytesIO(png)).convert("RGB") for png in (light, dark, narrow)]
+    assert [image.getpixel((2, 2)) for image in images] == [(255, 255, 255), (27, 30, 36), (255, 255, 255)]
+    assert images[2].width / images[0].width == pytest.approx(NARROW / WIDE, abs=0.01)
+
+
+def test_loss_is_drawn_by_step_as_logged(experiment):
+    stage = experiment.stages["cold_start"]
+    axes = loss_figure(stage, LIGHT).axes[0]
+    faint = axes.lines[0]
+    assert list(faint.get_xdata()) == list(range(80))
+    assert list(faint.get_ydata()) == [line["loss/train"] for line in stage.metrics]
+    assert axes.get_ylim()[0] == 0
+
+
+def test_curriculum_switches_are_vertical_lines_in_both_panels(experiment):
+    assert switches(experiment.stages["rl"]) == [(30, 96, 128)]
+    figure = dynamics_figure(experiment.stages["rl"], LIGHT)
+    assert len(figure.axes) == 2
+    for axes in figure.axes:
+        marks = [line for line in axes.lines if line.get_gid() == "switch"]
+        assert [list(line.get_xdata()) for line in marks] == [[30, 30]]
+    assert "96 to 128 tokens" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_bars_are_the_accuracies_with_their_intervals(experiment):
+    axes = accuracy_figure(experiment, LIGHT).axes[0]
+    bars = {container.get_label(): container for container in axes.containers if hasattr(container, "patches")}
+    assert list(bars) == ["Base", "Cold start", "RL", "Average"]
+    assert [bar.get_height() for bar in bars["RL"].patches] == [0.882, 0.938, 0.754]
+    (intervals,) = bars["RL"].errorbar.lines[2]
+    assert [tuple(segment[:, 1].round(3)) for segment in intervals.get_segments()] == [
+        (0.852, 0.912),
+        (0.908, 0.968),
+        (0.724, 0.784),
+    ]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["Visual puzzles", "Text puzzles", "Captions"]
+
+
+def test_a_model_that_was_not_evaluated_is_marked(experiment_dir):
+    shutil.rmtree(experiment_dir / "eval" / "average")
+    axes = accuracy_figure(read_experiment(experiment_dir), LIGHT).axes[0]
+    assert [text.get_text() for text in axes.texts].count("not run") == 3
+
+
+def test_a_run_that_is_going_gives_the_figures_it_can(experiment_dir):
+    for part in ("eval", "rl"):
+        shutil.rmtree(experiment_dir / part)
+    metrics = experiment_dir / "cold_start" / "metrics" / "train.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
+    assert [chart.name for chart in draw(read_experiment(experiment_dir), LIGHT)] == ["base_loss", "cold_start_loss"]

@@ -1,0 +1,185 @@
+"""The page is parsed as a browser would: what it shows, what it loads, what it runs."""
+
+import base64
+import io
+import json
+import shutil
+from html.parser import HTMLParser
+
+import PIL.Image
+import pytest
+
+from ovr_megatron.analysis.experiment import read_experiment
+from ovr_megatron.analysis.page import Html, tag
+from ovr_megatron.analysis.report import duration, render, write_report
+from ovr_megatron.analysis.samples import moments, pick, read_picture
+from tools import report as command
+
+VOID = {"meta", "img", "source"}
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></pre><a href='https://example.com'>&amp;"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails where tags do not close in order."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append(name)
+        self.attributes += [(name, key, value) for key, value in attributes]
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    @property
+    def text(self):
+        return "\n".join(data for name, data in self.texts if name != "style")
+
+
+@pytest.fixture
+def rollouts(experiment_dir):
+    """Rewrites the last iteration's rollouts."""
+
+    def write(*changes):
+        path = experiment_dir / "rl" / "rollouts" / "000059.jsonl"
+        row = json.loads(path.read_text().splitlines()[0])
+        path.write_text("".join(json.dumps(row | change) + "\n" for change in changes))
+
+    return write
+
+
+def test_page_is_whole_and_loads_nothing(experiment_dir):
+    text = write_report(read_experiment(experiment_dir)).read_text()
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    loaded = [value for _, key, value in page.attributes if key in ("src", "srcset", "href", "data", "action")]
+    assert loaded and all(value.startswith("data:image/png;base64,") for value in loaded)
+    assert not [key for _, key, _ in page.attributes if key.startswith("on")]
+    assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
+    assert len(text) < 5_000_000
+    for value in loaded:
+        with PIL.Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2]))) as image:
+            image.verify()
+
+
+def test_page_tells_the_story(experiment_dir):
+    text = Page(render(read_experiment(experiment_dir))).text
+    assert "On 500 held-out visual puzzles RL ends 24.0 points above the cold start." in text
+    for told in ("88.2 %", "2.0e-05", "14 min", "5.1 GB", "Early: iteration 0", "Late: iteration 59", "37.5 %"):
+        assert told in text
+    assert "iterations: 60" in text  # settings
+    assert "Not complete yet" not in text
+
+
+def test_every_look_of_a_figure_is_there(experiment_dir):
+    page = Page(render(read_experiment(experiment_dir)))
+    media = [value for name, key, value in page.attributes if name == "source" and key == "media"]
+    assert page.tags.count("picture") == 5
+    assert media.count("(prefers-color-scheme: dark)") == 5
+    assert media.count("(max-width: 640px)") == 5
+    alternatives = [value for name, key, value in page.attributes if name == "img" and key == "alt"]
+    assert len(alternatives) == page.tags.count("img") and all(alternatives)
+
+
+def test_model_output_is_text_and_nothing_else(experiment_dir, rollouts):
+    plain = Page(render(read_experiment(experiment_dir)))
+    fields = ("prompt", "response", "source", "answer")
+    rollouts({field: f"{field}: {ATTACK}" for field in fields})
+    page = Page(render(read_experiment(experiment_dir)))
+    for field in fields:
+        assert f"{field}: {ATTACK}" in page.text
+    assert "script" not in page.tags and "a" not in page.tags
+    assert {key for _, key, _ in page.attributes} == {key for _, key, _ in plain.attributes}
+
+
+def test_an_attack_in_names_and_settings_is_text_too(experiment_dir):
+    (experiment_dir / "rl" / "config.yaml").write_text(f"iterations: 60\nnote: |\n  {ATTACK}\n")
+    score = json.loads((experiment_dir / "eval" / "rl" / "visual.json").read_text())
+    score["sources"] = {ATTACK: score["sources"]["visual"], "other": score["sources"]["visual"]}
+    (experiment_dir / "eval" / "rl" / "<b>.json").write_text(json.dumps(score))
+    page = Page(render(read_experiment(experiment_dir)))
+    assert ATTACK in page.text
+    assert "<b>" in page.text
+    assert "script" not in page.tags and "a" not in page.tags and page.tags.count("b") == 8
+
+
+@pytest.mark.parametrize("image", ["../../secret.png", "/etc/hostname", "rollouts/nothing.png", "config.yaml"])
+def test_images_that_cannot_be_shown_are_said_to_be_missing(experiment_dir, rollouts, image):
+    PIL.Image.new("RGB", (9, 9)).save(experiment_dir.parent / "secret.png")
+    rollouts({"image": image})
+    assert f"The image {image} is missing." in Page(render(read_experiment(experiment_dir))).text
+
+
+def test_long_responses_keep_both_ends(experiment_dir, rollouts):
+    rollouts({"response": "start" + "x" * 50_000 + "end"})
+    text = Page(render(read_experiment(experiment_dir))).text
+    assert "44,008 characters left out" in text
+    assert "startxxx" in text and "xxxend" in text
+
+
+def test_large_images_are_made_smaller(tmp_path):
+    PIL.Image.new("RGB", (2000, 500)).save(tmp_path / "large.png")
+    found = read_picture(tmp_path, "large.png")
+    assert found is not None and found.width == 512
+    with PIL.Image.open(io.BytesIO(found.png)) as image:
+        assert image.size == (512, 128)
+
+
+def test_samples_show_every_source_right_and_wrong_with_images(experiment_dir):
+    found = moments(experiment_dir / "rl")
+    assert [(moment.name, moment.iteration) for moment in found] == [("Early", 0), ("Middle", 30), ("Late", 59)]
+    for moment in found:
+        kinds = [(r["source"], r["reward"], bool(r["image"])) for r in moment.rollouts]
+        assert sorted(kinds) == [("text", 0, False), ("text", 1, False), ("visual", 0, True), ("visual", 1, True)]
+        assert len({(r["prompt"], r["image"]) for r in moment.rollouts if r["image"]}) == 2
+
+
+def test_prompts_whose_image_was_not_kept_are_not_shown():
+    rollouts = [{"prompt": str(i), "image": "a.png" if i == 5 else None, "reward": 1.0, "source": "v"} for i in range(9)]
+    assert [rollout["prompt"] for rollout in pick(rollouts)] == ["5"]
+    assert pick([]) == []
+
+
+def test_a_run_that_is_going_is_reported_with_what_is_missing(experiment_dir, capsys):
+    for part in ("eval", "export", "measured", "rl/rollouts"):
+        shutil.rmtree(experiment_dir / part)
+    command.main([str(experiment_dir)])
+    page = Page((experiment_dir / "report.html").read_text())
+    told = "Evaluation: nothing yet of Base, Cold start, RL, Average."
+    assert told in page.text
+    assert f"missing: {told}" in capsys.readouterr().out
+    assert json.loads((experiment_dir / "summary.json").read_text())["accuracy"]["rl"] is None
+
+
+def test_a_run_that_has_just_begun_is_reported(tmp_path):
+    (tmp_path / "base").mkdir()
+    page = Page(render(read_experiment(tmp_path)))
+    assert "Nothing to compare yet." in page.text
+    assert "Base model: no metrics yet." in page.text
+
+
+def test_command_refuses_a_folder_without_a_run(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(tmp_path)])
+    assert "neither a run folder" in capsys.readouterr().err
+
+
+def test_tags_escape_text_and_attributes_but_not_markup():
+    assert tag("p", "<b>", Html("<i></i>"), None, title='"') == '<p title="&quot;">&lt;b&gt;<i></i></p>'
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(None, "\N{EN DASH}"), (45.4, "45 s"), (840.5, "14 min"), (7500, "2 h 5 min")]
+)
+def test_durations_are_told_as_people_do(seconds, told):
+    assert duration(seconds) == told

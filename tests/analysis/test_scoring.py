@@ -1,0 +1,79 @@
+import itertools
+
+import pytest
+
+from ovr_megatron.analysis.scoring import Graded, ks, reference_of, score
+from ovr_megatron.data.schema import Message, Row, RowError, TextPart
+
+
+def row(response=None, answer=None):
+    messages = [Message("user", (TextPart("Add 3+5."),))]
+    if response is not None:
+        messages.append(Message("assistant", (TextPart(response),)))
+    return Row(tuple(messages), answer=answer, where="rows.jsonl:7")
+
+
+def graded(index, source, greedy, *drawn, tokens=10):
+    """One problem: its greedy verdict and those of its samples; None is a prompt that was not asked."""
+    verdicts = [greedy, *drawn]
+    for number, right in enumerate(verdicts):
+        asked = {} if right is None else {"response": "...", "tokens": tokens, "stopped": True, "correct": right}
+        yield Graded(index, number - 1 if number else None, f"{index}", source, "?", "8", (), "boxed", **asked)
+
+
+def test_a_caption_is_compared_as_text_and_a_solution_by_its_box():
+    assert reference_of(row("List: red3.", "List: red3."), "auto") == ("exact", "List: red3.")
+    assert reference_of(row("List: red3."), "auto") == ("exact", "List: red3.")
+    assert reference_of(row("So</think>\\boxed{8}", "8"), "auto") == ("boxed", "8")
+    assert reference_of(row(answer="8"), "auto") == ("boxed", "8")
+    assert reference_of(row(answer="List: red3."), "exact") == ("exact", "List: red3.")
+
+
+def test_a_row_without_reference_is_refused():
+    with pytest.raises(RowError, match=r"rows\.jsonl:7: answer: is missing; .*--metric exact"):
+        reference_of(row("List: red3."), "boxed")
+
+
+def test_scores_by_hand():
+    responses = [
+        *graded(0, "grid", True, True, False, True, True),  # pass@1 3/4, pass@2 1
+        *graded(1, "grid", False, False, False, False, True),  # pass@1 1/4, pass@2 1 - C(3,2)/C(4,2) = 1/2
+        *graded(2, "text", False, False, False, False, False, tokens=40),
+    ]
+    found = score(responses)
+    assert found["problems"] == 3
+    assert found["dropped"] == 0
+    assert found["greedy"]["correct"] == 1
+    assert found["greedy"]["accuracy"] == pytest.approx(1 / 3)
+    assert found["greedy"]["low"] < 1 / 3 < found["greedy"]["high"]
+    assert found["greedy"]["tokens"] == 20
+    assert found["sampled"]["samples"] == 4
+    assert {k: share["accuracy"] for k, share in found["sampled"]["pass"].items()} == pytest.approx(
+        {"1": 1 / 3, "2": 1.5 / 3, "4": 2 / 3}
+    )
+    assert found["sources"]["grid"]["greedy"]["accuracy"] == 0.5
+    assert found["sources"]["text"]["sampled"]["pass"]["4"]["accuracy"] == 0
+    assert found["sources"]["text"]["greedy"]["problems"] == 1
+
+
+def test_a_prompt_that_was_not_asked_counts_as_wrong_and_not_in_the_lengths():
+    found = score([*graded(0, "a", True, True), *graded(1, "a", None, None)])
+    assert (found["problems"], found["dropped"]) == (2, 1)
+    assert found["greedy"]["accuracy"] == 0.5
+    assert found["greedy"]["tokens"] == 10
+    assert found["sampled"]["pass"]["1"]["accuracy"] == 0.5
+
+
+def test_nothing_sampled_is_said_to_be_so():
+    assert score(list(graded(0, "a", True)))["sampled"] is None
+
+
+def test_reported_k_rise_to_the_number_of_samples():
+    assert [ks(samples) for samples in (1, 2, 3, 8, 12)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
+
+
+def test_responses_sort_by_problem_with_the_greedy_one_first():
+    responses = [*graded(1, "a", True, True, True), *graded(0, "a", True, True)]
+    for shuffled in itertools.islice(itertools.permutations(responses), 20):
+        order = [(r.index, r.sample) for r in sorted(shuffled, key=lambda r: r.order)]
+        assert order == [(0, None), (0, 0), (1, None), (1, 0), (1, 1)]
