@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Qwen2.5-VL folder, the reference")
     parser.add_argument("--checkpoint", type=Path, help="take our weights from this checkpoint instead")
     parser.add_argument("--layout", default="", help="for example tp=2, tp=2,sp=1 or tp=2,dp=2")
-    parser.add_argument("--dtype", default="float32", choices=("float32",), help="number format of both models")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="number format of both models")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args()
     layout = verify.parse_layout(arguments.layout)
@@ -31,7 +31,7 @@ def main() -> int:
     if processes > 1 and "LOCAL_RANK" not in os.environ:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         return subprocess.run([*start, __file__, *sys.argv[1:]]).returncode
-    arguments.layout = layout
+    arguments.layout, arguments.dtype = layout, verify.DTYPE_NAMES[arguments.dtype]
     return verify.main(arguments)
 
 

@@ -14,6 +14,7 @@ from ovr_megatron.ppo.batch import Response, seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import Prompt, RolloutEngine
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.progress import Progress
 
 
 class Prompts:
@@ -76,7 +77,10 @@ def generate(
         seeds = seeds_of(config.run.seed, iteration, i, config.responses)
         requests.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, limit - len(sample)))
     responses = []
-    for i, answers in zip(mine, engine.generate(requests, config.rollout.temperature), strict=True):
+    total = len(requests) * config.responses
+    with Progress(total, f"generating {iteration}", "response", dist.get_rank() == 0, inner=True) as bar:
+        answered = engine.generate(requests, config.rollout.temperature, bar.update)
+    for i, answers in zip(mine, answered, strict=True):
         for answer in answers:
             text = prompts.processor.decode(answer.tokens)
             responses.append(Response(i, answer.tokens, np.asarray(answer.logprobs), answer.stopped, text))

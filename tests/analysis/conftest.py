@@ -20,23 +20,34 @@ ITERATIONS = 60
 
 @pytest.fixture
 def experiment_dir(tmp_path: Path) -> Path:
-    """A finished experiment: three stages, four evaluated models, an export, measured commands."""
+    """A finished experiment, to be changed by the test."""
+    return _make_experiment(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished experiment, to be left as it is."""
+    return _make_experiment(tmp_path_factory.mktemp("finished"))
+
+
+def _make_experiment(folder: Path) -> Path:
+    """Three stages, four evaluated models, an export, measured commands."""
     rng = random.Random(0)
     for name, steps in (("base", 300), ("cold_start", 80)):
-        stage = tmp_path / name
+        stage = folder / name
         _write(stage / "config.yaml", f"run:\n  seed: 1\nsteps: {steps}\n")
         _lines(stage / "metrics" / "train.jsonl", [_supervised(step, rng) for step in range(steps)])
-    _write(tmp_path / "rl" / "config.yaml", f"run:\n  seed: 1\niterations: {ITERATIONS}\n")
-    _lines(tmp_path / "rl" / "metrics" / "train.jsonl", [_iteration(i, rng) for i in range(ITERATIONS)])
+    _write(folder / "rl" / "config.yaml", f"run:\n  seed: 1\niterations: {ITERATIONS}\n")
+    _lines(folder / "rl" / "metrics" / "train.jsonl", [_iteration(i, rng) for i in range(ITERATIONS)])
     for iteration in range(ITERATIONS):
-        _rollouts(tmp_path / "rl", iteration, rng)
+        _rollouts(folder / "rl", iteration, rng)
     for model, sets in ACCURACY.items():
         for name, correct in sets.items():
-            _write(tmp_path / "eval" / model / f"{name}.json", json.dumps(_score(model, name, correct)))
-        _write(tmp_path / "export" / model / "config.json", "{}")
+            _write(folder / "eval" / model / f"{name}.json", json.dumps(_score(model, name, correct)))
+        _write(folder / "export" / model / "config.json", "{}")
     for name, seconds, peak in (("base", 240.5, 2_000_000_000), ("rl", 600.0, 5_100_000_000)):
-        _write(tmp_path / "measured" / f"{name}.json", json.dumps({"wall_seconds": seconds, "peak_memory_bytes": peak}))
-    return tmp_path
+        _write(folder / "measured" / f"{name}.json", json.dumps({"wall_seconds": seconds, "peak_memory_bytes": peak}))
+    return folder
 
 
 def _supervised(step: int, rng: random.Random) -> dict:

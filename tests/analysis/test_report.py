@@ -46,9 +46,16 @@ class Page(HTMLParser):
         return "\n".join(data for name, data in self.texts if name != "style")
 
 
+@pytest.fixture(scope="module")
+def finished_page(finished_dir):
+    return write_report(read_experiment(finished_dir)).read_text()
+
+
 @pytest.fixture
 def rollouts(experiment_dir):
-    """Rewrites the last iteration's rollouts."""
+    """Rewrites the last iteration's rollouts; nothing is left to draw, which takes most of the time."""
+    for part in ("base", "cold_start", "rl/metrics", "eval"):
+        shutil.rmtree(experiment_dir / part)
 
     def write(*changes):
         path = experiment_dir / "rl" / "rollouts" / "000059.jsonl"
@@ -58,9 +65,8 @@ def rollouts(experiment_dir):
     return write
 
 
-def test_page_is_whole_and_loads_nothing(experiment_dir):
-    text = write_report(read_experiment(experiment_dir)).read_text()
-    page = Page(text)
+def test_page_is_whole_and_loads_nothing(finished_page):
+    page, text = Page(finished_page), finished_page
     assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
     loaded = [value for _, key, value in page.attributes if key in ("src", "srcset", "href", "data", "action")]
     assert loaded and all(value.startswith("data:image/png;base64,") for value in loaded)
@@ -72,8 +78,8 @@ def test_page_is_whole_and_loads_nothing(experiment_dir):
             image.verify()
 
 
-def test_page_tells_the_story(experiment_dir):
-    text = Page(render(read_experiment(experiment_dir))).text
+def test_page_tells_the_story(finished_page):
+    text = Page(finished_page).text
     assert "On 500 held-out visual puzzles RL ends 24.0 points above the cold start." in text
     for told in ("88.2 %", "2.0e-05", "14 min", "5.1 GB", "Early: iteration 0", "Late: iteration 59", "37.5 %"):
         assert told in text
@@ -81,8 +87,8 @@ def test_page_tells_the_story(experiment_dir):
     assert "Not complete yet" not in text
 
 
-def test_every_look_of_a_figure_is_there(experiment_dir):
-    page = Page(render(read_experiment(experiment_dir)))
+def test_every_look_of_a_figure_is_there(finished_page):
+    page = Page(finished_page)
     media = [value for name, key, value in page.attributes if name == "source" and key == "media"]
     assert page.tags.count("picture") == 5
     assert media.count("(prefers-color-scheme: dark)") == 5
@@ -103,6 +109,7 @@ def test_model_output_is_text_and_nothing_else(experiment_dir, rollouts):
 
 
 def test_an_attack_in_names_and_settings_is_text_too(experiment_dir):
+    shutil.rmtree(experiment_dir / "rl" / "metrics")
     (experiment_dir / "rl" / "config.yaml").write_text(f"iterations: 60\nnote: |\n  {ATTACK}\n")
     score = json.loads((experiment_dir / "eval" / "rl" / "visual.json").read_text())
     score["sources"] = {ATTACK: score["sources"]["visual"], "other": score["sources"]["visual"]}
@@ -135,8 +142,8 @@ def test_large_images_are_made_smaller(tmp_path):
         assert image.size == (512, 128)
 
 
-def test_samples_show_every_source_right_and_wrong_with_images(experiment_dir):
-    found = moments(experiment_dir / "rl")
+def test_samples_show_every_source_right_and_wrong_with_images(finished_dir):
+    found = moments(finished_dir / "rl")
     assert [(moment.name, moment.iteration) for moment in found] == [("Early", 0), ("Middle", 30), ("Late", 59)]
     for moment in found:
         kinds = [(r["source"], r["reward"], bool(r["image"])) for r in moment.rollouts]
@@ -151,7 +158,7 @@ def test_prompts_whose_image_was_not_kept_are_not_shown():
 
 
 def test_a_run_that_is_going_is_reported_with_what_is_missing(experiment_dir, capsys):
-    for part in ("eval", "export", "measured", "rl/rollouts"):
+    for part in ("base", "eval", "export", "measured", "rl"):
         shutil.rmtree(experiment_dir / part)
     command.main([str(experiment_dir)])
     page = Page((experiment_dir / "report.html").read_text())

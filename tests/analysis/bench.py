@@ -1,0 +1,55 @@
+"""One engine, several problem sets, for tests/analysis/test_evaluate.py: ``python tests/analysis/bench.py MODEL OUT``.
+
+The second set asks the same problems again, with the model's own greedy responses as references of every other one.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from ovr_megatron.analysis.evaluate import data_config, dtype_of, parser
+from ovr_megatron.analysis.evaluation import Bench, ProblemSet, Settings, evaluate, open_problems
+from ovr_megatron.config import ParallelConfig, RolloutConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import row_to_json
+from ovr_megatron.rewards.pool import GraderPool
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.runtime import distributed
+
+PUZZLES = "puzzle:digits?form=image&task=sum&split=heldout&count=8&answered=0"
+LIMITS = {"max_tokens": 12, "max_prompt_tokens": 120}
+
+
+def write_known(path: Path, problems: ProblemSet, responses: Path) -> None:
+    greedy = [json.loads(line)["response"] for line in responses.read_text().splitlines()]
+    rows = [row_to_json(problems.rows[index]) for index in range(problems.count)]
+    for index, row in enumerate(rows):
+        told = greedy[index] if index % 2 == 0 else "something else"
+        row["messages"].append({"role": "assistant", "content": told})
+        row["source"] = "known" if index < 4 else "other"
+        del row["answer"]
+    long = {"messages": [{"role": "user", "content": "long " * 200}, {"role": "assistant", "content": "?"}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long | {"source": "other"}]))
+
+
+def main(model: Path, out: Path) -> None:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in LIMITS.items()]
+    data = data_config(model, parser().parse_args(["--model", str(model), "--data", "-", "--out", "-", *options]))
+    processor = Processor(model, data)
+    length = sum(LIMITS.values())
+    engine = RolloutEngine(model, RolloutConfig(max_num_seqs=32), processor, dtype_of(model), length)
+    with GraderPool(1) as grader:
+        bench = Bench(str(model), engine, processor, grader)
+        first = open_problems("first", PUZZLES)
+        evaluate(bench, first, Settings(max_tokens=12), out)
+        write_known(out / "known.jsonl", first, out / "first.responses.jsonl")
+        known = open_problems("known", str(out / "known.jsonl"))
+        for folder in (out, out / "again"):
+            evaluate(bench, known, Settings(max_tokens=12, samples=4), folder)
+    (out / "banned.json").write_text(json.dumps(engine.banned))
+
+
+if __name__ == "__main__":
+    distributed.start(ParallelConfig(), seed=1, threads=1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    distributed.finish()
