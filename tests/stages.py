@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ovr_megatron import coldstart, rl
@@ -23,9 +24,9 @@ def recipe(schema: type, name: str, *overrides: str) -> Any:
     return build(schema, OmegaConf.merge(defaults(schema), values, OmegaConf.from_dotlist(list(overrides))))
 
 
-def cold_start(run: Path, model: Path, tp: int) -> Path:
+def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32") -> Path:
     options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", "steps=4", "run.save_every=2"]
-    config = recipe(ColdStartConfig, "tiny_cold_start", *options, "data.pack_tokens=512")
+    config = recipe(ColdStartConfig, "tiny_cold_start", *options, "data.pack_tokens=512", f"model.dtype={dtype}")
     return coldstart.train(config, world)
 
 
@@ -36,10 +37,12 @@ def ppo(run: Path, model: Path, tp: int, rollout_tp: int) -> Path:
     return rl.train(config, world)
 
 
-def forget_last(run: Path) -> None:
+def copy_without_last(run: Path, copy: Path) -> None:
     """As if the run had been killed before its last checkpoint."""
     if world.is_main:
-        shutil.rmtree(sorted((run / "checkpoints").glob("step_*"))[-1])
+        shutil.copytree(run, copy)
+        shutil.rmtree(sorted((copy / "checkpoints").glob("step_*"))[-1])
+    dist.barrier()
 
 
 if __name__ == "__main__":
@@ -49,17 +52,14 @@ if __name__ == "__main__":
     if tp == 1:
         cold_start(out / "cold", model, tp)
         cold_start(out / "cold_again", model, tp)
-        shutil.copytree(out / "cold", out / "cold_resumed") if world.is_main else None
-        distributed.dist.barrier()
-        forget_last(out / "cold_resumed")
-        distributed.dist.barrier()
+        copy_without_last(out / "cold", out / "cold_resumed")
         cold_start(out / "cold_resumed", model, tp)
+        cold_start(out / "bf16", model, tp, "bfloat16")
+        copy_without_last(out / "bf16", out / "bf16_resumed")
+        cold_start(out / "bf16_resumed", model, tp, "bfloat16")
         ppo(out / "rl", model, tp, 1)
         ppo(out / "rl_again", model, tp, 1)
-        shutil.copytree(out / "rl", out / "rl_resumed") if world.is_main else None
-        distributed.dist.barrier()
-        forget_last(out / "rl_resumed")
-        distributed.dist.barrier()
+        copy_without_last(out / "rl", out / "rl_resumed")
         ppo(out / "rl_resumed", model, tp, 1)
     else:
         if rollout_tp == 2:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ovr_megatron.model.tiny import make_tiny_model
@@ -48,12 +49,18 @@ def test_the_same_seed_gives_the_same_curve_and_weights(runs: Path, stage: str) 
     assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_again"))
 
 
-@pytest.mark.parametrize("stage", ["cold", "rl"])
+@pytest.mark.parametrize("stage", ["cold", "bf16", "rl"])
 def test_a_resumed_run_is_the_undisturbed_one(runs: Path, stage: str) -> None:
     assert curve(runs / stage) == curve(runs / f"{stage}_resumed")
     assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_resumed"))
     if stage == "rl":
         assert_same_bits(weights(runs / "rl", "critic"), weights(runs / "rl_resumed", "critic"))
+
+
+def test_bfloat16_follows_float32(runs: Path) -> None:
+    assert {tensor.dtype for tensor in weights(runs / "bf16").values()} == {torch.bfloat16}
+    for wide, narrow in zip(curve(runs / "cold"), curve(runs / "bf16"), strict=True):
+        assert narrow["loss/train"] == pytest.approx(wide["loss/train"], rel=0.02)
 
 
 def test_training_changes_what_it_should_and_nothing_else(runs: Path) -> None:
@@ -83,8 +90,10 @@ def test_tensor_parallel_training_follows_data_parallel_training(runs: Path) -> 
 def test_every_response_is_kept(runs: Path) -> None:
     files = sorted((runs / "rl/rollouts").glob("*.jsonl"))
     assert len(files) == 3
+    assert any('"image": "rollouts/images/' in file.read_text() for file in files)
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(rows) == 4 * 4
-        assert {row["image"] is None for row in rows} == {True, False} or all(row["source"] == "text" for row in rows)
+        assert {row["image"] is None for row in rows if row["source"] == "text"} <= {True}
+        assert all((runs / "rl" / row["image"]).exists() for row in rows if row["image"])
         assert all(row["reward"] in (0.0, 1.0) and row["tokens"] > 0 for row in rows)

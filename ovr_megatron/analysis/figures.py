@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
@@ -208,7 +209,8 @@ def accuracy_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -
     axes.set_ylim(0, 1.08)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    figure.legend(loc="outside lower center", ncols=4 if width == WIDE else 2, handlelength=1, handleheight=1)
+    keys = [Patch(color=colour, label=title) for colour, title in zip(theme.models, MODELS.values(), strict=True)]
+    figure.legend(handles=keys, loc="outside lower center", ncols=4 if width == WIDE else 2, handlelength=1, handleheight=1)
     return figure
 
 

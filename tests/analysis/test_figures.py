@@ -3,6 +3,7 @@ import shutil
 
 import PIL.Image
 import pytest
+from matplotlib.colors import to_hex
 
 from ovr_megatron.analysis.experiment import read_experiment
 from ovr_megatron.analysis.figures import (
@@ -81,8 +82,9 @@ def test_bars_are_the_accuracies_with_their_intervals(experiment):
 
 def test_a_model_that_was_not_evaluated_is_marked(experiment_dir):
     shutil.rmtree(experiment_dir / "eval" / "average")
-    axes = accuracy_figure(read_experiment(experiment_dir), LIGHT).axes[0]
-    assert [text.get_text() for text in axes.texts].count("not run") == 3
+    figure = accuracy_figure(read_experiment(experiment_dir), LIGHT)
+    assert [text.get_text() for text in figure.axes[0].texts].count("not run") == 3
+    assert [to_hex(patch.get_facecolor()) for patch in figure.legends[0].get_patches()] == list(LIGHT.models)
 
 
 def test_a_run_that_is_going_gives_the_figures_it_can(experiment_dir):

@@ -14,7 +14,7 @@ MIB = 2**20
 # A parent with two children that hold `each` MiB of their own for `seconds`.
 HOLD = """
 import subprocess, sys
-child = "import sys, time; held = bytearray(int(sys.argv[1]) << 20); held[::4096] = b'x' * len(held[::4096]); time.sleep({s})"
+child = "import sys, time; held = b'x' * (int(sys.argv[1]) << 20); time.sleep({s})"
 children = [subprocess.Popen([sys.executable, "-c", child, sys.argv[1]]) for _ in range(2)]
 [child.wait() for child in children]
 """
