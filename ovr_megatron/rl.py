@@ -36,6 +36,7 @@ from ovr_megatron.runtime.stop import StopRequest
 from ovr_megatron.weights.folder import WeightFolder
 
 PICTURES_PER_ITERATION = 2
+MOST_DROPPED = 10_000
 
 
 def train(config: RLConfig, world: World) -> Path:
@@ -63,7 +64,9 @@ def train(config: RLConfig, world: World) -> Path:
     ):
         learner = Learner(config, world, processor, policy, critic, rollout, grader)
         for iteration in range(first, config.iterations):
-            outcome = iterate(learner, next_prompts(stream, processor, config.prompts), iteration)
+            rows, dropped = next_prompts(stream, processor, config.prompts)
+            outcome = iterate(learner, rows, iteration)
+            outcome.metrics["data/dropped_prompts"] = dropped
             record(run, iteration, outcome, world)
             if log:
                 log.scalars(iteration, outcome.metrics)
@@ -111,21 +114,27 @@ def build_rollout(config: RLConfig, source: Path, processor: Processor, policy: 
     return rollout
 
 
-def next_prompts(stream: RowStream, processor: Processor, count: int) -> list[Row]:
-    """The next ``count`` prompts; those over ``data.max_prompt_tokens`` are dropped.
+def next_prompts(stream: RowStream, processor: Processor, count: int) -> tuple[list[Row], int]:
+    """The next ``count`` prompts, and how many over ``data.max_prompt_tokens`` were dropped on the way.
 
     Raises:
         RowError: an answer that no grader could verify.
     """
     rows: list[Row] = []
+    dropped = 0
     while len(rows) < count:
         drawn = list(islice(stream, count - len(rows)))
         for row in drawn:
             if problem := verifiable(row.answer or "", row.options):
                 raise RowError(row.where, "answer", problem, "give the bare final answer or remove the row")
         lengths = processor.lengths(drawn, generation=True)
-        rows += [row for row, length in zip(drawn, lengths, strict=True) if isinstance(length, int)]
-    return rows
+        fitting = [row for row, length in zip(drawn, lengths, strict=True) if isinstance(length, int)]
+        dropped += len(drawn) - len(fitting)
+        rows += fitting
+        if not rows and dropped >= MOST_DROPPED:
+            problem = f"{dropped} prompts in a row are too long"
+            raise RowError(drawn[-1].where, "messages", problem, "raise data.max_prompt_tokens")
+    return rows, dropped
 
 
 def record(run: Path, iteration: int, outcome: Outcome, world: World) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ovr_megatron.config import DataConfig
+from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError, parse_row
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.model.tiny import make_tiny_model
@@ -62,3 +64,12 @@ def test_an_answer_that_no_grader_can_verify() -> None:
     row = parse_row(raw, "rows.jsonl:7", Path())
     with pytest.raises(RowError, match=r"rows\.jsonl:7: answer: .*remove the row"):
         next_prompts(RowStream([([row], 1.0)], seed=1), None, 1)
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(model: Path) -> None:
+    short, long = ({"messages": [{"role": "user", "content": "1 + 1? " * n}], "answer": "2"} for n in (1, 300))
+    rows = [parse_row(raw, f"rows.jsonl:{i}", Path()) for i, raw in enumerate((short, long, long, long))]
+    processor = Processor(model, DataConfig(max_prompt_tokens=100))
+    kept, dropped = next_prompts(RowStream([(rows, 1.0)], seed=1), processor, 3)
+    assert [row.where for row in kept] == ["rows.jsonl:0"] * 3
+    assert 6 <= dropped <= 9

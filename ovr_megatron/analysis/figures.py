@@ -210,7 +210,8 @@ def accuracy_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     keys = [Patch(color=colour, label=title) for colour, title in zip(theme.models, MODELS.values(), strict=True)]
-    figure.legend(handles=keys, loc="outside lower center", ncols=4 if width == WIDE else 2, handlelength=1, handleheight=1)
+    columns = 4 if width == WIDE else 2
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
     return figure
 
 

@@ -164,7 +164,6 @@ def response_metrics(responses: Sequence[Response], prompts: Prompts, world: Wor
     total = summed(sums, world)
     everything = total[0, 1:] / total[0, 0]
     metrics = dict(zip(("reward/mean", "response/length", "response/stopped"), everything.tolist(), strict=True))
-    metrics["response/dropped_prompts"] = prompts.dropped
     for source, entry in zip(sources, total[1:], strict=True):
         if entry[0] and len(sources) > 1:
             metrics[f"reward/{source}"] = float(entry[1] / entry[0])

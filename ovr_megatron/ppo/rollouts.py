@@ -22,7 +22,6 @@ class Prompts:
 
     def __init__(self, rows: Sequence[Row], processor: Processor):
         self.rows, self.processor = rows, processor
-        self.dropped = 0
         self._samples: dict[int, Sample] = {}
 
     def sample(self, i: int) -> Sample:

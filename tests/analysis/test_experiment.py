@@ -9,7 +9,7 @@ from ovr_megatron.analysis.experiment import ExperimentError, read_experiment
 def test_a_finished_experiment_misses_nothing(experiment_dir):
     experiment = read_experiment(experiment_dir)
     assert list(experiment.stages) == ["base", "cold_start", "rl"]
-    assert list(experiment.sets.items())[0] == ("visual", "Visual puzzles")
+    assert next(iter(experiment.sets.items())) == ("visual", "Visual puzzles")
     assert experiment.missing == []
     assert experiment.exported == (experiment_dir / "export" / "average").resolve()
 

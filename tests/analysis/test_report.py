@@ -152,8 +152,9 @@ def test_samples_show_every_source_right_and_wrong_with_images(finished_dir):
 
 
 def test_prompts_whose_image_was_not_kept_are_not_shown():
-    rollouts = [{"prompt": str(i), "image": "a.png" if i == 5 else None, "reward": 1.0, "source": "v"} for i in range(9)]
-    assert [rollout["prompt"] for rollout in pick(rollouts)] == ["5"]
+    images = [None, None, "a.png", None]
+    rollouts = [{"prompt": str(i), "image": image, "reward": 1.0, "source": "v"} for i, image in enumerate(images)]
+    assert [rollout["prompt"] for rollout in pick(rollouts)] == ["2"]
     assert pick([]) == []
 
 
