@@ -28,10 +28,12 @@ def load_image(part: ImagePart, config: DataConfig) -> Image.Image:
         RowError: the file is missing, outside its root, no image, corrupt, or over ``max_image_bytes``,
             ``max_image_pixels`` or an aspect ratio of 200.
     """
+    file = _encoded(part, config) if part.image is None else None
     try:
-        image = part.image if part.image is not None else Image.open(_encoded(part, config), formats=FORMATS)
+        image = Image.open(file, formats=FORMATS) if file else part.image
+        assert image is not None, "an ImagePart has a path, an image or data"
         _check_size(image, part, config)
-        return _to_rgb(ImageOps.exif_transpose(image) if part.image is None else image)
+        return _to_rgb(ImageOps.exif_transpose(image) if file else image)
     except RowError:
         raise
     except Image.DecompressionBombError as error:
@@ -70,8 +72,6 @@ def _encoded(part: ImagePart, config: DataConfig) -> io.BytesIO:
 def _read(part: ImagePart, config: DataConfig) -> bytes:
     assert part.path is not None, "an ImagePart has a path, an image or data"
     path = _inside_root(part, part.path)
-    if not path.is_file():
-        raise _error(part, "there is no such file", "correct the path, set image_root, or remove the row")
     size = path.stat().st_size
     if size > config.max_image_bytes:
         raise _too_large(part, f"has {size:,} bytes", "max_image_bytes", config.max_image_bytes)
@@ -85,10 +85,13 @@ def _inside_root(part: ImagePart, path: Path) -> Path:
     try:
         resolved = path.resolve()
         outside = part.root is not None and not resolved.is_relative_to(part.root.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte
+        missing = not resolved.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, a zero byte
         raise _error(part, f"is no usable path ({error})", "correct the path or remove the row") from error
     if outside:
         raise _error(part, f"lies outside the image root {part.root}", "move the image below it or set image_root")
+    if missing:
+        raise _error(part, "does not exist", "correct the path, set image_root, or remove the row")
     return resolved
 
 

@@ -234,7 +234,9 @@ def _load(where: str, builder: str, split: str = "train", **options: Any) -> dat
             remedy = "write the file anew"
         raise RowError(where, "", f"cannot be read ({cause})", remedy) from error
     except (OSError, ValueError) as error:
-        remedy = "correct data.sources[].path (a file, or owner/name?split=..&config=.. of the hub) or go online"
+        remedy = "correct the name, ?split=.. and ?config=.., or go online"
+        if "data_files" in options:
+            remedy = "write the file anew, or give it the suffix of its form"
         raise RowError(where, "", f"cannot be loaded ({error})", remedy) from error
 
 

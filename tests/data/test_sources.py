@@ -1,118 +1,227 @@
-"""Files of rows: our own form and those of others, and what is said of bad ones."""
+"""Opening files, folders, tables and the real data."""
 
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 from PIL import Image
 
-from ovr_megatron.config import DataConfig, SourceConfig
-from ovr_megatron.data.images import load_media
-from ovr_megatron.data.schema import ImagePart, RowError, parse_row, row_to_json
+from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
+from ovr_megatron.data.schema import ImagePart, RowError, RowSource
 from ovr_megatron.data.sources import open_source, validate
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared/data"
-real = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+DATA = Path(__file__).resolve().parents[2] / "../shared/data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
 
 
-def write(folder: Path, *rows: object) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    yield
+
+
+def row(text: str = "2+3?", answer: str = "5", **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "answer": answer, **more}
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows))
     return path
 
 
-def prompt(**changes: object) -> dict:
-    return {"messages": [{"role": "user", "content": "2 + 3?"}], "answer": "5"} | changes
+def opened(path: object, **settings: Any) -> RowSource:
+    return open_source(SourceConfig(path=str(path), **settings))
 
 
-def picture(name: str) -> dict:
-    parts = [{"type": "image", "image": name}, {"type": "text", "text": "What?"}]
-    return prompt(messages=[{"role": "user", "content": parts}])
+def texts(source: RowSource) -> list[str]:
+    return [source[i].messages[0].text for i in range(len(source))]
+
+
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_lines_of_different_form_are_read_with_their_numbers(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "second"}]
+    many = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    path = write(
+        tmp_path / "rows.jsonl", "\ufeff" + json.dumps(row("first\u2028line")), "", many, row("third", source="s")
+    )
+    source = opened(path)
+    assert texts(source) == ["first\u2028line", "second", "third"]
+    assert [source[i].where for i in range(3)] == [f"{path}:1", f"{path}:3", f"{path}:4"]
+    assert [source[i].source for i in range(3)] == [f"{tmp_path.name}/rows", f"{tmp_path.name}/rows", "s"]
+    assert opened(path, name="mine")[2].source == "mine"
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_raw_line_separators_do_not_cut_a_row(tmp_path: Path) -> None:
+    raw = json.dumps(row("a\u2028b\x85c"), ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_bytes((raw + "\r\n" + raw).encode())
+    assert texts(opened(tmp_path / "rows.jsonl")) == ["a\u2028b\x85c"] * 2
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", row("old"))
+    assert texts(opened(path)) == ["old"]
+    write(path, row("new one"))
+    assert texts(opened(path)) == ["new one"]
+
+
+def test_bad_rows_name_file_and_line_when_they_are_read(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "rows.jsonl", row(), "{bad", json.dumps(row(answer=""))))
+    assert source[0].answer == "5"
+    with pytest.raises(RowError, match=r"rows.jsonl:2: is not JSON .*'{bad'; write one JSON object a line"):
+        source[1]
+    with pytest.raises(RowError, match=r"rows.jsonl:3: answer: is missing or empty; "):
+        source[2]
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(row()).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(RowError, match=r"rows.jsonl:2: cannot be read .*; convert the file to UTF-8"):
+        opened(path)
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("name", "content", "message"),
     [
-        ('{"messages": [', "JSON"),
-        ({"answer": "5"}, "messages"),
-        (prompt(answer=None), "answer: is missing"),
-        (prompt(answer="x" * 600), "no verifiable final answer"),
-        (prompt(answer="E", options=["one", "two"]), "none of the 2 options"),
-        (prompt(messages=[{"role": "poet", "content": "x"}]), "role"),
-        (picture("absent.png"), "image"),
-        (picture("broken.png"), "image"),
-        (picture("../outside.png"), "outside the image root"),
-        (picture("link.png"), "outside the image root"),
-        (picture("/etc/hostname"), "outside the image root"),
-        (picture("https://example.org/x.png"), "URL"),
+        ("rows.jsonl", "", "is empty"),
+        ("rows.jsonl", "\n\n", "has no rows"),
+        ("rows.json", "[]", "has no rows"),
+        ("rows.json", '{"a": 1}', "holds a dict"),
+        ("rows.json", '{"a": 1}\n{"a": 2}', "must be named .jsonl"),
+        ("rows.parquet", "no table", "cannot be loaded .*; write the file anew"),
+        ("rows.csv", "a,b", "unknown suffix"),
+        ("rows.jsonl", '{"a": 1}', "has only the fields a"),
     ],
 )
-def test_a_bad_row_names_file_line_and_field(tmp_path: Path, row: object, said: str) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
-    Image.new("RGB", (30, 30)).save(tmp_path / "outside.png")
-    (root / "link.png").symlink_to(tmp_path / "outside.png")
-    path = write(root, prompt(), row)
-    with pytest.raises(RowError, match=said) as error:
-        validate(open_source(SourceConfig(path=str(path), format="messages")), DataConfig())
-    assert f"{path}:2" in str(error.value)
-    assert ";" in str(error.value)
+def test_a_file_that_holds_no_rows_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RowError, match=message) as caught:
+        opened(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
 
 
-def test_pictures_over_the_limits_are_refused(tmp_path: Path) -> None:
-    Image.new("RGB", (400, 300)).save(tmp_path / "a.png")
-    source = open_source(SourceConfig(path=str(write(tmp_path, picture("a.png")))))
-    assert validate(source, DataConfig()) == 1
-    for limit in (DataConfig(max_image_pixels=100_000), DataConfig(max_image_bytes=100)):
-        with pytest.raises(RowError, match=r"rows\.jsonl:1"):
-            validate(source, limit)
+@pytest.mark.parametrize("path", ["absent.jsonl", "absent/rows.jsonl", "a/b/c", "absent"])
+def test_a_path_that_is_not_there_is_refused(path: str) -> None:
+    with pytest.raises(RowError, match=rf"{path}: there is no such file or folder"):
+        opened(path)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    Image.new(mode, (30, 40)).save(tmp_path / "a.png")
-    row = open_source(SourceConfig(path=str(write(tmp_path, picture("a.png")))))[0]
-    (image,), _ = load_media(row, DataConfig())
-    assert (image.mode, image.size) == ("RGB", (30, 40))
+def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=r"has no \.jsonl, \.parquet, \.json file"):
+        opened(tmp_path)
 
 
-def test_rows_survive_json(tmp_path: Path) -> None:
-    Image.new("RGB", (30, 40)).save(tmp_path / "a.png")
-    for raw in (prompt(source="s", difficulty=0.5, id="7"), picture("a.png"), prompt(answer="A", options=["x", "y"])):
-        row = parse_row(raw, "f:1", tmp_path)
-        assert parse_row(json.loads(json.dumps(row_to_json(row))), "f:1", tmp_path) == row
+def test_a_hub_name_that_cannot_be_reached_or_is_misspelt() -> None:
+    with pytest.raises(RowError, match="nobody/nothing: cannot be loaded"):
+        opened("nobody/nothing")
+    with pytest.raises(ConfigError, match="'spilt' is not known"):
+        opened("nobody/nothing?spilt=test")
 
 
-def test_parquet_with_embedded_images(tmp_path: Path) -> None:
-    import datasets
-
-    Image.new("RGB", (30, 40), "red").save(tmp_path / "a.png")
-    content = [{"type": "image", "image": {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}}]
-    rows = [{"messages": [{"role": "user", "content": content}], "answer": "red"}]
-    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
-    source = open_source(SourceConfig(path=str(tmp_path / "rows.parquet")))
-    (image,), _ = load_media(source[0], DataConfig())
-    assert image.getpixel((0, 0)) == (254, 0, 0) or image.getpixel((0, 0)) == (255, 0, 0)
+def test_a_folder_joins_its_files_in_order(tmp_path: Path) -> None:
+    for name in "bac":
+        write(tmp_path / f"{name}.jsonl", *(row(f"{name}{i}") for i in range(3)))
+    (tmp_path / "README.md").write_text("not data")
+    source = opened(tmp_path)
+    assert texts(source) == ["a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2"]
+    assert source[4].where == f"{tmp_path / 'b.jsonl'}:2"
 
 
-@real
+def test_parquet_and_saved_tables_keep_images_encoded_until_they_are_used(tmp_path: Path) -> None:
+    def raw(data: bytes) -> dict[str, Any]:
+        content = [{"type": "image", "text": None, "image": {"bytes": data, "path": None}}]
+        content.append({"type": "text", "text": "What?", "image": None})  # type: ignore[dict-item]
+        return {"messages": [{"role": "user", "content": content}], "answer": "red"}
+
+    table = datasets.Dataset.from_list([raw(png()), raw(b"broken")])
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "rows.parquet", tmp_path / "saved"):
+        source = opened(path)
+        assert len(source) == 2
+        part = source[0].messages[0].parts[0]
+        assert isinstance(part, ImagePart) and part.data == png()
+        with pytest.raises(RowError, match=r"\[1\]: messages\[0\].content\[0\].image: .*cannot be decoded"):
+            validate(source, DataConfig())
+
+
+def test_the_image_feature_of_the_library_is_not_decoded(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string")})
+    features |= {"options": datasets.List(datasets.Value("string")), "answer": datasets.Value("string")}
+    rows = [
+        {"image": {"bytes": png(), "path": None}, "question": "Colour?", "options": ["red", "blue"], "answer": "red"}
+    ]
+    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(tmp_path / "rows.parquet")
+    source = opened(tmp_path / "rows.parquet")
+    part = source[0].messages[0].parts[0]
+    assert isinstance(part, ImagePart) and part.data == png()
+    assert source[0].answer == "A"
+
+
+def test_validate_walks_rows_and_images(tmp_path: Path) -> None:
+    def seeing(name: str) -> dict[str, Any]:
+        parts = [{"type": "image", "image": name}, {"type": "text", "text": "?"}]
+        return {"messages": [{"role": "user", "content": parts}], "answer": "1"}
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(png())
+    assert validate(opened(write(tmp_path / "good.jsonl", row(), seeing("images/a.png"))), DataConfig()) == 2
+    bad = write(tmp_path / "bad.jsonl", row(), seeing("images/b.png"))
+    with pytest.raises(RowError, match=r"bad.jsonl:2: messages\[0\].content\[0\].image: .*b.png' does not exist"):
+        validate(opened(bad), DataConfig())
+    outside = opened(write(tmp_path / "up.jsonl", seeing("../images.png")), image_root=str(tmp_path / "images"))
+    with pytest.raises(RowError, match=r"up.jsonl:1: .*outside the image root"):
+        validate(outside, DataConfig())
+    with pytest.raises(ConfigError, match="endless"):
+        validate(opened("puzzle:digits"), DataConfig())
+
+
+def test_puzzles_are_sources(tmp_path: Path) -> None:
+    source = opened("puzzle:digits?split=heldout&answered=0&count=3", name="visual")
+    assert len(source) == 3
+    assert source[0].source == "visual"
+    assert validate(source, DataConfig()) == 3
+    with pytest.raises(ConfigError, match="no such kind"):
+        opened("puzzle:nothing")
+
+
+@needs_data
 @pytest.mark.parametrize(
-    ("path", "count"), [("text/math500.json", 500), ("text/aime2024.json", 30), ("mathvision/testmini.jsonl", 304)]
+    ("name", "count", "images", "first", "source"),
+    [
+        ("text/math500.json", 500, 0, "\\left( 3, \\frac{\\pi}{2} \\right)", "text/math500"),
+        ("text/aime2024.json", 30, 0, "73", "text/aime2024"),
+        ("mathvision/testmini.jsonl", 304, 304, "6", "mathvision/testmini"),
+        ("puzzlevqa", 600, 600, "C", "puzzlevqa/circle_size_number"),
+        ("puzzlevqa/venn.jsonl", 30, 30, "C", "puzzlevqa/venn"),
+    ],
 )
-def test_real_files(path: str, count: int) -> None:
-    source = open_source(SourceConfig(path=str(DATA / path)))
-    assert len(source) == count
-    assert validate(source, DataConfig()) == count
-    assert all(source[i].is_prompt and "boxed" in source[i].messages[0].text for i in range(count))
+def test_real_data_is_read_whole(name: str, count: int, images: int, first: str, source: str) -> None:
+    rows = opened(DATA / name)
+    assert (len(rows), rows[0].answer, rows[0].source) == (count, first, source)
+    seen = 0
+    for i in range(len(rows)):
+        each = rows[i]
+        assert each.is_prompt and "\\boxed{}" in each.messages[0].text
+        assert all(f"\n({'ABCDE'[k]})" in each.messages[0].text for k in range(len(each.options)))
+        found = [part for part in each.messages[0].parts if isinstance(part, ImagePart)]
+        assert all(part.path is not None and part.path.is_file() for part in found)
+        seen += len(found)
+    assert seen == images
 
 
-@real
-def test_puzzlevqa() -> None:
-    source = open_source(SourceConfig(path=str(DATA / "puzzlevqa")))
-    assert len(source) == 600
-    row = source[0]
-    assert any(isinstance(part, ImagePart) for part in row.messages[0].parts)
-    assert len(row.options) >= 2 and "(A)" in row.messages[0].text
-    for i in range(0, 600, 30):
-        load_media(source[i], DataConfig())
+@needs_data
+def test_real_images_open() -> None:
+    assert validate(opened(DATA / "puzzlevqa/size_grid.jsonl"), DataConfig()) == 30
+    assert validate(opened(DATA / "mathvision/testmini.jsonl"), DataConfig()) == 304

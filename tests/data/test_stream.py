@@ -1,88 +1,137 @@
-"""The mixture: order from the seed alone, exact resume, weights, epochs, exclusion."""
+"""The mixture: order, shares, epochs, exclusion, and a position that can be saved."""
 
 import json
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
-from ovr_megatron.data.fingerprints import fingerprint, write_fingerprints
-from ovr_megatron.data.puzzles import open_puzzle
-from ovr_megatron.data.schema import Message, Row, RowError, TextPart
+from ovr_megatron.data.fingerprints import fingerprint
+from ovr_megatron.data.schema import ENDLESS, Message, Row, RowError, TextPart
 from ovr_megatron.data.stream import RowStream, open_stream
 
 
-def rows(name: str, count: int) -> list[Row]:
-    return [Row((Message("user", (TextPart(f"{name} {i}"),)),), answer=str(i), id=f"{name}{i}") for i in range(count)]
+class Numbers:
+    """Rows that only say their number."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name, self.size = name, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Row:
+        assert 0 <= index < self.size
+        return Row((Message("user", (TextPart(f"{self.name}{index}"),)),), "1", source=self.name, id=str(index))
 
 
-def ids(stream: RowStream, count: int) -> list[str]:
-    return [row.id for row in islice(stream, count)]
+def stream(seed: int = 1, exclude: frozenset[str] = frozenset(), size: int = 10) -> RowStream:
+    return RowStream([(Numbers("a", size), 3.0), (Numbers("b", 7), 1.0), (Numbers("c", ENDLESS), 1.0)], seed, exclude)
 
 
-def mixed(seed: int) -> RowStream:
-    return RowStream([(rows("a", 7), 1.0), (rows("b", 100), 3.0), (open_puzzle("puzzle:countdown"), 1.0)], seed)
+def names(rows: RowStream, count: int) -> list[str]:
+    return [row.messages[0].text for row in islice(rows, count)]
 
 
 def test_the_order_is_a_function_of_the_seed() -> None:
-    assert ids(mixed(1), 60) == ids(mixed(1), 60) != ids(mixed(2), 60)
+    assert names(stream(1), 100) == names(stream(1), 100)
+    assert len({tuple(names(stream(seed), 30)) for seed in range(20)}) == 20
 
 
-def test_resume_is_exact() -> None:
-    stream = mixed(3)
-    ids(stream, 41)
-    state = json.loads(json.dumps(stream.state()))
-    resumed = mixed(3)
-    resumed.load(state)
-    assert ids(resumed, 50) == ids(stream, 50)
+def test_each_source_has_its_share() -> None:
+    counts = Counter(row.source for row in islice(stream(), 5000))
+    assert abs(counts["a"] / 5000 - 0.6) < 0.03
+    assert abs(counts["b"] / 5000 - 0.2) < 0.03
 
 
-def test_an_epoch_shows_every_row_once_in_a_new_order() -> None:
-    stream = RowStream([(rows("a", 20), 1.0)], 5)
-    first, second = ids(stream, 20), ids(stream, 20)
-    assert sorted(first) == sorted(second) == sorted(row.id for row in rows("a", 20))
-    assert first != second
+def test_a_finite_source_gives_every_row_once_an_epoch_in_a_new_order() -> None:
+    seen = [row.id for row in islice(stream(), 300) if row.source == "a"]
+    epochs = [tuple(seen[i : i + 10]) for i in range(0, len(seen) // 10 * 10, 10)]
+    assert len(epochs) > 10
+    assert all(sorted(epoch, key=int) == [str(i) for i in range(10)] for epoch in epochs)
+    assert len(set(epochs)) == len(epochs)
 
 
-def test_weights_are_shares() -> None:
-    stream = RowStream([(rows("a", 5), 1.0), (rows("b", 5), 3.0)], 0)
-    count = Counter(name[0] for name in ids(stream, 4000))
-    assert 0.72 < count["b"] / 4000 < 0.78
+def test_an_endless_source_is_walked_from_a_place_of_the_seed() -> None:
+    first = [[int(row.id) for row in islice(stream(seed), 200) if row.source == "c"] for seed in range(5)]
+    for numbers in first:
+        assert [(number - numbers[0]) % ENDLESS for number in numbers] == list(range(len(numbers)))
+    assert len({numbers[0] for numbers in first}) == 5
 
 
-def test_excluded_rows_are_skipped_and_counted() -> None:
-    all_rows = rows("a", 10)
-    stream = RowStream([(all_rows, 1.0)], 1, frozenset(map(fingerprint, all_rows[:4])))
-    assert sorted(ids(stream, 6)) == sorted(row.id for row in all_rows[4:])
-    next(stream)  # of the second epoch
-    assert 4 <= stream.excluded < 8
+@pytest.mark.parametrize("at", [0, 1, 9, 10, 57, 200])
+def test_a_saved_position_continues_exactly(at: int) -> None:
+    excluded = frozenset({fingerprint(Numbers("a", 10)[3])})
+    whole = stream(exclude=excluded)
+    expected = names(whole, at + 100)[at:]
+    first = stream(exclude=excluded)
+    names(first, at)
+    state = first.state()
+    written = json.dumps(state)
+    assert names(first, 100) == expected
+    assert json.dumps(state) == written  # going on does not change what was saved
+    second = stream(exclude=excluded)
+    names(second, 33)
+    second.load(state)
+    assert names(second, 100) == expected
+    assert json.dumps(state) == written  # nor does the stream that took it over
+    assert second.excluded == whole.excluded
+    assert second.state() == whole.state()
 
 
-def test_excluding_everything_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    all_rows = rows("a", 3)
+def test_the_position_is_small() -> None:
+    rows = stream(size=5000)
+    names(rows, 2000)
+    assert len(json.dumps(rows.state())) < 300
+
+
+def test_a_position_of_another_stream_is_refused() -> None:
+    state = stream().state()
+    with pytest.raises(ConfigError, match="seed 1, this run has 2"):
+        stream(seed=2).load(state)
+    with pytest.raises(ConfigError, match="sizes"):
+        stream(size=11).load(state)
+    with pytest.raises(ConfigError, match="sizes"):
+        RowStream([(Numbers("a", 10), 1.0)], 1).load(state)
+
+
+def test_excluded_prompts_never_come_and_are_counted() -> None:
+    held = {f"a{i}" for i in range(4)}
+    exclude = frozenset(fingerprint(Numbers("a", 10)[i]) for i in range(4))
+    rows = stream(exclude=exclude)
+    seen = names(rows, 400)
+    assert not held & set(seen)
+    assert {f"a{i}" for i in range(4, 10)} <= set(seen)
+    open_rows = stream()
+    walked = names(open_rows, 400 + rows.excluded)
+    assert [name for name in walked if name not in held] == seen
+    assert sum(name in held for name in walked) == rows.excluded > 20
+
+
+def test_no_fingerprint_is_computed_without_exclusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise AssertionError("fingerprint was computed")
+
+    monkeypatch.setattr("ovr_megatron.data.stream.fingerprint", refuse)
+    assert len(names(stream(), 50)) == 50
+
+
+def test_a_stream_that_excludes_everything_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovr_megatron.data.stream._BARREN", 50)
-    with pytest.raises(RowError, match="excluded"):
-        next(RowStream([(all_rows, 1.0)], 1, frozenset(map(fingerprint, all_rows))))
+    exclude = frozenset(fingerprint(Numbers("b", 7)[i]) for i in range(7))
+    with pytest.raises(RowError, match=r"excluded; remove data\.exclude"):
+        next(RowStream([(Numbers("b", 7), 1.0)], 1, exclude))
 
 
-def test_the_exclusion_file_of_a_configuration(tmp_path) -> None:
-    puzzle = open_puzzle("puzzle:digits?form=image&task=sum&answered=0")
-    path = tmp_path / "held_out.txt"
-    config = DataConfig(sources=[SourceConfig(path="puzzle:digits?form=image&task=sum&answered=0")])
-    first = next(open_stream(config, 1))
-    assert write_fingerprints([first], path) == 1
-    stream = open_stream(DataConfig(sources=config.sources, exclude=str(path)), 1)
-    assert next(stream).id != first.id
-    assert stream.excluded == 1
-    assert puzzle[0].id
-
-
-def test_no_source_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"data\.sources is empty"):
+def test_a_stream_opens_from_the_configuration(tmp_path: Path) -> None:
+    heldout = SourceConfig(path="puzzle:digits?split=heldout&answered=0&count=8")
+    everything = [row.id for row in islice(open_stream(DataConfig(sources=[heldout]), 1), 8)]
+    assert len(set(everything)) == 8
+    (tmp_path / "exclude.txt").write_text(fingerprint(next(open_stream(DataConfig(sources=[heldout]), 1))) + "\n")
+    rest = open_stream(DataConfig(sources=[heldout], exclude=str(tmp_path / "exclude.txt")), 1)
+    assert [row.id for row in islice(rest, 7)] == everything[1:]
+    assert rest.excluded == 1
+    with pytest.raises(ConfigError, match=r"data.sources is empty"):
         open_stream(DataConfig(), 1)
-
-
-def test_a_position_of_other_sources_is_refused() -> None:
-    with pytest.raises(ConfigError, match="use the same"):
-        mixed(1).load(RowStream([(rows("a", 5), 1.0)], 1).state())

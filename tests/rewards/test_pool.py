@@ -61,6 +61,15 @@ def test_a_worker_that_dies_costs_one_verdict():
         assert sum(verdict.correct for verdict in verdicts) >= 4
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in the foreground: a shell starts what runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_nothing_to_the_next_call():
     with GraderPool(workers=1, timeout_s=30.0) as pool:
         pool.grade([RIGHT])
