@@ -23,6 +23,7 @@ from ovr_megatron.data.schema import (
     option_letter,
     parse_image,
     parse_row,
+    parse_text,
 )
 
 Reader = Callable[[Any, str, Path], Row]
@@ -47,7 +48,7 @@ def read_orz(raw: Any, where: str, image_root: Path) -> Row:
         truth = told.get("ground_truth") if isinstance(told, Mapping) else None
         answer, field = truth.get("value") if isinstance(truth, Mapping) else None, "ground_truth.value"
     question = asked.get("value") if isinstance(asked, Mapping) else None
-    if not isinstance(question, str):
+    if not isinstance(question, str) or not question.strip():
         raise RowError(where, "prompt", "has no question", "give exactly one turn {'from': 'user', 'value': text}")
     if answer is None:
         raise RowError(where, field, "is missing", "give the final answer or remove the row")
@@ -72,7 +73,7 @@ def read_mathvision(raw: Any, where: str, image_root: Path) -> Row:
     return _prompt_row(
         parts,
         _field(raw, "answer", where),
-        [str(option) for option in raw.get("options") or ()],
+        _options(raw, where),
         where,
         id=str(raw.get("id") or Path(where).name),
         difficulty=float(level) / 5 if isinstance(level, (int, float)) else None,
@@ -82,8 +83,8 @@ def read_mathvision(raw: Any, where: str, image_root: Path) -> Row:
 def read_puzzlevqa(raw: Any, where: str, image_root: Path) -> Row:
     """Read one PuzzleVQA problem: ``image``, ``question``, ``options``, and as ``answer`` the content of one option."""
     image = parse_image(_field(raw, "image", where), where, "image", image_root)
-    options = [str(option) for option in _field(raw, "options", where)]
-    answer = str(_field(raw, "answer", where))
+    _field(raw, "options", where)
+    options, answer = _options(raw, where), parse_text(_field(raw, "answer", where), where, "answer")
     if answer not in options:
         remedy = f"give one of {', '.join(options)}"
         raise RowError(where, "answer", f"{answer!r} is none of the options", remedy)
@@ -129,7 +130,7 @@ def _prompt_row(
         parts = (*parts, TextPart(asked))
     row = Row(
         (Message("user", parts),),
-        answer=str(answer),
+        answer=parse_text(answer, where, "answer"),
         options=tuple(options),
         difficulty=difficulty,
         id=id or Path(where).name,
@@ -156,6 +157,13 @@ def _field(raw: Any, key: str, where: str) -> Any:
     value = raw.get(key) if isinstance(raw, Mapping) else None
     if value is None:
         raise RowError(where, key, "is missing", "add the field, or set the format of the source")
-    if key == "question" and not isinstance(value, str):
-        raise RowError(where, key, f"is {type(value).__name__}", "give a text")
+    if key == "question" and not (isinstance(value, str) and value.strip()):
+        raise RowError(where, key, f"is {type(value).__name__} {value!r:.60}", "give a text")
     return value
+
+
+def _options(raw: Mapping[str, Any], where: str) -> list[str]:
+    found = raw.get("options") or []
+    if not isinstance(found, list):
+        raise RowError(where, "options", f"is {type(found).__name__} {found!r:.60}", "give a list of texts")
+    return [parse_text(option, where, f"options[{i}]") for i, option in enumerate(found)]

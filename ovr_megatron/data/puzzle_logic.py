@@ -21,6 +21,7 @@ RELATIONS = {
     "beside": "{} stands beside {}",
     "apart": "{} does not stand beside {}",
 }
+MUTUAL = ("beside", "apart")
 
 
 def _holds(clue: Clue, order: Order) -> bool:
@@ -51,7 +52,9 @@ def draw_ordering(rng: Random, params: Params) -> tuple[Order, tuple[Clue, ...]]
     number = rng.randrange(len(_orders(people)))
     only = 1 << number
     pairs = itertools.permutations(NAMES[:people], 2)
-    true = [(relation, a, b) for a, b in pairs for relation in RELATIONS if _fit((relation, a, b), people) & only]
+    # A mutual relation is told one way round only: a held-out problem must not return with its names swapped.
+    told = [(relation, a, b) for a, b in pairs for relation in RELATIONS if a < b or relation not in MUTUAL]
+    true = [clue for clue in told if _fit(clue, people) & only]
     rng.shuffle(true)
     clues, left = list[Clue](), _fit_all((), people)
     while left != only:
@@ -135,7 +138,7 @@ def tell_countdown(problem: tuple[int, tuple[Step, ...], int], rng: Random, para
     listed = ", ".join(operation + str(number) for operation, number in steps)
     question = (
         f"Start at {start}. Use each of the steps {listed} once, in some order, to reach {target}. "
-        f"Which number stands before the last step? {BOX_REQUEST}"
+        f"Every number on the way must be positive. Which number stands before the last step? {BOX_REQUEST}"
     )
     walks = dict.fromkeys(_told_walk(order, start, target) for order in failing)
     told = "".join(f"{walk} Wait, go back. " for walk in list(walks)[:MAX_FAILED])

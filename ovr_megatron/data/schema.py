@@ -146,11 +146,11 @@ def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
         raise RowError(where, "options", f"is {_kind(options)}", "give a list of texts")
     row = Row(
         messages,
-        answer=None if raw.get("answer") is None else _text(raw["answer"], where, "answer"),
-        options=tuple(_text(item, where, f"options[{i}]") for i, item in enumerate(options or ())),
-        source=_text(raw.get("source") or "", where, "source"),
+        answer=None if raw.get("answer") is None else parse_text(raw["answer"], where, "answer"),
+        options=tuple(parse_text(item, where, f"options[{i}]") for i, item in enumerate(options or ())),
+        source=parse_text(raw.get("source") or "", where, "source"),
         difficulty=_number(raw.get("difficulty"), where, "difficulty"),
-        id=Path(where).name if raw.get("id") is None else _text(raw["id"], where, "id"),
+        id=Path(where).name if raw.get("id") is None else parse_text(raw["id"], where, "id"),
         where=where,
     )
     check_answer(row)
@@ -311,7 +311,8 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _text(value: Any, where: str, field: str) -> str:
+def parse_text(value: Any, where: str, field: str) -> str:
+    """Return a text, or a number as text; raise `RowError` for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -7,6 +7,7 @@ JSONL is read as lines of text, so that rows may differ in form and an error can
 from __future__ import annotations
 
 import bisect
+import glob
 import itertools
 import json
 import re
@@ -27,6 +28,7 @@ from ovr_megatron.data.puzzles import open_puzzle
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 
 SUFFIXES = (".jsonl", ".parquet", ".json")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON may escape half of a pair; no tokenizer takes it
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -96,6 +98,10 @@ class TableRows:
         number = bisect.bisect_right(self._ends, index)
         table, local = self._tables[number], int(index) - (self._ends[number - 1] if number else 0)
         row = self._readers[number](table.raw(local), table.where(local), self._root)
+        for i, message in enumerate(row.messages):
+            if half := _SURROGATE.search(message.text):
+                remedy = "write the text anew as UTF-8, or remove the row"
+                raise RowError(row.where, f"messages[{i}].content", f"has half a character, {half[0]!r}", remedy)
         return replace(row, source=self._name or row.source or table.label)
 
 
@@ -105,7 +111,7 @@ class LineTable:
     def __init__(self, path: Path) -> None:
         """Map the file at ``path``."""
         self._path, self.label = path, _label(path)
-        self._lines = _load(str(path), "text", data_files=[str(path)], encoding="utf-8-sig")
+        self._lines = _load(str(path), "text", data_files=[glob.escape(str(path))], encoding="utf-8-sig")
         filled = pc.not_equal(self._lines.data.column("text"), "").to_numpy()
         self._numbers = np.flatnonzero(filled)
 
@@ -183,7 +189,7 @@ def _open_path(path: Path) -> list[Table]:
     if path.is_file():
         files = [path]
     elif (path / "dataset_info.json").is_file():
-        return [_filled(ArrowTable(str(path), _label(path), datasets.load_from_disk(str(path))), path)]
+        return [_filled(ArrowTable(str(path), _label(path), _load_saved(path)), path)]
     else:
         found = ([f for f in sorted(path.iterdir()) if f.suffix == suffix] for suffix in SUFFIXES)
         files = next((group for group in found if group), [])
@@ -198,7 +204,7 @@ def _open_file(path: Path) -> Table:
             raise RowError(str(path), "", "is empty", "give at least one row")
         return LineTable(path)
     if path.suffix == ".parquet":
-        return ArrowTable(str(path), _label(path), _load(str(path), "parquet", data_files=[str(path)]))
+        return ArrowTable(str(path), _label(path), _load(str(path), "parquet", data_files=[glob.escape(str(path))]))
     if path.suffix == ".json":
         return ListTable(path)
     raise RowError(str(path), "", "has an unknown suffix", f"use one of {', '.join(SUFFIXES)}")
@@ -238,6 +244,13 @@ def _load(where: str, builder: str, split: str = "train", **options: Any) -> dat
         if "data_files" in options:
             remedy = "write the file anew, or give it the suffix of its form"
         raise RowError(where, "", f"cannot be loaded ({error})", remedy) from error
+
+
+def _load_saved(path: Path) -> datasets.Dataset:
+    try:
+        return datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise RowError(str(path), "", f"cannot be loaded ({error})", "write the folder anew by save_to_disk") from error
 
 
 def _undecodable_line(path: Path) -> int:

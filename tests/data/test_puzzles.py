@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ovr_megatron.config import ConfigError
+from ovr_megatron.data.fingerprints import fingerprint
 from ovr_megatron.data.puzzle_grids import COLOURS, render
 from ovr_megatron.data.puzzle_kind import Kind, Puzzle
 from ovr_megatron.data.puzzles import KINDS, PuzzleSource, is_held_out, open_puzzle
@@ -243,6 +244,7 @@ def test_countdown_has_one_answer_and_its_check_is_true(steps: int) -> None:
             walk = list(itertools.accumulate(order, apply, initial=start))
             if walk[-1] == target and min(walk) > 0:
                 befores.add(walk[-2])
+        assert "Every number on the way must be positive." in said(row)
         assert befores == {int(row.answer or "")}
         checked = re.findall(r"(\d+)([-+*]\d+)=(\d+)", response(row).split("Let me check: ")[1])
         assert len(checked) == steps == len(listed)
@@ -316,6 +318,22 @@ def test_held_out_problems_are_the_same_for_every_task_and_form(monkeypatch: pyt
     more = drawn("digits?split=heldout&count=80", range(80), monkeypatch)
     assert sets[0] < more
     assert sets[0] != drawn("digits?split=heldout&count=50&seed=2", range(50), monkeypatch)
+
+
+def test_no_train_prompt_has_the_fingerprint_of_a_held_out_one() -> None:
+    """As text, over tasks and seeds; pictures of one grid differ by their jitter, so there the grid decides."""
+    evaluated = rows("digits?form=text&split=heldout&count=600", 600)
+    held = {fingerprint(row) for row in evaluated + rows("digits?form=text&split=heldout&task=pick&count=600", 600)}
+    assert len({fingerprint(row) for row in evaluated}) == 600
+    for query in ("task=sum", "task=sum&seed=7", "task=pick", "task=sum&answered=0"):
+        train = {fingerprint(row) for row in rows(f"digits?form=text&{query}", 2000)}
+        assert len(train) > 1500 and not train & held
+
+
+def test_a_clue_does_not_return_with_its_names_swapped() -> None:
+    for row in rows("ordering", 200):
+        for a, b in re.findall(r"(\w+) (?:stands|does not stand) beside (\w+)\.", said(row)):
+            assert a < b
 
 
 def test_600_evaluated_pictures_differ() -> None:

@@ -57,6 +57,20 @@ def test_every_field_arrives_where_it_belongs() -> None:
     assert (row.is_prompt, row.response, len(row.prompt)) == (False, "Red</think>\\boxed{A}", 2)
 
 
+def test_the_rows_of_the_documentation_are_rows() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/data.md").read_text()
+    lines = page.split("```json\n")[1].split("```")[0].splitlines()
+    rows = [parse(json.loads(line)) for line in lines]
+    assert [row.is_prompt for row in rows] == [False, True, True, True, True]
+    assert [[type(part) for part in row.messages[0].parts] for row in rows] == [
+        [TextPart],
+        [TextPart],
+        [ImagePart, TextPart],
+        [ImagePart, ImagePart, TextPart],
+        [VideoPart, TextPart],
+    ]
+
+
 def test_a_prompt_row_has_no_response_and_its_line_as_id() -> None:
     row = parse(PROMPT)
     assert (row.is_prompt, row.response, row.prompt, row.id) == (True, None, row.messages, "rows.jsonl:7")

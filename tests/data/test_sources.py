@@ -84,6 +84,27 @@ def test_bad_rows_name_file_and_line_when_they_are_read(tmp_path: Path) -> None:
         source[2]
 
 
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "rows.jsonl", row("whole \U0001f600"), row("half \ud83d")))
+    assert source[0].messages[0].text == "whole \U0001f600"
+    with pytest.raises(RowError, match=r"rows.jsonl:2: messages\[0\].content: has half a character, '\\ud83d'; "):
+        source[1]
+
+
+@pytest.mark.parametrize("name", ["rows[1]", "a*b", "a?b", "a b"])
+def test_a_name_is_no_pattern(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a.b.jsonl", row("other"))
+    assert texts(opened(write(tmp_path / f"{name}.jsonl", row("mine")))) == ["mine"]
+
+
+def test_a_damaged_saved_table_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([row()]).save_to_disk(tmp_path / "saved")
+    for file in (tmp_path / "saved").glob("*.arrow"):
+        file.write_bytes(b"junk")
+    with pytest.raises(RowError, match=r"saved: cannot be loaded .*; write the folder anew"):
+        opened(tmp_path / "saved")
+
+
 def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(row()).encode() + b"\n\xff\xfe\n")

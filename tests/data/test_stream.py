@@ -74,6 +74,7 @@ def test_a_saved_position_continues_exactly(at: int) -> None:
     assert json.dumps(state) == written  # going on does not change what was saved
     second = stream(exclude=excluded)
     names(second, 33)
+    second.load(json.loads(written))
     second.load(state)
     assert names(second, 100) == expected
     assert json.dumps(state) == written  # nor does the stream that took it over
