@@ -64,6 +64,8 @@ if __name__ == "__main__":
     else:
         if rollout_tp == 2:
             cold_start(out / "cold_tp2", model, tp)
+            copy_without_last(out / "cold", out / "cold_resumed_tp2")
+            cold_start(out / "cold_resumed_tp2", model, tp)
         ppo(out / f"rl_tp2_engine_tp{rollout_tp}", model, tp, rollout_tp)
     if world.is_main:
         print(json.dumps({"done": True}))

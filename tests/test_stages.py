@@ -87,6 +87,13 @@ def test_tensor_parallel_training_follows_data_parallel_training(runs: Path) -> 
         assert two["optimizer/grad_norm"] == pytest.approx(one["optimizer/grad_norm"], rel=1e-3)
 
 
+def test_a_run_goes_on_in_another_layout(runs: Path) -> None:
+    before, after = curve(runs / "cold"), curve(runs / "cold_resumed_tp2")
+    assert before[:2] == after[:2]
+    assert after[2]["loss/train"] == pytest.approx(before[2]["loss/train"], rel=1e-6)
+    assert after[3]["loss/train"] == pytest.approx(before[3]["loss/train"], rel=1e-5)
+
+
 def test_every_response_is_kept(runs: Path) -> None:
     files = sorted((runs / "rl/rollouts").glob("*.jsonl"))
     assert len(files) == 3
