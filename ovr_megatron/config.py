@@ -80,7 +80,11 @@ class DataConfig:
 class ModelConfig:
     """Initial weights, their number format, and which parts train.
 
-    ``path`` is a Hugging Face Qwen2.5-VL directory or one of our checkpoints.
+    ``path`` is a Hugging Face Qwen2.5-VL directory or one of our checkpoints.  ``recompute`` names the activations
+    that the backward pass computes again: ``selective`` those of the perceptrons (attention keeps none that grow
+    with the square of the length), ``full`` those of whole layers.  ``layers``: Transformer Engine's where it is
+    installed, or ours.  ``fp8``: the scaling recipe of the language model's matrix products, with
+    ``fp8_bf16_layers`` at its beginning and at its end left in bfloat16.
     """
 
     path: str
@@ -88,33 +92,66 @@ class ModelConfig:
     freeze_vision: bool = False
     freeze_merger: bool = False
     freeze_language: bool = False
-    recompute: bool = False
+    recompute: str = "none"
+    layers: str = "auto"
+    fp8: str = "none"
+    fp8_bf16_layers: int = 0
 
     def __post_init__(self) -> None:
         _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _choice("model.recompute", self.recompute, ("none", "selective", "full"))
+        _choice("model.layers", self.layers, ("auto", "local", "transformer_engine"))
+        _choice("model.fp8", self.fp8, ("none", "delayed", "current", "block"))
+        _require(
+            self.fp8 == "none" or (self.dtype == "bfloat16" and self.layers != "local"),
+            f"model.fp8={self.fp8} needs model.dtype=bfloat16 and Transformer Engine's layers",
+        )
+        _require(
+            self.fp8_bf16_layers >= 0, f"model.fp8_bf16_layers={self.fp8_bf16_layers} must be 0 or a number of layers"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Layout of one model over the ranks; what is left of the world size is data parallel."""
+    """Layout of one model over the ranks; what is left of the world size is data parallel.
+
+    ``vpp`` cuts each pipeline stage into that many interleaved parts.  ``first_stage_layers`` and
+    ``last_stage_layers`` (0: the same as the others) make room for the vision tower and the head.
+    ``distributed_optimizer`` shards Adam's moments over the data-parallel ranks; ``overlap`` hides gradient (and with
+    it parameter) traffic behind the computation.
+    """
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     cp: int = 1
     sequence_parallel: bool = False
+    first_stage_layers: int = 0
+    last_stage_layers: int = 0
     distributed_optimizer: bool = False
+    overlap: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("tp", "pp", "cp"):
+        for key in ("tp", "pp", "vpp", "cp"):
             _require(getattr(self, key) >= 1, f"parallel.{key}={getattr(self, key)} must be at least 1")
         _require(
             not self.sequence_parallel or self.tp > 1,
             "parallel.sequence_parallel=true needs parallel.tp of at least 2",
         )
+        for key in ("first_stage_layers", "last_stage_layers"):
+            count = getattr(self, key)
+            _require(count >= 0, f"parallel.{key}={count} must be 0 (even) or a number of layers")
+            _require(not count or self.pp > 1, f"parallel.{key}={count} needs parallel.pp of at least 2")
+        _require(self.vpp == 1 or self.pp > 1, f"parallel.vpp={self.vpp} needs parallel.pp of at least 2")
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one replica."""
+        return self.tp * self.pp * self.cp
 
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size in a world of ``world_size`` ranks, or `ConfigError` if it does not divide."""
-        ranks = self.tp * self.pp * self.cp
+        ranks = self.ranks
         _require(
             world_size % ranks == 0,
             f"{world_size} processes cannot be cut into tp={self.tp} x pp={self.pp} x cp={self.cp} = {ranks} ranks "

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,20 +19,19 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from torch.nn import Parameter
 
-from ovr_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
-from ovr_megatron.data.packing import Pack
+from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.heads import init_value_head
-from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores
+from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import WeightFolder
-from ovr_megatron.weights.table import Row, cut_dim, from_hf, join, rows, split, to_hf
+from ovr_megatron.weights.live import MOMENTS, LiveTensors
+from ovr_megatron.weights.table import Row, rows
 from ovr_megatron.weights.transfer import check_weights
 
 VALUE_HEAD = "value_head.weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -55,72 +55,94 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
+def is_frozen(name: str, model: ModelConfig) -> bool:
+    """Whether the parameter of this (global) Megatron name is one that ``model`` does not train."""
+    if name.startswith("vision.merger."):
+        return model.freeze_merger
+    return model.freeze_vision if name.startswith("vision.") else model.freeze_language
+
+
 class Engine:
-    """A policy or a critic: forward, log-probabilities or values, backward, step, weights out and in."""
+    """A policy or a critic: forward, log-probabilities or values, backward, step, weights out and in.
+
+    Args:
+        shape: the model's sizes.
+        model: number format, recomputation, frozen parts.
+        parallel: this model's own layout; engines of different layouts live side by side.
+        world: the processes.
+        critic: a value head in place of the language-model head.
+
+    Raises:
+        ConfigError: the layout does not fit the model or the number of processes.
+    """
 
     def __init__(
-        self,
-        shape: ModelShape,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        world: World,
-        critic: bool = False,
+        self, shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, world: World, critic: bool = False
     ):
-        if parallel.pp > 1 or parallel.cp > 1 or parallel.distributed_optimizer:
-            raise ConfigError(
-                f"parallel.pp={parallel.pp}, parallel.cp={parallel.cp}, "
-                f"parallel.distributed_optimizer={parallel.distributed_optimizer}: this release trains with tensor, "
-                "sequence and data parallelism only; set pp=1, cp=1, distributed_optimizer=false"
-            )
-        self.shape, self.world, self.critic = shape, world, critic
-        self.rows: list[Row] = rows(shape, critic)
-        self.module = Qwen25VL(
-            shape, parallel, DTYPES[model.dtype], world.groups, critic=critic, recompute=model.recompute
-        ).to(world.device)
-        self._freeze(model)
-        self.parameters: dict[str, Parameter] = dict(self.module.named_parameters())
-        for row in self.rows:
-            # Megatron marks shards only where it fills them with random numbers; the gradient norm needs the mark.
-            self.parameters[row.megatron].tensor_model_parallel = cut_dim(row) is not None  # type: ignore[attr-defined]
-        self.model = DistributedDataParallel(
-            self.module.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False),
-            self.module,
-        )
-        self.module.config.finalize_model_grads_func = finalize_model_grads
+        check_layout(shape, parallel)
+        self.shape, self.world, self.critic, self.parallel = shape, world, critic, parallel
+        self.layout = world.arrange(parallel)
+        self.groups = self.layout.groups
         self.step_count = 0
+        with self.layout.active():
+            self.config = language_config(shape, parallel, DTYPES[model.dtype], model.recompute)
+            self.parts = [
+                Qwen25VL(shape, self.config, parallel, self.groups, critic, part).to(world.device)
+                for part in range(parallel.vpp)
+            ]
+            self.live = LiveTensors(rows(shape, critic), self.parts, shape, self.groups)
+            for holding in self.live.holdings:
+                holding.parameter.requires_grad_(not is_frozen(holding.row.megatron, model))
+            self.trained = {row.megatron for row in self.live.rows if not is_frozen(row.megatron, model)}
+            self.models = self._data_parallel()
 
-    def _freeze(self, model: ModelConfig) -> None:
-        for name, parameter in self.module.named_parameters():
-            merger = name.startswith("vision.merger.")
-            vision = name.startswith("vision.") and not merger
-            frozen = (
-                (merger and model.freeze_merger)
-                or (vision and model.freeze_vision)
-                or (not merger and not vision and model.freeze_language)
-            )
-            parameter.requires_grad_(not frozen)
+    def _data_parallel(self) -> list[DistributedDataParallel]:
+        parallel = self.parallel
+        config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap,
+            overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        )
+        models = [
+            DistributedDataParallel(self.config, config, part, disable_bucketing=number > 0)
+            for number, part in enumerate(self.parts)
+        ]
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap:
+            syncs = [model.no_sync for model in models]
+            self.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        return models
 
     def with_optimizer(self, config: OptimizerConfig, total_steps: int) -> Engine:
         """Attach AdamW and its schedule over ``total_steps`` optimizer steps."""
         self.optimizer_config, self.total_steps = config, total_steps
-        dtype = self.module.config.params_dtype
-        self.optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.clip_grad,
-                bf16=dtype == torch.bfloat16,
-                params_dtype=dtype,
-            ),
-            [self.model],
-        )
-        self.module.config.grad_scale_func = self.optimizer.scale_loss
+        dtype = self.config.params_dtype
+        with self.layout.active():
+            self.optimizer = get_megatron_optimizer(
+                MegatronOptimizerConfig(
+                    optimizer="adam",
+                    lr=config.lr,
+                    weight_decay=config.weight_decay,
+                    adam_beta1=config.beta1,
+                    adam_beta2=config.beta2,
+                    adam_eps=config.eps,
+                    clip_grad=config.clip_grad,
+                    bf16=dtype == torch.bfloat16,
+                    params_dtype=dtype,
+                    use_distributed_optimizer=self.parallel.distributed_optimizer,
+                    overlap_param_gather=self.parallel.overlap and self.parallel.distributed_optimizer,
+                ),
+                self.models,
+            )
+        self.live.attach(self.optimizer)
+        self.config.grad_scale_func = self.optimizer.scale_loss
         return self
+
+    def sample_from(self, banned: Sequence[int], temperature: float) -> None:
+        """Score what a rollout samples from: ``banned`` ids excluded, logits divided by ``temperature``."""
+        for part in self.parts:
+            part.sample_from(banned, temperature)
 
     # Weights ---------------------------------------------------------------------------------------------
 
@@ -134,96 +156,111 @@ class Engine:
         """
         has_head = VALUE_HEAD in folder
         check_weights(folder, self.shape, critic=self.critic and has_head)
-        for row in self.rows:
-            parameter = self.parameters[row.megatron]
-            if row.megatron == VALUE_HEAD and not has_head:
-                init_value_head(parameter, head_init, torch.Generator().manual_seed(seed))
-                continue
-            self._put(row, [folder.tensor(name) for name in row.hf], parameter)
-        self._sync_masters()
-        return self
-
-    def _put(self, row: Row, tensors: Sequence[Tensor], into: Tensor) -> None:
-        tp = self.world.groups.tp
-        mine = split(row, from_hf(row, tensors, self.shape), tp.size(), tp.rank(), self.shape)
-        with torch.no_grad():
-            into.copy_(mine)
-
-    def _sync_masters(self) -> None:
+        for holding in self.live.holdings:
+            if holding.row.megatron == VALUE_HEAD and not has_head:
+                init_value_head(holding.parameter, head_init, torch.Generator().manual_seed(seed))
+            else:
+                self.live.put(holding, [folder.tensor(name) for name in holding.row.hf], holding.parameter)
         if hasattr(self, "optimizer"):
             self.optimizer.reload_model_params()
-
-    def full(self, pick: Callable[[Parameter], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
-        """Whatever ``pick`` finds at each parameter (weights, gradients, moments), whole, under the hub's names.
-
-        A collective: every rank iterates to the end.  Parameters for which ``pick`` gives None are left out.
-        """
-        group = self.world.groups.tp
-        for row in self.rows:
-            mine = pick(self.parameters[row.megatron])
-            if mine is None:
-                continue
-            shards = [mine.detach()]
-            if group.size() > 1:
-                shards = [torch.empty_like(mine) for _ in range(group.size())]
-                dist.all_gather(shards, mine.detach().contiguous(), group=group)
-            yield from zip(row.hf, to_hf(row, join(row, shards, self.shape), self.shape), strict=True)
+        return self
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole, under the hub's names."""
-        return self.full(lambda parameter: parameter)
+        """Every weight, whole, under the hub's names.  A collective: every rank iterates to the end."""
+        if self.parallel.overlap and self.parallel.distributed_optimizer:
+            with self.layout.active():  # the last step's weights may not have been gathered yet
+                for model in self.models:
+                    model.start_param_sync(force_sync=True)
+        return self.live.whole(self.live.rows, "weight", self.config.params_dtype)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Gradients of the last `backward`, whole, under the hub's names."""
-        return self.full(lambda parameter: getattr(parameter, "main_grad", None))
-
-    # Optimizer state -------------------------------------------------------------------------------------
-
-    def _adam_state(self, parameter: Parameter) -> dict[str, Tensor]:
-        key = getattr(parameter, "main_param", None)
-        key = parameter if key is None else key
-        for chained in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            if key in chained.optimizer.state:
-                return chained.optimizer.state[key]
-        return {}
+        """Gradients of the last `backward` of what is trained, whole, under the hub's names.  A collective."""
+        return self.live.whole(self._trained_rows(), "gradient", torch.float32)
 
     def optimizer_state(self, which: str) -> Iterator[tuple[str, Tensor]]:
         """One of `MOMENTS`, or ``master`` (float32 copies of bfloat16 weights), whole, under the hub's names."""
-        if which == "master":
-            return self.full(lambda parameter: getattr(parameter, "main_param", None))
-        return self.full(lambda parameter: self._adam_state(parameter).get(which))
+        return self.live.whole(self._trained_rows(), which, torch.float32)
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """What `optimizer_state` can give: nothing before the first step."""
+        if not self.step_count:
+            return ()
+        return MOMENTS if self.config.params_dtype == torch.float32 else (*MOMENTS, "master")
+
+    def _trained_rows(self) -> list[Row]:
+        return [row for row in self.live.rows if row.megatron in self.trained]
 
     def load_optimizer_state(self, folders: dict[str, WeightFolder], step: int) -> None:
         """Inverse of `optimizer_state` for every entry, after ``step`` optimizer steps."""
         self.step_count = step
-        for chained in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            adam = chained.optimizer
-            for group in adam.param_groups:
-                for key in group["params"]:
-                    adam.state[key] = {
-                        "step": torch.tensor(float(step)),
-                        **{which: torch.zeros_like(key) for which in MOMENTS},
-                    }
-        for row in self.rows:
-            parameter = self.parameters[row.megatron]
-            if not parameter.requires_grad:
+        self.live.start_state(step)
+        for holding in self.live.holdings:
+            if holding.row.megatron not in self.trained:
                 continue
-            targets = {which: self._adam_state(parameter)[which] for which in MOMENTS}
-            if "master" in folders:
-                targets["master"] = parameter.main_param  # type: ignore[attr-defined]
-            for which, target in targets.items():
-                self._put(row, [folders[which].tensor(name) for name in row.hf], target)
+            for which, folder in folders.items():
+                self.live.put_state(holding, which, [folder.tensor(name) for name in holding.row.hf])
 
     # Steps -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def scores(self, packs: Sequence[Pack]) -> list[Scores]:
-        """Log-probabilities or values of each pack's scored rows, without gradients."""
-        self.module.eval()
-        return [self.module(pack.to(self.world.device)) for pack in packs]
+        """Log-probabilities or values of each pack's scored rows, in order, without gradients, on every rank."""
+        found = self._without_gradients(packs, logits=False)
+        names = ("values",) if self.critic else ("logprobs", "entropy")
+        scored = []
+        for i, pack in enumerate(packs):
+            aligned = self._aligned(pack)
+            mine, local = None, None
+            if found:
+                mine, local = found[i].rows, torch.stack([getattr(found[i], name) for name in names])
+            everything = self._complete(len(aligned.tokens), mine, local, len(names))
+            kept = everything[:, (aligned.labels != IGNORED).to(everything.device)]
+            labelled = (pack.labels != IGNORED).nonzero()[:, 0].to(everything.device)
+            scored.append(Scores(labelled, **dict(zip(names, kept, strict=True))))
+        return scored
+
+    def logits(self, pack: Pack) -> Tensor:
+        """Logits [T, vocabulary] of every row of a pack, on every rank; for verification."""
+        found = self._without_gradients([pack], logits=True)
+        aligned = self._aligned(pack)
+        rows = self.parts[-1]._rows(aligned.to(self.world.device))
+        local = found[0].float().t() if found else None
+        everything = self._complete(len(aligned.tokens), rows if found else None, local, self.shape.vocab)
+        kept = torch.cat(
+            [
+                torch.arange(start, start + length)
+                for start, length in zip(aligned.bounds.tolist(), pack.cu_seqlens.diff().tolist(), strict=False)
+            ]
+        )
+        return everything.t()[kept.to(everything.device)]
+
+    @torch.no_grad()
+    def _without_gradients(self, packs: Sequence[Pack], logits: bool) -> list[Any]:
+        """What the last stage returns for each pack; an empty list on other stages."""
+
+        def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable]:
+            pack = next(iterator).to(self.world.device)
+            return model(pack, logits=logits), lambda out, non_loss_data: out
+
+        return self._run(packs, forward_step, training=False)[: len(packs)]
+
+    def _complete(self, rows: int, mine: Tensor | None, local: Tensor | None, width: int) -> Tensor:
+        """Put the context-parallel ranks' columns ``local`` [width, n] together: [width, rows], on every stage."""
+        everything = torch.zeros(width, rows, device=self.world.device)
+        if local is not None:
+            everything[:, mine] = local
+            if self.groups.cp.size() > 1:
+                dist.all_reduce(everything, group=self.groups.cp)
+        if self.groups.pp.size() > 1:
+            dist.broadcast(everything, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+        return everything
 
     def backward(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
-        """Gradients of the mean of ``loss`` over all rows of the step; returns the means of its sums."""
+        """Gradients of the mean of ``loss`` over all rows of the step; returns the means of its sums.
+
+        Under context parallelism ``loss`` sees a rank's rows of the pack, under pipeline parallelism only the
+        last stage calls it.
+        """
         sums: list[dict[str, Tensor]] = []
 
         def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Scores, Callable[[Scores], tuple]]:
@@ -238,34 +275,58 @@ class Engine:
 
             return model(pack), reduce
 
-        self.module.train()
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(packs),
-            model=self.model,
-            num_microbatches=len(packs),
-            seq_length=0,
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        self._run(packs, forward_step, training=True)
         return self._means(sums)
 
+    def _run(self, packs: Sequence[Pack], forward_step: Callable, training: bool) -> list[Any]:
+        """Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""
+        for part in self.parts:
+            part.train(training)
+        aligned = [self._aligned(pack) for pack in packs]
+        if self.parallel.vpp > 1:
+            aligned += [_without_labels(aligned[-1])] * (-len(aligned) % self.parallel.pp)
+        iterators = [iter(aligned) for _ in self.parts]
+        with self.layout.active():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.models,
+                num_microbatches=len(aligned),
+                seq_length=1,  # shapes travel with the tensors
+                micro_batch_size=1,
+                forward_only=not training,
+                collect_non_loss_data=not training,
+            )
+
+    def _aligned(self, pack: Pack) -> Pack:
+        return pack.aligned(*alignment(self.parallel))
+
     def _means(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
-        names = list(sums[0])
-        total = torch.stack([torch.stack([entry[name].double() for name in names]) for entry in sums]).sum(0)
-        dist.all_reduce(total, group=self.world.groups.dp)
-        values = dict(zip(names, total.tolist(), strict=True))
-        count = values.pop("count")
-        return {name: value / count for name, value in values.items()} | {"count": count}
+        """Means over the rows of the step, on every rank; ``sums`` is empty on all stages but the last."""
+        means: dict[str, float] = {}
+        if self.layout.is_last_stage:
+            names = list(sums[0])
+            total = torch.stack([torch.stack([entry[name].double() for name in names]) for entry in sums]).sum(0)
+            dist.all_reduce(total, group=self.groups.dp_cp)
+            values = dict(zip(names, total.tolist(), strict=True))
+            count = values.pop("count")
+            means = {name: value / count for name, value in values.items()} | {"count": count}
+        if self.groups.pp.size() > 1:
+            box = [means]
+            dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+            means = box[0]
+        return means
 
     def step(self) -> dict[str, float]:
         """One optimizer step on the gradients of the last `backward`; returns its rate and the gradient's norm."""
         rate = learning_rate(self.step_count, self.total_steps, self.optimizer_config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        done, norm, _ = self.optimizer.step()
+        with self.layout.active():
+            done, norm, _ = self.optimizer.step()
         if not done:
             raise FloatingPointError(f"optimizer step {self.step_count}: a gradient is not finite")
         self.step_count += 1
@@ -274,3 +335,8 @@ class Engine:
     def train(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
         """`backward` and `step`."""
         return self.backward(packs, loss) | self.step()
+
+
+def _without_labels(pack: Pack) -> Pack:
+    """The first document of a pack, nothing of which counts: it fills an interleaved pipeline."""
+    return replace(pack, labels=torch.full_like(pack.labels, IGNORED))

@@ -44,6 +44,7 @@ def train(config: RLConfig, world: World) -> Path:
     run = Path(config.run.dir)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
+    check_lengths(config, processor.shape)
     stream = open_stream(config.data, config.run.seed)
     policy, critic = build_engines(config, source, world)
     found = store.find(run / "checkpoints", world)
@@ -88,6 +89,17 @@ def train(config: RLConfig, world: World) -> Path:
     return run / "checkpoints" / f"step_{last:06d}"
 
 
+def check_lengths(config: RLConfig, shape: ModelShape) -> None:
+    """Refuse lengths of prompt and response together that the model has no positions for.
+
+    Raises:
+        ConfigError: names the setting and the remedy.
+    """
+    shape.check_length(config.rollout.max_model_len, "rollout.max_model_len")
+    for number, stage in enumerate(config.curriculum):
+        shape.check_length(stage.max_tokens, f"curriculum[{number}].max_tokens")
+
+
 def build_engines(config: RLConfig, source: Path, world: World) -> tuple[Engine, Engine]:
     """The policy, and the critic that starts from the same weights with a fresh value head."""
     shape = ModelShape.from_hf(source)
@@ -109,7 +121,7 @@ def build_rollout(config: RLConfig, source: Path, processor: Processor, policy: 
         config.model.dtype,
         max_model_len=config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum),
     )
-    policy.module.sample_from(rollout.banned, config.rollout.temperature)
+    policy.sample_from(rollout.banned, config.rollout.temperature)
     rollout.update(policy.weights())
     return rollout
 
@@ -139,7 +151,7 @@ def next_prompts(stream: RowStream, processor: Processor, count: int) -> tuple[l
 
 def record(run: Path, iteration: int, outcome: Outcome, world: World) -> None:
     """Append every response to ``rollouts/``, with the pictures of a few prompts."""
-    mine = [] if world.groups.tp.rank() else lines(run, iteration, outcome)
+    mine = lines(run, iteration, outcome) if world.layout.leads_replica else []
     everything: list[list[dict]] | None = [[] for _ in range(world.size)] if world.is_main else None
     dist.gather_object(mine, everything)
     if everything is not None:

@@ -21,7 +21,8 @@ from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.data.positions import Visual, mrope_positions
-from ovr_megatron.engine import Engine, LossSum
+from ovr_megatron.engine import VALUE_HEAD, Engine, LossSum
+from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.qwen25vl import DTYPES, Scores
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import distributed
@@ -78,8 +79,14 @@ class Report:
         return logits and all(value <= self.gradient_bound for value in self.gradients.values())
 
 
-def documents(shape: ModelShape, seed: int = 0) -> list[Document]:
-    """Text, one image, three images of different sizes, and a video, with windows whole and cut."""
+def documents(shape: ModelShape, seed: int = 0, texts: Sequence[int] = ()) -> list[Document]:
+    """Text, one image, three images of different sizes, and a video, with windows whole and cut.
+
+    Args:
+        shape: the model's sizes and special ids.
+        seed: of the random tokens and pixels.
+        texts: lengths of more documents of text.
+    """
     generator = torch.Generator().manual_seed(seed)
     vision = shape.vision
     unit, window = vision.merge, max(1, vision.window // vision.patch // vision.merge)
@@ -108,7 +115,8 @@ def documents(shape: ModelShape, seed: int = 0) -> list[Document]:
             before = 6
             patches.append(torch.randn(int(np.prod(visual.grid)), vision.patch_dim, generator=generator))
         found.append(Document(name, tokens, [*segments, before], torch.cat(patches)))
-    return found
+    nothing = torch.zeros(0, vision.patch_dim)
+    return found + [Document(f"text {length}", text(length), [length], nothing) for length in texts]
 
 
 def _labels(document: Document) -> Tensor:
@@ -137,14 +145,26 @@ def as_pack(found: list[Document], shape: ModelShape) -> Pack:
     )
 
 
-def reference(
-    directory: Path, found: list[Document], dtype: torch.dtype
-) -> tuple[list[Tensor], float, dict[str, Tensor]]:
-    """Transformers' logits of each document, mean loss over all, and gradients under the hub's names."""
+@dataclass(frozen=True)
+class Reference:
+    """What Transformers computes: logits [length, vocabulary], or a critic's values [length, 1], of each document.
+
+    ``gradients`` are those of `objective`, under the hub's names.
+    """
+
+    outputs: list[Tensor]
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def reference(directory: Path, found: list[Document], dtype: torch.dtype, critic: bool = False) -> Reference:
+    """Run Transformers' model, for a critic with the value head of `Engine.load`, document by document."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     shape = ModelShape.from_hf(directory)
+    head = torch.nn.Linear(shape.hidden, 1, bias=False, dtype=dtype)
+    init_value_head(head.weight, "orz", torch.Generator().manual_seed(0))
     count = sum(len(document.tokens) - 1 for document in found)
-    logits, total = [], 0.0
+    outputs, total = [], 0.0
     for document in found:
         ids = torch.tensor([document.tokens])
         kinds = (ids == shape.image_token).long() + 2 * (ids == shape.video_token).long()
@@ -157,64 +177,144 @@ def reference(
             inputs["video_grid_thw" if video else "image_grid_thw"] = grid
             if video:
                 inputs["second_per_grid_ts"] = torch.full((len(grids),), SECONDS_PER_SLICE)
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **inputs)
-        scores = out.logits[0].float()
-        logits.append(scores.detach())
-        loss = F.cross_entropy(scores, _labels(document), reduction="sum", ignore_index=IGNORED) / count
+        body = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **inputs)
+        hidden = body.last_hidden_state[0]
+        out = (head(hidden) if critic else model.lm_head(hidden)).float()
+        outputs.append(out.detach())
+        if critic:
+            loss = (out[:-1, 0] - _targets(len(out) - 1)).square().sum() / count
+        else:
+            loss = F.cross_entropy(out, _labels(document), reduction="sum", ignore_index=IGNORED) / count
         loss.backward()
         total += loss.item()
     gradients = {canonical(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return logits, total, gradients
+    if critic:
+        assert head.weight.grad is not None
+        gradients[VALUE_HEAD] = head.weight.grad
+    return Reference(outputs, total, gradients)
 
 
-def _cross_entropy(scores: Scores, pack: Pack) -> LossSum:
-    assert scores.logprobs is not None
-    return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
+def _targets(count: int) -> Tensor:
+    """What a critic is drawn to in the n-th scored row of a document."""
+    return torch.sin(torch.arange(count, dtype=torch.float32))
 
 
-def verify(directory: Path, weights: Path, parallel: ParallelConfig, dtype: str = "float32") -> Report:
-    """Compare in the layout of this process group; the first rank holds the full report.
+def objective(scores: Scores, pack: Pack) -> LossSum:
+    """Cross entropy, or a critic's squared error, summed over the scored rows."""
+    if scores.values is None:
+        assert scores.logprobs is not None
+        return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
+    error = scores.values - pack.extras["target"][scores.rows]
+    return LossSum(error.square().sum(), len(scores.rows), {})
+
+
+def make_packs(found: list[Document], shape: ModelShape, packed: bool, critic: bool, at_least: int) -> list[Pack]:
+    """Every document as a pack of its own or, if ``packed``, several of them in each of ``at_least`` packs."""
+    shares = [found[i::at_least] for i in range(at_least)] if packed else [[document] for document in found]
+    packs = []
+    for share in shares:
+        pack = as_pack(share, shape)
+        if critic:
+            targets = [F.pad(_targets(len(document.tokens) - 1), (0, 1)) for document in share]
+            pack.extras["target"] = torch.cat(targets)
+        packs.append(pack)
+    return packs
+
+
+def compare(engine: Engine, found: list[Document], theirs: Reference | None, packed: bool = False) -> Report:
+    """Run the engine on the documents and compare; a collective.
 
     A gradient's difference is ||ours - theirs|| / max(||theirs||, 1e-6 ||all of theirs||).
+
+    Args:
+        engine: with weights and an optimizer.
+        found: documents, at least one for each data-parallel rank.
+        theirs: the reference, on the first rank only.
+        packed: put several documents into a pack.
+
+    Returns:
+        On the first rank the full report.
     """
-    world = distributed.start(parallel, seed=0)
-    shape = ModelShape.from_hf(weights)
-    found = documents(shape)
-    engine = Engine(shape, ModelConfig(path=str(weights), dtype=dtype), parallel, world)
-    engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(weights))
-    pack = as_pack(found, shape)
-    with torch.no_grad():
-        ours = engine.module.logits(pack.to(world.device)).float().cpu()
-    metrics = engine.backward([pack], _cross_entropy)
-    report = Report(dtype=dtype, loss=metrics["loss"])
-    if world.is_main:
-        logits, report.reference_loss, theirs = reference(directory, found, DTYPES[dtype])
-        report.largest_logit = max(float(part.abs().max()) for part in logits)
-        for document, part, mine in zip(found, logits, ours.split([len(x) for x in logits]), strict=True):
-            report.logits[document.name] = float((mine - part).abs().max())
-        everything = float(torch.stack([g.float().norm() for g in theirs.values()]).norm())
-    for name, gradient in engine.gradients():
-        if world.is_main:
-            other = theirs.pop(name).float()
-            difference = float((gradient.float().cpu() - other).norm())
-            report.gradients[name] = difference / max(float(other.norm()), 1e-6 * everything)
-    if world.is_main and theirs:
-        report.gradients |= dict.fromkeys(theirs, float("inf"))
+    replicas, rank = engine.groups.dp.size(), engine.groups.dp.rank()
+    packs = make_packs(found, engine.shape, packed, engine.critic, max(2, replicas))
+    report = Report(dtype=str(engine.config.params_dtype).removeprefix("torch."))
+    whole = as_pack(found, engine.shape) if packed else None
+    if engine.critic:
+        ours = [part.values.cpu() for part in engine.scores([whole] if whole else packs) if part.values is not None]
+        lengths = [len(document.tokens) - 1 for document in found]
+    else:
+        ours = [engine.logits(pack).cpu() for pack in ([whole] if whole else packs)]
+        lengths = [len(document.tokens) for document in found]
+    report.loss = engine.backward(packs[rank::replicas], objective)["loss"]
+    gradients = {name: gradient.cpu() for name, gradient in engine.gradients()}
+    if theirs is None:
+        return report
+    report.reference_loss = theirs.loss
+    report.largest_logit = max(float(part.abs().max()) for part in theirs.outputs)
+    for document, part, mine in zip(found, theirs.outputs, torch.cat(ours).split(lengths), strict=True):
+        expected = part[:-1, 0] if engine.critic else part
+        report.logits[document.name] = float((mine - expected).abs().max())
+    report.gradients = gradient_differences(gradients, theirs.gradients)
     return report
 
 
-def parse_layout(text: str) -> ParallelConfig:
-    """``tp=2,sp=1`` as a layout; ``sp`` is sequence parallelism, ``dp`` only adds processes."""
-    values = dict(part.split("=", 1) for part in text.split(",") if part)
-    unknown = set(values) - {"tp", "pp", "cp", "dp", "sp"}
-    if unknown or not all(value.isdigit() for value in values.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2 or tp=2,sp=1")
-    sizes = {key: int(value) for key, value in values.items()}
-    return ParallelConfig(
-        tp=sizes.get("tp", 1),
-        pp=sizes.get("pp", 1),
-        cp=sizes.get("cp", 1),
-        sequence_parallel=bool(sizes.get("sp", 0)),
+def gradient_differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """||ours - theirs|| / max(||theirs||, 1e-6 ||all of theirs||) by name; infinite where only one side has it."""
+    everything = float(torch.stack([gradient.float().norm() for gradient in theirs.values()]).norm())
+    differences = dict.fromkeys(ours.keys() ^ theirs.keys(), float("inf"))
+    for name in ours.keys() & theirs.keys():
+        difference = float((ours[name].float() - theirs[name].float()).norm())
+        differences[name] = difference / max(float(theirs[name].float().norm()), 1e-6 * everything)
+    return differences
+
+
+ODD_LENGTHS = (2, 7, 23, 31)
+
+
+def verify(
+    directory: Path,
+    weights: Path,
+    parallel: ParallelConfig,
+    dtype: str = "float32",
+    packed: bool = False,
+    critic: bool = False,
+) -> Report:
+    """Compare in the layout of this process group; the first rank holds the full report."""
+    world = distributed.start(parallel, seed=0)
+    shape = ModelShape.from_hf(weights)
+    found = documents(shape, texts=ODD_LENGTHS if packed else ())
+    engine = Engine(shape, ModelConfig(path=str(weights), dtype=dtype), parallel, world, critic)
+    engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(weights))
+    theirs = reference(directory, found, DTYPES[dtype], critic) if world.is_main else None
+    return compare(engine, found, theirs, packed)
+
+
+LAYOUT_KEYS = ("tp", "pp", "vpp", "cp", "dp", "sp", "zero")
+
+
+def parse_layout(text: str) -> tuple[ParallelConfig, int]:
+    """``tp=2,sp=1,dp=2`` as a layout and its data-parallel size.
+
+    ``sp=1`` is sequence parallelism, ``zero=1`` the distributed optimizer with its traffic overlapped.
+    """
+    values = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    if len(values) != len([part for part in text.split(",") if part]) or set(values) - set(LAYOUT_KEYS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2,sp=1 with {LAYOUT_KEYS}")
+    if not all(value.isdigit() for value in values.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layout: sizes are numbers")
+    sizes = {key: int(values.get(key, 0 if key in ("sp", "zero") else 1)) for key in LAYOUT_KEYS}
+    zero = bool(sizes["zero"])
+    return (
+        ParallelConfig(
+            tp=sizes["tp"],
+            pp=sizes["pp"],
+            vpp=sizes["vpp"],
+            cp=sizes["cp"],
+            sequence_parallel=bool(sizes["sp"]),
+            distributed_optimizer=zero,
+            overlap=zero,
+        ),
+        sizes["dp"],
     )
 
 
@@ -232,7 +332,7 @@ def show(report: Report) -> str:
 def main(arguments: argparse.Namespace) -> int:
     """Verify in this process group; 0 if everything is within its bounds."""
     weights = weights_of(arguments.checkpoint) if arguments.checkpoint else arguments.hf
-    report = verify(arguments.hf, weights, arguments.layout, arguments.dtype)
+    report = verify(arguments.hf, weights, arguments.layout, arguments.dtype, arguments.packed, arguments.critic)
     code = 0
     if distributed.is_main():
         text = asdict(report) | {"passed": report.passed, "logit_bound": report.logit_bound}

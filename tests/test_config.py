@@ -89,7 +89,7 @@ def test_unknown_key_is_named(override: str, key: str) -> None:
         ("prompts=2.5", "prompts", "2.5"),
         ("prompts=null", "prompts", "None"),
         ("optimizer.lr=fast", "optimizer.lr", "'fast'"),
-        ("model.recompute=perhaps", "model.recompute", "'perhaps'"),
+        ("model.freeze_vision=perhaps", "model.freeze_vision", "'perhaps'"),
         ("data.sources=a.jsonl", "data.sources", "'a.jsonl'"),
         ("data.sources=[{weight: 1}]", "data.sources.0.path", "required"),
     ],

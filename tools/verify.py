@@ -16,18 +16,22 @@ from ovr_megatron import verify
 
 def main() -> int:
     """Parse, and run here or in as many processes as the layout asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Qwen2.5-VL folder, the reference")
     parser.add_argument("--checkpoint", type=Path, help="take our weights from this checkpoint instead")
-    parser.add_argument("--layout", default="", help="for example tp=2, tp=2,sp=1 or tp=2,dp=2")
+    parser.add_argument(
+        "--layout",
+        type=verify.parse_layout,
+        default="",
+        help="sizes tp, pp, vpp, cp, dp, and 1 for sp (sequence parallel) or zero (distributed optimizer): tp=2,sp=1",
+    )
+    parser.add_argument("--packed", action="store_true", help="several documents of odd lengths in a pack")
+    parser.add_argument("--critic", action="store_true", help="compare a value network instead of a policy")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="number format of both models")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args()
-    layout = verify.parse_layout(arguments.layout)
-    sizes = dict(part.split("=", 1) for part in arguments.layout.split(",") if part)
-    processes = layout.tp * layout.pp * layout.cp * int(sizes.get("dp", 1))
+    layout, replicas = arguments.layout
+    processes = layout.ranks * replicas
     if processes > 1 and "LOCAL_RANK" not in os.environ:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         return subprocess.run([*start, __file__, *sys.argv[1:]]).returncode

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ovr_megatron.checkpoint.manifest import CheckpointError, newest, read_manifest, write_manifest
-from ovr_megatron.engine import MOMENTS, Engine
+from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import WeightFolder, WeightWriter, copy_companions
 
@@ -77,13 +76,11 @@ def save(
     extra: dict[str, Any] = {"state": state, "optimizers": {}}
     for name, engine in engines.items():
         if world.is_main:
-            copy_companions(companions, partial / name, dtype=engine.module.config.params_dtype)
+            copy_companions(companions, partial / name, dtype=engine.config.params_dtype)
         _write(partial / name, engine.weights(), world)
-        low = engine.module.config.params_dtype == torch.bfloat16
-        parts = (*MOMENTS, "master") if low else MOMENTS
-        for part in parts:
+        for part in engine.state_kinds:
             _write(partial / f"{name}-{part}", engine.optimizer_state(part), world)
-        extra["optimizers"][name] = {"steps": engine.step_count, "parts": list(parts)}
+        extra["optimizers"][name] = {"steps": engine.step_count, "parts": list(engine.state_kinds)}
     if world.is_main:
         write_manifest(partial, step, extra)
         partial.rename(final)

@@ -34,11 +34,12 @@ class Pack:
         tokens: int64[T].
         labels: int64[T]; the next token of the same document where that one is a target, else -100.
         position_ids: int64[3, T], counted from 0 in each document.
-        cu_seqlens: int32[D + 1], where documents begin and the last one ends.
+        cu_seqlens: int32[D + 1], where documents begin and the last one ends, alignment tails left out.
         patches: float32[P, patch_dim].
         grid_thw: int64[n, 3], patches in time, height and width of each image or video.
         placement: int64[F], index in ``tokens`` of each feature, F = P / merge^2.
         extras: More arrays [T] in line with ``labels``: what belongs to a target stands where it is predicted.
+        cu_seqlens_padded: int32[D + 1], where the documents' rows begin, alignment tails included.
     """
 
     tokens: Tensor
@@ -49,11 +50,55 @@ class Pack:
     grid_thw: Tensor
     placement: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
+    cu_seqlens_padded: Tensor | None = None
+
+    @property
+    def bounds(self) -> Tensor:
+        """int32[D + 1], the rows at which documents begin."""
+        return self.cu_seqlens if self.cu_seqlens_padded is None else self.cu_seqlens_padded
 
     def to(self, device: torch.device | str) -> Pack:
         """Return the pack with every tensor on ``device``."""
-        moved = {item.name: getattr(self, item.name).to(device) for item in fields(self) if item.name != "extras"}
-        return Pack(**moved, extras={name: value.to(device) for name, value in self.extras.items()})
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["extras"] = {name: value.to(device) for name, value in self.extras.items()}
+        return Pack(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def aligned(self, document: int, total: int) -> Pack:
+        """Return the pack with every document's rows a multiple of ``document`` and all rows one of ``total``.
+
+        What is added carries no label, no feature and no position of its own; the last document takes what the
+        whole pack lacks.
+
+        Args:
+            document: 1 where documents may have any length.
+            total: a multiple of ``document``.
+        """
+        lengths = np.diff(self.cu_seqlens.numpy())
+        padded = -(-lengths // document) * document
+        padded[-1] += -padded.sum() % total
+        if (padded == lengths).all():
+            return self
+        bounds = np.cumsum([0, *padded])
+        shift = np.repeat(bounds[:-1] - self.cu_seqlens.numpy()[:-1], lengths)
+        rows = torch.from_numpy(np.arange(len(self.tokens)) + shift)
+        size = int(bounds[-1])
+
+        def spread(values: Tensor, fill: int = 0) -> Tensor:
+            out = values.new_full((*values.shape[:-1], size), fill)
+            out[..., rows] = values
+            return out
+
+        return Pack(
+            tokens=spread(self.tokens),
+            labels=spread(self.labels, IGNORED),
+            position_ids=spread(self.position_ids),
+            cu_seqlens=self.cu_seqlens,
+            patches=self.patches,
+            grid_thw=self.grid_thw,
+            placement=rows[self.placement],
+            extras={name: spread(values) for name, values in self.extras.items()},
+            cu_seqlens_padded=torch.from_numpy(bounds.astype(np.int32)),
+        )
 
 
 def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] | None = None) -> Pack:

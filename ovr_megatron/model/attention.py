@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from ovr_megatron.model.segments import Segments
+from ovr_megatron.model.segments import Group, Segments
 
 
 def rotary_table(angles: Tensor) -> Tensor:
@@ -65,13 +67,23 @@ class PackedDotProductAttention(MegatronModule):
     """Scaled dot-product attention over the documents of a pack, without Transformer Engine.
 
     Documents of like length are attended as one batch.  Under a causal mask the padding at a document's end is
-    never seen by its real rows, so no mask is ever built.
+    never seen by its real rows, so no mask is ever built.  Under context parallelism keys and values of all ranks
+    are gathered; queries stay where they are.
     """
 
-    def __init__(self, config: Any, *, attn_mask_type: AttnMaskType, softmax_scale: float | None = None, **_: Any):
+    def __init__(
+        self,
+        config: Any,
+        *,
+        attn_mask_type: AttnMaskType,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ):
         super().__init__(config=config)
         self.causal = attn_mask_type == AttnMaskType.padding_causal
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -84,24 +96,100 @@ class PackedDotProductAttention(MegatronModule):
         packed_seq_params: Segments,
         attention_bias: None = None,
     ) -> Tensor:
-        """Attention output [T, N * H]."""
+        """Attention output [T, N * H] of this rank's T rows."""
+        if self.cp_group is not None:
+            both = gather_from_sequence_parallel_region(torch.cat((key_TGH, value_TGH), 1), group=self.cp_group)
+            key_TGH, value_TGH = both.chunk(2, dim=1)
         shared = query_TNH.size(1) // key_TGH.size(1)
         if shared > 1:
             key_TGH = key_TGH.repeat_interleave(shared, dim=1)
             value_TGH = value_TGH.repeat_interleave(shared, dim=1)
-        parts = [
-            self._attend(query_TNH, key_TGH, value_TGH, group.index, group.whole) for group in packed_seq_params.groups
-        ]
+        parts = [self._attend(query_TNH, key_TGH, value_TGH, group) for group in packed_seq_params.groups]
         if packed_seq_params.inverse is None:
             return parts[0]
         return torch.cat(parts)[packed_seq_params.inverse]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, whole: bool) -> Tensor:
-        def batch(x: Tensor) -> Tensor:
-            rows = x if whole else x[index.flatten()]
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: Group) -> Tensor:
+        def batch(x: Tensor, index: Tensor) -> Tensor:
+            rows = x if group.whole else x[index.flatten()]
             return rows.view(*index.shape, *x.shape[1:]).transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(
-            batch(query), batch(key), batch(value), is_causal=self.causal, scale=self.scale
+        out = attend(
+            batch(query, group.queries), batch(key, group.keys), batch(value, group.keys), self.causal, self.scale
         )
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None) -> Tensor:
+    """Attention output [B, N, L, H] of ``query`` [B, N, L, H] over ``key`` and ``value`` [B, N, K, H].
+
+    Causal: the last query sees all K keys, the one before it all but the last, and so on.  No mask is built.
+    """
+    if causal and query.size(2) < key.size(2):
+        return _PrefixAttention.apply(query, key, value, scale)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """Causal attention of the last L of K rows: all of the K - L before them, and causally among themselves.
+
+    The two parts are merged by their log-sum-exp [B, N, L]; the backward of each then needs only the merged output
+    and log-sum-exp, as in ring attention.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        before = key.size(2) - query.size(2)
+        past, past_norm = _flash(query, key[:, :, :before], value[:, :, :before], False, scale)
+        own, own_norm = _flash(query, key[:, :, before:], value[:, :, before:], True, scale)
+        norm = torch.logaddexp(past_norm, own_norm)
+        out = past * (past_norm - norm).exp()[..., None] + own * (own_norm - norm).exp()[..., None]
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, norm)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, norm = ctx.saved_tensors
+        before = key.size(2) - query.size(2)
+        saved = (query, out, norm, grad.contiguous(), ctx.scale)
+        d_past, *past = _flash_backward(key[:, :, :before], value[:, :, :before], False, *saved)
+        d_own, *own = _flash_backward(key[:, :, before:], value[:, :, before:], True, *saved)
+        d_key, d_value = (torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
+        return d_past + d_own, d_key, d_value, None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Output in float32 and log-sum-exp [B, N, L], by torch's fused kernel."""
+    if query.is_cuda:
+        out, norm, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scale
+        )
+        return out.float(), norm[..., : query.size(2)]
+    out, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    return out.float(), norm
+
+
+def _flash_backward(
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    query: Tensor,
+    out: Tensor,
+    norm: Tensor,
+    grad: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, given the merged output and log-sum-exp."""
+    if query.is_cuda:
+        seed = torch.zeros((), dtype=torch.int64, device=query.device)
+        width = -(-query.size(2) // 32) * 32  # the kernel reads its log-sum-exp in rows of this multiple
+        padded = F.pad(norm, (0, width - query.size(2)), value=float("inf"))
+        grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, key, value, None, out, padded, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+        )
+        return grads[:3]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, norm, 0.0, causal, scale=scale
+    )

@@ -5,6 +5,7 @@ Shapes: T rows of a pack, D width, F image features, n scored rows (those whose 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from ovr_megatron.config import ConfigError, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.attention import rotary_table
+from ovr_megatron.model.context import rank_rows, share_images
 from ovr_megatron.model.heads import token_scores
 from ovr_megatron.model.layers import RMSNorm, layer_spec
 from ovr_megatron.model.segments import Segments
@@ -34,6 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Scores:
     """What the last pipeline stage returns for the scored rows of a pack: all float32 [n].
 
+    ``rows`` int64 [n] says which rows of the pack they are; a context-parallel rank has those that it holds.
     A policy fills ``logprobs`` and ``entropy``, a critic ``values``.
     """
 
@@ -44,7 +48,11 @@ class Scores:
 
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
-    """Refuse a tensor-parallel size that the model's heads do not allow."""
+    """Refuse a layout that the model's sizes do not allow, before anything is allocated.
+
+    Raises:
+        ConfigError: names the values and the nearest that fit.
+    """
     tp = parallel.tp
     for count, what in (
         (shape.kv_heads, "key-value heads"),
@@ -56,6 +64,36 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         if count % tp:
             fits = max(n for n in range(1, tp) if not count % n)
             raise ConfigError(f"parallel.tp={tp} does not divide the model's {count} {what}; use at most tp={fits}")
+    _check_stages(shape.layers, parallel)
+
+
+def _check_stages(layers: int, parallel: ParallelConfig) -> None:
+    ends = [n for n in (parallel.first_stage_layers, parallel.last_stage_layers) if n]
+    between, stages = layers - sum(ends), parallel.pp - len(ends)
+    told = f"parallel.pp={parallel.pp}, parallel.vpp={parallel.vpp}"
+    if ends:
+        told += f" with {parallel.first_stage_layers or '-'} first and {parallel.last_stage_layers or '-'} last layers"
+    if stages == 0 and between:
+        raise ConfigError(f"{told}: these stages hold {sum(ends)} layers and the model has {layers}; make them its sum")
+    if stages and (between < stages or between % (stages * parallel.vpp)):
+        fits = [n for n in range(1, layers + 1) if not layers % (n * parallel.vpp)]
+        remedy = f"without uneven stages pp can be {', '.join(map(str, fits))}" if fits else "lower vpp"
+        where = f"{stages} stages x {parallel.vpp}"
+        raise ConfigError(f"{told}: {between} of the model's {layers} layers do not divide over {where}; {remedy}")
+    for count in ends:
+        if count % parallel.vpp:
+            raise ConfigError(f"{told}: {count} layers do not divide by vpp; use a multiple of {parallel.vpp}")
+
+
+def alignment(parallel: ParallelConfig, fp8: bool = False) -> tuple[int, int]:
+    """Rows that every document, and every pack as a whole, must be a multiple of.
+
+    Context parallelism cuts a document into two chunks a rank; every rank of a sequence-parallel group holds as
+    many rows as the others; 8-bit matrix products want 16 rows.
+    """
+    document = 2 * parallel.cp if parallel.cp > 1 else 1
+    ranks = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    return document, math.lcm(document, ranks * (16 if fp8 else 1))
 
 
 def _transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **sizes: Any) -> TransformerConfig:
@@ -84,13 +122,21 @@ def _transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **sizes: A
 
 
 def language_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute: bool
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute: str
 ) -> TransformerConfig:
     """Megatron's configuration of the language model."""
+    recomputed: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
     return _transformer_config(
         parallel,
         dtype,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers or None,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers or None,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         num_layers=shape.layers,
@@ -101,11 +147,12 @@ def language_config(
         kv_channels=shape.head_dim,
         layernorm_epsilon=shape.norm_eps,
         add_bias_linear=False,
+        # Interleaved stages send forwards and backwards to the same neighbour: only separate messages keep them apart.
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, even without experts
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        **recomputed[recompute],
     )
 
 
@@ -125,22 +172,31 @@ def vision_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtyp
 
 
 class Qwen25VL(GPTModel):
-    """One pipeline stage of Qwen2.5-VL as a policy or, with ``critic``, as a value network."""
+    """One pipeline stage of Qwen2.5-VL, or one interleaved part of it, as a policy or a value network.
+
+    Args:
+        shape: sizes.
+        config: `language_config`, one object for all parts of a rank.
+        parallel: layout, checked by `check_layout`.
+        pg_collection: its process groups.
+        critic: a value head in place of the language-model head.
+        part: number of the interleaved part of this stage, below ``parallel.vpp``.
+    """
 
     def __init__(
         self,
         shape: ModelShape,
+        config: TransformerConfig,
         parallel: ParallelConfig,
-        dtype: torch.dtype,
         pg_collection: ProcessGroupCollection,
         critic: bool = False,
-        pre_process: bool = True,
-        post_process: bool = True,
-        recompute: bool = False,
+        part: int = 0,
     ):
-        check_layout(shape, parallel)
-        config = language_config(shape, parallel, dtype, recompute)
-        layers = get_num_layers_to_build(config, pp_rank=pg_collection.pp.rank())
+        stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
+        pre_process = stage == 0 and part == 0
+        post_process = stage == stages - 1 and part == parallel.vpp - 1
+        vp_stage = part if parallel.vpp > 1 else None
+        layers = get_num_layers_to_build(config, vp_stage, stage)
         super().__init__(
             config,
             TransformerBlockSubmodules(layer_specs=[layer_spec(causal=True)] * layers, layer_norm=RMSNorm),
@@ -152,8 +208,10 @@ class Qwen25VL(GPTModel):
             position_embedding_type="none",
             scatter_embedding_sequence_parallel=False,
             pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
-        self.shape, self.critic = shape, critic
+        self.first_layer = get_transformer_layer_offset(config, vp_stage, stage)
+        dtype = config.params_dtype
         if pre_process:
             self.vision = VisionTower(
                 shape.vision, shape.hidden, vision_config(shape, parallel, dtype), self.pg_collection
@@ -162,6 +220,7 @@ class Qwen25VL(GPTModel):
             del self.output_layer
             device = torch.cuda.current_device()
             self.value_head = torch.nn.Linear(shape.hidden, 1, bias=False, dtype=dtype, device=device)
+        self.shape, self.critic = shape, critic
         exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
         self.register_buffer("inv_freq", 1.0 / shape.rope_theta**exponents, persistent=False)
         rows = torch.repeat_interleave(torch.arange(3), torch.tensor(shape.mrope_section))
@@ -184,39 +243,94 @@ class Qwen25VL(GPTModel):
         self.banned[mine] = True
         self.temperature = temperature
 
-    def forward(self, pack: Pack) -> Tensor | Scores:  # type: ignore[override]
-        """Scores of the rows that carry a label; on earlier pipeline stages the hidden states [T, 1, D]."""
-        hidden = self._decode(pack)
-        return self._score(hidden, pack) if self.post_process else hidden
+    def forward(self, pack: Pack, logits: bool = False) -> Tensor | Scores:  # type: ignore[override]
+        """Scores of this rank's rows that carry a label; on earlier pipeline stages their hidden states.
 
-    def _decode(self, pack: Pack) -> Tensor:
-        """Hidden states [T, 1, D] after this stage's layers (sequence-parallel: this rank's rows)."""
-        angles = pack.position_ids[self.position_row].t().float() * self.inv_freq
+        Args:
+            pack: whole documents, the same on every tensor-, context- and pipeline-parallel rank, aligned to
+                `alignment`.
+            logits: for verification, return the logits [T / cp, vocabulary] of this rank's rows instead of scores.
+
+        Returns:
+            `Scores`, or hidden states [T / cp, 1, D] (sequence-parallel: of this rank's part of the rows).
+        """
+        rows = self._rows(pack)
+        hidden = self._decode(pack, rows)
+        if not self.post_process:
+            return hidden
+        return self._logits(hidden) if logits else self._score(hidden, pack, rows)
+
+    def _rows(self, pack: Pack) -> Tensor:
+        """Rows of the pack that this context-parallel rank holds, int64 [T / cp]."""
+        cp = self.pg_collection.cp
+        return rank_rows(pack.bounds.tolist(), cp.size(), cp.rank()).to(pack.tokens.device)
+
+    def _decode(self, pack: Pack, rows: Tensor) -> Tensor:
+        """Hidden states [T / cp, 1, D] after this stage's layers (sequence-parallel: this rank's part)."""
+        angles = pack.position_ids[:, rows][self.position_row].t().float() * self.inv_freq
+        segments = Segments.build(
+            pack.bounds,
+            exact=False,
+            cp_group=self.pg_collection.cp,
+            lengths=None if pack.cu_seqlens_padded is None else pack.cu_seqlens,
+        )
         return self.decoder(
-            hidden_states=self._embed(pack) if self.pre_process else None,
+            hidden_states=self._embed(pack, rows) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=rotary_table(angles),
-            packed_seq_params=Segments.build(pack.cu_seqlens, exact=False),
+            packed_seq_params=segments,
         )
 
-    def _embed(self, pack: Pack) -> Tensor:
-        """Token embeddings [T, 1, D] with the image features put where the sample recorded them."""
-        hidden = self.embedding(input_ids=pack.tokens[None], position_ids=None)
+    def _embed(self, pack: Pack, rows: Tensor) -> Tensor:
+        """Token embeddings [T / cp, 1, D] with the image features put where the sample recorded them."""
+        hidden = self.embedding(input_ids=pack.tokens[rows][None], position_ids=None)
         if len(pack.placement):
-            features = self.vision(pack.patches, pack.grid_thw)
-            hidden = hidden.index_copy(0, pack.placement, features[:, None].to(hidden.dtype))
+            features = self._features(pack)
+            here = torch.full_like(pack.tokens, -1)
+            here[rows] = torch.arange(len(rows), device=rows.device)
+            places = here[pack.placement]
+            mine = places >= 0
+            hidden = hidden.index_copy(0, places[mine], features[mine][:, None].to(hidden.dtype))
         elif self.training and any(p.requires_grad for p in self.vision.parameters()):
-            hidden = hidden + 0.0 * self._idle_vision(hidden)
+            hidden = hidden + 0.0 * self.vision(*self._blank(hidden)).sum()
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
         return hidden
 
-    def _idle_vision(self, like: Tensor) -> Tensor:
-        """A blank image through the tower, so that every rank takes part in its gradient collectives."""
+    def _features(self, pack: Pack) -> Tensor:
+        """Features [F, D] of all images of the pack; context-parallel ranks each encode their share of them."""
+        group = self.pg_collection.cp
+        if group.size() == 1:
+            return self.vision(pack.patches, pack.grid_thw)
+        patches = pack.grid_thw.prod(-1).tolist()
+        shares = share_images(patches, group.size())
+        unit = self.shape.vision.merge**2
+        sizes = [sum(patches[i] for i in share) // unit for share in shares]
+        mine = shares[group.rank()]
+        if mine:
+            parts = pack.patches.split(patches)
+            features = self.vision(torch.cat([parts[i] for i in mine]), pack.grid_thw[mine])
+        else:  # every rank takes part in the tower's gradient collectives
+            features = self.vision(*self._blank(pack.patches))[:0]
+        features = F.pad(features, (0, 0, 0, max(sizes) - len(features)))
+        everyone = tensor_parallel.gather_from_sequence_parallel_region(features, group=group)
+        return everyone[self._feature_rows(patches, shares, max(sizes)).to(everyone.device)]
+
+    def _feature_rows(self, patches: Sequence[int], shares: Sequence[Sequence[int]], width: int) -> Tensor:
+        """For each feature of the pack its row in the ranks' features, each rank's padded to ``width``."""
+        unit = self.shape.vision.merge**2
+        rows: dict[int, Tensor] = {}
+        for rank, share in enumerate(shares):
+            start = rank * width
+            for image in share:
+                rows[image] = torch.arange(start, start + patches[image] // unit)
+                start += patches[image] // unit
+        return torch.cat([rows[image] for image in range(len(patches))])
+
+    def _blank(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches and the grid of a blank image of one feature."""
         merge = self.shape.vision.merge
-        patches = like.new_zeros(merge * merge, self.shape.vision.patch_dim)
-        grid = torch.tensor([[1, merge, merge]])
-        return self.vision(patches, grid).sum()
+        return like.new_zeros(merge * merge, self.shape.vision.patch_dim), torch.tensor([[1, merge, merge]])
 
     def _gather_rows(self, hidden: Tensor) -> Tensor:
         """All rows [T, D].  The heads compute the same on every rank, so a row's gradient is not summed again."""
@@ -231,18 +345,19 @@ class Qwen25VL(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def _score(self, hidden: Tensor, pack: Pack) -> Scores:
-        rows = (pack.labels != IGNORED).nonzero()[:, 0]
-        scored = self._gather_rows(hidden)[rows]
+    def _score(self, hidden: Tensor, pack: Pack, rows: Tensor) -> Scores:
+        labelled = (pack.labels[rows] != IGNORED).nonzero()[:, 0]
+        scored, rows = self._gather_rows(hidden)[labelled], rows[labelled]
         if self.critic:
             return Scores(rows, values=self.value_head(scored)[:, 0].float())
+        for hook in self.output_layer._forward_pre_hooks.values():  # waits for the weight's all-gather, where it is one
+            hook(self.output_layer, ())
         logprobs, entropy = token_scores(
             scored, self._head_weight(), pack.labels[rows], self.banned, self.temperature, self.pg_collection.tp
         )
         return Scores(rows, logprobs=logprobs, entropy=entropy)
 
-    def logits(self, pack: Pack) -> Tensor:
-        """Logits [T, vocabulary] of every row on every rank; for verification, on one pipeline stage only."""
-        local = self._gather_rows(self._decode(pack)) @ self._head_weight().t()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        local = self._gather_rows(hidden) @ self._head_weight().t()
         full = tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.pg_collection.tp)
         return full[:, : self.shape.vocab]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from ovr_megatron.model.context import gathered_rows
 
 # A group of documents is attended as one padded batch; a document joins a group only while it is at least
 # this share of the group's longest, so at most a third of a batch is padding.
@@ -18,10 +22,15 @@ _GROUP_TOKENS = 16384
 
 @dataclass
 class Group:
-    """Documents attended together: ``index`` [B, L] are their rows in the pack, padded with row 0."""
+    """Rows attended together: ``queries`` [B, L] among this rank's rows, ``keys`` [B, K] among all ranks' rows.
 
-    index: Tensor
-    whole: bool  # the group is the whole pack in order, so gathering is a reshape
+    The last query sees all keys; under a causal mask the one before it all but the last, and so on.  Shorter
+    documents are padded with row 0.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    whole: bool = False  # the group is the whole pack in order, so gathering is a reshape
 
 
 @dataclass
@@ -30,53 +39,89 @@ class Segments(PackedSeqParams):
 
     Attributes:
         groups: documents batched by length.
-        inverse: [T], for each row of the pack its row in the concatenated outputs of the groups.
+        inverse: [T], for each row of this rank its row in the concatenated outputs of the groups.
     """
 
     groups: list[Group] = field(default_factory=list)
     inverse: Tensor | None = None
 
     @classmethod
-    def build(cls, cu_seqlens: Tensor, exact: bool) -> Segments:
-        """Group the segments of ``cu_seqlens`` [D + 1].
+    def build(
+        cls,
+        bounds: Tensor,
+        exact: bool,
+        cp_group: dist.ProcessGroup | None = None,
+        lengths: Tensor | None = None,
+    ) -> Segments:
+        """Group the segments of a pack.
 
         Args:
-            cu_seqlens: int32 boundaries, first 0, last T.
+            bounds: int32 [D + 1], first 0, last T.
             exact: only group segments of equal length (attention without a causal mask would see padding).
+            cp_group: context-parallel group; each rank holds the rows of `context.rank_rows`.
+            lengths: int32 [D + 1], cumulated lengths without alignment tails, where there are any.
         """
-        bounds = cu_seqlens.tolist()
-        lengths = [end - start for start, end in pairwise(bounds)]
-        longest = max(lengths, default=0)
+        starts = bounds.tolist()
+        widths = [end - start for start, end in pairwise(starts)]
+        longest = max(widths, default=0)
+        real = bounds if lengths is None else lengths
         segments = cls(
             qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q=real,
+            cu_seqlens_kv=real,
+            cu_seqlens_q_padded=None if lengths is None else bounds,
+            cu_seqlens_kv_padded=None if lengths is None else bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        device = cu_seqlens.device
-        if len(set(lengths)) == 1:
-            index = torch.arange(bounds[-1], device=device).view(len(lengths), longest)
-            segments.groups = [Group(index, whole=True)]
-            return segments
-        inverse = torch.empty(bounds[-1], dtype=torch.int64)
-        offset = 0
-        for members in _group_by_length(lengths, exact):
-            width = lengths[members[0]]
-            starts = torch.tensor([bounds[i] for i in members])[:, None]
-            sizes = torch.tensor([lengths[i] for i in members])[:, None]
-            columns = torch.arange(width)[None]
-            inside = columns < sizes
-            index = torch.where(inside, starts + columns, 0)
-            slots = torch.arange(offset, offset + index.numel()).view_as(index)
-            inverse[index[inside]] = slots[inside]
-            offset += index.numel()
-            segments.groups.append(Group(index.to(device), whole=False))
-        segments.inverse = inverse.to(device)
+        if cp_group is not None and cp_group.size() > 1:
+            groups = _chunk_groups(starts, widths, cp_group.size(), cp_group.rank())
+        elif len(set(widths)) == 1:
+            index = torch.arange(starts[-1]).view(len(widths), longest)
+            groups = [Group(index, index, whole=True)]
+        else:
+            groups = [_document_group(starts, widths, members) for members in _group_by_length(widths, exact)]
+        if not groups[0].whole:
+            segments.inverse = _inverse(groups).to(bounds.device)
+        segments.groups = [Group(g.queries.to(bounds.device), g.keys.to(bounds.device), g.whole) for g in groups]
         return segments
 
 
-def _group_by_length(lengths: list[int], exact: bool) -> list[list[int]]:
+def _document_group(starts: Sequence[int], widths: Sequence[int], members: Sequence[int]) -> Group:
+    """Whole documents; the first of ``members`` is the longest.  A negative row is padding."""
+    columns = torch.arange(widths[members[0]])[None]
+    first = torch.tensor([starts[i] for i in members])[:, None]
+    sizes = torch.tensor([widths[i] for i in members])[:, None]
+    index = torch.where(columns < sizes, first + columns, -1)
+    return Group(index, index.clamp(min=0))
+
+
+def _chunk_groups(starts: Sequence[int], widths: Sequence[int], cp: int, rank: int) -> list[Group]:
+    """The two chunks that ``rank`` holds of each document, with all keys up to their end."""
+    place = gathered_rows(starts, cp)
+    groups = []
+    for members in _group_by_length(widths, exact=True):
+        chunk = widths[members[0]] // (2 * cp)
+        for half, number in enumerate((rank, 2 * cp - 1 - rank)):
+            here = torch.tensor([starts[i] // cp + half * chunk for i in members])[:, None]
+            there = torch.tensor([starts[i] for i in members])[:, None]
+            keys = place[there + torch.arange((number + 1) * chunk)]
+            groups.append(Group(here + torch.arange(chunk), keys))
+    return groups
+
+
+def _inverse(groups: Sequence[Group]) -> Tensor:
+    """For each query row, where its output lies; padding (negative rows) is set to row 0."""
+    rows = torch.cat([group.queries.flatten() for group in groups])
+    inverse = torch.empty(int(rows.max()) + 1, dtype=torch.int64)
+    slots = (rows >= 0).nonzero()[:, 0]
+    inverse[rows[slots]] = slots
+    for group in groups:
+        group.queries.clamp_(min=0)
+    return inverse
+
+
+def _group_by_length(lengths: Sequence[int], exact: bool) -> list[list[int]]:
     """Indices of ``lengths`` in groups of like length, longest first within a group."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []

@@ -8,17 +8,16 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.runtime import cpu
+from ovr_megatron.runtime.layout import Layout
 
 _SLURM = {
     "RANK": "SLURM_PROCID",
@@ -30,13 +29,36 @@ _SLURM = {
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, its device and its groups."""
+    """This process among all: its rank, its device, and the layouts of the models that live here.
+
+    Attributes:
+        layout: the layout by which data are dealt out, the policy's.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    groups: ProcessGroupCollection
+    seed: int
+    layout: Layout
+    _layouts: dict[ParallelConfig, Layout] = field(default_factory=dict)
+
+    def arrange(self, parallel: ParallelConfig) -> Layout:
+        """The layout of ``parallel``, made on first use, which is a collective.
+
+        Raises:
+            ConfigError: the world size is not a multiple of the layout's ranks.
+        """
+        parallel.data_parallel(self.size)
+        known = {self.layout.parallel: self.layout} | self._layouts
+        if parallel not in known:
+            known[parallel] = self._layouts[parallel] = Layout(parallel, self.seed)
+        return known[parallel]
+
+    @property
+    def groups(self) -> ProcessGroupCollection:
+        """Process groups of `layout`."""
+        return self.layout.groups
 
     @property
     def is_main(self) -> bool:
@@ -92,11 +114,8 @@ def start(parallel: ParallelConfig, seed: int, threads: int = 0) -> World:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(minutes=30))
-    if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, context_parallel_size=parallel.cp)
-    world = World(rank, size, local_rank, device, ProcessGroupCollection.use_mpu_process_groups())
+    world = World(rank, size, local_rank, device, seed, Layout(parallel, seed))
     seed_everything(seed * 1009 + world.dp_rank)
-    model_parallel_cuda_manual_seed(seed)
     return world
 
 
@@ -133,5 +152,4 @@ def finish() -> None:
     if dist.is_initialized():
         dist.barrier()
         if "vllm" not in sys.modules:
-            parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

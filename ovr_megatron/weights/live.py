@@ -1,0 +1,194 @@
+"""The tensors of a model that lives on many ranks, whole and under the hub's names, and back in.
+
+A rank holds the rows of its pipeline stage, cut over the tensor-parallel ranks; gradients and Adam's moments may
+in turn be cut over the data-parallel ranks (the distributed optimizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.weights.table import Row, cut_dim, from_hf, join, split, to_hf
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A parameter of this rank and the row of the table that it is a part of."""
+
+    row: Row
+    parameter: Parameter
+    is_copy: bool = False  # the last stage's copy of a tied embedding
+
+
+class LiveTensors:
+    """Reads and writes a model's weights, gradients and optimizer state through the table of weights.
+
+    Args:
+        rows: the model's rows of the table.
+        parts: this rank's modules; each knows its ``first_layer``.
+        shape: the model's sizes.
+        groups: its process groups.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], parts: Iterable[nn.Module], shape: ModelShape, groups: ProcessGroupCollection
+    ):
+        self.rows, self.shape, self.groups = list(rows), shape, groups
+        self.optimizers: list[Any] = []
+        named = {row.megatron: row for row in rows}
+        self.holdings: list[Holding] = []
+        for part in parts:
+            for local, parameter in part.named_parameters():
+                name = _global_name(local, part.first_layer)
+                if name == _HEAD and name not in named:
+                    self.holdings.append(Holding(named[_EMBEDDING], parameter, is_copy=True))
+                else:
+                    self.holdings.append(Holding(named[name], parameter))
+        for holding in self.holdings:
+            # Megatron marks shards only where it fills them with random numbers; the gradient norm needs the mark.
+            holding.parameter.tensor_model_parallel = cut_dim(holding.row) is not None  # type: ignore[attr-defined]
+        self._mine = {h.row.megatron: h.parameter for h in self.holdings if not h.is_copy}
+        self._stage = self._find_stages()
+
+    def _find_stages(self) -> dict[str, int]:
+        """The pipeline stage of every row."""
+        held: list[list[str]] = [[] for _ in range(self.groups.pp.size())]
+        dist.all_gather_object(held, list(self._mine), group=self.groups.pp)
+        stages = {name: stage for stage, names in enumerate(held) for name in names}
+        missing = [row.megatron for row in self.rows if row.megatron not in stages]
+        assert not missing, f"no stage holds {missing}"
+        return stages
+
+    def attach(self, optimizer: Any) -> None:
+        """Know the optimizer whose state is to be read and written."""
+        self.optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+
+    # Out -------------------------------------------------------------------------------------------------
+
+    def whole(self, rows: Sequence[Row], which: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors of ``rows`` on every rank, under the hub's names.  A collective.
+
+        Args:
+            rows: in the same order on every rank.
+            which: ``weight``, ``gradient``, ``exp_avg``, ``exp_avg_sq`` or ``master``.
+            dtype: number format of what ``which`` names.
+        """
+        for row in rows:
+            shard = self._shard(row, which, dtype)
+            shards = [shard]
+            if self.groups.tp.size() > 1 and cut_dim(row) is not None:
+                shards = [torch.empty_like(shard) for _ in range(self.groups.tp.size())]
+                dist.all_gather(shards, shard, group=self.groups.tp)
+            yield from zip(row.hf, to_hf(row, join(row, shards, self.shape), self.shape), strict=True)
+
+    def _shard(self, row: Row, which: str, dtype: torch.dtype) -> Tensor:
+        """This tensor-parallel rank's part of a row, on every pipeline stage."""
+        stage = self._stage[row.megatron]
+        if self.groups.pp.rank() == stage:
+            found = self._read(self._mine[row.megatron], which).contiguous()
+        else:
+            found = torch.empty(self._shard_shape(row), dtype=dtype, device=torch.cuda.current_device())
+        if self.groups.pp.size() > 1:
+            dist.broadcast(found, group=self.groups.pp, group_src=stage)
+        return found
+
+    def _shard_shape(self, row: Row) -> torch.Size:
+        empty = [torch.empty(size, device="meta") for size in row.sizes]
+        tp = self.groups.tp
+        return split(row, from_hf(row, empty, self.shape), tp.size(), tp.rank(), self.shape).shape
+
+    def _read(self, parameter: Parameter, which: str) -> Tensor:
+        if which == "weight":
+            return parameter.detach()
+        piece = self._piece(parameter)
+        if piece is None:
+            return self._state(parameter, which) if which != "gradient" else parameter.main_grad  # type: ignore[attr-defined]
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if piece.stop > piece.start:
+            if which == "gradient":
+                whole[piece] = parameter.main_grad.flatten()[piece].float()  # type: ignore[attr-defined]
+            else:
+                whole[piece] = self._state(parameter, which).flatten()
+        dist.all_reduce(whole, group=self.groups.dp_cp)
+        return whole.view(parameter.shape)
+
+    # In --------------------------------------------------------------------------------------------------
+
+    def put(self, holding: Holding, tensors: Sequence[Tensor], into: Tensor) -> None:
+        """Copy this rank's part of a row, given whole under the hub's names, into ``into``."""
+        with torch.no_grad():
+            into.copy_(self._part(holding.row, tensors))
+
+    def _part(self, row: Row, tensors: Sequence[Tensor]) -> Tensor:
+        tp = self.groups.tp
+        return split(row, from_hf(row, tensors, self.shape), tp.size(), tp.rank(), self.shape)
+
+    def start_state(self, step: int) -> None:
+        """Give every trained parameter Adam's state as it is after ``step`` steps, moments still zero."""
+        for wrapped in self.optimizers:
+            adam = wrapped.optimizer
+            for group in adam.param_groups:
+                group["step"] = step  # where the fused Adam of Transformer Engine or Apex counts
+                for key in group["params"]:
+                    adam.state[key] = {which: torch.zeros_like(key, dtype=torch.float32) for which in MOMENTS}
+                    if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+                        adam.state[key]["step"] = torch.tensor(float(step))
+
+    def put_state(self, holding: Holding, which: str, tensors: Sequence[Tensor]) -> None:
+        """Copy this rank's part of one of `MOMENTS` or ``master`` in, given whole under the hub's names."""
+        part, piece = self._part(holding.row, tensors), self._piece(holding.parameter)
+        if piece is not None:
+            part = part.flatten()[piece]
+            if not part.numel():
+                return
+        with torch.no_grad():
+            target = self._state(holding.parameter, which)
+            target.copy_(part.view(target.shape))
+
+    # Where Megatron keeps it -----------------------------------------------------------------------------
+
+    def _piece(self, parameter: Parameter) -> slice | None:
+        """The part of the flat parameter whose state this rank keeps; None if it keeps all."""
+        if not hasattr(self.optimizers[0], "model_param_gbuf_map"):
+            return None
+        for wrapped in self.optimizers:
+            if parameter in wrapped.model_param_gbuf_map:
+                found = wrapped._get_model_param_range_map(parameter)["param"]
+                return slice(found.start, found.end)
+        return slice(0, 0)
+
+    def _state(self, parameter: Parameter, which: str) -> Tensor:
+        for wrapped in self.optimizers:
+            if hasattr(wrapped, "model_param_gbuf_map"):
+                if parameter in wrapped.model_param_gbuf_map:
+                    state = wrapped._get_main_param_and_optimizer_states(parameter)
+                    return state["param" if which == "master" else which]
+                continue
+            main = getattr(parameter, "main_param", None)
+            if which == "master":
+                return main  # type: ignore[return-value]
+            key = parameter if main is None else main
+            if key in wrapped.optimizer.state:
+                return wrapped.optimizer.state[key][which]
+        raise KeyError(f"no optimizer state {which}: no step has been taken, or the parameter is frozen")
+
+
+def _global_name(name: str, first_layer: int) -> str:
+    """The name in the whole model of a parameter of one pipeline stage."""
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    number, rest = name.removeprefix(prefix).split(".", 1)
+    return f"{prefix}{int(number) + first_layer}.{rest}"

@@ -1,0 +1,133 @@
+"""Every layout computes what one process and what Transformers compute: one launch of four processes, one table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovr_megatron.config import ConfigError, ParallelConfig
+from ovr_megatron.model.qwen25vl import alignment, check_layout
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+BOUNDS = {"outputs": 1e-4, "gradients": 1e-4, "loss": 1e-6, "one process": 2e-5, "ten steps": 1e-3}
+BF16_BOUNDS = {"outputs": 3e-2, "gradients": 1e-1, "loss": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("layouts")
+    for tied in (True, False):
+        make_tiny_model(folder / ("tied" if tied else "untied"), tied=tied, seed=5, perturb=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command = [*launch, ROOT / "tests/model/layouts.py", folder, folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def rows(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    table = {f"{model}, {layout}": row for model, part in results["matrix"].items() for layout, row in part.items()}
+    return table | results["side by side"]
+
+
+def test_every_layout_computes_what_transformers_computes(results: dict[str, Any]) -> None:
+    columns = list(BOUNDS)
+    print(f"\n{'largest relative error':44}" + "".join(f"{column:>13}" for column in columns))
+    wrong = []
+    for name, row in rows(results).items():
+        cells = "".join(f"{row[column]:13.1e}" if column in row else " " * 13 for column in columns)
+        print(f"{name:44}{cells}")
+        bounds = BF16_BOUNDS if "bf16" in name else BOUNDS
+        wrong += [(name, c, row[c]) for c, bound in bounds.items() if c in row and not row[c] <= bound]
+    assert not wrong
+    assert len(rows(results)) > 60
+
+
+def test_what_is_frozen_has_no_gradient(results: dict[str, Any]) -> None:
+    table = results["matrix"]["untied policy"]
+    counts = {name: row["trained"] for name, row in table.items()}
+    everything = counts["dp=4"]
+    assert counts["frozen vision"] + counts["frozen language, cp=2"] == everything
+    assert counts["frozen vision, zero=1, pp=2"] == counts["frozen vision"]
+
+
+def test_replicas_stay_bit_identical(results: dict[str, Any]) -> None:
+    checked = [row["replicas agree"] for row in results["matrix"]["untied policy"].values() if "ten steps" in row]
+    assert len(checked) > 15 and all(checked)
+
+
+def test_a_pack_is_its_documents(results: dict[str, Any]) -> None:
+    print(results["packed"])
+    assert max(results["packed"].values()) < 1e-5
+
+
+def test_a_checkpoint_knows_no_layout(results: dict[str, Any]) -> None:
+    for losses in results["resumed"].values():
+        written, same, *others = losses
+        assert same == written
+        for other in others:
+            assert other[0] == pytest.approx(written[0], rel=1e-6)
+            assert other == pytest.approx(written, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"tp": 4}, "parallel.tp=4 does not divide the model's 2 key-value heads; use at most tp=2"),
+        ({"pp": 3}, "parallel.pp=3, parallel.vpp=1: 4 of the model's 4 layers do not divide"),
+        ({"pp": 3}, "pp can be 1, 2, 4"),
+        ({"pp": 2, "vpp": 4}, "parallel.vpp=4.*pp can be 1"),
+        ({"pp": 8}, "4 layers do not divide over 8 stages"),
+        ({"pp": 2, "first_stage_layers": 1, "last_stage_layers": 1}, "hold 2 layers and the model has 4"),
+        ({"pp": 2, "first_stage_layers": 4}, "0 of the model's 4 layers"),
+        ({"pp": 2, "vpp": 2, "last_stage_layers": 1}, "do not divide"),
+    ],
+)
+def test_an_impossible_layout_is_refused(tmp_path: Path, parallel: dict[str, int], message: str) -> None:
+    make_tiny_model(tmp_path, tied=True, seed=1)
+    with pytest.raises(ConfigError, match=message):
+        check_layout(ModelShape.from_hf(tmp_path), ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vpp": 2}, "parallel.vpp=2 needs parallel.pp of at least 2"),
+        ({"first_stage_layers": 2}, "needs parallel.pp"),
+        ({"first_stage_layers": -1}, "parallel.first_stage_layers=-1"),
+        ({"cp": 0}, "parallel.cp=0"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**settings)
+
+
+def test_alignment() -> None:
+    assert alignment(ParallelConfig(tp=2)) == (1, 1)
+    assert alignment(ParallelConfig(tp=4, sequence_parallel=True)) == (1, 4)
+    assert alignment(ParallelConfig(cp=4)) == (8, 8)
+    assert alignment(ParallelConfig(cp=4, tp=2, sequence_parallel=True)) == (8, 8)
+    assert alignment(ParallelConfig(cp=3, tp=2, sequence_parallel=True)) == (6, 6)
+    assert alignment(ParallelConfig(cp=2, tp=2), fp8=True) == (4, 32)
+
+
+OTHER_SHAPES = {
+    "8 heads of 32, 4 key-value heads": TinySizes(hidden=256, heads=8, kv_heads=4, layers=2, vision_depth=3),
+    "one vision layer, windows of 4 x 4": TinySizes(layers=2, vision_depth=1, vision_heads=2, window=112),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPES)
+@pytest.mark.parametrize("option", ["--packed", "--critic"])
+def test_other_shapes(tmp_path: Path, name: str, option: str) -> None:
+    make_tiny_model(tmp_path, tied=False, seed=2, perturb=True, sizes=OTHER_SHAPES[name])
+    command = [sys.executable, ROOT / "tools/verify.py", "--hf", tmp_path, "--layout", "tp=2,sp=1", option]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr[-3000:]
