@@ -107,6 +107,10 @@ class ModelConfig:
             f"model.fp8={self.fp8} needs model.dtype=bfloat16 and Transformer Engine's layers",
         )
         _require(
+            self.fp8 != "delayed" or not self.fp8_bf16_layers,
+            f"model.fp8_bf16_layers={self.fp8_bf16_layers}: delayed scaling is for all layers; use current or block",
+        )
+        _require(
             self.fp8_bf16_layers >= 0, f"model.fp8_bf16_layers={self.fp8_bf16_layers} must be 0 or a number of layers"
         )
 
@@ -198,6 +202,15 @@ class RunConfig:
         _require(self.keep_last >= 0, f"run.keep_last={self.keep_last} must be 0 (keep all) or more")
 
 
+def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:
+    chunks = 2 * parallel.cp if parallel.cp > 1 else 1
+    _require(
+        data.pack_tokens >= chunks,
+        f"data.pack_tokens={data.pack_tokens} is shorter than two chunks for each of parallel.cp={parallel.cp} ranks; "
+        f"use at least {chunks} tokens or cp={max(1, data.pack_tokens // 2)}",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ColdStartConfig:
     """Stage 1: supervised training on packed samples (paper, section 3.1)."""
@@ -211,6 +224,7 @@ class ColdStartConfig:
     packs_per_step: int = 640
 
     def __post_init__(self) -> None:
+        _check_pack(self.data, self.parallel)
         _require(self.steps > 0, f"steps={self.steps} must be positive")
         _require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
 
@@ -312,6 +326,7 @@ class RLConfig:
     responses: int = 16
 
     def __post_init__(self) -> None:
+        _check_pack(self.data, self.parallel)
         _require(self.iterations > 0, f"iterations={self.iterations} must be positive")
         _require(self.prompts > 0 and self.responses > 0, "prompts and responses must be positive")
         _require(bool(self.curriculum), "curriculum is empty: give at least one {until, max_tokens}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.heads import init_value_head
+from ovr_megatron.model.layers import choose_parts
 from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.distributed import World
@@ -79,15 +80,16 @@ class Engine:
     def __init__(
         self, shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, world: World, critic: bool = False
     ):
-        check_layout(shape, parallel)
+        check_layout(shape, parallel, model.fp8 != "none")
         self.shape, self.world, self.critic, self.parallel = shape, world, critic, parallel
         self.layout = world.arrange(parallel)
         self.groups = self.layout.groups
         self.step_count = 0
         with self.layout.active():
-            self.config = language_config(shape, parallel, DTYPES[model.dtype], model.recompute)
+            self.config = language_config(shape, parallel, model)
+            classes = choose_parts(model.layers, DTYPES[model.dtype])
             self.parts = [
-                Qwen25VL(shape, self.config, parallel, self.groups, critic, part).to(world.device)
+                Qwen25VL(shape, self.config, parallel, self.groups, classes, critic, part).to(world.device)
                 for part in range(parallel.vpp)
             ]
             self.live = LiveTensors(rows(shape, critic), self.parts, shape, self.groups)
@@ -302,7 +304,7 @@ class Engine:
             )
 
     def _aligned(self, pack: Pack) -> Pack:
-        return pack.aligned(*alignment(self.parallel))
+        return pack.aligned(*alignment(self.parallel, fp8=self.config.fp8 is not None))
 
     def _means(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Means over the rows of the step, on every rank; ``sums`` is empty on all stages but the last."""

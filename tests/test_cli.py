@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ovr_megatron.config import DataConfig
+from ovr_megatron.config import ConfigError, DataConfig, RLConfig, build
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError, parse_row
 from ovr_megatron.data.stream import RowStream
+from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.rl import next_prompts
+from ovr_megatron.rl import check_lengths, next_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,3 +74,26 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(model: Path) -> None:
     kept, dropped = next_prompts(RowStream([(rows, 1.0)], seed=1), processor, 3)
     assert [row.where for row in kept] == ["rows.jsonl:0"] * 3
     assert 6 <= dropped <= 9
+
+
+@pytest.mark.parametrize(
+    ("longest", "rollout", "message"),
+    [
+        (4096, 0, None),
+        (4097, 0, r"curriculum\[1\]\.max_tokens comes to 4097 tokens, .* 4096 positions; .*--yarn 2"),
+        (128, 9000, r"rollout\.max_model_len comes to 9000 tokens, .* 4096 positions; .*--yarn 3"),
+    ],
+)
+def test_a_length_past_the_models_positions(model: Path, longest: int, rollout: int, message: str | None) -> None:
+    values = {
+        "run": {"dir": "run"},
+        "model": {"path": str(model)},
+        "rollout": {"max_model_len": rollout},
+        "curriculum": [{"until": 1, "max_tokens": 64}, {"until": 900, "max_tokens": longest}],
+    }
+    config, shape = build(RLConfig, values), ModelShape.from_hf(model)
+    if message is None:
+        check_lengths(config, shape)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_lengths(config, shape)

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 
-def convert(hf: Path, out: Path, force: bool) -> None:
-    """Write ``out/policy`` and the manifest; ``out`` appears when it is whole."""
+def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) -> None:
+    """Write ``out/policy``, with YaRN if asked, and the manifest; ``out`` appears when it is whole."""
     from ovr_megatron.checkpoint.manifest import write_manifest
-    from ovr_megatron.model.shape import ModelShape
+    from ovr_megatron.model.shape import ModelShape, stretch_positions
     from ovr_megatron.weights.folder import WeightFolder, copy_companions
     from ovr_megatron.weights.transfer import check_weights, copy_weights, staged
 
@@ -18,9 +18,13 @@ def convert(hf: Path, out: Path, force: bool) -> None:
         check_weights(folder, shape)
         with staged(out, [hf], force) as partial:
             copy_companions(hf, partial / "policy")
-            copy_weights(folder, partial / "policy")
+            if yarn is not None:
+                shape = stretch_positions(partial / "policy", yarn)
+            copy_weights(folder, partial / "policy", workers=workers)
             manifest = write_manifest(partial, step=0, extra={"converted_from": str(hf.resolve())})
     print(f"{out}: checkpoint of step 0, {sum(file.bytes for file in manifest.files.values()):,} bytes")
+    if yarn is not None:
+        print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,10 +32,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="convert_from_hf.py", description=__doc__)
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face folder (safetensors)")
     parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="checkpoint folder to write")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="shards at a time (default: 1)")
+    yarn = "stretch the positions so many times with YaRN; trainer, vLLM and export read it from config.json"
+    parser.add_argument("--yarn", type=float, metavar="FACTOR", help=yarn)
     parser.add_argument("--force", action="store_true", help="replace a checkpoint or model that is there")
     args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: give at least 1")
     try:
-        convert(args.hf, args.out, args.force)
+        convert(args.hf, args.out, args.workers, args.force, args.yarn)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

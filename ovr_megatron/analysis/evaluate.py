@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
+from ovr_megatron.model.shape import ModelShape
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -99,13 +100,16 @@ def data_config(model: Path, args: argparse.Namespace) -> DataConfig:
     """Image budget of the folder and length limit of the model, where the command line does not say otherwise.
 
     Raises:
-        ConfigError: no room is left for a prompt.
+        ConfigError: no room is left for a prompt, or prompt and response are longer than the model allows.
     """
     budget = image_budget(model)
-    positions = _text_config(model).get("max_position_embeddings", 32768)
+    shape = ModelShape.from_hf(model)
+    positions = shape.max_positions
     limit = positions - args.max_tokens
     if limit < 1:
         raise ConfigError(f"--max-tokens {args.max_tokens} leaves no room for a prompt: the model takes {positions}")
+    if args.max_prompt_tokens:
+        shape.check_length(args.max_prompt_tokens + args.max_tokens, "--max-prompt-tokens with --max-tokens")
     return DataConfig(
         template=args.template,
         min_pixels=args.min_pixels or budget["min_pixels"],

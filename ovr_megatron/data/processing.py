@@ -128,7 +128,7 @@ class Processor:
                 out).  If not, the final assistant message and the end token follow and are the target.
 
         Raises:
-            TooLongError: a prompt is over ``data.max_prompt_tokens``.
+            TooLongError: a prompt is over ``data.max_prompt_tokens``, or a row is longer than the model's positions.
             RowError: an image cannot be used, ``data.max_images`` or ``data.max_frames`` is passed, or a row to
                 learn from has no assistant message.
         """
@@ -141,7 +141,7 @@ class Processor:
     def lengths(self, rows: Sequence[Row], generation: bool) -> list[int | TooLongError]:
         """Return the tokens of each row's sample, exactly; pixels are opened but not processed.
 
-        A prompt over ``data.max_prompt_tokens`` gives its error in place of a number, to be counted.
+        A row that is too long for `encode` gives its error in place of a number, to be counted.
 
         Raises:
             RowError: as `encode`.
@@ -201,11 +201,16 @@ class Processor:
         return len(draft.prompt) + sum(visual.features(merge) - 1 for visual in draft.visuals)
 
     def _too_long(self, draft: _Draft) -> TooLongError | None:
-        length, limit = self._prompt_length(draft), self.config.max_prompt_tokens
-        if length <= limit:
+        prompt, positions = self._prompt_length(draft), self.shape.max_positions
+        length, limit = prompt + len(draft.response), self.config.max_prompt_tokens
+        if prompt > limit:
+            problem = f"the prompt takes {prompt} tokens, more than data.max_prompt_tokens={limit}"
+            remedy = "shorten the row, shrink its images or raise the limit"
+        elif length > positions:
+            problem = f"the row takes {length} tokens, more than the model's {positions} positions"
+            remedy = "shorten the row, or give the model more with tools/convert_from_hf.py --yarn"
+        else:
             return None
-        problem = f"the prompt takes {length} tokens, more than data.max_prompt_tokens={limit}"
-        remedy = "shorten the row, shrink its images or raise the limit"
         return TooLongError(draft.row.where, "messages", problem, remedy)
 
     def _patches(self, drafts: list[_Draft]) -> list[list[np.ndarray]]:

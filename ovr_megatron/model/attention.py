@@ -27,10 +27,31 @@ def rotary_table(angles: Tensor) -> Tensor:
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Apply the rotary ``table`` [T, 1, 1, 2H] to ``x`` [T, 1, N, H], in float32."""
-    cos, sin = table.chunk(2, dim=-1)
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return _Rotation.apply(x, table)
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotation of the pairs (x_i, x_{i + H/2}); its backward is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return _turn(x, table, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        return _turn(grad, table, -1.0), None
+
+
+def _turn(x: Tensor, table: Tensor, sign: float) -> Tensor:
+    half = x.size(-1) // 2
+    cos, sin = table[..., :half], table[..., 2 * half : 3 * half]
+    first, second = x.float().chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
+    return out.to(x.dtype)
 
 
 class PackedSelfAttention(SelfAttention):

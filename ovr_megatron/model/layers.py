@@ -5,6 +5,7 @@ Parameter names are Transformer Engine's in both cases, so a checkpoint does not
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +20,38 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from ovr_megatron.config import ConfigError
 from ovr_megatron.model.attention import PackedDotProductAttention, PackedSelfAttention
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, statistics in float32 (as Transformers computes it)."""
-    return weight * torch.nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+    if x.is_cuda:  # torch has a fused kernel there
+        return weight * torch.nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With n = x / rms(x): d x = (g w - n mean(g w n)) / rms(x), d w = sum(g n)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        wide = grad.float()
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        d_x = wide * weight.float()
+        mean = torch.linalg.vecdot(d_x, normed).unsqueeze(-1).div_(x.size(-1))
+        return d_x.addcmul_(normed, mean, value=-1.0).mul_(scale).to(x.dtype), d_weight, None
 
 
 class RMSNorm(torch.nn.Module):
@@ -59,7 +86,82 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         return super().forward(rms_norm(input_, self.layer_norm_weight, self.eps), *args, **kwargs)
 
 
-def layer_spec(causal: bool) -> ModuleSpec:
+class SwiGLU(torch.nn.Module):
+    """The perceptron's gate silu(a) * b; its backward keeps (a, b) only."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """[..., 2F], a before b, -> [..., F]."""
+        return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)
+        torch.mul(grad, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return out
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes that a transformer layer is made of."""
+
+    norm: Any
+    norm_linear: Any
+    row_linear: Any
+    core_attention: Any
+
+
+def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
+    """Transformer Engine's classes or ours.
+
+    Its attention over packs is for 16-bit numbers only; in float32 ours takes its place.
+
+    Args:
+        layers: ``auto`` (Transformer Engine where it is installed and there is a GPU), ``local`` or
+            ``transformer_engine``.
+        dtype: of the parameters.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and cannot be had.
+    """
+    ours = Parts(RMSNorm, NormColumnParallelLinear, RowParallelLinear, PackedDotProductAttention)
+    if layers == "local" or (layers == "auto" and not torch.cuda.is_available()):
+        return ours
+    try:
+        from megatron.core.extensions import transformer_engine as te
+    except ImportError as error:
+        te, reason = None, str(error)
+    else:
+        reason = "it is not installed" if not getattr(te, "HAVE_TE", False) else ""
+    if reason:
+        if layers == "auto":
+            return ours
+        raise ConfigError(
+            f"model.layers=transformer_engine: Transformer Engine cannot be used here ({reason}); "
+            "install the extra `te` or set model.layers=auto"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError("model.layers=transformer_engine needs a GPU; set model.layers=auto")
+    attention = PackedDotProductAttention if dtype == torch.float32 else te.TEDotProductAttention
+    return Parts(te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, attention)
+
+
+def layer_spec(causal: bool, parts: Parts) -> ModuleSpec:
     """Specification of one transformer layer: causal for the language model, bidirectional for the vision tower."""
     return ModuleSpec(
         module=TransformerLayer,
@@ -68,9 +170,9 @@ def layer_spec(causal: bool) -> ModuleSpec:
                 module=PackedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.padding_causal if causal else AttnMaskType.padding},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=NormColumnParallelLinear,
-                    core_attention=PackedDotProductAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=parts.norm_linear,
+                    core_attention=parts.core_attention,
+                    linear_proj=parts.row_linear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
@@ -78,7 +180,9 @@ def layer_spec(causal: bool) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=parts.norm_linear, linear_fc2=parts.row_linear, activation_func=SwiGLU
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

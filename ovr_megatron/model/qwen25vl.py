@@ -15,17 +15,19 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from ovr_megatron.config import ConfigError, ParallelConfig
+from ovr_megatron.config import ConfigError, ModelConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.context import rank_rows, share_images
 from ovr_megatron.model.heads import token_scores
-from ovr_megatron.model.layers import RMSNorm, layer_spec
+from ovr_megatron.model.layers import Parts, layer_spec
+from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.model.segments import Segments
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.vision import VisionTower
@@ -47,8 +49,10 @@ class Scores:
     values: Tensor | None = None
 
 
-def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
+def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False) -> None:
     """Refuse a layout that the model's sizes do not allow, before anything is allocated.
+
+    8-bit matrix products want both sizes of a rank's weight to be multiples of 16.
 
     Raises:
         ConfigError: names the values and the nearest that fit.
@@ -65,6 +69,16 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
             fits = max(n for n in range(1, tp) if not count % n)
             raise ConfigError(f"parallel.tp={tp} does not divide the model's {count} {what}; use at most tp={fits}")
     _check_stages(shape.layers, parallel)
+    for size, what in (
+        (shape.hidden, "width"),
+        (shape.ffn // tp, "FFN columns a rank"),
+        (shape.heads * shape.head_dim // tp, "query columns a rank"),
+        (shape.kv_heads * shape.head_dim // tp, "key columns a rank"),
+    ):
+        if fp8 and size % 16:
+            smaller = [n for n in range(1, tp) if not tp % n and size * tp // n % 16 == 0]
+            remedy = f"use tp={smaller[-1]} or model.fp8=none" if smaller else "use model.fp8=none"
+            raise ConfigError(f"model.fp8 with parallel.tp={tp}: {what} = {size}, not a multiple of 16; {remedy}")
 
 
 def _check_stages(layers: int, parallel: ParallelConfig) -> None:
@@ -110,9 +124,10 @@ def _transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **sizes: A
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=parallel_layers._grad_accum_fusion_available,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
+        use_te_activation_func=True,  # the name notwithstanding: the layers' own module `SwiGLU`
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
@@ -121,10 +136,22 @@ def _transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **sizes: A
     )
 
 
-def language_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute: str
-) -> TransformerConfig:
+_FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
+
+
+def language_config(shape: ModelShape, parallel: ParallelConfig, model: ModelConfig) -> TransformerConfig:
     """Megatron's configuration of the language model."""
+    fp8: dict[str, Any] = {}
+    if model.fp8 != "none":
+        fp8 = {
+            "fp8": "hybrid",
+            "fp8_recipe": _FP8_RECIPES[model.fp8],
+            "first_last_layers_bf16": model.fp8_bf16_layers > 0,
+            "num_layers_at_start_in_bf16": model.fp8_bf16_layers,
+            "num_layers_at_end_in_bf16": model.fp8_bf16_layers,
+        }
+        if model.fp8 == "delayed":
+            fp8 |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     recomputed: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -132,7 +159,7 @@ def language_config(
     }
     return _transformer_config(
         parallel,
-        dtype,
+        DTYPES[model.dtype],
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers or None,
@@ -152,7 +179,8 @@ def language_config(
         batch_p2p_comm=parallel.vpp == 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, even without experts
-        **recomputed[recompute],
+        **recomputed[model.recompute],
+        **fp8,
     )
 
 
@@ -179,6 +207,7 @@ class Qwen25VL(GPTModel):
         config: `language_config`, one object for all parts of a rank.
         parallel: layout, checked by `check_layout`.
         pg_collection: its process groups.
+        parts: the classes of its layers.
         critic: a value head in place of the language-model head.
         part: number of the interleaved part of this stage, below ``parallel.vpp``.
     """
@@ -189,6 +218,7 @@ class Qwen25VL(GPTModel):
         config: TransformerConfig,
         parallel: ParallelConfig,
         pg_collection: ProcessGroupCollection,
+        parts: Parts,
         critic: bool = False,
         part: int = 0,
     ):
@@ -196,10 +226,10 @@ class Qwen25VL(GPTModel):
         pre_process = stage == 0 and part == 0
         post_process = stage == stages - 1 and part == parallel.vpp - 1
         vp_stage = part if parallel.vpp > 1 else None
-        layers = get_num_layers_to_build(config, vp_stage, stage)
+        count = get_num_layers_to_build(config, vp_stage, stage)
         super().__init__(
             config,
-            TransformerBlockSubmodules(layer_specs=[layer_spec(causal=True)] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[layer_spec(True, parts)] * count, layer_norm=parts.norm),
             vocab_size=-(-shape.vocab // parallel.tp) * parallel.tp,
             max_sequence_length=shape.max_positions,
             pre_process=pre_process,
@@ -214,15 +244,15 @@ class Qwen25VL(GPTModel):
         dtype = config.params_dtype
         if pre_process:
             self.vision = VisionTower(
-                shape.vision, shape.hidden, vision_config(shape, parallel, dtype), self.pg_collection
+                shape.vision, shape.hidden, vision_config(shape, parallel, dtype), self.pg_collection, parts
             )
         if post_process and critic:
             del self.output_layer
             device = torch.cuda.current_device()
             self.value_head = torch.nn.Linear(shape.hidden, 1, bias=False, dtype=dtype, device=device)
         self.shape, self.critic = shape, critic
-        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-        self.register_buffer("inv_freq", 1.0 / shape.rope_theta**exponents, persistent=False)
+        frequencies, self.rotary_scaling = inverse_frequencies(shape)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
         rows = torch.repeat_interleave(torch.arange(3), torch.tensor(shape.mrope_section))
         self.register_buffer("position_row", rows, persistent=False)
         self.banned: Tensor
@@ -277,7 +307,7 @@ class Qwen25VL(GPTModel):
         return self.decoder(
             hidden_states=self._embed(pack, rows) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary_table(angles),
+            rotary_pos_emb=rotary_table(angles) * self.rotary_scaling,
             packed_seq_params=segments,
         )
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ovr_megatron.config import ConfigError
+
+# Qwen2.5-VL's config.json allows 128000 positions, but its training and its model card end here.
+TRAINED_POSITIONS = 32768
+_YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor")
+_YARN_FIELDS = {"type", "rope_type", "rope_theta", "mrope_section", "truncate", *_YARN_OPTIONS}
+_YARN_FIELDS |= {"factor", "original_max_position_embeddings"}
 
 
 class ShapeError(ValueError):
@@ -35,8 +44,25 @@ class VisionShape:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN: rotary frequencies for ``factor`` times the ``original_positions``.
+
+    Pairs that turn more than ``beta_fast`` times within the original positions keep their frequency, those that turn
+    less than ``beta_slow`` times have it divided by ``factor``, with a ramp in between, whose ends are whole pairs if
+    ``truncate``.  Cosines and sines are multiplied by ``attention_factor``.
+    """
+
+    factor: float
+    original_positions: int
+    attention_factor: float
+    beta_fast: float = 32
+    beta_slow: float = 1
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """Sizes and special ids of one Qwen2.5-VL model."""
+    """Sizes and special ids of one Qwen2.5-VL model; ``max_positions`` is its longest document, YaRN included."""
 
     layers: int
     hidden: int
@@ -55,6 +81,25 @@ class ModelShape:
     video_token: int
     vision_start_token: int
     vision_end_token: int
+    yarn: Yarn | None = None
+
+    @property
+    def trained_positions(self) -> int:
+        """Positions before YaRN."""
+        return self.yarn.original_positions if self.yarn else min(self.max_positions, TRAINED_POSITIONS)
+
+    def check_length(self, tokens: int, setting: str) -> None:
+        """Refuse a document of ``tokens``, asked for by ``setting``, that is longer than the model's positions.
+
+        Raises:
+            ConfigError: names the setting, both lengths and the remedy.
+        """
+        if tokens > self.max_positions:
+            factor = math.ceil(tokens / self.trained_positions)
+            raise ConfigError(
+                f"{setting} comes to {tokens} tokens, and the model has {self.max_positions} positions; lower it, or "
+                f"give the model more with YaRN: tools/convert_from_hf.py --yarn {factor}"
+            )
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> ModelShape:
@@ -73,32 +118,41 @@ class ModelShape:
         if raw.get("model_type") != "qwen2_5_vl":
             raise ShapeError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2_5_vl'")
         try:
-            return cls._parse(raw)
+            return cls._parse(raw, path)
         except KeyError as error:
             raise ShapeError(f"{path}: field {error.args[0]!r} is missing") from None
 
     @classmethod
-    def _parse(cls, raw: dict[str, Any]) -> ModelShape:
+    def _parse(cls, raw: dict[str, Any], path: Path) -> ModelShape:
         text = raw.get("text_config") or raw
         vision = raw["vision_config"]
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        # Transformers 4 says rope_scaling, 5 rope_parameters; where both stand it takes the first.
+        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         theta = rope.get("rope_theta", text.get("rope_theta"))
         if theta is None:
             raise KeyError("rope_theta")
         # Older exports keep the tie flag on the outer level only, newer ones write it on both: outer wins.
         tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        section = tuple(rope["mrope_section"])
+        if len(section) != 3 or 2 * sum(section) != head_dim:
+            raise ShapeError(f"{path}: mrope_section {list(section)} is not three numbers of sum {head_dim // 2}")
+        positions = text.get("max_position_embeddings", 32768)
+        yarn = _read_yarn(rope, positions, path)
         return cls(
             layers=text["num_hidden_layers"],
             hidden=text["hidden_size"],
             ffn=text["intermediate_size"],
             heads=text["num_attention_heads"],
             kv_heads=text["num_key_value_heads"],
-            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+            head_dim=head_dim,
             vocab=text["vocab_size"],
             norm_eps=text.get("rms_norm_eps", 1e-6),
             rope_theta=float(theta),
-            mrope_section=tuple(rope["mrope_section"]),
-            max_positions=text.get("max_position_embeddings", 32768),
+            mrope_section=section,
+            # vLLM stops at the first of the two.
+            max_positions=min(positions, int(yarn.factor * yarn.original_positions)) if yarn else positions,
+            yarn=yarn,
             tied=bool(tied),
             vision=VisionShape(
                 depth=vision["depth"],
@@ -118,3 +172,52 @@ class ModelShape:
             vision_start_token=raw["vision_start_token_id"],
             vision_end_token=raw.get("vision_end_token_id", raw["vision_start_token_id"] + 1),
         )
+
+
+def _read_yarn(rope: dict[str, Any], positions: int, path: Path) -> Yarn | None:
+    """YaRN as the rotary part of ``config.json`` asks for it; Transformers and vLLM read the same fields."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", "mrope"):
+        return None
+    if kind != "yarn":
+        raise ShapeError(f"{path}: rotary type {kind!r} is not known; it can be 'mrope', 'default' or 'yarn'")
+    if unknown := sorted(set(rope) - _YARN_FIELDS):
+        raise ShapeError(f"{path}: field {unknown[0]!r} of YaRN is not known; remove it")
+    options = {name: rope[name] for name in _YARN_OPTIONS if rope.get(name) is not None}
+    original = rope.get("original_max_position_embeddings", positions)
+    for name, value in {**options, "factor": rope["factor"], "original_max_position_embeddings": original}.items():
+        if not isinstance(value, int | float) or value <= 0 or (name == "factor" and value < 1):
+            raise ShapeError(f"{path}: field {name!r} of YaRN is {value!r}; give a number above 0, for 'factor' from 1")
+    options.setdefault("attention_factor", 0.1 * math.log(rope["factor"]) + 1.0)
+    return Yarn(rope["factor"], original, truncate=bool(rope.get("truncate", True)), **options)
+
+
+def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
+    """Write YaRN with ``factor`` into ``config.json`` of ``directory``; what it says of YaRN already is replaced.
+
+    Everything that reads the folder has it from then on: this project, Transformers, vLLM, and what is exported.
+
+    Raises:
+        ConfigError: ``factor`` stretches nothing.
+        ShapeError: as `ModelShape.from_hf`.
+    """
+    if not factor > 1:
+        raise ConfigError(f"--yarn {factor:g} gives no more positions; it must be above 1")
+    original = ModelShape.from_hf(directory).trained_positions
+    path = Path(directory) / "config.json"
+    config = json.loads(path.read_text())
+    text = config.get("text_config") or config
+    for part in [text] if text is config else [text, config]:
+        for name in ("rope_scaling", "rope_parameters"):
+            if part.get(name):
+                part[name] = _stretched(part[name], factor, original)
+        if part is text or "max_position_embeddings" in part:
+            part["max_position_embeddings"] = int(factor * original)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return ModelShape.from_hf(directory)
+
+
+def _stretched(rope: dict[str, Any], factor: float, original: int) -> dict[str, Any]:
+    kept = {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
+    kinds = [name for name in ("type", "rope_type") if name in rope] or ["rope_type"]
+    return kept | dict.fromkeys(kinds, "yarn") | {"factor": factor, "original_max_position_embeddings": original}

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ovr_megatron.model.attention import rotary_table
-from ovr_megatron.model.layers import RMSNorm, layer_spec
+from ovr_megatron.model.layers import Parts, layer_spec
 from ovr_megatron.model.segments import Segments
 from ovr_megatron.model.shape import VisionShape
 
@@ -82,9 +82,16 @@ def _boundaries(lengths: list[int], device: torch.device) -> Tensor:
 class PatchMerger(MegatronModule):
     """Norm, then each m x m block of patches through a two-layer perceptron to the language width."""
 
-    def __init__(self, config: TransformerConfig, merge: int, out_size: int, tp_group: torch.distributed.ProcessGroup):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        merge: int,
+        out_size: int,
+        tp_group: torch.distributed.ProcessGroup,
+        parts: Parts,
+    ):
         super().__init__(config=config)
-        self.norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+        self.norm = parts.norm(config, config.hidden_size, eps=config.layernorm_epsilon)
         self.width = config.hidden_size * merge * merge
         self.linear_fc1 = ColumnParallelLinear(
             self.width,
@@ -118,7 +125,12 @@ class VisionTower(MegatronModule):
     """
 
     def __init__(
-        self, shape: VisionShape, out_size: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+        self,
+        shape: VisionShape,
+        out_size: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        parts: Parts,
     ):
         super().__init__(config=config)
         self.shape = shape
@@ -130,10 +142,12 @@ class VisionTower(MegatronModule):
             device=torch.cuda.current_device(),
         )
         self.layers = torch.nn.ModuleList(
-            build_module(layer_spec(causal=False), config=config, layer_number=i + 1, pg_collection=pg_collection)
+            build_module(
+                layer_spec(causal=False, parts=parts), config=config, layer_number=i + 1, pg_collection=pg_collection
+            )
             for i in range(shape.depth)
         )
-        self.merger = PatchMerger(config, shape.merge, out_size, pg_collection.tp)
+        self.merger = PatchMerger(config, shape.merge, out_size, pg_collection.tp, parts)
         head = shape.hidden // shape.heads
         exponents = torch.arange(0, head // 2, 2, dtype=torch.float32) / (head // 2)
         self.register_buffer("inv_freq", 1.0 / 10000.0**exponents, persistent=False)

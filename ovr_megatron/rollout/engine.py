@@ -96,7 +96,7 @@ class RolloutEngine:
         Args:
             model_dir: Hugging Face folder of the model.
             config: Layout, memory and stop strings.
-            processor: The trainer's; its tokenizer, image budget and position rule hold here too.
+            processor: The trainer's; its tokenizer, image budget, position rule and frequencies hold here too.
             dtype: ``float32`` or ``bfloat16``.
             max_model_len: Most tokens of a prompt and its response together.
             seed: Of vLLM's own generators; responses have seeds of their own.
@@ -117,7 +117,7 @@ class RolloutEngine:
             self._llm = LLM(model=str(model_dir), seed=seed, **settings)
             _started.append(self._llm)
             self._llm.init_weight_transfer_engine({"init_info": {}})
-            self._llm.apply_model(lambda model: model.follow(self.banned, processor.after_video))
+            self._llm.apply_model(lambda model: model.follow(self.banned, processor.after_video, processor.shape))
         self._can_sleep = settings.get("enable_sleep_mode", False)
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's Qwen2.5-VL with the trainer's conventions: the same ids banned, the same positions after a video."""
+"""vLLM's Qwen2.5-VL with the trainer's conventions: the same ids banned, positions and rotary frequencies."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import ModelRegistry
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.data.positions import Visual, mrope_positions
+from ovr_megatron.model.rope import inverse_frequencies
+from ovr_megatron.model.shape import ModelShape
+
+_ROWS_AT_ONCE = 1 << 16
 
 
 class RolloutModel(Qwen2_5_VLForConditionalGeneration):
@@ -24,11 +29,14 @@ class RolloutModel(Qwen2_5_VLForConditionalGeneration):
     banned: Tensor | None = None
     after_video: str = "grid"
 
-    def follow(self, banned: Sequence[int], after_video: str) -> None:
-        """Never sample ``banned``; go on after a video as `mrope_positions` does with ``after_video``."""
+    def follow(self, banned: Sequence[int], after_video: str, shape: ModelShape) -> None:
+        """Never sample ``banned``; go on after a video as ``after_video`` says; turn by the angles of ``shape``."""
         # A plain attribute: a buffer would be dropped by a weight update and by vLLM's sleep.
         self.banned = torch.tensor(banned, dtype=torch.long, device=next(self.parameters()).device)
         self.after_video = after_video
+        for module in self.modules():
+            if isinstance(module, MRotaryEmbedding):
+                fill_rotary_cache(module.cos_sin_cache, shape)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [n, V] of hidden states [n, D]; None on the tensor-parallel ranks that vLLM gives none."""
@@ -51,6 +59,21 @@ class RolloutModel(Qwen2_5_VLForConditionalGeneration):
         per_second = self.config.vision_config.tokens_per_second
         positions = mrope_positions(segments, merge, per_second, self.after_video)
         return torch.from_numpy(positions), int(positions[0, -1]) + 1 - len(input_tokens)
+
+
+@torch.no_grad()
+def fill_rotary_cache(cache: Tensor, shape: ModelShape) -> None:
+    """Write cosines and sines of the trainer's angles to ``cache`` [positions, head_dim], in place.
+
+    With M-RoPE vLLM cuts YaRN's ramp for four times the original positions, where Transformers takes the positions
+    themselves; without YaRN its frequencies, computed on its device, may differ in the last bit.
+    """
+    frequencies, scaling = inverse_frequencies(shape)
+    frequencies = frequencies.to(cache.device)
+    for first in range(0, len(cache), _ROWS_AT_ONCE):
+        rows = cache[first : first + _ROWS_AT_ONCE]
+        angles = torch.arange(first, first + len(rows), device=cache.device).float()[:, None] * frequencies
+        rows.copy_(torch.cat((angles.cos(), angles.sin()), dim=-1) * scaling)
 
 
 # Given as a class, not by name: vLLM would otherwise inspect the model in a fresh interpreter, which takes

@@ -96,6 +96,21 @@ def let_megatron_run() -> None:
     for name in _MODULES_WITH_LITERAL_CUDA:
         importlib.import_module(f"megatron.core.{name}").torch = _TorchOnCpu("torch")  # type: ignore[attr-defined]
     _name_cpu_types_as_cuda(torch)
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    layers.fused_weight_gradient_mlp_cuda = _FusedWeightGradient  # type: ignore[attr-defined]
+    layers._grad_accum_fusion_available = True  # type: ignore[attr-defined]
+
+
+class _FusedWeightGradient:
+    """What Megatron calls of Apex's extension: the gradient of a linear layer's weight, added where it accumulates."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(total_input: Any, grad_output: Any, main_grad: Any) -> None:
+        """``main_grad`` [out, in] += ``grad_output`` [T, out]^T ``total_input`` [T, in]."""
+        if grad_output.dtype == main_grad.dtype:
+            main_grad.addmm_(grad_output.t(), total_input)
+        else:
+            main_grad.add_(grad_output.t() @ total_input)
 
 
 def _name_cpu_types_as_cuda(torch: Any) -> None:

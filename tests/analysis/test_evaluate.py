@@ -155,10 +155,12 @@ def test_number_format_is_the_folders(tmp_path, config, dtype):
 def test_mistakes_are_told_before_anything_starts(model, tmp_path, capsys):
     with pytest.raises(ConfigError, match="leaves no room for a prompt: the model takes 4096"):
         data_config(model, arguments(model, "--max-tokens", "4096"))
+    with pytest.raises(ConfigError, match=r"--max-tokens comes to 4097 tokens, .* has 4096 positions; .*--yarn 2"):
+        data_config(model, arguments(model, "--max-tokens", "96", "--max-prompt-tokens", "4001"))
     with pytest.raises(ConfigError, match=r"never ends; give --limit"):
         open_problems("endless", "puzzle:digits?task=sum")
     assert open_problems("some", "puzzle:digits?task=sum", limit=5).count == 5
     assert open_problems("few", PUZZLES, limit=50).count == 8
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(tmp_path), "--data", "x", "--out", str(tmp_path)])
-    assert "config.json: cannot be read" in capsys.readouterr().err
+    assert "config.json does not exist" in capsys.readouterr().err

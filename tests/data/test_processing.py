@@ -10,6 +10,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.processing import Processor, TemplateError, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
+from ovr_megatron.model.shape import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 BUDGET = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
@@ -263,6 +264,20 @@ def test_a_prompt_over_the_limit_is_an_error_and_never_cut(folder):
     found, error = short.lengths([ROWS["image"], ROWS["images"]], generation=True)
     assert found < length
     assert isinstance(error, TooLongError)
+
+
+def test_a_row_over_the_models_positions_is_an_error_and_never_cut(tmp_path):
+    rows = [row(user("Hi"), assistant("word " * n)) for n in (1, 3)]
+    lengths = Processor(make_tiny_model(tmp_path / "a", sizes=SIZES), CONFIG).lengths(rows, generation=False)
+    sizes = TinySizes(**{**vars(SIZES), "max_positions": lengths[1] - 1})
+    short = Processor(make_tiny_model(tmp_path / "b", sizes=sizes), CONFIG)
+    found, error = short.lengths(rows, generation=False)
+    assert found == lengths[0]
+    assert isinstance(error, TooLongError)
+    with pytest.raises(TooLongError, match=f"takes {lengths[1]} tokens, more than the model's {lengths[1] - 1} pos"):
+        short.encode(rows, generation=False)
+    stretch_positions(tmp_path / "b", 1.5)
+    assert len(Processor(tmp_path / "b", CONFIG).encode(rows, generation=False)[1]) == lengths[1]
 
 
 def test_a_folder_without_a_template_or_with_one_that_drops_images_is_refused(tmp_path):

@@ -14,7 +14,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row, parse_row
-from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.model.shape import stretch_positions
+from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.rollout.sampling import Generation, Prompt
 
 STD = 0.1  # wide enough that the banned ids would take a good share of the probability
@@ -67,12 +68,18 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, int], Reference]:
-    """A model folder with random weights, tied or not, of a seed."""
+def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
+    """A model folder with random weights, tied or not, of a seed, and with YaRN over so many positions or without."""
     root = tmp_path_factory.mktemp("models")
-    return lambda tied, seed: Reference(
-        make_tiny_model(root / f"{tied}{seed}", tied=tied, seed=seed, std=STD, perturb=True)
-    )
+
+    def make(tied: bool, seed: int, positions: int = 4096, yarn: float | None = None) -> Reference:
+        folder, sizes = root / f"{tied}{seed}", TinySizes(max_positions=positions)
+        make_tiny_model(folder, tied=tied, seed=seed, sizes=sizes, std=STD, perturb=True)
+        if yarn:
+            stretch_positions(folder, yarn)
+        return Reference(folder)
+
+    return make
 
 
 @pytest.fixture(scope="module")

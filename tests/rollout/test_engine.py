@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ovr_megatron.config import ParallelConfig, RolloutConfig
+from ovr_megatron.config import DataConfig, ParallelConfig, RolloutConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.model import fill_rotary_cache
 from ovr_megatron.rollout.sampling import RolloutError
 from ovr_megatron.rollout.transfer import TransferError
 from ovr_megatron.runtime import distributed
@@ -128,15 +131,44 @@ def test_incomplete_update_is_refused_and_a_full_one_repairs_it(engine, referenc
     assert references[1].worst(samples, responses, engine.banned, 1.0) < CLOSE
 
 
-def test_greedy_tokens_are_those_of_transformers_up_to_a_near_tie(engine, references, samples, ask):
+def check_greedy_tokens(engine, reference, samples, ask):
     compared = 0
     for sample, (generation,) in zip(samples, engine.generate(ask(samples, [0], 32), 0.0), strict=True):
-        expected = references[0].logprobs(sample, generation.tokens, engine.banned, 1.0)
+        expected = reference.logprobs(sample, generation.tokens, engine.banned, 1.0)
         gaps = expected.topk(2).values @ torch.tensor([1.0, -1.0])
         clear = int(torch.cumprod((gaps > 1e-4).long(), 0).sum())
         assert generation.tokens[:clear] == expected.argmax(-1)[:clear].tolist()
         compared += clear
     assert compared > 100
+
+
+def test_greedy_tokens_are_those_of_transformers_up_to_a_near_tie(engine, references, samples, ask):
+    check_greedy_tokens(engine, references[0], samples, ask)
+
+
+def test_yarn_is_that_of_transformers(started, make_reference, processor, samples, ask):
+    original, yarn = make_reference(True, 5, 64), make_reference(True, 6, 64, yarn=8)
+    own = Processor(yarn.folder, processor.config)
+    engine = RolloutEngine(yarn.folder, RolloutConfig(max_num_seqs=16), own, "float32", MAX_MODEL_LEN)
+    assert max(map(len, samples)) > 64, "the documents must be longer than the original positions"
+    check_greedy_tokens(engine, yarn, samples, ask)
+    engine.update(original.weights())
+    stretched = type(yarn)(yarn.folder)
+    stretched.model.load_state_dict(original.model.state_dict())
+    responses = engine.generate(ask(samples, [3, 4]), 1.0)
+    assert stretched.worst(samples, responses, engine.banned, 1.0) < CLOSE
+    assert original.worst(samples, responses, engine.banned, 1.0) > 1e-2, "YaRN must matter here"
+
+
+def test_rotary_table_is_filled_to_its_end(make_reference):
+    shape = Processor(make_reference(True, 7, 32768, yarn=4).folder, DataConfig()).shape
+    cache = torch.full((140000, shape.head_dim), torch.nan)
+    fill_rotary_cache(cache, shape)
+    frequencies, scaling = inverse_frequencies(shape)
+    for position in (0, 1, 40000, 65535, 65536, 139999):
+        angles = torch.tensor(float(position)) * frequencies
+        assert torch.equal(cache[position], torch.cat((angles.cos(), angles.sin())) * scaling)
+    assert cache.isfinite().all()
 
 
 def test_a_response_depends_on_its_own_seed_alone(engine, samples, ask):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint.manifest import check, write_manifest
+from ovr_megatron.model.shape import ModelShape, Yarn
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -96,12 +97,48 @@ def test_a_folder_saved_by_transformers_is_read_in_either_generation_of_names(hf
         )
 
 
+def test_yarn_is_written_at_import_and_comes_out_of_the_export(hf, tmp_path, capsys):
+    ckpt, back = tmp_path / "ckpt", tmp_path / "back"
+    assert run("convert_from_hf", "--hf", hf, "--out", ckpt, "--yarn", "2.5") == 0
+    assert "YaRN: 10,240 positions in config.json, 2.5 times 4,096" in capsys.readouterr().out
+    assert run("convert_to_hf", "--checkpoint", ckpt, "--out", back, "--verify", hf) == 1
+    assert "config.json: the files differ\n1 differences" in capsys.readouterr().out
+    assert (back / "config.json").read_bytes() == (ckpt / "policy" / "config.json").read_bytes()
+    assert ModelShape.from_hf(back).yarn == Yarn(2.5, 4096, pytest.approx(1.0916, abs=1e-4))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(back)
+    assert model.config.text_config.rope_parameters["rope_type"] == "yarn"
+    assert run("convert_from_hf", "--hf", hf, "--out", tmp_path / "same", "--yarn", "1") == 2
+    assert "--yarn 1 gives no more positions" in capsys.readouterr().err
+    assert not (tmp_path / "same").exists()
+
+
 def test_verify_exits_1_and_names_the_difference(hf, checkpoint, tmp_path, capsys):
     tensors = load_file(hf / "model.safetensors")
     tensors["visual.merger.ln_q.weight"][2] += 0.5
     save_file(tensors, hf / "model.safetensors")
     assert run("convert_to_hf", "--checkpoint", checkpoint, "--out", tmp_path / "back", "--verify", hf) == 1
     assert "differs: visual.merger.ln_q.weight" in capsys.readouterr().out
+
+
+def test_verify_finds_one_flipped_bit_whatever_the_workers(hf, checkpoint, tmp_path, capsys):
+    path = hf / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # the last tensor of the file
+    path.write_bytes(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    last = max((entry["data_offsets"][1], name) for name, entry in header.items() if name != "__metadata__")[1]
+    exporting = ("convert_to_hf", "--checkpoint", checkpoint, "--out", tmp_path / "back", "--verify", hf, "--force")
+    for workers in (1, 3):
+        assert run(*exporting, "--workers", workers) == 1
+        said = capsys.readouterr().out
+        assert f"differs: {last}: 1 of " in said
+        assert f"1 differences from {hf}" in said
+
+
+def test_workers_are_at_least_one(hf, tmp_path, capsys):
+    assert run("convert_from_hf", "--hf", hf, "--out", tmp_path / "ckpt", "--workers", 0) == 2
+    assert "--workers 0: give at least 1" in capsys.readouterr().err
+    assert run("convert_from_hf", "--hf", hf, "--out", tmp_path / "ckpt", "--workers", 3) == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,37 @@
+"""Tests that need a Hopper GPU: ``pytest tests/gpu``; elsewhere they are skipped."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ovr_megatron.config import ParallelConfig
+from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.distributed import World
+
+SIZES = TinySizes(hidden=256, heads=4, kv_heads=2, ffn=512, vision_hidden=128, vision_heads=4, vision_ffn=256)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "tests/gpu/" in str(item.path):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    yield distributed.start(ParallelConfig(), seed=1)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tied and an untied small model whose sizes 8-bit matrix products accept."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: make_tiny_model(root / name, tied=name == "tied", seed=5, perturb=True, sizes=SIZES)
+        for name in ("tied", "untied")
+    }

@@ -1,0 +1,91 @@
+"""What an engine allocates and communicates: nothing for frozen parts, nothing that grows for a pack without images."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ovr_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.data.packing import IGNORED
+from ovr_megatron.engine import Engine
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.distributed import World
+from ovr_megatron.verify import documents, make_packs, objective
+from ovr_megatron.weights.folder import WeightFolder
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return distributed.start(ParallelConfig(), seed=1, threads=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), tied=False, seed=3, perturb=True)
+
+
+def build(folder: Path, world: World, **model: Any) -> Engine:
+    engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder), **model), ParallelConfig(), world)
+    return engine.with_optimizer(OptimizerConfig(lr=1e-3, warmup_steps=0), 10).load(WeightFolder(folder))
+
+
+@pytest.mark.parametrize("part", ["freeze_vision", "freeze_merger", "freeze_language"])
+def test_a_frozen_part_costs_no_gradient_and_no_state(folder: Path, world: World, part: str) -> None:
+    engine = build(folder, world, **{part: True})
+    frozen = [h.parameter for h in engine.live.holdings if h.row.megatron not in engine.trained]
+    trained = [h.parameter for h in engine.live.holdings if h.row.megatron in engine.trained]
+    assert frozen and trained
+    engine.train(make_packs(documents(engine.shape), engine.shape, True, False, 1), objective)
+    assert not any(hasattr(parameter, "main_grad") or parameter.grad is not None for parameter in frozen)
+    buffered = sum(buffer.numel_unpadded for buffer in engine.models[0].buffers)
+    assert buffered == sum(parameter.numel() for parameter in trained)
+    adam = engine.live.optimizers[0].optimizer
+    assert sum(key.numel() for group in adam.param_groups for key in group["params"]) == buffered
+
+
+def test_what_is_frozen_stays_and_what_trains_moves(folder: Path, world: World) -> None:
+    engine = build(folder, world, freeze_vision=True, freeze_merger=True)
+    before = {name: tensor.clone() for name, tensor in engine.weights()}
+    engine.train(make_packs(documents(engine.shape), engine.shape, True, False, 1), objective)
+    for name, tensor in engine.weights():
+        assert torch.equal(tensor, before[name]) == name.startswith("visual."), name
+
+
+def test_a_pack_without_images_runs_the_tower_on_one_feature_only(folder: Path, world: World) -> None:
+    engine = build(folder, world)
+    seen: list[int] = []
+    engine.parts[0].vision.patch_embed.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+    packs = make_packs(
+        [d for d in documents(engine.shape, texts=(300,)) if not len(d.patches)], engine.shape, True, False, 1
+    )
+    engine.backward(packs, objective)
+    assert seen == [engine.shape.vision.merge**2]
+    assert all(bool((g == 0).all()) for name, g in engine.gradients() if name.startswith("visual."))
+    seen.clear()
+    engine.scores(packs)
+    assert not seen
+
+
+def test_a_pack_without_labels_counts_nothing(folder: Path, world: World) -> None:
+    engine = build(folder, world)
+    packs = make_packs(documents(engine.shape), engine.shape, False, False, 1)
+    alone = engine.backward(packs[:1], objective)
+    packs[1].labels.fill_(IGNORED)
+    assert engine.backward(packs[:2], objective) == alone
+
+
+def test_a_world_that_does_not_fit_is_refused_before_anything_is_made(folder: Path, world: World) -> None:
+    with pytest.raises(ConfigError, match="1 processes cannot be cut into tp=2"):
+        Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder)), ParallelConfig(tp=2), world)
+
+
+def test_transformer_engine_that_is_not_there_is_refused(folder: Path, world: World) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=r"model\.layers=transformer_engine"):
+        build(folder, world, layers="transformer_engine")
+    with pytest.raises(ConfigError, match="fp8=current needs"):
+        ModelConfig(path="x", fp8="current")
