@@ -136,6 +136,7 @@ class Engine:
                     overlap_param_gather=self.parallel.overlap and self.parallel.distributed_optimizer,
                 ),
                 self.models,
+                use_gloo_process_groups=False,
             )
         self.live.attach(self.optimizer)
         self.config.grad_scale_func = self.optimizer.scale_loss

@@ -41,7 +41,7 @@ class World:
     device: torch.device
     seed: int
     layout: Layout
-    _layouts: dict[ParallelConfig, Layout] = field(default_factory=dict)
+    _layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
 
     def arrange(self, parallel: ParallelConfig) -> Layout:
         """The layout of ``parallel``, made on first use, which is a collective.
@@ -50,10 +50,10 @@ class World:
             ConfigError: the world size is not a multiple of the layout's ranks.
         """
         parallel.data_parallel(self.size)
-        known = {self.layout.parallel: self.layout} | self._layouts
-        if parallel not in known:
-            known[parallel] = self._layouts[parallel] = Layout(parallel, self.seed)
-        return known[parallel]
+        sizes = _sizes(parallel)
+        if sizes not in self._layouts:
+            self._layouts[sizes] = Layout(parallel, self.seed)
+        return self._layouts[sizes]
 
     @property
     def groups(self) -> ProcessGroupCollection:
@@ -74,6 +74,11 @@ class World:
     def dp_size(self) -> int:
         """Number of data-parallel replicas."""
         return self.groups.dp.size()
+
+
+def _sizes(parallel: ParallelConfig) -> tuple[int, ...]:
+    """What process groups depend on."""
+    return parallel.tp, parallel.pp, parallel.vpp, parallel.cp
 
 
 def _environment() -> tuple[int, int, int]:
@@ -114,7 +119,8 @@ def start(parallel: ParallelConfig, seed: int, threads: int = 0) -> World:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(minutes=30))
-    world = World(rank, size, local_rank, device, seed, Layout(parallel, seed))
+    layout = Layout(parallel, seed)
+    world = World(rank, size, local_rank, device, seed, layout, {_sizes(parallel): layout})
     seed_everything(seed * 1009 + world.dp_rank)
     return world
 

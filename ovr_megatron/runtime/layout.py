@@ -21,7 +21,7 @@ def _globals() -> dict[str, Any]:
 
 
 class Layout:
-    """Process groups, and the global state that Megatron reads, of one `ParallelConfig`.
+    """Process groups, and the global state that Megatron reads, of one arrangement of the ranks.
 
     Megatron-Core 0.16 still reads `parallel_state` in its schedules, its optimizer and its layers; `active` puts
     this layout's there for as long as an engine works.  Making one is a collective of all ranks.
@@ -39,8 +39,8 @@ class Layout:
             parallel.pp,
             virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp,
+            create_gloo_process_groups=False,
         )
-        self.parallel = parallel
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         model_parallel_cuda_manual_seed(seed)
         self._state, self._tracked = _globals(), get_cuda_rng_tracker().get_states()
