@@ -6,6 +6,7 @@ A process can hold vLLM in one layout only.
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32") -> Path:
     return coldstart.train(config, world)
 
 
-def ppo(run: Path, model: Path, tp: int, rollout_tp: int) -> Path:
+def ppo(run: Path, model: Path, tp: int, rollout_tp: int, *layout: str) -> Path:
     options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", f"rollout.tp={rollout_tp}"]
     sizes = ["iterations=3", "prompts=4", "responses=4", "run.save_every=2", "run.keep_last=0"]
-    config = recipe(RLConfig, "tiny_rl", *options, *sizes, "algorithm.critic_warmup_iterations=0")
-    return rl.train(config, world)
+    config = recipe(RLConfig, "tiny_rl", *options, *sizes, *layout, "algorithm.critic_warmup_iterations=0")
+    return rl.train(config, replace(world, layout=world.arrange(config.parallel)))
 
 
 def copy_without_last(run: Path, copy: Path) -> None:
@@ -61,6 +62,8 @@ if __name__ == "__main__":
         ppo(out / "rl_again", model, tp, 1)
         copy_without_last(out / "rl", out / "rl_resumed")
         ppo(out / "rl_resumed", model, tp, 1)
+        ppo(out / "rl_cp2", model, tp, 1, "parallel.cp=2")
+        ppo(out / "rl_pp2", model, tp, 1, "parallel.pp=2", "parallel.distributed_optimizer=true", "parallel.overlap=true")
     else:
         if rollout_tp == 2:
             cold_start(out / "cold_tp2", model, tp)

@@ -72,7 +72,7 @@ def test_training_changes_what_it_should_and_nothing_else(runs: Path) -> None:
     assert all(not start[name].equal(rl[name]) for name in start if name.endswith("proj.weight"))
 
 
-@pytest.mark.parametrize("name", ["rl", "rl_tp2_engine_tp2", "rl_tp2_engine_tp1"])
+@pytest.mark.parametrize("name", ["rl", "rl_cp2", "rl_pp2", "rl_tp2_engine_tp2", "rl_tp2_engine_tp1"])
 def test_rollout_and_trainer_agree_in_every_iteration(runs: Path, name: str) -> None:
     lines = curve(runs / name)
     assert len(lines) == 3
@@ -85,6 +85,15 @@ def test_tensor_parallel_training_follows_data_parallel_training(runs: Path) -> 
         # The two see the same packs, cut differently over the ranks.
         assert two["loss/train"] == pytest.approx(one["loss/train"], rel=1e-4)
         assert two["optimizer/grad_norm"] == pytest.approx(one["optimizer/grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["rl_cp2", "rl_pp2"])
+def test_ppo_is_the_same_in_other_layouts(runs: Path, name: str) -> None:
+    one, two = curve(runs / "rl")[0], curve(runs / name)[0]
+    for key in ("reward/mean", "response/length", "response/stopped"):
+        assert two[key] == one[key]
+    for key in ("critic/loss", "critic/value_std", "policy/entropy", "policy/grad_norm"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3), key
 
 
 def test_a_run_goes_on_in_another_layout(runs: Path) -> None:

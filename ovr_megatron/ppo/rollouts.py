@@ -57,7 +57,7 @@ def collect(
     answered = generate(engine, prompts, mine, config, iteration, limit)
     if leads == 0:
         grade(grader, prompts, answered)
-    if config.rollout.tp == config.parallel.tp and config.rollout.tp == 1:
+    if config.rollout.tp == config.parallel.ranks == 1:
         return answered
     everywhere: list[list[Response]] = [[] for _ in range(world.size)]
     dist.all_gather_object(everywhere, answered if leads == 0 else [])
