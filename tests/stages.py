@@ -63,7 +63,15 @@ if __name__ == "__main__":
         copy_without_last(out / "rl", out / "rl_resumed")
         ppo(out / "rl_resumed", model, tp, 1)
         ppo(out / "rl_cp2", model, tp, 1, "parallel.cp=2")
-        ppo(out / "rl_pp2", model, tp, 1, "parallel.pp=2", "parallel.distributed_optimizer=true", "parallel.overlap=true")
+        ppo(
+            out / "rl_pp2",
+            model,
+            tp,
+            1,
+            "parallel.pp=2",
+            "parallel.distributed_optimizer=true",
+            "parallel.overlap=true",
+        )
     else:
         if rollout_tp == 2:
             cold_start(out / "cold_tp2", model, tp)

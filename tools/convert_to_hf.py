@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, force: bool) -> None:
+def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, workers: int, force: bool) -> None:
     """Write the folder ``out``, which appears when it is whole, and say what it leaves out."""
     import torch
 
@@ -27,7 +27,7 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, force:
         check_weights(folder, shape, critic)
         with staged(out, [checkpoint], force) as partial:
             copy_companions(checkpoint / part, partial, number_format)
-            copy_weights(folder, partial, number_format, leave_out=[VALUE_HEAD])
+            copy_weights(folder, partial, number_format, leave_out=[VALUE_HEAD], workers=workers)
     print(f"{out}: {part} of step {manifest.step}")
     left_out = sorted({name.split("/")[0] for name in manifest.files} - {part})
     if critic:
@@ -37,11 +37,11 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, force:
     print(f"left out: {', '.join(left_out) or 'nothing'}")
 
 
-def verify(out: Path, hf: Path, critic: bool) -> bool:
+def verify(out: Path, hf: Path, critic: bool, workers: int) -> bool:
     """Compare with the folder ``hf``: tensors bit by bit, other files byte by byte; print what differs."""
     from ovr_megatron.weights.transfer import HEAD, VALUE_HEAD, differences
 
-    found = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [])
+    found = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [], workers=workers)
     for line in found[:20]:
         print(f"differs: {line}")
     print(f"{len(found)} differences from {hf}" if found else f"equal to {hf}, bit by bit")
@@ -56,11 +56,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--verify", type=Path, metavar="HF_DIR", help="compare the result with this folder, bit by bit")
     parser.add_argument("--critic", action="store_true", help="export the critic, without its value head")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="number format (default: as it is stored)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="shards at a time (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint or model that is there")
     args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: give at least 1")
     try:
-        convert(args.checkpoint, args.out, args.critic, args.dtype, args.force)
-        equal = args.verify is None or verify(args.out, args.verify, args.critic)
+        convert(args.checkpoint, args.out, args.critic, args.dtype, args.workers, args.force)
+        equal = args.verify is None or verify(args.out, args.verify, args.critic, args.workers)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     sys.exit(0 if equal else 1)

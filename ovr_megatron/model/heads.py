@@ -1,10 +1,11 @@
-"""Log-probabilities and entropy over a vocabulary-parallel head, in chunks, logits recomputed in backward.
+"""Log-probabilities and entropy over a vocabulary-parallel head, tile by tile, logits recomputed in backward.
 
-Shapes: n scored tokens, D model width, V vocabulary rows of this rank.
+Shapes: n scored tokens, D model width, V vocabulary rows of this rank; a tile holds t of the tokens and v of the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,22 +13,54 @@ import torch.distributed as dist
 from torch import Tensor
 
 BANNED = -1.0e30
-_CHUNK = 1024
+# Bytes of one float32 tile of logits: a CPU wants it in its cache, a GPU as large as its matrix units need.
+_TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 
 
-def _logits(hidden: Tensor, weight: Tensor, banned: Tensor, scale: float) -> Tensor:
-    """Float32 logits [n, V] divided by the temperature; banned columns so low that their probability is exactly 0."""
-    return ((hidden @ weight.t()).float() * scale).masked_fill_(banned, BANNED)
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _local_targets(labels: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Labels as rows of this rank (0 where they live elsewhere) and the mask of those that live here."""
-    local = labels - group.rank() * rows
-    here = (local >= 0) & (local < rows)
-    return torch.where(here, local, 0), here
+def _tile_sides(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
+    """Sides of a tile, tokens and vocabulary rows; powers of two, or at least whole cache lines, where they can be."""
+    numbers = _TILE_BYTES[device.type] // 4
+    high = min(tokens, 1 << (numbers.bit_length() - 1) // 2)
+    wide = numbers // high
+    return high, min(rows, wide // 64 * 64 or wide)
+
+
+def _shifted(tile: Tensor, scale: float, shift: Tensor) -> Tensor:
+    """Float32 ``scale * tile - shift`` [t, v], in the tile's own memory where that is float32; ``shift`` is [t]."""
+    return torch.add(-shift[:, None], tile, alpha=scale, out=tile if tile.dtype == torch.float32 else None)
+
+
+def _rebased(total: Tensor, weighted: Tensor, peak: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """From sums of e^x and of x e^x, x relative to ``peak``, the sums relative to ``top``; all [t]."""
+    step = peak - top
+    factor = step.exp()
+    return total * factor, (weighted + step * total) * factor
+
+
+def _labels_within(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Labels as columns [t, 1] of a tile (an arbitrary column where they lie outside) and those that lie inside."""
+    inside = (labels >= columns.start) & (labels < columns.stop)
+    return torch.where(inside, labels - columns.start, 0)[:, None], inside
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to the float32 ``total``."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 class _VocabParallelScores(torch.autograd.Function):
+    """The outer loop is over the vocabulary: a block of the weight's gradient is whole before the next one begins.
+
+    So nothing of the size of the weight is held but the gradient that is returned.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -38,50 +71,70 @@ class _VocabParallelScores(torch.autograd.Function):
         scale: float,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, norms = [], [], []
-        for rows, targets in zip(hidden.split(_CHUNK), labels.split(_CHUNK), strict=True):
-            logits = _logits(rows, weight, banned, scale)
-            peak = logits.max(dim=-1).values
-            dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-            local, here = _local_targets(targets, weight.size(0), group)
-            weights = (logits - peak[:, None]).exp_()
-            sums = torch.stack(
-                (
-                    weights.sum(-1),
-                    (weights * logits).sum(-1),
-                    logits.gather(1, local[:, None])[:, 0] * here,
-                )
-            )
-            dist.all_reduce(sums, group=group)
-            total, weighted, target = sums
-            norm = peak + total.log()
-            norms.append(norm)
-            logprobs.append(target - norm)
-            entropies.append(norm - weighted / total)
-        logprob, entropy, norm = torch.cat(logprobs), torch.cat(entropies), torch.cat(norms)
-        ctx.save_for_backward(hidden, weight, labels, banned, norm, entropy)
+        tokens, rows = _tile_sides(len(hidden), len(weight), hidden.device)
+        local = labels - group.rank() * len(weight)
+        total, weighted, target = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
+        peak = torch.full_like(total, BANNED)
+        for columns in _blocks(len(weight), rows):
+            forbidden = banned[columns].nonzero()[:, 0]
+            for part in _blocks(len(hidden), tokens):
+                tile = (hidden[part] @ weight[columns].t()).index_fill_(1, forbidden, BANNED / scale)
+                column, inside = _labels_within(local[part], columns)
+                target[part] += torch.where(inside, tile.gather(1, column)[:, 0].float() * scale, 0.0)
+                top = torch.maximum(peak[part], tile.amax(-1).float() * scale)
+                x = _shifted(tile, scale, top)
+                weights = x.exp()
+                before = _rebased(total[part], weighted[part], peak[part], top)
+                total[part] = before[0] + weights.sum(-1)
+                weighted[part] = before[1] + x.mul_(weights).sum(-1)
+                peak[part] = top
+        top = peak.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        sums = torch.stack((*_rebased(total, weighted, peak, top), target))
+        dist.all_reduce(sums, group=group)
+        total, weighted, target = sums
+        norm = top + total.log()
+        logprob, entropy = target - norm, total.log() - weighted / total
+        ctx.save_for_backward(hidden, weight, local, banned, norm, entropy)
+        ctx.set_materialize_grads(False)
         ctx.scale, ctx.group = scale, group
         return logprob, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, banned, norm, entropy = ctx.saved_tensors
-        d_logprob, d_entropy = grads
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            logits = _logits(hidden[part], weight, banned, ctx.scale) - norm[part, None]
-            probs = logits.exp()
-            local, here = _local_targets(labels[part], weight.size(0), ctx.group)
-            d_logits = probs * -(d_logprob[part, None] + d_entropy[part, None] * (logits + entropy[part, None]))
-            d_logits[torch.arange(len(local), device=local.device), local] += d_logprob[part] * here
-            d_logits = (d_logits * ctx.scale).to(hidden.dtype)
-            d_hidden[part] = d_logits @ weight
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, local, banned, norm, entropy = ctx.saved_tensors
+        d_logprob, d_entropy = (None if grad is None else grad * ctx.scale for grad in grads)
+        if d_logprob is None:
+            d_logprob = torch.zeros_like(norm)
+        tokens, rows = _tile_sides(len(hidden), len(weight), hidden.device)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
+        d_weight = torch.empty_like(weight) if wants_weight else None
+        for columns in _blocks(len(weight), rows):
+            forbidden = banned[columns].nonzero()[:, 0]
+            d_block = torch.zeros_like(weight[columns], dtype=torch.float32) if wants_weight else None
+            for part in _blocks(len(hidden), tokens):
+                x = _shifted(hidden[part] @ weight[columns].t(), ctx.scale, norm[part])  # log-probabilities
+                if d_entropy is None:
+                    d_tile = x.exp_().mul_(-d_logprob[part, None])
+                else:
+                    probs = x.exp()
+                    d_tile = x.add_(entropy[part, None]).mul_(-d_entropy[part, None]).sub_(d_logprob[part, None])
+                    d_tile.mul_(probs)
+                    del probs
+                column, inside = _labels_within(local[part], columns)
+                d_tile.scatter_add_(1, column, (d_logprob[part] * inside)[:, None]).index_fill_(1, forbidden, 0.0)
+                d_tile = d_tile.to(hidden.dtype)
+                if d_hidden is not None:
+                    _add_product(d_hidden[part], d_tile, weight[columns])
+                if d_block is not None:
+                    _add_product(d_block, d_tile.t(), hidden[part])
             if d_weight is not None:
-                d_weight += d_logits.t() @ hidden[part]
-        dist.all_reduce(d_hidden, group=ctx.group)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+                d_weight[columns] = d_block
+        if d_hidden is not None:
+            d_hidden = d_hidden.to(hidden.dtype)
+            dist.all_reduce(d_hidden, group=ctx.group)
+        return d_hidden, d_weight, None, None, None, None
 
 
 def token_scores(

@@ -139,6 +139,7 @@ class ModelShape:
             raise ShapeError(f"{path}: mrope_section {list(section)} is not three numbers of sum {head_dim // 2}")
         positions = text.get("max_position_embeddings", 32768)
         yarn = _read_yarn(rope, positions, path)
+        # The hub's 32B leaves out the sizes of the tower that are Transformers' defaults.
         return cls(
             layers=text["num_hidden_layers"],
             hidden=text["hidden_size"],
@@ -155,16 +156,16 @@ class ModelShape:
             yarn=yarn,
             tied=bool(tied),
             vision=VisionShape(
-                depth=vision["depth"],
+                depth=vision.get("depth", 32),
                 hidden=vision["hidden_size"],
                 ffn=vision["intermediate_size"],
-                heads=vision["num_heads"],
+                heads=vision.get("num_heads", 16),
                 in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
                 patch=vision.get("patch_size", vision.get("spatial_patch_size", 14)),
                 temporal_patch=vision.get("temporal_patch_size", 2),
                 merge=vision.get("spatial_merge_size", 2),
-                window=vision["window_size"],
-                full_attention_layers=tuple(vision["fullatt_block_indexes"]),
+                window=vision.get("window_size", 112),
+                full_attention_layers=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
                 tokens_per_second=vision.get("tokens_per_second", 2),
             ),
             image_token=raw["image_token_id"],

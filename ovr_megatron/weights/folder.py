@@ -1,27 +1,31 @@
 """Hugging Face folders of safetensors, read and written as a stream of tensors.
 
-Reading maps the files into memory, writing holds one shard at a time, so that a folder of any size passes
-through a small process.  Both generations of Hugging Face names are read; the hub's names are written.
+Reading maps the files into memory; `write_folder` holds a piece of a tensor, `WeightWriter` one shard, so that a
+folder of any size passes through a small process.  Both generations of Hugging Face names are read; the hub's names
+are written.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
+from ovr_megatron.weights.shard import Pending, sync, write_shard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD_BYTES = 1 << 30
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".partial")
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
@@ -178,71 +182,106 @@ class WeightWriter:
         WeightError: the folder has weights already, or a tensor comes twice.
     """
 
-    def __init__(self, directory: str | Path, shard_bytes: int = 1 << 30) -> None:
+    def __init__(self, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.directory = Path(directory)
         self.shard_bytes = shard_bytes
-        self._held: dict[str, Tensor] = {}
-        self._shard_of: dict[str, int] = {}
-        self._shards: list[Path] = []
+        self._held: list[Pending] = []
+        self._shards: list[list[str]] = []
+        self._names: set[str] = set()
         self._total_bytes = 0
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if any(self.directory.glob("*.safetensors")) or (self.directory / INDEX).exists():
-            raise WeightError(f"{self.directory} has weights already; remove them or choose another folder")
-        for left_over in self.directory.glob("model*.partial"):
-            left_over.unlink()
+        _prepare(self.directory)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor under its hub name.  It is held, and must not change, until its shard is full."""
-        if name in self._shard_of:
+        if name in self._names:
             raise WeightError(f"{self.directory}: {name} is written twice")
         tensor = tensor.detach().cpu().contiguous()
-        if self._held and sum(held.nbytes for held in self._held.values()) + tensor.nbytes > self.shard_bytes:
+        if self._held and sum(held.nbytes for held in self._held) + tensor.nbytes > self.shard_bytes:
             self._flush()
-        self._held[name] = tensor
-        self._shard_of[name] = len(self._shards)
+        self._held.append(Pending(name, tensor.dtype, tuple(tensor.shape), lambda: tensor))
+        self._names.add(name)
         self._total_bytes += tensor.nbytes
 
     def _flush(self) -> None:
-        path = self.directory / f"model-{len(self._shards) + 1:05d}.partial"
-        self._shards.append(path)
-        try:
-            save_file(self._held, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
-        path.chmod(0o644)  # safetensors makes it private
-        _sync(path)
-        self._held = {}
+        self._shards.append([held.name for held in self._held])
+        write_shard(_partial(self.directory, len(self._shards)), self._held)
+        self._held = []
 
     def __enter__(self) -> WeightWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self._flush()
-            self._publish()
-        else:
-            for path in self._shards:
-                path.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self._flush()
+                _publish(self.directory, self._shards, self._total_bytes)
+        finally:
+            _discard(self.directory)
 
-    def _publish(self) -> None:
-        count = len(self._shards)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
-        for path, name in zip(self._shards, names, strict=True):
-            path.rename(self.directory / name)
-        if count == 1:
-            return
-        weight_map = {tensor: names[shard] for tensor, shard in self._shard_of.items()}
-        partial = self.directory / f"{INDEX}.partial"
+
+def write_folder(
+    directory: Path,
+    tensors: Sequence[Pending],
+    what: str,
+    workers: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write what a `WeightWriter` writes of the same tensors, ``workers`` shards at a time, piece by piece.
+
+    Raises:
+        WeightError: the folder has weights already, or a tensor comes twice.
+    """
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise WeightError(f"{directory}: a tensor is written twice")
+    shards: list[list[Pending]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(held.nbytes for held in shards[-1]) + tensor.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    _prepare(directory)
+    paths = [_partial(directory, number) for number in range(1, len(shards) + 1)]
+    try:
+        with ThreadPoolExecutor(workers) as pool, Progress(len(tensors), what, "tensor") as progress:
+            for shard, _ in zip(shards, pool.map(write_shard, paths, shards), strict=True):
+                progress.update(len(shard))
+        names = [[tensor.name for tensor in shard] for shard in shards]
+        _publish(directory, names, sum(tensor.nbytes for tensor in tensors))
+    finally:
+        _discard(directory)
+
+
+def _partial(directory: Path, number: int) -> Path:
+    return directory / f"model-{number:05d}.partial"
+
+
+def _prepare(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.glob("*.safetensors")) or (directory / INDEX).exists():
+        raise WeightError(f"{directory} has weights already; remove them or choose another folder")
+    _discard(directory)
+
+
+def _discard(directory: Path) -> None:
+    """Remove the shards that have no name yet: of a write that failed, or of one that was killed."""
+    for left_over in directory.glob("model*.partial"):
+        left_over.unlink()
+
+
+def _publish(directory: Path, shards: Sequence[Sequence[str]], total_bytes: int) -> None:
+    """Give the shards their names, the index last."""
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    for number, name in enumerate(names, start=1):
+        _partial(directory, number).rename(directory / name)
+    if count > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        partial = directory / f"{INDEX}.partial"
         partial.write_text(
-            json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
+            json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
         )
-        _sync(partial)
-        partial.rename(self.directory / INDEX)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+        sync(partial)
+        partial.rename(directory / INDEX)
+    sync(directory)
 
 
 def some(names: list[str]) -> str:

@@ -211,7 +211,8 @@ def split(row: Row, tensor: Tensor, tp: int, rank: int, shape: ModelShape) -> Te
         tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
     units, what = _units(row, tensor, shape)
     if units % tp:
-        raise LayoutError(f"{row.megatron}: tp={tp} does not divide the {units} {what}; choose a divisor of {units}")
+        fits = ", ".join(str(size) for size in range(1, tp) if not units % size)
+        raise LayoutError(f"{row.megatron}: tp={tp} does not divide the {units} {what}; tp can be {fits}")
     cut = tensor.unflatten(kind.dim, (kind.blocks, tp, -1))
     return cut.select(kind.dim + 1, rank).flatten(kind.dim, kind.dim + 1)
 

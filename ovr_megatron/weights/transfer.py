@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +15,11 @@ from torch import Tensor
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
-from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, companions, some
+from ovr_megatron.weights.folder import SHARD_BYTES, WeightError, WeightFolder, companions, some, write_folder
+from ovr_megatron.weights.shard import FORMATS, PIECE, Pending, as_bytes, sync
 
 EMBEDDING, HEAD, VALUE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "value_head.weight"
 _FLOATS = ("F32", "BF16", "F16")
-_PIECE = 1 << 22  # numbers that are compared at once
 
 
 def check_weights(folder: WeightFolder, shape: ModelShape, critic: bool = False) -> None:
@@ -60,30 +62,43 @@ def _check_tensor(folder: WeightFolder, name: str, expected: tuple[int, ...]) ->
 
 
 def copy_weights(
-    source: WeightFolder, out: Path, dtype: torch.dtype | None = None, leave_out: Sequence[str] = ()
+    source: WeightFolder,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    leave_out: Sequence[str] = (),
+    workers: int = 1,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the tensors of ``source``, but those of ``leave_out``, to ``out``, in ``dtype`` or as they are stored."""
-    names = [name for name in source.names() if name not in leave_out]
-    with WeightWriter(out) as writer, Progress(len(names), f"weights of {source.directory}", "tensor") as progress:
-        for name in names:
-            tensor = source.tensor(name)
-            writer.add(name, tensor if dtype is None else tensor.to(dtype))
-            progress.update(1)
+    """Write the tensors of ``source``, but those of ``leave_out``, to ``out``, in ``dtype`` or as they are stored.
+
+    ``workers`` threads write a shard each; the files are the same for any number of them.  Memory holds a few
+    pieces of tensors, apart from the mapped pages of ``source``.
+    """
+    tensors = [
+        Pending(name, dtype or FORMATS[source.dtype(name)], source.shape(name), partial(source.tensor, name))
+        for name in source.names()
+        if name not in leave_out
+    ]
+    write_folder(out, tensors, f"weights of {source.directory}", workers, shard_bytes)
 
 
-def differences(ours: Path, theirs: Path, ignore: Sequence[str] = ()) -> list[str]:
+def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: int = 1) -> list[str]:
     """What differs between two Hugging Face folders: each tensor bit by bit, and each other file byte by byte.
 
     ``lm_head.weight`` may be stored on one side only if the model is tied.  Hidden files and the names in
-    ``ignore`` (tensors or files) are not compared.
+    ``ignore`` (tensors or files) are not compared.  ``workers`` threads compare a tensor each.
     """
-    found = []
+    found: list[str] = []
     with WeightFolder(ours) as a, WeightFolder(theirs) as b:
         names = sorted((set(a.names()) | set(b.names())).difference(ignore))
         optional = {HEAD} if ModelShape.from_hf(ours).tied else set()
-        with Progress(len(names), f"comparing with {theirs}", "tensor") as progress:
-            for name in names:
-                if difference := _difference(a, b, name, optional):
+        compare = partial(_difference, a, b, optional)
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            Progress(len(names), f"comparing with {theirs}", "tensor") as progress,
+        ):
+            for difference in pool.map(compare, names):
+                if difference:
                     found.append(difference)
                 progress.update(1)
     for file in sorted(set(companions(ours) + companions(theirs)).difference(ignore)):
@@ -96,35 +111,40 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = ()) -> list[st
     return found
 
 
-def _difference(a: WeightFolder, b: WeightFolder, name: str, optional: set[str]) -> str | None:
+def _difference(a: WeightFolder, b: WeightFolder, optional: set[str], name: str) -> str | None:
     holders = [folder.directory for folder in (a, b) if name in folder]
     if len(holders) == 1:
         return None if name in optional else f"{name}: only in {holders[0]}"
     x, y = a.tensor(name), b.tensor(name)
     if x.dtype != y.dtype or x.shape != y.shape:
         return f"{name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"
-    if not same_bits(x, y):
-        return f"{name}: values differ by up to {_largest_difference(x, y):.3g}"
-    return None
+    if same_bits(x, y):
+        return None
+    count, largest = _disagreement(x, y)
+    return f"{name}: {count} of {x.numel()} values differ, by up to {largest:.3g}"
 
 
-def _largest_difference(x: Tensor, y: Tensor) -> float:
-    pieces = zip(x.flatten().split(_PIECE), y.flatten().split(_PIECE), strict=True)
-    return max((a.double() - b.double()).abs().max().item() for a, b in pieces)
+def _disagreement(x: Tensor, y: Tensor) -> tuple[int, float]:
+    """How many values of two tensors of one format and size differ in a bit, and the largest difference."""
+    count, largest = 0, [0.0]
+    for a, b in zip(x.flatten().split(PIECE), y.flatten().split(PIECE), strict=True):
+        other = (as_bytes(a) != as_bytes(b)).view(len(a), -1).any(1)
+        if other.any():
+            count += int(other.sum())
+            largest.append((a[other].double() - b[other].double()).abs().max().item())
+    return count, torch.tensor(largest).max().item()  # a NaN stays one
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same format, sizes and bits (a NaN equals itself, 0 is not -0)."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
 
 
 @contextmanager
 def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes ``out`` when the block ends without an error.
+    """A temporary folder beside ``out`` that becomes ``out`` when the block ends without an error and the disk has it.
+
+    Whoever is killed leaves a hidden folder, which the next one removes, and what ``out`` was before.
 
     ``replace`` allows an ``out`` that holds a model or a checkpoint already; anything else is never removed.
 
@@ -135,22 +155,27 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
     for source in sources:
         if out.is_relative_to(source.resolve()) or source.resolve().is_relative_to(out):
             raise WeightError(f"{out} and {source} lie in each other; choose another folder to write")
+    unfinished, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    if old.exists() and not out.exists():  # killed in the moment between the two names
+        old.rename(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not replace:
             raise WeightError(f"{out} exists and is not empty; choose another folder, or replace it with --force")
         if not any((out / mark).exists() for mark in ("config.json", "manifest.json")):
             raise WeightError(f"{out} holds neither a model nor a checkpoint, so it is not replaced; remove it by hand")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    for left_over in (partial, old):
+    for left_over in (unfinished, old):
         shutil.rmtree(left_over, ignore_errors=True)
-    partial.mkdir()
+    unfinished.mkdir()
     try:
-        yield partial
+        yield unfinished
+        for path in (*unfinished.rglob("*"), unfinished):
+            sync(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     if out.exists():
         out.rename(old)
-    partial.rename(out)
+    unfinished.rename(out)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)

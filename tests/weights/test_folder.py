@@ -39,6 +39,14 @@ def test_one_shard_has_no_index(tmp_path, tensors):
     assert bits(load_file(tmp_path / "model.safetensors")) == bits(tensors)
 
 
+def test_a_shard_has_the_bytes_that_the_library_writes(tmp_path, tensors):
+    tensors |= {"b.number": torch.tensor(3), "a.flags": torch.tensor([True, False, True]), "ä": torch.ones(3).double()}
+    tensors["model.layers.0.odd"] = torch.arange(3).bfloat16()
+    write(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_shards_and_index(tmp_path, tensors):
     write(tmp_path, tensors, shard_bytes=150)
     index = json.loads((tmp_path / INDEX).read_text())

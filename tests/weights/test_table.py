@@ -1,6 +1,5 @@
 """The table against Transformers' own model, hand-made layouts, and its inverses on random shapes."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -8,52 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.model.shape import ModelShape, VisionShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.weights.table import LayoutError, canonical, from_hf, join, padded_vocab, rows, split, to_hf
-
-# layers, width, feed-forward, heads, key-value heads, vocabulary, tied, feed-forward of the vision tower
-PUBLISHED = {
-    "3B": (36, 2048, 11008, 16, 2, 151936, True, 3420),
-    "7B": (28, 3584, 18944, 28, 4, 152064, False, 3420),
-    "32B": (64, 5120, 27648, 40, 8, 152064, False, 3456),
-    "72B": (80, 8192, 29568, 64, 8, 152064, False, 3456),
-}
-
-
-def config_of(size: str) -> dict:
-    layers, hidden, ffn, heads, kv_heads, vocab, tied, vision_ffn = PUBLISHED[size]
-    return {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_config": {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": vision_ffn,
-            "num_heads": 16,
-            "in_chans": 3,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "out_hidden_size": hidden,
-            "tokens_per_second": 2,
-        },
-    }
 
 
 def small_shape(heads=4, kv_heads=2, head_dim=4, ffn=6, vocab=11, tied=False, vision_heads=2, merge=2) -> ModelShape:
@@ -97,25 +55,6 @@ def random_tensors(row, seed=0):
 
 def row_named(shape, megatron, critic=False):
     return {row.megatron: row for row in rows(shape, critic)}[megatron]
-
-
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_covers_every_parameter_of_the_published_models_once_in_both_directions(size, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config_of(size)))
-    shape = ModelShape.from_hf(tmp_path)
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(tmp_path))
-    theirs = {canonical(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert "lm_head.weight" not in theirs or not shape.tied
-
-    table = rows(shape)
-    ours = [(name, size) for row in table for name, size in zip(row.hf, row.sizes, strict=True)]
-    assert len(ours) == len(dict(ours)), "a Hugging Face tensor is in two rows"
-    assert dict(ours) == theirs
-    assert len({row.megatron for row in table}) == len(table), "a Megatron parameter is in two rows"
-    for row in table:
-        fused = from_hf(row, [torch.empty(size, device="meta") for size in row.sizes], shape)
-        assert [tuple(tensor.shape) for tensor in to_hf(row, fused, shape)] == list(row.sizes)
 
 
 @pytest.fixture(scope="module")
@@ -303,5 +242,7 @@ def test_padded_vocabulary_is_the_next_multiple_of_tp(vocab, tp, padded):
 def test_more_ranks_than_key_value_heads_are_refused_with_the_reason():
     shape = small_shape(heads=28, kv_heads=4, head_dim=1)
     row = row_named(shape, "decoder.layers.0.self_attention.linear_qkv.weight")
-    with pytest.raises(LayoutError, match=r"layers\.0\.self_attention.*tp=8 does not divide the 4 key-value heads"):
+    with pytest.raises(
+        LayoutError, match=r"layers\.0\.self_att.*tp=8 does not divide the 4 key-value heads; tp can be 1, 2, 4"
+    ):
         split(row, from_hf(row, random_tensors(row), shape), 8, 0, shape)

@@ -1,6 +1,7 @@
 """Checks, copies and comparisons of whole folders, on tiny models."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
-from ovr_megatron.weights.folder import WeightError, WeightFolder
+from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter
 from ovr_megatron.weights.transfer import check_weights, copy_weights, differences, same_bits, staged
 
 SIZES = TinySizes(hidden=32, layers=2, ffn=48, vision_hidden=32, vision_heads=2, vision_ffn=40)
@@ -96,6 +97,44 @@ def test_copy_keeps_bits_and_converts_on_demand(model, tmp_path):
     assert all(same_bits(half[name], original[name].bfloat16()) for name in half)
 
 
+def folder_bytes(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as stored", "converted"])
+def test_any_number_of_workers_writes_the_same_bytes(model, tmp_path, dtype):
+    with WeightFolder(model) as folder:
+        for workers in (1, 2, 5):
+            copy_weights(folder, tmp_path / str(workers), dtype, workers=workers, shard_bytes=20_000)
+        with WeightWriter(tmp_path / "one by one", shard_bytes=20_000) as writer:
+            for name in folder.names():
+                writer.add(name, folder.tensor(name).to(dtype or folder.tensor(name).dtype))
+    one = folder_bytes(tmp_path / "1")
+    assert len(one) > 5
+    assert all(folder_bytes(tmp_path / other) == one for other in ("2", "5", "one by one"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_failing_worker_leaves_nothing(model, tmp_path, monkeypatch, workers):
+    with WeightFolder(model) as folder:
+        sound = folder.tensor
+        monkeypatch.setattr(folder, "tensor", lambda name: sound(name if "layers.1" not in name else "absent"))
+        with pytest.raises(WeightError, match="no tensor absent"):
+            copy_weights(folder, tmp_path / "out", workers=workers, shard_bytes=20_000)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_that_is_full_names_the_file_and_leaves_nothing(model, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with WeightFolder(model) as folder, pytest.raises(OSError, match=r"out/model-00001\.partial"):
+            copy_weights(folder, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_same_bits_tells_zeros_apart_and_takes_equal_nans():
     nan = torch.tensor([float("nan"), 1.0])
     assert same_bits(nan, nan.clone())
@@ -115,12 +154,22 @@ def test_differences_name_each_tensor_and_file(model, tmp_path):
     (other / "vocab.json").unlink()
     assert differences(model, other) == [
         f"extra: only in {other}",
-        "model.norm.weight: values differ by up to 0.25",
+        "model.norm.weight: 1 of 32 values differ, by up to 0.25",
         "visual.merger.ln_q.weight: torch.float32 [32] against torch.bfloat16 [32]",
         "merges.txt: the files differ",
         f"vocab.json: only in {model}",
     ]
     assert len(differences(model, other, ignore=["extra", "vocab.json"])) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("bit", "gap"), [(0, "1.19e-07"), (31, "2"), (30, "inf")])
+def test_differences_find_one_bit(model, tmp_path, workers, bit, gap):
+    other = make_tiny_model(tmp_path / "other", tied=ModelShape.from_hf(model).tied, sizes=SIZES)
+    change(
+        other, lambda tensors: tensors["model.norm.weight"].view(torch.uint8)[28 + bit // 8].bitwise_xor_(1 << bit % 8)
+    )
+    assert differences(model, other, workers=workers) == [f"model.norm.weight: 1 of 32 values differ, by up to {gap}"]
 
 
 def test_differences_allow_a_head_on_one_side_only_when_tied(model, tmp_path):
@@ -164,6 +213,18 @@ def test_staged_failure_keeps_what_was_there(tmp_path):
     with pytest.raises(RuntimeError), staged(out, [], replace=True):
         raise RuntimeError
     assert (out / "config.json").read_text() == "old"
+
+
+def test_staged_killed_between_the_two_names_gives_the_old_folder_back(tmp_path):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "config.json").write_text("old")
+    (tmp_path / ".out.partial").mkdir()
+    with pytest.raises(WeightError, match=r"--force"), staged(tmp_path / "out", []):
+        pass
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    with staged(tmp_path / "out", [], replace=True) as partial:
+        (partial / "config.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("out", ["a", "a/b", "."])

@@ -1,0 +1,89 @@
+"""The table at the published sizes, on meta tensors, with Transformers' own models as the other side."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from ovr_megatron.model.presets import PRESETS, write_config
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.weights.table import LayoutError, canonical, cut_dim, from_hf, join, padded_vocab, rows, split, to_hf
+
+BYTES = {"7B": 16_584_333_312, "32B": 66_905_436_672}  # of bfloat16, as the hub's indices state them
+TP = {"3B": [1, 2], "7B": [1, 2, 4], "32B": [1, 2, 4, 8], "72B": [1, 2, 4, 8]}
+REFUSED = {"3B": (4, 2, "1, 2"), "7B": (8, 4, "1, 2, 4"), "32B": (16, 8, "1, 2, 4, 8"), "72B": (16, 8, "1, 2, 4, 8")}
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def preset(request, tmp_path_factory):
+    """A published model: its name, our shape, and the configuration that Transformers reads."""
+    folder = write_config(request.param, tmp_path_factory.mktemp("preset")).parent
+    return request.param, ModelShape.from_hf(folder), Qwen2_5_VLConfig.from_pretrained(folder)
+
+
+def meta(row):
+    return [torch.empty(size, device="meta") for size in row.sizes]
+
+
+def test_every_parameter_is_in_the_table_once_in_both_directions(preset):
+    name, shape, config = preset
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    theirs = [(canonical(name), tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    assert len(theirs) == len(dict(theirs)), "two parameters have one name"
+    assert ("lm_head.weight" in dict(theirs)) != shape.tied
+
+    table = rows(shape)
+    ours = [(name, size) for row in table for name, size in zip(row.hf, row.sizes, strict=True)]
+    assert len(ours) == len(dict(ours)), "a Hugging Face tensor is in two rows"
+    assert dict(ours) == dict(theirs)
+    assert len({row.megatron for row in table}) == len(table), "a Megatron parameter is in two rows"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 2 * count == BYTES.get(name, 2 * count)
+
+
+def test_transformers_and_we_read_the_same_configuration(preset):
+    _, shape, config = preset
+    text, vision = config.text_config, config.vision_config
+    assert (shape.norm_eps, shape.max_positions) == (text.rms_norm_eps, text.max_position_embeddings)
+    assert shape.rope_theta == text.rope_parameters["rope_theta"]
+    assert list(shape.mrope_section) == text.rope_parameters["mrope_section"]
+    assert shape.tied == config.tie_word_embeddings
+    assert (shape.heads, shape.kv_heads) == (text.num_attention_heads, text.num_key_value_heads)
+    assert (shape.image_token, shape.video_token) == (config.image_token_id, config.video_token_id)
+    assert (shape.vision_start_token, shape.vision_end_token) == (151652, 151653)
+    assert list(shape.vision.full_attention_layers) == list(vision.fullatt_block_indexes)
+    for ours, theirs in (("window", "window_size"), ("merge", "spatial_merge_size"), ("heads", "num_heads")):
+        assert getattr(shape.vision, ours) == getattr(vision, theirs)
+    for name in ("depth", "tokens_per_second"):
+        assert getattr(shape.vision, name) == getattr(vision, name)
+
+
+def test_shapes_there_and_back_for_every_tp(preset):
+    name, published, _ = preset
+    for shape in (published, replace(published, vocab=published.vocab - 1)):  # the second one needs padding
+        for tp in TP[name]:
+            for row in {(row.kind, row.sizes): row for row in rows(shape)}.values():  # the layers are all alike
+                whole = from_hf(row, meta(row), shape)
+                shards = [split(row, whole, tp, rank, shape) for rank in range(tp)]
+                expected = list(whole.shape)
+                if (dim := cut_dim(row)) is not None:
+                    expected[dim] = (padded_vocab(shape, tp) if row.kind == "vocabulary" else expected[dim]) // tp
+                assert [list(shard.shape) for shard in shards] == [expected] * tp, row.megatron
+                joined = join(row, shards, shape)
+                assert joined.shape == whole.shape, row.megatron
+                assert [tuple(tensor.shape) for tensor in to_hf(row, joined, shape)] == list(row.sizes), row.megatron
+
+
+def test_a_larger_tp_is_refused_with_the_reason(preset):
+    name, shape, _ = preset
+    tp, heads, fits = REFUSED[name]
+    row = next(row for row in rows(shape) if row.kind == "qkv")
+    with pytest.raises(LayoutError, match=rf"tp={tp} does not divide the {heads} key-value heads; tp can be {fits}$"):
+        split(row, from_hf(row, meta(row), shape), tp, 0, shape)
+
+
+def test_another_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'8B' is no Qwen2\.5-VL; choose one of 3B, 7B, 32B, 72B"):
+        write_config("8B", tmp_path)
