@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR) and 40,960 tokens against
+# Transformers. The results of the last run stand in docs/layouts.md.
+#
+#   bash tests/soak.sh
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+bash "$root/examples/install.sh"
+cd "$root"
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+for workers in 1 2; do
+    .venv/bin/python tests/soak/convert.py --preset "${SOAK_PRESET:-7B}" --workers $workers --folder "${SOAK_DIR:-runs/soak}"
+done
+.venv/bin/python tests/soak/long_context.py
+.venv/bin/python tests/soak/long_context.py --yarn 2 --rollout
