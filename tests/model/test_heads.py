@@ -119,6 +119,17 @@ def test_logits_far_apart_and_probabilities_near_one(monkeypatch: pytest.MonkeyP
     assert (ours["entropy"].double() - theirs["entropy"]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("lift", [-500.0, 500.0])
+def test_a_constant_added_to_all_logits_changes_nothing(lift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(heads._TILE_BYTES, "cpu", 4 * 100)
+    given = case()
+    given["hidden"][:, 0] = 1.0
+    lifted = given | {"weight": given["weight"] + lift * torch.eye(WIDTH)[0]}
+    ours, theirs = (computed(which, 1.0, "logprob", ranks=2) for which in (lifted, given))
+    for name in ("logprob", "entropy", "weight"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("upstream", ["logprob", "logprob and entropy"])
 def test_bfloat16_is_as_good_as_its_rounding(upstream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(heads._TILE_BYTES, "cpu", 4 * 100)
