@@ -32,6 +32,7 @@ from ovr_megatron.weights.folder import WeightFolder
 
 MEAN_LENGTH = 3700  # tokens of a cold-start sample; documents are drawn log-normal and scaled down to a pack
 SIGMA = 1.0
+VOCABULARY = 448  # of `make_tiny_model`
 SHAPES = {
     "tiny": TinySizes(),
     "3B layers": TinySizes(hidden=2048, heads=16, kv_heads=2, ffn=11008, layers=2),
@@ -102,6 +103,9 @@ def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> lis
         row: dict[str, Any] = {"name": name, "tokens": tokens, "documents": len(case.lengths)}
         row |= {"seconds": best[case].seconds, "tokens_per_second": tokens / best[case].seconds}
         row["peak_bytes"] = best[case].peak_bytes
+        if torch.cuda.is_available():
+            rate, reachable = model_flops(case) / best[case].seconds, matrix_rate()
+            row |= {"tflops": rate / 1e12, "matrix_tflops": reachable / 1e12, "mfu": rate / reachable}
         if rival is not None:
             row |= {
                 "rival": "Transformers, padded batch" if rival.who == "transformers" else "ours without it",
@@ -111,6 +115,35 @@ def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> lis
             }
         results.append(row)
     return results
+
+
+FLOP_FORMULA = (
+    "FLOP of a step = 6 x (layer and head parameters) x tokens + 6 x layers x query width x sum of squared lengths "
+    "(causal attention: half of 12); recomputation not counted. MFU = FLOP/s over this card's own bfloat16 matrix rate."
+)
+
+
+def model_flops(case: Case) -> float:
+    """FLOP of one forward and backward by `FLOP_FORMULA`."""
+    sizes = SHAPES[case.shape]
+    head = sizes.hidden // sizes.heads
+    attention = 2 * sizes.hidden**2 + 2 * sizes.hidden * sizes.kv_heads * head
+    weights = sizes.layers * (attention + 3 * sizes.hidden * sizes.ffn) + VOCABULARY * sizes.hidden
+    squares = sum(length**2 for length in case.lengths)
+    return 6.0 * weights * sum(case.lengths) + 6.0 * sizes.layers * sizes.hidden * squares
+
+
+def matrix_rate(size: int = 8192, repeats: int = 20) -> float:
+    """FLOP per second of a bfloat16 matrix product on this GPU."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    torch.cuda.synchronize()
+    return 2.0 * size**3 * repeats / (time.perf_counter() - began)
 
 
 def measure_apart(case: Case) -> Outcome:
@@ -214,7 +247,11 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         if "rival" in row:
             line += f"{row['rival_seconds']:9.3f}{row['seconds']:9.3f}{row['ratio']:7.2f}"
             line += f"{row['rival_peak_bytes'] / 1e6:10,.0f}  {row['rival']}"
+        if "mfu" in row:
+            line += f"  {row['tflops']:.0f} of {row['matrix_tflops']:.0f} TFLOP/s = {row['mfu']:.1%}"
         lines.append(line)
+    if any("mfu" in row for row in rows):
+        lines.append(FLOP_FORMULA)
     return "\n".join(lines)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.config import ConfigError, ParallelConfig
 from ovr_megatron.model.qwen25vl import alignment, check_layout
@@ -131,3 +133,44 @@ def test_other_shapes(tmp_path: Path, name: str, option: str) -> None:
     command = [sys.executable, ROOT / "tools/verify.py", "--hf", tmp_path, "--layout", "tp=2,sp=1", option]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr[-3000:]
+
+
+def test_any_config(tmp_path: Path) -> None:
+    """Patches of 10 pixels merged 3 x 3, one frame each, windows of 2 features, full attention first, odd sections."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "intermediate_size": 112,
+            "vocab_size": 333,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "mrope_section": [4, 1, 3]},
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_heads": 4,
+            "out_hidden_size": 96,
+            "patch_size": 10,
+            "spatial_merge_size": 3,
+            "temporal_patch_size": 1,
+            "window_size": 60,
+            "fullatt_block_indexes": [0, 2],
+            "tokens_per_second": 4,
+        },
+        image_token_id=320,
+        video_token_id=321,
+        vision_start_token_id=322,
+        vision_end_token_id=323,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    for layout in ("tp=2,sp=1", "cp=2"):
+        command = [sys.executable, ROOT / "tools/verify.py", "--hf", tmp_path, "--layout", layout, "--packed"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr[-3000:]
