@@ -327,6 +327,11 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
+        _require(
+            self.algorithm.reduction == "token" or self.parallel.cp == self.parallel.vpp == 1,
+            f"algorithm.reduction={self.algorithm.reduction} takes the mean of whole packs, which parallel.cp="
+            f"{self.parallel.cp}, parallel.vpp={self.parallel.vpp} cut or fill up; use reduction=token",
+        )
         _require(self.iterations > 0, f"iterations={self.iterations} must be positive")
         _require(self.prompts > 0 and self.responses > 0, "prompts and responses must be positive")
         _require(bool(self.curriculum), "curriculum is empty: give at least one {until, max_tokens}")

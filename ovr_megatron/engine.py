@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class Engine:
         self.step_count = 0
         with self.layout.active():
             self.config = language_config(shape, parallel, model)
-            classes = choose_parts(model.layers, DTYPES[model.dtype])
+            classes = choose_parts("transformer_engine" if model.fp8 != "none" else model.layers, DTYPES[model.dtype])
             self.parts = [
                 Qwen25VL(shape, self.config, parallel, self.groups, classes, critic, part).to(world.device)
                 for part in range(parallel.vpp)
@@ -170,11 +170,24 @@ class Engine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole, under the hub's names.  A collective: every rank iterates to the end."""
-        if self.parallel.overlap and self.parallel.distributed_optimizer:
-            with self.layout.active():  # the last step's weights may not have been gathered yet
+        self._finish_gathers()
+        return self.live.whole(self.live.rows, "weight", self.config.params_dtype)
+
+    @property
+    def _gathers_late(self) -> bool:
+        """Whether a step's new weights are gathered in the next forward pass."""
+        return self.parallel.overlap and self.parallel.distributed_optimizer
+
+    def _finish_gathers(self) -> None:
+        """Have the last step's weights on every rank.
+
+        Forward hooks would gather them in the order of the layers that run, and without gradients a rank that has no
+        image skips the tower.
+        """
+        if self._gathers_late:
+            with self.layout.active():
                 for model in self.models:
                     model.start_param_sync(force_sync=True)
-        return self.live.whole(self.live.rows, "weight", self.config.params_dtype)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Gradients of the last `backward` of what is trained, whole, under the hub's names.  A collective."""
@@ -201,7 +214,10 @@ class Engine:
         for holding in self.live.holdings:
             if holding.row.megatron not in self.trained:
                 continue
-            for which, folder in folders.items():
+            for which in self.state_kinds:
+                if which not in folders:  # no master weights in a float32 checkpoint, for example
+                    continue
+                folder = folders[which]
                 self.live.put_state(holding, which, [folder.tensor(name) for name in holding.row.hf])
 
     # Steps -----------------------------------------------------------------------------------------------
@@ -286,11 +302,13 @@ class Engine:
 
     def _run(self, packs: Sequence[Pack], forward_step: Callable, training: bool) -> list[Any]:
         """Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""
+        if not training:
+            self._finish_gathers()
         for part in self.parts:
             part.train(training)
         aligned = [self._aligned(pack) for pack in packs]
         if self.parallel.vpp > 1:
-            aligned += [_without_labels(aligned[-1])] * (-len(aligned) % self.parallel.pp)
+            aligned += [self._filler(aligned[0])] * (-len(aligned) % self.parallel.pp)
         iterators = [iter(aligned) for _ in self.parts]
         with self.layout.active():
             return get_forward_backward_func()(
@@ -304,6 +322,20 @@ class Engine:
                 collect_non_loss_data=not training,
             )
 
+    def _filler(self, like: Pack) -> Pack:
+        """The shortest pack, nothing of which counts: it fills an interleaved pipeline."""
+        rows = alignment(self.parallel, fp8=self.config.fp8 is not None)[1]
+        return Pack(
+            tokens=like.tokens.new_zeros(rows),
+            labels=like.labels.new_full((rows,), IGNORED),
+            position_ids=like.position_ids.new_zeros(3, rows),
+            cu_seqlens=torch.tensor([0, rows], dtype=torch.int32),
+            patches=like.patches[:0],
+            grid_thw=like.grid_thw[:0],
+            placement=like.placement[:0],
+            extras={name: values.new_zeros(rows) for name, values in like.extras.items()},
+        )
+
     def _aligned(self, pack: Pack) -> Pack:
         return pack.aligned(*alignment(self.parallel, fp8=self.config.fp8 is not None))
 
@@ -316,7 +348,7 @@ class Engine:
             dist.all_reduce(total, group=self.groups.dp_cp)
             values = dict(zip(names, total.tolist(), strict=True))
             count = values.pop("count")
-            means = {name: value / count for name, value in values.items()} | {"count": count}
+            means = {name: value / max(count, 1) for name, value in values.items()} | {"count": count}
         if self.groups.pp.size() > 1:
             box = [means]
             dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
@@ -330,6 +362,10 @@ class Engine:
             group["lr"] = rate
         with self.layout.active():
             done, norm, _ = self.optimizer.step()
+        if self._gathers_late:  # a forward pass between backward and step would pass for the gather of the new weights
+            for model in self.models:
+                for bucket in model.bucket_groups:
+                    bucket.param_gather_dispatched = False
         if not done:
             raise FloatingPointError(f"optimizer step {self.step_count}: a gradient is not finite")
         self.step_count += 1
@@ -338,8 +374,3 @@ class Engine:
     def train(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
         """`backward` and `step`."""
         return self.backward(packs, loss) | self.step()
-
-
-def _without_labels(pack: Pack) -> Pack:
-    """The first document of a pack, nothing of which counts: it fills an interleaved pipeline."""
-    return replace(pack, labels=torch.full_like(pack.labels, IGNORED))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ovr_megatron import config as configuration
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.companions import write_companions
-from ovr_megatron.config import RLConfig
+from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.stream import RowStream, open_stream
@@ -46,6 +46,12 @@ def train(config: RLConfig, world: World) -> Path:
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
     stream = open_stream(config.data, config.run.seed)
+    mine = config.prompts // world.dp_size * config.responses
+    if mine < config.algorithm.critic_steps:
+        raise ConfigError(
+            f"prompts={config.prompts} x responses={config.responses} leave a data-parallel rank of {world.dp_size} "
+            f"{mine} responses for algorithm.critic_steps={config.algorithm.critic_steps}; raise prompts"
+        )
     policy, critic = build_engines(config, source, world)
     found = store.find(run / "checkpoints", world)
     if found:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint.store import weights_of
-from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.data.positions import Visual, mrope_positions
 from ovr_megatron.engine import VALUE_HEAD, Engine, LossSum
@@ -304,18 +304,12 @@ def parse_layout(text: str) -> tuple[ParallelConfig, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a layout: sizes are numbers")
     sizes = {key: int(values.get(key, 0 if key in ("sp", "zero") else 1)) for key in LAYOUT_KEYS}
     zero = bool(sizes["zero"])
-    return (
-        ParallelConfig(
-            tp=sizes["tp"],
-            pp=sizes["pp"],
-            vpp=sizes["vpp"],
-            cp=sizes["cp"],
-            sequence_parallel=bool(sizes["sp"]),
-            distributed_optimizer=zero,
-            overlap=zero,
-        ),
-        sizes["dp"],
-    )
+    cut = {key: sizes[key] for key in ("tp", "pp", "vpp", "cp")}
+    try:
+        layout = ParallelConfig(**cut, sequence_parallel=bool(sizes["sp"]), distributed_optimizer=zero, overlap=zero)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return layout, sizes["dp"]
 
 
 def show(report: Report) -> str:

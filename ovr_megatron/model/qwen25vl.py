@@ -58,15 +58,16 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False)
         ConfigError: names the values and the nearest that fit.
     """
     tp = parallel.tp
-    for count, what in (
-        (shape.kv_heads, "key-value heads"),
-        (shape.heads, "attention heads"),
-        (shape.vision.heads, "vision heads"),
-        (shape.ffn, "FFN columns"),
-        (shape.vision.ffn, "vision FFN columns"),
-    ):
+    counts = {
+        "key-value heads": shape.kv_heads,
+        "attention heads": shape.heads,
+        "vision heads": shape.vision.heads,
+        "FFN columns": shape.ffn,
+        "vision FFN columns": shape.vision.ffn,
+    }
+    for what, count in counts.items():
         if count % tp:
-            fits = max(n for n in range(1, tp) if not count % n)
+            fits = max(n for n in range(1, tp) if not any(number % n for number in counts.values()))
             raise ConfigError(f"parallel.tp={tp} does not divide the model's {count} {what}; use at most tp={fits}")
     _check_stages(shape.layers, parallel)
     for size, what in (

@@ -29,7 +29,8 @@ class PolicyObjective:
         now = scores.logprobs.detach()
         losses, clipped = maths.policy_loss(scores.logprobs, now, scored(scores, pack, "advantages"), self.config.clip)
         mismatch = (now - scored(scores, pack, "rollout_logprobs")).abs()
-        self.largest = max(self.largest, float(mismatch.max()))
+        if len(mismatch):  # a context-parallel rank may hold no scored row of a pack
+            self.largest = max(self.largest, float(mismatch.max()))
         sums = {
             "entropy": scores.entropy.detach().sum(),
             "clip_fraction": clipped.float().sum(),

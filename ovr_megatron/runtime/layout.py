@@ -61,11 +61,6 @@ class Layout:
             get_cuda_rng_tracker().set_states(tracked)
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank's pipeline stage is the first."""
-        return self.groups.pp.rank() == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank's pipeline stage is the last."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
