@@ -32,7 +32,7 @@ def main() -> int:
     arguments = parser.parse_args()
     layout, replicas = arguments.layout
     processes = layout.ranks * replicas
-    if processes > 1 and "LOCAL_RANK" not in os.environ:
+    if processes > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         return subprocess.run([*start, __file__, *sys.argv[1:]]).returncode
     arguments.layout, arguments.dtype = layout, verify.DTYPE_NAMES[arguments.dtype]
