@@ -87,5 +87,10 @@ def test_transformer_engine_that_is_not_there_is_refused(folder: Path, world: Wo
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match=r"model\.layers=transformer_engine"):
         build(folder, world, layers="transformer_engine")
+    with pytest.raises(ConfigError, match=r"model\.layers=transformer_engine"):
+        build(folder, world, dtype="bfloat16", fp8="current")
+
+
+def test_eight_bits_need_bfloat16() -> None:
     with pytest.raises(ConfigError, match="fp8=current needs"):
         ModelConfig(path="x", fp8="current")

@@ -171,11 +171,10 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
         yield unfinished
         for path in (*unfinished.rglob("*"), unfinished):
             sync(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    if out.exists():
-        out.rename(old)
-    unfinished.rename(out)
+        if out.exists():
+            out.rename(old)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # what failed or was stopped; nothing once it has its name
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
