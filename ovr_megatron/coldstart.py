@@ -6,6 +6,7 @@ or ``srun`` for more than one process.  The same command on the same run folder 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from ovr_megatron import config as configuration
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.companions import write_companions
 from ovr_megatron.config import ColdStartConfig
-from ovr_megatron.data.packing import Pack, PackStream
+from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.stream import open_stream
+from ovr_megatron.data.supervised import open_packs
 from ovr_megatron.engine import Engine, LossSum
 from ovr_megatron.launch import launch
 from ovr_megatron.model.qwen25vl import Scores
@@ -38,17 +39,11 @@ def train(config: ColdStartConfig, world: World) -> Path:
     """Train to the last step, from the newest checkpoint if there is one; returns the last checkpoint's folder."""
     run = Path(config.run.dir)
     source = store.weights_of(config.model.path)
+    processor = Processor(source, config.data)
+    packs, steps = open_packs(config, processor, world)
+    config = dataclasses.replace(config, steps=steps)
     engine = Engine(ModelShape.from_hf(source), config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
-    processor = Processor(source, config.data)
-    packs = PackStream(
-        open_stream(config.data, config.run.seed),
-        processor,
-        config.data.pack_tokens,
-        config.packs_per_step,
-        world.dp_rank,
-        world.dp_size,
-    )
     found = store.find(run / "checkpoints", world)
     if found:
         store.restore(found, {"policy": engine})

@@ -52,9 +52,15 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where rows come from and how they become tokens; one image budget for trainer, engine and export."""
+    """Where rows come from and how they become tokens; one image budget for trainer, engine and export.
+
+    Rows come from ``sources``, or for the cold start from ``tokenised``, a folder that ``tools/tokenise.py`` wrote.
+    ``on_error``: a row that cannot be used stops the run, or is skipped, counted and listed.
+    """
 
     sources: list[SourceConfig] = field(default_factory=list)
+    tokenised: str | None = None
+    on_error: str = "stop"
     template: str = "think"
     min_pixels: int = 3136
     max_pixels: int = 1003520
@@ -68,6 +74,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _choice("data.template", self.template, ("think", "model"))
+        _choice("data.on_error", self.on_error, ("stop", "skip"))
+        _require(
+            not self.tokenised or not (self.sources or self.exclude),
+            f"data.tokenised={self.tokenised} replaces data.sources and data.exclude; remove one or the other",
+        )
         _require(
             0 < self.min_pixels <= self.max_pixels,
             f"data.min_pixels={self.min_pixels} must be positive and at most data.max_pixels={self.max_pixels}",
@@ -213,7 +224,10 @@ def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ColdStartConfig:
-    """Stage 1: supervised training on packed samples (paper, section 3.1)."""
+    """Stage 1: supervised training on packed samples (paper, section 3.1).
+
+    ``steps=0``: as many as ``epochs`` take, which needs ``data.tokenised``.
+    """
 
     run: RunConfig
     model: ModelConfig
@@ -221,11 +235,17 @@ class ColdStartConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     steps: int = 900
+    epochs: int = 5
     packs_per_step: int = 640
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
-        _require(self.steps > 0, f"steps={self.steps} must be positive")
+        _require(self.steps >= 0, f"steps={self.steps} must be positive, or 0 to train for {self.epochs} epochs")
+        _require(self.epochs > 0, f"epochs={self.epochs} must be positive")
+        _require(
+            self.steps > 0 or bool(self.data.tokenised),
+            "steps=0 with data.sources: only the epochs of data.tokenised=DIR have an end; give steps",
+        )
         _require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,17 +12,15 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.config import ConfigError
+from ovr_megatron.data.best_fit import PackError, deal, plan_packs
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
-from ovr_megatron.data.schema import Row
+from ovr_megatron.data.schema import Row, RowError
+from ovr_megatron.data.skipped import SkippedRows
 
 IGNORED = -100  # label of a token that predicts nothing
 CHUNK = 64  # rows that are drawn and tokenised together
 BARREN = 16  # chunks without one row that fits, after which the stream gives up
 LOOKAHEAD = 2  # packs that wait beyond a step's own, so that its own can be filled well
-
-
-class PackError(ValueError):
-    """Documents that do not fit into a pack."""
 
 
 @dataclass
@@ -154,32 +151,6 @@ def _spread(name: str, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return placed
 
 
-def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
-    """Distribute documents over packs: each goes, in the order given, to the fullest pack that has room.
-
-    Returns:
-        The indices of each pack's documents; packs in the order in which they were opened.
-
-    Raises:
-        PackError: a document is longer than ``pack_tokens``.
-    """
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
-    for index, length in enumerate(lengths):
-        if length > pack_tokens:
-            raise PackError(f"sample {index} has {length} tokens and does not fit into a pack of {pack_tokens}")
-        at = bisect.bisect_left(room, (length, 0))
-        if at == len(room):
-            free, number = pack_tokens, len(packs)
-            packs.append([])
-        else:
-            free, number = room.pop(at)
-        packs[number].append(index)
-        if free > length:
-            bisect.insort(room, (free - length, number))
-    return packs
-
-
 class ResumableRows(Protocol):
     """An endless stream of rows whose position is JSON."""
 
@@ -205,7 +176,7 @@ class PackStream:
 
     Every rank draws and measures every row and so finds the same plan; it processes the pixels of its own
     packs only.  Rows that have waited longest are packed first.  A row over ``data.max_prompt_tokens`` or
-    ``pack_tokens`` is dropped and counted in ``dropped``.
+    ``pack_tokens`` is dropped and counted in ``dropped``; so is one that cannot be used, where there is a list for it.
 
     Attributes:
         dropped: Rows dropped so far.
@@ -220,8 +191,9 @@ class PackStream:
         packs_per_step: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        skipped: SkippedRows | None = None,
     ) -> None:
-        """Set up; nothing is drawn yet.
+        """Set up; nothing is drawn yet.  ``skipped`` lists rows that are left out; None stops at a bad one.
 
         Raises:
             ConfigError: ``packs_per_step`` is not a multiple of ``dp_size``.
@@ -234,7 +206,7 @@ class PackStream:
         self.pack_tokens, self.packs_per_step = pack_tokens, packs_per_step
         self.dropped, self.fill = 0, 0.0
         self._stream, self._processor = stream, processor
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._dp_rank, self._dp_size, self._skipped = dp_rank, dp_size, skipped
         self._waiting: list[_Waiting] = []
         self._drawn, self._barren = 0, 0
         self._snapshots: list[tuple[int, dict[str, Any]]] = []  # (rows drawn, position), before each chunk
@@ -253,12 +225,11 @@ class PackStream:
             self._draw()
         lengths = [item.length for item in self._waiting]
         plan = plan_packs(lengths, self.pack_tokens)[: self.packs_per_step]
-        # Packs of similar attention cost meet in the same micro-step of the replicas.
-        plan.sort(key=lambda members: -sum(lengths[i] ** 2 for i in members))
+        shares = deal([sum(lengths[i] ** 2 for i in members) for members in plan], self._dp_size)
         self.fill = sum(lengths[i] for members in plan for i in members) / (self.packs_per_step * self.pack_tokens)
         packs = [
             pack(self._processor.encode([self._waiting[i].row for i in members], generation=False))
-            for members in plan[self._dp_rank :: self._dp_size]
+            for members in (plan[number] for number in shares[self._dp_rank])
         ]
         taken = {i for members in plan for i in members}
         self._waiting = [item for i, item in enumerate(self._waiting) if i not in taken]
@@ -289,11 +260,11 @@ class PackStream:
         drawn = [(draw, next(self._stream)) for draw in range(self._drawn, self._drawn + CHUNK)]
         self._drawn += CHUNK
         drawn = [(draw, row) for draw, row in drawn if keep is None or draw in keep]
-        lengths = self._processor.lengths([row for _, row in drawn], generation=False)
+        lengths = self._measure([row for _, row in drawn])
         fitting = [
             _Waiting(draw, row, length)
             for (draw, row), length in zip(drawn, lengths, strict=True)
-            if not isinstance(length, TooLongError) and length <= self.pack_tokens
+            if isinstance(length, int)
         ]
         self._waiting += fitting
         self.dropped += len(drawn) - len(fitting)
@@ -301,10 +272,29 @@ class PackStream:
         if self._barren == BARREN and drawn:
             self._give_up(drawn[-1][1], lengths[-1])
 
-    def _give_up(self, row: Row, length: int | TooLongError) -> NoReturn:
-        problem = f"has {length} tokens" if isinstance(length, int) else length.problem
-        remedy = f"raise data.pack_tokens={self.pack_tokens} or data.max_prompt_tokens"
-        raise TooLongError(row.where, "messages", f"{problem}; so it is with {BARREN * CHUNK} rows in a row", remedy)
+    def _measure(self, rows: list[Row]) -> list[int | RowError]:
+        """Tokens of each row, or why it is left out."""
+        found: list[int | RowError] = []
+        try:
+            found += self._processor.lengths(rows, generation=False)
+        except RowError as error:
+            if self._skipped is None:
+                raise
+            found = [error] if len(rows) == 1 else [self._measure([row])[0] for row in rows]
+        remedy = "raise data.pack_tokens, or leave the row out"
+        for i, (row, length) in enumerate(zip(rows, found, strict=True)):
+            if isinstance(length, int) and length > self.pack_tokens:
+                problem = f"has {length} tokens, more than data.pack_tokens={self.pack_tokens}"
+                length = found[i] = TooLongError(row.where, "messages", problem, remedy)
+            if isinstance(length, RowError) and self._skipped is not None:
+                self._skipped.add(length)
+        return found
+
+    def _give_up(self, row: Row, length: int | RowError) -> NoReturn:
+        assert isinstance(length, RowError)
+        remedy = f"raise data.pack_tokens={self.pack_tokens} or data.max_prompt_tokens, or correct the rows"
+        problem = f"{length.problem}; so it is with {BARREN * CHUNK} rows in a row"
+        raise TooLongError(row.where, "messages", problem, remedy)
 
     def _forget_snapshots(self) -> None:
         """Keep those from which the oldest waiting row can be drawn again."""

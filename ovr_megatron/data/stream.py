@@ -10,16 +10,18 @@ from typing import Any
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
+from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.sources import open_source
 
-_BARREN = 10_000  # excluded rows in a row, after which the stream gives up
+_BARREN = 10_000  # excluded or skipped rows in a row, after which the stream gives up
 
 
 class RowStream:
     """Rows of several sources, each drawn with its weight.
 
     A finite source is walked in a new shuffle each epoch, without replacement; an endless one in order, from a
-    place that depends on the seed.  A row whose fingerprint is excluded is skipped and counted.
+    place that depends on the seed.  A row whose fingerprint is excluded is left out and counted; so is one that
+    cannot be used, where there is a list for it.
 
     Attributes:
         excluded: Rows skipped so far.
@@ -31,11 +33,20 @@ class RowStream:
         seed: int,
         exclude: frozenset[str] = frozenset(),
         config: DataConfig | None = None,
+        skipped: SkippedRows | None = None,
     ) -> None:
-        """Start at the first row; ``exclude`` holds fingerprints of prompts, ``config`` bounds their images."""
+        """Start at the first row.
+
+        Args:
+            sources: Rows and weights.
+            seed: Decides the order.
+            exclude: Fingerprints of prompts.
+            config: Bounds the images of prompts.
+            skipped: Lists rows that cannot be used; None stops at the first.
+        """
         self._sources = [source for source, _ in sources]
         self._weights = [weight for _, weight in sources]
-        self._seed, self._exclude, self._config = seed, exclude, config
+        self._seed, self._exclude, self._config, self._skipped = seed, exclude, config, skipped
         self._drawn = 0
         self._taken = [0] * len(sources)
         self.excluded = 0
@@ -51,17 +62,24 @@ class RowStream:
         Raises:
             RowError: the row cannot be used, or every row is excluded.
         """
+        where = ""
         for _ in range(_BARREN):
             number = random.Random(f"{self._seed}#{self._drawn}").choices(range(len(self._sources)), self._weights)[0]
             self._drawn += 1
-            row = self._sources[number][self._index(number)]
+            index = self._index(number)
             self._taken[number] += 1
-            if not self._exclude or fingerprint(row, self._config) not in self._exclude:
-                return row
-            self.excluded += 1
-        raise RowError(
-            row.where, "messages", f"{_BARREN} rows in a row are excluded", "remove data.exclude or add other sources"
-        )
+            try:
+                row = self._sources[number][index]
+                if not self._exclude or fingerprint(row, self._config) not in self._exclude:
+                    return row
+                where, self.excluded = row.where, self.excluded + 1
+            except RowError as error:
+                if self._skipped is None:
+                    raise
+                where = error.where
+                self._skipped.add(error)
+        remedy = "remove data.exclude, correct the rows or add other sources"
+        raise RowError(where, "messages", f"{_BARREN} rows in a row are excluded or cannot be used", remedy)
 
     def _index(self, number: int) -> int:
         """Which row of source ``number`` comes next."""
@@ -100,8 +118,8 @@ class RowStream:
         self._drawn, self._taken, self.excluded = state["drawn"], list(state["taken"]), state["excluded"]
 
 
-def open_stream(config: DataConfig, seed: int) -> RowStream:
-    """Open every source of ``config`` as one stream.
+def open_stream(config: DataConfig, seed: int, skipped: SkippedRows | None = None) -> RowStream:
+    """Open every source of ``config`` as one stream; ``skipped`` as of `RowStream`.
 
     Raises:
         ConfigError: there is no source.
@@ -110,4 +128,5 @@ def open_stream(config: DataConfig, seed: int) -> RowStream:
     if not config.sources:
         raise ConfigError("data.sources is empty: give at least one, for example 'data.sources=[{path: rows.jsonl}]'")
     exclude = read_fingerprints(Path(config.exclude)) if config.exclude else frozenset()
-    return RowStream([(open_source(source), source.weight) for source in config.sources], seed, exclude, config)
+    sources = [(open_source(source), source.weight) for source in config.sources]
+    return RowStream(sources, seed, exclude, config, skipped)

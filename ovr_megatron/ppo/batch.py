@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ovr_megatron.data.packing import Pack, pack, plan_packs
+from ovr_megatron.data.best_fit import plan_packs
+from ovr_megatron.data.packing import Pack, pack
 from ovr_megatron.data.processing import Sample
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.ppo.maths import Ragged

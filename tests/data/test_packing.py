@@ -4,11 +4,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ovr_megatron.config import ConfigError, DataConfig
-from ovr_megatron.data.packing import CHUNK, PackError, PackStream, pack, plan_packs
+from ovr_megatron.data.best_fit import PackError, deal
+from ovr_megatron.data.packing import CHUNK, PackStream, pack
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, TextPart
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
@@ -93,30 +92,6 @@ def test_no_sample_is_no_pack():
         pack([])
 
 
-@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 90))
-@settings(max_examples=80, deadline=None)
-def test_a_plan_holds_every_document_once_and_no_pack_is_too_long(lengths, pack_tokens):
-    plan = plan_packs(lengths, pack_tokens)
-    assert sorted(index for members in plan for index in members) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[i] for i in members) <= pack_tokens for members in plan)
-    assert plan == plan_packs(lengths, pack_tokens)
-    # Best fit never opens a pack in vain: no two packs could have been one.
-    sums = sorted(sum(lengths[i] for i in members) for members in plan)
-    assert len(sums) < 2 or sums[0] + sums[1] > pack_tokens
-
-
-def test_packs_of_natural_lengths_are_97_percent_full():
-    draw = np.random.default_rng(0)
-    lengths = np.minimum(draw.lognormal(np.log(2500), 0.9, 3000), 32000).astype(int).tolist()
-    plan = plan_packs(lengths, 65536)
-    assert sum(lengths) / (len(plan) * 65536) > 0.97
-
-
-def test_a_document_longer_than_a_pack_is_an_error():
-    with pytest.raises(PackError, match="sample 1 has 51 tokens and does not fit into a pack of 50"):
-        plan_packs([50, 51], 50)
-
-
 class Rows:
     """An endless stream of short rows, some with an image, every ninth too long for a prompt."""
 
@@ -193,8 +168,9 @@ def test_replicas_share_the_packs_of_one_plan(processor):
     replicas = [PackStream(Rows(), processor, PACK_TOKENS, packs_per_step=4, dp_rank=r, dp_size=2) for r in range(2)]
     for _ in range(3):
         packs, shares = next(whole), [next(replica) for replica in replicas]
-        assert same(packs[0::2], shares[0])
-        assert same(packs[1::2], shares[1])
+        costs = [int(np.square(np.diff(p.cu_seqlens)).sum()) for p in packs]
+        for replica, numbers in enumerate(deal(costs, 2)):
+            assert same([packs[number] for number in numbers], shares[replica])
     assert replicas[0].state() == replicas[1].state() == whole.state()
 
 

@@ -1,0 +1,122 @@
+"""Which document goes into which pack, and which pack to which replica: numbers in, numbers out."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+_BITS = 8  # rooms share a word of 2^8 bits
+
+
+class PackError(ValueError):
+    """Documents that do not fit into a pack."""
+
+
+class _Rooms:
+    """Packs by their free tokens; two levels of bits find the least free space that suffices in constant time."""
+
+    def __init__(self, pack_tokens: int) -> None:
+        self._words = [0] * ((pack_tokens >> _BITS) + 1)  # bit f of the whole: some pack has f free tokens
+        self._filled = 0  # bit w: word w is not zero
+        self._packs: dict[int, list[int]] = {}  # free tokens -> heap of packs
+
+    def take(self, length: int) -> tuple[int, int] | None:
+        """Remove the fullest pack with room for ``length``, of equals the one opened first: (free tokens, pack)."""
+        free = self._least(length)
+        if free < 0:
+            return None
+        heap = self._packs[free]
+        number = heapq.heappop(heap)
+        if not heap:
+            word = free >> _BITS
+            self._words[word] ^= 1 << (free & 255)
+            if not self._words[word]:
+                self._filled ^= 1 << word
+        return free, number
+
+    def put(self, free: int, number: int) -> None:
+        """Let pack ``number`` have ``free`` tokens of room."""
+        heap = self._packs.get(free)
+        if heap is None:
+            heap = self._packs[free] = []
+        if not heap:
+            word = free >> _BITS
+            self._words[word] |= 1 << (free & 255)
+            self._filled |= 1 << word
+        heapq.heappush(heap, number)
+
+    def _least(self, length: int) -> int:
+        word = length >> _BITS
+        if rest := self._words[word] >> (length & 255):
+            return length + _lowest_bit(rest)
+        if rest := self._filled >> (word + 1):
+            word += 1 + _lowest_bit(rest)
+            return (word << _BITS) + _lowest_bit(self._words[word])
+        return -1
+
+
+def _lowest_bit(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def assign_packs(lengths: Sequence[int] | np.ndarray, pack_tokens: int) -> np.ndarray:
+    """Give each document, in order, to the fullest pack that has room: online best fit.
+
+    Returns:
+        int32[D], the pack of each document; packs count in the order in which they were opened.
+
+    Raises:
+        PackError: a document is longer than ``pack_tokens``.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if (over := np.flatnonzero(lengths > pack_tokens)).size:
+        index = int(over[0])
+        raise PackError(f"sample {index} has {lengths[index]} tokens and does not fit into a pack of {pack_tokens}")
+    rooms, packs = _Rooms(pack_tokens), 0
+    assigned = np.empty(len(lengths), np.int32)
+    for index, length in enumerate(lengths.tolist()):
+        found = rooms.take(length)
+        if found is None:
+            found, packs = (pack_tokens, packs), packs + 1
+        free, assigned[index] = found
+        if free > length:
+            rooms.put(free - length, found[1])
+    return assigned
+
+
+def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
+    """`assign_packs` as the indices of each pack's documents, in the order of ``lengths``."""
+    packs: list[list[int]] = []
+    for index, number in enumerate(assign_packs(lengths, pack_tokens).tolist()):
+        if number == len(packs):
+            packs.append([])
+        packs[number].append(index)
+    return packs
+
+
+def deal(costs: Sequence[float] | np.ndarray, replicas: int) -> list[list[int]]:
+    """Share packs among replicas: as many for each, and sums of cost alike.
+
+    In order of cost, dearest first, each pack goes to the replica with the least so far that may take one more
+    (Graham's longest processing time first, with a bound on the count).
+
+    Args:
+        costs: What each pack costs, in any unit; their number is a multiple of ``replicas``.
+        replicas: Number of data-parallel replicas.
+
+    Returns:
+        For each replica the packs that it takes, dearest first.
+    """
+    costs = np.asarray(costs, np.float64)
+    assert len(costs) % replicas == 0, (len(costs), replicas)
+    each = len(costs) // replicas
+    shares: list[list[int]] = [[] for _ in range(replicas)]
+    open_replicas = [(0.0, replica) for replica in range(replicas)]
+    for number in np.argsort(-costs, kind="stable").tolist():
+        load, replica = heapq.heappop(open_replicas)
+        shares[replica].append(number)
+        if len(shares[replica]) < each:
+            heapq.heappush(open_replicas, (load + costs[number], replica))
+    return shares

@@ -1,0 +1,336 @@
+"""A tokenised set: texts as token ids in a folder, written once and mapped into memory for reading.
+
+::
+
+    DIR/
+      tokens.bin      uint32, the samples' tokens one after the other
+      samples.bin     one `RECORD` a sample
+      skipped.jsonl   rows that were left out, with the reason
+      manifest.json   written last: sources, what the tokens were made with, sizes and SHA-256 of the other files
+
+Opening reads ``samples.bin`` (32 bytes a sample) and looks at the size of ``tokens.bin``; a sample's tokens are
+compared with their checksum when they are read.  Numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ovr_megatron.config import ConfigError
+from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.schema import Row, RowError
+
+MANIFEST, TOKENS, SAMPLES, SKIPPED = "manifest.json", "tokens.bin", "samples.bin", "skipped.jsonl"
+FORMAT = 1
+TOKEN = np.dtype("<u4")
+# Where the tokens begin and how many they are, how many of them are the prompt, and the row of which source.
+RECORD = np.dtype(
+    [("offset", "<i8"), ("row", "<i8"), ("length", "<i4"), ("prompt", "<i4"), ("source", "<i4"), ("crc32", "<u4")]
+)
+_AGAIN = "copy the set again, or write it anew with tools/tokenise.py"
+
+
+@dataclass(frozen=True)
+class Tokenisation:
+    """What decides which tokens a text becomes.
+
+    Attributes:
+        tokenizer: SHA-256 of the tokenizer in serialised form, whichever files it was loaded from.
+        vocabulary: Number of its tokens.
+        end_token: Id that closes a response.
+        template: ``data.template``.
+        chat_template: SHA-256 of the Jinja source.
+    """
+
+    tokenizer: str
+    vocabulary: int
+    end_token: int
+    template: str
+    chat_template: str
+
+    @staticmethod
+    def of(processor: Processor) -> Tokenisation:
+        """What ``processor`` tokenises with."""
+        serialised = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+        for passing in ("truncation", "padding"):  # set by calls, not by the folder
+            serialised.pop(passing, None)
+        return Tokenisation(
+            tokenizer=_sha256(json.dumps(serialised, sort_keys=True)),
+            vocabulary=len(processor.tokenizer),
+            end_token=processor.end_token,
+            template=processor.config.template,
+            chat_template=_sha256(str(processor.chat_template)),
+        )
+
+
+@dataclass(frozen=True)
+class TokenisedSource:
+    """One source of a set: an epoch has each of its samples ``weight`` times."""
+
+    name: str
+    path: str
+    weight: float
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    excluded: int = 0
+
+
+@dataclass(frozen=True)
+class TokenisedManifest:
+    """What a set holds; ``files`` gives size in bytes and SHA-256 by name."""
+
+    tokenisation: Tokenisation
+    sources: tuple[TokenisedSource, ...]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        """A name of the contents."""
+        return _sha256("".join(self.files[name]["sha256"] for name in (TOKENS, SAMPLES)))
+
+
+@dataclass
+class Texts:
+    """Tokenised samples of one source: their tokens in one row, and for each its length, prompt and row number."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    prompts: np.ndarray
+    rows: np.ndarray
+
+
+class TokenisedWriter:
+    """Writes a set beside its final place, which appears when the ``with`` block ends without an error.
+
+    Raises:
+        ConfigError: there is something at ``folder``, or nothing was added.
+    """
+
+    def __init__(self, folder: str | Path, processor: Processor) -> None:
+        """Begin an empty set; what an interrupted writing left is removed."""
+        self.folder = Path(folder)
+        if self.folder.exists():
+            raise ConfigError(f"{self.folder} exists already; remove it or name another folder")
+        self._partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self._tokenisation = Tokenisation.of(processor)
+        self._sources: list[TokenisedSource] = []
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        self._files = {name: _HashedFile(self._partial / name) for name in (TOKENS, SAMPLES, SKIPPED)}
+        self._offset = 0
+
+    def begin_source(self, name: str, path: str, weight: float) -> None:
+        """What is added from now on is of this source."""
+        self._sources.append(TokenisedSource(name, path, weight))
+
+    def add(self, texts: Texts) -> None:
+        """Append samples."""
+        records = np.zeros(len(texts.lengths), RECORD)
+        ends = np.cumsum(texts.lengths)
+        records["offset"] = self._offset + ends - texts.lengths
+        records["length"], records["prompt"], records["row"] = texts.lengths, texts.prompts, texts.rows
+        records["source"] = len(self._sources) - 1
+        tokens = texts.tokens.astype(TOKEN)
+        records["crc32"] = [zlib.crc32(part.data) for part in np.split(tokens, ends[:-1])] if len(ends) else []
+        self._files[TOKENS].write(tokens.tobytes())
+        self._files[SAMPLES].write(records.tobytes())
+        self._offset += len(tokens)
+        self._count(samples=len(records), tokens=len(tokens))
+
+    def skip(self, errors: Sequence[RowError]) -> None:
+        """Record rows that were left out."""
+        for error in errors:
+            line = {"where": error.where, "field": error.field, "problem": error.problem}
+            self._files[SKIPPED].write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+        self._count(skipped=len(errors))
+
+    def exclude(self, count: int) -> None:
+        """Count rows whose prompt ``data.exclude`` names."""
+        self._count(excluded=count)
+
+    def _count(self, **more: int) -> None:
+        counts = asdict(self._sources[-1])
+        self._sources[-1] = TokenisedSource(**counts | {key: counts[key] + value for key, value in more.items()})
+
+    def finish(self) -> TokenisedManifest:
+        """Write the manifest and put the set into its place."""
+        if not any(source.samples for source in self._sources):
+            raise ConfigError(f"{self.folder}: no row of {len(self._sources)} sources can be used; correct them")
+        files = {name: file.close() for name, file in self._files.items()}
+        manifest = TokenisedManifest(self._tokenisation, tuple(self._sources), files)
+        with (self._partial / MANIFEST).open("w") as file:
+            json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        self._partial.rename(self.folder)
+        return manifest
+
+    def __enter__(self) -> TokenisedWriter:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            for file in self._files.values():
+                file.file.close()
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+class _HashedFile:
+    """A file that is written from its beginning, with the SHA-256 of what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self._digest.update(data)
+
+    def close(self) -> dict[str, Any]:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return {"bytes": self.file.tell(), "sha256": self._digest.hexdigest()}
+
+
+class TokenisedSet:
+    """The samples of a set, by number, as `Processor.encode` makes them of the rows.
+
+    Attributes:
+        manifest: What the folder says about itself.
+        lengths: int32[N], tokens of each sample.
+        prompts: int32[N], those of its prompt.
+        sources: int32[N], index into ``manifest.sources``.
+
+    Raises:
+        RowError: the folder is no set, or a file of it is missing, cut off or changed.
+        ConfigError: it was written with another tokenizer, vocabulary or template than ``processor`` has.
+    """
+
+    def __init__(self, folder: str | Path, processor: Processor) -> None:
+        """Open the set at ``folder`` for the model of ``processor``."""
+        self.folder = Path(folder)
+        self.manifest = read_tokenised_manifest(self.folder)
+        _check_tokenisation(self.folder, self.manifest.tokenisation, processor)
+        for name in (TOKENS, SAMPLES):
+            _check_size(self.folder / name, self.manifest.files[name]["bytes"])
+        records = np.fromfile(self.folder / SAMPLES, RECORD)
+        if hashlib.sha256(records.tobytes()).hexdigest() != self.manifest.files[SAMPLES]["sha256"]:
+            raise RowError(str(self.folder / SAMPLES), "", "was changed: its SHA-256 is another one", _AGAIN)
+        self._tokens = np.memmap(self.folder / TOKENS, TOKEN, mode="r")
+        self._records = records
+        self._patch_dim = processor.shape.vision.patch_dim
+        self.lengths, self.prompts, self.sources = (
+            np.ascontiguousarray(records[name]) for name in ("length", "prompt", "source")
+        )
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self._records)
+
+    def where(self, index: int) -> str:
+        """Return the place of the row that sample ``index`` was made of: ``path[row]``, rows counted from 0."""
+        record = self._records[index]
+        return f"{self.manifest.sources[record['source']].path}[{record['row']}]"
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return sample ``index``.
+
+        Raises:
+            IndexError: there is none.
+            RowError: its tokens were changed since they were written.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        record = self._records[index]
+        stored = self._tokens[record["offset"] : record["offset"] + record["length"]]
+        if zlib.crc32(stored.data) != record["crc32"]:
+            problem = f"the tokens of sample {index} ({self.where(index)}) were changed"
+            raise RowError(str(self.folder / TOKENS), "", problem, _AGAIN)
+        tokens, prompt = stored.astype(np.int64), int(record["prompt"])
+        return Sample(
+            tokens=tokens,
+            loss_mask=np.arange(len(tokens)) >= prompt,
+            position_ids=np.tile(np.arange(len(tokens)), (3, 1)),
+            patches=np.zeros((0, self._patch_dim), np.float32),
+            grid_thw=np.zeros((0, 3), np.int64),
+            placement=np.zeros(0, np.int64),
+            images=[],
+            videos=[],
+            prompt_tokens=tokens[:prompt].tolist(),
+            row=Row((), source=self.manifest.sources[record["source"]].name, where=self.where(index)),
+        )
+
+
+def read_tokenised_manifest(folder: str | Path) -> TokenisedManifest:
+    """The manifest of the set at ``folder``.
+
+    Raises:
+        RowError: there is none, or it is of another format.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RowError(str(path), "", "does not exist", "name a folder that tools/tokenise.py wrote") from None
+    except ValueError as error:
+        raise RowError(str(path), "", f"is not JSON ({error})", _AGAIN) from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise RowError(str(path), "format", f"is not {FORMAT}", "write the set anew with tools/tokenise.py")
+    try:
+        sources = tuple(TokenisedSource(**source) for source in raw["sources"])
+        files = {name: {key: raw["files"][name][key] for key in ("bytes", "sha256")} for name in (TOKENS, SAMPLES)}
+        return TokenisedManifest(Tokenisation(**raw["tokenisation"]), sources, files)
+    except (KeyError, TypeError) as error:
+        raise RowError(str(path), "", f"lacks a field or has one too many ({error})", _AGAIN) from None
+
+
+def verify_tokenised(folder: str | Path) -> TokenisedManifest:
+    """Read every byte of the set at ``folder`` and compare it with the manifest.
+
+    Raises:
+        RowError: names the file that is missing, cut off or changed.
+    """
+    manifest = read_tokenised_manifest(folder)
+    for name, record in manifest.files.items():
+        path = Path(folder) / name
+        _check_size(path, record["bytes"])
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+                raise RowError(str(path), "", "was changed: its SHA-256 is another one", _AGAIN)
+    return manifest
+
+
+def _check_tokenisation(folder: Path, theirs: Tokenisation, processor: Processor) -> None:
+    ours = Tokenisation.of(processor)
+    for item in fields(Tokenisation):
+        one, other = getattr(theirs, item.name), getattr(ours, item.name)
+        if one != other:
+            raise ConfigError(
+                f"data.tokenised={folder} was written with {item.name} {one}, model.path and data.template give "
+                f"{other}; choose the model and template it was written for, or write it anew with tools/tokenise.py"
+            )
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if not path.is_file():
+        raise RowError(str(path), "", "is missing", _AGAIN)
+    if path.stat().st_size != expected:
+        raise RowError(str(path), "", f"has {path.stat().st_size} bytes instead of {expected}", _AGAIN)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,197 @@
+"""Rows to a tokenised set, in processes that work beside each other; the set is the same for any number of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ovr_megatron.config import ConfigError, DataConfig
+from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
+from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource, TextPart
+from ovr_megatron.data.sources import open_source
+from ovr_megatron.data.tokenised import Texts, TokenisedManifest, TokenisedWriter, read_tokenised_manifest
+from ovr_megatron.runtime.progress import Progress
+
+CHUNK_ROWS = 256  # rows that one process takes at a time
+_WAITING = 4  # chunks for each process that are under way or done and not yet written
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``start`` to ``stop`` of source number ``source``."""
+
+    source: int
+    start: int
+    stop: int
+
+
+@dataclass
+class Tokenised:
+    """What became of a chunk."""
+
+    chunk: Chunk
+    texts: Texts
+    skipped: list[RowError] = field(default_factory=list)
+    excluded: int = 0
+
+
+class Tokeniser:
+    """Turns chunks of rows into tokens.  It opens the sources and the processor for itself."""
+
+    def __init__(self, model: str | Path, config: DataConfig) -> None:
+        """Open everything.
+
+        Raises:
+            RowError: a source cannot be read or is empty.
+            ConfigError: a source is endless.
+        """
+        self.config, self.processor = config, Processor(model, config)
+        self.sources: list[RowSource] = [open_source(source) for source in config.sources]
+        for source, opened in zip(config.sources, self.sources, strict=True):
+            if len(opened) >= ENDLESS:
+                raise ConfigError(f"{source.path} is endless; a tokenised set needs sources that end")
+        self._exclude = read_fingerprints(Path(config.exclude)) if config.exclude else frozenset()
+
+    def chunks(self) -> list[Chunk]:
+        """All rows of all sources, in order."""
+        return [
+            Chunk(number, start, min(start + CHUNK_ROWS, len(source)))
+            for number, source in enumerate(self.sources)
+            for start in range(0, len(source), CHUNK_ROWS)
+        ]
+
+    def __call__(self, chunk: Chunk) -> Tokenised:
+        """Tokenise ``chunk``.
+
+        Raises:
+            RowError: a row cannot be used or is too long, and ``data.on_error`` is ``stop``.
+        """
+        source = self.sources[chunk.source]
+        done = Tokenised(chunk, _texts([], []))
+        rows: list[tuple[int, Row]] = []
+        for index in range(chunk.start, chunk.stop):
+            try:
+                row = _text_only(source[index])
+                if self._exclude and fingerprint(row, self.config) in self._exclude:
+                    done.excluded += 1
+                else:
+                    rows.append((index, row))
+            except RowError as error:
+                self._leave_out(error, done)
+        found = self._encode(rows, done)
+        done.texts = _texts([sample for _, sample in found], [index for index, _ in found])
+        return done
+
+    def _encode(self, rows: Sequence[tuple[int, Row]], done: Tokenised) -> list[tuple[int, Sample]]:
+        """Samples of ``rows``: together, or one by one where that fails and bad ones are left out."""
+        try:
+            samples = self.processor.encode([row for _, row in rows], generation=False) if rows else []
+            for (_, row), sample in zip(rows, samples, strict=True):
+                self._check_length(row, sample)
+            return [(index, sample) for (index, _), sample in zip(rows, samples, strict=True)]
+        except RowError as error:
+            if len(rows) == 1 or self.config.on_error == "stop":
+                self._leave_out(error, done)
+                return []
+            return [item for one in rows for item in self._encode([one], done)]
+
+    def _check_length(self, row: Row, sample: Sample) -> None:
+        if len(sample) > self.config.pack_tokens:
+            problem = f"the row takes {len(sample)} tokens, more than data.pack_tokens={self.config.pack_tokens}"
+            remedy = "shorten the row, raise the limit, or leave out what is too long with data.on_error=skip"
+            raise TooLongError(row.where, "messages", problem, remedy)
+
+    def _leave_out(self, error: RowError, done: Tokenised) -> None:
+        if self.config.on_error == "stop":
+            raise error
+        done.skipped.append(error)
+
+
+def tokenise(config: DataConfig, model: str | Path, folder: str | Path, workers: int = 1) -> TokenisedManifest:
+    """Write the rows of ``config.sources`` to a new tokenised set at ``folder``.
+
+    Args:
+        config: Sources, limits, template and ``on_error``; a source's weight is how often an epoch has its rows.
+        model: Hugging Face folder whose tokenizer and template make the tokens.
+        folder: The set; it appears when it is whole.
+        workers: Processes that tokenise.
+
+    Raises:
+        RowError: a source or a row cannot be used; with ``data.on_error=skip`` only a source.
+        ConfigError: no source, an endless one, or ``folder`` exists.
+    """
+    if not config.sources:
+        raise ConfigError("data.sources is empty: give at least one, for example 'data.sources=[{path: rows.jsonl}]'")
+    tokeniser = Tokeniser(model, config)
+    chunks = tokeniser.chunks()
+    with ExitStack() as stack:
+        rows = sum(map(len, tokeniser.sources))
+        show = stack.enter_context(Progress(rows, "tokenise", "row"))
+        writer = stack.enter_context(TokenisedWriter(folder, tokeniser.processor))
+        results = _in_processes(chunks, model, config, workers, stack) if workers > 1 else map(tokeniser, chunks)
+        current = -1
+        for done in results:
+            while current < done.chunk.source:
+                current += 1
+                source = config.sources[current]
+                writer.begin_source(source.name or Path(source.path).stem, source.path, source.weight)
+            writer.add(done.texts)
+            writer.skip(done.skipped)
+            writer.exclude(done.excluded)
+            show.update(done.chunk.stop - done.chunk.start)
+    return read_tokenised_manifest(folder)
+
+
+def _in_processes(
+    chunks: Sequence[Chunk], model: str | Path, config: DataConfig, workers: int, stack: ExitStack
+) -> Iterator[Tokenised]:
+    """The chunks' results in order, a bounded number of them ahead."""
+    context = multiprocessing.get_context("spawn")  # tokenizers has threads, which a fork would lose
+    pool = stack.enter_context(ProcessPoolExecutor(workers, context, _start_worker, (model, config)))
+    stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    waiting: deque[Future[Tokenised]] = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(_work, chunk))
+        if len(waiting) >= _WAITING * workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+_worker: Callable[[Chunk], Tokenised]
+
+
+def _start_worker(model: str | Path, config: DataConfig) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    _worker = Tokeniser(model, config)
+
+
+def _work(chunk: Chunk) -> Tokenised:
+    return _worker(chunk)
+
+
+def _text_only(row: Row) -> Row:
+    for i, message in enumerate(row.messages):
+        if not all(isinstance(part, TextPart) for part in message.parts):
+            remedy = "a tokenised set holds texts only; train on rows with images through data.sources"
+            raise RowError(row.where, f"messages[{i}].content", "has an image or a video", remedy)
+    return row
+
+
+def _texts(samples: Sequence[Sample], rows: Sequence[int]) -> Texts:
+    return Texts(
+        tokens=np.concatenate([np.zeros(0, np.int64), *(sample.tokens for sample in samples)]),
+        lengths=np.array([len(sample) for sample in samples], np.int64),
+        prompts=np.array([len(sample.prompt_tokens) for sample in samples], np.int64),
+        rows=np.array(rows, np.int64),
+    )

@@ -1,0 +1,66 @@
+"""Tokenise text rows once into a folder that the cold start maps into memory (``data.tokenised=DIR``).
+
+    tools/tokenise.py DIR --model MODEL [--workers N] 'data.sources=[{path: traces.jsonl, weight: 2}]' [data.KEY=VALUE]
+    tools/tokenise.py DIR --verify
+
+The settings are those of training (docs/data.md); a source's weight says how often an epoch has each of its rows.
+``--verify`` reads a set again and compares every byte with its manifest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ovr_megatron.config import ConfigError, DataConfig, build
+from ovr_megatron.data.processing import TemplateError
+from ovr_megatron.data.schema import RowError
+from ovr_megatron.data.tokenised import TokenisedManifest, verify_tokenised
+from ovr_megatron.data.tokenising import tokenise
+from ovr_megatron.model.shape import ShapeError
+
+
+def main() -> None:
+    """Write or verify a set and print what it holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", type=Path, help="Hugging Face folder with tokenizer and template")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
+    parser.add_argument("--verify", action="store_true", help="read the set at FOLDER, write nothing")
+    parser.add_argument("settings", nargs="*", metavar="data.KEY=VALUE")
+    arguments = parser.parse_args()
+    if not arguments.verify and not arguments.model:
+        parser.error("--model is missing")
+    try:
+        if arguments.verify:
+            manifest = verify_tokenised(arguments.folder)
+        else:
+            config = settings(arguments.settings)
+            manifest = tokenise(config, arguments.model, arguments.folder, arguments.workers)
+    except (ConfigError, RowError, TemplateError, ShapeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(summary(manifest))
+
+
+def settings(pairs: list[str]) -> DataConfig:
+    """``data.KEY=VALUE`` pairs as a checked configuration."""
+    for pair in pairs:
+        if not pair.startswith("data.") or "=" not in pair:
+            raise ConfigError(f"{pair!r} is not known; settings have the form data.KEY=VALUE")
+    config: DataConfig = build(DataConfig, OmegaConf.from_dotlist(pairs).get("data", {}))
+    return config
+
+
+def summary(manifest: TokenisedManifest) -> str:
+    """A table of the sources."""
+    lines = [f"{'source':40}{'weight':>8}{'samples':>12}{'tokens':>16}{'skipped':>9}{'excluded':>9}"]
+    for source in manifest.sources:
+        counts = f"{source.samples:12,}{source.tokens:16,}{source.skipped:9,}{source.excluded:9,}"
+        lines.append(f"{source.name[:39]:40}{source.weight:8g}{counts}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
