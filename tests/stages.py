@@ -14,7 +14,10 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ovr_megatron import coldstart, rl
-from ovr_megatron.config import ColdStartConfig, ParallelConfig, RLConfig, build, defaults
+from ovr_megatron.config import ColdStartConfig, ParallelConfig, RLConfig, SourceConfig, build, defaults
+from ovr_megatron.data.schema import row_to_json
+from ovr_megatron.data.sources import open_source
+from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.runtime import distributed
 
@@ -28,6 +31,21 @@ def recipe(schema: type, name: str, *overrides: str) -> Any:
 def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32") -> Path:
     options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", "steps=4", "run.save_every=2"]
     config = recipe(ColdStartConfig, "tiny_cold_start", *options, "data.pack_tokens=512", f"model.dtype={dtype}")
+    return coldstart.train(config, world)
+
+
+def tokenised_cold_start(run: Path, model: Path) -> Path:
+    """Two epochs of a tokenised set, whose second begins inside a step; the first process writes it."""
+    folder, options = run.parent / "tokenised", [f"run.dir={run}", f"model.path={model}", "steps=0", "epochs=2"]
+    options += ["run.save_every=2", "data.pack_tokens=512", "data.sources=[]", f"data.tokenised={folder}"]
+    config = recipe(ColdStartConfig, "tiny_cold_start", *options)
+    if world.is_main and not folder.exists():
+        rows = open_source(SourceConfig(path="puzzle:digits?form=text&task=sum"))
+        path = run.parent / "rows.jsonl"
+        path.write_text("".join(json.dumps(row_to_json(rows[i])) + "\n" for i in range(30)))
+        sources = [SourceConfig(path=str(path))]
+        tokenise(replace(config.data, tokenised=None, sources=sources), model, folder)
+    dist.barrier()
     return coldstart.train(config, world)
 
 
@@ -55,6 +73,9 @@ if __name__ == "__main__":
         cold_start(out / "cold_again", model, tp)
         copy_without_last(out / "cold", out / "cold_resumed")
         cold_start(out / "cold_resumed", model, tp)
+        tokenised_cold_start(out / "epochs", model)
+        copy_without_last(out / "epochs", out / "epochs_resumed")
+        tokenised_cold_start(out / "epochs_resumed", model)
         cold_start(out / "bf16", model, tp, "bfloat16")
         copy_without_last(out / "bf16", out / "bf16_resumed")
         cold_start(out / "bf16_resumed", model, tp, "bfloat16")

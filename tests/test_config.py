@@ -151,9 +151,18 @@ def test_refused_value_says_what_to_change(override: str, message: str) -> None:
     assert message in complaint(RLConfig, override)
 
 
-@pytest.mark.parametrize("key", ["steps", "packs_per_step"])
+@pytest.mark.parametrize("key", ["epochs", "packs_per_step"])
 def test_refused_cold_start_value(key: str) -> None:
     assert f"{key}=0 must be positive" in complaint(ColdStartConfig, f"{key}=0")
+
+
+def test_a_cold_start_has_one_kind_of_data_and_an_end() -> None:
+    assert "only the epochs of data.tokenised=DIR have an end" in complaint(ColdStartConfig, "steps=0")
+    both = complaint(ColdStartConfig, "data.sources=[{path: a.jsonl}]", "data.tokenised=DIR")
+    assert "data.tokenised=DIR replaces data.sources and data.exclude" in both
+    assert "data.on_error='ignore' is not known; choose one of stop, skip" in complaint(
+        ColdStartConfig, "data.on_error=ignore"
+    )
 
 
 def test_data_parallel_size_is_what_the_layout_leaves() -> None:

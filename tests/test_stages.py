@@ -49,12 +49,21 @@ def test_the_same_seed_gives_the_same_curve_and_weights(runs: Path, stage: str) 
     assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_again"))
 
 
-@pytest.mark.parametrize("stage", ["cold", "bf16", "rl"])
+@pytest.mark.parametrize("stage", ["cold", "epochs", "bf16", "rl"])
 def test_a_resumed_run_is_the_undisturbed_one(runs: Path, stage: str) -> None:
     assert curve(runs / stage) == curve(runs / f"{stage}_resumed")
     assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_resumed"))
     if stage == "rl":
         assert_same_bits(weights(runs / "rl", "critic"), weights(runs / "rl_resumed", "critic"))
+
+
+def test_two_epochs_of_a_tokenised_set_are_learnt_whole(runs: Path) -> None:
+    steps = curve(runs / "epochs")
+    records = json.loads((runs / "tokenised/manifest.json").read_text())["sources"][0]
+    packs = 2 * len(steps)
+    assert 2 * records["tokens"] <= sum(step["data/fill"] for step in steps) * 2 * 512 <= packs * 512
+    assert len(steps) >= 4
+    assert steps[-1]["loss/train"] < steps[0]["loss/train"]
 
 
 def test_bfloat16_follows_float32(runs: Path) -> None:

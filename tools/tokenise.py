@@ -9,6 +9,7 @@ The settings are those of training (docs/data.md); a source's weight says how of
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -21,7 +22,7 @@ from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.model.shape import ShapeError
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Write or verify a set and print what it holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
     parser.add_argument("--verify", action="store_true", help="read the set at FOLDER, write nothing")
     parser.add_argument("settings", nargs="*", metavar="data.KEY=VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args(given)
     if not arguments.verify and not arguments.model:
         parser.error("--model is missing")
     try:

@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -9,7 +11,8 @@ from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.best_fit import PackError, deal
 from ovr_megatron.data.packing import CHUNK, PackStream, pack
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
-from ovr_megatron.data.schema import ImagePart, Message, Row, TextPart
+from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart
+from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 PACK_TOKENS = 400
@@ -186,7 +189,8 @@ def test_a_stream_in_which_nothing_fits_stops(processor, monkeypatch):
     monkeypatch.setattr("ovr_megatron.data.packing.BARREN", 2)
     stream = PackStream(Rows(), processor, pack_tokens=20, packs_per_step=1)
     with pytest.raises(
-        TooLongError, match=rf"rows:127: messages: has \d+ tokens; so it is with {2 * CHUNK} rows in a row"
+        TooLongError,
+        match=rf"rows:127: messages: has \d+ tokens, more than data.pack_tokens=20; so it is with {2 * CHUNK} rows in a row",
     ):
         next(stream)
 
@@ -194,3 +198,32 @@ def test_a_stream_in_which_nothing_fits_stops(processor, monkeypatch):
 def test_packs_that_cannot_be_shared_are_refused(processor):
     with pytest.raises(ConfigError, match="packs_per_step=6 cannot be shared by 4 data-parallel replicas"):
         PackStream(Rows(), processor, PACK_TOKENS, packs_per_step=6, dp_size=4)
+
+
+class BadRows(Rows):
+    """Every fifth row names an image that is not there."""
+
+    def __next__(self):
+        row = super().__next__()
+        if self.next % 5:
+            return row
+        absent = ImagePart(path=Path("/nowhere/absent.png"), where=row.where, root=Path("/nowhere"))
+        return replace(row, messages=(Message("user", (absent,)), row.messages[-1]))
+
+
+def test_bad_and_long_rows_are_left_out_and_listed_where_there_is_a_list(processor, tmp_path):
+    with pytest.raises(RowError, match=r"rows:4: image: .*absent.png"):
+        next(PackStream(BadRows(), processor, PACK_TOKENS, packs_per_step=2))
+    listed = SkippedRows(tmp_path / "skipped.jsonl")
+    stream = PackStream(BadRows(), processor, PACK_TOKENS, packs_per_step=2, skipped=listed)
+    next(stream)
+    state = stream.state()
+    following = [next(stream) for _ in range(4)]
+    bad = [number for number in range(stream._stream.next) if number % 5 == 4 or number % 9 == 8]
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(int(line["where"].removeprefix("rows:")) for line in lines) == bad
+    assert stream.dropped == listed.count == len(bad)
+    resumed = PackStream(BadRows(), processor, PACK_TOKENS, packs_per_step=2, skipped=SkippedRows())
+    resumed.load(state)
+    assert all(same(next(resumed), step) for step in following)
+    assert resumed.dropped == stream.dropped

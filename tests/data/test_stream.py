@@ -10,6 +10,7 @@ import pytest
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
 from ovr_megatron.data.fingerprints import fingerprint
 from ovr_megatron.data.schema import ENDLESS, Message, Row, RowError, TextPart
+from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.stream import RowStream, open_stream
 
 
@@ -136,3 +137,18 @@ def test_a_stream_opens_from_the_configuration(tmp_path: Path) -> None:
     assert rest.excluded == 1
     with pytest.raises(ConfigError, match=r"data.sources is empty"):
         open_stream(DataConfig(), 1)
+
+
+def test_rows_that_cannot_be_used_are_listed_and_the_stream_goes_on(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = [json.dumps({"messages": [{"role": "user", "content": f"{i}?"}], "answer": str(i)}) for i in range(6)]
+    path.write_text("\n".join([*good[:3], '{"messages": []}', *good[3:], "{"]))
+    config = DataConfig(sources=[SourceConfig(path=str(path))])
+    with pytest.raises(RowError, match=r"rows.jsonl:(4|8): "):
+        list(islice(open_stream(config, 1), 8))
+    listed = SkippedRows(tmp_path / "data" / "skipped.jsonl")
+    stream = open_stream(config, 1, listed)
+    assert sorted(row.answer for row in islice(stream, 6)) == list("012345")
+    next(stream)
+    lines = [json.loads(line)["where"] for line in (tmp_path / "data" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(lines) == [f"{path}:4", f"{path}:8"]

@@ -1,0 +1,38 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig
+from ovr_megatron.data.epochs import EpochStream
+from ovr_megatron.data.packing import PackStream
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import RowError
+from ovr_megatron.data.supervised import open_packs
+from ovr_megatron.data.tokenising import tokenise
+from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+
+SIZES = TinySizes(layers=1, hidden=64, heads=2, kv_heads=1, ffn=64, vision_hidden=32, vision_ffn=32)
+WORLD = SimpleNamespace(dp_rank=0, dp_size=1, is_main=True)
+ROW = '{"messages": [{"role": "user", "content": "red3"}, {"role": "assistant", "content": "So 3"}]}\n'
+
+
+def test_one_function_opens_rows_and_sets(tmp_path):
+    model, path = make_tiny_model(tmp_path / "model", sizes=SIZES), tmp_path / "rows.jsonl"
+    path.write_text(ROW * 9)
+    rows = DataConfig(sources=[SourceConfig(path=str(path))], pack_tokens=100, on_error="skip")
+    run, processor = RunConfig(dir=str(tmp_path / "run")), Processor(model, rows)
+    config = ColdStartConfig(run=run, model=ModelConfig(path=str(model)), data=rows, steps=7, packs_per_step=2)
+    packs, steps = open_packs(config, processor, WORLD)
+    assert isinstance(packs, PackStream) and steps == 7
+    longest = max(processor.lengths([packs._stream._sources[0][0]], generation=False))
+    tokenise(rows, model, tmp_path / "set")
+    tokenised = replace(rows, sources=[], tokenised=str(tmp_path / "set"))
+    packs, steps = open_packs(replace(config, data=tokenised, steps=0, epochs=3), processor, WORLD)
+    in_a_pack = 100 // longest
+    assert isinstance(packs, EpochStream) and steps == -(-3 * -(-9 // in_a_pack) // 2)
+    assert open_packs(replace(config, data=tokenised, steps=4), processor, WORLD)[1] == 4
+    with pytest.raises(ConfigError, match=r"data.sources and data.tokenised are empty"):
+        open_packs(replace(config, data=DataConfig()), processor, WORLD)
+    with pytest.raises(RowError, match=r"absent.manifest.json: does not exist"):
+        open_packs(replace(config, data=replace(tokenised, tokenised=str(tmp_path / "absent"))), processor, WORLD)
