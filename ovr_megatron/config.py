@@ -35,8 +35,8 @@ class SourceConfig:
     """One source of rows.
 
     ``path`` is a JSONL, JSON or parquet file, a folder, a hub data set name, or ``puzzle:KIND`` for a
-    generated stream.  ``weight`` is its share of the mixture.  ``image_root`` bounds the images that its
-    rows may name (default: the folder of the file).
+    generated stream.  ``weight`` is its share of the mixture; of a tokenised set, how often an epoch has each row.
+    ``image_root`` bounds the images that its rows may name (default: the folder of the file).
     """
 
     path: str

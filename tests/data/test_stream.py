@@ -123,7 +123,7 @@ def test_no_fingerprint_is_computed_without_exclusion(monkeypatch: pytest.Monkey
 def test_a_stream_that_excludes_everything_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovr_megatron.data.stream._BARREN", 50)
     exclude = frozenset(fingerprint(Numbers("b", 7)[i]) for i in range(7))
-    with pytest.raises(RowError, match=r"excluded; remove data\.exclude"):
+    with pytest.raises(RowError, match=r"excluded or cannot be used; remove data\.exclude"):
         next(RowStream([(Numbers("b", 7), 1.0)], 1, exclude))
 
 
