@@ -464,7 +464,9 @@ class ProxyLossConfig:
         _choice("proxy_loss.cut", self.cut, ("quantile", "zscore"))
         _choice("proxy_loss.dtype", self.dtype, ("float32", "bfloat16"))
         _require(0 < self.quantile <= 1, f"proxy_loss.quantile={self.quantile} must lie between 0 and 1")
-        _require(self.batch >= 1 and self.max_tokens >= 2, "proxy_loss.batch and proxy_loss.max_tokens must be positive")
+        _require(
+            self.batch >= 1 and self.max_tokens >= 2, "proxy_loss.batch and proxy_loss.max_tokens must be positive"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -552,13 +554,15 @@ PREPARE_STAGES += ("stratify", "weigh", "tokenise")
 class PrepareConfig:
     """Data preparation: ``stages`` in this order, each in its own folder below ``dir``.
 
-    ``model`` is the folder whose tokenizer writes the tokenised set; ``workers`` processes judge rows.
+    ``model`` is the folder whose tokenizer writes the tokenised set; ``workers`` processes judge rows, ``engines``
+    processes run vLLM where a stage needs it (one for each GPU).
     """
 
     dir: str
     stages: list[str] = field(default_factory=list)
     seed: int = 1
     workers: int = 1
+    engines: int = 1
     model: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
@@ -584,7 +588,7 @@ class PrepareConfig:
             f"stages={self.stages}: weigh needs stratify before it",
         )
         _require("tokenise" not in order or self.stages[-1] == "tokenise", "stages: tokenise must be the last")
-        _require(self.workers >= 1, f"workers={self.workers} must be at least 1")
+        _require(self.workers >= 1 and self.engines >= 1, "workers and engines must be at least 1")
         _require(bool(self.data.sources), "data.sources is empty: give at least one, for example [{path: rows.jsonl}]")
         _require("decontaminate" not in order or bool(self.decontaminate.sources), "decontaminate.sources is empty")
         needed = {"proxy_loss": self.proxy_loss.model, "teacher": self.teacher.model, "tokenise": self.model}

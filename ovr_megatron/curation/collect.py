@@ -116,6 +116,4 @@ def inputs(config: PrepareConfig) -> list[Any]:
     return [[source.path, listing(source.path)] for source in config.data.sources]
 
 
-STAGE = Stage(
-    "collect", run, lambda config: [config.collect, config.data.sources, config.data.template], inputs
-)
+STAGE = Stage("collect", run, lambda config: [config.collect, config.data.sources, config.data.template], inputs)

@@ -50,7 +50,12 @@ def run(work: Work) -> None:
     of = first.copy()
     if config.near:
         unique = np.flatnonzero(first < 0)
-        leaders = near_duplicates(signatures if len(unique) == work.count else signatures[unique], classes[unique], config.bands, config.threshold)
+        leaders = near_duplicates(
+            signatures if len(unique) == work.count else signatures[unique],
+            classes[unique],
+            config.bands,
+            config.threshold,
+        )
         near = leaders >= 0
         of[unique[near]] = unique[leaders[near]]
     for index, (line, source) in enumerate(zip(work.lines(), sources, strict=True)):

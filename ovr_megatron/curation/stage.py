@@ -66,14 +66,15 @@ class Work:
     Attributes:
         config: The whole configuration.
         folder: The stage's own folder; files kept there over an interruption are the stage's own business.
+        before: The folder whose rows come in; None in the first stage.
         count: Number of rows that come in; 0 in the first stage.
         tally: Counts, examples and values for the report.
         extra: What later stages and the report want to know, as JSON; goes into the manifest and the report.
     """
 
     def __init__(self, name: str, config: PrepareConfig, before: Path | None, count: int) -> None:
-        """Open the files of the stage ``name``; ``before`` is the folder whose rows come in."""
-        self.config, self.count, self._before, self._name = config, count, before, name
+        """Open the files of the stage ``name``, into which ``count`` rows of ``before`` come."""
+        self.config, self.count, self.before = config, count, before
         self.folder = Path(config.dir) / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tally, self.extra = Tally(), dict[str, Any]()
@@ -86,9 +87,7 @@ class Work:
         """Return the work itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Close the files and end the workers; what they had not begun is dropped where something failed."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=kind is not None)
@@ -96,9 +95,9 @@ class Work:
 
     def lines(self) -> Iterator[str]:
         """The rows that come in, one JSON text each."""
-        if self._before is None:
+        if self.before is None:
             return
-        with (self._before / ROWS).open(encoding="utf-8", newline="\n") as file:
+        with (self.before / ROWS).open(encoding="utf-8", newline="\n") as file:
             yield from file
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -86,9 +86,7 @@ def _images(value: Any, where: str, field: str, root: Path) -> list[ImagePart]:
     return [parse_image(image, where, f"{field}[{i}]", root) for i, image in enumerate(images)]
 
 
-def _chat(
-    turns: Any, keys: tuple[str, str], images: list[ImagePart], where: str, field: str
-) -> tuple[Message, ...]:
+def _chat(turns: Any, keys: tuple[str, str], images: list[ImagePart], where: str, field: str) -> tuple[Message, ...]:
     """Messages with every image where its mark stands; before the first text where nothing marks any."""
     told: list[tuple[str, str]] = []
     for i, turn in enumerate(_list(turns, where, field)):

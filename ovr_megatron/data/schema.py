@@ -274,9 +274,7 @@ def check_turns(messages: tuple[Message, ...], where: str, field: str = "message
     spoken = turns[1:] if turns[0] == "system" else turns
     expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))]
     if not spoken or spoken != expected:
-        raise RowError(
-            where, field, f"roles are {', '.join(turns)}", "user and assistant must alternate, user first"
-        )
+        raise RowError(where, field, f"roles are {', '.join(turns)}", "user and assistant must alternate, user first")
     for i, message in enumerate(messages):
         if all(isinstance(part, TextPart) for part in message.parts) and not message.text.strip():
             raise RowError(where, f"{field}[{i}].content", "is empty", "give a text or remove the row")
