@@ -363,11 +363,11 @@ class CollectConfig:
 class DedupConfig:
     """Duplicates of the whole ``row`` or of the ``prompt``; near ones by MinHash over ``shingle`` words.
 
-    Two rows count as near duplicates at an estimated Jaccard similarity of ``threshold``, and with ``same_numbers`` only
-    if their prompts have the same numbers: a problem with other numbers is another problem.
+    Two rows are near duplicates at an estimated Jaccard similarity of ``threshold``, and with ``same_numbers`` only if
+    their prompts have the same numbers: a problem with other numbers is another problem.
     """
 
-    on: str = "row"
+    key: str = "row"
     near: bool = True
     shingle: int = 5
     permutations: int = 64
@@ -376,7 +376,7 @@ class DedupConfig:
     same_numbers: bool = True
 
     def __post_init__(self) -> None:
-        _choice("dedup.on", self.on, ("row", "prompt"))
+        _choice("dedup.key", self.key, ("row", "prompt"))
         _require(self.shingle >= 1, f"dedup.shingle={self.shingle} must be at least one word")
         _require(0 < self.threshold <= 1, f"dedup.threshold={self.threshold} must lie between 0 and 1")
         _require(
@@ -389,8 +389,8 @@ class DedupConfig:
 class DecontaminateConfig:
     """Evaluation problems that must not come up: word n-grams of theirs that a row repeats.
 
-    A row goes if it has ``threshold`` of the n-grams of one problem; ``masked_threshold`` (0: off) is the same with every
-    number masked, which finds problems with exchanged numbers.  Problems shorter than ``n`` words count as one n-gram,
+    A row goes if it has ``threshold`` of the n-grams of one problem; ``masked_threshold`` (0: off) is the same with
+    every number masked, which finds problems with exchanged numbers.  Problems shorter than ``n`` words count as one n-gram,
     those shorter than ``min_words`` must be the whole prompt.  ``fields``: the ``prompt``, or the whole ``row``.
     """
 
@@ -546,8 +546,7 @@ class TeacherConfig:
             _require(getattr(self, key) >= 0, f"teacher.{key}={getattr(self, key)} must be 0 or more")
 
 
-PREPARE_STAGES = ("collect", "dedup", "decontaminate", "teacher", "patterns", "proxy_loss", "verify")
-PREPARE_STAGES += ("stratify", "weigh", "tokenise")
+PREPARE_STAGES = tuple("collect dedup decontaminate teacher patterns proxy_loss verify stratify weigh tokenise".split())
 
 
 @dataclass(frozen=True, kw_only=True)

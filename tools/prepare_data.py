@@ -1,4 +1,4 @@
-"""Prepare a training set: ``tools/prepare_data.py --config-name prepare_sft dir=DIR 'data.sources=[{path: rows.jsonl}]'``.
+"""Prepare a training set: ``tools/prepare_data.py --config-name prepare_sft dir=DIR 'data.sources=[{path: FILE}]'``.
 
 ``--help`` prints every setting; `docs/data.md` describes the stages.
 """

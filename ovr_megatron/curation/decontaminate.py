@@ -204,7 +204,8 @@ def run(work: Work) -> None:
     """Drop every row that repeats a problem."""
     problems = load_problems(work.config)
     work.extra["problems"] = len(problems.names)
-    work.extra["problems_found"] = found = {}
+    found: dict[str, int] = {}
+    work.extra["problems_found"] = found
     for judged in work.judge(partial(Problems.contamination, problems)):
         if judged.result is None:
             work.keep(judged.line, judged.source)

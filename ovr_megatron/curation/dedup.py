@@ -62,7 +62,7 @@ def run(work: Work) -> None:
         if of[index] < 0:
             work.keep(line, source)
         else:
-            work.drop(line, source, EXACT if first[index] >= 0 else NEAR, row=index, of_row=int(of[index]))
+            work.drop(line, source, EXACT if first[index] >= 0 else NEAR, number=index, of=int(of[index]))
     del signatures
     file.unlink()
 
@@ -70,7 +70,7 @@ def run(work: Work) -> None:
 def hashes(config: DedupConfig, row: dict[str, Any]) -> tuple[int, int, np.ndarray | None]:
     """Of one row: the hash of all that makes it, the class in which it is compared, and its signature."""
     messages = row["messages"]
-    if config.on == "prompt" and messages[-1]["role"] == "assistant":
+    if config.key == "prompt" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     images = " ".join(image_names(row))
     told = "\0".join(f"{m['role']}\0{' '.join(content_text(m['content']).split())}" for m in messages)
@@ -79,7 +79,7 @@ def hashes(config: DedupConfig, row: dict[str, Any]) -> tuple[int, int, np.ndarr
     if not config.near:
         return exact, 0, None
     prompt = normalise(prompt_text(row))
-    text = prompt if config.on == "prompt" else prompt + "\n" + normalise(response_text(row) or "")
+    text = prompt if config.key == "prompt" else prompt + "\n" + normalise(response_text(row) or "")
     kind = [images, *(numbers(prompt) if config.same_numbers else [])]
     shingles = shingles_of(word_hashes(words(text)), config.shingle)
     return exact, hash_of(kind), signature(shingles, config.permutations)

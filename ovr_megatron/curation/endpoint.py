@@ -123,8 +123,8 @@ class Endpoint:
         failures = 0 if answer.final else before + 1
         if failures > max(8, self._config.concurrency):
             raise TeacherError(
-                f"the last {failures} questions to {self._config.base_url} failed, {answer.error}; what was answered is "
-                "kept; correct teacher.* or wait, and run again"
+                f"the last {failures} questions to {self._config.base_url} failed, {answer.error}; what was answered "
+                "is kept; correct teacher.* or wait, and run again"
             )
         return failures
 
@@ -162,8 +162,8 @@ class Endpoint:
             if error.status_code in _FATAL:
                 self._stopped.set()
                 raise TeacherError(
-                    f"{self._config.base_url} refuses model {self._config.model!r}, {problem}; correct teacher.base_url, "
-                    f"teacher.model or the key in ${self._config.key_env or '(teacher.key_env is not set)'}"
+                    f"{self._config.base_url} refuses model {self._config.model!r}, {problem}; correct "
+                    f"teacher.base_url, teacher.model or the key in ${self._config.key_env or '(teacher.key_env is not set)'}"
                 ) from None
             if error.status_code in _REFUSED:
                 return Answer(question.key, error=problem)

@@ -82,7 +82,7 @@ def score(config: PrepareConfig, before: Path, folder: Path, world: World) -> No
 
 
 def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt, int, str | None]:
-    """Prompt and response as one prompt of at most ``limit`` tokens, how many of them are the response's, or why not."""
+    """Prompt and response as one prompt of at most ``limit`` tokens, how many are the response's, or why not."""
     nothing = Prompt(())
     try:
         [sample] = processor.encode([row], generation=False)

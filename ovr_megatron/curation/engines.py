@@ -1,4 +1,4 @@
-"""Work for vLLM: it runs in processes of its own, one for each of ``engines``, so that its memory is free afterwards."""
+"""Work for vLLM: it runs in ``engines`` processes of its own, so that its memory is free afterwards."""
 
 from __future__ import annotations
 

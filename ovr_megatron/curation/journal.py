@@ -1,7 +1,7 @@
 """An append-only file of results that cost much, so that an interruption loses none: one JSON object a line.
 
-Each has a ``key``, a 64-bit number.  The index is two columns of numbers, sorted; a line that an interruption cut off is
-removed at the next opening.
+Each has a ``key``, a 64-bit number.  The index is two columns of numbers, sorted; a line that an interruption cut off
+is removed at the next opening.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def near_duplicates(signatures: np.ndarray, classes: np.ndarray, bands: int, thr
         signatures: uint32[n, permutations].
         classes: uint64[n]; only rows of one class are compared.
         bands: Rows that agree in all of one band's columns are compared.
-        threshold: Share of equal columns, which estimates the Jaccard similarity, from which on rows are near duplicates.
+        threshold: Share of equal columns, which estimates the Jaccard similarity, that makes near duplicates.
     """
     n, permutations = signatures.shape
     leader = np.full(n, -1, np.int64)

@@ -22,7 +22,7 @@ Rule = Callable[[PatternsConfig, bool, dict[str, Any], str], str | None]
 END_OF_THOUGHT = "</think>"
 # What a template puts around turns; a model that writes it would end or open turns of its own.
 _TEMPLATE = re.compile(
-    r"<\|[\w ]{2,40}\|>|<｜[^<>｜]{2,40}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"<\|[\w ]{2,40}\|>|<\uff5c[^<>\uff5c]{2,40}\uff5c>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|^(?:Human|User|Assistant|System)\s*:", re.MULTILINE,
 )  # fmt: skip
 _LETTER = re.compile(r"[^\W\d_]")

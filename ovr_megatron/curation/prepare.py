@@ -1,4 +1,4 @@
-"""Data preparation: ``tools/prepare_data.py --config-name prepare_sft dir=prepared 'data.sources=[{path: rows.jsonl}]'``.
+"""Data preparation: ``tools/prepare_data.py --config-name prepare_sft dir=DIR 'data.sources=[{path: rows.jsonl}]'``.
 
 Runs the stages of the recipe in order; what is done with the same settings and inputs is not done again.
 """

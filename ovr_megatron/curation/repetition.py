@@ -21,8 +21,8 @@ def repeatness(text: str) -> float:
 def common_prefixes(symbols: np.ndarray) -> int:
     """Sum of the longest common prefixes of neighbours in the suffix array of ``symbols`` [n].
 
-    Prefix doubling: ``ranks[k][i]`` orders the first 2**k symbols from i on, until all differ.  Prefixes of two suffixes
-    are then compared by the same ranks, the longest first.
+    Prefix doubling: ``ranks[k][i]`` orders the first 2**k symbols from i on, until all differ.  Prefixes of two
+    suffixes are then compared by the same ranks, the longest first.
     """
     n = len(symbols)
     ranks = [np.unique(symbols, return_inverse=True)[1].astype(np.int64)]

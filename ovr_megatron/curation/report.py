@@ -24,12 +24,7 @@ _REASONS = 12  # bars of the figure
 
 
 class Tally:
-    """Counts rows by source and reason, keeps examples, and samples of measured values.
-
-    Attributes:
-        kept: Rows kept so far.
-        dropped: Rows dropped so far.
-    """
+    """Counts rows by source and reason, keeps examples, and samples of measured values."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -42,10 +37,12 @@ class Tally:
 
     @property
     def kept(self) -> int:
+        """Rows kept so far."""
         return self._kept.total()
 
     @property
     def dropped(self) -> int:
+        """Rows dropped so far."""
         return sum(counts.total() for counts in self._dropped.values())
 
     def keep(self, source: str) -> None:

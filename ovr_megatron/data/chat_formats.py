@@ -1,6 +1,6 @@
-"""Readers of chats that others publish with ``<image>`` marks in the text: verl's parquet, LLaVA's JSON.
+r"""Readers of chats that others publish with ``<image>`` marks in the text: verl's parquet, LLaVA's JSON.
 
-Messages stay as they are, so a set for reinforcement learning should already ask for ``\\boxed{}``.
+Messages stay as they are, so a set for reinforcement learning should already ask for ``\boxed{}``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_verl(raw: Any, where: str, image_root: Path) -> Row:
 
     ``extra_info.index``, if there, becomes the id; a ``response`` column (verl's SFT files) the final message.
     """
-    if "videos" in raw and raw["videos"]:
+    if raw.get("videos"):
         raise RowError(where, "videos", "are not read", "cut the videos into frames and write rows with 'messages'")
     turns = raw.get("prompt")
     if isinstance(turns, str):
