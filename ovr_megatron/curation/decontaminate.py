@@ -37,6 +37,10 @@ from ovr_megatron.data.sources import open_source
 KEPT, MASKED = "evaluation problem", "evaluation problem with other numbers"
 
 
+_EDIT = 4  # an edited word must not cost more than about a quarter of a short problem's n-grams
+_SHORTEST = 3
+
+
 @dataclass(frozen=True)
 class Grams:
     """The n-grams of all problems that are cut into n-grams of one length.
@@ -97,7 +101,7 @@ def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> 
             if told and not masked:  # a handful of words with any numbers says nothing
                 whole.setdefault(hash_of(told), []).append(number)
             continue
-        n = min(config.n, len(told))
+        n = max(min(config.n, len(told) // _EDIT), min(_SHORTEST, len(told)))
         found = np.unique(ngram_hashes(word_hashes(told), n))
         sizes[number] = len(found)
         by_length.setdefault(n, []).append((number, found))

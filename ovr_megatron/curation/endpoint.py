@@ -163,7 +163,7 @@ class Endpoint:
                 self._stopped.set()
                 raise TeacherError(
                     f"{self._config.base_url} refuses model {self._config.model!r}, {problem}; correct "
-                    f"teacher.base_url, teacher.model or the key in ${self._config.key_env or '(teacher.key_env is not set)'}"
+                    f"teacher.base_url, teacher.model or the key (teacher.key_env={self._config.key_env})"
                 ) from None
             if error.status_code in _REFUSED:
                 return Answer(question.key, error=problem)

@@ -30,7 +30,7 @@ def _functions(permutations: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_duplicates(signatures: np.ndarray, classes: np.ndarray, bands: int, threshold: float) -> np.ndarray:
-    """For each row an earlier one that it nearly equals, else -1.
+    """For each row an earlier one that stays and that it nearly equals, else -1: it stays itself.
 
     Args:
         signatures: uint32[n, permutations].
@@ -39,12 +39,15 @@ def near_duplicates(signatures: np.ndarray, classes: np.ndarray, bands: int, thr
         threshold: Share of equal columns, which estimates the Jaccard similarity, that makes near duplicates.
     """
     n, permutations = signatures.shape
-    leader = np.full(n, -1, np.int64)
     width = permutations // bands
+    pairs = [np.zeros((0, 2), np.int64)]
     for band in range(bands):
         columns = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width]).astype(np.uint64)
-        buckets = mix(_row_hashes(columns) ^ classes)
-        _join(signatures, buckets, leader, threshold)
+        pairs += _alike(signatures, mix(_row_hashes(columns) ^ classes), threshold)
+    leader = np.full(n, -1, np.int64)
+    for later, earlier in np.unique(np.concatenate(pairs), axis=0).tolist():  # in the order of the later row
+        if leader[earlier] < 0 and leader[later] < 0:
+            leader[later] = earlier
     return leader
 
 
@@ -55,10 +58,13 @@ def _row_hashes(columns: np.ndarray) -> np.ndarray:
     return total
 
 
-def _join(signatures: np.ndarray, buckets: np.ndarray, leader: np.ndarray, threshold: float) -> None:
-    """Compare the rows of each bucket with its first; those unlike it form a bucket of their own, and so on."""
+def _alike(signatures: np.ndarray, buckets: np.ndarray, threshold: float) -> list[np.ndarray]:
+    """Pairs (later, earlier) of near duplicates, int64[p, 2].
+
+    The rows of a bucket are compared with its first; those unlike it form a bucket of their own, and so on.
+    """
     rows = np.argsort(buckets, kind="stable")  # stable: earlier rows come first
-    rows = rows[leader[rows] < 0]
+    pairs = []
     while len(rows) > 1:
         found = buckets[rows]
         starts = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]]))
@@ -66,8 +72,9 @@ def _join(signatures: np.ndarray, buckets: np.ndarray, leader: np.ndarray, thres
         first = np.repeat(rows[starts], sizes)
         others = np.flatnonzero(first != rows)
         alike = similar(signatures, first[others], rows[others], threshold)
-        leader[rows[others[alike]]] = first[others[alike]]
+        pairs.append(np.stack([rows[others[alike]], first[others[alike]]], axis=1))
         rows = rows[others[~alike]]
+    return pairs
 
 
 def similar(signatures: np.ndarray, left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:

@@ -110,7 +110,7 @@ class Work:
         Results come in the order of the rows; at most a few chunks are held.
         """
         chunks = batches(self.lines(), _CHUNK)
-        if self.config.workers == 1:
+        if self.config.workers == 1 or self.count <= _CHUNK:
             for chunk in chunks:
                 yield from self._paired(chunk, judge_chunk(judge, chunk))
             return
