@@ -1,14 +1,17 @@
 """The chain of stages: what is done again and what is not, the reports, collection, and two processes."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from ovr_megatron.config import (
@@ -25,6 +28,7 @@ from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.sources import open_source, validate
+from ovr_megatron.data.stream import open_stream
 
 STAGES = ["collect", "dedup", "patterns", "stratify", "weigh", "tokenise"]
 THOUGHT = "I think about it for a while.</think>The answer is \\boxed{%s}."
@@ -70,12 +74,16 @@ def test_reports_say_what_went_and_why(config: PrepareConfig) -> None:
     assert patterns["dropped"] == {"thought without end": 1}
     assert patterns["examples"]["thought without end"][0]["response"] == "It never ends"
     assert all((Path(config.dir) / stage / "figure.png").stat().st_size > 5000 for stage in STAGES)
-    source = open_source(SourceConfig(path=str(last / "rows.jsonl"), image_root=config.dir))
-    assert validate(source, DataConfig()) == 41
-    weights = json.loads((last / "weights.json").read_text())
-    assert sum(group["share"] for group in weights.values()) == pytest.approx(1)
-    assert sum(group["rows"] * group["weight"] for group in weights.values()) / 41 == pytest.approx(1, abs=1e-5)
-    assert weights["tales/d0"]["weight"] > weights["sums/d0"]["weight"]
+    groups = {group["name"]: group for group in json.loads((last / "groups.json").read_text())}
+    assert sum(group["share"] for group in groups.values()) == pytest.approx(1)
+    assert sum(group["rows"] * group["weight"] for group in groups.values()) / 41 == pytest.approx(1, abs=1e-5)
+    assert groups["tales/d0"]["weight"] > groups["sums/d0"]["weight"]
+    sources = DataConfig(sources=[SourceConfig(**told) for told in yaml.safe_load((last / "sources.yaml").read_text())])
+    assert sum(validate(open_source(source), sources) for source in sources.sources) == 41
+    drawn = Counter(row.source for row in islice(open_stream(sources, seed=1), 4000))
+    assert {name: count / 4000 for name, count in drawn.items()} == pytest.approx(
+        {name: group["share"] for name, group in groups.items()}, abs=0.05
+    )
 
 
 def test_only_what_changed_and_what_follows_is_done_again(
@@ -88,7 +96,7 @@ def test_only_what_changed_and_what_follows_is_done_again(
         return [text.partition(":")[0] for text in told if not text.endswith("(done before)")]
 
     assert again(config) == STAGES
-    before = rows(config, "tokenise")
+    before = rows(config, "weigh")
     assert again(config) == []
     assert again(replace(config, workers=2)) == []
     changed = replace(config, patterns=PatternsConfig(need_thought=False, need_box=False))
@@ -96,7 +104,7 @@ def test_only_what_changed_and_what_follows_is_done_again(
     assert again(replace(changed, stratify=StratifyConfig(max_rows=5))) == STAGES[3:]
     (Path(config.dir) / "patterns" / "manifest.json").unlink()  # as if it had been interrupted
     assert again(config) == STAGES[2:]
-    assert rows(config, "tokenise") == before
+    assert rows(config, "weigh") == before
     source = Path(config.data.sources[0].path)
     source.write_text(source.read_text() + line("One more?", "1"))
     assert again(config) == STAGES
