@@ -14,7 +14,7 @@ PACKAGE = "ovr_megatron"
 
 # A module imports from rooms that stand before its own, or from its own.
 ROOMS = ("config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint", "rollout", "launch")
-ROOMS += ("coldstart", "ppo", "rl", "verify", "analysis", "plan", "tools")
+ROOMS += ("curation", "coldstart", "ppo", "rl", "verify", "analysis", "plan", "tools")
 EXCEPTIONS = {
     ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
     ("", f"{PACKAGE}.runtime.cpu"),  # free of torch, and torchvision must be importable from anywhere

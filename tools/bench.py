@@ -2,6 +2,7 @@
 
 model: forward and backward of our model beside Transformers', at layer shapes of the tiny, the 3B and the 7B model.
 vision: the tower on two ranks, cut over them or with the images dealt out.
+prepare: data preparation beside a plain datasets.map.
 head: log-probabilities over a large vocabulary in chunks, beside the whole logits.
 packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's packing where `nemo` can be imported.
 """
@@ -10,13 +11,13 @@ import argparse
 import json
 from pathlib import Path
 
-from ovr_megatron.analysis import bench, bench_head, bench_packing, bench_vision
+from ovr_megatron.analysis import bench, bench_head, bench_packing, bench_prepare, bench_vision
 
 
 def main() -> None:
     """Run one benchmark, print its table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "head", "vision", "packing"))
+    parser.add_argument("what", choices=("model", "head", "vision", "packing", "prepare"))
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--shapes", nargs="+", choices=tuple(bench.SHAPES), default=list(bench.SHAPES))
@@ -24,6 +25,8 @@ def main() -> None:
     parser.add_argument("--mean", type=int, default=64, help="mean length of a document (model)")
     parser.add_argument("--samples", type=int, default=2_000_000, help="lengths of the whole epoch (packing)")
     parser.add_argument("--rival-samples", type=int, default=10_000, help="lengths beside the rival (packing)")
+    parser.add_argument("--rows", type=int, default=200_000, help="rows to prepare (prepare)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that judge rows (prepare)")
     arguments = parser.parse_args()
     if arguments.what == "model":
         rows = bench.run_table(bench.cases(arguments.shapes, arguments.tokens, arguments.mean), arguments.rounds)
@@ -34,6 +37,9 @@ def main() -> None:
     elif arguments.what == "packing":
         rows = bench_packing.rows(arguments.samples, arguments.rival_samples, arguments.rounds)
         print(bench_packing.show(rows))
+    elif arguments.what == "prepare":
+        rows = bench_prepare.rows(arguments.rows, arguments.workers, arguments.rounds)
+        print(bench_prepare.show(rows))
     else:
         rows = bench_head.rows(rounds=arguments.rounds)
         print(bench_head.show(rows))

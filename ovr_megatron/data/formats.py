@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ovr_megatron.data.chat_formats import read_llava, read_verl
 from ovr_megatron.data.schema import (
     BOX_REQUEST,
     LETTER_REQUEST,
@@ -95,6 +96,8 @@ def read_puzzlevqa(raw: Any, where: str, image_root: Path) -> Row:
 READERS: dict[str, Reader] = {
     "messages": parse_row,
     "orz": read_orz,
+    "verl": read_verl,
+    "llava": read_llava,
     "mathvision": read_mathvision,
     "puzzlevqa": read_puzzlevqa,
 }
@@ -105,6 +108,10 @@ def detect(raw: Any, where: str) -> str:
     keys = set(raw) if isinstance(raw, Mapping) else set()
     if "messages" in keys:
         return "messages"
+    if "conversations" in keys:
+        return "llava"
+    if "prompt" in keys and keys & {"reward_model", "data_source", "response"}:
+        return "verl"
     if isinstance(raw, list) or {"prompt", "final_answer"} <= keys or {"0", "1"} <= keys:
         return "orz"
     if {"question", "answer", "level"} <= keys:

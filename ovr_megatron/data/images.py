@@ -28,7 +28,7 @@ def load_image(part: ImagePart, config: DataConfig) -> Image.Image:
         RowError: the file is missing, outside its root, no image, corrupt, or over ``max_image_bytes``,
             ``max_image_pixels`` or an aspect ratio of 200.
     """
-    file = _encoded(part, config) if part.image is None else None
+    file = io.BytesIO(encoded_image(part, config)) if part.image is None else None
     try:
         image = Image.open(file, formats=FORMATS) if file else part.image
         assert image is not None, "an ImagePart has a path, an image or data"
@@ -62,11 +62,16 @@ def load_media(row: Row, config: DataConfig) -> tuple[list[Image.Image], list[li
     return opened, [[load_image(frame, config) for frame in video.frames] for video in videos]
 
 
-def _encoded(part: ImagePart, config: DataConfig) -> io.BytesIO:
+def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
+    """The image file of a part that is not a picture in memory, not yet decoded.
+
+    Raises:
+        RowError: the file is missing, outside its root, or over ``max_image_bytes``.
+    """
     data = part.data if part.data is not None else _read(part, config)
     if len(data) > config.max_image_bytes:
         raise _too_large(part, f"has {len(data):,} bytes", "max_image_bytes", config.max_image_bytes)
-    return io.BytesIO(data)
+    return data
 
 
 def _read(part: ImagePart, config: DataConfig) -> bytes:

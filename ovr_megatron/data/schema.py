@@ -140,7 +140,7 @@ def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
     if not _is_list(found) or not found:
         raise RowError(where, "messages", f"is {_kind(found)}", "give a non-empty list of {role, content}")
     messages = tuple(_message(item, where, f"messages[{i}]", image_root) for i, item in enumerate(found))
-    _check_turns(messages, where)
+    check_turns(messages, where)
     options = raw.get("options")
     if options is not None and not _is_list(options):
         raise RowError(where, "options", f"is {_kind(options)}", "give a list of texts")
@@ -268,17 +268,16 @@ def _image_to_json(part: ImagePart) -> str | dict[str, str]:
     return {"bytes": base64.b64encode(data).decode()}
 
 
-def _check_turns(messages: tuple[Message, ...], where: str) -> None:
+def check_turns(messages: tuple[Message, ...], where: str, field: str = "messages") -> None:
+    """Raise `RowError` unless user and assistant take turns, the user first, and every message says something."""
     turns = [message.role for message in messages]
     spoken = turns[1:] if turns[0] == "system" else turns
     expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))]
     if not spoken or spoken != expected:
-        raise RowError(
-            where, "messages", f"roles are {', '.join(turns)}", "user and assistant must alternate, user first"
-        )
+        raise RowError(where, field, f"roles are {', '.join(turns)}", "user and assistant must alternate, user first")
     for i, message in enumerate(messages):
         if all(isinstance(part, TextPart) for part in message.parts) and not message.text.strip():
-            raise RowError(where, f"messages[{i}].content", "is empty", "give a text or remove the row")
+            raise RowError(where, f"{field}[{i}].content", "is empty", "give a text or remove the row")
 
 
 def check_answer(row: Row) -> None:

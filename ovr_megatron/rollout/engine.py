@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,12 +25,14 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.rollout import model as _registers_the_model  # noqa: F401
 from ovr_megatron.rollout.sampling import (
+    SCORING,
     Generation,
     Prompt,
     RolloutError,
     banned_tokens,
     end_tokens,
     generations,
+    prompt_logprobs,
     sampling_params,
 )
 from ovr_megatron.rollout.transfer import BACKEND
@@ -165,14 +168,35 @@ class RolloutEngine:
             responses[owner] += finished[request_id]
         return responses
 
+    def score(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """Log-probability of every token of each prompt but its first; nothing is sampled that counts.
+
+        Args:
+            prompts: The same on all ranks of a tensor-parallel group; ``seeds`` and ``max_tokens`` do not matter.
+
+        Returns:
+            For each prompt float32[n - 1] of its n tokens, placeholders expanded; -inf at banned ids.
+
+        Raises:
+            RolloutError: vLLM gave a request up.
+        """
+        with undisturbed():
+            self._wake("weights", "kv_cache")
+            if prompts:
+                inputs = [_request(prompt) for prompt in prompts]
+                self._llm.enqueue(inputs, [SCORING] * len(inputs), use_tqdm=False)  # type: ignore[arg-type]
+            finished: dict[int, np.ndarray] = {}
+            while self._llm.llm_engine.has_unfinished_requests():
+                done = (output for output in self._llm.llm_engine.step() if output.finished)
+                finished.update((int(output.request_id), prompt_logprobs(output)) for output in done)
+        return [finished[request_id] for request_id in sorted(finished)]  # vLLM numbers requests in order
+
     def _enqueue(self, prompts: Sequence[Prompt], temperature: float) -> list[int]:
         """Hand all requests to vLLM; returns the index of each request's prompt."""
         inputs: list[dict[str, Any]] = []
         params, owners = [], []
         for i, prompt in enumerate(prompts):
-            media = {"image": list(prompt.images), "video": list(prompt.videos)}
-            media = {kind: items for kind, items in media.items() if items}
-            request = {"prompt_token_ids": list(prompt.tokens)} | ({"multi_modal_data": media} if media else {})
+            request = _request(prompt)
             for run in sampling_params(prompt, temperature, self._end_ids, self._stop):
                 inputs.append(request)
                 params.append(run)
@@ -204,6 +228,13 @@ class RolloutEngine:
             raise RolloutError("vLLM kept its prefix cache: requests are still running")
         self._llm.llm_engine.reset_encoder_cache()
         self._llm.reset_mm_cache()
+
+
+def _request(prompt: Prompt) -> dict[str, Any]:
+    """A prompt in vLLM's form."""
+    media = {"image": list(prompt.images), "video": list(prompt.videos)}
+    media = {kind: items for kind, items in media.items() if items}
+    return {"prompt_token_ids": list(prompt.tokens)} | ({"multi_modal_data": media} if media else {})
 
 
 def _settings(config: RolloutConfig, processor: Processor, dtype: str, max_model_len: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
@@ -16,6 +17,8 @@ from ovr_megatron.data.pixels import Video
 from ovr_megatron.model.shape import ModelShape
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+# vLLM must sample a token; the prompt's log-probabilities are what is wanted.
+SCORING = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, flat_logprobs=True)
 
 
 class RolloutError(ValueError):
@@ -139,3 +142,16 @@ def generations(output: RequestOutput) -> list[Generation]:
         logprobs = np.array(sample.logprobs.logprobs, np.float32)
         found.append(Generation(tokens, logprobs, sample.finish_reason == "stop", list(output.prompt_token_ids or [])))
     return found
+
+
+def prompt_logprobs(output: RequestOutput) -> np.ndarray:
+    """float32[n - 1]: log-probabilities of the prompt's tokens but the first, of one finished request of `SCORING`.
+
+    Raises:
+        RolloutError: vLLM gave the request up.
+    """
+    found, tokens = output.prompt_logprobs, output.prompt_token_ids or []
+    if found is None:
+        raise RolloutError(f"vLLM gave no log-probabilities of a prompt of {len(tokens)} tokens; its log says why")
+    assert isinstance(found, FlatLogprobs) and found.token_ids == tokens[1:], "log-probabilities of other tokens"
+    return np.array(found.logprobs, np.float32)

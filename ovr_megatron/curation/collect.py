@@ -1,0 +1,119 @@
+"""Stage 1: every source's rows in the project's form, their images in one folder under the hash of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ovr_megatron.config import ConfigError, PrepareConfig, SourceConfig
+from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.data.images import encoded_image
+from ovr_megatron.data.schema import (
+    ENDLESS,
+    ImagePart,
+    Message,
+    Part,
+    Row,
+    RowError,
+    RowSource,
+    TextPart,
+    VideoPart,
+    row_to_json,
+)
+from ovr_megatron.data.sources import open_source
+
+IMAGES = "images"
+_THINK = "<think>"
+
+
+def run(work: Work) -> None:
+    """Read all sources in the order of the configuration.
+
+    Raises:
+        RowError: a row cannot be used, and ``collect.on_error`` is stop.
+        ConfigError: an endless source without ``collect.limit``.
+    """
+    store = ImageStore(Path(work.config.dir), work.config)
+    for source in work.config.data.sources:
+        opened = open_source(source)
+        limit = work.config.collect.limit
+        if len(opened) >= ENDLESS and not limit:
+            raise ConfigError(f"data.sources: {source.path} never ends; set collect.limit to a number of rows")
+        for index in range(min(limit or len(opened), len(opened))):
+            _take(work, store, source, opened, index)
+            work.progress.update()
+
+
+def _take(work: Work, store: ImageStore, config: SourceConfig, opened: RowSource, index: int) -> None:
+    label = config.name or config.path
+    try:
+        row = opened[index]
+        label = row.source
+        stored = replace(row, messages=tuple(store.message(message) for message in row.messages))
+    except RowError as error:
+        if work.config.collect.on_error == "stop":
+            raise
+        told = {"where": error.where, "error": str(error)}
+        work.drop(told, label, f"{error.field or 'file'}: cannot be used")
+        return
+    if work.config.data.template == "think":
+        stored = without_opening(stored)
+    work.keep(row_to_json(stored), label)
+
+
+def without_opening(row: Row) -> Row:
+    """The row without a ``<think>`` that opens its response: the chat template opens the thought."""
+    response = row.response
+    if response is None or not response.lstrip().startswith(_THINK):
+        return row
+    text = response.lstrip().removeprefix(_THINK).lstrip("\n")
+    return replace(row, messages=(*row.messages[:-1], Message("assistant", (TextPart(text),))))
+
+
+class ImageStore:
+    """Copies images below ``root/images``, each once, and names them relative to ``root``."""
+
+    def __init__(self, root: Path, config: PrepareConfig) -> None:
+        self._root, self._config = root, config.data
+
+    def message(self, message: Message) -> Message:
+        """The same message with its images stored."""
+        return replace(message, parts=tuple(self._part(part) for part in message.parts))
+
+    def _part(self, part: Part) -> Part:
+        if isinstance(part, ImagePart):
+            return self._image(part)
+        if isinstance(part, VideoPart):
+            return replace(part, frames=tuple(self._image(frame) for frame in part.frames))
+        return part
+
+    def _image(self, part: ImagePart) -> ImagePart:
+        if part.image is not None:  # drawn by a puzzle
+            return self._image(replace(part, image=None, data=_png(part)))
+        data = encoded_image(part, self._config)
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._root / IMAGES / digest[:2] / digest
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(data)
+            partial.rename(path)
+        return replace(part, path=path, data=None, root=self._root)
+
+
+def _png(part: ImagePart) -> bytes:
+    buffer = io.BytesIO()
+    assert part.image is not None
+    part.image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def inputs(config: PrepareConfig) -> list[Any]:
+    """The files of every source."""
+    return [[source.path, listing(source.path)] for source in config.data.sources]
+
+
+STAGE = Stage("collect", run, lambda config: [config.collect, config.data.sources, config.data.template], inputs)

@@ -1,0 +1,149 @@
+"""One process with vLLM: losses of responses, or answers to prompts.  Started by `ovr_megatron.curation.engines`.
+
+Replicas share the rows, row i going to replica i modulo their number, and each writes a journal of its own, from which
+an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ovr_megatron.config import ParallelConfig, PrepareConfig, build
+from ovr_megatron.curation.journal import Journal
+from ovr_megatron.curation.stage import ROWS, batches
+from ovr_megatron.curation.teacher import has_video, question_key
+from ovr_megatron.curation.text import response_text
+from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.schema import Row, parse_row
+from ovr_megatron.launch import USER_ERRORS
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.sampling import Prompt, RolloutError
+from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.distributed import World
+
+
+class Replica:
+    """The engine of this process with its share of the rows.
+
+    Attributes:
+        number: Of this replica.
+        count: Replicas in all.
+        leads: Whether this process writes: the first of its tensor-parallel group.
+    """
+
+    def __init__(self, config: PrepareConfig, world: World, model: str, dtype: str, max_tokens: int) -> None:
+        """Start vLLM with ``model``; ``max_tokens`` of prompt and response together."""
+        self.config = config
+        self.number, place = divmod(world.rank, config.rollout.tp)
+        self.count, self.leads = world.size // config.rollout.tp, place == 0
+        self.processor = Processor(model, config.data)
+        self.engine = RolloutEngine(model, config.rollout, self.processor, dtype, max_tokens)
+
+    def rows(self, before: Path) -> Iterator[tuple[int, dict[str, Any], Row]]:
+        """This replica's rows with their numbers, as JSON and parsed."""
+        root = Path(self.config.dir)
+        with (before / ROWS).open(encoding="utf-8", newline="\n") as file:
+            for index, line in enumerate(file):
+                if index % self.count == self.number:
+                    raw = json.loads(line)
+                    # A prompt row needs an answer to be one; here it is only asked.
+                    yield index, raw, parse_row({"answer": "-", **raw}, f"{before / ROWS}:{index + 1}", root)
+
+    def journal(self, folder: Path, name: str) -> Journal:
+        """The journal of this replica; its other processes read it only."""
+        return Journal(folder / f"{name}.{self.number}.jsonl")
+
+
+def score(config: PrepareConfig, before: Path, folder: Path, world: World) -> None:
+    """Write the mean loss of every response to ``scores.N.jsonl``, keyed by the number of the row."""
+    told = config.proxy_loss
+    assert told.model is not None, "the configuration was checked"
+    replica = Replica(config, world, told.model, told.dtype, told.max_tokens + 1)
+    with replica.journal(folder, "scores") as journal:
+        todo = (item for item in replica.rows(before) if item[0] not in journal and not item[2].is_prompt)
+        for batch in batches(todo, told.batch):
+            prompts, lengths, numbers = [], [], []
+            for index, _, row in batch:
+                prompt, length, error = response_prompt(replica.processor, row, told.max_tokens)
+                if error:
+                    _add(replica, journal, index, {"error": error})
+                else:
+                    prompts.append(prompt)
+                    lengths.append(length)
+                    numbers.append(index)
+            for index, length, logprobs in zip(numbers, lengths, replica.engine.score(prompts), strict=True):
+                _add(replica, journal, index, {"loss": -float(logprobs[-length:].mean()), "tokens": length})
+
+
+def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt, int, str | None]:
+    """Prompt and response as one prompt of at most ``limit`` tokens, how many are the response's, or why not."""
+    nothing = Prompt(())
+    try:
+        [sample] = processor.encode([row], generation=False)
+    except TooLongError as error:
+        return nothing, 0, f"{error.field}: {error.problem}"
+    response = sample.tokens[sample.loss_mask].tolist()
+    length = min(len(response), limit - (len(sample) - len(response)))
+    if length < 1:
+        return nothing, 0, f"the prompt fills proxy_loss.max_tokens={limit}"
+    return Prompt([*sample.prompt_tokens, *response[:length]], sample.images, sample.videos), length, None
+
+
+def answer(config: PrepareConfig, before: Path, folder: Path, world: World) -> None:
+    """Write the teacher's answers to ``journal.N.jsonl``, keyed as `question_key` says."""
+    told = config.teacher
+    assert told.model is not None, "the configuration was checked"
+    replica = Replica(config, world, told.model, told.dtype, config.data.max_prompt_tokens + told.max_tokens)
+    with replica.journal(folder, "journal") as journal, Journal(folder / "journal.jsonl") as answered:
+        todo = (item for item in replica.rows(before) if response_text(item[1]) is None and not has_video(item[1]))
+        for batch in batches(_questions(todo, config, journal, answered), config.rollout.max_num_seqs):
+            prompts = []
+            for key, row in batch:
+                [sample] = replica.processor.encode([row], generation=True)
+                seeds = [key >> 34]
+                prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, told.max_tokens))
+            for (key, _), [found] in zip(batch, replica.engine.generate(prompts, told.temperature), strict=True):
+                text, finish = replica.processor.decode(found.tokens), "stop" if found.stopped else "length"
+                tokens = len(found.prompt_tokens) + len(found.tokens)
+                _add(replica, journal, key, {"text": text, "finish": finish, "tokens": tokens})
+
+
+def _questions(
+    rows: Iterator[tuple[int, dict[str, Any], Row]], config: PrepareConfig, *known: Journal
+) -> Iterator[tuple[int, Row]]:
+    for _, raw, row in rows:
+        for sample in range(config.teacher.samples):
+            key = question_key(config.teacher, raw, sample)
+            if not any(key in journal for journal in known):
+                yield key, row
+
+
+def _add(replica: Replica, journal: Journal, key: int, result: dict[str, Any]) -> None:
+    if replica.leads:
+        journal.add(key, result)
+
+
+TASKS = {"score": score, "answer": answer}
+
+
+def main(task: str, job: str, before: str) -> None:
+    """Do ``task`` by the configuration in the file ``job`` with the rows in the folder ``before``."""
+    try:
+        config: PrepareConfig = build(PrepareConfig, OmegaConf.load(job))  # type: ignore[arg-type]
+        parallel = ParallelConfig(tp=config.rollout.tp)
+        world = distributed.start(parallel, config.seed, 0)
+        TASKS[task](config, Path(before), Path(job).parent, world)
+        distributed.finish()
+    except (*USER_ERRORS, RolloutError) as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

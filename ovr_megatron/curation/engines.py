@@ -1,0 +1,48 @@
+"""Work for vLLM: it runs in ``engines`` processes of its own, so that its memory is free afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ovr_megatron
+from ovr_megatron import config as configuration
+from ovr_megatron.curation.stage import Work
+
+MODULE = "ovr_megatron.curation.engine_process"
+JOB = "job.yaml"
+
+
+class EngineError(RuntimeError):
+    """A process with vLLM failed; the message ends with what it last said."""
+
+
+def run_engines(work: Work, task: str) -> None:
+    """Run ``task`` (score, answer) of `ovr_megatron.curation.engine_process` on the rows of ``work``.
+
+    Raises:
+        EngineError: a process failed; its last words and the place of its log.
+    """
+    job = work.folder / JOB
+    configuration.save(work.config, job)
+    log = work.folder / f"{task}.log"
+    command = [sys.executable, "-m", MODULE]
+    if work.config.engines > 1:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={work.config.engines}")
+        command = [sys.executable, *launcher, "-m", MODULE]
+    root = str(Path(ovr_megatron.__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    with log.open("wb") as file:
+        done = subprocess.run(
+            [*command, task, str(job), str(work.before)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    if done.returncode:
+        lines = log.read_text(errors="replace").splitlines()
+        told = [line for line in lines if line.startswith("error: ")] or lines[-15:]
+        raise EngineError(f"{task}: vLLM's process ended with code {done.returncode} ({log}): " + "\n".join(told[-15:]))
+    job.unlink()

@@ -1,0 +1,60 @@
+"""Data preparation: ``tools/prepare_data.py --config-name prepare_sft dir=DIR 'data.sources=[{path: rows.jsonl}]'``.
+
+Runs the stages of the recipe in order; what is done with the same settings and inputs is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ovr_megatron import config as configuration
+from ovr_megatron.config import PrepareConfig
+from ovr_megatron.curation import collect, decontaminate, dedup, patterns, proxy_loss, strata, teacher, tokenise, verify
+from ovr_megatron.curation.endpoint import TeacherError
+from ovr_megatron.curation.engines import EngineError
+from ovr_megatron.curation.stage import Stage, run_stages
+from ovr_megatron.launch import USER_ERRORS, launch
+
+STAGES: dict[str, Stage] = {
+    module.STAGE.name: module.STAGE
+    for module in (collect, dedup, decontaminate, teacher, patterns, proxy_loss, verify, tokenise)
+} | {stage.name: stage for stage in (strata.STRATIFY, strata.WEIGH)}
+
+
+def prepare(config: PrepareConfig) -> Path:
+    """Run the stages of ``config``; returns the folder of the last one.
+
+    Raises:
+        RowError: a row or a source that cannot be used.
+        ConfigError: a setting that cannot work, or a stage that keeps nothing.
+        TeacherError: the teacher cannot be asked.
+        EngineError: vLLM's process failed.
+    """
+    configuration.save(config, Path(config.dir) / "config.yaml")
+    last = run_stages([STAGES[name] for name in config.stages], config)
+    summary = summarise(config)
+    (Path(config.dir) / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return last
+
+
+def summarise(config: PrepareConfig) -> list[dict[str, object]]:
+    """For each stage its name, rows in and kept, what was dropped by reason, and seconds."""
+    told = []
+    for name in config.stages:
+        report = json.loads((Path(config.dir) / name / "report.json").read_text(encoding="utf-8"))
+        told.append({key: report[key] for key in ("stage", "rows_in", "kept", "dropped", "seconds")})
+    return told
+
+
+def main() -> None:
+    """Prepare what the command line asks for."""
+
+    def run(config: PrepareConfig) -> None:
+        print(f"prepared: {prepare(config)}")
+
+    launch(PrepareConfig, "prepare_sft", run, (*USER_ERRORS, TeacherError, EngineError))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""A stage of the preparation: its folder, its key, the rows that come in and go out, and the chain of stages.
+
+A folder holds ``rows.jsonl`` (the kept rows), ``report.json``, ``figure.png`` and ``manifest.json``, which is written
+last and holds the stage's key: a hash of its settings, of the files that it reads beside the rows, and of the key
+before it.  A stage whose manifest has the right key is done; any other is done anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, is_dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import ovr_megatron
+from ovr_megatron.checkpoint.manifest import CheckpointError, Manifest, check, write_manifest
+from ovr_megatron.config import ConfigError, PrepareConfig
+from ovr_megatron.curation.report import Tally
+from ovr_megatron.runtime.progress import Progress
+
+ROWS = "rows.jsonl"
+_CHUNK = 256  # rows that go to a worker at a time
+_WAITING = 4  # chunks of each worker that may wait
+
+Judge = Callable[[dict[str, Any]], Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row as it stands in the file, its source, and what a judge said of it."""
+
+    line: str
+    source: str
+    result: Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: Of its folder and of its settings in the configuration.
+        run: Does the work; every row that comes in must be kept or dropped (but for `collect` and `teacher`).
+        settings: What of the configuration decides its outcome.
+        inputs: Files that it reads beside the rows, as `listing` gives them.
+    """
+
+    name: str
+    run: Callable[[Work], None]
+    settings: Callable[[PrepareConfig], Any]
+    inputs: Callable[[PrepareConfig], Any] = lambda config: None
+
+
+class Work:
+    """What a running stage has: rows in, rows out, and the counts of its report.  A context manager.
+
+    Attributes:
+        config: The whole configuration.
+        folder: The stage's own folder; files kept there over an interruption are the stage's own business.
+        before: The folder whose rows come in; None in the first stage.
+        count: Number of rows that come in; 0 in the first stage.
+        tally: Counts, examples and values for the report.
+        extra: What later stages and the report want to know, as JSON; goes into the manifest and the report.
+    """
+
+    def __init__(self, name: str, config: PrepareConfig, before: Path | None, count: int) -> None:
+        """Open the files of the stage ``name``, into which ``count`` rows of ``before`` come."""
+        self.config, self.count, self.before = config, count, before
+        self.folder = Path(config.dir) / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tally, self.extra = Tally(), dict[str, Any]()
+        self._stack = ExitStack()
+        self._out = self._stack.enter_context((self.folder / ROWS).open("w", encoding="utf-8"))
+        self._pool: ProcessPoolExecutor | None = None
+        self.progress = self._stack.enter_context(Progress(max(count, 1), name, "row", inner=True))
+
+    def __enter__(self) -> Self:
+        """Return the work itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close the files and end the workers; what they had not begun is dropped where something failed."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=kind is not None)
+        self._stack.close()
+
+    def lines(self) -> Iterator[str]:
+        """The rows that come in, one JSON text each."""
+        if self.before is None:
+            return
+        with (self.before / ROWS).open(encoding="utf-8", newline="\n") as file:
+            yield from file
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that come in, decoded one at a time."""
+        return map(json.loads, self.lines())
+
+    def judge(self, judge: Judge) -> Iterator[Judged]:
+        """Apply ``judge``, which must be picklable, to every row that comes in, in ``config.workers`` processes.
+
+        Results come in the order of the rows; at most a few chunks are held.
+        """
+        chunks = batches(self.lines(), _CHUNK)
+        if self.config.workers == 1 or self.count <= _CHUNK:
+            for chunk in chunks:
+                yield from self._paired(chunk, judge_chunk(judge, chunk))
+            return
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self.config.workers, get_context("spawn"))
+        waiting: list[tuple[tuple[str, ...], Future[list[tuple[str, Any]]]]] = []
+        for chunk in chunks:
+            waiting.append((chunk, self._pool.submit(judge_chunk, judge, chunk)))
+            if len(waiting) >= _WAITING * self.config.workers:
+                first, future = waiting.pop(0)
+                yield from self._paired(first, future.result())
+        for chunk, future in waiting:
+            yield from self._paired(chunk, future.result())
+
+    def _paired(self, chunk: tuple[str, ...], results: list[tuple[str, Any]]) -> Iterator[Judged]:
+        for line, (source, result) in zip(chunk, results, strict=True):
+            yield Judged(line, source, result)
+        self.progress.update(len(chunk))
+
+    def keep(self, row: str | Mapping[str, Any], source: str, **added: Any) -> None:
+        """Write a row, a line as it came in or an object, with the fields ``added``."""
+        if added:
+            row = {**(json.loads(row) if isinstance(row, str) else row), **added}
+        line = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n"
+        self._out.write(line)
+        self.tally.keep(source)
+
+    def drop(self, row: str | Mapping[str, Any], source: str, reason: str, **told: Any) -> None:
+        """Count a row that goes, and keep it as an example if there are few of its reason; ``told`` explains."""
+        self.tally.drop(source, reason, row, told)
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """Cut ``items`` into tuples of ``size``; the last may be shorter."""
+    iterator = iter(items)
+    while batch := tuple(islice(iterator, size)):
+        yield batch
+
+
+def judge_chunk(judge: Judge, lines: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """Source of each row and what ``judge`` says of it; runs in a worker."""
+    rows = map(json.loads, lines)
+    return [(row.get("source", ""), judge(row)) for row in rows]
+
+
+def run_stages(stages: list[Stage], config: PrepareConfig, say: Callable[[str], None] = print) -> Path:
+    """Run ``stages`` in order, leaving out what is done; returns the folder of the last one.
+
+    Raises:
+        ConfigError: another preparation is at work in this folder.
+    """
+    Path(config.dir).mkdir(parents=True, exist_ok=True)
+    before: Path | None = None
+    key, count = "", 0
+    for stage in stages:
+        folder = Path(config.dir) / stage.name
+        key = stage_key(stage, config, key)
+        manifest = finished(folder, key)
+        if manifest is None:
+            clear(folder, key)
+            manifest = _run(stage, config, before, count, key)
+            say(_sentence(stage.name, manifest))
+        else:
+            say(_sentence(stage.name, manifest) + " (done before)")
+        before, count = folder, int(manifest.extra["kept"])
+    assert before is not None, "there is at least one stage"
+    return before
+
+
+def _run(stage: Stage, config: PrepareConfig, before: Path | None, count: int, key: str) -> Manifest:
+    with Work(stage.name, config, before, count) as work:
+        stage.run(work)
+    counted = work.tally.kept + work.tally.dropped
+    assert stage.name in ("collect", "teacher") or counted == count, f"{stage.name}: {counted} of {count} rows told"
+    settings = as_json(stage.settings(config))
+    work.tally.write(work.folder, stage.name, {"settings": settings, **work.extra})
+    if not work.tally.kept:
+        raise ConfigError(
+            f"{work.folder}: {stage.name} kept none of {counted} rows; report.json says why; loosen its settings"
+        )
+    told = {"key": key, "kept": work.tally.kept, "dropped": work.tally.dropped, **work.extra}
+    return write_manifest(work.folder, 0, told)
+
+
+def stage_key(stage: Stage, config: PrepareConfig, before: str) -> str:
+    """SHA-256 of everything that decides the outcome of ``stage``."""
+    inputs = as_json(stage.inputs(config))
+    told = [ovr_megatron.__version__, stage.name, config.seed, as_json(stage.settings(config)), inputs, before]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def finished(folder: Path, key: str) -> Manifest | None:
+    """The manifest of a stage that is whole (by the sizes of its files) and has this key, else None."""
+    try:
+        manifest = check(folder, digests=False)
+    except CheckpointError:
+        return None
+    return manifest if manifest.extra.get("key") == key else None
+
+
+def clear(folder: Path, key: str) -> None:
+    """Make ready for a run: scores of an interrupted run with the same key stay, all else but the journal goes."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    started = folder / "started"
+    if not (started.is_file() and started.read_text() == key):
+        for path in folder.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith("journal"):
+                path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    started.write_text(key)
+
+
+def listing(path: str) -> Any:
+    """What tells a changed file or folder: names, sizes and times of change; the name alone of what is no file."""
+    root = Path(path).expanduser()
+    if not root.exists():
+        return path
+    files = [root] if root.is_file() else sorted(item for item in root.rglob("*") if item.is_file())
+    stats = ((str(file), file.stat()) for file in files)
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses as objects, at any depth of lists and mappings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {name: as_json(item) for name, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _sentence(name: str, manifest: Manifest) -> str:
+    kept, dropped = manifest.extra["kept"], manifest.extra["dropped"]
+    return f"{name}: {kept:,} rows kept, {dropped:,} dropped"

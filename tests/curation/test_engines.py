@@ -1,0 +1,127 @@
+"""vLLM in a process of its own: losses against Transformers, answers of a local teacher, resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from ovr_megatron.config import (
+    CollectConfig,
+    DataConfig,
+    PrepareConfig,
+    ProxyLossConfig,
+    SourceConfig,
+    TeacherConfig,
+)
+from ovr_megatron.curation.engines import EngineError
+from ovr_megatron.curation.prepare import prepare
+from ovr_megatron.curation.proxy_loss import bound
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import parse_row
+from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.rollout.sampling import banned_tokens
+
+PIXELS = {"min_pixels": 784, "max_pixels": 12544}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("engines") / "model", tied=True, seed=3)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@torch.no_grad()
+def loss_of(reference: Any, processor: Processor, row: Any, banned: list[int], limit: int) -> float:
+    """Mean negative log-likelihood of the response within the first ``limit`` tokens, banned ids left out."""
+    [sample] = processor.encode([row], generation=False)
+    ids = torch.from_numpy(sample.tokens)[None]
+    inputs: dict[str, torch.Tensor] = {"mm_token_type_ids": (ids == processor.shape.image_token).long()}
+    if len(sample.grid_thw):
+        inputs["pixel_values"] = torch.from_numpy(sample.patches)
+        inputs["image_grid_thw"] = torch.from_numpy(sample.grid_thw)
+    logits = reference(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0, :-1]
+    logits[:, banned] = -torch.inf
+    logprobs = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    mask = torch.from_numpy(sample.loss_mask)[1:].clone()
+    mask[limit - 1 :] = False
+    return -float(logprobs[mask].mean())
+
+
+def test_local_teacher_and_proxy_loss(tmp_path: Path, model: Path) -> None:
+    """Two starts of vLLM: one answers four prompts twice, one scores these answers, puzzles and pictures."""
+    prompts = [{"messages": [{"role": "user", "content": f"Add {i}."}], "answer": "1", "id": f"p{i}"} for i in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    sources = [str(tmp_path / "prompts.jsonl"), "puzzle:digits?form=text", "puzzle:shapes"]
+    config = PrepareConfig(
+        dir=str(tmp_path / "out"),
+        stages=["collect", "teacher", "proxy_loss"],
+        data=DataConfig(sources=[SourceConfig(path=path) for path in sources], max_prompt_tokens=256, **PIXELS),
+        collect=CollectConfig(limit=8),
+        teacher=TeacherConfig(
+            model=str(model), dtype="float32", samples=2, temperature=1.0, max_tokens=24, keep_truncated=True
+        ),
+        proxy_loss=ProxyLossConfig(
+            model=str(model), dtype="float32", min_rows=8, quantile=0.75, max_tokens=120, batch=9
+        ),
+    )
+    prepare(config)
+    answered = rows(tmp_path / "out/teacher")
+    assert [row["id"] for row in answered[:8]] == [f"p{i}#{k}" for i in range(4) for k in range(2)]
+    responses = [row["messages"][1]["content"] for row in answered[:8]]
+    assert len(set(responses)) == 8 and all(responses)
+
+    report = json.loads((tmp_path / "out/proxy_loss/report.json").read_text())
+    losses = {row["id"]: row["loss"] for row in rows(tmp_path / "out/proxy_loss")}
+    high = {told["id"]: told["loss"] for told in report["examples"]["high loss"]}
+    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    processor = Processor(model, config.data)
+    banned = banned_tokens(processor.shape, processor.tokenizer)
+    expected = {}
+    for raw in answered[8:]:  # sampled responses need not come back as text with the same tokens
+        row = parse_row(raw, "row", tmp_path / "out")
+        expected[raw["id"]] = loss_of(reference, processor, row, banned, 120)
+    found = losses | high
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    by_source = report["by_source"]
+    assert [by_source[name]["dropped"] for name in by_source if name.startswith("puzzle")] == [2, 2]
+    kept = [losses[name] for name in expected if name in losses and name.startswith("puzzle:digits")]
+    assert max(kept) < min(high[name] for name in high if name.startswith("puzzle:digits"))
+
+    # A score that was there is not made again: change one, lose the last and the manifest.
+    scores = tmp_path / "out/proxy_loss/scores.0.jsonl"
+    lines = scores.read_text().splitlines()
+    first = json.loads(lines[0]) | {"loss": 0.125}
+    scores.write_text("\n".join([json.dumps(first), *lines[1:-1]]) + "\n" + lines[-1][:7])
+    (tmp_path / "out/proxy_loss/manifest.json").unlink()
+    prepare(config)
+    again = {row["id"]: row["loss"] for row in rows(tmp_path / "out/proxy_loss")}
+    assert again["p0#0"] == 0.125
+    assert {name: again[name] for name in again if name != "p0#0"} == pytest.approx(
+        {name: found[name] for name in again if name != "p0#0"}, abs=1e-5
+    )
+
+
+def test_a_model_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    config = PrepareConfig(
+        dir=str(tmp_path / "out"),
+        stages=["collect", "proxy_loss"],
+        data=DataConfig(sources=[SourceConfig(path="puzzle:digits?form=text")]),
+        collect=CollectConfig(limit=3),
+        proxy_loss=ProxyLossConfig(model=str(tmp_path / "nothing")),
+    )
+    with pytest.raises(EngineError, match=r"error: .*nothing"):
+        prepare(config)
+
+
+def test_bounds() -> None:
+    losses = np.array([1.0, 2.0, 3.0, np.nan, 4.0])
+    assert bound(losses, ProxyLossConfig(min_rows=4, quantile=0.5)) == 2.5
+    assert bound(losses, ProxyLossConfig(min_rows=4, cut="zscore", z=2.0)) == pytest.approx(2.5 + 2 * np.sqrt(1.25))
+    assert bound(losses, ProxyLossConfig(min_rows=5)) == np.inf

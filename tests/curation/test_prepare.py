@@ -1,0 +1,55 @@
+"""The tool itself on puzzles and MATH500: planted problems go, wrong answers go, the rest stays, in a real recipe."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MATH500 = ROOT / "../shared/data/text/math500.json"
+STAGES = "[collect,dedup,decontaminate,patterns,verify,stratify,weigh,tokenise]"
+KINDS = ("puzzle:digits?form=text", "puzzle:ordering", "puzzle:countdown")
+
+
+def prepare(out: Path, *settings: str) -> str:
+    command = [sys.executable, "tools/prepare_data.py", "--config-name", "prepare_tiny", f"dir={out}", "model=-"]
+    command += [f"stages={STAGES}", "collect.limit=700", *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.skipif(not MATH500.is_file(), reason=f"{MATH500} is not there")
+def test_puzzles_and_math500_go_through_the_recipe(tmp_path: Path) -> None:
+    """Every fourth problem of MATH500 is the evaluation set; every tenth row of the rest has a wrong answer."""
+    problems = json.loads(MATH500.read_text())
+    (tmp_path / "eval.json").write_text(json.dumps(problems[::4]))
+    with (tmp_path / "math.jsonl").open("w") as file:
+        for number, problem in enumerate(problems):
+            told = f"Let us work this out in steps, number {number}.</think>\\boxed{{{problem['final_answer']}}}"
+            if number % 10 == 1:
+                told = told.replace("boxed{", "boxed{17017 + ")
+            messages = [{"role": "user", "content": "Solve: " + problem["prompt"][0]["value"].upper()}]
+            messages.append({"role": "assistant", "content": told})
+            file.write(json.dumps({"messages": messages, "answer": problem["final_answer"], "id": str(number)}) + "\n")
+    sources = ",".join([f"{{path: '{kind}'}}" for kind in KINDS] + [f"{{path: {tmp_path}/math.jsonl, name: math}}"])
+    settings = [f"data.sources=[{sources}]", f"decontaminate.sources=[{{path: {tmp_path}/eval.json}}]"]
+    out = tmp_path / "out"
+    said = prepare(out, *settings)
+    assert said.splitlines()[-1] == f"prepared: {out}/tokenise"
+    before, after = rows(out / "dedup"), rows(out / "decontaminate")
+    gone = {row["id"] for row in before} - {row["id"] for row in after}
+    assert gone == {str(number) for number in range(0, 500, 4)}
+    verified = {row["id"] for row in rows(out / "verify") if row["source"] == "math"}
+    assert not verified & {str(number) for number in range(1, 500, 10)}
+    assert len(verified) >= 320  # of 325 right ones; a grader that misses some of its own answers is another test's
+    groups = json.loads((out / "tokenise/groups.json").read_text())
+    assert {group["name"].rpartition("/d")[0] for group in groups} == {row["source"] for row in before}
+    assert "done before" in prepare(out, *settings, "weigh.power=0.7").splitlines()[0]

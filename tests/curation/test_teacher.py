@@ -1,0 +1,209 @@
+"""The teacher over a real HTTP server that fails, stalls, talks nonsense and counts."""
+
+import json
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ovr_megatron.config import ConfigError, DataConfig, PrepareConfig, SourceConfig, TeacherConfig
+from ovr_megatron.curation.endpoint import TeacherError
+from ovr_megatron.curation.prepare import prepare
+
+KEY = "sk-very-secret-7f3a"
+
+
+class Teacher(ThreadingHTTPServer):
+    """Answers "add A B" with thought and box.
+
+    ``script`` maps a prompt to what its first requests get: a status, ``garbage``, ``empty``, ``drop`` (the connection
+    ends), ``long`` (cut off).
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: dict[str, list[Any]] = defaultdict(list)
+        self.asked: Counter[str] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.busy = self.most_busy = 0
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Teacher
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        prompt = body["messages"][-1]["content"]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["text"]
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.asked[text] += 1
+            self.server.busy += 1
+            self.server.most_busy = max(self.server.most_busy, self.server.busy)
+            script = self.server.script[text] or self.server.script["*"]
+            step = script.pop(0) if script else None
+        threading.Event().wait(0.01)
+        with self.server.lock:
+            self.server.busy -= 1
+        if self.headers["authorization"] != f"Bearer {KEY}":
+            step = 401
+        self.reply(step, body, text)
+
+    def reply(self, step: Any, body: dict[str, Any], text: str) -> None:
+        if step == "drop":
+            self.connection.close()
+            return
+        if isinstance(step, int):
+            self.send(step, json.dumps({"error": {"message": f"no, {self.headers['authorization']}"}}))
+            return
+        if step == "garbage":
+            self.send(200, "<html>busy</html>")
+            return
+        a, b = map(int, text.split()[1:3])
+        message = {"reasoning_content": f"{a} and {b} make {a + b}.", "content": f"It is \\boxed{{{a + b}}}."}
+        if step == "empty":
+            message["content"] = ""
+        finish = "length" if step == "long" else "stop"
+        told = {"choices": [{"message": message, "finish_reason": finish}], "usage": {"total_tokens": 100}}
+        self.send(200, json.dumps(told))
+
+    def send(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        if status == 429:
+            self.send_header("retry-after", "0.02")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def server() -> Iterator[Teacher]:
+    with Teacher() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def config(tmp_path: Path, server: Teacher, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    prompts = [{"messages": [{"role": "user", "content": f"add {i} 1"}], "answer": str(i + 1)} for i in range(12)]
+    answered = {"messages": [{"role": "user", "content": "add 0 0"}, {"role": "assistant", "content": "x</think>y"}]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*prompts, answered]))
+    port = server.server_address[1]
+    return PrepareConfig(
+        dir=str(tmp_path / "out"),
+        stages=["collect", "teacher"],
+        data=DataConfig(sources=[SourceConfig(path=str(tmp_path / "rows.jsonl"))]),
+        teacher=TeacherConfig(
+            base_url=f"http://127.0.0.1:{port}/v1",
+            model="sage",
+            key_env="TEACHER_KEY",
+            concurrency=3,
+            attempts=4,
+            backoff_s=0.01,
+            timeout_s=5.0,
+        ),
+    )
+
+
+def rows(config: PrepareConfig) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (Path(config.dir) / "teacher/rows.jsonl").read_text().splitlines()]
+
+
+def report(config: PrepareConfig) -> dict[str, Any]:
+    return json.loads((Path(config.dir) / "teacher/report.json").read_text())
+
+
+def test_failures_are_asked_again_and_what_stays_wrong_is_counted(config: PrepareConfig, server: Teacher) -> None:
+    server.script |= {
+        "add 1 1": [429, 500, "garbage"],
+        "add 2 1": ["drop", "empty", 503],
+        "add 3 1": [429] * 4,
+        "add 4 1": [400],
+        "add 5 1": ["long"],
+    }
+    prepare(config)
+    told = report(config)
+    assert told["kept"] == 10
+    assert told["dropped"] == {"no answer": 1, "refused by the teacher": 1, "answer cut off": 1}
+    assert "4 attempts, the last: HTTP 429" in told["examples"]["no answer"][0]["error"]
+    assert [server.asked[f"add {i} 1"] for i in range(7)] == [1, 4, 4, 4, 1, 1, 1]
+    assert 1 < server.most_busy <= 3
+    assert told["tokens"] == 100 * 10
+    found = rows(config)
+    assert found[0]["messages"][1]["content"] == "0 and 1 make 1.\n</think>\n\nIt is \\boxed{1}."
+    assert [row["answer"] for row in found[:-1]] == [str(i + 1) for i in range(12) if i not in (3, 4, 5)]
+    assert found[-1]["messages"][1]["content"] == "x</think>y"
+    assert {body["model"] for body in server.bodies} == {"sage"}
+
+
+def test_the_key_is_nowhere(config: PrepareConfig, server: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.script |= {"add 1 1": [400], "add 2 1": [500] * 4}
+    prepare(config)
+    files = [path.read_bytes() for path in Path(config.dir).rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not any(KEY.encode() in data for data in files)
+    server.script["*"] = [403]
+    with pytest.raises(TeacherError, match=r"403.*\*\*\*.*correct teacher.base_url") as error:
+        prepare(replace(config, teacher=replace(config.teacher, model="other")))
+    assert KEY not in str(error.value)
+    monkeypatch.delenv("TEACHER_KEY")
+    with pytest.raises(ConfigError, match=r"teacher.key_env=TEACHER_KEY: this environment variable is not set"):
+        prepare(replace(config, teacher=replace(config.teacher, model="other")))
+
+
+def test_nothing_is_asked_twice_over_budgets_and_failures(config: PrepareConfig, server: Teacher) -> None:
+    poor = replace(config, teacher=replace(config.teacher, max_requests=5, concurrency=1))
+    prepare(poor)
+    assert (sum(server.asked.values()), report(poor)["dropped"]) == (5, {"over budget": 7})
+    tokens = replace(config, teacher=replace(config.teacher, max_total_tokens=800, concurrency=1))
+    prepare(tokens)
+    assert (sum(server.asked.values()), report(tokens)["dropped"]) == (8, {"over budget": 4})
+    server.script["*"] = [503] * 100
+    down = replace(config, teacher=replace(config.teacher, attempts=1, concurrency=1))
+    prepare(down)  # four questions fail, which is too few to give up
+    assert report(down)["dropped"] == {"no answer": 4}
+    server.script["*"] = []
+    journal = Path(config.dir) / "teacher/journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-9])  # the end of an interrupted write
+    asked = sum(server.asked.values())
+    prepare(config)
+    assert sum(server.asked.values()) == asked + 5
+    assert report(config)["kept"] == 13
+    assert max(server.asked.values()) <= 3
+
+
+def test_an_endpoint_that_only_fails_ends_the_run(config: PrepareConfig, server: Teacher) -> None:
+    server.script["*"] = [503] * 1000
+    failing = replace(config, teacher=replace(config.teacher, attempts=1, concurrency=2))
+    with pytest.raises(TeacherError, match=r"the last 9 questions .* failed, .*HTTP 503.*run again"):
+        prepare(failing)
+
+
+def test_samples_and_images(config: PrepareConfig, server: Teacher, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "a.png")
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "add 2 2"}]
+    row = {"messages": [{"role": "user", "content": parts}], "answer": "4", "id": "p"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    two = replace(config, teacher=replace(config.teacher, samples=2))
+    prepare(two)
+    assert [found["id"] for found in rows(two)] == ["p#0", "p#1"]
+    urls = {body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies}
+    assert len(urls) == 1 and urls.pop().startswith("data:image/png;base64,iVBOR")
+    assert len({body["seed"] for body in server.bodies}) == 2
