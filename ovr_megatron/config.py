@@ -52,7 +52,10 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where rows come from and how they become tokens; one image budget for trainer, engine and export."""
+    """Where rows come from and how they become tokens; one image budget for trainer, engine and export.
+
+    ``mean_tokens`` is the length that `tools/plan.py` expects of a sample where it has no source to look at.
+    """
 
     sources: list[SourceConfig] = field(default_factory=list)
     template: str = "think"
@@ -65,6 +68,7 @@ class DataConfig:
     pack_tokens: int = 65536
     max_prompt_tokens: int = 8192
     exclude: str | None = None
+    mean_tokens: int = 0
 
     def __post_init__(self) -> None:
         _choice("data.template", self.template, ("think", "model"))
@@ -255,10 +259,14 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of the length curriculum: up to iteration ``until``, ``max_tokens`` of prompt and response together."""
+    """One stage of the length curriculum: up to iteration ``until``, ``max_tokens`` of prompt and response together.
+
+    ``mean_tokens`` is what `tools/plan.py` expects of their mean; 0: a third of the limit.
+    """
 
     until: int
     max_tokens: int
+    mean_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require(self.until > 0 and self.max_tokens > 0, "curriculum[].until and .max_tokens must be positive")

@@ -16,7 +16,7 @@ weight) and, at the peak, what the backward pass of one layer holds beside them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -88,6 +88,7 @@ class _Layer:
     batched: float
     kernels: Kernels
     trained: bool = True
+    biased: bool = False
     narrow: bool = False  # inputs of matrix products are kept in 8 bits
 
     @property
@@ -150,8 +151,9 @@ class _Layer:
     @property
     def forward(self) -> int:
         """Peak of a layer without gradients: its input, and the perceptron's or attention's tensors."""
-        attending = self.attention + self.rows * (self.query + 2 * self.key) * self.number
-        return 2 * self.input + max(self.gate_up + self.gate_up // 2, attending)
+        products = 2 if self.biased else 1
+        attending = self.attention + products * self.rows * (self.query + 2 * self.key) * self.number
+        return 3 * self.input + max(self.gate_up + self.gate_up // 2, attending)
 
 
 def activations(
@@ -188,6 +190,7 @@ def activations(
         one += text.input * parallel.vpp  # what was sent to the next stage
     vision = _tower_saved(shape, model, tower) if first else 0
     saved = int(flights * (one + vision))
+    # Sequence parallelism gathers a layer's input in a buffer that stays, and a gradient beside it.
     gathered = text.rows * text.width * text.number if parallel.sequence_parallel else 0
     head = _Head(shape, parallel, pack, text, critic)
     # At the end of the last layer's forward pass the head works; then the layers go back one by one.
@@ -200,7 +203,7 @@ def activations(
     forward = max(text.forward + table, head.forward if last else 0) + gathered
     if first and pack.patches:
         forward = max(forward, tower.forward)
-    return Activations(saved, int(flights * vision), int(working) + gathered, int(forward))
+    return Activations(saved, int(flights * vision), int(working) + 2 * gathered, int(forward))
 
 
 def _language_layer(
@@ -242,6 +245,7 @@ def _tower_layer(
         batched=pack.batched_patches,
         kernels=kernels,
         trained=not model.freeze_vision,
+        biased=True,
     )
 
 
@@ -308,8 +312,3 @@ class _Head:
         self.kept += scores
         self.backward = self.kept + weight + max(gradient + of_product, wide * number + gathered)
 
-
-def with_tokens(pack: PackShape, tokens: int) -> PackShape:
-    """The same mixture in a pack of another length."""
-    share = tokens / pack.tokens
-    return replace(pack, tokens=tokens, scored=round(pack.scored * share), patches=round(pack.patches * share))

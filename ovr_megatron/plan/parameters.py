@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.engine import is_frozen
@@ -109,7 +110,7 @@ def rank_parameters(
 ) -> list[list[Parameter]]:
     """Parameters of pipeline ``stage``, one list for each of its interleaved parts, in Megatron's order."""
     layers = stage_layers(shape.layers, parallel)[stage] // parallel.vpp
-    found = sorted(rows(shape, critic), key=_place)
+    found = _ordered(shape, critic)
     shared = shape.tied and not critic and parallel.pp > 1
     parts = []
     for part in range(parallel.vpp):
@@ -131,6 +132,11 @@ def rank_parameters(
             held.append(_held(embedding, shape, model, parallel.tp, alone=True))
         parts.append(held)
     return parts
+
+
+@lru_cache(maxsize=8)
+def _ordered(shape: ModelShape, critic: bool) -> list[Row]:
+    return sorted(rows(shape, critic), key=_place)
 
 
 def _place(row: Row) -> tuple[int, ...]:

@@ -113,7 +113,8 @@ def states(models: Path) -> list[dict[str, Any]]:
 
 MODELS = (("untied", False), ("tied", False), ("tied", True))
 MEASURED = [
-    *product(("tied", "wide"), ("none", "selective", "full"), ("", "tp=2", "tp=2,sp=1"), PACKS, ("float32",)),
+    *product(("tied",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("float32",)),
+    *product(("wide",), ("none", "selective", "full"), ("", "tp=2", "tp=2,sp=1"), PACKS, ("float32",)),
     *product(("wide",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("bfloat16",)),
     *product(("wide",), ("none", "full"), ("cp=2",), ("documents",), ("float32",)),
 ]
