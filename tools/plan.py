@@ -1,9 +1,9 @@
 """What a recipe costs before it is submitted: ``tools/plan.py RECIPE [key=value ...]``; no GPU, no process group.
 
-Parameters, gradients and optimizer state of a rank (exact), activations and the other memory of each phase (estimated),
-FLOP, hours and GPU-hours, the checkpoint's size, and every layout: those that fit, fastest first, and why others cannot
-be.  ``model.path`` is a folder, or 3B, 7B, 32B or 72B for a model that is not there.  Exits with 1 if the recipe does not
-fit, with 2 if it cannot work.
+Parameters, gradients and optimizer state of a rank (exact), activations and the other memory of each phase
+(estimated), FLOP, hours and GPU-hours, the checkpoint's size, and every layout: those that fit, fastest first, and why
+others cannot be.  ``model.path`` is a folder, or 3B, 7B, 32B or 72B for a model that is not there.  Exits with 1 if
+the recipe does not fit, with 2 if it cannot work.
 """
 
 import argparse

@@ -47,7 +47,7 @@ class PackShape:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Whose layers run, and where: ``layers`` is ``transformer_engine`` or ``local``, ``device`` ``cuda`` or ``cpu``."""
+    """Whose layers run (``transformer_engine`` or ``local``), and on which device (``cuda`` or ``cpu``)."""
 
     layers: str = "transformer_engine"
     device: str = "cuda"
@@ -194,7 +194,7 @@ def activations(
     gathered = text.rows * text.width * text.number if parallel.sequence_parallel else 0
     head = _Head(shape, parallel, pack, text, critic)
     # At the end of the last layer's forward pass the head works; then the layers go back one by one.
-    working = text.backward(model.recompute)
+    working: float = text.backward(model.recompute)
     if last:
         working = max(working, head.backward, head.kept + text.input // text.number * 4 * _FLOAT)
     if first and pack.patches:
@@ -304,11 +304,12 @@ class _Head:
         tile = high * rows
         product = tile * number if number < _FLOAT else 0  # in float32 every step works in place
         scores = scored * (3 * _FLOAT + 2 * _INDEX)
-        self.forward = self.kept + scores + product + 2 * tile * _FLOAT + (gathered if parallel.sequence_parallel else 0)
+        self.forward = (
+            self.kept + scores + product + 2 * tile * _FLOAT + (gathered if parallel.sequence_parallel else 0)
+        )
         weight = vocab * shape.hidden * number
         block = rows * shape.hidden * _FLOAT * (2 if number < _FLOAT else 1)
         gradient = wide * (_FLOAT + (number if number < _FLOAT else 0))
         of_product = tile * _FLOAT + 2 * product + block
         self.kept += scores
         self.backward = self.kept + weight + max(gradient + of_product, wide * number + gathered)
-

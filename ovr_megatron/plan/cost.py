@@ -1,11 +1,11 @@
 """Seconds of a step by a simple model; it ranks layouts, and says where the time goes.
 
-    matrix work   FLOP with recomputation / (GPUs x peak x `EFFICIENCY`)
-    elementwise   passes over the residual stream and the perceptron / memory bandwidth
-    tensor, context and pipeline traffic    bytes / (`WIRE` x the slower of the links that it crosses)
-    bubble        (pp - 1) / (vpp x micro-batches) of the above
-    data traffic  gradients (4 B) and gathered weights, once a step; with overlap what the last backward pass hides is free
-    optimizer     its numbers read and written / memory bandwidth
+matrix work   FLOP with recomputation / (GPUs x peak x `EFFICIENCY`)
+elementwise   passes over the residual stream and the perceptron / memory bandwidth
+tensor, context and pipeline traffic    bytes / (`WIRE` x the slower of the links that it crosses)
+bubble        (pp - 1) / (vpp x micro-batches) of the above
+data traffic  gradients (4 B) and gathered weights, once a step; with overlap what the last backward pass hides is free
+optimizer     its numbers read and written / memory bandwidth
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def _traffic(setting: Setting, tokens: float, passes: int) -> dict[str, float]:
     share = passes / 3
     parts = {"elementwise": share * layers * (_STREAM_PASSES * stream + _FFN_PASSES * wide) / gpu.bandwidth}
     if parallel.tp > 1:
-        # Two all-reduces, or their two halves, a layer and pass; going back with sequence parallelism gathers twice more.
-        volume = 2 * 2 * rows * shape.hidden * number * (parallel.tp - 1) / parallel.tp * (passes - 1 if passes > 1 else 1)
+        # Two all-reduces, or their two halves, a layer and pass; sequence parallelism gathers twice more going back.
+        reductions = 2 * (passes - 1 if passes > 1 else 1)
+        volume = reductions * 2 * rows * shape.hidden * number * (parallel.tp - 1) / parallel.tp
         if parallel.sequence_parallel and passes > 1:
             volume *= 1.25
         parts["tensor-parallel traffic"] = layers * volume / _rate(gpu, parallel.tp)
@@ -155,4 +156,3 @@ def generation_seconds(setting: Setting, span: Span) -> float:
     tail = (span.limit - mean) * (engine["vLLM weights"] / gpu.bandwidth + _DECODE_OVERHEAD)
     prefill = requests * mean * token_flops(setting.shape, config.model, span.load).forward
     return steady + tail + prefill / (config.rollout.tp * gpu.flops * EFFICIENCY)
-

@@ -8,13 +8,12 @@ from ovr_megatron.config import ModelConfig
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.workload import Workload
 
-FORMULA = (
-    "FLOP of training = 3 x forward where a part trains (2 x where gradients only pass through, 1 x where none does)\n"
-    "  forward, a token: layers x [2 x D(Q + 2K) + 2 x QD + 6 x DF + 2 x Q x length]  + 2 x DV (policy's head)\n"
-    "  forward, a patch: depth x [8 x E^2 + 6 x EG + 4 x E x window] + 2 x E x pixels + (merger) 2 x M(M + D) / merge^2\n"
-    "  length = sum of squared document lengths / sum of lengths (causal: half of 4); window = the patches a patch sees\n"
-    "  MFU = this FLOP, recomputation not counted, over peak rate x GPUs x seconds"
-)
+FORMULA = """\
+FLOP of training = 3 x forward where a part trains (2 x where gradients only pass through, 1 x where none does)
+  forward, a token: layers x [2 x D(Q + 2K) + 2 x QD + 6 x DF + 2 x Q x length]  + 2 x DV (policy's head)
+  forward, a patch: depth x [8 x E^2 + 6 x EG + 4 x E x window] + 2 x E x pixels + (merger) 2 x M(M + D) / merge^2
+  length = sum of squared document lengths / sum of lengths (causal: half of 4); window = the patches a patch sees
+  MFU = this FLOP, recomputation not counted, over peak rate x GPUs x seconds"""
 
 
 @dataclass(frozen=True)

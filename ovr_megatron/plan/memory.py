@@ -10,7 +10,14 @@ from ovr_megatron.config import ColdStartConfig, ModelConfig, ParallelConfig, RL
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.activations import Activations, activations
 from ovr_megatron.plan.hardware import Gpu
-from ovr_megatron.plan.parameters import MASTER_BYTES, MOMENT_BYTES, NUMBER_BYTES, ModelState, count_parameters, model_state
+from ovr_megatron.plan.parameters import (
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    NUMBER_BYTES,
+    ModelState,
+    count_parameters,
+    model_state,
+)
 from ovr_megatron.plan.setting import Setting, Span
 
 _GIB = 1 << 30
@@ -64,7 +71,9 @@ def _of_stage(setting: Setting, stage: int) -> list[Phase]:
         "value": both | {"activations": values.forward} | asleep,
         "update critic": both | _work(setting, stage, True, config.algorithm.critic_steps) | asleep,
         "update policy": both | _work(setting, stage, False, 1) | asleep,
-        "sync": both | {"vLLM weights": engine["vLLM weights"]} | asleep
+        "sync": both
+        | {"vLLM weights": engine["vLLM weights"]}
+        | asleep
         | {"whole tensors": whole * NUMBER_BYTES[config.model.dtype]},
     }
     return [Phase(name, stage, {**items, **always}) for name, items in found.items()]

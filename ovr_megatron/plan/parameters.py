@@ -58,8 +58,8 @@ class Bucket:
 class ModelState:
     """What one rank holds of a model at rest, in bytes, and the number of its parameters.
 
-    ``weights`` includes the padding of the buffer that the distributed optimizer keeps them in.  ``optimizer`` is Adam's
-    two moments and, beside bfloat16 weights, a float32 master copy; its step counters are not counted.
+    ``weights`` includes the padding of the buffer that the distributed optimizer keeps them in.  ``optimizer`` is
+    Adam's two moments and, beside bfloat16 weights, a float32 master copy; its step counters are not counted.
     """
 
     parameters: int

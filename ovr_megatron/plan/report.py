@@ -182,12 +182,14 @@ def _phase_lines(found: dict[str, Any]) -> list[str]:
 def _work_lines(found: dict[str, Any]) -> list[str]:
     lines = ["work"]
     for span in found["spans"]:
+        packs = f"{span['micro_batches']} packs a replica"
         lines.append(
-            f"  {span['steps']} steps of {span['tokens'] / 1e6:,.1f} M tokens, {span['micro_batches']} packs a replica; "
-            f"samples: {span['told']}"
+            f"  {span['steps']} steps of {span['tokens'] / 1e6:,.1f} M tokens, {packs}; samples: {span['told']}"
         )
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in span["parts"].items() if value >= 0.05)
-        lines.append(f"    {span['flops'] / 1e15:,.0f} PFLOP and {span['seconds']:.1f} s a step: {parts}")
+        lines.append(f"    {span['flops'] / 1e15:,.0f} PFLOP and {span['seconds']:.1f} s a step, in seconds:")
+        lines.append(
+            "    " + ", ".join(f"{name} {value:.1f}" for name, value in span["parts"].items() if value >= 0.05)
+        )
     at, by = found["at_mfu"], found["by_cost_model"]
     return [
         *lines,

@@ -61,7 +61,9 @@ def _judge(setting: Setting, parallel: ParallelConfig, recompute: str) -> Candid
     fullest = max(memory.phases(changed), key=lambda phase: phase.total)
     if fullest.total > setting.gpu.memory:
         needs = f"{fullest.total / _GIB:.0f} of {setting.gpu.memory / _GIB:.0f} GiB"
-        return Candidate(parallel, recompute, fullest.total, reason=f"out of memory: phase {fullest.name} needs {needs}")
+        return Candidate(
+            parallel, recompute, fullest.total, reason=f"out of memory: phase {fullest.name} needs {needs}"
+        )
     return Candidate(parallel, recompute, fullest.total, hours(changed))
 
 

@@ -105,7 +105,9 @@ def setting(
                 patches = measured.patches if measured else image_patches(data, shape)
                 mean = stage.mean_tokens or stage.max_tokens // _RL_MEAN
                 load = stated(mean, stage.max_tokens, patches)
-                told = f"images measured: {measured.told}" if measured else "an image of a quarter of data.max_pixels each"
+                told = (
+                    f"images measured: {measured.told}" if measured else "an image of a quarter of data.max_pixels each"
+                )
                 spans.append(Span(steps, replace(load, told=f"{load.told}; {told}"), stage.max_tokens))
                 done += steps
     found = Setting(config, shape, gpu, world, tuple(spans))

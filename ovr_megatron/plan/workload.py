@@ -52,7 +52,9 @@ def measure(model_dir: str, data: DataConfig, seed: int, generation: bool, rows:
     fitting = [(row, n) for row, n in zip(drawn, found, strict=True) if isinstance(n, int) and n <= data.pack_tokens]
     if not fitting:
         refused = next(n for n in found if not isinstance(n, int) or n > data.pack_tokens)
-        raise refused if isinstance(refused, Exception) else ValueError(f"no sample fits into {data.pack_tokens} tokens")
+        raise (
+            refused if isinstance(refused, Exception) else ValueError(f"no sample fits into {data.pack_tokens} tokens")
+        )
     lengths = [length for _, length in fitting]
     patches = _patches([row for row, _ in fitting], processor, generation)
     told = f"{len(fitting)} of {len(drawn)} rows measured" + (" (prompts)" if generation else "")

@@ -1,4 +1,4 @@
-"""What engines really hold, for tests/plan/test_memory.py: ``torchrun ... 4 processes -m tests.plan.engines MODELS OUT``.
+"""What engines really hold, for tests/plan/test_memory.py: 4 processes of ``-m tests.plan.engines MODELS OUT``.
 
 Every layout of the parity matrix is built and makes one optimizer step; then the live bytes of forward and backward
 passes are counted for several shapes, layouts and kinds of recomputation.
