@@ -216,8 +216,8 @@ def _candidate_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _kind(reason: str) -> str:
-    """Reasons that differ in the gigabytes alone are one."""
-    return reason.split(" needs ")[0] if reason.startswith("out of memory") else reason
+    """The reason without its remedy; those that differ in the gigabytes alone are one."""
+    return reason.split(" needs ")[0] if reason.startswith("out of memory") else reason.partition(";")[0]
 
 
 def processes(name: str, parallel: ParallelConfig) -> int:
