@@ -60,6 +60,7 @@ class DataConfig:
 
     Rows come from ``sources``, or for the cold start from ``tokenised``, a folder that ``tools/tokenise.py`` wrote.
     ``on_error``: a row that cannot be used stops the run, or is skipped, counted and listed.
+    ``mean_tokens`` and ``expected_samples`` are what `tools/plan.py` expects where it has no data to look at.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -75,6 +76,8 @@ class DataConfig:
     pack_tokens: int = 65536
     max_prompt_tokens: int = 8192
     exclude: str | None = None
+    mean_tokens: int = 0
+    expected_samples: int = 0
 
     def __post_init__(self) -> None:
         _choice("data.template", self.template, ("think", "model"))
@@ -247,7 +250,7 @@ class ColdStartConfig:
         _require(self.steps >= 0, f"steps={self.steps} must be positive, or 0 to train for {self.epochs} epochs")
         _require(self.epochs > 0, f"epochs={self.epochs} must be positive")
         _require(
-            self.steps > 0 or bool(self.data.tokenised),
+            self.steps > 0 or not self.data.sources,
             "steps=0 with data.sources: only the epochs of data.tokenised=DIR have an end; give steps",
         )
         _require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
@@ -279,10 +282,14 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of the length curriculum: up to iteration ``until``, ``max_tokens`` of prompt and response together."""
+    """One stage of the length curriculum: up to iteration ``until``, ``max_tokens`` of prompt and response together.
+
+    ``mean_tokens`` is what `tools/plan.py` expects of their mean; 0: a third of the limit.
+    """
 
     until: int
     max_tokens: int
+    mean_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require(self.until > 0 and self.max_tokens > 0, "curriculum[].until and .max_tokens must be positive")

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ovr_megatron"
 
 # A module imports from rooms that stand before its own, or from its own.
-ROOMS = ("config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint", "rollout", "launch")
-ROOMS += ("curation", "coldstart", "ppo", "rl", "verify", "analysis", "plan", "tools")
+ROOMS = ("config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint", "rollout", "plan")
+ROOMS += ("launch", "curation", "coldstart", "ppo", "rl", "verify", "analysis", "tools")
 EXCEPTIONS = {
     ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
     ("", f"{PACKAGE}.runtime.cpu"),  # free of torch, and torchvision must be importable from anywhere

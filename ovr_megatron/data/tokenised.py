@@ -227,7 +227,7 @@ class TokenisedSet:
         _check_tokenisation(self.folder, self.manifest.tokenisation, processor)
         for name in (TOKENS, SAMPLES):
             _check_size(self.folder / name, self.manifest.files[name]["bytes"])
-        records = np.fromfile(self.folder / SAMPLES, RECORD)
+        records = read_records(folder)
         if hashlib.sha256(records.tobytes()).hexdigest() != self.manifest.files[SAMPLES]["sha256"]:
             raise RowError(str(self.folder / SAMPLES), "", "was changed: its SHA-256 is another one", _AGAIN)
         self._tokens = np.memmap(self.folder / TOKENS, TOKEN, mode="r")
@@ -273,6 +273,11 @@ class TokenisedSet:
             prompt_tokens=tokens[:prompt].tolist(),
             row=Row((), source=self.manifest.sources[record["source"]].name, where=self.where(index)),
         )
+
+
+def read_records(folder: str | Path) -> np.ndarray:
+    """`RECORD` of every sample of a set."""
+    return np.fromfile(Path(folder) / SAMPLES, RECORD)
 
 
 def read_tokenised_manifest(folder: str | Path) -> TokenisedManifest:

@@ -21,7 +21,7 @@ def _blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _tile_sides(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
+def tile_sides(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
     """Sides of a tile, tokens and vocabulary rows; powers of two, or at least whole cache lines, where they can be."""
     numbers = _TILE_BYTES[device.type] // 4
     high = min(tokens, 1 << (numbers.bit_length() - 1) // 2)
@@ -71,7 +71,7 @@ class _VocabParallelScores(torch.autograd.Function):
         scale: float,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        tokens, rows = _tile_sides(len(hidden), len(weight), hidden.device)
+        tokens, rows = tile_sides(len(hidden), len(weight), hidden.device)
         local = labels - group.rank() * len(weight)
         total, weighted, target = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
         peak = torch.full_like(total, BANNED)
@@ -106,7 +106,7 @@ class _VocabParallelScores(torch.autograd.Function):
         d_logprob, d_entropy = (None if grad is None else grad * ctx.scale for grad in grads)
         if d_logprob is None:
             d_logprob = torch.zeros_like(norm)
-        tokens, rows = _tile_sides(len(hidden), len(weight), hidden.device)
+        tokens, rows = tile_sides(len(hidden), len(weight), hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         d_weight = torch.empty_like(weight) if wants_weight else None

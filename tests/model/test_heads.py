@@ -92,7 +92,7 @@ def errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, floa
 @pytest.mark.parametrize("rows", [1, 6, 300])
 def test_tiles_keep_to_their_bytes(tokens: int, rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(heads._TILE_BYTES, "cpu", 4 * tile)
-    high, wide = heads._tile_sides(tokens, rows, torch.device("cpu"))
+    high, wide = heads.tile_sides(tokens, rows, torch.device("cpu"))
     assert 1 <= high <= tokens and 1 <= wide <= rows and high * wide <= tile
 
 

@@ -1,0 +1,1 @@
+"""What a recipe costs before it is submitted: parameters, memory, FLOP, hours, and the layouts that fit."""

@@ -1,0 +1,179 @@
+"""Memory of the fullest rank in every phase of a recipe, item by item in bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from ovr_megatron.config import ColdStartConfig, ModelConfig, ParallelConfig, RLConfig, RolloutConfig
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.plan.activations import Activations, activations
+from ovr_megatron.plan.hardware import Gpu
+from ovr_megatron.plan.parameters import (
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    NUMBER_BYTES,
+    ModelState,
+    count_parameters,
+    model_state,
+)
+from ovr_megatron.plan.setting import Setting, Span
+
+_GIB = 1 << 30
+CONTEXT = int(1.5 * _GIB)  # CUDA context, libraries' kernels and workspaces
+GROUP = _GIB // 4  # NCCL's buffers for each process group of more than one rank
+MARGIN = 0.05  # of the GPU's memory, for fragmentation
+GRAPHS = _GIB  # vLLM's captured graphs, which stay while it sleeps
+_ENGINE_BATCH = 16384  # tokens that vLLM works on at once
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the fullest rank holds in one phase."""
+
+    name: str
+    stage: int
+    items: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.items.values())
+
+
+def phases(setting: Setting) -> list[Phase]:
+    """Every phase, each on the pipeline stage that needs most in it."""
+    per_stage = [_of_stage(setting, stage) for stage in _stages(setting.config.parallel)]
+    return [max(together, key=lambda phase: phase.total) for together in zip(*per_stage, strict=True)]
+
+
+def _stages(parallel: ParallelConfig) -> list[int]:
+    """Stages that can be the fullest: the first two and the last."""
+    return sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})
+
+
+def _of_stage(setting: Setting, stage: int) -> list[Phase]:
+    config, shape = setting.config, setting.shape
+    always = _always(setting)
+    state = _state(shape, config.model, config.parallel, setting.dp, stage, False)
+    whole = 2 * shape.vocab * shape.hidden  # the largest tensor is put together from its shards
+    if isinstance(config, ColdStartConfig):
+        train = _training(setting, stage, False, 1)
+        save = {**_model("", state), "whole tensors": whole * 4}
+        return [Phase("train", stage, {**train, **always}), Phase("save", stage, {**save, **always})]
+    critic = _state(shape, config.model, config.parallel, setting.dp, stage, True)
+    both = {"policy": state.total, "critic": critic.total}
+    engine, asleep = engine_memory(config.rollout, shape, setting.gpu, config.model.dtype), _graphs(config.rollout)
+    values = max((_activations(setting, span, stage, True, 1) for span in setting.spans), key=lambda a: a.forward)
+    found = {
+        "generate": both | engine,
+        "value": both | {"activations": values.forward} | asleep,
+        "update critic": both | _work(setting, stage, True, config.algorithm.critic_steps) | asleep,
+        "update policy": both | _work(setting, stage, False, 1) | asleep,
+        "sync": both
+        | {"vLLM weights": engine["vLLM weights"]}
+        | asleep
+        | {"whole tensors": whole * NUMBER_BYTES[config.model.dtype]},
+    }
+    return [Phase(name, stage, {**items, **always}) for name, items in found.items()]
+
+
+def _always(setting: Setting) -> dict[str, int]:
+    parallel = setting.config.parallel
+    sizes = (parallel.tp, parallel.pp, parallel.cp, setting.dp, setting.dp * parallel.cp, setting.world)
+    groups = sum(size > 1 for size in sizes)
+    if isinstance(setting.config, RLConfig):
+        groups += setting.config.rollout.tp > 1
+    margin = int(MARGIN * setting.gpu.memory)
+    return {"CUDA context": CONTEXT, "NCCL buffers": groups * GROUP, "fragmentation margin": margin}
+
+
+@lru_cache(maxsize=512)
+def _cached_state(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, dp: int, stage: int, critic: bool
+) -> ModelState:
+    return model_state(shape, model, parallel, dp, stage, critic=critic)
+
+
+def _state(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, dp: int, stage: int, critic: bool
+) -> ModelState:
+    return _cached_state(shape, replace(model, recompute="none"), parallel, dp, stage, critic)
+
+
+def _model(prefix: str, state: ModelState) -> dict[str, int]:
+    parts = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
+    return {f"{prefix}{name}": size for name, size in parts.items()}
+
+
+def _activations(setting: Setting, span: Span, stage: int, critic: bool, share: int) -> Activations:
+    config = setting.config
+    packs = setting.micro_batches(span, share)
+    return activations(setting.shape, config.model, config.parallel, setting.pack(span), packs, stage, critic)
+
+
+def _work(setting: Setting, stage: int, critic: bool, share: int) -> dict[str, int]:
+    found = [_activations(setting, span, stage, critic, share) for span in setting.spans]
+    most = max(found, key=lambda a: a.peak)
+    return {
+        "activations kept": most.saved - most.vision,
+        "vision kept": most.vision,
+        "layer or head at work": most.working,
+    }
+
+
+def _training(setting: Setting, stage: int, critic: bool, share: int) -> dict[str, int]:
+    config = setting.config
+    state = _state(setting.shape, config.model, config.parallel, setting.dp, stage, critic)
+    return _model("", state) | _work(setting, stage, critic, share)
+
+
+def engine_memory(rollout: RolloutConfig, shape: ModelShape, gpu: Gpu, dtype: str) -> dict[str, int]:
+    """VLLM's memory while it generates; ``gpu_memory_utilization`` holds all but the captured graphs."""
+    number = NUMBER_BYTES[dtype]
+    weights = sum(count_parameters(shape).values()) * number // rollout.tp
+    batch = _ENGINE_BATCH * (2 * shape.ffn // rollout.tp + 4 * shape.hidden) * number
+    batch += 3 * rollout.max_num_seqs * shape.vocab * 4
+    if rollout.kv_cache_gib:
+        cache = int(rollout.kv_cache_gib * _GIB)
+    else:
+        cache = int(rollout.gpu_memory_utilization * gpu.memory) - weights - batch - CONTEXT
+    return {"vLLM weights": weights, "vLLM cache": cache, "vLLM at work": batch} | _graphs(rollout)
+
+
+def _graphs(rollout: RolloutConfig) -> dict[str, int]:
+    return {} if rollout.enforce_eager else {"vLLM graphs": GRAPHS}
+
+
+def cache_bytes_per_token(shape: ModelShape, rollout: RolloutConfig, dtype: str) -> int:
+    """Keys and values of a token on one rank of the engine."""
+    heads = max(shape.kv_heads // rollout.tp, 1)
+    return 2 * shape.layers * heads * shape.head_dim * NUMBER_BYTES[dtype]
+
+
+def checkpoint_bytes(setting: Setting) -> int:
+    """Tensors of one checkpoint on disk: weights, moments and master weights of every model of the recipe."""
+    model = setting.config.model
+    kinds = (False, True) if isinstance(setting.config, RLConfig) else (False,)
+    one = ParallelConfig()
+    states = [model_state(setting.shape, model, one, 1, critic=critic) for critic in kinds]
+    adam = MOMENT_BYTES + MASTER_BYTES[model.dtype]
+    return sum(s.parameters * NUMBER_BYTES[model.dtype] + s.trained * adam for s in states)
+
+
+def room_for_patches(setting: Setting) -> int | None:
+    """Patches that a pack may bring before the fullest phase passes the GPU's memory; None: the tower keeps nothing."""
+    with_few, with_many = (_with_patches(setting, count) for count in (0, 1 << 20))
+    if with_few == with_many:
+        return None
+    rate = (with_many - _with_patches(setting, 1 << 19)) / (1 << 19)
+    return max(0, math.floor((setting.gpu.memory - with_many) / rate) + (1 << 20))
+
+
+def _with_patches(setting: Setting, patches: int) -> int:
+    tokens = setting.config.data.pack_tokens
+    spans = tuple(
+        replace(span, load=replace(span.load, patches=patches * span.load.tokens / tokens)) for span in setting.spans
+    )
+    return max(phase.total for phase in phases(replace(setting, spans=spans)))

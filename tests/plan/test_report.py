@@ -1,0 +1,220 @@
+"""The plan as a whole: FLOP beside a counter's, sampled lengths, recipes, layouts, and the two command lines."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.sources import open_source
+from ovr_megatron.launch import compose
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.plan import cost, search
+from ovr_megatron.plan.flops import patch_flops, token_flops
+from ovr_megatron.plan.hardware import find_gpu
+from ovr_megatron.plan.report import Options, plan, processes, read_shape, show
+from ovr_megatron.plan.setting import Setting, setting
+from ovr_megatron.plan.workload import Workload, measure, stated
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES_7B = ("cold_start_7b_64gpu", "rl_7b_64gpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = TinySizes(vision_depth=3, max_positions=4096)
+    return make_tiny_model(tmp_path_factory.mktemp("plan") / "model", tied=False, seed=1, sizes=sizes)
+
+
+def of_7b(recipe: str, *overrides: str) -> Setting:
+    config = compose(recipe, overrides)
+    return setting(config, read_shape("7B")[0], find_gpu("h100"), 64, None)
+
+
+def counted(model: torch.nn.Module, **inputs: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def test_flop_of_a_text_and_an_image_are_what_a_counter_counts(folder: Path) -> None:
+    shape = ModelShape.from_hf(folder)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    length = 96
+    load = Workload(length, length, 0, "")
+    ours = length * token_flops(shape, ModelConfig(path="x"), load).forward
+    # The counter's attention is not causal: it has twice our products of queries, keys and values, and so it has the
+    # rotary frequencies' product, which we do not count.
+    attention = shape.layers * 2 * shape.heads * shape.head_dim * length**2
+    rotary = 2 * 3 * length * shape.head_dim // 2
+    assert counted(theirs, input_ids=torch.arange(length)[None]) == ours + attention + rotary
+    grid = torch.tensor([[1, 32, 40]])
+    patches = torch.randn(1280, shape.vision.patch_dim)
+    found = counted(theirs.model.visual, hidden_states=patches, grid_thw=grid)
+    assert found == pytest.approx(1280 * sum(patch_flops(shape)), rel=1e-3)
+
+
+def test_training_flop_follow_what_is_frozen(folder: Path) -> None:
+    shape = ModelShape.from_hf(folder)
+    load = Workload(100, 100, 40, "")
+    tower, merger = (0.4 * n for n in patch_flops(shape))
+    free = token_flops(shape, ModelConfig(path="x"), load)
+    language = free.forward - tower - merger
+    assert free.training == pytest.approx(3 * free.forward)
+    frozen = token_flops(shape, ModelConfig(path="x", freeze_vision=True, freeze_merger=True), load)
+    assert frozen.training == pytest.approx(3 * language + tower + merger)
+    projector = token_flops(shape, ModelConfig(path="x", freeze_vision=True, freeze_language=True), load)
+    assert projector.training == pytest.approx(2 * language + tower + 3 * merger)
+
+
+def test_lengths_and_patches_are_measured_on_the_data(folder: Path) -> None:
+    source = SourceConfig(path="puzzle:digits?form=image&task=sum")
+    data = DataConfig(sources=[source], min_pixels=784, max_pixels=12544)
+    found = measure(str(folder), data, seed=1, generation=False, rows=8)
+    samples = Processor(folder, data).encode([open_source(source)[i] for i in range(400)][:200], generation=False)
+    lengths = {len(sample) for sample in samples}
+    assert min(lengths) <= found.tokens <= max(lengths)
+    assert found.patches == len(samples[0].patches) > 0
+    assert found.tokens <= found.squares <= max(lengths)
+    assert "8 of 8 rows" in found.told
+
+
+def test_a_finite_source_is_measured_whole(folder: Path, tmp_path: Path) -> None:
+    texts = ["short", "a longer answer of several words", "x " * 200]
+    rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": t}]} for t in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(path=str(tmp_path / "rows.jsonl"))
+    data = DataConfig(sources=[source])
+    opened = open_source(source)
+    lengths = [len(s) for s in Processor(folder, data).encode([opened[i] for i in range(3)], generation=False)]
+    found = measure(str(folder), data, seed=1, generation=False, rows=3)
+    assert found.tokens == sum(lengths) / 3
+    assert found.squares == sum(n * n for n in lengths) / sum(lengths)
+
+
+@pytest.mark.parametrize("recipe", RECIPES_7B)
+def test_the_7b_recipes_fit_64_gpus_of_80_gb(recipe: str) -> None:
+    found = plan(compose(recipe, []), Options(world=64, search=False))
+    text = show(found)
+    assert found["fits"] and "DOES NOT FIT" not in text
+    assert sum(found["model"]["parameters"].values()) == 8_292_166_656  # the hub's Qwen2.5-VL-7B-Instruct
+    seconds = found["at_mfu"]["hours"] * 3600
+    assert seconds * 64 * 989e12 * 0.4 == pytest.approx(found["flops"])
+    assert f"{found['at_mfu']['hours']:,.1f} hours" in text
+
+
+def test_without_sharding_the_rl_recipe_does_not_fit() -> None:
+    found = plan(compose("rl_7b_64gpu", ["parallel.distributed_optimizer=false"]), Options(world=64, search=False))
+    assert not found["fits"]
+    assert "DOES NOT FIT into 79.6" in show(found)
+
+
+def test_more_of_a_resource_never_takes_more_memory() -> None:
+    def most(*overrides: str) -> int:
+        found = plan(compose("cold_start_7b_64gpu", overrides), Options(world=64, search=False))
+        return max(phase["total"] for phase in found["phases"])
+
+    whole = most("model.recompute=none")
+    assert whole > most("model.recompute=selective") > most("model.recompute=full")
+    assert most("parallel.cp=2") > most("parallel.cp=4") > most("parallel.cp=8")
+    assert most("parallel.sequence_parallel=false") > most()
+
+
+def test_layouts_are_listed_fastest_first_with_reasons_for_the_others() -> None:
+    work = of_7b("cold_start_7b_64gpu")
+    found = search.candidates(work)
+    fitting = [c for c in found if not c.reason]
+    assert [c.hours for c in fitting] == sorted(c.hours for c in fitting)
+    assert all(c.bytes <= work.gpu.memory for c in fitting)
+    assert found[: len(fitting)] == fitting and all(c.reason for c in found[len(fitting) :])
+    reasons = {c.reason.split(" needs ")[0] for c in found if c.reason}
+    assert any("does not divide the model's 4 key-value heads" in reason for reason in reasons)
+    assert "out of memory: phase train" in reasons
+    assert any(c.parallel == work.config.parallel and c.recompute == "selective" for c in fitting)
+    # The recipe's own layout costs what the plan of the recipe says.
+    own = next(c for c in fitting if c.parallel == work.config.parallel and c.recompute == "selective")
+    assert own.hours == search.hours(work)
+
+
+def test_bubble_of_a_pipeline() -> None:
+    work = of_7b("cold_start_7b_64gpu", "parallel.pp=4", "parallel.cp=1", "parallel.tp=2")
+    assert cost.bubble(work, work.spans[0]) == 3 / (640 / 8)
+    interleaved = work.changed(parallel=replace(work.config.parallel, vpp=7))
+    assert cost.bubble(interleaved, work.spans[0]) == pytest.approx(3 / (7 * 640 / 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["no_such_recipe"],
+            "no_such_recipe is no recipe; give the path of a YAML file, or one of cold_start_7b_64gpu",
+        ),
+        (["cold_start_7b_64gpu", "parallel.tp=8"], "parallel.tp=8 does not divide the model's 4 key-value heads"),
+        (["cold_start_7b_64gpu", "packs_per_step=641"], "packs_per_step=641 cannot be shared by 8"),
+        (["cold_start_7b_64gpu", "model.path=9B"], "model.path=9B is no folder; for a plan it can also be one of 3B"),
+        (["tiny_cold_start"], "no value for model.path"),
+        (["cold_start_7b_64gpu", "data.sed=1"], "Key 'sed'"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(compose(arguments[0], arguments[1:]), Options(world=64, search=False))
+
+
+def test_processes_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(variable, raising=False)
+    parallel = compose("cold_start_7b_64gpu", ["parallel.pp=2"]).parallel
+    assert processes("cold_start_7b_64gpu", parallel) == 64
+    assert processes("tiny_rl", parallel) == 16
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    assert processes("cold_start_7b_64gpu", parallel) == 32
+
+
+def test_stated_lengths_end_at_the_limit() -> None:
+    assert stated(3700, 65536).squares == 7400
+    assert stated(40000, 49152).squares == 49152
+
+
+def test_what_is_measured_replaces_what_is_stated(folder: Path) -> None:
+    data = DataConfig(sources=[SourceConfig(path="puzzle:digits?form=text&task=sum")], mean_tokens=4000)
+    config = ColdStartConfig(run=RunConfig(dir="run"), model=ModelConfig(path=str(folder)), data=data)
+    found = plan(config, Options(world=1, search=False))
+    assert found["spans"][0]["mean_tokens"] < 200 and "rows measured" in found["spans"][0]["told"]
+
+
+def test_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "tools/plan.py", "rl_7b_64gpu", "--gpu", "a100-40", "--json", "iterations=10"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr  # it does not fit
+    found = json.loads(done.stdout)
+    assert found["steps"] == 10 and not found["fits"] and len(found["candidates"]) > 1000
+    assert {phase["name"] for phase in found["phases"]} >= {"generate", "value", "update policy", "sync"}
+    assert all(math.isfinite(c["hours"]) for c in found["candidates"])
+
+
+def test_dry_run_starts_nothing(folder: Path, tmp_path: Path) -> None:
+    """A world of 16 that is not there: a process group would wait for it."""
+    settings = [f"model.path={folder}", f"run.dir={tmp_path / 'run'}", "--dry-run", "--config-name", "tiny_rl"]
+    command = [sys.executable, "-m", "ovr_megatron.rl", *settings]
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "16",
+        "RANK": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "processes   16 x h100" in done.stdout and "update critic" in done.stdout
+    assert not (tmp_path / "run").exists()
