@@ -107,7 +107,7 @@ def look(config: Config) -> tuple[list[str], dict[str, float]]:
     if ranks > 1 and (device.type == "cuda" or os.environ.get("OVR_GPUS") == "0"):
         megabytes = 256 if device.type == "cuda" else 8
         measured["all-reduce GB/s"] = rate = preflight.bus_bandwidth(device, megabytes)
-        least = floor("OVR_MIN_BUS_GBPS", 0)
+        least = floor("OVR_MIN_BUS_GBPS", 10 if device.type == "cuda" and ranks > local_size else 0)
         if dist.get_rank() == 0 and rate < least:
             problems.append(
                 f"the all-reduce over {ranks} ranks runs at {rate:.2f} GB/s, under OVR_MIN_BUS_GBPS={least:g}; see "
@@ -123,7 +123,7 @@ def check_folder(run: Path, local_rank: int, needed: int, measured: dict[str, fl
         run.mkdir(parents=True, exist_ok=True)
         if local_rank == 0:
             measured["write MB/s"] = rate = preflight.write_rate(run, 64)
-            if rate < (least := floor("OVR_MIN_WRITE_MBPS", 0)):
+            if rate < (least := floor("OVR_MIN_WRITE_MBPS", 100 if torch.cuda.is_available() else 0)):
                 problems.append(f"{run} is written at {rate:.0f} MB/s, under OVR_MIN_WRITE_MBPS={least:g}")
             problems += preflight.check_space(run, needed)
     except OSError as error:
