@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
+import importlib.util
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +25,8 @@ from hydra.errors import HydraException
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
-from ovr_megatron.launch import RECIPES
+from ovr_megatron.data.sources import SUFFIXES
+from ovr_megatron.launch import RECIPES, USER_ERRORS
 from ovr_megatron.runtime import cpu, distributed, environment, preflight
 
 STAGES = {"coldstart": (ColdStartConfig, "cold_start_7b_64gpu"), "rl": (RLConfig, "rl_7b_64gpu")}
@@ -53,8 +57,8 @@ def inputs(config: Config) -> tuple[list[Path], list[str]]:
         if source.path.startswith("puzzle:"):
             continue
         path = Path(source.path).expanduser()
-        if path.exists() or os.environ.get("HF_HUB_OFFLINE") == "1":
-            found.append(path)
+        if path.exists() or path.suffix in SUFFIXES or os.environ.get("HF_HUB_OFFLINE") == "1":
+            found.append(path)  # anything else is a name on the hub
     if config.data.exclude:
         found.append(Path(config.data.exclude))
     if not config.data.sources:
@@ -75,62 +79,91 @@ def checkpoint_bytes(config: Config) -> int:
     return each * (kept + 1)
 
 
-def floor(name: str, default: float) -> float:
-    """A bound from the environment.
+@dataclass(frozen=True)
+class Floors:
+    """Rates under which a run is refused: all-reduce in GB/s of the bus, run.dir in MB/s of each node."""
+
+    bus: float
+    write: float
+
+
+def read_floors() -> Floors:
+    """The floors of the environment; by default what Ethernet of 100 Gbit/s or one old disk would give, on GPUs.
 
     Raises:
-        ConfigError: it is no number.
+        ConfigError: one is no number.
     """
-    try:
-        return float(os.environ.get(name) or default)
-    except ValueError:
-        raise ConfigError(f"{name}={os.environ[name]!r} must be a number") from None
+    values = []
+    for name, default in (("OVR_MIN_BUS_GBPS", 10), ("OVR_MIN_WRITE_MBPS", 100)):
+        given = os.environ.get(name)
+        try:
+            values.append(float(given) if given else default if torch.cuda.is_available() else 0)
+        except ValueError:
+            raise ConfigError(f"{name}={given!r} must be a number") from None
+    return Floors(*values)
 
 
 def look(config: Config) -> tuple[list[str], dict[str, float]]:
     """Every check, on this rank; problems of all ranks, and what was measured.  A collective."""
-    run = Path(config.run.dir)
+    run, floors = Path(config.run.dir), read_floors()
     read, problems = inputs(config)
     device = distributed.join(datetime.timedelta(seconds=TIME_LIMIT_S))
     local_rank, ranks = int(os.environ["LOCAL_RANK"]), dist.get_world_size()
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    main_rank, with_gpus = dist.get_rank() == 0, os.environ.get("OVR_GPUS") != "0"
     facts: list[preflight.Facts | None] = [None] * ranks
     dist.all_gather_object(facts, preflight.gather_facts(read))
-    if dist.get_rank() == 0:
+    if main_rank:
         problems += fitting(config, ranks) + preflight.differences([item for item in facts if item])
-    measured: dict[str, float] = {}
-    if os.environ.get("OVR_GPUS") != "0":
-        problems += preflight.check_gpus(local_rank, local_size)
+        problems += check_plan(config, ranks) if with_gpus else []
+    if with_gpus:
+        problems += preflight.check_gpus(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     if local_rank == 0:
         problems += [problem for path in read for problem in preflight.check_readable(path)]
-    problems += check_folder(run, local_rank, checkpoint_bytes(config), measured)
-    if ranks > 1 and (device.type == "cuda" or os.environ.get("OVR_GPUS") == "0"):
-        megabytes = 256 if device.type == "cuda" else 8
-        measured["all-reduce GB/s"] = rate = preflight.bus_bandwidth(device, megabytes)
-        least = floor("OVR_MIN_BUS_GBPS", 10 if device.type == "cuda" and ranks > local_size else 0)
-        if dist.get_rank() == 0 and rate < least:
+    measured: dict[str, float] = {}
+    problems += check_folder(run, local_rank, checkpoint_bytes(config), floors, measured)
+    if ranks > 1 and (device.type == "cuda" or not with_gpus):
+        measured["all-reduce GB/s"] = rate = preflight.bus_bandwidth(device, 256 if with_gpus else 8)
+        if main_rank and rate < floors.bus:
             problems.append(
-                f"the all-reduce over {ranks} ranks runs at {rate:.2f} GB/s, under OVR_MIN_BUS_GBPS={least:g}; see "
-                "that NCCL takes the fast network (NCCL_DEBUG=INFO, OVR_INTERFACE, OVR_HCA), or leave a slow node out"
+                f"the all-reduce over {ranks} ranks runs at {rate:.2f} GB/s, under OVR_MIN_BUS_GBPS={floors.bus:g}; "
+                "see that NCCL takes the fast network (OVR_INTERFACE, OVR_HCA), or leave a slow node out"
             )
     return preflight.gather(problems), measured
 
 
-def check_folder(run: Path, local_rank: int, needed: int, measured: dict[str, float]) -> list[str]:
+def check_folder(run: Path, local_rank: int, needed: int, floors: Floors, measured: dict[str, float]) -> list[str]:
     """Run.dir can be written, fast enough, has room, and is one folder.  A collective."""
     problems: list[str] = []
+    unusable: list[str] = []
     try:
         run.mkdir(parents=True, exist_ok=True)
         if local_rank == 0:
             measured["write MB/s"] = rate = preflight.write_rate(run, 64)
-            if rate < (least := floor("OVR_MIN_WRITE_MBPS", 100 if torch.cuda.is_available() else 0)):
-                problems.append(f"{run} is written at {rate:.0f} MB/s, under OVR_MIN_WRITE_MBPS={least:g}")
+            if rate < floors.write:
+                problems.append(f"{run} is written at {rate:.0f} MB/s, under OVR_MIN_WRITE_MBPS={floors.write:g}")
             problems += preflight.check_space(run, needed)
     except OSError as error:
-        problems.append(f"{run} cannot be written ({error.strerror}); give another run.dir")
-    if preflight.gather(problems if any("cannot be written" in problem for problem in problems) else []):
-        return problems
+        unusable = [f"{run} cannot be written ({error.strerror}); give another run.dir"]
+    if preflight.gather(unusable):
+        return problems + unusable
     return problems + preflight.check_shared(run)
+
+
+def check_plan(config: Config, ranks: int) -> list[str]:
+    """Whether the plan's largest phase goes into this rank's GPU; nothing where there is no plan or no GPU."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("ovr_megatron.plan") is None:
+        return []
+    report = importlib.import_module("ovr_megatron.plan.report")
+    try:
+        found = report.plan(config, report.Options(ranks, search=False))
+    except USER_ERRORS as error:
+        return [str(error)]
+    worst = max(found["phases"], key=lambda phase: phase["total"])
+    have = torch.cuda.mem_get_info()[1]
+    if worst["total"] <= have:
+        return []
+    need = f"{worst['total'] / 2**30:.1f} GiB of the {have / 2**30:.1f} of a GPU"
+    return [f"the plan takes {need} (phase {worst['name']}); `tools/plan.py` lists layouts that fit"]
 
 
 def fitting(config: Config, ranks: int) -> list[str]:

@@ -52,9 +52,17 @@ def gather_facts(inputs: Iterable[Path]) -> Facts:
     """The `Facts` of this rank; ``inputs`` that are absent are left out of them."""
     packages = {item.metadata["Name"]: item.version for item in metadata.distributions()}
     packages["CUDA"] = torch.version.cuda or "none"
-    files = {str(path): sum(1 for _ in path.iterdir()) if path.is_dir() else path.stat().st_size
-             for path in inputs if path.exists()}  # fmt: skip
+    sizes = {str(path): size_of(path) for path in inputs}
+    files = {name: size for name, size in sizes.items() if size is not None}
     return Facts(host_name(), packages, code_digest(), commit(), files)
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file, entries of a folder, None where neither can be seen from here."""
+    try:
+        return sum(1 for _ in path.iterdir()) if path.is_dir() else path.stat().st_size
+    except OSError:
+        return None  # `check_readable` says why
 
 
 def code_digest() -> str:
