@@ -193,7 +193,9 @@ def check_shared(folder: Path) -> list[str]:
     if dist.get_rank() == 0:
         path.write_text(box[0])
     dist.barrier()
-    found = next((True for _ in range(20) if path.exists() or time.sleep(0.1)), False)  # a network mount may lag
+    deadline = time.monotonic() + 2  # a network mount may lag
+    while not (found := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     dist.barrier()
     if dist.get_rank() == 0:
         path.unlink()
