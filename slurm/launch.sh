@@ -160,7 +160,12 @@ launch_stage() {
     logs="$run/logs/$job/attempt_$attempt"
     mkdir -p "$logs"
     stopping=0 trained=0 steps_before="$(steps_done)"
-    trap ask_to_stop USR1 INT TERM
+    trap ask_to_stop USR1 INT
+    if in_slurm; then
+        trap 'stopping=1' TERM # Slurm has sent it to the ranks too
+    else
+        trap ask_to_stop TERM
+    fi
     say "job $job, attempt $attempt: $stage on ${SLURM_JOB_NODELIST:-this machine}, run $run, logs $logs"
 
     run_ranks preflight timeout "${OVR_PREFLIGHT_S:-60}" "$python" "$root/tools/preflight.py" \

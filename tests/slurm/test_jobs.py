@@ -31,7 +31,6 @@ def settings(model: Path) -> dict[str, str]:
         "OVR_MODEL": str(model),
         "OVR_GPUS": "0",
         "OVR_INTERFACE": "lo",
-        "OVR_WAIT_S": "5",
         "OVR_PREFLIGHT_S": str(LIMIT_S),
         "MASTER_ADDR": "127.0.0.1",
     }
@@ -78,6 +77,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=job.out"]
         job = cluster.submit(*scale, script, *arguments(run), **settings(model))
 
+        (folder / "broken").mkdir()
+        broken = cluster.submit(
+            *["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=broken.out"],
+            *[script, *arguments(folder / "broken")],
+            **settings(model) | {"OVR_PYTHON": "/bin/false", "OVR_MAX_FAILURES": "1"},
+        )
+
         def wait(condition: Callable[[], bool], what: str) -> None:
             output = cluster.folder / "job.out"
             try:
@@ -86,6 +92,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 raise AssertionError(f"{error}\n{output.read_text() if output.exists() else ''}") from error
 
         wait(lambda: steps_seen(run) >= EVERY + 2, "the first steps")
+        wait(lambda: cluster.job(broken)["JobState"] == "FAILED", "the broken job to be given up")
+        (folder / "broken/state").write_text(json.dumps(cluster.job(broken)))
         cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 1")
         wait(lambda: len(attempts(run)) == 1, "the preempted job to leave")
         reached = checkpointed(run)
@@ -128,3 +136,8 @@ def test_every_rank_of_every_attempt_has_its_log(runs: Path) -> None:
 def test_alone_was_summarised_too(runs: Path) -> None:
     (only,) = attempts(runs / "alone")
     assert (only["state"], only["steps"], only["requeues"]) == ("finished", f"{STEPS}/{STEPS}", "0")
+
+
+def test_job_that_always_fails_is_given_up(runs: Path) -> None:
+    assert json.loads((runs / "broken/state").read_text())["Restarts"] == "1"
+    assert [line["state"] for line in attempts(runs / "broken")] == ["failed,requeued", "failed"]
