@@ -1,12 +1,16 @@
 """Open Vision Reasoner on Megatron-Core: linguistic cold start, multimodal PPO, evaluation.
 
 Importing the package is cheap: neither torch, Megatron nor vLLM is loaded before a room that needs it is.
-Its one side effect lets a machine without a GPU import a torchvision that was built for one.
+Its side effects: a machine without a GPU can import a torchvision that was built for one, and a rank that ``torchrun``
+or ``srun`` started gets the settings of `ovr_megatron.runtime.environment`.
 """
 
-from ovr_megatron.runtime import cpu
+import os
+
+from ovr_megatron.runtime import cpu, environment
 
 __version__ = "0.1.0"
 
+environment.apply(os.environ)
 cpu.let_torchvision_import()
 cpu.hush_megatron()

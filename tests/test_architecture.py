@@ -18,6 +18,7 @@ ROOMS += ("launch", "curation", "coldstart", "ppo", "rl", "verify", "analysis", 
 EXCEPTIONS = {
     ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
     ("", f"{PACKAGE}.runtime.cpu"),  # free of torch, and torchvision must be importable from anywhere
+    ("", f"{PACKAGE}.runtime.environment"),  # free of torch, which reads some of the settings when it is imported
 }
 
 PATCHED_LIBRARIES = ("torch", "torchvision", "megatron")

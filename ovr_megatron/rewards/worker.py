@@ -49,7 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     limit_memory(args.memory_mib)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends the process, even inside a long multiplication
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes stdin when it stops
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and Slurm's warning to every process of a step, are for
+        signal.signal(number, signal.SIG_IGN)  # the trainer, which closes stdin when it stops
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the missing clock that we keep outside
     verdicts = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that a library prints may look like a verdict

@@ -19,13 +19,6 @@ from ovr_megatron.config import ParallelConfig
 from ovr_megatron.runtime import cpu
 from ovr_megatron.runtime.layout import Layout
 
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
-}
-
 
 @dataclass(frozen=True)
 class World:
@@ -82,11 +75,7 @@ def _sizes(parallel: ParallelConfig) -> tuple[int, ...]:
 
 
 def _environment() -> tuple[int, int, int]:
-    """Rank, world size and local rank from ``torchrun``'s variables, else ``srun``'s, else one process."""
-    for ours, theirs in _SLURM.items():
-        if ours not in os.environ and theirs in os.environ and "SLURM_STEP_ID" in os.environ:
-            os.environ[ours] = os.environ[theirs]
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # tensor parallelism overlaps in launch order
+    """Rank, world size and local rank of what a launcher started (see `environment`), else of one process."""
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -112,17 +101,24 @@ def start(parallel: ParallelConfig, seed: int, threads: int = 0) -> World:
     parallel.data_parallel(size)
     if threads:
         torch.set_num_threads(threads)
+    device = join(datetime.timedelta(minutes=30))
+    layout = Layout(parallel, seed)
+    world = World(rank, size, local_rank, device, seed, layout, {_sizes(parallel): layout})
+    seed_everything(seed * 1009 + world.dp_rank)
+    return world
+
+
+def join(timeout: datetime.timedelta) -> torch.device:
+    """Join the process group of all ranks, whose collectives fail after ``timeout``; returns this rank's device."""
+    rank, size, local_rank = _environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device, backend = torch.device("cuda", local_rank), "cuda:nccl,cpu:gloo"
     else:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(minutes=30))
-    layout = Layout(parallel, seed)
-    world = World(rank, size, local_rank, device, seed, layout, {_sizes(parallel): layout})
-    seed_everything(seed * 1009 + world.dp_rank)
-    return world
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    return device
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,86 @@
+"""Environment settings of a rank: who gets them, what is left alone, and that the documentation shows them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ovr_megatron.runtime.environment import SETTINGS, apply, cache_root, table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rank(tmp_path: Path, **others: str) -> dict[str, str]:
+    return {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+        "OVR_CACHE": str(tmp_path),
+        **others,
+    }
+
+
+def test_documentation_shows_the_table() -> None:
+    assert table() in (ROOT / "docs/slurm.md").read_text()
+
+
+def test_a_process_that_no_launcher_started_is_left_alone() -> None:
+    environment = {"HOME": "/"}
+    assert apply(environment) == {}
+    assert environment == {"HOME": "/"}
+
+
+def test_what_the_user_has_set_stays(tmp_path: Path) -> None:
+    own = {setting.name: "mine" for setting in SETTINGS}
+    environment = rank(tmp_path, OVR_INTERFACE="ib0", OVR_HCA="mlx5_0", OVR_STAGE="coldstart", **own)
+    assert apply(environment) == {}
+    assert {name: environment[name] for name in own} == own
+
+
+def test_settings_follow_the_cluster(tmp_path: Path) -> None:
+    added = apply(rank(tmp_path, OVR_INTERFACE="=ib0", OVR_HCA="mlx5_0,mlx5_1"))
+    assert added["NCCL_SOCKET_IFNAME"] == "=ib0" and added["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert added["NCCL_IB_HCA"] == "mlx5_0,mlx5_1"
+    assert added["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and added["HF_HUB_OFFLINE"] == "1"
+    assert added["OMP_NUM_THREADS"] == str(max(1, min(8, len(os.sched_getaffinity(0)) // 8)))
+    assert added["TRITON_CACHE_DIR"] == f"{tmp_path}/rank_1/triton"
+    assert {"NCCL_SOCKET_IFNAME", "NCCL_IB_HCA"}.isdisjoint(apply(rank(tmp_path)))
+    assert "HF_HUB_OFFLINE" not in apply(rank(tmp_path, WORLD_SIZE="8"))
+
+
+def test_expandable_segments_only_where_no_vllm_sleeps(tmp_path: Path) -> None:
+    assert apply(rank(tmp_path, OVR_STAGE="coldstart"))["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in apply(rank(tmp_path, OVR_STAGE="rl"))
+
+
+def test_srun_names_the_rank(tmp_path: Path) -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
+    environment = {**step, "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "OVR_CACHE": str(tmp_path)}
+    apply(environment)
+    assert [environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
+        "9",
+        "16",
+        "1",
+        "8",
+    ]
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}  # the script of a job is no rank
+    assert apply(batch) == {} and "RANK" not in batch
+
+
+def test_cache_of_another_user_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives a folder away")
+    os.chown(tmp_path, 12345, 12345)
+    with pytest.raises(PermissionError, match="belongs to another user; name a folder of your own with OVR_CACHE"):
+        cache_root({"OVR_CACHE": str(tmp_path)})
+
+
+def test_set_before_torch_is_imported(tmp_path: Path) -> None:
+    script = "import os, sys, ovr_megatron; print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS'], 'torch' in sys.modules)"
+    environment = {**os.environ, **rank(tmp_path)}
+    environment.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout == "1 False\n", result.stderr

@@ -1,0 +1,59 @@
+"""Checks of the pre-flight that need one process; tests/slurm has those of several."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ovr_megatron.runtime import preflight
+from ovr_megatron.runtime.preflight import Facts
+
+SAME = Facts("n1", {"torch": "2.13.0", "vllm": "0.32.0"}, "abc", "1234", {"/data/rows.jsonl": 100})
+
+
+def test_equal_nodes_have_no_differences() -> None:
+    assert preflight.differences([SAME, SAME, replace(SAME, host="n2")]) == []
+
+
+def test_each_difference_names_the_odd_node() -> None:
+    others = [replace(SAME, host=f"n{number}") for number in (2, 3)]
+    odd = Facts("n4", {"torch": "2.11.0"}, "def", "5678", {"/data/rows.jsonl": 90})
+    assert preflight.differences([SAME, *others, odd]) == [
+        "n4: torch is 2.11.0, on the other nodes 2.13.0",
+        "n4: vllm is not installed, on the other nodes 0.32.0",
+        "n4: the code differs (commit 5678, on the other nodes 1234)",
+        "n4: /data/rows.jsonl has size 90, on the other nodes 100",
+    ]
+
+
+def test_facts_are_those_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    facts = preflight.gather_facts([tmp_path, tmp_path / "rows.jsonl", tmp_path / "absent"])
+    assert facts.files == {str(tmp_path): 1, str(tmp_path / "rows.jsonl"): 3}
+    assert facts.packages["torch"].startswith("2.")
+    assert facts == preflight.gather_facts([tmp_path, tmp_path / "rows.jsonl"])
+
+
+def test_unreadable_inputs(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "rows").write_text("{}\n")
+    assert preflight.check_readable(tmp_path / "rows") == []
+    (problem,) = preflight.check_readable(tmp_path / "absent")
+    assert problem.startswith(f"{tmp_path / 'absent'} cannot be read (No such file or directory); copy it to a file ")
+    assert preflight.check_readable(tmp_path / "empty") == [f"{tmp_path / 'empty'} is empty"]
+    assert preflight.check_readable(tmp_path / "folder") == [f"{tmp_path / 'folder'} is an empty folder"]
+
+
+def test_space(tmp_path: Path) -> None:
+    assert preflight.check_space(tmp_path, 1) == []
+    (problem,) = preflight.check_space(tmp_path, 10**18)
+    assert "GB free, and the run's checkpoints take 1000000000.0 GB; free some, or lower run.keep_last" in problem
+
+
+def test_write_rate_leaves_nothing(tmp_path: Path) -> None:
+    assert preflight.write_rate(tmp_path, 2) > 0
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(NotADirectoryError):
+        preflight.write_rate(Path(os.devnull), 1)

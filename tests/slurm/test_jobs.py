@@ -1,0 +1,143 @@
+"""The cold start as a job of a real Slurm: preempted, then robbed of a node, it ends as the undisturbed run."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ovr_megatron.model.tiny import make_tiny_model
+from tests.slurm.cluster import Cluster, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, EVERY = 60, 10
+CLOCKS = ("timing/", "perf/", "memory/")
+LIMIT_S = float(os.environ.get("SLURM_TEST_LIMIT_S", "240"))
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm is there")
+
+
+def arguments(run: Path) -> list[str]:
+    return [f"run.dir={run}", f"steps={STEPS}", f"run.save_every={EVERY}", "run.keep_last=2", "data.pack_tokens=512"]
+
+
+def settings(model: Path) -> dict[str, str]:
+    """The 64-GPU script, scaled to two processes on the CPU."""
+    return {
+        "OVR_RECIPE": "tiny_cold_start",
+        "OVR_MODEL": str(model),
+        "OVR_GPUS": "0",
+        "OVR_INTERFACE": "lo",
+        "OVR_PREFLIGHT_S": str(LIMIT_S),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run / "metrics/train.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCKS)} for line in lines]
+
+
+def steps_seen(run: Path) -> int:
+    path = run / "metrics/train.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def checkpointed(run: Path) -> int:
+    return max((int(path.parent.name[5:]) for path in run.glob("checkpoints/step_*/manifest.json")), default=0)
+
+
+def attempts(run: Path) -> list[dict[str, str]]:
+    """The lines of summary, as dictionaries."""
+    path = run / "logs/jobs.log"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``alone`` was run by bash and not disturbed, ``job`` by Slurm, which preempted it and lost one of its nodes."""
+    folder = tmp_path_factory.mktemp("slurm")
+    model = make_tiny_model(folder / "model", seed=5)
+    script = ROOT / "slurm/coldstart_64gpu.sh"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    alone = subprocess.run(
+        ["bash", script, *arguments(folder / "alone")],
+        env=environment | settings(model) | {"OVR_RANKS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT_S,
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    with Cluster(folder / "cluster", nodes=3) as cluster:
+        run = folder / "job"
+        scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=job.out"]
+        job = cluster.submit(*scale, script, *arguments(run), **settings(model))
+
+        (folder / "broken").mkdir()
+        broken = cluster.submit(
+            *["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=broken.out"],
+            *[script, *arguments(folder / "broken")],
+            **settings(model) | {"OVR_PYTHON": "/bin/false", "OVR_MAX_FAILURES": "1"},
+        )
+
+        def wait(condition: Callable[[], bool], what: str) -> None:
+            output = cluster.folder / "job.out"
+            try:
+                cluster.until(condition, LIMIT_S, what)
+            except TimeoutError as error:
+                raise AssertionError(f"{error}\n{output.read_text() if output.exists() else ''}") from error
+
+        wait(lambda: steps_seen(run) >= EVERY + 2, "the first steps")
+        wait(lambda: cluster.job(broken)["JobState"] == "FAILED", "the broken job to be given up")
+        (folder / "broken/state").write_text(json.dumps(cluster.job(broken)))
+        cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 1")
+        wait(lambda: len(attempts(run)) == 1, "the preempted job to leave")
+        reached = checkpointed(run)
+        wait(lambda: checkpointed(run) > reached, "the requeued job")
+        cluster.kill_node(cluster.hosts(job)[-1])
+        wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the job")
+        (run / "state").write_text(json.dumps(cluster.job(job)))
+        (run / "output").write_text((cluster.folder / "job.out").read_text())
+    return folder
+
+
+def test_job_was_disturbed_twice_and_finished(runs: Path) -> None:
+    state = json.loads((runs / "job/state").read_text())
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), (runs / "job/output").read_text()
+    first, last = attempts(runs / "job")[0], attempts(runs / "job")[-1]
+    assert (first["state"], first["requeues"]) == ("stopped,requeued", "0")
+    assert EVERY < int(first["steps"].split("/")[0]) < STEPS
+    assert (last["state"], last["requeues"], last["steps"]) == ("finished", "2", f"{STEPS}/{STEPS}")
+    assert last["checkpoint"] == str(runs / f"job/checkpoints/step_{STEPS:06d}")
+
+
+def test_weights_and_curve_are_the_undisturbed_ones(runs: Path) -> None:
+    alone, job = (
+        load_file(runs / name / f"checkpoints/step_{STEPS:06d}/policy/model.safetensors") for name in ("alone", "job")
+    )
+    assert alone.keys() == job.keys()
+    assert [name for name in alone if not alone[name].equal(job[name])] == []
+    assert len(curve(runs / "job")) == STEPS
+    assert curve(runs / "job") == curve(runs / "alone")
+
+
+def test_every_rank_of_every_attempt_has_its_log(runs: Path) -> None:
+    state = json.loads((runs / "job/state").read_text())
+    for attempt in range(3):
+        logs = runs / f"job/logs/{state['JobId']}/attempt_{attempt}"
+        assert "preflight: ok: 2 ranks" in (logs / "preflight_000.log").read_text()
+        assert (logs / "rank_001.log").exists()
+
+
+def test_alone_was_summarised_too(runs: Path) -> None:
+    (only,) = attempts(runs / "alone")
+    assert (only["state"], only["steps"], only["requeues"]) == ("finished", f"{STEPS}/{STEPS}", "0")
+
+
+def test_job_that_always_fails_is_given_up(runs: Path) -> None:
+    assert json.loads((runs / "broken/state").read_text())["Restarts"] == "1"
+    assert [line["state"] for line in attempts(runs / "broken")] == ["failed,requeued", "failed"]
