@@ -157,8 +157,9 @@ def test_refused_cold_start_value(key: str) -> None:
 
 
 def test_a_cold_start_has_one_kind_of_data_and_an_end() -> None:
-    assert "only the epochs of data.tokenised=DIR have an end" in complaint(ColdStartConfig, "steps=0", "data.sources=[{path: a.jsonl}]")
-    both = complaint(ColdStartConfig, "data.sources=[{path: a.jsonl}]", "data.tokenised=DIR")
+    rows = "data.sources=[{path: a.jsonl}]"
+    assert "only the epochs of data.tokenised=DIR have an end" in complaint(ColdStartConfig, "steps=0", rows)
+    both = complaint(ColdStartConfig, rows, "data.tokenised=DIR")
     assert "data.tokenised=DIR replaces data.sources and data.exclude" in both
     assert "data.on_error='ignore' is not known; choose one of stop, skip" in complaint(
         ColdStartConfig, "data.on_error=ignore"
