@@ -6,12 +6,14 @@ or ``srun`` for more than one process.  The same command on the same run folder 
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 from ovr_megatron import config as configuration
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.keeper import Ended, Keeper
 from ovr_megatron.config import ColdStartConfig
 from ovr_megatron.data.packing import Pack, PackStream
 from ovr_megatron.data.processing import Processor
@@ -24,7 +26,6 @@ from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog
-from ovr_megatron.runtime.stop import StopRequest
 from ovr_megatron.weights.folder import WeightFolder
 
 
@@ -34,9 +35,9 @@ def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
     return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
 
 
-def train(config: ColdStartConfig, world: World) -> Path:
-    """Train to the last step, from the newest checkpoint if there is one; returns the last checkpoint's folder."""
-    run = Path(config.run.dir)
+def train(config: ColdStartConfig, world: World) -> Ended:
+    """Train to the last step, or until a signal comes, from the newest checkpoint if there is one."""
+    run, keeper = Path(config.run.dir), Keeper(config.run, world)
     source = store.weights_of(config.model.path)
     engine = Engine(ModelShape.from_hf(source), config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
@@ -49,14 +50,13 @@ def train(config: ColdStartConfig, world: World) -> Path:
         world.dp_rank,
         world.dp_size,
     )
-    found = store.find(run / "checkpoints", world)
+    engines = {"policy": engine}
+    found = keeper.resume(engines)
     if found:
-        store.restore(found, {"policy": engine})
         packs.load(found.state["packs"])
     else:
         engine.load(WeightFolder(source))
-    first = last = found.step if found else 0
-    stop = StopRequest()
+    first = found.step if found else 0
     log = RunLog(run, "train", first) if world.is_main else None
     if world.is_main:
         configuration.save(config, run / "config.yaml")
@@ -83,17 +83,11 @@ def train(config: ColdStartConfig, world: World) -> Path:
                 )
             progress.update(loss=f"{metrics['loss']:.4f}")
             done = step + 1
-            stopping = stop.asked()
-            if done % config.run.save_every == 0 or done == config.steps or stopping:
-                state = {"packs": packs.state()}
-                store.save(run / "checkpoints", done, {"policy": engine}, run / "companions", state, world)
-                store.prune(run / "checkpoints", config.run.keep_last if world.is_main else 0)
-                last = done
-            if stopping:
+            if keeper.after(done, done == config.steps, engines, {"packs": packs.state()}):
                 break
     if log:
         log.close()
-    return run / "checkpoints" / f"step_{last:06d}"
+    return keeper.ended()
 
 
 def run(config: ColdStartConfig) -> None:
@@ -101,8 +95,9 @@ def run(config: ColdStartConfig) -> None:
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     result = train(config, world)
     if world.is_main:
-        print(f"cold start: {result}", flush=True)
+        print(f"cold start: {result.path}", flush=True)
     distributed.finish()
+    sys.exit(result.exit_code)
 
 
 def main() -> None:

@@ -15,11 +15,17 @@ from ovr_megatron.checkpoint.manifest import CheckpointError
 from ovr_megatron.config import ConfigError, build, defaults
 from ovr_megatron.data.processing import TemplateError
 from ovr_megatron.data.schema import RowError
+from ovr_megatron.engine import DivergenceError
 from ovr_megatron.model.shape import ShapeError
+from ovr_megatron.runtime.lock import RunLockedError
+from ovr_megatron.runtime.stop import USER_ERROR
 from ovr_megatron.weights.folder import WeightError
 from ovr_megatron.weights.table import LayoutError
 
-USER_ERRORS = (ConfigError, RowError, TemplateError, ShapeError, WeightError, LayoutError, CheckpointError)
+USER_ERRORS = (
+    *(ConfigError, RowError, TemplateError, ShapeError, WeightError, LayoutError, CheckpointError),
+    *(RunLockedError, DivergenceError),
+)
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -43,6 +49,6 @@ def launch(
             run(build(schema, values))
         except errors as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(USER_ERROR)
 
     main()
