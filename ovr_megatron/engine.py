@@ -28,6 +28,7 @@ from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, che
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.schedule import learning_rate
+from ovr_megatron.runtime.steps import OwnTime
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, LiveTensors
 from ovr_megatron.weights.table import Row, rows
@@ -82,7 +83,7 @@ class Engine:
         self.groups = self.layout.groups
         self.step_count = 0
         self.skipped, self.skipped_in_a_row = 0, 0
-        self.own_seconds = 0.0  # of the last `backward`, until the replicas meet
+        self.own_time = OwnTime()  # of the last `backward`, until the replicas meet
         with self.layout.active():
             self.config = language_config(shape, parallel, model)
             classes = choose_parts("transformer_engine" if model.fp8 != "none" else model.layers, DTYPES[model.dtype])
@@ -108,11 +109,15 @@ class Engine:
             DistributedDataParallel(self.config, config, part, disable_bucketing=number > 0)
             for number, part in enumerate(self.parts)
         ]
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.finalize_model_grads_func = self._meet
         if parallel.overlap:
             syncs = [model.no_sync for model in models]
             self.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         return models
+
+    def _meet(self, *args: Any, **kwargs: Any) -> None:
+        self.own_time.stop()
+        finalize_model_grads(*args, **kwargs)
 
     def with_optimizer(self, config: OptimizerConfig, total_steps: int) -> Engine:
         """Attach AdamW and its schedule over ``total_steps`` optimizer steps."""
@@ -297,6 +302,7 @@ class Engine:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.own_time.start()
         self._run(packs, forward_step, training=True)
         return self._means(sums)
 

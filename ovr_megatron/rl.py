@@ -33,6 +33,8 @@ from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog
+from ovr_megatron.runtime.steps import peak_gib
+from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
 PICTURES_PER_ITERATION = 2
@@ -67,12 +69,16 @@ def train(config: RLConfig, world: World) -> Ended:
     with (
         GraderPool(config.reward.workers, config.reward.timeout_s) as grader,
         Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress,
+        Watchdog(run, world.rank, config.run.hang_timeout_s) as watchdog,
     ):
         learner = Learner(config, world, processor, policy, critic, rollout, grader)
         for iteration in range(first, config.iterations):
+            watchdog.touch()
             rows, dropped = next_prompts(stream, processor, config.prompts)
             outcome = iterate(learner, rows, iteration)
-            outcome.metrics["data/dropped_prompts"] = dropped
+            outcome.metrics |= {"data/dropped_prompts": dropped, "timing/save": keeper.seconds}
+            outcome.metrics |= {"policy/skipped": policy.skipped, "critic/skipped": critic.skipped}
+            outcome.metrics["memory/peak_gib"] = peak_gib()
             record(run, iteration, outcome, world)
             if log:
                 log.scalars(iteration, outcome.metrics)
