@@ -45,10 +45,15 @@ def launch(
 
     @hydra.main(version_base=None, config_path=str(RECIPES), config_name=recipe)
     def main(values: DictConfig) -> None:
-        try:
-            run(build(schema, values))
-        except errors as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(USER_ERROR)
+        in_one_sentence(lambda: run(build(schema, values)), errors)
 
     main()
+
+
+def in_one_sentence(run: Callable[[], None], errors: tuple[type[Exception], ...] = USER_ERRORS) -> None:
+    """Run ``run``; one of ``errors`` ends the process with its sentence and code 2."""
+    try:
+        run()
+    except errors as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)

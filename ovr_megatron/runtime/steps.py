@@ -117,7 +117,8 @@ def rank_metrics(steps: Sequence[RankStep], seconds: float, tokens: int, peak_fl
 def matrix_rate(dtype: torch.dtype) -> float:
     """FLOP per second of a matrix product in ``dtype`` on this device."""
     device, size, repeats = ("cuda", 8192, 20) if torch.cuda.is_available() else ("cpu", 512, 5)
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device)  # the run's own is left alone
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     for _ in range(3):
         a @ b
     torch.cuda.synchronize()
