@@ -82,6 +82,10 @@ def die_after_the_manifest(partial: Path, *args: Any, **kwargs: Any) -> None:
         die()
 
 
+def is_doomed(path: Path) -> bool:
+    return path.name.endswith(".old") and path.exists()
+
+
 def kill(rank: int, kind: str, victim: int, step: int, number: int) -> None:
     """SIGKILL of ``victim``; where only the first rank passes, it is the first."""
     saves = step - step % 2 + 1  # the step at whose end there is a save
@@ -93,13 +97,13 @@ def kill(rank: int, kind: str, victim: int, step: int, number: int) -> None:
         case "step" if rank == victim:
             at(Engine, "step", step, 1, die)
         case "save" if rank == victim:
-            at(writing, "write_shard", saves, 1, die_in_the_file)
+            wrap(writing, "write_shard", lambda path, *r: die_in_the_file(path) if moment["step"] >= saves else None)
         case "manifest" if rank == 0:
             wrap(writing, "write_manifest", lambda *rest: die() if moment["step"] >= step else None)
         case "rename" if rank == 0:
             wrap(writing, "sync", lambda path: die_after_the_manifest(path) if moment["step"] >= step else None)
         case "prune" if rank == 0:
-            wrap(writing.shutil, "rmtree", lambda path, **rest: die() if str(path).endswith(".old") else None)
+            wrap(writing.shutil, "rmtree", lambda path, **rest: die() if is_doomed(Path(path)) else None)
 
 
 def warn(rank: int, number: signal.Signals, victim: int, step: int) -> None:
@@ -114,7 +118,8 @@ def hang(rank: int) -> None:
 
 def full_disk(rank: int) -> None:
     """What the kernel says of a full disk, at the first save."""
-    at(writing, "write_shard", 1, 1, lambda path, *rest: path.symlink_to("/dev/full"))
+    first = ".step_000002.partial"
+    wrap(writing, "write_shard", lambda path, *rest: path.symlink_to("/dev/full") if first in str(path) else None)
 
 
 def bad_gradient(rank: int, steps: range) -> None:
