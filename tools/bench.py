@@ -3,19 +3,20 @@
 model: forward and backward of our model beside Transformers', at layer shapes of the tiny, the 3B and the 7B model.
 vision: the tower on two ranks, cut over them or with the images dealt out.
 head: log-probabilities over a large vocabulary in chunks, beside the whole logits.
+save: how long a checkpoint holds two ranks up, beside all files by the first rank.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from ovr_megatron.analysis import bench, bench_head, bench_vision
+from ovr_megatron.analysis import bench, bench_head, bench_save, bench_vision
 
 
 def main() -> None:
     """Run one benchmark, print its table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "head", "vision"))
+    parser.add_argument("what", choices=("model", "head", "vision", "save"))
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--shapes", nargs="+", choices=tuple(bench.SHAPES), default=list(bench.SHAPES))
@@ -28,6 +29,9 @@ def main() -> None:
     elif arguments.what == "vision":
         rows = bench_vision.rows(arguments.rounds)
         print(bench_vision.show(rows))
+    elif arguments.what == "save":
+        rows = bench_save.rows(arguments.rounds)
+        print(bench_save.show(rows))
     else:
         rows = bench_head.rows(rounds=arguments.rounds)
         print(bench_head.show(rows))
