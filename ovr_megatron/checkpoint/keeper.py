@@ -67,7 +67,7 @@ class Keeper:
         return found
 
     def after(self, done: int, final: bool, engines: dict[str, Engine], state: dict[str, Any]) -> bool:
-        """End step ``done`` (counted from 1); whether the run is to be left now.
+        """End step ``done`` (counted from 1); whether it was the last of this process.
 
         Args:
             done: steps done.
@@ -82,6 +82,8 @@ class Keeper:
         self.stopped, running = self._agree()
         if self.writing and not running:
             self._settle(ending=False)
+        if final:
+            self.stopped = Stop.NO
         ending = final or self.stopped > Stop.NO
         if ending or done % self.config.save_every == 0:
             if self.writing:
@@ -91,13 +93,21 @@ class Keeper:
             if ending or not self.config.async_save:
                 self._settle(ending)
         self.seconds = time.perf_counter() - began
-        return self.stopped > Stop.NO
+        return ending
 
     def ended(self) -> Ended:
         """Say how the run ended."""
         self.queue.pool.shutdown()
         code = REQUEUE if self.stopped is Stop.LEAVE_AND_REQUEUE else 0
         return Ended(self.directory / f"step_{self.last:06d}", code)
+
+    def _prune(self) -> None:
+        if not self.world.is_main:
+            return
+        try:
+            store.prune(self.directory, self.config.keep_last, self.config.keep_every, self.last)
+        except OSError as error:
+            print(f"warning: an old checkpoint stays, remove it by hand: {error}", file=sys.stderr, flush=True)
 
     def _agree(self) -> tuple[Stop, bool]:
         """What any rank was asked for, and whether any rank still writes."""
@@ -113,8 +123,7 @@ class Keeper:
         self.writing = None
         if problem is None:
             self.last = step
-            if self.world.is_main:
-                store.prune(self.directory, self.config.keep_last, self.config.keep_every, step)
+            self._prune()
             return
         kept = f"the newest whole one is that of step {self.last}" if self.last else "there is none before it"
         message = (
