@@ -7,26 +7,39 @@ or ``srun`` for more than one process.  The same command on the same run folder 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
+
+from torch import Tensor
 
 from ovr_megatron import config as configuration
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.keeper import Ended, Keeper
+from ovr_megatron.checkpoint.store import Restored
 from ovr_megatron.config import ColdStartConfig
+from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merged, worst
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.supervised import open_packs
+from ovr_megatron.data.supervised import SupervisedPacks, open_packs
 from ovr_megatron.engine import Engine, LossSum
 from ovr_megatron.launch import launch
+from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog
-from ovr_megatron.runtime.stop import StopRequest
+from ovr_megatron.runtime.spikes import SpikeWatch
+from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
+from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
+
+SPIKE_DOCUMENTS = 16  # that a record names
 
 
 def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
@@ -35,60 +48,119 @@ def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
     return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
 
 
-def train(config: ColdStartConfig, world: World) -> Path:
-    """Train to the last step, from the newest checkpoint if there is one; returns the last checkpoint's folder."""
-    run = Path(config.run.dir)
+def train(config: ColdStartConfig, world: World) -> Ended:
+    """Train to the last step, or until a signal comes, from the newest checkpoint if there is one."""
+    run, keeper = Path(config.run.dir), Keeper(config.run, world)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     packs, steps = open_packs(config, processor, world)
     config = dataclasses.replace(config, steps=steps)
     engine = Engine(ModelShape.from_hf(source), config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
-    found = store.find(run / "checkpoints", world)
+    engines = {"policy": engine}
+    found = keeper.resume(engines)
     if found:
-        store.restore(found, {"policy": engine})
         packs.load(found.state["packs"])
     else:
         engine.load(WeightFolder(source))
-    first = last = found.step if found else 0
-    stop = StopRequest()
-    log = RunLog(run, "train", first) if world.is_main else None
+    first = found.step if found else 0
     if world.is_main:
         configuration.save(config, run / "config.yaml")
         write_companions(source, run / "companions", processor)
+    recorder = Recorder(config, engine, world, found)
 
-    with Progress(config.steps, run.name, "step", world.is_main, first) as progress:
+    with (
+        Progress(config.steps, run.name, "step", world.is_main, first) as progress,
+        Watchdog(run, world.rank, config.run.hang_timeout_s) as watchdog,
+    ):
         for step in range(first, config.steps):
-            began = time.perf_counter()
-            step_packs = next(packs)
-            packed = sum(len(pack.tokens) for pack in step_packs) * world.dp_size
-            metrics = engine.train(step_packs, cross_entropy)
-            seconds = time.perf_counter() - began
-            if log:
-                log.scalars(
-                    step,
-                    {
-                        "loss/train": metrics["loss"],
-                        "optimizer/lr": metrics["lr"],
-                        "optimizer/grad_norm": metrics["grad_norm"],
-                        "data/tokens": metrics["count"],
-                        "data/fill": packs.fill,
-                        "perf/tokens_per_second": packed / seconds,
-                    },
-                )
+            watchdog.touch()
+            metrics = recorder.train(step, packs, keeper.seconds)
             progress.update(loss=f"{metrics['loss']:.4f}")
-            done = step + 1
-            stopping = stop.asked()
-            if done % config.run.save_every == 0 or done == config.steps or stopping:
-                state = {"packs": packs.state()}
-                store.save(run / "checkpoints", done, {"policy": engine}, run / "companions", state, world)
-                store.prune(run / "checkpoints", config.run.keep_last if world.is_main else 0)
-                last = done
-            if stopping:
+            state = {"packs": packs.state(), "spikes": recorder.spikes.state()}
+            if keeper.after(step + 1, step + 1 == config.steps, engines, state):
                 break
-    if log:
-        log.close()
-    return run / "checkpoints" / f"step_{last:06d}"
+    recorder.close()
+    return keeper.ended()
+
+
+class Recorder:
+    """Trains step by step and writes down what happened: metrics, the loss of each source, and spikes."""
+
+    def __init__(self, config: ColdStartConfig, engine: Engine, world: World, found: Restored | None):
+        self.config, self.engine, self.world = config, engine, world
+        self.spikes = SpikeWatch(config.run.spike_deviations, config.run.spike_window)
+        if found:
+            self.spikes.load(found.state["spikes"])
+        self.log = RunLog(Path(config.run.dir), "train", found.step if found else 0) if world.is_main else None
+        self.peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(engine.config.params_dtype)
+
+    def train(self, step: int, packs: SupervisedPacks, save_seconds: float) -> dict[str, float]:
+        """Step ``step`` on the next packs; returns what the engine says of it.  A collective."""
+        began = time.perf_counter()
+        step_packs = next(packs)
+        data_seconds = time.perf_counter() - began
+        losses = DocumentLosses(self.world.dp_rank)
+
+        def objective(scores: Scores, pack: Pack) -> LossSum:
+            loss = cross_entropy(scores, pack)
+            if not self.world.groups.tp.rank():
+                losses.add(pack, scores.rows, -cast(Tensor, scores.logprobs))
+            return loss
+
+        metrics = self.engine.train(step_packs, objective)
+        seconds = time.perf_counter() - began
+        flops = self._flops(step_packs) if self.world.layout.leads_replica else 0.0
+        own = self.engine.own_time.seconds
+        mine = RankStep(data_seconds, own, flops, *memory_peaks(), documents=losses.documents())
+        everyone = gather(mine, self.world)
+        if self.log and everyone is not None:
+            tokens = sum(len(pack.tokens) for pack in step_packs) * self.world.dp_size
+            documents = merged(document for rank in everyone for document in rank.documents)
+            self._record_spike(step, metrics, documents)
+            if step % self.config.run.log_every == 0:
+                values = rank_metrics(everyone, seconds, tokens, self.peak_flops) | {"timing/save": save_seconds}
+                self.log.scalars(step, self._losses(metrics, documents, packs) | values)
+        return metrics
+
+    def _losses(
+        self, metrics: dict[str, float], documents: list[DocumentLoss], packs: SupervisedPacks
+    ) -> dict[str, float]:
+        sources = by_source(documents)
+        return {
+            "loss/train": metrics["loss"],
+            **({f"loss/source/{name}": loss for name, loss in sources.items()} if len(sources) > 1 else {}),
+            "optimizer/lr": metrics["lr"],
+            "optimizer/grad_norm": metrics["grad_norm"],
+            "optimizer/skipped": self.engine.skipped,
+            "data/tokens": metrics["count"],
+            "data/fill": packs.fill,
+            "data/dropped": packs.dropped,
+        }
+
+    def _record_spike(self, step: int, metrics: dict[str, float], documents: list[DocumentLoss]) -> None:
+        """Name the documents of a step whose loss stands out or that was skipped."""
+        score = self.spikes.judge(metrics["loss"])
+        if self.log and (score is not None or metrics["skipped"]):
+            record = {
+                "reason": "skipped" if metrics["skipped"] else "loss",
+                "loss": metrics["loss"],
+                "deviations": score,
+                "grad_norm": metrics["grad_norm"],
+                "documents": worst(documents, SPIKE_DOCUMENTS),
+            }
+            self.log.spikes.write(step, record)
+
+    def _flops(self, packs: Sequence[Pack]) -> float:
+        lengths = [length for pack in packs for length in pack.cu_seqlens.diff().tolist()]
+        grids = [grid for pack in packs for grid in pack.grid_thw.tolist()]
+        model = self.config.model
+        return training_flops(self.engine.shape, lengths, grids, not model.freeze_language, not model.freeze_vision)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.log:
+            self.log.close()
 
 
 def run(config: ColdStartConfig) -> None:
@@ -96,8 +168,9 @@ def run(config: ColdStartConfig) -> None:
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     result = train(config, world)
     if world.is_main:
-        print(f"cold start: {result}", flush=True)
+        print(f"cold start: {result.path}", flush=True)
     distributed.finish()
+    sys.exit(result.exit_code)
 
 
 def main() -> None:

@@ -184,7 +184,12 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule.  ``warmup_steps`` counts optimizer steps."""
+    """AdamW and its schedule.  ``warmup_steps`` counts optimizer steps.
+
+    ``wsd`` warms up, stays, and decays linearly over the last ``decay_share`` of all steps.  A step whose gradient is
+    not finite, or whose norm is above ``skip_above`` (0: no bound), is skipped and counted; ``stop_after_skipped`` of
+    them in a row end the run.
+    """
 
     lr: float = 1e-6
     min_lr_ratio: float = 1.0
@@ -195,29 +200,59 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
+    decay_share: float = 0.1
+    skip_above: float = 0.0
+    stop_after_skipped: int = 10
 
     def __post_init__(self) -> None:
-        _choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear"))
+        _choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear", "wsd"))
         _require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
         _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and optimizer.beta2 must lie in 0..1")
         _require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
+        _require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must be above 0 and at most 1")
+        _require(self.skip_above >= 0, f"optimizer.skip_above={self.skip_above} must be 0 (no bound) or a norm")
+        _require(
+            self.stop_after_skipped >= 1,
+            f"optimizer.stop_after_skipped={self.stop_after_skipped} must be at least 1 step",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The run folder and what is written to it."""
+    """The run folder, what is written to it, and when a run counts as ill (``docs/running.md``).
+
+    Of the checkpoints the ``keep_last`` newest stay (0: all) and every one whose step is a multiple of ``keep_every``.
+    With ``async_save`` they are written while training goes on, from copies that take at most ``save_buffer_gib`` of
+    host memory on a rank.  ``peak_tflops`` (0: measured at the start) is what ``perf/mfu`` refers to.
+    """
 
     dir: str
     seed: int = 1
     save_every: int = 100
     keep_last: int = 0
+    keep_every: int = 0
+    async_save: bool = True
+    save_buffer_gib: float = 4.0
+    stop_on_failed_save: bool = False
     log_every: int = 1
     threads: int = 0
+    hang_timeout_s: float = 3600.0
+    peak_tflops: float = 0.0
+    spike_deviations: float = 6.0
+    spike_window: int = 64
 
     def __post_init__(self) -> None:
-        _require(self.save_every > 0, f"run.save_every={self.save_every} must be positive")
-        _require(self.keep_last >= 0, f"run.keep_last={self.keep_last} must be 0 (keep all) or more")
+        for key in ("save_every", "log_every", "save_buffer_gib", "spike_window"):
+            _require(getattr(self, key) > 0, f"run.{key}={getattr(self, key)} must be positive")
+        for key, zero in (
+            ("keep_last", "keep all"),
+            ("keep_every", "none"),
+            ("hang_timeout_s", "no watchdog"),
+            ("peak_tflops", "measure"),
+            ("spike_deviations", "no record"),
+        ):
+            _require(getattr(self, key) >= 0, f"run.{key}={getattr(self, key)} must be 0 ({zero}) or more")
 
 
 def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:

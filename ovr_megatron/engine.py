@@ -27,6 +27,8 @@ from ovr_megatron.model.layers import choose_parts
 from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.schedule import learning_rate
+from ovr_megatron.runtime.steps import OwnTime
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, LiveTensors
 from ovr_megatron.weights.table import Row, rows
@@ -44,16 +46,11 @@ class LossSum:
     sums: dict[str, Tensor]
 
 
+class DivergenceError(ArithmeticError):
+    """Too many steps in a row whose gradients are of no use; says what to do."""
+
+
 Loss = Callable[[Scores, Pack], LossSum]
-
-
-def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
-    """Rate of optimizer step ``step`` (from 0) of ``total``: linear warm-up, then constant, cosine or linear decay."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
-    left = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[config.schedule]
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
 def is_frozen(name: str, model: ModelConfig) -> bool:
@@ -85,6 +82,8 @@ class Engine:
         self.layout = world.arrange(parallel)
         self.groups = self.layout.groups
         self.step_count = 0
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self.own_time = OwnTime()  # of the last `backward`, until the replicas meet
         with self.layout.active():
             self.config = language_config(shape, parallel, model)
             classes = choose_parts("transformer_engine" if model.fp8 != "none" else model.layers, DTYPES[model.dtype])
@@ -110,11 +109,15 @@ class Engine:
             DistributedDataParallel(self.config, config, part, disable_bucketing=number > 0)
             for number, part in enumerate(self.parts)
         ]
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.finalize_model_grads_func = self._meet
         if parallel.overlap:
             syncs = [model.no_sync for model in models]
             self.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         return models
+
+    def _meet(self, *args: Any, **kwargs: Any) -> None:
+        self.own_time.stop()
+        finalize_model_grads(*args, **kwargs)
 
     def with_optimizer(self, config: OptimizerConfig, total_steps: int) -> Engine:
         """Attach AdamW and its schedule over ``total_steps`` optimizer steps."""
@@ -191,11 +194,11 @@ class Engine:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Gradients of the last `backward` of what is trained, whole, under the hub's names.  A collective."""
-        return self.live.whole(self._trained_rows(), "gradient", torch.float32)
+        return self.live.whole(self.trained_rows, "gradient", torch.float32)
 
     def optimizer_state(self, which: str) -> Iterator[tuple[str, Tensor]]:
         """One of `MOMENTS`, or ``master`` (float32 copies of bfloat16 weights), whole, under the hub's names."""
-        return self.live.whole(self._trained_rows(), which, torch.float32)
+        return self.live.whole(self.trained_rows, which, torch.float32)
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
@@ -204,7 +207,9 @@ class Engine:
             return ()
         return MOMENTS if self.config.params_dtype == torch.float32 else (*MOMENTS, "master")
 
-    def _trained_rows(self) -> list[Row]:
+    @property
+    def trained_rows(self) -> list[Row]:
+        """Rows of the table that this engine trains."""
         return [row for row in self.live.rows if row.megatron in self.trained]
 
     def load_optimizer_state(self, folders: dict[str, WeightFolder], step: int) -> None:
@@ -297,6 +302,7 @@ class Engine:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.own_time.start()
         self._run(packs, forward_step, training=True)
         return self._means(sums)
 
@@ -356,20 +362,50 @@ class Engine:
         return means
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on the gradients of the last `backward`; returns its rate and the gradient's norm."""
+        """One optimizer step on the gradients of the last `backward`; returns its rate and the gradient's norm.
+
+        A step with gradients that are not finite, or over ``optimizer.skip_above``, is skipped on every rank.
+
+        Raises:
+            DivergenceError: ``optimizer.stop_after_skipped`` steps in a row were skipped.
+        """
         rate = learning_rate(self.step_count, self.total_steps, self.optimizer_config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self.layout.active():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            if self._skips(norm):
+                return {"lr": rate, "grad_norm": norm, "skipped": 1.0}
             done, norm, _ = self.optimizer.step()
         if self._gathers_late:  # a forward pass between backward and step would pass for the gather of the new weights
             for model in self.models:
                 for bucket in model.bucket_groups:
                     bucket.param_gather_dispatched = False
-        if not done:
-            raise FloatingPointError(f"optimizer step {self.step_count}: a gradient is not finite")
+        assert done, "only a gradient scaler, which there is none of, refuses a step"
         self.step_count += 1
-        return {"lr": rate, "grad_norm": float(norm)}
+        self.skipped_in_a_row = 0
+        return {"lr": rate, "grad_norm": float(norm), "skipped": 0.0}
+
+    def _skips(self, norm: float) -> bool:
+        """Whether any rank finds the gradients unfit for a step; counts it.
+
+        Raises:
+            DivergenceError: too many of them in a row.
+        """
+        limit = self.optimizer_config.skip_above or math.inf
+        flag = torch.tensor(int(not norm <= limit or math.isinf(norm)))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if not flag:
+            return False
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.optimizer_config.stop_after_skipped:
+            raise DivergenceError(
+                f"{self.skipped_in_a_row} steps in a row were skipped after optimizer step {self.step_count} (gradient "
+                f"norm {norm:g}, optimizer.skip_above={self.optimizer_config.skip_above:g}); look at spikes.jsonl, "
+                "then lower optimizer.lr or take the data out, and go on from an earlier checkpoint"
+            )
+        return True
 
     def train(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
         """`backward` and `step`."""

@@ -18,12 +18,18 @@ from ovr_megatron.checkpoint.manifest import CheckpointError
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
 from ovr_megatron.data.processing import TemplateError
 from ovr_megatron.data.schema import RowError
+from ovr_megatron.engine import DivergenceError
 from ovr_megatron.model.shape import ShapeError
 from ovr_megatron.plan.report import dry_run, fill_in
+from ovr_megatron.runtime.lock import RunLockedError
+from ovr_megatron.runtime.stop import USER_ERROR
 from ovr_megatron.weights.folder import WeightError
 from ovr_megatron.weights.table import LayoutError
 
-USER_ERRORS = (ConfigError, RowError, TemplateError, ShapeError, WeightError, LayoutError, CheckpointError)
+USER_ERRORS = (
+    *(ConfigError, RowError, TemplateError, ShapeError, WeightError, LayoutError, CheckpointError),
+    *(RunLockedError, DivergenceError),
+)
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -45,15 +51,15 @@ def launch(
 
     @hydra.main(version_base=None, config_path=str(RECIPES), config_name=recipe)
     def main(values: DictConfig) -> None:
-        try:
+        name = HydraConfig.get().job.config_name or recipe
+
+        def work() -> None:
             if dry:
-                name = HydraConfig.get().job.config_name or recipe
                 dry_run(build(schema, fill_in(values, name)), name)
             else:
                 run(build(schema, values))
-        except errors as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+
+        in_one_sentence(work, errors)
 
     main()
 
@@ -80,3 +86,12 @@ def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{recipe}: {str(error).splitlines()[0]}") from error
     return build(schema, fill_in(values, path.stem))
+
+
+def in_one_sentence(run: Callable[[], None], errors: tuple[type[Exception], ...] = USER_ERRORS) -> None:
+    """Run ``run``; one of ``errors`` ends the process with its sentence and code 2."""
+    try:
+        run()
+    except errors as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ovr_megatron import config as configuration
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.keeper import Ended, Keeper
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row, RowError
@@ -32,16 +33,17 @@ from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog
-from ovr_megatron.runtime.stop import StopRequest
+from ovr_megatron.runtime.steps import peak_gib
+from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
 PICTURES_PER_ITERATION = 2
 MOST_DROPPED = 10_000
 
 
-def train(config: RLConfig, world: World) -> Path:
-    """Run every iteration, from the newest checkpoint if there is one; returns the last checkpoint's folder."""
-    run = Path(config.run.dir)
+def train(config: RLConfig, world: World) -> Ended:
+    """Run every iteration, or until a signal comes, from the newest checkpoint if there is one."""
+    run, keeper = Path(config.run.dir), Keeper(config.run, world)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
@@ -53,13 +55,12 @@ def train(config: RLConfig, world: World) -> Path:
             f"{mine} responses for algorithm.critic_steps={config.algorithm.critic_steps}; raise prompts"
         )
     policy, critic = build_engines(config, source, world)
-    found = store.find(run / "checkpoints", world)
+    engines = {"policy": policy, "critic": critic}
+    found = keeper.resume(engines)
     if found:
-        store.restore(found, {"policy": policy, "critic": critic})
         stream.load(found.state["prompts"])
     rollout = build_rollout(config, source, processor, policy)
-    first = last = found.step if found else 0
-    stop = StopRequest()
+    first = found.step if found else 0
     log = RunLog(run, "train", first) if world.is_main else None
     if world.is_main:
         configuration.save(config, run / "config.yaml")
@@ -68,12 +69,16 @@ def train(config: RLConfig, world: World) -> Path:
     with (
         GraderPool(config.reward.workers, config.reward.timeout_s) as grader,
         Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress,
+        Watchdog(run, world.rank, config.run.hang_timeout_s) as watchdog,
     ):
         learner = Learner(config, world, processor, policy, critic, rollout, grader)
         for iteration in range(first, config.iterations):
+            watchdog.touch()
             rows, dropped = next_prompts(stream, processor, config.prompts)
             outcome = iterate(learner, rows, iteration)
-            outcome.metrics["data/dropped_prompts"] = dropped
+            outcome.metrics |= {"data/dropped_prompts": dropped, "timing/save": keeper.seconds}
+            outcome.metrics |= {"policy/skipped": policy.skipped, "critic/skipped": critic.skipped}
+            outcome.metrics["memory/peak_gib"] = peak_gib()
             record(run, iteration, outcome, world)
             if log:
                 log.scalars(iteration, outcome.metrics)
@@ -81,18 +86,12 @@ def train(config: RLConfig, world: World) -> Path:
             shown = outcome.metrics
             progress.update(reward=f"{shown['reward/mean']:.3f}", length=f"{shown['response/length']:.0f}")
             done = iteration + 1
-            stopping = stop.asked()
-            if done % config.run.save_every == 0 or done == config.iterations or stopping:
-                engines = {"policy": policy, "critic": critic}
-                state = {"prompts": stream.state()}
-                store.save(run / "checkpoints", done, engines, run / "companions", state, world)
-                store.prune(run / "checkpoints", config.run.keep_last if world.is_main else 0)
-                last = done
-            if stopping:
+            state = {"prompts": stream.state(), "curriculum": outcome.metrics["curriculum/max_tokens"]}
+            if keeper.after(done, done == config.iterations, engines, state):
                 break
     if log:
         log.close()
-    return run / "checkpoints" / f"step_{last:06d}"
+    return keeper.ended()
 
 
 def check_lengths(config: RLConfig, shape: ModelShape) -> None:
@@ -212,8 +211,9 @@ def run(config: RLConfig) -> None:
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     result = train(config, world)
     if world.is_main:
-        print(f"rl: {result}", flush=True)
+        print(f"rl: {result.path}", flush=True)
     distributed.finish()
+    sys.exit(result.exit_code)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR) and 40,960 tokens against
-# Transformers. The results of the last run stand in docs/layouts.md.
+# What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
+# Transformers, twenty kills. The results of the last run stand in docs/layouts.md and docs/running.md.
 #
 #   bash tests/soak.sh
 set -euo pipefail
@@ -14,3 +14,4 @@ for workers in 1 2; do
 done
 .venv/bin/python tests/soak/long_context.py
 .venv/bin/python tests/soak/long_context.py --yarn 2 --rollout
+.venv/bin/python tests/soak/kills.py

@@ -28,13 +28,13 @@ def recipe(schema: type, name: str, *overrides: str) -> Any:
     return build(schema, OmegaConf.merge(defaults(schema), values, OmegaConf.from_dotlist(list(overrides))))
 
 
-def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32") -> Path:
+def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32") -> None:
     options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", "steps=4", "run.save_every=2"]
     config = recipe(ColdStartConfig, "tiny_cold_start", *options, "data.pack_tokens=512", f"model.dtype={dtype}")
-    return coldstart.train(config, world)
+    coldstart.train(config, world)
 
 
-def tokenised_cold_start(run: Path, model: Path) -> Path:
+def tokenised_cold_start(run: Path, model: Path) -> None:
     """Two epochs of a tokenised set, whose second begins inside a step; the first process writes it."""
     folder, options = run.parent / "tokenised", [f"run.dir={run}", f"model.path={model}", "steps=0", "epochs=2"]
     options += ["run.save_every=2", "data.pack_tokens=512", "data.sources=[]", f"data.tokenised={folder}"]
@@ -46,14 +46,14 @@ def tokenised_cold_start(run: Path, model: Path) -> Path:
         sources = [SourceConfig(path=str(path))]
         tokenise(replace(config.data, tokenised=None, sources=sources), model, folder)
     dist.barrier()
-    return coldstart.train(config, world)
+    coldstart.train(config, world)
 
 
-def ppo(run: Path, model: Path, tp: int, rollout_tp: int, *layout: str) -> Path:
+def ppo(run: Path, model: Path, tp: int, rollout_tp: int, *layout: str) -> None:
     options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", f"rollout.tp={rollout_tp}"]
     sizes = ["iterations=3", "prompts=4", "responses=4", "run.save_every=2", "run.keep_last=0"]
     config = recipe(RLConfig, "tiny_rl", *options, *sizes, *layout, "algorithm.critic_warmup_iterations=0")
-    return rl.train(config, replace(world, layout=world.arrange(config.parallel)))
+    rl.train(config, replace(world, layout=world.arrange(config.parallel)))
 
 
 def copy_without_last(run: Path, copy: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ovr_megatron.model.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
-CLOCKS = ("timing/", "perf/")
+CLOCKS = ("timing/", "perf/", "memory/")
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,20 @@ vision: the tower on two ranks, cut over them or with the images dealt out.
 prepare: data preparation beside a plain datasets.map.
 head: log-probabilities over a large vocabulary in chunks, beside the whole logits.
 packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's packing where `nemo` can be imported.
+save: how long a checkpoint holds two ranks up, beside all files by the first rank.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from ovr_megatron.analysis import bench, bench_head, bench_packing, bench_prepare, bench_vision
+from ovr_megatron.analysis import bench, bench_head, bench_packing, bench_prepare, bench_save, bench_vision
 
 
 def main() -> None:
     """Run one benchmark, print its table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "head", "vision", "packing", "prepare"))
+    parser.add_argument("what", choices=("model", "head", "vision", "packing", "prepare", "save"))
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--shapes", nargs="+", choices=tuple(bench.SHAPES), default=list(bench.SHAPES))
@@ -40,6 +41,9 @@ def main() -> None:
     elif arguments.what == "prepare":
         rows = bench_prepare.rows(arguments.rows, arguments.workers, arguments.rounds)
         print(bench_prepare.show(rows))
+    elif arguments.what == "save":
+        rows = bench_save.rows(arguments.rounds)
+        print(bench_save.show(rows))
     else:
         rows = bench_head.rows(rounds=arguments.rounds)
         print(bench_head.show(rows))

@@ -28,6 +28,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.steps import matrix_rate
 from ovr_megatron.weights.folder import WeightFolder
 
 MEAN_LENGTH = 3700  # tokens of a cold-start sample; documents are drawn log-normal and scaled down to a pack
@@ -104,7 +105,7 @@ def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> lis
         row |= {"seconds": best[case].seconds, "tokens_per_second": tokens / best[case].seconds}
         row["peak_bytes"] = best[case].peak_bytes
         if torch.cuda.is_available():
-            rate, reachable = model_flops(case) / best[case].seconds, matrix_rate()
+            rate, reachable = model_flops(case) / best[case].seconds, matrix_rate(torch.bfloat16)
             row |= {"tflops": rate / 1e12, "matrix_tflops": reachable / 1e12, "mfu": rate / reachable}
         if rival is not None:
             row |= {
@@ -131,19 +132,6 @@ def model_flops(case: Case) -> float:
     weights = sizes.layers * (attention + 3 * sizes.hidden * sizes.ffn) + VOCABULARY * sizes.hidden
     squares = sum(length**2 for length in case.lengths)
     return 6.0 * weights * sum(case.lengths) + 6.0 * sizes.layers * sizes.hidden * squares
-
-
-def matrix_rate(size: int = 8192, repeats: int = 20) -> float:
-    """FLOP per second of a bfloat16 matrix product on this GPU."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    torch.cuda.synchronize()
-    return 2.0 * size**3 * repeats / (time.perf_counter() - began)
 
 
 def measure_apart(case: Case) -> Outcome:

@@ -56,19 +56,25 @@ class Newest:
     skipped: tuple[str, ...]
 
 
-def write_manifest(directory: str | Path, step: int, extra: dict[str, Any] | None = None) -> Manifest:
-    """List and hash every file below ``directory``, then write the manifest in one step (temporary name, rename).
+def write_manifest(
+    directory: str | Path,
+    step: int,
+    extra: dict[str, Any] | None = None,
+    records: dict[str, FileRecord] | None = None,
+) -> Manifest:
+    """Write the manifest of ``directory`` in one step (temporary name, rename).
 
-    Call it once, after every rank has written its files.  ``extra`` must be JSON.
+    Call it once, after every rank has written its files.  ``extra`` must be JSON.  ``records`` are those of all
+    files, by whoever wrote them; without them every file below ``directory`` is listed and hashed.
     """
     directory = Path(directory)
     partial = directory / f"{MANIFEST}.partial"
-    skip = {directory / MANIFEST, partial}
-    names = sorted(
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file() and path not in skip
-    )
-    files = _each(names, lambda name: _record(directory / name))
-    manifest = Manifest(step, dict(zip(names, files, strict=True)), _versions(), extra or {})
+    if records is None:
+        skip = {directory / MANIFEST, partial}
+        paths = (path for path in directory.rglob("*") if path.is_file() and path not in skip)
+        names = [path.relative_to(directory).as_posix() for path in paths]
+        records = dict(zip(names, _each(names, lambda name: file_record(directory / name)), strict=True))
+    manifest = Manifest(step, dict(sorted(records.items())), _versions(), extra or {})
     with partial.open("w") as file:
         json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
         file.flush()
@@ -108,10 +114,11 @@ def read_manifest(directory: str | Path) -> Manifest:
     return manifest
 
 
-def check(directory: str | Path, digests: bool = True, under: str = "") -> Manifest:
+def check(directory: str | Path, digests: bool = True, under: str = "", share: tuple[int, int] = (0, 1)) -> Manifest:
     """Check that the files of the manifest are there and unchanged (by size only where ``digests`` is false).
 
-    ``under`` names a folder of the checkpoint and limits the check to its files.
+    ``under`` names a folder of the checkpoint and limits the check to its files; ``share`` (i, n) limits it to every
+    n-th file from the i-th on, for n checkers that share the work.
 
     Raises:
         CheckpointError: names the file that is missing, cut off or changed.
@@ -119,7 +126,7 @@ def check(directory: str | Path, digests: bool = True, under: str = "") -> Manif
     directory = Path(directory)
     manifest = read_manifest(directory)
     remedy = "copy the checkpoint again or use another one"
-    names = [name for name in manifest.files if PurePosixPath(name).is_relative_to(under)]
+    names = [name for name in manifest.files if PurePosixPath(name).is_relative_to(under)][share[0] :: share[1]]
     for name in names:
         path, record = directory / name, manifest.files[name]
         if not path.is_file():
@@ -127,10 +134,22 @@ def check(directory: str | Path, digests: bool = True, under: str = "") -> Manif
         if path.stat().st_size != record.bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; {remedy}")
     if digests:
-        for name, record in zip(names, _each(names, lambda name: _record(directory / name)), strict=True):
+        for name, record in zip(names, _each(names, lambda name: file_record(directory / name)), strict=True):
             if record != manifest.files[name]:
                 raise CheckpointError(f"{directory / name} was changed: its SHA-256 is another one; {remedy}")
     return manifest
+
+
+def candidates(directory: str | Path) -> tuple[list[Path], list[str]]:
+    """Folders of ``directory`` that have a manifest, highest step first, and why the others are none."""
+    found: list[tuple[int, Path]] = []
+    skipped: list[str] = []
+    for path in sorted(Path(directory).glob("[!.]*/")):
+        try:
+            found.append((read_manifest(path).step, path))
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return [path for _, path in sorted(found, reverse=True)], skipped
 
 
 def newest(directory: str | Path, digests: bool = True) -> Newest:
@@ -139,14 +158,8 @@ def newest(directory: str | Path, digests: bool = True) -> Newest:
     Folders without a manifest are those of interrupted writes: they and broken ones are skipped and named.
     Hidden folders are not looked at; a ``directory`` that does not exist holds no checkpoint.
     """
-    found: list[tuple[int, Path]] = []
-    skipped: list[str] = []
-    for path in sorted(Path(directory).glob("[!.]*/")):
-        try:
-            found.append((read_manifest(path).step, path))
-        except CheckpointError as error:
-            skipped.append(str(error))
-    for _, path in sorted(found, reverse=True):
+    found, skipped = candidates(directory)
+    for path in found:
         try:
             return Newest(path, check(path, digests), tuple(skipped))
         except CheckpointError as error:
@@ -154,7 +167,8 @@ def newest(directory: str | Path, digests: bool = True) -> Newest:
     return Newest(None, None, tuple(skipped))
 
 
-def _record(path: Path) -> FileRecord:
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file as it is on the disk."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileRecord(file.tell(), digest.hexdigest())

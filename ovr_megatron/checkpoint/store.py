@@ -6,24 +6,32 @@ A checkpoint does not know the layout that wrote it::
       policy/                a Hugging Face folder: config, tokenizer, processor, weights
       policy-exp_avg/ ...    Adam's moments (and float32 master weights) as safetensors, under the same names
       critic/ ...            likewise, with value_head.weight
+      rng/rank_00000.safetensors ...
       manifest.json          written last: files with hashes, step, the loop's own state
 """
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from safetensors.torch import load_file
 
-from ovr_megatron.checkpoint.manifest import CheckpointError, newest, read_manifest, write_manifest
+from ovr_megatron.checkpoint.generators import put_generator_states
+from ovr_megatron.checkpoint.manifest import CheckpointError, candidates, check, read_manifest
+from ovr_megatron.checkpoint.writing import RNG, DiskQueue, Part, Writing, begin, publish, remove
 from ovr_megatron.engine import Engine
-from ovr_megatron.runtime.distributed import World
-from ovr_megatron.weights.folder import WeightFolder, WeightWriter, copy_companions
+from ovr_megatron.runtime.distributed import World, seed_everything
+from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder
+from ovr_megatron.weights.table import Row
 
 
 @dataclass(frozen=True)
@@ -41,21 +49,32 @@ def weights_of(path: str | Path, name: str = "policy") -> Path:
     return inside if (inside / "config.json").exists() else Path(path)
 
 
-def _write(directory: Path, tensors: Iterator[tuple[str, Tensor]], world: World) -> None:
-    """Stream ``tensors`` to ``directory`` from the first rank; a collective."""
-    if not world.is_main:
-        for _ in tensors:
-            pass
-        return
-    with WeightWriter(directory) as writer:
-        for name, tensor in tensors:
-            writer.add(name, tensor.detach().cpu())
+def parts_of(engines: dict[str, Engine]) -> list[Part]:
+    """The folders that hold ``engines``: weights, then what the optimizer keeps."""
+    parts = []
+    for name, engine in engines.items():
+        itemsize = engine.config.params_dtype.itemsize
+        parts.append(Part(name, _sizes(engine.live.rows, itemsize), engine.weights))
+        for kind in engine.state_kinds:
+            sizes = _sizes(engine.trained_rows, torch.float32.itemsize)
+            parts.append(Part(f"{name}-{kind}", sizes, partial(engine.optimizer_state, kind)))
+    return parts
 
 
-def save(
-    directory: Path, step: int, engines: dict[str, Engine], companions: Path, state: dict[str, Any], world: World
-) -> Path:
-    """Write the checkpoint of ``step`` below ``directory``; a collective.
+def _sizes(rows: Sequence[Row], itemsize: int) -> dict[str, int]:
+    return {name: math.prod(size) * itemsize for row in rows for name, size in zip(row.hf, row.sizes, strict=True)}
+
+
+def start(
+    directory: Path,
+    step: int,
+    engines: dict[str, Engine],
+    companions: Path,
+    state: dict[str, Any],
+    world: World,
+    queue: DiskQueue,
+) -> Writing:
+    """Copy the state of ``step`` and have it written below ``directory``, see `settle`; a collective.
 
     Args:
         directory: the run's checkpoint folder.
@@ -64,54 +83,114 @@ def save(
         companions: the folder whose configuration, tokenizer and processor go along.
         state: the loop's cursors, as JSON.
         world: this process.
-
-    Returns:
-        The folder, under its final name.
+        queue: writes this rank's share.
     """
-    final = directory / f"step_{step:06d}"
-    partial = directory / f".step_{step:06d}.partial"
-    if world.is_main:
-        for left_over in (partial, final):
-            shutil.rmtree(left_over, ignore_errors=True)
-    extra: dict[str, Any] = {"state": state, "optimizers": {}}
+    extra: dict[str, Any] = {"state": json.loads(json.dumps(state)), "ranks": world.size, "optimizers": {}}
     for name, engine in engines.items():
-        if world.is_main:
-            copy_companions(companions, partial / name, dtype=engine.config.params_dtype)
-        _write(partial / name, engine.weights(), world)
-        for part in engine.state_kinds:
-            _write(partial / f"{name}-{part}", engine.optimizer_state(part), world)
-        extra["optimizers"][name] = {"steps": engine.step_count, "parts": list(engine.state_kinds)}
-    if world.is_main:
-        write_manifest(partial, step, extra)
-        partial.rename(final)
-    dist.barrier()
-    return final
+        extra["optimizers"][name] = {
+            "steps": engine.step_count,
+            "parts": list(engine.state_kinds),
+            "skipped": [engine.skipped, engine.skipped_in_a_row],
+        }
+    writing = Writing(step, extra, directory / f".step_{step:06d}.partial", directory / f"step_{step:06d}")
+    begin(writing, parts_of(engines), companions, next(iter(engines.values())).config.params_dtype, world, queue)
+    return writing
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the ``keep_last`` newest checkpoints; 0 keeps all."""
-    found = sorted(directory.glob("step_*"))
-    for old in found[:-keep_last] if keep_last else []:
-        shutil.rmtree(old)
+def settle(writing: Writing, world: World) -> str | None:
+    """Wait for every rank's files and publish the checkpoint; what went wrong, or None.  A collective.
+
+    Of a checkpoint that could not be written nothing is left.
+    """
+    error = writing.error()
+    mine = (error, {} if error else {name: record for job in writing.jobs for name, record in job.result().items()})
+    told: list[Any] | None = [None] * world.size if world.is_main else None
+    dist.gather_object(mine, told)
+    answer: list[str | None] = [None]
+    if told is not None:
+        problems = [problem for problem, _ in told if problem]
+        answer = [problems[0] if problems else _published(writing, told)]
+        if answer[0]:
+            shutil.rmtree(writing.partial, ignore_errors=True)
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _published(writing: Writing, told: list[Any]) -> str | None:
+    try:
+        publish(writing, {name: record for _, records in told for name, record in records.items()})
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def save(
+    directory: Path, step: int, engines: dict[str, Engine], companions: Path, state: dict[str, Any], world: World
+) -> Path:
+    """`start` and `settle` in one; returns the folder.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    queue = DiskQueue(2 * SHARD_BYTES)
+    writing = start(directory, step, engines, companions, state, world, queue)
+    problem = settle(writing, world)
+    queue.pool.shutdown()
+    if problem:
+        raise CheckpointError(f"the checkpoint of step {step} could not be written: {problem}")
+    return writing.final
+
+
+def prune(directory: Path, keep_last: int, keep_every: int = 0, newest_step: int | None = None) -> None:
+    """Remove all checkpoints but the ``keep_last`` newest (0: all) and those of multiples of ``keep_every`` (0: none).
+
+    Folders of steps above ``newest_step`` are no whole checkpoints, or the run would be there: they do not count.
+    """
+    steps = {int(path.name.removeprefix("step_")): path for path in directory.glob("step_*")}
+    counted = sorted(step for step in steps if newest_step is None or step <= newest_step)
+    for step in counted[:-keep_last] if keep_last else []:
+        if not keep_every or step % keep_every:
+            remove(steps[step])
 
 
 def find(directory: Path, world: World) -> Restored | None:
-    """The newest whole checkpoint below ``directory``, or None; broken ones are named and skipped.
+    """The newest whole checkpoint below ``directory``, or None; broken ones are named and skipped.  A collective.
 
-    The first rank looks (it reads every byte to check the hashes) and tells the others.
+    Every byte is read to check the hashes; the ranks share the files.
     """
-    answer: list[Any] = [None]
+    box: list[Any] = [candidates(directory) if world.is_main else None]
+    dist.broadcast_object_list(box, src=0)
+    paths, skipped = box[0]
+    found = None
+    for path in paths:
+        problems: list[str | None] = [None] * world.size
+        dist.all_gather_object(problems, _problem(path, (world.rank, world.size)))
+        reasons = [problem for problem in problems if problem]
+        if not reasons:
+            manifest = read_manifest(path)
+            found = Restored(path, manifest.step, manifest.extra["state"])
+            break
+        skipped.append(reasons[0])
     if world.is_main:
-        found = newest(directory)
-        for reason in found.skipped:
+        for reason in skipped:
             print(f"skipping a checkpoint: {reason}", flush=True)
-        answer = [None if found.path is None else str(found.path)]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[0] is None:
-        return None
-    path = Path(answer[0])
-    manifest = read_manifest(path)
-    return Restored(path, manifest.step, manifest.extra["state"])
+    return found
+
+
+def _problem(path: Path, share: tuple[int, int]) -> str | None:
+    try:
+        check(path, share=share)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def restore_generators(found: Restored, world: World) -> None:
+    """Put this rank's random generators where they were; in another number of ranks they are seeded anew."""
+    if read_manifest(found.path).extra["ranks"] == world.size:
+        put_generator_states(load_file(found.path / RNG / f"rank_{world.rank:05d}.safetensors"))
+    else:
+        seed_everything((world.seed * 1009 + world.dp_rank) * 1_000_003 + found.step)
 
 
 def restore(found: Restored, engines: dict[str, Engine]) -> None:
@@ -127,3 +206,4 @@ def restore(found: Restored, engines: dict[str, Engine]) -> None:
         engine.load(WeightFolder(found.path / name))
         parts = {part: WeightFolder(found.path / f"{name}-{part}") for part in optimizers[name]["parts"]}
         engine.load_optimizer_state(parts, optimizers[name]["steps"])
+        engine.skipped, engine.skipped_in_a_row = optimizers[name]["skipped"]

@@ -23,6 +23,15 @@ BARREN = 16  # chunks without one row that fits, after which the stream gives up
 LOOKAHEAD = 2  # packs that wait beyond a step's own, so that its own can be filled well
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a document comes from, for records and metrics."""
+
+    where: str
+    id: str
+    source: str
+
+
 @dataclass
 class Pack:
     """Documents in one row.  T tokens, D documents, P patches, F image and video features.
@@ -37,6 +46,7 @@ class Pack:
         placement: int64[F], index in ``tokens`` of each feature, F = P / merge^2.
         extras: More arrays [T] in line with ``labels``: what belongs to a target stands where it is predicted.
         cu_seqlens_padded: int32[D + 1], where the documents' rows begin, alignment tails included.
+        origins: Where each document comes from; empty where nobody asks.
     """
 
     tokens: Tensor
@@ -48,6 +58,7 @@ class Pack:
     placement: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
     cu_seqlens_padded: Tensor | None = None
+    origins: tuple[Origin, ...] = ()
 
     @property
     def bounds(self) -> Tensor:
@@ -95,6 +106,7 @@ class Pack:
             placement=rows[self.placement],
             extras={name: spread(values) for name, values in self.extras.items()},
             cu_seqlens_padded=torch.from_numpy(bounds.astype(np.int32)),
+            origins=self.origins,
         )
 
 
@@ -128,7 +140,8 @@ def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] |
         name: np.concatenate([_spread(name, row[name], label) for row, label in zip(rows, labels, strict=True)])
         for name in (rows[0] if rows else ())
     }
-    return Pack(**tensors, extras={name: torch.from_numpy(value) for name, value in spread.items()})
+    origins = tuple(Origin(sample.row.where, sample.row.id, sample.row.source) for sample in samples)
+    return Pack(**tensors, origins=origins, extras={name: torch.from_numpy(value) for name, value in spread.items()})
 
 
 def _labels(sample: Sample) -> np.ndarray:

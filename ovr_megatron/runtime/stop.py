@@ -1,27 +1,37 @@
-"""Stopping in order: Ctrl-C and SIGTERM let the step in progress end, then the run saves and leaves."""
+"""Stopping in order: a signal lets the step in progress end, then the run saves and leaves."""
 
 from __future__ import annotations
 
+import enum
 import signal
 from types import FrameType
 
-import torch
-import torch.distributed as dist
+USER_ERROR = 2  # exit codes besides 0, finished: see docs/running.md
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, the same command goes on
+
+
+class Stop(enum.IntEnum):
+    """What a run has been asked for; the greater wins."""
+
+    NO = 0
+    LEAVE = 1
+    LEAVE_AND_REQUEUE = 2
+
+
+_MEANING = {
+    signal.SIGINT: Stop.LEAVE,
+    signal.SIGTERM: Stop.LEAVE_AND_REQUEUE,
+    signal.SIGUSR1: Stop.LEAVE_AND_REQUEUE,  # Slurm's --signal=USR1@SECONDS
+}
 
 
 class StopRequest:
-    """Remembers that a signal came; `asked` is a collective, so that all ranks stop after the same step."""
+    """Remembers which signal came: Ctrl-C, SIGTERM, or the warning that Slurm sends before it ends a job."""
 
     def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.received = Stop.NO
+        for number in _MEANING:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-
-    def asked(self) -> bool:
-        """Whether any rank has been asked to stop."""
-        flag = torch.tensor(int(self.received))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        self.received = max(self.received, _MEANING[signal.Signals(number)])

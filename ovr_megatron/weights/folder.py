@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +234,8 @@ def write_folder(
     """
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise WeightError(f"{directory}: a tensor is written twice")
-    shards: list[list[Pending]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(held.nbytes for held in shards[-1]) + tensor.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
+    cuts = cut([tensor.nbytes for tensor in tensors], shard_bytes)
+    shards = [list(tensors[start:stop]) for start, stop in pairwise([0, *cuts])]
     _prepare(directory)
     paths = [_partial(directory, number) for number in range(1, len(shards) + 1)]
     try:
@@ -269,19 +267,38 @@ def _discard(directory: Path) -> None:
 
 def _publish(directory: Path, shards: Sequence[Sequence[str]], total_bytes: int) -> None:
     """Give the shards their names, the index last."""
-    count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    names = shard_names(len(shards))
     for number, name in enumerate(names, start=1):
         _partial(directory, number).rename(directory / name)
-    if count > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    if len(shards) > 1:
         partial = directory / f"{INDEX}.partial"
-        partial.write_text(
-            json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
-        )
-        sync(partial)
+        write_index(partial, dict(zip(names, shards, strict=True)), total_bytes)
         partial.rename(directory / INDEX)
     sync(directory)
+
+
+def cut(sizes: Sequence[int], shard_bytes: int = SHARD_BYTES) -> list[int]:
+    """Where shards of at most ``shard_bytes`` end when tensors of these ``sizes`` (bytes) are put in them in order."""
+    ends: list[int] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if held and held + size > shard_bytes:
+            ends.append(index)
+            held = 0
+        held += size
+    return [*ends, len(sizes)]
+
+
+def shard_names(count: int) -> list[str]:
+    """Hugging Face's names of ``count`` shards."""
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+
+
+def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: int) -> None:
+    """Write Hugging Face's index of ``shards``, the tensors of each file, and wait until the disk has it."""
+    weight_map = {tensor: name for name, held in shards.items() for tensor in held}
+    path.write_text(json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n")
+    sync(path)
 
 
 def some(names: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,30 @@ class Pending:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_shard(path: Path, tensors: Sequence[Pending]) -> None:
-    """Write a safetensors file and wait until the disk has it; the same bytes as the library's ``save_file``."""
+def write_shard(path: Path, tensors: Sequence[Pending], digest: Any = None) -> None:
+    """Write a safetensors file and wait until the disk has it; the same bytes as the library's ``save_file``.
+
+    ``digest``, a hash of `hashlib`, sees every byte on its way.
+    """
     ordered = sorted(tensors, key=lambda tensor: (_ORDER[tensor.dtype], tensor.name))
     try:
         with path.open("wb") as file:
-            file.write(_header(ordered))
-            for tensor in ordered:
-                for piece in tensor.load().flatten().split(PIECE):
-                    file.write(as_bytes(piece.to(tensor.dtype)).numpy())
+            for data in _content(ordered):
+                file.write(data)
+                if digest is not None:
+                    digest.update(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
+
+
+def _content(ordered: Sequence[Pending]) -> Iterator[Any]:
+    """The bytes of the file, piece by piece."""
+    yield _header(ordered)
+    for tensor in ordered:
+        for piece in tensor.load().flatten().split(PIECE):
+            yield as_bytes(piece.to(tensor.dtype)).numpy()
 
 
 def _header(tensors: Sequence[Pending]) -> bytes:

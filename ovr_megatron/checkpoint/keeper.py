@@ -1,0 +1,136 @@
+"""The end of a step, the same in both stages: publish what was written meanwhile, save where it is due, prune, stop."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ovr_megatron.checkpoint import store
+from ovr_megatron.checkpoint.manifest import CheckpointError
+from ovr_megatron.checkpoint.store import Restored
+from ovr_megatron.checkpoint.writing import DiskQueue, Writing
+from ovr_megatron.config import RunConfig
+from ovr_megatron.engine import Engine
+from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.lock import RunLock
+from ovr_megatron.runtime.stop import REQUEUE, Stop, StopRequest
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The folder of a run's last checkpoint, and the exit code that tells the launcher whether to come again."""
+
+    path: Path
+    exit_code: int
+
+
+class Keeper:
+    """Checkpoints of one run and its orderly end.  Every method is a collective.
+
+    Args:
+        config: ``config.dir`` is locked for this job until the process ends.
+        world: this process.
+
+    Raises:
+        RunLockedError: another job works on the run folder.
+    """
+
+    def __init__(self, config: RunConfig, world: World):
+        self.config, self.world = config, world
+        self.run = Path(config.dir)
+        self.directory = self.run / "checkpoints"
+        self.lock = RunLock(self.run, world.is_main)
+        self.stop = StopRequest()
+        self.queue = DiskQueue(int(config.save_buffer_gib * 2**30))
+        self.writing: Writing | None = None
+        self.last = 0  # step of the newest whole checkpoint
+        self.stopped = Stop.NO
+        self.seconds = 0.0  # that the last `after` took
+
+    def resume(self, engines: dict[str, Engine]) -> Restored | None:
+        """Load the newest whole checkpoint into ``engines``; None: there is none."""
+        if self.world.is_main:
+            for left_over in self.directory.glob(".step_*"):
+                shutil.rmtree(left_over)
+        found = store.find(self.directory, self.world)
+        if found:
+            store.restore(found, engines)
+            store.restore_generators(found, self.world)
+            self.last = found.step
+        return found
+
+    def after(self, done: int, final: bool, engines: dict[str, Engine], state: dict[str, Any]) -> bool:
+        """End step ``done`` (counted from 1); whether it was the last of this process.
+
+        Args:
+            done: steps done.
+            final: whether it is the last.
+            engines: what a checkpoint holds.
+            state: the loop's cursors, as JSON.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written and the run ends here, or is to end for that.
+        """
+        began = time.perf_counter()
+        self.stopped, running = self._agree()
+        if self.writing and not running:
+            self._settle(ending=False)
+        if final:
+            self.stopped = Stop.NO
+        ending = final or self.stopped > Stop.NO
+        if ending or done % self.config.save_every == 0:
+            if self.writing:
+                self._settle(ending=False)
+            companions = self.run / "companions"
+            self.writing = store.start(self.directory, done, engines, companions, state, self.world, self.queue)
+            if ending or not self.config.async_save:
+                self._settle(ending)
+        self.seconds = time.perf_counter() - began
+        return ending
+
+    def ended(self) -> Ended:
+        """Say how the run ended."""
+        self.queue.pool.shutdown()
+        code = REQUEUE if self.stopped is Stop.LEAVE_AND_REQUEUE else 0
+        return Ended(self.directory / f"step_{self.last:06d}", code)
+
+    def _prune(self) -> None:
+        if not self.world.is_main:
+            return
+        try:
+            store.prune(self.directory, self.config.keep_last, self.config.keep_every, self.last)
+        except OSError as error:
+            print(f"warning: an old checkpoint stays, remove it by hand: {error}", file=sys.stderr, flush=True)
+
+    def _agree(self) -> tuple[Stop, bool]:
+        """What any rank was asked for, and whether any rank still writes."""
+        running = self.writing is not None and self.writing.running
+        flags = torch.tensor([int(self.stop.received), int(running)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return Stop(int(flags[0])), bool(flags[1])
+
+    def _settle(self, ending: bool) -> None:
+        """Wait for the files of all ranks and publish them."""
+        assert self.writing is not None
+        step, problem = self.writing.step, store.settle(self.writing, self.world)
+        self.writing = None
+        if problem is None:
+            self.last = step
+            self._prune()
+            return
+        kept = f"the newest whole one is that of step {self.last}" if self.last else "there is none before it"
+        message = (
+            f"the checkpoint of step {step} could not be written: {problem}. Nothing that was saved is lost: {kept}. "
+            f"Make room in {self.directory} or lower run.keep_last"
+        )
+        if ending or self.config.stop_on_failed_save:
+            raise CheckpointError(f"{message}, then start the same command again")
+        if self.world.is_main:
+            print(f"warning: {message}; training goes on to the next save", file=sys.stderr, flush=True)

@@ -1,0 +1,252 @@
+"""Cold starts of two ranks that are killed, stopped or starved: ``disturbed.py OUT SEED KILLS``.
+
+One process imports everything and forks the ranks of each run, so that a run costs its training only. What disturbs a
+run is wrapped around the package's functions in the child. Results go to ``OUT/results.json``.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from ovr_megatron import coldstart
+from ovr_megatron.checkpoint import writing
+from ovr_megatron.config import ColdStartConfig, build, defaults
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.engine import Engine
+from ovr_megatron.launch import RECIPES, in_one_sentence
+from ovr_megatron.model.tiny import make_tiny_model
+
+STEPS = 6
+MOMENTS = ("data", "collective", "save", "manifest", "rename", "prune", "step")
+DEADLINE_S = 300.0
+moment = {"step": 0}
+
+
+def config(run: Path, model: Path, *overrides: str) -> ColdStartConfig:
+    values = OmegaConf.load(RECIPES / "tiny_cold_start.yaml")
+    values.pop("defaults")
+    options = [f"run.dir={run}", f"model.path={model}", f"steps={STEPS}", "run.save_every=2", "data.pack_tokens=512"]
+    options += ["run.keep_last=1", "run.keep_every=4", "run.peak_tflops=0.01", *overrides]
+    return build(ColdStartConfig, OmegaConf.merge(defaults(ColdStartConfig), values, OmegaConf.from_dotlist(options)))
+
+
+# Disturbances: each is called in a rank before it trains --------------------------------------------------
+
+
+def wrap(owner: Any, name: str, before: Callable[..., None]) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def at(owner: Any, name: str, step: int, number: int, action: Callable[..., None]) -> None:
+    """Do ``action`` before call ``number`` (from 1) of a function in step ``step`` (from 0)."""
+    seen = {"calls": 0}
+
+    def before(*args: Any, **kwargs: Any) -> None:
+        seen["calls"] += moment["step"] == step
+        if moment["step"] == step and seen["calls"] == number:
+            action(*args, **kwargs)
+
+    wrap(owner, name, before)
+
+
+def die(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_the_file(path: Path, *args: Any, **kwargs: Any) -> None:
+    path.write_bytes(b"half a shard")
+    die()
+
+
+def die_after_the_manifest(partial: Path, *args: Any, **kwargs: Any) -> None:
+    if partial.name.endswith(".partial") and (partial / "manifest.json").exists():
+        die()
+
+
+def is_doomed(path: Path) -> bool:
+    return path.name.endswith(".old") and path.exists()
+
+
+def kill(rank: int, kind: str, victim: int, step: int, number: int) -> None:
+    """SIGKILL of ``victim``; where only the first rank passes, it is the first."""
+    saves = step - step % 2 + 1  # the step at whose end there is a save
+    match kind:
+        case "data" if rank == victim:
+            at(Processor, "encode", step, 1, die)
+        case "collective" if rank == victim:
+            at(dist, "all_reduce", step, number, die)
+        case "step" if rank == victim:
+            at(Engine, "step", step, 1, die)
+        case "save" if rank == victim:
+            wrap(writing, "write_shard", lambda path, *r: die_in_the_file(path) if moment["step"] >= saves else None)
+        case "manifest" if rank == 0:
+            wrap(writing, "write_manifest", lambda *rest: die() if moment["step"] >= step else None)
+        case "rename" if rank == 0:
+            wrap(writing, "sync", lambda path: die_after_the_manifest(path) if moment["step"] >= step else None)
+        case "prune" if rank == 0:
+            wrap(writing.shutil, "rmtree", lambda path, **rest: die() if is_doomed(Path(path)) else None)
+
+
+def warn(rank: int, number: signal.Signals, victim: int, step: int) -> None:
+    if rank == victim:
+        at(Engine, "step", step, 1, lambda *args: os.kill(os.getpid(), number))
+
+
+def hang(rank: int) -> None:
+    if rank == 1:
+        at(Processor, "encode", 2, 1, lambda *args, **kwargs: time.sleep(DEADLINE_S))
+
+
+def full_disk(rank: int) -> None:
+    """What the kernel says of a full disk, at the first save."""
+    first = ".step_000002.partial"
+    wrap(writing, "write_shard", lambda path, *rest: path.symlink_to("/dev/full") if first in str(path) else None)
+
+
+def bad_gradient(rank: int, steps: range) -> None:
+    """Not a number, on one rank before the replicas meet."""
+
+    def poison(engine: Engine, *rest: Any, **kwargs: Any) -> None:
+        if rank == 1 and moment["step"] in steps:
+            engine.live.holdings[-1].parameter.main_grad.fill_(float("nan"))
+
+    wrap(Engine, "_meet", poison)
+
+
+def wait_for(rank: int, ready: Path, go: Path) -> None:
+    def pause(*rest: Any) -> None:
+        ready.touch()
+        while not go.exists():
+            time.sleep(0.05)
+
+    if rank == 0:
+        at(Engine, "step", 2, 1, pause)
+
+
+# Runs ----------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Two ranks on one run folder, at work from the beginning."""
+
+    def __init__(self, out: Path, disturb: Callable[[int], None] | None = None, *overrides: str, name: str = ""):
+        self.out, self.log = out, out.with_name(f"{out.name}{name}.log")
+        settings = config(out, out.parent / "model", *overrides)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pids = [self._fork(rank, port, settings, disturb) for rank in range(2)]
+
+    def _fork(self, rank: int, port: int, settings: ColdStartConfig, disturb: Callable[[int], None] | None) -> int:
+        sys.stdout.flush()
+        if pid := os.fork():
+            return pid
+        code = 1
+        try:
+            file = os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            wrap(coldstart.Recorder, "train", lambda recorder, step, *rest: moment.update(step=step))
+            if disturb:
+                disturb(rank)
+            in_one_sentence(partial(coldstart.run, settings))
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def codes(self) -> list[int]:
+        """Exit codes of the ranks, those of signals negative; whoever takes too long is killed."""
+        until = time.monotonic() + DEADLINE_S
+        ended: dict[int, int] = {}
+        while len(ended) < len(self.pids):
+            for pid in self.pids:
+                if pid not in ended and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                    ended[pid] = os.waitstatus_to_exitcode(found[1])
+            if time.monotonic() > until:
+                for pid in set(self.pids) - set(ended):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        return [ended[pid] for pid in self.pids]
+
+
+def kills(out: Path, seed: int, count: int) -> list[dict[str, Any]]:
+    """Kill ``count`` runs at moments drawn from ``seed``, and let each go on to its end."""
+    generator = random.Random(seed)
+    kinds = [MOMENTS[(seed + number) % len(MOMENTS)] for number in range(count)]
+    found = []
+    for number, kind in enumerate(kinds):
+        where = {"kind": kind, "victim": generator.randrange(2), "step": generator.randrange(1, STEPS)}
+        where["number"] = generator.randrange(1, 4)
+        run = out / f"kill_{number}"
+        codes = Run(run, partial(kill, **where)).codes()
+        saved = sorted(path.name for path in (run / "checkpoints").glob("*"))
+        entry = {**where, "run": run.name, "killed": codes, "saved": saved, "resumed": Run(run).codes()}
+        print(json.dumps(entry), flush=True)
+        found.append(entry)
+    return found
+
+
+def scenarios(out: Path) -> dict[str, Any]:
+    codes: dict[str, Any] = {}
+    codes["sync"] = Run(out / "sync", None, "run.async_save=false").codes()
+    codes["usr1"] = Run(out / "signals", partial(warn, number=signal.SIGUSR1, victim=1, step=0)).codes()
+    codes["term"] = Run(out / "signals", partial(warn, number=signal.SIGTERM, victim=0, step=2)).codes()
+    codes["signals"] = Run(out / "signals").codes()
+    ready, go = out / "ready", out / "go"
+    first = Run(out / "locked", partial(wait_for, ready=ready, go=go))
+    while not ready.exists():
+        time.sleep(0.05)
+    codes["second"] = Run(out / "locked", name="_second").codes()
+    go.touch()
+    codes["first"] = first.codes()
+    codes["hang"] = Run(out / "hang", hang, "run.hang_timeout_s=15").codes()
+    codes["full"] = Run(out / "full", full_disk).codes()
+    codes["full_stop"] = Run(out / "full_stop", full_disk, "run.stop_on_failed_save=true").codes()
+    codes["skip"] = Run(out / "skip", partial(bad_gradient, steps=range(3, 4))).codes()
+    stopping = "optimizer.stop_after_skipped=2"
+    codes["diverge"] = Run(out / "diverge", partial(bad_gradient, steps=range(3, 6)), stopping).codes()
+    shutil.copytree(out / "whole", out / "other")
+    shutil.rmtree(out / f"other/checkpoints/step_{STEPS:06d}")
+    codes["other"] = Run(out / "other", None, "parallel.tp=2").codes()
+    return codes
+
+
+def main(out: Path, seed: int, count: int) -> None:
+    make_tiny_model(out / "model", tied=True, seed=5)
+    whole = Run(out / "whole").codes()
+    results = {"whole": whole, "kills": kills(out, seed, count)}
+    if len(sys.argv) < 5:
+        results |= scenarios(out)
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,188 @@
+"""Runs that are killed, stopped, starved or started twice end as the undisturbed one; see `disturbed.py`."""
+
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovr_megatron.checkpoint import store
+from ovr_megatron.checkpoint.manifest import check, read_manifest
+from ovr_megatron.config import ParallelConfig
+from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.distributed import World
+
+LAUNCHER = Path(__file__).with_name("disturbed.py")
+KILLS = 3
+CLOCKS = ("timing/", "perf/", "memory/")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every day other moments; ``KILL_SEED`` repeats those of a day."""
+    out = tmp_path_factory.mktemp("disturbed")
+    seed = int(os.environ.get("KILL_SEED", datetime.date.today().toordinal())) * KILLS
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(
+        [sys.executable, LAUNCHER, out, str(seed), str(KILLS)],
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return out
+
+
+@pytest.fixture
+def codes(runs: Path) -> dict[str, Any]:
+    return json.loads((runs / "results.json").read_text())
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics/train.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCKS)} for line in lines]
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints/step_000006"
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """Weights, moments, cursors and generators bit for bit, and every number of the curve."""
+    assert check(last(run)).files == read_manifest(last(whole)).files
+    assert read_manifest(last(run)).extra == read_manifest(last(whole)).extra
+    assert curve(run) == curve(whole)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_an_undisturbed_run(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["whole"] == [0, 0]
+    assert [line["step"] for line in curve(runs / "whole")] == list(range(6))
+    assert sorted(path.name for path in (runs / "whole/checkpoints").iterdir()) == ["step_000004", "step_000006"]
+    assert (runs / "whole/spikes.jsonl").read_text() == ""
+
+
+def test_killed_runs_go_on_as_if_nothing_had_been(runs: Path, codes: dict[str, Any]) -> None:
+    assert len(codes["kills"]) == KILLS
+    for kill in codes["kills"]:
+        assert -9 in kill["killed"] and 0 not in kill["killed"], kill
+        assert kill["resumed"] == [0, 0], kill
+        assert_same(runs / kill["run"], runs / "whole")
+
+
+def test_background_writing_gives_the_same_bytes(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["sync"] == [0, 0]
+    assert_same(runs / "sync", runs / "whole")
+
+
+def test_a_signal_to_one_rank_saves_and_asks_for_a_requeue(runs: Path, codes: dict[str, Any]) -> None:
+    assert (codes["usr1"], codes["term"], codes["signals"]) == ([75, 75], [75, 75], [0, 0])
+    assert_same(runs / "signals", runs / "whole")
+
+
+def test_a_second_job_on_the_folder_is_refused(runs: Path, codes: dict[str, Any]) -> None:
+    assert (codes["second"], codes["first"]) == ([2, 2], [0, 0])
+    assert "is in use by process " in (runs / "locked_second.log").read_text()
+    assert_same(runs / "locked", runs / "whole")
+
+
+def test_a_run_that_hangs_ends_with_the_stacks_of_every_rank(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["hang"] == [1, 1]
+    stacks = [(runs / f"hang/logs/stacks_rank_{rank}.txt").read_text() for rank in range(2)]
+    assert all("Timeout" in text and "coldstart.py" in text for text in stacks)
+    assert ("disturbed.py" in stacks[1].split("Timeout")[1] and "in hang" in stacks[1]) or "<lambda>" in stacks[1]
+    assert "all_reduce" in stacks[0] or "finish_grad_sync" in stacks[0]
+
+
+def test_a_full_disk_costs_one_checkpoint(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["full"] == [0, 0]
+    log = (runs / "full.log").read_text()
+    assert "the checkpoint of step 2 could not be written: [Errno 28] No space left on device" in log
+    assert "Make room in" in log
+    assert_same(runs / "full", runs / "whole")
+
+
+def test_a_full_disk_stops_a_run_that_wants_it(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["full_stop"] == [2, 2]
+    assert "error: the checkpoint of step 2 could not be written" in (runs / "full_stop.log").read_text()
+    assert list((runs / "full_stop/checkpoints").glob("*")) == []
+
+
+def test_a_step_without_finite_gradients_is_skipped_by_every_rank_and_recorded(
+    runs: Path, codes: dict[str, Any]
+) -> None:
+    assert codes["skip"] == [0, 0]
+    whole, skipping = curve(runs / "whole"), curve(runs / "skip")
+    assert skipping[:3] == whole[:3]
+    assert [line["optimizer/skipped"] for line in skipping] == [0, 0, 0, 1, 1, 1]
+    assert skipping[3]["loss/train"] == whole[3]["loss/train"]
+    assert skipping[4]["optimizer/lr"] == whole[3]["optimizer/lr"]
+    (record,) = [json.loads(line) for line in (runs / "skip/spikes.jsonl").read_text().splitlines()]
+    assert (record["step"], record["reason"]) == (3, "skipped")
+    assert record["documents"] and all(document["where"] for document in record["documents"])
+    total = sum(document["loss"] * document["targets"] for document in record["documents"])
+    targets = sum(document["targets"] for document in record["documents"])
+    assert targets == skipping[3]["data/tokens"]
+    assert total / targets == pytest.approx(record["loss"], rel=1e-6)
+
+
+def test_too_many_skipped_steps_end_the_run_in_a_sentence(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["diverge"] == [2, 2]
+    assert "error: 2 steps in a row were skipped after optimizer step 3" in (runs / "diverge.log").read_text()
+
+
+def test_a_run_goes_on_in_another_layout(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["other"] == [0, 0]
+    whole, other = curve(runs / "whole"), curve(runs / "other")
+    assert other[:4] == whole[:4]
+    assert other[4]["loss/train"] == pytest.approx(whole[4]["loss/train"], rel=1e-6)
+    assert other[5]["loss/train"] == pytest.approx(whole[5]["loss/train"], rel=1e-3)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return distributed.start(ParallelConfig(), seed=1, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "message"),
+    [
+        (flip, "policy-exp_avg/model.safetensors", "was changed"),
+        (truncate, "policy/model.safetensors", "bytes instead of"),
+        (Path.unlink, "manifest.json", "manifest.json does not exist"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_skipped(
+    runs: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture, damage: Any, file: str, message: str
+) -> None:
+    shutil.copytree(runs / "whole/checkpoints", tmp_path / "checkpoints")
+    damage(tmp_path / "checkpoints/step_000006" / file)
+    found = store.find(tmp_path / "checkpoints", world)
+    assert found is not None and found.step == 4
+    said = capsys.readouterr().out
+    assert f"step_000006/{file}" in said and message in said
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    store.prune(tmp_path, keep_last=2, keep_every=3, newest_step=8)  # 9 is none that the run resumed from
+    assert [int(path.name[-1]) for path in sorted(tmp_path.iterdir())] == [3, 6, 7, 8, 9]
+    store.prune(tmp_path, keep_last=0, newest_step=8)
+    assert len(list(tmp_path.iterdir())) == 5
