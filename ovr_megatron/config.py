@@ -452,9 +452,8 @@ class DecontaminateConfig:
     """Evaluation problems that must not come up: word n-grams of theirs that a row repeats.
 
     A row goes if it has ``threshold`` of the n-grams of one problem; ``masked_threshold`` (0: off) is the same with
-    every number masked, which finds problems with exchanged numbers.  Problems shorter than 4 ``n`` words are cut
-    into shorter n-grams, those shorter than ``min_words`` must be the whole prompt.  ``fields``: the ``prompt`` or the
-    whole ``row``.
+    every number masked, which finds problems with exchanged numbers.  Problems shorter than 4 ``n`` words are cut into
+    shorter n-grams, those shorter than ``min_words`` must make half of the prompt.  ``fields``: ``prompt`` or ``row``.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)

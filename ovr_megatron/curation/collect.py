@@ -61,6 +61,8 @@ def _take(work: Work, store: ImageStore, config: SourceConfig, opened: RowSource
         return
     if work.config.data.template == "think":
         stored = without_opening(stored)
+    if stored.response is not None:
+        work.tally.value("characters of a response", len(stored.response))
     work.keep(row_to_json(stored), label)
 
 

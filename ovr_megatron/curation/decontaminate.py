@@ -21,7 +21,6 @@ from ovr_megatron.config import ConfigError, DecontaminateConfig, PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 from ovr_megatron.curation.text import (
     content_text,
-    hash_of,
     image_names,
     mask_numbers,
     ngram_hashes,
@@ -47,12 +46,14 @@ class Grams:
 
     Attributes:
         n: Words of an n-gram.
+        whole: Whether these are very short problems as a whole, which must make half of a prompt.
         hashes: uint64[g], ascending and different.
         starts: int64[g + 1]; problems with n-gram i are ``problems[starts[i] : starts[i + 1]]``.
         problems: int32, numbers of problems.
     """
 
     n: int
+    whole: bool
     hashes: np.ndarray
     starts: np.ndarray
     problems: np.ndarray
@@ -65,19 +66,19 @@ class Index:
     Attributes:
         sizes: int64[p], different n-grams of each problem.
         grams: By length of n-gram.
-        whole: Problems that must be the whole prompt, by hash.
         threshold: Share of a problem's n-grams that finds it.
     """
 
     sizes: np.ndarray
     grams: tuple[Grams, ...]
-    whole: dict[int, list[int]]
     threshold: float
 
-    def find(self, hashes: np.ndarray, whole: int) -> list[tuple[float, int]]:
+    def find(self, hashes: np.ndarray) -> list[tuple[float, int]]:
         """Problems of which a text of word ``hashes`` has the threshold's share: (share, number), the largest first."""
-        best = [(1.0, number) for number in self.whole.get(whole, ())]
+        best: list[tuple[float, int]] = []
         for grams in self.grams:
+            if grams.whole and 2 * grams.n < len(hashes):
+                continue
             found = np.unique(ngram_hashes(hashes, grams.n))
             places = np.searchsorted(grams.hashes, found)
             places = places[grams.hashes[np.minimum(places, len(grams.hashes) - 1)] == found]
@@ -93,28 +94,26 @@ class Index:
 def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> Index:
     """Index problems by their questions; with ``masked`` all numbers are the same."""
     sizes = np.ones(len(texts), np.int64)
-    by_length: dict[int, list[tuple[int, np.ndarray]]] = {}
-    whole: dict[int, list[int]] = {}
+    by_length: dict[tuple[int, bool], list[tuple[int, np.ndarray]]] = {}
     for number, text in enumerate(texts):
         told = words(_prepared(text, masked))
-        if len(told) < config.min_words:
-            if told and not masked:  # a handful of words with any numbers says nothing
-                whole.setdefault(hash_of(told), []).append(number)
+        whole = len(told) < config.min_words
+        if not told or (whole and masked):  # a handful of words with any numbers says nothing
             continue
-        n = max(min(config.n, len(told) // _EDIT), min(_SHORTEST, len(told)))
+        n = len(told) if whole else max(min(config.n, len(told) // _EDIT), min(_SHORTEST, len(told)))
         found = np.unique(ngram_hashes(word_hashes(told), n))
         sizes[number] = len(found)
-        by_length.setdefault(n, []).append((number, found))
+        by_length.setdefault((n, whole), []).append((number, found))
     threshold = config.masked_threshold if masked else config.threshold
-    return Index(sizes, tuple(_grams(n, items) for n, items in sorted(by_length.items())), whole, threshold)
+    return Index(sizes, tuple(_grams(*kind, items) for kind, items in sorted(by_length.items())), threshold)
 
 
-def _grams(n: int, items: list[tuple[int, np.ndarray]]) -> Grams:
+def _grams(n: int, whole: bool, items: list[tuple[int, np.ndarray]]) -> Grams:
     flat = np.concatenate([found for _, found in items])
     owner = np.concatenate([np.full(len(found), number, np.int32) for number, found in items])
     order = np.argsort(flat, kind="stable")
     hashes, starts = np.unique(flat[order], return_index=True)
-    return Grams(n, hashes, np.append(starts, len(flat)), owner[order])
+    return Grams(n, whole, hashes, np.append(starts, len(flat)), owner[order])
 
 
 def _prepared(text: str, masked: bool) -> str:
@@ -149,7 +148,7 @@ class Problems:
             if index is None:
                 continue
             told = words(_prepared(text, index is self.masked))
-            for share, number in index.find(word_hashes(told), hash_of(told)):
+            for share, number in index.find(word_hashes(told)):
                 if self.images[number]:
                     own = self._pixels(row) if own is None else own
                     if not own & self.images[number]:

@@ -182,6 +182,7 @@ class Endpoint:
             tokens = int(used.get("total_tokens") or len(text) // 4)
             if not isinstance(content, str) or not content.strip():
                 raise ValueError("the content is empty")
+            f"{content}{thought or ''}".encode()  # half a surrogate pair is no text
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             shown = self._hush(f"not a chat completion ({error!r}): {text[:_SHOWN]!r}")
             raise _TransientError(shown) from None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ovr_megatron.config import ParallelConfig, PrepareConfig, build
@@ -34,14 +35,19 @@ class Replica:
     Attributes:
         number: Of this replica.
         count: Replicas in all.
+        journal: What this replica has found; only the first process of its group writes.
         leads: Whether this process writes: the first of its tensor-parallel group.
     """
 
-    def __init__(self, config: PrepareConfig, world: World, model: str, dtype: str, max_tokens: int) -> None:
-        """Start vLLM with ``model``; ``max_tokens`` of prompt and response together."""
+    def __init__(
+        self, config: PrepareConfig, world: World, journal: Path, model: str, dtype: str, max_tokens: int
+    ) -> None:
+        """Open ``journal``, and start vLLM with ``model`` and ``max_tokens`` of prompt and response together."""
         self.config = config
         self.number, place = divmod(world.rank, config.rollout.tp)
         self.count, self.leads = world.size // config.rollout.tp, place == 0
+        self.journal = Journal(journal.with_suffix(f".{self.number}.jsonl"))
+        dist.barrier()  # all of a tensor-parallel group must find the same results, before one of them adds to them
         self.processor = Processor(model, config.data)
         self.engine = RolloutEngine(model, config.rollout, self.processor, dtype, max_tokens)
 
@@ -55,30 +61,31 @@ class Replica:
                     # A prompt row needs an answer to be one; here it is only asked.
                     yield index, raw, parse_row({"answer": "-", **raw}, f"{before / ROWS}:{index + 1}", root)
 
-    def journal(self, folder: Path, name: str) -> Journal:
-        """The journal of this replica; its other processes read it only."""
-        return Journal(folder / f"{name}.{self.number}.jsonl")
+    def add(self, key: int, result: dict[str, Any]) -> None:
+        """Note a result, once for all processes of the replica."""
+        if self.leads:
+            self.journal.add(key, result)
 
 
 def score(config: PrepareConfig, before: Path, folder: Path, world: World) -> None:
     """Write the mean loss of every response to ``scores.N.jsonl``, keyed by the number of the row."""
     told = config.proxy_loss
     assert told.model is not None, "the configuration was checked"
-    replica = Replica(config, world, told.model, told.dtype, told.max_tokens + 1)
-    with replica.journal(folder, "scores") as journal:
+    replica = Replica(config, world, folder / "scores", told.model, told.dtype, told.max_tokens + 1)
+    with replica.journal as journal:
         todo = (item for item in replica.rows(before) if item[0] not in journal and not item[2].is_prompt)
         for batch in batches(todo, told.batch):
             prompts, lengths, numbers = [], [], []
             for index, _, row in batch:
                 prompt, length, error = response_prompt(replica.processor, row, told.max_tokens)
                 if error:
-                    _add(replica, journal, index, {"error": error})
+                    replica.add(index, {"error": error})
                 else:
                     prompts.append(prompt)
                     lengths.append(length)
                     numbers.append(index)
             for index, length, logprobs in zip(numbers, lengths, replica.engine.score(prompts), strict=True):
-                _add(replica, journal, index, {"loss": -float(logprobs[-length:].mean()), "tokens": length})
+                replica.add(index, {"loss": -float(logprobs[-length:].mean()), "tokens": length})
 
 
 def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt, int, str | None]:
@@ -99,19 +106,25 @@ def answer(config: PrepareConfig, before: Path, folder: Path, world: World) -> N
     """Write the teacher's answers to ``journal.N.jsonl``, keyed as `question_key` says."""
     told = config.teacher
     assert told.model is not None, "the configuration was checked"
-    replica = Replica(config, world, told.model, told.dtype, config.data.max_prompt_tokens + told.max_tokens)
-    with replica.journal(folder, "journal") as journal, Journal(folder / "journal.jsonl") as answered:
+    longest = config.data.max_prompt_tokens + told.max_tokens
+    replica = Replica(config, world, folder / "journal", told.model, told.dtype, longest)
+    with replica.journal as journal, Journal(folder / "journal.jsonl") as answered:
         todo = (item for item in replica.rows(before) if response_text(item[1]) is None and not has_video(item[1]))
         for batch in batches(_questions(todo, config, journal, answered), config.rollout.max_num_seqs):
-            prompts = []
+            prompts, keys = [], []
             for key, row in batch:
-                [sample] = replica.processor.encode([row], generation=True)
+                try:
+                    [sample] = replica.processor.encode([row], generation=True)
+                except TooLongError as error:
+                    replica.add(key, {"error": f"{error.field}: {error.problem}"})
+                    continue
                 seeds = [key >> 34]
                 prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, told.max_tokens))
-            for (key, _), [found] in zip(batch, replica.engine.generate(prompts, told.temperature), strict=True):
+                keys.append(key)
+            for key, [found] in zip(keys, replica.engine.generate(prompts, told.temperature), strict=True):
                 text, finish = replica.processor.decode(found.tokens), "stop" if found.stopped else "length"
                 tokens = len(found.prompt_tokens) + len(found.tokens)
-                _add(replica, journal, key, {"text": text, "finish": finish, "tokens": tokens})
+                replica.add(key, {"text": text, "finish": finish, "tokens": tokens})
 
 
 def _questions(
@@ -122,11 +135,6 @@ def _questions(
             key = question_key(config.teacher, raw, sample)
             if not any(key in journal for journal in known):
                 yield key, row
-
-
-def _add(replica: Replica, journal: Journal, key: int, result: dict[str, Any]) -> None:
-    if replica.leads:
-        journal.add(key, result)
 
 
 TASKS = {"score": score, "answer": answer}

@@ -15,12 +15,18 @@ from typing import Any, Self
 
 import numpy as np
 
+from ovr_megatron.config import ConfigError
+
 
 class Journal:
     """Results in one file, found by key; the last one of a key counts.  A context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Open ``path``, or make it; half a line at its end is cut off."""
+        """Open ``path``, or make it; half a line at its end is cut off.
+
+        Raises:
+            ConfigError: another line is no result.
+        """
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
@@ -30,7 +36,7 @@ class Journal:
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
-            self._keys.append(json.loads(line)["key"])
+            self._keys.append(self._key(line))
             self._places.append(end)
             end += len(line)
         self._file.truncate(end)
@@ -76,6 +82,15 @@ class Journal:
     def reopen(self) -> None:
         """Make all that was added findable."""
         self._sort()
+
+    def _key(self, line: bytes) -> int:
+        try:
+            return int(json.loads(line)["key"])
+        except (ValueError, KeyError, TypeError) as error:
+            number = len(self._keys) + 1
+            raise ConfigError(
+                f"{self._path}:{number}: is no result ({error!r}); remove this line, or the file"
+            ) from None
 
     def _sort(self) -> None:
         keys = np.frombuffer(self._keys, np.uint64) if self._keys else np.zeros(0, np.uint64)

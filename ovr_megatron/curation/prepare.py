@@ -13,7 +13,7 @@ from ovr_megatron.config import PrepareConfig
 from ovr_megatron.curation import collect, decontaminate, dedup, patterns, proxy_loss, strata, teacher, tokenise, verify
 from ovr_megatron.curation.endpoint import TeacherError
 from ovr_megatron.curation.engines import EngineError
-from ovr_megatron.curation.stage import Stage, run_stages
+from ovr_megatron.curation.stage import Stage, alone, run_stages
 from ovr_megatron.launch import USER_ERRORS, launch
 
 STAGES: dict[str, Stage] = {
@@ -27,14 +27,17 @@ def prepare(config: PrepareConfig) -> Path:
 
     Raises:
         RowError: a row or a source that cannot be used.
-        ConfigError: a setting that cannot work, or a stage that keeps nothing.
+        ConfigError: a setting that cannot work, a stage that keeps nothing, or another preparation in this folder.
         TeacherError: the teacher cannot be asked.
         EngineError: vLLM's process failed.
     """
-    configuration.save(config, Path(config.dir) / "config.yaml")
-    last = run_stages([STAGES[name] for name in config.stages], config)
-    summary = summarise(config)
-    (Path(config.dir) / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    folder = Path(config.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        configuration.save(config, folder / "config.yaml")
+        last = run_stages([STAGES[name] for name in config.stages], config)
+        summary = summarise(config)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return last
 
 

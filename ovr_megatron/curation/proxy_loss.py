@@ -5,6 +5,8 @@ The mean is over the response's tokens, the end token included, from the prompt 
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from ovr_megatron.config import PrepareConfig, ProxyLossConfig
@@ -27,7 +29,7 @@ def run(work: Work) -> None:
                     errors[entry["key"]] = entry["error"]
                 else:
                     losses[entry["key"]] = entry["loss"]
-    sources = np.array([row.get("source", "") for row in work.rows()], dtype=object)
+    sources = np.array([sys.intern(row.get("source", "")) for row in work.rows()], dtype=object)
     bounds = {name: bound(losses[sources == name], work.config.proxy_loss) for name in sorted(set(sources))}
     work.extra["bounds"] = {name: value for name, value in bounds.items() if np.isfinite(value)}
     for index, row in enumerate(work.rows()):

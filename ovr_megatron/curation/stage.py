@@ -7,12 +7,14 @@ before it.  A stage whose manifest has the right key is done; any other is done 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import islice
 from multiprocessing import get_context
@@ -80,7 +82,6 @@ class Work:
         self.tally, self.extra = Tally(), dict[str, Any]()
         self._stack = ExitStack()
         self._out = self._stack.enter_context((self.folder / ROWS).open("w", encoding="utf-8"))
-        self._pool: ProcessPoolExecutor | None = None
         self.progress = self._stack.enter_context(Progress(max(count, 1), name, "row", inner=True))
 
     def __enter__(self) -> Self:
@@ -88,9 +89,7 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close the files and end the workers; what they had not begun is dropped where something failed."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=kind is not None)
+        """Close the files."""
         self._stack.close()
 
     def lines(self) -> Iterator[str]:
@@ -114,16 +113,18 @@ class Work:
             for chunk in chunks:
                 yield from self._paired(chunk, judge_chunk(judge, chunk))
             return
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.config.workers, get_context("spawn"))
-        waiting: list[tuple[tuple[str, ...], Future[list[tuple[str, Any]]]]] = []
-        for chunk in chunks:
-            waiting.append((chunk, self._pool.submit(judge_chunk, judge, chunk)))
-            if len(waiting) >= _WAITING * self.config.workers:
-                first, future = waiting.pop(0)
-                yield from self._paired(first, future.result())
-        for chunk, future in waiting:
-            yield from self._paired(chunk, future.result())
+        waiting: deque[tuple[tuple[str, ...], Future[list[tuple[str, Any]]]]] = deque()
+        pool = ProcessPoolExecutor(self.config.workers, get_context("spawn"), _install, (judge,))
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_judge_installed, chunk)))
+                if len(waiting) >= _WAITING * self.config.workers:
+                    first, future = waiting.popleft()
+                    yield from self._paired(first, future.result())
+            for chunk, future in waiting:
+                yield from self._paired(chunk, future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _paired(self, chunk: tuple[str, ...], results: list[tuple[str, Any]]) -> Iterator[Judged]:
         for line, (source, result) in zip(chunk, results, strict=True):
@@ -156,13 +157,38 @@ def judge_chunk(judge: Judge, lines: tuple[str, ...]) -> list[tuple[str, Any]]:
     return [(row.get("source", ""), judge(row)) for row in rows]
 
 
-def run_stages(stages: list[Stage], config: PrepareConfig, say: Callable[[str], None] = print) -> Path:
-    """Run ``stages`` in order, leaving out what is done; returns the folder of the last one.
+_installed: Judge
+
+
+def _install(judge: Judge) -> None:
+    """Give a worker its judge once: an index of evaluation problems is large."""
+    global _installed
+    _installed = judge
+
+
+def _judge_installed(lines: tuple[str, ...]) -> list[tuple[str, Any]]:
+    return judge_chunk(_installed, lines)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process.
 
     Raises:
-        ConfigError: another preparation is at work in this folder.
+        ConfigError: another process holds it.
     """
-    Path(config.dir).mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"dir={folder}: another preparation is at work there; wait, or give another dir"
+            ) from None
+        yield
+
+
+def run_stages(stages: list[Stage], config: PrepareConfig, say: Callable[[str], None] = print) -> Path:
+    """Run ``stages`` in order, leaving out what is done; returns the folder of the last one."""
     before: Path | None = None
     key, count = "", 0
     for stage in stages:

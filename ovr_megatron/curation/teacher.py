@@ -21,7 +21,7 @@ from ovr_megatron.config import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.endpoint import Answer, Endpoint, Question
 from ovr_megatron.curation.engines import run_engines
 from ovr_megatron.curation.journal import Journal
-from ovr_megatron.curation.stage import Stage, Work
+from ovr_megatron.curation.stage import Stage, Work, listing
 from ovr_megatron.curation.text import response_text
 
 JOURNAL = "journal.jsonl"
@@ -152,10 +152,15 @@ def response_of(answer: Answer, think: bool) -> str:
     return text.lstrip().removeprefix("<think>").lstrip("\n") if think else text
 
 
+def inputs(config: PrepareConfig) -> object:
+    """The files of a local teacher."""
+    return None if config.teacher.base_url else listing(config.teacher.model or "")
+
+
 def settings(config: PrepareConfig) -> list[Any]:
     """What decides the outcome; not how fast and through which door the teacher is asked."""
     told = {name: value for name, value in asdict(config.teacher).items() if name not in _FREE}
     return [told, config.data.template]
 
 
-STAGE = Stage("teacher", run, settings)
+STAGE = Stage("teacher", run, settings, inputs)

@@ -46,7 +46,7 @@ def test_shares_are_those_of_a_literal_count() -> None:
             number: len(grams(text) & grams(problem)) / len(grams(problem)) for number, problem in enumerate(texts)
         }
         expected = {number: share for number, share in shares.items() if share >= 0.3}
-        found = {number: share for share, number in index.find(word_hashes(words(text)), 0)}
+        found = {number: share for share, number in index.find(word_hashes(words(text)))}
         assert found == pytest.approx(expected)
 
 
@@ -57,9 +57,10 @@ def test_other_numbers_are_found_with_masked_numbers_only() -> None:
     assert problems([problem], masked_threshold=0.9).contamination(other) == (MASKED, "0", 1.0)
 
 
-def test_very_short_problems_must_be_the_whole_prompt() -> None:
+def test_very_short_problems_must_make_half_of_the_prompt() -> None:
     found = problems(["Compute $2^{10}$."])
-    assert found.contamination(row("compute 2^10")) == (KEPT, "0", 1.0)
+    for text in ("compute 2^10", "Please solve: compute $2^10$."):
+        assert found.contamination(row(text)) == (KEPT, "0", 1.0)
     assert found.contamination(row("Compute 2^10 in base 7 and add the digits of the result.")) is None
 
 
@@ -107,7 +108,7 @@ def test_planted_math500_problems_are_found_and_the_others_are_not() -> None:
                 missed[form].append(changed)
     wrong = [(text, hit) for text in others if (hit := found.contamination(row(text)))]
     assert missed[0] == missed[1] == wrong == []
-    # Problems of four words, "Compute $a$.", which an edit halves and which must be the whole prompt.
+    # Problems of four words, "Compute $a$.", which an edit halves and which must make half of the prompt.
     assert all(len(words(normalise(text))) <= 8 for text in missed[2])
     assert len(missed[2]) <= 3
     assert len(missed[3]) <= 1
