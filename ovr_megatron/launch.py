@@ -84,7 +84,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig
         with hydra.initialize_config_dir(str(path.parent.resolve()), version_base=None):
             values = hydra.compose(path.stem, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{recipe}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{recipe}: {str(error.__cause__ or error).splitlines()[0]}") from error
     return build(schema, fill_in(values, path.stem))
 
 
