@@ -127,7 +127,8 @@ def bad_gradient(rank: int, steps: range) -> None:
 
     def poison(engine: Engine, *rest: Any, **kwargs: Any) -> None:
         if rank == 1 and moment["step"] in steps:
-            engine.live.holdings[-1].parameter.main_grad.fill_(float("nan"))
+            trained = [h.parameter for h in engine.live.holdings if h.row.megatron in engine.trained]
+            trained[0].main_grad.fill_(float("nan"))
 
     wrap(Engine, "_meet", poison)
 
