@@ -25,10 +25,10 @@ title "base model: the stand-in for Qwen2.5-VL's pre-training, on generated capt
 stage base tiny_base 800 coldstart model.path="$run/init"
 
 title "stage 1, linguistic cold start: text puzzles with reasoning, vision frozen"
-stage cold_start tiny_cold_start 30 coldstart model.path="$(newest base)"
+stage cold_start tiny_cold_start 130 coldstart model.path="$(newest base)"
 
 title "stage 2, multimodal PPO: images and text, critic, vLLM rollouts"
-iterations=120
+iterations=100
 stage rl tiny_rl $iterations rl model.path="$(newest cold_start)" iterations=$iterations
 
 title "average of the last checkpoints, export to Hugging Face, check against Transformers"

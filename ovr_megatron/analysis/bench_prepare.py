@@ -151,4 +151,4 @@ def show(results: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(*sys.argv[1:4], int(sys.argv[4]))))
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))
