@@ -44,6 +44,7 @@ SlurmdTimeout=15
 GresTypes=gpu
 ReturnToService=2
 KillWait=10
+MinJobAge=86400
 JobRequeue=1
 EnforcePartLimits=ALL
 MailProg=/bin/true
