@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1, the linguistic cold start, on 8 nodes of 8 GPUs:
 #
-#   OVR_DATA=traces.jsonl OVR_MODEL=Qwen2.5-VL-7B-Instruct sbatch slurm/coldstart_64gpu.sh run.dir=/shared/runs/cold [key=value ...]
+#   OVR_DATA=sets/cold OVR_MODEL=Qwen2.5-VL-7B-Instruct sbatch slurm/coldstart_64gpu.sh run.dir=/shared/runs/cold [key=value ...]
 #
 # What stands below is a default: options of sbatch (--nodes=2 --partition=...) and SBATCH_* variables come before it.
 # Without Slurm the same command with bash in sbatch's place runs on this machine. docs/slurm.md has everything.

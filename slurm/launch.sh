@@ -23,8 +23,11 @@ read_arguments() {
     arguments=("$@")
     add_path run.dir "${OVR_RUN:-}"
     add_path model.path "${OVR_MODEL:-}"
-    [ -z "${OVR_DATA:-}" ] || [ -n "$(value_of data.sources "${arguments[@]}")" ] ||
-        arguments+=("data.sources=[{path: '$OVR_DATA'}]")
+    if [ -f "${OVR_DATA:-}/tokens.bin" ]; then # a tokenised set
+        add_path data.tokenised "$OVR_DATA"
+    elif [ -n "${OVR_DATA:-}" ]; then
+        add_path data.sources "[{path: '$OVR_DATA'}]"
+    fi
     run="$(value_of run.dir "${arguments[@]}")"
     if [ -z "$run" ]; then
         echo "No run folder: give run.dir=DIR as an argument or OVR_RUN=DIR, on a file system that all nodes share." >&2

@@ -61,8 +61,10 @@ def inputs(config: Config) -> tuple[list[Path], list[str]]:
             found.append(path)  # anything else is a name on the hub
     if config.data.exclude:
         found.append(Path(config.data.exclude))
-    if not config.data.sources:
-        problems.append("data.sources is empty; give OVR_DATA=FILE or 'data.sources=[{path: FILE}]'")
+    if config.data.tokenised:
+        found.append(Path(config.data.tokenised))
+    elif not config.data.sources:
+        problems.append("there are no data; give OVR_DATA=PATH, data.tokenised=DIR or 'data.sources=[{path: FILE}]'")
     return found, problems
 
 
