@@ -53,6 +53,9 @@ def text_and_images(shape: ModelShape, lengths: tuple[int, ...], sides: tuple[in
 
 def build(folder: Path, parallel: ParallelConfig, critic: bool = False, **model: Any) -> Engine:
     engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder), **model), parallel, world, critic)
+    for part in engine.parts:
+        for parameter in part.parameters():  # not loaded, so not all are initialised
+            parameter.data.normal_(0, 0.02)
     return engine.with_optimizer(OptimizerConfig(lr=1e-3, warmup_steps=0), 1)
 
 
