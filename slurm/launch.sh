@@ -47,8 +47,8 @@ find_launcher() {
         attempt="${SLURM_RESTART_COUNT:-0}" job="$SLURM_JOB_ID"
         export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
         export MASTER_PORT="${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}"
+        unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of a shell that the job was submitted from; srun's count
         # When one rank has left, the others get a minute, for their stacks or their last words.
-        errors=2
         launcher=(srun --kill-on-bad-exit=0 --wait="${OVR_WAIT_S:-60}" --cpu-bind=none)
         if [ -n "${OVR_CONTAINER:-}" ]; then
             python="${OVR_PYTHON:-python3}"
@@ -61,7 +61,6 @@ find_launcher() {
         # In a session of its own: Ctrl-C comes to us, not to torchrun, which would kill the ranks after 30 s.
         launcher=(setsid "$python" -m torch.distributed.run --standalone
             --nproc-per-node "$((ranks > 0 ? ranks : 1))" --no-python)
-        exec {errors}>/dev/null # torchrun's account of a failure stays in its log
     fi
 }
 
@@ -70,8 +69,12 @@ run_ranks() {
     local log="$logs/$1" code="$logs/.status"
     shift
     rm -f "$code"
-    { "${launcher[@]}" bash "$root/slurm/rank.sh" "$log" "$@" 2> >(tee -a "$logs/launcher.log" >&"$errors") ||
-        echo $? >"$code"; } &
+    local command=("${launcher[@]}" bash "$root/slurm/rank.sh" "$log" "$@")
+    if in_slurm; then
+        { "${command[@]}" 2> >(tee -a "$logs/launcher.log" >&2) || echo $? >"$code"; } &
+    else # torchrun's account of a failure stays in its log
+        { "${command[@]}" 2>>"$logs/launcher.log" || echo $? >"$code"; } &
+    fi
     ranks_pid=$!
     while kill -0 "$ranks_pid" 2>/dev/null; do wait "$ranks_pid" || true; done
     ranks_pid="" status=0

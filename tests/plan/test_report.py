@@ -204,6 +204,7 @@ def test_command_line(tmp_path: Path) -> None:
 def test_dry_run_starts_nothing(folder: Path, tmp_path: Path) -> None:
     """A world of 16 that is not there: a process group would wait for it."""
     settings = ["--dry-run", "--config-name", "tiny_cold_start", f"model.path={folder}", f"run.dir={tmp_path / 'run'}"]
+    settings.append("packs_per_step=16")
     command = [sys.executable, "-m", "ovr_megatron.coldstart", *settings]
     environment = {
         "PATH": "/usr/bin:/bin",

@@ -14,7 +14,16 @@ from pathlib import Path
 
 import psutil
 
+# What a launcher, or a test of this process that joined a process group, may have left.
+_LAUNCHERS = ("SLURM", "SBATCH", "OVR_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+
+
+def shell_environment() -> dict[str, str]:
+    """The environment of a user's shell."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
+
 
 CONFIG = """\
 ClusterName=loopback
@@ -82,10 +91,10 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int):
         self.folder, self.nodes = folder, [f"n{number + 1}" for number in range(nodes)]
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))
+        self.environment = shell_environment() | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin",
         }
-        self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("munge", "state", "log", *(f"spool/{node}" for node in self.nodes)):
             (folder / name).mkdir(parents=True, mode=0o755)

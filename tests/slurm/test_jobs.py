@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ovr_megatron.model.tiny import make_tiny_model
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import Cluster, missing, shell_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 60, 10
@@ -63,10 +63,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
     model = make_tiny_model(folder / "model", seed=5)
     script = ROOT / "slurm/coldstart_64gpu.sh"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     alone = subprocess.run(
         ["bash", script, *arguments(folder / "alone")],
-        env=environment | settings(model) | {"OVR_RANKS": "2"},
+        env=shell_environment() | settings(model) | {"OVR_RANKS": "2"},
         capture_output=True,
         text=True,
         timeout=2 * LIMIT_S,

@@ -1,6 +1,5 @@
 """slurm/coldstart_64gpu.sh without Slurm: what it refuses before it trains, and how it stops."""
 
-import os
 import signal
 import subprocess
 import time
@@ -9,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from ovr_megatron.model.tiny import make_tiny_model
+from tests.slurm.cluster import shell_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/coldstart_64gpu.sh"
 
 
 def environment(**others: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OVR_"))}
-    return kept | {"OVR_RECIPE": "tiny_cold_start", "OVR_GPUS": "0", "OVR_PREFLIGHT_S": "300", **others}
+    return shell_environment() | {"OVR_RECIPE": "tiny_cold_start", "OVR_GPUS": "0", "OVR_PREFLIGHT_S": "300", **others}
 
 
 def start(*arguments: str, **others: str) -> subprocess.Popen[str]:
@@ -71,5 +70,5 @@ def test_stops_in_order_and_says_so(model: Path, tmp_path: Path) -> None:
     (checkpoint,) = (run / "checkpoints").glob("step_*")
     assert (checkpoint / "manifest.json").exists()
     summary = (run / "logs/jobs.log").read_text()
-    assert f"state=stopped status=0 steps={int(checkpoint.name[5:])}/5000" in summary
+    assert f"state=stopped status=75 steps={int(checkpoint.name[5:])}/5000" in summary
     assert f"requeues=0 checkpoint={checkpoint}\n" in summary
