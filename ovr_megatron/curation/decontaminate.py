@@ -37,7 +37,7 @@ KEPT, MASKED = "evaluation problem", "evaluation problem with other numbers"
 
 
 _EDIT = 4  # an edited word must not cost more than about a quarter of a short problem's n-grams
-_SHORTEST = 3
+_SHORTEST = 4
 
 
 @dataclass(frozen=True)
