@@ -24,6 +24,7 @@ from ovr_megatron.data.schema import (
     row_to_json,
 )
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.runtime.progress import Progress
 
 IMAGES = "images"
 _THINK = "<think>"
@@ -37,14 +38,17 @@ def run(work: Work) -> None:
         ConfigError: an endless source without ``collect.limit``.
     """
     store = ImageStore(Path(work.config.dir), work.config)
-    for source in work.config.data.sources:
-        opened = open_source(source)
-        limit = work.config.collect.limit
-        if len(opened) >= ENDLESS and not limit:
+    limit = work.config.collect.limit
+    opened = [(source, open_source(source)) for source in work.config.data.sources]
+    for source, rows in opened:
+        if len(rows) >= ENDLESS and not limit:
             raise ConfigError(f"data.sources: {source.path} never ends; set collect.limit to a number of rows")
-        for index in range(min(limit or len(opened), len(opened))):
-            _take(work, store, source, opened, index)
-            work.progress.update()
+    counts = [min(limit or len(rows), len(rows)) for _, rows in opened]
+    with Progress(sum(counts), "collect", "row", inner=True) as progress:
+        for (source, rows), count in zip(opened, counts, strict=True):
+            for index in range(count):
+                _take(work, store, source, rows, index)
+                progress.update()
 
 
 def _take(work: Work, store: ImageStore, config: SourceConfig, opened: RowSource, index: int) -> None:

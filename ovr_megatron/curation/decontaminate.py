@@ -37,7 +37,7 @@ KEPT, MASKED = "evaluation problem", "evaluation problem with other numbers"
 
 
 _EDIT = 4  # an edited word must not cost more than about a quarter of a short problem's n-grams
-_SHORTEST = 3
+_SHORTEST = 4
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> 
         whole = len(told) < config.min_words
         if not told or (whole and masked):  # a handful of words with any numbers says nothing
             continue
-        n = len(told) if whole else max(min(config.n, len(told) // _EDIT), min(_SHORTEST, len(told)))
+        n = len(told) if whole else min(config.n, len(told), max(_SHORTEST, len(told) // _EDIT))
         found = np.unique(ngram_hashes(word_hashes(told), n))
         sizes[number] = len(found)
         by_length.setdefault((n, whole), []).append((number, found))

@@ -41,6 +41,7 @@ def test_puzzles_and_math500_go_through_the_recipe(tmp_path: Path) -> None:
             file.write(json.dumps({"messages": messages, "answer": problem["final_answer"], "id": str(number)}) + "\n")
     sources = ",".join([f"{{path: '{kind}'}}" for kind in KINDS] + [f"{{path: {tmp_path}/math.jsonl, name: math}}"])
     settings = [f"data.sources=[{sources}]", f"decontaminate.sources=[{{path: {tmp_path}/eval.json}}]"]
+    settings.append("decontaminate.threshold=0.5")
     out = tmp_path / "out"
     said = prepare(out, *settings)
     assert said.splitlines()[-1] == f"prepared: {out}/tokenise"
