@@ -49,13 +49,19 @@ class Setting:
         dp = config.parallel.data_parallel(self.world)
         if isinstance(config, ColdStartConfig):
             if config.packs_per_step % dp:
-                raise ConfigError(f"packs_per_step={config.packs_per_step} cannot be shared by {dp} replicas")
+                raise ConfigError(
+                    f"packs_per_step={config.packs_per_step} cannot be shared by {dp} replicas; make it a multiple"
+                )
             if config.parallel.vpp > 1 and config.packs_per_step // dp < config.parallel.pp:
-                raise ConfigError(f"fewer packs a replica ({config.packs_per_step // dp}) than stages of vpp")
+                raise ConfigError(
+                    f"fewer packs a replica ({config.packs_per_step // dp}) than stages of vpp; use vpp=1"
+                )
         elif config.prompts // dp * config.responses < config.algorithm.critic_steps:
-            raise ConfigError(f"prompts={config.prompts} leave a replica of {dp} fewer responses than critic_steps")
+            raise ConfigError(
+                f"prompts={config.prompts} leave a replica of {dp} fewer responses than critic_steps; raise it"
+            )
         elif self.world % config.rollout.tp:
-            raise ConfigError(f"rollout.tp={config.rollout.tp} does not divide the {self.world} processes")
+            raise ConfigError(f"rollout.tp={config.rollout.tp} does not divide the {self.world} processes; change one")
 
     @cached_property
     def dp(self) -> int:

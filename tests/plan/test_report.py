@@ -204,7 +204,7 @@ def test_command_line(tmp_path: Path) -> None:
 def test_dry_run_starts_nothing(folder: Path, tmp_path: Path) -> None:
     """A world of 16 that is not there: a process group would wait for it."""
     settings = ["--dry-run", "--config-name", "tiny_cold_start", f"model.path={folder}", f"run.dir={tmp_path / 'run'}"]
-    settings.append("packs_per_step=16")
+    settings += ["packs_per_step=32"]
     command = [sys.executable, "-m", "ovr_megatron.coldstart", *settings]
     environment = {
         "PATH": "/usr/bin:/bin",
@@ -213,7 +213,7 @@ def test_dry_run_starts_nothing(folder: Path, tmp_path: Path) -> None:
         "RANK": "0",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "processes   16 x h100" in done.stdout and "by the cost model" in done.stdout
     assert not (tmp_path / "run").exists()
