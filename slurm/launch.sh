@@ -67,11 +67,14 @@ run_ranks() {
     local log="$logs/$1" code="$logs/.status"
     shift
     rm -f "$code"
-    { "${launcher[@]}" bash "$root/slurm/rank.sh" "$log" "$@" 2> >(tee -a "$logs/launcher.log" >&"$errors") ||
-        echo $? >"$code"; } &
+    {
+        "${launcher[@]}" bash "$root/slurm/rank.sh" "$log" "$@" 2> >(tee -a "$logs/launcher.log" >&"$errors") && status=0 ||
+            status=$?
+        echo "$status" >"$code"
+    } &
     ranks_pid=$!
     while kill -0 "$ranks_pid" 2>/dev/null; do wait "$ranks_pid" || true; done
-    ranks_pid="" status=0
+    ranks_pid="" status=137 # killed, unless it says otherwise
     [ ! -e "$code" ] || status="$(cat "$code")"
     in_slurm || [ "$status" = 0 ] || status="$(first_failure)"
 }
