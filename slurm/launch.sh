@@ -70,14 +70,18 @@ run_ranks() {
     shift
     rm -f "$code"
     local command=("${launcher[@]}" bash "$root/slurm/rank.sh" "$log" "$@")
-    if in_slurm; then
-        { "${command[@]}" 2> >(tee -a "$logs/launcher.log" >&2) || echo $? >"$code"; } &
-    else # torchrun's account of a failure stays in its log
-        { "${command[@]}" 2>>"$logs/launcher.log" || echo $? >"$code"; } &
-    fi
+    {
+        status=0
+        if in_slurm; then
+            "${command[@]}" 2> >(tee -a "$logs/launcher.log" >&2) || status=$?
+        else # torchrun's account of a failure stays in its log
+            "${command[@]}" 2>>"$logs/launcher.log" || status=$?
+        fi
+        echo "$status" >"$code"
+    } &
     ranks_pid=$!
     while kill -0 "$ranks_pid" 2>/dev/null; do wait "$ranks_pid" || true; done
-    ranks_pid="" status=0
+    ranks_pid="" status=137 # killed, unless it says otherwise
     [ ! -e "$code" ] || status="$(cat "$code")"
     in_slurm || [ "$status" = 0 ] || status="$(first_failure)"
 }

@@ -12,10 +12,12 @@ from tests.slurm.cluster import shell_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/coldstart_64gpu.sh"
+LIMIT_S = float(os.environ.get("SLURM_TEST_LIMIT_S", "240"))
 
 
 def environment(**others: str) -> dict[str, str]:
-    return shell_environment() | {"OVR_RECIPE": "tiny_cold_start", "OVR_GPUS": "0", "OVR_PREFLIGHT_S": "300", **others}
+    given = {"OVR_RECIPE": "tiny_cold_start", "OVR_GPUS": "0", "OVR_PREFLIGHT_S": str(LIMIT_S)}
+    return shell_environment() | given | others
 
 
 def start(*arguments: str, **others: str) -> subprocess.Popen[str]:
@@ -45,7 +47,7 @@ def test_pre_flight_names_every_problem(model: Path, tmp_path: Path) -> None:
     process = start(
         f"run.dir={run}", "packs_per_step=3", OVR_MODEL=str(model), OVR_DATA=str(absent), OVR_RANKS="2", **floors
     )
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=2 * LIMIT_S)
     assert process.returncode == 2, output
     said = "\n".join(line for line in output.splitlines() if line.startswith("preflight: "))
     assert "packs_per_step=3 cannot be dealt to 2 data-parallel replicas" in said
@@ -60,12 +62,12 @@ def test_pre_flight_names_every_problem(model: Path, tmp_path: Path) -> None:
 def test_stops_in_order_and_says_so(model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start("steps=5000", "data.pack_tokens=512", OVR_RUN=str(run), OVR_MODEL=str(model), OVR_RANKS="1")
-    metrics, deadline = run / "metrics/train.jsonl", time.monotonic() + 600
+    metrics, deadline = run / "metrics/train.jsonl", time.monotonic() + 2 * LIMIT_S
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75, output
     (checkpoint,) = (run / "checkpoints").glob("step_*")
     assert (checkpoint / "manifest.json").exists()
