@@ -1,5 +1,6 @@
 """slurm/coldstart_64gpu.sh without Slurm: what it refuses before it trains, and how it stops."""
 
+import os
 import signal
 import subprocess
 import time
