@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
-import importlib.util
 import os
 import sys
 import time
@@ -27,6 +25,7 @@ from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
 from ovr_megatron.data.sources import SUFFIXES
 from ovr_megatron.launch import RECIPES, USER_ERRORS
+from ovr_megatron.plan import report
 from ovr_megatron.runtime import cpu, distributed, environment, preflight
 
 STAGES = {"coldstart": (ColdStartConfig, "cold_start_7b_64gpu"), "rl": (RLConfig, "rl_7b_64gpu")}
@@ -152,10 +151,9 @@ def check_folder(run: Path, local_rank: int, needed: int, floors: Floors, measur
 
 
 def check_plan(config: Config, ranks: int) -> list[str]:
-    """Whether the plan's largest phase goes into this rank's GPU; nothing where there is no plan or no GPU."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("ovr_megatron.plan") is None:
+    """Whether the plan's largest phase goes into this rank's GPU; nothing where there is none."""
+    if not torch.cuda.is_available():
         return []
-    report = importlib.import_module("ovr_megatron.plan.report")
     try:
         found = report.plan(config, report.Options(ranks, search=False))
     except USER_ERRORS as error:
