@@ -311,7 +311,8 @@ class Engine:
         if not training:
             self._finish_gathers()
         for part in self.parts:
-            part.train(training)
+            if part.training != training:  # the walk over a model's modules takes as long as a small step
+                part.train(training)
         aligned = [self._aligned(pack) for pack in packs]
         if self.parallel.vpp > 1:
             aligned += [self._filler(aligned[0])] * (-len(aligned) % self.parallel.pp)

@@ -25,23 +25,24 @@ def rotary_table(angles: Tensor) -> Tensor:
     return torch.cat((full.cos(), full.sin()), dim=-1)[:, None, None]
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Apply the rotary ``table`` [T, 1, 1, 2H] to ``x`` [T, 1, N, H], in float32."""
-    return _Rotation.apply(x, table)
+def rotate(query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply the rotary ``table`` [T, 1, 1, 2H] to ``query`` [T, 1, N, H] and ``key`` [T, 1, G, H], in float32."""
+    return _Rotation.apply(query, key, table)
 
 
 class _Rotation(torch.autograd.Function):
     """Rotation of the pairs (x_i, x_{i + H/2}); its backward is the rotation by the opposite angle."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(table)
-        return _turn(x, table, 1.0)
+        return _turn(query, table, 1.0), _turn(key, table, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (table,) = ctx.saved_tensors
-        return _turn(grad, table, -1.0), None
+        d_query, d_key = (_turn(grad, table, -1.0) for grad in grads)
+        return d_query, d_key, None
 
 
 def _turn(x: Tensor, table: Tensor, sign: float) -> Tensor:
@@ -72,7 +73,7 @@ class PackedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend within documents; ``hidden_states`` [T, 1, D] (sequence-parallel: this rank's rows)."""
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+        query, key = rotate(query, key, rotary_pos_emb)
         context = self.core_attention(
             query.squeeze(1),
             key.squeeze(1),
@@ -122,7 +123,9 @@ class PackedDotProductAttention(MegatronModule):
             both = gather_from_sequence_parallel_region(torch.cat((key_TGH, value_TGH), 1), group=self.cp_group)
             key_TGH, value_TGH = both.chunk(2, dim=1)
         shared = query_TNH.size(1) // key_TGH.size(1)
-        if shared > 1:
+        if shared > 1 and (
+            query_TNH.is_cuda or self.cp_group is not None
+        ):  # torch's kernels for these want equal heads
             key_TGH = key_TGH.repeat_interleave(shared, dim=1)
             value_TGH = value_TGH.repeat_interleave(shared, dim=1)
         parts = [self._attend(query_TNH, key_TGH, value_TGH, group) for group in packed_seq_params.groups]
@@ -144,11 +147,14 @@ class PackedDotProductAttention(MegatronModule):
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None) -> Tensor:
     """Attention output [B, N, L, H] of ``query`` [B, N, L, H] over ``key`` and ``value`` [B, N, K, H].
 
-    Causal: the last query sees all K keys, the one before it all but the last, and so on.  No mask is built.
+    Causal: the last query sees all K keys, the one before it all but the last, and so on.  No mask is built.  On a CPU
+    with as many keys as queries, ``key`` and ``value`` may have fewer heads, each shared by neighbouring query heads.
     """
     if causal and query.size(2) < key.size(2):
         return _PrefixAttention.apply(query, key, value, scale)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=causal, scale=scale, enable_gqa=query.size(1) > key.size(1)
+    )
 
 
 class _PrefixAttention(torch.autograd.Function):

@@ -1,4 +1,6 @@
-"""Log-probabilities and entropy over a vocabulary-parallel head, tile by tile, logits recomputed in backward.
+"""Log-probabilities and entropy over a vocabulary-parallel head, tile by tile.
+
+Backward recomputes the logits, except where all of them together are small.
 
 Shapes: n scored tokens, D model width, V vocabulary rows of this rank; a tile holds t of the tokens and v of the rows.
 """
@@ -15,6 +17,8 @@ from torch import Tensor
 BANNED = -1.0e30
 # Bytes of one float32 tile of logits: a CPU wants it in its cache, a GPU as large as its matrix units need.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+# Of all float32 logits, which up to here are kept for backward instead of being computed again.
+_KEPT_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:
@@ -47,6 +51,11 @@ def _labels_within(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return torch.where(inside, labels - columns.start, 0)[:, None], inside
 
 
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
+    if group.size() > 1:  # a collective of one rank still costs as much as a small product
+        dist.all_reduce(tensor, op, group=group)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right`` to the float32 ``total``."""
     if left.dtype == total.dtype:
@@ -75,6 +84,8 @@ class _VocabParallelScores(torch.autograd.Function):
         local = labels - group.rank() * len(weight)
         total, weighted, target = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
         peak = torch.full_like(total, BANNED)
+        small = 4 * len(hidden) * len(weight) <= _KEPT_BYTES[hidden.device.type]
+        kept: list[Tensor] = []
         for columns in _blocks(len(weight), rows):
             forbidden = banned[columns].nonzero()[:, 0]
             for part in _blocks(len(hidden), tokens):
@@ -86,23 +97,25 @@ class _VocabParallelScores(torch.autograd.Function):
                 weights = x.exp()
                 before = _rebased(total[part], weighted[part], peak[part], top)
                 total[part] = before[0] + weights.sum(-1)
-                weighted[part] = before[1] + x.mul_(weights).sum(-1)
+                weighted[part] = before[1] + weights.mul_(x).sum(-1)
                 peak[part] = top
+                if small:
+                    kept.append(x.add_(top[:, None]))
         top = peak.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        _all_reduce(top, group, dist.ReduceOp.MAX)
         sums = torch.stack((*_rebased(total, weighted, peak, top), target))
-        dist.all_reduce(sums, group=group)
+        _all_reduce(sums, group)
         total, weighted, target = sums
         norm = top + total.log()
         logprob, entropy = target - norm, total.log() - weighted / total
-        ctx.save_for_backward(hidden, weight, local, banned, norm, entropy)
+        ctx.save_for_backward(hidden, weight, local, banned, norm, entropy, *kept)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.group = scale, group
         return logprob, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, banned, norm, entropy = ctx.saved_tensors
+        hidden, weight, local, banned, norm, entropy, *kept = ctx.saved_tensors
         d_logprob, d_entropy = (None if grad is None else grad * ctx.scale for grad in grads)
         if d_logprob is None:
             d_logprob = torch.zeros_like(norm)
@@ -114,7 +127,10 @@ class _VocabParallelScores(torch.autograd.Function):
             forbidden = banned[columns].nonzero()[:, 0]
             d_block = torch.zeros_like(weight[columns], dtype=torch.float32) if wants_weight else None
             for part in _blocks(len(hidden), tokens):
-                x = _shifted(hidden[part] @ weight[columns].t(), ctx.scale, norm[part])  # log-probabilities
+                if kept:
+                    x = kept.pop(0) - norm[part, None]  # log-probabilities
+                else:
+                    x = _shifted(hidden[part] @ weight[columns].t(), ctx.scale, norm[part])
                 if d_entropy is None:
                     d_tile = x.exp_().mul_(-d_logprob[part, None])
                 else:
@@ -133,7 +149,7 @@ class _VocabParallelScores(torch.autograd.Function):
                 d_weight[columns] = d_block
         if d_hidden is not None:
             d_hidden = d_hidden.to(hidden.dtype)
-            dist.all_reduce(d_hidden, group=ctx.group)
+            _all_reduce(d_hidden, ctx.group)
         return d_hidden, d_weight, None, None, None, None
 
 

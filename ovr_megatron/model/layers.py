@@ -45,13 +45,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         normed = x.float() * scale
-        wide = grad.float()
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        d_x = wide * weight.float()
-        mean = torch.linalg.vecdot(d_x, normed).unsqueeze(-1).div_(x.size(-1))
-        return d_x.addcmul_(normed, mean, value=-1.0).mul_(scale).to(x.dtype), d_weight, None
+        wide, factor = grad.float(), weight.float()
+        product = wide * normed
+        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        mean = (product @ factor).unsqueeze(-1).div_(x.size(-1))
+        return (wide * factor).addcmul_(normed, mean, value=-1.0).mul_(scale).to(x.dtype), d_weight, None
 
 
 class RMSNorm(torch.nn.Module):
@@ -87,7 +85,10 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
 
 class SwiGLU(torch.nn.Module):
-    """The perceptron's gate silu(a) * b; its backward keeps (a, b) only."""
+    """The perceptron's gate silu(a) * b, whose backward writes the gradient of (a, b) over them.
+
+    On a GPU nothing else is kept; on a CPU, where an exponential costs more than its memory, silu(a) is.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -100,20 +101,23 @@ class SwiGLU(torch.nn.Module):
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up)
+        activated = torch.nn.functional.silu(gate)
+        if gate_up.is_cuda:
+            ctx.save_for_backward(gate_up)
+            return activated.mul_(up)
+        ctx.save_for_backward(gate_up, activated)
+        return activated * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+        gate_up, *kept = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        d_gate, d_up = out.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)
-        torch.mul(grad, up, out=d_gate)
-        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-        return out
+        activated = kept[0] if kept else torch.nn.functional.silu(gate)
+        up.mul_(grad)  # the gradient takes the place of what was kept: backward reads it once
+        torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
+        torch.mul(activated, grad, out=up)
+        return gate_up
 
 
 @dataclass(frozen=True)

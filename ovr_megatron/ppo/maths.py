@@ -15,9 +15,7 @@ from torch import Tensor
 Ragged = list[np.ndarray]
 
 
-def generalised_advantages(
-    rewards: Sequence[float], values: Ragged, gamma: float, lam: float
-) -> tuple[Ragged, Ragged]:
+def generalised_advantages(rewards: Sequence[float], values: Ragged, gamma: float, lam: float) -> tuple[Ragged, Ragged]:
     """Generalised advantage estimation with the reward on the last token and V(terminal) = 0.
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V(s_t)

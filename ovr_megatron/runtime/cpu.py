@@ -45,9 +45,7 @@ class _TorchvisionSchemas(importlib.abc.MetaPathFinder):
             return
         library = sys.modules["torch"].library
         for operator in ("nms", "qnms"):
-            library.define(
-                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         sys.meta_path.remove(self)
 
 

@@ -13,11 +13,11 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_par
 
 from ovr_megatron.config import ParallelConfig
 
-_GLOBAL = re.compile(r"_[A-Z][A-Z_]*")
+_GLOBALS = [name for name in vars(parallel_state) if re.fullmatch(r"_[A-Z][A-Z_]*", name)]
 
 
 def _globals() -> dict[str, Any]:
-    return {name: value for name, value in vars(parallel_state).items() if _GLOBAL.fullmatch(name)}
+    return {name: getattr(parallel_state, name) for name in _GLOBALS}
 
 
 class Layout:
