@@ -22,7 +22,7 @@ stage() {
 
 title "base model: the stand-in for Qwen2.5-VL's pre-training, on generated captions and single steps"
 [ -e "$run/init/config.json" ] || "$python" tools/make_tiny_model.py --out "$run/init" --seed "$seed"
-stage base tiny_base 800 coldstart model.path="$run/init"
+stage base tiny_base 1000 coldstart model.path="$run/init"
 
 title "stage 1, linguistic cold start: text puzzles with reasoning, vision frozen"
 stage cold_start tiny_cold_start 130 coldstart model.path="$(newest base)"

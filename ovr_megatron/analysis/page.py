@@ -69,13 +69,14 @@ def folded(title: str, *content: Content) -> Html:
     return tag("details", tag("summary", title), *content)
 
 
-def document(title: str, *content: Content) -> str:
-    """A whole page."""
+def document(title: str, *content: Content, refresh: int = 0) -> str:
+    """A whole page, which a browser loads again every ``refresh`` seconds unless that is 0."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
+        Html(f'<meta http-equiv="refresh" content="{refresh:d}">') if refresh else None,
         tag("title", title),
         tag("style", Html(STYLE)),
     )

@@ -23,15 +23,21 @@ PHASES = {
 NOTHING = "\N{EN DASH}"
 
 
-def write_report(experiment: Experiment) -> Path:
-    """Write ``report.html`` into the experiment's folder and return its path."""
+def write_report(experiment: Experiment, refresh: int = 0) -> Path:
+    """Write ``report.html`` into the experiment's folder, at once for who reads it, and return its path."""
     path = experiment.dir / "report.html"
-    path.write_text(render(experiment), encoding="utf-8")
-    return path
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(render(experiment, refresh), encoding="utf-8")
+    return partial.replace(path)
 
 
-def render(experiment: Experiment) -> str:
-    """The page as text; every part that the folder does not have yet is said to be missing."""
+def render(experiment: Experiment, refresh: int = 0) -> str:
+    """The page as text; every part that the folder does not have yet is said to be missing.
+
+    Args:
+        experiment: what was read of the folder.
+        refresh: seconds after which a browser loads the page again; 0: never.
+    """
     summary = summarise(experiment)
     title = experiment.dir.resolve().name
     charts = _charts(experiment)
@@ -48,6 +54,7 @@ def render(experiment: Experiment) -> str:
         *_rollouts(experiment),
         *_settings(experiment),
         _footer(experiment),
+        refresh=refresh,
     )
 
 

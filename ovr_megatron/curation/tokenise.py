@@ -1,23 +1,25 @@
 """The last stage: what training reads, one source for each group of equal weight.
 
-``groups/NNN.jsonl`` hold the rows, ``groups.json`` their names, weights and shares, and ``sources.yaml`` the same as a
-``data.sources`` that draws from the files by these shares.
+``groups/NNN.jsonl`` hold the rows, ``groups.json`` their names, weights and shares, ``sources.yaml`` the same as a
+``data.sources`` that draws from the files by these shares, and ``set`` the tokens for ``data.tokenised``.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import yaml
 
-from ovr_megatron.config import PrepareConfig
+from ovr_megatron.config import PrepareConfig, SourceConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.data.tokenising import tokenise
 
-GROUPS, SOURCES, FOLDER = "groups.json", "sources.yaml", "groups"
+GROUPS, SOURCES, FOLDER, SET = "groups.json", "sources.yaml", "groups", "set"
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ class Group:
 
 
 def run(work: Work) -> None:
-    """Deal the rows out to their groups, and write the lists."""
+    """Deal the rows out to their groups, write the lists, and tokenise.
+
+    What cannot be in a tokenised set, a picture for example, is counted there and stays in its group's file.
+    """
     groups = write_groups(work)
     (work.folder / GROUPS).write_text(json.dumps([asdict(group) for group in groups], indent=1) + "\n")
-    sources = [
+    sources: list[dict[str, Any]] = [
         {
             "path": str(work.folder / group.path),
             "name": group.name,
@@ -54,6 +59,13 @@ def run(work: Work) -> None:
     ]
     (work.folder / SOURCES).write_text(yaml.safe_dump(sources, sort_keys=False, allow_unicode=True))
     work.extra["groups"] = len(groups)
+    assert work.config.model, "the configuration asks for it where this stage is"
+    listed = [SourceConfig(**{**source, "weight": group.weight}) for source, group in zip(sources, groups, strict=True)]
+    shutil.rmtree(work.folder / SET, ignore_errors=True)
+    data = replace(work.config.data, sources=listed, on_error="skip")
+    written = tokenise(data, work.config.model, work.folder / SET, work.config.workers)
+    for count in ("samples", "tokens", "skipped"):
+        work.extra[count] = sum(getattr(source, count) for source in written.sources)
 
 
 def write_groups(work: Work) -> list[Group]:

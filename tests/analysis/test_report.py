@@ -176,6 +176,33 @@ def test_a_run_that_has_just_begun_is_reported(tmp_path):
     assert "Base model: no metrics yet." in page.text
 
 
+def test_a_page_follows_a_run_that_goes_on(experiment_dir, capsys, monkeypatch):
+    """First there is no run, then one whose files are being written, then more of it; Ctrl-C ends."""
+    run, metrics = experiment_dir.with_name("later"), "rl/metrics/train.jsonl"
+    moments = iter([lambda: shutil.copytree(experiment_dir, run), lambda: lose_half(run / metrics), None])
+    pages = []
+
+    def sleep(seconds):
+        assert seconds == 7
+        pages.append((run / "report.html").read_text() if run.exists() else "")
+        happen = next(moments)
+        if happen is None:
+            raise KeyboardInterrupt
+        happen()
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    command.main([str(run), "--every", "7"])
+    assert "not now: " in capsys.readouterr().out.splitlines()[0]
+    assert pages[0] == "" and all('http-equiv="refresh" content="7"' in page for page in pages[1:])
+    assert pages[1] != pages[2] and sorted(path.name for path in run.glob(".*")) == []
+
+
+def lose_half(path):
+    """What a reader sees of a file while its last line is being written."""
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+
+
 def test_command_refuses_a_folder_without_a_run(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main([str(tmp_path)])

@@ -8,18 +8,23 @@ from typing import Any
 
 import pytest
 
+from ovr_megatron.model.tiny import make_tiny_model
+
 ROOT = Path(__file__).resolve().parents[2]
 MATH500 = ROOT / "../shared/data/text/math500.json"
 STAGES = "[collect,dedup,decontaminate,patterns,verify,stratify,weigh,tokenise]"
 KINDS = ("puzzle:digits?form=text", "puzzle:ordering", "puzzle:countdown")
 
 
-def prepare(out: Path, *settings: str) -> str:
-    command = [sys.executable, "tools/prepare_data.py", "--config-name", "prepare_tiny", f"dir={out}", "model=-"]
-    command += [f"stages={STAGES}", "collect.limit=700", *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def prepare(out: Path, model: Path, *settings: str) -> str:
+    recipe = ("tools/prepare_data.py", "--config-name", "prepare_tiny", f"dir={out}", f"model={model}")
+    return run(*recipe, f"stages={STAGES}", "collect.limit=700", "data.pack_tokens=1024", *settings)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -42,8 +47,8 @@ def test_puzzles_and_math500_go_through_the_recipe(tmp_path: Path) -> None:
     sources = ",".join([f"{{path: '{kind}'}}" for kind in KINDS] + [f"{{path: {tmp_path}/math.jsonl, name: math}}"])
     settings = [f"data.sources=[{sources}]", f"decontaminate.sources=[{{path: {tmp_path}/eval.json}}]"]
     settings.append("decontaminate.threshold=0.5")
-    out = tmp_path / "out"
-    said = prepare(out, *settings)
+    out, model = tmp_path / "out", make_tiny_model(tmp_path / "model", tied=False, seed=1)
+    said = prepare(out, model, *settings)
     assert said.splitlines()[-1] == f"prepared: {out}/tokenise"
     before, after = rows(out / "dedup"), rows(out / "decontaminate")
     gone = {row["id"] for row in before} - {row["id"] for row in after}
@@ -53,4 +58,18 @@ def test_puzzles_and_math500_go_through_the_recipe(tmp_path: Path) -> None:
     assert len(verified) >= 320  # of 325 right ones; a grader that misses some of its own answers is another test's
     groups = json.loads((out / "tokenise/groups.json").read_text())
     assert {group["name"].rpartition("/d")[0] for group in groups} == {row["source"] for row in before}
-    assert "done before" in prepare(out, *settings, "weigh.power=0.7").splitlines()[0]
+    told = json.loads((out / "tokenise/report.json").read_text())
+    assert told["samples"] + told["skipped"] == sum(group["rows"] for group in groups) > 1500 > 20 * told["skipped"]
+    training = (
+        "-m",
+        "ovr_megatron.coldstart",
+        "--config-name",
+        "tiny_cold_start",
+        f"run.dir={tmp_path}/run",
+        "steps=2",
+    )
+    run(*training, f"model.path={model}", f"data.tokenised={out}/tokenise/set", "data.sources=[]")
+    curve = [json.loads(line) for line in (tmp_path / "run/metrics/train.jsonl").read_text().splitlines()]
+    assert len(curve) == 2 and (tmp_path / "run/checkpoints/step_000002/manifest.json").is_file()
+    assert {name for row in curve for name in row if "math/d" in name}, "the losses of the groups are told apart"
+    assert "done before" in prepare(out, model, *settings, "weigh.power=0.7").splitlines()[0]

@@ -29,6 +29,7 @@ from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.sources import open_source, validate
 from ovr_megatron.data.stream import open_stream
+from ovr_megatron.model.tiny import make_tiny_model
 
 STAGES = ["collect", "dedup", "patterns", "stratify", "weigh", "tokenise"]
 THOUGHT = "I think about it for a while.</think>The answer is \\boxed{%s}."
@@ -40,8 +41,13 @@ def line(question: str, answer: str, response: str | None = None, **more: Any) -
     return json.dumps({"messages": messages, "answer": answer, **more}) + "\n"
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), tied=False, seed=1)
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> PrepareConfig:
+def config(tmp_path: Path, model: Path) -> PrepareConfig:
     lines = [line(f"What is {i} plus {i}, and why is that so?", str(2 * i), source="sums") for i in range(40)]
     lines += [lines[3], line("What  is 3 plus 3, and why is that so?", "6", source="sums")]  # twice, exactly
     long = "Tell me of " + " and ".join(f"{chr(97 + i % 26)}{chr(97 + i // 3)}" for i in range(40)) + ". "
@@ -51,7 +57,7 @@ def config(tmp_path: Path) -> PrepareConfig:
     return PrepareConfig(
         dir=str(tmp_path / "prepared"),
         stages=STAGES,
-        model="-",
+        model=str(model),
         data=DataConfig(sources=[SourceConfig(path=str(tmp_path / "rows.jsonl"))]),
     )
 
