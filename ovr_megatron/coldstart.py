@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
@@ -38,6 +38,9 @@ from ovr_megatron.runtime.spikes import SpikeWatch
 from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
+
+if TYPE_CHECKING:
+    from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 
 SPIKE_DOCUMENTS = 16  # that a record names
 
@@ -68,6 +71,7 @@ def train(config: ColdStartConfig, world: World) -> Ended:
         configuration.save(config, run / "config.yaml")
         write_companions(source, run / "companions", processor)
     recorder = Recorder(config, engine, world, found)
+    evaluation = build_evaluation(config, source, processor) if config.evaluation.every else None
 
     with (
         Progress(config.steps, run.name, "step", world.is_main, first) as progress,
@@ -77,11 +81,30 @@ def train(config: ColdStartConfig, world: World) -> Ended:
             watchdog.touch()
             metrics = recorder.train(step, packs, keeper.seconds)
             progress.update(loss=f"{metrics['loss']:.4f}")
+            done = step + 1
+            if evaluation and evaluation.due(done, done == config.steps):
+                watchdog.touch()
+                evaluation.engine.update(engine.weights())
+                recorder.evaluated(step, evaluation.scores(done))
             state = {"packs": packs.state(), "spikes": recorder.spikes.state()}
-            if keeper.after(step + 1, step + 1 == config.steps, engines, state):
+            if keeper.after(done, done == config.steps, engines, state):
                 break
     recorder.close()
     return keeper.ended()
+
+
+def build_evaluation(config: ColdStartConfig, source: Path, processor: Processor) -> PeriodicEvaluation:
+    """VLLM on this rank, asleep between the evaluations."""
+    # Here, so that a run without evaluation does not wait for vLLM.
+    from ovr_megatron.evaluation.periodic import PeriodicEvaluation
+    from ovr_megatron.rollout.engine import RolloutEngine
+
+    length = config.data.max_prompt_tokens + config.evaluation.max_tokens
+    processor.shape.check_length(length, "data.max_prompt_tokens with evaluation.max_tokens")
+    rollout = RolloutEngine(source, config.rollout, processor, config.model.dtype, length)
+    rollout.sleep()
+    run, seed = Path(config.run.dir), config.run.seed
+    return PeriodicEvaluation(config.evaluation, rollout, processor, config.rollout.tp, run, seed)
 
 
 class Recorder:
@@ -122,6 +145,11 @@ class Recorder:
                 values = rank_metrics(everyone, seconds, tokens, self.peak_flops) | {"timing/save": save_seconds}
                 self.log.scalars(step, self._losses(metrics, documents, packs) | values)
         return metrics
+
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        """Write the scores of the weights after ``step`` down with it."""
+        if self.log:
+            self.log.scalars(step, scores)
 
     def _losses(
         self, metrics: dict[str, float], documents: list[DocumentLoss], packs: SupervisedPacks

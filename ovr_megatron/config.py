@@ -265,33 +265,6 @@ def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColdStartConfig:
-    """Stage 1: supervised training on packed samples (paper, section 3.1).
-
-    ``steps=0``: as many as ``epochs`` take, which needs ``data.tokenised``.
-    """
-
-    run: RunConfig
-    model: ModelConfig
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    steps: int = 900
-    epochs: int = 5
-    packs_per_step: int = 640
-
-    def __post_init__(self) -> None:
-        _check_pack(self.data, self.parallel)
-        _require(self.steps >= 0, f"steps={self.steps} must be positive, or 0 to train for {self.epochs} epochs")
-        _require(self.epochs > 0, f"epochs={self.epochs} must be positive")
-        _require(
-            self.steps > 0 or not self.data.sources,
-            "steps=0 with data.sources: only the epochs of data.tokenised=DIR have an end; give steps",
-        )
-        _require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """vLLM: its layout, its memory and how it samples."""
 
@@ -313,6 +286,68 @@ class RolloutConfig:
             f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must too; use 1.0",
         )
         _require(self.tp >= 1, f"rollout.tp={self.tp} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Problem sets that the live weights answer every ``every`` steps or iterations, and at the end (0: never).
+
+    ``limit`` takes the first problems of each set (0: all).  Greedy responses of at most ``max_tokens`` are scored;
+    ``samples`` more at temperature 1 give pass@k.  ``workers`` processes grade.
+    """
+
+    every: int = 0
+    sources: list[SourceConfig] = field(default_factory=list)
+    limit: int = 0
+    max_tokens: int = 1024
+    samples: int = 0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for key in ("every", "limit", "samples"):
+            _require(getattr(self, key) >= 0, f"evaluation.{key}={getattr(self, key)} must be 0 or more")
+        _require(self.max_tokens > 0 and self.workers > 0, "evaluation.max_tokens and .workers must be positive")
+        _require(
+            not self.every or bool(self.sources),
+            f"evaluation.every={self.every} has nothing to ask: give evaluation.sources=[{{path: FILE, name: NAME}}]",
+        )
+        names = [source.name or "" for source in self.sources]
+        for source, name in zip(self.sources, names, strict=True):
+            _require(
+                bool(re.fullmatch(r"[\w.-]+", name)),
+                f"evaluation.sources: {source.path} is called {name!r}; give it a name of letters, digits, - _ or .",
+            )
+            _require(names.count(name) == 1, f"evaluation.sources: two sets are called {name}; name one of them anew")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStartConfig:
+    """Stage 1: supervised training on packed samples (paper, section 3.1).
+
+    ``steps=0``: as many as ``epochs`` take, which needs ``data.tokenised``.  ``rollout`` is the engine of
+    ``evaluation``, which is started only for that.
+    """
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    steps: int = 900
+    epochs: int = 5
+    packs_per_step: int = 640
+
+    def __post_init__(self) -> None:
+        _check_pack(self.data, self.parallel)
+        _require(self.steps >= 0, f"steps={self.steps} must be positive, or 0 to train for {self.epochs} epochs")
+        _require(self.epochs > 0, f"epochs={self.epochs} must be positive")
+        _require(
+            self.steps > 0 or not self.data.sources,
+            "steps=0 with data.sources: only the epochs of data.tokenised=DIR have an end; give steps",
+        )
+        _require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +421,7 @@ class RLConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     curriculum: list[StageConfig] = field(default_factory=list)
     iterations: int = 900
     prompts: int = 512

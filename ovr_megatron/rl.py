@@ -22,6 +22,7 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.stream import RowStream, open_stream
 from ovr_megatron.engine import Engine
+from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.launch import USER_ERRORS, launch
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.ppo.iteration import Learner, Outcome, iterate
@@ -60,6 +61,10 @@ def train(config: RLConfig, world: World) -> Ended:
     if found:
         stream.load(found.state["prompts"])
     rollout = build_rollout(config, source, processor, policy)
+    evaluation = None
+    if config.evaluation.every:
+        given = (config.evaluation, rollout, processor, config.rollout.tp, run, config.run.seed)
+        evaluation = PeriodicEvaluation(*given)
     first = found.step if found else 0
     log = RunLog(run, "train", first) if world.is_main else None
     if world.is_main:
@@ -80,12 +85,15 @@ def train(config: RLConfig, world: World) -> Ended:
             outcome.metrics |= {"policy/skipped": policy.skipped, "critic/skipped": critic.skipped}
             outcome.metrics["memory/peak_gib"] = peak_gib()
             record(run, iteration, outcome, world)
+            done = iteration + 1
+            if evaluation and evaluation.due(done, done == config.iterations):
+                watchdog.touch()
+                outcome.metrics |= evaluation.scores(done)
             if log:
                 log.scalars(iteration, outcome.metrics)
                 warn(outcome.metrics, iteration, config)
             shown = outcome.metrics
             progress.update(reward=f"{shown['reward/mean']:.3f}", length=f"{shown['response/length']:.0f}")
-            done = iteration + 1
             state = {"prompts": stream.state(), "curriculum": outcome.metrics["curriculum/max_tokens"]}
             if keeper.after(done, done == config.iterations, engines, state):
                 break
@@ -101,8 +109,14 @@ def check_lengths(config: RLConfig, shape: ModelShape) -> None:
         ConfigError: names the setting and the remedy.
     """
     shape.check_length(config.rollout.max_model_len, "rollout.max_model_len")
+    shape.check_length(evaluated_tokens(config), "data.max_prompt_tokens with evaluation.max_tokens")
     for number, stage in enumerate(config.curriculum):
         shape.check_length(stage.max_tokens, f"curriculum[{number}].max_tokens")
+
+
+def evaluated_tokens(config: RLConfig) -> int:
+    """Most tokens of an evaluated prompt and its response together; 0 without evaluation."""
+    return config.data.max_prompt_tokens + config.evaluation.max_tokens if config.evaluation.every else 0
 
 
 def build_engines(config: RLConfig, source: Path, world: World) -> tuple[Engine, Engine]:
@@ -124,7 +138,10 @@ def build_rollout(config: RLConfig, source: Path, processor: Processor, policy: 
         config.rollout,
         processor,
         config.model.dtype,
-        max_model_len=config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum),
+        max_model_len=max(
+            config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum),
+            evaluated_tokens(config),
+        ),
     )
     policy.sample_from(rollout.banned, config.rollout.temperature)
     rollout.update(policy.weights())

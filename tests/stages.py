@@ -14,10 +14,21 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ovr_megatron import coldstart, rl
-from ovr_megatron.config import ColdStartConfig, ParallelConfig, RLConfig, SourceConfig, build, defaults
+from ovr_megatron.checkpoint.store import weights_of
+from ovr_megatron.config import (
+    ColdStartConfig,
+    ParallelConfig,
+    RLConfig,
+    RolloutConfig,
+    SourceConfig,
+    build,
+    defaults,
+)
 from ovr_megatron.data.schema import row_to_json
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.tokenising import tokenise
+from ovr_megatron.evaluation import evaluator
+from ovr_megatron.evaluation.evaluator import Settings
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.runtime import distributed
 
@@ -28,10 +39,23 @@ def recipe(schema: type, name: str, *overrides: str) -> Any:
     return build(schema, OmegaConf.merge(defaults(schema), values, OmegaConf.from_dotlist(list(overrides))))
 
 
-def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32") -> None:
-    options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", "steps=4", "run.save_every=2"]
+PUZZLE = "puzzle:digits?form=text&task=sum&split=heldout&answered=0&count=6"
+EVALUATION = ["evaluation.every=2", f"evaluation.sources=[{{path: '{PUZZLE}', name: text}}]", "evaluation.max_tokens=8"]
+
+
+def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32", *more: str) -> None:
+    options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", "steps=4", "run.save_every=2", *more]
     config = recipe(ColdStartConfig, "tiny_cold_start", *options, "data.pack_tokens=512", f"model.dtype={dtype}")
     coldstart.train(config, world)
+
+
+def evaluate(checkpoint: Path, out: Path) -> None:
+    """What `tools/evaluate.py` does with a checkpoint, by an engine of its own."""
+    data = recipe(ColdStartConfig, "tiny_cold_start", "run.dir=-", "model.path=-").data
+    for _ in evaluator.run(
+        weights_of(checkpoint), {"text": PUZZLE}, 0, Settings(max_tokens=8), data, RolloutConfig(), "float32", out
+    ):
+        pass
 
 
 def tokenised_cold_start(run: Path, model: Path) -> None:
@@ -79,7 +103,11 @@ if __name__ == "__main__":
         cold_start(out / "bf16", model, tp, "bfloat16")
         copy_without_last(out / "bf16", out / "bf16_resumed")
         cold_start(out / "bf16_resumed", model, tp, "bfloat16")
+        cold_start(out / "cold_evaluated", model, tp, "float32", *EVALUATION)
+        for step in ("step_000002", "step_000004"):
+            evaluate(out / "cold_evaluated/checkpoints" / step, out / "cold_evaluated/fresh" / step)
         ppo(out / "rl", model, tp, 1)
+        ppo(out / "rl_evaluated", model, tp, 1, *EVALUATION)
         ppo(out / "rl_again", model, tp, 1)
         copy_without_last(out / "rl", out / "rl_resumed")
         ppo(out / "rl_resumed", model, tp, 1)

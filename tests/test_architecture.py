@@ -14,7 +14,7 @@ PACKAGE = "ovr_megatron"
 
 # A module imports from rooms that stand before its own, or from its own.
 ROOMS = ("config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint", "rollout", "plan")
-ROOMS += ("launch", "curation", "coldstart", "ppo", "rl", "verify", "analysis", "tools")
+ROOMS += ("launch", "curation", "ppo", "evaluation", "coldstart", "rl", "verify", "analysis", "tools")
 EXCEPTIONS = {
     ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
     ("", f"{PACKAGE}.runtime.cpu"),  # free of torch, and torchvision must be importable from anywhere

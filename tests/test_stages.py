@@ -57,6 +57,26 @@ def test_a_resumed_run_is_the_undisturbed_one(runs: Path, stage: str) -> None:
         assert_same_bits(weights(runs / "rl", "critic"), weights(runs / "rl_resumed", "critic"))
 
 
+@pytest.mark.parametrize(("stage", "rows", "steps"), [("cold", 4, [2, 4]), ("rl", 3, [2, 3])])
+def test_evaluation_on_the_way_disturbs_nothing(runs: Path, stage: str, rows: int, steps: list[int]) -> None:
+    lines = curve(runs / f"{stage}_evaluated")
+    scored = [line["step"] + 1 for line in lines if "evaluation/text" in line]
+    assert scored == steps and len([line for line in lines if "data/fill" in line or stage == "rl"]) == rows
+    plain = [{key: value for key, value in line.items() if not key.startswith("evaluation/")} for line in lines]
+    assert [line for line in plain if len(line) > 1] == curve(runs / stage)
+    assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_evaluated"))
+
+
+@pytest.mark.parametrize("step", ["step_000002", "step_000004"])
+def test_evaluation_on_the_way_is_that_of_the_checkpoint(runs: Path, step: str) -> None:
+    found, fresh = (
+        (runs / "cold_evaluated" / where / step / "text.responses.jsonl").read_text().splitlines()
+        for where in ("evaluation", "fresh")
+    )
+    assert len(found) == 6
+    assert [json.loads(line)["response"] for line in found] == [json.loads(line)["response"] for line in fresh]
+
+
 def test_two_epochs_of_a_tokenised_set_are_learnt_whole(runs: Path) -> None:
     steps = curve(runs / "epochs")
     records = json.loads((runs / "tokenised/manifest.json").read_text())["sources"][0]

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
-from ovr_megatron.analysis.statistics import moving_average
+from ovr_megatron.evaluation.statistics import moving_average
 
 WIDE, NARROW = 6.4, 3.9  # inches: for a page, for a phone
 DPI = 180
@@ -87,6 +87,9 @@ def draw(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Char
     """Every figure for which the folder holds numbers, in the order of the recipe; ``width`` in inches."""
     with matplotlib.rc_context(theme.settings):
         drawn = [*_supervised(experiment, theme, width), *_ppo(experiment, theme, width)]
+        if asked := evaluated(experiment):
+            caption = "Greedy accuracy of the live weights on the chosen problem sets while a stage trains."
+            drawn.append(Chart("evaluation", caption, _png(evaluation_figure(asked, theme, width))))
         if experiment.sets:
             caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
             drawn.append(Chart("accuracy", caption, _png(accuracy_figure(experiment, theme, width))))
@@ -178,6 +181,34 @@ def health_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
         _curve(axes, steps, values, theme.models[2], form, smooth=key != "rollout/mismatch_max")
         if key == "rollout/mismatch_max" and min(values) > 0:
             axes.set_yscale("log")
+    return figure
+
+
+def evaluated(experiment: Experiment) -> list[tuple[Stage, list[str]]]:
+    """Stages that evaluated while they trained, and the keys of the accuracies in their metrics."""
+    found = []
+    for stage in experiment.stages.values():
+        keys = {key for row in stage.metrics for key in row if key.startswith("evaluation/") and key.count("/") == 1}
+        if keys:
+            found.append((stage, sorted(keys)))
+    return found
+
+
+def evaluation_figure(asked: Sequence[tuple[Stage, list[str]]], theme: Theme, width: float = WIDE) -> Figure:
+    """Accuracy by step, a row for each stage and a line for each problem set (paper, figure 4)."""
+    figure = Figure(figsize=(width, 2.6 * len(asked)), layout="constrained")
+    rows = figure.subplots(len(asked), 1, squeeze=False)[:, 0]
+    for axes, (stage, keys) in zip(rows, asked, strict=True):
+        axes.set_title(f"{stage.title}: accuracy while it trains")
+        axes.set_xlabel("Iteration" if stage.name == "rl" else "Step")
+        for number, key in enumerate(keys):
+            steps, values = stage.series(key)
+            label, colour = key.partition("/")[2], theme.models[(number + 1) % len(theme.models)]
+            axes.plot([step + 1 for step in steps], values, marker="o", markersize=4, color=colour, label=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axes.set_ylim(0, 1.02)
+        axes.legend(loc="best")
     return figure
 
 

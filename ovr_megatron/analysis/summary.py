@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment
-from ovr_megatron.analysis.statistics import mean_of_first, mean_of_last
+from ovr_megatron.evaluation.statistics import mean_of_first, mean_of_last
 
 ENDS = 10  # iterations at either end of the reward curve
 

@@ -206,15 +206,17 @@ class RolloutEngine:
         return owners
 
     def sleep(self) -> None:
-        """Give the GPU back to the trainer until the next `update` or `generate`; on a CPU nothing happens.
+        """Forget what was computed, and give the GPU back to the trainer until the next `update` or `generate`.
 
         The weights move to the host: vLLM's deeper sleep drops them with what is no parameter of the vision tower.
         """
-        if self._can_sleep and not self._asleep:
-            with undisturbed():
-                self._reset_caches()
+        if self._asleep:
+            return
+        with undisturbed():
+            self._reset_caches()
+            if self._can_sleep:
                 self._llm.sleep(level=1)
-            self._asleep = {"weights", "kv_cache"}
+                self._asleep = {"weights", "kv_cache"}
 
     def _wake(self, *parts: str) -> None:
         wanted = [part for part in parts if part in self._asleep]

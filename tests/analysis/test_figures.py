@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 
 import PIL.Image
@@ -14,6 +15,8 @@ from ovr_megatron.analysis.figures import (
     accuracy_figure,
     draw,
     dynamics_figure,
+    evaluated,
+    evaluation_figure,
     loss_figure,
     switches,
     write_figures,
@@ -45,6 +48,21 @@ def test_looks_differ_in_colour_and_width(experiment_dir):
     images = [PIL.Image.open(io.BytesIO(png)).convert("RGB") for png in (light, dark, narrow)]
     assert [image.getpixel((2, 2)) for image in images] == [(255, 255, 255), (27, 30, 36), (255, 255, 255)]
     assert images[2].width / images[0].width == pytest.approx(NARROW / WIDE, abs=0.01)
+
+
+def test_accuracy_while_training_is_drawn_where_there_is_any(experiment_dir):
+    path = experiment_dir / "rl" / "metrics" / "train.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[9::10]:
+        line["evaluation/visual"], line["evaluation/visual/pass@2"] = line["step"] / 100, 1.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experiment = read_experiment(experiment_dir)
+    assert "evaluation" in [chart.name for chart in draw(experiment, LIGHT)]
+    ((stage, keys),) = evaluated(experiment)
+    assert (stage.name, keys) == ("rl", ["evaluation/visual"])
+    (line,) = evaluation_figure([(stage, keys)], LIGHT).axes[0].lines
+    assert list(line.get_xdata()) == [10, 20, 30, 40, 50, 60]
+    assert list(line.get_ydata()) == [0.09, 0.19, 0.29, 0.39, 0.49, 0.59]
 
 
 def test_loss_is_drawn_by_step_as_logged(experiment):

@@ -1,7 +1,7 @@
-"""From 200,000 samples to a trained checkpoint: ``python tests/soak/prepared.py [--rows N] [--workers N] [--folder DIR]``.
+"""From 200,000 samples to a trained checkpoint: ``python tests/soak/prepared.py [--rows N] [--folder DIR]``.
 
-Generated problems of three kinds, and MATH500 where it is: every fourth of its problems is the evaluation set, so all of
-those must go.  Prints rows kept by each stage, seconds and peak memory, and the losses of the training.
+Generated problems of three kinds, and MATH500 where it is: every fourth of its problems is the evaluation set, so all
+of those must go.  Prints rows kept by each stage, seconds and peak memory, and the losses of the training.
 """
 
 import argparse

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
 
     # Here, so that --help does not wait for vLLM.
-    from ovr_megatron.analysis.evaluation import Settings, run
     from ovr_megatron.checkpoint.store import weights_of
+    from ovr_megatron.evaluation.evaluator import Settings, run
     from ovr_megatron.launch import USER_ERRORS
     from ovr_megatron.rollout.sampling import RolloutError
     from ovr_megatron.runtime import distributed

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.analysis.evaluate import data_config, dtype_of, image_budget, main, named, parser
-from ovr_megatron.analysis.evaluation import grade, open_problems
-from ovr_megatron.analysis.scoring import Graded
-from ovr_megatron.analysis.statistics import wilson
-from ovr_megatron.config import ConfigError
+from ovr_megatron.config import ConfigError, SourceConfig
+from ovr_megatron.evaluation.command import data_config, dtype_of, image_budget, main, named, parser
+from ovr_megatron.evaluation.evaluator import grade, open_problems
+from ovr_megatron.evaluation.scoring import Graded
+from ovr_megatron.evaluation.statistics import wilson
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.rewards.pool import GraderPool
 
@@ -28,9 +28,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(model):
-    """The results of tests/analysis/bench.py, one start of vLLM."""
+    """The results of tests/evaluation/bench.py, one start of vLLM."""
     folder = model.parent / "out"
-    script = ROOT / "tests" / "analysis" / "bench.py"
+    script = ROOT / "tests" / "evaluation" / "bench.py"
     command = [sys.executable, str(script), str(model), str(folder)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
@@ -48,7 +48,7 @@ def test_greedy_responses_are_those_of_transformers(model, out):
     banned = json.loads((out / "banned.json").read_text())
     responses = lines(out / "first.responses.jsonl")
     assert len(responses) == 8
-    for found, row in zip(responses, open_problems("first", PUZZLES).rows, strict=False):
+    for found, row in zip(responses, open_problems(SourceConfig(path=PUZZLES, name="first")).rows, strict=False):
         image, text = row.prompt[0].parts
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text.text}]}]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
@@ -157,10 +157,10 @@ def test_mistakes_are_told_before_anything_starts(model, tmp_path, capsys):
         data_config(model, arguments(model, "--max-tokens", "4096"))
     with pytest.raises(ConfigError, match=r"--max-tokens comes to 4097 tokens, .* has 4096 positions; .*--yarn 2"):
         data_config(model, arguments(model, "--max-tokens", "96", "--max-prompt-tokens", "4001"))
-    with pytest.raises(ConfigError, match=r"never ends; give --limit"):
-        open_problems("endless", "puzzle:digits?task=sum")
-    assert open_problems("some", "puzzle:digits?task=sum", limit=5).count == 5
-    assert open_problems("few", PUZZLES, limit=50).count == 8
+    with pytest.raises(ConfigError, match=r"never ends; give a limit"):
+        open_problems(SourceConfig(path="puzzle:digits?task=sum", name="endless"))
+    assert open_problems(SourceConfig(path="puzzle:digits?task=sum", name="some"), limit=5).count == 5
+    assert open_problems(SourceConfig(path=PUZZLES, name="few"), limit=50).count == 8
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(tmp_path), "--data", "x", "--out", str(tmp_path)])
     assert "config.json does not exist" in capsys.readouterr().err

@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 
-from ovr_megatron.analysis.scoring import Graded, ks, reference_of, score
 from ovr_megatron.data.schema import Message, Row, RowError, TextPart
+from ovr_megatron.evaluation.scoring import Graded, ks, reference_of, score
 
 
 def row(response=None, answer=None):

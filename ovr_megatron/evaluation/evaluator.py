@@ -14,11 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ovr_megatron.analysis.scoring import Graded, reference_of, score
 from ovr_megatron.config import ConfigError, DataConfig, RolloutConfig, SourceConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import ENDLESS, Row, RowSource
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.evaluation.scoring import Graded, reference_of, score
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -35,7 +35,7 @@ class Settings:
     Attributes:
         samples: Responses at temperature 1 for pass@k, beside the greedy one; 0 for none.
         max_tokens: Longest response.
-        metric: ``boxed``, ``exact``, or ``auto`` (`ovr_megatron.analysis.scoring.reference_of`).
+        metric: ``boxed``, ``exact``, or ``auto`` (`ovr_megatron.evaluation.scoring.reference_of`).
         seed: Of the samples.
     """
 
@@ -71,17 +71,18 @@ class Bench:
         return dist.get_rank() == 0
 
 
-def open_problems(name: str, path: str, limit: int = 0) -> ProblemSet:
-    """Open the source ``path`` as problem set ``name``; ``limit`` takes its first rows only, 0 all of them.
+def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
+    """Open ``source``, which has a name, as a problem set; ``limit`` takes its first rows only, 0 all of them.
 
     Raises:
         ConfigError: the source is endless and there is no limit.
         RowError: the source cannot be opened.
     """
-    rows = open_source(SourceConfig(path=path))
+    assert source.name
+    rows = open_source(source)
     if len(rows) >= ENDLESS and not limit:
-        raise ConfigError(f"{path} never ends; give --limit, or for a puzzle split=heldout")
-    return ProblemSet(name, path, rows, min(limit or len(rows), len(rows)))
+        raise ConfigError(f"{source.path} never ends; give a limit, or for a puzzle split=heldout")
+    return ProblemSet(source.name, source.path, rows, min(limit or len(rows), len(rows)))
 
 
 def run(
@@ -101,7 +102,7 @@ def run(
     Yields:
         The result of each set, on the first rank only.
     """
-    problems = [open_problems(name, path, limit) for name, path in sets.items()]
+    problems = [open_problems(SourceConfig(path=path, name=name), limit) for name, path in sets.items()]
     processor = Processor(model, data)
     engine = RolloutEngine(model, rollout, processor, dtype, data.max_prompt_tokens + settings.max_tokens)
     with GraderPool() as grader:
@@ -115,7 +116,7 @@ def evaluate(bench: Bench, problems: ProblemSet, settings: Settings, out: Path) 
     """Ask every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
 
     Returns:
-        What is in ``NAME.json``: the scores of `ovr_megatron.analysis.scoring.score` with ``set``, ``model``,
+        What is in ``NAME.json``: the scores of `ovr_megatron.evaluation.scoring.score` with ``set``, ``model``,
         ``source``, ``settings``, ``seconds`` and ``tokens_per_second``.  None on all ranks but the first.
 
     Raises:

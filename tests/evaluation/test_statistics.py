@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ovr_megatron.analysis.statistics import mean_of_first, mean_of_last, moving_average, pass_at_k, wilson
+from ovr_megatron.evaluation.statistics import mean_of_first, mean_of_last, moving_average, pass_at_k, wilson
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One engine, several problem sets, for tests/analysis/test_evaluate.py: ``python tests/analysis/bench.py MODEL OUT``.
+"""One engine, several problem sets, for test_evaluate.py: ``python tests/evaluation/bench.py MODEL OUT``.
 
 The second set asks the same problems again, with the model's own greedy responses as references of every other one.
 """
@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from ovr_megatron.analysis.evaluate import data_config, dtype_of, parser
-from ovr_megatron.analysis.evaluation import Bench, ProblemSet, Settings, evaluate, open_problems
-from ovr_megatron.config import ParallelConfig, RolloutConfig
+from ovr_megatron.config import ParallelConfig, RolloutConfig, SourceConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import row_to_json
+from ovr_megatron.evaluation.command import data_config, dtype_of, parser
+from ovr_megatron.evaluation.evaluator import Bench, ProblemSet, Settings, evaluate, open_problems
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.runtime import distributed
@@ -40,10 +40,10 @@ def main(model: Path, out: Path) -> None:
     engine = RolloutEngine(model, RolloutConfig(max_num_seqs=32), processor, dtype_of(model), length)
     with GraderPool(1) as grader:
         bench = Bench(str(model), engine, processor, grader)
-        first = open_problems("first", PUZZLES)
+        first = open_problems(SourceConfig(path=PUZZLES, name="first"))
         evaluate(bench, first, Settings(max_tokens=12), out)
         write_known(out / "known.jsonl", first, out / "first.responses.jsonl")
-        known = open_problems("known", str(out / "known.jsonl"))
+        known = open_problems(SourceConfig(path=str(out / "known.jsonl"), name="known"))
         for folder in (out, out / "again"):
             evaluate(bench, known, Settings(max_tokens=12, samples=4), folder)
     (out / "banned.json").write_text(json.dumps(engine.banned))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ovr_megatron.analysis.statistics import pass_at_k, wilson
 from ovr_megatron.data.schema import Row, RowError
+from ovr_megatron.evaluation.statistics import pass_at_k, wilson
 
 METRICS = ("auto", "boxed", "exact")
 

@@ -1,0 +1,61 @@
+"""Evaluation while a stage trains: every few steps the live weights answer the chosen problem sets (figure 4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ovr_megatron.config import EvaluationConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.evaluation.evaluator import Bench, Settings, evaluate, open_problems
+from ovr_megatron.rewards.pool import GraderPool
+from ovr_megatron.rollout.engine import RolloutEngine
+
+
+class PeriodicEvaluation:
+    """Asks every set of ``config.sources`` when a step is due.
+
+    Scores and responses lie in ``RUN/evaluation/step_NNNNNN/``, in the form of `evaluate`.
+    """
+
+    def __init__(
+        self, config: EvaluationConfig, engine: RolloutEngine, processor: Processor, tp: int, run: Path, seed: int
+    ):
+        """Open the problem sets.
+
+        Args:
+            config: what is asked, and when.
+            engine: vLLM on this rank; it must have the live weights whenever `after` is called.
+            processor: the trainer's.
+            tp: ranks that hold one engine.
+            run: the run folder.
+            seed: of the samples.
+
+        Raises:
+            ConfigError: a set is endless and ``evaluation.limit`` is 0.
+            RowError: a set cannot be opened.
+        """
+        self.config, self.engine, self.processor, self.tp, self.run = config, engine, processor, tp, run
+        self.settings = Settings(samples=config.samples, max_tokens=config.max_tokens, seed=seed)
+        self.sets = [open_problems(source, config.limit) for source in config.sources]
+
+    def due(self, done: int, last: bool) -> bool:
+        """Whether the weights after ``done`` steps are to be scored."""
+        return done % self.config.every == 0 or last
+
+    def scores(self, done: int) -> dict[str, float]:
+        """Scores of the weights after ``done`` steps; a collective.
+
+        Returns:
+            ``evaluation/NAME``, the greedy accuracy, and with samples ``evaluation/NAME/pass@k``; empty on all ranks
+            but the first.
+        """
+        out, found = self.run / "evaluation" / f"step_{done:06d}", dict[str, float]()
+        with GraderPool(self.config.workers) as grader:
+            bench = Bench(f"{self.run} after {done} steps", self.engine, self.processor, grader, self.tp)
+            for problems in self.sets:
+                if result := evaluate(bench, problems, self.settings, out):
+                    found[f"evaluation/{problems.name}"] = result["greedy"]["accuracy"]
+                    passed = result["sampled"]["pass"] if result["sampled"] else {}
+                    found |= {f"evaluation/{problems.name}/pass@{k}": share["accuracy"] for k, share in passed.items()}
+        self.engine.sleep()  # and forget: a run that resumes here has nothing cached either
+        return found
