@@ -143,22 +143,25 @@ def measure_apart(case: Case) -> Outcome:
     return Outcome(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(case: Case, repeats: int = 3) -> Outcome:
-    """Seconds and peak bytes of one forward and backward of ``case`` in this process."""
+def measure(case: Case, repeats: int = 3, at_least: float = 3.0) -> Outcome:
+    """Seconds and peak bytes of one forward and backward of ``case`` in this process.
+
+    The least of ``repeats`` runs after a first one, or of as many as fit in ``at_least`` seconds.
+    """
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     before = _peak_bytes(on_gpu)
     with tempfile.TemporaryDirectory() as name:
         folder = make_tiny_model(Path(name), tied=False, seed=1, sizes=SHAPES[case.shape], dtype=dtype)
         work = (_ours if case.who == "ours" else _theirs)(case, folder, dtype)
-    seconds = []
-    for _ in range(repeats):
+    seconds: list[float] = []
+    while len(seconds) < repeats or sum(seconds) < at_least:
         began = time.perf_counter()
         work()
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return Outcome(min(seconds[1:] or seconds), _peak_bytes(on_gpu) - before)
+    return Outcome(min(seconds[1:]), _peak_bytes(on_gpu) - before)
 
 
 def _peak_bytes(on_gpu: bool) -> int:

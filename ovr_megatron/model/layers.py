@@ -39,7 +39,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight
+        return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -49,7 +49,8 @@ class _RMSNorm(torch.autograd.Function):
         product = wide * normed
         d_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         mean = (product @ factor).unsqueeze(-1).div_(x.size(-1))
-        return (wide * factor).addcmul_(normed, mean, value=-1.0).mul_(scale).to(x.dtype), d_weight, None
+        d_x = torch.mul(wide, factor, out=product).addcmul_(normed, mean, value=-1.0).mul_(scale)
+        return d_x.to(x.dtype), d_weight, None
 
 
 class RMSNorm(torch.nn.Module):
