@@ -21,6 +21,9 @@ EXCEPTIONS = {
     ("", f"{PACKAGE}.runtime.environment"),  # free of torch, which reads some of the settings when it is imported
 }
 
+# vLLM takes seconds to import, and most cold starts do without.
+LATE_IMPORTS = {(f"{PACKAGE}.coldstart", "build_evaluation")}
+
 PATCHED_LIBRARIES = ("torch", "torchvision", "megatron")
 SETTINGS_OF_LIBRARIES = ("torch.backends",)
 # vLLM replaces it; here the original is put back.
@@ -225,7 +228,8 @@ def why_forbidden(node: ast.AST) -> str | None:
 def hidden_imports(modules: dict[str, Module]) -> Iterator[str]:
     for module in modules.values():
         for item in module.imports:
-            if item.target in modules and item.function not in (None, "main") and module.room != "tools":
+            late = item.function in (None, "main") or (module.name, item.function) in LATE_IMPORTS
+            if item.target in modules and not late and module.room != "tools":
                 yield f"{module.file}:{item.line}: {item.target} is imported inside {item.function}()"
 
 

@@ -79,7 +79,7 @@ def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
         RowError: the source cannot be opened.
     """
     assert source.name
-    rows = open_source(source)
+    rows = open_source(replace(source, name=None))  # a name would stand for the rows' own sources
     if len(rows) >= ENDLESS and not limit:
         raise ConfigError(f"{source.path} never ends; give a limit, or for a puzzle split=heldout")
     return ProblemSet(source.name, source.path, rows, min(limit or len(rows), len(rows)))
