@@ -33,6 +33,11 @@ def tile_sides(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
     return high, min(rows, wide // 64 * 64 or wide)
 
 
+def keeps_logits(tokens: int, rows: int, device: torch.device) -> bool:
+    """Whether the logits of so many tokens and vocabulary rows are kept for backward."""
+    return 4 * tokens * rows <= _KEPT_BYTES[device.type]
+
+
 def _shifted(tile: Tensor, scale: float, shift: Tensor) -> Tensor:
     """Float32 ``scale * tile - shift`` [t, v], in the tile's own memory where that is float32; ``shift`` is [t]."""
     return torch.add(-shift[:, None], tile, alpha=scale, out=tile if tile.dtype == torch.float32 else None)
@@ -84,7 +89,7 @@ class _VocabParallelScores(torch.autograd.Function):
         local = labels - group.rank() * len(weight)
         total, weighted, target = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
         peak = torch.full_like(total, BANNED)
-        small = 4 * len(hidden) * len(weight) <= _KEPT_BYTES[hidden.device.type]
+        keeps = keeps_logits(len(hidden), len(weight), hidden.device)
         kept: list[Tensor] = []
         for columns in _blocks(len(weight), rows):
             forbidden = banned[columns].nonzero()[:, 0]
@@ -99,7 +104,7 @@ class _VocabParallelScores(torch.autograd.Function):
                 total[part] = before[0] + weights.sum(-1)
                 weighted[part] = before[1] + weights.mul_(x).sum(-1)
                 peak[part] = top
-                if small:
+                if keeps:
                     kept.append(x.add_(top[:, None]))
         top = peak.clone()
         _all_reduce(top, group, dist.ReduceOp.MAX)

@@ -8,7 +8,10 @@ of this rank, N query heads:
     selective  S 3D + 1 norm scale + attention              (the perceptron is computed again)
     full       S D                                          (the layer is computed again)
     attention  T (3Q + 3K) + N  with Transformer Engine: query, key, output and the fused product, which the value is a
-               view of;  T 4Q + N  with ours, keys and values repeated, and T Q more where documents are batched
+               view of;  T 4Q + N  with ours, keys and values repeated, and T Q more where documents are batched;
+               T (3Q + 3K) + N  with ours on a CPU without context parallelism, where query heads share them
+
+On a CPU a layer keeps T F more, the gate's activation, and the head its logits where they are few.
 
 To this come the tower's layers, the head (`model/heads.py`: tiles, float32 gradient of its input, gradient of its
 weight) and, at the peak, what the backward pass of one layer holds beside them.
@@ -21,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from ovr_megatron.config import ModelConfig, ParallelConfig
-from ovr_megatron.model.heads import tile_sides
+from ovr_megatron.model.heads import keeps_logits, tile_sides
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.parameters import NUMBER_BYTES, stage_layers
 from ovr_megatron.weights.table import padded_vocab
@@ -89,6 +92,7 @@ class _Layer:
     kernels: Kernels
     trained: bool = True
     biased: bool = False
+    shares_keys: bool = False  # query heads of attention without Transformer Engine share keys and values
     narrow: bool = False  # inputs of matrix products are kept in 8 bits
 
     @property
@@ -111,12 +115,17 @@ class _Layer:
         if self.kernels.layers == "transformer_engine":
             return self.rows * ((3 * self.query + 3 * self.key) * self.number + self.heads * _FLOAT)
         grouped = self.batched > 0
-        value = self.query
-        if not grouped and self.query == self.key:
-            value = 3 * self.query  # a view of the fused product
+        key = self.key if self.shares_keys else self.query
+        value = key
+        if not grouped and key == self.key:
+            value = self.query + 2 * self.key  # a view of the fused product
         rows, keys = self.rows * (self.batched or 1), self.keys * (self.batched or 1)
-        kept = rows * 2 * self.query + keys * (self.query + value) + (self.rows * self.query if grouped else 0)
+        kept = rows * 2 * self.query + keys * (key + value) + (self.rows * self.query if grouped else 0)
         return int(kept * self.number + rows * self.heads * _FLOAT)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.kernels == Kernels("local", "cpu")
 
     @property
     def gate_up(self) -> int:
@@ -129,7 +138,7 @@ class _Layer:
 
     @property
     def perceptron(self) -> int:
-        return self.norm + self.gate_up + self.product
+        return self.norm + self.gate_up + self.product + (self.gate_up // 2 if self.on_cpu else 0)
 
     @property
     def whole(self) -> int:
@@ -143,8 +152,11 @@ class _Layer:
 
     def backward(self, recompute: str) -> int:
         """Bytes beyond what is kept, at the moment of the backward pass that has most of them."""
-        again = self.whole - self.kept(recompute) + (self.input if recompute != "none" else 0)
-        perceptron = self.gate_up + self.gate_up // 2 - self.product
+        again = self.whole - self.kept(recompute)
+        if recompute != "none":  # what is computed again has its input, its output and that one's gradient beside it
+            again += 3 * self.input
+        # The product's gradient, and on a GPU the activation, which then takes the place of the product.
+        perceptron = self.gate_up // 2 if self.on_cpu else max(self.gate_up // 2, self.gate_up - self.product)
         of_attention = self.rows * (3 * self.query + 2 * self.key) * self.number - self.perceptron
         return again + self.input + max(perceptron, of_attention)
 
@@ -153,7 +165,7 @@ class _Layer:
         """Peak of a layer without gradients: its input, and the perceptron's or attention's tensors."""
         products = 2 if self.biased else 1
         attending = self.attention + products * self.rows * (self.query + 2 * self.key) * self.number
-        return 3 * self.input + max(self.gate_up + self.gate_up // 2, attending)
+        return 3 * self.input + max(self.gate_up + self.gate_up // (1 if self.on_cpu else 2), attending)
 
 
 def activations(
@@ -223,6 +235,7 @@ def _language_layer(
         batched=pack.batched if parallel.cp == 1 else max(pack.batched, 1.0),
         kernels=kernels,
         trained=not model.freeze_language,
+        shares_keys=kernels.device == "cpu" and parallel.cp == 1,
         narrow=model.fp8 != "none",
     )
 
@@ -304,6 +317,8 @@ class _Head:
         tile = high * rows
         product = tile * number if number < _FLOAT else 0  # in float32 every step works in place
         scores = scored * (3 * _FLOAT + 2 * _INDEX)
+        if keeps_logits(scored, vocab, torch.device(text.kernels.device)):
+            scores += scored * vocab * _FLOAT
         self.forward = (
             self.kept + scores + product + 2 * tile * _FLOAT + (gathered if parallel.sequence_parallel else 0)
         )

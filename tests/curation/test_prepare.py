@@ -13,6 +13,7 @@ from ovr_megatron.model.tiny import make_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 MATH500 = ROOT / "../shared/data/text/math500.json"
 STAGES = "[collect,dedup,decontaminate,patterns,verify,stratify,weigh,tokenise]"
+LONG = "data.max_prompt_tokens=512"
 KINDS = ("puzzle:digits?form=text", "puzzle:ordering", "puzzle:countdown")
 
 
@@ -68,7 +69,7 @@ def test_puzzles_and_math500_go_through_the_recipe(tmp_path: Path) -> None:
         f"run.dir={tmp_path}/run",
         "steps=2",
     )
-    run(*training, f"model.path={model}", f"data.tokenised={out}/tokenise/set", "data.sources=[]")
+    run(*training, f"model.path={model}", f"data.tokenised={out}/tokenise/set", "data.sources=[]", LONG)
     curve = [json.loads(line) for line in (tmp_path / "run/metrics/train.jsonl").read_text().splitlines()]
     assert len(curve) == 2 and (tmp_path / "run/checkpoints/step_000002/manifest.json").is_file()
     assert {name for row in curve for name in row if "math/d" in name}, "the losses of the groups are told apart"

@@ -76,6 +76,7 @@ def main() -> None:
         assert not planted
     training = ("-m", "ovr_megatron.coldstart", "--config-name", "tiny_cold_start", f"run.dir={out}/run")
     training += (f"model.path={model}", f"data.tokenised={out}/prepared/tokenise/set", "data.sources=[]")
+    training += ("data.max_prompt_tokens=512",)
     trained = run(*training, f"steps={arguments.steps}")
     curve = [json.loads(line) for line in (out / "run/metrics/train.jsonl").open()]
     last = out / f"run/checkpoints/step_{arguments.steps:06}/manifest.json"
