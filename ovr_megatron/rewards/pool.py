@@ -14,12 +14,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import ovr_megatron
+from ovr_megatron.rewards.rules import cached_by
 from ovr_megatron.rewards.verdict import GradeRequest, Reason, Verdict
 
 __all__ = ["GradeRequest", "GraderPool", "PoolError", "Reason", "Verdict"]
@@ -33,7 +35,7 @@ class PoolError(RuntimeError):
 
 
 class _Worker:
-    """One grader process, starting, idle, or busy with the request number ``task``."""
+    """One grader process, starting, idle, or busy with the request of key ``task``."""
 
     def __init__(self, timeout_s: float, memory_mib: int) -> None:
         """Start the process and return at once."""
@@ -47,15 +49,15 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": path},
         )
         self.ready = False
-        self.task: int | None = None
+        self.task: Hashable | None = None
         self.deadline = time.monotonic() + START_LIMIT_S
         self._partial = b""
 
-    def send(self, task: int, request: GradeRequest, timeout_s: float) -> None:
+    def send(self, task: Hashable, request: GradeRequest, timeout_s: float) -> None:
         """Hand over one request; a worker that is gone shows it at the next `receive`."""
         assert self.process.stdin is not None
         self.task, self.deadline = task, time.monotonic() + timeout_s
-        line = json.dumps({"response": request.response, "answer": request.answer, "options": request.options})
+        line = json.dumps(asdict(request))
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
@@ -90,8 +92,8 @@ class GraderPool:
     Not safe for use from several threads at a time.
     """
 
-    def __init__(self, workers: int = 2, timeout_s: float = 5.0, memory_mib: int = 1024) -> None:
-        """Start the workers and return at once.
+    def __init__(self, workers: int = 2, timeout_s: float = 5.0, memory_mib: int = 1024, cache: int = 65536) -> None:
+        """Start the workers and return at once; ``cache`` verdicts are remembered.
 
         Raises:
             ValueError: fewer than one worker, or a limit that is not positive.
@@ -102,6 +104,11 @@ class GraderPool:
         self.memory_mib = memory_mib
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
+        self._waiting: deque[tuple[Hashable, GradeRequest]] = deque()
+        self._known: dict[tuple, Verdict] = {}
+        self._told: list[tuple[Hashable, Verdict]] = []
+        self._names: dict[Hashable, tuple] = {}
+        self._room = cache
         for _ in range(workers):
             self._start()
 
@@ -139,32 +146,54 @@ class GraderPool:
         Raises:
             PoolError: workers do not start, or the pool is closed.
         """
-        if not self._workers:
-            raise PoolError("the grader pool is closed; make a new one")
-        waiting = deque(enumerate(requests))
-        verdicts: list[Verdict | None] = [None] * len(requests)
-        missing = len(requests)
+        verdicts: dict[Hashable, Verdict] = {}
         try:
-            while missing:
-                for worker in self._workers:
-                    if waiting and worker.ready and worker.task is None:
-                        worker.send(*waiting.popleft(), self.timeout_s)
-                done = self._collect()
-                for task, verdict in done:
-                    verdicts[task] = verdict
-                missing -= len(done)
+            for number, request in enumerate(requests):
+                self.submit(number, request)
+            while self.pending:
+                done = self.collect()
+                verdicts.update(done)
                 if progress is not None and done:
                     progress(len(done))
         finally:
-            for worker in [worker for worker in self._workers if worker.task is not None]:
-                self._replace(worker)  # only after an interruption: its verdict belongs to no later call
-        return [verdict for verdict in verdicts if verdict is not None]
+            self.forget()  # only after an interruption is there anything left: its verdicts belong to no later call
+        return [verdicts[number] for number in range(len(requests))]
 
-    def _collect(self) -> list[tuple[int, Verdict]]:
-        """Wait for the next event; verdicts that came of it, as (request number, verdict)."""
-        done: list[tuple[int, Verdict]] = []
+    @property
+    def pending(self) -> int:
+        """Requests submitted whose verdicts were not yet collected."""
+        return len(self._told) + len(self._waiting) + sum(worker.task is not None for worker in self._workers)
+
+    def submit(self, key: Hashable, request: GradeRequest) -> None:
+        """Have ``request`` graded; `collect` returns its verdict under ``key``.
+
+        Raises:
+            PoolError: the pool is closed.
+        """
+        if not self._workers:
+            raise PoolError("the grader pool is closed; make a new one")
+        name = cached_by(request) if self._room else None
+        if name in self._known:
+            self._told.append((key, self._known[name]))
+            return
+        if name is not None:
+            self._names[key] = name
+        self._waiting.append((key, request))
+        self._hand_out()
+
+    def collect(self, wait: bool = True) -> list[tuple[Hashable, Verdict]]:
+        """Verdicts that came since the last call, as (key, verdict); without ``wait`` those that are there now.
+
+        Waiting ends with the next event, which need not be a verdict.
+
+        Raises:
+            PoolError: workers do not start.
+        """
+        done, self._told = self._told, []
+        wait = wait and not done
         working = [worker.deadline for worker in self._workers if worker.task is not None or not worker.ready]
-        for ready, _ in self._selector.select(max(0.0, min(working) - time.monotonic())):
+        patience = max(0.0, min(working, default=0.0) - time.monotonic()) if wait else 0.0
+        for ready, _ in self._selector.select(patience):
             worker: _Worker = ready.data
             line = worker.receive()
             if line is None:
@@ -173,21 +202,43 @@ class GraderPool:
                 worker.ready = True
             elif line:
                 raw = json.loads(line)
-                done.append((worker.task, Verdict(Reason(raw["reason"]), raw["box"])))  # type: ignore[arg-type]
+                verdict = Verdict(Reason(raw["reason"]), raw["box"], raw["score"])
+                self._remember(worker.task, verdict)
+                done.append((worker.task, verdict))
                 worker.task = None
         now = time.monotonic()
         for worker in list(self._workers):
             if (worker.task is not None or not worker.ready) and now >= worker.deadline:
                 done += self._lost(worker, Reason.TIMEOUT)
+        self._hand_out()
         return done
 
-    def _lost(self, worker: _Worker, reason: Reason) -> list[tuple[int, Verdict]]:
+    def forget(self) -> None:
+        """Drop what was submitted and not yet collected."""
+        self._waiting.clear()
+        self._told.clear()
+        self._names.clear()
+        for worker in [worker for worker in self._workers if worker.task is not None]:
+            self._replace(worker)
+
+    def _remember(self, key: Hashable, verdict: Verdict) -> None:
+        name = self._names.pop(key, None)
+        if name is not None and len(self._known) < self._room:
+            self._known[name] = verdict
+
+    def _hand_out(self) -> None:
+        for worker in self._workers:
+            if self._waiting and worker.ready and worker.task is None:
+                worker.send(*self._waiting.popleft(), self.timeout_s)
+
+    def _lost(self, worker: _Worker, reason: Reason) -> list[tuple[Hashable, Verdict]]:
         if not worker.ready:
             self.close()
             raise PoolError(
                 "a grader worker did not start; run `python -m ovr_megatron.rewards.worker </dev/null` to see why, and "
                 f"give it more memory if it needs more than memory_mib={self.memory_mib}"
             )
+        self._names.pop(worker.task, None)
         self._replace(worker)
         return [] if worker.task is None else [(worker.task, Verdict(reason))]
 

@@ -23,6 +23,8 @@ class Reason(StrEnum):
     DIFFERENT = "different"
     TIMEOUT = "timeout"
     CRASH = "grader crashed"
+    OWN = "own rule"
+    RAISED = "own rule raised an error"
 
 
 RIGHT = frozenset({Reason.LETTER, Reason.CONTENT, Reason.TEXT, Reason.NUMBER, Reason.MATH})
@@ -30,26 +32,34 @@ RIGHT = frozenset({Reason.LETTER, Reason.CONTENT, Reason.TEXT, Reason.NUMBER, Re
 
 @dataclass(frozen=True)
 class GradeRequest:
-    """A response, its reference answer (a letter, the content of an option, or a value) and the options, if any."""
+    """A response, its reference answer (a letter, the content of an option, or a value) and the options, if any.
+
+    ``rule`` is one of `ovr_megatron.rewards.rules.rule`.
+    """
 
     response: str
     answer: str
     options: tuple[str, ...] = ()
+    rule: str = "auto"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of one request; ``box`` is what was graded (None without a box, a timeout or a crash)."""
+    """Outcome of one request; ``box`` is what was graded (None without a box, a timeout or a crash).
+
+    ``score`` is set by a rule of the user's alone; for that, ``box`` may say what it raised.
+    """
 
     reason: Reason
     box: str | None = None
+    score: float | None = None
 
     @property
     def correct(self) -> bool:
-        """Whether the reason is one of `RIGHT`."""
-        return self.reason in RIGHT
+        """Whether the reason is one of `RIGHT`, or the user's rule gave the whole reward."""
+        return self.reason in RIGHT or self.score == 1.0
 
     @property
     def reward(self) -> float:
-        """1.0 for a right answer, else 0.0 (recipe: no format reward)."""
-        return float(self.correct)
+        """1.0 for a right answer, else 0.0 (recipe: no format reward), or the score of the user's rule."""
+        return float(self.correct) if self.score is None else self.score

@@ -2,8 +2,8 @@
 
     python -m ovr_megatron.rewards.worker [--timeout-s S] [--memory-mib M]
 
-It says ``{"ready": true}`` once it can grade.  A request is ``{"response", "answer", "options"}``, a verdict
-``{"reason", "box"}``.  Whoever holds the other end enforces the time limit by killing the process; as
+It says ``{"ready": true}`` once it can grade.  A request is ``{"response", "answer", "options", "rule"}``, a verdict
+``{"reason", "box", "score"}``.  Whoever holds the other end enforces the time limit by killing the process; as
 a second line the kernel ends it when a verdict takes twice that long, so that none outlives a dead parent.
 """
 
@@ -17,9 +17,11 @@ import resource
 import signal
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TextIO
 
 from ovr_megatron.rewards.grader import grade
+from ovr_megatron.rewards.rules import rule
 from ovr_megatron.rewards.verdict import GradeRequest
 
 
@@ -35,9 +37,10 @@ def serve(requests: Iterable[str], verdicts: TextIO, timeout_s: float) -> None:
     for line in requests:
         raw = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
-        verdict = grade(GradeRequest(raw["response"], raw["answer"], tuple(raw.get("options") or ())))
+        name = raw.get("rule", "auto")
+        verdict = rule(name)(GradeRequest(raw["response"], raw["answer"], tuple(raw.get("options") or ()), name))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        verdicts.write(json.dumps({"reason": verdict.reason, "box": verdict.box}) + "\n")
+        verdicts.write(json.dumps(asdict(verdict)) + "\n")
         verdicts.flush()
 
 

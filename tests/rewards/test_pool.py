@@ -49,7 +49,7 @@ def test_a_hostile_expression_costs_its_own_verdict_and_no_more_than_the_limit()
 
 
 def test_a_worker_that_dies_costs_one_verdict():
-    with GraderPool(workers=1, timeout_s=30.0) as pool:
+    with GraderPool(workers=1, timeout_s=30.0, cache=0) as pool:
         pool.grade([RIGHT])
         killer = threading.Timer(0.5, os.kill, (pool.pids[0], signal.SIGKILL))
         killer.start()

@@ -21,8 +21,8 @@ def test_it_speaks_one_json_line_a_verdict_and_nothing_else():
     done = run(json.dumps(MATHS), json.dumps({"response": "no", "answer": "5"}))
     assert [json.loads(line) for line in done.stdout.splitlines()] == [
         {"ready": True},
-        {"reason": "equal by math-verify", "box": "\\sqrt{20}"},
-        {"reason": "no box", "box": None},
+        {"reason": "equal by math-verify", "box": "\\sqrt{20}", "score": None},
+        {"reason": "no box", "box": None, "score": None},
     ]
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -1,0 +1,125 @@
+"""Rules by name: built in, and functions of the user's in a worker."""
+
+import time
+
+import pytest
+
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason
+from ovr_megatron.rewards.rules import RuleError, cached_by, check, rule
+
+OWN = """
+def half(response, answer, options):
+    return 0.5 if answer in response else 0.0
+
+def whole(response, answer, options):
+    return len(options) / 2
+
+def wrong(response, answer, options):
+    return 7
+
+def broken(response, answer, options):
+    return {}[answer]
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def graded(name, box, answer, options=()):
+    return rule(name)(GradeRequest(f"so \\boxed{{{box}}}", answer, options, name)).reason
+
+
+@pytest.mark.parametrize(
+    ("name", "box", "answer", "options", "reason"),
+    [
+        ("auto", r"\frac{1}{2}", "0.5", (), Reason.NUMBER),
+        ("auto", "b", "B", ("x", "y"), Reason.LETTER),
+        ("math", "2x+x", "3x", (), Reason.MATH),
+        ("math", "A", "A", ("3", "4"), Reason.LETTER),
+        ("exact", r"\frac{1}{2}", "0.5", (), Reason.DIFFERENT),
+        ("exact", "0.5", "0.5", (), Reason.TEXT),
+        ("choice", "(C)", "C", (), Reason.LETTER),
+        ("choice", "B", "four", ("three", "four"), Reason.LETTER),
+        ("choice", "four", "B", ("three", "four"), Reason.DIFFERENT),
+        ("choice", "A", "four", ("three", "four"), Reason.OTHER_OPTION),
+        ("numeric", "100.9", "100", (), Reason.NUMBER),
+        ("numeric", "101.1", "100", (), Reason.DIFFERENT),
+        ("numeric:0.05", "96", "100", (), Reason.NUMBER),
+        ("numeric:0", "100.01", "100", (), Reason.DIFFERENT),
+        ("numeric", "1.5 m", "150 cm", (), Reason.NUMBER),
+        ("numeric", "two", "2", (), Reason.DIFFERENT),
+        ("numeric", "0", "0", (), Reason.NUMBER),
+        ("numeric", " ", "0", (), Reason.EMPTY_BOX),
+    ],
+)
+def test_rules_by_hand(name, box, answer, options, reason):
+    assert graded(name, box, answer, options) is reason
+
+
+@pytest.mark.parametrize("name", ["exact", "choice", "numeric", "auto"])
+def test_no_box_is_no_answer(name):
+    assert rule(name)(GradeRequest("the answer is 5", "5")).reason is Reason.NO_BOX
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("maths", "'maths' is no rule; choose one of auto, math, exact"),
+        ("numeric:x", "the tolerance must be a number"),
+        ("numeric:1.5", "the tolerance must be a number"),
+        ("no_such_module_of_mine:f", "No module named"),
+        ("json:no_such_function", "has no attribute"),
+        ("json:__doc__", "is no function"),
+        ("json:a b", "is no rule"),
+    ],
+)
+def test_a_rule_that_does_not_work_is_refused(name, message):
+    with pytest.raises(RuleError, match=message):
+        check(name)
+
+
+@pytest.mark.usefixtures("own")
+def test_functions_of_the_users_run_in_the_workers():
+    asked = [
+        GradeRequest("it is 5", "5", (), "my_rewards:half"),
+        GradeRequest("it is 6", "5", (), "my_rewards:half"),
+        GradeRequest("x", "5", ("a", "b"), "my_rewards:whole"),
+        GradeRequest("x", "5", (), "my_rewards:wrong"),
+        GradeRequest("x", "5", (), "my_rewards:broken"),
+        GradeRequest(r"\boxed{5}", "5"),
+    ]
+    with GraderPool(1) as pool:
+        verdicts = pool.grade(asked)
+    assert [verdict.reward for verdict in verdicts] == [0.5, 0.0, 1.0, 0.0, 0.0, 1.0]
+    assert [verdict.correct for verdict in verdicts] == [False, False, True, False, False, True]
+    assert verdicts[3].reason is verdicts[4].reason is Reason.RAISED
+    assert "KeyError" in (verdicts[4].box or "") and "not in 0..1" in (verdicts[3].box or "")
+
+
+def test_verdicts_are_remembered_by_what_they_depend_on():
+    first, second = (GradeRequest(rf"{text} \boxed{{\sqrt{{20}}}}", r"2\sqrt{5}") for text in "ab")
+    with GraderPool(1) as pool:
+        [verdict] = pool.grade([first])
+        pool.submit("x", second)
+        assert verdict.correct and pool.collect(wait=False) == [("x", verdict)]
+    assert cached_by(second) == ("auto", r"2\sqrt{5}", (), r"\sqrt{20}")
+    assert cached_by(GradeRequest("x", "y", (), "my_rewards:half")) is None
+
+
+def test_what_is_pending_can_be_forgotten_and_collected_without_waiting():
+    with GraderPool(1, cache=0) as pool:
+        for number in range(3):
+            pool.submit(number, GradeRequest(r"\boxed{5}", "5"))
+        assert pool.pending == 3
+        found = []
+        deadline = time.monotonic() + 60
+        while pool.pending and time.monotonic() < deadline:
+            found += pool.collect(wait=False)
+        assert sorted(key for key, _ in found) == [0, 1, 2]
+        pool.submit(7, GradeRequest(r"\boxed{5}", "5"))
+        pool.forget()
+        assert pool.pending == 0 and pool.collect(wait=False) == []
