@@ -266,9 +266,14 @@ def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """vLLM: its layout, its memory and how it samples."""
+    """vLLM: its layout, its memory and how it samples.
+
+    ``schedule``: ``static`` gives every engine the same number of prompts at once, so that a run that is repeated draws
+    the same batches; ``shared`` has each take the next prompt when it has room, which ends sooner where lengths differ.
+    """
 
     tp: int = 1
+    schedule: str = "static"
     temperature: float = 1.0
     top_p: float = 1.0
     max_num_seqs: int = 256
@@ -285,6 +290,7 @@ class RolloutConfig:
             self.top_p == 1.0,
             f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must too; use 1.0",
         )
+        _choice("rollout.schedule", self.schedule, ("static", "shared"))
         _require(self.tp >= 1, f"rollout.tp={self.tp} must be at least 1")
 
 
@@ -365,30 +371,97 @@ class StageConfig:
         _require(self.until > 0 and self.max_tokens > 0, "curriculum[].until and .max_tokens must be positive")
 
 
+ESTIMATORS = ("gae", "grpo", "dr_grpo", "rloo", "reinforce_pp")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """PPO as in the paper's section 3.2; see `ovr_megatron.ppo.maths` for the equations."""
+    """What the policy learns from.  The defaults are the paper's PPO (section 3.2); docs/algorithms.md has the rest.
 
+    ``estimator``: of the advantage; all but ``gae`` go without a critic.  ``clip_high`` (0: as ``clip``) is the upper
+    bound of the ratio alone.  ``reduction``: what weighs the same, every ``token``, every response (``sequence``),
+    every token by a ``constant`` divisor, or every ``pack``.  With ``policy_epochs`` or ``policy_steps`` (of an epoch)
+    over 1 the log-probabilities before the update are stored.  ``kl_coefficient`` holds the policy to the weights in
+    ``reference`` (none: those that it began with) by an estimate of ``kl_form``, in the ``loss`` or taken from the
+    ``reward`` (``kl_in``).  ``importance_cap`` (0: off) weighs each token by the trainer's probability over the rollout
+    engine's, up to this cap.  ``dynamic_sampling`` (0: off) is how many times prompts are drawn until enough have
+    responses that differ in reward.  ``overlong_buffer``: the last tokens before the limit, which cost up to 1.
+    """
+
+    estimator: str = "gae"
     gamma: float = 1.0
     lam: float = 1.0
     clip: float = 0.2
+    clip_high: float = 0.0
     value_clip: float = 0.0
     reduction: str = "token"
     critic_steps: int = 4
     critic_warmup_iterations: int = 0
+    policy_epochs: int = 1
+    policy_steps: int = 1
+    kl_coefficient: float = 0.0
+    kl_form: str = "k3"
+    kl_in: str = "loss"
+    reference: str | None = None
+    entropy_bonus: float = 0.0
+    importance_cap: float = 0.0
+    dynamic_sampling: int = 0
+    overlong_buffer: int = 0
 
     def __post_init__(self) -> None:
-        _choice("algorithm.reduction", self.reduction, ("token", "pack"))
+        _choice("algorithm.estimator", self.estimator, ESTIMATORS)
+        _choice("algorithm.reduction", self.reduction, ("token", "sequence", "constant", "pack"))
+        _choice("algorithm.kl_form", self.kl_form, ("k1", "k2", "k3"))
+        _choice("algorithm.kl_in", self.kl_in, ("loss", "reward"))
         _require(0 < self.clip < 1, f"algorithm.clip={self.clip} must lie between 0 and 1")
         _require(0 < self.gamma <= 1 and 0 <= self.lam <= 1, "algorithm.gamma and algorithm.lam must lie in 0..1")
-        _require(self.critic_steps >= 1, f"algorithm.critic_steps={self.critic_steps} must be at least 1")
+        for key in ("critic_steps", "policy_epochs", "policy_steps"):
+            _require(getattr(self, key) >= 1, f"algorithm.{key}={getattr(self, key)} must be at least 1")
+        for key in ("clip_high", "kl_coefficient", "importance_cap", "dynamic_sampling", "overlong_buffer"):
+            _require(getattr(self, key) >= 0, f"algorithm.{key}={getattr(self, key)} must be 0 (off) or more")
+        _require(
+            self.estimator == "gae" or not self.critic_warmup_iterations,
+            f"algorithm.critic_warmup_iterations={self.critic_warmup_iterations}: {self.estimator} has no critic",
+        )
+        _require(
+            self.kl_form != "k1" or self.kl_in == "reward" or not self.kl_coefficient,
+            "algorithm.kl_form=k1 in the loss has the gradient of the policy's own log-probability, which is none of "
+            "the divergence; use k2 or k3, or algorithm.kl_in=reward",
+        )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the estimator needs values."""
+        return self.estimator == "gae"
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether the estimator compares the responses to one prompt."""
+        return self.estimator in ("grpo", "dr_grpo", "rloo")
+
+    @property
+    def most_steps(self) -> int:
+        """Into how many steps a batch is cut, at most."""
+        return max(self.policy_steps, self.critic_steps if self.has_critic else 1)
+
+    @property
+    def scoring_passes(self) -> int:
+        """Forward passes over the responses beside the updates, for old and for reference log-probabilities."""
+        in_reward = bool(self.kl_coefficient) and self.kl_in == "reward"
+        return int(self.policy_updates > 1 or in_reward) + bool(self.kl_coefficient)
+
+    @property
+    def policy_updates(self) -> int:
+        """Optimizer steps of the policy in an iteration."""
+        return self.policy_epochs * self.policy_steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """The separate value network: same class, another head, its own optimizer."""
+    """The separate value network: same class, another head, its own optimizer; ``parallel``: its own layout."""
 
     path: str | None = None
+    parallel: ParallelConfig | None = None
     head_init: str = "orz"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
 
@@ -398,19 +471,31 @@ class CriticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """Graders: how many workers and how long one verdict may take."""
+    """Graders: how many workers, how long one verdict may take and how much memory, and how many are remembered.
+
+    ``rules``: by source, what makes a response right (`ovr_megatron.rewards.rules.rule`); ``auto`` where none is given.
+    """
 
     workers: int = 2
     timeout_s: float = 5.0
+    memory_mib: int = 1024
+    cache: int = 65536
+    rules: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
         _require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
+        _require(self.memory_mib >= 256, f"reward.memory_mib={self.memory_mib} must be at least 256, for SymPy's sake")
+        _require(self.cache >= 0, f"reward.cache={self.cache} must be 0 (off) or a number of verdicts")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    """Stage 2: PPO with verifiable rewards."""
+    """Stage 2: PPO with verifiable rewards.
+
+    ``only`` runs half of the system: ``rollout`` generates and grades with the weights of ``model.path``, ``train``
+    learns from the rollouts of the run folder ``rollouts_from``; ``rehearsal`` tries each stage of the curriculum once.
+    """
 
     run: RunConfig
     model: ModelConfig
@@ -426,16 +511,30 @@ class RLConfig:
     iterations: int = 900
     prompts: int = 512
     responses: int = 16
+    only: str = "all"
+    rollouts_from: str | None = None
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
         _require(
-            self.algorithm.reduction == "token" or self.parallel.cp == self.parallel.vpp == 1,
-            f"algorithm.reduction={self.algorithm.reduction} takes the mean of whole packs, which parallel.cp="
-            f"{self.parallel.cp}, parallel.vpp={self.parallel.vpp} cut or fill up; use reduction=token",
+            self.responses > 1 or not (self.algorithm.in_groups or self.algorithm.dynamic_sampling),
+            f"responses={self.responses}: algorithm.estimator={self.algorithm.estimator} and dynamic_sampling compare "
+            "the responses to one prompt; take 2 or more",
+        )
+        shortest = min((stage.max_tokens for stage in self.curriculum), default=0)
+        _require(
+            self.algorithm.overlong_buffer < shortest or not self.algorithm.overlong_buffer,
+            f"algorithm.overlong_buffer={self.algorithm.overlong_buffer} must be under the shortest limit of the "
+            f"curriculum, {shortest}",
         )
         _require(self.iterations > 0, f"iterations={self.iterations} must be positive")
         _require(self.prompts > 0 and self.responses > 0, "prompts and responses must be positive")
+        _choice("only", self.only, ("all", "rollout", "train", "rehearsal"))
+        _require(
+            (self.only == "train") == bool(self.rollouts_from),
+            f"only={self.only} with rollouts_from={self.rollouts_from}: only=train needs the run folder to learn from, "
+            "and nothing else takes one",
+        )
         _require(bool(self.curriculum), "curriculum is empty: give at least one {until, max_tokens}")
         ends = [stage.until for stage in self.curriculum]
         _require(ends == sorted(set(ends)), f"curriculum: 'until' must rise, got {ends}")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import islice
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 from ovr_megatron import config as configuration
 from ovr_megatron.checkpoint import store
@@ -19,72 +20,82 @@ from ovr_megatron.checkpoint.companions import write_companions
 from ovr_megatron.checkpoint.keeper import Ended, Keeper
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.schema import Row, RowError
-from ovr_megatron.data.stream import RowStream, open_stream
+from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.launch import USER_ERRORS, launch
 from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.ppo.iteration import Learner, Outcome, iterate
-from ovr_megatron.rewards.choice import verifiable
+from ovr_megatron.ppo import archive
+from ovr_megatron.ppo.archive import ArchiveError
+from ovr_megatron.ppo.curriculum import max_tokens
+from ovr_megatron.ppo.experience import Models
+from ovr_megatron.ppo.iteration import Clock, iterate, learn, response_metrics
+from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.rewards import rules
 from ovr_megatron.rewards.pool import GraderPool
+from ovr_megatron.rewards.rules import RuleError
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import RolloutError
+from ovr_megatron.rollout.sampling import RolloutError, banned_tokens
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog
-from ovr_megatron.runtime.steps import peak_gib
+from ovr_megatron.runtime.steps import memory_peaks, peak_gib
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
-PICTURES_PER_ITERATION = 2
-MOST_DROPPED = 10_000
-
 
 def train(config: RLConfig, world: World) -> Ended:
-    """Run every iteration, or until a signal comes, from the newest checkpoint if there is one."""
+    """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.
+
+    With ``only=train`` the rollouts are those that ``rollouts_from`` holds, and no engine is started.
+    """
     run, keeper = Path(config.run.dir), Keeper(config.run, world)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
+    check_steps(config, world)
     stream = open_stream(config.data, config.run.seed)
-    mine = config.prompts // world.dp_size * config.responses
-    if mine < config.algorithm.critic_steps:
-        raise ConfigError(
-            f"prompts={config.prompts} x responses={config.responses} leave a data-parallel rank of {world.dp_size} "
-            f"{mine} responses for algorithm.critic_steps={config.algorithm.critic_steps}; raise prompts"
-        )
-    policy, critic = build_engines(config, source, world)
-    engines = {"policy": policy, "critic": critic}
+    prompts = PromptStream(stream, processor, config.reward.rules)
+    archived = archive.iterations(Path(config.rollouts_from)) if config.rollouts_from else []
+    models, engines = build_models(config, source, processor, world)
     found = keeper.resume(engines)
     if found:
         stream.load(found.state["prompts"])
-    rollout = build_rollout(config, source, processor, policy)
+    rollouts = None if config.only == "train" else build_rollouts(config, source, processor, models)
     evaluation = None
-    if config.evaluation.every:
-        given = (config.evaluation, rollout, processor, config.rollout.tp, run, config.run.seed)
+    if rollouts and config.evaluation.every:
+        given = (config.evaluation, rollouts.engine, processor, config.rollout.tp, run, config.run.seed)
         evaluation = PeriodicEvaluation(*given)
     first = found.step if found else 0
+    last = min(config.iterations, max(archived, default=-1) + 1) if config.only == "train" else config.iterations
     log = RunLog(run, "train", first) if world.is_main else None
     if world.is_main:
         configuration.save(config, run / "config.yaml")
         write_companions(source, run / "companions", processor)
 
     with (
-        GraderPool(config.reward.workers, config.reward.timeout_s) as grader,
-        Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress,
+        rollouts.grader if rollouts else nullcontext(),
+        Progress(last, run.name, "iteration", world.is_main, first) as progress,
         Watchdog(run, world.rank, config.run.hang_timeout_s) as watchdog,
     ):
-        learner = Learner(config, world, processor, policy, critic, rollout, grader)
-        for iteration in range(first, config.iterations):
+        for iteration in range(first, last):
             watchdog.touch()
-            rows, dropped = next_prompts(stream, processor, config.prompts)
-            outcome = iterate(learner, rows, iteration)
-            outcome.metrics |= {"data/dropped_prompts": dropped, "timing/save": keeper.seconds}
-            outcome.metrics |= {"policy/skipped": policy.skipped, "critic/skipped": critic.skipped}
+            before, dropped = stream.state(), prompts.dropped
+            if rollouts:
+                outcome = iterate(models, rollouts, prompts.draw, iteration)
+            else:
+                saved = archive.read(Path(config.rollouts_from or ""), iteration, world)
+                outcome = learn(models, archive.restore(saved, prompts), iteration, Clock())
+            outcome.metrics |= {"data/dropped_prompts": prompts.dropped - dropped, "timing/save": keeper.seconds}
+            for name, engine in engines.items():
+                outcome.metrics[f"{name}/skipped"] = engine.skipped
             outcome.metrics["memory/peak_gib"] = peak_gib()
-            record(run, iteration, outcome, world)
+            own = outcome.experience
+            mine = own.responses if world.layout.leads_replica else []
+            arrays = {name: getattr(own, name) if mine else None for name in archive.ARRAYS}
+            archive.write(run, iteration, outcome.rollout, before, mine, arrays, world)
             done = iteration + 1
             if evaluation and evaluation.due(done, done == config.iterations):
                 watchdog.touch()
@@ -95,11 +106,98 @@ def train(config: RLConfig, world: World) -> Ended:
             shown = outcome.metrics
             progress.update(reward=f"{shown['reward/mean']:.3f}", length=f"{shown['response/length']:.0f}")
             state = {"prompts": stream.state(), "curriculum": outcome.metrics["curriculum/max_tokens"]}
-            if keeper.after(done, done == config.iterations, engines, state):
+            if keeper.after(done, done == last, engines, state):
                 break
     if log:
         log.close()
     return keeper.ended()
+
+
+def generate(config: RLConfig, world: World) -> Path:
+    """Only roll out, ``iterations`` times with the weights of ``model.path``, from the last whole one on."""
+    run = Path(config.run.dir)
+    source = store.weights_of(config.model.path)
+    processor = Processor(source, config.data)
+    check_lengths(config, processor.shape)
+    stream = open_stream(config.data, config.run.seed)
+    prompts = PromptStream(stream, processor, config.reward.rules)
+    models, _ = build_models(config, source, processor, world, training=False)
+    rollouts = build_rollouts(config, source, processor, models)
+    there = archive.iterations(run)
+    first = there[-1] + 1 if there else 0
+    if there:
+        archive.restore(archive.read(run, there[-1], world), prompts)  # draws what it drew
+    if world.is_main:
+        configuration.save(config, run / "config.yaml")
+    with rollouts.grader, Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress:
+        for iteration in range(first, config.iterations):
+            before = stream.state()
+            rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
+            archive.write(run, iteration, rollout, before, rollout.responses, {}, world)
+            progress.update(reward=f"{response_metrics(rollout)['reward/mean']:.3f}")
+    return run / "rollouts"
+
+
+def rehearse(config: RLConfig, world: World) -> Path:
+    """One iteration of responses of full length at each stage of the curriculum: seconds and peak memory of each.
+
+    It takes as many prompts as fill all engines, at most those of an iteration, writes ``rehearsal.json`` and keeps no
+    weights.
+    """
+    run = Path(config.run.dir)
+    source = store.weights_of(config.model.path)
+    engines = world.size // config.rollout.tp
+    needed = max(
+        -(-config.rollout.max_num_seqs * engines // config.responses), world.size * config.algorithm.most_steps
+    )
+    config = replace(config, prompts=min(config.prompts, needed))
+    processor = Processor(source, config.data)
+    check_lengths(config, processor.shape)
+    check_steps(config, world)
+    prompts = PromptStream(open_stream(config.data, config.run.seed), processor, config.reward.rules)
+    models, _ = build_models(config, source, processor, world)
+    rollouts = build_rollouts(config, source, processor, models)
+    rollouts.endless = True
+    told: list[dict[str, Any]] = []
+    with rollouts.grader:
+        for first, stage in zip([0, *(stage.until for stage in config.curriculum)], config.curriculum, strict=False):
+            if first >= config.iterations:
+                break
+            memory_peaks()  # on a GPU they begin anew
+            metrics = iterate(models, rollouts, prompts.draw, first).metrics
+            seconds = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("timing/")}
+            told.append({"max_tokens": stage.max_tokens, "prompts": config.prompts, "peak_gib": peak_gib()})
+            told[-1] |= {"length": metrics["response/length"], "seconds": seconds}
+            if world.is_main:
+                phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+                print(
+                    f"{stage.max_tokens:,} tokens: {told[-1]['peak_gib']:.2f} GiB at most; seconds: {phases}",
+                    flush=True,
+                )
+    path = run / "rehearsal.json"
+    if world.is_main:
+        run.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(told, indent=1) + "\n")
+    return path
+
+
+def check_steps(config: RLConfig, world: World) -> None:
+    """Refuse a batch that cannot be cut into the steps of an iteration on every rank.
+
+    Raises:
+        ConfigError: names the numbers.
+    """
+    settings = {"policy_steps": config.parallel}
+    if config.algorithm.has_critic:
+        settings["critic_steps"] = config.critic.parallel or config.parallel
+    for name, parallel in settings.items():
+        replicas, steps = parallel.data_parallel(world.size), getattr(config.algorithm, name)
+        mine = config.prompts // replicas * config.responses
+        if mine < steps:
+            raise ConfigError(
+                f"prompts={config.prompts} x responses={config.responses} leave a data-parallel rank of {replicas} "
+                f"{mine} responses for algorithm.{name}={steps}; raise prompts"
+            )
 
 
 def check_lengths(config: RLConfig, shape: ModelShape) -> None:
@@ -119,21 +217,53 @@ def evaluated_tokens(config: RLConfig) -> int:
     return config.data.max_prompt_tokens + config.evaluation.max_tokens if config.evaluation.every else 0
 
 
-def build_engines(config: RLConfig, source: Path, world: World) -> tuple[Engine, Engine]:
-    """The policy, and the critic that starts from the same weights with a fresh value head."""
-    shape = ModelShape.from_hf(source)
+def build_models(
+    config: RLConfig, source: Path, processor: Processor, world: World, training: bool = True
+) -> tuple[Models, dict[str, Engine]]:
+    """The models of an iteration, and by name those that train; without ``training``, a policy to roll out alone."""
+    banned = banned_tokens(processor.shape, processor.tokenizer)
+    if training:
+        engines = build_engines(config, source, world)
+        reference = build_reference(config, source, banned, world)
+    else:
+        engines, reference = {"policy": frozen_policy(config, source, world)}, None
+    engines["policy"].sample_from(banned, config.rollout.temperature)
+    return Models(config, world, processor, engines["policy"], engines.get("critic"), reference), engines
+
+
+def build_engines(config: RLConfig, source: Path, world: World) -> dict[str, Engine]:
+    """The policy, and where one is needed the critic, which starts from the same weights with a fresh value head."""
+    shape, algorithm = ModelShape.from_hf(source), config.algorithm
     policy = Engine(shape, config.model, config.parallel, world)
-    policy.with_optimizer(config.optimizer, config.iterations).load(WeightFolder(source))
-    critic = Engine(shape, config.model, config.parallel, world, critic=True)
-    critic.with_optimizer(config.critic.optimizer, config.iterations * config.algorithm.critic_steps)
+    policy.with_optimizer(config.optimizer, config.iterations * algorithm.policy_updates).load(WeightFolder(source))
+    if not algorithm.has_critic:
+        return {"policy": policy}
+    critic = Engine(shape, config.model, config.critic.parallel or config.parallel, world, critic=True)
+    critic.with_optimizer(config.critic.optimizer, config.iterations * algorithm.critic_steps)
     start = store.weights_of(config.critic.path, "critic") if config.critic.path else source
     critic.load(WeightFolder(start), config.critic.head_init, seed=config.run.seed)
-    return policy, critic
+    return {"policy": policy, "critic": critic}
 
 
-def build_rollout(config: RLConfig, source: Path, processor: Processor, policy: Engine) -> RolloutEngine:
-    """VLLM on this rank, with the policy's live weights; both sides ban the same ids."""
-    rollout = RolloutEngine(
+def build_reference(config: RLConfig, source: Path, banned: Sequence[int], world: World) -> Engine | None:
+    """The frozen policy that ``algorithm.kl_coefficient`` holds the trained one to; None where it is 0."""
+    if not config.algorithm.kl_coefficient:
+        return None
+    folder = store.weights_of(config.algorithm.reference) if config.algorithm.reference else source
+    reference = frozen_policy(config, folder, world)
+    reference.sample_from(banned, config.rollout.temperature)
+    return reference
+
+
+def frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
+    """A policy that never trains, without gradients or an optimizer."""
+    frozen = replace(config.model, freeze_vision=True, freeze_merger=True, freeze_language=True)
+    return Engine(ModelShape.from_hf(folder), frozen, config.parallel, world).load(WeightFolder(folder))
+
+
+def build_rollouts(config: RLConfig, source: Path, processor: Processor, models: Models) -> Rollouts:
+    """VLLM on this rank with the policy's weights, and graders."""
+    engine = RolloutEngine(
         source,
         config.rollout,
         processor,
@@ -143,74 +273,12 @@ def build_rollout(config: RLConfig, source: Path, processor: Processor, policy: 
             evaluated_tokens(config),
         ),
     )
-    policy.sample_from(rollout.banned, config.rollout.temperature)
-    rollout.update(policy.weights())
-    return rollout
-
-
-def next_prompts(stream: RowStream, processor: Processor, count: int) -> tuple[list[Row], int]:
-    """The next ``count`` prompts, and how many over ``data.max_prompt_tokens`` were dropped on the way.
-
-    Raises:
-        RowError: an answer that no grader could verify.
-    """
-    rows: list[Row] = []
-    dropped = 0
-    while len(rows) < count:
-        drawn = list(islice(stream, count - len(rows)))
-        for row in drawn:
-            if problem := verifiable(row.answer or "", row.options):
-                raise RowError(row.where, "answer", problem, "give the bare final answer or remove the row")
-        lengths = processor.lengths(drawn, generation=True)
-        fitting = [row for row, length in zip(drawn, lengths, strict=True) if isinstance(length, int)]
-        dropped += len(drawn) - len(fitting)
-        rows += fitting
-        if not rows and dropped >= MOST_DROPPED:
-            problem = f"{dropped} prompts in a row are too long"
-            raise RowError(drawn[-1].where, "messages", problem, "raise data.max_prompt_tokens")
-    return rows, dropped
-
-
-def record(run: Path, iteration: int, outcome: Outcome, world: World) -> None:
-    """Append every response to ``rollouts/``, with the pictures of a few prompts."""
-    mine = lines(run, iteration, outcome) if world.layout.leads_replica else []
-    everything: list[list[dict]] | None = [[] for _ in range(world.size)] if world.is_main else None
-    dist.gather_object(mine, everything)
-    if everything is not None:
-        path = run / "rollouts" / f"{iteration:06d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for part in everything for line in part))
-
-
-def lines(run: Path, iteration: int, outcome: Outcome) -> list[dict]:
-    """One JSON object for each response of this rank."""
-    prompts = outcome.prompts
-    assert prompts is not None
-    pictured: dict[int, str] = {}
-    found = []
-    for r, advantage in zip(outcome.responses, outcome.advantages, strict=True):
-        sample, row = prompts.sample(r.prompt), prompts.rows[r.prompt]
-        if sample.images and r.prompt not in pictured and len(pictured) < PICTURES_PER_ITERATION:
-            name = f"rollouts/images/{iteration:06d}_{r.prompt}.png"
-            (run / name).parent.mkdir(parents=True, exist_ok=True)
-            sample.images[0].save(run / name)
-            pictured[r.prompt] = name
-        found.append(
-            {
-                "iteration": iteration,
-                "prompt": row.messages[-1].text,
-                "response": r.text,
-                "reward": r.reward,
-                "verdict": r.verdict,
-                "answer": row.answer,
-                "source": row.source,
-                "tokens": len(r.tokens),
-                "stopped": r.stopped,
-                "advantage_mean": advantage,
-                "image": pictured.get(r.prompt),
-            }
-        )
-    return found
+    engine.update(models.policy.weights())
+    for name in config.reward.rules.values():
+        rules.check(name)
+    reward = config.reward
+    grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
+    return Rollouts(engine, grader, processor, config, models.world)
 
 
 def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
@@ -218,24 +286,44 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
     mismatch = metrics.get("rollout/mismatch_max", 0.0)
     if mismatch > config.rollout.mismatch_warning:
         print(f"warning: iteration {iteration}: rollout and trainer differ by {mismatch:.2e}", file=sys.stderr)
-    if iteration == 0 and metrics["critic/value_std"] > 1:
-        spread = metrics["critic/value_std"]
+    spread = metrics.get("critic/value_std", 0.0)
+    if iteration == 0 and spread > 1:
         print(f"warning: initial values spread by {spread:.1f}: see critic.head_init", file=sys.stderr)
 
 
 def run(config: RLConfig) -> None:
-    """Join the process group, train, and say where the result lies."""
+    """Join the process group, train or roll out, and say where the result lies."""
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
-    result = train(config, world)
+    if config.only in ("rollout", "rehearsal"):
+        folder, code = (generate if config.only == "rollout" else rehearse)(config, world), 0
+    else:
+        result = train(config, world)
+        folder, code = result.path, result.exit_code
     if world.is_main:
-        print(f"rl: {result.path}", flush=True)
+        print(f"rl: {folder}", flush=True)
     distributed.finish()
-    sys.exit(result.exit_code)
+    sys.exit(code)
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The command line with ``--rollout-only``, ``--rehearse`` and ``--train-only FOLDER`` as settings."""
+    found, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--rollout-only":
+            found.append("only=rollout")
+        elif argument == "--rehearse":
+            found.append("only=rehearsal")
+        elif argument == "--train-only":
+            found += ["only=train", f"rollouts_from={next(rest, '')}"]
+        else:
+            found.append(argument)
+    return found
 
 
 def main() -> None:
     """Entry point; the recipe is chosen with ``--config-name`` and changed with ``key=value``."""
-    launch(RLConfig, "rl_7b_64gpu", run, (*USER_ERRORS, RolloutError))
+    sys.argv = spelled_out(sys.argv)
+    launch(RLConfig, "rl_7b_64gpu", run, (*USER_ERRORS, RolloutError, ArchiveError, RuleError))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ PACKAGE = "ovr_megatron"
 
 # A module imports from rooms that stand before its own, or from its own.
 ROOMS = ("config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint", "rollout", "plan")
-ROOMS += ("launch", "curation", "ppo", "evaluation", "coldstart", "rl", "verify", "analysis", "tools")
+ROOMS += ("launch", "curation", "ppo", "evaluation", "coldstart", "rl", "replay", "verify", "analysis", "tools")
 EXCEPTIONS = {
     ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
     ("", f"{PACKAGE}.runtime.cpu"),  # free of torch, and torchvision must be importable from anywhere
@@ -23,6 +23,8 @@ EXCEPTIONS = {
 
 # vLLM takes seconds to import, and most cold starts do without.
 LATE_IMPORTS = {(f"{PACKAGE}.coldstart", "build_evaluation")}
+# SymPy likewise, and a trainer only looks rules up.
+LATE_IMPORTS |= {(f"{PACKAGE}.rewards.rules", "rule")}
 
 PATCHED_LIBRARIES = ("torch", "torchvision", "megatron")
 SETTINGS_OF_LIBRARIES = ("torch.backends",)

@@ -127,7 +127,7 @@ REFUSED = [
     ("rollout.temperature=0", "rollout.temperature=0.0 must be positive"),
     ("rollout.top_p=0.9", "rollout.top_p=0.9: the trainer scores the whole distribution"),
     ("rollout.tp=0", "rollout.tp=0 must be at least 1"),
-    ("algorithm.reduction=mean", "algorithm.reduction='mean' is not known; choose one of token, pack"),
+    ("algorithm.reduction=mean", "algorithm.reduction='mean' is not known; choose one of token, sequence"),
     ("algorithm.gamma=0", "algorithm.gamma and algorithm.lam must lie in 0..1"),
     ("algorithm.lam=1.1", "algorithm.gamma and algorithm.lam must lie in 0..1"),
     ("algorithm.critic_steps=0", "algorithm.critic_steps=0 must be at least 1"),

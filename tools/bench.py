@@ -5,6 +5,7 @@ vision: the tower on two ranks, cut over them or with the images dealt out.
 prepare: data preparation beside a plain datasets.map.
 head: log-probabilities over a large vocabulary in chunks, beside the whole logits.
 packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's packing where `nemo` can be imported.
+rl: one iteration's phases, generation beside plain vLLM, the weights' way into the engine beside a copy, verdicts.
 save: how long a checkpoint holds two ranks up, beside all files by the first rank.
 """
 
@@ -12,13 +13,13 @@ import argparse
 import json
 from pathlib import Path
 
-from ovr_megatron.analysis import bench, bench_head, bench_packing, bench_prepare, bench_save, bench_vision
+from ovr_megatron.analysis import bench, bench_head, bench_packing, bench_prepare, bench_rl, bench_save, bench_vision
 
 
 def main() -> None:
     """Run one benchmark, print its table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "head", "vision", "packing", "prepare", "save"))
+    parser.add_argument("what", choices=("model", "head", "vision", "packing", "prepare", "save", "rl"))
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--shapes", nargs="+", choices=tuple(bench.SHAPES), default=list(bench.SHAPES))
@@ -30,8 +31,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that judge rows (prepare)")
     arguments = parser.parse_args()
     if arguments.what == "model":
-        rows = bench.run_table(bench.cases(arguments.shapes, arguments.tokens, arguments.mean), arguments.rounds)
-        print(bench.show(rows))
+        print(bench.HEADER)
+        rows = []
+        for row in bench.run_table(bench.cases(arguments.shapes, arguments.tokens, arguments.mean), arguments.rounds):
+            print(bench.line(row), flush=True)
+            rows.append(row)
+        if any("mfu" in row for row in rows):
+            print(bench.FLOP_FORMULA)
     elif arguments.what == "vision":
         rows = bench_vision.rows(arguments.rounds)
         print(bench_vision.show(rows))
@@ -44,6 +50,9 @@ def main() -> None:
     elif arguments.what == "save":
         rows = bench_save.rows(arguments.rounds)
         print(bench_save.show(rows))
+    elif arguments.what == "rl":
+        rows = bench_rl.rows(arguments.rounds)
+        print(bench_rl.show(rows))
     else:
         rows = bench_head.rows(rounds=arguments.rounds)
         print(bench_head.show(rows))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,8 @@ def cases(shapes: Sequence[str], tokens: int, mean: int) -> list[tuple[str, Case
     return rows
 
 
-def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> list[dict[str, Any]]:
-    """Measure every row, rivals in turn; ``ratio`` is the rival's seconds over ours."""
-    results = []
+def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> Iterator[dict[str, Any]]:
+    """Measure row after row, rivals in turn; ``ratio`` is the rival's seconds over ours."""
     for name, case, rival in rows:
         best: dict[Case, Outcome] = {}
         for _ in range(rounds):
@@ -114,8 +113,7 @@ def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> lis
                 "rival_peak_bytes": best[rival].peak_bytes,
                 "ratio": best[rival].seconds / best[case].seconds,
             }
-        results.append(row)
-    return results
+        yield row
 
 
 FLOP_FORMULA = (
@@ -230,20 +228,18 @@ def text_pack(lengths: Sequence[int]) -> Pack:
     )
 
 
-def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The results as a table of text."""
-    lines = [f"{'':32}{'tokens/s':>10}{'peak MB':>9}{'rival s':>9}{'ours s':>9}{'ratio':>7}{'rival MB':>10}"]
-    for row in rows:
-        line = f"{row['name']:32}{row['tokens_per_second']:10,.0f}{row['peak_bytes'] / 1e6:9,.0f}"
-        if "rival" in row:
-            line += f"{row['rival_seconds']:9.3f}{row['seconds']:9.3f}{row['ratio']:7.2f}"
-            line += f"{row['rival_peak_bytes'] / 1e6:10,.0f}  {row['rival']}"
-        if "mfu" in row:
-            line += f"  {row['tflops']:.0f} of {row['matrix_tflops']:.0f} TFLOP/s = {row['mfu']:.1%}"
-        lines.append(line)
-    if any("mfu" in row for row in rows):
-        lines.append(FLOP_FORMULA)
-    return "\n".join(lines)
+HEADER = f"{'':32}{'tokens/s':>10}{'peak MB':>9}{'rival s':>9}{'ours s':>9}{'ratio':>7}{'rival MB':>10}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text, below `HEADER`."""
+    found = f"{row['name']:32}{row['tokens_per_second']:10,.0f}{row['peak_bytes'] / 1e6:9,.0f}"
+    if "rival" in row:
+        found += f"{row['rival_seconds']:9.3f}{row['seconds']:9.3f}{row['ratio']:7.2f}"
+        found += f"{row['rival_peak_bytes'] / 1e6:10,.0f}  {row['rival']}"
+    if "mfu" in row:
+        found += f"  {row['tflops']:.0f} of {row['matrix_tflops']:.0f} TFLOP/s = {row['mfu']:.1%}"
+    return found
 
 
 if __name__ == "__main__":

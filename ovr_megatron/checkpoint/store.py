@@ -177,6 +177,21 @@ def find(directory: Path, world: World) -> Restored | None:
     return found
 
 
+def at_step(directory: Path, step: int, world: World) -> Restored:
+    """The checkpoint of ``step`` optimizer steps or iterations below ``directory``; its files are checked as in `find`.
+
+    Raises:
+        CheckpointError: it is not there or not whole.
+    """
+    path = directory / f"step_{step:06d}"
+    if not path.is_dir():
+        there = ", ".join(sorted(item.name for item in directory.glob("step_*"))) or "nothing"
+        raise CheckpointError(f"{directory} has no checkpoint of step {step}, but {there}")
+    check(path, share=(world.rank, world.size))
+    manifest = read_manifest(path)
+    return Restored(path, manifest.step, manifest.extra["state"])
+
+
 def _problem(path: Path, share: tuple[int, int]) -> str | None:
     try:
         check(path, share=share)

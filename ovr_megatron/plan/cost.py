@@ -44,8 +44,12 @@ def model_flops(setting: Setting, span: Span) -> float:
     policy = token_flops(setting.shape, config.model, span.load)
     if isinstance(config, ColdStartConfig):
         return tokens * policy.training
-    critic = token_flops(setting.shape, config.model, span.load, critic=True)
-    return tokens * (policy.forward + policy.training + critic.forward + critic.training)
+    algorithm = config.algorithm
+    work = policy.forward * (1 + algorithm.scoring_passes) + policy.training * algorithm.policy_epochs
+    if algorithm.has_critic:
+        critic = token_flops(setting.shape, config.model, span.load, critic=True)
+        work += critic.forward + critic.training
+    return tokens * work
 
 
 def seconds(setting: Setting, span: Span) -> Seconds:
@@ -53,20 +57,21 @@ def seconds(setting: Setting, span: Span) -> Seconds:
     config = setting.config
     if isinstance(config, ColdStartConfig):
         return Seconds(_training(setting, span, token_flops(setting.shape, config.model, span.load), 1, False))
+    algorithm = config.algorithm
     flops = [token_flops(setting.shape, config.model, span.load, critic) for critic in (False, True)]
-    value = _training(setting, span, TokenFlops(0, flops[1].forward, 0), 1, True, backward=False)
-    critic = _training(setting, span, flops[1], config.algorithm.critic_steps, True)
-    policy = _training(setting, span, flops[0], 1, False)
+    forward = [TokenFlops(0, found.forward, 0) for found in flops]
+    epoch = _training(setting, span, flops[0], algorithm.policy_steps, False)
+    parts = {"generate": generation_seconds(setting, span)}
+    if algorithm.scoring_passes:
+        score = _training(setting, span, forward[0], 1, False, backward=False)
+        parts["log-probabilities"] = sum(score.values()) * algorithm.scoring_passes
+    if algorithm.has_critic:
+        critic = setting.of_critic
+        parts["value"] = sum(_training(critic, span, forward[1], 1, True, backward=False).values())
+        parts["update critic"] = sum(_training(critic, span, flops[1], algorithm.critic_steps, True).values())
+    parts["update policy"] = sum(epoch.values()) * algorithm.policy_epochs
     weights = sum(count_parameters(setting.shape).values()) * NUMBER_BYTES[config.model.dtype]
-    return Seconds(
-        {
-            "generate": generation_seconds(setting, span),
-            "value": sum(value.values()),
-            "update critic": sum(critic.values()),
-            "update policy": sum(policy.values()),
-            "sync": 2 * weights / (WIRE * setting.gpu.network),
-        }
-    )
+    return Seconds(parts | {"sync": 2 * weights / (WIRE * setting.gpu.network)})
 
 
 def bubble(setting: Setting, span: Span, share: int = 1) -> float:

@@ -62,20 +62,31 @@ def _of_stage(setting: Setting, stage: int) -> list[Phase]:
         train = _training(setting, stage, False, 1)
         save = {**_model("", state), "whole tensors": whole * 4}
         return [Phase("train", stage, {**train, **always}), Phase("save", stage, {**save, **always})]
-    critic = _state(shape, config.model, config.parallel, setting.dp, stage, True)
-    both = {"policy": state.total, "critic": critic.total}
+    algorithm = config.algorithm
+    held = {"policy": state.total}
+    if algorithm.kl_coefficient:
+        held["reference"] = state.weights
     engine, asleep = engine_memory(config.rollout, shape, setting.gpu, config.model.dtype), _graphs(config.rollout)
-    values = max((_activations(setting, span, stage, True, 1) for span in setting.spans), key=lambda a: a.forward)
-    found = {
-        "generate": both | engine,
-        "value": both | {"activations": values.forward} | asleep,
-        "update critic": both | _work(setting, stage, True, config.algorithm.critic_steps) | asleep,
-        "update policy": both | _work(setting, stage, False, 1) | asleep,
-        "sync": both
+    found = {}
+    if algorithm.has_critic:
+        critic = setting.of_critic
+        layout = critic.config.parallel
+        at = stage if layout.pp == config.parallel.pp else 0  # of another pipeline the first, which has the tower
+        held["critic"] = _state(shape, config.model, layout, critic.dp, at, True).total
+        values = max((_activations(critic, span, at, True, 1) for span in setting.spans), key=lambda a: a.forward)
+        found["value"] = held | {"activations": values.forward} | asleep
+        found["update critic"] = held | _work(critic, at, True, algorithm.critic_steps) | asleep
+    if algorithm.scoring_passes:
+        scores = max((_activations(setting, span, stage, False, 1) for span in setting.spans), key=lambda a: a.forward)
+        found["log-probabilities"] = held | {"activations": scores.forward} | asleep
+    found = {"generate": held | engine} | found
+    found["update policy"] = held | _work(setting, stage, False, algorithm.policy_steps) | asleep
+    found["sync"] = (
+        held
         | {"vLLM weights": engine["vLLM weights"]}
         | asleep
-        | {"whole tensors": whole * NUMBER_BYTES[config.model.dtype]},
-    }
+        | {"whole tensors": whole * NUMBER_BYTES[config.model.dtype]}
+    )
     return [Phase(name, stage, {**items, **always}) for name, items in found.items()]
 
 

@@ -113,12 +113,15 @@ def _span(work: Setting, span: Any) -> dict[str, Any]:
 
 def _ranks(work: Setting) -> list[dict[str, Any]]:
     config = work.config
-    kinds = (("policy", False), ("critic", True)) if isinstance(config, RLConfig) else (("model", False),)
+    kinds = [("model", False, work)]
+    if isinstance(config, RLConfig):
+        kinds = [("policy", False, work)]
+        kinds += [("critic", True, work.of_critic)] if config.algorithm.has_critic else []
     return [
         {"model": name, "stage": stage}
-        | asdict(model_state(work.shape, config.model, config.parallel, work.dp, stage, critic=critic))
-        for name, critic in kinds
-        for stage in range(config.parallel.pp)
+        | asdict(model_state(at.shape, config.model, at.config.parallel, at.dp, stage, critic=critic))
+        for name, critic, at in kinds
+        for stage in range(at.config.parallel.pp)
     ]
 
 

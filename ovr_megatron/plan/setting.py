@@ -38,6 +38,14 @@ class Setting:
     world: int
     spans: tuple[Span, ...]
 
+    @property
+    def of_critic(self) -> Setting:
+        """The same with the critic's layout as that of the models."""
+        config = self.config
+        if isinstance(config, ColdStartConfig) or config.critic.parallel is None:
+            return self
+        return replace(self, config=replace(config, parallel=config.critic.parallel))
+
     def check(self) -> None:
         """Refuse what a run would refuse.
 
@@ -56,11 +64,17 @@ class Setting:
                 raise ConfigError(
                     f"fewer packs a replica ({config.packs_per_step // dp}) than stages of vpp; use vpp=1"
                 )
-        elif config.prompts // dp * config.responses < config.algorithm.critic_steps:
-            raise ConfigError(
-                f"prompts={config.prompts} leave a replica of {dp} fewer responses than critic_steps; raise it"
-            )
-        elif self.world % config.rollout.tp:
+            return
+        critic, algorithm = self.of_critic, config.algorithm
+        check_layout(self.shape, critic.config.parallel, config.model.fp8 != "none")
+        steps = {algorithm.policy_steps: dp} | ({algorithm.critic_steps: critic.dp} if algorithm.has_critic else {})
+        for number, replicas in steps.items():
+            if config.prompts // replicas * config.responses < number:
+                raise ConfigError(
+                    f"prompts={config.prompts} leave a replica of {replicas} fewer responses than the {number} steps "
+                    "of an iteration; raise it"
+                )
+        if self.world % config.rollout.tp:
             raise ConfigError(f"rollout.tp={config.rollout.tp} does not divide the {self.world} processes; change one")
 
     @cached_property

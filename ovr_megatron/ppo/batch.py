@@ -17,12 +17,14 @@ from ovr_megatron.ppo.maths import Ragged
 
 @dataclass
 class Response:
-    """What the engine answered to prompt number ``prompt`` of the iteration, and its grade.
+    """What the engine answered to prompt number ``prompt`` of the iteration the ``sample``-th time, and its grade.
 
-    ``logprobs`` [n] are the engine's own, of the ``tokens`` [n], the end token included if it ``stopped``.
+    ``logprobs`` [n] are the engine's own, of the ``tokens`` [n], the end token included if it ``stopped``.  A prompt
+    that the engine gave up has no tokens.
     """
 
     prompt: int
+    sample: int
     tokens: list[int]
     logprobs: np.ndarray
     stopped: bool
@@ -37,8 +39,28 @@ def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int
     return list(range(first, first + count))
 
 
+def deal(costs: dict[int, int], ranks: int) -> dict[int, int]:
+    """Which of ``ranks`` gets each item, so that their costs are as even as greedy choice makes them.
+
+    The dearest first, each to the rank of the lowest sum so far, but every rank gets the same number of items (or one
+    more or less): the steps of an iteration are cut by numbers of responses.
+    """
+    room = -(-len(costs) // ranks)
+    full = len(costs) - (room - 1) * ranks  # ranks that may get one item more than the others
+    sums, numbers = [0] * ranks, [0] * ranks
+    owner = {}
+    for item in sorted(costs, key=lambda i: (-costs[i], i)):
+        open_ = [r for r in range(ranks) if numbers[r] < room - 1 or (numbers[r] < room and full > 0)]
+        rank = min(open_, key=lambda r: (sums[r], r))
+        full -= numbers[rank] == room - 1
+        numbers[rank] += 1
+        sums[rank] += costs[item]
+        owner[item] = rank
+    return owner
+
+
 class Batch:
-    """Prompt-and-response samples of this data-parallel rank, in order, cut into packs on demand."""
+    """Prompt-and-response samples of a rank, in order, cut into packs on demand; ``arrays`` are by response."""
 
     def __init__(self, samples: Sequence[Sample], response_lengths: Sequence[int], pack_tokens: int):
         self.samples, self.pack_tokens = samples, pack_tokens
@@ -48,22 +70,21 @@ class Batch:
         """Number of responses."""
         return len(self.samples)
 
-    def packs(self, members: Sequence[int], **arrays: Ragged) -> tuple[list[Pack], list[list[int]]]:
-        """Packs of the responses ``members`` with ``arrays`` [n per response] laid beside their labels.
-
-        Returns:
-            The packs, and for each the responses in it in order.
-        """
+    def layout(self, members: Sequence[int]) -> list[list[int]]:
+        """The responses ``members`` packed: for each pack those in it, in order."""
         plan = plan_packs([len(self.samples[i]) for i in members], self.pack_tokens)
-        layout = [[members[k] for k in chosen] for chosen in plan]
-        packs = [
+        return [[members[k] for k in chosen] for chosen in plan]
+
+    def packs(self, layout: Sequence[Sequence[int]], **arrays: Ragged | None) -> list[Pack]:
+        """Packs of ``layout`` with those of ``arrays`` [n per response] that are given laid beside their labels."""
+        given = {name: values for name, values in arrays.items() if values is not None}
+        return [
             pack(
                 [self.samples[i] for i in chosen],
-                [{name: values[i].astype(np.float32) for name, values in arrays.items()} for i in chosen],
+                [{name: values[i].astype(np.float32) for name, values in given.items()} for i in chosen],
             )
             for chosen in layout
         ]
-        return packs, layout
 
     def unpack(self, found: Sequence[Tensor], layout: Sequence[Sequence[int]]) -> Ragged:
         """Per-response arrays [n] of the scored rows of packs; inverse of `packs`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.data.packing import Pack
@@ -13,10 +14,11 @@ from ovr_megatron.ppo.batch import scored
 
 
 class PolicyObjective:
-    """The clipped surrogate, strictly on-policy: the old log-probabilities are the current ones, detached.
+    """The clipped surrogate, with the divergence from a reference and the entropy where they are wanted.
 
-    Beside it, the difference to the log-probabilities that the rollout engine reported is measured:
-    ``largest`` is its maximum over the packs seen by this rank.
+    Reads a pack's ``advantages`` and ``rollout_logprobs``, and where they are there ``old_logprobs`` (else the step is
+    strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs`` and
+    ``weights``.  ``largest`` is the widest difference between old ones and the rollout engine's that this rank saw.
     """
 
     def __init__(self, config: AlgorithmConfig):
@@ -24,19 +26,34 @@ class PolicyObjective:
         self.largest = 0.0
 
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
-        """Loss of one pack; reads its arrays ``advantages`` and ``rollout_logprobs``."""
+        """Loss of one pack."""
+        config = self.config
         assert scores.logprobs is not None and scores.entropy is not None
-        now = scores.logprobs.detach()
-        losses, clipped = maths.policy_loss(scores.logprobs, now, scored(scores, pack, "advantages"), self.config.clip)
-        mismatch = (now - scored(scores, pack, "rollout_logprobs")).abs()
-        if len(mismatch):  # a context-parallel rank may hold no scored row of a pack
-            self.largest = max(self.largest, float(mismatch.max()))
+        now, rollout = scores.logprobs.detach(), scored(scores, pack, "rollout_logprobs")
+        old = scored(scores, pack, "old_logprobs") if "old_logprobs" in pack.extras else now
+        high = config.clip_high or config.clip
+        advantages = scored(scores, pack, "advantages")
+        losses, clipped = maths.policy_loss(scores.logprobs, old, advantages, config.clip, high)
         sums = {
             "entropy": scores.entropy.detach().sum(),
             "clip_fraction": clipped.float().sum(),
-            "mismatch_mean": mismatch.sum(),
+            "mismatch_mean": (old - rollout).abs().sum(),
+            "rollout_kl": maths.kl_estimate(rollout, old, "k3").sum(),
         }
-        return reduced(losses.sum(), len(scores.rows), sums, self.config.reduction)
+        if config.importance_cap:
+            weight = maths.truncated_importance(old, rollout, config.importance_cap)
+            losses = losses * weight
+            sums["importance"] = weight.sum()
+        if "reference_logprobs" in pack.extras:
+            divergence = maths.kl_estimate(scores.logprobs, scored(scores, pack, "reference_logprobs"), config.kl_form)
+            sums["reference_kl"] = divergence.detach().sum()
+            if config.kl_in == "loss":
+                losses = losses + config.kl_coefficient * divergence
+        if config.entropy_bonus:
+            losses = losses - config.entropy_bonus * scores.entropy
+        if len(now):  # a context-parallel rank may hold no scored row of a pack
+            self.largest = max(self.largest, float((old - rollout).abs().max()))
+        return weighed(losses, scores, pack, sums)
 
 
 class ValueObjective:
@@ -46,16 +63,15 @@ class ValueObjective:
         self.config = config
 
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
-        """Loss of one pack; reads its arrays ``returns`` and ``values``."""
+        """Loss of one pack."""
         assert scores.values is not None
         losses = maths.value_loss(
             scores.values, scored(scores, pack, "returns"), scored(scores, pack, "values"), self.config.value_clip
         )
-        return reduced(losses.sum(), len(scores.rows), {}, self.config.reduction)
+        return weighed(losses, scores, pack, {})
 
 
-def reduced(total: torch.Tensor, rows: int, sums: dict[str, torch.Tensor], reduction: str) -> LossSum:
-    """``token``: every token of the step weighs the same; ``pack``: first the mean of a pack, as Open-Reasoner-Zero."""
-    if reduction == "token":
-        return LossSum(total, rows, sums)
-    return LossSum(total / rows, 1, {name: value / rows for name, value in sums.items()})
+def weighed(losses: Tensor, scores: Scores, pack: Pack, sums: dict[str, Tensor]) -> LossSum:
+    """Sum of the tokens' losses, each times the pack's ``weights`` where it has some (`maths.token_weights`)."""
+    weights = scored(scores, pack, "weights") if "weights" in pack.extras else torch.ones_like(losses)
+    return LossSum((losses * weights).sum(), len(scores.rows), sums)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch.distributed as dist
@@ -10,10 +13,12 @@ import torch.distributed as dist
 from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row
-from ovr_megatron.ppo.batch import Response, seeds_of
+from ovr_megatron.ppo.batch import Response, deal, seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
-from ovr_megatron.rollout.engine import Prompt, RolloutEngine
-from ovr_megatron.runtime.distributed import World
+from ovr_megatron.rollout.engine import Generation, Prompt, RolloutEngine
+from ovr_megatron.rollout.sampling import RolloutError
+from ovr_megatron.runtime.distributed import World, default_store
+from ovr_megatron.runtime.exchange import exchange
 from ovr_megatron.runtime.progress import Progress
 
 
@@ -21,7 +26,7 @@ class Prompts:
     """The prompts of an iteration; each is encoded once, on the ranks that need it."""
 
     def __init__(self, rows: Sequence[Row], processor: Processor):
-        self.rows, self.processor = rows, processor
+        self.rows, self.processor = list(rows), processor
         self._samples: dict[int, Sample] = {}
 
     def sample(self, i: int) -> Sample:
@@ -36,63 +41,237 @@ class Prompts:
         self._samples.update(zip(new, encoded, strict=True))
 
 
-def collect(
-    engine: RolloutEngine,
-    grader: GraderPool,
-    prompts: Prompts,
-    config: RLConfig,
-    iteration: int,
-    limit: int,
-    world: World,
-) -> list[Response]:
-    """Generate and grade; returns the responses that this data-parallel rank trains on, in prompt order.
+@dataclass
+class Rollout:
+    """What the engines made of an iteration's prompts.
 
-    Engine replica r of R answers the prompts i with i mod R = r; data-parallel rank d of D trains on those with
-    i mod D = d.  Where the two differ, the graded responses are exchanged.
+    ``responses`` are those that this rank's engine gave (none on the followers of a tensor-parallel group), and
+    ``kept`` the prompts to train on, the same on all ranks, with the tokens of all their responses together.
     """
-    replicas = world.size // config.rollout.tp
-    replica, leads = divmod(world.rank, config.rollout.tp)
-    mine = range(replica, len(prompts.rows), replicas)
-    prompts.encode(mine)
-    answered = generate(engine, prompts, mine, config, iteration, limit)
-    if leads == 0:
-        grade(grader, prompts, answered)
-    if config.rollout.tp == config.parallel.ranks == 1:
-        return answered
-    everywhere: list[list[Response]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(everywhere, answered if leads == 0 else [])
-    graded = [r for part in everywhere for r in part if r.prompt % world.dp_size == world.dp_rank]
-    prompts.encode(sorted({r.prompt for r in graded}))
-    return sorted(graded, key=lambda r: r.prompt)
+
+    prompts: Prompts
+    limit: int
+    responses: list[Response] = field(default_factory=list)
+    kept: dict[int, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-def generate(
-    engine: RolloutEngine, prompts: Prompts, mine: Sequence[int], config: RLConfig, iteration: int, limit: int
-) -> list[Response]:
-    """``config.responses`` responses to each prompt of ``mine``, at most ``limit`` tokens with the prompt."""
-    requests = []
-    for i in mine:
-        sample = prompts.sample(i)
-        seeds = seeds_of(config.run.seed, iteration, i, config.responses)
-        requests.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, limit - len(sample)))
-    responses = []
-    total = len(requests) * config.responses
-    with Progress(total, f"generating {iteration}", "response", dist.get_rank() == 0, inner=True) as bar:
-        answered = engine.generate(requests, config.rollout.temperature, bar.update)
-    for i, answers in zip(mine, answered, strict=True):
-        for answer in answers:
-            text = prompts.processor.decode(answer.tokens)
-            responses.append(Response(i, answer.tokens, np.asarray(answer.logprobs), answer.stopped, text))
-    return responses
+class Rollouts:
+    """Has prompts answered by the engines of all ranks, and the answers graded while others are still being made.
+
+    With ``endless`` set every response is as long as the limit allows, as a rehearsal wants it.
+    """
+
+    endless = False
+
+    def __init__(
+        self, engine: RolloutEngine, grader: GraderPool, processor: Processor, config: RLConfig, world: World
+    ) -> None:
+        self.engine, self.grader, self.processor, self.config, self.world = engine, grader, processor, config, world
+        self.replicas = world.size // config.rollout.tp
+        self.replica, follower = divmod(world.rank, config.rollout.tp)
+        self.leads = follower == 0
+
+    def collect(self, draw: Callable[[int], list[Row]], iteration: int, limit: int) -> Rollout:
+        """Draw prompts and answer them; with ``algorithm.dynamic_sampling``, until enough have unequal rewards.
+
+        Where even its last round leaves too few, prompts with equal rewards fill the batch up: they change nothing
+        but the number of tokens by which losses are divided.
+
+        Args:
+            draw: gives the next prompts, the same on every rank.
+            iteration: from 0, for the seeds.
+            limit: most tokens of a prompt and its response together.
+
+        Raises:
+            RolloutError: the engines gave up half of the prompts or more.
+        """
+        config = self.config
+        rollout = Rollout(Prompts([], self.processor), limit)
+        unequal: list[int] = []
+        tokens: dict[int, int] = {}
+        for turn in range(max(config.algorithm.dynamic_sampling, 1)):
+            first = len(rollout.prompts.rows)
+            rollout.prompts.rows += draw(config.prompts)
+            numbers = range(first, len(rollout.prompts.rows))
+            found = self._answer(rollout, numbers, iteration, f"{iteration}.{turn}")
+            told = self._tell(found, rollout)
+            rollout.responses += found
+            tokens |= {i: count for i, (count, _) in told.items()}
+            unequal += [i for i, (_, differs) in told.items() if differs]
+            if not config.algorithm.dynamic_sampling or len(unequal) >= config.prompts:
+                break
+        if len(tokens) * 2 <= len(rollout.prompts.rows):
+            problems = {r.verdict for r in rollout.responses if not r.tokens}
+            raise RolloutError(f"{len(tokens)} of {len(rollout.prompts.rows)} prompts were answered: {problems}")
+        order = unequal + [i for i in tokens if i not in set(unequal)] if config.algorithm.dynamic_sampling else tokens
+        rollout.kept = {i: tokens[i] for i in sorted(list(order)[: config.prompts])}
+        if config.algorithm.dynamic_sampling:
+            rollout.metrics["data/drawn_prompts"] = len(rollout.prompts.rows)
+            rollout.metrics["data/unequal_prompts"] = len(unequal) / len(rollout.prompts.rows)
+        return rollout
+
+    def _tell(self, found: Sequence[Response], rollout: Rollout) -> dict[int, tuple[int, bool]]:
+        """For each answered prompt of all ranks the tokens to train on, and whether its responses' rewards differ."""
+        mine = {}
+        for i, group in by_prompt(found).items():
+            if all(r.tokens for r in group):
+                own = len(rollout.prompts.sample(i))
+                mine[i] = (sum(own + len(r.tokens) for r in group), len({r.reward for r in group}) > 1)
+        everyone: list[dict[int, tuple[int, bool]]] = [{} for _ in range(self.world.size)]
+        dist.all_gather_object(everyone, mine if self.leads else {})
+        together = {i: told for part in everyone for i, told in part.items()}
+        return dict(sorted(together.items()))
+
+    def _answer(self, rollout: Rollout, numbers: Sequence[int], iteration: int, name: str) -> list[Response]:
+        """This engine's share of the prompts ``numbers``, graded; ``name`` is that of the queue."""
+        config, prompts, limit = self.config, rollout.prompts, rollout.limit
+        began = time.perf_counter()
+        found: dict[tuple[int, int], Response] = {}
+        queue = self._queue(numbers, name)
+        tally = Tally(f"tally/{name}")
+        total = len(numbers) * config.responses
+
+        def take(outstanding: int) -> list[tuple[int, Prompt]]:
+            mine = queue(outstanding)
+            prompts.encode(mine)
+            return [(i, self._prompt(prompts.sample(i), iteration, i, limit)) for i in mine]
+
+        def finished(number: int, answers: list[Generation]) -> None:
+            if not self.leads:
+                return
+            for k, answer in enumerate(answers):
+                text = self.processor.decode(answer.tokens)
+                found[number, k] = Response(number, k, answer.tokens, answer.logprobs, answer.stopped, text)
+                self._submit(found[number, k], prompts.rows[number])
+            tally.add(len(answers), sum(len(answer.tokens) for answer in answers))
+
+        with Progress(total, f"generating {iteration}", "response", self.world.is_main, inner=True) as bar:
+
+            def between() -> None:
+                if self.leads:
+                    tally.reward(_settle(found, self.grader.collect(wait=False)))
+                if self.world.is_main:
+                    tally.show(bar)
+
+            failed = self.engine.answer(take, finished, config.rollout.temperature, between)
+            spent = time.perf_counter() - began
+            while self.leads and self.grader.pending:
+                tally.reward(_settle(found, self.grader.collect()))
+            if self.world.is_main:
+                tally.show(bar)
+        for number, problem in failed if self.leads else ():
+            for k in range(config.responses):
+                verdict = f"failed: {problem}"
+                found[number, k] = Response(number, k, [], np.zeros(0, np.float32), False, "", verdict=verdict)
+        self._note_tail(rollout, spent, time.perf_counter() - began, len(failed) if self.leads else 0)
+        return [found[key] for key in sorted(found)]
+
+    def _prompt(self, sample: Sample, iteration: int, number: int, limit: int) -> Prompt:
+        seeds = seeds_of(self.config.run.seed, iteration, number, self.config.responses)
+        return Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, limit - len(sample), self.endless)
+
+    def _queue(self, numbers: Sequence[int], name: str) -> Callable[[int], list[int]]:
+        """What this engine is to answer next, given how many responses it still works on.
+
+        ``static``: replica r of R answers every R-th prompt from the r-th, all of them at once.  ``shared``: each takes
+        the next prompt from one queue whenever it has room, so that one with short answers takes more of them.
+        """
+        if self.config.rollout.schedule == "static":
+            mine = list(numbers[self.replica :: self.replicas])
+
+            def all_at_once(outstanding: int) -> list[int]:
+                taken, mine[:] = mine[:], []
+                return taken
+
+            return all_at_once
+        counter = default_store(f"queue/{name}")
+
+        def next_one(outstanding: int) -> list[int]:
+            taken: list[int] = []
+            while outstanding + len(taken) * self.config.responses < self.config.rollout.max_num_seqs:
+                place = self.engine.agree(lambda: counter.add("next", 1) - 1)
+                if place >= len(numbers):
+                    break
+                taken.append(numbers[place])
+            return taken
+
+        return next_one
+
+    def _submit(self, response: Response, row: Row) -> None:
+        """Have ``response`` graded; one that did not stop by itself gets 0 and costs the graders nothing."""
+        response.verdict = "not finished"
+        if response.stopped:
+            rule = self.config.reward.rules.get(row.source, "auto")
+            request = GradeRequest(response.text, row.answer or "", row.options, rule)
+            self.grader.submit((response.prompt, response.sample), request)
+
+    def _note_tail(self, rollout: Rollout, spent: float, graded: float, failed: int) -> None:
+        """How long engines waited for the last one, how long grading took after it, and how many prompts failed."""
+        everyone: list[tuple[float, float, int]] = [(0.0, 0.0, 0)] * self.world.size
+        dist.all_gather_object(everyone, (spent, graded, failed))
+        last = max(one for one, _, _ in everyone)
+        metrics = rollout.metrics
+        for key, value in {
+            "timing/rollout_idle": sum(last - one for one, _, _ in everyone) / self.world.size,
+            "timing/grade_after": max(max(whole for _, whole, _ in everyone) - last, 0.0),
+            "response/failed_prompts": float(sum(count for _, _, count in everyone)),
+        }.items():
+            metrics[key] = metrics.get(key, 0.0) + value
 
 
-def grade(grader: GraderPool, prompts: Prompts, responses: Sequence[Response]) -> None:
-    """Fill in rewards: 1 if the last box matches the reference; a response that did not stop by itself gets 0."""
-    stopped = [r for r in responses if r.stopped]
-    requests = [
-        GradeRequest(r.text, prompts.rows[r.prompt].answer or "", prompts.rows[r.prompt].options) for r in stopped
-    ]
+def _settle(responses: dict[tuple[int, int], Response], verdicts: Iterable[tuple]) -> float:
+    """Write ``verdicts`` into their responses; returns the sum of their rewards."""
+    total = 0.0
+    for key, verdict in verdicts:
+        responses[key].reward, responses[key].verdict = verdict.reward, verdict.reason
+        total += responses[key].reward
+    return total
+
+
+class Tally:
+    """What all engines have done so far, counted where every rank can read it."""
+
+    def __init__(self, name: str) -> None:
+        self._store = default_store(name)
+
+    def add(self, responses: int, tokens: int) -> None:
+        """Count finished responses and their tokens."""
+        self._store.add("responses", responses)
+        self._store.add("tokens", tokens)
+
+    def reward(self, total: float) -> None:
+        """Count rewards, to a thousandth."""
+        if total:
+            self._store.add("reward", round(1000 * total))
+
+    def show(self, bar: Progress) -> None:
+        """Move ``bar`` on to what is finished, with the mean reward and length so far."""
+        done = self._store.add("responses", 0)
+        if done > bar.done:
+            reward, tokens = self._store.add("reward", 0) / 1000, self._store.add("tokens", 0)
+            bar.update(done - bar.done, reward=f"{reward / done:.3f}", length=f"{tokens / done:.0f}")
+
+
+def by_prompt(responses: Iterable[Response]) -> dict[int, list[Response]]:
+    """The responses to each prompt."""
+    groups: dict[int, list[Response]] = defaultdict(list)
     for r in responses:
-        r.verdict = "not finished"
-    for r, verdict in zip(stopped, grader.grade(requests), strict=True):
-        r.reward, r.verdict = float(verdict.correct), verdict.reason
+        groups[r.prompt].append(r)
+    return groups
+
+
+def share(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Response]:
+    """The responses that this rank trains on as ``dp_rank`` of ``dp_size``, a collective; in order of their prompts.
+
+    All responses to a prompt go to the same ranks, and every rank gets equally many tokens as nearly as whole prompts
+    allow.
+    """
+    owner = deal(rollout.kept, dp_size)
+    places: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(places, dp_rank)
+    mine = [r for r in rollout.responses if r.prompt in owner]
+    arrived = exchange({peer: [r for r in mine if owner[r.prompt] == place] for peer, place in enumerate(places)})
+    found = sorted((r for part in arrived for r in part), key=lambda r: (r.prompt, r.sample))
+    rollout.prompts.encode(sorted({r.prompt for r in found}))
+    return found

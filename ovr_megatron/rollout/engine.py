@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from vllm import LLM
 from vllm.config import WeightTransferConfig
+from vllm.outputs import RequestOutput
 
 from ovr_megatron.config import RolloutConfig
 from ovr_megatron.data.processing import Processor
@@ -111,9 +112,11 @@ class RolloutEngine:
             raise RolloutError(
                 f"rollout.tp={config.tp} does not divide the {dist.get_world_size()} processes; change one of them"
             )
+        self._group = dist.new_subgroups(config.tp, backend="gloo")[0] if config.tp > 1 else None
         self.banned = banned_tokens(processor.shape, processor.tokenizer)
         self._end_ids = end_tokens(processor.tokenizer)
         self._stop = list(config.stop)
+        self._room = config.max_num_seqs
         self._asleep: set[str] = set()
         settings = _settings(config, processor, dtype, max_model_len)
         with undisturbed():
@@ -154,19 +157,74 @@ class RolloutEngine:
         Raises:
             RolloutError: vLLM gave a request up.
         """
+        responses: list[list[Generation]] = [[] for _ in prompts]
+
+        given = enumerate(prompts)
+
+        def take(outstanding: int) -> list[tuple[int, Prompt]]:
+            return list(given)
+
+        def finished(number: int, found: list[Generation]) -> None:
+            responses[number] = found
+            if progress:
+                progress(len(found))
+
+        for number, problem in self.answer(take, finished, temperature):
+            raise RolloutError(f"prompt {number} of {len(prompts)} was not answered: {problem}")
+        return responses
+
+    def answer(
+        self,
+        take: Callable[[int], Sequence[tuple[int, Prompt]]],
+        finished: Callable[[int, list[Generation]], None],
+        temperature: float,
+        between: Callable[[], None] | None = None,
+    ) -> list[tuple[int, str]]:
+        """Answer the prompts that ``take`` gives until it has no more, each once for each of its seeds.
+
+        Args:
+            take: Called with the number of unfinished responses before each step in which these leave room for more;
+                returns numbered prompts, the same on all ranks of a tensor-parallel group.
+            finished: Called with a prompt's number and its responses in the order of its seeds.
+            temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
+            between: Called between two steps.
+
+        Returns:
+            The prompts that vLLM gave up or did not take, and why; for these `finished` is not called.
+        """
+        failed: list[tuple[int, str]] = []
         with undisturbed():
             self._wake("weights", "kv_cache")
-            owners = self._enqueue(prompts, temperature)
-            finished: dict[int, list[Generation]] = {}
-            while self._llm.llm_engine.has_unfinished_requests():
-                done = {int(o.request_id): generations(o) for o in self._llm.llm_engine.step() if o.finished}
-                finished.update(done)
-                if done and progress:
-                    progress(sum(map(len, done.values())))
-        responses: list[list[Generation]] = [[] for _ in prompts]
-        for owner, request_id in zip(owners, sorted(finished), strict=True):  # vLLM numbers requests in order
-            responses[owner] += finished[request_id]
-        return responses
+            waiting = _Waiting()
+            given = True
+            while given or waiting:
+                given = False
+                if self.room_left(waiting.responses):
+                    for number, prompt in take(waiting.responses):
+                        given = True
+                        try:
+                            waiting.add(number, prompt, self._enqueue(prompt, temperature))
+                        except ValueError as error:  # vLLM's word for a request that it cannot take
+                            failed.append((number, str(error)))
+                if self._llm.llm_engine.has_unfinished_requests():
+                    for output in self._llm.llm_engine.step():
+                        if output.finished:
+                            waiting.give(output, finished, failed)
+                if between:
+                    between()
+        return failed
+
+    def room_left(self, outstanding: int) -> bool:
+        """Whether vLLM could work on more responses than these."""
+        return outstanding < self._room
+
+    def agree(self, decide: Callable[[], int]) -> int:
+        """What the first rank of this engine decides, on all of its ranks."""
+        if self._group is None:
+            return decide()
+        box = torch.tensor(decide() if self._group.rank() == 0 else 0)
+        dist.broadcast(box, group=self._group, group_src=0)
+        return int(box)
 
     def score(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Log-probability of every token of each prompt but its first; nothing is sampled that counts.
@@ -191,19 +249,10 @@ class RolloutEngine:
                 finished.update((int(output.request_id), prompt_logprobs(output)) for output in done)
         return [finished[request_id] for request_id in sorted(finished)]  # vLLM numbers requests in order
 
-    def _enqueue(self, prompts: Sequence[Prompt], temperature: float) -> list[int]:
-        """Hand all requests to vLLM; returns the index of each request's prompt."""
-        inputs: list[dict[str, Any]] = []
-        params, owners = [], []
-        for i, prompt in enumerate(prompts):
-            request = _request(prompt)
-            for run in sampling_params(prompt, temperature, self._end_ids, self._stop):
-                inputs.append(request)
-                params.append(run)
-                owners.append(i)
-        if inputs:
-            self._llm.enqueue(inputs, params, use_tqdm=False)  # type: ignore[arg-type]
-        return owners
+    def _enqueue(self, prompt: Prompt, temperature: float) -> list[str]:
+        """Hand the prompt to vLLM; returns the requests' names in the order of their seeds."""
+        params = sampling_params(prompt, temperature, self._end_ids, self._stop)
+        return self._llm.enqueue([_request(prompt)] * len(params), params, use_tqdm=False)  # type: ignore[list-item]
 
     def sleep(self) -> None:
         """Forget what was computed, and give the GPU back to the trainer until the next `update` or `generate`.
@@ -230,6 +279,49 @@ class RolloutEngine:
             raise RolloutError("vLLM kept its prefix cache: requests are still running")
         self._llm.llm_engine.reset_encoder_cache()
         self._llm.reset_mm_cache()
+
+
+class _Waiting:
+    """Prompts that vLLM works on; those with seeds that are not consecutive as several requests."""
+
+    def __init__(self) -> None:
+        self.responses = 0
+        self._numbers: dict[str, int] = {}
+        self._parts: dict[int, dict[str, list[Generation]]] = {}
+        self._wanted: dict[int, int] = {}
+
+    def __bool__(self) -> bool:
+        """Whether any is left."""
+        return bool(self._wanted)
+
+    def add(self, number: int, prompt: Prompt, names: Sequence[str]) -> None:
+        """Note that prompt ``number`` went to vLLM as the requests ``names``."""
+        outer = [name.partition("-")[0] for name in names]  # vLLM appends letters of its own to the name inside
+        self._numbers.update(dict.fromkeys(outer, number))
+        self._parts[number] = {name: [] for name in outer}
+        self._wanted[number] = len(prompt.seeds)
+        self.responses += len(prompt.seeds)
+
+    def give(
+        self,
+        output: RequestOutput,
+        finished: Callable[[int, list[Generation]], None],
+        failed: list[tuple[int, str]],
+    ) -> None:
+        """Take a finished request; hand its prompt on if it was the last of it."""
+        number = self._numbers.pop(output.request_id)
+        if number not in self._wanted:
+            return
+        parts = self._parts[number]
+        try:
+            parts[output.request_id] = generations(output)
+        except RolloutError as error:
+            failed.append((number, str(error)))
+            self.responses -= self._wanted.pop(number)
+            return
+        if all(parts.values()):
+            self.responses -= self._wanted.pop(number)
+            finished(number, [found for part in self._parts.pop(number).values() for found in part])
 
 
 def _request(prompt: Prompt) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Prompt:
         seeds: One for each response.  A response depends on the weights, the prompt and its own seed alone, up
             to rounding.  Consecutive seeds (s, s + 1, ...) share one request and are faster.
         max_tokens: Longest response, its end token included.
+        endless: Whether nothing but `max_tokens` ends a response.
     """
 
     tokens: Sequence[int]
@@ -43,6 +44,7 @@ class Prompt:
     videos: Sequence[Video] = ()
     seeds: Sequence[int] = (0,)
     max_tokens: int = 1024
+    endless: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def sampling_params(
             repetition_penalty=1.0,
             max_tokens=prompt.max_tokens,
             ignore_eos=True,
-            stop_token_ids=list(end_ids),
-            stop=list(stop),
+            stop_token_ids=[] if prompt.endless else list(end_ids),
+            stop=[] if prompt.endless else list(stop),
             detokenize=bool(stop),
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,

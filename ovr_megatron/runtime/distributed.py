@@ -121,6 +121,11 @@ def join(timeout: datetime.timedelta) -> torch.device:
     return device
 
 
+def default_store(prefix: str) -> dist.Store:
+    """Keys and values that all ranks share, below ``prefix``."""
+    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators; the loops themselves draw from generators of their own."""
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""Cold starts of two ranks that are killed, stopped or starved: ``disturbed.py OUT SEED KILLS``.
+"""Runs of two ranks, of either stage, that are killed, stopped or starved: ``disturbed.py OUT SEED KILLS``.
 
 One process imports everything and forks the ranks of each run, so that a run costs its training only. What disturbs a
 run is wrapped around the package's functions in the child. Results go to ``OUT/results.json``.
@@ -21,16 +21,19 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ovr_megatron import coldstart
+from ovr_megatron import coldstart, rl
 from ovr_megatron.checkpoint import writing
-from ovr_megatron.config import ColdStartConfig, build, defaults
+from ovr_megatron.config import ColdStartConfig, RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.launch import RECIPES, in_one_sentence
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.ppo import archive, rollouts
+from ovr_megatron.rollout.engine import RolloutEngine
 
 STEPS = 6
 MOMENTS = ("data", "collective", "save", "manifest", "rename", "prune", "step")
+RL_MOMENTS = ("generate", "grade", "exchange", "value", "update", "sync", "archive", "save", "manifest", "rename")
 DEADLINE_S = 300.0
 moment = {"step": 0}
 
@@ -41,6 +44,15 @@ def config(run: Path, model: Path, *overrides: str) -> ColdStartConfig:
     options = [f"run.dir={run}", f"model.path={model}", f"steps={STEPS}", "run.save_every=2", "data.pack_tokens=512"]
     options += ["run.keep_last=1", "run.keep_every=4", "run.peak_tflops=0.01", *overrides]
     return build(ColdStartConfig, OmegaConf.merge(defaults(ColdStartConfig), values, OmegaConf.from_dotlist(options)))
+
+
+def rl_config(run: Path, model: Path, *overrides: str) -> RLConfig:
+    values = OmegaConf.load(RECIPES / "tiny_rl.yaml")
+    values.pop("defaults")
+    options = [f"run.dir={run}", f"model.path={model}", f"iterations={STEPS}", "run.save_every=2", "run.keep_last=1"]
+    options += ["run.keep_every=4", "prompts=4", "responses=2", "algorithm.critic_warmup_iterations=1", *overrides]
+    options += ["curriculum=[{until: 3, max_tokens: 64}, {until: 6, max_tokens: 72}]"]
+    return build(RLConfig, OmegaConf.merge(defaults(RLConfig), values, OmegaConf.from_dotlist(options)))
 
 
 # Disturbances: each is called in a rank before it trains --------------------------------------------------
@@ -94,6 +106,20 @@ def kill(rank: int, kind: str, victim: int, step: int, number: int) -> None:
             at(Processor, "encode", step, 1, die)
         case "collective" if rank == victim:
             at(dist, "all_reduce", step, number, die)
+        case "generate" if rank == victim:  # in the middle: some responses are there, others are not
+            at(RolloutEngine, "room_left", step, 5 * number, die)
+        case "grade" if rank == victim:
+            at(rollouts.Rollouts, "_submit", step, number, die)
+        case "exchange" if rank == victim:
+            at(rollouts, "exchange", step, 1, die)
+        case "value" if rank == victim:
+            at(Engine, "scores", step, 1, die)
+        case "update" if rank == victim:
+            at(Engine, "step", step, number, die)
+        case "sync" if rank == victim:
+            at(RolloutEngine, "update", step, 1, die)
+        case "archive" if rank == victim:
+            at(archive, "_write_numbers", step, 1, lambda path, *rest: die_in_the_file(path))
         case "step" if rank == victim:
             at(Engine, "step", step, 1, die)
         case "save" if rank == victim:
@@ -149,15 +175,25 @@ def wait_for(rank: int, ready: Path, go: Path) -> None:
 class Run:
     """Two ranks on one run folder, at work from the beginning."""
 
-    def __init__(self, out: Path, disturb: Callable[[int], None] | None = None, *overrides: str, name: str = ""):
+    def __init__(
+        self,
+        out: Path,
+        disturb: Callable[[int], None] | None = None,
+        *overrides: str,
+        name: str = "",
+        stage: str = "coldstart",
+    ):
         self.out, self.log = out, out.with_name(f"{out.name}{name}.log")
-        settings = config(out, out.parent / "model", *overrides)
+        compose = {"coldstart": config, "rl": rl_config}[stage]
+        settings = compose(out, out.parent / "model", *overrides)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.pids = [self._fork(rank, port, settings, disturb) for rank in range(2)]
 
-    def _fork(self, rank: int, port: int, settings: ColdStartConfig, disturb: Callable[[int], None] | None) -> int:
+    def _fork(
+        self, rank: int, port: int, settings: ColdStartConfig | RLConfig, disturb: Callable[[int], None] | None
+    ) -> int:
         sys.stdout.flush()
         if pid := os.fork():
             return pid
@@ -171,7 +207,8 @@ class Run:
             wrap(coldstart.Recorder, "train", lambda recorder, step, *rest: moment.update(step=step))
             if disturb:
                 disturb(rank)
-            in_one_sentence(partial(coldstart.run, settings))
+            wrap(rl, "iterate", lambda models, rollouts, draw, iteration: moment.update(step=iteration))
+            in_one_sentence(partial(rl.run if isinstance(settings, RLConfig) else coldstart.run, settings))
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -198,18 +235,19 @@ class Run:
         return [ended[pid] for pid in self.pids]
 
 
-def kills(out: Path, seed: int, count: int) -> list[dict[str, Any]]:
+def kills(out: Path, seed: int, count: int, stage: str = "coldstart") -> list[dict[str, Any]]:
     """Kill ``count`` runs at moments drawn from ``seed``, and let each go on to its end."""
     generator = random.Random(seed)
-    kinds = [MOMENTS[(seed + number) % len(MOMENTS)] for number in range(count)]
+    moments = MOMENTS if stage == "coldstart" else RL_MOMENTS
+    kinds = [moments[(seed + number) % len(moments)] for number in range(count)]
     found = []
     for number, kind in enumerate(kinds):
         where = {"kind": kind, "victim": generator.randrange(2), "step": generator.randrange(1, STEPS)}
         where["number"] = generator.randrange(1, 4)
-        run = out / f"kill_{number}"
-        codes = Run(run, partial(kill, **where)).codes()
+        run = out / f"{stage}_kill_{number}"
+        codes = Run(run, partial(kill, **where), stage=stage).codes()
         saved = sorted(path.name for path in (run / "checkpoints").glob("*"))
-        entry = {**where, "run": run.name, "killed": codes, "saved": saved, "resumed": Run(run).codes()}
+        entry = {**where, "run": run.name, "killed": codes, "saved": saved, "resumed": Run(run, stage=stage).codes()}
         print(json.dumps(entry), flush=True)
         found.append(entry)
     return found
@@ -244,6 +282,7 @@ def main(out: Path, seed: int, count: int) -> None:
     make_tiny_model(out / "model", tied=True, seed=5)
     whole = Run(out / "whole").codes()
     results = {"whole": whole, "kills": kills(out, seed, count)}
+    results |= {"rl_whole": Run(out / "rl_whole", stage="rl").codes(), "rl_kills": kills(out, seed, count, "rl")}
     if len(sys.argv) < 5:
         results |= scenarios(out)
     (out / "results.json").write_text(json.dumps(results, indent=1))

@@ -68,12 +68,14 @@ def test_an_undisturbed_run(runs: Path, codes: dict[str, Any]) -> None:
     assert (runs / "whole/spikes.jsonl").read_text() == ""
 
 
-def test_killed_runs_go_on_as_if_nothing_had_been(runs: Path, codes: dict[str, Any]) -> None:
-    assert len(codes["kills"]) == KILLS
-    for kill in codes["kills"]:
+@pytest.mark.parametrize(("kills", "whole"), [("kills", "whole"), ("rl_kills", "rl_whole")])
+def test_killed_runs_go_on_as_if_nothing_had_been(runs: Path, codes: dict[str, Any], kills: str, whole: str) -> None:
+    assert codes[whole] == [0, 0]
+    assert len(codes[kills]) == KILLS
+    for kill in codes[kills]:
         assert -9 in kill["killed"] and 0 not in kill["killed"], kill
         assert kill["resumed"] == [0, 0], kill
-        assert_same(runs / kill["run"], runs / "whole")
+        assert_same(runs / kill["run"], runs / whole)
 
 
 def test_background_writing_gives_the_same_bytes(runs: Path, codes: dict[str, Any]) -> None:

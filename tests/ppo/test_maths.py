@@ -18,6 +18,10 @@ def ragged(seed: int, count: int = 9) -> tuple[list[float], list[np.ndarray]]:
     return rng.integers(0, 2, size=count).astype(float).tolist(), [rng.normal(size=n) for n in lengths]
 
 
+def last(scores: list[float], values: list[np.ndarray]) -> list[np.ndarray]:
+    return maths.token_rewards(scores, [len(v) for v in values])
+
+
 def literal_gae(reward: float, values: np.ndarray, gamma: float, lam: float) -> np.ndarray:
     """A_t = sum_k (gamma lam)^k delta_{t+k}, the definition, with nested sums."""
     n = len(values)
@@ -30,7 +34,7 @@ def literal_gae(reward: float, values: np.ndarray, gamma: float, lam: float) -> 
 @given(st.integers(0, 2**31), st.floats(0.5, 1.0), st.floats(0.0, 1.0))
 def test_advantages_are_the_literal_sum(seed: int, gamma: float, lam: float) -> None:
     rewards, values = ragged(seed)
-    advantages, returns = maths.generalised_advantages(rewards, values, gamma, lam)
+    advantages, returns = maths.generalised_advantages(last(rewards, values), values, gamma, lam)
     for reward, value, advantage, target in zip(rewards, values, advantages, returns, strict=True):
         expected = literal_gae(reward, value, gamma, lam)
         np.testing.assert_allclose(advantage, expected, atol=1e-12)
@@ -39,7 +43,7 @@ def test_advantages_are_the_literal_sum(seed: int, gamma: float, lam: float) -> 
 
 def test_the_papers_advantage_is_reward_minus_value() -> None:
     rewards, values = ragged(3)
-    advantages, returns = maths.generalised_advantages(rewards, values, 1.0, 1.0)
+    advantages, returns = maths.generalised_advantages(last(rewards, values), values, 1.0, 1.0)
     for reward, value, advantage, target in zip(rewards, values, advantages, returns, strict=True):
         np.testing.assert_allclose(advantage, reward - value, atol=1e-12)
         np.testing.assert_allclose(target, reward, atol=1e-12)
@@ -47,7 +51,7 @@ def test_the_papers_advantage_is_reward_minus_value() -> None:
 
 def test_advantages_by_hand() -> None:
     # delta = (0 + 0.5 * 2 - 1, 3 - 2) = (0, 1); A = (0 + 0.5 * 0.5 * 1, 1)
-    advantages, returns = maths.generalised_advantages([3.0], [np.array([1.0, 2.0])], 0.5, 0.5)
+    advantages, returns = maths.generalised_advantages([np.array([0.0, 3.0])], [np.array([1.0, 2.0])], 0.5, 0.5)
     np.testing.assert_allclose(advantages[0], [0.25, 1.0])
     np.testing.assert_allclose(returns[0], [1.25, 3.0])
 
@@ -72,10 +76,10 @@ def test_explained_variance_of_perfect_and_useless_values() -> None:
 def test_policy_loss_is_the_clipped_surrogate(seed: int, clip: float) -> None:
     rng = np.random.default_rng(seed)
     new, old, advantage = rng.normal(size=(3, 17))
-    found, clipped = maths.policy_loss(*(torch.from_numpy(x) for x in (new, old, advantage)), clip)
+    found, clipped = maths.policy_loss(*(torch.from_numpy(x) for x in (new, old, advantage)), clip, 2 * clip)
     for i in range(17):
         ratio = np.exp(new[i] - old[i])
-        bounded = min(max(ratio, 1 - clip), 1 + clip)
+        bounded = min(max(ratio, 1 - clip), 1 + 2 * clip)
         assert float(found[i]) == pytest.approx(-min(ratio * advantage[i], bounded * advantage[i]), rel=1e-12)
         assert bool(clipped[i]) == (bounded * advantage[i] < ratio * advantage[i])
 
@@ -84,7 +88,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
     logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     actions, advantage = torch.tensor([0, 1, 2, 3, 4, 0]), torch.linspace(-1, 1, 6, dtype=torch.float64)
     logprobs = logits.log_softmax(-1).gather(1, actions[:, None])[:, 0]
-    losses, clipped = maths.policy_loss(logprobs, logprobs.detach(), advantage, 0.2)
+    losses, clipped = maths.policy_loss(logprobs, logprobs.detach(), advantage, 0.2, 0.2)
     (found,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad(-(logprobs * advantage).sum(), logits)
     assert torch.equal(losses.detach(), -advantage)

@@ -1,4 +1,7 @@
-"""The cold start as a job of a real Slurm: preempted, then robbed of a node, it ends as the undisturbed run."""
+"""Both stages as jobs of a real Slurm.
+
+The cold start is preempted, then robbed of a node, PPO is preempted: they end as the undisturbed runs.
+"""
 
 import json
 import os
@@ -36,6 +39,19 @@ def settings(model: Path) -> dict[str, str]:
     }
 
 
+RL_STEPS = 8
+
+
+def rl_arguments(run: Path) -> list[str]:
+    """The limit grows from the fifth iteration on."""
+    sizes = [f"run.dir={run}", f"iterations={RL_STEPS}", "prompts=4", "responses=2", "run.save_every=2"]
+    return [*sizes, "curriculum=[{until: 4, max_tokens: 72}, {until: 8, max_tokens: 88}]"]
+
+
+def rl_settings(model: Path) -> dict[str, str]:
+    return settings(model) | {"OVR_RECIPE": "tiny_rl"}
+
+
 def curve(run: Path) -> list[dict[str, float]]:
     lines = map(json.loads, (run / "metrics/train.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if not key.startswith(CLOCKS)} for line in lines]
@@ -71,6 +87,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=2 * LIMIT_S,
     )
     assert alone.returncode == 0, alone.stdout + alone.stderr
+    alone = subprocess.run(
+        ["bash", ROOT / "slurm/rl.sh", *rl_arguments(folder / "rl_alone")],
+        env=shell_environment() | rl_settings(model) | {"OVR_RANKS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT_S,
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
     with Cluster(folder / "cluster", nodes=3) as cluster:
         run = folder / "job"
         scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=job.out"]
@@ -101,7 +125,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the job")
         (run / "state").write_text(json.dumps(cluster.job(job)))
         (run / "output").write_text((cluster.folder / "job.out").read_text())
+
+        run = folder / "rl"
+        scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=rl.out"]
+        job = cluster.submit(*scale, ROOT / "slurm/rl.sh", *rl_arguments(run), **rl_settings(model))
+        wait(lambda: steps_seen(run) >= 3, "the first iterations")
+        cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+        wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the PPO job")
+        (run / "state").write_text(json.dumps(cluster.job(job)))
+        (run / "output").write_text((cluster.folder / "rl.out").read_text())
     return folder
+
+
+def test_reinforcement_learning_is_preempted_and_ends_as_if_it_had_not_been(runs: Path) -> None:
+    state = json.loads((runs / "rl/state").read_text())
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), (runs / "rl/output").read_text()
+    first, last = attempts(runs / "rl")[0], attempts(runs / "rl")[-1]
+    assert (first["state"], last["state"]) == ("stopped,requeued", "finished")
+    assert curve(runs / "rl") == curve(runs / "rl_alone")
+    assert [line["curriculum/max_tokens"] for line in curve(runs / "rl")] == [72] * 4 + [88] * 4
+    for name in ("policy", "critic"):
+        alone, job = (
+            load_file(runs / run / f"checkpoints/step_{RL_STEPS:06d}/{name}/model.safetensors")
+            for run in ("rl_alone", "rl")
+        )
+        assert [key for key in alone if not alone[key].equal(job[key])] == []
 
 
 def test_job_was_disturbed_twice_and_finished(runs: Path) -> None:

@@ -1,4 +1,4 @@
-"""Twenty kills at moments drawn from a seed: ``python tests/soak/kills.py [--seed N] [--count N] [--folder DIR]``.
+"""Twenty kills of each stage, drawn from a seed: ``python tests/soak/kills.py [--seed N] [--count N] [--folder DIR]``.
 
 Each run is killed, goes on, and must end with the files, the manifest and the curve of the undisturbed one.
 """
@@ -34,16 +34,18 @@ def main() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     launcher = [sys.executable, ROOT / "tests/checkpoint/disturbed.py", out]
     subprocess.run([*launcher, str(arguments.seed), str(arguments.count), "kills"], check=True, env=environment)
-    whole = result(out / "whole")
+    results = json.loads((out / "results.json").read_text())
     good = 0
-    for kill in json.loads((out / "results.json").read_text())["kills"]:
-        same = result(out / kill["run"]) == whole
+    for kill in results["kills"] + results["rl_kills"]:
+        same = result(out / kill["run"]) == result(out / ("rl_whole" if kill["run"].startswith("rl") else "whole"))
         fell = -9 in kill["killed"] and 0 not in kill["killed"] and kill["resumed"] == [0, 0]
         good += same and fell
-        moment = f"{kill['kind']} of rank {kill['victim']} in step {kill['step']}"
-        print(f"{moment}: killed {kill['killed']}, resumed {kill['resumed']}, {'same' if same else 'DIFFERS'}")
-    print(f"{good} of {arguments.count} killed runs end as the undisturbed one, bit for bit")
-    sys.exit(good != arguments.count)
+        moment = f"{kill['run']}, {kill['kind']} of rank {kill['victim']} in step {kill['step']}"
+        ended = f"killed {kill['killed']}, resumed {kill['resumed']}, {'same' if same else 'DIFFERS'}"
+        print(f"{moment}: {ended}")
+    total = 2 * arguments.count
+    print(f"{good} of {total} killed runs end as the undisturbed one, bit for bit")
+    sys.exit(good != total)
 
 
 if __name__ == "__main__":

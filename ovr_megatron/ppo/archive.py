@@ -1,0 +1,226 @@
+"""Every iteration's rollouts on disk: text to read, and the numbers to go on from or to check.
+
+``rollouts/000012.jsonl`` has a line for each response; ``rollouts/000012/`` has its tokens and per-token numbers as
+safetensors, a file for each rank that held some, and ``iteration.json``: the limit, the prompts that were kept and the
+place in the prompt stream, from which the prompts, their images too, are drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ovr_megatron.ppo.batch import Response
+from ovr_megatron.ppo.maths import Ragged
+from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.rollouts import Prompts, Rollout
+from ovr_megatron.runtime.distributed import World
+
+PICTURES = 2
+ARRAYS = ("values", "advantages", "old", "reference")
+
+
+class ArchiveError(ValueError):
+    """Rollouts that are not there or not whole; says which file."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An iteration read back: its limit, tokens by kept prompt, the stream before it, and this rank's part.
+
+    ``arrays`` [n per response] has those of `ARRAYS` that were saved.
+    """
+
+    limit: int
+    kept: dict[int, int]
+    stream: dict[str, Any]
+    drawn: int
+    responses: list[Response]
+    arrays: dict[str, Ragged]
+
+
+def write(
+    run: Path,
+    iteration: int,
+    rollout: Rollout,
+    stream: Mapping[str, Any],
+    responses: Sequence[Response],
+    arrays: Mapping[str, Ragged | None],
+    world: World,
+) -> None:
+    """Save the iteration, a collective; ``responses`` are this rank's part, which no other rank has.
+
+    Args:
+        run: the run folder.
+        iteration: from 0.
+        rollout: what was generated.
+        stream: state of the prompt stream before the iteration.
+        responses: this rank's; empty on ranks that hold a copy of another's.
+        arrays: numbers for each token [n] of each of these.
+        world: the processes.
+    """
+    given = {name: values for name, values in arrays.items() if values is not None}
+    base = run / "rollouts"
+    folder = base / f"{iteration:06d}"
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier()
+    part = folder / f"{world.rank:05d}"
+    if responses:
+        _write_numbers(part.with_suffix(".safetensors"), responses, given)
+        with part.with_suffix(".jsonl").open("w", encoding="utf-8") as out:
+            for line in _lines(run, iteration, rollout.prompts, responses, given.get("advantages")):
+                out.write(json.dumps(line) + "\n")
+    dist.barrier()
+    if world.is_main:
+        told = {
+            "limit": rollout.limit,
+            "kept": [[i, tokens] for i, tokens in rollout.kept.items()],
+            "stream": dict(stream),
+            "drawn": len(rollout.prompts.rows),
+        }
+        (folder / "iteration.json").write_text(json.dumps(told), encoding="utf-8")
+        whole = base / f"{iteration:06d}.jsonl"
+        with whole.with_suffix(".part").open("wb") as out:
+            for path in sorted(folder.glob("*.jsonl")):
+                with path.open("rb") as lines:
+                    shutil.copyfileobj(lines, out)
+                path.unlink()
+        os.replace(whole.with_suffix(".part"), whole)
+
+
+def iterations(run: Path) -> list[int]:
+    """The iterations whose rollouts are there, in order."""
+    return sorted(int(path.parent.name) for path in (run / "rollouts").glob("*/iteration.json"))
+
+
+def read(run: Path, iteration: int, world: World) -> Saved:
+    """Read an iteration back; its files are dealt out to the ranks, however many wrote them.
+
+    Raises:
+        ArchiveError: a file is missing or damaged.
+    """
+    folder = run / "rollouts" / f"{iteration:06d}"
+    try:
+        told = json.loads((folder / "iteration.json").read_text(encoding="utf-8"))
+        texts = {}
+        with (run / "rollouts" / f"{iteration:06d}.jsonl").open(encoding="utf-8") as lines:
+            for line in map(json.loads, lines):
+                texts[line["number"], line["sample"]] = line
+        responses: list[Response] = []
+        arrays: dict[str, Ragged] = {}
+        for path in sorted(folder.glob("*.safetensors"))[world.rank :: world.size]:
+            _read_numbers(path, texts, responses, arrays)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        there = ", ".join(map(str, iterations(run))) or "none"
+        raise ArchiveError(
+            f"{folder}: the rollouts of iteration {iteration} cannot be read ({error}); whole ones: {there}"
+        ) from error
+    return Saved(told["limit"], dict(map(tuple, told["kept"])), told["stream"], told["drawn"], responses, arrays)
+
+
+def read_all(run: Path, iteration: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+    """The saved arrays [n] of every response of all ranks, by number of the prompt and sample."""
+    found: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    for path in sorted((run / "rollouts" / f"{iteration:06d}").glob("*.safetensors")):
+        index, parts = _split(path)
+        for at, (prompt, sample, _) in enumerate(index.tolist()):
+            found[prompt, sample] = {name: values[at] for name, values in parts.items()}
+    return found
+
+
+def restore(saved: Saved, prompts: PromptStream) -> Rollout:
+    """The rollout as it was, its prompts drawn again; the stream is left where the iteration left it."""
+    prompts.stream.load(saved.stream)
+    rows = prompts.draw(saved.drawn)
+    return Rollout(Prompts(rows, prompts.processor), saved.limit, saved.responses, saved.kept)
+
+
+def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[str, Ragged]) -> None:
+    found = {
+        "index": np.array([(r.prompt, r.sample, len(r.tokens)) for r in responses], np.int64),
+        "tokens": np.concatenate([np.asarray(r.tokens, np.int32) for r in responses]),
+        "logprobs": np.concatenate([np.asarray(r.logprobs, np.float32) for r in responses]),
+    }
+    save_file(found | {name: np.concatenate(values) for name, values in arrays.items()}, path)
+
+
+def _read_numbers(
+    path: Path, texts: dict[tuple[int, int], dict], responses: list[Response], arrays: dict[str, Ragged]
+) -> None:
+    with safe_open(path, "numpy") as file:
+        index = file.get_tensor("index")
+        cuts = np.cumsum(index[:, 2])[:-1]
+        names = [name for name in file.keys() if name != "index"]
+        parts = {name: np.split(file.get_tensor(name), cuts) for name in names}
+    tokens, logprobs = parts.pop("tokens"), parts.pop("logprobs")
+    for (prompt, sample, _), ids, scores in zip(index.tolist(), tokens, logprobs, strict=True):
+        line = texts[prompt, sample]
+        responses.append(
+            Response(
+                prompt,
+                sample,
+                ids.tolist(),
+                scores,
+                line["stopped"],
+                line["response"],
+                line["reward"],
+                line["verdict"],
+            )
+        )
+    for name, values in parts.items():
+        arrays.setdefault(name, []).extend(values)
+
+
+def _lines(
+    run: Path, iteration: int, prompts: Prompts, responses: Sequence[Response], advantages: Ragged | None
+) -> list[dict[str, Any]]:
+    """One JSON object for each response of this rank, with the pictures of a few prompts."""
+    pictured: dict[int, str] = {}
+    found = []
+    for at, r in enumerate(responses):
+        sample, row = prompts.sample(r.prompt), prompts.rows[r.prompt]
+        if sample.images and r.prompt not in pictured and len(pictured) < PICTURES:
+            name = f"rollouts/images/{iteration:06d}_{r.prompt}.png"
+            (run / name).parent.mkdir(parents=True, exist_ok=True)
+            sample.images[0].save(run / name)
+            pictured[r.prompt] = name
+        found.append(
+            {
+                "iteration": iteration,
+                "number": r.prompt,
+                "sample": r.sample,
+                "where": row.where,
+                "prompt": row.messages[-1].text,
+                "response": r.text,
+                "reward": r.reward,
+                "verdict": r.verdict,
+                "answer": row.answer,
+                "source": row.source,
+                "tokens": len(r.tokens),
+                "stopped": r.stopped,
+                "advantage_mean": float(advantages[at].mean()) if advantages and len(r.tokens) else None,
+                "image": pictured.get(r.prompt),
+            }
+        )
+    return found
+
+
+def _split(path: Path) -> tuple[np.ndarray, dict[str, Ragged]]:
+    """The index [responses, 3] of a file (prompt, sample, n), and its arrays cut into [n] by response."""
+    with safe_open(path, "numpy") as file:
+        index = file.get_tensor("index")
+        cuts = np.cumsum(index[:, 2])[:-1]
+        names = [name for name in file.keys() if name != "index"]
+        return index, {name: np.split(file.get_tensor(name), cuts) for name in names}

@@ -1,0 +1,72 @@
+"""The optimizer steps of an iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ovr_megatron.ppo import maths
+from ovr_megatron.ppo.experience import Experience, Models, Study, summed
+from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
+
+
+def update_critic(models: Models, study: Study, limit: int) -> dict[str, float]:
+    """``critic_steps`` steps, each on its part of the responses and divided by its own tokens over all ranks."""
+    config, critic = models.config.algorithm, models.critic
+    assert critic is not None
+    total = partial(summed, layout=critic.layout)
+    objective = ValueObjective(config)
+    steps = []
+    for turn in range(config.critic_steps):
+        layout = study.batch.layout(range(len(study.batch))[turn :: config.critic_steps])
+        weights = maths.token_weights(config.reduction, study.batch.lengths, layout, limit, total)
+        packs = study.batch.packs(layout, returns=study.returns, values=study.values, weights=weights)
+        steps.append(critic.train(packs, objective))
+    found = mean_of(steps)
+    spread = maths.mean_and_std(total(maths.moments(study.values)))[1]
+    errors = [a - b for a, b in zip(study.returns, study.values, strict=True)]
+    explained = maths.explained_variance(total(maths.moments(errors)), total(maths.moments(study.returns)))
+    return {
+        "critic/loss": found["loss"],
+        "critic/grad_norm": found["grad_norm"],
+        "critic/value_std": spread,
+        "critic/explained_variance": explained,
+    }
+
+
+def update_policy(models: Models, experience: Experience, limit: int) -> dict[str, float]:
+    """``policy_epochs`` times over the batch in ``policy_steps`` steps each; strictly on-policy if that is one step."""
+    config, policy, batch = models.config.algorithm, models.policy, experience.batch
+    objective = PolicyObjective(config)
+    rollout_logprobs = [r.logprobs for r in experience.responses]
+    steps = []
+    for number in range(config.policy_updates):
+        layout = batch.layout(range(len(batch))[number % config.policy_steps :: config.policy_steps])
+        total = partial(summed, layout=policy.layout)
+        packs = batch.packs(
+            layout,
+            advantages=experience.advantages,
+            rollout_logprobs=rollout_logprobs,
+            old_logprobs=experience.old if config.policy_updates > 1 else None,
+            reference_logprobs=experience.reference,
+            weights=maths.token_weights(config.reduction, batch.lengths, layout, limit, total),
+        )
+        steps.append(policy.train(packs, objective))
+    found = mean_of(steps)
+    peak = torch.tensor(objective.largest)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    metrics = {f"policy/{key}": found[key] for key in ("loss", "entropy", "clip_fraction", "grad_norm")}
+    metrics |= {"rollout/mismatch_mean": found["mismatch_mean"], "rollout/mismatch_max": float(peak)}
+    metrics["rollout/kl"] = found["rollout_kl"]
+    optional = {"importance": "rollout/importance", "reference_kl": "policy/reference_kl"}
+    return metrics | {name: found[key] for key, name in optional.items() if key in found}
+
+
+def mean_of(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each number over the steps that have it."""
+    names = {name for step in steps for name in step}
+    return {name: float(np.mean([step[name] for step in steps if name in step])) for name in names}
