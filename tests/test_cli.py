@@ -14,7 +14,8 @@ from ovr_megatron.data.schema import RowError, parse_row
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.rl import check_lengths, next_prompts
+from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.rl import check_lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,15 +64,17 @@ def test_a_picture_that_is_not_there(tmp_path: Path, model: Path) -> None:
 def test_an_answer_that_no_grader_can_verify() -> None:
     raw = {"messages": [{"role": "user", "content": "Why?"}], "answer": "Proof. By induction on n, it holds."}
     row = parse_row(raw, "rows.jsonl:7", Path())
+    prompts = PromptStream(RowStream([([row], 1.0)], seed=1), None, {})
     with pytest.raises(RowError, match=r"rows\.jsonl:7: answer: .*remove the row"):
-        next_prompts(RowStream([([row], 1.0)], seed=1), None, 1)
+        prompts.draw(1)
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(model: Path) -> None:
     short, long = ({"messages": [{"role": "user", "content": "1 + 1? " * n}], "answer": "2"} for n in (1, 300))
     rows = [parse_row(raw, f"rows.jsonl:{i}", Path()) for i, raw in enumerate((short, long, long, long))]
     processor = Processor(model, DataConfig(max_prompt_tokens=100))
-    kept, dropped = next_prompts(RowStream([(rows, 1.0)], seed=1), processor, 3)
+    prompts = PromptStream(RowStream([(rows, 1.0)], seed=1), processor, {})
+    kept, dropped = prompts.draw(3), prompts.dropped
     assert [row.where for row in kept] == ["rows.jsonl:0"] * 3
     assert 6 <= dropped <= 9
 
