@@ -59,6 +59,8 @@ def train(config: RLConfig, world: World) -> Ended:
     stream = open_stream(config.data, config.run.seed)
     prompts = PromptStream(stream, processor, config.reward.rules)
     archived = archive.iterations(Path(config.rollouts_from)) if config.rollouts_from else []
+    if config.rollouts_from and not archived:
+        raise ArchiveError(f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run")
     models, engines = build_models(config, source, processor, world)
     found = keeper.resume(engines)
     if found:
@@ -133,7 +135,8 @@ def generate(config: RLConfig, world: World) -> Path:
         for iteration in range(first, config.iterations):
             before = stream.state()
             rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
-            archive.write(run, iteration, rollout, before, rollout.responses, {}, world)
+            kept = [r for r in rollout.responses if r.prompt in rollout.kept]
+            archive.write(run, iteration, rollout, before, kept, {}, world)
             progress.update(reward=f"{response_metrics(rollout)['reward/mean']:.3f}")
     return run / "rollouts"
 
@@ -274,8 +277,6 @@ def build_rollouts(config: RLConfig, source: Path, processor: Processor, models:
         ),
     )
     engine.update(models.policy.weights())
-    for name in config.reward.rules.values():
-        rules.check(name)
     reward = config.reward
     grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
     return Rollouts(engine, grader, processor, config, models.world)
@@ -293,6 +294,8 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
 
 def run(config: RLConfig) -> None:
     """Join the process group, train or roll out, and say where the result lies."""
+    for name in config.reward.rules.values():
+        rules.check(name)
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     if config.only in ("rollout", "rehearsal"):
         folder, code = (generate if config.only == "rollout" else rehearse)(config, world), 0

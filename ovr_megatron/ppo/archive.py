@@ -60,6 +60,8 @@ def write(
 ) -> None:
     """Save the iteration, a collective; ``responses`` are this rank's part, which no other rank has.
 
+    Responses to prompts that were given up or not kept have lines to read, but no numbers: nothing learns from them.
+
     Args:
         run: the run folder.
         iteration: from 0.
@@ -77,10 +79,14 @@ def write(
         folder.mkdir(parents=True)
     dist.barrier()
     part = folder / f"{world.rank:05d}"
+    left = [r for r in rollout.responses if r.prompt not in rollout.kept]
     if responses:
         _write_numbers(part.with_suffix(".safetensors"), responses, given)
+    if responses or left:
         with part.with_suffix(".jsonl").open("w", encoding="utf-8") as out:
             for line in _lines(run, iteration, rollout.prompts, responses, given.get("advantages")):
+                out.write(json.dumps(line) + "\n")
+            for line in _lines(run, iteration, rollout.prompts, left, None):
                 out.write(json.dumps(line) + "\n")
     dist.barrier()
     if world.is_main:
