@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from vllm import LLM
 from vllm.config import WeightTransferConfig
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
 
 from ovr_megatron.config import RolloutConfig
@@ -204,7 +205,7 @@ class RolloutEngine:
                         given = True
                         try:
                             waiting.add(number, prompt, self._enqueue(prompt, temperature))
-                        except ValueError as error:  # vLLM's word for a request that it cannot take
+                        except (VLLMClientError, ValueError) as error:  # a request that vLLM does not take
                             failed.append((number, str(error)))
                 if self._llm.llm_engine.has_unfinished_requests():
                     for output in self._llm.llm_engine.step():

@@ -14,7 +14,7 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.model import fill_rotary_cache
-from ovr_megatron.rollout.sampling import RolloutError
+from ovr_megatron.rollout.sampling import Prompt, RolloutError
 from ovr_megatron.rollout.transfer import TransferError
 from ovr_megatron.runtime import distributed
 
@@ -79,6 +79,17 @@ def test_generation_and_update_leave_the_process_as_it_was(engine, references, s
 def test_engine_expands_prompts_like_the_trainer(engine, samples, ask):
     for sample, (generation,) in zip(samples, engine.generate(ask(samples, [1], 1), 1.0), strict=True):
         assert generation.prompt_tokens == sample.tokens.tolist()
+
+
+def test_a_prompt_that_vllm_refuses_costs_itself_alone(engine, samples, ask):
+    good = ask(samples, [3, 4, 9], 4)
+    given = [(5, good[0]), (7, Prompt([1] * 100_000, seeds=[1])), (9, good[1])]
+    found = {}
+    failed = engine.answer(lambda outstanding: [given.pop(0)] if given else [], found.__setitem__, 1.0)
+    assert [(number, "100000" in problem) for number, problem in failed] == [(7, True)]
+    assert sorted(found) == [5, 9]
+    expected = engine.generate(good[:2], 1.0)
+    assert [[g.tokens for g in found[n]] for n in (5, 9)] == [[g.tokens for g in group] for group in expected]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
