@@ -84,7 +84,7 @@ def train(config: ColdStartConfig, world: World) -> Ended:
             done = step + 1
             if evaluation and evaluation.due(done, done == config.steps):
                 watchdog.touch()
-                evaluation.engine.update(engine.weights())
+                evaluation.engine.update(engine.held())
                 recorder.evaluated(step, evaluation.scores(done))
             state = {"packs": packs.state(), "spikes": recorder.spikes.state()}
             if keeper.after(done, done == config.steps, engines, state):

@@ -270,6 +270,8 @@ class RolloutConfig:
 
     ``schedule``: ``static`` gives every engine the same number of prompts at once, so that a run that is repeated draws
     the same batches; ``shared`` has each take the next prompt when it has room, which ends sooner where lengths differ.
+    ``bucket_mib``: new weights travel to the engines in buckets of this size, two at a time; ``check_updates`` compares
+    checksums of every slice.
     """
 
     tp: int = 1
@@ -283,8 +285,11 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     enforce_eager: bool = False
     mismatch_warning: float = 0.05
+    bucket_mib: float = 256.0
+    check_updates: bool = False
 
     def __post_init__(self) -> None:
+        _require(self.bucket_mib > 0, f"rollout.bucket_mib={self.bucket_mib} must be positive")
         _require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         _require(
             self.top_p == 1.0,
@@ -667,6 +672,30 @@ class ProxyLossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DifficultyConfig:
+    """Pass rate of a prompt: ``samples`` responses of ``model`` at ``temperature``; kept from ``low`` to ``high``."""
+
+    model: str | None = None
+    dtype: str = "bfloat16"
+    samples: int = 8
+    temperature: float = 1.0
+    max_tokens: int = 8192
+    low: float = 0.01
+    high: float = 0.99
+
+    def __post_init__(self) -> None:
+        _choice("difficulty.dtype", self.dtype, ("float32", "bfloat16"))
+        _require(
+            self.samples >= 1 and self.max_tokens >= 1, "difficulty.samples and difficulty.max_tokens must be positive"
+        )
+        _require(self.temperature > 0, f"difficulty.temperature={self.temperature} must be positive")
+        _require(
+            0 <= self.low <= self.high <= 1,
+            f"difficulty.low={self.low} and difficulty.high={self.high} must be rates, low at most high",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """The last box of the response against the row's answer; ``need_answer`` drops rows that have none."""
 
@@ -743,7 +772,9 @@ class TeacherConfig:
             _require(getattr(self, key) >= 0, f"teacher.{key}={getattr(self, key)} must be 0 or more")
 
 
-PREPARE_STAGES = tuple("collect dedup decontaminate teacher patterns proxy_loss verify stratify weigh tokenise".split())
+PREPARE_STAGES = tuple(
+    "collect dedup decontaminate teacher patterns proxy_loss verify difficulty stratify weigh tokenise".split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -768,6 +799,7 @@ class PrepareConfig:
     patterns: PatternsConfig = field(default_factory=PatternsConfig)
     proxy_loss: ProxyLossConfig = field(default_factory=ProxyLossConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
     stratify: StratifyConfig = field(default_factory=StratifyConfig)
     weigh: WeighConfig = field(default_factory=WeighConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -788,6 +820,7 @@ class PrepareConfig:
         _require(bool(self.data.sources), "data.sources is empty: give at least one, for example [{path: rows.jsonl}]")
         _require("decontaminate" not in order or bool(self.decontaminate.sources), "decontaminate.sources is empty")
         needed = {"proxy_loss": self.proxy_loss.model, "teacher": self.teacher.model, "tokenise": self.model}
+        needed["difficulty"] = self.difficulty.model
         for name, value in needed.items():
             key = "model" if name == "tokenise" else f"{name}.model"
             _require(name not in order or bool(value), f"stages has {name}: give {key}=...")

@@ -31,6 +31,7 @@ from ovr_megatron.runtime.schedule import learning_rate
 from ovr_megatron.runtime.steps import OwnTime
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, LiveTensors
+from ovr_megatron.weights.slices import Held
 from ovr_megatron.weights.table import Row, rows
 from ovr_megatron.weights.transfer import check_weights
 
@@ -175,6 +176,11 @@ class Engine:
         """Every weight, whole, under the hub's names.  A collective: every rank iterates to the end."""
         self._finish_gathers()
         return self.live.whole(self.live.rows, "weight", self.config.params_dtype)
+
+    def held(self) -> list[Held]:
+        """The weights of this rank as they lie, for `RolloutEngine.update`; every rank calls it."""
+        self._finish_gathers()
+        return self.live.held(self.trained)
 
     @property
     def _gathers_late(self) -> bool:

@@ -276,7 +276,7 @@ def build_rollouts(config: RLConfig, source: Path, processor: Processor, models:
             evaluated_tokens(config),
         ),
     )
-    engine.update(models.policy.weights())
+    engine.update(models.policy.held())
     reward = config.reward
     grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
     return Rollouts(engine, grader, processor, config, models.world)

@@ -183,7 +183,7 @@ def _sync(folder: Path, rounds: int) -> list[dict[str, Any]]:
     config = _config(folder, folder / "model")
     world = distributed.start(config.parallel, config.run.seed, 0)
     processor = Processor(folder / "model", config.data)
-    models, _ = rl.build_models(config, folder / "model", processor, world, training=False)
+    models, _ = rl.build_models(config, folder / "model", processor, world)
     rollouts = rl.build_rollouts(config, folder / "model", processor, models)
     rollouts.grader.close()
     source = [tensor for _, tensor in models.policy.weights()]
@@ -192,7 +192,7 @@ def _sync(folder: Path, rounds: int) -> list[dict[str, Any]]:
     best = {"weights to vLLM": float("inf"), "plain copy": float("inf")}
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        rollouts.engine.update(models.policy.weights())
+        rollouts.engine.update(models.policy.held())
         best["weights to vLLM"] = min(best["weights to vLLM"], time.perf_counter() - began)
         began = time.perf_counter()
         for to, tensor in zip(target, source, strict=True):

@@ -1,4 +1,6 @@
-"""One process with vLLM: losses of responses, or answers to prompts.  Started by `ovr_megatron.curation.engines`.
+"""One process with vLLM: losses of responses, answers to prompts, or pass rates.
+
+Started by `ovr_megatron.curation.engines`.
 
 Replicas share the rows, row i going to replica i modulo their number, and each writes a journal of its own, from which
 an interrupted run goes on.
@@ -23,6 +25,8 @@ from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row, parse_row
 from ovr_megatron.launch import USER_ERRORS
+from ovr_megatron.rewards.pool import GraderPool
+from ovr_megatron.rewards.verdict import GradeRequest
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt, RolloutError
 from ovr_megatron.runtime import distributed
@@ -137,7 +141,48 @@ def _questions(
                 yield key, row
 
 
-TASKS = {"score": score, "answer": answer}
+def attempt(config: PrepareConfig, before: Path, folder: Path, world: World) -> None:
+    """Write how many responses to every prompt are right to ``tries.N.jsonl``, keyed by the number of the row."""
+    told = config.difficulty
+    assert told.model is not None, "the configuration was checked"
+    longest = config.data.max_prompt_tokens + told.max_tokens
+    replica = Replica(config, world, folder / "tries", told.model, told.dtype, longest)
+    reward = config.reward
+    grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
+    at_once = max(4 * config.rollout.max_num_seqs // told.samples, 1)  # a queue, so that few wait for a long one
+    with replica.journal as journal, grader:
+        todo = (item for item in replica.rows(before) if item[0] not in journal and response_text(item[1]) is None)
+        for batch in batches(todo, at_once):
+            prompts, rows = [], []
+            for index, _, row in batch:
+                try:
+                    [sample] = replica.processor.encode([row], generation=True)
+                except TooLongError as error:
+                    replica.add(index, {"error": f"{error.field}: {error.problem}"})
+                    continue
+                first = ((config.seed << 16) + index) * told.samples % (1 << 30)
+                seeds = range(first, first + told.samples)
+                prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, told.max_tokens))
+                rows.append((index, row))
+            answers = replica.engine.generate(prompts, told.temperature)
+            requests = [
+                GradeRequest(
+                    replica.processor.decode(found.tokens) if found.stopped else "",
+                    row.answer or "",
+                    row.options,
+                    reward.rules.get(row.source, "auto"),
+                )
+                for (_, row), group in zip(rows, answers, strict=True)
+                for found in group
+            ]
+            verdicts = grader.grade(requests) if replica.leads else []
+            for place, (index, _) in enumerate(rows):
+                own = verdicts[place * told.samples : (place + 1) * told.samples]
+                right = sum(verdict.correct for verdict in own)
+                replica.add(index, {"right": right, "samples": told.samples})
+
+
+TASKS = {"score": score, "answer": answer, "attempt": attempt}
 
 
 def main(task: str, job: str, before: str) -> None:

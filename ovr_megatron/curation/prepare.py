@@ -10,7 +10,18 @@ from pathlib import Path
 
 from ovr_megatron import config as configuration
 from ovr_megatron.config import PrepareConfig
-from ovr_megatron.curation import collect, decontaminate, dedup, patterns, proxy_loss, strata, teacher, tokenise, verify
+from ovr_megatron.curation import (
+    collect,
+    decontaminate,
+    dedup,
+    difficulty,
+    patterns,
+    proxy_loss,
+    strata,
+    teacher,
+    tokenise,
+    verify,
+)
 from ovr_megatron.curation.endpoint import TeacherError
 from ovr_megatron.curation.engines import EngineError
 from ovr_megatron.curation.stage import Stage, alone, run_stages
@@ -18,7 +29,7 @@ from ovr_megatron.launch import USER_ERRORS, launch
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
-    for module in (collect, dedup, decontaminate, teacher, patterns, proxy_loss, verify, tokenise)
+    for module in (collect, dedup, decontaminate, teacher, patterns, proxy_loss, verify, difficulty, tokenise)
 } | {stage.name: stage for stage in (strata.STRATIFY, strata.WEIGH)}
 
 

@@ -6,6 +6,7 @@ tensor, context and pipeline traffic    bytes / (`WIRE` x the slower of the link
 bubble        (pp - 1) / (vpp x micro-batches) of the above
 data traffic  gradients (4 B) and gathered weights, once a step; with overlap what the last backward pass hides is free
 optimizer     its numbers read and written / memory bandwidth
+sync          an engine's weights written once / memory bandwidth, what its rank lacks / (`WIRE` x link)
 """
 
 from __future__ import annotations
@@ -70,8 +71,18 @@ def seconds(setting: Setting, span: Span) -> Seconds:
         parts["value"] = sum(_training(critic, span, forward[1], 1, True, backward=False).values())
         parts["update critic"] = sum(_training(critic, span, flops[1], algorithm.critic_steps, True).values())
     parts["update policy"] = sum(epoch.values()) * algorithm.policy_epochs
-    weights = sum(count_parameters(setting.shape).values()) * NUMBER_BYTES[config.model.dtype]
-    return Seconds(parts | {"sync": 2 * weights / (WIRE * setting.gpu.network)})
+    return Seconds(parts | {"sync": _sync_seconds(setting)})
+
+
+def _sync_seconds(setting: Setting) -> float:
+    """An engine's share of the weights written once, and what its rank lacks of it received."""
+    config, gpu = setting.config, setting.gpu
+    assert isinstance(config, RLConfig)
+    parallel = config.parallel
+    share = sum(count_parameters(setting.shape).values()) * NUMBER_BYTES[config.model.dtype] / config.rollout.tp
+    others = share * (1 - 1 / (parallel.tp * parallel.pp))
+    span = parallel.tp if parallel.pp == 1 else setting.world  # stages are the outermost dimension of the ranks
+    return 2 * share / gpu.bandwidth + others / _rate(gpu, span)
 
 
 def bubble(setting: Setting, span: Span, share: int = 1) -> float:

@@ -57,9 +57,9 @@ def _of_stage(setting: Setting, stage: int) -> list[Phase]:
     config, shape = setting.config, setting.shape
     always = _always(setting)
     state = _state(shape, config.model, config.parallel, setting.dp, stage, False)
-    whole = 2 * shape.vocab * shape.hidden  # the largest tensor is put together from its shards
     if isinstance(config, ColdStartConfig):
         train = _training(setting, stage, False, 1)
+        whole = 2 * shape.vocab * shape.hidden  # the largest tensor is put together from its shards
         save = {**_model("", state), "whole tensors": whole * 4}
         return [Phase("train", stage, {**train, **always}), Phase("save", stage, {**save, **always})]
     algorithm = config.algorithm
@@ -85,7 +85,7 @@ def _of_stage(setting: Setting, stage: int) -> list[Phase]:
         held
         | {"vLLM weights": engine["vLLM weights"]}
         | asleep
-        | {"whole tensors": whole * NUMBER_BYTES[config.model.dtype]}
+        | {"buckets": int(2 * config.rollout.bucket_mib * 2**20) if config.parallel.tp * config.parallel.pp > 1 else 0}
     )
     return [Phase(name, stage, {**items, **always}) for name, items in found.items()]
 

@@ -37,8 +37,8 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
         rollouts.engine.sleep()
     outcome = learn(models, rollout, iteration, clock)
     with clock("sync"):
-        rollouts.engine.update(models.policy.weights())
-    outcome.metrics |= clock.metrics(outcome.experience.batch, models.world)
+        traffic = rollouts.engine.update(models.policy.held())
+    outcome.metrics |= traffic.metrics() | clock.metrics(outcome.experience.batch, models.world)
     return outcome
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from vllm import LLM
-from vllm.config import WeightTransferConfig
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
 
@@ -26,6 +24,7 @@ from ovr_megatron.config import RolloutConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.rollout import model as _registers_the_model  # noqa: F401
+from ovr_megatron.rollout.reshard import Reshard, Traffic
 from ovr_megatron.rollout.sampling import (
     SCORING,
     Generation,
@@ -37,8 +36,8 @@ from ovr_megatron.rollout.sampling import (
     prompt_logprobs,
     sampling_params,
 )
-from ovr_megatron.rollout.transfer import BACKEND
 from ovr_megatron.runtime.distributed import keep_generators
+from ovr_megatron.weights.slices import Held
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -123,24 +122,24 @@ class RolloutEngine:
         with undisturbed():
             self._llm = LLM(model=str(model_dir), seed=seed, **settings)
             _started.append(self._llm)
-            self._llm.init_weight_transfer_engine({"init_info": {}})
-            self._llm.apply_model(lambda model: model.follow(self.banned, processor.after_video, processor.shape))
+            (model,) = self._llm.apply_model(lambda model: model)
+            model.follow(self.banned, processor.after_video, processor.shape)
+            self._reshard = Reshard(model, int(config.bucket_mib * 2**20), config.check_updates)
         self._can_sleep = settings.get("enable_sleep_mode", False)
 
-    def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over ``weights``, (hub name, full tensor) for every parameter, and forget what the old ones computed.
+    def update(self, held: Sequence[Held]) -> Traffic:
+        """Take over the weights that the ranks hold together, and forget what the old ones computed.  A collective.
 
-        The tensors are copied; none may be overwritten before this returns.
+        The first update fills every parameter, later ones those that are trained.
 
         Raises:
-            TransferError: a parameter is missing.
+            TransferError: no rank holds what a parameter needs.
         """
         with undisturbed():
             self._wake("weights")
-            self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": {"weights": weights}})
-            self._llm.finish_weight_update()
+            traffic = self._reshard.update(held)
             self._reset_caches()
+        return traffic
 
     def generate(
         self, prompts: Sequence[Prompt], temperature: float, progress: Callable[[int], None] | None = None
@@ -349,7 +348,6 @@ def _settings(config: RolloutConfig, processor: Processor, dtype: str, max_model
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
     }
     if config.kv_cache_gib:
         settings["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)

@@ -6,8 +6,9 @@ in turn be cut over the data-parallel ranks (the distributed optimizer).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.weights.slices import Held, Run, runs_of
 from ovr_megatron.weights.table import Row, cut_dim, from_hf, join, split, to_hf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -123,6 +125,19 @@ class LiveTensors:
                 whole[piece] = self._state(parameter, which).flatten()
         dist.all_reduce(whole, group=self.groups.dp_cp)
         return whole.view(parameter.shape)
+
+    def held(self, trained: Collection[str]) -> list[Held]:
+        """What this rank has of every row, a copy of a tied embedding too, in place; ``trained`` names rows."""
+        return [
+            Held(holding.parameter.detach(), cut_dim(holding.row), runs, holding.row.megatron in trained)
+            for holding, runs in zip(self.holdings, self._runs, strict=True)
+        ]
+
+    @cached_property
+    def _runs(self) -> list[tuple[Run, ...]]:
+        """Of every holding."""
+        tp = self.groups.tp
+        return [runs_of(holding.row, tp.size(), tp.rank(), self.shape) for holding in self.holdings]
 
     # In --------------------------------------------------------------------------------------------------
 

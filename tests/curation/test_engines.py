@@ -12,8 +12,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ovr_megatron.config import (
     CollectConfig,
     DataConfig,
+    DifficultyConfig,
     PrepareConfig,
     ProxyLossConfig,
+    RewardConfig,
+    RolloutConfig,
     SourceConfig,
     TeacherConfig,
 )
@@ -105,6 +108,38 @@ def test_local_teacher_and_proxy_loss(tmp_path: Path, model: Path) -> None:
     assert {name: again[name] for name in again if name != "p0#0"} == pytest.approx(
         {name: found[name] for name in again if name != "p0#0"}, abs=1e-5
     )
+
+
+def test_prompts_stay_whose_pass_rate_lies_between_the_bounds(tmp_path: Path, model: Path) -> None:
+    answers = ["all", "none", *["even"] * 10]
+    prompts = [
+        {"messages": [{"role": "user", "content": f"Add {i}."}], "answer": answer, "id": f"p{i}", "source": "own"}
+        for i, answer in enumerate(answers)
+    ]
+    prompts.append({"messages": [*prompts[0]["messages"], {"role": "assistant", "content": "Done."}], "id": "taught"})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    config = PrepareConfig(
+        dir=str(tmp_path / "out"),
+        stages=["collect", "difficulty"],
+        data=DataConfig(sources=[SourceConfig(path=str(tmp_path / "prompts.jsonl"))], max_prompt_tokens=256, **PIXELS),
+        difficulty=DifficultyConfig(model=str(model), dtype="float32", samples=6, max_tokens=64, low=0.2, high=0.9),
+        rollout=RolloutConfig(stop=["e", "a", "1"]),
+        reward=RewardConfig(rules={"own": "tests.ppo.parity:as_told"}),
+    )
+    prepare(config)
+    tries = (tmp_path / "out/difficulty/tries.0.jsonl").read_text().splitlines()
+    rights = {entry["key"]: entry["right"] for entry in map(json.loads, tries)}
+    assert rights[0] == 6 and rights[1] == 0 and sorted(rights) == list(range(12))
+    assert len({rights[i] for i in range(2, 12)}) > 1, "these depend on what was sampled"
+    kept = {row["id"]: row for row in rows(tmp_path / "out/difficulty")}
+    expected = {f"p{i}" for i, right in rights.items() if 0.2 <= right / 6 <= 0.9}
+    assert set(kept) == expected | {"taught"} and 0 < len(expected) < 11
+    for name in expected:
+        rate = rights[int(name[1:])] / 6
+        assert kept[name]["pass_rate"] == pytest.approx(rate, abs=1e-6)
+        assert kept[name]["difficulty"] == pytest.approx(1 - rate, abs=1e-6)
+    report = json.loads((tmp_path / "out/difficulty/report.json").read_text())
+    assert report["dropped"]["too easy"] + report["dropped"]["too hard"] == 12 - len(expected)
 
 
 def test_a_model_that_cannot_be_opened_is_named(tmp_path: Path) -> None:

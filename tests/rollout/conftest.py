@@ -1,6 +1,6 @@
 """Tiny models, prompts of every kind, and Transformers' word on what the engine should answer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row, parse_row
-from ovr_megatron.model.shape import stretch_positions
+from ovr_megatron.model.shape import ModelShape, stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.rollout.sampling import Generation, Prompt
+from ovr_megatron.weights.slices import Held, runs_of
+from ovr_megatron.weights.table import cut_dim, from_hf, rows
 
 STD = 0.1  # wide enough that the banned ids would take a good share of the probability
 
@@ -28,9 +30,11 @@ class Reference:
         self.folder = folder
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights under the hub's names."""
-        yield from load_file(self.folder / "model.safetensors").items()
+    def held(self) -> list[Held]:
+        """All weights on one rank."""
+        shape, tensors = ModelShape.from_hf(self.folder), load_file(self.folder / "model.safetensors")
+        fused = ((row, from_hf(row, [tensors[name] for name in row.hf], shape)) for row in rows(shape))
+        return [Held(parameter, cut_dim(row), runs_of(row, 1, 0, shape)) for row, parameter in fused]
 
     @torch.no_grad()
     def logprobs(self, sample: Sample, response: list[int], banned: list[int], temperature: float) -> Tensor:

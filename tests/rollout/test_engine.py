@@ -14,8 +14,8 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.model import fill_rotary_cache
+from ovr_megatron.rollout.reshard import TransferError
 from ovr_megatron.rollout.sampling import Prompt, RolloutError
-from ovr_megatron.rollout.transfer import TransferError
 from ovr_megatron.runtime import distributed
 
 # float32 rounding of two implementations, divided by the temperature; the project's bound is 1e-4.
@@ -61,7 +61,7 @@ def started(references, processor):
 @pytest.fixture
 def engine(started, references):
     """The engine with the first model's weights."""
-    started.engine.update(references[0].weights())
+    started.engine.update(references[0].held())
     return started.engine
 
 
@@ -72,7 +72,7 @@ def test_start_leaves_the_process_as_it_was(started):
 def test_generation_and_update_leave_the_process_as_it_was(engine, references, samples, ask):
     before = surroundings()
     engine.generate(ask(samples, [1]), 1.0)
-    engine.update(references[0].weights())
+    engine.update(references[0].held())
     assert changes(before) == []
 
 
@@ -102,7 +102,7 @@ def test_logprobs_are_those_of_transformers_over_the_allowed_ids(engine, referen
 
 def test_update_reaches_every_part_and_drops_every_cache(engine, references, samples, ask):
     engine.generate(ask(samples, [3, 4]), 1.0)  # fills the caches with what the old weights computed
-    engine.update(references[1].weights())
+    engine.update(references[1].held())
     responses = engine.generate(ask(samples, [3, 4]), 1.0)
     assert references[1].worst(samples, responses, engine.banned, 1.0) < CLOSE
     assert references[0].worst(samples, responses, engine.banned, 1.0) > 0.1
@@ -113,7 +113,7 @@ def test_untied_head_is_updated_and_stop_strings_stop(started, make_reference, p
     config = RolloutConfig(max_num_seqs=16, stop=["a"])
     engine = RolloutEngine(old.folder, config, processor, "float32", MAX_MODEL_LEN)
     engine.generate(ask(samples, [3, 4]), 1.0)
-    engine.update(new.weights())
+    engine.update(new.held())
     responses = engine.generate(ask(samples, [3, 4], 64), 1.0)
     assert new.worst(samples, responses, engine.banned, 1.0) < CLOSE
     texts = [(processor.decode(g.tokens), processor.decode(g.tokens[:-1])) for group in responses for g in group]
@@ -123,21 +123,25 @@ def test_untied_head_is_updated_and_stop_strings_stop(started, make_reference, p
 
 
 def test_engine_keeps_a_copy_of_the_weights(engine, references, samples, ask):
-    weights = dict(references[1].weights())
-    engine.update(weights.items())
+    held = references[1].held()
+    engine.update(held)
     before = engine.generate(ask(samples, [0]), 0.0)
-    for tensor in weights.values():
-        tensor.zero_()
+    for one in held:
+        one.parameter.zero_()
     after = engine.generate(ask(samples, [0]), 0.0)
     assert [g.tokens for (g,) in after] == [g.tokens for (g,) in before]
 
 
-def test_incomplete_update_is_refused_and_a_full_one_repairs_it(engine, references, samples, ask):
-    weights = dict(references[1].weights())
-    del weights["model.layers.2.mlp.down_proj.weight"]
-    with pytest.raises(TransferError, match=r"leaves 1 of .*layers\.2\.mlp\.down_proj"):
-        engine.update(weights.items())
-    engine.update(references[1].weights())
+def test_incomplete_update_is_refused_and_changes_nothing(engine, references, samples, ask):
+    before = engine.generate(ask(samples, [3]), 1.0)
+    held = references[1].held()
+    incomplete = [one for one in held if one.runs[0].tensor != "model.layers.2.mlp.down_proj.weight"]
+    assert len(incomplete) == len(held) - 1
+    with pytest.raises(TransferError, match=r"no rank holds row 0 of model\.layers\.2\.mlp\.down_proj"):
+        engine.update(incomplete)
+    after = engine.generate(ask(samples, [3]), 1.0)
+    assert [g.tokens for (g,) in after] == [g.tokens for (g,) in before]
+    engine.update(held)
     responses = engine.generate(ask(samples, [3]), 1.0)
     assert references[1].worst(samples, responses, engine.banned, 1.0) < CLOSE
 
@@ -163,7 +167,7 @@ def test_yarn_is_that_of_transformers(started, make_reference, processor, sample
     engine = RolloutEngine(yarn.folder, RolloutConfig(max_num_seqs=16), own, "float32", MAX_MODEL_LEN)
     assert max(map(len, samples)) > 64, "the documents must be longer than the original positions"
     check_greedy_tokens(engine, yarn, samples, ask)
-    engine.update(original.weights())
+    engine.update(original.held())
     stretched = type(yarn)(yarn.folder)
     stretched.model.load_state_dict(original.model.state_dict())
     responses = engine.generate(ask(samples, [3, 4]), 1.0)

@@ -1,0 +1,95 @@
+"""Ranks of `test_reshard`: engines whose weights come from trainers in many layouts; ``reshard.py FOLDER``.
+
+An engine that was just built from a folder says what to expect.  A trainer then takes it to other weights and back.
+"""
+
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ovr_megatron.config import ModelConfig, ParallelConfig, RolloutConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.engine import Engine
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.reshard import TransferError
+from ovr_megatron.runtime import distributed
+from ovr_megatron.weights.folder import WeightFolder
+
+LAYOUTS = {
+    "dp": ParallelConfig(),
+    "tp": ParallelConfig(tp=2),
+    "pp": ParallelConfig(pp=2),
+    "vpp": ParallelConfig(pp=2, vpp=2),
+    "cp": ParallelConfig(cp=2),
+    "tp, pp": ParallelConfig(tp=2, pp=2),
+    "zero": ParallelConfig(distributed_optimizer=True, overlap=True),
+}
+
+
+def same(found: list, expected: list) -> bool:
+    """Whether all tokens and log-probabilities are those, bit for bit."""
+    return all(
+        a.tokens == b.tokens and a.logprobs.tobytes() == b.logprobs.tobytes()
+        for ours, theirs in zip(found, expected, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def main(folder: Path) -> None:
+    """Read ``job.pickle``, write ``rank_N.pickle``."""
+    job = pickle.loads((folder / "job.pickle").read_bytes())
+    world = distributed.start(ParallelConfig(), seed=1, threads=1)
+    report: dict[str, object] = {}
+    for tied, (old, new) in job["models"].items():
+        processor = Processor(new, job["data"])
+        config = RolloutConfig(tp=job["tp"], max_num_seqs=16, bucket_mib=0.25, check_updates=True)
+        engine = RolloutEngine(new, config, processor, "float32", 256)
+        expected = engine.generate(job["prompts"], 1.0)
+        report[f"{tied} fresh"] = expected
+        for name, parallel in LAYOUTS.items():
+            trainer = Engine(ModelShape.from_hf(new), ModelConfig(path=str(new)), parallel, world)
+            engine.update(trainer.load(WeightFolder(old)).held())
+            other = engine.generate(job["prompts"], 1.0)
+            traffic = engine.update(trainer.load(WeightFolder(new)).held())
+            again = engine.generate(job["prompts"], 1.0)
+            largest = max(sum(p.room for p in step.sends + step.receives) for step in engine._reshard._plans[0])
+            steps = len(engine._reshard._plans[0])
+            report[f"{tied} {name}"] = (same(other, expected), same(again, expected), traffic, largest, steps)
+        frozen = ModelConfig(path=str(new), freeze_vision=True)
+        trainer = Engine(ModelShape.from_hf(new), frozen, ParallelConfig(pp=2), world).load(WeightFolder(new))
+        whole, later = engine.update(trainer.held()), engine.update(trainer.held())
+        report[f"{tied} frozen"] = (whole, later, same(engine.generate(job["prompts"], 1.0), expected))
+        report[f"{tied} damage"] = damaged(engine, trainer, world.rank)
+    (folder / f"rank_{world.rank}.pickle").write_bytes(pickle.dumps(report))
+    dist.barrier()
+    distributed.finish()
+
+
+def damaged(engine: RolloutEngine, trainer: Engine, rank: int) -> str:
+    """What the checksums say of a bucket that changes on its way to the last rank."""
+    arrived = torch.Tensor.copy_
+    held = trainer.held()
+    addresses = {one.parameter.untyped_storage().data_ptr() for one in held}
+
+    def copy(self: torch.Tensor, source: torch.Tensor, *rest: object) -> torch.Tensor:
+        arrived(self, source, *rest)
+        if source.untyped_storage().data_ptr() not in addresses and source.numel() > 1 and rank == 3:
+            self[(0,) * self.ndim] += 1  # a place that a message fills
+        return self
+
+    torch.Tensor.copy_ = copy  # type: ignore[method-assign, assignment]
+    try:
+        engine.update(held)
+    except TransferError as error:
+        return str(error)
+    finally:
+        torch.Tensor.copy_ = arrived  # type: ignore[method-assign]
+    return ""
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

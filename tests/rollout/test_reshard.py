@@ -1,0 +1,49 @@
+"""Weights of every layout into engines of one and two ranks: the same bits as an engine built from the folder."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ovr_megatron.rollout.sampling import banned_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 4
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_updated_engine_is_a_fresh_one(tp, make_reference, processor, samples, ask, tmp_path):
+    models = {tied: (make_reference(tied, 5), make_reference(tied, 6)) for tied in (True, False)}
+    folders = {tied: (old.folder, new.folder) for tied, (old, new) in models.items()}
+    job = {"tp": tp, "models": folders, "data": processor.config, "prompts": ask(samples[:3], [1, 7], 8)}
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command += [str(ROOT / "tests/rollout/reshard.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-9000:]
+    ranks = [pickle.loads((tmp_path / f"rank_{rank}.pickle").read_bytes()) for rank in range(RANKS)]
+    banned = banned_tokens(processor.shape, processor.tokenizer)
+    for tied, (_, new) in models.items():
+        fresh = [rank.pop(f"{tied} fresh") for rank in ranks]
+        assert new.worst(samples[:3], fresh[0], banned, 1.0) < 3e-5
+        for other in fresh[1:]:
+            for ours, theirs in zip(fresh[0], other, strict=True):
+                for a, b in zip(ours, theirs, strict=True):
+                    np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        for rank in ranks:
+            whole, later, stayed = rank.pop(f"{tied} frozen")
+            assert later.copied + later.received < whole.copied + whole.received and stayed
+        damage = [rank.pop(f"{tied} damage") for rank in ranks]
+        assert "arrived changed" in damage[3] and not any(damage[:3])
+    for rank in ranks:
+        for name, (before, after, traffic, largest, steps) in rank.items():
+            assert not before, f"{name}: the other weights give the same"
+            assert after, name
+            needs_messages = "tp" in name or "pp" in name
+            assert (traffic.received > 0) == (needs_messages and not (tp == 2 and name.split()[1:] == ["tp"])), name
+            assert largest <= 0.25 * 2**20 and (steps > 3) == needs_messages, name
