@@ -500,6 +500,7 @@ class RLConfig:
 
     ``only`` runs half of the system: ``rollout`` generates and grades with the weights of ``model.path``, ``train``
     learns from the rollouts of the run folder ``rollouts_from``; ``rehearsal`` tries each stage of the curriculum once.
+    ``offload``: what a phase does not need, weights, gradients and optimizer state, waits in host memory.
     """
 
     run: RunConfig
@@ -516,6 +517,7 @@ class RLConfig:
     iterations: int = 900
     prompts: int = 512
     responses: int = 16
+    offload: bool = False
     only: str = "all"
     rollouts_from: str | None = None
 

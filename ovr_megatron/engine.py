@@ -27,6 +27,7 @@ from ovr_megatron.model.layers import choose_parts
 from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.offload import Parking
 from ovr_megatron.runtime.schedule import learning_rate
 from ovr_megatron.runtime.steps import OwnTime
 from ovr_megatron.weights.folder import WeightFolder
@@ -97,6 +98,7 @@ class Engine:
                 holding.parameter.requires_grad_(not is_frozen(holding.row.megatron, model))
             self.trained = {row.megatron for row in self.live.rows if not is_frozen(row.megatron, model)}
             self.models = self._data_parallel()
+        self._parked = {"weights": Parking(), "gradients": Parking(keep=False), "optimizer": Parking()}
 
     def _data_parallel(self) -> list[DistributedDataParallel]:
         parallel = self.parallel
@@ -151,6 +153,41 @@ class Engine:
         for part in self.parts:
             part.sample_from(banned, temperature)
 
+    # Memory ----------------------------------------------------------------------------------------------
+
+    def offload(self, *kinds: str) -> None:
+        """Give back the memory of ``weights``, ``gradients`` and ``optimizer`` (all by default) until it is used again.
+
+        Gradients are lost.
+        """
+        if self._parked["weights"].is_empty:
+            self._finish_gathers()
+        weights = list(self._weight_tensors())
+        shared = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        state = (one for one in self.live.state_tensors() if one.untyped_storage().data_ptr() not in shared)
+        tensors = {"weights": weights, "gradients": self._gradient_tensors(), "optimizer": state}
+        for kind in kinds or tuple(tensors):
+            self._parked[kind].park(tensors[kind])
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # vLLM takes its memory from the device, not from torch
+
+    def bring(self, *kinds: str) -> None:
+        """Begin to take that memory again; who uses it waits for it."""
+        for kind in kinds:
+            self._parked[kind].bring()
+
+    def _need(self, *kinds: str) -> None:
+        for kind in kinds:
+            self._parked[kind].ready()
+
+    def _weight_tensors(self) -> Iterator[Tensor]:
+        for part in self.parts:
+            yield from (parameter.data for parameter in part.parameters())
+
+    def _gradient_tensors(self) -> Iterator[Tensor]:
+        for model in self.models:
+            yield from (buffer.grad_data for buffer in model.buffers)
+
     # Weights ---------------------------------------------------------------------------------------------
 
     def load(self, folder: WeightFolder, head_init: str = "orz", seed: int = 0) -> Engine:
@@ -174,11 +211,13 @@ class Engine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole, under the hub's names.  A collective: every rank iterates to the end."""
+        self._need("weights")
         self._finish_gathers()
         return self.live.whole(self.live.rows, "weight", self.config.params_dtype)
 
     def held(self) -> list[Held]:
         """The weights of this rank as they lie, for `RolloutEngine.update`; every rank calls it."""
+        self._need("weights")
         self._finish_gathers()
         return self.live.held(self.trained)
 
@@ -204,6 +243,7 @@ class Engine:
 
     def optimizer_state(self, which: str) -> Iterator[tuple[str, Tensor]]:
         """One of `MOMENTS`, or ``master`` (float32 copies of bfloat16 weights), whole, under the hub's names."""
+        self._need("weights", "optimizer")  # the optimizer's own weights may be views of the model's
         return self.live.whole(self.trained_rows, which, torch.float32)
 
     @property
@@ -305,6 +345,8 @@ class Engine:
 
             return model(pack), reduce
 
+        self._need("weights", "gradients")
+        self.bring("optimizer")
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -314,6 +356,7 @@ class Engine:
 
     def _run(self, packs: Sequence[Pack], forward_step: Callable, training: bool) -> list[Any]:
         """Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""
+        self._need("weights")
         if not training:
             self._finish_gathers()
         for part in self.parts:
@@ -377,6 +420,7 @@ class Engine:
             DivergenceError: ``optimizer.stop_after_skipped`` steps in a row were skipped.
         """
         rate = learning_rate(self.step_count, self.total_steps, self.optimizer_config)
+        self._need("optimizer")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self.layout.active():

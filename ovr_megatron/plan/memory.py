@@ -61,33 +61,48 @@ def _of_stage(setting: Setting, stage: int) -> list[Phase]:
         train = _training(setting, stage, False, 1)
         whole = 2 * shape.vocab * shape.hidden  # the largest tensor is put together from its shards
         save = {**_model("", state), "whole tensors": whole * 4}
-        return [Phase("train", stage, {**train, **always}), Phase("save", stage, {**save, **always})]
+        found = {"train": train, "save": save}
+    else:
+        found = _of_iteration(setting, stage, state)
+    return [Phase(name, stage, {**items, **always}) for name, items in found.items()]
+
+
+def _of_iteration(setting: Setting, stage: int, state: ModelState) -> dict[str, dict[str, int]]:
+    """The phases of PPO and its relatives; ``state`` is the policy's."""
+    config, shape = setting.config, setting.shape
+    assert isinstance(config, RLConfig)
     algorithm = config.algorithm
-    held = {"policy": state.total}
-    if algorithm.kl_coefficient:
-        held["reference"] = state.weights
-    engine, asleep = engine_memory(config.rollout, shape, setting.gpu, config.model.dtype), _graphs(config.rollout)
-    found = {}
+    models = {"policy": state}
     if algorithm.has_critic:
         critic = setting.of_critic
         layout = critic.config.parallel
         at = stage if layout.pp == config.parallel.pp else 0  # of another pipeline the first, which has the tower
-        held["critic"] = _state(shape, config.model, layout, critic.dp, at, True).total
+        models["critic"] = _state(shape, config.model, layout, critic.dp, at, True)
+
+    def held(*working: str, trains: bool = False) -> dict[str, int]:
+        """What the models have on the GPU while those of ``working`` have something to do."""
+        if not config.offload:
+            found = {name: model.total for name, model in models.items()}
+            return found | ({"reference": state.weights} if algorithm.kl_coefficient else {})
+        there = models | ({"reference": state} if algorithm.kl_coefficient else {})
+        return {name: there[name].total if trains else there[name].weights for name in working}
+
+    engine, asleep = engine_memory(config.rollout, shape, setting.gpu, config.model.dtype), _graphs(config.rollout)
+    found = {"generate": held() | engine}
+    if algorithm.has_critic:
         values = max((_activations(critic, span, at, True, 1) for span in setting.spans), key=lambda a: a.forward)
-        found["value"] = held | {"activations": values.forward} | asleep
-        found["update critic"] = held | _work(critic, at, True, algorithm.critic_steps) | asleep
+        found["value"] = held("critic") | {"activations": values.forward} | asleep
+        found["update critic"] = held("critic", trains=True) | _work(critic, at, True, algorithm.critic_steps) | asleep
     if algorithm.scoring_passes:
         scores = max((_activations(setting, span, stage, False, 1) for span in setting.spans), key=lambda a: a.forward)
-        found["log-probabilities"] = held | {"activations": scores.forward} | asleep
-    found = {"generate": held | engine} | found
-    found["update policy"] = held | _work(setting, stage, False, algorithm.policy_steps) | asleep
-    found["sync"] = (
-        held
-        | {"vLLM weights": engine["vLLM weights"]}
-        | asleep
-        | {"buckets": int(2 * config.rollout.bucket_mib * 2**20) if config.parallel.tp * config.parallel.pp > 1 else 0}
-    )
-    return [Phase(name, stage, {**items, **always}) for name, items in found.items()]
+        found["log-probabilities"] = held("policy") | {"activations": scores.forward} | asleep
+    work = _work(setting, stage, False, algorithm.policy_steps)
+    found["update policy"] = held("policy", trains=True) | work | asleep
+    parts = config.parallel.tp * config.parallel.pp
+    buckets = int(2 * config.rollout.bucket_mib * 2**20) if parts > 1 else 0
+    weights = {"vLLM weights": engine["vLLM weights"]}
+    found["sync"] = held("policy") | weights | asleep | {"buckets": buckets}
+    return found
 
 
 def _always(setting: Setting) -> dict[str, int]:

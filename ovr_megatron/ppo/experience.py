@@ -35,6 +35,12 @@ class Models:
     critic: Engine | None
     reference: Engine | None
 
+    def only(self, working: Engine | None) -> None:
+        """With ``offload``, have all but ``working`` wait in host memory; it takes what it needs as it needs it."""
+        for engine in (self.policy, self.critic, self.reference) if self.config.offload else ():
+            if engine is not None and engine is not working:
+                engine.offload()
+
 
 @dataclass
 class Experience:
@@ -71,8 +77,10 @@ def evaluate(
     penalties = None
     in_reward = models.reference is not None and algorithm.kl_in == "reward"
     if algorithm.policy_updates > 1 or in_reward:
+        models.only(models.policy)
         experience.old = _logprobs(models.policy, batch, layout)
     if models.reference is not None:
+        models.only(models.reference)
         experience.reference = _logprobs(models.reference, batch, layout)
         if in_reward:
             assert experience.old is not None
@@ -108,6 +116,7 @@ def _with_critic(
     """
     critic, algorithm = models.critic, models.config.algorithm
     assert critic is not None
+    models.only(critic)
     responses, batch = experience.responses, experience.batch
     shared = critic.layout is models.policy.layout
     if not shared:

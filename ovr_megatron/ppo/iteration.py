@@ -33,10 +33,13 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
     """Run iteration ``iteration`` (from 0); ``draw`` gives the next prompts, the same on every rank."""
     clock = Clock()
     with clock("generate"):
+        models.only(None)
         rollout = rollouts.collect(draw, iteration, max_tokens(models.config.curriculum, iteration))
         rollouts.engine.sleep()
     outcome = learn(models, rollout, iteration, clock)
     with clock("sync"):
+        if models.config.offload:
+            models.policy.offload("gradients", "optimizer")
         traffic = rollouts.engine.update(models.policy.held())
     outcome.metrics |= traffic.metrics() | clock.metrics(outcome.experience.batch, models.world)
     return outcome
@@ -50,8 +53,10 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Out
     metrics: dict[str, float] = {}
     with clock("update"):
         if study is not None:
+            models.only(models.critic)
             metrics |= update_critic(models, study, rollout.limit)
         if iteration >= models.config.algorithm.critic_warmup_iterations:
+            models.only(models.policy)
             metrics |= update_policy(models, experience, rollout.limit)
     metrics = {
         "curriculum/max_tokens": rollout.limit,

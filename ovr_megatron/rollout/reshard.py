@@ -86,8 +86,8 @@ class Traffic:
         return {
             "sync/copied_mb": self.copied / 1e6,
             "sync/received_mb": self.received / 1e6,
-            "sync/gb_per_second": (self.copied + self.received) / max(self.seconds, 1e-9) / 1e9,
-            "sync/floor_seconds": self.floor,
+            "perf/sync_gb_per_second": (self.copied + self.received) / max(self.seconds, 1e-9) / 1e9,
+            "timing/sync_floor": self.floor,
         }
 
 

@@ -161,6 +161,15 @@ class LiveTensors:
                     if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
                         adam.state[key]["step"] = torch.tensor(float(step))
 
+    def state_tensors(self) -> Iterator[Tensor]:
+        """What the optimizers keep of their own: moments, and the weights that they update (maybe the model's)."""
+        for wrapped in self.optimizers:
+            adam = getattr(wrapped, "optimizer", None)
+            for group in adam.param_groups if adam is not None else ():
+                yield from (key.data for key in group["params"])
+            for state in adam.state.values() if adam is not None else ():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
     def put_state(self, holding: Holding, which: str, tensors: Sequence[Tensor]) -> None:
         """Copy this rank's part of one of `MOMENTS` or ``master`` in, given whole under the hub's names."""
         part, piece = self._part(holding.row, tensors), self._piece(holding.parameter)

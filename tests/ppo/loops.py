@@ -49,6 +49,7 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
     train("ppo")
+    train("ppo_offload", "offload=true", "rollout.check_updates=true", "rollout.bucket_mib=0.1")
     train("ppo_shared", "rollout.schedule=shared", "rollout.max_num_seqs=8")
     train("ppo_critic_tp2", "critic.parallel={tp: 2}")
     for name, settings in ALGORITHMS.items():

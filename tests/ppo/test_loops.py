@@ -59,6 +59,13 @@ def rollouts(run: Path, iteration: int) -> dict[tuple[int, int], tuple]:
     return found
 
 
+def test_what_waits_in_host_memory_changes_no_bit(runs: Path) -> None:
+    assert curve(runs / "ppo_offload") == curve(runs / "ppo")
+    for name in ("policy", "critic"):
+        ours, theirs = weights(runs / "ppo_offload", name), weights(runs / "ppo", name)
+        assert all(ours[key].tobytes() == theirs[key].tobytes() for key in theirs)
+
+
 ALL = ("ppo", "ppo_shared", "ppo_critic_tp2", "grpo", "dapo", "dr_grpo", "rloo", "reinforce_pp", "ppo_epochs")
 
 
