@@ -1,7 +1,7 @@
-"""Every setting of the project: schema, defaults and validation.
+"""Settings: schema, defaults and validation; those of data preparation are in ``curation/settings.py``.
 
 The YAML files under ``recipes/`` hold values only; each is merged onto one of the root
-dataclasses here (`ColdStartConfig`, `RLConfig`, `PrepareConfig`), so an unknown key or a value of the
+dataclasses (here `ColdStartConfig` and `RLConfig`), so an unknown key or a value of the
 wrong type stops the run before anything is loaded.  All dataclasses are frozen.
 """
 
@@ -22,13 +22,15 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message names the key, its value and what to change."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
 
 
-def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{key}={value!r} is not known; choose one of {', '.join(allowed)}")
+def choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless the ``value`` of ``key`` is one of those ``allowed``."""
+    require(value in allowed, f"{key}={value!r} is not known; choose one of {', '.join(allowed)}")
 
 
 FORMATS = ("auto", "messages", "orz", "verl", "llava", "mathvision", "puzzlevqa")
@@ -50,8 +52,8 @@ class SourceConfig:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        _choice("data.sources[].format", self.format, FORMATS)
-        _require(self.weight > 0, f"data.sources[].weight={self.weight} of {self.path} must be positive")
+        choice("data.sources[].format", self.format, FORMATS)
+        require(self.weight > 0, f"data.sources[].weight={self.weight} of {self.path} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +82,18 @@ class DataConfig:
     expected_samples: int = 0
 
     def __post_init__(self) -> None:
-        _choice("data.template", self.template, ("think", "model"))
-        _choice("data.on_error", self.on_error, ("stop", "skip"))
-        _require(
+        choice("data.template", self.template, ("think", "model"))
+        choice("data.on_error", self.on_error, ("stop", "skip"))
+        require(
             not self.tokenised or not (self.sources or self.exclude),
             f"data.tokenised={self.tokenised} replaces data.sources and data.exclude; remove one or the other",
         )
-        _require(
+        require(
             0 < self.min_pixels <= self.max_pixels,
             f"data.min_pixels={self.min_pixels} must be positive and at most data.max_pixels={self.max_pixels}",
         )
         for key in ("max_images", "max_frames", "pack_tokens", "max_prompt_tokens"):
-            _require(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
+            require(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,19 +118,19 @@ class ModelConfig:
     fp8_bf16_layers: int = 0
 
     def __post_init__(self) -> None:
-        _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _choice("model.recompute", self.recompute, ("none", "selective", "full"))
-        _choice("model.layers", self.layers, ("auto", "local", "transformer_engine"))
-        _choice("model.fp8", self.fp8, ("none", "delayed", "current", "block"))
-        _require(
+        choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        choice("model.recompute", self.recompute, ("none", "selective", "full"))
+        choice("model.layers", self.layers, ("auto", "local", "transformer_engine"))
+        choice("model.fp8", self.fp8, ("none", "delayed", "current", "block"))
+        require(
             self.fp8 == "none" or (self.dtype == "bfloat16" and self.layers != "local"),
             f"model.fp8={self.fp8} needs model.dtype=bfloat16 and Transformer Engine's layers",
         )
-        _require(
+        require(
             self.fp8 != "delayed" or not self.fp8_bf16_layers,
             f"model.fp8_bf16_layers={self.fp8_bf16_layers}: delayed scaling is for all layers; use current or block",
         )
-        _require(
+        require(
             self.fp8_bf16_layers >= 0, f"model.fp8_bf16_layers={self.fp8_bf16_layers} must be 0 or a number of layers"
         )
 
@@ -155,16 +157,16 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for key in ("tp", "pp", "vpp", "cp"):
-            _require(getattr(self, key) >= 1, f"parallel.{key}={getattr(self, key)} must be at least 1")
-        _require(
+            require(getattr(self, key) >= 1, f"parallel.{key}={getattr(self, key)} must be at least 1")
+        require(
             not self.sequence_parallel or self.tp > 1,
             "parallel.sequence_parallel=true needs parallel.tp of at least 2",
         )
         for key in ("first_stage_layers", "last_stage_layers"):
             count = getattr(self, key)
-            _require(count >= 0, f"parallel.{key}={count} must be 0 (even) or a number of layers")
-            _require(not count or self.pp > 1, f"parallel.{key}={count} needs parallel.pp of at least 2")
-        _require(self.vpp == 1 or self.pp > 1, f"parallel.vpp={self.vpp} needs parallel.pp of at least 2")
+            require(count >= 0, f"parallel.{key}={count} must be 0 (even) or a number of layers")
+            require(not count or self.pp > 1, f"parallel.{key}={count} needs parallel.pp of at least 2")
+        require(self.vpp == 1 or self.pp > 1, f"parallel.vpp={self.vpp} needs parallel.pp of at least 2")
 
     @property
     def ranks(self) -> int:
@@ -174,7 +176,7 @@ class ParallelConfig:
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size in a world of ``world_size`` ranks, or `ConfigError` if it does not divide."""
         ranks = self.ranks
-        _require(
+        require(
             world_size % ranks == 0,
             f"{world_size} processes cannot be cut into tp={self.tp} x pp={self.pp} x cp={self.cp} = {ranks} ranks "
             f"a replica; start a multiple of {ranks} processes or change parallel.*",
@@ -205,14 +207,14 @@ class OptimizerConfig:
     stop_after_skipped: int = 10
 
     def __post_init__(self) -> None:
-        _choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear", "wsd"))
-        _require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
-        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and optimizer.beta2 must lie in 0..1")
-        _require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
-        _require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must be above 0 and at most 1")
-        _require(self.skip_above >= 0, f"optimizer.skip_above={self.skip_above} must be 0 (no bound) or a norm")
-        _require(
+        choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear", "wsd"))
+        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
+        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and optimizer.beta2 must lie in 0..1")
+        require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in 0..1")
+        require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must be above 0 and at most 1")
+        require(self.skip_above >= 0, f"optimizer.skip_above={self.skip_above} must be 0 (no bound) or a norm")
+        require(
             self.stop_after_skipped >= 1,
             f"optimizer.stop_after_skipped={self.stop_after_skipped} must be at least 1 step",
         )
@@ -244,7 +246,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for key in ("save_every", "log_every", "save_buffer_gib", "spike_window"):
-            _require(getattr(self, key) > 0, f"run.{key}={getattr(self, key)} must be positive")
+            require(getattr(self, key) > 0, f"run.{key}={getattr(self, key)} must be positive")
         for key, zero in (
             ("keep_last", "keep all"),
             ("keep_every", "none"),
@@ -252,12 +254,12 @@ class RunConfig:
             ("peak_tflops", "measure"),
             ("spike_deviations", "no record"),
         ):
-            _require(getattr(self, key) >= 0, f"run.{key}={getattr(self, key)} must be 0 ({zero}) or more")
+            require(getattr(self, key) >= 0, f"run.{key}={getattr(self, key)} must be 0 ({zero}) or more")
 
 
 def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:
     chunks = 2 * parallel.cp if parallel.cp > 1 else 1
-    _require(
+    require(
         data.pack_tokens >= chunks,
         f"data.pack_tokens={data.pack_tokens} is shorter than two chunks for each of parallel.cp={parallel.cp} ranks; "
         f"use at least {chunks} tokens or cp={max(1, data.pack_tokens // 2)}",
@@ -289,14 +291,14 @@ class RolloutConfig:
     check_updates: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.bucket_mib > 0, f"rollout.bucket_mib={self.bucket_mib} must be positive")
-        _require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
-        _require(
+        require(self.bucket_mib > 0, f"rollout.bucket_mib={self.bucket_mib} must be positive")
+        require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
+        require(
             self.top_p == 1.0,
             f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must too; use 1.0",
         )
-        _choice("rollout.schedule", self.schedule, ("static", "shared"))
-        _require(self.tp >= 1, f"rollout.tp={self.tp} must be at least 1")
+        choice("rollout.schedule", self.schedule, ("static", "shared"))
+        require(self.tp >= 1, f"rollout.tp={self.tp} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,19 +318,19 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for key in ("every", "limit", "samples"):
-            _require(getattr(self, key) >= 0, f"evaluation.{key}={getattr(self, key)} must be 0 or more")
-        _require(self.max_tokens > 0 and self.workers > 0, "evaluation.max_tokens and .workers must be positive")
-        _require(
+            require(getattr(self, key) >= 0, f"evaluation.{key}={getattr(self, key)} must be 0 or more")
+        require(self.max_tokens > 0 and self.workers > 0, "evaluation.max_tokens and .workers must be positive")
+        require(
             not self.every or bool(self.sources),
             f"evaluation.every={self.every} has nothing to ask: give evaluation.sources=[{{path: FILE, name: NAME}}]",
         )
         names = [source.name or "" for source in self.sources]
         for source, name in zip(self.sources, names, strict=True):
-            _require(
+            require(
                 bool(re.fullmatch(r"[\w.-]+", name)),
                 f"evaluation.sources: {source.path} is called {name!r}; give it a name of letters, digits, - _ or .",
             )
-            _require(names.count(name) == 1, f"evaluation.sources: two sets are called {name}; name one of them anew")
+            require(names.count(name) == 1, f"evaluation.sources: two sets are called {name}; name one of them anew")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,13 +354,13 @@ class ColdStartConfig:
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
-        _require(self.steps >= 0, f"steps={self.steps} must be positive, or 0 to train for {self.epochs} epochs")
-        _require(self.epochs > 0, f"epochs={self.epochs} must be positive")
-        _require(
+        require(self.steps >= 0, f"steps={self.steps} must be positive, or 0 to train for {self.epochs} epochs")
+        require(self.epochs > 0, f"epochs={self.epochs} must be positive")
+        require(
             self.steps > 0 or not self.data.sources,
             "steps=0 with data.sources: only the epochs of data.tokenised=DIR have an end; give steps",
         )
-        _require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
+        require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +375,7 @@ class StageConfig:
     mean_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.until > 0 and self.max_tokens > 0, "curriculum[].until and .max_tokens must be positive")
+        require(self.until > 0 and self.max_tokens > 0, "curriculum[].until and .max_tokens must be positive")
 
 
 ESTIMATORS = ("gae", "grpo", "dr_grpo", "rloo", "reinforce_pp")
@@ -414,21 +416,21 @@ class AlgorithmConfig:
     overlong_buffer: int = 0
 
     def __post_init__(self) -> None:
-        _choice("algorithm.estimator", self.estimator, ESTIMATORS)
-        _choice("algorithm.reduction", self.reduction, ("token", "sequence", "constant", "pack"))
-        _choice("algorithm.kl_form", self.kl_form, ("k1", "k2", "k3"))
-        _choice("algorithm.kl_in", self.kl_in, ("loss", "reward"))
-        _require(0 < self.clip < 1, f"algorithm.clip={self.clip} must lie between 0 and 1")
-        _require(0 < self.gamma <= 1 and 0 <= self.lam <= 1, "algorithm.gamma and algorithm.lam must lie in 0..1")
+        choice("algorithm.estimator", self.estimator, ESTIMATORS)
+        choice("algorithm.reduction", self.reduction, ("token", "sequence", "constant", "pack"))
+        choice("algorithm.kl_form", self.kl_form, ("k1", "k2", "k3"))
+        choice("algorithm.kl_in", self.kl_in, ("loss", "reward"))
+        require(0 < self.clip < 1, f"algorithm.clip={self.clip} must lie between 0 and 1")
+        require(0 < self.gamma <= 1 and 0 <= self.lam <= 1, "algorithm.gamma and algorithm.lam must lie in 0..1")
         for key in ("critic_steps", "policy_epochs", "policy_steps"):
-            _require(getattr(self, key) >= 1, f"algorithm.{key}={getattr(self, key)} must be at least 1")
+            require(getattr(self, key) >= 1, f"algorithm.{key}={getattr(self, key)} must be at least 1")
         for key in ("clip_high", "kl_coefficient", "importance_cap", "dynamic_sampling", "overlong_buffer"):
-            _require(getattr(self, key) >= 0, f"algorithm.{key}={getattr(self, key)} must be 0 (off) or more")
-        _require(
+            require(getattr(self, key) >= 0, f"algorithm.{key}={getattr(self, key)} must be 0 (off) or more")
+        require(
             self.estimator == "gae" or not self.critic_warmup_iterations,
             f"algorithm.critic_warmup_iterations={self.critic_warmup_iterations}: {self.estimator} has no critic",
         )
-        _require(
+        require(
             self.kl_form != "k1" or self.kl_in == "reward" or not self.kl_coefficient,
             "algorithm.kl_form=k1 in the loss has the gradient of the policy's own log-probability, which is none of "
             "the divergence; use k2 or k3, or algorithm.kl_in=reward",
@@ -471,7 +473,7 @@ class CriticConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
 
     def __post_init__(self) -> None:
-        _choice("critic.head_init", self.head_init, ("orz", "kaiming", "paper"))
+        choice("critic.head_init", self.head_init, ("orz", "kaiming", "paper"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -488,10 +490,10 @@ class RewardConfig:
     rules: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
-        _require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
-        _require(self.memory_mib >= 256, f"reward.memory_mib={self.memory_mib} must be at least 256, for SymPy's sake")
-        _require(self.cache >= 0, f"reward.cache={self.cache} must be 0 (off) or a number of verdicts")
+        require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
+        require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
+        require(self.memory_mib >= 256, f"reward.memory_mib={self.memory_mib} must be at least 256, for SymPy's sake")
+        require(self.cache >= 0, f"reward.cache={self.cache} must be 0 (off) or a number of verdicts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -523,309 +525,32 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
-        _require(
+        require(
             self.responses > 1 or not (self.algorithm.in_groups or self.algorithm.dynamic_sampling),
             f"responses={self.responses}: algorithm.estimator={self.algorithm.estimator} and dynamic_sampling compare "
             "the responses to one prompt; take 2 or more",
         )
         shortest = min((stage.max_tokens for stage in self.curriculum), default=0)
-        _require(
+        require(
             self.algorithm.overlong_buffer < shortest or not self.algorithm.overlong_buffer,
             f"algorithm.overlong_buffer={self.algorithm.overlong_buffer} must be under the shortest limit of the "
             f"curriculum, {shortest}",
         )
-        _require(self.iterations > 0, f"iterations={self.iterations} must be positive")
-        _require(self.prompts > 0 and self.responses > 0, "prompts and responses must be positive")
-        _choice("only", self.only, ("all", "rollout", "train", "rehearsal"))
-        _require(
+        require(self.iterations > 0, f"iterations={self.iterations} must be positive")
+        require(self.prompts > 0 and self.responses > 0, "prompts and responses must be positive")
+        choice("only", self.only, ("all", "rollout", "train", "rehearsal"))
+        require(
             (self.only == "train") == bool(self.rollouts_from),
             f"only={self.only} with rollouts_from={self.rollouts_from}: only=train needs the run folder to learn from, "
             "and nothing else takes one",
         )
-        _require(bool(self.curriculum), "curriculum is empty: give at least one {until, max_tokens}")
+        require(bool(self.curriculum), "curriculum is empty: give at least one {until, max_tokens}")
         ends = [stage.until for stage in self.curriculum]
-        _require(ends == sorted(set(ends)), f"curriculum: 'until' must rise, got {ends}")
-        _require(
+        require(ends == sorted(set(ends)), f"curriculum: 'until' must rise, got {ends}")
+        require(
             ends[-1] >= self.iterations,
             f"curriculum ends at iteration {ends[-1]} but iterations={self.iterations}; raise the last 'until'",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectConfig:
-    """Reading the sources.  ``limit`` takes the first rows of each (0: all); ``on_error`` skip counts a bad row."""
-
-    limit: int = 0
-    on_error: str = "stop"
-
-    def __post_init__(self) -> None:
-        _choice("collect.on_error", self.on_error, ("stop", "skip"))
-        _require(self.limit >= 0, f"collect.limit={self.limit} must be 0 (all) or a number of rows")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DedupConfig:
-    """Duplicates of the whole ``row`` or of the ``prompt``; near ones by MinHash over ``shingle`` words.
-
-    Two rows are near duplicates at an estimated Jaccard similarity of ``threshold``, and with ``same_numbers`` only if
-    their prompts have the same numbers: a problem with other numbers is another problem.
-    """
-
-    key: str = "row"
-    near: bool = True
-    shingle: int = 5
-    permutations: int = 64
-    bands: int = 16
-    threshold: float = 0.8
-    same_numbers: bool = True
-
-    def __post_init__(self) -> None:
-        _choice("dedup.key", self.key, ("row", "prompt"))
-        _require(self.shingle >= 1, f"dedup.shingle={self.shingle} must be at least one word")
-        _require(0 < self.threshold <= 1, f"dedup.threshold={self.threshold} must lie between 0 and 1")
-        _require(
-            self.bands >= 1 and self.permutations % self.bands == 0,
-            f"dedup.bands={self.bands} must divide dedup.permutations={self.permutations}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecontaminateConfig:
-    """Evaluation problems that must not come up: word n-grams of theirs that a row repeats.
-
-    A row goes if it has ``threshold`` of the n-grams of one problem; ``masked_threshold`` (0: off) is the same with
-    every number masked, which finds problems with exchanged numbers.  Problems shorter than 4 ``n`` words are cut into
-    shorter n-grams, those shorter than ``min_words`` must make half of the prompt.  ``fields``: ``prompt`` or ``row``.
-    """
-
-    sources: list[SourceConfig] = field(default_factory=list)
-    n: int = 8
-    threshold: float = 0.5
-    masked_threshold: float = 0.0
-    min_words: int = 5
-    fields: str = "prompt"
-
-    def __post_init__(self) -> None:
-        _choice("decontaminate.fields", self.fields, ("prompt", "row"))
-        _require(1 <= self.min_words <= self.n, f"decontaminate.min_words={self.min_words} must lie in 1..n={self.n}")
-        for key in ("threshold", "masked_threshold"):
-            value = getattr(self, key)
-            _require(0 <= value <= 1, f"decontaminate.{key}={value} must lie between 0 (off) and 1")
-        _require(self.threshold > 0, "decontaminate.threshold=0 would drop every row; leave the stage out instead")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatternsConfig:
-    """Rules on one row alone; see `ovr_megatron.curation.patterns` for each.
-
-    ``max_repetition`` bounds Open-Reasoner-Zero's repeatness of responses of at least ``repetition_min_characters``
-    (1: off); ``drop`` maps names of own rules to regular expressions over the response.
-    """
-
-    need_box: bool = True
-    need_thought: bool = True
-    verifiable: bool = True
-    max_repetition: float = 0.05
-    repetition_min_characters: int = 400
-    language: str = "any"
-    max_foreign: float = 0.05
-    min_function_words: float = 0.02
-    template_tokens: bool = True
-    min_characters: int = 0
-    max_characters: int = 0
-    drop: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _choice("patterns.language", self.language, ("any", "en", "zh"))
-        for key in ("max_repetition", "max_foreign", "min_function_words"):
-            value = getattr(self, key)
-            _require(0 <= value <= 1, f"patterns.{key}={value} must lie between 0 and 1")
-        for name, pattern in self.drop.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"patterns.drop.{name}={pattern!r} is no regular expression ({error})") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxyLossConfig:
-    """Mean loss of the response under a small model; the high tail of each source is cut.
-
-    ``cut``: above the ``quantile`` of the source, or ``z`` standard deviations over its mean.  Sources of fewer than
-    ``min_rows`` rows lose none.  Rows are scored on their first ``max_tokens`` tokens.
-    """
-
-    model: str | None = None
-    dtype: str = "bfloat16"
-    cut: str = "quantile"
-    quantile: float = 0.98
-    z: float = 3.0
-    min_rows: int = 50
-    max_tokens: int = 8192
-    batch: int = 512
-
-    def __post_init__(self) -> None:
-        _choice("proxy_loss.cut", self.cut, ("quantile", "zscore"))
-        _choice("proxy_loss.dtype", self.dtype, ("float32", "bfloat16"))
-        _require(0 < self.quantile <= 1, f"proxy_loss.quantile={self.quantile} must lie between 0 and 1")
-        _require(
-            self.batch >= 1 and self.max_tokens >= 2, "proxy_loss.batch and proxy_loss.max_tokens must be positive"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DifficultyConfig:
-    """Pass rate of a prompt: ``samples`` responses of ``model`` at ``temperature``; kept from ``low`` to ``high``."""
-
-    model: str | None = None
-    dtype: str = "bfloat16"
-    samples: int = 8
-    temperature: float = 1.0
-    max_tokens: int = 8192
-    low: float = 0.01
-    high: float = 0.99
-
-    def __post_init__(self) -> None:
-        _choice("difficulty.dtype", self.dtype, ("float32", "bfloat16"))
-        _require(
-            self.samples >= 1 and self.max_tokens >= 1, "difficulty.samples and difficulty.max_tokens must be positive"
-        )
-        _require(self.temperature > 0, f"difficulty.temperature={self.temperature} must be positive")
-        _require(
-            0 <= self.low <= self.high <= 1,
-            f"difficulty.low={self.low} and difficulty.high={self.high} must be rates, low at most high",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
-    """The last box of the response against the row's answer; ``need_answer`` drops rows that have none."""
-
-    need_answer: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class StratifyConfig:
-    """Strata: the source, cut into ``bins`` of equal size by difficulty; at most ``max_rows`` of each (0: all).
-
-    ``measure`` auto takes the row's own ``difficulty`` where all rows of a source have one, else the proxy's loss, else
-    the length of the response.
-    """
-
-    bins: int = 3
-    measure: str = "auto"
-    max_rows: int = 0
-
-    def __post_init__(self) -> None:
-        _choice("stratify.measure", self.measure, ("auto", "difficulty", "loss", "length"))
-        _require(self.bins >= 1, f"stratify.bins={self.bins} must be at least 1")
-        _require(self.max_rows >= 0, f"stratify.max_rows={self.max_rows} must be 0 (all) or a number of rows")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeighConfig:
-    """A stratum of n rows gets a share of n**``power``; a row's weight stays between ``min_weight`` and ``max_weight``.
-
-    ``power`` 1 changes nothing, 0 gives all strata the same share.  The mean weight of all rows is 1.
-    """
-
-    power: float = 0.5
-    min_weight: float = 0.25
-    max_weight: float = 4.0
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.power <= 1, f"weigh.power={self.power} must lie between 0 and 1")
-        _require(
-            0 < self.min_weight <= 1 <= self.max_weight,
-            f"weigh.min_weight={self.min_weight} and weigh.max_weight={self.max_weight} must lie on both sides of 1",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """Who answers the prompt rows: an OpenAI-compatible endpoint (``base_url``), or a local ``model`` through vLLM.
-
-    The key is read from the environment variable ``key_env`` and goes nowhere but into the request.  ``max_requests``
-    and ``max_total_tokens`` are the budget of all runs in this folder (0: none).
-    """
-
-    base_url: str | None = None
-    model: str | None = None
-    key_env: str | None = None
-    dtype: str = "bfloat16"
-    samples: int = 1
-    temperature: float = 0.6
-    max_tokens: int = 16384
-    keep_truncated: bool = False
-    concurrency: int = 32
-    attempts: int = 6
-    backoff_s: float = 1.0
-    max_backoff_s: float = 60.0
-    timeout_s: float = 1800.0
-    max_requests: int = 0
-    max_total_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        _choice("teacher.dtype", self.dtype, ("float32", "bfloat16"))
-        _require(self.temperature >= 0, f"teacher.temperature={self.temperature} must be 0 or more")
-        for key in ("samples", "max_tokens", "concurrency", "attempts", "timeout_s"):
-            _require(getattr(self, key) > 0, f"teacher.{key}={getattr(self, key)} must be positive")
-        for key in ("backoff_s", "max_backoff_s", "max_requests", "max_total_tokens"):
-            _require(getattr(self, key) >= 0, f"teacher.{key}={getattr(self, key)} must be 0 or more")
-
-
-PREPARE_STAGES = tuple(
-    "collect dedup decontaminate teacher patterns proxy_loss verify difficulty stratify weigh tokenise".split()
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Data preparation: ``stages`` in this order, each in its own folder below ``dir``.
-
-    ``model`` is the folder whose tokenizer writes the tokenised set; ``workers`` processes judge rows, ``engines``
-    processes run vLLM where a stage needs it (one for each GPU).
-    """
-
-    dir: str
-    stages: list[str] = field(default_factory=list)
-    seed: int = 1
-    workers: int = 1
-    engines: int = 1
-    model: str | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    collect: CollectConfig = field(default_factory=CollectConfig)
-    dedup: DedupConfig = field(default_factory=DedupConfig)
-    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    patterns: PatternsConfig = field(default_factory=PatternsConfig)
-    proxy_loss: ProxyLossConfig = field(default_factory=ProxyLossConfig)
-    verify: VerifyConfig = field(default_factory=VerifyConfig)
-    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
-    stratify: StratifyConfig = field(default_factory=StratifyConfig)
-    weigh: WeighConfig = field(default_factory=WeighConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-
-    def __post_init__(self) -> None:
-        for name in self.stages:
-            _choice("stages[]", name, PREPARE_STAGES)
-        _require(self.stages[:1] == ["collect"], f"stages={self.stages} must begin with collect")
-        _require(len(set(self.stages)) == len(self.stages), f"stages={self.stages} names a stage twice")
-        order = {name: place for place, name in enumerate(self.stages)}
-        _require(
-            "weigh" not in order or order.get("stratify", len(order)) < order["weigh"],
-            f"stages={self.stages}: weigh needs stratify before it",
-        )
-        _require("tokenise" not in order or self.stages[-1] == "tokenise", "stages: tokenise must be the last")
-        _require(self.workers >= 1 and self.engines >= 1, "workers and engines must be at least 1")
-        _require(bool(self.data.sources), "data.sources is empty: give at least one, for example [{path: rows.jsonl}]")
-        _require("decontaminate" not in order or bool(self.decontaminate.sources), "decontaminate.sources is empty")
-        needed = {"proxy_loss": self.proxy_loss.model, "teacher": self.teacher.model, "tokenise": self.model}
-        needed["difficulty"] = self.difficulty.model
-        for name, value in needed.items():
-            key = "model" if name == "tokenise" else f"{name}.model"
-            _require(name not in order or bool(value), f"stages has {name}: give {key}=...")
 
 
 def defaults(schema: type) -> dict[str, Any]:
@@ -858,7 +583,7 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
     """
     config = values if isinstance(values, DictConfig) else OmegaConf.create(values)
     missing = sorted(OmegaConf.missing_keys(config))
-    _require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
+    require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
     try:
         return TypeAdapter(schema).validate_python(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
@@ -875,10 +600,11 @@ def save(config: Any, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
 
 
-def _forbid_unknown_keys() -> None:
-    for item in list(globals().values()):
+def forbid_unknown_keys(names: dict[str, Any]) -> None:
+    """Have `build` refuse keys that the dataclasses among the ``names`` of a module do not have."""
+    for item in list(names.values()):
         if isinstance(item, type) and dataclasses.is_dataclass(item):
             setattr(item, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010
 
 
-_forbid_unknown_keys()
+forbid_unknown_keys(globals())

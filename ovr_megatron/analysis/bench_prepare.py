@@ -21,12 +21,13 @@ import datasets
 import numpy as np
 import psutil
 
-from ovr_megatron.config import DataConfig, DecontaminateConfig, PrepareConfig, SourceConfig
+from ovr_megatron.config import DataConfig, SourceConfig
 from ovr_megatron.curation.decontaminate import load_problems
 from ovr_megatron.curation.dedup import first_equal, hashes
 from ovr_megatron.curation.minhash import near_duplicates
 from ovr_megatron.curation.patterns import broken_rule
 from ovr_megatron.curation.prepare import prepare
+from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig
 from ovr_megatron.data.puzzles import open_puzzle
 from ovr_megatron.data.schema import row_to_json
 

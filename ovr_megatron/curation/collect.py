@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.config import ConfigError, PrepareConfig, SourceConfig
+from ovr_megatron.config import ConfigError, SourceConfig
+from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 from ovr_megatron.data.images import encoded_image
 from ovr_megatron.data.schema import (

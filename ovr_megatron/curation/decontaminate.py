@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ovr_megatron.config import ConfigError, DecontaminateConfig, PrepareConfig
+from ovr_megatron.config import ConfigError
+from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 from ovr_megatron.curation.text import (
     content_text,

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ovr_megatron.config import DedupConfig
 from ovr_megatron.curation.minhash import near_duplicates, shingles_of, signature
+from ovr_megatron.curation.settings import DedupConfig
 from ovr_megatron.curation.stage import Stage, Work
 from ovr_megatron.curation.text import (
     content_text,

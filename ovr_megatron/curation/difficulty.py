@@ -6,9 +6,9 @@ rate goes into the row as ``pass_rate``, and as ``difficulty`` (1 - rate).  Supe
 
 from __future__ import annotations
 
-from ovr_megatron.config import PrepareConfig
 from ovr_megatron.curation.engines import run_engines
 from ovr_megatron.curation.journal import Journal
+from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 
 TRIES = "tries"

@@ -16,7 +16,8 @@ from typing import Any
 
 import openai
 
-from ovr_megatron.config import ConfigError, TeacherConfig
+from ovr_megatron.config import ConfigError
+from ovr_megatron.curation.settings import TeacherConfig
 
 _FATAL = (401, 402, 403, 404, 405)
 _REFUSED = (400, 413, 422)

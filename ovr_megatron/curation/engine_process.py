@@ -17,8 +17,9 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ovr_megatron.config import ParallelConfig, PrepareConfig, build
+from ovr_megatron.config import ParallelConfig, build
 from ovr_megatron.curation.journal import Journal
+from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import ROWS, batches
 from ovr_megatron.curation.teacher import has_video, question_key
 from ovr_megatron.curation.text import response_text

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ovr_megatron.config import PatternsConfig, PrepareConfig
 from ovr_megatron.curation.repetition import repeatness
+from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
 from ovr_megatron.rewards.choice import verifiable

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 from ovr_megatron import config as configuration
-from ovr_megatron.config import PrepareConfig
 from ovr_megatron.curation import (
     collect,
     decontaminate,
@@ -24,6 +23,7 @@ from ovr_megatron.curation import (
 )
 from ovr_megatron.curation.endpoint import TeacherError
 from ovr_megatron.curation.engines import EngineError
+from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, alone, run_stages
 from ovr_megatron.launch import USER_ERRORS, launch
 

@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 
-from ovr_megatron.config import PrepareConfig, ProxyLossConfig
 from ovr_megatron.curation.engines import run_engines
 from ovr_megatron.curation.journal import Journal
+from ovr_megatron.curation.settings import PrepareConfig, ProxyLossConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 
 HIGH = "high loss"

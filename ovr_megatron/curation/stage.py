@@ -24,8 +24,9 @@ from typing import Any, Self, TypeVar
 
 import ovr_megatron
 from ovr_megatron.checkpoint.manifest import CheckpointError, Manifest, check, write_manifest
-from ovr_megatron.config import ConfigError, PrepareConfig
+from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.report import Tally
+from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.runtime.progress import Progress
 
 ROWS = "rows.jsonl"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ovr_megatron.config import WeighConfig
+from ovr_megatron.curation.settings import WeighConfig
 from ovr_megatron.curation.stage import Stage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
 

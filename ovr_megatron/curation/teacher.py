@@ -17,10 +17,10 @@ from typing import Any
 
 from PIL import Image
 
-from ovr_megatron.config import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.endpoint import Answer, Endpoint, Question
 from ovr_megatron.curation.engines import run_engines
 from ovr_megatron.curation.journal import Journal
+from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 from ovr_megatron.curation.text import response_text
 

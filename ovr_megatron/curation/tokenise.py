@@ -15,7 +15,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from ovr_megatron.config import PrepareConfig, SourceConfig
+from ovr_megatron.config import SourceConfig
+from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 from ovr_megatron.data.tokenising import tokenise
 

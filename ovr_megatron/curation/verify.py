@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ovr_megatron.config import PrepareConfig
+from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, batches
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.rewards.pool import GraderPool

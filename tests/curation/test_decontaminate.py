@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ovr_megatron.config import DataConfig, DecontaminateConfig, PrepareConfig, SourceConfig
+from ovr_megatron.config import DataConfig, SourceConfig
 from ovr_megatron.curation.decontaminate import KEPT, MASKED, Problems, build_index, load_problems
+from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig
 from ovr_megatron.curation.text import normalise, word_hashes, words
 from ovr_megatron.data.sources import open_source
 

@@ -9,20 +9,17 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.config import (
-    CollectConfig,
-    DataConfig,
-    DifficultyConfig,
-    PrepareConfig,
-    ProxyLossConfig,
-    RewardConfig,
-    RolloutConfig,
-    SourceConfig,
-    TeacherConfig,
-)
+from ovr_megatron.config import DataConfig, RewardConfig, RolloutConfig, SourceConfig
 from ovr_megatron.curation.engines import EngineError
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.proxy_loss import bound
+from ovr_megatron.curation.settings import (
+    CollectConfig,
+    DifficultyConfig,
+    PrepareConfig,
+    ProxyLossConfig,
+    TeacherConfig,
+)
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import parse_row
 from ovr_megatron.model.tiny import make_tiny_model

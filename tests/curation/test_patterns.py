@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from ovr_megatron.config import ConfigError, PatternsConfig
+from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.patterns import broken_rule
+from ovr_megatron.curation.settings import PatternsConfig
 
 GOOD = "We add the two numbers, so that it is five.</think>The answer is \\boxed{5}."
 SPANISH = "Sumamos los dos numeros y obtenemos cinco porque dos mas tres son cinco. "

@@ -12,20 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 
-from ovr_megatron.config import (
-    CollectConfig,
-    ConfigError,
-    DataConfig,
-    DedupConfig,
-    PatternsConfig,
-    PrepareConfig,
-    SourceConfig,
-    StratifyConfig,
-)
+from ovr_megatron.config import ConfigError, DataConfig, SourceConfig, build
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.prepare import prepare
+from ovr_megatron.curation.settings import CollectConfig, DedupConfig, PatternsConfig, PrepareConfig, StratifyConfig
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.sources import open_source, validate
 from ovr_megatron.data.stream import open_stream
@@ -203,3 +196,12 @@ def test_a_journal_loses_only_the_line_that_was_cut_off(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(whole)
     with Journal(path) as journal:
         assert journal[9]["text"] == "new"
+
+
+def test_unknown_settings_are_refused() -> None:
+    values = {"dir": "x", "stages": ["collect"], "data": {"sources": [{"path": "a.jsonl"}]}}
+    assert build(PrepareConfig, values).stages == ["collect"]
+    for key in ("nonsense", "dedup.nonsense", "difficulty.nonsense"):
+        changed = OmegaConf.merge(values, OmegaConf.from_dotlist([f"{key}=1"]))
+        with pytest.raises(ConfigError, match=f"{key}: .*[Uu]nexpected"):
+            build(PrepareConfig, changed)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr_megatron.config import WeighConfig
+from ovr_megatron.curation.settings import WeighConfig
 from ovr_megatron.curation.strata import equal_bins, group_weights
 
 

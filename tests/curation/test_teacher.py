@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ovr_megatron.config import ConfigError, DataConfig, PrepareConfig, SourceConfig, TeacherConfig
+from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
 from ovr_megatron.curation.endpoint import TeacherError
 from ovr_megatron.curation.prepare import prepare
+from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 
 KEY = "sk-very-secret-7f3a"
 
