@@ -225,6 +225,7 @@ class RunConfig:
     """The run folder, what is written to it, and when a run counts as ill (``docs/running.md``).
 
     Of the checkpoints the ``keep_last`` newest stay (0: all) and every one whose step is a multiple of ``keep_every``.
+    ``export_every`` keeps the policy of those of its multiples, and of the last, in ``exports/`` for Transformers.
     With ``async_save`` they are written while training goes on, from copies that take at most ``save_buffer_gib`` of
     host memory on a rank.  ``peak_tflops`` (0: measured at the start) is what ``perf/mfu`` refers to.
     """
@@ -234,6 +235,7 @@ class RunConfig:
     save_every: int = 100
     keep_last: int = 0
     keep_every: int = 0
+    export_every: int = 0
     async_save: bool = True
     save_buffer_gib: float = 4.0
     stop_on_failed_save: bool = False
@@ -250,11 +252,17 @@ class RunConfig:
         for key, zero in (
             ("keep_last", "keep all"),
             ("keep_every", "none"),
+            ("export_every", "none"),
             ("hang_timeout_s", "no watchdog"),
             ("peak_tflops", "measure"),
             ("spike_deviations", "no record"),
         ):
             require(getattr(self, key) >= 0, f"run.{key}={getattr(self, key)} must be 0 ({zero}) or more")
+        require(
+            not self.export_every % self.save_every,
+            f"run.export_every={self.export_every} must be a multiple of run.save_every={self.save_every}: checkpoints are "
+            "what is exported",
+        )
 
 
 def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:

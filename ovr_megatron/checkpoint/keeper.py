@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -21,6 +22,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.lock import RunLock
 from ovr_megatron.runtime.stop import REQUEUE, Stop, StopRequest
+from ovr_megatron.weights.transfer import staged
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class Ended:
 
     path: Path
     exit_code: int
+
+
+def _link(source: str, target: str) -> None:
+    """Weights without a second copy on the disk; what is small, and what people edit, as a copy."""
+    if source.endswith(".safetensors"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a disk without links
+            pass
+    shutil.copy2(source, target)
 
 
 class Keeper:
@@ -101,6 +114,18 @@ class Keeper:
         code = REQUEUE if self.stopped is Stop.LEAVE_AND_REQUEUE else 0
         return Ended(self.directory / f"step_{self.last:06d}", code)
 
+    def _export(self, ending: bool) -> None:
+        """Keep the policy of the newest checkpoint as a Hugging Face folder, by hard links where the disk has them."""
+        every, step = self.config.export_every, self.last
+        if not self.world.is_main or not every or (step % every and not ending):
+            return
+        checkpoint = self.directory / f"step_{step:06d}"
+        try:
+            with staged(self.run / "exports" / checkpoint.name, [checkpoint], replace=True) as partial:
+                shutil.copytree(checkpoint / "policy", partial, copy_function=_link, dirs_exist_ok=True)
+        except OSError as error:
+            print(f"warning: step {step} was not exported: {error}", file=sys.stderr, flush=True)
+
     def _prune(self) -> None:
         if not self.world.is_main:
             return
@@ -123,6 +148,7 @@ class Keeper:
         self.writing = None
         if problem is None:
             self.last = step
+            self._export(ending)
             self._prune()
             return
         kept = f"the newest whole one is that of step {self.last}" if self.last else "there is none before it"

@@ -42,7 +42,8 @@ def config(run: Path, model: Path, *overrides: str) -> ColdStartConfig:
     values = OmegaConf.load(RECIPES / "tiny_cold_start.yaml")
     values.pop("defaults")
     options = [f"run.dir={run}", f"model.path={model}", f"steps={STEPS}", "run.save_every=2", "data.pack_tokens=512"]
-    options += ["run.keep_last=1", "run.keep_every=4", "run.peak_tflops=0.01", *overrides]
+    options += ["run.keep_last=1", "run.keep_every=4", "run.export_every=2", "run.peak_tflops=0.01"]
+    options += overrides
     return build(ColdStartConfig, OmegaConf.merge(defaults(ColdStartConfig), values, OmegaConf.from_dotlist(options)))
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.manifest import check, read_manifest
@@ -66,6 +68,16 @@ def test_an_undisturbed_run(runs: Path, codes: dict[str, Any]) -> None:
     assert [line["step"] for line in curve(runs / "whole")] == list(range(6))
     assert sorted(path.name for path in (runs / "whole/checkpoints").iterdir()) == ["step_000004", "step_000006"]
     assert (runs / "whole/spikes.jsonl").read_text() == ""
+
+
+def test_exports_outlive_their_checkpoints(runs: Path, codes: dict[str, Any]) -> None:
+    exports = runs / "whole/exports"
+    assert sorted(path.name for path in exports.iterdir()) == ["step_000002", "step_000004", "step_000006"]
+    newest = runs / "whole/checkpoints/step_000006/policy/model.safetensors"
+    assert (exports / "step_000006/model.safetensors").samefile(newest)
+    models = [Qwen2_5_VLForConditionalGeneration.from_pretrained(exports / f"step_00000{step}") for step in (2, 6)]
+    weights = [model.model.language_model.layers[0].mlp.down_proj.weight for model in models]
+    assert not torch.equal(*weights)
 
 
 @pytest.mark.parametrize(("kills", "whole"), [("kills", "whole"), ("rl_kills", "rl_whole")])
