@@ -260,8 +260,8 @@ class RunConfig:
             require(getattr(self, key) >= 0, f"run.{key}={getattr(self, key)} must be 0 ({zero}) or more")
         require(
             not self.export_every % self.save_every,
-            f"run.export_every={self.export_every} must be a multiple of run.save_every={self.save_every}: checkpoints are "
-            "what is exported",
+            f"run.export_every={self.export_every} must be a multiple of run.save_every={self.save_every}: "
+            "checkpoints are what is exported",
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ovr_megatron.data.packing import Pack
 from ovr_megatron.ppo import maths
 from ovr_megatron.ppo.experience import Experience, Models, Study, summed
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
@@ -20,13 +21,9 @@ def update_critic(models: Models, study: Study, limit: int) -> dict[str, float]:
     assert critic is not None
     total = partial(summed, layout=critic.layout)
     objective = ValueObjective(config)
-    steps = []
-    for turn in range(config.critic_steps):
-        layout = study.batch.layout(range(len(study.batch))[turn :: config.critic_steps])
-        weights = maths.token_weights(config.reduction, study.batch.lengths, layout, limit, total)
-        packs = study.batch.packs(layout, returns=study.returns, values=study.values, weights=weights)
-        steps.append(critic.train(packs, objective))
-    found = mean_of(steps)
+    found = mean_of(
+        [critic.train(critic_packs(models, study, turn, limit), objective) for turn in range(config.critic_steps)]
+    )
     spread = maths.mean_and_std(total(maths.moments(study.values)))[1]
     errors = [a - b for a, b in zip(study.returns, study.values, strict=True)]
     explained = maths.explained_variance(total(maths.moments(errors)), total(maths.moments(study.returns)))
@@ -36,6 +33,16 @@ def update_critic(models: Models, study: Study, limit: int) -> dict[str, float]:
         "critic/value_std": spread,
         "critic/explained_variance": explained,
     }
+
+
+def critic_packs(models: Models, study: Study, turn: int, limit: int) -> list[Pack]:
+    """Packs of the critic's step ``turn``, its targets and the weights of its tokens inside."""
+    config, critic = models.config.algorithm, models.critic
+    assert critic is not None
+    layout = study.batch.layout(range(len(study.batch))[turn :: config.critic_steps])
+    total = partial(summed, layout=critic.layout)
+    weights = maths.token_weights(config.reduction, study.batch.lengths, layout, limit, total)
+    return study.batch.packs(layout, returns=study.returns, values=study.values, weights=weights)
 
 
 def update_policy(models: Models, experience: Experience, limit: int) -> dict[str, float]:

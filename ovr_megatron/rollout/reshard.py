@@ -324,8 +324,8 @@ class _Update:
 
     def _note(self, end: int, piece: Piece, rows: Tensor) -> None:
         if self._check:
-            data = rows.to(piece.dtype).contiguous().flatten().view(torch.uint8).cpu().numpy()
-            self._sums[end][piece[:7]] = zlib.crc32(data)
+            copy = rows.to(piece.dtype, copy=True).flatten()  # numpy would pin the parameter's own storage
+            self._sums[end][piece[:7]] = zlib.crc32(copy.view(torch.uint8).cpu().numpy())
 
     def _compare(self) -> None:
         """Every slice where it was taken and where it was put.  A collective."""

@@ -6,10 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from ovr_megatron import replay, rl
 from ovr_megatron.config import ParallelConfig, RLConfig, build, defaults
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.stream import open_stream
 from ovr_megatron.launch import RECIPES
+from ovr_megatron.ppo import archive
+from ovr_megatron.ppo.experience import evaluate, own_share
+from ovr_megatron.ppo.objectives import ValueObjective
+from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.update import critic_packs
 from ovr_megatron.runtime import distributed
 
 SIZES = ("iterations=2", "prompts=4", "responses=4", "run.save_every=1", "run.keep_last=0")
@@ -45,6 +53,28 @@ def again(name: str, iteration: int, *more: str) -> list[dict]:
     return [vars(line) for line in replay.replay(chosen, out / name, iteration, there)]
 
 
+def critic_gradients(*more: str) -> dict[str, Tensor]:
+    """Those of the first step of iteration 0, with the saved responses cut in another way."""
+    chosen = config("ppo", *more)
+    there = replace(world, layout=world.arrange(chosen.parallel))
+    processor = Processor(out / "model", chosen.data)
+    models, _ = rl.build_models(chosen, out / "model", processor, there)
+    prompts = PromptStream(open_stream(chosen.data, chosen.run.seed), processor, chosen.reward.rules)
+    rollout = archive.restore(archive.read(out / "ppo", 0, world), prompts)
+    _, study = evaluate(models, rollout, *own_share(models, rollout, models.policy))
+    packs = critic_packs(models, study, 0, rollout.limit)
+    models.critic.backward(packs, ValueObjective(chosen.algorithm))
+    return {name: gradient.clone() for name, gradient in models.critic.gradients()} | {"packs": len(packs)}
+
+
+def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """Of all gradients together, and the numbers of packs."""
+    names = [name for name in ours if name != "packs"]
+    apart = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in names) ** 0.5
+    size = sum(float(theirs[name].double().square().sum()) for name in names) ** 0.5
+    return {"error": apart / size, "packs": ours["packs"], "before": theirs["packs"]}
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
@@ -64,6 +94,11 @@ if __name__ == "__main__":
         "reinforce_pp": again("reinforce_pp", 1, "parallel.cp=2"),
         "critic_tp2": again("ppo_critic_tp2", 1, "critic.parallel=null"),
     }
+    whole = critic_gradients()
+    small = "data.max_prompt_tokens=64", "data.pack_tokens=160"
+    cuts = {"micro-batches": small, "ranks": ("critic.parallel={cp: 2}",), "both": (*small, "critic.parallel={tp: 2}")}
+    gradients = {name: differences(critic_gradients(*more), whole) for name, more in cuts.items()}
     if world.is_main:
+        (out / "gradients.json").write_text(json.dumps(gradients))
         (out / "replays.json").write_text(json.dumps(found))
     distributed.finish()

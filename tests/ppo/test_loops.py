@@ -142,3 +142,10 @@ def test_an_iteration_is_replayed_in_any_layout(runs: Path) -> None:
         for line in lines:
             bound = 0.0 if layout == "same" else 1e-4
             assert line["difference"] <= bound or abs(line["now"] - line["saved"]) < 1e-6, (layout, line)
+
+
+def test_critic_gradients_do_not_depend_on_the_cut(runs: Path) -> None:
+    found = json.loads((runs / "gradients.json").read_text())
+    print(found)
+    assert all(cut["error"] <= 1e-6 for cut in found.values()), found
+    assert found["micro-batches"]["packs"] >= 2 * found["micro-batches"]["before"]
