@@ -143,6 +143,10 @@ table small { display: block; color: var(--muted); font-size: 12px; }
 pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space:
   pre-wrap; overflow-wrap: anywhere; margin: 0; }
 .response { background: var(--soft); border-radius: 8px; padding: 10px 12px; max-height: 420px; overflow-y: auto; }
+.up1, .up2, .up3 { background: color-mix(in srgb, var(--good) var(--shade), transparent); border-radius: 3px; }
+.down1, .down2, .down3 { background: color-mix(in srgb, var(--bad) var(--shade), transparent); border-radius: 3px; }
+.up1, .down1 { --shade: 14%; } .up2, .down2 { --shade: 28%; } .up3, .down3 { --shade: 44%; }
+.unlikely { text-decoration: underline dotted; text-underline-offset: 3px; }
 .badge { display: inline-block; border-radius: 99px; padding: 1px 10px; font-size: 13px; font-weight: 600;
   margin-right: 8px; }
 .right { color: var(--good); background: var(--good-soft); } .wrong { color: var(--bad); background: var(--bad-soft); }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from math import exp, log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 from ovr_megatron.analysis import figures
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.page import Html, data_uri, document, folded, join, picture, section, table, tag
-from ovr_megatron.analysis.samples import Moment, moments, read_picture
+from ovr_megatron.analysis.samples import Moment, Token, moments, read_picture
 from ovr_megatron.analysis.summary import summarise
 
 MAX_CHARACTERS = 6000  # of one response in the page
+MAX_TOKENS = 2000  # of one response that is shown token by token
+LOW = log(0.1)  # a token under this log-probability is marked
 PHASES = {
     "timing/generate": "Generate",
     "timing/value": "Value and log-probabilities",
@@ -204,15 +207,21 @@ def _rollouts(experiment: Experiment) -> Iterator[Html]:
         return
     shown = sum(len(moment.rollouts) for moment in found)
     note = f"{shown} of all rollouts; the others are in {stage.name}/rollouts, one file an iteration."
+    if any(tokens for moment in found for tokens in moment.tokens):
+        note += (
+            " Green tokens were made more likely and red ones less, the darker the more; a dotted line marks those of a"
+        )
+        note += f" probability under {exp(LOW):.0%} (point at one for its numbers)."
     yield section("What the model says", tag("p", note, class_="note"), *(_moment(stage, moment) for moment in found))
 
 
 def _moment(stage: Stage, moment: Moment) -> Html:
     heading = tag("h3", f"{moment.name}: iteration {moment.iteration}")
-    return join([heading, *(_rollout(stage, rollout) for rollout in moment.rollouts)])
+    pairs = zip(moment.rollouts, moment.tokens, strict=True)
+    return join([heading, *(_rollout(stage, rollout, tokens) for rollout, tokens in pairs)])
 
 
-def _rollout(stage: Stage, rollout: dict[str, Any]) -> Html:
+def _rollout(stage: Stage, rollout: dict[str, Any], tokens: Sequence[Token]) -> Html:
     name = rollout.get("image")
     found = read_picture(stage.dir, name) if name else None
     kind, image = "text", None
@@ -232,11 +241,31 @@ def _rollout(stage: Stage, rollout: dict[str, Any]) -> Html:
         tag(
             "div",
             tag("pre", _shorten(rollout["prompt"])),
-            tag("pre", _shorten(rollout["response"]), class_="response", tabindex="0"),
+            tag("pre", _tokens(tokens) or _shorten(rollout["response"]), class_="response", tabindex="0"),
             tag("p", badge, " · ".join(facts), class_="note"),
         ),
         class_=f"rollout {kind}",
     )
+
+
+def _tokens(tokens: Sequence[Token]) -> Html | None:
+    """A response with its tokens shaded by advantage, the unlikely ones underlined; what is said of each as a title.
+
+    None where there are too many tokens, or none.
+    """
+    if not tokens or len(tokens) > MAX_TOKENS:
+        return None
+    largest = max((abs(token.advantage or 0.0) for token in tokens), default=0.0)
+    pieces = []
+    for token in tokens:
+        told = f"probability {exp(token.logprob):.3f}"
+        looks = ["unlikely"] if token.logprob < LOW else []
+        if token.advantage is not None:
+            told = f"advantage {token.advantage:+.3f}, {told}"
+            level = round(3 * abs(token.advantage) / largest) if largest else 0
+            looks += [f"{'up' if token.advantage > 0 else 'down'}{level}"] if level else []
+        pieces.append(tag("span", token.text, class_=" ".join(looks) or None, title=told))
+    return join(pieces)
 
 
 def _settings(experiment: Experiment) -> Iterator[Html]:

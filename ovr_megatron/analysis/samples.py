@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 PER_ITERATION = 4
 MAX_SIDE = 512  # pixels of an embedded image
@@ -23,12 +26,28 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token of a response, or several where one alone is no text, with the last one's log-probability and advantage.
+
+    ``advantage`` is missing where nothing was learnt from the response.
+    """
+
+    text: str
+    logprob: float
+    advantage: float | None
+
+
+@dataclass(frozen=True)
 class Moment:
-    """Some rollouts of one iteration; ``name`` says where in the run it lies."""
+    """Some rollouts of one iteration; ``name`` says where in the run it lies.
+
+    ``tokens`` has those of each rollout, none where the run has not kept them.
+    """
 
     name: str
     iteration: int
     rollouts: list[dict[str, Any]]
+    tokens: list[list[Token]]
 
 
 def moments(run: Path) -> list[Moment]:
@@ -40,7 +59,11 @@ def moments(run: Path) -> list[Moment]:
     names = {0: "Early"} | ({len(files) // 2: "Middle"} if len(files) > 2 else {}) | {len(files) - 1: "Late"}
     if len(files) < 2:
         names = dict.fromkeys(range(len(files)), "So far")
-    return [Moment(name, int(files[at].stem), pick(_rows(files[at]))) for at, name in names.items()]
+    found = []
+    for at, name in names.items():
+        chosen = pick(_rows(files[at]))
+        found.append(Moment(name, int(files[at].stem), chosen, tokens(run, int(files[at].stem), chosen)))
+    return found
 
 
 def pick(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dict[str, Any]]:
@@ -61,6 +84,44 @@ def pick(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dic
         chosen.append(queue.pop(next((i for i, rollout in enumerate(queue) if _problem(rollout) not in asked), 0)))
         queues += [queue] if queue else []
     return chosen
+
+
+def tokens(run: Path, iteration: int, rollouts: Sequence[dict[str, Any]]) -> list[list[Token]]:
+    """The tokens of each of ``rollouts``; only their part of the iteration's files is read."""
+    vocabulary = run / "companions/tokenizer.json"
+    found: dict[tuple[Any, Any], list[Token]] = {}
+    if vocabulary.is_file():
+        tokenizer = Tokenizer.from_file(str(vocabulary))
+        wanted = {(rollout.get("number"), rollout.get("sample")) for rollout in rollouts}
+        for path in (run / "rollouts" / f"{iteration:06d}").glob("*.safetensors"):
+            try:
+                with safe_open(path, "numpy") as file:
+                    end = 0
+                    for prompt, sample, length in file.get_tensor("index").tolist():
+                        begin, end = end, end + length
+                        if (prompt, sample) in wanted:
+                            names = [name for name in ("tokens", "logprobs", "advantages") if name in file.keys()]
+                            parts = [file.get_slice(name)[begin:end].tolist() for name in names]
+                            found[prompt, sample] = _spell(tokenizer, *parts)
+            except (OSError, SafetensorError):
+                continue  # is being written, or was cut off
+    return [found.get((rollout.get("number"), rollout.get("sample")), []) for rollout in rollouts]
+
+
+def _spell(
+    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float], advantages: Sequence[float] | None = None
+) -> list[Token]:
+    """Tokens as text; bytes that are no character of their own go with those that follow."""
+    spelled: list[Token] = []
+    pending: list[int] = []
+    for place, token in enumerate(ids):
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False)
+        if not text.endswith("\ufffd") or len(pending) == 4 or place == len(ids) - 1:
+            advantage = advantages[place] if advantages else None
+            spelled.append(Token(text, logprobs[place], advantage))
+            pending = []
+    return spelled
 
 
 def read_picture(run: Path, name: str) -> Picture | None:

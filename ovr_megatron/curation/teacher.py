@@ -139,6 +139,9 @@ def _write_answer(work: Work, row: dict[str, Any], answer: Answer, sample: int) 
         work.drop(row, source, "answer cut off")
     else:
         text = response_of(answer, work.config.data.template == "think")
+        if not text.strip():
+            work.drop(row, source, "empty answer")
+            return
         name = f"{row.get('id', '')}#{sample}" if config.samples > 1 else row.get("id", "")
         messages = [*row["messages"], {"role": "assistant", "content": text}]
         work.keep({**row, "messages": messages, "id": name, "teacher": config.model}, source)

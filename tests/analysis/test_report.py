@@ -3,16 +3,21 @@
 import base64
 import io
 import json
+import math
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import PIL.Image
 import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
 from ovr_megatron.analysis.experiment import read_experiment
 from ovr_megatron.analysis.page import Html, tag
 from ovr_megatron.analysis.report import duration, render, write_report
 from ovr_megatron.analysis.samples import moments, pick, read_picture
+from ovr_megatron.model.tiny import make_tiny_model
 from tools import report as command
 
 VOID = {"meta", "img", "source"}
@@ -140,6 +145,35 @@ def test_large_images_are_made_smaller(tmp_path):
     assert found is not None and found.width == 512
     with PIL.Image.open(io.BytesIO(found.png)) as image:
         assert image.size == (512, 128)
+
+
+def test_tokens_are_shaded_by_advantage_and_unlikely_ones_marked(experiment_dir, rollouts, tmp_path):
+    run = experiment_dir / "rl"
+    make_tiny_model(tmp_path / "model")
+    (run / "companions").mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "model/tokenizer.json", run / "companions")
+    text = "So <b>5 €</b>"
+    ids = Tokenizer.from_file(str(tmp_path / "model/tokenizer.json")).encode(text).ids
+    rollouts({"number": 3, "sample": 1}, {"number": 4, "sample": 1})
+    folder = run / "rollouts/000059"
+    folder.mkdir()
+    numbers = {
+        "index": np.array([[i, 1, len(ids)] for i in (2, 3, 4)]),
+        "tokens": np.array([0] * len(ids) + 2 * ids, np.int32),
+        "logprobs": np.log(np.tile(np.where(np.arange(len(ids)) == 1, 0.03, 0.5), 3)).astype(np.float32),
+        "advantages": np.tile(np.linspace(-1, 1, len(ids)), 3),
+    }
+    save_file(numbers, folder / "0.safetensors")
+    (folder / "1.safetensors").write_bytes(b"cut off")
+    *_, late = moments(run)
+    assert all("".join(token.text for token in told) == text for told in late.tokens)
+    told = late.tokens[0]
+    assert [round(math.exp(token.logprob), 2) for token in told][:2] == [0.5, 0.03]
+    assert len(told) == len(ids) - 2, "the euro's three bytes are one piece"
+    assert told[0].advantage == -1 and told[-1].advantage == 1
+    page = render(read_experiment(experiment_dir))
+    assert 'class="down3" title="advantage -1.000, probability 0.500"' in page
+    assert 'class="unlikely' in page and "&lt;" in page and Page(page)
 
 
 def test_samples_show_every_source_right_and_wrong_with_images(finished_dir):

@@ -106,6 +106,7 @@ def everyone(mine: dict[str, int]) -> list[dict[str, int]]:
 def states(models: Path) -> list[dict[str, Any]]:
     """The bytes of every rank in every layout."""
     cases = [(name, critic, parse_layout(x)[0], {}) for x in ("", *LAYOUTS) for name, critic in MODELS]
+    cases += [("tied", False, parse_layout(x)[0], {}) for x in ("", "tp=2", "pp=2", "pp=2,vpp=2", "zero=1")]
     cases += [("untied", False, parallel, model) for parallel, model in VARIANTS.values()]
     table = []
     for name, critic, parallel, model in cases:
@@ -114,10 +115,11 @@ def states(models: Path) -> list[dict[str, Any]]:
     return table
 
 
-MODELS = (("untied", False), ("tied", False), ("tied", True))
+MODELS = (("untied", False), ("tied", True))
 MEASURED = [
-    *product(("tied",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("float32",)),
-    *product(("wide",), ("none", "selective", "full"), ("", "tp=2", "tp=2,sp=1"), PACKS, ("float32",)),
+    *product(("tied",), ("none", "full"), ("", "tp=2,sp=1"), ("images",), ("float32",)),
+    *product(("wide",), ("none", "selective", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("float32",)),
+    *product(("wide",), ("none",), ("", "tp=2"), ("one document",), ("float32",)),
     *product(("wide",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("bfloat16",)),
     *product(("wide",), ("none", "full"), ("cp=2",), ("documents",), ("float32",)),
 ]

@@ -44,6 +44,6 @@ def test_an_updated_engine_is_a_fresh_one(tp, make_reference, processor, samples
         for name, (before, after, traffic, largest, steps) in rank.items():
             assert not before, f"{name}: the other weights give the same"
             assert after, name
-            needs_messages = "tp" in name or "pp" in name
-            assert (traffic.received > 0) == (needs_messages and not (tp == 2 and name.split()[1:] == ["tp"])), name
-            assert largest <= 0.25 * 2**20 and (steps > 3) == needs_messages, name
+            cut_alike = tp == 2 and name.endswith(" tp")
+            needs_messages = not cut_alike and ("tp" in name or "pp" in name)
+            assert (traffic.received > 0) == needs_messages == (steps > 3) and largest <= 0.25 * 2**20, name
