@@ -10,14 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ovr_megatron.model.shape import ModelShape, VisionShape
+from ovr_megatron.model.shape import ModelShape
 
 
-def language_weights(shape: ModelShape) -> int:
+def language_weights(shape: ModelShape, critic: bool = False) -> int:
     """Weights of the matrices that every token meets: layers and head."""
     width = shape.heads * shape.head_dim
     attention = 2 * shape.hidden * width + 2 * shape.hidden * shape.kv_heads * shape.head_dim
-    return shape.layers * (attention + 3 * shape.hidden * shape.ffn) + shape.vocab * shape.hidden
+    head = shape.hidden * (1 if critic else shape.vocab)
+    return shape.layers * (attention + 3 * shape.hidden * shape.ffn) + head
+
+
+def attention_forward(shape: ModelShape, squares: float) -> float:
+    """FLOP of the language model's causal attention over documents whose squared lengths sum up to ``squares``."""
+    return 2.0 * shape.layers * shape.heads * shape.head_dim * squares
+
+
+def patch_forward(shape: ModelShape, frame: int) -> tuple[float, float]:
+    """FLOP of the tower and of the merger for a patch of a frame of ``frame`` patches; attention is not causal."""
+    vision = shape.vision
+    merged = vision.hidden * vision.merge**2
+    weights = vision.depth * (4 * vision.hidden**2 + 3 * vision.hidden * vision.ffn) + vision.patch_dim * vision.hidden
+    full = len([layer for layer in vision.full_attention_layers if layer < vision.depth])
+    window = min(frame, (vision.window // vision.patch) ** 2)
+    seen = full * frame + (vision.depth - full) * window  # patches that a patch attends to, over all layers
+    return 2.0 * weights + 4.0 * vision.hidden * seen, 2.0 * merged * (merged + shape.hidden) / vision.merge**2
 
 
 def training_flops(
@@ -36,21 +53,7 @@ def training_flops(
         language_trains: whether gradients of the language model's weights are computed.
         vision_trains: whether those of the vision tower are; a tower that does not train has no backward pass.
     """
-    passes = 6.0 if language_trains else 4.0
-    squares = sum(length**2 for length in lengths)
-    flops = passes * language_weights(shape) * sum(lengths)
-    flops += 6.0 * shape.layers * shape.heads * shape.head_dim * squares
-    return flops + (3.0 if vision_trains else 1.0) * sum(_vision_forward(shape.vision, shape.hidden, g) for g in grids)
-
-
-def _vision_forward(vision: VisionShape, out: int, grid: Sequence[int]) -> float:
-    """FLOP of the forward pass of the tower and its merger over one image or video; attention is not causal."""
-    frames, frame = grid[0], grid[1] * grid[2]
-    merged = vision.hidden * vision.merge**2
-    weights = vision.depth * (4 * vision.hidden**2 + 3 * vision.hidden * vision.ffn)
-    weights += vision.patch_dim * vision.hidden
-    merger = (merged**2 + merged * out) / vision.merge**2
-    full = len(vision.full_attention_layers)
-    window = min(frame, (vision.window // vision.patch) ** 2)
-    seen = full * frame + (vision.depth - full) * window  # patches that a patch attends to, over all layers
-    return frames * frame * (2.0 * (weights + merger) + 4.0 * vision.hidden * seen)
+    flops = (6.0 if language_trains else 4.0) * language_weights(shape) * sum(lengths)
+    flops += 3.0 * attention_forward(shape, sum(length**2 for length in lengths))
+    images = sum(frames * high * wide * sum(patch_forward(shape, high * wide)) for frames, high, wide in grids)
+    return flops + (3.0 if vision_trains else 1.0) * images
