@@ -66,16 +66,19 @@ class Endpoint:
         tokens: Prompt and response tokens so far.
     """
 
-    def __init__(self, config: TeacherConfig, requests: int = 0, tokens: int = 0) -> None:
+    def __init__(self, config: TeacherConfig, requests: int = 0, tokens: int = 0, setting: str = "teacher.{}") -> None:
         """Read the key; ``requests`` and ``tokens`` are what earlier runs have spent.
+
+        ``setting`` is how the user wrote a setting, for messages.
 
         Raises:
             ConfigError: the environment variable ``teacher.key_env`` is not set.
         """
-        self._config = config
+        self._config, self._setting = config, setting
         self._key = os.environ.get(config.key_env or "", "")
         if config.key_env and not self._key:
-            raise ConfigError(f"teacher.key_env={config.key_env}: this environment variable is not set; export the key")
+            named = setting.format("key_env")
+            raise ConfigError(f"{named}={config.key_env}: this environment variable is not set; export the key")
         self.requests, self.tokens = requests, tokens
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -125,7 +128,7 @@ class Endpoint:
         if failures > max(8, self._config.concurrency):
             raise TeacherError(
                 f"the last {failures} questions to {self._config.base_url} failed, {answer.error}; what was answered "
-                "is kept; correct teacher.* or wait, and run again"
+                f"is kept; correct {self._setting.format('*')} or wait, and run again"
             )
         return failures
 
@@ -164,7 +167,8 @@ class Endpoint:
                 self._stopped.set()
                 raise TeacherError(
                     f"{self._config.base_url} refuses model {self._config.model!r}, {problem}; correct "
-                    f"teacher.base_url, teacher.model or the key (teacher.key_env={self._config.key_env})"
+                    f"{', '.join(map(self._setting.format, ('base_url', 'model')))} or the key "
+                    f"({self._setting.format('key_env')}={self._config.key_env})"
                 ) from None
             if error.status_code in _REFUSED:
                 return Answer(question.key, error=problem)

@@ -1,0 +1,64 @@
+"""Count cognitive behaviours: ``tools/behaviours.py NAME=RESPONSES.jsonl ... --out DIR [--judge JUDGE]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ovr_megatron.config import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, judge and write; exit 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="behaviours.py", description=__doc__)
+    parser.add_argument("responses", nargs="+", metavar="NAME=FILE", help="responses of a checkpoint, in its order")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, or to go on with")
+    parser.add_argument("--judge", default="lexical", help="lexical, vllm:FOLDER or URL#MODEL (default: lexical)")
+    parser.add_argument("--key-env", metavar="VAR", help="environment variable with the endpoint's key")
+    parser.add_argument("--second", metavar="JUDGE", help="another judge, for the agreement of the two on a sample")
+    parser.add_argument("--second-key-env", metavar="VAR", help="environment variable with the second endpoint's key")
+    parser.add_argument(
+        "--sample", type=int, default=100, metavar="N", help="traces that the second judge or people see"
+    )
+    parser.add_argument("--annotate", action="store_true", help="write annotations.jsonl for people to fill in")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="first traces of each file (default: all)")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of a judge's answer")
+    parser.add_argument("--max-requests", type=int, default=0, help="budget of all runs in DIR (0: none)")
+    parser.add_argument("--max-total-tokens", type=int, default=0, help="budget of all runs in DIR (0: none)")
+    args = parser.parse_args(argv)
+    from ovr_megatron.curation.endpoint import TeacherError
+    from ovr_megatron.evaluation.judges import JudgeConfig
+    from ovr_megatron.evaluation.judging import judge, show
+    from ovr_megatron.launch import USER_ERRORS
+    from ovr_megatron.rollout.sampling import RolloutError
+
+    try:
+        budget = {name: getattr(args, name) for name in ("max_tokens", "max_requests", "max_total_tokens")}
+        judges = [JudgeConfig(judge=args.judge, key_env=args.key_env, **budget)]
+        if args.second:
+            judges.append(JudgeConfig(judge=args.second, key_env=args.second_key_env, **budget))
+        result = judge(named(args.responses), judges, args.out, args.limit, args.sample, args.annotate)
+        print(show(result))
+        print(args.out / "behaviours.json", flush=True)
+    except (*USER_ERRORS, TeacherError, RolloutError) as error:
+        print(f"behaviours.py: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def named(given: Sequence[str]) -> dict[str, Path]:
+    """Files by name of the checkpoint.
+
+    Raises:
+        ConfigError: no name, or one twice.
+    """
+    found: dict[str, Path] = {}
+    for pair in given:
+        name, equals, path = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{pair}: give NAME=FILE, such as rl=runs/eval/mathvision.responses.jsonl")
+        if name in found:
+            raise ConfigError(f"{name} is given twice; name one of the files otherwise")
+        found[name] = Path(path)
+    return found

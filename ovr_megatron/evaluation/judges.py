@@ -1,0 +1,179 @@
+"""Who counts behaviours: an OpenAI-compatible endpoint, a local model through vLLM, or the wording of the text.
+
+Answers are kept in ``judge.jsonl`` as they come, under a hash of judge, behaviour, problem and reasoning: a judge that
+dies, or a budget that ends, costs what was not asked yet, and nothing is asked twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
+from ovr_megatron.curation.endpoint import Endpoint, Question
+from ovr_megatron.curation.journal import Journal
+from ovr_megatron.curation.settings import TeacherConfig
+from ovr_megatron.curation.stage import batches
+from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.schema import parse_row
+from ovr_megatron.evaluation import lexical
+from ovr_megatron.evaluation.behaviours import BEHAVIOURS, VERSION, Behaviour, Trace, question, read_count
+from ovr_megatron.evaluation.command import dtype_of
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.sampling import Prompt
+from ovr_megatron.runtime import distributed
+
+LEXICAL, VLLM = "lexical", "vllm:"
+JOURNAL = "judge.jsonl"
+_AT_ONCE = 256
+_SHOWN = 500  # characters of an answer that are kept
+
+Ask = tuple[int, str]  # key and prompt
+Told = Callable[[int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A judge: ``lexical``, ``vllm:FOLDER`` or ``URL#MODEL``; the rest is for the latter two.
+
+    ``key_env`` names the environment variable with the key; ``max_requests`` and ``max_total_tokens`` are the budget of
+    all runs that share a folder (0: none).
+    """
+
+    judge: str = LEXICAL
+    key_env: str | None = None
+    max_tokens: int = 1024
+    concurrency: int = 16
+    attempts: int = 6
+    backoff_s: float = 1.0
+    timeout_s: float = 600.0
+    max_requests: int = 0
+    max_total_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.judge != LEXICAL and not self.judge.startswith(VLLM) and "#" not in self.judge:
+            raise ConfigError(f"judge {self.judge!r} is none; give lexical, vllm:FOLDER or URL#MODEL")
+
+    @property
+    def is_lexical(self) -> bool:
+        """Whether wording decides: an approximation."""
+        return self.judge == LEXICAL
+
+
+@dataclass
+class Counts:
+    """Counts of every trace by behaviour, None where there is none, and why not."""
+
+    by_behaviour: dict[str, list[int | None]]
+    missing: Counter[str] = field(default_factory=Counter)
+
+
+def count(traces: Sequence[Trace], config: JudgeConfig, folder: Path, progress: Callable[[int], None]) -> Counts:
+    """Have every trace judged for every behaviour.
+
+    Raises:
+        ConfigError: the judge cannot be opened, or its key is not set.
+        TeacherError: the endpoint refuses us, or nothing but failures; what was answered is kept.
+    """
+    counts = Counts({name: [None] * len(traces) for name in BEHAVIOURS})
+    if config.is_lexical:
+        for at, trace in enumerate(traces):
+            for name, found in lexical.count(trace.reasoning).items():
+                counts.by_behaviour[name][at] = found
+            progress(len(BEHAVIOURS))
+        return counts
+    with Journal(folder / JOURNAL) as journal:
+        asked = {_key(config, b, trace): (b, trace) for trace in traces for b in BEHAVIOURS.values()}
+        todo = [(key, question(*what)) for key, what in asked.items() if key not in journal]
+        progress(len(traces) * len(BEHAVIOURS) - len(todo))
+        failed: dict[int, str] = {}
+
+        def told(key: int, result: dict[str, Any]) -> None:
+            if result.pop("final", True):
+                journal.add(key, result)
+            else:
+                failed[key] = result["error"]
+            progress(1)
+
+        if todo:
+            ask = _ask_vllm if config.judge.startswith(VLLM) else _ask_endpoint
+            ask(todo, config, journal, told)
+        journal.reopen()
+        for at, trace in enumerate(traces):
+            for name, behaviour in BEHAVIOURS.items():
+                key = _key(config, behaviour, trace)
+                entry = journal[key] if key in journal else {}
+                number = read_count(entry.get("text") or "")
+                counts.by_behaviour[name][at] = number
+                if number is None:
+                    counts.missing[_why(entry, key in failed)] += 1
+    return counts
+
+
+def _why(entry: dict[str, Any], failed: bool) -> str:
+    if entry.get("error"):
+        return "refused"
+    if entry:
+        return "malformed"
+    return "failed" if failed else "not asked"
+
+
+def _key(config: JudgeConfig, behaviour: Behaviour, trace: Trace) -> int:
+    told = [VERSION, config.judge, config.max_tokens, behaviour.name, trace.problem, trace.reasoning]
+    return int.from_bytes(hashlib.blake2b(json.dumps(told).encode(), digest_size=8).digest(), "big")
+
+
+def _ask_endpoint(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, told: Told) -> None:
+    base_url, _, model = config.judge.rpartition("#")
+    settings = TeacherConfig(
+        base_url=base_url,
+        model=model,
+        key_env=config.key_env,
+        temperature=0.0,
+        max_tokens=config.max_tokens,
+        concurrency=config.concurrency,
+        attempts=config.attempts,
+        backoff_s=config.backoff_s,
+        timeout_s=config.timeout_s,
+        max_requests=config.max_requests,
+        max_total_tokens=config.max_total_tokens,
+    )
+    spent = sum(int(entry.get("tokens", 0)) for entry in journal)
+    endpoint = Endpoint(settings, len(journal), spent, setting="judge {}")
+    questions = (Question(key, [{"role": "user", "content": text}], 0) for key, text in todo)
+    for answer in endpoint.ask(questions):
+        text = answer.text and answer.text[-_SHOWN:]
+        told(answer.key, {"text": text, "error": answer.error, "tokens": answer.tokens, "final": answer.final})
+
+
+def _ask_vllm(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, told: Told) -> None:
+    folder = Path(config.judge.removeprefix(VLLM))
+    shape = ModelShape.from_hf(folder)
+    longest = shape.max_positions - config.max_tokens
+    if longest < 1:
+        raise ConfigError(
+            f"{folder} takes {shape.max_positions} tokens, no room beside an answer of {config.max_tokens}"
+        )
+    processor = Processor(folder, DataConfig(template="model", max_prompt_tokens=longest))
+    distributed.start(ParallelConfig(), seed=0)
+    rollout = RolloutConfig(gpu_memory_utilization=0.85)
+    engine = RolloutEngine(folder, rollout, processor, dtype_of(folder), shape.max_positions)
+    for chunk in batches(iter(todo), _AT_ONCE):
+        prompts, keys = [], []
+        for key, text in chunk:
+            row = parse_row({"messages": [{"role": "user", "content": text}], "answer": "-"}, "a question", Path())
+            try:
+                [sample] = processor.encode([row], generation=True)
+            except TooLongError as error:
+                told(key, {"error": f"{error.field}: {error.problem}"})
+                continue
+            prompts.append(Prompt(sample.prompt_tokens, seeds=[0], max_tokens=config.max_tokens))
+            keys.append(key)
+        for key, [found] in zip(keys, engine.generate(prompts, 0.0), strict=True):
+            told(key, {"text": processor.decode(found.tokens)[-_SHOWN:], "tokens": len(found.tokens)})
