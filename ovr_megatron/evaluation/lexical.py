@@ -116,20 +116,6 @@ VISUAL_CUES = {
     "visual_verification": (_IMAGE, _LOOK),
     "goal_driven_visual_tracing": (_IMAGE, _LOOK),
 }
-_CUES = {
-    "visual_reflection": (
-        rf"\b(?:{_LOOK}|see|check|read|count)\b[^.]*\b(?:again|once more|more closely|closer|carefully)\b",
-        rf"\b(?:back|return\w*) (?:to|at) the {_IMAGE}\b",
-        rf"\b{_IMAGE}\b",
-        r"\b(?:re-?examin|re-?inspect|re-?read|recount|second look)\w*\b",
-    ),
-    "visual_divide_and_conquer": (
-        rf"\b(?:{_IMAGE}|{_REGION})\b",
-        r"\b(?:left|right|top|bottom|upper|lower|middle)\b",
-    ),
-    "visual_verification": (rf"\b(?:{_IMAGE}|{_LOOK})\b",),
-    "goal_driven_visual_tracing": (rf"\b(?:{_IMAGE}|{_LOOK}|search\w*|scan\w*)\b",),
-}
 
 
 def _compiled(table: dict[str, tuple[str, ...]]) -> dict[str, list[re.Pattern[str]]]:
