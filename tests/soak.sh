@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
-# Transformers, twenty kills. The results of the last run stand in docs/layouts.md and docs/running.md.
+# Transformers, twenty kills of each stage, 200,000 rows from sources to a checkpoint, and PPO, GRPO and RLOO on three
+# seeds of the miniature. The results of the last run stand in docs/layouts.md, running.md, data.md and algorithms.md.
 #
 #   bash tests/soak.sh
 set -euo pipefail
@@ -15,3 +16,5 @@ done
 .venv/bin/python tests/soak/long_context.py
 .venv/bin/python tests/soak/long_context.py --yarn 2 --rollout
 .venv/bin/python tests/soak/kills.py
+.venv/bin/python tests/soak/prepared.py
+.venv/bin/python tests/soak/algorithms.py --run "${SOAK_DIR:-runs/soak}/algorithms" --out docs/images

@@ -1,6 +1,7 @@
 """PuzzleVQA and MATH500 through PPO, MathVision testmini through evaluation, with a tiny model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,21 +29,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_three_ppo_iterations_on_puzzlevqa_and_math500(tmp_path: Path, model: Path) -> None:
-    sources = f"[{{path: {DATA}/puzzlevqa, name: puzzlevqa}}, {{path: {DATA}/text/math500.json, name: math500}}]"
-    run(
-        *("-m", "ovr_megatron.rl", "--config-name", "tiny_rl", f"run.dir={tmp_path}", f"model.path={model}"),
-        *(f"data.sources={sources}", "data.max_pixels=50176", "data.max_prompt_tokens=700", "data.pack_tokens=2048"),
-        *("curriculum=[{until: 3, max_tokens: 760}]", "iterations=3", "prompts=6", "responses=2"),
-        "algorithm.critic_warmup_iterations=0",
+def test_the_example_of_real_problems_runs_from_end_to_end(tmp_path: Path) -> None:
+    sources = ("puzzlevqa", "mathvision/testmini.jsonl", "text/math500.json")
+    result = subprocess.run(
+        ["bash", ROOT / "examples/real_data.sh", tmp_path, *(DATA / source for source in sources)],
+        env=os.environ | {"ITERATIONS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
-    lines = [json.loads(line) for line in (tmp_path / "metrics/train.jsonl").read_text().splitlines()]
-    assert len(lines) == 3
+    assert result.returncode == 0, result.stderr[-4000:]
+    run = tmp_path / "rl"
+    lines = [json.loads(line) for line in (run / "metrics/train.jsonl").read_text().splitlines()]
+    assert [line["curriculum/max_tokens"] for line in lines] == [764, 828]
     assert max(line["rollout/mismatch_max"] for line in lines) <= 1e-4
-    rows = [json.loads(line) for file in (tmp_path / "rollouts").glob("*.jsonl") for line in file.open()]
-    assert len(rows) == 3 * 6 * 2
-    assert {row["source"] for row in rows} == {"puzzlevqa", "math500"}
+    rows = [json.loads(line) for file in (run / "rollouts").glob("*.jsonl") for line in file.open()]
+    assert len(rows) == 2 * 16 * 4
+    assert {row["source"] for row in rows} == {"puzzlevqa", "mathvision", "math500"}
     assert any(row["image"] for row in rows if row["source"] == "puzzlevqa")
+    assert "puzzlevqa" in (tmp_path / "report.html").read_text()
 
 
 def test_mathvision_testmini_is_evaluated_whole(tmp_path: Path, model: Path) -> None:
