@@ -1,13 +1,15 @@
-"""From graded responses to scores: greedy accuracy and pass@k, over all problems and by source."""
+"""From graded responses to scores: greedy accuracy, avg@k, pass@k and maj@k, over all problems and by source."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.evaluation.statistics import pass_at_k, wilson
+from ovr_megatron.rewards.latex import last_box
 
 METRICS = ("auto", "boxed", "exact")
 
@@ -68,8 +70,8 @@ def score(responses: Sequence[Graded]) -> dict[str, Any]:
     Returns:
         ``problems`` and ``dropped`` (prompts over the limit); ``greedy`` with ``accuracy``, its 95 % interval
         ``low`` to ``high``, ``correct``, ``problems``, mean ``tokens`` and the share that ``stopped``; ``sampled``,
-        None without samples, with ``samples``, ``tokens``, ``stopped`` and ``pass``: for each k an accuracy with
-        its interval.
+        None without samples, with ``samples``, ``tokens``, ``stopped`` and, each an accuracy with its interval,
+        ``average`` (avg@k over all samples), ``pass`` for each k, and ``majority`` (maj@k over all samples).
     """
     greedy = [response for response in responses if response.sample is None]
     sources = sorted({response.source for response in responses})
@@ -90,15 +92,31 @@ def _part(responses: Sequence[Graded]) -> dict[str, Any]:
 
 
 def _sampled(drawn: Sequence[Graded]) -> dict[str, Any]:
-    problems: dict[int, list[bool]] = {}
+    problems: dict[int, list[Graded]] = {}
     for response in drawn:
-        problems.setdefault(response.index, []).append(response.correct)
+        problems.setdefault(response.index, []).append(response)
     samples = len(drawn) // len(problems)
-    passed = {
-        str(k): _share(sum(pass_at_k(len(right), sum(right), k) for right in problems.values()), len(problems))
-        for k in ks(samples)
-    }
-    return {"samples": samples, "pass": passed, **_length(drawn)}
+    right = [(len(group), sum(response.correct for response in group)) for group in problems.values()]
+    passed = {str(k): _share(sum(pass_at_k(*counts, k) for counts in right), len(problems)) for k in ks(samples)}
+    majority = _share(sum(map(majority_is_right, problems.values())), len(problems))
+    return {"samples": samples, "average": passed["1"], "pass": passed, "majority": majority, **_length(drawn)}
+
+
+def majority_is_right(group: Sequence[Graded]) -> float:
+    """Chance that the most frequent answer of a problem's responses is right (maj@k), a tie broken by lot.
+
+    Right answers are one answer however they are written; wrong ones are told apart by their box, or for ``exact`` by
+    their text.  A response without an answer has no vote.
+    """
+    votes: Counter[str | None] = Counter()
+    for response in group:
+        text = response.response or ""
+        answer = text.strip() if response.metric == "exact" else last_box(text)
+        if response.correct or answer:
+            votes[None if response.correct else answer] += 1
+    most = max(votes.values(), default=0)
+    ahead = [answer for answer, count in votes.items() if count == most]
+    return 1 / len(ahead) if None in ahead else 0.0
 
 
 def ks(samples: int) -> list[int]:

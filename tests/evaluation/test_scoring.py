@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from ovr_megatron.data.schema import Message, Row, RowError, TextPart
-from ovr_megatron.evaluation.scoring import Graded, ks, reference_of, score
+from ovr_megatron.evaluation.scoring import Graded, ks, majority_is_right, reference_of, score
 
 
 def row(response=None, answer=None):
@@ -54,6 +54,29 @@ def test_scores_by_hand():
     assert found["sources"]["grid"]["greedy"]["accuracy"] == 0.5
     assert found["sources"]["text"]["sampled"]["pass"]["4"]["accuracy"] == 0
     assert found["sources"]["text"]["greedy"]["problems"] == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "chance"),
+    [
+        ("8 8 5", 1.0),
+        ("5 8 5", 0.0),
+        ("8.0 8 5 5", 0.5),  # the right ones are one answer, and the tie is broken by lot
+        ("8 5 7", 1 / 3),
+        ("- - 8", 1.0),  # no box, no vote
+        ("- -", 0.0),
+    ],
+)
+def test_the_majority_by_hand(answers, chance):
+    group = [
+        Graded(0, number, "0", "a", "?", "8", (), "boxed", "So" if answer == "-" else f"\\boxed{{{answer}}}",
+               correct=answer.startswith("8"))
+        for number, answer in enumerate(answers.split())
+    ]  # fmt: skip
+    assert majority_is_right(group) == pytest.approx(chance)
+    sampled = score([*graded(0, "a", True), *group])["sampled"]
+    assert sampled["majority"]["accuracy"] == pytest.approx(chance)
+    assert sampled["average"] == sampled["pass"]["1"]
 
 
 def test_a_prompt_that_was_not_asked_counts_as_wrong_and_not_in_the_lengths():
