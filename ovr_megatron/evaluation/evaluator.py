@@ -5,16 +5,20 @@ Under ``torchrun`` the engine's replicas share the problems and the first rank w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch.distributed as dist
 
 from ovr_megatron.config import ConfigError, DataConfig, RolloutConfig, SourceConfig
+from ovr_megatron.curation.journal import Journal
+from ovr_megatron.curation.stage import listing
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import ENDLESS, Row, RowSource
 from ovr_megatron.data.sources import open_source
@@ -108,12 +112,19 @@ def run(
     with GraderPool() as grader:
         bench = Bench(str(model), engine, processor, grader, rollout.tp)
         for each in problems:
-            if result := evaluate(bench, each, settings, out):
+            told = [listing(str(model)), each.path, each.count, asdict(settings), _budget(data), rollout.stop]
+            mark = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:12]
+            if result := evaluate(bench, each, settings, out, mark):
                 yield result
 
 
-def evaluate(bench: Bench, problems: ProblemSet, settings: Settings, out: Path) -> dict[str, Any] | None:
+def evaluate(
+    bench: Bench, problems: ProblemSet, settings: Settings, out: Path, mark: str | None = None
+) -> dict[str, Any] | None:
     """Ask every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
+
+    With ``mark``, which stands for model, problems and settings, every response is kept as it comes, and an evaluation
+    of the same mark that was interrupted goes on where it was.
 
     Returns:
         What is in ``NAME.json``: the scores of `ovr_megatron.evaluation.scoring.score` with ``set``, ``model``,
@@ -126,9 +137,10 @@ def evaluate(bench: Bench, problems: ProblemSet, settings: Settings, out: Path) 
     replica, follower = divmod(dist.get_rank(), bench.tp)
     mine = range(replica, problems.count, dist.get_world_size() // bench.tp)
     graded: list[Graded] = []
-    with Progress(len(mine) * (1 + settings.samples), problems.name, "response", bench.is_main) as progress:
+    kept = Kept(out / f".{problems.name}.{mark}" if mark else None, replica, follower == 0)
+    with kept, Progress(len(mine) * (1 + settings.samples), problems.name, "response", bench.is_main) as progress:
         for start in range(0, len(mine), CHUNK):
-            answered = list(_answer(bench, problems, mine[start : start + CHUNK], settings, progress.update))
+            answered = list(_answer(bench, problems, mine[start : start + CHUNK], settings, kept, progress.update))
             graded += answered if follower else grade(bench.grader, answered)
     everything: list[list[Graded]] | None = [[] for _ in range(dist.get_world_size())] if bench.is_main else None
     dist.gather_object([] if follower else graded, everything)
@@ -146,30 +158,102 @@ def evaluate(bench: Bench, problems: ProblemSet, settings: Settings, out: Path) 
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
     }
     _write(out, problems.name, result, responses)
+    for left_over in out.glob(f".{problems.name}.*.answers.jsonl"):  # of other settings, too
+        left_over.unlink()
     return result
 
 
+class Kept:
+    """Responses by problem and sample (None: greedy), those of an interrupted evaluation too.  A context manager.
+
+    Args:
+        stem: of the files, one for each replica; None keeps nothing on disk.
+        replica: number of this one; however many there were, all files are read.
+        leads: whether this rank writes.
+    """
+
+    def __init__(self, stem: Path | None, replica: int, leads: bool):
+        self._found: dict[tuple[int, int | None], dict[str, Any]] = {}
+        self._journal: Journal | None = None
+        if stem is None:
+            return
+        for path in sorted(stem.parent.glob(f"{stem.name}.*.answers.jsonl")):
+            with Journal(path) as journal:
+                self._found.update({(entry["problem"], entry["sample"]): entry["response"] for entry in journal})
+        dist.barrier()  # all ranks of an engine must find the same, before one of them adds to it
+        if leads:
+            self._journal = Journal(stem.with_name(f"{stem.name}.{replica}.answers.jsonl"))
+
+    def __enter__(self) -> Self:
+        """Return the responses themselves."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close the file."""
+        if self._journal is not None:
+            self._journal.__exit__(kind, error, at)
+
+    def __contains__(self, place: tuple[int, int | None]) -> bool:
+        """Whether there is a response of this problem and sample."""
+        return place in self._found
+
+    def __getitem__(self, place: tuple[int, int | None]) -> dict[str, Any]:
+        """Fields of `Graded`."""
+        return self._found[place]
+
+    def add(self, problem: int, sample: int | None, response: dict[str, Any]) -> None:
+        """Keep a response."""
+        self._found[problem, sample] = response
+        if self._journal is not None:
+            key = (problem << 16) + (0 if sample is None else sample + 1)
+            self._journal.add(key, {"problem": problem, "sample": sample, "response": response})
+
+
 def _answer(
-    bench: Bench, problems: ProblemSet, indices: Sequence[int], settings: Settings, progress: Callable[[int], None]
+    bench: Bench,
+    problems: ProblemSet,
+    indices: Sequence[int],
+    settings: Settings,
+    kept: Kept,
+    progress: Callable[[int], None],
 ) -> Iterator[Graded]:
     """Responses to the problems ``indices``, not yet graded; a prompt over the limit gives wrong ones."""
     rows = [problems.rows[index] for index in indices]
     lengths = bench.processor.lengths(rows, generation=True)
     fits = [at for at, length in enumerate(lengths) if isinstance(length, int)]
-    samples = bench.processor.encode([rows[at] for at in fits], generation=True)
-    blank = {index: _ungraded(index, row, settings.metric) for index, row in zip(indices, rows, strict=True)}
-    for index in set(indices) - {indices[at] for at in fits}:
+    wanted: dict[int, list[int | None]] = {at: [None, *range(settings.samples)] for at in fits}
+    todo = [at for at in fits if any((indices[at], sample) not in kept for sample in wanted[at])]
+    progress(sum((indices[at], sample) in kept for at in todo for sample in wanted[at]))
+    progress(len(wanted) * (1 + settings.samples) - len(todo) * (1 + settings.samples))
+    samples = dict(zip(todo, bench.processor.encode([rows[at] for at in todo], generation=True), strict=True))
+    for greedy in (True, False):
+        asked: list[tuple[int, list[int | None]]] = []
+        for at in todo:
+            group = [number for number in wanted[at] if (number is None) == greedy]
+            if missing := [number for number in group if (indices[at], number) not in kept]:
+                asked.append((at, missing))
+
+        def finished(number: int, found: list[Generation], asked: list = asked) -> None:
+            at, several = asked[number]
+            for sample, one in zip(several, found, strict=True):
+                text = bench.processor.decode(one.tokens)
+                kept.add(indices[at], sample, {"response": text, "tokens": len(one.tokens), "stopped": one.stopped})
+            progress(len(found))
+
+        prompts = []
+        for at, several in asked:
+            seeds = seeds_of(settings.seed, 0, indices[at], settings.samples)
+            prompts.append(_prompt(samples[at], [0 if s is None else seeds[s] for s in several], settings))
+        if prompts:
+            bench.engine.generate(prompts, 0.0 if greedy else 1.0, finished)
+    for at, (index, row) in enumerate(zip(indices, rows, strict=True)):
+        blank = _ungraded(index, row, settings.metric)
         for sample in (None, *range(settings.samples)):
-            progress(1)
-            yield replace(blank[index], sample=sample, reason="prompt too long")
-    greedy = [_prompt(sample, [0], settings) for sample in samples]
-    for at, [found] in zip(fits, bench.engine.generate(greedy, 0.0, progress), strict=True):
-        yield _with(bench, blank[indices[at]], None, found)
-    if settings.samples:
-        seeds = [seeds_of(settings.seed, 0, indices[at], settings.samples) for at in fits]
-        drawn = [_prompt(*item, settings) for item in zip(samples, seeds, strict=True)]
-        for at, several in zip(fits, bench.engine.generate(drawn, 1.0, progress), strict=True):
-            yield from (_with(bench, blank[indices[at]], number, found) for number, found in enumerate(several))
+            if at in wanted:
+                yield replace(blank, sample=sample, **kept[index, sample])
+            else:
+                progress(1)
+                yield replace(blank, sample=sample, reason="prompt too long")
 
 
 def _prompt(sample: Sample, seeds: Sequence[int], settings: Settings) -> Prompt:
@@ -180,11 +264,6 @@ def _ungraded(index: int, row: Row, wanted: str) -> Graded:
     metric, reference = reference_of(row, wanted)
     question = "\n".join(message.text for message in row.prompt)
     return Graded(index, None, row.id, row.source, question, reference, row.options, metric)
-
-
-def _with(bench: Bench, blank: Graded, sample: int | None, found: Generation) -> Graded:
-    text = bench.processor.decode(found.tokens)
-    return replace(blank, sample=sample, response=text, tokens=len(found.tokens), stopped=found.stopped)
 
 
 def grade(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:

@@ -142,14 +142,17 @@ class RolloutEngine:
         return traffic
 
     def generate(
-        self, prompts: Sequence[Prompt], temperature: float, progress: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        temperature: float,
+        finished: Callable[[int, list[Generation]], None] | None = None,
     ) -> list[list[Generation]]:
         """Answer every prompt once for each of its seeds.
 
         Args:
             prompts: The same on all ranks of a tensor-parallel group.
             temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
-            progress: Called with the number of responses finished since its last call.
+            finished: Called with a prompt's number and its responses when they are there.
 
         Returns:
             For each prompt the responses in the order of its seeds.
@@ -164,12 +167,12 @@ class RolloutEngine:
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
             return list(given)
 
-        def finished(number: int, found: list[Generation]) -> None:
+        def take_back(number: int, found: list[Generation]) -> None:
             responses[number] = found
-            if progress:
-                progress(len(found))
+            if finished:
+                finished(number, found)
 
-        for number, problem in self.answer(take, finished, temperature):
+        for number, problem in self.answer(take, take_back, temperature):
             raise RolloutError(f"prompt {number} of {len(prompts)} was not answered: {problem}")
         return responses
 

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 from ovr_megatron.config import ParallelConfig, RolloutConfig, SourceConfig
-from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import row_to_json
+from ovr_megatron.evaluation import evaluator
 from ovr_megatron.evaluation.command import data_config, dtype_of, parser
 from ovr_megatron.evaluation.evaluator import Bench, ProblemSet, Settings, evaluate, open_problems
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 
 PUZZLES = "puzzle:digits?form=image&task=sum&split=heldout&count=8&answered=0"
@@ -32,6 +34,36 @@ def write_known(path: Path, problems: ProblemSet, responses: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long | {"source": "other"}]))
 
 
+def interrupted(bench: Bench, known: ProblemSet, out: Path) -> list[int]:
+    """Stop between greedy and sampled responses, lose some of what was kept, go on; how often each run asked."""
+    made, asked = evaluator._prompt, [0, 0]
+    settings = Settings(max_tokens=12, samples=4)
+
+    def stop(sample: Sample, seeds: list[int], settings: Settings) -> Prompt:
+        if len(seeds) > 1:
+            raise KeyboardInterrupt
+        asked[0] += 1
+        return made(sample, seeds, settings)
+
+    evaluator._prompt = stop
+    try:
+        evaluate(bench, known, settings, out, "mark")
+    except KeyboardInterrupt:
+        [path] = out.glob(".known.mark.0.answers.jsonl")
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:5]) + lines[5][:20])
+        (out / ".known.other.0.answers.jsonl").write_text(lines[0])  # of other settings
+
+    def count(sample: Sample, seeds: list[int], settings: Settings) -> Prompt:
+        asked[1] += 1
+        return made(sample, seeds, settings)
+
+    evaluator._prompt = count
+    evaluate(bench, known, settings, out, "mark")
+    evaluator._prompt = made
+    return asked
+
+
 def main(model: Path, out: Path) -> None:
     options = [f"--{key.replace('_', '-')}={value}" for key, value in LIMITS.items()]
     data = data_config(model, parser().parse_args(["--model", str(model), "--data", "-", "--out", "-", *options]))
@@ -46,6 +78,7 @@ def main(model: Path, out: Path) -> None:
         known = open_problems(SourceConfig(path=str(out / "known.jsonl"), name="known"))
         for folder in (out, out / "again"):
             evaluate(bench, known, Settings(max_tokens=12, samples=4), folder)
+        (out / "asked.json").write_text(json.dumps(interrupted(bench, known, out / "resumed")))
     (out / "banned.json").write_text(json.dumps(engine.banned))
 
 

@@ -93,6 +93,13 @@ def test_samples_differ_from_each_other_and_not_from_run_to_run(out):
     assert lines(out / "again" / "known.responses.jsonl") == first
 
 
+def test_an_interrupted_evaluation_goes_on_without_a_lost_or_doubled_response(out):
+    """Of 8 problems 5 greedy responses were left: the other 3 are asked, and all samples."""
+    assert json.loads((out / "asked.json").read_text()) == [8, 3 + 8]
+    assert lines(out / "resumed/known.responses.jsonl") == lines(out / "known.responses.jsonl")
+    assert not list((out / "resumed").glob(".known*")), "what was kept on the way is gone"
+
+
 def test_responses_are_graded_by_box_or_by_text():
     def response(metric, text):
         return Graded(0, None, "", "", "", "8", (), metric, text)
