@@ -52,3 +52,8 @@ for name in base cold_start rl average; do
         --data "text=puzzle:digits?form=text&task=sum&answered=0&$puzzle" \
         --data "caption=puzzle:digits?form=image&task=caption&$puzzle"
 done
+
+title "cognitive behaviours in the greedy responses to visual puzzles, by wording"
+counted=()
+for name in base cold_start rl average; do counted+=("$name=$run/eval/$name/visual.responses.jsonl"); done
+"$python" tools/behaviours.py "${counted[@]}" --out "$run/behaviours"

@@ -66,12 +66,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a folder holds so far: ``scores[model][set]`` is an evaluation, ``measured[name]`` a timed command."""
+    """What a folder holds so far.
+
+    ``scores[model][set]`` is an evaluation, ``measured[name]`` a timed command, ``behaviours`` what
+    ``tools/behaviours.py`` wrote to ``behaviours/`` (empty: nothing).
+    """
 
     dir: Path
     stages: dict[str, Stage]
     scores: dict[str, dict[str, dict[str, Any]]]
     measured: dict[str, dict[str, float]]
+    behaviours: dict[str, Any]
 
     def score(self, model: str, problem_set: str) -> dict[str, Any] | None:
         """Greedy result of ``model`` on ``problem_set``, None if it was not evaluated."""
@@ -131,7 +136,8 @@ def read_experiment(folder: Path) -> Experiment:
             f"{folder}: neither a run folder (config.yaml) nor an experiment ({', '.join(STAGES)}, eval) is in it"
         )
     measured = {file.stem: _read_json(file) for file in sorted((folder / "measured").glob("*.json"))}
-    return Experiment(folder, stages, scores, measured)
+    counted = folder / "behaviours/behaviours.json"
+    return Experiment(folder, stages, scores, measured, _read_json(counted) if counted.is_file() else {})
 
 
 def _read_stage(folder: Path, name: str) -> Stage:

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
+from ovr_megatron.evaluation.behaviours import LINGUISTIC, VISUAL
 from ovr_megatron.evaluation.statistics import moving_average
 
 WIDE, NARROW = 6.4, 3.9  # inches: for a page, for a phone
@@ -93,6 +94,9 @@ def draw(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Char
         if experiment.sets:
             caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
             drawn.append(Chart("accuracy", caption, _png(accuracy_figure(experiment, theme, width))))
+        if experiment.behaviours:
+            caption = "Traces that show each behaviour, and how far the visual ones follow the linguistic ones."
+            drawn.append(Chart("behaviours", caption, _png(behaviour_figure(experiment, theme, width))))
     return drawn
 
 
@@ -217,33 +221,69 @@ def accuracy_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -
     sets = experiment.sets
     figure = Figure(figsize=(width, 3.6), layout="constrained")
     axes = figure.add_subplot(title="Accuracy on held-out problems")
+    scores = {model: [experiment.score(model, name) for name in sets] for model in MODELS}
+    _bars(axes, theme, list(sets.values()), scores)
+    axes.set_ylim(0, 1.08)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    _models_legend(figure, theme, width)
+    return figure
+
+
+def behaviour_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
+    """Emergence rate of each behaviour and transfer rate of each pair (the paper's figure 5), with 95 % intervals."""
+    found = experiment.behaviours["checkpoints"]
+    figure = Figure(figsize=(width, 7.4), layout="constrained")
+    parts = figure.subplots(3, 1)
+    for axes, title, behaviours in zip(parts, ("Linguistic", "Visual"), (LINGUISTIC, VISUAL), strict=False):
+        rates: dict[str, list[dict[str, float] | None]] = {}
+        for model in MODELS:
+            told = found.get(model, {}).get("behaviours", {})
+            shares = [told.get(behaviour.name, {}).get("emergence") for behaviour in behaviours]
+            rates[model] = [share and {**share, "accuracy": share["rate"]} for share in shares]
+        _bars(axes, theme, [behaviour.title.replace(" ", "\n", 1) for behaviour in behaviours], rates)
+        axes.set_title(f"{title} behaviours: share of traces")
+    transfer: dict[str, list[dict[str, float] | None]] = {}
+    for model in MODELS:
+        told = found.get(model, {}).get("transfer", {})
+        ratios = [told.get(behaviour.name) for behaviour in LINGUISTIC]
+        transfer[model] = [
+            r and {**r, "accuracy": r["value"]} if r and r["value"] is not None else None for r in ratios
+        ]
+    _bars(parts[2], theme, [behaviour.title.replace(" ", "\n", 1) for behaviour in LINGUISTIC], transfer)
+    parts[2].set_title("Transfer: visual over linguistic")
+    _models_legend(figure, theme, width)
+    return figure
+
+
+def _bars(axes: Axes, theme: Theme, groups: Sequence[str], scores: dict[str, list[dict[str, float] | None]]) -> None:
+    """A group of bars for each of ``groups``, one of them for each of `MODELS`, with intervals and numbers."""
     step = 0.82 / len(MODELS)
     for index, (model, title) in enumerate(MODELS.items()):
-        places = [place + (index - (len(MODELS) - 1) / 2) * step for place in range(len(sets))]
-        scores = [experiment.score(model, name) for name in sets]
+        places = [place + (index - (len(MODELS) - 1) / 2) * step for place in range(len(groups))]
         axes.bar(
-            [at for at, score in zip(places, scores, strict=True) if score],
-            [score["accuracy"] for score in scores if score],
-            yerr=_errors([score for score in scores if score]),
+            [at for at, score in zip(places, scores[model], strict=True) if score],
+            [score["accuracy"] for score in scores[model] if score],
+            yerr=_errors([score for score in scores[model] if score]),
             width=step * 0.9,
             color=theme.models[index],
             label=title,
             error_kw={"ecolor": theme.ink, "elinewidth": 1, "capsize": 2, "alpha": 0.7},
         )
-        for at, score in zip(places, scores, strict=True):
+        for at, score in zip(places, scores[model], strict=True):
             text, height = (f"{100 * score['accuracy']:.0f}", score["high"]) if score else ("not run", 0.0)
             turn = {} if score else {"rotation": 90, "color": theme.muted}
             axes.annotate(text, (at, height), (0, 3), textcoords="offset points", ha="center", fontsize=8, **turn)
-    axes.set_xticks(range(len(sets)), sets.values())
+    axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0, labelcolor=theme.ink)
-    axes.set_xlim(-0.5, len(sets) - 0.5)
-    axes.set_ylim(0, 1.08)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.margins(y=0.15)
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+
+
+def _models_legend(figure: Figure, theme: Theme, width: float) -> None:
     keys = [Patch(color=colour, label=title) for colour, title in zip(theme.models, MODELS.values(), strict=True)]
     columns = 4 if width == WIDE else 2
     figure.legend(handles=keys, loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
-    return figure
 
 
 def _errors(scores: Sequence[dict[str, float]]) -> list[list[float]]:

@@ -13,10 +13,12 @@ from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.page import Html, data_uri, document, folded, join, picture, section, table, tag
 from ovr_megatron.analysis.samples import Moment, Token, moments, read_picture
 from ovr_megatron.analysis.summary import summarise
+from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 
 MAX_CHARACTERS = 6000  # of one response in the page
 MAX_TOKENS = 2000  # of one response that is shown token by token
 LOW = log(0.1)  # a token under this log-probability is marked
+PAPER_TRANSFER = {"backtracking": "2.5, 8.2, 17.3 %"}  # of base, cold start and RL on MathVision testmini
 PHASES = {
     "timing/generate": "Generate",
     "timing/value": "Value and log-probabilities",
@@ -52,6 +54,7 @@ def render(experiment: Experiment, refresh: int = 0) -> str:
         _missing(experiment.missing),
         tag("div", *_tiles(summary), class_="tiles"),
         *_accuracy(experiment, charts.pop("accuracy", None)),
+        *_behaviours(experiment, charts.pop("behaviours", None)),
         section("Training", *charts.values()) if charts else None,
         *_timing(experiment),
         *_rollouts(experiment),
@@ -117,6 +120,33 @@ def _accuracy(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
         table(["Greedy", *MODELS.values()], _greedy_rows(experiment)),
         folded("Pass@k, temperature 1", table(["", *MODELS.values()], sampled)) if sampled else None,
         folded("By source, greedy", table(["", *MODELS.values()], by_source)) if by_source else None,
+    )
+
+
+def _behaviours(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
+    """Figure 5, the transfer rates beside the paper's, and who judged."""
+    found = experiment.behaviours
+    if not found:
+        return
+    judge = "by wording, an approximation" if found["approximation"] else f"by {found['judge']}"
+    traces = max(part["traces"] for part in found["checkpoints"].values())
+    missing = ", ".join(f"{count} {why}" for why, count in found["missing"].items())
+    told = f"{traces} traces of each model, judged {judge}" + (f"; without a count: {missing}" if missing else "") + "."
+    rows = []
+    for linguistic, visual in PAIRS:
+        cells = []
+        for model in MODELS:
+            rate = found["checkpoints"].get(model, {}).get("transfer", {}).get(linguistic) or {}
+            shown = rate.get("value") is not None
+            spread = f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f}" if shown else ""
+            cells.append(join([percent(rate["value"]), tag("small", spread)]) if shown else NOTHING)
+        title = f"{BEHAVIOURS[linguistic].title} to {BEHAVIOURS[visual].title.lower()}"
+        rows.append([title, *cells, PAPER_TRANSFER.get(linguistic, NOTHING)])
+    yield section(
+        "Cognitive behaviours",
+        tag("p", told, class_="note"),
+        chart,
+        table(["Transfer rate", *MODELS.values(), "Paper: base, cold start, RL"], rows),
     )
 
 

@@ -17,6 +17,8 @@ from ovr_megatron.analysis.experiment import read_experiment
 from ovr_megatron.analysis.page import Html, tag
 from ovr_megatron.analysis.report import duration, render, write_report
 from ovr_megatron.analysis.samples import moments, pick, read_picture
+from ovr_megatron.evaluation.judges import JudgeConfig
+from ovr_megatron.evaluation.judging import judge
 from ovr_megatron.model.tiny import make_tiny_model
 from tools import report as command
 
@@ -174,6 +176,22 @@ def test_tokens_are_shaded_by_advantage_and_unlikely_ones_marked(experiment_dir,
     page = render(read_experiment(experiment_dir))
     assert 'class="down3" title="advantage -1.000, probability 0.500"' in page
     assert 'class="unlikely' in page and "&lt;" in page and Page(page)
+
+
+def test_behaviours_are_drawn_and_stand_beside_the_papers_rates(experiment_dir, rollouts, tmp_path):
+    files = {}
+    for name, share in (("base", 1), ("cold_start", 3), ("rl", 5)):
+        texts = ["So it is 4."] * (6 - share) + ["Wait, that is wrong. Let me look at the image again. Now 5."] * share
+        rows = [{"id": str(i), "sample": None, "question": "Q?", "response": text} for i, text in enumerate(texts)]
+        files[name] = tmp_path / f"{name}.responses.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge(files, [JudgeConfig()], experiment_dir / "behaviours", 0, 0, False)
+    page = Page(render(read_experiment(experiment_dir)))
+    assert "Cognitive behaviours" in page.text and "2.5, 8.2, 17.3 %" in page.text
+    assert "6 traces of each model, judged by wording, an approximation." in page.text
+    assert "Backtracking to visual reflection" in page.text
+    assert any("shows" in value or "show each behaviour" in value for _, key, value in page.attributes if key == "alt")
+    assert (experiment_dir / "behaviours/counts.jsonl").read_text().count("\n") == 18
 
 
 def test_samples_show_every_source_right_and_wrong_with_images(finished_dir):
