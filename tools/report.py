@@ -1,4 +1,4 @@
-"""Figures, report and summary of an experiment's folder, finished or not: ``tools/report.py RUN_DIR``."""
+"""Figures, report, summary and model card of an experiment, finished or not: ``tools/report.py RUN_DIR``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from ovr_megatron.analysis.card import write_card
 from ovr_megatron.analysis.experiment import ExperimentError, read_experiment
 from ovr_megatron.analysis.figures import write_figures
 from ovr_megatron.analysis.report import write_report
@@ -23,6 +24,8 @@ def write(run_dir: Path, refresh: int = 0) -> None:
         print(f"figure:  {path}")
     print(f"summary: {write_summary(experiment)}")
     print(f"report:  {write_report(experiment, refresh)}", flush=True)
+    if experiment.exported:
+        print(f"card:    {write_card(experiment, experiment.exported)}")
     for part in experiment.missing:
         print(f"missing: {part}")
 
