@@ -14,6 +14,7 @@ from ovr_megatron.analysis.page import Html, data_uri, document, folded, join, p
 from ovr_megatron.analysis.samples import Moment, Token, moments, read_picture
 from ovr_megatron.analysis.summary import summarise
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
+from ovr_megatron.evaluation.benchmarks import BENCHMARKS
 
 MAX_CHARACTERS = 6000  # of one response in the page
 MAX_TOKENS = 2000  # of one response that is shown token by token
@@ -121,6 +122,14 @@ def _accuracy(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
         folded("Pass@k, temperature 1", table(["", *MODELS.values()], sampled)) if sampled else None,
         folded("By source, greedy", table(["", *MODELS.values()], by_source)) if by_source else None,
     )
+    if any(benchmark.name in experiment.sets for benchmark in BENCHMARKS):
+        note = "Ours are greedy accuracies. What was not run here is shown as a dash."
+        rows = (
+            [b.title, *(_cell(experiment.score(model, b.name)) for model in MODELS), f"{b.paper:.1f} %"]
+            for b in BENCHMARKS
+        )
+        head = ["", *MODELS.values(), "Paper"]
+        yield section("Beside the paper", tag("p", note, class_="note"), table(head, rows))
 
 
 def _behaviours(experiment: Experiment, chart: Html | None) -> Iterator[Html]:

@@ -178,6 +178,18 @@ def test_tokens_are_shaded_by_advantage_and_unlikely_ones_marked(experiment_dir,
     assert 'class="unlikely' in page and "&lt;" in page and Page(page)
 
 
+def test_the_papers_scores_stand_beside_ours(experiment_dir):
+    shutil.rmtree(experiment_dir / "rl/rollouts")
+    assert "Beside the paper" not in Page(render(read_experiment(experiment_dir))).text
+    shutil.copy(experiment_dir / "eval/rl/text.json", experiment_dir / "eval/rl/math500.json")
+    page = Page(render(read_experiment(experiment_dir)))
+    told = page.text.split("Beside the paper")[1].split("Time and throughput")[0].split("\n")
+    row = told[told.index("MATH500") :]
+    assert row[1:3] == ["\N{EN DASH}", "\N{EN DASH}"] and row[3] == "93.8 %" and "95.3 %" in row
+    row = told[told.index("CharXiv, descriptive") :]
+    assert row[1:6] == ["\N{EN DASH}"] * 4 + ["73.6 %"]
+
+
 def test_behaviours_are_drawn_and_stand_beside_the_papers_rates(experiment_dir, rollouts, tmp_path):
     files = {}
     for name, share in (("base", 1), ("cold_start", 3), ("rl", 5)):
