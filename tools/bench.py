@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--shapes", nargs="+", choices=tuple(bench.SHAPES), default=list(bench.SHAPES))
+    parser.add_argument("--only", default="", metavar="WORD", help="rows with this word in their name (model)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack (model)")
     parser.add_argument("--mean", type=int, default=64, help="mean length of a document (model)")
     parser.add_argument("--samples", type=int, default=2_000_000, help="lengths of the whole epoch (packing)")
@@ -33,7 +34,9 @@ def main() -> None:
     if arguments.what == "model":
         print(bench.HEADER)
         rows = []
-        for row in bench.run_table(bench.cases(arguments.shapes, arguments.tokens, arguments.mean), arguments.rounds):
+        cases = bench.cases(arguments.shapes, arguments.tokens, arguments.mean)
+        chosen = [case for case in cases if arguments.only in case[0]]
+        for row in bench.run_table(chosen, arguments.rounds):
             print(bench.line(row), flush=True)
             rows.append(row)
         if any("mfu" in row for row in rows):
