@@ -9,8 +9,8 @@ set -euo pipefail
 
 [ $# = 4 ] || { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 run="$(realpath -m "$1")" iterations="${ITERATIONS:-30}"
-place() { [ -e "$1" ] && realpath "$1" || echo "$1"; }
-puzzlevqa="$(place "$2")" mathvision="$(place "$3")" math500="$(place "$4")"
+as_source() { printf '{name: %s, weight: %s, path: %s}' "$1" "$2" "$([ -e "$3" ] && realpath "$3" || echo "$3")"; }
+sources="data.sources=[$(as_source puzzlevqa 0.4 "$2"), $(as_source mathvision 0.2 "$3"), $(as_source math500 0.4 "$4")]"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/install.sh
 python=.venv/bin/python
@@ -20,8 +20,7 @@ mkdir -p "$run"
 [ -e "$run/init/config.json" ] || "$python" tools/make_tiny_model.py --out "$run/init" --seed 2
 "$python" -m torch.distributed.run --standalone --nproc-per-node=2 -m ovr_megatron.rl --config-name tiny_rl \
     run.dir="$run/rl" model.path="$run/init" iterations="$iterations" prompts=16 responses=4 \
-    "data.sources=[{path: $puzzlevqa, name: puzzlevqa, weight: 0.4}, {path: $mathvision, name: mathvision, weight: 0.2},
-        {path: $math500, name: math500, weight: 0.4}]" \
+    "$sources" \
     data.max_pixels=50176 data.max_images=6 data.max_prompt_tokens=700 data.pack_tokens=2048 \
     "curriculum=[{until: $(((iterations + 1) / 2)), max_tokens: 764}, {until: $iterations, max_tokens: 828}]" \
     algorithm.critic_warmup_iterations=0 rollout.schedule=shared
