@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Trace:
-    """A problem and what a model thought about it; ``image`` is its path where it has one."""
+    """A problem and what a model thought about it; ``id`` is the problem's."""
 
     id: str
     problem: str
@@ -214,10 +214,3 @@ def summarise(counts: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:
         if linguistic in counts and visual in counts:
             told["transfer"][linguistic] = vars(transfer(counts[visual], counts[linguistic]))
     return told
-
-
-def keyed(traces: Sequence[Trace]) -> Iterator[tuple[int, Behaviour, Trace]]:
-    """Every question: number of the trace, behaviour, trace."""
-    for number, trace in enumerate(traces):
-        for behaviour in BEHAVIOURS.values():
-            yield number, behaviour, trace

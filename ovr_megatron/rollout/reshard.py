@@ -118,8 +118,9 @@ class Reshard:
             TransferError: no rank has what is wanted; a slice arrived changed.
         """
         began = time.perf_counter()
-        if self._is_new(held):
-            self._make_plans(held)
+        described = [one.described() for one in held]
+        if self._is_new(described):
+            self._make_plans(described)
             self._measure()
             began = time.perf_counter()
         steps = self._plans[self._is_filled]
@@ -132,18 +133,16 @@ class Reshard:
         floor = copied / self._rates[0] + received / self._rates[1]
         return Traffic(copied, received, time.perf_counter() - began, floor)
 
-    def _is_new(self, held: Sequence[Held]) -> bool:
-        """Whether on any rank the trainer holds something else than at the last update."""
-        described = [one.described() for one in held]
+    def _is_new(self, described: list[Part]) -> bool:
+        """Whether on any rank the trainer holds something else than the plans are made for."""
         differs = torch.tensor(int(described != self._held), device=self._device)
         dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=self._group)
-        self._held = described
         return bool(differs.item())
 
-    def _make_plans(self, held: Sequence[Held]) -> None:
+    def _make_plans(self, described: list[Part]) -> None:
         """One for all parameters, one for those that are trained."""
         everyone: list[tuple[list[Part], list[Part]]] = [([], [])] * dist.get_world_size()
-        mine = ([one.described() for one in held], [one.described() for one in self._wanted])
+        mine = (described, [one.described() for one in self._wanted])
         dist.all_gather_object(everyone, mine, group=self._group)
         helds, wanteds = zip(*everyone, strict=True)
         try:
@@ -153,10 +152,10 @@ class Reshard:
             ]
         except SliceError as error:
             raise TransferError(f"the engine's weights cannot be updated: {error}") from error
-        self._is_filled = False
+        self._held, self._is_filled = described, False
 
     def _measure(self) -> None:
-        """Bytes a second of a plain copy, and of the messages of the plan's largest step without anything else."""
+        """Bytes a second of a plain copy, and on the slowest rank of the largest step's messages alone."""
         volumes = [sum(p.nbytes for p in step.receives + step.sends) for step in self._plans[0]]
         box = torch.tensor(volumes, dtype=torch.int64, device=self._device)
         dist.all_reduce(box, group=self._group)
@@ -168,7 +167,9 @@ class Reshard:
         if box.any():
             messages = _Messages(step, torch.empty(_room(step), dtype=torch.uint8, device=self._device), self._group)
             seconds = self._fastest(lambda: messages.start().wait())
-            link_rate = messages.received / seconds if messages.received else link_rate
+            rate = torch.tensor(messages.moved / seconds if messages.moved else link_rate, device=self._device)
+            dist.all_reduce(rate, op=dist.ReduceOp.MIN, group=self._group)
+            link_rate = float(rate)
         self._rates = (copy_rate, link_rate)
 
     def _fastest(self, act: Callable[[], object]) -> float:
@@ -202,7 +203,7 @@ class _Messages:
                         (self.places if target else self.arrivals).append((piece, place))
                         end += piece.room
                 self._operations.append((dist.isend if target else dist.irecv, bucket[first:end], other))
-        self.received = sum(piece.nbytes for piece in step.receives)
+        self.moved = sum(piece.nbytes for piece in step.sends + step.receives)
 
     def start(self) -> _Messages:
         """Let them go."""
