@@ -134,7 +134,7 @@ def compare_rollout(policy: Engine, folder: Path, tokens: int) -> float:
     processor = Processor(folder, DataConfig(max_prompt_tokens=tokens))
     config = RolloutConfig(max_num_seqs=2)
     engine = RolloutEngine(folder, config, processor, "float32", tokens + RESPONSE)
-    engine.update(policy.weights())
+    engine.update(policy.held())
     policy.sample_from(engine.banned, 1.0)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(0, policy.shape.image_token - 8, (tokens,), generator=generator).tolist()
