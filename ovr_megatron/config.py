@@ -33,7 +33,10 @@ def choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     require(value in allowed, f"{key}={value!r} is not known; choose one of {', '.join(allowed)}")
 
 
-FORMATS = ("auto", "messages", "orz", "verl", "llava", "mathvision", "puzzlevqa")
+FORMATS = (
+    *("auto", "messages", "orz", "verl", "llava", "mathvision", "puzzlevqa"),
+    *("math", "gpqa", "mmlu", "mmlu_pro", "mathvista", "mathverse", "dynamath", "wemath", "logicvista", "mmmu_pro"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,17 @@
-"""The paper's figures from an experiment's folder: cold-start loss, training dynamics of the RL, accuracy.
+"""The paper's figures from an experiment's folder: losses, dynamics of the RL, accuracies, behaviours.
 
-Each is drawn once per theme: light ones go to ``figures/*.png``, both into the report.
+Each is drawn once per theme: light ones go to ``figures/`` as PNG and PDF, both into the report; the numbers behind
+them go to ``figures/*.csv``.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,6 +25,7 @@ from ovr_megatron.evaluation.statistics import moving_average
 
 WIDE, NARROW = 6.4, 3.9  # inches: for a page, for a phone
 DPI = 180
+MAX_SOURCES = 8  # lines of a figure
 
 
 @dataclass(frozen=True)
@@ -77,56 +81,108 @@ THEMES = (LIGHT, DARK)
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn figure as PNG, and what it shows in words."""
+    """A drawn figure, and what it shows in words."""
 
     name: str
     caption: str
-    png: bytes
+    figure: Figure
+    theme: Theme
+
+    @property
+    def png(self) -> bytes:
+        """The figure as an image."""
+        return self._file("png", dpi=DPI)
+
+    @property
+    def pdf(self) -> bytes:
+        """The figure for print."""
+        return self._file("pdf", metadata={"CreationDate": None})
+
+    def _file(self, form: str, **how: Any) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(self.theme.settings):
+            self.figure.savefig(buffer, format=form, **how)
+        return buffer.getvalue()
 
 
 def draw(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Chart]:
     """Every figure for which the folder holds numbers, in the order of the recipe; ``width`` in inches."""
     with matplotlib.rc_context(theme.settings):
-        drawn = [*_supervised(experiment, theme, width), *_ppo(experiment, theme, width)]
-        if asked := evaluated(experiment):
-            caption = "Greedy accuracy of the live weights on the chosen problem sets while a stage trains."
-            drawn.append(Chart("evaluation", caption, _png(evaluation_figure(asked, theme, width))))
-        if experiment.sets:
-            caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
-            drawn.append(Chart("accuracy", caption, _png(accuracy_figure(experiment, theme, width))))
-        if experiment.behaviours:
-            caption = "Traces that show each behaviour, and how far the visual ones follow the linguistic ones."
-            drawn.append(Chart("behaviours", caption, _png(behaviour_figure(experiment, theme, width))))
-    return drawn
+        return [Chart(name, told, figure, theme) for name, told, figure in _drawn(experiment, theme, width)]
 
 
-def _supervised(experiment: Experiment, theme: Theme, width: float) -> Iterator[Chart]:
+def _drawn(experiment: Experiment, theme: Theme, width: float) -> Iterator[tuple[str, str, Figure]]:
+    """Name, caption and figure."""
     for name in ("base", "cold_start"):
         stage = experiment.stages.get(name)
         if stage and stage.values("loss/train"):
             caption = f"{stage.title}: cross entropy of the target tokens; faint: each step, strong: moving average."
-            yield Chart(f"{name}_loss", caption, _png(loss_figure(stage, theme, width)))
-
-
-def _ppo(experiment: Experiment, theme: Theme, width: float) -> Iterator[Chart]:
+            yield f"{name}_loss", caption, loss_figure(stage, theme, width)
     stage = experiment.stages.get("rl")
     if stage and stage.values("reward/mean"):
         caption = "PPO: mean reward and response length. Dashed: the curriculum allows longer sequences from here on."
-        yield Chart("rl_dynamics", caption, _png(dynamics_figure(stage, theme, width)))
+        yield "rl_dynamics", caption, dynamics_figure(stage, theme, width)
+    if stage and sources(stage):
+        caption = "PPO by source: mean reward and response length, moving averages."
+        yield "rl_sources", caption, sources_figure(stage, theme, width)
     if stage and any(stage.values(key) for key, _, _ in _HEALTH):
         caption = "PPO under the hood. Mismatch: largest difference of rollout and trainer log-probabilities."
-        yield Chart("rl_health", caption, _png(health_figure(stage, theme, width)))
+        yield "rl_health", caption, health_figure(stage, theme, width)
+    if asked := evaluated(experiment):
+        caption = "Greedy accuracy of the live weights on the chosen problem sets while a stage trains."
+        yield "evaluation", caption, evaluation_figure(asked, theme, width)
+    if experiment.sets:
+        caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
+        yield "accuracy", caption, accuracy_figure(experiment, theme, width)
+    if experiment.behaviours:
+        caption = "Traces that show each behaviour, and how far the visual ones follow the linguistic ones."
+        yield "behaviours", caption, behaviour_figure(experiment, theme, width)
 
 
 def write_figures(experiment: Experiment) -> list[Path]:
-    """Write the figures in the light theme to ``figures/NAME.png`` of the experiment; returns their paths."""
+    """Write ``figures/NAME.png`` and ``.pdf`` in the light theme, and the numbers as CSV; returns the paths."""
     folder = experiment.dir / "figures"
     folder.mkdir(exist_ok=True)
     paths = []
     for chart in draw(experiment, LIGHT):
-        paths.append(folder / f"{chart.name}.png")
-        paths[-1].write_bytes(chart.png)
+        for form, data in (("png", chart.png), ("pdf", chart.pdf)):
+            paths.append(folder / f"{chart.name}.{form}")
+            paths[-1].write_bytes(data)
+    for name, rows in numbers(experiment).items():
+        paths.append(folder / f"{name}.csv")
+        with paths[-1].open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            table.writeheader()
+            table.writerows(rows)
     return paths
+
+
+def numbers(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
+    """The rows behind the figures: every stage's metrics by step, scores, and rates of behaviours."""
+    tables: dict[str, list[dict[str, Any]]] = {name: stage.metrics for name, stage in experiment.stages.items()}
+    tables["scores"] = [
+        {"model": model, "set": name, "source": source, "response": kind, **_flat(found[kind])}
+        for model, sets in experiment.scores.items()
+        for name, score in sets.items()
+        for source, found in [("", score), *score["sources"].items()]
+        for kind in ("greedy", "sampled")
+        if found.get(kind)
+    ]
+    tables["behaviours"] = [
+        {"model": model, "behaviour": name, **_flat(told["emergence"] or {}), "per_trace": told["per_trace"]}
+        | {f"transfer_{key}": value for key, value in (found["transfer"].get(name) or {}).items()}
+        for model, found in experiment.behaviours.get("checkpoints", {}).items()
+        for name, told in found["behaviours"].items()
+    ]
+    return {name: rows for name, rows in tables.items() if rows}
+
+
+def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """A nested dictionary as one row."""
+    row: dict[str, Any] = {}
+    for key, value in found.items():
+        row |= _flat(value, f"{before}{key}_") if isinstance(value, dict) else {f"{before}{key}": value}
+    return row
 
 
 def loss_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
@@ -162,6 +218,31 @@ def switches(stage: Stage) -> list[tuple[int, int, int]]:
     steps, limits = stage.series("curriculum/max_tokens")
     changes = zip(steps[1:], limits, limits[1:], strict=False)
     return [(step, int(before), int(after)) for step, before, after in changes if before != after]
+
+
+def sources(stage: Stage) -> list[str]:
+    """Sources whose rewards the RL logged one by one, `MAX_SOURCES` at most."""
+    keys = {key for row in stage.metrics for key in row if key.startswith("reward/") and key != "reward/mean"}
+    return sorted(key.partition("/")[2] for key in keys)[:MAX_SOURCES]
+
+
+def sources_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+    """Reward above response length, a line for each source (paper, figure 6: perception gains, and grows no longer)."""
+    figure = Figure(figsize=(width, 5.0), layout="constrained")
+    parts = figure.subplots(2, 1, sharex=True)
+    named = sources(stage)
+    told = (("reward/", "RL: mean reward by source"), ("response/length/", "RL: mean response length in tokens"))
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for axes, (group, title) in zip(parts, told, strict=True):
+        axes.set_title(title)
+        for source, colour in zip(named, colours, strict=False):
+            steps, values = stage.series(group + source)
+            axes.plot(steps, moving_average(values, max(1, len(values) // 20)), color=colour, label=source)
+    parts[1].set_xlabel("Iteration")
+    parts[1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    lines, labels = parts[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4 if width == WIDE else 2)
+    return figure
 
 
 _HEALTH = (
@@ -305,9 +386,3 @@ def _curve(
     axes.plot(steps, strong, color=colour, marker="o" if len(values) == 1 else None)
     label = {"xy": (steps[-1], strong[-1]), "xytext": (5, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(form.format(strong[-1]), **label, color=colour, fontweight="bold", annotation_clip=False)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()

@@ -1,6 +1,6 @@
 """HTML by construction: every text that is not `Html` is escaped on its way into a page.
 
-A page stands alone: one file, one style sheet inside, no script, nothing from the network.
+A page stands alone: one style sheet inside, nothing from the network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def tag(name: str, /, *content: Content, **attributes: str | None) -> Html:
     """``<name attributes>content</name>``; a trailing underscore of an attribute is dropped, None leaves it out."""
     pairs = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
     opening = name + "".join(f' {key}="{html.escape(value)}"' for key, value in pairs)
-    if name in ("img", "source", "meta"):
+    if name in ("img", "source", "meta", "input"):
         return Html(f"<{opening}>")
     return Html(f"<{opening}>{join(content)}</{name}>")
 
@@ -101,7 +101,8 @@ html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
 main { max-width: 860px; margin: 0 auto; padding: 40px 20px 64px; }
-h1 { font-size: clamp(26px, 5vw, 34px); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 8px; }
+h1 { font-size: clamp(26px, 5vw, 34px); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 8px;
+  overflow-wrap: anywhere; }
 h2 { font-size: 19px; letter-spacing: -.01em; margin: 0 0 14px; }
 h3 { font-size: 14px; color: var(--muted); margin: 26px 0 10px; font-weight: 600; }
 p { margin: 0 0 12px; }
@@ -150,6 +151,14 @@ pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sa
 .badge { display: inline-block; border-radius: 99px; padding: 1px 10px; font-size: 13px; font-weight: 600;
   margin-right: 8px; }
 .right { color: var(--good); background: var(--good-soft); } .wrong { color: var(--bad); background: var(--bad-soft); }
+.filters { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 12px; margin: 16px 0; }
+.filters label { display: grid; gap: 4px; color: var(--muted); font-size: 13px; }
+.filters select, .filters input, .pager button { font: inherit; font-size: 15px; color: var(--ink); width: 100%;
+  background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px; min-width: 0; }
+.pager { display: flex; align-items: center; gap: 10px; } .pager span { flex: 1; }
+.pager button { width: auto; cursor: pointer; } .pager button:disabled { opacity: .45; cursor: default; }
+.act { background: color-mix(in srgb, var(--average) 22%, transparent); border-radius: 3px; }
+.badge.act { border-radius: 99px; font-weight: 500; }
 details { border-top: 1px solid var(--line); padding: 10px 0; } details[open] { padding-bottom: 14px; }
 summary { cursor: pointer; } details pre { margin-top: 10px; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .92em;

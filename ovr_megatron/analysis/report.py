@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from math import exp, log
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import exp
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ovr_megatron.analysis import figures
+from ovr_megatron.analysis.browser import browser
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.page import Html, data_uri, document, folded, join, picture, section, table, tag
-from ovr_megatron.analysis.samples import Moment, Token, moments, read_picture
+from ovr_megatron.analysis.samples import LOW, MAX_TOKENS, Moment, Token, moments, read_picture, shade
 from ovr_megatron.analysis.summary import summarise
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
-from ovr_megatron.evaluation.benchmarks import BENCHMARKS
+from ovr_megatron.evaluation.benchmarks import BENCHMARKS, paper_score
 
 MAX_CHARACTERS = 6000  # of one response in the page
-MAX_TOKENS = 2000  # of one response that is shown token by token
-LOW = log(0.1)  # a token under this log-probability is marked
 PAPER_TRANSFER = {"backtracking": "2.5, 8.2, 17.3 %"}  # of base, cold start and RL on MathVision testmini
 PHASES = {
     "timing/generate": "Generate",
@@ -59,6 +58,7 @@ def render(experiment: Experiment, refresh: int = 0) -> str:
         section("Training", *charts.values()) if charts else None,
         *_timing(experiment),
         *_rollouts(experiment),
+        browser(experiment),
         *_settings(experiment),
         _footer(experiment),
         refresh=refresh,
@@ -122,14 +122,20 @@ def _accuracy(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
         folded("Pass@k, temperature 1", table(["", *MODELS.values()], sampled)) if sampled else None,
         folded("By source, greedy", table(["", *MODELS.values()], by_source)) if by_source else None,
     )
-    if any(benchmark.name in experiment.sets for benchmark in BENCHMARKS):
-        note = "Ours are greedy accuracies. What was not run here is shown as a dash."
-        rows = (
-            [b.title, *(_cell(experiment.score(model, b.name)) for model in MODELS), f"{b.paper:.1f} %"]
-            for b in BENCHMARKS
+    if any(name in experiment.sets for name in BENCHMARKS):
+        note = "As the benchmark scores it, by a judge where one was asked. What was not run here is shown as a dash."
+        yield section(
+            "Beside the paper",
+            tag("p", note, class_="note"),
+            table(["", *MODELS.values(), "Paper"], _paper(experiment)),
         )
-        head = ["", *MODELS.values(), "Paper"]
-        yield section("Beside the paper", tag("p", note, class_="note"), table(head, rows))
+
+
+def _paper(experiment: Experiment) -> Iterator[list[object]]:
+    for name, benchmark in BENCHMARKS.items():
+        for title, value in benchmark.paper.items():
+            results = [experiment.scores.get(model, {}).get(name) for model in MODELS]
+            yield [title, *(_cell(paper_score(name, title, r) if r else None) for r in results), f"{value:.1f} %"]
 
 
 def _behaviours(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
@@ -181,7 +187,7 @@ def _source_rows(experiment: Experiment) -> Iterator[list[object]]:
             yield [f"{title}: {source}", *(_cell(sources.get(source, {}).get("greedy")) for sources in found)]
 
 
-def _cell(score: dict[str, Any] | None) -> Html | str:
+def _cell(score: Mapping[str, Any] | None) -> Html | str:
     if not score:
         return NOTHING
     interval = f"{100 * score['low']:.1f}\N{EN DASH}{100 * score['high']:.1f}"
@@ -294,15 +300,13 @@ def _tokens(tokens: Sequence[Token]) -> Html | None:
     """
     if not tokens or len(tokens) > MAX_TOKENS:
         return None
-    largest = max((abs(token.advantage or 0.0) for token in tokens), default=0.0)
     pieces = []
-    for token in tokens:
+    for token, level in zip(tokens, shade(tokens), strict=True):
         told = f"probability {exp(token.logprob):.3f}"
         looks = ["unlikely"] if token.logprob < LOW else []
         if token.advantage is not None:
             told = f"advantage {token.advantage:+.3f}, {told}"
-            level = round(3 * abs(token.advantage) / largest) if largest else 0
-            looks += [f"{'up' if token.advantage > 0 else 'down'}{level}"] if level else []
+            looks += [f"{'up' if level > 0 else 'down'}{abs(level)}"] if level else []
         pieces.append(tag("span", token.text, class_=" ".join(looks) or None, title=told))
     return join(pieces)
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 PER_ITERATION = 4
+MAX_TOKENS = 2000  # of one response that is shown token by token
+LOW = log(0.1)  # a token under this log-probability is marked
 MAX_SIDE = 512  # pixels of an embedded image
 
 
@@ -61,7 +64,7 @@ def moments(run: Path) -> list[Moment]:
         names = dict.fromkeys(range(len(files)), "So far")
     found = []
     for at, name in names.items():
-        chosen = pick(_rows(files[at]))
+        chosen = pick(read_rows(files[at]))
         found.append(Moment(name, int(files[at].stem), chosen, tokens(run, int(files[at].stem), chosen)))
     return found
 
@@ -124,6 +127,12 @@ def _spell(
     return spelled
 
 
+def shade(tokens: Sequence[Token]) -> list[int]:
+    """Each token's share of the largest advantage in the response, from -3 to 3."""
+    largest = max((abs(token.advantage or 0.0) for token in tokens), default=0.0)
+    return [round(3 * (token.advantage or 0.0) / largest) if largest else 0 for token in tokens]
+
+
 def read_picture(run: Path, name: str) -> Picture | None:
     """Return the image ``name`` of the run folder, at most `MAX_SIDE` pixels wide or high.
 
@@ -146,8 +155,8 @@ def _problem(rollout: dict[str, Any]) -> tuple[str, str | None]:
     return rollout["prompt"], rollout.get("image")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rollouts of one file; a last line that is still being written is left out."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file, one a line; a last line that is still being written is left out."""
     rows = []
     for line in path.read_text().splitlines():
         try:

@@ -11,21 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ovr_megatron.data.benchmark_formats import BENCHMARK_READERS, detect_benchmark
 from ovr_megatron.data.chat_formats import read_llava, read_verl
-from ovr_megatron.data.schema import (
-    BOX_REQUEST,
-    LETTER_REQUEST,
-    Message,
-    Part,
-    Row,
-    RowError,
-    TextPart,
-    check_answer,
-    option_letter,
-    parse_image,
-    parse_row,
-    parse_text,
-)
+from ovr_megatron.data.questions import field_of, options_of, prompt_row, texts
+from ovr_megatron.data.schema import Row, RowError, TextPart, option_letter, parse_image, parse_row, parse_text
 
 Reader = Callable[[Any, str, Path], Row]
 
@@ -53,7 +42,7 @@ def read_orz(raw: Any, where: str, image_root: Path) -> Row:
         raise RowError(where, "prompt", "has no question", "give exactly one turn {'from': 'user', 'value': text}")
     if answer is None:
         raise RowError(where, field, "is missing", "give the final answer or remove the row")
-    return _prompt_row((TextPart(question),), answer, (), where)
+    return prompt_row((TextPart(question),), answer, (), where)
 
 
 def read_mathvision(raw: Any, where: str, image_root: Path) -> Row:
@@ -62,35 +51,35 @@ def read_mathvision(raw: Any, where: str, image_root: Path) -> Row:
     All pictures of a problem are in one file.  A single ``<image1>`` says where it stands in the text; with
     several, which then name places inside the picture, the picture comes first and the names stay.
     """
-    question = _field(raw, "question", where)
+    question = field_of(raw, "question", where)
     key = "decoded_image" if raw.get("decoded_image") is not None else "image"
-    image = parse_image(_field(raw, key, where), where, key, image_root)
+    image = parse_image(field_of(raw, key, where), where, key, image_root)
     before, *after = _MARKER.split(question)
     if len(after) == 1:
-        parts = (*_texts(before), image, *_texts(after[0]))
+        parts = (*texts(before), image, *texts(after[0]))
     else:
         parts = (image, TextPart(question))
     level = raw.get("level")
-    return _prompt_row(
+    return prompt_row(
         parts,
-        _field(raw, "answer", where),
-        _options(raw, where),
+        field_of(raw, "answer", where),
+        options_of(raw, where),
         where,
-        id=str(raw.get("id") or Path(where).name),
+        id=str(raw.get("id") or ""),
         difficulty=float(level) / 5 if isinstance(level, (int, float)) else None,
     )
 
 
 def read_puzzlevqa(raw: Any, where: str, image_root: Path) -> Row:
     """Read one PuzzleVQA problem: ``image``, ``question``, ``options``, and as ``answer`` the content of one option."""
-    image = parse_image(_field(raw, "image", where), where, "image", image_root)
-    _field(raw, "options", where)
-    options, answer = _options(raw, where), parse_text(_field(raw, "answer", where), where, "answer")
+    image = parse_image(field_of(raw, "image", where), where, "image", image_root)
+    field_of(raw, "options", where)
+    options, answer = options_of(raw, where), parse_text(field_of(raw, "answer", where), where, "answer")
     if answer not in options:
         remedy = f"give one of {', '.join(options)}"
         raise RowError(where, "answer", f"{answer!r} is none of the options", remedy)
-    question = TextPart(_field(raw, "question", where))
-    return _prompt_row((image, question), option_letter(options.index(answer)), options, where)
+    question = TextPart(field_of(raw, "question", where))
+    return prompt_row((image, question), option_letter(options.index(answer)), options, where)
 
 
 READERS: dict[str, Reader] = {
@@ -100,6 +89,7 @@ READERS: dict[str, Reader] = {
     "llava": read_llava,
     "mathvision": read_mathvision,
     "puzzlevqa": read_puzzlevqa,
+    **BENCHMARK_READERS,
 }
 
 
@@ -114,63 +104,11 @@ def detect(raw: Any, where: str) -> str:
         return "verl"
     if isinstance(raw, list) or {"prompt", "final_answer"} <= keys or {"0", "1"} <= keys:
         return "orz"
+    if name := detect_benchmark(keys):
+        return name
     if {"question", "answer", "level"} <= keys:
         return "mathvision"
     if {"question", "answer", "options"} <= keys:
         return "puzzlevqa"
     remedy = f"give rows with 'messages', or set the format of the source to one of {', '.join(READERS)}"
     raise RowError(where, "row", f"has only the fields {', '.join(sorted(keys)) or '(none)'}", remedy)
-
-
-def _prompt_row(
-    parts: tuple[Part, ...],
-    answer: Any,
-    options: Sequence[str],
-    where: str,
-    id: str | None = None,
-    difficulty: float | None = None,
-) -> Row:
-    asked = _list_options(options) + (f"\n{LETTER_REQUEST}" if options else f"\n{BOX_REQUEST}")
-    if isinstance(parts[-1], TextPart):
-        parts = (*parts[:-1], TextPart(parts[-1].text + asked))
-    else:
-        parts = (*parts, TextPart(asked))
-    row = Row(
-        (Message("user", parts),),
-        answer=parse_text(answer, where, "answer"),
-        options=tuple(options),
-        difficulty=difficulty,
-        id=id or Path(where).name,
-        where=where,
-    )
-    check_answer(row)
-    return row
-
-
-def _texts(text: str) -> tuple[Part, ...]:
-    return (TextPart(text),) if text.strip() else ()
-
-
-def _list_options(options: Sequence[str]) -> str:
-    """One line per option; an option that is only its own letter stands in the picture."""
-    lines = []
-    for i, option in enumerate(options):
-        letter = option_letter(i)
-        lines.append(f"\n({letter})" + ("" if option == letter else f" {option}"))
-    return "".join(lines)
-
-
-def _field(raw: Any, key: str, where: str) -> Any:
-    value = raw.get(key) if isinstance(raw, Mapping) else None
-    if value is None:
-        raise RowError(where, key, "is missing", "add the field, or set the format of the source")
-    if key == "question" and not (isinstance(value, str) and value.strip()):
-        raise RowError(where, key, f"is {type(value).__name__} {value!r:.60}", "give a text")
-    return value
-
-
-def _options(raw: Mapping[str, Any], where: str) -> list[str]:
-    found = raw.get("options") or []
-    if not isinstance(found, list):
-        raise RowError(where, "options", f"is {type(found).__name__} {found!r:.60}", "give a list of texts")
-    return [parse_text(option, where, f"options[{i}]") for i, option in enumerate(found)]

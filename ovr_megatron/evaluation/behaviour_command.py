@@ -16,7 +16,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("responses", nargs="+", metavar="NAME=FILE", help="responses of a checkpoint, in its order")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, or to go on with")
     parser.add_argument("--judge", default="lexical", help="lexical, vllm:FOLDER or URL#MODEL (default: lexical)")
-    parser.add_argument("--key-env", metavar="VAR", help="environment variable with the endpoint's key")
     parser.add_argument("--second", metavar="JUDGE", help="another judge, for the agreement of the two on a sample")
     parser.add_argument("--second-key-env", metavar="VAR", help="environment variable with the second endpoint's key")
     parser.add_argument(
@@ -24,9 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--annotate", action="store_true", help="write annotations.jsonl for people to fill in")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="first traces of each file (default: all)")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="of a judge's answer")
-    parser.add_argument("--max-requests", type=int, default=0, help="budget of all runs in DIR (0: none)")
-    parser.add_argument("--max-total-tokens", type=int, default=0, help="budget of all runs in DIR (0: none)")
+    add_budget(parser)
     args = parser.parse_args(argv)
     from ovr_megatron.curation.endpoint import TeacherError
     from ovr_megatron.evaluation.judges import JudgeConfig
@@ -35,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ovr_megatron.rollout.sampling import RolloutError
 
     try:
-        budget = {name: getattr(args, name) for name in ("max_tokens", "max_requests", "max_total_tokens")}
+        budget = budget_of(args)
         judges = [JudgeConfig(judge=args.judge, key_env=args.key_env, **budget)]
         if args.second:
             judges.append(JudgeConfig(judge=args.second, key_env=args.second_key_env, **budget))
@@ -45,6 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (*USER_ERRORS, TeacherError, RolloutError) as error:
         print(f"behaviours.py: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every judge that is a model."""
+    parser.add_argument("--key-env", metavar="VAR", help="environment variable with the endpoint's key")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of a judge's answer")
+    parser.add_argument("--max-requests", type=int, default=0, help="budget of all runs in the folder (0: none)")
+    parser.add_argument("--max-total-tokens", type=int, default=0, help="budget of all runs in the folder (0: none)")
+
+
+def budget_of(args: argparse.Namespace) -> dict[str, int]:
+    """Limits of a judge as `JudgeConfig` takes them."""
+    return {name: getattr(args, name) for name in ("max_tokens", "max_requests", "max_total_tokens")}
 
 
 def named(given: Sequence[str]) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """Evaluate a Hugging Face Qwen2.5-VL folder, or a checkpoint, with vLLM on problem sets.
 
-Each set is asked once greedily and, with --samples K, K times at temperature 1 for pass@k.  DIR/SET.json holds the
+Each set is asked once greedily and, with --samples K, K times more for avg@k, pass@k and maj@k.  DIR/SET.json holds the
 scores with 95 % intervals, overall and by source, DIR/SET.responses.jsonl every response.  Under torchrun the
 processes share the problems.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
+from ovr_megatron.evaluation.benchmarks import table
 from ovr_megatron.model.shape import ModelShape
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -29,10 +30,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add = this.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder, or a checkpoint (its policy)")
-    what = "JSONL, JSON or parquet file, folder, hub name or puzzle:KIND?split=heldout; repeat for several sets"
+    what = (
+        "JSONL, JSON or parquet file, folder, hub name, puzzle:KIND?split=heldout, or a benchmark of --list, which may"
+    )
+    what += " also be the NAME of a copy; repeat for several sets"
     add("--data", action="append", required=True, metavar="[NAME=]SRC", help=what)
+    add("--list", action=_List, nargs=0, help="show the benchmarks, and what runs and scores them")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    add("--samples", type=_count, default=0, metavar="K", help="responses for pass@k (default: greedy only)")
+    more = "sampled responses for avg@k, pass@k and maj@k (default: greedy only, or as many as the benchmark asks for)"
+    add("--samples", type=_count, metavar="K", help=more)
+    add("--temperature", type=float, default=1.0, metavar="T", help="of the samples (default: 1)")
     add("--limit", type=_count, default=0, metavar="N", help="first N problems of each set (default: all)")
     add("--max-tokens", type=_count, default=1024, metavar="N", help="longest response (default: 1024)")
     add("--max-prompt-tokens", type=_count, metavar="N", help="longest prompt (default: what the model leaves, 8192)")
@@ -50,6 +57,14 @@ def parser() -> argparse.ArgumentParser:
     return this
 
 
+class _List(argparse.Action):
+    """Shows the benchmarks and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(table())
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate; a user's mistake ends with one sentence and code 2."""
     args = parser().parse_args(argv)
@@ -64,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sets, model = named(args.data), weights_of(args.model)
         data = data_config(model, args)
-        settings = Settings(samples=args.samples, max_tokens=args.max_tokens, metric=args.metric, seed=args.seed)
+        names = ("samples", "temperature", "max_tokens", "metric", "seed")
+        settings = Settings(**{name: getattr(args, name) for name in names})
         rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
         distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
         for result in run(model, sets, args.limit, settings, data, rollout, args.dtype or dtype_of(model), args.out):
@@ -141,7 +157,9 @@ def sentence(result: dict[str, Any], out: Path) -> str:
     greedy, sampled = result["greedy"], result["sampled"]
     shown = f"{100 * greedy['accuracy']:.1f} % ({100 * greedy['low']:.1f} to {100 * greedy['high']:.1f})"
     passed = {k: share["accuracy"] for k, share in sampled["pass"].items()} if sampled else {}
-    more = "".join(f", pass@{k} {100 * value:.1f} %" for k, value in passed.items())
+    more = "".join(f", {title} {100 * each['accuracy']:.1f} %" for title, each in result.get("official", {}).items())
+    more += f", avg@{sampled['samples']} {100 * sampled['average']['accuracy']:.1f} %" if sampled else ""
+    more += "".join(f", pass@{k} {100 * value:.1f} %" for k, value in passed.items())
     dropped = f", {result['dropped']} prompts too long" if result["dropped"] else ""
     rate = f"{result['tokens_per_second']:,.0f} tokens/s"
     return f"{result['set']}: {shown} of {result['problems']}{more}{dropped}; {rate}; {out / result['set']}.json"

@@ -22,6 +22,7 @@ from ovr_megatron.curation.stage import listing
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import ENDLESS, Row, RowSource
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.evaluation.benchmarks import BENCHMARKS, OURS, Benchmark
 from ovr_megatron.evaluation.scoring import Graded, reference_of, score
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
@@ -37,13 +38,15 @@ class Settings:
     """How problems are asked and graded.
 
     Attributes:
-        samples: Responses at temperature 1 for pass@k, beside the greedy one; 0 for none.
+        samples: Sampled responses for pass@k, beside the greedy one; 0 for none, None for as many as the set asks for.
+        temperature: Of the samples.
         max_tokens: Longest response.
         metric: ``boxed``, ``exact``, or ``auto`` (`ovr_megatron.evaluation.scoring.reference_of`).
         seed: Of the samples.
     """
 
-    samples: int = 0
+    samples: int | None = 0
+    temperature: float = 1.0
     max_tokens: int = 1024
     metric: str = "auto"
     seed: int = 1
@@ -51,12 +54,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The first ``count`` rows of a source; ``name`` becomes the name of the files."""
+    """The first ``count`` rows of a source; ``name`` becomes the name of the files.
+
+    ``known`` is the benchmark of this name, whose rules and scores then hold, wherever the rows are from.
+    """
 
     name: str
     path: str
-    rows: RowSource
+    rows: RowSource | Sequence[Row]
     count: int
+    known: Benchmark | None = None
+
+    def settings(self, wanted: Settings) -> Settings:
+        """The same with a number of samples."""
+        own = self.known.samples if self.known else 0
+        return wanted if wanted.samples is not None else replace(wanted, samples=own)
+
+    def metric(self, row: Row, wanted: str) -> tuple[str, str]:
+        """How a row is graded, and against what (`ovr_megatron.evaluation.scoring.reference_of`)."""
+        metric, reference = reference_of(row, wanted)
+        rules = self.known.rules if self.known and metric == "boxed" else {}
+        return rules.get(row.source) or rules.get("") or metric, reference
 
 
 @dataclass(frozen=True)
@@ -78,15 +96,54 @@ class Bench:
 def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
     """Open ``source``, which has a name, as a problem set; ``limit`` takes its first rows only, 0 all of them.
 
+    A path that is the name of a benchmark stands for the place where it is published.
+
     Raises:
-        ConfigError: the source is endless and there is no limit.
+        ConfigError: the source is endless and there is no limit, or another harness runs the benchmark.
         RowError: the source cannot be opened.
     """
     assert source.name
-    rows = open_source(replace(source, name=None))  # a name would stand for the rows' own sources
+    known = BENCHMARKS.get(source.name)
+    paths: Mapping[str, str] = {"": source.path}
+    if source.path in BENCHMARKS and not Path(source.path).exists():
+        known = BENCHMARKS[source.path]
+        if known.harness != OURS:
+            raise ConfigError(
+                f"{known.title} is run by {known.harness} (its name there: {known.command}); see the docs"
+            )
+        paths = known.paths
+    # A name would stand for the rows' own sources.
+    opened = [open_source(replace(source, path=path, name=name or None)) for name, path in paths.items()]
+    rows: RowSource | Sequence[Row] = opened[0]
     if len(rows) >= ENDLESS and not limit:
         raise ConfigError(f"{source.path} never ends; give a limit, or for a puzzle split=heldout")
-    return ProblemSet(source.name, source.path, rows, min(limit or len(rows), len(rows)))
+    if known and known.only:
+        rows = [row for at in range(len(opened[0])) if (row := opened[0][at]).source == known.only]
+        if not rows:
+            raise ConfigError(f"{source.path}: no row is of the source {known.only!r}, which {known.title} is about")
+    elif len(opened) > 1:
+        rows = Joined(opened)
+    return ProblemSet(source.name, source.path, rows, min(limit or len(rows), len(rows)), known)
+
+
+class Joined:
+    """The rows of several sources, one source after the other."""
+
+    def __init__(self, sources: Sequence[RowSource]):
+        """Join ``sources``."""
+        self._sources = sources
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return sum(map(len, self._sources))
+
+    def __getitem__(self, index: int) -> Row:
+        """Return row ``index``; raises `RowError` if it cannot be used, `IndexError` past the end."""
+        for source in self._sources:
+            if index < len(source):
+                return source[index]
+            index -= len(source)
+        raise IndexError(index)
 
 
 def run(
@@ -112,9 +169,10 @@ def run(
     with GraderPool() as grader:
         bench = Bench(str(model), engine, processor, grader, rollout.tp)
         for each in problems:
-            told = [listing(str(model)), each.path, each.count, asdict(settings), _budget(data), rollout.stop]
+            chosen = each.settings(settings)
+            told = [listing(str(model)), each.path, each.count, asdict(chosen), _budget(data), rollout.stop]
             mark = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:12]
-            if result := evaluate(bench, each, settings, out, mark):
+            if result := evaluate(bench, each, chosen, out, mark):
                 yield result
 
 
@@ -133,6 +191,7 @@ def evaluate(
     Raises:
         RowError: a row that cannot be used.
     """
+    assert settings.samples is not None
     began = time.perf_counter()
     replica, follower = divmod(dist.get_rank(), bench.tp)
     mine = range(replica, problems.count, dist.get_world_size() // bench.tp)
@@ -152,7 +211,7 @@ def evaluate(
         "set": problems.name,
         "model": bench.model,
         "source": problems.path,
-        **score(responses),
+        **score(responses, problems.known.official if problems.known else None),
         "settings": asdict(settings) | _budget(bench.processor.config),
         "seconds": seconds,
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
@@ -218,6 +277,7 @@ def _answer(
     progress: Callable[[int], None],
 ) -> Iterator[Graded]:
     """Responses to the problems ``indices``, not yet graded; a prompt over the limit gives wrong ones."""
+    assert settings.samples is not None
     rows = [problems.rows[index] for index in indices]
     lengths = bench.processor.lengths(rows, generation=True)
     fits = [at for at, length in enumerate(lengths) if isinstance(length, int)]
@@ -245,9 +305,9 @@ def _answer(
             seeds = seeds_of(settings.seed, 0, indices[at], settings.samples)
             prompts.append(_prompt(samples[at], [0 if s is None else seeds[s] for s in several], settings))
         if prompts:
-            bench.engine.generate(prompts, 0.0 if greedy else 1.0, finished)
+            bench.engine.generate(prompts, 0.0 if greedy else settings.temperature, finished)
     for at, (index, row) in enumerate(zip(indices, rows, strict=True)):
-        blank = _ungraded(index, row, settings.metric)
+        blank = _ungraded(index, row, *problems.metric(row, settings.metric))
         for sample in (None, *range(settings.samples)):
             if at in wanted:
                 yield replace(blank, sample=sample, **kept[index, sample])
@@ -260,8 +320,7 @@ def _prompt(sample: Sample, seeds: Sequence[int], settings: Settings) -> Prompt:
     return Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, settings.max_tokens)
 
 
-def _ungraded(index: int, row: Row, wanted: str) -> Graded:
-    metric, reference = reference_of(row, wanted)
+def _ungraded(index: int, row: Row, metric: str, reference: str) -> Graded:
     question = "\n".join(message.text for message in row.prompt)
     return Graded(index, None, row.id, row.source, question, reference, row.options, metric)
 
@@ -269,8 +328,12 @@ def _ungraded(index: int, row: Row, wanted: str) -> Graded:
 def grade(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
     """The same responses with their verdicts.  Unlike the reward, a box in a response that was cut off counts."""
     graded = list(responses)
-    boxed = [at for at, r in enumerate(responses) if r.response is not None and r.metric == "boxed"]
-    requests = [GradeRequest(r.response or "", r.reference, r.options) for r in (responses[at] for at in boxed)]
+    boxed = [at for at, r in enumerate(responses) if r.response is not None and r.metric != "exact"]
+    rules = {"boxed": "auto"}
+    requests = [
+        GradeRequest(r.response or "", r.reference, r.options, rules.get(r.metric, r.metric))
+        for r in (responses[at] for at in boxed)
+    ]
     for at, verdict in zip(boxed, grader.grade(requests), strict=True):
         graded[at] = replace(responses[at], correct=verdict.correct, reason=str(verdict.reason))
     for at, r in enumerate(responses):

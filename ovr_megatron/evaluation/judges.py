@@ -1,6 +1,6 @@
-"""Who counts behaviours: an OpenAI-compatible endpoint, a local model through vLLM, or the wording of the text.
+"""Who judges: an OpenAI-compatible endpoint, a local model through vLLM, or for behaviours the wording of the text.
 
-Answers are kept in ``judge.jsonl`` as they come, under a hash of judge, behaviour, problem and reasoning: a judge that
+Answers are kept in ``judge.jsonl`` as they come, under a hash of judge and question: a judge that
 dies, or a budget that ends, costs what was not asked yet, and nothing is asked twice.
 """
 
@@ -88,45 +88,70 @@ def count(traces: Sequence[Trace], config: JudgeConfig, folder: Path, progress: 
                 counts.by_behaviour[name][at] = found
             progress(len(BEHAVIOURS))
         return counts
+    asked = {_key(config, b, trace): (b, trace) for trace in traces for b in BEHAVIOURS.values()}
+    progress(len(traces) * len(BEHAVIOURS) - len(asked))
+    answers = ask([(key, question(*what)) for key, what in asked.items()], config, folder, progress)
+    for at, trace in enumerate(traces):
+        for name, behaviour in BEHAVIOURS.items():
+            answer = answers[_key(config, behaviour, trace)]
+            number = read_count(answer.text)
+            counts.by_behaviour[name][at] = number
+            if number is None:
+                counts.missing[answer.missing or "malformed"] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a judge said; without an answer ``missing`` says why: refused, failed or not asked."""
+
+    text: str = ""
+    missing: str | None = None
+
+
+def ask(
+    questions: Sequence[Ask], config: JudgeConfig, folder: Path, progress: Callable[[int], None]
+) -> dict[int, Answer]:
+    """Put every question to a judge that is a model, those that are not answered in ``folder`` already.
+
+    Raises:
+        ConfigError: the judge is none, cannot be opened, or its key is not set.
+        TeacherError: the endpoint refuses us, or nothing but failures; what was answered is kept.
+    """
+    if config.is_lexical:
+        raise ConfigError("judge lexical counts words and answers no question; give vllm:FOLDER or URL#MODEL")
     with Journal(folder / JOURNAL) as journal:
-        asked = {_key(config, b, trace): (b, trace) for trace in traces for b in BEHAVIOURS.values()}
-        todo = [(key, question(*what)) for key, what in asked.items() if key not in journal]
-        progress(len(traces) * len(BEHAVIOURS) - len(todo))
-        failed: dict[int, str] = {}
+        todo = [(key, text) for key, text in questions if key not in journal]
+        progress(len(questions) - len(todo))
+        failed: set[int] = set()
 
         def told(key: int, result: dict[str, Any]) -> None:
             if result.pop("final", True):
                 journal.add(key, result)
             else:
-                failed[key] = result["error"]
+                failed.add(key)
             progress(1)
 
         if todo:
-            ask = _ask_vllm if config.judge.startswith(VLLM) else _ask_endpoint
-            ask(todo, config, journal, told)
+            put = _ask_vllm if config.judge.startswith(VLLM) else _ask_endpoint
+            put(todo, config, journal, told)
         journal.reopen()
-        for at, trace in enumerate(traces):
-            for name, behaviour in BEHAVIOURS.items():
-                key = _key(config, behaviour, trace)
-                entry = journal[key] if key in journal else {}
-                number = read_count(entry.get("text") or "")
-                counts.by_behaviour[name][at] = number
-                if number is None:
-                    counts.missing[_why(entry, key in failed)] += 1
-    return counts
+        return {key: _answer(journal[key] if key in journal else None, key in failed) for key, _ in questions}
 
 
-def _why(entry: dict[str, Any], failed: bool) -> str:
-    if entry.get("error"):
-        return "refused"
-    if entry:
-        return "malformed"
-    return "failed" if failed else "not asked"
+def _answer(entry: dict[str, Any] | None, failed: bool) -> Answer:
+    if entry is None:
+        return Answer(missing="failed" if failed else "not asked")
+    return Answer(missing="refused") if entry.get("error") else Answer(entry.get("text") or "")
+
+
+def key_of(*told: object) -> int:
+    """A number of 64 bits that stands for a question and for whom it is put to."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(told).encode(), digest_size=8).digest(), "big")
 
 
 def _key(config: JudgeConfig, behaviour: Behaviour, trace: Trace) -> int:
-    told = [VERSION, config.judge, config.max_tokens, behaviour.name, trace.problem, trace.reasoning]
-    return int.from_bytes(hashlib.blake2b(json.dumps(told).encode(), digest_size=8).digest(), "big")
+    return key_of(VERSION, config.judge, config.max_tokens, behaviour.name, trace.problem, trace.reasoning)
 
 
 def _ask_endpoint(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, told: Told) -> None:

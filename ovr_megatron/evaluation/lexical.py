@@ -10,6 +10,11 @@ were written without knowledge of the phrases it finds about a third (``tests/ev
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 from ovr_megatron.evaluation.behaviours import PAIRS
 
@@ -125,19 +130,47 @@ def _compiled(table: dict[str, tuple[str, ...]]) -> dict[str, list[re.Pattern[st
 _CUES, _VISUAL = _compiled(CUES), _compiled(VISUAL_CUES)
 
 
-def count(reasoning: str) -> dict[str, int]:
-    """How often each behaviour occurs, by wording."""
-    sentences = [part for part in _SENTENCE.split(reasoning) if part.strip()]
-    found: dict[str, int] = {}
+@dataclass(frozen=True)
+class Act:
+    """The sentences ``[begin, end)`` of a text, in characters, that show ``behaviour`` once."""
+
+    begin: int
+    end: int
+    behaviour: str
+
+
+def acts(reasoning: str) -> list[Act]:
+    """Where each behaviour occurs, by wording, in the order of the behaviours and then of the text."""
+    places = [place for place in _sentences(reasoning) if reasoning[slice(*place)].strip()]
+    sentences = [reasoning[slice(*place)] for place in places]
+    found: list[Act] = []
     for linguistic, visual in PAIRS:
         hits = [any(cue.search(sentence) for cue in _CUES[linguistic]) for sentence in sentences]
-        seen = [any(cue.search(sentence) for cue in _VISUAL[visual]) for sentence in sentences]
-        near = [any(seen[max(at - 1, 0) : at + 2]) for at in range(len(seen))]
-        found[linguistic] = _runs(hits)
-        found[visual] = _runs([hit and close for hit, close in zip(hits, near, strict=True)])
+        found += _runs(linguistic, hits, places)
+        if any(hits):
+            seen = [any(cue.search(sentence) for cue in _VISUAL[visual]) for sentence in sentences]
+            near = [any(seen[max(at - 1, 0) : at + 2]) for at in range(len(seen))]
+            found += _runs(visual, [hit and close for hit, close in zip(hits, near, strict=True)], places)
     return found
 
 
-def _runs(hits: list[bool]) -> int:
+def count(reasoning: str) -> dict[str, int]:
+    """How often each behaviour occurs, by wording."""
+    occurs = Counter(act.behaviour for act in acts(reasoning))
+    return {name: occurs[name] for pair in PAIRS for name in pair}
+
+
+def _sentences(text: str) -> Iterator[tuple[int, int]]:
+    begin = 0
+    for gap in _SENTENCE.finditer(text):
+        yield begin, gap.start()
+        begin = gap.end()
+    yield begin, len(text)
+
+
+def _runs(behaviour: str, hits: Sequence[bool], places: Sequence[tuple[int, int]]) -> Iterator[Act]:
     """Maximal runs of hits."""
-    return sum(hit and (at == 0 or not hits[at - 1]) for at, hit in enumerate(hits))
+    for hit, run in groupby(zip(hits, places, strict=True), key=itemgetter(0)):
+        if hit:
+            among = [place for _, place in run]
+            yield Act(among[0][0], among[-1][1], behaviour)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ METRICS = ("auto", "boxed", "exact")
 class Graded:
     r"""One response to problem number ``index``; ``sample`` is None for the greedy one.
 
-    ``metric`` is ``boxed`` (the last ``\boxed{}`` is right) or ``exact`` (the whole text is the reference).
+    ``metric`` is ``boxed`` (the last ``\boxed{}`` is right), ``exact`` (the whole text is the reference), or the rule
+    by which the box is right (`ovr_megatron.rewards.rules.rule`).
     ``response`` is None for a prompt over the length limit: it is not asked, and counts as wrong.
     """
 
@@ -46,6 +47,9 @@ class Graded:
         return asdict(self)
 
 
+Official = Callable[[Sequence[Graded]], dict[str, float]]
+
+
 def reference_of(row: Row, metric: str) -> tuple[str, str]:
     """How a row is graded, ``boxed`` or ``exact``, and against what.
 
@@ -64,14 +68,19 @@ def reference_of(row: Row, metric: str) -> tuple[str, str]:
     return metric, reference
 
 
-def score(responses: Sequence[Graded]) -> dict[str, Any]:
+def score(responses: Sequence[Graded], official: Mapping[str, Official] | None = None) -> dict[str, Any]:
     """Scores of all ``responses``, and under ``sources`` those of each source.
+
+    Args:
+        responses: of every problem the greedy one, and as many samples of each.
+        official: a benchmark's own scores by title, made of the greedy responses.
 
     Returns:
         ``problems`` and ``dropped`` (prompts over the limit); ``greedy`` with ``accuracy``, its 95 % interval
         ``low`` to ``high``, ``correct``, ``problems``, mean ``tokens`` and the share that ``stopped``; ``sampled``,
         None without samples, with ``samples``, ``tokens``, ``stopped`` and, each an accuracy with its interval,
-        ``average`` (avg@k over all samples), ``pass`` for each k, and ``majority`` (maj@k over all samples).
+        ``average`` (avg@k over all samples), ``pass`` for each k, and ``majority`` (maj@k over all samples);
+        ``official``, where there are some, each an accuracy with its interval.
     """
     greedy = [response for response in responses if response.sample is None]
     sources = sorted({response.source for response in responses})
@@ -80,14 +89,14 @@ def score(responses: Sequence[Graded]) -> dict[str, Any]:
         "dropped": sum(response.response is None for response in greedy),
         **_part(responses),
         "sources": {name: _part([r for r in responses if r.source == name]) for name in sources},
-    }
+    } | ({"official": {title: formula(greedy) for title, formula in official.items()}} if official else {})
 
 
 def _part(responses: Sequence[Graded]) -> dict[str, Any]:
     greedy = [response for response in responses if response.sample is None]
     drawn = [response for response in responses if response.sample is not None]
     correct = sum(response.correct for response in greedy)
-    found = {**_share(correct, len(greedy)), "correct": correct, "problems": len(greedy), **_length(greedy)}
+    found = {**share(correct, len(greedy)), "correct": correct, "problems": len(greedy), **_length(greedy)}
     return {"greedy": found, "sampled": _sampled(drawn) if drawn else None}
 
 
@@ -97,8 +106,8 @@ def _sampled(drawn: Sequence[Graded]) -> dict[str, Any]:
         problems.setdefault(response.index, []).append(response)
     samples = len(drawn) // len(problems)
     right = [(len(group), sum(response.correct for response in group)) for group in problems.values()]
-    passed = {str(k): _share(sum(pass_at_k(*counts, k) for counts in right), len(problems)) for k in ks(samples)}
-    majority = _share(sum(map(majority_is_right, problems.values())), len(problems))
+    passed = {str(k): share(sum(pass_at_k(*counts, k) for counts in right), len(problems)) for k in ks(samples)}
+    majority = share(sum(map(majority_is_right, problems.values())), len(problems))
     return {"samples": samples, "average": passed["1"], "pass": passed, "majority": majority, **_length(drawn)}
 
 
@@ -124,7 +133,8 @@ def ks(samples: int) -> list[int]:
     return [2**power for power in range(samples.bit_length()) if 2**power < samples] + [samples]
 
 
-def _share(correct: float, total: int) -> dict[str, float]:
+def share(correct: float, total: int) -> dict[str, float]:
+    """A share as ``accuracy`` with its 95 % interval ``low`` to ``high``."""
     found = wilson(min(correct, total), total)
     return {"accuracy": found.value, "low": found.low, "high": found.high}
 

@@ -98,7 +98,7 @@ class Clock:
 
 
 def response_metrics(rollout: Rollout) -> dict[str, float]:
-    """Reward, length and stopping over all ranks, and the reward of each source."""
+    """Reward, length and stopping over all ranks, and reward and length of each source."""
     rows = rollout.prompts.rows
     sources = sorted({row.source for row in rows})
     sums = np.zeros((1 + len(sources), 4))
@@ -113,4 +113,5 @@ def response_metrics(rollout: Rollout) -> dict[str, float]:
     for source, entry in zip(sources, total[1:].tolist(), strict=True):
         if entry[0] and len(sources) > 1:
             metrics[f"reward/{source}"] = entry[1] / entry[0]
+            metrics[f"response/length/{source}"] = entry[2] / entry[0]
     return metrics

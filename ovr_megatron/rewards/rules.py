@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -15,7 +16,8 @@ from ovr_megatron.rewards.verdict import GradeRequest, Reason, Verdict
 Rule = Callable[[GradeRequest], Verdict]
 TOLERANCE = Fraction(1, 100)
 MISTAKES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-PLAIN = ("auto", "math", "exact", "choice", "numeric")
+_LETTER = re.compile(r"(?<![A-Z0-9])[A-Z0-9](?![A-Z0-9])")
+PLAIN = ("auto", "math", "exact", "choice", "letters", "numeric", "within")
 
 
 class RuleError(ValueError):
@@ -27,8 +29,9 @@ def rule(name: str) -> Rule:
     """The rule of this name.
 
     ``auto``: options by letter or content where there are some, else text, number or math-verify.  ``math``: the same
-    without options.  ``exact``: the same text.  ``choice``: the letter of the right option, nothing else.  ``numeric``
-    or ``numeric:0.05``: a number within this share of the reference, one part in a hundred if none is given.
+    without options.  ``exact``: the same text.  ``choice``: the letter of the right option, nothing else.  ``letters``:
+    the letters of all right options, in any order.  ``numeric`` or ``numeric:0.05``: a number within this share of the
+    reference, one part in a hundred if none is given.  ``within:0.001``: a number no further from the reference.
     ``package.module:function``: the user's; it gets response, answer and options and returns a reward in 0..1.
 
     Raises:
@@ -43,8 +46,12 @@ def rule(name: str) -> Rule:
         return _exact
     if kind == "choice" and not rest:
         return _choice
+    if kind == "letters" and not rest:
+        return _letters
     if kind == "numeric":
-        return lambda request: _numeric(request, _tolerance(name, rest))
+        return lambda request: _numeric(request, share=_tolerance(name, rest))
+    if kind == "within":
+        return lambda request: _numeric(request, distance=_tolerance(name, rest))
     return _own(name)
 
 
@@ -55,7 +62,7 @@ def check(name: str) -> None:
         RuleError: says why.
     """
     kind, _, rest = name.partition(":")
-    if kind == "numeric":
+    if kind in ("numeric", "within"):
         _tolerance(name, rest)
     elif name not in PLAIN:
         _own(name)
@@ -104,7 +111,16 @@ def _choice(request: GradeRequest) -> Verdict:
     return Verdict(Reason.LETTER if named.index == right else Reason.OTHER_OPTION, box)
 
 
-def _numeric(request: GradeRequest, tolerance: Fraction) -> Verdict:
+def _letters(request: GradeRequest) -> Verdict:
+    box = _boxed(request)
+    if isinstance(box, Verdict):
+        return box
+    wanted, given = (sorted(_LETTER.findall(clean(text).upper())) for text in (request.answer, box))
+    alone = not _LETTER.sub("", clean(box).upper()).replace("AND", "").strip(" ,;()[]{}.&")
+    return Verdict(Reason.LETTER if alone and wanted == given else Reason.DIFFERENT, box)
+
+
+def _numeric(request: GradeRequest, share: Fraction = Fraction(0), distance: Fraction = Fraction(0)) -> Verdict:
     box = _boxed(request)
     if isinstance(box, Verdict):
         return box
@@ -115,7 +131,7 @@ def _numeric(request: GradeRequest, tolerance: Fraction) -> Verdict:
         return Verdict(Reason.DIFFERENT, box)
     if unit and other and unit.dimensions == other.dimensions:
         b *= other.scale / unit.scale
-    return Verdict(Reason.NUMBER if abs(a - b) <= tolerance * abs(a) else Reason.DIFFERENT, box)
+    return Verdict(Reason.NUMBER if abs(a - b) <= max(share * abs(a), distance) else Reason.DIFFERENT, box)
 
 
 def _tolerance(name: str, text: str) -> Fraction:
@@ -123,8 +139,8 @@ def _tolerance(name: str, text: str) -> Fraction:
         found = Fraction(text) if text else TOLERANCE
     except (ValueError, ZeroDivisionError):
         found = Fraction(-1)
-    if not 0 <= found < 1:
-        raise RuleError(f"{name}: the tolerance must be a number from 0 to below 1, as in numeric:0.05")
+    if found < 0 or (found >= 1 and name.startswith("numeric")):
+        raise RuleError(f"{name}: the tolerance must be a number, as in within:0.001 or, below 1, numeric:0.05")
     return found
 
 

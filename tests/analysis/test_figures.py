@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 import shutil
@@ -18,11 +19,13 @@ from ovr_megatron.analysis.figures import (
     evaluated,
     evaluation_figure,
     loss_figure,
+    sources,
+    sources_figure,
     switches,
     write_figures,
 )
 
-NAMES = ["base_loss", "cold_start_loss", "rl_dynamics", "rl_health", "accuracy"]
+NAMES = ["base_loss", "cold_start_loss", "rl_dynamics", "rl_sources", "rl_health", "accuracy"]
 
 
 @pytest.fixture
@@ -30,14 +33,29 @@ def experiment(finished_dir):
     return read_experiment(finished_dir)
 
 
-def test_every_figure_is_written_as_png(experiment_dir):
+def test_every_figure_is_written_as_png_and_pdf_and_its_numbers_as_csv(experiment_dir):
     paths = write_figures(read_experiment(experiment_dir))
-    assert [path.stem for path in paths] == NAMES
-    for path in paths:
+    images = [path for path in paths if path.suffix == ".png"]
+    assert [path.stem for path in images] == NAMES
+    for path in images:
         with PIL.Image.open(path) as image:
             assert image.format == "PNG"
             assert image.width > 1000
             assert len(image.convert("RGB").resize((200, 100)).getcolors(20000)) > 20
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF-")
+    tables = {path.stem: list(csv.DictReader(path.open())) for path in paths if path.suffix == ".csv"}
+    assert {name: len(rows) for name, rows in tables.items()} == {"base": 300, "cold_start": 80, "rl": 60, "scores": 24}
+    assert float(tables["rl"][41]["rollout/mismatch_max"]) == 2e-5
+    row = next(r for r in tables["scores"] if (r["model"], r["set"], r["source"]) == ("rl", "visual", ""))
+    assert (row["response"], float(row["accuracy"]), int(row["correct"])) == ("greedy", 441 / 500, 441)
+
+
+def test_reward_and_length_by_source(experiment):
+    stage = experiment.stages["rl"]
+    assert sources(stage) == ["text", "visual"]
+    reward, length = sources_figure(stage, LIGHT).axes
+    assert [line.get_label() for line in reward.get_lines()] == ["text", "visual"]
+    assert [len(line.get_ydata()) for line in length.get_lines()] == [60, 60]
 
 
 def test_looks_differ_in_colour_and_width(experiment_dir):

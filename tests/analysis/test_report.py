@@ -22,7 +22,8 @@ from ovr_megatron.evaluation.judging import judge
 from ovr_megatron.model.tiny import make_tiny_model
 from tools import report as command
 
-VOID = {"meta", "img", "source"}
+VOID = {"meta", "img", "source", "input"}
+SCRIPTS = 2  # ours: the index of the responses, and what shows them
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></pre><a href='https://example.com'>&amp;"
 
 
@@ -50,7 +51,7 @@ class Page(HTMLParser):
 
     @property
     def text(self):
-        return "\n".join(data for name, data in self.texts if name != "style")
+        return "\n".join(data for name, data in self.texts if name not in ("style", "script"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def rollouts(experiment_dir):
 
 def test_page_is_whole_and_loads_nothing(finished_page):
     page, text = Page(finished_page), finished_page
-    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    assert page.tags.count("script") == SCRIPTS and "link" not in page.tags and "iframe" not in page.tags
     loaded = [value for _, key, value in page.attributes if key in ("src", "srcset", "href", "data", "action")]
     assert loaded and all(value.startswith("data:image/png;base64,") for value in loaded)
     assert not [key for _, key, _ in page.attributes if key.startswith("on")]
@@ -97,9 +98,9 @@ def test_page_tells_the_story(finished_page):
 def test_every_look_of_a_figure_is_there(finished_page):
     page = Page(finished_page)
     media = [value for name, key, value in page.attributes if name == "source" and key == "media"]
-    assert page.tags.count("picture") == 5
-    assert media.count("(prefers-color-scheme: dark)") == 5
-    assert media.count("(max-width: 640px)") == 5
+    assert page.tags.count("picture") == 6
+    assert media.count("(prefers-color-scheme: dark)") == 6
+    assert media.count("(max-width: 640px)") == 6
     alternatives = [value for name, key, value in page.attributes if name == "img" and key == "alt"]
     assert len(alternatives) == page.tags.count("img") and all(alternatives)
 
@@ -111,7 +112,7 @@ def test_model_output_is_text_and_nothing_else(experiment_dir, rollouts):
     page = Page(render(read_experiment(experiment_dir)))
     for field in fields:
         assert f"{field}: {ATTACK}" in page.text
-    assert "script" not in page.tags and "a" not in page.tags
+    assert page.tags.count("script") == SCRIPTS and "a" not in page.tags
     assert {key for _, key, _ in page.attributes} == {key for _, key, _ in plain.attributes}
 
 
@@ -124,7 +125,7 @@ def test_an_attack_in_names_and_settings_is_text_too(experiment_dir):
     page = Page(render(read_experiment(experiment_dir)))
     assert ATTACK in page.text
     assert "<b>" in page.text
-    assert "script" not in page.tags and "a" not in page.tags and page.tags.count("b") == 8
+    assert page.tags.count("script") == SCRIPTS and "a" not in page.tags and page.tags.count("b") == 8
 
 
 @pytest.mark.parametrize("image", ["../../secret.png", "/etc/hostname", "rollouts/nothing.png", "config.yaml"])

@@ -2,9 +2,7 @@
 
 import json
 import re
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,8 @@ from ovr_megatron.evaluation.behaviours import (
 from ovr_megatron.evaluation.judges import JudgeConfig
 from ovr_megatron.evaluation.judging import ANNOTATIONS, judge
 from ovr_megatron.model.tiny import make_tiny_model
+from tests.evaluation.judge_server import KEY, Judge
 
-KEY = "sk-not-to-be-seen-91c2"
 LABELLED = Path(__file__).with_name("behaviours.jsonl")
 
 
@@ -139,49 +137,11 @@ def test_wording_is_an_approximation_of_free_prose() -> None:
     assert precision >= 0.75 and recall >= 0.3
 
 
-class Judge(ThreadingHTTPServer):
-    """Counts occurrences of a behaviour's name in the reasoning; ``script`` is what the first requests get instead."""
-
-    daemon_threads = True
-
-    def __init__(self, script: list[Any]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.asked = script, 0
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1#judge"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Judge
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        text = body["messages"][0]["content"]
-        with self.server.lock:
-            self.server.asked += 1
-            step = self.server.script.pop(0) if self.server.script else None
-        if self.headers["authorization"] != f"Bearer {KEY}":
-            step = 401
-        if step == "dies":
-            self.connection.close()
-            return
-        name = next(name for name, behaviour in BEHAVIOURS.items() if f"The behaviour: {behaviour.title}." in text)
-        reasoning = text.split("<reasoning>\n")[1].split("\n</reasoning>")[0].split()
-        content = "I would say three." if step == "guess" else f"So <count>{reasoning.count(name)}</count>"
-        reply = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
-        status, reply = (step, f"no, {self.headers['authorization']}") if isinstance(step, int) else (200, reply)
-        self.send_response(status)
-        self.send_header("content-length", str(len(reply)))
-        self.send_header("retry-after", "0.01")
-        self.end_headers()
-        self.wfile.write(reply.encode())
+def count_names(text: str) -> str:
+    """How often the behaviour that is asked for is named in the reasoning."""
+    name = next(name for name, behaviour in BEHAVIOURS.items() if f"The behaviour: {behaviour.title}." in text)
+    reasoning = text.split("<reasoning>\n")[1].split("\n</reasoning>")[0].split()
+    return f"So <count>{reasoning.count(name)}</count>"
 
 
 @pytest.fixture
@@ -205,7 +165,7 @@ def test_a_judge_that_misbehaves_is_asked_again_counted_and_resumed(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
     out = tmp_path / "out"
-    server = Judge([429, "dies", 500, "guess", 400])
+    server = Judge(count_names, [429, "dies", 500, "guess", 400])
     told = judge({"rl": responses}, [config(server)], out, 0, 10, False)
     assert told["missing"] == {"malformed": 1, "refused": 1} and not told["approximation"]
     assert server.asked == 24 + 3  # three failures were asked again
@@ -215,7 +175,7 @@ def test_a_judge_that_misbehaves_is_asked_again_counted_and_resumed(
     assert missing == 2, "nobody guesses"
     again = judge({"rl": responses}, [config(server)], out, 0, 10, False)
     assert server.asked == 27 and again == told, "nothing is asked twice"
-    one = judge({"rl": responses}, [config(Judge([]))], tmp_path / "whole", 0, 10, False)
+    one = judge({"rl": responses}, [config(Judge(count_names, []))], tmp_path / "whole", 0, 10, False)
     backtracking = one["checkpoints"]["rl"]["behaviours"]["backtracking"]
     assert backtracking["per_trace"] == 1.0 and backtracking["emergence"]["rate"] == pytest.approx(2 / 3)
     assert one["checkpoints"]["rl"]["transfer"]["backtracking"]["value"] == 0.5
@@ -226,16 +186,18 @@ def test_a_judge_that_refuses_or_dies_keeps_what_was_answered(
     tmp_path: Path, responses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    server = Judge([None] * 6 + [403])
+    server = Judge(count_names, [None] * 6 + [403])
     with pytest.raises(TeacherError, match=r"refuses model 'judge'.*judge key_env=JUDGE_KEY"):
         judge({"rl": responses}, [config(server)], tmp_path / "out", 0, 10, False)
     judge({"rl": responses}, [config(server)], tmp_path / "out", 0, 10, False)
     assert server.asked <= 24 + 2
-    budget = judge({"rl": responses}, [config(Judge([]), max_requests=10)], tmp_path / "budget", 0, 10, False)
+    budget = judge(
+        {"rl": responses}, [config(Judge(count_names, []), max_requests=10)], tmp_path / "budget", 0, 10, False
+    )
     assert budget["missing"] == {"not asked": 14}
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ConfigError, match="JUDGE_KEY: this environment variable is not set"):
-        judge({"rl": responses}, [config(Judge([]))], tmp_path / "other", 0, 10, False)
+        judge({"rl": responses}, [config(Judge(count_names, []))], tmp_path / "other", 0, 10, False)
 
 
 def test_two_judges_and_people_are_compared(tmp_path: Path, responses: Path) -> None:

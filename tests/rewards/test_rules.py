@@ -54,6 +54,16 @@ def graded(name, box, answer, options=()):
         ("numeric", "two", "2", (), Reason.DIFFERENT),
         ("numeric", "0", "0", (), Reason.NUMBER),
         ("numeric", " ", "0", (), Reason.EMPTY_BOX),
+        ("within:0.001", "2.0951", "2.0944", (), Reason.NUMBER),
+        ("within:0.001", "2.0955", "2.0944", (), Reason.DIFFERENT),
+        ("within:2", "4", "2", (), Reason.NUMBER),
+        ("letters", "D, B", "B, D", (), Reason.LETTER),
+        ("letters", "(b) and (d)", "B, D", (), Reason.LETTER),
+        ("letters", "B", "B, D", (), Reason.DIFFERENT),
+        ("letters", "B, D, E", "B, D", (), Reason.DIFFERENT),
+        ("letters", "3", "3", (), Reason.LETTER),
+        ("letters", "B because D", "B, D", (), Reason.DIFFERENT),
+        ("letters", "x", "no answer is known", (), Reason.DIFFERENT),
     ],
 )
 def test_rules_by_hand(name, box, answer, options, reason):

@@ -1,0 +1,244 @@
+r"""Readers of the benchmarks that the paper reports, in the form in which they are published, one function for each.
+
+Questions stand as their authors wrote them; the request at the end asks for ``\boxed{}``.  ``source`` is what a
+benchmark groups its own scores by.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from ovr_megatron.data.questions import field_of, options_of, prompt_row
+from ovr_megatron.data.schema import Part, Row, RowError, TextPart, option_letter, parse_image, parse_text
+
+PICTURED = "Answer the question in the picture."
+LETTER_IN_PICTURE = "Put the letter of the right option in \\boxed{}."
+_WE_MATH_OPTION = re.compile(r"(?:^|;)\s*([A-H])\.")
+_MMMU_MARK = re.compile(r"<image (\d)>")
+
+
+def read_math(raw: Any, where: str, image_root: Path) -> Row:
+    """Read MATH500 or AIME: ``problem``, ``answer``; ``subject`` and ``level`` (1 to 5) of MATH500."""
+    level = raw.get("level")
+    return prompt_row(
+        (TextPart(_text(raw, "problem", where)),),
+        field_of(raw, "answer", where),
+        (),
+        where,
+        id=_id(raw, "unique_id", "id"),
+        source=str(raw.get("subject") or ""),
+        difficulty=level / 5 if isinstance(level, int) else None,
+    )
+
+
+def read_gpqa(raw: Any, where: str, image_root: Path) -> Row:
+    """Read GPQA: one right and three wrong answers; their order is drawn from the question, always the same."""
+    question, right = _text(raw, "Question", where), _text(raw, "Correct Answer", where).strip()
+    options = [right, *(_text(raw, f"Incorrect Answer {number}", where).strip() for number in (1, 2, 3))]
+    order = random.Random(question).sample(range(4), 4)
+    return prompt_row(
+        (TextPart(question.strip()),),
+        option_letter(order.index(0)),
+        [options[at] for at in order],
+        where,
+        id=_id(raw, "Record ID"),
+        source=str(raw.get("High-level domain") or ""),
+    )
+
+
+def read_mmlu(raw: Any, where: str, image_root: Path) -> Row:
+    """Read MMLU: ``question``, ``choices``, ``answer`` (number from 0), ``subject``."""
+    options = options_of(raw, where, "choices")
+    question = TextPart(field_of(raw, "question", where))
+    return prompt_row((question,), _letter(raw, "answer", len(options), where), options, where, source=raw["subject"])
+
+
+def read_mmlu_pro(raw: Any, where: str, image_root: Path) -> Row:
+    """Read MMLU-Pro: as MMLU with three to ten ``options``, filled up with "N/A", and a letter as ``answer``."""
+    options = [option for option in options_of(raw, where) if option != "N/A"]
+    return prompt_row(
+        (TextPart(field_of(raw, "question", where)),),
+        field_of(raw, "answer", where),
+        options,
+        where,
+        id=_id(raw, "question_id"),
+        source=str(raw.get("category") or ""),
+    )
+
+
+def read_mathvista(raw: Any, where: str, image_root: Path) -> Row:
+    """Read MathVista: ``choices`` or a number, rounded to ``precision`` decimals, maybe in a ``unit``."""
+    options = options_of(raw, where, "choices")
+    kind, unit, precision = raw.get("answer_type"), raw.get("unit"), raw.get("precision")
+    request = None
+    if not options:
+        form = {"integer": "an integer", "list": "a list such as [1, 2, 3]"}.get(str(kind), "a number")
+        if kind == "float" and precision is not None:
+            form = f"a number with {int(precision)} decimal{'s' if precision > 1 else ''}"
+        request = f"Put your final answer, {form}{f', in {unit}' if unit else ''}, in \\boxed{{}}."
+    known = raw.get("metadata") or {}
+    return prompt_row(
+        (_image(raw, where, image_root), TextPart(field_of(raw, "question", where))),
+        field_of(raw, "answer", where),
+        options,
+        where,
+        request=request,
+        id=_id(raw, "pid"),
+        source=str(known.get("task") or ""),
+    )
+
+
+def read_mathverse(raw: Any, where: str, image_root: Path) -> Row:
+    """Read MathVerse; ``problem_version`` is the source, of which "Vision Only" has its question in the picture."""
+    question = str(raw.get("question") or "").strip() or PICTURED
+    answer = parse_text(field_of(raw, "answer", where), where, "answer").strip()
+    bare = answer.strip("()")
+    letter = raw.get("question_type") == "multi-choice"
+    return prompt_row(
+        (_image(raw, where, image_root), TextPart(question)),
+        bare if letter and len(bare) == 1 else answer,
+        (),
+        where,
+        request=LETTER_IN_PICTURE if letter else None,
+        id=_id(raw, "sample_index"),
+        source=str(raw["problem_version"]),
+    )
+
+
+def read_dynamath(raw: Any, where: str, image_root: Path) -> Row:
+    """Read DynaMath: ten variants of each of 501 questions share its ``id``; ``answer_type`` is the source."""
+    key = "ground_truth" if "ground_truth" in raw else "answer"
+    kind = str(raw["answer_type"])
+    forms = {"float": "Put your final answer, a number with three decimals, in \\boxed{}."}
+    if kind == "multiple choice":  # listed in the question
+        forms[kind] = LETTER_IN_PICTURE
+    return prompt_row(
+        (_image(raw, where, image_root), TextPart(field_of(raw, "question", where))),
+        field_of(raw, key, where),
+        (),
+        where,
+        request=forms.get(kind),
+        id=_id(raw, "id"),
+        source=kind,
+    )
+
+
+def read_wemath(raw: Any, where: str, image_root: Path) -> Row:
+    """Read We-Math: ``ID`` joins the steps of a problem, ``key`` says which step it is; both are in the row's id."""
+    given = field_of(raw, "option", where)
+    marks = list(_WE_MATH_OPTION.finditer(given))
+    ends = [mark.start() for mark in marks[1:]] + [len(given)]
+    options = [given[mark.end() : end].strip(" ;") for mark, end in zip(marks, ends, strict=True)]
+    if [mark[1] for mark in marks] != [option_letter(at) for at in range(len(marks))]:
+        raise RowError(where, "option", f"has no options A, B, C in order: {given!r:.80}", "write 'A. ..; B. ..'")
+    key = field_of(raw, "key", where)
+    return prompt_row(
+        (_image(raw, where, image_root, "image_path"), TextPart(field_of(raw, "question", where))),
+        field_of(raw, "answer", where),
+        options,
+        where,
+        id=f"{field_of(raw, 'ID', where)}/{key}",
+        source=str(key),
+    )
+
+
+def read_logicvista(raw: Any, where: str, image_root: Path) -> Row:
+    """Read LogicVista: letters of options in the picture, several of them in some questions; one has no answer."""
+    skills = raw.get("skill")
+    key = "image" if raw.get("image") is not None else "imagename"
+    return prompt_row(
+        (_image(raw, where, image_root, key), TextPart(str(raw.get("question") or "").strip() or PICTURED)),
+        str(raw.get("answer") or "").strip() or "no answer is known",
+        (),
+        where,
+        request="Put the letter of the right option, or the letters of all right ones, in \\boxed{}.",
+        source=str(skills[0] if isinstance(skills, list) and skills else skills or ""),
+    )
+
+
+def read_mmmu_pro(raw: Any, where: str, image_root: Path) -> Row:
+    """Read MMMU-Pro: pictures where question and options name them, or the whole question as a picture ("vision")."""
+    given = field_of(raw, "options", where)
+    try:
+        options = ast.literal_eval(given) if isinstance(given, str) else given
+    except (ValueError, SyntaxError):
+        options = given
+    options = options_of({"options": options}, where)
+    answer = field_of(raw, "answer", where)
+    known: dict[str, Any] = {"id": _id(raw, "id"), "source": str(raw.get("subject") or "")}
+    if raw.get("image") is not None:
+        parts = (_image(raw, where, image_root), TextPart(PICTURED))
+        count = len(options)
+        row = prompt_row(parts, answer, (), where, request=LETTER_IN_PICTURE, **known)
+        if len(str(answer)) != 1 or not 0 <= ord(str(answer)) - ord("A") < count:
+            raise RowError(where, "answer", f"{answer!r} is none of the {count} options", "give a letter")
+        return row
+    question = field_of(raw, "question", where)
+    named = dict.fromkeys(_MMMU_MARK.findall(" ".join([question, *options])))
+    pictures = {
+        f"<image {number}>": parse_image(field_of(raw, f"image_{number}", where), where, f"image_{number}", image_root)
+        for number in named
+    }
+    return prompt_row((TextPart(question),), answer, options, where, pictures=pictures, **known)
+
+
+BENCHMARK_READERS: dict[str, Callable[[Any, str, Path], Row]] = {
+    "math": read_math,
+    "gpqa": read_gpqa,
+    "mmlu": read_mmlu,
+    "mmlu_pro": read_mmlu_pro,
+    "mathvista": read_mathvista,
+    "mathverse": read_mathverse,
+    "dynamath": read_dynamath,
+    "wemath": read_wemath,
+    "logicvista": read_logicvista,
+    "mmmu_pro": read_mmmu_pro,
+}
+_SIGNS = {  # fields that only this format has, the more telling ones first
+    "mathvista": {"pid", "question", "answer_type"},
+    "mathverse": {"problem_version"},
+    "dynamath": {"question", "answer_type"},
+    "wemath": {"knowledge concept", "option"},
+    "gpqa": {"Question", "Correct Answer"},
+    "mmlu": {"question", "choices", "subject"},
+    "mmlu_pro": {"question", "options", "answer_index"},
+    "logicvista": {"question", "answer", "skill"},
+    "mmmu_pro": {"options", "answer", "subject", "id"},
+    "math": {"problem", "answer"},
+}
+
+
+def detect_benchmark(keys: Set[str]) -> str | None:
+    """Name of the benchmark whose rows have the fields ``keys``; None if none has."""
+    if {"level", "image"} <= keys and "answer_type" not in keys:
+        return None  # MathVision
+    return next((name for name, signs in _SIGNS.items() if signs <= keys), None)
+
+
+def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
+    value = field_of(raw, key, where)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(where, key, f"is {type(value).__name__} {value!r:.60}", "give a text")
+    return value
+
+
+def _image(raw: Mapping[str, Any], where: str, root: Path, key: str = "image") -> Part:
+    """The picture of a row: decoded by the hub where it is, else the file that it names."""
+    key = next((name for name in ("decoded_image", key, "image") if raw.get(name) is not None), key)
+    return parse_image(field_of(raw, key, where), where, key, root)
+
+
+def _letter(raw: Mapping[str, Any], key: str, count: int, where: str) -> str:
+    value = field_of(raw, key, where)
+    if not isinstance(value, int) or not 0 <= value < count:
+        raise RowError(where, key, f"is {value!r}, none of the {count} options", "give its number, from 0")
+    return option_letter(value)
+
+
+def _id(raw: Mapping[str, Any], *keys: str) -> str:
+    return next((str(raw[key]) for key in keys if raw.get(key) is not None), "")

@@ -1,0 +1,42 @@
+"""Pictures of a report as Debian's Chromium shows it: ``python tests/analysis/screenshots.py RUN_DIR OUT``.
+
+Writes ``report.png`` (the top), ``report_browser.png`` (the part to leaf through) and ``report_phone.png`` (dark, 390
+pixels wide) of RUN_DIR/report.html.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium of the system's."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def main() -> None:
+    """Take the three pictures."""
+    report, out = Path(sys.argv[1]).resolve() / "report.html", Path(sys.argv[2])
+    out.mkdir(parents=True, exist_ok=True)
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
+        page.goto(report.as_uri())
+        page.screenshot(path=out / "report.png")
+        page.locator("section", has=page.locator("#browser")).screenshot(path=out / "report_browser.png")
+        phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+        phone.goto(report.as_uri())
+        phone.screenshot(path=out / "report_phone.png")
+
+
+if __name__ == "__main__":
+    main()

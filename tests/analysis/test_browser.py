@@ -1,0 +1,174 @@
+"""The report in a real browser: it opens, its filters work, nothing overflows, nothing that a model says is run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from ovr_megatron.analysis.browser import even
+from ovr_megatron.analysis.experiment import read_experiment
+from ovr_megatron.analysis.report import write_report
+
+screenshots = pytest.importorskip("tests.analysis.screenshots", reason="no playwright")
+pytestmark = pytest.mark.skipif(screenshots.CHROMIUM is None, reason="no Chromium; on Debian: apt install chromium")
+
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></pre>\u2028&amp;"
+LONG = "W" * 400  # no place to break
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with screenshots.chromium() as browser:
+        yield browser
+
+
+class Opened:
+    """A report in the browser, and whatever went wrong there."""
+
+    def __init__(self, browser, path: Path, width: int = 1000, **looks):
+        self.page = browser.new_page(viewport={"width": width, "height": 900}, **looks)
+        self.wrong, self.asked = [], []
+        self.page.on("console", lambda message: self.wrong.append(message.text))
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.wrong.append(dialog.message), dialog.dismiss()))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+
+    def choose(self, name, option):
+        self.page.select_option(f"#browse-{name}", label=option)
+
+    @property
+    def count(self):
+        return self.page.inner_text("#browse-count")
+
+    def cards(self):
+        self.page.wait_for_timeout(100)  # texts come from files
+        return self.page.locator("#browse-list .rollout").all_inner_texts()
+
+
+def _answers(folder: Path, model: str, rows: list[dict]) -> None:
+    common = {"sample": None, "source": "visual", "question": "What is the sum?", "reference": "8", "options": []}
+    common |= {"metric": "boxed", "stopped": True, "reason": "same number"}
+    lines = [json.dumps(common | {"index": i, "id": f"v{i}", "tokens": 10} | row) for i, row in enumerate(rows)]
+    (folder / "eval" / model / "visual.responses.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def report(experiment_dir):
+    """A report over 480 rollouts and three responses of an evaluation, one of them hostile."""
+    rows = [
+        {"response": "Wait, that is wrong. I look at the image again.\n\\boxed{8}", "correct": True},
+        {"response": "\\boxed{7}", "correct": False, "tokens": 4},
+        {"response": ATTACK + LONG, "correct": False, "tokens": 5000, "question": ATTACK, "stopped": False},
+    ]
+    _answers(experiment_dir, "rl", rows)
+    return write_report(read_experiment(experiment_dir))
+
+
+def test_the_page_opens_and_its_filters_work(report, chromium):
+    page = Opened(chromium, report)
+    assert page.count == "1 to 10 of 483"
+    assert "All 483 responses" in page.page.inner_text("main")
+    page.choose("from", "RL on Visual puzzles")
+    assert page.count == "1 to 3 of 3"
+    page.choose("behaviour", "Visual reflection")
+    [card] = page.cards()
+    assert "I look at the image again." in card and "Backtracking" in card and "reward 1" in card
+    assert page.page.locator("#browse-list .response .act").count() >= 1
+    page.choose("behaviour", "All")
+    page.choose("verdict", "Wrong")
+    page.page.fill("#browse-least", "1000")
+    [card] = page.cards()
+    assert ATTACK.replace("\u2028", "") in card.replace("\u2028", "") and "cut off" in card
+    page.choose("from", "Rollouts")
+    assert page.count == "None fits" and page.cards() == []
+    page.page.fill("#browse-least", "")
+    assert page.count == "1 to 10 of 240"
+    page.choose("source", "text")
+    page.choose("order", "Last to first")
+    assert "iteration 59" in page.cards()[0]
+    page.page.click("#browse-next")
+    assert page.count == "11 to 20 of 120"
+    again = Opened(chromium, report)
+    again.page.goto(page.page.url)
+    again.page.reload()  # what was chosen is in the address
+    assert again.count == "11 to 20 of 120" and again.cards() == page.cards()
+    assert not page.wrong and not again.wrong
+    assert all(address.startswith(("file:", "data:")) for address in page.asked)
+
+
+def test_images_of_prompts_are_shown(report, chromium):
+    page = Opened(chromium, report)
+    page.choose("from", "Rollouts")
+    page.choose("source", "visual")
+    page.cards()
+    widths = page.page.eval_on_selector_all("#browse-list img", "all => all.map(image => image.naturalWidth)")
+    assert widths == [56] * 10 and not page.wrong
+
+
+@pytest.mark.parametrize("width", [360, 700, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_overflows(report, chromium, width, scheme):
+    page = Opened(chromium, report, width, color_scheme=scheme)
+    for group in ("RL on Visual puzzles", "Rollouts"):
+        page.choose("from", group)
+        assert page.cards()
+        outside = page.page.evaluate(
+            """[...document.querySelectorAll("main *:not(.scroll *):not(pre *)")].filter(node => {
+                 const box = node.getBoundingClientRect();
+                 return box.width && (box.right > innerWidth + 1 || box.left < -1);
+               }).map(node => node.outerHTML.slice(0, 80))"""
+        )
+        assert outside == []
+        wide, room = page.page.evaluate("[document.scrollingElement.scrollWidth, window.innerWidth]")
+        assert wide <= room
+    paper = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper))) < 300) == (scheme == "dark")
+
+
+def test_texts_that_are_not_there_are_named(report, chromium):
+    for path in (report.parent / "report_files").glob("rl_visual_*.js"):
+        path.unlink()
+    page = Opened(chromium, report)
+    page.choose("from", "RL on Visual puzzles")
+    page.page.wait_for_timeout(100)
+    assert "keep the folder report_files beside this page" in page.page.inner_text("#browse-list")
+
+
+def test_twenty_thousand_rollouts(experiment_dir, chromium, record_property):
+    told = "Wait, that is wrong. Let me look at the image again, row by row. " * 12
+    for iteration in range(250):
+        row = {"iteration": iteration, "prompt": "Add the red digits.", "response": told + "\\boxed{8}", "answer": "8"}
+        row |= {"source": "visual", "tokens": 200, "stopped": True, "advantage_mean": 0.1, "image": None}
+        lines = (json.dumps(row | {"number": n, "sample": 0, "reward": float(n % 2)}) for n in range(80))
+        (experiment_dir / f"rl/rollouts/{iteration:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    report = write_report(read_experiment(experiment_dir))
+    size = report.stat().st_size
+    assert size < 20e6
+    page = Opened(chromium, report)
+    assert "16,000 of 20,000 responses, evenly sampled" in page.page.inner_text("main")
+    assert page.count == "1 to 10 of 16,000"
+    opened = page.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    page.choose("verdict", "Wrong")
+    assert page.count == "1 to 10 of 8,000" and len(page.cards()) == 10 and not page.wrong
+    print(f"\n20,000 rollouts: page of {size / 1e6:.1f} MB, open after {opened / 1000:.2f} s")
+
+
+def test_a_report_that_is_written_again_reads_what_is_new(experiment_dir):
+    write_report(read_experiment(experiment_dir))
+    folder = experiment_dir / "report_files"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.js")}
+    last = experiment_dir / "rl/rollouts/000059.jsonl"
+    last.write_text(last.read_text().replace("Add the red", "Count the red"))
+    (experiment_dir / "rl/rollouts/000058.jsonl").unlink()
+    write_report(read_experiment(experiment_dir))
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.js")}
+    assert set(before) - set(after) == {"rollouts_000058_0.js"}
+    assert [name for name in after if before[name] != after[name]] == ["rollouts_000059_0.js"]
+
+
+def test_an_even_sample():
+    assert even(5, 9) == [0, 1, 2, 3, 4]
+    assert even(10, 4) == [0, 2, 5, 7]
+    assert even(0, 3) == []
