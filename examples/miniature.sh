@@ -20,16 +20,21 @@ stage() {
         launch -m "ovr_megatron.$module" --config-name "$recipe" run.dir="$run/$name" run.seed="$seed" "$@"
 }
 
+puzzle='split=heldout&count=1000'
+visual="puzzle:digits?form=image&task=sum&answered=0&$puzzle" text="puzzle:digits?form=text&task=sum&answered=0&$puzzle"
+on_the_way=("evaluation.sources=[{path: '$visual', name: visual}, {path: '$text', name: text}]"
+    evaluation.limit=$((evaluated < 100 ? evaluated : 100)) evaluation.max_tokens=72)
+
 title "base model: the stand-in for Qwen2.5-VL's pre-training, on generated captions and single steps"
 [ -e "$run/init/config.json" ] || "$python" tools/make_tiny_model.py --out "$run/init" --seed "$seed"
 stage base tiny_base 1000 coldstart model.path="$run/init"
 
 title "stage 1, linguistic cold start: text puzzles with reasoning, vision frozen"
-stage cold_start tiny_cold_start 130 coldstart model.path="$(newest base)"
+stage cold_start tiny_cold_start 130 coldstart model.path="$(newest base)" evaluation.every=26 "${on_the_way[@]}"
 
 title "stage 2, multimodal PPO: images and text, critic, vLLM rollouts"
 iterations=100
-stage rl tiny_rl $iterations rl model.path="$(newest cold_start)" iterations=$iterations
+stage rl tiny_rl $iterations rl model.path="$(newest cold_start)" iterations=$iterations evaluation.every=20 "${on_the_way[@]}"
 
 title "average of the last checkpoints, export to Hugging Face, check against Transformers"
 mapfile -t last < <(find "$run/rl/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 3)
@@ -44,12 +49,10 @@ fi
 "$python" tools/verify.py --hf "$run/export/rl" --checkpoint "$(newest rl)"
 
 title "evaluation on $evaluated held-out puzzles with vLLM"
-puzzle='split=heldout&count=1000'
 for name in base cold_start rl average; do
     [ -e "$run/eval/$name/caption.json" ] || launch tools/evaluate.py --model "$run/export/$name" \
         --out "$run/eval/$name" --limit "$evaluated" --max-tokens 72 --threads 1 --max-num-seqs 128 \
-        --data "visual=puzzle:digits?form=image&task=sum&answered=0&$puzzle" \
-        --data "text=puzzle:digits?form=text&task=sum&answered=0&$puzzle" \
+        --data "visual=$visual" --data "text=$text" \
         --data "caption=puzzle:digits?form=image&task=caption&$puzzle"
 done
 

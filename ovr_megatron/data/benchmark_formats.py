@@ -168,6 +168,8 @@ def read_mmmu_pro(raw: Any, where: str, image_root: Path) -> Row:
         options = ast.literal_eval(given) if isinstance(given, str) else given
     except (ValueError, SyntaxError):
         options = given
+    if isinstance(options, list) and len(options) == 1 and isinstance(options[0], list):
+        options = options[0]  # one question of the set has its options a level deeper
     options = options_of({"options": options}, where)
     answer = field_of(raw, "answer", where)
     known: dict[str, Any] = {"id": _id(raw, "id"), "source": str(raw.get("subject") or "")}

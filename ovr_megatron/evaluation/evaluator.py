@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ovr_megatron.config import ConfigError, DataConfig, RolloutConfig, SourceConfig
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.stage import listing
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import ENDLESS, Row, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, OURS, Benchmark
@@ -186,7 +186,8 @@ def evaluate(
 
     Returns:
         What is in ``NAME.json``: the scores of `ovr_megatron.evaluation.scoring.score` with ``set``, ``model``,
-        ``source``, ``settings``, ``seconds`` and ``tokens_per_second``.  None on all ranks but the first.
+        ``source``, ``settings``, ``rules``, the first problem's ``prompt`` as the model sees it (None if it is too
+        long), ``seconds`` and ``tokens_per_second``.  None on all ranks but the first.
 
     Raises:
         RowError: a row that cannot be used.
@@ -213,6 +214,8 @@ def evaluate(
         "source": problems.path,
         **score(responses, problems.known.official if problems.known else None),
         "settings": asdict(settings) | _budget(bench.processor.config),
+        "rules": dict(problems.known.rules) if problems.known else {},
+        "prompt": _first_prompt(bench.processor, problems),
         "seconds": seconds,
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
     }
@@ -341,6 +344,14 @@ def grade(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
             same = r.response.strip() == r.reference.strip()
             graded[at] = replace(r, correct=same, reason="same text" if same else "different")
     return graded
+
+
+def _first_prompt(processor: Processor, problems: ProblemSet) -> str | None:
+    try:
+        [sample] = processor.encode([problems.rows[0]], generation=True)
+    except TooLongError:
+        return None
+    return processor.decode(sample.prompt_tokens, skip_special_tokens=False)
 
 
 def _budget(config: DataConfig) -> dict[str, Any]:

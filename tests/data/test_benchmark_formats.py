@@ -185,6 +185,8 @@ def test_other_kinds_of_a_benchmark():
     assert shape(choice) == f"*Even? Choices: (A) yes (B) no\n{LETTER}"
     unknown = read("logicvista", answer="", question="")
     assert shape(unknown).startswith("*Answer the question in the picture.")
+    nested = read("mmmu_pro", options="[['left', 'right']]")
+    assert nested.options == ("left", "right")
     vision = read("mmmu_pro", image=EMBEDDED, question=None)
     assert shape(vision) == f"*Answer the question in the picture.\n{LETTER}" and vision.options == ()
 
