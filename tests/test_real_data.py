@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ovr_megatron.model.tiny import make_tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data"
 
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+pytestmark = [pytest.mark.both_cores, pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")]
 
 
 def run(*command: object) -> str:
@@ -50,13 +51,38 @@ def test_the_example_of_real_problems_runs_from_end_to_end(tmp_path: Path) -> No
     assert "puzzlevqa" in (tmp_path / "report.html").read_text()
 
 
-def test_mathvision_testmini_is_evaluated_whole(tmp_path: Path, model: Path) -> None:
-    run(
-        *("tools/evaluate.py", "--model", model, "--data", f"mathvision={DATA}/mathvision/testmini.jsonl"),
-        *("--out", tmp_path, "--max-tokens", 8, "--max-pixels", 50176, "--template", "think"),
-    )
-    responses = (tmp_path / "mathvision.responses.jsonl").read_text().splitlines()
-    result = json.loads((tmp_path / "mathvision.json").read_text())
-    assert result["problems"] + result["dropped"] == 304
-    assert len(responses) == result["problems"] >= 290
-    assert 0 <= result["greedy"]["low"] <= result["greedy"]["accuracy"] <= result["greedy"]["high"] <= 1
+SETS = {"aime2024": 30, "mathvision_testmini": 304, "math500": 500}
+
+
+def test_benchmarks_are_evaluated_whole_though_killed_on_the_way(tmp_path: Path, model: Path) -> None:
+    files = {"aime2024": "text/aime2024.json", "mathvision_testmini": "mathvision/testmini.jsonl"}
+    files["math500"] = "text/math500.json"
+    command = [sys.executable, "tools/evaluate.py", "--model", model, "--out", tmp_path, "--max-tokens", 8]
+    command += ["--max-pixels", 50176, "--template", "think", "--threads", 1]
+    for name in SETS:
+        command += ["--data", f"{name}={DATA / files[name]}"]
+    command = list(map(str, command))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while sum(len(path.read_text().splitlines()) for path in tmp_path.glob(".math500*")) < 100:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "math500.json").exists()
+    [kept] = tmp_path.glob(".math500*.answers.jsonl")
+    before = {line["problem"]: line["response"] for line in map(json.loads, kept.read_text().splitlines()[:-1])}
+    done = (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns
+    told = run(*command[1:])
+    assert (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns == done, "what is done is not asked again"
+    for name, count in SETS.items():
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        responses = [json.loads(line) for line in (tmp_path / f"{name}.responses.jsonl").read_text().splitlines()]
+        greedy = [response["index"] for response in responses if response["sample"] is None]
+        assert greedy == list(range(count)) and result["problems"] == count, "none lost, none twice"
+        assert result["dropped"] <= count * 0.05 and f"{name}: " in told
+        assert 0 <= result["greedy"]["low"] <= result["greedy"]["accuracy"] <= result["greedy"]["high"] <= 1
+    assert len(responses) == 500 and len(before) >= 99
+    assert all(responses[at]["response"] == found["response"] for at, found in before.items())
+    aime = json.loads((tmp_path / "aime2024.json").read_text())
+    assert aime["sampled"]["samples"] == 16 and "<|im_start|>" in aime["prompt"]

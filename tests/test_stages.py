@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from ovr_megatron.model.tiny import make_tiny_model
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).resolve().parents[1]
 CLOCKS = ("timing/", "perf/", "memory/")
 

@@ -5,6 +5,7 @@ Under ``torchrun`` the engine's replicas share the problems and the first rank w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -181,8 +182,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Ask every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
 
-    With ``mark``, which stands for model, problems and settings, every response is kept as it comes, and an evaluation
-    of the same mark that was interrupted goes on where it was.
+    With ``mark``, which stands for model, problems and settings, every response is kept as it comes; an evaluation of
+    the same mark that was interrupted goes on where it was, and of one that is done the result is read.
 
     Returns:
         What is in ``NAME.json``: the scores of `ovr_megatron.evaluation.scoring.score` with ``set``, ``model``,
@@ -193,6 +194,8 @@ def evaluate(
         RowError: a row that cannot be used.
     """
     assert settings.samples is not None
+    if mark and (found := _done(out / f"{problems.name}.json", mark)):
+        return found if bench.is_main else None
     began = time.perf_counter()
     replica, follower = divmod(dist.get_rank(), bench.tp)
     mine = range(replica, problems.count, dist.get_world_size() // bench.tp)
@@ -218,11 +221,23 @@ def evaluate(
         "prompt": _first_prompt(bench.processor, problems),
         "seconds": seconds,
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
+        "mark": mark,
     }
     _write(out, problems.name, result, responses)
     for left_over in out.glob(f".{problems.name}.*.answers.jsonl"):  # of other settings, too
         left_over.unlink()
     return result
+
+
+def _done(path: Path, mark: str) -> dict[str, Any] | None:
+    """The result of an evaluation of this mark, None if there is none; all ranks are told the same."""
+    told: list[dict[str, Any] | None] = [None]
+    if dist.get_rank() == 0 and path.exists():
+        with contextlib.suppress(ValueError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            told = [found if isinstance(found, dict) and found.get("mark") == mark else None]
+    dist.broadcast_object_list(told)
+    return told[0]
 
 
 class Kept:

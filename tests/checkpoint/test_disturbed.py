@@ -19,6 +19,8 @@ from ovr_megatron.config import ParallelConfig
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 
+pytestmark = pytest.mark.both_cores
+
 LAUNCHER = Path(__file__).with_name("disturbed.py")
 KILLS = 3
 CLOCKS = ("timing/", "perf/", "memory/")

@@ -16,6 +16,8 @@ from ovr_megatron.model.qwen25vl import alignment, check_layout
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).resolve().parents[2]
 BOUNDS = {"outputs": 1e-4, "gradients": 1e-4, "loss": 1e-6, "one process": 2e-5, "ten steps": 1e-3}
 BF16_BOUNDS = {"outputs": 3e-2, "gradients": 1e-1, "loss": 1e-2}

@@ -27,6 +27,8 @@ from ovr_megatron.verify import parse_layout
 from ovr_megatron.weights.folder import WeightFolder
 from tests.plan.engines import PACKS, loss, text_and_images
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).resolve().parents[2]
 WIDE = TinySizes(hidden=256, heads=8, kv_heads=4, ffn=1024, layers=3, vision_hidden=128, vision_depth=3, vision_ffn=320)
 # Documents of 250 and 180 tokens are attended as one batch of two rows, the third alone.

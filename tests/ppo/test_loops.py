@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 from ovr_megatron.model.tiny import make_tiny_model
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = ("timing/", "perf/", "memory/")
 

@@ -11,6 +11,8 @@ import pytest
 
 from ovr_megatron.rollout.sampling import banned_tokens
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 4
 

@@ -20,7 +20,10 @@ STEPS, EVERY = 60, 10
 CLOCKS = ("timing/", "perf/", "memory/")
 LIMIT_S = float(os.environ.get("SLURM_TEST_LIMIT_S", "240"))
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm is there")
+pytestmark = [
+    pytest.mark.both_cores,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm is there"),
+]
 
 
 def arguments(run: Path) -> list[str]:
