@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ class Theme:
 LIGHT = Theme("light", "#ffffff", "#1d2127", "#626975", "#e4e2dc", ("#9aa0a8", "#3a7cbd", "#d9652b", "#8660b3"))
 DARK = Theme("dark", "#1b1e24", "#e9e7e2", "#a2a8b3", "#333842", ("#868d98", "#69a6e3", "#f0905a", "#b596dd"))
 THEMES = (LIGHT, DARK)
+
+
+Bar = dict[str, Any] | str | None
+"""``accuracy``, ``low`` and ``high``; or what to say instead, "not run" where there is nothing."""
 
 
 @dataclass(frozen=True)
@@ -316,44 +320,46 @@ def behaviour_figure(experiment: Experiment, theme: Theme, width: float = WIDE) 
     figure = Figure(figsize=(width, 7.4), layout="constrained")
     parts = figure.subplots(3, 1)
     for axes, title, behaviours in zip(parts, ("Linguistic", "Visual"), (LINGUISTIC, VISUAL), strict=False):
-        rates: dict[str, list[dict[str, float] | None]] = {}
+        rates: dict[str, list[Bar]] = {}
         for model in MODELS:
             told = found.get(model, {}).get("behaviours", {})
             shares = [told.get(behaviour.name, {}).get("emergence") for behaviour in behaviours]
             rates[model] = [share and {**share, "accuracy": share["rate"]} for share in shares]
         _bars(axes, theme, [behaviour.title.replace(" ", "\n", 1) for behaviour in behaviours], rates)
         axes.set_title(f"{title} behaviours: share of traces")
-    transfer: dict[str, list[dict[str, float] | None]] = {}
+    transfer: dict[str, list[Bar]] = {}
     for model in MODELS:
         told = found.get(model, {}).get("transfer", {})
         ratios = [told.get(behaviour.name) for behaviour in LINGUISTIC]
-        transfer[model] = [
-            r and {**r, "accuracy": r["value"]} if r and r["value"] is not None else None for r in ratios
-        ]
+        shown = [{**r, "accuracy": r["value"]} if r and r["value"] is not None else None for r in ratios]
+        transfer[model] = [bar or ("none" if r else None) for bar, r in zip(shown, ratios, strict=True)]
     _bars(parts[2], theme, [behaviour.title.replace(" ", "\n", 1) for behaviour in LINGUISTIC], transfer)
     parts[2].set_title("Transfer: visual over linguistic")
     _models_legend(figure, theme, width)
     return figure
 
 
-def _bars(axes: Axes, theme: Theme, groups: Sequence[str], scores: dict[str, list[dict[str, float] | None]]) -> None:
+def _bars(axes: Axes, theme: Theme, groups: Sequence[str], scores: Mapping[str, Sequence[Bar]]) -> None:
     """A group of bars for each of ``groups``, one of them for each of `MODELS`, with intervals and numbers."""
     step = 0.82 / len(MODELS)
     for index, (model, title) in enumerate(MODELS.items()):
         places = [place + (index - (len(MODELS) - 1) / 2) * step for place in range(len(groups))]
+        bars = [(at, score) for at, score in zip(places, scores[model], strict=True) if isinstance(score, dict)]
         axes.bar(
-            [at for at, score in zip(places, scores[model], strict=True) if score],
-            [score["accuracy"] for score in scores[model] if score],
-            yerr=_errors([score for score in scores[model] if score]),
+            [at for at, _ in bars],
+            [score["accuracy"] for _, score in bars],
+            yerr=_errors([score for _, score in bars]),
             width=step * 0.9,
             color=theme.models[index],
             label=title,
             error_kw={"ecolor": theme.ink, "elinewidth": 1, "capsize": 2, "alpha": 0.7},
         )
         for at, score in zip(places, scores[model], strict=True):
-            text, height = (f"{100 * score['accuracy']:.0f}", score["high"]) if score else ("not run", 0.0)
-            turn = {} if score else {"rotation": 90, "color": theme.muted}
-            axes.annotate(text, (at, height), (0, 3), textcoords="offset points", ha="center", fontsize=8, **turn)
+            place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+            if isinstance(score, dict):
+                axes.annotate(f"{100 * score['accuracy']:.0f}", (at, score["high"]), (0, 3), **place)
+            else:
+                axes.annotate(score or "not run", (at, 0.0), (0, 3), **place, rotation=90, color=theme.muted)
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0, labelcolor=theme.ink)
     axes.set_xlim(-0.5, len(groups) - 0.5)
