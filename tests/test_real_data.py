@@ -74,7 +74,7 @@ def test_benchmarks_are_evaluated_whole_though_killed_on_the_way(tmp_path: Path,
     before = {line["problem"]: line["response"] for line in map(json.loads, kept.read_text().splitlines()[:-1])}
     done = (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns
     told = run(*command[1:])
-    assert (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns == done, "what is done is not asked again"
+    assert (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns == done, "what is done stays as it is"
     for name, count in SETS.items():
         result = json.loads((tmp_path / f"{name}.json").read_text())
         responses = [json.loads(line) for line in (tmp_path / f"{name}.responses.jsonl").read_text().splitlines()]

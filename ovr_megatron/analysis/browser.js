@@ -5,7 +5,6 @@
   const NAMES = ["from", "source", "verdict", "behaviour", "least", "most", "order"];
   const index = JSON.parse(document.getElementById("browse-index").textContent);
   const at = (name) => document.getElementById("browse-" + name);
-  const groups = [...new Set(index.files.map((file) => file.group))];
   const loaded = new Map(); // file -> promise of its responses
   const arrived = new Map(); // file -> what to call with them
   let found = [];
@@ -18,7 +17,7 @@
       loaded.set(name, new Promise((resolve, reject) => {
         arrived.set(name, resolve);
         const script = document.createElement("script");
-        script.src = `${index.folder}/${name}.js`;
+        script.src = `${index.folder}/${encodeURIComponent(name)}.js`;
         script.onerror = () => { loaded.delete(name); reject(new Error(script.src)); };
         document.head.append(script);
       }));
@@ -35,22 +34,23 @@
 
   function choose() {
     const [from, source, verdict, behaviour, least, most, order] = NAMES.map((name) => at(name).value);
-    const bit = behaviour ? 1 << (behaviour - 1) : 0;
+    const bit = behaviour ? 1 << index.behaviours.indexOf(behaviour) : 0;
+    const which = index.sources.indexOf(source);
     found = [];
     index.files.forEach((file, number) => {
-      if (from && groups[from - 1] !== file.group) return;
+      if (from && from !== file.group) return;
       file.rows.forEach((row, place) => {
-        const [which, reward, tokens, bits] = row;
-        if (source && which !== source - 1) return;
-        if (verdict && (reward > 0) !== (verdict === "1")) return;
+        const [own, reward, tokens, bits] = row;
+        if (source && own !== which) return;
+        if (verdict && (reward > 0) !== (verdict === "Right")) return;
         if (bit && !(bits & bit)) return;
         if ((least && tokens < +least) || (most && tokens > +most)) return;
         found.push([number, place, tokens]);
       });
     });
-    if (order === "1") found.reverse();
-    if (order === "2") found.sort((a, b) => b[2] - a[2]);
-    if (order === "3") found.sort((a, b) => a[2] - b[2]);
+    if (order === "Last to first") found.reverse();
+    if (order === "Longest first") found.sort((a, b) => b[2] - a[2]);
+    if (order === "Shortest first") found.sort((a, b) => a[2] - b[2]);
   }
 
   function named(bits) {
@@ -117,18 +117,20 @@
     at("next").disabled = last === found.length;
     const cards = await Promise.all(some.map(async (one) => {
       const name = index.files[one[0]].files[Math.floor(one[1] / index.perFile)];
+      let items;
       try {
-        return card(one, (await load(name))[one[1] % index.perFile]);
+        items = await load(name);
       } catch (error) {
-        const why = `${error.message} is not there: keep the folder ${index.folder} beside this page.`;
-        return make("p", "note", why);
+        return make("p", "note", `${error.message} is not there: keep the folder ${index.folder} beside this page.`);
       }
+      const item = items[one[1] % index.perFile];
+      return item ? card(one, item) : make("p", "note", "The report was written anew: load this page again.");
     }));
     if (mine === latest) at("list").replaceChildren(...cards);
   }
 
   function remember() {
-    const chosen = NAMES.filter((name) => at(name).value).map((name) => `${name}=${at(name).value}`);
+    const chosen = NAMES.filter((name) => at(name).value).map((name) => `${name}=${encodeURIComponent(at(name).value)}`);
     if (first) chosen.push(`first=${first}`);
     const hash = chosen.length ? "#" + chosen.join("&") : "#";
     if ((location.hash || "#") !== hash) history.replaceState(null, "", hash);
@@ -136,7 +138,10 @@
 
   function restore() {
     const told = new URLSearchParams(location.hash.slice(1));
-    for (const name of NAMES) at(name).value = told.get(name) || "";
+    for (const name of NAMES) {
+      at(name).value = told.get(name) || "";
+      if (at(name).selectedIndex === -1) at(name).value = ""; // no such choice any more
+    }
     choose();
     first = Math.min(Math.max(0, Math.floor(+told.get("first") || 0)), Math.max(0, found.length - 1));
     show();

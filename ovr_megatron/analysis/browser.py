@@ -6,6 +6,7 @@ sample is taken, `MOST` in all.  The files are scripts, since a page that was op
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from ovr_megatron.evaluation.behaviours import BEHAVIOURS
 
 FOLDER = "report_files"
 MOST = 20_000  # responses in the page, four fifths of them rollouts
+FEWEST = 8  # of an iteration; of very long runs not every iteration is shown
 PER_FILE = 50
 MAX_CHARACTERS = 20_000  # of one response
 _FORM = 1  # of the files
@@ -34,14 +36,18 @@ _BITS = {name: 1 << at for at, name in enumerate(BEHAVIOURS)}
 
 @dataclass(frozen=True)
 class Origin:
-    """A file of responses: what to call it, which group of the page it belongs to, and how many to take of it."""
+    """A file of responses: what to call it, which group of the page it belongs to, and how many to take of it.
+
+    ``items`` makes what the page has of the chosen of all its rows; ``depends`` is what else they are made from.
+    """
 
     path: Path
     name: str
     group: str
     title: str
     most: int
-    items: Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
+    items: Callable[[Sequence[dict[str, Any]], Sequence[int]], list[dict[str, Any]]]
+    depends: str = ""
 
 
 def browser(experiment: Experiment) -> Html | None:
@@ -64,26 +70,29 @@ def _origins(experiment: Experiment) -> Iterator[Origin]:
     stage = experiment.stages.get("rl")
     files = sorted((stage.dir / "rollouts").glob("*.jsonl")) if stage else []
     if stage and files:
-        most = max(8, MOST * 4 // 5 // max(stage.total, len(files)))
-        for path in files:
+        places = MOST * 4 // 5
+        most = max(FEWEST, places // max(stage.total, len(files)))
+        for path in (files[at] for at in even(len(files), places // most)):
             items = partial(_rollouts, stage, experiment.dir, int(path.stem))
             title = f"{stage.title}, iteration {int(path.stem)}"
             yield Origin(path, f"rollouts_{path.stem}", "Rollouts", title, most, items)
     answered = sorted((experiment.dir / "eval").glob("*/*.responses.jsonl"))
+    most = MOST // 5 // max(1, len(answered))
     for path in answered:
         model, name = path.parent.name, path.name.removesuffix(".responses.jsonl")
         title = f"{MODELS.get(model, model)} on {experiment.sets.get(name, name)}"
         judged = _judged(experiment, model, path.name)
-        yield Origin(path, f"{model}_{name}", title, title, MOST // 5 // len(answered), partial(_answers, judged))
+        depends = hashlib.sha256(json.dumps(judged).encode()).hexdigest()[:12]
+        yield Origin(path, f"{model}@{name}", title, title, most, partial(_answers, judged), depends)
 
 
-def _judged(experiment: Experiment, model: str, file: str) -> dict[str, dict[str, int | None]]:
-    """What a judge counted in the responses of ``model``, by their ids; nothing where wording decided."""
+def _judged(experiment: Experiment, model: str, file: str) -> list[dict[str, int | None]]:
+    """What a judge counted in the greedy responses of ``model``, in their order; nothing where wording decided."""
     found = experiment.behaviours
     if not found or found["approximation"] or found["checkpoints"].get(model, {}).get("file") != file:
-        return {}
+        return []
     lines = read_rows(experiment.dir / "behaviours/counts.jsonl")
-    return {line["id"]: line["counts"] for line in lines if line["checkpoint"] == model}
+    return [line["counts"] for line in lines if line["checkpoint"] == model]
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -96,11 +105,11 @@ def _read_index(path: Path) -> dict[str, Any]:
 def _entry(origin: Origin, folder: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the page has to know of a file of responses; its texts are written unless ``known`` fits it."""
     state = origin.path.stat()
-    mark = [_FORM, state.st_size, state.st_mtime_ns, origin.most, origin.title]
+    mark = [_FORM, state.st_size, state.st_mtime_ns, origin.most, origin.title, origin.depends]
     if known and known["mark"] == mark and all((folder / f"{name}.js").is_file() for name in known["files"]):
         return dict(known)
     rows = read_rows(origin.path)
-    chosen = origin.items([rows[at] for at in even(len(rows), origin.most)])
+    chosen = origin.items(rows, even(len(rows), origin.most))
     names = []
     folder.mkdir(exist_ok=True)
     for at, begin in enumerate(range(0, len(chosen), PER_FILE)):
@@ -118,7 +127,10 @@ def even(count: int, most: int) -> list[int]:
     return [at * count // most for at in range(most)]
 
 
-def _rollouts(stage: Stage, root: Path, iteration: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rollouts(
+    stage: Stage, root: Path, iteration: int, everything: Sequence[dict[str, Any]], chosen: Sequence[int]
+) -> list[dict[str, Any]]:
+    rows = [everything[at] for at in chosen]
     short = [row for row in rows if row["tokens"] <= MAX_TOKENS]
     spelled = iter(tokens(stage.dir, iteration, short))
     found = []
@@ -143,14 +155,17 @@ def _inside(run: Path, name: str, root: Path) -> str | None:
     return quote(os.path.relpath(path, root.resolve())) if path.is_relative_to(run.resolve()) else None
 
 
-def _answers(judged: Mapping[str, dict[str, int | None]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _answers(
+    judged: Sequence[Mapping[str, int | None]], rows: Sequence[dict[str, Any]], chosen: Sequence[int]
+) -> list[dict[str, Any]]:
+    greedy = [at for at, row in enumerate(rows) if row["sample"] is None and row["response"] is not None]
+    counts = dict(zip(greedy, judged, strict=False))  # a judge may have seen the first ones only
     found = []
-    for row in rows:
-        names = ("id", "sample", "stopped")
-        item = {name: row[name] for name in names}
+    for at in chosen:
+        row = rows[at]
+        item = {name: row[name] for name in ("id", "sample", "stopped")}
         item |= {"prompt": row["question"], "answer": row["reference"], "verdict": row["reason"]}
-        counts = judged.get(str(row["id"]), {}) if row["sample"] is None else {}
-        found.append(_item(row, float(row["correct"]), row["response"] or "", [], item, counts))
+        found.append(_item(row, float(row["correct"]), row["response"] or "", [], item, counts.get(at, {})))
     return found
 
 
@@ -233,13 +248,13 @@ def _section(index: Mapping[str, Any]) -> Html:
     data = json.dumps(told, separators=(",", ":")).replace("<", "\\u003c")
     controls = tag(
         "div",
-        _choice("From", "from", ["Everything", *groups]),
-        _choice("Source", "source", ["All", *sources]),
-        _choice("Verdict", "verdict", ["All", "Right", "Wrong"]),
-        _choice("Behaviour", "behaviour", ["All", *(behaviour.title for behaviour in BEHAVIOURS.values())]),
+        _choice("From", "from", "Everything", groups),
+        _choice("Source", "source", "All", sources),
+        _choice("Verdict", "verdict", "All", ["Right", "Wrong"]),
+        _choice("Behaviour", "behaviour", "All", [behaviour.title for behaviour in BEHAVIOURS.values()]),
         _number("Tokens, at least", "least"),
         _number("Tokens, at most", "most"),
-        _choice("Order", "order", ["First to last", "Last to first", "Longest first", "Shortest first"]),
+        _choice("Order", "order", "First to last", ["Last to first", "Longest first", "Shortest first"]),
         class_="filters",
     )
     buttons = [tag("button", text, id=f"browse-{name}", type="button") for name, text in _BUTTONS.items()]
@@ -263,9 +278,9 @@ def _section(index: Mapping[str, Any]) -> Html:
 _BUTTONS = {"back": "Back", "next": "Next"}
 
 
-def _choice(title: str, name: str, options: Sequence[str]) -> Html:
-    found = (tag("option", option, value=str(at) if at else "") for at, option in enumerate(options))
-    return tag("label", title, tag("select", *found, id=f"browse-{name}"))
+def _choice(title: str, name: str, every: str, options: Sequence[str]) -> Html:
+    found = (tag("option", option, value=option) for option in options)
+    return tag("label", title, tag("select", tag("option", every, value=""), *found, id=f"browse-{name}"))
 
 
 def _number(title: str, name: str) -> Html:

@@ -127,7 +127,10 @@ def _drawn(experiment: Experiment, theme: Theme, width: float) -> Iterator[tuple
         caption = "PPO: mean reward and response length. Dashed: the curriculum allows longer sequences from here on."
         yield "rl_dynamics", caption, dynamics_figure(stage, theme, width)
     if stage and sources(stage):
-        caption = "PPO by source: mean reward and response length, moving averages."
+        some = (
+            f" The first {len(sources(stage))} of {len(_sources(stage))}." if len(_sources(stage)) > MAX_SOURCES else ""
+        )
+        caption = f"PPO by source: mean reward and response length, moving averages.{some}"
         yield "rl_sources", caption, sources_figure(stage, theme, width)
     if stage and any(stage.values(key) for key, _, _ in _HEALTH):
         caption = "PPO under the hood. Mismatch: largest difference of rollout and trainer log-probabilities."
@@ -225,9 +228,13 @@ def switches(stage: Stage) -> list[tuple[int, int, int]]:
 
 
 def sources(stage: Stage) -> list[str]:
-    """Sources whose rewards the RL logged one by one, `MAX_SOURCES` at most."""
+    """Sources whose rewards the RL logged one by one, the first `MAX_SOURCES` of them."""
+    return _sources(stage)[:MAX_SOURCES]
+
+
+def _sources(stage: Stage) -> list[str]:
     keys = {key for row in stage.metrics for key in row if key.startswith("reward/") and key != "reward/mean"}
-    return sorted(key.partition("/")[2] for key in keys)[:MAX_SOURCES]
+    return sorted(key.partition("/")[2] for key in keys)
 
 
 def sources_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:

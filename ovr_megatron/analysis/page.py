@@ -1,6 +1,6 @@
 """HTML by construction: every text that is not `Html` is escaped on its way into a page.
 
-A page stands alone: one style sheet inside, nothing from the network.
+A page brings its own style sheet, and loads nothing from the network.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def _problem(rollout: dict[str, Any]) -> tuple[str, str | None]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a file, one a line; a last line that is still being written is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -14,10 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.data.questions import field_of, options_of, prompt_row
-from ovr_megatron.data.schema import Part, Row, RowError, TextPart, option_letter, parse_image, parse_text
+from ovr_megatron.data.schema import (
+    LETTER_REQUEST,
+    Part,
+    Row,
+    RowError,
+    TextPart,
+    option_letter,
+    parse_image,
+    parse_text,
+)
+
+Reader = Callable[[Any, str, Path], Row]
 
 PICTURED = "Answer the question in the picture."
-LETTER_IN_PICTURE = "Put the letter of the right option in \\boxed{}."
 _WE_MATH_OPTION = re.compile(r"(?:^|;)\s*([A-H])\.")
 _MMMU_MARK = re.compile(r"<image (\d)>")
 
@@ -55,7 +65,9 @@ def read_mmlu(raw: Any, where: str, image_root: Path) -> Row:
     """Read MMLU: ``question``, ``choices``, ``answer`` (number from 0), ``subject``."""
     options = options_of(raw, where, "choices")
     question = TextPart(field_of(raw, "question", where))
-    return prompt_row((question,), _letter(raw, "answer", len(options), where), options, where, source=raw["subject"])
+    return prompt_row(
+        (question,), _letter(raw, "answer", len(options), where), options, where, source=str(raw.get("subject") or "")
+    )
 
 
 def read_mmlu_pro(raw: Any, where: str, image_root: Path) -> Row:
@@ -81,7 +93,7 @@ def read_mathvista(raw: Any, where: str, image_root: Path) -> Row:
         if kind == "float" and precision is not None:
             form = f"a number with {int(precision)} decimal{'s' if precision > 1 else ''}"
         request = f"Put your final answer, {form}{f', in {unit}' if unit else ''}, in \\boxed{{}}."
-    known = raw.get("metadata") or {}
+    known = raw.get("metadata")
     return prompt_row(
         (_image(raw, where, image_root), TextPart(field_of(raw, "question", where))),
         field_of(raw, "answer", where),
@@ -89,7 +101,7 @@ def read_mathvista(raw: Any, where: str, image_root: Path) -> Row:
         where,
         request=request,
         id=_id(raw, "pid"),
-        source=str(known.get("task") or ""),
+        source=str((known.get("task") if isinstance(known, Mapping) else None) or ""),
     )
 
 
@@ -104,19 +116,19 @@ def read_mathverse(raw: Any, where: str, image_root: Path) -> Row:
         bare if letter and len(bare) == 1 else answer,
         (),
         where,
-        request=LETTER_IN_PICTURE if letter else None,
+        request=LETTER_REQUEST if letter else None,
         id=_id(raw, "sample_index"),
-        source=str(raw["problem_version"]),
+        source=str(field_of(raw, "problem_version", where)),
     )
 
 
 def read_dynamath(raw: Any, where: str, image_root: Path) -> Row:
     """Read DynaMath: ten variants of each of 501 questions share its ``id``; ``answer_type`` is the source."""
     key = "ground_truth" if "ground_truth" in raw else "answer"
-    kind = str(raw["answer_type"])
+    kind = str(field_of(raw, "answer_type", where))
     forms = {"float": "Put your final answer, a number with three decimals, in \\boxed{}."}
     if kind == "multiple choice":  # listed in the question
-        forms[kind] = LETTER_IN_PICTURE
+        forms[kind] = LETTER_REQUEST
     return prompt_row(
         (_image(raw, where, image_root), TextPart(field_of(raw, "question", where))),
         field_of(raw, key, where),
@@ -134,14 +146,16 @@ def read_wemath(raw: Any, where: str, image_root: Path) -> Row:
     marks = list(_WE_MATH_OPTION.finditer(given))
     ends = [mark.start() for mark in marks[1:]] + [len(given)]
     options = [given[mark.end() : end].strip(" ;") for mark, end in zip(marks, ends, strict=True)]
-    if [mark[1] for mark in marks] != [option_letter(at) for at in range(len(marks))]:
-        raise RowError(where, "option", f"has no options A, B, C in order: {given!r:.80}", "write 'A. ..; B. ..'")
+    question, request = field_of(raw, "question", where), None
+    if not marks or [mark[1] for mark in marks] != [option_letter(at) for at in range(len(marks))]:
+        question, options, request = f"{question}\n{given}", [], LETTER_REQUEST  # a few are written otherwise
     key = field_of(raw, "key", where)
     return prompt_row(
-        (_image(raw, where, image_root, "image_path"), TextPart(field_of(raw, "question", where))),
+        (_image(raw, where, image_root, "image_path"), TextPart(question)),
         field_of(raw, "answer", where),
         options,
         where,
+        request=request,
         id=f"{field_of(raw, 'ID', where)}/{key}",
         source=str(key),
     )
@@ -162,7 +176,10 @@ def read_logicvista(raw: Any, where: str, image_root: Path) -> Row:
 
 
 def read_mmmu_pro(raw: Any, where: str, image_root: Path) -> Row:
-    """Read MMMU-Pro: pictures where question and options name them, or the whole question as a picture ("vision")."""
+    """Read MMMU-Pro; the setting is the source.
+
+    "standard": pictures where question and options name them; "vision": the whole question is a picture.
+    """
     given = field_of(raw, "options", where)
     try:
         options = ast.literal_eval(given) if isinstance(given, str) else given
@@ -172,11 +189,12 @@ def read_mmmu_pro(raw: Any, where: str, image_root: Path) -> Row:
         options = options[0]  # one question of the set has its options a level deeper
     options = options_of({"options": options}, where)
     answer = field_of(raw, "answer", where)
-    known: dict[str, Any] = {"id": _id(raw, "id"), "source": str(raw.get("subject") or "")}
-    if raw.get("image") is not None:
+    vision = raw.get("image") is not None
+    known: dict[str, Any] = {"id": _id(raw, "id"), "source": "vision" if vision else "standard"}
+    if vision:
         parts = (_image(raw, where, image_root), TextPart(PICTURED))
         count = len(options)
-        row = prompt_row(parts, answer, (), where, request=LETTER_IN_PICTURE, **known)
+        row = prompt_row(parts, answer, (), where, request=LETTER_REQUEST, **known)
         if len(str(answer)) != 1 or not 0 <= ord(str(answer)) - ord("A") < count:
             raise RowError(where, "answer", f"{answer!r} is none of the {count} options", "give a letter")
         return row
@@ -189,7 +207,18 @@ def read_mmmu_pro(raw: Any, where: str, image_root: Path) -> Row:
     return prompt_row((TextPart(question),), answer, options, where, pictures=pictures, **known)
 
 
-BENCHMARK_READERS: dict[str, Callable[[Any, str, Path], Row]] = {
+def _of_objects(reader: Reader) -> Reader:
+    """The same reader, which refuses what is no object."""
+
+    def read(raw: Any, where: str, image_root: Path) -> Row:
+        if not isinstance(raw, Mapping):
+            raise RowError(where, "", f"is a {type(raw).__name__}", "give one object a row")
+        return reader(raw, where, image_root)
+
+    return read
+
+
+_READERS: dict[str, Reader] = {
     "math": read_math,
     "gpqa": read_gpqa,
     "mmlu": read_mmlu,
@@ -201,6 +230,7 @@ BENCHMARK_READERS: dict[str, Callable[[Any, str, Path], Row]] = {
     "logicvista": read_logicvista,
     "mmmu_pro": read_mmmu_pro,
 }
+BENCHMARK_READERS = {name: _of_objects(reader) for name, reader in _READERS.items()}
 _SIGNS = {  # fields that only this format has, the more telling ones first
     "mathvista": {"pid", "question", "answer_type"},
     "mathverse": {"problem_version"},
@@ -217,7 +247,7 @@ _SIGNS = {  # fields that only this format has, the more telling ones first
 
 def detect_benchmark(keys: Set[str]) -> str | None:
     """Name of the benchmark whose rows have the fields ``keys``; None if none has."""
-    if {"level", "image"} <= keys and "answer_type" not in keys:
+    if "level" in keys and keys & {"image", "decoded_image"} and "answer_type" not in keys:
         return None  # MathVision
     return next((name for name, signs in _SIGNS.items() if signs <= keys), None)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from ovr_megatron.evaluation.scoring import Graded, Official, share
 
 OURS, VLMEVALKIT = "tools/evaluate.py", "VLMEvalKit"
+VARIANTS = 10  # of a question of DynaMath
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Benchmark:
     Attributes:
         name: of the set, and of its files.
         title: what people call it.
-        paths: sources in the sense of `ovr_megatron.config.SourceConfig`, by the name of their rows ("": their own).
+        paths: where it is published, each a path in the sense of `ovr_megatron.config.SourceConfig`.
         only: takes the rows of this source alone.
         samples: responses at temperature 1 where the score is avg@k.
         rules: how rows of a source are graded (`ovr_megatron.rewards.rules.rule`), "" stands for all other sources.
@@ -37,7 +37,7 @@ class Benchmark:
 
     name: str
     title: str
-    paths: Mapping[str, str] = field(default_factory=dict)
+    paths: tuple[str, ...] = ()
     only: str | None = None
     samples: int = 0
     rules: Mapping[str, str] = field(default_factory=dict)
@@ -48,13 +48,15 @@ class Benchmark:
     command: str = ""
 
 
-def worst_case(responses: Sequence[Graded]) -> dict[str, float]:
-    """Share of the questions all of whose variants, which have one id, are right (DynaMath)."""
+def worst_case(responses: Sequence[Graded]) -> dict[str, float] | None:
+    """Share of the questions all of whose ten variants, which have one id, are right (DynaMath)."""
     groups = _groups(responses, lambda response: response.id)
+    if any(len(group) != VARIANTS for group in groups):
+        return None
     return share(sum(all(r.correct for r in group) for group in groups), len(groups))
 
 
-def four_dimensions(responses: Sequence[Graded], strict: bool) -> dict[str, float]:
+def four_dimensions(responses: Sequence[Graded], strict: bool) -> dict[str, float] | None:
     r"""We-Math's score of its problems of several steps: :math:`CM + IG / 2` as a share of the problems.
 
     CM, complete mastery: the whole problem is right and so are all its steps (strict) or one of them (loose).
@@ -63,23 +65,21 @@ def four_dimensions(responses: Sequence[Graded], strict: bool) -> dict[str, floa
     mastered, unapplied = 0, 0
     groups = _groups(responses, lambda response: response.id.partition("/")[0])
     for group in groups:
-        whole = [r.correct for r in group if r.id.endswith("multi")]
-        steps = [r.correct for r in group if not r.id.endswith("multi")]
-        if whole and steps:
-            known = all(steps) if strict else any(steps)
-            mastered += all(whole) and known
-            unapplied += not all(whole) and all(steps)
+        verdicts = {r.id.rpartition("_")[2]: r.correct for r in group}  # by step: 1, 2, 3, and multi for the whole
+        steps = [right for step, right in verdicts.items() if step != "multi"]
+        if "multi" not in verdicts or not group[0].id.startswith(f"{len(steps)}steps"):
+            return None
+        mastered += verdicts["multi"] and (all(steps) if strict else any(steps))
+        unapplied += not verdicts["multi"] and all(steps)
     return share(mastered + unapplied / 2, len(groups))
 
 
-def mean_of_sources(responses: Sequence[Graded]) -> dict[str, float]:
-    """Mean of the accuracies of the sources (MMMU-Pro: of its standard and its vision setting).
-
-    The interval is that of the accuracy over all responses, which is the mean where sources are of one size.
-    """
+def mean_of_settings(responses: Sequence[Graded]) -> dict[str, float] | None:
+    """Mean of the accuracies of the standard and the vision setting, which are of one size (MMMU-Pro)."""
     groups = _groups(responses, lambda response: response.source)
-    value = sum(Fraction(sum(r.correct for r in group), len(group)) for group in groups) / len(groups)
-    return share(float(value * len(responses)), len(responses))
+    if {group[0].source for group in groups} != {"standard", "vision"} or len(groups[0]) != len(groups[1]):
+        return None
+    return share(sum(r.correct for r in responses), len(responses))
 
 
 def _groups(responses: Sequence[Graded], key: Callable[[Graded], str]) -> list[list[Graded]]:
@@ -94,25 +94,25 @@ BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark(
-            "aime2024", "AIME 2024", {"": "HuggingFaceH4/aime_2024?split=train"}, samples=16, paper={"AIME 2024": 63.5}
+            "aime2024", "AIME 2024", ("HuggingFaceH4/aime_2024?split=train",), samples=16, paper={"AIME 2024": 63.5}
         ),
-        Benchmark("aime2025", "AIME 2025", {"": "math-ai/aime25?split=test"}, samples=16, paper={"AIME 2025": 52.1}),
-        Benchmark("math500", "MATH500", {"": "HuggingFaceH4/MATH-500?split=test"}, paper={"MATH500": 95.3}),
+        Benchmark("aime2025", "AIME 2025", ("math-ai/aime25?split=test",), samples=16, paper={"AIME 2025": 52.1}),
+        Benchmark("math500", "MATH500", ("HuggingFaceH4/MATH-500?split=test",), paper={"MATH500": 95.3}),
         Benchmark(
             "gpqa_diamond",
             "GPQA Diamond",
-            {"": "Idavidrein/gpqa?split=train&config=gpqa_diamond"},
+            ("Idavidrein/gpqa?split=train&config=gpqa_diamond",),
             paper={"GPQA Diamond": 49.8},
         ),
-        Benchmark("mmlu", "MMLU", {"": "cais/mmlu?split=test&config=all"}, paper={"MMLU": 77.2}),
-        Benchmark("mmlu_pro", "MMLU-Pro", {"": "TIGER-Lab/MMLU-Pro?split=test"}, paper={"MMLU-Pro": 67.9}),
-        Benchmark("mathvista", "MathVista", {"": "AI4Math/MathVista?split=testmini"}, paper={"MathVista": 72.1}),
-        Benchmark("mathvision", "MathVision", {"": "MathLLMs/MathVision?split=test"}, paper={"MathVision": 51.8}),
-        Benchmark("mathvision_testmini", "MathVision testmini", {"": "MathLLMs/MathVision?split=testmini"}),
+        Benchmark("mmlu", "MMLU", ("cais/mmlu?split=test&config=all",), paper={"MMLU": 77.2}),
+        Benchmark("mmlu_pro", "MMLU-Pro", ("TIGER-Lab/MMLU-Pro?split=test",), paper={"MMLU-Pro": 67.9}),
+        Benchmark("mathvista", "MathVista", ("AI4Math/MathVista?split=testmini",), paper={"MathVista": 72.1}),
+        Benchmark("mathvision", "MathVision", ("MathLLMs/MathVision?split=test",), paper={"MathVision": 51.8}),
+        Benchmark("mathvision_testmini", "MathVision testmini", ("MathLLMs/MathVision?split=testmini",)),
         Benchmark(
             "mathverse",
             "MathVerse, vision only",
-            {"": "AI4Math/MathVerse?split=testmini&config=testmini"},
+            ("AI4Math/MathVerse?split=testmini&config=testmini",),
             only="Vision Only",
             judged=True,
             paper={"MathVerse, vision only": 54.6},
@@ -120,7 +120,7 @@ BENCHMARKS = {
         Benchmark(
             "dynamath",
             "DynaMath",
-            {"": "DynaMath/DynaMath_Sample?split=" + "%2B".join(f"sample_variant{n}" for n in range(1, 11))},
+            ("DynaMath/DynaMath_Sample?split=" + "%2B".join(f"sample_variant{n}" for n in range(1, 11)),),
             rules={"float": "within:0.001"},
             official={"DynaMath, worst case": worst_case},
             paper={"DynaMath, worst case": 33.5},
@@ -128,7 +128,7 @@ BENCHMARKS = {
         Benchmark(
             "wemath",
             "WeMath",
-            {"": "We-Math/We-Math?split=testmini"},
+            ("We-Math/We-Math?split=testmini",),
             rules={"": "choice"},
             official={
                 "WeMath, strict": lambda responses: four_dimensions(responses, strict=True),
@@ -139,7 +139,7 @@ BENCHMARKS = {
         Benchmark(
             "logicvista",
             "LogicVista",
-            {"": "lscpku/LogicVista?split=test"},
+            ("lscpku/LogicVista?split=test",),
             rules={"": "letters"},
             judged=True,
             paper={"LogicVista": 54.8},
@@ -147,8 +147,8 @@ BENCHMARKS = {
         Benchmark(
             "mmmu_pro",
             "MMMU-Pro",
-            {"standard": f"{_HUB_MMMU}standard+(10+options)", "vision": f"{_HUB_MMMU}vision"},
-            official={"MMMU-Pro": mean_of_sources},
+            (f"{_HUB_MMMU}standard+(10+options)", f"{_HUB_MMMU}vision"),
+            official={"MMMU-Pro": mean_of_settings},
             paper={"MMMU-Pro": 50.2},
         ),
         Benchmark(
@@ -185,15 +185,16 @@ BENCHMARKS = {
 }
 
 
-def paper_score(name: str, title: str, result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The accuracy in an evaluation's ``result`` that stands beside the paper's ``title``: by a judge if there is one.
+def paper_score(name: str, title: str, result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The accuracy in an evaluation's ``result`` that stands beside the paper's ``title``: a judge's if it is through.
 
-    Where the paper's title is one of the benchmark's own scores it is that one, else avg@k if there are samples and the
-    benchmark asks for them, else the greedy accuracy.
+    Where the title is one of the benchmark's own scores it is that one, None if a part of the set was asked, else
+    avg@k if there are samples and the benchmark asks for them, else the greedy accuracy.
     """
-    found = result.get("judged") or result
-    if title in found.get("official", {}):
-        return found["official"][title]
+    judged = result.get("judged")
+    found = judged if judged and not {"not asked", "failed"} & set(judged["missing"]) else result
+    if title in BENCHMARKS[name].official:
+        return found.get("official", {}).get(title)
     if BENCHMARKS[name].samples and found["sampled"]:
         return found["sampled"]["average"]
     return found["greedy"]
@@ -209,7 +210,7 @@ def table() -> str:
         told = [
             score + (f" by {rules}" if rules else ""),
             "authors have a model judge" if b.judged else "",
-            *b.paths.values(),
+            *b.paths,
         ]
         where = b.command if b.harness != OURS else "; ".join(part for part in told if part)
         lines.append(f"{b.name:22}{paper:>7}  {b.harness:19}{where}")

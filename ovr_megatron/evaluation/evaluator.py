@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -105,7 +105,7 @@ def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
     """
     assert source.name
     known = BENCHMARKS.get(source.name)
-    paths: Mapping[str, str] = {"": source.path}
+    paths: tuple[str, ...] = (source.path,)
     if source.path in BENCHMARKS and not Path(source.path).exists():
         known = BENCHMARKS[source.path]
         if known.harness != OURS:
@@ -114,7 +114,7 @@ def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
             )
         paths = known.paths
     # A name would stand for the rows' own sources.
-    opened = [open_source(replace(source, path=path, name=name or None)) for name, path in paths.items()]
+    opened = [open_source(replace(source, path=path, name=None)) for path in paths]
     rows: RowSource | Sequence[Row] = opened[0]
     if len(rows) >= ENDLESS and not limit:
         raise ConfigError(f"{source.path} never ends; give a limit, or for a puzzle split=heldout")
@@ -171,7 +171,8 @@ def run(
         bench = Bench(str(model), engine, processor, grader, rollout.tp)
         for each in problems:
             chosen = each.settings(settings)
-            told = [listing(str(model)), each.path, each.count, asdict(chosen), _budget(data), rollout.stop]
+            weights = [entry for entry in listing(str(model)) if not entry[0].endswith(".md")]  # the card changes alone
+            told = [weights, dtype, listing(each.path), each.count, asdict(chosen), _budget(data), rollout.stop]
             mark = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:12]
             if result := evaluate(bench, each, chosen, out, mark):
                 yield result
@@ -183,24 +184,25 @@ def evaluate(
     """Ask every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
 
     With ``mark``, which stands for model, problems and settings, every response is kept as it comes; an evaluation of
-    the same mark that was interrupted goes on where it was, and of one that is done the result is read.
+    the same mark that was interrupted goes on where it was, and of one that is done nothing is asked again, only
+    graded; files stay as they are where that changes nothing.
 
     Returns:
         What is in ``NAME.json``: the scores of `ovr_megatron.evaluation.scoring.score` with ``set``, ``model``,
-        ``source``, ``settings``, ``rules``, the first problem's ``prompt`` as the model sees it (None if it is too
-        long), ``seconds`` and ``tokens_per_second``.  None on all ranks but the first.
+        ``source``, ``benchmark`` (its name, or None), ``settings``, ``rules``, the first problem's ``prompt`` as the
+        model sees it (None if it is too long), ``seconds`` and ``tokens_per_second``.  None on all ranks but the first.
 
     Raises:
         RowError: a row that cannot be used.
     """
     assert settings.samples is not None
-    if mark and (found := _done(out / f"{problems.name}.json", mark)):
-        return found if bench.is_main else None
     began = time.perf_counter()
     replica, follower = divmod(dist.get_rank(), bench.tp)
     mine = range(replica, problems.count, dist.get_world_size() // bench.tp)
     graded: list[Graded] = []
+    finished = _finished(out, problems.name, mark) if mark else None
     kept = Kept(out / f".{problems.name}.{mark}" if mark else None, replica, follower == 0)
+    kept.take(finished[1] if finished else ())
     with kept, Progress(len(mine) * (1 + settings.samples), problems.name, "response", bench.is_main) as progress:
         for start in range(0, len(mine), CHUNK):
             answered = list(_answer(bench, problems, mine[start : start + CHUNK], settings, kept, progress.update))
@@ -210,12 +212,20 @@ def evaluate(
     if everything is None:
         return None
     responses = sorted((r for part in everything for r in part), key=lambda r: r.order)
-    seconds = time.perf_counter() - began
+    official = problems.known.official if problems.known else None
+    if (
+        finished
+        and [_plain(r) for r in responses] == finished[1]
+        and finished[0] | score(responses, official) == finished[0]
+    ):
+        return finished[0]
+    seconds = finished[0]["seconds"] if finished else time.perf_counter() - began
     result = {
         "set": problems.name,
         "model": bench.model,
         "source": problems.path,
-        **score(responses, problems.known.official if problems.known else None),
+        "benchmark": problems.known.name if problems.known else None,
+        **score(responses, official),
         "settings": asdict(settings) | _budget(bench.processor.config),
         "rules": dict(problems.known.rules) if problems.known else {},
         "prompt": _first_prompt(bench.processor, problems),
@@ -229,15 +239,22 @@ def evaluate(
     return result
 
 
-def _done(path: Path, mark: str) -> dict[str, Any] | None:
-    """The result of an evaluation of this mark, None if there is none; all ranks are told the same."""
-    told: list[dict[str, Any] | None] = [None]
-    if dist.get_rank() == 0 and path.exists():
-        with contextlib.suppress(ValueError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            told = [found if isinstance(found, dict) and found.get("mark") == mark else None]
-    dist.broadcast_object_list(told)
-    return told[0]
+def _finished(out: Path, name: str, mark: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Result and responses of a finished evaluation of this mark, None if there is none; all ranks find the same."""
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError, ValueError):
+            result = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+            lines = (out / f"{name}.responses.jsonl").read_text(encoding="utf-8").split("\n")
+            if isinstance(result, dict) and result.get("mark") == mark:
+                found = [(result, [json.loads(line) for line in lines if line])]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _plain(response: Graded) -> dict[str, Any]:
+    """A response as it is read back from its file."""
+    return json.loads(json.dumps(response.to_json()))
 
 
 class Kept:
@@ -260,6 +277,13 @@ class Kept:
         dist.barrier()  # all ranks of an engine must find the same, before one of them adds to it
         if leads:
             self._journal = Journal(stem.with_name(f"{stem.name}.{replica}.answers.jsonl"))
+
+    def take(self, responses: Iterable[dict[str, Any]]) -> None:
+        """Add the responses of a finished evaluation, which are on disk."""
+        for told in responses:
+            if told["response"] is not None:
+                names = ("response", "tokens", "stopped")
+                self._found[told["index"], told["sample"]] = {name: told[name] for name in names}
 
     def __enter__(self) -> Self:
         """Return the responses themselves."""
@@ -375,10 +399,13 @@ def _budget(config: DataConfig) -> dict[str, Any]:
 
 
 def _write(out: Path, name: str, result: dict[str, Any], responses: Sequence[Graded]) -> None:
-    """Write the responses, then the scores under a temporary name that is renamed last."""
+    """Write the responses, then the scores; at no moment do old scores, or a judge's, stand beside new responses."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in responses)
-    (out / f"{name}.responses.jsonl").write_text("".join(lines), encoding="utf-8")
-    partial = out / f".{name}.json.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.rename(out / f"{name}.json")
+    told = "".join(json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in responses)
+    texts = {f"{name}.responses.jsonl": told, f"{name}.json": json.dumps(result, indent=2) + "\n"}
+    for file, text in texts.items():
+        (out / f".{file}.partial").write_text(text, encoding="utf-8")
+    for old in (f"{name}.json", f"{name}.verdicts.jsonl"):
+        (out / old).unlink(missing_ok=True)
+    for file in texts:
+        (out / f".{file}.partial").replace(out / file)

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -178,17 +179,7 @@ def _ask_endpoint(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, to
 
 
 def _ask_vllm(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, told: Told) -> None:
-    folder = Path(config.judge.removeprefix(VLLM))
-    shape = ModelShape.from_hf(folder)
-    longest = shape.max_positions - config.max_tokens
-    if longest < 1:
-        raise ConfigError(
-            f"{folder} takes {shape.max_positions} tokens, no room beside an answer of {config.max_tokens}"
-        )
-    processor = Processor(folder, DataConfig(template="model", max_prompt_tokens=longest))
-    distributed.start(ParallelConfig(), seed=0)
-    rollout = RolloutConfig(gpu_memory_utilization=0.85)
-    engine = RolloutEngine(folder, rollout, processor, dtype_of(folder), shape.max_positions)
+    processor, engine = _local(Path(config.judge.removeprefix(VLLM)), config.max_tokens)
     for chunk in batches(iter(todo), _AT_ONCE):
         prompts, keys = [], []
         for key, text in chunk:
@@ -202,3 +193,16 @@ def _ask_vllm(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, told: 
             keys.append(key)
         for key, [found] in zip(keys, engine.generate(prompts, 0.0), strict=True):
             told(key, {"text": processor.decode(found.tokens)[-_SHOWN:], "tokens": len(found.tokens)})
+
+
+@cache
+def _local(folder: Path, max_tokens: int) -> tuple[Processor, RolloutEngine]:
+    """A local model, started once: vLLM holds its memory until the process ends."""
+    shape = ModelShape.from_hf(folder)
+    longest = shape.max_positions - max_tokens
+    if longest < 1:
+        raise ConfigError(f"{folder} takes {shape.max_positions} tokens, no room beside an answer of {max_tokens}")
+    processor = Processor(folder, DataConfig(template="model", max_prompt_tokens=longest))
+    distributed.start(ParallelConfig(), seed=0)
+    rollout = RolloutConfig(gpu_memory_utilization=0.85)
+    return processor, RolloutEngine(folder, rollout, processor, dtype_of(folder), shape.max_positions)

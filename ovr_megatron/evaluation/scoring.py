@@ -47,7 +47,8 @@ class Graded:
         return asdict(self)
 
 
-Official = Callable[[Sequence[Graded]], dict[str, float]]
+Official = Callable[[Sequence[Graded]], dict[str, float] | None]
+"""From the greedy responses to a score, None where they are not all of a benchmark's that it needs."""
 
 
 def reference_of(row: Row, metric: str) -> tuple[str, str]:
@@ -80,7 +81,7 @@ def score(responses: Sequence[Graded], official: Mapping[str, Official] | None =
         ``low`` to ``high``, ``correct``, ``problems``, mean ``tokens`` and the share that ``stopped``; ``sampled``,
         None without samples, with ``samples``, ``tokens``, ``stopped`` and, each an accuracy with its interval,
         ``average`` (avg@k over all samples), ``pass`` for each k, and ``majority`` (maj@k over all samples);
-        ``official``, where there are some, each an accuracy with its interval.
+        ``official``, each an accuracy with its interval, those alone whose responses are all there.
     """
     greedy = [response for response in responses if response.sample is None]
     sources = sorted({response.source for response in responses})
@@ -89,7 +90,8 @@ def score(responses: Sequence[Graded], official: Mapping[str, Official] | None =
         "dropped": sum(response.response is None for response in greedy),
         **_part(responses),
         "sources": {name: _part([r for r in responses if r.source == name]) for name in sources},
-    } | ({"official": {title: formula(greedy) for title, formula in official.items()}} if official else {})
+        "official": {title: found for title, formula in (official or {}).items() if (found := formula(greedy))},
+    }
 
 
 def _part(responses: Sequence[Graded]) -> dict[str, Any]:

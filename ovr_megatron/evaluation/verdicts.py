@@ -61,11 +61,14 @@ def judge(scores: Path, config: JudgeConfig) -> dict[str, Any]:
         and ``compared`` responses.
 
     Raises:
-        ConfigError: no such evaluation, or the judge cannot be opened.
+        ConfigError: no such evaluation, responses that are not its own, or the judge cannot be opened.
         TeacherError: an endpoint refuses us, or nothing but failures; what was answered is kept.
     """
     result = _read(scores)
     responses = read_responses(scores.with_name(f"{result['set']}.responses.jsonl"))
+    greedy = sum(response.sample is None for response in responses)
+    if greedy != result["problems"]:
+        raise ConfigError(f"{scores}: {result['problems']} problems, but {greedy} responses; evaluate the model again")
     keys = {at: _key(config, r) for at, r in enumerate(responses) if r.response}
     questions = {key: question(responses[at]) for at, key in keys.items()}
     with Progress(len(questions), config.judge, "response") as progress:
@@ -85,7 +88,7 @@ def judge(scores: Path, config: JudgeConfig) -> dict[str, Any]:
         judged.append(replace(response, correct=bool(verdict)))
         place = {"index": response.index, "sample": response.sample, "id": response.id}
         lines.append(json.dumps(place | {"rule": response.correct, "judge": verdict}) + "\n")
-    known = BENCHMARKS.get(result["set"])
+    known = BENCHMARKS.get(result.get("benchmark") or "")
     both = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
     agreement = {"kappa": kappa(ours, theirs), "same": sum(a == b for a, b in both), "compared": len(both)}
     found = {"judge": config.judge, **score(judged, known.official if known else None), "missing": missing, **agreement}
@@ -102,7 +105,7 @@ def read_responses(path: Path) -> list[Graded]:
     """
     found: list[Graded] = []
     try:
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
             told = json.loads(line)
             found.append(Graded(**told | {"options": tuple(told["options"])}))
     except OSError as error:
@@ -130,7 +133,7 @@ def _key(config: JudgeConfig, response: Graded) -> int:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(found["set"], str)
+        assert isinstance(found["set"], str) and isinstance(found["problems"], int)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); give the SET.json that tools/evaluate.py wrote"

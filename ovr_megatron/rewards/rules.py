@@ -16,7 +16,7 @@ from ovr_megatron.rewards.verdict import GradeRequest, Reason, Verdict
 Rule = Callable[[GradeRequest], Verdict]
 TOLERANCE = Fraction(1, 100)
 MISTAKES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_LETTER = re.compile(r"(?<![A-Z0-9])[A-Z0-9](?![A-Z0-9])")
+_BETWEEN = re.compile(r"\bAND\b|[\s,;/&.()\[\]{}]")
 PLAIN = ("auto", "math", "exact", "choice", "letters", "numeric", "within")
 
 
@@ -115,9 +115,16 @@ def _letters(request: GradeRequest) -> Verdict:
     box = _boxed(request)
     if isinstance(box, Verdict):
         return box
-    wanted, given = (sorted(_LETTER.findall(clean(text).upper())) for text in (request.answer, box))
-    alone = not _LETTER.sub("", clean(box).upper()).replace("AND", "").strip(" ,;()[]{}.&")
-    return Verdict(Reason.LETTER if alone and wanted == given else Reason.DIFFERENT, box)
+    wanted, text = _named(request.answer), clean(box)
+    one = named_letter(text, 26) if len(wanted) == 1 else None
+    given = {chr(ord("A") + one.index)} if one and one.strong and not one.hedged else _named(text)
+    return Verdict(Reason.LETTER if wanted and wanted == given else Reason.DIFFERENT, box)
+
+
+def _named(text: str) -> set[str]:
+    """The letters or digits of "B, D", "(b) and (d)", "B/D" or "BD"; none where one comes twice, as in words."""
+    found = _BETWEEN.sub("", clean(text).upper())
+    return set(found) if found.isalnum() and len(set(found)) == len(found) else set()
 
 
 def _numeric(request: GradeRequest, share: Fraction = Fraction(0), distance: Fraction = Fraction(0)) -> Verdict:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ovr_megatron.analysis.browser import even
+from ovr_megatron.analysis.browser import _origins, even
 from ovr_megatron.analysis.experiment import read_experiment
 from ovr_megatron.analysis.report import write_report
+from ovr_megatron.evaluation.behaviours import BEHAVIOURS
 
 screenshots = pytest.importorskip("tests.analysis.screenshots", reason="no playwright")
 pytestmark = pytest.mark.skipif(screenshots.CHROMIUM is None, reason="no Chromium; on Debian: apt install chromium")
@@ -50,17 +51,19 @@ class Opened:
 def _answers(folder: Path, model: str, rows: list[dict]) -> None:
     common = {"sample": None, "source": "visual", "question": "What is the sum?", "reference": "8", "options": []}
     common |= {"metric": "boxed", "stopped": True, "reason": "same number"}
-    lines = [json.dumps(common | {"index": i, "id": f"v{i}", "tokens": 10} | row) for i, row in enumerate(rows)]
+    told = [common | {"index": i, "id": f"v{i}", "tokens": 10} | row for i, row in enumerate(rows)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in told]
     (folder / "eval" / model / "visual.responses.jsonl").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def report(experiment_dir):
-    """A report over 480 rollouts and three responses of an evaluation, one of them hostile."""
+    """A report over 480 rollouts and four responses of an evaluation, one of them hostile."""
     rows = [
         {"response": "Wait, that is wrong. I look at the image again.\n\\boxed{8}", "correct": True},
         {"response": "\\boxed{7}", "correct": False, "tokens": 4},
         {"response": ATTACK + LONG, "correct": False, "tokens": 5000, "question": ATTACK, "stopped": False},
+        {"response": "\\boxed{8}", "correct": True, "tokens": 3},
     ]
     _answers(experiment_dir, "rl", rows)
     return write_report(read_experiment(experiment_dir))
@@ -68,10 +71,10 @@ def report(experiment_dir):
 
 def test_the_page_opens_and_its_filters_work(report, chromium):
     page = Opened(chromium, report)
-    assert page.count == "1 to 10 of 483"
-    assert "All 483 responses" in page.page.inner_text("main")
+    assert page.count == "1 to 10 of 484"
+    assert "All 484 responses" in page.page.inner_text("main")
     page.choose("from", "RL on Visual puzzles")
-    assert page.count == "1 to 3 of 3"
+    assert page.count == "1 to 4 of 4"
     page.choose("behaviour", "Visual reflection")
     [card] = page.cards()
     assert "I look at the image again." in card and "Backtracking" in card and "reward 1" in card
@@ -166,6 +169,37 @@ def test_a_report_that_is_written_again_reads_what_is_new(experiment_dir):
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.js")}
     assert set(before) - set(after) == {"rollouts_000058_0.js"}
     assert [name for name in after if before[name] != after[name]] == ["rollouts_000059_0.js"]
+
+
+def test_what_a_judge_counts_takes_the_place_of_the_wording(experiment_dir):
+    rows = [{"response": "Wait, that is wrong.", "correct": True}, {"response": None, "correct": False}]
+    rows += [{"response": "Nothing.", "correct": True}]
+    _answers(experiment_dir, "rl", rows)
+
+    def bits():
+        write_report(read_experiment(experiment_dir))
+        index = json.loads((experiment_dir / "report_files/index.json").read_text())
+        return [facts[3] for facts in index["rl@visual"]["rows"]]
+
+    names = list(BEHAVIOURS)
+    assert bits() == [1 << names.index("backtracking"), 0, 0]
+    part = {"traces": 2, "behaviours": {}, "transfer": {}, "file": "visual.responses.jsonl"}
+    told = {"judge": "J", "approximation": False, "missing": {}, "checkpoints": {"rl": part}}
+    (experiment_dir / "behaviours").mkdir()
+    (experiment_dir / "behaviours/behaviours.json").write_text(json.dumps(told))
+    counts = [dict.fromkeys(names, 0), dict.fromkeys(names, 0) | {"verification": 2}]
+    lines = [json.dumps({"checkpoint": "rl", "id": "v", "counts": count}) + "\n" for count in counts]
+    (experiment_dir / "behaviours/counts.jsonl").write_text("".join(lines))
+    assert bits() == [0, 0, 1 << names.index("verification")]
+
+
+def test_of_a_very_long_run_not_every_iteration_is_shown(experiment_dir):
+    rollouts = experiment_dir / "rl/rollouts"
+    text = (rollouts / "000000.jsonl").read_text()
+    for iteration in range(60, 2500):
+        (rollouts / f"{iteration:06d}.jsonl").write_text(text)
+    origins = [origin for origin in _origins(read_experiment(experiment_dir)) if origin.group == "Rollouts"]
+    assert sum(origin.most for origin in origins) <= 16_000 and len(origins) == 2000
 
 
 def test_an_even_sample():

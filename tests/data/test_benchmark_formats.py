@@ -155,7 +155,7 @@ BOX, LETTER = "Put your final answer in \\boxed{}.", "Put the letter of the righ
             "mmmu_pro",
             f"Which is older, * or *?\n(A) *\n(B) the one in '*'\n(C) neither\n{LETTER}",
             "B",
-            "Art",
+            "standard",
             "test_Art_1",
         ),
     ],
@@ -185,10 +185,18 @@ def test_other_kinds_of_a_benchmark():
     assert shape(choice) == f"*Even? Choices: (A) yes (B) no\n{LETTER}"
     unknown = read("logicvista", answer="", question="")
     assert shape(unknown).startswith("*Answer the question in the picture.")
+    for written in ("A. ①;B\uff0e②;C. ③", "A. 45° B. 60° ;C. 120°", "A. 1; C. 2"):
+        odd = read("wemath", option=written)
+        assert shape(odd) == f"*OA = ( ) m, AB = ( ) m\n{written}\n{LETTER}" and odd.options == ()
     nested = read("mmmu_pro", options="[['left', 'right']]")
     assert nested.options == ("left", "right")
     vision = read("mmmu_pro", image=EMBEDDED, question=None)
     assert shape(vision) == f"*Answer the question in the picture.\n{LETTER}" and vision.options == ()
+    assert vision.source == "vision"
+    text = read("mathvista", metadata="{'task': 'x'}")
+    assert text.source == ""
+    decoded = {"id": "1", "question": "?", "options": [], "answer": "6", "level": 2, "subject": "x"}
+    assert detect(decoded | {"decoded_image": EMBEDDED}, "") == "mathvision"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +205,8 @@ def test_other_kinds_of_a_benchmark():
         ("math", {"problem": " "}, r"set\[0\]: problem: is str ' '; give a text"),
         ("mmlu", {"answer": 4}, "answer: is 4, none of the 4 options"),
         ("mmlu_pro", {"answer": "D"}, "answer: 'D' is none of the 3 options"),
-        ("wemath", {"option": "A. 1; C. 2"}, "option: has no options A, B, C in order"),
+        ("mathverse", {"problem_version": None}, "problem_version: is missing"),
+        ("dynamath", {"answer_type": None}, "answer_type: is missing"),
         ("mmmu_pro", {"options": "[1, __import__('os')]"}, "options: is str"),
         ("mmmu_pro", {"image_2": None}, "image_2: is missing"),
         ("mmmu_pro", {"image": EMBEDDED, "answer": "D"}, "answer: 'D' is none of the 3 options"),
@@ -207,3 +216,9 @@ def test_other_kinds_of_a_benchmark():
 def test_rows_that_cannot_be_used_are_named(name, changes, message):
     with pytest.raises(RowError, match=message):
         read(name, **changes)
+
+
+@pytest.mark.parametrize("name", list(BENCHMARK_READERS))
+def test_what_is_no_object_is_refused(name):
+    with pytest.raises(RowError, match=r"set\[0\]: is a list; give one object a row"):
+        READERS[name](["a"], "set[0]", Path("/data"))

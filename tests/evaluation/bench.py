@@ -5,11 +5,12 @@ The second set asks the same problems again, with the model's own greedy respons
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ovr_megatron.config import ParallelConfig, RolloutConfig, SourceConfig
 from ovr_megatron.data.processing import Processor, Sample
-from ovr_megatron.data.schema import row_to_json
+from ovr_megatron.data.schema import Message, TextPart, row_to_json
 from ovr_megatron.evaluation import evaluator
 from ovr_megatron.evaluation.command import data_config, dtype_of, parser
 from ovr_megatron.evaluation.evaluator import Bench, ProblemSet, Settings, evaluate, open_problems
@@ -60,8 +61,23 @@ def interrupted(bench: Bench, known: ProblemSet, out: Path) -> list[int]:
 
     evaluator._prompt = count
     evaluate(bench, known, settings, out, "mark")
+    made_again(bench, known, settings, out)
     evaluator._prompt = made
     return asked
+
+
+def made_again(bench: Bench, known: ProblemSet, settings: Settings, out: Path) -> None:
+    """A finished evaluation is not touched; where its rows have other answers it is graded anew, and nothing asked."""
+    before = (out / "known.json").stat().st_mtime_ns
+    evaluate(bench, known, settings, out, "mark")
+    assert (out / "known.json").stat().st_mtime_ns == before
+    (out / "known.verdicts.jsonl").write_text("of a judge\n")
+    rows = [known.rows[index] for index in range(known.count)]
+    wrong = [replace(row, messages=(*row.prompt, Message("assistant", (TextPart("never said"),)))) for row in rows]
+    found = evaluate(bench, replace(known, rows=wrong), settings, out, "mark")
+    assert found and found["greedy"]["correct"] == 0 and not (out / "known.verdicts.jsonl").exists()
+    again = evaluate(bench, known, settings, out, "mark")
+    assert again and again["greedy"]["correct"] == 4
 
 
 def main(model: Path, out: Path) -> None:

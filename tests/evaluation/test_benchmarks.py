@@ -10,7 +10,7 @@ from ovr_megatron.evaluation.benchmarks import (
     BENCHMARKS,
     OURS,
     four_dimensions,
-    mean_of_sources,
+    mean_of_settings,
     paper_score,
     table,
     worst_case,
@@ -25,9 +25,15 @@ def graded(id, correct, source="all"):
     return Graded(0, None, id, source, "?", "8", (), "boxed", response="..", correct=correct)
 
 
+def variants(*right):
+    """Ten variants of each question, the first of them right as often as told."""
+    return [graded(str(n), at < count) for n, count in enumerate(right) for at in range(10)]
+
+
 def test_the_worst_case_wants_every_variant():
-    responses = [graded(id, right) for id, right in [("1", True), ("1", True), ("2", True), ("2", False), ("3", False)]]
-    assert worst_case(responses)["accuracy"] == pytest.approx(1 / 3)
+    found = worst_case(variants(10, 9, 0))
+    assert found and found["accuracy"] == pytest.approx(1 / 3)
+    assert worst_case(variants(10, 9, 0)[:-1]) is None, "a variant was not asked"
 
 
 def wemath(*problems):
@@ -55,20 +61,28 @@ def test_four_dimensions_by_hand():
     )
     assert four_dimensions(responses, strict=True)["accuracy"] == pytest.approx((1 + 2 / 2) / 8)
     assert four_dimensions(responses, strict=False)["accuracy"] == pytest.approx((3 + 2 / 2) / 8)
+    assert four_dimensions(responses[:-1], strict=True) is None, "the whole problem was not asked"
+    assert four_dimensions(responses[1:], strict=True) is None, "a step was not asked"
 
 
-def test_the_mean_of_sources_is_not_that_of_the_rows():
-    responses = [graded("a", True, "standard"), *(graded("b", False, "vision") for _ in range(3))]
-    assert mean_of_sources(responses)["accuracy"] == 0.5
+def test_mmmu_pro_is_the_mean_of_its_two_settings():
+    standard = [graded("a", True, "standard"), graded("b", True, "standard")]
+    vision = [graded("a", True, "vision"), graded("b", False, "vision")]
+    assert mean_of_settings(standard + vision)["accuracy"] == 0.75
+    assert mean_of_settings(standard) is None and mean_of_settings(standard + vision[:1]) is None
 
 
 def test_the_paper_is_compared_with_the_score_that_it_gives():
-    responses = [graded("1", True), graded("1", False)]
-    found = score(responses, BENCHMARKS["dynamath"].official)
-    assert found["greedy"]["accuracy"] == 0.5
-    assert paper_score("dynamath", "DynaMath, worst case", found)["accuracy"] == 0.0
-    judged = found | {"judged": score([graded("1", True)], BENCHMARKS["dynamath"].official)}
-    assert paper_score("dynamath", "DynaMath, worst case", judged)["accuracy"] == 1.0
+    official = BENCHMARKS["dynamath"].official
+    found = score(variants(10, 5), official)
+    assert found["greedy"]["accuracy"] == 0.75
+    title = "DynaMath, worst case"
+    assert paper_score("dynamath", title, found)["accuracy"] == 0.5
+    assert paper_score("dynamath", title, score(variants(10, 5)[:12], official)) is None, "no average in its place"
+    judged = score(variants(10, 10), official)
+    assert paper_score("dynamath", title, found | {"judged": judged | {"missing": {"refused": 1}}})["accuracy"] == 1.0
+    half = found | {"judged": judged | {"missing": {"not asked": 7}}}
+    assert paper_score("dynamath", title, half)["accuracy"] == 0.5, "the judge is not through"
     drawn = [Graded(0, n, "1", "all", "?", "8", (), "boxed", "..", correct=n < 3) for n in range(4)]
     assert paper_score("aime2024", "AIME 2024", score([graded("1", False), *drawn]))["accuracy"] == 0.75
     assert paper_score("math500", "MATH500", score([graded("1", True)]))["accuracy"] == 1.0
@@ -135,7 +149,8 @@ def test_a_benchmark_by_its_name_is_opened_where_it_is_published(monkeypatch):
 
     monkeypatch.setattr("ovr_megatron.evaluation.evaluator.open_source", opened)
     problems = open_problems(SourceConfig(name="mmmu_pro", path="mmmu_pro"))
-    assert [name for _, name in asked] == ["standard", "vision"] and problems.count == 2
+    assert [path.partition("config=")[2] for path, _ in asked] == ["standard+(10+options)", "vision"]
+    assert problems.count == 2 and not any(name for _, name in asked)
     assert [problems.rows[at].answer for at in range(2)] == ["1", "2"]
     with pytest.raises(IndexError):
         problems.rows[2]

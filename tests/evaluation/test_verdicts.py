@@ -1,11 +1,12 @@
 """A model's verdicts on evaluated responses, beside those of the rules."""
 
 import json
+import shutil
 
 import pytest
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.evaluation.judges import JudgeConfig
+from ovr_megatron.evaluation.judges import JudgeConfig, _local
 from ovr_megatron.evaluation.scoring import Graded, score
 from ovr_megatron.evaluation.verdict_command import main
 from ovr_megatron.evaluation.verdicts import judge, question, read_responses, read_verdict
@@ -85,9 +86,14 @@ def test_verdicts_stand_beside_the_rules(scores, monkeypatch):
 
 def test_a_local_model_judges_by_the_same_path(scores, tmp_path, capfd):
     folder = make_tiny_model(tmp_path / "model", tied=True, seed=4)
-    main([str(scores), "--judge", f"vllm:{folder}", "--max-tokens", "8"])
-    assert "without a verdict: 4 malformed" in capfd.readouterr().out
+    other = tmp_path / "other/set.json"
+    shutil.copytree(tmp_path, other.parent, ignore=shutil.ignore_patterns("model", "other"))
+    main([str(scores), str(other), "--judge", f"vllm:{folder}", "--max-tokens", "8"])
+    told = capfd.readouterr()
+    assert told.out.count("without a verdict: 4 malformed") == 2
     assert json.loads(scores.read_text())["judged"]["compared"] == 0
+    engines = _local.cache_info()
+    assert (engines.misses, engines.hits) == (1, 1), "one start of vLLM for both"
 
 
 def test_bad_input_is_named(scores, tmp_path, capsys):
@@ -100,6 +106,10 @@ def test_bad_input_is_named(scores, tmp_path, capsys):
             main(["--judge", "http://127.0.0.1:1/v1#x", *arguments])
         assert ended.value.code == 2 and message in capsys.readouterr().err
     path = scores.with_name("set.responses.jsonl")
-    path.write_text(path.read_text() + '{"index": 3}\n')
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    with pytest.raises(ConfigError, match=r"set\.json: 5 problems, but 4 responses; evaluate the model again"):
+        judge(scores, JudgeConfig(judge="http://127.0.0.1:1/v1#x"))
+    path.write_text(whole + '{"index": 3}\n')
     with pytest.raises(ConfigError, match=r"set\.responses\.jsonl:6: is no response"):
         read_responses(path)

@@ -64,6 +64,11 @@ def graded(name, box, answer, options=()):
         ("letters", "3", "3", (), Reason.LETTER),
         ("letters", "B because D", "B, D", (), Reason.DIFFERENT),
         ("letters", "x", "no answer is known", (), Reason.DIFFERENT),
+        ("letters", "and", "no answer is known", (), Reason.DIFFERENT),
+        ("letters", "BD", "B, D", (), Reason.LETTER),
+        ("letters", "B/D", "B, D", (), Reason.LETTER),
+        ("letters", "B: cat", "B", (), Reason.LETTER),
+        ("letters", "B. 12", "D", (), Reason.DIFFERENT),
     ],
 )
 def test_rules_by_hand(name, box, answer, options, reason):
