@@ -131,7 +131,7 @@ def test_nothing_overflows(report, chromium, width, scheme):
 
 
 def test_texts_that_are_not_there_are_named(report, chromium):
-    for path in (report.parent / "report_files").glob("rl_visual_*.js"):
+    for path in (report.parent / "report_files").glob("rl@visual_*.js"):
         path.unlink()
     page = Opened(chromium, report)
     page.choose("from", "RL on Visual puzzles")
