@@ -91,7 +91,7 @@
     if (item.sample !== undefined) facts.push(`sample ${item.sample}`);
     if (item.advantage !== undefined) facts.push(`mean advantage ${item.advantage.toFixed(3)}`);
     if (!item.stopped) facts.push("cut off");
-    const text = make("div", "", make("pre", "", item.prompt), response, make("p", "note", badge, facts.join(" · ")));
+    const text = make("div", "", make("pre", "", item.prompt.trim()), response, make("p", "note", badge, facts.join(" · ")));
     if (bits) text.append(make("p", "note", ...named(bits).map((name) => make("span", "badge act", name))));
     if (!item.image) return make("div", "rollout text", text);
     const image = make("img");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ _TOLD = {
     "cold_start": ("optimizer.lr", "optimizer.schedule", "packs_per_step", "data.pack_tokens", "model.dtype"),
     "rl": ("algorithm.estimator", "optimizer.lr", "critic.optimizer.lr", "prompts", "responses", "model.dtype"),
 }
+
+
+_ASKED = ("samples", "temperature", "max_tokens", "metric", "template", "min_pixels", "max_pixels", "seed")
 
 
 def write_card(experiment: Experiment, export: Path) -> Path:
@@ -40,7 +44,7 @@ def card(experiment: Experiment, model: str) -> str:
         "PPO on images and text with verifiable rewards. Trained with `ovr_megatron` (Megatron-Core, vLLM)."
     )
     parts += [_stage(stage) for stage in experiment.stages.values() if stage.config]
-    parts += [*_scores(experiment), *_behaviours(experiment)]
+    parts += [*_scores(experiment), *_behaviours(experiment), *_commands(experiment, model)]
     parts.append(
         "## Use\n\n```python\n"
         "from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration\n\n"
@@ -94,6 +98,23 @@ def _scores(experiment: Experiment) -> Iterator[str]:
             problems = max(score["problems"] for score in scores if score)
             lines.append(f"| {title} ({problems}) | " + " | ".join(cells) + " |")
         yield "\n".join(lines)
+
+
+def _commands(experiment: Experiment, model: str) -> Iterator[str]:
+    """How each stage is run again from its settings, and each evaluation of ``model``; data by their names alone."""
+    lines = []
+    for name, stage in experiment.stages.items():
+        if stage.config:
+            module = "rl" if "iterations" in stage.config else "coldstart"
+            folder = name if stage.dir != experiment.dir else "."
+            lines.append(f"torchrun -m ovr_megatron.{module} --config-dir {folder} --config-name config run.dir=NEW")
+    for name, result in experiment.scores.get(model, {}).items():
+        settings = result["settings"]
+        told = " ".join(f"--{key.replace('_', '-')} {settings[key]}" for key in _ASKED if settings.get(key) is not None)
+        data = shlex.quote(f"{name}={_source({'path': result['source']})}")
+        lines.append(f"tools/evaluate.py --model FOLDER --data {data} --limit {result['problems']} {told} --out eval")
+    if lines:
+        yield "## Commands\n\n```bash\n" + "\n".join(lines) + "\n```"
 
 
 def _behaviours(experiment: Experiment) -> Iterator[str]:

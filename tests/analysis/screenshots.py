@@ -25,14 +25,20 @@ def chromium() -> Iterator[Browser]:
 
 
 def main() -> None:
-    """Take the three pictures."""
+    """Take the three pictures; of the part to leaf through its first 1,100 pixels."""
     report, out = Path(sys.argv[1]).resolve() / "report.html", Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1000, "height": 900})
         page.goto(report.as_uri())
         page.screenshot(path=out / "report.png")
-        page.locator("section", has=page.locator("#browser")).screenshot(path=out / "report_browser.png")
+        section = page.locator("section", has=page.locator("#browser"))
+        section.scroll_into_view_if_needed()
+        page.wait_for_timeout(500)  # its texts are being loaded
+        box = section.bounding_box()
+        place = page.evaluate("window.scrollY")
+        clip = {"x": box["x"], "y": box["y"] + place, "width": box["width"], "height": min(box["height"], 1100)}
+        page.screenshot(path=out / "report_browser.png", clip=clip, full_page=True)
         phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
         phone.goto(report.as_uri())
         phone.screenshot(path=out / "report_phone.png")

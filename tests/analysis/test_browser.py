@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,11 @@ def _answers(folder: Path, model: str, rows: list[dict]) -> None:
     (folder / "eval" / model / "visual.responses.jsonl").write_text("\n".join(lines) + "\n")
 
 
-@pytest.fixture
-def report(experiment_dir):
-    """A report over 480 rollouts and four responses of an evaluation, one of them hostile."""
+@pytest.fixture(scope="module")
+def report(finished_dir, tmp_path_factory):
+    """A report, to be left as it is, over 480 rollouts and four responses of an evaluation, one of them hostile."""
+    experiment_dir = tmp_path_factory.mktemp("a_run_with_a_long_name_that_has_no_place_to_break") / "experiment"
+    shutil.copytree(finished_dir, experiment_dir)
     rows = [
         {"response": "Wait, that is wrong. I look at the image again.\n\\boxed{8}", "correct": True},
         {"response": "\\boxed{7}", "correct": False, "tokens": 4},
@@ -130,23 +133,34 @@ def test_nothing_overflows(report, chromium, width, scheme):
     assert (sum(map(int, re.findall(r"\d+", paper))) < 300) == (scheme == "dark")
 
 
-def test_texts_that_are_not_there_are_named(report, chromium):
+@pytest.fixture
+def bare_dir(experiment_dir):
+    """An experiment with nothing to draw, which takes most of the time."""
+    for part in ("base", "cold_start", "rl/metrics", "eval"):
+        shutil.rmtree(experiment_dir / part)
+    (experiment_dir / "eval/rl").mkdir(parents=True)
+    return experiment_dir
+
+
+def test_texts_that_are_not_there_are_named(bare_dir, chromium):
+    _answers(bare_dir, "rl", [{"response": "\\boxed{8}", "correct": True}])
+    report = write_report(read_experiment(bare_dir))
     for path in (report.parent / "report_files").glob("rl@visual_*.js"):
         path.unlink()
     page = Opened(chromium, report)
-    page.choose("from", "RL on Visual puzzles")
+    page.choose("from", "RL on visual")
     page.page.wait_for_timeout(100)
     assert "keep the folder report_files beside this page" in page.page.inner_text("#browse-list")
 
 
-def test_twenty_thousand_rollouts(experiment_dir, chromium, record_property):
-    told = "Wait, that is wrong. Let me look at the image again, row by row. " * 12
+def test_twenty_thousand_rollouts(bare_dir, chromium, record_property):
+    told = "Wait, that is wrong. Let me look at the image again, row by row. " * 4
     for iteration in range(250):
         row = {"iteration": iteration, "prompt": "Add the red digits.", "response": told + "\\boxed{8}", "answer": "8"}
         row |= {"source": "visual", "tokens": 200, "stopped": True, "advantage_mean": 0.1, "image": None}
         lines = (json.dumps(row | {"number": n, "sample": 0, "reward": float(n % 2)}) for n in range(80))
-        (experiment_dir / f"rl/rollouts/{iteration:06d}.jsonl").write_text("\n".join(lines) + "\n")
-    report = write_report(read_experiment(experiment_dir))
+        (bare_dir / f"rl/rollouts/{iteration:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    report = write_report(read_experiment(bare_dir))
     size = report.stat().st_size
     assert size < 20e6
     page = Opened(chromium, report)
@@ -158,47 +172,47 @@ def test_twenty_thousand_rollouts(experiment_dir, chromium, record_property):
     print(f"\n20,000 rollouts: page of {size / 1e6:.1f} MB, open after {opened / 1000:.2f} s")
 
 
-def test_a_report_that_is_written_again_reads_what_is_new(experiment_dir):
-    write_report(read_experiment(experiment_dir))
-    folder = experiment_dir / "report_files"
+def test_a_report_that_is_written_again_reads_what_is_new(bare_dir):
+    write_report(read_experiment(bare_dir))
+    folder = bare_dir / "report_files"
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.js")}
-    last = experiment_dir / "rl/rollouts/000059.jsonl"
+    last = bare_dir / "rl/rollouts/000059.jsonl"
     last.write_text(last.read_text().replace("Add the red", "Count the red"))
-    (experiment_dir / "rl/rollouts/000058.jsonl").unlink()
-    write_report(read_experiment(experiment_dir))
+    (bare_dir / "rl/rollouts/000058.jsonl").unlink()
+    write_report(read_experiment(bare_dir))
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.js")}
     assert set(before) - set(after) == {"rollouts_000058_0.js"}
     assert [name for name in after if before[name] != after[name]] == ["rollouts_000059_0.js"]
 
 
-def test_what_a_judge_counts_takes_the_place_of_the_wording(experiment_dir):
+def test_what_a_judge_counts_takes_the_place_of_the_wording(bare_dir):
     rows = [{"response": "Wait, that is wrong.", "correct": True}, {"response": None, "correct": False}]
     rows += [{"response": "Nothing.", "correct": True}]
-    _answers(experiment_dir, "rl", rows)
+    _answers(bare_dir, "rl", rows)
 
     def bits():
-        write_report(read_experiment(experiment_dir))
-        index = json.loads((experiment_dir / "report_files/index.json").read_text())
+        write_report(read_experiment(bare_dir))
+        index = json.loads((bare_dir / "report_files/index.json").read_text())
         return [facts[3] for facts in index["rl@visual"]["rows"]]
 
     names = list(BEHAVIOURS)
     assert bits() == [1 << names.index("backtracking"), 0, 0]
     part = {"traces": 2, "behaviours": {}, "transfer": {}, "file": "visual.responses.jsonl"}
     told = {"judge": "J", "approximation": False, "missing": {}, "checkpoints": {"rl": part}}
-    (experiment_dir / "behaviours").mkdir()
-    (experiment_dir / "behaviours/behaviours.json").write_text(json.dumps(told))
+    (bare_dir / "behaviours").mkdir()
+    (bare_dir / "behaviours/behaviours.json").write_text(json.dumps(told))
     counts = [dict.fromkeys(names, 0), dict.fromkeys(names, 0) | {"verification": 2}]
     lines = [json.dumps({"checkpoint": "rl", "id": "v", "counts": count}) + "\n" for count in counts]
-    (experiment_dir / "behaviours/counts.jsonl").write_text("".join(lines))
+    (bare_dir / "behaviours/counts.jsonl").write_text("".join(lines))
     assert bits() == [0, 0, 1 << names.index("verification")]
 
 
-def test_of_a_very_long_run_not_every_iteration_is_shown(experiment_dir):
-    rollouts = experiment_dir / "rl/rollouts"
+def test_of_a_very_long_run_not_every_iteration_is_shown(bare_dir):
+    rollouts = bare_dir / "rl/rollouts"
     text = (rollouts / "000000.jsonl").read_text()
     for iteration in range(60, 2500):
         (rollouts / f"{iteration:06d}.jsonl").write_text(text)
-    origins = [origin for origin in _origins(read_experiment(experiment_dir)) if origin.group == "Rollouts"]
+    origins = [origin for origin in _origins(read_experiment(bare_dir)) if origin.group == "Rollouts"]
     assert sum(origin.most for origin in origins) <= 16_000 and len(origins) == 2000
 
 

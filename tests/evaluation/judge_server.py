@@ -1,7 +1,9 @@
 """A model judge over HTTP that answers by a function, and misbehaves where it is told to."""
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -12,7 +14,7 @@ KEY = "sk-not-to-be-seen-91c2"
 class Judge(ThreadingHTTPServer):
     """Answers with ``answer(question)``; ``script`` is what the first requests get instead.
 
-    A step of the script is a status, "dies", or "guess", an answer that is none; None is an answer.
+    A step of the script is a status, "dies", "slow" (a second), or "guess", an answer that is none; None is an answer.
     """
 
     daemon_threads = True
@@ -44,6 +46,8 @@ class Handler(BaseHTTPRequestHandler):
         if step == "dies":
             self.connection.close()
             return
+        if step == "slow":
+            time.sleep(1.0)
         content = "I would say three." if step == "guess" else self.server.answer(body["messages"][0]["content"])
         reply = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
         status, reply = (step, f"no, {self.headers['authorization']}") if isinstance(step, int) else (200, reply)
@@ -51,4 +55,5 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(reply)))
         self.send_header("retry-after", "0.01")
         self.end_headers()
-        self.wfile.write(reply.encode())
+        with contextlib.suppress(BrokenPipeError):  # who waited has gone
+            self.wfile.write(reply.encode())

@@ -68,16 +68,16 @@ def test_the_question_has_the_answer_alone_and_says_that_it_is_data():
 
 def test_verdicts_stand_beside_the_rules(scores, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    server = Judge(by_last_word, [429, "dies", "guess"])
-    found = judge(scores, config(server))
-    assert server.asked == 4 + 2
+    server = Judge(by_last_word, [429, "dies", "guess", "slow"])
+    found = judge(scores, config(server, timeout_s=0.5))
+    assert server.asked == 4 + 3
     assert found["missing"] == {"malformed": 1} and found["greedy"]["problems"] == 5
     lines = [json.loads(line) for line in scores.with_name("set.verdicts.jsonl").read_text().splitlines()]
     verdicts = [(line["rule"], line["judge"]) for line in lines]
     assert verdicts.count((True, None)) == 1 or verdicts.count((False, None)) == 1, "nobody guesses"
     assert verdicts[4] == (False, False) and found["compared"] == 3
     assert json.loads(scores.read_text())["judged"] == found
-    assert judge(scores, config(server)) == found and server.asked == 6, "nothing is asked twice"
+    assert judge(scores, config(server)) == found and server.asked == 7, "nothing is asked twice"
     whole = judge(scores, config(Judge(by_last_word, [])))
     assert whole["greedy"]["correct"] == 2 and whole["same"] == 2 and whole["compared"] == 4
     assert whole["kappa"] == pytest.approx(0.0)
