@@ -112,7 +112,8 @@ def _commands(experiment: Experiment, model: str) -> Iterator[str]:
         settings = result["settings"]
         told = " ".join(f"--{key.replace('_', '-')} {settings[key]}" for key in _ASKED if settings.get(key) is not None)
         data = shlex.quote(f"{name}={_source({'path': result['source']})}")
-        lines.append(f"tools/evaluate.py --model FOLDER --data {data} --limit {result['problems']} {told} --out eval")
+        told = f"--data {data} --limit {result['problems']} {told}"
+        lines.append(f"python tools/evaluate.py --model FOLDER {told} --out eval")
     if lines:
         yield "## Commands\n\n```bash\n" + "\n".join(lines) + "\n```"
 
