@@ -241,15 +241,17 @@ def evaluate(
 
 def _finished(out: Path, name: str, mark: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     """Result and responses of a finished evaluation of this mark, None if there is none; all ranks find the same."""
-    found: list[Any] = [None]
+    scores, responses = out / f"{name}.json", out / f"{name}.responses.jsonl"
+    told = [False]
     if dist.get_rank() == 0:
         with contextlib.suppress(OSError, ValueError):
-            result = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-            lines = (out / f"{name}.responses.jsonl").read_text(encoding="utf-8").split("\n")
-            if isinstance(result, dict) and result.get("mark") == mark:
-                found = [(result, [json.loads(line) for line in lines if line])]
-    dist.broadcast_object_list(found)
-    return found[0]
+            result = json.loads(scores.read_text(encoding="utf-8"))
+            told = [isinstance(result, dict) and result.get("mark") == mark and responses.exists()]
+    dist.broadcast_object_list(told)
+    if not told[0]:
+        return None
+    lines = filter(None, responses.read_text(encoding="utf-8").split("\n"))
+    return json.loads(scores.read_text(encoding="utf-8")), [json.loads(line) for line in lines]
 
 
 def _plain(response: Graded) -> dict[str, Any]:
