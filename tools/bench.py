@@ -1,6 +1,7 @@
 """Measure the project beside named rivals on this machine, in one run: ``tools/bench.py model [--json FILE]``.
 
 model: forward and backward of our model beside Transformers', at layer shapes of the tiny, the 3B and the 7B model.
+step: a cold-start pack of 65,536 tokens at the 3B and the 7B shape on a GPU, beside Transformers and beside the plan.
 vision: the tower on two ranks, cut over them or with the images dealt out.
 prepare: data preparation beside a plain datasets.map.
 head: log-probabilities over a large vocabulary in chunks, beside the whole logits.
@@ -13,16 +14,28 @@ import argparse
 import json
 from pathlib import Path
 
-from ovr_megatron.analysis import bench, bench_head, bench_packing, bench_prepare, bench_rl, bench_save, bench_vision
+import torch
+
+from ovr_megatron.analysis import (
+    bench,
+    bench_head,
+    bench_packing,
+    bench_prepare,
+    bench_rl,
+    bench_save,
+    bench_step,
+    bench_vision,
+)
 
 
 def main() -> None:
     """Run one benchmark, print its table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "head", "vision", "packing", "prepare", "save", "rl"))
+    parser.add_argument("what", choices=("model", "step", "head", "vision", "packing", "prepare", "save", "rl"))
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--shapes", nargs="+", choices=tuple(bench.SHAPES), default=list(bench.SHAPES))
+    parser.add_argument("--fp8", choices=("delayed", "current", "block"), default="current", help="scaling (step)")
     parser.add_argument("--only", default="", metavar="WORD", help="rows with this word in their name (model)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack (model)")
     parser.add_argument("--mean", type=int, default=64, help="mean length of a document (model)")
@@ -41,6 +54,15 @@ def main() -> None:
             rows.append(row)
         if any("mfu" in row for row in rows):
             print(bench.FLOP_FORMULA)
+    elif arguments.what == "step":
+        on_gpu = torch.cuda.is_available()
+        shapes, size = (("3B", "7B"), (65536, bench_step.MEAN_LENGTH)) if on_gpu else (("tiny",), (1024, 64))
+        print(bench_step.HEADER)
+        rows = []
+        for row in bench_step.rows(shapes, *size, arguments.rounds, arguments.fp8):
+            print(bench_step.show(row), flush=True)
+            rows.append(row)
+        print(bench.FLOP_FORMULA)
     elif arguments.what == "vision":
         rows = bench_vision.rows(arguments.rounds)
         print(bench_vision.show(rows))

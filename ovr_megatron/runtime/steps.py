@@ -121,9 +121,11 @@ def matrix_rate(dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     for _ in range(3):
         a @ b
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(repeats):
         a @ b
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return 2.0 * size**3 * repeats / (time.perf_counter() - began)

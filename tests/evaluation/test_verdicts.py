@@ -88,12 +88,13 @@ def test_a_local_model_judges_by_the_same_path(scores, tmp_path, capfd):
     folder = make_tiny_model(tmp_path / "model", tied=True, seed=4)
     other = tmp_path / "other/set.json"
     shutil.copytree(tmp_path, other.parent, ignore=shutil.ignore_patterns("model", "other"))
+    before = _local.cache_info()
     main([str(scores), str(other), "--judge", f"vllm:{folder}", "--max-tokens", "8"])
     told = capfd.readouterr()
     assert told.out.count("without a verdict: 4 malformed") == 2
     assert json.loads(scores.read_text())["judged"]["compared"] == 0
-    engines = _local.cache_info()
-    assert (engines.misses, engines.hits) == (1, 1), "one start of vLLM for both"
+    after = _local.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 1), "one start of vLLM for both"
 
 
 def test_bad_input_is_named(scores, tmp_path, capsys):
