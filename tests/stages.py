@@ -28,7 +28,7 @@ from ovr_megatron.data.schema import row_to_json
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.evaluation import evaluator
-from ovr_megatron.evaluation.evaluator import Settings
+from ovr_megatron.evaluation.problems import Settings
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.runtime import distributed
 

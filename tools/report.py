@@ -9,6 +9,7 @@ from pathlib import Path
 from ovr_megatron.analysis.card import write_card
 from ovr_megatron.analysis.experiment import ExperimentError, read_experiment
 from ovr_megatron.analysis.figures import write_figures
+from ovr_megatron.analysis.numbers import write_numbers
 from ovr_megatron.analysis.report import write_report
 from ovr_megatron.analysis.summary import write_summary
 
@@ -22,6 +23,8 @@ def write(run_dir: Path, refresh: int = 0) -> None:
     experiment = read_experiment(run_dir)
     for path in write_figures(experiment):
         print(f"figure:  {path}")
+    for path in write_numbers(experiment):
+        print(f"numbers: {path}")
     print(f"summary: {write_summary(experiment)}")
     print(f"report:  {write_report(experiment, refresh)}", flush=True)
     if experiment.exported:

@@ -23,6 +23,7 @@ from ovr_megatron.analysis.page import Html, section, tag
 from ovr_megatron.analysis.samples import LOW, MAX_TOKENS, Token, read_rows, shade, tokens
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS
+from ovr_megatron.runtime.files import write_whole
 
 FOLDER = "report_files"
 MOST = 20_000  # responses in the page, four fifths of them rollouts
@@ -62,7 +63,7 @@ def browser(experiment: Experiment) -> Html | None:
     for path in folder.glob("*.js"):
         if path.stem not in kept:
             path.unlink()
-    _write(folder / "index.json", json.dumps(index))
+    write_whole(folder / "index.json", json.dumps(index))
     return _section(index)
 
 
@@ -115,7 +116,7 @@ def _entry(origin: Origin, folder: Path, known: Mapping[str, Any] | None) -> dic
     for at, begin in enumerate(range(0, len(chosen), PER_FILE)):
         names.append(f"{origin.name}_{at}")
         told = json.dumps([item["shown"] for item in chosen[begin : begin + PER_FILE]], separators=(",", ":"))
-        _write(folder / f"{names[-1]}.js", f"ovrShow({json.dumps(names[-1])},{told})\n")
+        write_whole(folder / f"{names[-1]}.js", f"ovrShow({json.dumps(names[-1])},{told})\n")
     facts = [item["facts"] for item in chosen]
     entry = {"group": origin.group, "title": origin.title, "total": len(rows), "files": names, "rows": facts}
     return {"mark": mark} | entry
@@ -285,9 +286,3 @@ def _choice(title: str, name: str, every: str, options: Sequence[str]) -> Html:
 
 def _number(title: str, name: str) -> Html:
     return tag("label", title, tag("input", id=f"browse-{name}", type="number", min="0", inputmode="numeric"))
-
-
-def _write(path: Path, text: str) -> None:
-    partial_path = path.with_name(f".{path.name}")
-    partial_path.write_text(text, encoding="utf-8")
-    partial_path.replace(path)

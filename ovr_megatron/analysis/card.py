@@ -11,6 +11,7 @@ import yaml
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
+from ovr_megatron.runtime.files import write_whole
 
 NAME = "README.md"
 _TOLD = {
@@ -24,11 +25,7 @@ _ASKED = ("samples", "temperature", "max_tokens", "metric", "template", "min_pix
 
 def write_card(experiment: Experiment, export: Path) -> Path:
     """Write ``README.md`` into the folder of the exported model, and return its path."""
-    path = export / NAME
-    partial = path.with_name(f".{NAME}.partial")
-    partial.write_text(card(experiment, export.name), encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_whole(export / NAME, card(experiment, export.name))
 
 
 def card(experiment: Experiment, model: str) -> str:

@@ -1,12 +1,10 @@
 """The paper's figures from an experiment's folder: losses, dynamics of the RL, accuracies, behaviours.
 
-Each is drawn once per theme: light ones go to ``figures/`` as PNG and PDF, both into the report; the numbers behind
-them go to ``figures/*.csv``.
+Each is drawn once per theme: light ones go to ``figures/`` as PNG and PDF, both into the report.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,7 +145,7 @@ def _drawn(experiment: Experiment, theme: Theme, width: float) -> Iterator[tuple
 
 
 def write_figures(experiment: Experiment) -> list[Path]:
-    """Write ``figures/NAME.png`` and ``.pdf`` in the light theme, and the numbers as CSV; returns the paths."""
+    """Write ``figures/NAME.png`` and ``.pdf`` in the light theme; returns the paths."""
     folder = experiment.dir / "figures"
     folder.mkdir(exist_ok=True)
     paths = []
@@ -155,41 +153,7 @@ def write_figures(experiment: Experiment) -> list[Path]:
         for form, data in (("png", chart.png), ("pdf", chart.pdf)):
             paths.append(folder / f"{chart.name}.{form}")
             paths[-1].write_bytes(data)
-    for name, rows in numbers(experiment).items():
-        paths.append(folder / f"{name}.csv")
-        with paths[-1].open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            table.writeheader()
-            table.writerows(rows)
     return paths
-
-
-def numbers(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
-    """The rows behind the figures: every stage's metrics by step, scores, and rates of behaviours."""
-    tables: dict[str, list[dict[str, Any]]] = {name: stage.metrics for name, stage in experiment.stages.items()}
-    tables["scores"] = [
-        {"model": model, "set": name, "source": source, "response": kind, **_flat(found[kind])}
-        for model, sets in experiment.scores.items()
-        for name, score in sets.items()
-        for source, found in [("", score), *score["sources"].items()]
-        for kind in ("greedy", "sampled")
-        if found.get(kind)
-    ]
-    tables["behaviours"] = [
-        {"model": model, "behaviour": name, **_flat(told["emergence"] or {}), "per_trace": told["per_trace"]}
-        | {f"transfer_{key}": value for key, value in (found["transfer"].get(name) or {}).items()}
-        for model, found in experiment.behaviours.get("checkpoints", {}).items()
-        for name, told in found["behaviours"].items()
-    ]
-    return {name: rows for name, rows in tables.items() if rows}
-
-
-def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """A nested dictionary as one row."""
-    row: dict[str, Any] = {}
-    for key, value in found.items():
-        row |= _flat(value, f"{before}{key}_") if isinstance(value, dict) else {f"{before}{key}": value}
-    return row
 
 
 def loss_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:

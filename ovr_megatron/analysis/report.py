@@ -16,6 +16,7 @@ from ovr_megatron.analysis.samples import LOW, MAX_TOKENS, Moment, Token, moment
 from ovr_megatron.analysis.summary import summarise
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, paper_score
+from ovr_megatron.runtime.files import write_whole
 
 MAX_CHARACTERS = 6000  # of one response in the page
 PAPER_TRANSFER = {"backtracking": "2.5, 8.2, 17.3 %"}  # of base, cold start and RL on MathVision testmini
@@ -30,10 +31,7 @@ NOTHING = "\N{EN DASH}"
 
 def write_report(experiment: Experiment, refresh: int = 0) -> Path:
     """Write ``report.html`` into the experiment's folder, at once for who reads it, and return its path."""
-    path = experiment.dir / "report.html"
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(render(experiment, refresh), encoding="utf-8")
-    return partial.replace(path)
+    return write_whole(experiment.dir / "report.html", render(experiment, refresh))
 
 
 def render(experiment: Experiment, refresh: int = 0) -> str:
@@ -119,7 +117,7 @@ def _accuracy(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
         "Accuracy",
         chart,
         table(["Greedy", *MODELS.values()], _greedy_rows(experiment)),
-        folded("Pass@k, temperature 1", table(["", *MODELS.values()], sampled)) if sampled else None,
+        folded("Pass@k", table(["", *MODELS.values()], sampled)) if sampled else None,
         folded("By source, greedy", table(["", *MODELS.values()], by_source)) if by_source else None,
     )
     if any(name in experiment.sets for name in BENCHMARKS):

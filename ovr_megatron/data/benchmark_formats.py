@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import random
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,25 +231,6 @@ _READERS: dict[str, Reader] = {
     "mmmu_pro": read_mmmu_pro,
 }
 BENCHMARK_READERS = {name: _of_objects(reader) for name, reader in _READERS.items()}
-_SIGNS = {  # fields that only this format has, the more telling ones first
-    "mathvista": {"pid", "question", "answer_type"},
-    "mathverse": {"problem_version"},
-    "dynamath": {"question", "answer_type"},
-    "wemath": {"knowledge concept", "option"},
-    "gpqa": {"Question", "Correct Answer"},
-    "mmlu": {"question", "choices", "subject"},
-    "mmlu_pro": {"question", "options", "answer_index"},
-    "logicvista": {"question", "answer", "skill"},
-    "mmmu_pro": {"options", "answer", "subject", "id"},
-    "math": {"problem", "answer"},
-}
-
-
-def detect_benchmark(keys: Set[str]) -> str | None:
-    """Name of the benchmark whose rows have the fields ``keys``; None if none has."""
-    if "level" in keys and keys & {"image", "decoded_image"} and "answer_type" not in keys:
-        return None  # MathVision
-    return next((name for name, signs in _SIGNS.items() if signs <= keys), None)
 
 
 def _text(raw: Mapping[str, Any], key: str, where: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.data.benchmark_formats import BENCHMARK_READERS, detect_benchmark
+from ovr_megatron.data.benchmark_formats import BENCHMARK_READERS
 from ovr_megatron.data.chat_formats import read_llava, read_verl
 from ovr_megatron.data.questions import field_of, options_of, prompt_row, texts
 from ovr_megatron.data.schema import Row, RowError, TextPart, option_letter, parse_image, parse_row, parse_text
@@ -93,6 +93,22 @@ READERS: dict[str, Reader] = {
 }
 
 
+_SIGNS = {  # fields by which a row is known, the more telling ones first
+    "mathvista": {"pid", "question", "answer_type"},
+    "mathverse": {"problem_version"},
+    "dynamath": {"question", "answer_type"},
+    "mathvision": {"question", "answer", "level"},
+    "wemath": {"knowledge concept", "option"},
+    "gpqa": {"Question", "Correct Answer"},
+    "mmlu": {"question", "choices", "subject"},
+    "mmlu_pro": {"question", "options", "answer_index"},
+    "logicvista": {"question", "answer", "skill"},
+    "mmmu_pro": {"options", "answer", "subject", "id"},
+    "math": {"problem", "answer"},
+    "puzzlevqa": {"question", "answer", "options"},
+}
+
+
 def detect(raw: Any, where: str) -> str:
     """Return the name of the format of a decoded object, or raise `RowError` if it has none of them."""
     keys = set(raw) if isinstance(raw, Mapping) else set()
@@ -104,11 +120,7 @@ def detect(raw: Any, where: str) -> str:
         return "verl"
     if isinstance(raw, list) or {"prompt", "final_answer"} <= keys or {"0", "1"} <= keys:
         return "orz"
-    if name := detect_benchmark(keys):
+    if name := next((name for name, signs in _SIGNS.items() if signs <= keys), None):
         return name
-    if {"question", "answer", "level"} <= keys:
-        return "mathvision"
-    if {"question", "answer", "options"} <= keys:
-        return "puzzlevqa"
     remedy = f"give rows with 'messages', or set the format of the source to one of {', '.join(READERS)}"
     raise RowError(where, "row", f"has only the fields {', '.join(sorted(keys)) or '(none)'}", remedy)

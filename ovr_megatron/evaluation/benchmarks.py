@@ -151,34 +151,26 @@ BENCHMARKS = {
             official={"MMMU-Pro": mean_of_settings},
             paper={"MMMU-Pro": 50.2},
         ),
-        Benchmark(
-            "charxiv_reasoning",
-            "CharXiv, reasoning",
-            judged=True,
-            paper={"CharXiv, reasoning": 44.5},
-            harness=VLMEVALKIT,
-            command="CharXiv_reasoning_val",
-        ),
-        Benchmark(
-            "charxiv_descriptive",
-            "CharXiv, descriptive",
-            judged=True,
-            paper={"CharXiv, descriptive": 73.6},
-            harness=VLMEVALKIT,
-            command="CharXiv_descriptive_val",
-        ),
         *(
-            Benchmark(name, title, judged=judged, harness=VLMEVALKIT, command=command)
-            for name, title, command, judged in (
-                ("mmbench", "MMBench", "MMBench_DEV_EN_V11", False),
-                ("blink", "BLINK", "BLINK", False),
-                ("mmstar", "MMStar", "MMStar", False),
-                ("hallusionbench", "HallusionBench", "HallusionBench", False),
-                ("pope", "POPE", "POPE", False),
-                ("realworldqa", "RealWorldQA", "RealWorldQA", False),
-                ("phyx", "PhyX", "PhyX_mini_MC", False),
-                ("mme", "MME", "MME", False),
-                ("mmvet", "MM-Vet", "MMVet", True),
+            Benchmark(name, title, judged=judged, paper=paper, harness=VLMEVALKIT, command=command)
+            for name, title, command, judged, paper in (
+                (
+                    *("charxiv_reasoning", "CharXiv, reasoning", "CharXiv_reasoning_val", True),
+                    {"CharXiv, reasoning": 44.5},
+                ),
+                (
+                    *("charxiv_descriptive", "CharXiv, descriptive", "CharXiv_descriptive_val", True),
+                    {"CharXiv, descriptive": 73.6},
+                ),
+                ("mmbench", "MMBench", "MMBench_DEV_EN_V11", False, {}),
+                ("blink", "BLINK", "BLINK", False, {}),
+                ("mmstar", "MMStar", "MMStar", False, {}),
+                ("hallusionbench", "HallusionBench", "HallusionBench", False, {}),
+                ("pope", "POPE", "POPE", False, {}),
+                ("realworldqa", "RealWorldQA", "RealWorldQA", False, {}),
+                ("phyx", "PhyX", "PhyX_mini_MC", False, {}),
+                ("mme", "MME", "MME", False, {}),
+                ("mmvet", "MM-Vet", "MMVet", True, {}),
             )
         ),
     )

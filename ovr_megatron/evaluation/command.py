@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Here, so that --help does not wait for vLLM.
     from ovr_megatron.checkpoint.store import weights_of
-    from ovr_megatron.evaluation.evaluator import Settings, run
+    from ovr_megatron.evaluation.evaluator import run
+    from ovr_megatron.evaluation.problems import Settings
     from ovr_megatron.launch import USER_ERRORS
     from ovr_megatron.rollout.sampling import RolloutError
     from ovr_megatron.runtime import distributed

@@ -5,77 +5,31 @@ Under ``torchrun`` the engine's replicas share the problems and the first rank w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch.distributed as dist
 
-from ovr_megatron.config import ConfigError, DataConfig, RolloutConfig, SourceConfig
-from ovr_megatron.curation.journal import Journal
+from ovr_megatron.config import DataConfig, RolloutConfig, SourceConfig
 from ovr_megatron.curation.stage import listing
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
-from ovr_megatron.data.schema import ENDLESS, Row, RowSource
-from ovr_megatron.data.sources import open_source
-from ovr_megatron.evaluation.benchmarks import BENCHMARKS, OURS, Benchmark
-from ovr_megatron.evaluation.scoring import Graded, reference_of, score
+from ovr_megatron.data.schema import Row
+from ovr_megatron.evaluation.kept import Kept, finished_before
+from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
+from ovr_megatron.evaluation.scoring import Graded, score
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
+from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
 
 CHUNK = 512  # problems whose images are held at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How problems are asked and graded.
-
-    Attributes:
-        samples: Sampled responses for pass@k, beside the greedy one; 0 for none, None for as many as the set asks for.
-        temperature: Of the samples.
-        max_tokens: Longest response.
-        metric: ``boxed``, ``exact``, or ``auto`` (`ovr_megatron.evaluation.scoring.reference_of`).
-        seed: Of the samples.
-    """
-
-    samples: int | None = 0
-    temperature: float = 1.0
-    max_tokens: int = 1024
-    metric: str = "auto"
-    seed: int = 1
-
-
-@dataclass(frozen=True)
-class ProblemSet:
-    """The first ``count`` rows of a source; ``name`` becomes the name of the files.
-
-    ``known`` is the benchmark of this name, whose rules and scores then hold, wherever the rows are from.
-    """
-
-    name: str
-    path: str
-    rows: RowSource | Sequence[Row]
-    count: int
-    known: Benchmark | None = None
-
-    def settings(self, wanted: Settings) -> Settings:
-        """The same with a number of samples."""
-        own = self.known.samples if self.known else 0
-        return wanted if wanted.samples is not None else replace(wanted, samples=own)
-
-    def metric(self, row: Row, wanted: str) -> tuple[str, str]:
-        """How a row is graded, and against what (`ovr_megatron.evaluation.scoring.reference_of`)."""
-        metric, reference = reference_of(row, wanted)
-        rules = self.known.rules if self.known and metric == "boxed" else {}
-        return rules.get(row.source) or rules.get("") or metric, reference
 
 
 @dataclass(frozen=True)
@@ -92,59 +46,6 @@ class Bench:
     def is_main(self) -> bool:
         """Whether this process writes."""
         return dist.get_rank() == 0
-
-
-def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
-    """Open ``source``, which has a name, as a problem set; ``limit`` takes its first rows only, 0 all of them.
-
-    A path that is the name of a benchmark stands for the place where it is published.
-
-    Raises:
-        ConfigError: the source is endless and there is no limit, or another harness runs the benchmark.
-        RowError: the source cannot be opened.
-    """
-    assert source.name
-    known = BENCHMARKS.get(source.name)
-    paths: tuple[str, ...] = (source.path,)
-    if source.path in BENCHMARKS and not Path(source.path).exists():
-        known = BENCHMARKS[source.path]
-        if known.harness != OURS:
-            raise ConfigError(
-                f"{known.title} is run by {known.harness} (its name there: {known.command}); see the docs"
-            )
-        paths = known.paths
-    # A name would stand for the rows' own sources.
-    opened = [open_source(replace(source, path=path, name=None)) for path in paths]
-    rows: RowSource | Sequence[Row] = opened[0]
-    if len(rows) >= ENDLESS and not limit:
-        raise ConfigError(f"{source.path} never ends; give a limit, or for a puzzle split=heldout")
-    if known and known.only:
-        rows = [row for at in range(len(opened[0])) if (row := opened[0][at]).source == known.only]
-        if not rows:
-            raise ConfigError(f"{source.path}: no row is of the source {known.only!r}, which {known.title} is about")
-    elif len(opened) > 1:
-        rows = Joined(opened)
-    return ProblemSet(source.name, source.path, rows, min(limit or len(rows), len(rows)), known)
-
-
-class Joined:
-    """The rows of several sources, one source after the other."""
-
-    def __init__(self, sources: Sequence[RowSource]):
-        """Join ``sources``."""
-        self._sources = sources
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return sum(map(len, self._sources))
-
-    def __getitem__(self, index: int) -> Row:
-        """Return row ``index``; raises `RowError` if it cannot be used, `IndexError` past the end."""
-        for source in self._sources:
-            if index < len(source):
-                return source[index]
-            index -= len(source)
-        raise IndexError(index)
 
 
 def run(
@@ -200,7 +101,7 @@ def evaluate(
     replica, follower = divmod(dist.get_rank(), bench.tp)
     mine = range(replica, problems.count, dist.get_world_size() // bench.tp)
     graded: list[Graded] = []
-    finished = _finished(out, problems.name, mark) if mark else None
+    finished = finished_before(out, problems.name, mark) if mark else None
     kept = Kept(out / f".{problems.name}.{mark}" if mark else None, replica, follower == 0)
     kept.take(finished[1] if finished else ())
     with kept, Progress(len(mine) * (1 + settings.samples), problems.name, "response", bench.is_main) as progress:
@@ -239,77 +140,9 @@ def evaluate(
     return result
 
 
-def _finished(out: Path, name: str, mark: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """Result and responses of a finished evaluation of this mark, None if there is none; all ranks find the same."""
-    scores, responses = out / f"{name}.json", out / f"{name}.responses.jsonl"
-    told = [False]
-    if dist.get_rank() == 0:
-        with contextlib.suppress(OSError, ValueError):
-            result = json.loads(scores.read_text(encoding="utf-8"))
-            told = [isinstance(result, dict) and result.get("mark") == mark and responses.exists()]
-    dist.broadcast_object_list(told)
-    if not told[0]:
-        return None
-    lines = filter(None, responses.read_text(encoding="utf-8").split("\n"))
-    return json.loads(scores.read_text(encoding="utf-8")), [json.loads(line) for line in lines]
-
-
 def _plain(response: Graded) -> dict[str, Any]:
     """A response as it is read back from its file."""
     return json.loads(json.dumps(response.to_json()))
-
-
-class Kept:
-    """Responses by problem and sample (None: greedy), those of an interrupted evaluation too.  A context manager.
-
-    Args:
-        stem: of the files, one for each replica; None keeps nothing on disk.
-        replica: number of this one; however many there were, all files are read.
-        leads: whether this rank writes.
-    """
-
-    def __init__(self, stem: Path | None, replica: int, leads: bool):
-        self._found: dict[tuple[int, int | None], dict[str, Any]] = {}
-        self._journal: Journal | None = None
-        if stem is None:
-            return
-        for path in sorted(stem.parent.glob(f"{stem.name}.*.answers.jsonl")):
-            with Journal(path) as journal:
-                self._found.update({(entry["problem"], entry["sample"]): entry["response"] for entry in journal})
-        dist.barrier()  # all ranks of an engine must find the same, before one of them adds to it
-        if leads:
-            self._journal = Journal(stem.with_name(f"{stem.name}.{replica}.answers.jsonl"))
-
-    def take(self, responses: Iterable[dict[str, Any]]) -> None:
-        """Add the responses of a finished evaluation, which are on disk."""
-        for told in responses:
-            if told["response"] is not None:
-                names = ("response", "tokens", "stopped")
-                self._found[told["index"], told["sample"]] = {name: told[name] for name in names}
-
-    def __enter__(self) -> Self:
-        """Return the responses themselves."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close the file."""
-        if self._journal is not None:
-            self._journal.__exit__(kind, error, at)
-
-    def __contains__(self, place: tuple[int, int | None]) -> bool:
-        """Whether there is a response of this problem and sample."""
-        return place in self._found
-
-    def __getitem__(self, place: tuple[int, int | None]) -> dict[str, Any]:
-        """Fields of `Graded`."""
-        return self._found[place]
-
-    def add(self, problem: int, sample: int | None, response: dict[str, Any]) -> None:
-        """Keep a response."""
-        self._found[problem, sample] = response
-        if self._journal is not None:
-            key = (problem << 16) + (0 if sample is None else sample + 1)
-            self._journal.add(key, {"problem": problem, "sample": sample, "response": response})
 
 
 def _answer(
@@ -403,11 +236,8 @@ def _budget(config: DataConfig) -> dict[str, Any]:
 def _write(out: Path, name: str, result: dict[str, Any], responses: Sequence[Graded]) -> None:
     """Write the responses, then the scores; at no moment do old scores, or a judge's, stand beside new responses."""
     out.mkdir(parents=True, exist_ok=True)
-    told = "".join(json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in responses)
-    texts = {f"{name}.responses.jsonl": told, f"{name}.json": json.dumps(result, indent=2) + "\n"}
-    for file, text in texts.items():
-        (out / f".{file}.partial").write_text(text, encoding="utf-8")
     for old in (f"{name}.json", f"{name}.verdicts.jsonl"):
         (out / old).unlink(missing_ok=True)
-    for file in texts:
-        (out / f".{file}.partial").replace(out / file)
+    lines = (json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in responses)
+    write_whole(out / f"{name}.responses.jsonl", "".join(lines))
+    write_whole(out / f"{name}.json", json.dumps(result, indent=2) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS, Trace, kappa, read_traces, summarise
 from ovr_megatron.evaluation.judges import Counts, JudgeConfig, count
+from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
 
 RESULT, PER_TRACE, ANNOTATIONS = "behaviours.json", "counts.jsonl", "annotations.jsonl"
@@ -75,8 +75,8 @@ def judge(
     if (out / ANNOTATIONS).exists():
         keys = [(owner, trace.id) for owner, trace in zip(owners, traces, strict=True)]
         result["people"] = agreement(*annotated(out / ANNOTATIONS, keys, counts.by_behaviour))
-    write(out / PER_TRACE, "".join(json.dumps(line) + "\n" for line in lines))
-    write(out / RESULT, json.dumps(result, indent=1) + "\n")
+    write_whole(out / PER_TRACE, "".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -103,7 +103,7 @@ def write_annotations(path: Path, chosen: Sequence[tuple[str, Trace]]) -> None:
         for owner, trace in chosen
         for behaviour in BEHAVIOURS.values()
     ]
-    write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def annotated(
@@ -138,13 +138,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ConfigError(f"{path}:{number}: is no JSON ({error}); correct the line") from None
     return found
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def show(result: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ovr_megatron.config import EvaluationConfig
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.evaluation.evaluator import Bench, Settings, evaluate, open_problems
+from ovr_megatron.evaluation.evaluator import Bench, evaluate
+from ovr_megatron.evaluation.problems import Settings, open_problems
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 

@@ -12,8 +12,8 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import kappa
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS
 from ovr_megatron.evaluation.judges import JudgeConfig, ask, key_of
-from ovr_megatron.evaluation.judging import write
 from ovr_megatron.evaluation.scoring import Graded, score
+from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
 
 VERSION = 1
@@ -92,8 +92,8 @@ def judge(scores: Path, config: JudgeConfig) -> dict[str, Any]:
     both = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
     agreement = {"kappa": kappa(ours, theirs), "same": sum(a == b for a, b in both), "compared": len(both)}
     found = {"judge": config.judge, **score(judged, known.official if known else None), "missing": missing, **agreement}
-    write(scores.with_name(f"{result['set']}.verdicts.jsonl"), "".join(lines))
-    write(scores, json.dumps(result | {"judged": found}, indent=2) + "\n")
+    write_whole(scores.with_name(f"{result['set']}.verdicts.jsonl"), "".join(lines))
+    write_whole(scores, json.dumps(result | {"judged": found}, indent=2) + "\n")
     return found
 
 

@@ -69,17 +69,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _runs(mask: Tensor) -> list[slice]:
-    """Where ``mask`` [V] is set, as slices: special tokens and padding lie together."""
-    edges = torch.diff(mask.int(), prepend=mask.new_zeros(1).int(), append=mask.new_zeros(1).int()).nonzero()[:, 0]
-    return [slice(begin, end) for begin, end in edges.view(-1, 2).tolist()]
-
-
-def _fill(tile: Tensor, columns: list[slice], value: float) -> None:
-    for run in columns:
-        tile[:, run] = value
-
-
 class _VocabParallelScores(torch.autograd.Function):
     """The outer loop is over the vocabulary: a block of the weight's gradient is whole before the next one begins.
 
@@ -103,10 +92,9 @@ class _VocabParallelScores(torch.autograd.Function):
         keeps = keeps_logits(len(hidden), len(weight), hidden.device)
         kept: list[Tensor] = []
         for columns in _blocks(len(weight), rows):
-            forbidden = _runs(banned[columns])
+            forbidden = banned[columns].nonzero()[:, 0]
             for part in _blocks(len(hidden), tokens):
-                tile = hidden[part] @ weight[columns].t()
-                _fill(tile, forbidden, BANNED / scale)
+                tile = (hidden[part] @ weight[columns].t()).index_fill_(1, forbidden, BANNED / scale)
                 column, inside = _labels_within(local[part], columns)
                 target[part] += torch.where(inside, tile.gather(1, column)[:, 0].float() * scale, 0.0)
                 top = torch.maximum(peak[part], tile.amax(-1).float() * scale)
@@ -141,7 +129,7 @@ class _VocabParallelScores(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         d_weight = torch.empty_like(weight) if wants_weight else None
         for columns in _blocks(len(weight), rows):
-            forbidden = _runs(banned[columns])
+            forbidden = banned[columns].nonzero()[:, 0]
             d_block = torch.zeros_like(weight[columns], dtype=torch.float32) if wants_weight else None
             for part in _blocks(len(hidden), tokens):
                 if kept:
@@ -156,7 +144,7 @@ class _VocabParallelScores(torch.autograd.Function):
                     d_tile.mul_(probs)
                     del probs
                 column, inside = _labels_within(local[part], columns)
-                _fill(d_tile.scatter_add_(1, column, (d_logprob[part] * inside)[:, None]), forbidden, 0.0)
+                d_tile.scatter_add_(1, column, (d_logprob[part] * inside)[:, None]).index_fill_(1, forbidden, 0.0)
                 d_tile = d_tile.to(hidden.dtype)
                 if d_hidden is not None:
                     _add_product(d_hidden[part], d_tile, weight[columns])

@@ -11,8 +11,8 @@ from ovr_megatron.analysis.browser import _origins, even
 from ovr_megatron.analysis.experiment import read_experiment
 from ovr_megatron.analysis.report import write_report
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS
+from tests.analysis import screenshots
 
-screenshots = pytest.importorskip("tests.analysis.screenshots", reason="no playwright")
 pytestmark = pytest.mark.skipif(screenshots.CHROMIUM is None, reason="no Chromium; on Debian: apt install chromium")
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></pre>\u2028&amp;"

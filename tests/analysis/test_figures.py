@@ -24,6 +24,7 @@ from ovr_megatron.analysis.figures import (
     switches,
     write_figures,
 )
+from ovr_megatron.analysis.numbers import write_numbers
 
 NAMES = ["base_loss", "cold_start_loss", "rl_dynamics", "rl_sources", "rl_health", "accuracy"]
 
@@ -34,8 +35,8 @@ def experiment(finished_dir):
 
 
 def test_every_figure_is_written_as_png_and_pdf_and_its_numbers_as_csv(experiment_dir):
-    paths = write_figures(read_experiment(experiment_dir))
-    images = [path for path in paths if path.suffix == ".png"]
+    experiment = read_experiment(experiment_dir)
+    images = [path for path in write_figures(experiment) if path.suffix == ".png"]
     assert [path.stem for path in images] == NAMES
     for path in images:
         with PIL.Image.open(path) as image:
@@ -43,7 +44,7 @@ def test_every_figure_is_written_as_png_and_pdf_and_its_numbers_as_csv(experimen
             assert image.width > 1000
             assert len(image.convert("RGB").resize((200, 100)).getcolors(20000)) > 20
         assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF-")
-    tables = {path.stem: list(csv.DictReader(path.open())) for path in paths if path.suffix == ".csv"}
+    tables = {path.stem: list(csv.DictReader(path.open())) for path in write_numbers(experiment)}
     assert {name: len(rows) for name, rows in tables.items()} == {"base": 300, "cold_start": 80, "rl": 60, "scores": 24}
     assert float(tables["rl"][41]["rollout/mismatch_max"]) == 2e-5
     row = next(r for r in tables["scores"] if (r["model"], r["set"], r["source"]) == ("rl", "visual", ""))

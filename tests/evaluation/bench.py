@@ -13,7 +13,8 @@ from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Message, TextPart, row_to_json
 from ovr_megatron.evaluation import evaluator
 from ovr_megatron.evaluation.command import data_config, dtype_of, parser
-from ovr_megatron.evaluation.evaluator import Bench, ProblemSet, Settings, evaluate, open_problems
+from ovr_megatron.evaluation.evaluator import Bench, evaluate
+from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt

@@ -15,7 +15,8 @@ from ovr_megatron.evaluation.benchmarks import (
     table,
     worst_case,
 )
-from ovr_megatron.evaluation.evaluator import Settings, grade, open_problems
+from ovr_megatron.evaluation.evaluator import grade
+from ovr_megatron.evaluation.problems import Settings, open_problems
 from ovr_megatron.evaluation.scoring import Graded, score
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import check
@@ -147,7 +148,7 @@ def test_a_benchmark_by_its_name_is_opened_where_it_is_published(monkeypatch):
         asked.append((config.path, config.name))
         return Rows([READERS["math"]({"problem": "?", "answer": str(len(asked))}, "x[0]", None)])
 
-    monkeypatch.setattr("ovr_megatron.evaluation.evaluator.open_source", opened)
+    monkeypatch.setattr("ovr_megatron.evaluation.problems.open_source", opened)
     problems = open_problems(SourceConfig(name="mmmu_pro", path="mmmu_pro"))
     assert [path.partition("config=")[2] for path, _ in asked] == ["standard+(10+options)", "vision"]
     assert problems.count == 2 and not any(name for _, name in asked)

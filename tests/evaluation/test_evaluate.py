@@ -11,7 +11,8 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.evaluation.command import data_config, dtype_of, image_budget, main, named, parser
-from ovr_megatron.evaluation.evaluator import grade, open_problems
+from ovr_megatron.evaluation.evaluator import grade
+from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import Graded
 from ovr_megatron.evaluation.statistics import wilson
 from ovr_megatron.model.tiny import make_tiny_model
