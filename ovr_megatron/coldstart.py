@@ -101,8 +101,8 @@ def build_evaluation(config: ColdStartConfig, source: Path, processor: Processor
 
     length = config.data.max_prompt_tokens + config.evaluation.max_tokens
     processor.shape.check_length(length, "data.max_prompt_tokens with evaluation.max_tokens")
-    rollout = RolloutEngine(source, config.rollout, processor, config.model.dtype, length)
-    rollout.sleep()
+    rollout = RolloutEngine(source, config.rollout, processor, config.model.dtype, length, empty=True)
+    rollout.sleep(deep=True)
     run, seed = Path(config.run.dir), config.run.seed
     return PeriodicEvaluation(config.evaluation, rollout, processor, config.rollout.tp, run, seed)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.layers import choose_parts
 from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.runtime.device import send
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.offload import Parking
 from ovr_megatron.runtime.schedule import learning_rate
@@ -180,6 +182,15 @@ class Engine:
         for kind in kinds:
             self._parked[kind].ready()
 
+    @contextmanager
+    def _in_place(self, *kinds: str) -> Iterator[None]:
+        """Memory of these ``kinds`` is there within the block, and afterwards where it was before."""
+        waiting = [kind for kind in kinds if not self._parked[kind].is_empty]
+        self._need(*kinds)
+        yield
+        if waiting:
+            self.offload(*waiting)
+
     def _weight_tensors(self) -> Iterator[Tensor]:
         for part in self.parts:
             yield from (parameter.data for parameter in part.parameters())
@@ -200,20 +211,21 @@ class Engine:
         """
         has_head = VALUE_HEAD in folder
         check_weights(folder, self.shape, critic=self.critic and has_head)
-        for holding in self.live.holdings:
-            if holding.row.megatron == VALUE_HEAD and not has_head:
-                init_value_head(holding.parameter, head_init, torch.Generator().manual_seed(seed))
-            else:
-                self.live.put(holding, [folder.tensor(name) for name in holding.row.hf], holding.parameter)
-        if hasattr(self, "optimizer"):
-            self.optimizer.reload_model_params()
+        with self._in_place("weights", "optimizer"):
+            for holding in self.live.holdings:
+                if holding.row.megatron == VALUE_HEAD and not has_head:
+                    init_value_head(holding.parameter, head_init, torch.Generator().manual_seed(seed))
+                else:
+                    self.live.put(holding, [folder.tensor(name) for name in holding.row.hf], holding.parameter)
+            if hasattr(self, "optimizer"):
+                self.optimizer.reload_model_params()
         return self
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole, under the hub's names.  A collective: every rank iterates to the end."""
-        self._need("weights")
-        self._finish_gathers()
-        return self.live.whole(self.live.rows, "weight", self.config.params_dtype)
+        with self._in_place("weights"):
+            self._finish_gathers()
+            yield from self.live.whole(self.live.rows, "weight", self.config.params_dtype)
 
     def held(self) -> list[Held]:
         """The weights of this rank as they lie, for `RolloutEngine.update`; every rank calls it."""
@@ -243,8 +255,8 @@ class Engine:
 
     def optimizer_state(self, which: str) -> Iterator[tuple[str, Tensor]]:
         """One of `MOMENTS`, or ``master`` (float32 copies of bfloat16 weights), whole, under the hub's names."""
-        self._need("weights", "optimizer")  # the optimizer's own weights may be views of the model's
-        return self.live.whole(self.trained_rows, which, torch.float32)
+        with self._in_place("weights", "optimizer"):  # the optimizer's own weights may be views of the model's
+            yield from self.live.whole(self.trained_rows, which, torch.float32)
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
@@ -261,15 +273,16 @@ class Engine:
     def load_optimizer_state(self, folders: dict[str, WeightFolder], step: int) -> None:
         """Inverse of `optimizer_state` for every entry, after ``step`` optimizer steps."""
         self.step_count = step
-        self.live.start_state(step)
-        for holding in self.live.holdings:
-            if holding.row.megatron not in self.trained:
-                continue
-            for which in self.state_kinds:
-                if which not in folders:  # no master weights in a float32 checkpoint, for example
+        with self._in_place("weights", "optimizer"):
+            self.live.start_state(step)
+            for holding in self.live.holdings:
+                if holding.row.megatron not in self.trained:
                     continue
-                folder = folders[which]
-                self.live.put_state(holding, which, [folder.tensor(name) for name in holding.row.hf])
+                for which in self.state_kinds:
+                    if which not in folders:  # no master weights in a float32 checkpoint, for example
+                        continue
+                    folder = folders[which]
+                    self.live.put_state(holding, which, [folder.tensor(name) for name in holding.row.hf])
 
     # Steps -----------------------------------------------------------------------------------------------
 
@@ -284,16 +297,17 @@ class Engine:
             if found:
                 mine, local = found[i].rows, torch.stack([getattr(found[i], name) for name in names])
             everything = self._complete(len(aligned.tokens), mine, local, len(names))
-            kept = everything[:, (aligned.labels != IGNORED).to(everything.device)]
-            labelled = (pack.labels != IGNORED).nonzero()[:, 0].to(everything.device)
-            scored.append(Scores(labelled, **dict(zip(names, kept, strict=True))))
+            (kept,) = (aligned.labels != IGNORED).nonzero(as_tuple=True)
+            (labelled,) = (pack.labels != IGNORED).nonzero(as_tuple=True)
+            columns = everything[:, send(kept, everything.device)]
+            scored.append(Scores(labelled, **dict(zip(names, columns, strict=True))))
         return scored
 
     def logits(self, pack: Pack) -> Tensor:
         """Logits [T, vocabulary] of every row of a pack, on every rank; for verification."""
         found = self._without_gradients([pack], logits=True)
         aligned = self._aligned(pack)
-        rows = self.parts[-1]._rows(aligned.to(self.world.device))
+        rows = self.parts[-1]._rows(aligned)
         local = found[0].float().t() if found else None
         everything = self._complete(len(aligned.tokens), rows if found else None, local, self.shape.vocab)
         kept = torch.cat(
@@ -302,15 +316,14 @@ class Engine:
                 for start, length in zip(aligned.bounds.tolist(), pack.cu_seqlens.diff().tolist(), strict=False)
             ]
         )
-        return everything.t()[kept.to(everything.device)]
+        return everything.t()[send(kept, everything.device)]
 
     @torch.no_grad()
     def _without_gradients(self, packs: Sequence[Pack], logits: bool) -> list[Any]:
         """What the last stage returns for each pack; an empty list on other stages."""
 
         def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable]:
-            pack = next(iterator).to(self.world.device)
-            return model(pack, logits=logits), lambda out, non_loss_data: out
+            return model(next(iterator), logits=logits), lambda out, non_loss_data: out
 
         return self._run(packs, forward_step, training=False)[: len(packs)]
 
@@ -318,7 +331,8 @@ class Engine:
         """Put the context-parallel ranks' columns ``local`` [width, n] together: [width, rows], on every stage."""
         everything = torch.zeros(width, rows, device=self.world.device)
         if local is not None:
-            everything[:, mine] = local
+            assert mine is not None
+            everything[:, send(mine, everything.device)] = local
             if self.groups.cp.size() > 1:
                 dist.all_reduce(everything, group=self.groups.cp)
         if self.groups.pp.size() > 1:
@@ -331,17 +345,17 @@ class Engine:
         Under context parallelism ``loss`` sees a rank's rows of the pack, under pipeline parallelism only the
         last stage calls it.
         """
+        counts: list[int] = []
         sums: list[dict[str, Tensor]] = []
 
         def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Scores, Callable[[Scores], tuple]]:
-            pack = next(iterator).to(self.world.device)
+            pack = next(iterator)
 
             def reduce(scores: Scores) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 result = loss(scores, pack)
+                counts.append(result.count)
                 sums.append({"loss": result.total.detach(), **result.sums})
-                count = torch.tensor(result.count, dtype=torch.int, device=self.world.device)
-                sums[-1]["count"] = count
-                return result.total, count.clone(), {}
+                return result.total, torch.tensor(result.count, dtype=torch.int), {}
 
             return model(pack), reduce
 
@@ -352,7 +366,7 @@ class Engine:
         self.optimizer.zero_grad()
         self.own_time.start()
         self._run(packs, forward_step, training=True)
-        return self._means(sums)
+        return self._means(counts, sums)
 
     def _run(self, packs: Sequence[Pack], forward_step: Callable, training: bool) -> list[Any]:
         """Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""
@@ -395,15 +409,16 @@ class Engine:
     def _aligned(self, pack: Pack) -> Pack:
         return pack.aligned(*alignment(self.parallel, fp8=self.config.fp8 is not None))
 
-    def _means(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Means over the rows of the step, on every rank; ``sums`` is empty on all stages but the last."""
+    def _means(self, counts: list[int], sums: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Means over the rows of the step, on every rank; both lists are empty on all stages but the last."""
         means: dict[str, float] = {}
         if self.layout.is_last_stage:
             names = list(sums[0])
             total = torch.stack([torch.stack([entry[name].double() for name in names]) for entry in sums]).sum(0)
+            total = torch.cat((total, total.new_tensor([sum(counts)])))
             dist.all_reduce(total, group=self.groups.dp_cp)
-            values = dict(zip(names, total.tolist(), strict=True))
-            count = values.pop("count")
+            *values_, count = total.tolist()
+            values = dict(zip(names, values_, strict=True))
             means = {name: value / max(count, 1) for name, value in values.items()} | {"count": count}
         if self.groups.pp.size() > 1:
             box = [means]

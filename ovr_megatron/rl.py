@@ -65,6 +65,7 @@ def train(config: RLConfig, world: World) -> Ended:
     found = keeper.resume(engines)
     if found:
         stream.load(found.state["prompts"])
+    models.only(None)
     rollouts = None if config.only == "train" else build_rollouts(config, source, processor, models)
     evaluation = None
     if rollouts and config.evaluation.every:
@@ -159,6 +160,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
     check_steps(config, world)
     prompts = PromptStream(open_stream(config.data, config.run.seed), processor, config.reward.rules)
     models, _ = build_models(config, source, processor, world)
+    models.only(None)
     rollouts = build_rollouts(config, source, processor, models)
     rollouts.endless = True
     told: list[dict[str, Any]] = []
@@ -241,6 +243,8 @@ def build_engines(config: RLConfig, source: Path, world: World) -> dict[str, Eng
     policy.with_optimizer(config.optimizer, config.iterations * algorithm.policy_updates).load(WeightFolder(source))
     if not algorithm.has_critic:
         return {"policy": policy}
+    if config.offload:
+        policy.offload()  # before the critic takes its memory
     critic = Engine(shape, config.model, config.critic.parallel or config.parallel, world, critic=True)
     critic.with_optimizer(config.critic.optimizer, config.iterations * algorithm.critic_steps)
     start = store.weights_of(config.critic.path, "critic") if config.critic.path else source
@@ -275,6 +279,7 @@ def build_rollouts(config: RLConfig, source: Path, processor: Processor, models:
             config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum),
             evaluated_tokens(config),
         ),
+        empty=True,
     )
     engine.update(models.policy.held())
     reward = config.reward

@@ -204,7 +204,7 @@ def objective(scores: Scores, pack: Pack) -> LossSum:
     if scores.values is None:
         assert scores.logprobs is not None
         return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
-    error = scores.values - pack.extras["target"][scores.rows]
+    error = scores.values - scores.beside(pack, "target")
     return LossSum(error.square().sum(), len(scores.rows), {})
 
 

@@ -1,8 +1,9 @@
 """Measure the project beside named rivals on this machine, in one run: ``tools/bench.py model [--json FILE]``.
 
+gpu: on a GPU, every part of a day's work at the published sizes: step, vision, head and rl, one after the other.
 model: forward and backward of our model beside Transformers', at layer shapes of the tiny, the 3B and the 7B model.
 step: a cold-start pack of 65,536 tokens at the 3B and the 7B shape on a GPU, beside Transformers and beside the plan.
-vision: the tower on two ranks, cut over them or with the images dealt out.
+vision: the tower beside Transformers', and on two ranks, cut over them or with the images dealt out.
 prepare: data preparation beside a plain datasets.map.
 head: log-probabilities over a large vocabulary in chunks, beside the whole logits.
 packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's packing where `nemo` can be imported.
@@ -12,7 +13,10 @@ save: how long a checkpoint holds two ranks up, beside all files by the first ra
 
 import argparse
 import json
+import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,16 +31,73 @@ from ovr_megatron.analysis import (
     bench_vision,
 )
 
+Rows = list[dict[str, Any]]
+GPU = ("step", "vision", "head", "rl")
+
+
+def model(arguments: argparse.Namespace) -> Rows:
+    """Row by row, as they are measured."""
+    cases = bench.cases(arguments.shapes or list(bench.SHAPES), arguments.tokens, arguments.mean)
+    chosen = [case for case in cases if arguments.only in case[0]]
+    print(bench.HEADER)
+    found = []
+    for row in bench.run_table(chosen, arguments.rounds):
+        print(bench.line(row), flush=True)
+        found.append(row)
+    if any("mfu" in row for row in found):
+        print(bench.FLOP_FORMULA)
+    return found
+
+
+def step(arguments: argparse.Namespace) -> Rows:
+    """Row by row, too."""
+    shapes = arguments.shapes or (["3B", "7B"] if torch.cuda.is_available() else ["tiny"])
+    print(bench_step.HEADER)
+    found = []
+    for row in bench_step.rows(shapes, arguments.rounds, arguments.fp8, arguments.only):
+        print(bench_step.show(row), flush=True)
+        found.append(row)
+    print(bench.FLOP_FORMULA)
+    return found
+
+
+def whole(show: Callable[[Rows], str], rows: Callable[[argparse.Namespace], Rows]) -> Callable[..., Rows]:
+    """A benchmark whose table is printed when all of it is there."""
+
+    def measure(arguments: argparse.Namespace) -> Rows:
+        found = rows(arguments)
+        print(show(found), flush=True)
+        return found
+
+    return measure
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], Rows]] = {
+    "model": model,
+    "step": step,
+    "vision": whole(bench_vision.show, lambda given: bench_vision.rows(given.rounds)),
+    "head": whole(bench_head.show, lambda given: bench_head.rows(given.rounds)),
+    "rl": whole(bench_rl.show, lambda given: bench_rl.rows(given.rounds, given.only)),
+    "packing": whole(
+        bench_packing.show, lambda given: bench_packing.rows(given.samples, given.rival_samples, given.rounds)
+    ),
+    "prepare": whole(bench_prepare.show, lambda given: bench_prepare.rows(given.rows, given.workers, given.rounds)),
+    "save": whole(bench_save.show, lambda given: bench_save.rows(given.rounds)),
+}
+
 
 def main() -> None:
-    """Run one benchmark, print its table, and write it as JSON if asked to."""
+    """Run a benchmark, print its table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "step", "head", "vision", "packing", "prepare", "save", "rl"))
-    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
+    parser.add_argument("what", choices=("gpu", *BENCHMARKS))
+    parser.add_argument("--json", type=Path, help="write the rows to this file, too; after each part")
     parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
-    parser.add_argument("--shapes", nargs="+", choices=tuple(bench.SHAPES), default=list(bench.SHAPES))
+    parser.add_argument("--parts", nargs="+", choices=GPU, default=GPU, help="some of them only (gpu)")
+    parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(bench.SHAPES)} (model) or tiny, 3B, 7B (step)")
     parser.add_argument("--fp8", choices=("delayed", "current", "block"), default="current", help="scaling (step)")
-    parser.add_argument("--only", default="", metavar="WORD", help="rows with this word in their name (model)")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="rows with this word in their name (model, step, rl)"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack (model)")
     parser.add_argument("--mean", type=int, default=64, help="mean length of a document (model)")
     parser.add_argument("--samples", type=int, default=2_000_000, help="lengths of the whole epoch (packing)")
@@ -44,45 +105,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000, help="rows to prepare (prepare)")
     parser.add_argument("--workers", type=int, default=1, help="processes that judge rows (prepare)")
     arguments = parser.parse_args()
-    if arguments.what == "model":
-        print(bench.HEADER)
-        rows = []
-        cases = bench.cases(arguments.shapes, arguments.tokens, arguments.mean)
-        chosen = [case for case in cases if arguments.only in case[0]]
-        for row in bench.run_table(chosen, arguments.rounds):
-            print(bench.line(row), flush=True)
-            rows.append(row)
-        if any("mfu" in row for row in rows):
-            print(bench.FLOP_FORMULA)
-    elif arguments.what == "step":
-        on_gpu = torch.cuda.is_available()
-        shapes, size = (("3B", "7B"), (65536, bench_step.MEAN_LENGTH)) if on_gpu else (("tiny",), (1024, 64))
-        print(bench_step.HEADER)
-        rows = []
-        for row in bench_step.rows(shapes, *size, arguments.rounds, arguments.fp8):
-            print(bench_step.show(row), flush=True)
-            rows.append(row)
-        print(bench.FLOP_FORMULA)
-    elif arguments.what == "vision":
-        rows = bench_vision.rows(arguments.rounds)
-        print(bench_vision.show(rows))
-    elif arguments.what == "packing":
-        rows = bench_packing.rows(arguments.samples, arguments.rival_samples, arguments.rounds)
-        print(bench_packing.show(rows))
-    elif arguments.what == "prepare":
-        rows = bench_prepare.rows(arguments.rows, arguments.workers, arguments.rounds)
-        print(bench_prepare.show(rows))
-    elif arguments.what == "save":
-        rows = bench_save.rows(arguments.rounds)
-        print(bench_save.show(rows))
-    elif arguments.what == "rl":
-        rows = bench_rl.rows(arguments.rounds)
-        print(bench_rl.show(rows))
-    else:
-        rows = bench_head.rows(rounds=arguments.rounds)
-        print(bench_head.show(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    unknown = set(arguments.shapes or ()) - set(bench.SHAPES if arguments.what == "model" else bench_step.SHAPES)
+    if unknown:
+        parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")
+    if arguments.what != "gpu":
+        found: Any = BENCHMARKS[arguments.what](arguments)
+        _write(arguments.json, found)
+        return
+    found = {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"}
+    print(f"{found['card']}, torch {torch.__version__}")
+    for part in arguments.parts:
+        print(f"\n{part}", flush=True)
+        found[part] = BENCHMARKS[part](arguments)
+        _write(arguments.json, found)
+
+
+def _write(path: Path | None, found: Any) -> None:
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """One PPO iteration taken apart, with a plain counterpart beside each part that has one.
 
 Phases in seconds and shares; generation beside vLLM on its own with the same prompts, parameters and seeds; the update
-of the engine's weights beside a plain copy of the same bytes; verdicts a second.  Two models: the quickstart's, and one
-of `WIDE` for the weights, since a few megabytes only show what an update costs at least.
+of the engine's weights beside a plain copy of the same bytes, and its sleep; verdicts a second.  Elsewhere than on a
+GPU the iteration is the quickstart's, and the weights are those of a model of about a gigabyte, since a few megabytes
+only show what an update costs at least.  On a GPU: 64 prompts x 8 responses of 2,048 tokens at the 3B shape, policy and
+critic in turn in host memory, and the weights of the 3B and the 7B model, all of them random.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +25,27 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ovr_megatron import rl
+from ovr_megatron.analysis.published import fill, write_model
 from ovr_megatron.config import RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
+from ovr_megatron.engine import Engine
 from ovr_megatron.launch import RECIPES
-from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.model.presets import PRESETS
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.ppo.curriculum import max_tokens
+from ovr_megatron.ppo.experience import Models
 from ovr_megatron.ppo.iteration import iterate
 from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
-from ovr_megatron.rollout.sampling import Prompt
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.sampling import Prompt, banned_tokens
 from ovr_megatron.runtime import distributed
 
 PHASES = ("generate", "value", "update", "sync")
-WIDE = TinySizes(hidden=1024, layers=17, heads=16, kv_heads=4, ffn=4096)
+TOKENS = 2048  # of a prompt and its response, on a GPU
 GRADED = [
     (r"... so \boxed{\frac{3}{4}}", "0.75"),
     (r"... so \boxed{x^2+2x+1}", "(x+1)^2"),
@@ -47,28 +56,40 @@ GRADED = [
 ]
 
 
-def rows(rounds: int, verdicts: int = 8192) -> list[dict[str, Any]]:
-    """Every measurement: ``name``, ``seconds`` and what belongs to it; each model in a process of its own."""
+def rows(rounds: int, only: str = "", verdicts: int = 8192) -> list[dict[str, Any]]:
+    """Every measurement: ``name``, ``seconds`` and what belongs to it; each part in a process of its own.
+
+    Args:
+        rounds: of each part, after a first one that warms up; the best counts.
+        only: leave out the parts that have not this in their names: iteration, plain, sync, verdicts.
+        verdicts: how many are timed.
+    """
+    on_gpu = torch.cuda.is_available()
+    parts = [("iteration", "3B" if on_gpu else "tiny"), ("plain", "3B" if on_gpu else "tiny")]
+    parts += [("sync", model) for model in (("3B", "7B") if on_gpu else ("wide",))]
     found: list[dict[str, Any]] = []
-    for part in ("iteration", "plain", "sync"):
-        command = [sys.executable, "-m", "ovr_megatron.analysis.bench_rl", part, str(rounds)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    ours, plain = (next(row for row in found if row["name"] == name) for name in ("generate", "plain vLLM"))
-    ours["ratio"] = ours["tokens_per_second"] / plain["tokens_per_second"]
-    return [*found, grading(verdicts)]
+    for part, model in parts:
+        if only in part:
+            command = [sys.executable, "-m", "ovr_megatron.analysis.bench_rl", part, model, str(rounds)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rates = {row["name"]: row["tokens_per_second"] for row in found if "tokens_per_second" in row}
+    if len(rates) == 2:
+        next(row for row in found if row["name"] == "generate")["ratio"] = rates["generate"] / rates["plain vLLM"]
+    return [*found, grading(verdicts)] if only in "verdicts" else found
 
 
 def show(found: Sequence[dict[str, Any]]) -> str:
     """The rows as a table of text."""
-    lines = [f"{'':24}{'seconds':>10}{'share':>8}{'tokens/s':>10}{'MB':>8}{'GB/s':>7}{'a second':>10}{'ratio':>8}"]
+    lines = [f"{'':32}{'seconds':>10}{'share':>8}{'tokens/s':>10}{'MB':>8}{'GB/s':>7}{'a second':>10}{'ratio':>8}"]
     for row in found:
-        line = f"{row['name']:24}{row['seconds']:10.3f}"
+        line = f"{row['name']:32}{row['seconds']:10.3f}"
         line += f"{row['share']:8.1%}" if "share" in row else " " * 8
         line += f"{row['tokens_per_second']:10,.0f}" if "tokens_per_second" in row else " " * 10
         line += f"{row['bytes'] / 1e6:8,.0f}{row['bytes'] / row['seconds'] / 1e9:7.2f}" if "bytes" in row else " " * 15
         line += f"{row['verdicts'] / row['seconds']:10,.0f}" if "verdicts" in row else " " * 10
-        lines.append(line + (f"{row['ratio']:8.2f}" if "ratio" in row else ""))
+        line += f"{row['ratio']:8.2f}" if "ratio" in row else " " * 8
+        lines.append(line + (f"  {row['stays'] / 2**30:.2f} GiB stay" if "stays" in row else ""))
     return "\n".join([*lines, "ratio: generate over plain vLLM's rate; an update's seconds over a copy's"])
 
 
@@ -82,26 +103,46 @@ def grading(count: int) -> dict[str, Any]:
         return {"name": "verdicts", "seconds": time.perf_counter() - began, "verdicts": count}
 
 
-def _config(folder: Path, model: Path) -> RLConfig:
-    """The quickstart's recipe without its warm-up."""
+def _config(folder: Path, model: str) -> RLConfig:
+    """The quickstart's recipe without its warm-up, or an iteration that fills a GPU; the model's folder is written."""
     values = OmegaConf.load(RECIPES / "tiny_rl.yaml")
     assert isinstance(values, DictConfig)
     values.pop("defaults")
-    own = {"run": {"dir": str(folder / "run")}, "model": {"path": str(model)}}
-    own["algorithm"] = {"critic_warmup_iterations": 0}  # type: ignore[dict-item]
+    path = str(write_model(model, folder / "model"))
+    own: dict[str, Any] = {"run": {"dir": str(folder / "run")}, "model": {"path": path}}
+    own["algorithm"] = {"critic_warmup_iterations": 0}
+    if model in PRESETS:
+        own["model"] |= {"dtype": "bfloat16", "recompute": "full"}
+        own |= {"offload": True, "prompts": 64, "responses": 8, "data": {"pack_tokens": 4 * TOKENS}}
+        own["run"]["threads"] = 0
+        own["rollout"] = {"max_num_seqs": 512, "gpu_memory_utilization": 0.5}
+        own["curriculum"] = [{"until": 1, "max_tokens": TOKENS // 8}, {"until": 1000, "max_tokens": TOKENS}]
     return build(RLConfig, OmegaConf.merge(defaults(RLConfig), values, own))  # type: ignore[arg-type]
 
 
-def _iteration(folder: Path, rounds: int) -> list[dict[str, Any]]:
+def _start(config: RLConfig) -> tuple[Models, Rollouts]:
+    """Policy, critic and engine with random weights; nothing is read but the tokenizer."""
+    folder = Path(config.model.path)
+    world = distributed.start(config.parallel, config.run.seed, config.run.threads)
+    processor = Processor(folder, config.data)
+    engines = []
+    for critic, optimizer in ((False, config.optimizer), (True, config.critic.optimizer)):
+        engine = Engine(processor.shape, config.model, config.parallel, world, critic)
+        engines.append(fill(engine.with_optimizer(optimizer, config.iterations)))
+        if config.offload:
+            engine.offload()
+    engines[0].sample_from(banned_tokens(processor.shape, processor.tokenizer), config.rollout.temperature)
+    models = Models(config, world, processor, engines[0], engines[1], None)
+    return models, rl.build_rollouts(config, folder, processor, models)
+
+
+def _iteration(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]:
     """The phases of the best of ``rounds`` iterations, its rollouts written too."""
-    make_tiny_model(folder / "model", tied=True, seed=1)
-    config = _config(folder, folder / "model")
-    world = distributed.start(config.parallel, config.run.seed, 0)
-    processor = Processor(folder / "model", config.data)
-    models, _ = rl.build_models(config, folder / "model", processor, world)
-    rollouts = rl.build_rollouts(config, folder / "model", processor, models)
+    config = _config(folder, model)
+    models, rollouts = _start(config)
+    rollouts.endless = model in PRESETS
     stream = open_stream(config.data, config.run.seed)
-    prompts = PromptStream(stream, processor, {})
+    prompts = PromptStream(stream, models.processor, {})
     best: dict[str, float] = {}
     tokens = 0
     with rollouts.grader:
@@ -110,7 +151,7 @@ def _iteration(folder: Path, rounds: int) -> list[dict[str, Any]]:
             outcome = iterate(models, rollouts, prompts.draw, iteration)
             own = outcome.experience
             arrays = {name: getattr(own, name) for name in archive.ARRAYS}
-            archive.write(folder / "run", iteration, outcome.rollout, before, own.responses, arrays, world)
+            archive.write(folder / "run", iteration, outcome.rollout, before, own.responses, arrays, models.world)
             seconds = {name: outcome.metrics[f"timing/{name}"] for name in PHASES}
             seconds["iteration"] = time.perf_counter() - began
             if iteration and seconds["iteration"] < best.get("iteration", float("inf")):
@@ -123,26 +164,31 @@ def _iteration(folder: Path, rounds: int) -> list[dict[str, Any]]:
     return [*found, {"name": "sync and the rest", "seconds": aside, "share": aside / whole}]
 
 
-def _plain(folder: Path, rounds: int) -> list[dict[str, Any]]:
+def _plain(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]:
     """VLLM with the arguments that we give it and nothing of ours inside, on the prompts of those iterations."""
     from vllm import LLM, SamplingParams
 
-    make_tiny_model(folder / "model", tied=True, seed=1)
-    config = _config(folder, folder / "model")
+    config, endless = _config(folder, model), model in PRESETS
     processor = Processor(folder / "model", config.data)
     prompts = PromptStream(open_stream(config.data, config.run.seed), processor, {})
+    device: dict[str, Any] = {
+        "kv_cache_memory_bytes": 256 << 20,
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 8192,
+    }
+    if torch.cuda.is_available():
+        device = {"gpu_memory_utilization": config.rollout.gpu_memory_utilization}
     engine = LLM(
         model=str(folder / "model"),
-        dtype="float32",
+        load_format="dummy",
+        dtype=config.model.dtype,  # type: ignore[arg-type]
         max_model_len=max(stage.max_tokens for stage in config.curriculum),
         max_num_seqs=config.rollout.max_num_seqs,
         limit_mm_per_prompt={"image": config.data.max_images},
         mm_processor_kwargs=processor.mm_processor_kwargs,
-        kv_cache_memory_bytes=256 << 20,
         generation_config="vllm",
-        enforce_eager=True,
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=8192,
+        **device,
     )
     ends = [processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     best = 0.0
@@ -162,7 +208,7 @@ def _plain(folder: Path, rounds: int) -> list[dict[str, Any]]:
                     temperature=1.0,
                     max_tokens=limit - len(sample),
                     ignore_eos=True,
-                    stop_token_ids=ends,
+                    stop_token_ids=None if endless else ends,
                     detokenize=False,
                     logprobs=0,
                 )
@@ -177,40 +223,75 @@ def _plain(folder: Path, rounds: int) -> list[dict[str, Any]]:
     return [{"name": "plain vLLM", "seconds": seconds, "tokens_per_second": best}]
 
 
-def _sync(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """New weights into an engine of about a gigabyte, and the same bytes copied once."""
-    make_tiny_model(folder / "model", tied=True, seed=1, sizes=WIDE)
-    config = _config(folder, folder / "model")
-    world = distributed.start(config.parallel, config.run.seed, 0)
+def _sync(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]:
+    """New weights into an engine, the same bytes copied once, and on a GPU sleep and waking up."""
+    config = _config(folder, model)
+    world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     processor = Processor(folder / "model", config.data)
-    models, _ = rl.build_models(config, folder / "model", processor, world)
-    rollouts = rl.build_rollouts(config, folder / "model", processor, models)
-    rollouts.grader.close()
-    source = [tensor for _, tensor in models.policy.weights()]
-    target = [torch.empty_like(tensor) for tensor in source]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in source)
-    best = {"weights to vLLM": float("inf"), "plain copy": float("inf")}
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        rollouts.engine.update(models.policy.held())
-        best["weights to vLLM"] = min(best["weights to vLLM"], time.perf_counter() - began)
-        began = time.perf_counter()
-        for to, tensor in zip(target, source, strict=True):
-            to.copy_(tensor)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        best["plain copy"] = min(best["plain copy"], time.perf_counter() - began)
-    found: list[dict[str, Any]] = [{"name": name, "seconds": value, "bytes": size} for name, value in best.items()]
-    found[0]["ratio"] = best["weights to vLLM"] / best["plain copy"]
+    policy = fill(Engine(processor.shape, config.model, config.parallel, world))
+    policy.offload("gradients")
+    free = _free_bytes()
+    rollout = replace(config.rollout, gpu_memory_utilization=0.3)
+    engine = RolloutEngine(folder / "model", rollout, processor, config.model.dtype, TOKENS, empty=True)
+    held = policy.held()
+    source = [one.parameter.detach() for one in held]
+    size = sum(tensor.nbytes for tensor in source)
+    ours = {"name": f"{model}, weights to vLLM", "seconds": _least(rounds, lambda: engine.update(held)), "bytes": size}
+    plain = {"name": f"{model}, plain copy", "seconds": _copy_seconds(rounds, source), "bytes": size}
+    found = [ours | {"ratio": ours["seconds"] / plain["seconds"]}, plain]
+    wakes: dict[str, Callable[[], object]] = {
+        "sleep, level 1": lambda: engine.score([]),
+        "sleep, level 2": lambda: engine.update(held),
+    }
+    for name, wake in wakes.items() if torch.cuda.is_available() else ():
+        asleep = _timed(partial(engine.sleep, deep=name.endswith("2")))
+        found.append({"name": f"{model}, {name}", "seconds": asleep, "stays": free - _free_bytes()})
+        what = "and update after it" if name.endswith("2") else "after it"
+        found.append({"name": f"{model}, wake {what}", "seconds": _timed(wake)})
     return found
 
 
+def _copy_seconds(rounds: int, source: Sequence[torch.Tensor]) -> float:
+    """Seconds of a copy of ``source`` tensor by tensor; its memory is given back."""
+    target = [torch.empty_like(tensor) for tensor in source]
+
+    def copy() -> None:
+        for to, tensor in zip(target, source, strict=True):
+            to.copy_(tensor)
+
+    seconds = _least(rounds, copy)
+    target.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def _free_bytes() -> int:
+    """Free memory of the GPU; 0 without one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+def _timed(act: Callable[[], object]) -> float:
+    """Seconds until the device has done what ``act`` asks for."""
+    began = time.perf_counter()
+    act()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _least(rounds: int, act: Callable[[], object]) -> float:
+    """`_timed`, the best of ``rounds`` after a first time."""
+    act()
+    return min(_timed(act) for _ in range(rounds))
+
+
 def main() -> None:
-    """Measure one part and print its rows as JSON lines."""
-    part, rounds = sys.argv[1], int(sys.argv[2])
+    """Measure one part of one model and print its rows as JSON lines."""
+    part, model, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
     folder = Path(tempfile.mkdtemp(prefix="bench_rl_"))
     try:
-        for row in {"iteration": _iteration, "plain": _plain, "sync": _sync}[part](folder, rounds):
+        for row in {"iteration": _iteration, "plain": _plain, "sync": _sync}[part](folder, model, rounds):
             print(json.dumps(row), flush=True)
     finally:
         shutil.rmtree(folder)

@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.analysis.bench import natural_lengths, text_pack
+from ovr_megatron.analysis.published import fill, randomise, shape_of, write_model
 from ovr_megatron.coldstart import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
 from ovr_megatron.model.flops import training_flops
-from ovr_megatron.model.presets import PRESETS, write_config
+from ovr_megatron.model.presets import PRESETS
 from ovr_megatron.model.qwen25vl import DTYPES
-from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.plan.activations import Kernels, PackShape, activations
 from ovr_megatron.plan.memory import CONTEXT, MARGIN
 from ovr_megatron.plan.parameters import model_state
@@ -39,6 +38,7 @@ from ovr_megatron.runtime.steps import matrix_rate
 
 MEAN_LENGTH = 3700  # tokens of a cold-start sample
 RECOMPUTE = ("none", "selective", "full")
+SHAPES = ("tiny", *PRESETS)
 OURS, PLAIN, COMPILED = "ours", "Transformers", "Transformers, compiled"
 
 
@@ -62,18 +62,17 @@ class Step:
         return f"{self.shape}{depth}, {self.who}, {precision}, recompute {self.recompute}"
 
 
-def rows(shapes: Sequence[str], tokens: int, mean: int, rounds: int, fp8: str) -> Iterator[dict[str, Any]]:
+def rows(shapes: Sequence[str], rounds: int, fp8: str, only: str = "") -> Iterator[dict[str, Any]]:
     """Measure every step of the table; a rival's failure, or one of ours, is a row that says so.
 
     Args:
         shapes: presets, or ``tiny``; of those that do not fit as many layers are taken as do.
-        tokens: of the pack.
-        mean: length of a document.
         rounds: processes of each; the best counts.
         fp8: the scaling recipe of the 8-bit rows on a GPU.
+        only: leave out the steps that have not this in their names.
     """
     on_gpu = torch.cuda.is_available()
-    lengths = natural_lengths(tokens, mean)
+    lengths = natural_lengths(*((65536, MEAN_LENGTH) if on_gpu else (1024, 64)))
     for shape in shapes:
         plain = Step(OURS, shape, fitting_layers(shape, lengths), lengths, "bfloat16" if on_gpu else "float32")
         steps = [replace(plain, recompute=recompute) for recompute in RECOMPUTE]
@@ -81,7 +80,8 @@ def rows(shapes: Sequence[str], tokens: int, mean: int, rounds: int, fp8: str) -
             steps += [replace(step, fp8=fp8) for step in steps]
         steps += [replace(plain, who=who, recompute=r) for who in (PLAIN, COMPILED) for r in ("none", "full")]
         for step in steps:
-            yield best(step, rounds)
+            if only in step.name:
+                yield best(step, rounds)
 
 
 def fitting_layers(name: str, lengths: Sequence[int]) -> int:
@@ -111,17 +111,6 @@ def model_of(step: Step) -> ModelConfig:
     """The step's settings of the model."""
     settings = {"dtype": step.dtype, "fp8": step.fp8, "recompute": step.recompute}
     return ModelConfig(path=step.shape, freeze_vision=True, freeze_merger=True, **settings)  # type: ignore[arg-type]
-
-
-def shape_of(name: str, layers: int = 0) -> ModelShape:
-    """Sizes of a preset, or of the miniature, with so many layers; 0: all."""
-    with tempfile.TemporaryDirectory() as folder:
-        shape = ModelShape.from_hf(_folder(name, Path(folder)))
-    return replace(shape, layers=layers or shape.layers)
-
-
-def _folder(name: str, folder: Path) -> Path:
-    return write_config(name, folder).parent if name in PRESETS else make_tiny_model(folder, tied=False)
 
 
 def best(step: Step, rounds: int) -> dict[str, Any]:
@@ -165,7 +154,7 @@ def _ours(step: Step) -> Callable[[], object]:
     world = distributed.start(ParallelConfig(), seed=1, threads=0 if torch.cuda.is_available() else 1)
     shape = shape_of(step.shape, step.layers)
     engine = Engine(shape, model_of(step), ParallelConfig(), world).with_optimizer(OptimizerConfig(), 1)
-    _randomise(parameter for part in engine.parts for parameter in part.parameters())
+    fill(engine)
     pack = text_pack(step.lengths)
     return lambda: engine.backward([pack], cross_entropy)
 
@@ -175,15 +164,12 @@ def _theirs(step: Step) -> Callable[[], object]:
     if not on_gpu:
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        config = AutoConfig.from_pretrained(_folder(step.shape, Path(folder)))
-    if step.layers:
-        config.text_config.num_hidden_layers = step.layers
-        config.text_config.layer_types = config.text_config.layer_types[: step.layers]
+        config = AutoConfig.from_pretrained(write_model(step.shape, Path(folder), step.layers))
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(
             config, dtype=DTYPES[step.dtype], attn_implementation="sdpa"
         ).train()
-    _randomise(model.parameters())
+    randomise(model.parameters())
     model.model.visual.requires_grad_(False)
     if step.recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -200,13 +186,6 @@ def _theirs(step: Step) -> Callable[[], object]:
             F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").backward()
 
     return work
-
-
-def _randomise(parameters: Any) -> None:
-    """Weights as training begins with them; what lies in fresh memory may be no number."""
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
 
 
 def show(row: dict[str, Any]) -> str:

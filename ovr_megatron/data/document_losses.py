@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.data.packing import Origin, Pack
+from ovr_megatron.runtime.device import send
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class DocumentLosses:
         self.sums: list[tuple[tuple[Origin, ...], Tensor]] = []
 
     def add(self, pack: Pack, rows: Tensor, losses: Tensor) -> None:
-        """Count the ``losses`` [n] of the targets predicted at ``rows`` [n] of the pack."""
-        documents = torch.searchsorted(pack.bounds[1:].to(rows.device, rows.dtype), rows, right=True)
-        sums = torch.zeros(2, len(pack.cu_seqlens) - 1, dtype=torch.float64, device=rows.device)
-        values = torch.stack([losses.detach().double(), torch.ones_like(rows, dtype=torch.float64)])
+        """Count the ``losses`` [n] of the targets predicted at ``rows`` [n], on the host, of the pack."""
+        documents = send(torch.searchsorted(pack.bounds[1:].to(rows.dtype), rows, right=True), losses.device)
+        sums = torch.zeros(2, len(pack.cu_seqlens) - 1, dtype=torch.float64, device=losses.device)
+        values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         self.sums.append((pack.origins, sums.index_add_(1, documents, values)))
 
     def documents(self) -> tuple[DocumentLoss, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -34,7 +34,7 @@ class Origin:
 
 @dataclass
 class Pack:
-    """Documents in one row.  T tokens, D documents, P patches, F image and video features.
+    """Documents in one row, on the host.  T tokens, D documents, P patches, F image and video features.
 
     Attributes:
         tokens: int64[T].
@@ -64,12 +64,6 @@ class Pack:
     def bounds(self) -> Tensor:
         """int32[D + 1], the rows at which documents begin."""
         return self.cu_seqlens if self.cu_seqlens_padded is None else self.cu_seqlens_padded
-
-    def to(self, device: torch.device | str) -> Pack:
-        """Return the pack with every tensor on ``device``."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["extras"] = {name: value.to(device) for name, value in self.extras.items()}
-        return Pack(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
 
     def aligned(self, document: int, total: int) -> Pack:
         """Return the pack with every document's rows a multiple of ``document`` and all rows one of ``total``.

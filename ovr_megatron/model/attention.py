@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from ovr_megatron.model import kernels
 from ovr_megatron.model.segments import Group, Segments
 
 
@@ -46,6 +47,8 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x: Tensor, table: Tensor, sign: float) -> Tensor:
+    if x.is_cuda:
+        return kernels.rotate(x, table, sign)
     half = x.size(-1) // 2
     cos, sin = table[..., :half], table[..., 2 * half : 3 * half]
     first, second = x.float().chunk(2, dim=-1)
@@ -128,10 +131,11 @@ class PackedDotProductAttention(MegatronModule):
         ):  # torch's kernels for these want equal heads
             key_TGH = key_TGH.repeat_interleave(shared, dim=1)
             value_TGH = value_TGH.repeat_interleave(shared, dim=1)
-        parts = [self._attend(query_TNH, key_TGH, value_TGH, group) for group in packed_seq_params.groups]
-        if packed_seq_params.inverse is None:
+        grouping = packed_seq_params.grouping
+        parts = [self._attend(query_TNH, key_TGH, value_TGH, group) for group in grouping.groups]
+        if grouping.inverse is None:
             return parts[0]
-        return torch.cat(parts)[packed_seq_params.inverse]
+        return torch.cat(parts)[grouping.inverse]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: Group) -> Tensor:
         def batch(x: Tensor, index: Tensor) -> Tensor:

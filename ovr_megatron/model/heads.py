@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ovr_megatron.model import kernels
+
 BANNED = -1.0e30
 # Bytes of one float32 tile of logits: a CPU wants it in its cache, a GPU as large as its matrix units need.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
-# Of all float32 logits, which up to here are kept for backward instead of being computed again.
+# Of all logits, counted in float32, which up to here are kept for backward instead of being computed again.
 _KEPT_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 
@@ -38,9 +40,10 @@ def keeps_logits(tokens: int, rows: int, device: torch.device) -> bool:
     return 4 * tokens * rows <= _KEPT_BYTES[device.type]
 
 
-def _shifted(tile: Tensor, scale: float, shift: Tensor) -> Tensor:
-    """Float32 ``scale * tile - shift`` [t, v], in the tile's own memory where that is float32; ``shift`` is [t]."""
-    return torch.add(-shift[:, None], tile, alpha=scale, out=tile if tile.dtype == torch.float32 else None)
+def _shifted(tile: Tensor, scale: float, shift: Tensor, keep: bool = False) -> Tensor:
+    """Float32 ``scale * tile - shift`` [t, v]; over a float32 tile that need not be kept.  ``shift`` is [t]."""
+    out = None if keep or tile.dtype != torch.float32 else tile
+    return torch.add(-shift[:, None], tile, alpha=scale, out=out)
 
 
 def _rebased(total: Tensor, weighted: Tensor, peak: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,10 +53,61 @@ def _rebased(total: Tensor, weighted: Tensor, peak: Tensor, top: Tensor) -> tupl
     return total * factor, (weighted + step * total) * factor
 
 
-def _labels_within(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+def _labels_within(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Labels as columns [t, 1] of a tile (an arbitrary column where they lie outside) and those that lie inside."""
-    inside = (labels >= columns.start) & (labels < columns.stop)
-    return torch.where(inside, labels - columns.start, 0)[:, None], inside
+    inside = (labels >= 0) & (labels < columns)
+    return torch.where(inside, labels, 0)[:, None], inside
+
+
+def _add_tile(
+    tile: Tensor,
+    banned: Tensor,
+    labels: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    weighted: Tensor,
+    target: Tensor,
+    scale: float,
+    keep: bool,
+) -> None:
+    """What `kernels.add_tile` does; the tile keeps its numbers only where it is to ``keep`` them."""
+    if tile.is_cuda:
+        kernels.add_tile(tile, banned, labels, peak, total, weighted, target, scale)
+        return
+    tile.index_fill_(1, banned.nonzero()[:, 0], BANNED / scale)
+    column, inside = _labels_within(labels, tile.size(1))
+    target += torch.where(inside, tile.gather(1, column)[:, 0].float() * scale, 0.0)
+    top = torch.maximum(peak, tile.amax(-1).float() * scale)
+    x = _shifted(tile, scale, top, keep)
+    weights = x.exp()
+    before = _rebased(total, weighted, peak, top)
+    total.copy_(before[0] + weights.sum(-1))
+    weighted.copy_(before[1] + weights.mul_(x).sum(-1))
+    peak.copy_(top)
+
+
+def _tile_gradient(
+    tile: Tensor,
+    banned: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """What `kernels.tile_gradient` does, in the tile's number format."""
+    if tile.is_cuda:
+        return kernels.tile_gradient(tile, banned, labels, norm, entropy, d_logprob, d_entropy, scale)
+    x = _shifted(tile, scale, norm)
+    if d_entropy is None:
+        d_tile = x.exp_().mul_(-d_logprob[:, None])
+    else:
+        probs = x.exp()
+        d_tile = x.add_(entropy[:, None]).mul_(-d_entropy[:, None]).sub_(d_logprob[:, None]).mul_(probs)
+    column, inside = _labels_within(labels, tile.size(1))
+    d_tile.scatter_add_(1, column, (d_logprob * inside)[:, None])
+    return d_tile.index_fill_(1, banned.nonzero()[:, 0], 0.0).to(tile.dtype)
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
@@ -92,20 +146,12 @@ class _VocabParallelScores(torch.autograd.Function):
         keeps = keeps_logits(len(hidden), len(weight), hidden.device)
         kept: list[Tensor] = []
         for columns in _blocks(len(weight), rows):
-            forbidden = banned[columns].nonzero()[:, 0]
             for part in _blocks(len(hidden), tokens):
-                tile = (hidden[part] @ weight[columns].t()).index_fill_(1, forbidden, BANNED / scale)
-                column, inside = _labels_within(local[part], columns)
-                target[part] += torch.where(inside, tile.gather(1, column)[:, 0].float() * scale, 0.0)
-                top = torch.maximum(peak[part], tile.amax(-1).float() * scale)
-                x = _shifted(tile, scale, top)
-                weights = x.exp()
-                before = _rebased(total[part], weighted[part], peak[part], top)
-                total[part] = before[0] + weights.sum(-1)
-                weighted[part] = before[1] + weights.mul_(x).sum(-1)
-                peak[part] = top
+                tile = hidden[part] @ weight[columns].t()
+                statistics = peak[part], total[part], weighted[part], target[part]
+                _add_tile(tile, banned[columns], local[part] - columns.start, *statistics, scale, keeps)
                 if keeps:
-                    kept.append(x.add_(top[:, None]))
+                    kept.append(tile)
         top = peak.clone()
         _all_reduce(top, group, dist.ReduceOp.MAX)
         sums = torch.stack((*_rebased(total, weighted, peak, top), target))
@@ -129,23 +175,12 @@ class _VocabParallelScores(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         d_weight = torch.empty_like(weight) if wants_weight else None
         for columns in _blocks(len(weight), rows):
-            forbidden = banned[columns].nonzero()[:, 0]
             d_block = torch.zeros_like(weight[columns], dtype=torch.float32) if wants_weight else None
             for part in _blocks(len(hidden), tokens):
-                if kept:
-                    x = kept.pop(0) - norm[part, None]  # log-probabilities
-                else:
-                    x = _shifted(hidden[part] @ weight[columns].t(), ctx.scale, norm[part])
-                if d_entropy is None:
-                    d_tile = x.exp_().mul_(-d_logprob[part, None])
-                else:
-                    probs = x.exp()
-                    d_tile = x.add_(entropy[part, None]).mul_(-d_entropy[part, None]).sub_(d_logprob[part, None])
-                    d_tile.mul_(probs)
-                    del probs
-                column, inside = _labels_within(local[part], columns)
-                d_tile.scatter_add_(1, column, (d_logprob[part] * inside)[:, None]).index_fill_(1, forbidden, 0.0)
-                d_tile = d_tile.to(hidden.dtype)
+                tile = kept.pop(0) if kept else hidden[part] @ weight[columns].t()
+                per_token = norm[part], entropy[part], d_logprob[part], None if d_entropy is None else d_entropy[part]
+                labels = local[part] - columns.start
+                d_tile = _tile_gradient(tile, banned[columns], labels, *per_token, ctx.scale)
                 if d_hidden is not None:
                     _add_product(d_hidden[part], d_tile, weight[columns])
                 if d_block is not None:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from ovr_megatron.config import ConfigError
+from ovr_megatron.model import kernels
 from ovr_megatron.model.attention import PackedDotProductAttention, PackedSelfAttention
 
 
@@ -102,20 +103,22 @@ class SwiGLU(torch.nn.Module):
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = torch.nn.functional.silu(gate)
         if gate_up.is_cuda:
             ctx.save_for_backward(gate_up)
-            return activated.mul_(up)
+            return kernels.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate)
         ctx.save_for_backward(gate_up, activated)
         return activated * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gate_up, *kept = ctx.saved_tensors
+        gate_up, *kept = ctx.saved_tensors  # the gradient takes the place of what was kept: backward reads it once
+        if gate_up.is_cuda:
+            return kernels.swiglu_backward(gate_up, grad)
         gate, up = gate_up.chunk(2, dim=-1)
-        activated = kept[0] if kept else torch.nn.functional.silu(gate)
-        up.mul_(grad)  # the gradient takes the place of what was kept: backward reads it once
+        (activated,) = kept
+        up.mul_(grad)
         torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
         torch.mul(activated, grad, out=up)
         return gate_up

@@ -31,6 +31,7 @@ from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.model.segments import Segments
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.vision import VisionTower
+from ovr_megatron.runtime.device import send
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,14 +40,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Scores:
     """What the last pipeline stage returns for the scored rows of a pack: all float32 [n].
 
-    ``rows`` int64 [n] says which rows of the pack they are; a context-parallel rank has those that it holds.
-    A policy fills ``logprobs`` and ``entropy``, a critic ``values``.
+    ``rows`` int64 [n], on the host, says which rows of the pack they are; a context-parallel rank has those that it
+    holds.  A policy fills ``logprobs`` and ``entropy``, a critic ``values``.
     """
 
     rows: Tensor
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
     values: Tensor | None = None
+
+    def beside(self, pack: Pack, name: str) -> Tensor:
+        """The pack's array ``name`` at these rows [n], where the scores are."""
+        (own, *_) = (scores for scores in (self.logprobs, self.values) if scores is not None)
+        return send(pack.extras[name][self.rows], own.device)
 
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False) -> None:
@@ -278,8 +284,8 @@ class Qwen25VL(GPTModel):
         """Scores of this rank's rows that carry a label; on earlier pipeline stages their hidden states.
 
         Args:
-            pack: whole documents, the same on every tensor-, context- and pipeline-parallel rank, aligned to
-                `alignment`.
+            pack: whole documents on the host, the same on every tensor-, context- and pipeline-parallel rank, aligned
+                to `alignment`.  What is to be known of it is worked out there: the device is never waited for.
             logits: for verification, return the logits [T / cp, vocabulary] of this rank's rows instead of scores.
 
         Returns:
@@ -292,16 +298,18 @@ class Qwen25VL(GPTModel):
         return self._logits(hidden) if logits else self._score(hidden, pack, rows)
 
     def _rows(self, pack: Pack) -> Tensor:
-        """Rows of the pack that this context-parallel rank holds, int64 [T / cp]."""
+        """Rows of the pack that this context-parallel rank holds, int64 [T / cp], on the host."""
         cp = self.pg_collection.cp
-        return rank_rows(pack.bounds.tolist(), cp.size(), cp.rank()).to(pack.tokens.device)
+        return rank_rows(pack.bounds.tolist(), cp.size(), cp.rank())
 
     def _decode(self, pack: Pack, rows: Tensor) -> Tensor:
         """Hidden states [T / cp, 1, D] after this stage's layers (sequence-parallel: this rank's part)."""
-        angles = pack.position_ids[:, rows][self.position_row].t().float() * self.inv_freq
+        positions = send(pack.position_ids[:, rows], self.inv_freq.device)
+        angles = positions[self.position_row].t().float() * self.inv_freq
         segments = Segments.build(
             pack.bounds,
             exact=False,
+            device=self.inv_freq.device,
             cp_group=self.pg_collection.cp,
             lengths=None if pack.cu_seqlens_padded is None else pack.cu_seqlens,
         )
@@ -314,25 +322,28 @@ class Qwen25VL(GPTModel):
 
     def _embed(self, pack: Pack, rows: Tensor) -> Tensor:
         """Token embeddings [T / cp, 1, D] with the image features put where the sample recorded them."""
-        hidden = self.embedding(input_ids=pack.tokens[rows][None], position_ids=None)
+        device = self.inv_freq.device
+        hidden = self.embedding(input_ids=send(pack.tokens[rows], device)[None], position_ids=None)
         if len(pack.placement):
             features = self._features(pack)
             here = torch.full_like(pack.tokens, -1)
-            here[rows] = torch.arange(len(rows), device=rows.device)
+            here[rows] = torch.arange(len(rows))
             places = here[pack.placement]
-            mine = places >= 0
-            hidden = hidden.index_copy(0, places[mine], features[mine][:, None].to(hidden.dtype))
+            (mine,) = (places >= 0).nonzero(as_tuple=True)
+            if len(mine) < len(places):
+                features = features[send(mine, device)]
+            hidden = hidden.index_copy(0, send(places[mine], device), features[:, None].to(hidden.dtype))
         elif self.training and any(p.requires_grad for p in self.vision.parameters()):
-            hidden = hidden + 0.0 * self.vision(*self._blank(hidden)).sum()
+            hidden = hidden + 0.0 * self.vision(*self._blank()).sum()
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
         return hidden
 
     def _features(self, pack: Pack) -> Tensor:
         """Features [F, D] of all images of the pack; context-parallel ranks each encode their share of them."""
-        group = self.pg_collection.cp
+        group, device = self.pg_collection.cp, self.inv_freq.device
         if group.size() == 1:
-            return self.vision(pack.patches, pack.grid_thw)
+            return self.vision(send(pack.patches, device), pack.grid_thw)
         patches = pack.grid_thw.prod(-1).tolist()
         shares = share_images(patches, group.size())
         unit = self.shape.vision.merge**2
@@ -340,12 +351,12 @@ class Qwen25VL(GPTModel):
         mine = shares[group.rank()]
         if mine:
             parts = pack.patches.split(patches)
-            features = self.vision(torch.cat([parts[i] for i in mine]), pack.grid_thw[mine])
+            features = self.vision(send(torch.cat([parts[i] for i in mine]), device), pack.grid_thw[mine])
         else:  # every rank takes part in the tower's gradient collectives
-            features = self.vision(*self._blank(pack.patches))[:0]
+            features = self.vision(*self._blank())[:0]
         features = F.pad(features, (0, 0, 0, max(sizes) - len(features)))
         everyone = tensor_parallel.gather_from_sequence_parallel_region(features, group=group)
-        return everyone[self._feature_rows(patches, shares, max(sizes)).to(everyone.device)]
+        return everyone[send(self._feature_rows(patches, shares, max(sizes)), device)]
 
     def _feature_rows(self, patches: Sequence[int], shares: Sequence[Sequence[int]], width: int) -> Tensor:
         """For each feature of the pack its row in the ranks' features, each rank's padded to ``width``."""
@@ -358,10 +369,10 @@ class Qwen25VL(GPTModel):
                 start += patches[image] // unit
         return torch.cat([rows[image] for image in range(len(patches))])
 
-    def _blank(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _blank(self) -> tuple[Tensor, Tensor]:
         """The patches and the grid of a blank image of one feature."""
-        merge = self.shape.vision.merge
-        return like.new_zeros(merge * merge, self.shape.vision.patch_dim), torch.tensor([[1, merge, merge]])
+        merge, width = self.shape.vision.merge, self.shape.vision.patch_dim
+        return torch.zeros(merge * merge, width, device=self.inv_freq.device), torch.tensor([[1, merge, merge]])
 
     def _gather_rows(self, hidden: Tensor) -> Tensor:
         """All rows [T, D].  The heads compute the same on every rank, so a row's gradient is not summed again."""
@@ -377,14 +388,19 @@ class Qwen25VL(GPTModel):
         return self.output_layer.weight
 
     def _score(self, hidden: Tensor, pack: Pack, rows: Tensor) -> Scores:
-        labelled = (pack.labels[rows] != IGNORED).nonzero()[:, 0]
-        scored, rows = self._gather_rows(hidden)[labelled], rows[labelled]
+        (labelled,) = (pack.labels[rows] != IGNORED).nonzero(as_tuple=True)
+        scored, rows = self._gather_rows(hidden)[send(labelled, hidden.device)], rows[labelled]
         if self.critic:
             return Scores(rows, values=self.value_head(scored)[:, 0].float())
         for hook in self.output_layer._forward_pre_hooks.values():  # waits for the weight's all-gather, where it is one
             hook(self.output_layer, ())
         logprobs, entropy = token_scores(
-            scored, self._head_weight(), pack.labels[rows], self.banned, self.temperature, self.pg_collection.tp
+            scored,
+            self._head_weight(),
+            send(pack.labels[rows], hidden.device),
+            self.banned,
+            self.temperature,
+            self.pg_collection.tp,
         )
         return Scores(rows, logprobs=logprobs, entropy=entropy)
 

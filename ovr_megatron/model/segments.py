@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ovr_megatron.model.context import gathered_rows
+from ovr_megatron.runtime.device import send
 
 # A group of documents is attended as one padded batch; a document joins a group only while it is at least
 # this share of the group's longest, so at most a third of a batch is padding.
@@ -33,58 +35,82 @@ class Group:
     whole: bool = False  # the group is the whole pack in order, so gathering is a reshape
 
 
-@dataclass
-class Segments(PackedSeqParams):
-    """`PackedSeqParams` of a pack plus the grouping that attention without Transformer Engine uses.
+@dataclass(frozen=True)
+class Grouping:
+    """How attention without Transformer Engine goes through a pack.
 
     Attributes:
         groups: documents batched by length.
-        inverse: [T], for each row of this rank its row in the concatenated outputs of the groups.
+        inverse: [T], for each row of this rank its row in the concatenated outputs of the groups; None: the same.
     """
 
-    groups: list[Group] = field(default_factory=list)
-    inverse: Tensor | None = None
+    groups: list[Group]
+    inverse: Tensor | None
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """`PackedSeqParams` of a pack, and what `grouping` needs.
+
+    Attributes:
+        starts: [D + 1], as `build` was given them.
+        exact: likewise.
+        share: size of the context-parallel group and this rank in it.
+    """
+
+    starts: Sequence[int] = ()
+    exact: bool = False
+    share: tuple[int, int] = (1, 0)
 
     @classmethod
     def build(
         cls,
         bounds: Tensor,
         exact: bool,
+        device: torch.device,
         cp_group: dist.ProcessGroup | None = None,
         lengths: Tensor | None = None,
     ) -> Segments:
-        """Group the segments of a pack.
+        """Describe the segments of a pack.
 
         Args:
-            bounds: int32 [D + 1], first 0, last T.
+            bounds: int32 [D + 1] on the host, first 0, last T.
             exact: only group segments of equal length (attention without a causal mask would see padding).
+            device: where attention runs.
             cp_group: context-parallel group; each rank holds the rows of `context.rank_rows`.
-            lengths: int32 [D + 1], cumulated lengths without alignment tails, where there are any.
+            lengths: int32 [D + 1] on the host, cumulated lengths without alignment tails, where there are any.
         """
         starts = bounds.tolist()
-        widths = [end - start for start, end in pairwise(starts)]
-        longest = max(widths, default=0)
-        real = bounds if lengths is None else lengths
-        segments = cls(
+        longest = max((end - start for start, end in pairwise(starts)), default=0)
+        rows = send(bounds, device)
+        real = rows if lengths is None else send(lengths, device)
+        return cls(
             qkv_format="thd",
             cu_seqlens_q=real,
             cu_seqlens_kv=real,
-            cu_seqlens_q_padded=None if lengths is None else bounds,
-            cu_seqlens_kv_padded=None if lengths is None else bounds,
+            cu_seqlens_q_padded=None if lengths is None else rows,
+            cu_seqlens_kv_padded=None if lengths is None else rows,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            starts=starts,
+            exact=exact,
+            share=(1, 0) if cp_group is None else (cp_group.size(), cp_group.rank()),
         )
-        if cp_group is not None and cp_group.size() > 1:
-            groups = _chunk_groups(starts, widths, cp_group.size(), cp_group.rank())
+
+    @cached_property
+    def grouping(self) -> Grouping:
+        """Made when it is first asked for: Transformer Engine needs none."""
+        starts, device = self.starts, self.cu_seqlens_q.device
+        widths = [end - start for start, end in pairwise(starts)]
+        if self.share[0] > 1:
+            groups = _chunk_groups(starts, widths, *self.share)
         elif len(set(widths)) == 1:
-            index = torch.arange(starts[-1]).view(len(widths), longest)
-            groups = [Group(index, index, whole=True)]
+            index = send(torch.arange(starts[-1]).view(len(widths), widths[0]), device)
+            return Grouping([Group(index, index, whole=True)], None)
         else:
-            groups = [_document_group(starts, widths, members) for members in _group_by_length(widths, exact)]
-        if not groups[0].whole:
-            segments.inverse = _inverse(groups).to(bounds.device)
-        segments.groups = [Group(g.queries.to(bounds.device), g.keys.to(bounds.device), g.whole) for g in groups]
-        return segments
+            groups = [_document_group(starts, widths, members) for members in _group_by_length(widths, self.exact)]
+        inverse = send(_inverse(groups), device)
+        return Grouping([Group(send(g.queries, device), send(g.keys, device), g.whole) for g in groups], inverse)
 
 
 def _document_group(starts: Sequence[int], widths: Sequence[int], members: Sequence[int]) -> Group:

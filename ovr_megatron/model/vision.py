@@ -23,6 +23,7 @@ from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.layers import Parts, layer_spec
 from ovr_megatron.model.segments import Segments
 from ovr_megatron.model.shape import VisionShape
+from ovr_megatron.runtime.device import send
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def grid_layout(grid: tuple[int, int, int], merge: int, window: int) -> GridLayo
     )
 
 
-def _boundaries(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
+def _boundaries(lengths: list[int]) -> Tensor:
+    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
 
 
 class PatchMerger(MegatronModule):
@@ -156,27 +157,29 @@ class VisionTower(MegatronModule):
         """Features [F, D] in the order of the images.
 
         Args:
-            patches: [P, patch_dim] in processor order, images one after the other.
-            grid_thw: int64 [images, 3] frames, height and width in patches.
+            patches: [P, patch_dim] on the device, in processor order, images one after the other.
+            grid_thw: int64 [images, 3] on the host, frames, height and width in patches.
         """
         device = patches.device
         window = self.shape.window // self.shape.merge // self.shape.patch
         layouts = [grid_layout(tuple(grid), self.shape.merge, window) for grid in grid_thw.tolist()]
         order, feature_order = _concatenate(layouts)
-        positions = torch.from_numpy(np.concatenate([layout.position for layout in layouts])).to(device)
+        positions = send(torch.from_numpy(np.concatenate([layout.position for layout in layouts])), device)
         angles = (positions[:, :, None].float() * self.inv_freq).flatten(1)
         table = rotary_table(angles)
-        windows = Segments.build(_boundaries([n for x in layouts for n in x.window_lengths], device), exact=True)
-        frames = Segments.build(_boundaries([n for x in layouts for n in x.frame_lengths], device), exact=True)
+        windows, frames = (
+            Segments.build(_boundaries([n for x in layouts for n in getattr(x, name)]), exact=True, device=device)
+            for name in ("window_lengths", "frame_lengths")
+        )
 
-        hidden = self.patch_embed(patches.to(self.patch_embed.weight.dtype))[order.to(device)].unsqueeze(1)
+        hidden = self.patch_embed(patches.to(self.patch_embed.weight.dtype))[send(order, device)].unsqueeze(1)
         for i, layer in enumerate(self.layers):
             segments = frames if i in self.shape.full_attention_layers else windows
             hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=table, packed_seq_params=segments)
         features = self.merger(hidden).squeeze(1)
         restored = torch.empty_like(feature_order)
         restored[feature_order] = torch.arange(len(feature_order))
-        return features[restored.to(device)]
+        return features[send(restored, device)]
 
 
 def _concatenate(layouts: list[GridLayout]) -> tuple[Tensor, Tensor]:

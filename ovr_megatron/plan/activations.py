@@ -155,8 +155,7 @@ class _Layer:
         again = self.whole - self.kept(recompute)
         if recompute != "none":  # what is computed again has its input, its output and that one's gradient beside it
             again += 3 * self.input
-        # The product's gradient, and on a GPU the activation, which then takes the place of the product.
-        perceptron = self.gate_up // 2 if self.on_cpu else max(self.gate_up // 2, self.gate_up - self.product)
+        perceptron = self.gate_up // 2  # the product's gradient; that of gate and up takes their place
         of_attention = self.rows * (3 * self.query + 2 * self.key) * self.number - self.perceptron
         return again + self.input + max(perceptron, of_attention)
 
@@ -315,16 +314,17 @@ class _Head:
         vocab = padded_vocab(shape, parallel.tp) // parallel.tp
         high, rows = tile_sides(max(scored, 1), vocab, torch.device(text.kernels.device))
         tile = high * rows
-        product = tile * number if number < _FLOAT else 0  # in float32 every step works in place
         scores = scored * (3 * _FLOAT + 2 * _INDEX)
         if keeps_logits(scored, vocab, torch.device(text.kernels.device)):
-            scores += scored * vocab * _FLOAT
-        self.forward = (
-            self.kept + scores + product + 2 * tile * _FLOAT + (gathered if parallel.sequence_parallel else 0)
-        )
+            scores += scored * vocab * number
+        forward_tiles = backward_tiles = tile * number  # a GPU reads them, and writes the gradient over them
+        if text.kernels.device == "cpu":  # numbers of less are widened, those of float32 changed in place
+            copies = tile * number if number < _FLOAT else 0
+            forward_tiles, backward_tiles = copies + 2 * tile * _FLOAT, 2 * copies + tile * _FLOAT
+        self.forward = self.kept + scores + forward_tiles + (gathered if parallel.sequence_parallel else 0)
         weight = vocab * shape.hidden * number
         block = rows * shape.hidden * _FLOAT * (2 if number < _FLOAT else 1)
         gradient = wide * (_FLOAT + (number if number < _FLOAT else 0))
-        of_product = tile * _FLOAT + 2 * product + block
+        of_product = backward_tiles + block
         self.kept += scores
         self.backward = self.kept + weight + max(gradient + of_product, wide * number + gathered)

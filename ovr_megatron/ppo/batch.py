@@ -11,7 +11,6 @@ from torch import Tensor
 from ovr_megatron.data.best_fit import plan_packs
 from ovr_megatron.data.packing import Pack, pack
 from ovr_megatron.data.processing import Sample
-from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.ppo.maths import Ragged
 
 
@@ -93,8 +92,3 @@ class Batch:
             cuts = np.cumsum([self.lengths[i] for i in chosen])[:-1]
             arrays.update(zip(chosen, np.split(values.double().cpu().numpy(), cuts), strict=True))
         return [arrays[i] for i in sorted(arrays)]
-
-
-def scored(scores: Scores, pack_: Pack, name: str) -> Tensor:
-    """The array ``name`` of a pack at its scored rows [n]."""
-    return pack_.extras[name][scores.rows]

@@ -35,7 +35,7 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
     with clock("generate"):
         models.only(None)
         rollout = rollouts.collect(draw, iteration, max_tokens(models.config.curriculum, iteration))
-        rollouts.engine.sleep()
+        rollouts.engine.sleep(deep=True)
     outcome = learn(models, rollout, iteration, clock)
     with clock("sync"):
         if models.config.offload:

@@ -10,7 +10,6 @@ from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import LossSum
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.ppo import maths
-from ovr_megatron.ppo.batch import scored
 
 
 class PolicyObjective:
@@ -18,21 +17,22 @@ class PolicyObjective:
 
     Reads a pack's ``advantages`` and ``rollout_logprobs``, and where they are there ``old_logprobs`` (else the step is
     strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs`` and
-    ``weights``.  ``largest`` is the widest difference between old ones and the rollout engine's that this rank saw.
+    ``weights``.  ``largest`` holds, on the device, the widest difference between old ones and the rollout engine's in
+    each pack that this rank saw.
     """
 
     def __init__(self, config: AlgorithmConfig):
         self.config = config
-        self.largest = 0.0
+        self.largest: list[Tensor] = []
 
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
         """Loss of one pack."""
         config = self.config
         assert scores.logprobs is not None and scores.entropy is not None
-        now, rollout = scores.logprobs.detach(), scored(scores, pack, "rollout_logprobs")
-        old = scored(scores, pack, "old_logprobs") if "old_logprobs" in pack.extras else now
+        now, rollout = scores.logprobs.detach(), scores.beside(pack, "rollout_logprobs")
+        old = scores.beside(pack, "old_logprobs") if "old_logprobs" in pack.extras else now
         high = config.clip_high or config.clip
-        advantages = scored(scores, pack, "advantages")
+        advantages = scores.beside(pack, "advantages")
         losses, clipped = maths.policy_loss(scores.logprobs, old, advantages, config.clip, high)
         sums = {
             "entropy": scores.entropy.detach().sum(),
@@ -45,14 +45,14 @@ class PolicyObjective:
             losses = losses * weight
             sums["importance"] = weight.sum()
         if "reference_logprobs" in pack.extras:
-            divergence = maths.kl_estimate(scores.logprobs, scored(scores, pack, "reference_logprobs"), config.kl_form)
+            divergence = maths.kl_estimate(scores.logprobs, scores.beside(pack, "reference_logprobs"), config.kl_form)
             sums["reference_kl"] = divergence.detach().sum()
             if config.kl_in == "loss":
                 losses = losses + config.kl_coefficient * divergence
         if config.entropy_bonus:
             losses = losses - config.entropy_bonus * scores.entropy
         if len(now):  # a context-parallel rank may hold no scored row of a pack
-            self.largest = max(self.largest, float((old - rollout).abs().max()))
+            self.largest.append((old - rollout).abs().max())
         return weighed(losses, scores, pack, sums)
 
 
@@ -66,12 +66,12 @@ class ValueObjective:
         """Loss of one pack."""
         assert scores.values is not None
         losses = maths.value_loss(
-            scores.values, scored(scores, pack, "returns"), scored(scores, pack, "values"), self.config.value_clip
+            scores.values, scores.beside(pack, "returns"), scores.beside(pack, "values"), self.config.value_clip
         )
         return weighed(losses, scores, pack, {})
 
 
 def weighed(losses: Tensor, scores: Scores, pack: Pack, sums: dict[str, Tensor]) -> LossSum:
     """Sum of the tokens' losses, each times the pack's ``weights`` where it has some (`maths.token_weights`)."""
-    weights = scored(scores, pack, "weights") if "weights" in pack.extras else torch.ones_like(losses)
+    weights = scores.beside(pack, "weights") if "weights" in pack.extras else torch.ones_like(losses)
     return LossSum((losses * weights).sum(), len(scores.rows), sums)

@@ -64,7 +64,7 @@ def update_policy(models: Models, experience: Experience, limit: int) -> dict[st
         )
         steps.append(policy.train(packs, objective))
     found = mean_of(steps)
-    peak = torch.tensor(objective.largest)
+    peak = torch.tensor(max(map(float, objective.largest), default=0.0))
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     metrics = {f"policy/{key}": found[key] for key in ("loss", "entropy", "clip_fraction", "grad_norm")}
     metrics |= {"rollout/mismatch_mean": found["mismatch_mean"], "rollout/mismatch_max": float(peak)}

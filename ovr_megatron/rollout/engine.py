@@ -23,7 +23,7 @@ from vllm.outputs import RequestOutput
 from ovr_megatron.config import RolloutConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.rollout import model as _registers_the_model  # noqa: F401
+from ovr_megatron.rollout.model import EMPTY  # the import also registers the model
 from ovr_megatron.rollout.reshard import Reshard, Traffic
 from ovr_megatron.rollout.sampling import (
     SCORING,
@@ -94,6 +94,7 @@ class RolloutEngine:
         dtype: str,
         max_model_len: int,
         seed: int = 0,
+        empty: bool = False,
     ) -> None:
         """Start vLLM; ``torch.distributed`` must be initialised.
 
@@ -104,6 +105,7 @@ class RolloutEngine:
             dtype: ``float32`` or ``bfloat16``.
             max_model_len: Most tokens of a prompt and its response together.
             seed: Of vLLM's own generators; responses have seeds of their own.
+            empty: Read no weights; the first `update` brings them.
 
         Raises:
             RolloutError: ``rollout.tp`` does not divide the number of processes.
@@ -118,7 +120,10 @@ class RolloutEngine:
         self._stop = list(config.stop)
         self._room = config.max_num_seqs
         self._asleep: set[str] = set()
+        self._empty = empty
         settings = _settings(config, processor, dtype, max_model_len)
+        if empty:
+            settings["load_format"] = EMPTY
         with undisturbed():
             self._llm = LLM(model=str(model_dir), seed=seed, **settings)
             _started.append(self._llm)
@@ -130,14 +135,15 @@ class RolloutEngine:
     def update(self, held: Sequence[Held]) -> Traffic:
         """Take over the weights that the ranks hold together, and forget what the old ones computed.  A collective.
 
-        The first update fills every parameter, later ones those that are trained.
+        The first update, and that after a deep sleep, fills every parameter, others those that are trained.
 
         Raises:
             TransferError: no rank holds what a parameter needs.
         """
         with undisturbed():
             self._wake("weights")
-            traffic = self._reshard.update(held)
+            traffic = self._reshard.update(held, everything=self._empty)
+            self._empty = False
             self._reset_caches()
         return traffic
 
@@ -197,7 +203,7 @@ class RolloutEngine:
         """
         failed: list[tuple[int, str]] = []
         with undisturbed():
-            self._wake("weights", "kv_cache")
+            self._wake_to_work()
             waiting = _Waiting()
             given = True
             while given or waiting:
@@ -242,7 +248,7 @@ class RolloutEngine:
             RolloutError: vLLM gave a request up.
         """
         with undisturbed():
-            self._wake("weights", "kv_cache")
+            self._wake_to_work()
             if prompts:
                 inputs = [_request(prompt) for prompt in prompts]
                 self._llm.enqueue(inputs, [SCORING] * len(inputs), use_tqdm=False)  # type: ignore[arg-type]
@@ -257,18 +263,24 @@ class RolloutEngine:
         params = sampling_params(prompt, temperature, self._end_ids, self._stop)
         return self._llm.enqueue([_request(prompt)] * len(params), params, use_tqdm=False)  # type: ignore[list-item]
 
-    def sleep(self) -> None:
+    def sleep(self, deep: bool = False) -> None:
         """Forget what was computed, and give the GPU back to the trainer until the next `update` or `generate`.
 
-        The weights move to the host: vLLM's deeper sleep drops them with what is no parameter of the vision tower.
+        The weights move to the host, or with ``deep`` nowhere: then an `update` must come first.
         """
+        self._empty |= deep
         if self._asleep:
             return
         with undisturbed():
             self._reset_caches()
             if self._can_sleep:
-                self._llm.sleep(level=1)
+                self._llm.sleep(level=2 if deep else 1)
                 self._asleep = {"weights", "kv_cache"}
+
+    def _wake_to_work(self) -> None:
+        if self._empty:
+            raise RolloutError("the rollout engine has no weights: it was started or put to sleep without; update it")
+        self._wake("weights", "kv_cache")
 
     def _wake(self, *parts: str) -> None:
         wanted = [part for part in parts if part in self._asleep]

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm import ModelRegistry
+from vllm.config import ModelConfig
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
+from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.data.positions import Visual, mrope_positions
 from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.model.shape import ModelShape
 
+EMPTY = "empty"  # the load format of `EmptyLoader`
 _ROWS_AT_ONCE = 1 << 16
 
 
@@ -59,6 +62,22 @@ class RolloutModel(Qwen2_5_VLForConditionalGeneration):
         per_second = self.config.vision_config.tokens_per_second
         positions = mrope_positions(segments, merge, per_second, self.after_video)
         return torch.from_numpy(positions), int(positions[0, -1]) + 1 - len(input_tokens)
+
+
+@register_model_loader(EMPTY)
+class EmptyLoader(BaseModelLoader):
+    """Reads nothing: all parameters are zero until the trainer's come.
+
+    vLLM's own loader of no weights writes over buffers, too, such as the mean and the deviation of an image.
+    """
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """There is nothing to fetch."""
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Fill ``model`` with zeros."""
+        for parameter in model.parameters():
+            parameter.data.zero_()
 
 
 @torch.no_grad()

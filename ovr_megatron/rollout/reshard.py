@@ -111,8 +111,8 @@ class Reshard:
         self._rates = (float("inf"), float("inf"))
 
     @torch.no_grad()
-    def update(self, held: Sequence[Held]) -> Traffic:
-        """Fill every parameter, later only those that are trained.  A collective.
+    def update(self, held: Sequence[Held], everything: bool = False) -> Traffic:
+        """Fill every parameter, later only those that are trained unless ``everything`` is asked for.  A collective.
 
         Raises:
             TransferError: no rank has what is wanted; a slice arrived changed.
@@ -123,7 +123,7 @@ class Reshard:
             self._make_plans(described)
             self._measure()
             began = time.perf_counter()
-        steps = self._plans[self._is_filled]
+        steps = self._plans[self._is_filled and not everything]
         _Update(self, steps, held).run()
         self._is_filled = True
         copied = sum(piece.nbytes for step in steps for piece in step.copies)

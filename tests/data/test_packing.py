@@ -82,14 +82,6 @@ def test_extras_stand_where_their_target_is_predicted():
         pack(samples, [{"returns": np.zeros(3)}, {"returns": np.zeros(1)}])
 
 
-def test_a_pack_moves_with_everything_in_it():
-    found = pack([sample([1, 2], targets=1, features=1)], [{"values": np.ones(1)}]).to("meta")
-    assert all(
-        tensor.device.type == "meta"
-        for tensor in [found.tokens, found.patches, found.cu_seqlens, found.extras["values"]]
-    )
-
-
 def test_no_sample_is_no_pack():
     with pytest.raises(PackError, match="at least one sample"):
         pack([])

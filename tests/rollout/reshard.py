@@ -62,7 +62,11 @@ def main(folder: Path) -> None:
         frozen = ModelConfig(path=str(new), freeze_vision=True)
         trainer = Engine(ModelShape.from_hf(new), frozen, ParallelConfig(pp=2), world).load(WeightFolder(new))
         whole, later = engine.update(trainer.held()), engine.update(trainer.held())
-        report[f"{tied} frozen"] = (whole, later, same(engine.generate(job["prompts"], 1.0), expected))
+        engine.sleep(deep=True)
+        for parameter in engine._reshard._wanted:  # on a GPU the sleep itself would take them
+            parameter.parameter.data.fill_(float("nan"))
+        woken = engine.update(trainer.held())
+        report[f"{tied} frozen"] = (whole, later, woken, same(engine.generate(job["prompts"], 1.0), expected))
         report[f"{tied} damage"] = damaged(engine, trainer, world.rank)
     (folder / f"rank_{world.rank}.pickle").write_bytes(pickle.dumps(report))
     dist.barrier()

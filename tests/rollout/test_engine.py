@@ -53,7 +53,8 @@ def started(references, processor):
     distributed.start(ParallelConfig(), seed=5)
     os.environ["VLLM_PLUGINS"] = "ours"  # a variable that the engine sets while it works
     before = surroundings()
-    engine = RolloutEngine(references[0].folder, RolloutConfig(max_num_seqs=64), processor, "float32", MAX_MODEL_LEN)
+    config = RolloutConfig(max_num_seqs=64)
+    engine = RolloutEngine(references[0].folder, config, processor, "float32", MAX_MODEL_LEN, empty=True)
     yield SimpleNamespace(engine=engine, changed=changes(before))
     del os.environ["VLLM_PLUGINS"]
 
@@ -67,6 +68,15 @@ def engine(started, references):
 
 def test_start_leaves_the_process_as_it_was(started):
     assert started.changed == []
+
+
+def test_without_weights_nothing_is_answered(started, references, samples, ask):
+    for _ in range(2):
+        with pytest.raises(RolloutError, match="has no weights"):
+            started.engine.generate(ask(samples, [1]), 1.0)
+        started.engine.update(references[0].held())
+        assert started.engine.generate(ask(samples, [1], 1), 1.0)
+        started.engine.sleep(deep=True)
 
 
 def test_generation_and_update_leave_the_process_as_it_was(engine, references, samples, ask):

@@ -38,8 +38,9 @@ def test_an_updated_engine_is_a_fresh_one(tp, make_reference, processor, samples
                 for a, b in zip(ours, theirs, strict=True):
                     np.testing.assert_array_equal(a.logprobs, b.logprobs)
         for rank in ranks:
-            whole, later, stayed = rank.pop(f"{tied} frozen")
-            assert later.copied + later.received < whole.copied + whole.received and stayed
+            *updates, stayed = rank.pop(f"{tied} frozen")
+            whole, later, woken = (update.copied + update.received for update in updates)
+            assert later < whole == woken and stayed
         damage = [rank.pop(f"{tied} damage") for rank in ranks]
         assert "arrived changed" in damage[3] and not any(damage[:3])
     for rank in ranks:

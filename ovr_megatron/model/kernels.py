@@ -1,0 +1,239 @@
+"""What the model does between its matrix products on a GPU: each step once through memory, in Triton.
+
+The same arithmetic stands in torch beside each use, for the CPU.  Shapes: T rows, N heads of H numbers, F perceptron
+columns, a tile [t, v] of logits over t tokens and v rows of the vocabulary.  All of it is computed in float32 and
+rounded once, whatever the tensors hold.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+BANNED: tl.constexpr = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _swiglu(  # type: ignore[no-untyped-def]
+    gate_up, out, ffn, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < ffn
+    gate = tl.load(gate_up + row * 2 * ffn + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * ffn + ffn + column, mask=inside, other=0.0).to(tl.float32)
+    product = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * ffn + column, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(  # type: ignore[no-untyped-def]
+    gate_up, grad, ffn, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < ffn
+    gates, ups = gate_up + row * 2 * ffn + column, gate_up + row * 2 * ffn + ffn + column
+    gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(grad + row * ffn + column, mask=inside, other=0.0).to(tl.float32)
+    share = 1.0 / (1.0 + tl.exp(-gate))
+    d_gate = upstream * up * share * (1.0 + gate * (1.0 - share))
+    d_up = upstream * gate * share
+    tl.store(gates, d_gate.to(gate_up.dtype.element_ty), mask=inside)
+    tl.store(ups, d_up.to(gate_up.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(  # type: ignore[no-untyped-def]
+    x,
+    table,
+    out,
+    heads,
+    half,
+    row_stride,
+    head_stride,
+    SIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (column < half)
+    cos = tl.load(table + row * 4 * half + column, mask=column < half, other=0.0)
+    sin = tl.load(table + row * 4 * half + 2 * half + column, mask=column < half, other=0.0) * SIGN
+    at = x + row * row_stride + head * head_stride + column
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    to = out + (row * heads + head) * 2 * half + column
+    tl.store(to, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_tile(  # type: ignore[no-untyped-def]
+    tile,
+    banned,
+    labels,
+    peak,
+    total,
+    weighted,
+    target,
+    columns,
+    scale,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits = tile + row * columns
+    # Each lane has a maximum, a sum of e^x and one of x e^x of its own, x relative to that maximum.
+    top = tl.full([BLOCK], BANNED, tl.float32)
+    sums, products = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        forbidden = tl.load(banned + column, mask=inside, other=1)
+        x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32) * scale
+        x = tl.where(forbidden != 0, BANNED, x)
+        higher = tl.maximum(top, x)
+        factor, weight = tl.exp(top - higher), tl.exp(x - higher)
+        products = (products + (top - higher) * sums) * factor + weight * (x - higher)
+        sums = sums * factor + weight
+        top = higher
+    old_top, old_sum, old_products = tl.load(peak + row), tl.load(total + row), tl.load(weighted + row)
+    new_top = tl.maximum(tl.max(top, 0), old_top)
+    factor, old_factor = tl.exp(top - new_top), tl.exp(old_top - new_top)
+    products = (products + (top - new_top) * sums) * factor
+    tl.store(peak + row, new_top)
+    tl.store(total + row, tl.sum(sums * factor, 0) + old_sum * old_factor)
+    tl.store(weighted + row, tl.sum(products, 0) + (old_products + (old_top - new_top) * old_sum) * old_factor)
+    label = tl.load(labels + row)
+    if (label >= 0) & (label < columns):
+        x = tl.load(logits + label).to(tl.float32) * scale
+        tl.store(target + row, tl.where(tl.load(banned + label) != 0, BANNED, x))
+
+
+@triton.jit
+def _tile_gradient(  # type: ignore[no-untyped-def]
+    tile,
+    banned,
+    labels,
+    norm,
+    entropy,
+    d_logprob,
+    d_entropy,
+    columns,
+    scale,
+    HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    logits = tile + row * columns + column
+    logprob = tl.load(logits, mask=inside, other=0.0).to(tl.float32) * scale - tl.load(norm + row)
+    forbidden = tl.load(banned + column, mask=inside, other=1)
+    upstream = tl.load(d_logprob + row)
+    change = tl.zeros([BLOCK], tl.float32) - upstream
+    if HAS_ENTROPY:
+        change -= (logprob + tl.load(entropy + row)) * tl.load(d_entropy + row)
+    change = change * tl.exp(logprob) + tl.where(column == tl.load(labels + row), upstream, 0.0)
+    tl.store(logits, tl.where(forbidden != 0, 0.0, change).to(tile.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of ``gate_up`` [..., 2F], contiguous: [..., F]."""
+    assert gate_up.is_contiguous()
+    ffn = gate_up.size(-1) // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], ffn)
+    _swiglu[_grid(out)](gate_up, out, ffn, BLOCK=_BLOCK)
+    return out
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of ``gate_up`` [..., 2F], written over it, from that of the output, ``grad`` [..., F]."""
+    grad = grad.contiguous()
+    _swiglu_backward[_grid(grad)](gate_up, grad, grad.size(-1), BLOCK=_BLOCK)
+    return gate_up
+
+
+def rotate(x: Tensor, table: Tensor, sign: float) -> Tensor:
+    """The pairs (x_i, x_{i + H/2}) of ``x`` [T, 1, N, H], turned by the angles of ``table`` [T, 1, 1, 2H]."""
+    rows, _, heads, size = x.shape
+    assert x.stride(-1) == 1 and table.is_contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    blocks = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(size // 2)}
+    _rotate[(rows,)](x, table, out, heads, size // 2, x.stride(0), x.stride(2), SIGN=int(sign), **blocks)
+    return out
+
+
+def add_tile(
+    tile: Tensor,
+    banned: Tensor,
+    labels: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    weighted: Tensor,
+    target: Tensor,
+    scale: float,
+) -> None:
+    """Take a tile of logits into each token's statistics, all float32 [t], in place.
+
+    Args:
+        tile: [t, v], contiguous.
+        banned: bool [v].
+        labels: int64 [t], columns of the tile; those of other tiles lie outside.
+        peak: the largest x = ``scale`` * logit so far.
+        total: sum of e^(x - peak).
+        weighted: sum of (x - peak) e^(x - peak).
+        target: x of the label, where it has been met.
+        scale: inverse temperature.
+    """
+    statistics = peak, total, weighted, target
+    _add_tile[(len(tile),)](
+        tile, banned.view(torch.uint8), labels, *statistics, tile.size(1), scale, BLOCK=2 * _BLOCK, num_warps=8
+    )
+
+
+def tile_gradient(
+    tile: Tensor,
+    banned: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The gradient of a tile of scaled logits [t, v], written over the logits.
+
+    Args:
+        tile: [t, v], contiguous.
+        banned: bool [v].
+        labels: as for `add_tile`.
+        norm: logarithm of the sum of e^x over the whole vocabulary [t].
+        entropy: of the whole distribution [t].
+        d_logprob: gradient of each label's log-probability [t].
+        d_entropy: gradient of each entropy [t]; None: it is not wanted.
+        scale: inverse temperature.
+    """
+    rows, columns = tile.shape
+    per_token = norm, entropy, d_logprob, d_logprob if d_entropy is None else d_entropy
+    _tile_gradient[(rows, triton.cdiv(columns, _BLOCK))](
+        tile,
+        banned.view(torch.uint8),
+        labels,
+        *per_token,
+        columns,
+        scale,
+        HAS_ENTROPY=d_entropy is not None,
+        BLOCK=_BLOCK,
+    )
+    return tile
+
+
+def _grid(rows: Tensor) -> tuple[int, int]:
+    """One program for each block of each row of ``rows`` [..., F]."""
+    return rows.numel() // rows.size(-1), triton.cdiv(rows.size(-1), _BLOCK)
