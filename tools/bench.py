@@ -54,7 +54,7 @@ def step(arguments: argparse.Namespace) -> Rows:
     shapes = arguments.shapes or (["3B", "7B"] if torch.cuda.is_available() else ["tiny"])
     print(bench_step.HEADER)
     found = []
-    for row in bench_step.rows(shapes, arguments.rounds, arguments.fp8, arguments.only):
+    for row in bench_step.rows(shapes, arguments.rounds, arguments.fp8, arguments.only, arguments.trace):
         print(bench_step.show(row), flush=True)
         found.append(row)
     print(bench.FLOP_FORMULA)
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=GPU, default=GPU, help="some of them only (gpu)")
     parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(bench.SHAPES)} (model) or tiny, 3B, 7B (step)")
     parser.add_argument("--fp8", choices=("delayed", "current", "block"), default="current", help="scaling (step)")
+    parser.add_argument("--trace", type=Path, help="folder for a trace of each of our steps (step)")
     parser.add_argument(
         "--only", default="", metavar="WORD", help="rows with this word in their name (model, step, rl)"
     )

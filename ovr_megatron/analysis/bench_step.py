@@ -1,14 +1,15 @@
 """Forward and backward of a cold-start pack at the published shapes, beside Transformers and beside the plan's memory.
 
-On a GPU: the 3B model whole and the 7B model with as many layers as fit, 65,536 tokens in documents of natural length,
-bfloat16 and 8-bit, every choice of recomputation.  Transformers takes the documents one by one, which pads nothing,
-with torch's fused attention, plainly and compiled.  Elsewhere the miniature goes the same way in float32.  Weights are
-random, vision is frozen.  Every measurement has a process of its own.
+On a GPU: of the 3B and the 7B model as many layers as fit, 65,536 tokens in documents of natural length, bfloat16 and
+8-bit, every choice of recomputation.  Transformers takes the documents one by one, which pads nothing, with torch's
+fused attention and its loss in chunks that are computed again, plainly and compiled.  Elsewhere the miniature goes the
+same way in float32.  Weights are random, vision is frozen.  Every measurement has a process of its own.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.analysis.bench import natural_lengths, text_pack
@@ -39,6 +42,7 @@ from ovr_megatron.runtime.steps import matrix_rate
 MEAN_LENGTH = 3700  # tokens of a cold-start sample
 RECOMPUTE = ("none", "selective", "full")
 SHAPES = ("tiny", *PRESETS)
+CHUNK = 4096  # rows of the rival's loss
 OURS, PLAIN, COMPILED = "ours", "Transformers", "Transformers, compiled"
 
 
@@ -62,7 +66,9 @@ class Step:
         return f"{self.shape}{depth}, {self.who}, {precision}, recompute {self.recompute}"
 
 
-def rows(shapes: Sequence[str], rounds: int, fp8: str, only: str = "") -> Iterator[dict[str, Any]]:
+def rows(
+    shapes: Sequence[str], rounds: int, fp8: str, only: str = "", trace: Path | None = None
+) -> Iterator[dict[str, Any]]:
     """Measure every step of the table; a rival's failure, or one of ours, is a row that says so.
 
     Args:
@@ -70,31 +76,34 @@ def rows(shapes: Sequence[str], rounds: int, fp8: str, only: str = "") -> Iterat
         rounds: processes of each; the best counts.
         fp8: the scaling recipe of the 8-bit rows on a GPU.
         only: leave out the steps that have not this in their names.
+        trace: folder for a trace of each of our steps, for chrome://tracing or Perfetto.
     """
     on_gpu = torch.cuda.is_available()
     lengths = natural_lengths(*((65536, MEAN_LENGTH) if on_gpu else (1024, 64)))
     for shape in shapes:
-        plain = Step(OURS, shape, fitting_layers(shape, lengths), lengths, "bfloat16" if on_gpu else "float32")
-        steps = [replace(plain, recompute=recompute) for recompute in RECOMPUTE]
+        plain = Step(OURS, shape, 0, lengths, "bfloat16" if on_gpu else "float32")
+        steps = [fitting(replace(plain, recompute=recompute)) for recompute in RECOMPUTE]
         if on_gpu:
             steps += [replace(step, fp8=fp8) for step in steps]
-        steps += [replace(plain, who=who, recompute=r) for who in (PLAIN, COMPILED) for r in ("none", "full")]
+        steps += [replace(steps[i], who=who) for who in (PLAIN, COMPILED) for i in (0, 2)]
         for step in steps:
             if only in step.name:
-                yield best(step, rounds)
+                yield best(step, rounds, trace if step.who == OURS else None)
 
 
-def fitting_layers(name: str, lengths: Sequence[int]) -> int:
-    """Layers of the model for which the plan finds room on this GPU without recomputation; 0: all, or no GPU."""
-    shape = shape_of(name)
+def fitting(step: Step) -> Step:
+    """``step`` with as many layers as the plan finds room for on this GPU; all of them where there is none."""
+    whole = shape_of(step.shape).layers
     if not torch.cuda.is_available():
-        return 0
+        return step
     room = torch.cuda.get_device_properties(0).total_memory
-    for layers in range(shape.layers, 0, -1):
-        step = Step(OURS, name, layers, tuple(lengths), "bfloat16")
-        if planned_bytes(step) + CONTEXT + MARGIN * room <= room:
-            return 0 if layers == shape.layers else layers
-    return 1
+    fits = (
+        layers
+        for layers in range(whole, 0, -1)
+        if planned_bytes(replace(step, layers=layers)) + CONTEXT + MARGIN * room <= room
+    )
+    layers = next(fits, 1)
+    return replace(step, layers=0 if layers == whole else layers)
 
 
 def planned_bytes(step: Step) -> int:
@@ -113,12 +122,12 @@ def model_of(step: Step) -> ModelConfig:
     return ModelConfig(path=step.shape, freeze_vision=True, freeze_merger=True, **settings)  # type: ignore[arg-type]
 
 
-def best(step: Step, rounds: int) -> dict[str, Any]:
+def best(step: Step, rounds: int, trace: Path | None = None) -> dict[str, Any]:
     """The best of ``rounds`` processes as a row; ``failed`` has the last line of one that failed."""
     row: dict[str, Any] = {"name": step.name, **asdict(step), "tokens": sum(step.lengths)}
     row["documents"], row["lengths"] = len(step.lengths), None
     for _ in range(rounds):
-        command = [sys.executable, "-m", __name__, json.dumps(asdict(step))]
+        command = [sys.executable, "-m", __name__, json.dumps(asdict(step)), *([str(trace)] if trace else [])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return row | {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
@@ -128,8 +137,11 @@ def best(step: Step, rounds: int) -> dict[str, Any]:
     return row
 
 
-def measure(step: Step, repeats: int = 3, at_least: float = 3.0) -> dict[str, Any]:
-    """Seconds, FLOP/s and peak bytes of one forward and backward in this process, after one that warms up."""
+def measure(step: Step, trace: Path | None, repeats: int = 3, at_least: float = 3.0) -> dict[str, Any]:
+    """Seconds, FLOP/s and peak bytes of one forward and backward in this process, after one that warms up.
+
+    Of one more, if ``trace`` names a folder, a trace and what it shows: see `profile`.
+    """
     on_gpu = torch.cuda.is_available()
     work = _ours(step) if step.who == OURS else _theirs(step)
     seconds: list[float] = []
@@ -147,7 +159,36 @@ def measure(step: Step, repeats: int = 3, at_least: float = 3.0) -> dict[str, An
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
         if step.who == OURS:
             found["planned_bytes"] = planned_bytes(step)
-    return found
+    return found | (profile(work, trace, step.name) if trace else {})
+
+
+def profile(work: Callable[[], object], folder: Path, name: str) -> dict[str, Any]:
+    """Trace ``work`` once into ``folder``.
+
+    Returns:
+        Nothing without a GPU, else
+        ``launches`` of kernels, ``waits`` of the host for the device, the share of the time in which the device was
+        ``busy``, and ``kernels``: the names of those that took longest, and their seconds.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+        torch.cuda.synchronize() if torch.cuda.is_available() else None
+    spent = time.perf_counter() - began
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"{re.sub('[^a-zA-Z0-9]+', '_', name)}.json.gz"))
+    if not torch.cuda.is_available():
+        return {}
+    events = profiler.key_averages()
+    on_device = sorted((e for e in events if e.self_device_time_total), key=lambda e: -e.self_device_time_total)
+    counts = {e.key: e.count for e in events}
+    return {
+        "launches": sum(count for key, count in counts.items() if "LaunchKernel" in key),
+        "waits": sum(count for key, count in counts.items() if "Synchronize" in key) - 1,  # that of the end
+        "busy": sum(e.self_device_time_total for e in on_device) / 1e6 / spent,
+        "kernels": {e.key[:80]: e.self_device_time_total / 1e6 for e in on_device[:20]},
+    }
 
 
 def _ours(step: Step) -> Callable[[], object]:
@@ -156,6 +197,8 @@ def _ours(step: Step) -> Callable[[], object]:
     engine = Engine(shape, model_of(step), ParallelConfig(), world).with_optimizer(OptimizerConfig(), 1)
     fill(engine)
     pack = text_pack(step.lengths)
+    engine.train([pack], cross_entropy)  # so that the optimizer holds all that it will
+    torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
     return lambda: engine.backward([pack], cross_entropy)
 
 
@@ -182,8 +225,12 @@ def _theirs(step: Step) -> Callable[[], object]:
     def work() -> None:
         model.zero_grad(set_to_none=True)
         for ids in documents:
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").backward()
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+            parts = zip(hidden.split(CHUNK), ids[0, 1:].split(CHUNK), strict=True)
+            torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum().backward()
+
+    def loss(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model.lm_head(hidden).float(), labels, reduction="sum")
 
     return work
 
@@ -199,6 +246,9 @@ def show(row: dict[str, Any]) -> str:
         line += f"{row['peak_bytes'] / 2**30:9.2f}"
     if "planned_bytes" in row:
         line += f"{row['planned_bytes'] / 2**30:9.2f}{row['planned_bytes'] / row['peak_bytes'] - 1:+8.1%}"
+    if "launches" in row:
+        line += f"\n    {row['launches']:,} launches, {row['waits']} waits, busy {row['busy']:.1%}"
+        line += "".join(f"\n    {seconds:9.4f} s  {kernel}" for kernel, seconds in row["kernels"].items())
     return line
 
 
@@ -207,4 +257,5 @@ HEADER = f"{'':68}{'tokens/s':>10}{'seconds':>9}{'TFLOP/s':>9}{'MFU':>7}{'peak G
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    print(json.dumps(measure(Step(**given | {"lengths": tuple(given["lengths"])}))))
+    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    print(json.dumps(measure(Step(**given | {"lengths": tuple(given["lengths"])}), folder)))

@@ -32,7 +32,7 @@ CONSTANTS: dict[str, list[dict[str, int | bool]]] = {
 
 
 def test_arithmetic() -> None:
-    file = Path(__file__).with_name("kernels_interpreted.py")
+    file = Path(__file__).with_name("kernel_arithmetic.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
