@@ -415,11 +415,10 @@ class Engine:
         if self.layout.is_last_stage:
             names = list(sums[0])
             total = torch.stack([torch.stack([entry[name].double() for name in names]) for entry in sums]).sum(0)
-            total = torch.cat((total, total.new_tensor([sum(counts)])))
+            total = torch.cat((total, send(torch.tensor([sum(counts)], dtype=total.dtype), total.device)))
             dist.all_reduce(total, group=self.groups.dp_cp)
-            *values_, count = total.tolist()
-            values = dict(zip(names, values_, strict=True))
-            means = {name: value / max(count, 1) for name, value in values.items()} | {"count": count}
+            *values, count = total.tolist()
+            means = {name: value / max(count, 1) for name, value in zip(names, values, strict=True)} | {"count": count}
         if self.groups.pp.size() > 1:
             box = [means]
             dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)

@@ -22,7 +22,7 @@ from ovr_megatron.plan.setting import Setting, Span
 
 EFFICIENCY = 0.6  # of the peak rate, reached by large matrix products and attention alone
 WIRE = 0.7  # of a link's rate, reached by large collectives
-_STREAM_PASSES, _FFN_PASSES = 20, 10  # reads and writes of [S, D] and [T, F] in a layer, forward and backward
+_STREAM_PASSES, _FFN_PASSES = 20, 8  # reads and writes of [S, D] and [T, F] in a layer, forward and backward
 _OPTIMIZER_PASS = 32  # bytes read and written for each number that Adam steps
 _DECODE_OVERHEAD = 0.008  # seconds of a decoding step beside its memory traffic
 

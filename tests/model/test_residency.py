@@ -22,7 +22,7 @@ from ovr_megatron.weights.folder import WeightFolder
 from tests.model.residency import Residency
 from tests.plan.engines import PACKS, text_and_images
 
-# A step ends with these: Megatron asks whether any token was counted, and the means are read for the log.
+# A step ends with two: Megatron asks whether any token was counted, and the means are read for the log.
 ENDS = ("core/distributed/finalize_model_grads.py", "engine.py")
 
 
