@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from vllm import LLM
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
 from ovr_megatron.config import RolloutConfig
@@ -213,7 +213,7 @@ class RolloutEngine:
                         given = True
                         try:
                             waiting.add(number, prompt, self._enqueue(prompt, temperature))
-                        except (VLLMClientError, ValueError) as error:  # a request that vLLM does not take
+                        except (VLLMValidationError, ValueError) as error:  # a request that vLLM does not take
                             failed.append((number, str(error)))
                 if self._llm.llm_engine.has_unfinished_requests():
                     for output in self._llm.llm_engine.step():
