@@ -104,7 +104,7 @@ def build_evaluation(config: ColdStartConfig, source: Path, processor: Processor
     rollout = RolloutEngine(source, config.rollout, processor, config.model.dtype, length, empty=True)
     rollout.sleep(deep=True)
     run, seed = Path(config.run.dir), config.run.seed
-    return PeriodicEvaluation(config.evaluation, rollout, processor, config.rollout.tp, run, seed)
+    return PeriodicEvaluation(config.evaluation, rollout, processor, config.rollout.tp, run, seed, keep=False)
 
 
 class Recorder:

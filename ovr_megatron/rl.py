@@ -62,10 +62,10 @@ def train(config: RLConfig, world: World) -> Ended:
     if config.rollouts_from and not archived:
         raise ArchiveError(f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run")
     models, engines = build_models(config, source, processor, world)
+    models.only(None)
     found = keeper.resume(engines)
     if found:
         stream.load(found.state["prompts"])
-    models.only(None)
     rollouts = None if config.only == "train" else build_rollouts(config, source, processor, models)
     evaluation = None
     if rollouts and config.evaluation.every:

@@ -13,7 +13,9 @@ save: how long a checkpoint holds two ranks up, beside all files by the first ra
 
 import argparse
 import json
-import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,15 +112,25 @@ def main() -> None:
     if unknown:
         parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")
     if arguments.what != "gpu":
-        found: Any = BENCHMARKS[arguments.what](arguments)
-        _write(arguments.json, found)
+        _write(arguments.json, BENCHMARKS[arguments.what](arguments))
         return
-    found = {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"}
-    print(f"{found['card']}, torch {torch.__version__}")
-    for part in arguments.parts:
+    card = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else "no GPU"
+    found: dict[str, Any] = {"card": card, "torch": torch.__version__}
+    print(f"{card}, torch {torch.__version__}")
+    for part in arguments.parts:  # each in a process of its own, which leaves the GPU empty
         print(f"\n{part}", flush=True)
-        found[part] = BENCHMARKS[part](arguments)
+        found[part] = _apart(part)
         _write(arguments.json, found)
+
+
+def _apart(part: str) -> Any:
+    """The rows of ``part``, measured with the options that were given to the whole; or that there are none."""
+    given = sys.argv[1:]
+    given.remove("gpu")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        done = subprocess.run([sys.executable, __file__, part, *given, "--json", str(rows)])
+        return json.loads(rows.read_text()) if rows.exists() else {"failed": f"exit status {done.returncode}"}
 
 
 def _write(path: Path | None, found: Any) -> None:

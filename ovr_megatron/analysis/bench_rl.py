@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ovr_megatron import rl
+from ovr_megatron.analysis.apart import MeasurementError, rows_of
 from ovr_megatron.analysis.published import fill, write_model
 from ovr_megatron.config import RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
@@ -70,9 +70,10 @@ def rows(rounds: int, only: str = "", verdicts: int = 8192) -> list[dict[str, An
     found: list[dict[str, Any]] = []
     for part, model in parts:
         if only in part:
-            command = [sys.executable, "-m", "ovr_megatron.analysis.bench_rl", part, model, str(rounds)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            try:
+                found += rows_of("ovr_megatron.analysis.bench_rl", part, model, rounds)
+            except MeasurementError as error:
+                found.append({"name": f"{model}, {part}", "failed": str(error)})
     rates = {row["name"]: row["tokens_per_second"] for row in found if "tokens_per_second" in row}
     if len(rates) == 2:
         next(row for row in found if row["name"] == "generate")["ratio"] = rates["generate"] / rates["plain vLLM"]
@@ -83,6 +84,9 @@ def show(found: Sequence[dict[str, Any]]) -> str:
     """The rows as a table of text."""
     lines = [f"{'':32}{'seconds':>10}{'share':>8}{'tokens/s':>10}{'MB':>8}{'GB/s':>7}{'a second':>10}{'ratio':>8}"]
     for row in found:
+        if "failed" in row:
+            lines.append(f"{row['name']:32} failed: {row['failed']}")
+            continue
         line = f"{row['name']:32}{row['seconds']:10.3f}"
         line += f"{row['share']:8.1%}" if "share" in row else " " * 8
         line += f"{row['tokens_per_second']:10,.0f}" if "tokens_per_second" in row else " " * 10

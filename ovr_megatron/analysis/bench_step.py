@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,10 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
+from ovr_megatron.analysis.apart import MeasurementError, rows_of
 from ovr_megatron.analysis.bench import natural_lengths, text_pack
 from ovr_megatron.analysis.published import fill, randomise, shape_of, write_model
 from ovr_megatron.coldstart import cross_entropy
@@ -123,15 +124,14 @@ def model_of(step: Step) -> ModelConfig:
 
 
 def best(step: Step, rounds: int, trace: Path | None = None) -> dict[str, Any]:
-    """The best of ``rounds`` processes as a row; ``failed`` has the last line of one that failed."""
+    """The best of ``rounds`` processes as a row; ``failed`` says why one of them ended."""
     row: dict[str, Any] = {"name": step.name, **asdict(step), "tokens": sum(step.lengths)}
     row["documents"], row["lengths"] = len(step.lengths), None
     for _ in range(rounds):
-        command = [sys.executable, "-m", __name__, json.dumps(asdict(step)), *([str(trace)] if trace else [])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return row | {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
-        found = json.loads(done.stdout.splitlines()[-1])
+        try:
+            (found,) = rows_of(__name__, json.dumps(asdict(step)), *([trace] if trace else []))
+        except MeasurementError as error:
+            return row | {"failed": str(error)}
         if found["seconds"] < row.get("seconds", float("inf")):
             row |= found
     return row
@@ -171,21 +171,22 @@ def profile(work: Callable[[], object], folder: Path, name: str) -> dict[str, An
         ``busy``, and ``kernels``: the names of those that took longest, and their seconds.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    began = time.perf_counter()
     with torch.profiler.profile(activities=activities) as profiler:
+        began = time.perf_counter()
         work()
         torch.cuda.synchronize() if torch.cuda.is_available() else None
-    spent = time.perf_counter() - began
+        spent = time.perf_counter() - began
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / f"{re.sub('[^a-zA-Z0-9]+', '_', name)}.json.gz"))
     if not torch.cuda.is_available():
         return {}
     events = profiler.key_averages()
-    on_device = sorted((e for e in events if e.self_device_time_total), key=lambda e: -e.self_device_time_total)
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    on_device = sorted(kernels, key=lambda e: -e.self_device_time_total)
     counts = {e.key: e.count for e in events}
     return {
         "launches": sum(count for key, count in counts.items() if "LaunchKernel" in key),
-        "waits": sum(count for key, count in counts.items() if "Synchronize" in key) - 1,  # that of the end
+        "waits": sum(count for key, count in counts.items() if "Synchronize" in key) - 2,  # ours and the profiler's own
         "busy": sum(e.self_device_time_total for e in on_device) / 1e6 / spent,
         "kernels": {e.key[:80]: e.self_device_time_total / 1e6 for e in on_device[:20]},
     }

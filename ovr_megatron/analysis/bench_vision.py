@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from ovr_megatron.analysis.apart import MeasurementError, rows_of
 from ovr_megatron.analysis.published import fill, randomise, shape_of, write_model
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
@@ -44,10 +44,12 @@ REPEATS = 16  # of the images on a GPU: 68,608 patches
 def rows(rounds: int) -> list[dict[str, Any]]:
     """Ours and Transformers' by turns, each time in a process of its own, then the two ranks where there is no GPU."""
     found = [_beside(who, rounds) for who in ("ours", "Transformers")]
-    found[0]["ratio"] = found[1]["seconds"] / found[0]["seconds"]
+    if "failed" not in found[0] | found[1]:
+        found[0]["ratio"] = found[1]["seconds"] / found[0]["seconds"]
     if torch.cuda.is_available():
         return found
-    layouts = _started([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], rounds)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    layouts = rows_of(__name__, rounds, launcher=launcher)
     for row in layouts[1:]:
         row["ratio"] = layouts[0]["seconds"] / row["seconds"]
     return found + layouts
@@ -57,6 +59,9 @@ def show(found: Sequence[dict[str, Any]]) -> str:
     """The rows as a table of text; ``ratio``: the seconds of Transformers, or of one rank, over this row's."""
     lines = [f"{'':20}{'seconds':>9}{'patches/s':>11}{'ratio':>7}{'parameters a rank':>20}"]
     for row in found:
+        if "failed" in row:
+            lines.append(f"{row['name']:20} failed: {row['failed']}")
+            continue
         line = f"{row['name']:20}{row['seconds']:9.3f}{row['patches'] / row['seconds']:11,.0f}"
         lines.append(line + (f"{row['ratio']:7.2f}" if "ratio" in row else " " * 7) + f"{row['parameters']:20,}")
     return "\n".join(lines)
@@ -65,17 +70,12 @@ def show(found: Sequence[dict[str, Any]]) -> str:
 def _beside(who: str, rounds: int) -> dict[str, Any]:
     best: dict[str, Any] = {}
     for _ in range(rounds):
-        (row,) = _started([sys.executable], who)
+        try:
+            (row,) = rows_of(__name__, who)
+        except MeasurementError as error:
+            return {"name": who, "failed": str(error)}
         best = row if row["seconds"] < best.get("seconds", float("inf")) else best
     return best
-
-
-def _started(how: list[str], *arguments: object) -> list[dict[str, Any]]:
-    """Rows that this module prints as a program."""
-    done = subprocess.run([*how, "-m", __spec__.name, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def measure_alone(who: str) -> dict[str, Any]:

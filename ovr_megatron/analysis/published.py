@@ -22,11 +22,10 @@ SMALL = {
     "tiny": TinySizes(),
     "wide": TinySizes(hidden=1024, layers=17, heads=16, kv_heads=4, ffn=4096),
 }
-NAMES = (*SMALL, *PRESETS)
 
 
 def write_model(name: str, folder: Path, layers: int = 0) -> Path:
-    """Configuration, tokenizer and processor of the model ``name`` of `NAMES`, with so many layers (0: all).
+    """Configuration, tokenizer and processor of ``name``, of `SMALL` or a preset, with so many layers (0: all).
 
     Returns:
         ``folder``, without any weights in it.

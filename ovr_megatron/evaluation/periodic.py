@@ -19,7 +19,14 @@ class PeriodicEvaluation:
     """
 
     def __init__(
-        self, config: EvaluationConfig, engine: RolloutEngine, processor: Processor, tp: int, run: Path, seed: int
+        self,
+        config: EvaluationConfig,
+        engine: RolloutEngine,
+        processor: Processor,
+        tp: int,
+        run: Path,
+        seed: int,
+        keep: bool = True,
     ):
         """Open the problem sets.
 
@@ -30,12 +37,14 @@ class PeriodicEvaluation:
             tp: ranks that hold one engine.
             run: the run folder.
             seed: of the samples.
+            keep: the engine's next use needs its weights; otherwise it is updated first.
 
         Raises:
             ConfigError: a set is endless and ``evaluation.limit`` is 0.
             RowError: a set cannot be opened.
         """
         self.config, self.engine, self.processor, self.tp, self.run = config, engine, processor, tp, run
+        self.keep = keep
         self.settings = Settings(samples=config.samples, max_tokens=config.max_tokens, seed=seed)
         self.sets = [open_problems(source, config.limit) for source in config.sources]
 
@@ -58,5 +67,5 @@ class PeriodicEvaluation:
                     found[f"evaluation/{problems.name}"] = result["greedy"]["accuracy"]
                     passed = result["sampled"]["pass"] if result["sampled"] else {}
                     found |= {f"evaluation/{problems.name}/pass@{k}": share["accuracy"] for k, share in passed.items()}
-        self.engine.sleep()  # and forget: a run that resumes here has nothing cached either
+        self.engine.sleep(deep=not self.keep)  # and forget: a run that resumes here has nothing cached either
         return found

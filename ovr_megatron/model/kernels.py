@@ -162,7 +162,8 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
 def rotate(x: Tensor, table: Tensor, sign: float) -> Tensor:
     """The pairs (x_i, x_{i + H/2}) of ``x`` [T, 1, N, H], turned by the angles of ``table`` [T, 1, 1, 2H]."""
     rows, _, heads, size = x.shape
-    assert x.stride(-1) == 1 and table.is_contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    assert table.is_contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     blocks = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(size // 2)}
     _rotate[(rows,)](x, table, out, heads, size // 2, x.stride(0), x.stride(2), SIGN=int(sign), **blocks)

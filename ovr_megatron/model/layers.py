@@ -165,8 +165,19 @@ def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
         )
     if not torch.cuda.is_available():
         raise ConfigError("model.layers=transformer_engine needs a GPU; set model.layers=auto")
-    attention = PackedDotProductAttention if dtype == torch.float32 else te.TEDotProductAttention
+    attention = PackedDotProductAttention if dtype == torch.float32 else _informed(te.TEDotProductAttention)
     return Parts(te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, attention)
+
+
+def _informed(attention: Any) -> Any:
+    """Transformer Engine's attention, told by `Segments` what it would otherwise wait for the device to know."""
+
+    class InformedAttention(attention):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.kept_packed_seq_params.add("pad_between_seqs")
+
+    return InformedAttention
 
 
 def layer_spec(causal: bool, parts: Parts) -> ModuleSpec:

@@ -53,11 +53,13 @@ class Segments(PackedSeqParams):
     """`PackedSeqParams` of a pack, and what `grouping` needs.
 
     Attributes:
+        pad_between_seqs: whether alignment tails lie between documents; Transformer Engine would ask the device.
         starts: [D + 1], as `build` was given them.
         exact: likewise.
         share: size of the context-parallel group and this rank in it.
     """
 
+    pad_between_seqs: bool = False
     starts: Sequence[int] = ()
     exact: bool = False
     share: tuple[int, int] = (1, 0)
@@ -92,6 +94,7 @@ class Segments(PackedSeqParams):
             cu_seqlens_kv_padded=None if lengths is None else rows,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            pad_between_seqs=lengths is not None and lengths[:-1].tolist() != starts[:-1],
             starts=starts,
             exact=exact,
             share=(1, 0) if cp_group is None else (cp_group.size(), cp_group.rank()),

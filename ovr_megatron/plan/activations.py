@@ -11,7 +11,7 @@ of this rank, N query heads:
                view of;  T 4Q + N  with ours, keys and values repeated, and T Q more where documents are batched;
                T (3Q + 3K) + N  with ours on a CPU without context parallelism, where query heads share them
 
-On a CPU a layer keeps T F more, the gate's activation, and the head its logits where they are few.
+On a CPU a layer keeps T F more, the gate's activation.  The head keeps its logits where they are few.
 
 To this come the tower's layers, the head (`model/heads.py`: tiles, float32 gradient of its input, gradient of its
 weight) and, at the peak, what the backward pass of one layer holds beside them.

@@ -38,6 +38,7 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
         rollouts.engine.sleep(deep=True)
     outcome = learn(models, rollout, iteration, clock)
     with clock("sync"):
+        models.only(models.policy)
         if models.config.offload:
             models.policy.offload("gradients", "optimizer")
         traffic = rollouts.engine.update(models.policy.held())

@@ -34,7 +34,7 @@ class RolloutModel(Qwen2_5_VLForConditionalGeneration):
 
     def follow(self, banned: Sequence[int], after_video: str, shape: ModelShape) -> None:
         """Never sample ``banned``; go on after a video as ``after_video`` says; turn by the angles of ``shape``."""
-        # A plain attribute: a buffer would be dropped by a weight update and by vLLM's sleep.
+        # A plain attribute, made here: what vLLM has as buffers moves with its sleep.
         self.banned = torch.tensor(banned, dtype=torch.long, device=next(self.parameters()).device)
         self.after_video = after_video
         for module in self.modules():

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from ovr_megatron.rollout.sampling import RolloutError
 from ovr_megatron.weights.slices import Held, Part, Piece, Run, SliceError, Step, plan, rows_of
@@ -349,8 +349,7 @@ def wanted_by(model: nn.Module) -> Iterator[Wanted]:
             if id(parameter) not in found:
                 shape, dim, runs = _layout(f"{prefix}.{attribute}", module, parameter)
                 found[id(parameter)] = Wanted(f"{prefix}.{attribute}", module, attribute, shape, dim, runs, [])
-            multiplies = isinstance(module, LinearBase | ParallelLMHead) and attribute == "weight"
-            if multiplies and hasattr(module, "cpu_linear"):
+            if attribute == "weight" and hasattr(module, "cpu_linear"):
                 found[id(parameter)].packs.append(module)
     yield from found.values()
 

@@ -21,7 +21,7 @@ SIZES = TinySizes(hidden=256, heads=4, kv_heads=2, ffn=512, vision_hidden=128, v
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    anywhere = ("test_rollout.py", "test_stages.py") if os.environ.get("ANYWHERE") else ()
+    anywhere = ("test_rollout.py", "rollout.py", "test_stages.py") if os.environ.get("ANYWHERE") else ()
     for item in items:
         if "tests/gpu/" in str(item.path) and item.path.name not in anywhere:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
