@@ -68,8 +68,14 @@ def test_an_engine_that_rests_learns_the_same(folder: Path, sharded: bool, dtype
     for which in resting.state_kinds:
         for (name, ours), (_, theirs) in zip(resting.optimizer_state(which), other.optimizer_state(which), strict=True):
             assert torch.equal(ours, theirs), name
-    resting.load(WeightFolder(folder))
+    for one in (resting, other):
+        one.load(WeightFolder(folder)).load_optimizer_state({}, 2)
     assert held_bytes(resting) == left, "what was asked for has gone back to where it was"
+    for one in (resting, other):
+        one.train(packs, loss)
+    for (name, ours), (_, theirs) in zip(resting.weights(), other.weights(), strict=True):
+        assert torch.equal(ours, theirs), name
+    resting.offload()
     resting.held()
     resting.offload("gradients", "optimizer")
     assert held_bytes(resting)["weights"] == before["weights"]
