@@ -266,6 +266,11 @@ class Engine:
         return MOMENTS if self.config.params_dtype == torch.float32 else (*MOMENTS, "master")
 
     @property
+    def trains_everything(self) -> bool:
+        """Whether nothing is frozen."""
+        return len(self.trained_rows) == len(self.live.rows)
+
+    @property
     def trained_rows(self) -> list[Row]:
         """Rows of the table that this engine trains."""
         return [row for row in self.live.rows if row.megatron in self.trained]

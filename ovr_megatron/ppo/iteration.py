@@ -35,7 +35,7 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
     with clock("generate"):
         models.only(None)
         rollout = rollouts.collect(draw, iteration, max_tokens(models.config.curriculum, iteration))
-        rollouts.engine.sleep(deep=True)
+        rollouts.engine.sleep(deep=models.policy.trains_everything)  # else the frozen part would have to come again
     outcome = learn(models, rollout, iteration, clock)
     with clock("sync"):
         models.only(models.policy)
