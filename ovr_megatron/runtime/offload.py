@@ -93,8 +93,17 @@ class Parking:
             return torch.empty(storage.nbytes(), dtype=torch.uint8)
         known = self._hosts.get(place)
         if known is None or known.numel() != storage.nbytes():
-            self._hosts[place] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
+            if known is not None:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(known.data_ptr()))
+            self._hosts[place] = _pinned(storage.nbytes())
         return self._hosts[place]
+
+
+def _pinned(size: int) -> Tensor:
+    """So many bytes of pinned memory; torch's own allocator would round them up to a power of two."""
+    host = torch.empty(size, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0))
+    return host
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
