@@ -222,7 +222,10 @@ class Engine:
         return self
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole, under the hub's names.  A collective: every rank iterates to the end."""
+        """Every weight, whole, under the hub's names.  A collective: every rank iterates to the end.
+
+        A tensor may be the model's own memory, which of an offloaded model goes away at the end: copy what is to stay.
+        """
         with self._in_place("weights"):
             self._finish_gathers()
             yield from self.live.whole(self.live.rows, "weight", self.config.params_dtype)

@@ -30,7 +30,7 @@ def write_model(name: str, folder: Path, layers: int = 0) -> Path:
     Returns:
         ``folder``, without any weights in it.
     """
-    make_tiny_model(folder, tied=name != "tiny", sizes=SMALL.get(name, TinySizes(max_positions=128000)))
+    make_tiny_model(folder, sizes=SMALL.get(name, TinySizes(max_positions=128000)))
     (folder / "model.safetensors").unlink()
     path = folder / "config.json"
     config = json.loads(path.read_text())
