@@ -179,7 +179,8 @@ def reference(directory: Path, found: list[Document], dtype: torch.dtype, critic
                 inputs["second_per_grid_ts"] = torch.full((len(grids),), SECONDS_PER_SLICE)
         body = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **inputs)
         hidden = body.last_hidden_state[0]
-        out = (head(hidden) if critic else model.lm_head(hidden)).float()
+        # Values are computed in float32 in every dtype.
+        out = F.linear(hidden.float(), head.weight.float()) if critic else model.lm_head(hidden).float()
         outputs.append(out.detach())
         if critic:
             loss = (out[:-1, 0] - _targets(len(out) - 1)).square().sum() / count

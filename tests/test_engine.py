@@ -77,6 +77,21 @@ def test_a_pack_without_labels_counts_nothing(folder: Path, world: World) -> Non
     assert engine.backward(packs[:2], objective) == alone
 
 
+def test_a_critic_of_bfloat16_has_float32_values(folder: Path, world: World) -> None:
+    """The value of a row is its hidden state times the head, in float64 up to the rounding of float32."""
+    model = ModelConfig(path=str(folder), dtype="bfloat16")
+    engine = Engine(ModelShape.from_hf(folder), model, ParallelConfig(), world, critic=True).load(WeightFolder(folder))
+    hidden: list[torch.Tensor] = []
+    head = engine.parts[0].value_head
+    head.register_forward_hook(lambda module, inputs, output: hidden.append(inputs[0]))
+    packs = make_packs(documents(engine.shape), engine.shape, True, True, 1)
+    (scores, *_) = engine.scores(packs[:1])
+    assert scores.values is not None and len(scores.values) > 100
+    expected = hidden[0].double() @ head.weight.detach().double()[0]
+    torch.testing.assert_close(scores.values.double(), expected, rtol=1e-5, atol=1e-6)
+    assert float(expected.std()) < 1
+
+
 def test_a_world_that_does_not_fit_is_refused_before_anything_is_made(folder: Path, world: World) -> None:
     with pytest.raises(ConfigError, match="1 processes cannot be cut into tp=2"):
         Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder)), ParallelConfig(tp=2), world)

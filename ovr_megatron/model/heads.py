@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ovr_megatron.model import kernels
@@ -218,16 +219,33 @@ def token_scores(
     return _VocabParallelScores.apply(hidden, weight, labels, banned, 1.0 / temperature, group)
 
 
+class ValueHead(torch.nn.Linear):
+    """A linear map without bias from hidden states [n, D] to float32 values [n].
+
+    It computes in float32 whatever its weight's dtype: bfloat16 would round a value of 0.5 to steps of 0.004, as large
+    as what one optimizer step changes.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device | int):
+        super().__init__(width, 1, bias=False, dtype=dtype, device=device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the values [n] of ``hidden`` [n, D]."""
+        return F.linear(hidden.float(), self.weight.float())[:, 0]
+
+
 def init_value_head(weight: Tensor, how: str, generator: torch.Generator) -> None:
     """Fill the value head ``weight`` [1, D] in place.
 
-    ``orz``: N(0, 1/(D+1)), Open-Reasoner-Zero's code; ``kaiming``: kaiming_uniform with a = sqrt 5, that is
-    U(-1/sqrt D, 1/sqrt D); ``paper``: U(-sqrt 5, sqrt 5), the text of section 3.2.
+    ``orz``: normal with mean 0 and standard deviation 1/(D+1), Open-Reasoner-Zero's ``orz/ppo/models.py``; ``kaiming``:
+    kaiming_uniform with a = sqrt 5, that is U(-1/sqrt D, 1/sqrt D); ``paper``: U(-sqrt 5, sqrt 5), the text of section
+    3.2.  After the final norm a hidden state is about sqrt D long, so values begin with a standard deviation of about
+    1/sqrt D, 1/sqrt 3 or sqrt(5 D/3): only the first lies well below a reward of 1.
     """
     width = weight.size(1)
     values = torch.empty(weight.shape, dtype=torch.float32)
     if how == "orz":
-        values.normal_(0.0, (1.0 / (width + 1)) ** 0.5, generator=generator)
+        values.normal_(0.0, 1.0 / (width + 1), generator=generator)
     else:
         bound = width**-0.5 if how == "kaiming" else 5.0**0.5
         values.uniform_(-bound, bound, generator=generator)

@@ -25,7 +25,7 @@ from ovr_megatron.config import ConfigError, ModelConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.context import rank_rows, share_images
-from ovr_megatron.model.heads import token_scores
+from ovr_megatron.model.heads import ValueHead, token_scores
 from ovr_megatron.model.layers import Parts, layer_spec
 from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.model.segments import Segments
@@ -255,8 +255,7 @@ class Qwen25VL(GPTModel):
             )
         if post_process and critic:
             del self.output_layer
-            device = torch.cuda.current_device()
-            self.value_head = torch.nn.Linear(shape.hidden, 1, bias=False, dtype=dtype, device=device)
+            self.value_head = ValueHead(shape.hidden, dtype, torch.cuda.current_device())
         self.shape, self.critic = shape, critic
         frequencies, self.rotary_scaling = inverse_frequencies(shape)
         self.register_buffer("inv_freq", frequencies, persistent=False)
@@ -391,7 +390,7 @@ class Qwen25VL(GPTModel):
         (labelled,) = (pack.labels[rows] != IGNORED).nonzero(as_tuple=True)
         scored, rows = self._gather_rows(hidden)[send(labelled, hidden.device)], rows[labelled]
         if self.critic:
-            return Scores(rows, values=self.value_head(scored)[:, 0].float())
+            return Scores(rows, values=self.value_head(scored))
         for hook in self.output_layer._forward_pre_hooks.values():  # waits for the weight's all-gather, where it is one
             hook(self.output_layer, ())
         logprobs, entropy = token_scores(

@@ -304,11 +304,11 @@ class _Head:
         scored = min(-(-pack.scored // parallel.cp), text.rows)
         wide, number = scored * shape.hidden, text.number
         gathered = text.rows * shape.hidden * number if parallel.sequence_parallel else text.input
-        self.kept = text.input + text.thin * _FLOAT + wide * number
+        self.kept = text.input + text.thin * _FLOAT + wide * (_FLOAT if critic else number)  # values are of float32
         if text.kernels == Kernels("local", "cuda"):
             self.kept += text.thin * text.width * (_FLOAT + number)
         if critic:
-            self.forward = self.kept + gathered
+            self.forward = self.kept + gathered + (wide * number if number < _FLOAT else 0)
             self.backward = self.kept + wide * number + gathered
             return
         vocab = padded_vocab(shape, parallel.tp) // parallel.tp

@@ -1,5 +1,6 @@
 """The head's scores and gradients against a float64 transcription, for every tiling, and the memory they need."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ovr_megatron.analysis import bench_head
 from ovr_megatron.model import heads
-from ovr_megatron.model.heads import BANNED, token_scores
+from ovr_megatron.model.heads import BANNED, init_value_head, token_scores
 
 TOKENS, VOCAB, WIDTH = 37, 90, 16
 
@@ -207,3 +208,14 @@ def test_measurement_has_a_row_for_every_variant(monkeypatch: pytest.MonkeyPatch
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["extra_bytes"] == 5 for row in rows)
     assert len(bench_head.show(rows).splitlines()) == 1 + len(rows)
     assert dist.is_initialized() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"), [("orz", 1 / 3585), ("kaiming", 1 / math.sqrt(3 * 3584)), ("paper", math.sqrt(5 / 3))]
+)
+def test_a_value_head_begins_with_its_standard_deviation(how: str, expected: float) -> None:
+    """Of 7B's width; Open-Reasoner-Zero passes 1 / (hidden_size + 1) to ``normal_`` as the standard deviation."""
+    weight = torch.empty(1, 3584)
+    init_value_head(weight, how, torch.Generator().manual_seed(1))
+    assert float(weight.std()) == pytest.approx(expected, rel=0.05)
+    assert abs(float(weight.mean())) < 4 * expected / math.sqrt(3584)

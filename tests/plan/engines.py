@@ -123,13 +123,15 @@ MEASURED = [
     *product(("wide",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("bfloat16",)),
     *product(("wide",), ("none", "full"), ("cp=2",), ("documents",), ("float32",)),
 ]
+CRITICS = list(product(("wide",), ("none",), ("",), ("documents",), ("float32", "bfloat16")))
 
 
 def peaks(models: Path) -> list[dict[str, Any]]:
     """Peak of live bytes in forward and backward on the fullest rank, and what the backward pass keeps."""
     table = []
-    for name, recompute, layout, kind, dtype in MEASURED:
-        engine = build(models / name, parse_layout(layout)[0], recompute=recompute, dtype=dtype)
+    cases = [(case, False) for case in MEASURED] + [(case, True) for case in CRITICS]
+    for (name, recompute, layout, kind, dtype), critic in cases:
+        engine = build(models / name, parse_layout(layout)[0], critic, recompute=recompute, dtype=dtype)
         pack = text_and_images(engine.shape, *PACKS[kind])
         with engine.layout.active():
             parallel_state.get_global_memory_buffer().buffer.clear()
@@ -139,6 +141,7 @@ def peaks(models: Path) -> list[dict[str, Any]]:
             engine.scores([pack])
         ranks = everyone({"peak": live.peak, "forward": forward.peak})
         row = {"name": name, "recompute": recompute, "layout": layout, "pack": kind, "dtype": dtype}
+        row["critic"] = critic
         table.append(row | {key: max(rank[key] for rank in ranks) for key in ("peak", "forward")})
     return table
 
