@@ -53,7 +53,7 @@ class Segments(PackedSeqParams):
     """`PackedSeqParams` of a pack, and what `grouping` needs.
 
     Attributes:
-        pad_between_seqs: whether alignment tails lie between documents; Transformer Engine would ask the device.
+        pad_between_seqs: whether documents end before their rows do; Transformer Engine would ask the device.
         starts: [D + 1], as `build` was given them.
         exact: likewise.
         share: size of the context-parallel group and this rank in it.
@@ -75,29 +75,41 @@ class Segments(PackedSeqParams):
     ) -> Segments:
         """Describe the segments of a pack.
 
+        Without context parallelism a document reaches to the end of its rows, alignment tail included.  Under the
+        causal mask its own tokens never see the tail, and no attention kernel has rows of which it computes nothing:
+        of those FlashAttention leaves the gradient uninitialised.
+
+        Under context parallelism Transformer Engine is told of every tail, that of the last document included.  Its
+        ring attention divides lengths by the ranks unless ``pad_between_seqs`` is set, which is only right where the
+        real lengths fill the rows (``context_parallel.py``, ``cp_p2p_fwd_prepare_qkv``, up to 2.20).
+
         Args:
             bounds: int32 [D + 1] on the host, first 0, last T.
             exact: only group segments of equal length (attention without a causal mask would see padding).
             device: where attention runs.
             cp_group: context-parallel group; each rank holds the rows of `context.rank_rows`.
-            lengths: int32 [D + 1] on the host, cumulated lengths without alignment tails, where there are any.
+            lengths: int32 [D + 1] on the host, cumulated lengths without alignment tails, where there are any; the mask
+                must be causal.
         """
+        assert lengths is None or not exact, "without a causal mask, tokens would see the tails"
         starts = bounds.tolist()
         longest = max((end - start for start, end in pairwise(starts)), default=0)
+        share = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
         rows = send(bounds, device)
-        real = rows if lengths is None else send(lengths, device)
+        has_tails = share[0] > 1 and lengths is not None and lengths.tolist() != starts
+        real = send(lengths, device) if has_tails and lengths is not None else rows
         return cls(
             qkv_format="thd",
             cu_seqlens_q=real,
             cu_seqlens_kv=real,
-            cu_seqlens_q_padded=None if lengths is None else rows,
-            cu_seqlens_kv_padded=None if lengths is None else rows,
+            cu_seqlens_q_padded=rows if has_tails else None,
+            cu_seqlens_kv_padded=rows if has_tails else None,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            pad_between_seqs=lengths is not None and lengths[:-1].tolist() != starts[:-1],
+            pad_between_seqs=has_tails,
             starts=starts,
             exact=exact,
-            share=(1, 0) if cp_group is None else (cp_group.size(), cp_group.rank()),
+            share=share,
         )
 
     @cached_property
