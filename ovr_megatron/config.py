@@ -8,6 +8,7 @@ wrong type stops the run before anything is loaded.  All dataclasses are frozen.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from dataclasses import dataclass, field
@@ -398,12 +399,15 @@ class AlgorithmConfig:
 
     ``estimator``: of the advantage; all but ``gae`` go without a critic.  ``clip_high`` (0: as ``clip``) is the upper
     bound of the ratio alone.  ``reduction``: what weighs the same, every ``token``, every response (``sequence``),
-    every token by a ``constant`` divisor, or every ``pack``.  With ``policy_epochs`` or ``policy_steps`` (of an epoch)
+    every token by a ``constant`` divisor, or every ``pack``.  ``reduction_tokens`` is that divisor (0: the longest
+    limit of the curriculum), the same in the whole run.  With ``policy_epochs`` or ``policy_steps`` (of an epoch)
     over 1 the log-probabilities before the update are stored.  ``kl_coefficient`` holds the policy to the weights in
     ``reference`` (none: those that it began with) by an estimate of ``kl_form``, in the ``loss`` or taken from the
     ``reward`` (``kl_in``).  ``importance_cap`` (0: off) weighs each token by the trainer's probability over the rollout
     engine's, up to this cap.  ``dynamic_sampling`` (0: off) is how many times prompts are drawn until enough have
     responses that differ in reward.  ``overlong_buffer``: the last tokens before the limit, which cost up to 1.
+    ``wrong_reward``: what the estimator takes for a wrong response; a right one is 1, and what a reward function gives
+    in between is mapped linearly.  The metrics keep the verdicts of 0 to 1.
     """
 
     estimator: str = "gae"
@@ -413,6 +417,8 @@ class AlgorithmConfig:
     clip_high: float = 0.0
     value_clip: float = 0.0
     reduction: str = "token"
+    reduction_tokens: int = 0
+    wrong_reward: float = 0.0
     critic_steps: int = 4
     critic_warmup_iterations: int = 0
     policy_epochs: int = 1
@@ -437,6 +443,19 @@ class AlgorithmConfig:
             require(getattr(self, key) >= 1, f"algorithm.{key}={getattr(self, key)} must be at least 1")
         for key in ("clip_high", "kl_coefficient", "importance_cap", "dynamic_sampling", "overlong_buffer"):
             require(getattr(self, key) >= 0, f"algorithm.{key}={getattr(self, key)} must be 0 (off) or more")
+        require(
+            self.reduction_tokens >= 0,
+            f"algorithm.reduction_tokens={self.reduction_tokens} must be 0 (the curriculum's longest limit) or more",
+        )
+        require(
+            not self.reduction_tokens or self.reduction == "constant",
+            f"algorithm.reduction_tokens={self.reduction_tokens} needs algorithm.reduction=constant, which is "
+            f"{self.reduction}; change one of them",
+        )
+        require(
+            math.isfinite(self.wrong_reward) and self.wrong_reward < 1,
+            f"algorithm.wrong_reward={self.wrong_reward} must be below 1, which a right response earns",
+        )
         require(
             self.estimator == "gae" or not self.critic_warmup_iterations,
             f"algorithm.critic_warmup_iterations={self.critic_warmup_iterations}: {self.estimator} has no critic",
@@ -562,6 +581,14 @@ class RLConfig:
             ends[-1] >= self.iterations,
             f"curriculum ends at iteration {ends[-1]} but iterations={self.iterations}; raise the last 'until'",
         )
+
+    @property
+    def reduction_tokens(self) -> int:
+        """Return the divisor of ``algorithm.reduction=constant`` in tokens.
+
+        It does not follow the curriculum: a divisor that jumps with the limit would change the step size.
+        """
+        return self.algorithm.reduction_tokens or max(stage.max_tokens for stage in self.curriculum)
 
 
 def defaults(schema: type) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ovr_megatron.config import RLConfig
+from ovr_megatron.config import AlgorithmConfig, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.ppo import maths
@@ -89,18 +89,14 @@ def evaluate(
                 * maths.kl_estimate(torch.tensor(a), torch.tensor(b), algorithm.kl_form).numpy()
                 for a, b in zip(experience.old, experience.reference, strict=True)
             ]
-    scores = [shaped(r, rollout, algorithm.overlong_buffer) for r in responses]
+    scores = [shaped_reward(r, rollout, algorithm) for r in responses]
     rewards = maths.token_rewards(scores, batch.lengths, penalties)
     groups = [r.prompt for r in responses]
     study = None
     if algorithm.estimator == "gae":
         study, experience.values, raw = _with_critic(models, rollout, experience, rewards)
-    elif algorithm.estimator == "rloo":
-        raw = maths.leave_one_out_advantages(rewards, groups)
-    elif algorithm.estimator == "reinforce_pp":
-        raw = maths.discounted(rewards, algorithm.gamma)
     else:
-        raw = maths.group_advantages(rewards, groups, divide=algorithm.estimator == "grpo")
+        raw = advantages_without_values(algorithm, rewards, groups)
     if algorithm.estimator in ("gae", "reinforce_pp"):
         raw = maths.normalise(raw, *maths.mean_and_std(summed(maths.moments(raw), world.layout)))
     experience.advantages = raw
@@ -136,10 +132,26 @@ def _with_critic(
     return study, [v for v, _ in found], [a for _, a in found]
 
 
-def shaped(response: Response, rollout: Rollout, buffer: int) -> float:
-    """The reward, less what the last ``buffer`` tokens before the limit cost."""
-    room = rollout.limit - len(rollout.prompts.sample(response.prompt))
-    return response.reward + maths.overlong_penalty(len(response.tokens), room, buffer)
+def advantages_without_values(algorithm: AlgorithmConfig, rewards: Ragged, groups: Sequence[int]) -> Ragged:
+    """Return the advantages of an estimator that has no critic, before they are normalised over the batch.
+
+    Args:
+        algorithm: names the estimator.
+        rewards: float [n] per response, of each token.
+        groups: number of the prompt of each response.
+    """
+    if algorithm.estimator == "rloo":
+        return maths.leave_one_out_advantages(rewards, groups)
+    if algorithm.estimator == "reinforce_pp":
+        return maths.discounted(rewards, algorithm.gamma)
+    return maths.group_advantages(rewards, groups, divide=algorithm.estimator == "grpo")
+
+
+def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConfig) -> float:
+    """Return what the estimator takes for a response: its scaled verdict less the overlong penalty."""
+    limit = rollout.limit - len(rollout.prompts.sample(response.prompt))
+    reward = maths.scaled_reward(response.reward, algorithm.wrong_reward)
+    return reward + maths.overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
 
 
 def own_share(models: Models, rollout: Rollout, engine: Engine) -> tuple[list[Response], Batch]:

@@ -55,10 +55,10 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Out
     with clock("update"):
         if study is not None:
             models.only(models.critic)
-            metrics |= update_critic(models, study, rollout.limit)
+            metrics |= update_critic(models, study)
         if iteration >= models.config.algorithm.critic_warmup_iterations:
             models.only(models.policy)
-            metrics |= update_policy(models, experience, rollout.limit)
+            metrics |= update_policy(models, experience)
     metrics = {
         "curriculum/max_tokens": rollout.limit,
         **response_metrics(rollout),

@@ -102,20 +102,26 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     return -min(max(length - (limit - buffer), 0) / buffer, 1.0) if buffer else 0.0
 
 
+def scaled_reward(verdict: float, wrong: float) -> float:
+    """Map a verdict of 0 to 1 linearly onto ``wrong`` to 1; DAPO's rewards are -1 and 1 (Yu et al. 2025, eq. 7)."""
+    return wrong + (1.0 - wrong) * verdict
+
+
 def token_weights(
     reduction: str, lengths: Sequence[int], packs: Sequence[Sequence[int]], constant: int, total: Total
 ) -> Ragged | None:
     """What to multiply a token's loss by, so that the mean over all tokens of a step is the wanted reduction.
 
     With N tokens in S responses and P packs in a step of all ranks: every ``token`` 1 (none is returned); every
-    response the same (``sequence``, GRPO) N / (S n); a ``constant`` divisor, the longest response (Dr. GRPO)
-    N / (S constant); every ``pack`` the same (Open-Reasoner-Zero) N / (P n of the pack).
+    response the same (``sequence``, GRPO) N / (S n); a ``constant`` divisor, the length limit of the run (Dr. GRPO) or
+    1, which sums over a response (RLOO), N / (S constant); every ``pack`` the same (Open-Reasoner-Zero)
+    N / (P n of the pack).
 
     Args:
         reduction: one of these four.
         lengths: n of every response of this rank.
         packs: the responses in each pack of the step.
-        constant: tokens.
+        constant: tokens by which ``constant`` divides.
         total: sums an array over all ranks.
 
     Returns:

@@ -15,15 +15,13 @@ from ovr_megatron.ppo.experience import Experience, Models, Study, summed
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 
 
-def update_critic(models: Models, study: Study, limit: int) -> dict[str, float]:
+def update_critic(models: Models, study: Study) -> dict[str, float]:
     """``critic_steps`` steps, each on its part of the responses and divided by its own tokens over all ranks."""
     config, critic = models.config.algorithm, models.critic
     assert critic is not None
     total = partial(summed, layout=critic.layout)
     objective = ValueObjective(config)
-    found = mean_of(
-        [critic.train(critic_packs(models, study, turn, limit), objective) for turn in range(config.critic_steps)]
-    )
+    found = mean_of([critic.train(critic_packs(models, study, turn), objective) for turn in range(config.critic_steps)])
     spread = maths.mean_and_std(total(maths.moments(study.values)))[1]
     errors = [a - b for a, b in zip(study.returns, study.values, strict=True)]
     explained = maths.explained_variance(total(maths.moments(errors)), total(maths.moments(study.returns)))
@@ -35,17 +33,18 @@ def update_critic(models: Models, study: Study, limit: int) -> dict[str, float]:
     }
 
 
-def critic_packs(models: Models, study: Study, turn: int, limit: int) -> list[Pack]:
+def critic_packs(models: Models, study: Study, turn: int) -> list[Pack]:
     """Packs of the critic's step ``turn``, its targets and the weights of its tokens inside."""
     config, critic = models.config.algorithm, models.critic
     assert critic is not None
     layout = study.batch.layout(range(len(study.batch))[turn :: config.critic_steps])
     total = partial(summed, layout=critic.layout)
-    weights = maths.token_weights(config.reduction, study.batch.lengths, layout, limit, total)
+    divisor = models.config.reduction_tokens
+    weights = maths.token_weights(config.reduction, study.batch.lengths, layout, divisor, total)
     return study.batch.packs(layout, returns=study.returns, values=study.values, weights=weights)
 
 
-def update_policy(models: Models, experience: Experience, limit: int) -> dict[str, float]:
+def update_policy(models: Models, experience: Experience) -> dict[str, float]:
     """``policy_epochs`` times over the batch in ``policy_steps`` steps each; strictly on-policy if that is one step."""
     config, policy, batch = models.config.algorithm, models.policy, experience.batch
     objective = PolicyObjective(config)
@@ -60,7 +59,7 @@ def update_policy(models: Models, experience: Experience, limit: int) -> dict[st
             rollout_logprobs=rollout_logprobs,
             old_logprobs=experience.old if config.policy_updates > 1 else None,
             reference_logprobs=experience.reference,
-            weights=maths.token_weights(config.reduction, batch.lengths, layout, limit, total),
+            weights=maths.token_weights(config.reduction, batch.lengths, layout, models.config.reduction_tokens, total),
         )
         steps.append(policy.train(packs, objective))
     found = mean_of(steps)

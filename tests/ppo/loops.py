@@ -24,9 +24,19 @@ SIZES = ("iterations=2", "prompts=4", "responses=4", "run.save_every=1", "run.ke
 RULES = "reward.rules={image: 'parity:even', text: 'parity:even'}"
 ALGORITHMS = {
     "grpo": ("estimator=grpo",),
-    "dapo": ("estimator=grpo", "clip_high=0.28", "dynamic_sampling=3", "overlong_buffer=16", "importance_cap=2.0"),
+    "dapo": (
+        *("estimator=grpo", "clip_high=0.28", "policy_steps=2", "wrong_reward=-1", "dynamic_sampling=3"),
+        *("overlong_buffer=16", "importance_cap=2.0"),
+    ),
     "dr_grpo": ("estimator=dr_grpo", "reduction=constant", "kl_coefficient=0.01", "entropy_bonus=0.001"),
-    "rloo": ("estimator=rloo", "reduction=sequence", "kl_coefficient=0.05", "kl_in=reward", "kl_form=k1"),
+    "rloo": (
+        "estimator=rloo",
+        "reduction=constant",
+        "reduction_tokens=1",
+        "kl_coefficient=0.05",
+        "kl_in=reward",
+        "kl_form=k1",
+    ),
     "reinforce_pp": ("estimator=reinforce_pp", "policy_epochs=2", "policy_steps=2"),
     "ppo_epochs": ("policy_epochs=2", "reduction=pack", "value_clip=0.2"),
     "ppo_stored": ("policy_epochs=2",),
@@ -62,7 +72,7 @@ def critic_gradients(*more: str) -> dict[str, Tensor]:
     prompts = PromptStream(open_stream(chosen.data, chosen.run.seed), processor, chosen.reward.rules)
     rollout = archive.restore(archive.read(out / "ppo", 0, world), prompts)
     _, study = evaluate(models, rollout, *own_share(models, rollout, models.policy))
-    packs = critic_packs(models, study, 0, rollout.limit)
+    packs = critic_packs(models, study, 0)
     models.critic.backward(packs, ValueObjective(chosen.algorithm))
     return {name: gradient.clone() for name, gradient in models.critic.gradients()} | {"packs": len(packs)}
 

@@ -1,5 +1,7 @@
 """PPO, GRPO and RLOO on the miniature, three seeds each: reward by iteration as a figure and a table.
 
+The settings of each method are those of its row in docs/algorithms.md.
+
     python tests/soak/algorithms.py --run runs/algorithms --out docs/images [--iterations 60] [--seeds 1 2 3]
 
 Every seed has its own base model and cold start, from which the three methods set out with as many responses an
@@ -25,11 +27,12 @@ import numpy as np
 from ovr_megatron.evaluation.statistics import moving_average
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = {
-    "PPO": ("prompts=128", "responses=2"),
-    "GRPO": ("algorithm.estimator=grpo", "prompts=32", "responses=8", "algorithm.critic_warmup_iterations=0"),
-    "RLOO": ("algorithm.estimator=rloo", "prompts=32", "responses=8", "algorithm.critic_warmup_iterations=0"),
-}
+sys.path.insert(0, str(ROOT / "tests/ppo"))
+
+from methods import documented_methods  # noqa: E402
+
+WITHOUT_CRITIC = ("prompts=32", "responses=8", "algorithm.critic_warmup_iterations=0")
+METHODS = {"PPO": ("prompts=128", "responses=2"), "GRPO": WITHOUT_CRITIC, "RLOO": WITHOUT_CRITIC}
 COLOURS = {"PPO": "#d9652b", "GRPO": "#3a7cbd", "RLOO": "#1d7a46"}
 WINDOW = 5  # iterations of the moving average
 
@@ -67,9 +70,10 @@ def main() -> None:
         base = f"model.path={folder / 'base/checkpoints/step_001000'}"
         launch("coldstart", "tiny_cold_start", folder / "cold_start", 130, base, f"run.seed={seed}")
         start = f"model.path={folder / 'cold_start/checkpoints/step_000130'}"
-        for name, settings in METHODS.items():
+        for name, sizes in METHODS.items():
             run = folder / name.lower()
-            more = (start, f"run.seed={seed}", f"iterations={args.iterations}", "run.keep_last=1", *settings)
+            settings = [f"algorithm.{setting}" for setting in documented_methods()[name]]
+            more = (start, f"run.seed={seed}", f"iterations={args.iterations}", "run.keep_last=1", *sizes, *settings)
             launch("rl", "tiny_rl", run, args.iterations, *more)
             curves[name].append(rewards(run))
     args.out.mkdir(parents=True, exist_ok=True)
