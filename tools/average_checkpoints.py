@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="average_checkpoints.py", description=__doc__)
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="checkpoint or Hugging Face folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--force", action="store_true", help="replace a checkpoint or model that is there")
+    parser.add_argument("--force", action="store_true", help="replace what such a tool has written there")
     args = parser.parse_args(argv)
     try:
         combine(args.directories, args.out, args.force)

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="shards at a time (default: 1)")
     yarn = "stretch the positions so many times with YaRN; trainer, vLLM and export read it from config.json"
     parser.add_argument("--yarn", type=float, metavar="FACTOR", help=yarn)
-    parser.add_argument("--force", action="store_true", help="replace a checkpoint or model that is there")
+    parser.add_argument("--force", action="store_true", help="replace what such a tool has written there")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: give at least 1")

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--critic", action="store_true", help="export the critic, without its value head")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="number format (default: as it is stored)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="shards at a time (default: 1)")
-    parser.add_argument("--force", action="store_true", help="replace a checkpoint or model that is there")
+    parser.add_argument("--force", action="store_true", help="replace what such a tool has written there")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: give at least 1")

@@ -12,8 +12,10 @@ import yaml
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.ownership import recorded_files, write_record
 
 NAME = "README.md"
+_SIGNATURE = "Trained with `ovr_megatron`"
 _TOLD = {
     "cold_start": ("optimizer.lr", "optimizer.schedule", "packs_per_step", "data.pack_tokens", "model.dtype"),
     "rl": ("algorithm.estimator", "optimizer.lr", "critic.optimizer.lr", "prompts", "responses", "model.dtype"),
@@ -24,8 +26,17 @@ _ASKED = ("samples", "temperature", "max_tokens", "metric", "template", "min_pix
 
 
 def write_card(experiment: Experiment, export: Path) -> Path:
-    """Write ``README.md`` into the folder of the exported model, and return its path."""
-    return write_whole(export / NAME, card(experiment, export.name))
+    """Write ``README.md`` into the folder of the exported model, and return its path.
+
+    A ``README.md`` that somebody else wrote stays as it is.
+    """
+    path = export / NAME
+    recorded = recorded_files(export) or frozenset()
+    if path.exists() and NAME not in recorded and _SIGNATURE not in path.read_text(encoding="utf-8", errors="replace"):
+        return path
+    path = write_whole(export / NAME, card(experiment, export.name))
+    write_record(export, NAME)
+    return path
 
 
 def card(experiment: Experiment, model: str) -> str:
@@ -38,7 +49,7 @@ def card(experiment: Experiment, model: str) -> str:
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {experiment.dir.resolve().name}: {model}"]
     parts.append(
         "A Qwen2.5-VL model trained by the recipe of Open Vision Reasoner: a linguistic cold start on text alone, then "
-        "PPO on images and text with verifiable rewards. Trained with `ovr_megatron` (Megatron-Core, vLLM)."
+        f"PPO on images and text with verifiable rewards. {_SIGNATURE} (Megatron-Core, vLLM)."
     )
     parts += [_stage(stage) for stage in experiment.stages.values() if stage.config]
     parts += [*_scores(experiment), *_behaviours(experiment), *_commands(experiment, model)]

@@ -22,6 +22,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.lock import RunLock
 from ovr_megatron.runtime.stop import REQUEUE, Stop, StopRequest
+from ovr_megatron.weights.folder import WeightError
 from ovr_megatron.weights.transfer import staged
 
 
@@ -123,7 +124,7 @@ class Keeper:
         try:
             with staged(self.run / "exports" / checkpoint.name, [checkpoint], replace=True) as partial:
                 shutil.copytree(checkpoint / "policy", partial, copy_function=_link, dirs_exist_ok=True)
-        except OSError as error:
+        except (OSError, WeightError) as error:
             print(f"warning: step {step} was not exported: {error}", file=sys.stderr, flush=True)
 
     def _prune(self) -> None:

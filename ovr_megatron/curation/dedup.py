@@ -30,6 +30,7 @@ from ovr_megatron.curation.text import (
 )
 
 EXACT, NEAR = "exact duplicate", "near duplicate"
+SIGNATURES = "signatures.bin"
 
 
 def run(work: Work) -> None:
@@ -37,7 +38,7 @@ def run(work: Work) -> None:
     config = work.config.dedup
     exact, classes = np.zeros(work.count, np.uint64), np.zeros(work.count, np.uint64)
     width = config.permutations if config.near else 0
-    file = work.folder / "signatures.bin"
+    file = work.folder / SIGNATURES
     shape = (work.count, max(width, 1))
     signatures: np.ndarray = np.memmap(file, np.uint32, "w+", shape=shape)
     sources: list[str] = []  # one text object for each source, not for each row
@@ -96,4 +97,4 @@ def first_equal(values: np.ndarray) -> np.ndarray:
     return result
 
 
-STAGE = Stage("dedup", run, lambda config: config.dedup)
+STAGE = Stage("dedup", run, lambda config: config.dedup, files=(SIGNATURES,))

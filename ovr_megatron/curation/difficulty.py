@@ -6,7 +6,7 @@ rate goes into the row as ``pass_rate``, and as ``difficulty`` (1 - rate).  Supe
 
 from __future__ import annotations
 
-from ovr_megatron.curation.engines import run_engines
+from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
@@ -48,4 +48,4 @@ def settings(config: PrepareConfig) -> list[object]:
     return [config.difficulty, config.data, config.reward.rules, config.reward.timeout_s, config.seed]
 
 
-STAGE = Stage("difficulty", run, settings, inputs)
+STAGE = Stage("difficulty", run, settings, inputs, (*engine_files("attempt"), f"{TRIES}.*.jsonl"))

@@ -19,6 +19,11 @@ class EngineError(RuntimeError):
     """A process with vLLM failed; the message ends with what it last said."""
 
 
+def engine_files(task: str) -> tuple[str, ...]:
+    """Return the names of what `run_engines` writes into a stage's folder."""
+    return (JOB, f"{task}.log")
+
+
 def run_engines(work: Work, task: str) -> None:
     """Run ``task`` (score, answer) of `ovr_megatron.curation.engine_process` on the rows of ``work``.
 

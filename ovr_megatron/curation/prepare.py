@@ -6,9 +6,13 @@ Runs the stages of the recipe in order; what is done with the same settings and 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from ovr_megatron import config as configuration
+from ovr_megatron.config import ConfigError
 from ovr_megatron.curation import (
     collect,
     decontaminate,
@@ -24,7 +28,7 @@ from ovr_megatron.curation import (
 from ovr_megatron.curation.endpoint import TeacherError
 from ovr_megatron.curation.engines import EngineError
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, alone, run_stages
+from ovr_megatron.curation.stage import Stage, alone, check_stage_folder, run_stages
 from ovr_megatron.launch import USER_ERRORS, launch
 
 STAGES: dict[str, Stage] = {
@@ -43,6 +47,7 @@ def prepare(config: PrepareConfig) -> Path:
         EngineError: vLLM's process failed.
     """
     folder = Path(config.dir)
+    check_folder(folder, config.stages)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         configuration.save(config, folder / "config.yaml")
@@ -50,6 +55,29 @@ def prepare(config: PrepareConfig) -> Path:
         summary = summarise(config)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return last
+
+
+def check_folder(folder: Path, stages: Sequence[str]) -> None:
+    """Refuse a folder in which the preparation would overwrite what it did not write.
+
+    Raises:
+        ConfigError: names what is in the way.
+    """
+    if not _is_preparation(folder):
+        names = [name for name in ("config.yaml", "summary.json", "lock") if (folder / name).exists()]
+        if names:
+            raise ConfigError(f"dir={folder} has {names[0]}, which no preparation has written; give a new folder")
+    for name in stages:
+        check_stage_folder(folder / name)
+
+
+def _is_preparation(folder: Path) -> bool:
+    """Whether the configuration in ``folder`` is that of a preparation."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and {"dir", "stages", "collect"} <= settings.keys()
 
 
 def summarise(config: PrepareConfig) -> list[dict[str, object]]:

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from ovr_megatron.curation.engines import run_engines
+from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, ProxyLossConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
@@ -66,4 +66,4 @@ def settings(config: PrepareConfig) -> list[object]:
     return [config.proxy_loss, config.data]
 
 
-STAGE = Stage("proxy_loss", run, settings, inputs)
+STAGE = Stage("proxy_loss", run, settings, inputs, (*engine_files("score"), "scores.*.jsonl"))

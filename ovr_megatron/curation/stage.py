@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -23,13 +24,24 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import ovr_megatron
-from ovr_megatron.checkpoint.manifest import CheckpointError, Manifest, check, write_manifest
+from ovr_megatron.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    check,
+    file_record,
+    read_manifest,
+    write_manifest,
+)
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.report import Tally
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.runtime.progress import Progress
 
 ROWS = "rows.jsonl"
+_REPORT = ("report.json", "figure.png")
+_FILES = (f"{MANIFEST}.partial", "started", ROWS, *_REPORT)
+_KEY = re.compile("[0-9a-f]{64}")
 _CHUNK = 256  # rows that go to a worker at a time
 _WAITING = 4  # chunks of each worker that may wait
 
@@ -55,12 +67,14 @@ class Stage:
         run: Does the work; every row that comes in must be kept or dropped (but for `collect` and `teacher`).
         settings: What of the configuration decides its outcome.
         inputs: Files that it reads beside the rows, as `listing` gives them.
+        files: Patterns of what it writes into its folder beside the rows, the report and the journals.
     """
 
     name: str
     run: Callable[[Work], None]
     settings: Callable[[PrepareConfig], Any]
     inputs: Callable[[PrepareConfig], Any] = lambda config: None
+    files: tuple[str, ...] = ()
 
 
 class Work:
@@ -178,7 +192,7 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -197,7 +211,7 @@ def run_stages(stages: list[Stage], config: PrepareConfig, say: Callable[[str], 
         key = stage_key(stage, config, key)
         manifest = finished(folder, key)
         if manifest is None:
-            clear(folder, key)
+            clear(folder, key, stage.files)
             manifest = _run(stage, config, before, count, key)
             say(_sentence(stage.name, manifest))
         else:
@@ -219,7 +233,10 @@ def _run(stage: Stage, config: PrepareConfig, before: Path | None, count: int, k
             f"{work.folder}: {stage.name} kept none of {counted} rows; report.json says why; loosen its settings"
         )
     told = {"key": key, "kept": work.tally.kept, "dropped": work.tally.dropped, **work.extra}
-    return write_manifest(work.folder, 0, told)
+    own = (path for pattern in (ROWS, *_REPORT, *stage.files) for path in work.folder.glob(pattern))
+    files = (file for path in own for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    records = {file.relative_to(work.folder).as_posix(): file_record(file) for file in files}
+    return write_manifest(work.folder, 0, told, records)
 
 
 def stage_key(stage: Stage, config: PrepareConfig, before: str) -> str:
@@ -238,16 +255,35 @@ def finished(folder: Path, key: str) -> Manifest | None:
     return manifest if manifest.extra.get("key") == key else None
 
 
-def clear(folder: Path, key: str) -> None:
-    """Make ready for a run: scores of an interrupted run with the same key stay, all else but the journal goes."""
-    (folder / "manifest.json").unlink(missing_ok=True)
+def check_stage_folder(folder: Path) -> None:
+    """Refuse a folder that no stage of a preparation has written, unless it is empty or not there.
+
+    Raises:
+        ConfigError: names the folder.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    started = folder / "started"
+    if started.is_file() and _KEY.fullmatch(started.read_text(encoding="utf-8", errors="replace")):
+        return
+    try:
+        ours = "key" in read_manifest(folder).extra
+    except CheckpointError:
+        ours = False
+    if not ours:
+        raise ConfigError(f"{folder} was not written by a preparation, so nothing is written into it; give another dir")
+
+
+def clear(folder: Path, key: str, files: Sequence[str]) -> None:
+    """Make ready for a run: scores of an interrupted run with the same key stay, and so do journals.
+
+    Only what stages write is removed (`_FILES` and the patterns ``files``); what else lies there stays.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
     started = folder / "started"
     if not (started.is_file() and started.read_text() == key):
-        for path in folder.glob("*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif not path.name.startswith("journal"):
-                path.unlink()
+        for path in (path for pattern in (*_FILES, *files) for path in folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     started.write_text(key)
 

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from ovr_megatron.curation.endpoint import Answer, Endpoint, Question
-from ovr_megatron.curation.engines import run_engines
+from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
@@ -166,4 +166,4 @@ def settings(config: PrepareConfig) -> list[Any]:
     return [told, config.data.template]
 
 
-STAGE = Stage("teacher", run, settings, inputs)
+STAGE = Stage("teacher", run, settings, inputs, engine_files("answer"))

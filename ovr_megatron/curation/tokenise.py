@@ -102,4 +102,4 @@ def inputs(config: PrepareConfig) -> object:
     return listing(config.model or "")
 
 
-STAGE = Stage("tokenise", run, lambda config: [config.data], inputs)
+STAGE = Stage("tokenise", run, lambda config: [config.data], inputs, (GROUPS, SOURCES, FOLDER, SET))

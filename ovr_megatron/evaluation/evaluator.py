@@ -19,7 +19,7 @@ from ovr_megatron.config import DataConfig, RolloutConfig, SourceConfig
 from ovr_megatron.curation.stage import listing
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row
-from ovr_megatron.evaluation.kept import Kept, finished_before
+from ovr_megatron.evaluation.kept import Kept, check_results, finished_before
 from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
 from ovr_megatron.evaluation.scoring import Graded, score
 from ovr_megatron.ppo.batch import seeds_of
@@ -65,6 +65,7 @@ def run(
     Yields:
         The result of each set, on the first rank only.
     """
+    check_results(out, sets)
     problems = [open_problems(SourceConfig(path=path, name=name), limit) for name, path in sets.items()]
     processor = Processor(model, data)
     engine = RolloutEngine(model, rollout, processor, dtype, data.max_prompt_tokens + settings.max_tokens)

@@ -11,7 +11,25 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.journal import Journal
+
+
+def check_results(out: Path, names: Iterable[str]) -> None:
+    """Refuse a folder in which the results of the sets ``names`` would replace files that are none.
+
+    Raises:
+        ConfigError: names the file.
+    """
+    for path in (out / f"{name}.json" for name in names):
+        if not path.exists():
+            continue
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            result = None
+        if not isinstance(result, dict) or not {"set", "greedy"} <= result.keys():
+            raise ConfigError(f"--out {out}: {path.name} is no result of an evaluation; give another folder")
 
 
 def finished_before(out: Path, name: str, mark: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:

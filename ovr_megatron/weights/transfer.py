@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.runtime.ownership import refusal, write_record
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
 from ovr_megatron.weights.folder import SHARD_BYTES, WeightError, WeightFolder, companions, some, write_folder
@@ -146,7 +147,8 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
 
     Whoever is killed leaves a hidden folder, which the next one removes, and what ``out`` was before.
 
-    ``replace`` allows an ``out`` that holds a model or a checkpoint already; anything else is never removed.
+    ``replace`` allows an ``out`` whose own record names every file in it (`ovr_megatron.runtime.ownership`); anything
+    else is never removed.
 
     Raises:
         WeightError: ``out`` is not empty and may not be replaced, or contains or lies in one of the ``sources``.
@@ -161,14 +163,15 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not replace:
             raise WeightError(f"{out} exists and is not empty; choose another folder, or replace it with --force")
-        if not any((out / mark).exists() for mark in ("config.json", "manifest.json")):
-            raise WeightError(f"{out} holds neither a model nor a checkpoint, so it is not replaced; remove it by hand")
+        if problem := refusal(out):
+            raise WeightError(problem)
     out.parent.mkdir(parents=True, exist_ok=True)
     for left_over in (unfinished, old):
         shutil.rmtree(left_over, ignore_errors=True)
     unfinished.mkdir()
     try:
         yield unfinished
+        write_record(unfinished)
         for path in (*unfinished.rglob("*"), unfinished):
             sync(path)
         if out.exists():

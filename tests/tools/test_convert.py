@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor, Qwen2_5_VLForConditionalGener
 from ovr_megatron.checkpoint.manifest import check, write_manifest
 from ovr_megatron.model.shape import ModelShape, Yarn
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.runtime.ownership import RECORD
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SIZES = TinySizes(hidden=32, layers=2, ffn=48, vision_hidden=32, vision_heads=2, vision_ffn=40)
@@ -44,7 +45,8 @@ def checkpoint(hf, tmp_path):
 
 def raw_bytes(directory):
     """Header-free content of every file: the tensors' bytes by name, and the other files' bytes."""
-    found = {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix != ".safetensors"}
+    names = [path for path in directory.iterdir() if path.suffix != ".safetensors" and path.name != RECORD]
+    found = {path.name: path.read_bytes() for path in names}
     for path in directory.glob("*.safetensors"):
         found |= {
             name: (str(t.dtype), t.shape, t.view(torch.uint8).numpy().tobytes()) for name, t in load_file(path).items()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.runtime.ownership import RECORD, write_record
 from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter
 from ovr_megatron.weights.transfer import check_weights, copy_weights, differences, same_bits, staged
 
@@ -196,13 +197,15 @@ def test_staged_replaces_only_a_model_and_only_on_demand(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").touch()
-    for replace, message in ((False, "not empty.*--force"), (True, "neither a model nor a checkpoint")):
+    for replace, message in ((False, "not empty.*--force"), (True, "was not written by these tools")):
         with pytest.raises(WeightError, match=message), staged(out, [], replace):
             pass
-    (out / "config.json").touch()
-    with staged(out, [], replace=True) as partial:
-        (partial / "config.json").write_text("new")
-    assert [path.name for path in out.iterdir()] == ["config.json"]
+    (out / "thesis.tex").unlink()
+    for content in ("old", "new"):
+        with staged(out, [], replace=True) as partial:
+            (partial / "config.json").write_text(content)
+    assert (out / "config.json").read_text() == "new"
+    assert sorted(path.name for path in out.iterdir()) == [RECORD, "config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -210,6 +213,7 @@ def test_staged_failure_keeps_what_was_there(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
+    write_record(out)
     with pytest.raises(RuntimeError), staged(out, [], replace=True):
         raise RuntimeError
     assert (out / "config.json").read_text() == "old"
@@ -218,6 +222,7 @@ def test_staged_failure_keeps_what_was_there(tmp_path):
 def test_staged_killed_between_the_two_names_gives_the_old_folder_back(tmp_path):
     (tmp_path / ".out.old").mkdir()
     (tmp_path / ".out.old" / "config.json").write_text("old")
+    write_record(tmp_path / ".out.old")
     (tmp_path / ".out.partial").mkdir()
     with pytest.raises(WeightError, match=r"--force"), staged(tmp_path / "out", []):
         pass

@@ -1,0 +1,87 @@
+"""Which folders these tools may replace: those whose own record names every file in them.
+
+A checkpoint has its ``manifest.json``; beside any other folder's files lies ``.ovr_megatron.json``::
+
+    {"format": 1, "files": ["config.json", "model.safetensors"]}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RECORD = ".ovr_megatron.json"
+FORMAT = 1
+_MANIFEST = "manifest.json"  # see `ovr_megatron.checkpoint.manifest`
+
+
+def write_record(folder: Path, *more: str) -> None:
+    """Record every file below ``folder`` as written by these tools; with ``more``, add only these names.
+
+    A checkpoint needs no record beside its manifest, and a folder of somebody else gets none for ``more``.
+    """
+    recorded = recorded_files(folder)
+    if more:
+        if recorded is None or (folder / _MANIFEST).exists():
+            return
+        names = recorded | set(more)
+    elif _names(folder / _MANIFEST, dict) is not None:
+        return
+    else:
+        names = _present(folder)
+    text = json.dumps({"format": FORMAT, "files": sorted(names)}, indent=1) + "\n"
+    partial = folder / f"{RECORD}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / RECORD)
+
+
+def recorded_files(folder: Path) -> frozenset[str] | None:
+    """Return the names that the folder's own record or manifest has, relative to it; None: it is not ours."""
+    for name, kind in ((RECORD, list), (_MANIFEST, dict)):
+        names = _names(folder / name, kind)
+        if names is not None:
+            return names
+    return None
+
+
+def refusal(folder: Path) -> str | None:
+    """Return why ``folder`` may not be replaced, and what to do about it; None: all of it was written by these tools.
+
+    An empty folder may always be replaced.
+    """
+    if folder.is_dir() and not any(folder.iterdir()):
+        return None
+    recorded = recorded_files(folder) if folder.is_dir() else None
+    if recorded is None:
+        return (
+            f"{folder} was not written by these tools (it has no manifest of theirs), so it is not replaced; "
+            "remove it by hand or choose another folder"
+        )
+    foreign = sorted(_present(folder) - recorded)
+    if foreign:
+        more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
+        return (
+            f"{folder} holds {foreign[0]}{more}, which these tools did not write, so it is not replaced; "
+            "move that elsewhere or choose another folder"
+        )
+    return None
+
+
+def _present(folder: Path) -> frozenset[str]:
+    own = {RECORD, _MANIFEST} if _names(folder / _MANIFEST, dict) is not None else {RECORD}
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return frozenset(path.relative_to(folder).as_posix() for path in paths) - own
+
+
+def _names(path: Path, kind: type) -> frozenset[str] | None:
+    """Return the names that the record at ``path`` lists; None where there is none of ours."""
+    try:
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("files"), kind):
+        return None
+    if kind is dict and not {"step", "versions", "extra"} <= record.keys():
+        return None
+    return frozenset(map(str, record["files"]))
