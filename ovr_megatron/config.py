@@ -190,7 +190,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule.  ``warmup_steps`` counts optimizer steps.
+    """AdamW and its schedule.  ``warmup_steps`` counts optimizer steps; ``weight_decay`` leaves out norms and biases.
 
     ``wsd`` warms up, stays, and decays linearly over the last ``decay_share`` of all steps.  A step whose gradient is
     not finite, or whose norm is above ``skip_above`` (0: no bound), is skipped and counted; ``stop_after_skipped`` of

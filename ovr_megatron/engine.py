@@ -125,7 +125,7 @@ class Engine:
         finalize_model_grads(*args, **kwargs)
 
     def with_optimizer(self, config: OptimizerConfig, total_steps: int) -> Engine:
-        """Attach AdamW and its schedule over ``total_steps`` optimizer steps."""
+        """Attach AdamW and its schedule over ``total_steps`` optimizer steps; norms and biases do not decay."""
         self.optimizer_config, self.total_steps = config, total_steps
         dtype = self.config.params_dtype
         with self.layout.active():
@@ -443,8 +443,9 @@ class Engine:
         """
         rate = learning_rate(self.step_count, self.total_steps, self.optimizer_config)
         self._need("optimizer")
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups:  # Megatron leaves both to its own scheduler, which is not used
             group["lr"] = rate
+            group["weight_decay"] = self.optimizer_config.weight_decay * group["wd_mult"]  # 0 for norms and biases
         with self.layout.active():
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())

@@ -54,6 +54,38 @@ def test_what_is_frozen_stays_and_what_trains_moves(folder: Path, world: World) 
         assert torch.equal(tensor, before[name]) == name.startswith("visual."), name
 
 
+@pytest.mark.parametrize("critic", [False, True])
+def test_steps_are_those_of_adamw(folder: Path, world: World, critic: bool) -> None:
+    """Four steps of every parameter: warm-up and decay of the rate, clipping, betas, eps, decay of matrices alone."""
+    settings = OptimizerConfig(
+        **{"lr": 1e-2, "schedule": "linear", "min_lr_ratio": 0.1, "warmup_steps": 2},
+        **{"beta1": 0.8, "beta2": 0.9, "eps": 1e-4, "weight_decay": 0.2, "clip_grad": 0.5},
+    )
+    rates = [0.005, 0.01, 0.01, 0.01 * (0.1 + 0.9 * 3 / 4)]  # six steps in all, two of them warm-up
+    engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder)), ParallelConfig(), world, critic)
+    engine.with_optimizer(settings, 6).load(WeightFolder(folder))
+    packs = make_packs(documents(engine.shape), engine.shape, True, critic, 1)
+    reference = {name: torch.nn.Parameter(tensor.double()) for name, tensor in engine.weights()}
+    groups = [
+        {"params": [p for p in reference.values() if p.dim() > 1], "weight_decay": 0.2},
+        {"params": [p for p in reference.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-4)
+    for rate in rates:
+        engine.backward(packs, objective)
+        for name, gradient in engine.gradients():
+            reference[name].grad = gradient.double()
+        norm = torch.nn.utils.clip_grad_norm_(reference.values(), 0.5)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        step = engine.step()
+        assert step["lr"] == pytest.approx(rate, rel=1e-12)
+        assert step["grad_norm"] == pytest.approx(float(norm), rel=1e-5) and norm > 0.5
+        for name, tensor in engine.weights():
+            torch.testing.assert_close(tensor.double(), reference[name].detach(), rtol=1e-6, atol=1e-7)
+
+
 def test_a_pack_without_images_runs_the_tower_on_one_feature_only(folder: Path, world: World) -> None:
     engine = build(folder, world)
     seen: list[int] = []

@@ -57,7 +57,7 @@ LAYOUTS = (
     "zero=1,cp=2",
 )
 STEPS = 10
-OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=1.0)
+OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=1.0, weight_decay=0.1)
 # Left out of the one-process column: bfloat16 is compared with float32.
 VARIANTS = {
     "pp=2, 3 + 1 layers": (ParallelConfig(pp=2, first_stage_layers=3, last_stage_layers=1), {}),
