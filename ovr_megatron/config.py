@@ -18,8 +18,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ovr_megatron.errors import UserError
+from ovr_megatron.keys import unknown_setting
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the key, its value and what to change."""
 
 
@@ -629,6 +632,8 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
         if first["type"] == "value_error":  # one of ours, which names its key
             raise ConfigError(str(first["ctx"]["error"])) from None
         key = ".".join(str(part) for part in first["loc"]) or "config"
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError(unknown_setting(schema, key)) from None
         raise ConfigError(f"{key}: {first['msg']} (got {first['input']!r})") from error
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
+from ovr_megatron.errors import UserError
 from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.layers import choose_parts
 from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
@@ -50,7 +51,7 @@ class LossSum:
     sums: dict[str, Tensor]
 
 
-class DivergenceError(ArithmeticError):
+class DivergenceError(UserError, ArithmeticError):
     """Too many steps in a row whose gradients are of no use; says what to do."""
 
 

@@ -1,71 +1,119 @@
-"""From a command line to a checked configuration: Hydra composes, the dataclasses judge, errors become one sentence."""
+"""From a command line to a checked configuration: Hydra composes, the dataclasses judge, errors become one sentence.
+
+Nothing heavy is imported here: help, a mistyped key and a finished run are answered before torch is loaded.
+"""
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ovr_megatron.checkpoint.manifest import CheckpointError
-from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
-from ovr_megatron.data.processing import TemplateError
-from ovr_megatron.data.schema import RowError
-from ovr_megatron.engine import DivergenceError
-from ovr_megatron.model.shape import ShapeError
-from ovr_megatron.plan.report import dry_run, fill_in
-from ovr_megatron.runtime.lock import RunLockedError
-from ovr_megatron.runtime.stop import USER_ERROR
-from ovr_megatron.weights.folder import WeightError
-from ovr_megatron.weights.table import LayoutError
+from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
+from ovr_megatron.keys import unknown_setting
+from ovr_megatron.model.presets import PRESETS
 
-USER_ERRORS = (
-    *(ConfigError, RowError, TemplateError, ShapeError, WeightError, LayoutError, CheckpointError),
-    *(RunLockedError, DivergenceError),
-)
 RECIPES = Path(__file__).parent / "recipes"
+LAYOUT_KEYS = ("tp", "pp", "vpp", "cp", "dp", "sp", "zero")
+_UNKNOWN = re.compile(r"Could not override '(.+?)'\.", re.DOTALL)
 
 
-def launch(
-    schema: type, recipe: str, run: Callable[[Any], None], errors: tuple[type[Exception], ...] = USER_ERRORS
-) -> None:
-    """Run ``run`` on the configuration that the command line asks for; with ``--dry-run`` print its plan instead.
+@dataclass(frozen=True)
+class CommandLine:
+    """A checked configuration, the name of its recipe, and whether only its plan is asked for."""
+
+    config: Any
+    recipe: str
+    dry_run: bool = False
+
+
+def read_command_line(
+    schema: type, recipe: str, description: str | None, arguments: Sequence[str], plan: bool = True
+) -> CommandLine:
+    """Return what a command line asks for, checked; with ``--help`` print every setting and leave.
 
     Args:
-        schema: root dataclass; its defaults stand below every recipe under the name ``defaults``.
-        recipe: file under ``recipes/`` used when ``--config-name`` is not given.
-        run: receives the checked configuration.
-        errors: a user's mistakes, which end the process with one sentence and code 2.
+        schema: root dataclass; its defaults stand below every recipe under the name ``schema``.
+        recipe: file under ``recipes/`` that is used without ``--config-name``.
+        description: first lines of the help.
+        arguments: options and ``key=value``, in any order, without the program's name.
+        plan: whether the command has ``--dry-run``.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key, or a value that cannot work.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program_name(Path(sys.argv[0])),
+        description=description,
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="changes a setting")
+    add("--config-name", default=recipe, metavar="RECIPE", help=f"name or YAML file of a recipe (default: {recipe})")
+    add("--config-dir", type=Path, default=RECIPES, metavar="DIR", help="folder of the recipe (default: the package's)")
+    if plan:
+        add("--dry-run", action="store_true", help="print the plan of exactly this command line, and leave")
+    add("-h", "--help", action="store_true", help="print this and every setting of the recipe, and leave")
+    asked = parser.parse_intermixed_args(arguments)
+    path = recipe_path(asked.config_name, asked.config_dir)
+    values = compose_values(schema, path, asked.overrides)
+    if asked.help:
+        print(f"{parser.format_help()}\nsettings of {path.stem}:\n{OmegaConf.to_yaml(values)}")
+        parser.exit()
+    dry_run = plan and asked.dry_run
+    return CommandLine(build(schema, fill_in(values, path.stem) if dry_run else values), path.stem, dry_run)
+
+
+def program_name(path: Path) -> str:
+    """Return how a command is called: the name of its file, or ``python -m`` of its package."""
+    return f"python -m {Path(__file__).parent.name}.{path.parent.name}" if path.stem == "__main__" else path.name
+
+
+def recipe_path(name: str, folder: Path = RECIPES) -> Path:
+    """Return the YAML file of a recipe: ``name`` itself if it is the path of one, else its file in ``folder``.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(item.stem for item in folder.glob("*.yaml"))) or "none"
+        raise ConfigError(f"{name} is no recipe; give the path of a YAML file, or of those in {folder} one: {known}")
+    return path.resolve()
+
+
+def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictConfig:
+    """Return the values of the recipe at ``path`` over the defaults of ``schema``, changed by ``overrides``.
+
+    Raises:
+        ConfigError: the file or an override cannot be read, or a key is unknown.
     """
     ConfigStore.instance().store(name="schema", node=defaults(schema))
-    dry = "--dry-run" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--dry-run"]
-    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled"]
-
-    @hydra.main(version_base=None, config_path=str(RECIPES), config_name=recipe)
-    def main(values: DictConfig) -> None:
-        name = HydraConfig.get().job.config_name or recipe
-
-        def work() -> None:
-            if dry:
-                dry_run(build(schema, fill_in(values, name)), name)
-            else:
-                run(build(schema, values))
-
-        in_one_sentence(work, errors)
-
-    main()
+    try:
+        with hydra.initialize_config_dir(str(path.parent), version_base=None):
+            return hydra.compose(path.stem, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        if unknown := _UNKNOWN.match(str(error)):
+            raise ConfigError(unknown_setting(schema, unknown[1])) from None
+        if isinstance(error, OverrideParseException):
+            raise ConfigError(f"{error.override!r} cannot be read; write a setting as KEY=VALUE") from None
+        raise ConfigError(f"{path.stem}: {str(error.__cause__ or error).splitlines()[0]}") from error
 
 
 def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig:
-    """The checked configuration of a recipe, for a plan: what only a run needs may be missing.
+    """Return the checked configuration of a recipe, for a plan: what only a run needs may be missing.
 
     Args:
         recipe: a name under ``recipes/``, or the path of a YAML file.
@@ -74,24 +122,40 @@ def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig
     Raises:
         ConfigError: no such recipe, an unknown key, or a value that cannot work.
     """
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(item.stem for item in RECIPES.glob("*.yaml")))
-        raise ConfigError(f"{recipe} is no recipe; give the path of a YAML file, or one of {known}")
+    path = recipe_path(recipe)
     schema = RLConfig if "curriculum" in OmegaConf.load(path) else ColdStartConfig
-    ConfigStore.instance().store(name="schema", node=defaults(schema))
-    try:
-        with hydra.initialize_config_dir(str(path.parent.resolve()), version_base=None):
-            values = hydra.compose(path.stem, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{recipe}: {str(error.__cause__ or error).splitlines()[0]}") from error
-    return build(schema, fill_in(values, path.stem))
+    return build(schema, fill_in(compose_values(schema, path, overrides), path.stem))
 
 
-def in_one_sentence(run: Callable[[], None], errors: tuple[type[Exception], ...] = USER_ERRORS) -> None:
-    """Run ``run``; one of ``errors`` ends the process with its sentence and code 2."""
+def fill_in(values: DictConfig, recipe: str) -> DictConfig:
+    """Give ``run.dir`` and ``model.path``, where they are missing, what a plan can do with.
+
+    The model is the preset that the recipe's name says: ``cold_start_7b_64gpu`` is of 7B.
+    """
+    presets = [preset for preset in PRESETS if preset.lower() in recipe.split("_")]
+    missing = OmegaConf.missing_keys(values)
+    if "run.dir" in missing:
+        values.run.dir = "run"
+    if "model.path" in missing and presets:
+        values.model.path = presets[0]
+    return values
+
+
+def parse_layout(text: str) -> tuple[ParallelConfig, int]:
+    """Read ``tp=2,sp=1,dp=2`` as a layout and its data-parallel size.
+
+    ``sp=1`` is sequence parallelism, ``zero=1`` the distributed optimizer with its traffic overlapped.
+    """
+    values = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    if len(values) != len([part for part in text.split(",") if part]) or set(values) - set(LAYOUT_KEYS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2,sp=1 with {LAYOUT_KEYS}")
+    if not all(value.isdigit() for value in values.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layout: sizes are numbers")
+    sizes = {key: int(values.get(key, 0 if key in ("sp", "zero") else 1)) for key in LAYOUT_KEYS}
+    zero = bool(sizes["zero"])
+    cut = {key: sizes[key] for key in ("tp", "pp", "vpp", "cp")}
     try:
-        run()
-    except errors as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
+        layout = ParallelConfig(**cut, sequence_parallel=bool(sizes["sp"]), distributed_optimizer=zero, overlap=zero)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return layout, sizes["dp"]

@@ -24,7 +24,7 @@ from ovr_megatron.data.stream import open_stream
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.iteration import Clock, learn
 from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.rl import build_models
+from ovr_megatron.rl.training import build_models
 from ovr_megatron.runtime.distributed import World
 
 METRICS = (

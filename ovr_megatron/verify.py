@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint.store import weights_of
-from ovr_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.data.positions import Visual, mrope_positions
 from ovr_megatron.engine import VALUE_HEAD, Engine, LossSum
@@ -288,29 +288,6 @@ def verify(
     engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(weights))
     theirs = reference(directory, found, DTYPES[dtype], critic) if world.is_main else None
     return compare(engine, found, theirs, packed)
-
-
-LAYOUT_KEYS = ("tp", "pp", "vpp", "cp", "dp", "sp", "zero")
-
-
-def parse_layout(text: str) -> tuple[ParallelConfig, int]:
-    """``tp=2,sp=1,dp=2`` as a layout and its data-parallel size.
-
-    ``sp=1`` is sequence parallelism, ``zero=1`` the distributed optimizer with its traffic overlapped.
-    """
-    values = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    if len(values) != len([part for part in text.split(",") if part]) or set(values) - set(LAYOUT_KEYS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2,sp=1 with {LAYOUT_KEYS}")
-    if not all(value.isdigit() for value in values.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layout: sizes are numbers")
-    sizes = {key: int(values.get(key, 0 if key in ("sp", "zero") else 1)) for key in LAYOUT_KEYS}
-    zero = bool(sizes["zero"])
-    cut = {key: sizes[key] for key in ("tp", "pp", "vpp", "cp")}
-    try:
-        layout = ParallelConfig(**cut, sequence_parallel=bool(sizes["sp"]), distributed_optimizer=zero, overlap=zero)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return layout, sizes["dp"]
 
 
 def show(report: Report) -> str:

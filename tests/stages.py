@@ -13,8 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ovr_megatron import coldstart, rl
 from ovr_megatron.checkpoint.store import weights_of
+from ovr_megatron.coldstart import training as coldstart
 from ovr_megatron.config import (
     ColdStartConfig,
     ParallelConfig,
@@ -30,6 +30,7 @@ from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.evaluation import evaluator
 from ovr_megatron.evaluation.problems import Settings
 from ovr_megatron.launch import RECIPES
+from ovr_megatron.rl import training as rl
 from ovr_megatron.runtime import distributed
 
 

@@ -1,6 +1,7 @@
 """What every module of the project must keep to; read from the syntax trees, so that nothing has to be imported."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ovr_megatron"
 
 # A module imports from rooms that stand before its own, or from its own.
-ROOMS = ("config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint", "rollout", "plan")
-ROOMS += ("launch", "curation", "ppo", "evaluation", "coldstart", "rl", "replay", "verify", "analysis", "tools")
+ROOMS = ("errors", "keys", "config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint")
+ROOMS += ("rollout", "plan", "launch", "torchrun", "preflight", "curation", "ppo", "evaluation", "coldstart", "rl")
+ROOMS += ("replay", "verify", "analysis", "tools")
 EXCEPTIONS = {
     ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
     ("", f"{PACKAGE}.runtime.cpu"),  # free of torch, and torchvision must be importable from anywhere
@@ -22,7 +24,7 @@ EXCEPTIONS = {
 }
 
 # vLLM takes seconds to import, and most cold starts do without.
-LATE_IMPORTS = {(f"{PACKAGE}.coldstart", "build_evaluation")}
+LATE_IMPORTS = {(f"{PACKAGE}.coldstart.training", "build_evaluation")}
 # SymPy likewise, and a trainer only looks rules up.
 LATE_IMPORTS |= {(f"{PACKAGE}.rewards.rules", "rule")}
 
@@ -31,6 +33,9 @@ SETTINGS_OF_LIBRARIES = ("torch.backends",)
 # vLLM replaces it; here the original is put back.
 PUT_BACK = {(f"{PACKAGE}.runtime.distributed", "torch.set_num_threads")}
 WITHOUT_TORCH = (f"{PACKAGE}.rewards.worker", f"{PACKAGE}.model.shape", f"{PACKAGE}.config")
+# Commands, which import what they do in `main`, after the command line has been judged.
+COMMANDS = re.compile(r"tools\.\w+|.*\.(__main__|\w*command)")
+HEAVY = (*PATCHED_LIBRARIES, "vllm", "transformers", "datasets", "matplotlib")
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "misc"}
 
 
@@ -197,11 +202,12 @@ def reach(modules: dict[str, Module], start: str) -> dict[str, str]:
 
 
 def torch_where_it_must_not_be(modules: dict[str, Module]) -> Iterator[str]:
-    for start in WITHOUT_TORCH:
+    commands = [name for name in modules if COMMANDS.fullmatch(name)]
+    for start in (*WITHOUT_TORCH, *commands):
         if start not in modules:
             yield f"{start} is missing"
         for target, source in reach(modules, start).items():
-            if target.partition(".")[0] in (*PATCHED_LIBRARIES, "vllm", "transformers"):
+            if target.partition(".")[0] in HEAVY:
                 yield f"{start} comes to import {target} through {source}"
 
 
@@ -265,6 +271,38 @@ def test_project_keeps_the_rule(rule: Rule, project: dict[str, Module]) -> None:
     assert list(rule(project)) == []
 
 
+def defined_names(tree: ast.Module) -> set[str]:
+    """Names that a module has at its top level, in branches and ``with`` blocks of it, too."""
+    names: set[str] = set()
+    for node, function in walk_functions(tree, None):
+        if function is not None:
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def test_what_is_imported_from_the_project_is_there(project: dict[str, Module]) -> None:
+    files = {ROOT / module.file: module.tree for module in project.values()}
+    files |= {path: ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
+    names = {name: defined_names(module.tree) for name, module in project.items()}
+    missing = []
+    for path, tree in files.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    if node.module in names and alias.name not in names[node.module] and inner not in project:
+                        missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.module} has no {alias.name}")
+                    elif node.module.startswith(f"{PACKAGE}.") and node.module not in names:
+                        missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: there is no {node.module}")
+    assert missing == []
+
+
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_imports_without_torch(name: str) -> None:
     heavy = "{'torch', 'torchvision', 'transformers', 'vllm', 'megatron'}"
@@ -311,6 +349,7 @@ VIOLATIONS = [
     (stray_patches, "ovr_megatron/rl.py", "from torchvision import ops\ndel ops.nms", "torchvision.ops.nms"),
     (torch_where_it_must_not_be, "ovr_megatron/rewards/worker.py", "from torch import nn", "import torch through"),
     (torch_where_it_must_not_be, "ovr_megatron/rewards/__init__.py", "import ovr_megatron.data.packing", "packing"),
+    (torch_where_it_must_not_be, "tools/grade.py", "import datasets", "import datasets through tools.grade"),
     (torch_where_it_must_not_be, "ovr_megatron/model/__init__.py", "if 1:\n    import vllm", "import vllm"),
     (forbidden_code, "ovr_megatron/rl.py", "load(x, trust_remote_code=False)", "trust_remote_code"),
     (forbidden_code, "ovr_megatron/rl.py", "options = {'trust_remote_code': 1}", "trust_remote_code"),

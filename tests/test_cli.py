@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ovr_megatron.config import ConfigError, DataConfig, RLConfig, build
+from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, RLConfig, build
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError, parse_row
 from ovr_megatron.data.stream import RowStream
+from ovr_megatron.keys import unknown_setting
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.rl import check_lengths
+from ovr_megatron.rl.training import check_lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fails(*arguments: object) -> str:
     command = [sys.executable, "-m", "ovr_megatron.coldstart", "--config-name", "tiny_cold_start", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     return result.stderr
 
@@ -41,7 +42,8 @@ def test_a_world_that_the_layout_does_not_divide(tmp_path: Path, model: Path) ->
 
 
 def test_an_unknown_key(tmp_path: Path) -> None:
-    assert "Key 'sed' is not in struct" in fails(f"run.dir={tmp_path}", "run.sed=3")
+    message = fails(f"run.dir={tmp_path}", "run.sed=3")
+    assert message == "error: there is no setting run.sed; did you mean run.seed?\n"
 
 
 def test_a_picture_that_is_not_there(tmp_path: Path, model: Path) -> None:
@@ -100,3 +102,75 @@ def test_a_length_past_the_models_positions(model: Path, longest: int, rollout: 
     else:
         with pytest.raises(ConfigError, match=message):
             check_lengths(config, shape)
+
+
+# Help and a refused command line come before any library of the work.
+HEAVY = ("torch", "torchvision", "megatron", "vllm", "transformers", "datasets", "matplotlib", "pyarrow", "sympy")
+COMMANDS = [*sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "ovr_megatron").glob("*/__main__.py"))]
+
+
+def run_light(script: str) -> str:
+    """Run ``script`` and return what it prints; it fails where a heavy library is imported or too much is computed."""
+    check = (
+        f"\nimport sys, time\nimported = {{*{HEAVY}}} & {{*sys.modules}}\nassert not imported, imported\n"
+        "assert time.process_time() < 10, time.process_time()\n"
+    )
+    command = [sys.executable, "-c", script + check]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def as_command(path: Path, *arguments: str, code: int = 0) -> str:
+    """Return the source that runs ``path`` as a command in this process and checks its exit code."""
+    return (
+        f"import runpy, sys\nsys.argv = {[str(path), *arguments]}\n"
+        f"try:\n    runpy.run_path({str(path)!r}, run_name='__main__')\n    code = 0\n"
+        f"except SystemExit as end:\n    code = end.code or 0\nassert code == {code}, ({str(path)!r}, code)\n"
+    )
+
+
+def test_help_of_every_command_needs_no_library() -> None:
+    assert len(COMMANDS) > 18
+    text = run_light("".join(as_command(path, "--help") for path in COMMANDS))
+    assert text.count("usage: ") == len(COMMANDS)
+    assert "\npacks_per_step: 640\n" in text, "every setting of the recipe"
+
+
+def test_a_mistyped_key_needs_no_library() -> None:
+    commands = (
+        ("ovr_megatron/coldstart/__main__.py", "optimizer.lrr=1"),
+        ("ovr_megatron/rl/__main__.py", "algorithm.critic_step=1"),
+        ("tools/prepare_data.py", "teacher.sample=3"),
+        ("tools/plan.py", "rl_7b_64gpu", "prompt=3"),
+        ("tools/preflight.py", "rl", "rollout.temprature=1"),
+        ("tools/tokenise.py", "set", "--model", "m", "data.max_image=1"),
+    )
+    redirect = "import sys\nsys.stderr = sys.stdout\n"
+    text = run_light(redirect + "".join(as_command(ROOT / name, *rest, code=2) for name, *rest in commands))
+    nearest = ("optimizer.lr", "algorithm.critic_steps", "teacher.samples", "prompts", "rollout.temperature")
+    for line, name in zip(text.splitlines(), (*nearest, "max_images"), strict=True):
+        assert f"did you mean {name}?" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("lr", ["optimizer.lr"]),
+        ("run.sede", ["run.seed"]),
+        ("seed", ["run.seed"]),
+        ("data.sources.3.wieght", ["data.sources[].weight"]),
+        ("evaluation.sources.0.nam", ["evaluation.sources[].name"]),
+        ("warmup", ["optimizer.warmup_steps"]),
+        ("zebra", []),
+    ],
+)
+def test_the_nearest_setting_is_named(name: str, nearest: list[str]) -> None:
+    sentence = unknown_setting(ColdStartConfig, name)
+    assert sentence.endswith(f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists all settings")
+
+
+def test_a_mistake_in_an_element_of_a_list_is_named(tmp_path: Path) -> None:
+    values = {"run": {"dir": "x"}, "model": {"path": "x"}, "data": {"sources": [{"path": "x", "wieght": 2}]}}
+    with pytest.raises(ConfigError, match=r"no setting data\.sources\.0\.wieght; .* data\.sources\[\]\.weight\?"):
+        build(ColdStartConfig, values)

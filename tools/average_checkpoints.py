@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ovr_megatron.runtime.command import run_command
+
 
 def combine(directories: list[Path], out: Path, force: bool) -> None:
     """Write the mean to ``out``: a checkpoint if all ``directories`` are, else a Hugging Face folder."""
@@ -39,4 +41,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,6 +1,7 @@
 """Count cognitive behaviours: ``tools/behaviours.py NAME=RESPONSES.jsonl ... --out DIR [--judge JUDGE]``."""
 
 from ovr_megatron.evaluation.behaviour_command import main
+from ovr_megatron.runtime.command import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

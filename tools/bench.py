@@ -16,86 +16,24 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES, PARTS, STEP_SHAPES
+from ovr_megatron.runtime.command import run_command
 
-from ovr_megatron.analysis import (
-    bench,
-    bench_head,
-    bench_packing,
-    bench_prepare,
-    bench_rl,
-    bench_save,
-    bench_step,
-    bench_vision,
-)
-
-Rows = list[dict[str, Any]]
 GPU = ("step", "vision", "head", "rl")
-
-
-def model(arguments: argparse.Namespace) -> Rows:
-    """Row by row, as they are measured."""
-    cases = bench.cases(arguments.shapes or list(bench.SHAPES), arguments.tokens, arguments.mean)
-    chosen = [case for case in cases if arguments.only in case[0]]
-    print(bench.HEADER)
-    found = []
-    for row in bench.run_table(chosen, arguments.rounds):
-        print(bench.line(row), flush=True)
-        found.append(row)
-    if any("mfu" in row for row in found):
-        print(bench.FLOP_FORMULA)
-    return found
-
-
-def step(arguments: argparse.Namespace) -> Rows:
-    """Row by row, too."""
-    shapes = arguments.shapes or (["3B", "7B"] if torch.cuda.is_available() else ["tiny"])
-    print(bench_step.HEADER)
-    found = []
-    for row in bench_step.rows(shapes, arguments.rounds, arguments.fp8, arguments.only, arguments.trace):
-        print(bench_step.show(row), flush=True)
-        found.append(row)
-    print(bench.FLOP_FORMULA)
-    return found
-
-
-def whole(show: Callable[[Rows], str], rows: Callable[[argparse.Namespace], Rows]) -> Callable[..., Rows]:
-    """A benchmark whose table is printed when all of it is there."""
-
-    def measure(arguments: argparse.Namespace) -> Rows:
-        found = rows(arguments)
-        print(show(found), flush=True)
-        return found
-
-    return measure
-
-
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], Rows]] = {
-    "model": model,
-    "step": step,
-    "vision": whole(bench_vision.show, lambda given: bench_vision.rows(given.rounds)),
-    "head": whole(bench_head.show, lambda given: bench_head.rows(given.rounds)),
-    "rl": whole(bench_rl.show, lambda given: bench_rl.rows(given.rounds, given.only)),
-    "packing": whole(
-        bench_packing.show, lambda given: bench_packing.rows(given.samples, given.rival_samples, given.rounds)
-    ),
-    "prepare": whole(bench_prepare.show, lambda given: bench_prepare.rows(given.rows, given.workers, given.rounds)),
-    "save": whole(bench_save.show, lambda given: bench_save.rows(given.rounds)),
-}
 
 
 def main() -> None:
     """Run a benchmark, print its table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("gpu", *BENCHMARKS))
+    parser.add_argument("what", choices=("gpu", *PARTS))
     parser.add_argument("--json", type=Path, help="write the rows to this file, too; after each part")
     parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--parts", nargs="+", choices=GPU, default=GPU, help="some of them only (gpu)")
-    parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(bench.SHAPES)} (model) or tiny, 3B, 7B (step)")
+    parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(LAYER_SHAPES)} (model) or tiny, 3B, 7B (step)")
     parser.add_argument("--fp8", choices=("delayed", "current", "block"), default="current", help="scaling (step)")
     parser.add_argument("--trace", type=Path, help="folder for a trace of each of our steps (step)")
     parser.add_argument(
@@ -108,15 +46,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000, help="rows to prepare (prepare)")
     parser.add_argument("--workers", type=int, default=1, help="processes that judge rows (prepare)")
     arguments = parser.parse_args()
-    unknown = set(arguments.shapes or ()) - set(bench.SHAPES if arguments.what == "model" else bench_step.SHAPES)
+    unknown = set(arguments.shapes or ()) - set(LAYER_SHAPES if arguments.what == "model" else STEP_SHAPES)
     if unknown:
         parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")
+
+    # Here, so that --help does not wait for torch and what is measured.
+    from ovr_megatron.analysis.bench_parts import BENCHMARKS, card
+
     if arguments.what != "gpu":
         _write(arguments.json, BENCHMARKS[arguments.what](arguments))
         return
-    card = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else "no GPU"
-    found: dict[str, Any] = {"card": card, "torch": torch.__version__}
-    print(f"{card}, torch {torch.__version__}")
+    found: dict[str, Any] = {"card": card(), "torch": metadata.version("torch")}
+    print(f"{found['card']}, torch {found['torch']}")
     for part in arguments.parts:  # each in a process of its own, which leaves the GPU empty
         print(f"\n{part}", flush=True)
         found[part] = _apart(part)
@@ -139,4 +80,4 @@ def _write(path: Path | None, found: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

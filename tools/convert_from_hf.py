@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ovr_megatron.runtime.command import run_command
+
 
 def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) -> None:
     """Write ``out/policy``, with YaRN if asked, and the manifest; ``out`` appears when it is whole."""
@@ -46,4 +48,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

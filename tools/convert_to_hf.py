@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ovr_megatron.runtime.command import run_command
+
 
 def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, workers: int, force: bool) -> None:
     """Write the folder ``out``, which appears when it is whole, and say what it leaves out."""
@@ -70,4 +72,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

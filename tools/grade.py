@@ -18,6 +18,7 @@ from ovr_megatron.rewards.choice import named_letter
 from ovr_megatron.rewards.latex import clean
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason, Verdict
 from ovr_megatron.rewards.quantity import has_unit
+from ovr_megatron.runtime.command import run_command
 from ovr_megatron.runtime.progress import Progress
 
 NO_BOX = "no box in the response"
@@ -191,4 +192,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

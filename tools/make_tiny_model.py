@@ -7,9 +7,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
-from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.model.tiny_sizes import TinySizes
+from ovr_megatron.runtime.command import run_command
 
 
 def main() -> None:
@@ -26,6 +25,12 @@ def main() -> None:
     for size in fields(TinySizes):
         parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default, help="size")
     args = parser.parse_args()
+
+    # Here, so that --help does not wait for torch.
+    import torch
+
+    from ovr_megatron.model.tiny import make_tiny_model
+
     try:
         out = make_tiny_model(
             args.out,
@@ -43,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

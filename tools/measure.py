@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from ovr_megatron.runtime.command import run_command
+
 
 def tree_memory(pid: int) -> int:
     """Bytes of PSS of process ``pid`` and its descendants; processes that vanish while we look count nothing."""
@@ -103,4 +105,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,12 +8,11 @@ the recipe does not fit, with 2 if it cannot work.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from ovr_megatron.launch import USER_ERRORS, compose
+from ovr_megatron.launch import compose
 from ovr_megatron.plan.hardware import GPUS
-from ovr_megatron.plan.report import Options, plan, processes, show
+from ovr_megatron.runtime.command import run_command
 
 
 def main() -> int:
@@ -27,16 +26,16 @@ def main() -> int:
     parser.add_argument("--no-search", action="store_true", help="the recipe's own layout only")
     parser.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
     arguments = parser.parse_intermixed_args()
-    try:
-        config = compose(arguments.recipe, arguments.overrides)
-        world = arguments.world or processes(Path(arguments.recipe).stem, config.parallel)
-        found = plan(config, Options(world, arguments.gpu, arguments.mfu, not arguments.no_search))
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = compose(arguments.recipe, arguments.overrides)
+
+    # Here, so that a command line is judged before torch and Megatron are loaded.
+    from ovr_megatron.plan.report import Options, plan, processes, show
+
+    world = arguments.world or processes(Path(arguments.recipe).stem, config.parallel)
+    found = plan(config, Options(world, arguments.gpu, arguments.mfu, not arguments.no_search))
     print(json.dumps(found) if arguments.json else show(found))
     return 0 if found["fits"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -4,6 +4,7 @@
 """
 
 if __name__ == "__main__":  # worker processes import this file and need none of it
-    from ovr_megatron.curation.prepare import main
+    from ovr_megatron.curation.command import main
+    from ovr_megatron.runtime.command import run_command
 
-    main()
+    run_command(main)

@@ -5,39 +5,34 @@ Log-probabilities, values, advantages, losses and gradient norms are shown besid
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from ovr_megatron import replay
-from ovr_megatron.launch import USER_ERRORS, in_one_sentence
-from ovr_megatron.ppo.archive import ArchiveError
-from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.command import run_command
 
 
-def main() -> None:
-    """Replay one iteration and print the table."""
+def main() -> int:
+    """Replay one iteration and print the table; return 1 where the numbers differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder of a PPO run")
     parser.add_argument("iteration", type=int, help="from 0")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the run's configuration")
     args = parser.parse_args()
-    differs = False
 
-    def work() -> None:
-        nonlocal differs
-        config = replay.load(args.run, args.overrides)
-        world = distributed.start(config.parallel, config.run.seed, config.run.threads)
-        lines = replay.replay(config, args.run, args.iteration, world)
-        bound = replay.BOUND[config.model.dtype]
-        differs = any(not line.difference <= bound for line in lines)
-        if world.is_main:
-            print(replay.show(lines))
-            print(f"{'differs' if differs else 'the same'} (bound {bound:g} of the largest value)")
-        distributed.finish()
+    # Here, so that --help does not wait for torch and Megatron.
+    from ovr_megatron import replay
+    from ovr_megatron.runtime import distributed
 
-    in_one_sentence(work, (*USER_ERRORS, ArchiveError))
-    sys.exit(1 if differs else 0)
+    config = replay.load(args.run, args.overrides)
+    world = distributed.start(config.parallel, config.run.seed, config.run.threads)
+    lines = replay.replay(config, args.run, args.iteration, world)
+    bound = replay.BOUND[config.model.dtype]
+    differs = any(not line.difference <= bound for line in lines)
+    if world.is_main:
+        print(replay.show(lines))
+        print(f"{'differs' if differs else 'the same'} (bound {bound:g} of the largest value)")
+    distributed.finish()
+    return 1 if differs else 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,19 +7,16 @@ The settings are those of training (docs/data.md); a source's weight says how of
 ``--verify`` reads a set again and compares every byte with its manifest.
 """
 
+from __future__ import annotations
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from ovr_megatron.config import ConfigError, DataConfig, build
-from ovr_megatron.data.processing import TemplateError
-from ovr_megatron.data.schema import RowError
-from ovr_megatron.data.tokenised import TokenisedManifest, verify_tokenised
-from ovr_megatron.data.tokenising import tokenise
-from ovr_megatron.model.shape import ShapeError
+from ovr_megatron.runtime.command import run_command
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -33,16 +30,17 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(given)
     if not arguments.verify and not arguments.model:
         parser.error("--model is missing")
-    try:
-        if arguments.verify:
-            manifest = verify_tokenised(arguments.folder)
-        else:
-            config = settings(arguments.settings)
-            manifest = tokenise(config, arguments.model, arguments.folder, arguments.workers)
-    except (ConfigError, RowError, TemplateError, ShapeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(summary(manifest))
+    config = settings(arguments.settings)
+
+    # Here, so that a command line is judged before Transformers and datasets are loaded.
+    from ovr_megatron.data.tokenised import verify_tokenised
+    from ovr_megatron.data.tokenising import show, tokenise
+
+    if arguments.verify:
+        manifest = verify_tokenised(arguments.folder)
+    else:
+        manifest = tokenise(config, arguments.model, arguments.folder, arguments.workers)
+    print(show(manifest))
 
 
 def settings(pairs: list[str]) -> DataConfig:
@@ -54,14 +52,5 @@ def settings(pairs: list[str]) -> DataConfig:
     return config
 
 
-def summary(manifest: TokenisedManifest) -> str:
-    """A table of the sources."""
-    lines = [f"{'source':40}{'weight':>8}{'samples':>12}{'tokens':>16}{'skipped':>9}{'excluded':>9}"]
-    for source in manifest.sources:
-        counts = f"{source.samples:12,}{source.tokens:16,}{source.skipped:9,}{source.excluded:9,}"
-        lines.append(f"{source.name[:39]:40}{source.weight:8g}{counts}")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(main)

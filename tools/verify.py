@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ovr_megatron import verify
+from ovr_megatron.launch import parse_layout
+from ovr_megatron.runtime.command import run_command
 
 
 def main() -> int:
@@ -21,7 +22,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="take our weights from this checkpoint instead")
     parser.add_argument(
         "--layout",
-        type=verify.parse_layout,
+        type=parse_layout,
         default="",
         help="sizes tp, pp, vpp, cp, dp, and 1 for sp (sequence parallel) or zero (distributed optimizer): tp=2,sp=1",
     )
@@ -33,11 +34,15 @@ def main() -> int:
     layout, replicas = arguments.layout
     processes = layout.ranks * replicas
     if processes > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start = [sys.executable, "-m", "ovr_megatron.torchrun", "--standalone", f"--nproc-per-node={processes}"]
         return subprocess.run([*start, __file__, *sys.argv[1:]]).returncode
+
+    # Here, so that --help does not wait for torch and Transformers.
+    from ovr_megatron import verify
+
     arguments.layout, arguments.dtype = layout, verify.DTYPE_NAMES[arguments.dtype]
     return verify.main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

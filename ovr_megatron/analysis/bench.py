@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.coldstart import cross_entropy
+from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES
+from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine
 from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.steps import matrix_rate
 from ovr_megatron.weights.folder import WeightFolder
@@ -34,11 +35,6 @@ from ovr_megatron.weights.folder import WeightFolder
 MEAN_LENGTH = 3700  # tokens of a cold-start sample; documents are drawn log-normal and scaled down to a pack
 SIGMA = 1.0
 VOCABULARY = 448  # of `make_tiny_model`
-SHAPES = {
-    "tiny": TinySizes(),
-    "3B layers": TinySizes(hidden=2048, heads=16, kv_heads=2, ffn=11008, layers=2),
-    "7B layers": TinySizes(hidden=3584, heads=28, kv_heads=4, ffn=18944, layers=1),
-}
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ FLOP_FORMULA = (
 
 def model_flops(case: Case) -> float:
     """FLOP of one forward and backward by `FLOP_FORMULA`."""
-    sizes = SHAPES[case.shape]
+    sizes = LAYER_SHAPES[case.shape]
     head = sizes.hidden // sizes.heads
     attention = 2 * sizes.hidden**2 + 2 * sizes.hidden * sizes.kv_heads * head
     weights = sizes.layers * (attention + 3 * sizes.hidden * sizes.ffn) + VOCABULARY * sizes.hidden
@@ -150,7 +146,7 @@ def measure(case: Case, repeats: int = 3, at_least: float = 3.0) -> Outcome:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     before = _peak_bytes(on_gpu)
     with tempfile.TemporaryDirectory() as name:
-        folder = make_tiny_model(Path(name), tied=False, seed=1, sizes=SHAPES[case.shape], dtype=dtype)
+        folder = make_tiny_model(Path(name), tied=False, seed=1, sizes=LAYER_SHAPES[case.shape], dtype=dtype)
         work = (_ours if case.who == "ours" else _theirs)(case, folder, dtype)
     seconds: list[float] = []
     while len(seconds) < repeats or sum(seconds) < at_least:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ovr_megatron import rl
 from ovr_megatron.analysis.apart import MeasurementError, rows_of
 from ovr_megatron.analysis.published import fill, write_model
 from ovr_megatron.config import RLConfig, build, defaults
@@ -40,6 +39,7 @@ from ovr_megatron.ppo.iteration import iterate
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
+from ovr_megatron.rl.training import build_rollouts
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt, banned_tokens
 from ovr_megatron.runtime import distributed
@@ -137,7 +137,7 @@ def _start(config: RLConfig) -> tuple[Models, Rollouts]:
             engine.offload()
     engines[0].sample_from(banned_tokens(processor.shape, processor.tokenizer), config.rollout.temperature)
     models = Models(config, world, processor, engines[0], engines[1], None)
-    return models, rl.build_rollouts(config, folder, processor, models)
+    return models, build_rollouts(config, folder, processor, models)
 
 
 def _iteration(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]:

@@ -28,11 +28,10 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from ovr_megatron.analysis.apart import MeasurementError, rows_of
 from ovr_megatron.analysis.bench import natural_lengths, text_pack
 from ovr_megatron.analysis.published import fill, randomise, shape_of, write_model
-from ovr_megatron.coldstart import cross_entropy
+from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
 from ovr_megatron.model.flops import training_flops
-from ovr_megatron.model.presets import PRESETS
 from ovr_megatron.model.qwen25vl import DTYPES
 from ovr_megatron.plan.activations import Kernels, PackShape, activations
 from ovr_megatron.plan.memory import CONTEXT, MARGIN
@@ -42,7 +41,6 @@ from ovr_megatron.runtime.steps import matrix_rate
 
 MEAN_LENGTH = 3700  # tokens of a cold-start sample
 RECOMPUTE = ("none", "selective", "full")
-SHAPES = ("tiny", *PRESETS)
 CHUNK = 4096  # rows of the rival's loss
 OURS, PLAIN, COMPILED = "ours", "Transformers", "Transformers, compiled"
 

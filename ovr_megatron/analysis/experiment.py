@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.runlog import read_metrics
 
 STAGES = {"base": "Base model", "cold_start": "Cold start", "rl": "RL"}
@@ -21,7 +22,7 @@ MODELS = {"base": "Base", "cold_start": "Cold start", "rl": "RL", "average": "Av
 SETS = {"visual": "Visual puzzles", "text": "Text puzzles", "caption": "Captions"}
 
 
-class ExperimentError(ValueError):
+class ExperimentError(UserError, ValueError):
     """A folder that is no experiment; the message names it and says what is expected."""
 
 

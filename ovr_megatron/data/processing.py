@@ -21,13 +21,14 @@ from ovr_megatron.data.pixels import PixelProcessor, Video, stack_frames
 from ovr_megatron.data.positions import AFTER_VIDEO, Visual, continue_positions, mrope_positions
 from ovr_megatron.data.rendering import ChatTemplate
 from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart
+from ovr_megatron.errors import UserError
 from ovr_megatron.model.shape import ModelShape
 
 THINK_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 THINK = "<think>"
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError, ValueError):
     """A chat template that is missing, or that does not place each image and video once and in order."""
 
 

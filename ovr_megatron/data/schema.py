@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 import PIL.Image
 
+from ovr_megatron.errors import UserError
+
 ROLES = ("system", "user", "assistant")
 MAX_ANSWER_CHARACTERS = 512
 ENDLESS = 2**31  # length of a source that never runs out
@@ -26,7 +28,7 @@ BOX_REQUEST = "Put your final answer in \\boxed{}."
 LETTER_REQUEST = "Put the letter of the right option in \\boxed{}."
 
 
-class RowError(ValueError):
+class RowError(UserError, ValueError):
     """A row that cannot be used: where it stands, which field, what is wrong and what to do."""
 
     def __init__(self, where: str, field: str, problem: str, remedy: str) -> None:

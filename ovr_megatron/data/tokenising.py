@@ -195,3 +195,12 @@ def _texts(samples: Sequence[Sample], rows: Sequence[int]) -> Texts:
         prompts=np.array([len(sample.prompt_tokens) for sample in samples], np.int64),
         rows=np.array(rows, np.int64),
     )
+
+
+def show(manifest: TokenisedManifest) -> str:
+    """Return a table of the sources."""
+    lines = [f"{'source':40}{'weight':>8}{'samples':>12}{'tokens':>16}{'skipped':>9}{'excluded':>9}"]
+    for source in manifest.sources:
+        counts = f"{source.samples:12,}{source.tokens:16,}{source.skipped:9,}{source.excluded:9,}"
+        lines.append(f"{source.name[:39]:40}{source.weight:8g}{counts}")
+    return "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ovr_megatron.config import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, judge and write; exit 2 on bad input."""
+    """Parse the command line, judge and write."""
     parser = argparse.ArgumentParser(prog="behaviours.py", description=__doc__)
     parser.add_argument("responses", nargs="+", metavar="NAME=FILE", help="responses of a checkpoint, in its order")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, or to go on with")
@@ -25,23 +24,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="first traces of each file (default: all)")
     add_budget(parser)
     args = parser.parse_args(argv)
-    from ovr_megatron.curation.endpoint import TeacherError
+    # Here, so that --help does not wait for the libraries of a judge.
     from ovr_megatron.evaluation.judges import JudgeConfig
     from ovr_megatron.evaluation.judging import judge, show
-    from ovr_megatron.launch import USER_ERRORS
-    from ovr_megatron.rollout.sampling import RolloutError
 
-    try:
-        budget = budget_of(args)
-        judges = [JudgeConfig(judge=args.judge, key_env=args.key_env, **budget)]
-        if args.second:
-            judges.append(JudgeConfig(judge=args.second, key_env=args.second_key_env, **budget))
-        result = judge(named(args.responses), judges, args.out, args.limit, args.sample, args.annotate)
-        print(show(result))
-        print(args.out / "behaviours.json", flush=True)
-    except (*USER_ERRORS, TeacherError, RolloutError) as error:
-        print(f"behaviours.py: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    budget = budget_of(args)
+    judges = [JudgeConfig(judge=args.judge, key_env=args.key_env, **budget)]
+    if args.second:
+        judges.append(JudgeConfig(judge=args.second, key_env=args.second_key_env, **budget))
+    result = judge(named(args.responses), judges, args.out, args.limit, args.sample, args.annotate)
+    print(show(result))
+    print(args.out / "behaviours.json", flush=True)
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.evaluation.benchmarks import table
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.runtime.command import run_command
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -66,30 +66,29 @@ class _List(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and evaluate; a user's mistake ends with one sentence and code 2."""
+    """Parse the command line and evaluate."""
     args = parser().parse_args(argv)
 
     # Here, so that --help does not wait for vLLM.
     from ovr_megatron.checkpoint.store import weights_of
     from ovr_megatron.evaluation.evaluator import run
     from ovr_megatron.evaluation.problems import Settings
-    from ovr_megatron.launch import USER_ERRORS
-    from ovr_megatron.rollout.sampling import RolloutError
     from ovr_megatron.runtime import distributed
 
-    try:
-        sets, model = named(args.data), weights_of(args.model)
-        data = data_config(model, args)
-        names = ("samples", "temperature", "max_tokens", "metric", "seed")
-        settings = Settings(**{name: getattr(args, name) for name in names})
-        rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
-        distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
-        for result in run(model, sets, args.limit, settings, data, rollout, args.dtype or dtype_of(model), args.out):
-            print(sentence(result, args.out), flush=True)
-        distributed.finish()
-    except (*USER_ERRORS, RolloutError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    sets, model = named(args.data), weights_of(args.model)
+    data = data_config(model, args)
+    names = ("samples", "temperature", "max_tokens", "metric", "seed")
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
+    distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
+    for result in run(model, sets, args.limit, settings, data, rollout, args.dtype or dtype_of(model), args.out):
+        print(sentence(result, args.out), flush=True)
+    distributed.finish()
+
+
+def script() -> None:
+    """Entry point of ``ovr-evaluate``."""
+    run_command(main)
 
 
 def named(sources: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ SET.verdicts.jsonl, with the agreement of the two; its answers are kept in judge
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ovr_megatron.evaluation.behaviour_command import add_budget, budget_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, judge and write; exit 2 on bad input."""
+    """Parse the command line, judge and write."""
     parser = argparse.ArgumentParser(
         prog="judge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,16 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--judge", required=True, help="vllm:FOLDER or URL#MODEL")
     add_budget(parser)
     args = parser.parse_args(argv)
-    from ovr_megatron.curation.endpoint import TeacherError
+    # Here, so that --help does not wait for the libraries of a judge.
     from ovr_megatron.evaluation.judges import JudgeConfig
     from ovr_megatron.evaluation.verdicts import judge, sentence
-    from ovr_megatron.launch import USER_ERRORS
-    from ovr_megatron.rollout.sampling import RolloutError
 
-    try:
-        config = JudgeConfig(judge=args.judge, key_env=args.key_env, **budget_of(args))
-        for path in args.scores:
-            print(sentence(path.stem, judge(path, config)), flush=True)
-    except (*USER_ERRORS, TeacherError, RolloutError) as error:
-        print(f"judge.py: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    config = JudgeConfig(judge=args.judge, key_env=args.key_env, **budget_of(args))
+    for path in args.scores:
+        print(sentence(path.stem, judge(path, config)), flush=True)

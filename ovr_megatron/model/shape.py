@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError
+from ovr_megatron.errors import UserError
 
 # Qwen2.5-VL's config.json allows 128000 positions, but its training and its model card end here.
 TRAINED_POSITIONS = 32768
@@ -17,7 +18,7 @@ _YARN_FIELDS = {"type", "rope_type", "rope_theta", "mrope_section", "truncate", 
 _YARN_FIELDS |= {"factor", "original_max_position_embeddings"}
 
 
-class ShapeError(ValueError):
+class ShapeError(UserError, ValueError):
     """A ``config.json`` that is not a Qwen2.5-VL model we can build; names the file and the field."""
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig
 from ovr_megatron.model.presets import PRESETS, write_config
@@ -226,21 +224,8 @@ def processes(name: str, parallel: ParallelConfig) -> int:
     return int(said[0]) if said and said[0].isdigit() else parallel.ranks
 
 
-def fill_in(values: DictConfig, name: str) -> DictConfig:
-    """Give ``run.dir`` and ``model.path``, where they are missing, what a plan can do with.
-
-    The model is the preset that the recipe's name says: ``cold_start_7b_64gpu`` is of 7B.
-    """
-    presets = [preset for preset in PRESETS if preset.lower() in name.split("_")]
-    missing = OmegaConf.missing_keys(values)
-    if "run.dir" in missing:
-        values.run.dir = "run"
-    if "model.path" in missing and presets:
-        values.model.path = presets[0]
-    return values
-
-
-def dry_run(config: ColdStartConfig | RLConfig, name: str) -> None:
-    """Print the plan of a run that is about to start, on its first process; no process group, no GPU."""
+def dry_run(config: ColdStartConfig | RLConfig, name: str) -> int:
+    """Print the plan of a run that is about to start, on its first process; no process group, no GPU.  Return 0."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(show(plan(config, Options(world=processes(name, config.parallel), search=False))), flush=True)
+    return 0

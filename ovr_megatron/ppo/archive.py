@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ovr_megatron.errors import UserError
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.maths import Ragged
 from ovr_megatron.ppo.prompts import PromptStream
@@ -30,7 +31,7 @@ PICTURES = 2
 ARRAYS = ("values", "advantages", "old", "reference")
 
 
-class ArchiveError(ValueError):
+class ArchiveError(UserError, ValueError):
     """Rollouts that are not there or not whole; says which file."""
 
 

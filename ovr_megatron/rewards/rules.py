@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
+from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.choice import named_letter, right_option
 from ovr_megatron.rewards.latex import MAX_ANSWER, clean, key, last_box
 from ovr_megatron.rewards.quantity import number, split_unit
@@ -20,7 +21,7 @@ _BETWEEN = re.compile(r"\bAND\b|[\s,;/&.()\[\]{}]")
 PLAIN = ("auto", "math", "exact", "choice", "letters", "numeric", "within")
 
 
-class RuleError(ValueError):
+class RuleError(UserError, ValueError):
     """A rule that does not exist or cannot be imported; says what to write instead."""
 
 

@@ -14,6 +14,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
 from ovr_megatron.data.pixels import Video
+from ovr_megatron.errors import UserError
 from ovr_megatron.model.shape import ModelShape
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -21,7 +22,7 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 SCORING = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, flat_logprobs=True)
 
 
-class RolloutError(ValueError):
+class RolloutError(UserError, ValueError):
     """A rollout that cannot be set up or whose result cannot be used; the message says what to change."""
 
 

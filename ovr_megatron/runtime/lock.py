@@ -13,12 +13,14 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from ovr_megatron.errors import UserError
+
 # A file server keeps the lock of a node that died until its lease runs out, on NFS 4 after 90 s.
 LEASE_S = 100.0
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class RunLockedError(RuntimeError):
+class RunLockedError(UserError, RuntimeError):
     """Another job works on the run folder; names its host and process."""
 
 

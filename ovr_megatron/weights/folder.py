@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
 from ovr_megatron.weights.shard import Pending, sync, write_shard
@@ -32,7 +33,7 @@ _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
 
 
-class WeightError(ValueError):
+class WeightError(UserError, ValueError):
     """Weights that are missing, damaged or of another model; names the file or the tensor, and the remedy."""
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ovr_megatron.errors import UserError
 from ovr_megatron.model.shape import ModelShape
 
 # Megatron parameter, Hugging Face tensors, kind, size of each Hugging Face tensor.
@@ -114,7 +115,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
 _NEW_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError, ValueError):
     """A tensor-parallel size that the model's sizes do not allow; names both."""
 
 

@@ -21,15 +21,17 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ovr_megatron import coldstart, rl
 from ovr_megatron.checkpoint import writing
+from ovr_megatron.coldstart import training as coldstart
 from ovr_megatron.config import ColdStartConfig, RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.launch import RECIPES, in_one_sentence
+from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo import archive, rollouts
+from ovr_megatron.rl import training as rl
 from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.runtime.command import run_command
 
 STEPS = 6
 MOMENTS = ("data", "collective", "save", "manifest", "rename", "prune", "step")
@@ -209,8 +211,7 @@ class Run:
             if disturb:
                 disturb(rank)
             wrap(rl, "iterate", lambda models, rollouts, draw, iteration: moment.update(step=iteration))
-            in_one_sentence(partial(rl.run if isinstance(settings, RLConfig) else coldstart.run, settings))
-            code = 0
+            run_command(partial(rl.run if isinstance(settings, RLConfig) else coldstart.run, settings))
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:

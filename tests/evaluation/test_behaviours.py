@@ -12,6 +12,7 @@ import pytest
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.curation.endpoint import TeacherError
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.errors import UserError
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviour_command import main
 from ovr_megatron.evaluation.behaviours import (
@@ -244,7 +245,6 @@ def test_bad_input_is_named(tmp_path: Path, responses: Path, capsys: pytest.Capt
         ([f"rl={responses}", f"rl={responses}"], "rl is given twice"),
         ([f"rl={responses}", "--judge", "nobody"], "judge 'nobody' is none; give lexical, vllm:FOLDER or URL#MODEL"),
     ):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(UserError, match=re.escape(message)):
             main([*arguments, "--out", str(tmp_path / "out")])
-        assert ended.value.code == 2 and message in capsys.readouterr().err
     assert len(PAIRS) == 4

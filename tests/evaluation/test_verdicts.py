@@ -1,11 +1,13 @@
 """A model's verdicts on evaluated responses, beside those of the rules."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from ovr_megatron.config import ConfigError
+from ovr_megatron.errors import UserError
 from ovr_megatron.evaluation.judges import JudgeConfig, _local
 from ovr_megatron.evaluation.scoring import Graded, score
 from ovr_megatron.evaluation.verdict_command import main
@@ -103,9 +105,8 @@ def test_bad_input_is_named(scores, tmp_path, capsys):
         ([str(scores.with_name("set.responses.jsonl"))], "is no result of tools/evaluate.py"),
         ([str(scores), "--judge", "lexical"], "counts words and answers no question"),
     ):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(UserError, match=re.escape(message)):
             main(["--judge", "http://127.0.0.1:1/v1#x", *arguments])
-        assert ended.value.code == 2 and message in capsys.readouterr().err
     path = scores.with_name("set.responses.jsonl")
     whole = path.read_text()
     path.write_text("".join(whole.splitlines(keepends=True)[:-1]))

@@ -19,6 +19,7 @@ from ovr_megatron.config import DataConfig, ModelConfig, OptimizerConfig, Parall
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
+from ovr_megatron.launch import parse_layout
 from ovr_megatron.model.qwen25vl import DTYPES
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import distributed
@@ -30,7 +31,6 @@ from ovr_megatron.verify import (
     gradient_differences,
     make_packs,
     objective,
-    parse_layout,
     reference,
 )
 from ovr_megatron.weights.folder import WeightFolder

@@ -123,7 +123,8 @@ def test_sizes_that_do_not_divide_are_refused():
 def test_the_command_line_writes_a_model(tmp_path, monkeypatch):
     command = ["make_tiny_model.py", "--out", str(tmp_path), "--untied", "--layers", "2"]
     monkeypatch.setattr(sys, "argv", command)
-    runpy.run_path(TOOL, run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(TOOL, run_name="__main__")
     shape = ModelShape.from_hf(tmp_path)
     assert (shape.layers, shape.tied) == (2, False)
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 128

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from ovr_megatron.coldstart import cross_entropy
+from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import Engine, LossSum
+from ovr_megatron.launch import parse_layout
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import distributed
-from ovr_megatron.verify import parse_layout
 from tests.model.layouts import LAYOUTS, VARIANTS
 from tests.plan.live_bytes import LiveBytes
 

@@ -15,6 +15,7 @@ from ovr_megatron.checkpoint.companions import write_companions
 from ovr_megatron.config import ColdStartConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
+from ovr_megatron.launch import parse_layout
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.plan import memory
@@ -23,7 +24,6 @@ from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.parameters import buckets, model_state, rank_parameters
 from ovr_megatron.plan.setting import setting
 from ovr_megatron.runtime import distributed
-from ovr_megatron.verify import parse_layout
 from ovr_megatron.weights.folder import WeightFolder
 from tests.plan.engines import PACKS, loss, text_and_images
 

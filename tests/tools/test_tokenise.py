@@ -10,6 +10,7 @@ from ovr_megatron.config import DataConfig, SourceConfig
 from ovr_megatron.data.tokenised import MANIFEST, SAMPLES, TOKENS
 from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.runtime.command import run_command
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/tokenise.py"
 SIZES = TinySizes(layers=1, hidden=64, heads=2, kv_heads=1, ffn=64, vision_hidden=32, vision_ffn=32)
@@ -18,10 +19,9 @@ SIZES = TinySizes(layers=1, hidden=64, heads=2, kv_heads=1, ffn=64, vision_hidde
 def run(*arguments):
     """Exit code of the command line."""
     try:
-        runpy.run_path(str(TOOL))["main"]([str(argument) for argument in arguments])
+        run_command(lambda: runpy.run_path(str(TOOL))["main"]([str(argument) for argument in arguments]))
     except SystemExit as end:
         return end.code
-    return 0
 
 
 @pytest.fixture

@@ -1,8 +1,4 @@
-"""Stage 2: multimodal PPO with verifiable rewards, vLLM in the trainer's own processes (paper, section 3.2).
-
-``python -m ovr_megatron.rl --config-name tiny_rl run.dir=RUN model.path=COLD_START``; under ``torchrun`` or ``srun``
-for more than one process.  The same command on the same run folder goes on where the run ended.
-"""
+"""The loop of multimodal PPO with verifiable rewards; vLLM runs in the trainer's processes (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -23,7 +19,6 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
-from ovr_megatron.launch import USER_ERRORS, launch
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import ArchiveError
@@ -34,9 +29,8 @@ from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards import rules
 from ovr_megatron.rewards.pool import GraderPool
-from ovr_megatron.rewards.rules import RuleError
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import RolloutError, banned_tokens
+from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
@@ -297,8 +291,8 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
         print(f"warning: initial values spread by {spread:.1f}: see critic.head_init", file=sys.stderr)
 
 
-def run(config: RLConfig) -> None:
-    """Join the process group, train or roll out, and say where the result lies."""
+def run(config: RLConfig) -> int:
+    """Join the process group, train or roll out, and say where the result lies; return the exit code."""
     for name in config.reward.rules.values():
         rules.check(name)
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
@@ -310,29 +304,4 @@ def run(config: RLConfig) -> None:
     if world.is_main:
         print(f"rl: {folder}", flush=True)
     distributed.finish()
-    sys.exit(code)
-
-
-def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """The command line with ``--rollout-only``, ``--rehearse`` and ``--train-only FOLDER`` as settings."""
-    found, rest = [], iter(arguments)
-    for argument in rest:
-        if argument == "--rollout-only":
-            found.append("only=rollout")
-        elif argument == "--rehearse":
-            found.append("only=rehearsal")
-        elif argument == "--train-only":
-            found += ["only=train", f"rollouts_from={next(rest, '')}"]
-        else:
-            found.append(argument)
-    return found
-
-
-def main() -> None:
-    """Entry point; the recipe is chosen with ``--config-name`` and changed with ``key=value``."""
-    sys.argv = spelled_out(sys.argv)
-    launch(RLConfig, "rl_7b_64gpu", run, (*USER_ERRORS, RolloutError, ArchiveError, RuleError))
-
-
-if __name__ == "__main__":
-    main()
+    return code

@@ -1,13 +1,8 @@
-"""Stage 1: the linguistic cold start, supervised training on packed samples (paper, section 3.1).
-
-``python -m ovr_megatron.coldstart --config-name tiny_cold_start run.dir=RUN model.path=MODEL``; under ``torchrun``
-or ``srun`` for more than one process.  The same command on the same run folder goes on where the run ended.
-"""
+"""The loop of the cold start: supervised training on packed samples (paper, section 3.1)."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +21,6 @@ from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.supervised import SupervisedPacks, open_packs
 from ovr_megatron.engine import Engine, LossSum
-from ovr_megatron.launch import launch
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.model.shape import ModelShape
@@ -191,20 +185,11 @@ class Recorder:
             self.log.close()
 
 
-def run(config: ColdStartConfig) -> None:
-    """Join the process group, train, and say where the result lies."""
+def run(config: ColdStartConfig) -> int:
+    """Join the process group, train, and say where the result lies; return the exit code."""
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     result = train(config, world)
     if world.is_main:
         print(f"cold start: {result.path}", flush=True)
     distributed.finish()
-    sys.exit(result.exit_code)
-
-
-def main() -> None:
-    """Entry point; the recipe is chosen with ``--config-name`` and changed with ``key=value``."""
-    launch(ColdStartConfig, "cold_start_7b_64gpu", run)
-
-
-if __name__ == "__main__":
-    main()
+    return result.exit_code

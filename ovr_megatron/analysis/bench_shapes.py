@@ -1,0 +1,13 @@
+"""Shapes that `tools/bench.py` measures.  Free of torch, so that a command line can name them."""
+
+from ovr_megatron.model.presets import PRESETS
+from ovr_megatron.model.tiny_sizes import TinySizes
+
+LAYER_SHAPES = {
+    "tiny": TinySizes(),
+    "3B layers": TinySizes(hidden=2048, heads=16, kv_heads=2, ffn=11008, layers=2),
+    "7B layers": TinySizes(hidden=3584, heads=28, kv_heads=4, ffn=18944, layers=1),
+}
+
+STEP_SHAPES = ("tiny", *PRESETS)
+PARTS = ("model", "step", "vision", "head", "rl", "packing", "prepare", "save")

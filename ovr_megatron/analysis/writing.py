@@ -1,0 +1,31 @@
+"""Everything that is written of an experiment: figures, their numbers, summary, report and model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ovr_megatron.analysis.card import write_card
+from ovr_megatron.analysis.experiment import read_experiment
+from ovr_megatron.analysis.figures import write_figures
+from ovr_megatron.analysis.numbers import write_numbers
+from ovr_megatron.analysis.report import write_report
+from ovr_megatron.analysis.summary import write_summary
+
+
+def write_everything(run_dir: Path, refresh: int = 0) -> None:
+    """Write figures, summary and report, and print where they lie and what is missing.
+
+    Raises:
+        ExperimentError: the folder holds no run, or a file of it cannot be read.
+    """
+    experiment = read_experiment(run_dir)
+    for path in write_figures(experiment):
+        print(f"figure:  {path}")
+    for path in write_numbers(experiment):
+        print(f"numbers: {path}")
+    print(f"summary: {write_summary(experiment)}")
+    print(f"report:  {write_report(experiment, refresh)}", flush=True)
+    if experiment.exported:
+        print(f"card:    {write_card(experiment, experiment.exported)}")
+    for part in experiment.missing:
+        print(f"missing: {part}")

@@ -1,0 +1,37 @@
+"""Stage 1: the linguistic cold start, supervised training on packed samples (paper, section 3.1).
+
+``python -m ovr_megatron.coldstart --config-name tiny_cold_start run.dir=RUN model.path=MODEL``; under ``torchrun``
+or ``srun`` for more than one process.  The same command on the same run folder goes on where the run ended.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ovr_megatron.config import ColdStartConfig
+from ovr_megatron.launch import read_command_line
+from ovr_megatron.runtime.command import run_command
+
+RECIPE = "cold_start_7b_64gpu"
+
+
+def main() -> int:
+    """Train as the command line says, or print the plan; return the exit code."""
+    asked = read_command_line(ColdStartConfig, RECIPE, __doc__, sys.argv[1:])
+    # Here, so that a command line is judged before torch and Megatron are loaded.
+    if asked.dry_run:
+        from ovr_megatron.plan.report import dry_run
+
+        return dry_run(asked.config, asked.recipe)
+    from ovr_megatron.coldstart.training import run
+
+    return run(asked.config)
+
+
+def script() -> None:
+    """Entry point of ``ovr-coldstart``."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    script()

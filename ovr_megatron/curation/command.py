@@ -1,0 +1,21 @@
+"""Prepare a training set: ``tools/prepare_data.py --config-name prepare_sft dir=DIR 'data.sources=[{path: FILE}]'``.
+
+docs/data.md describes the stages; the same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ovr_megatron.curation.settings import PrepareConfig
+from ovr_megatron.launch import read_command_line
+
+
+def main() -> int:
+    """Prepare what the command line asks for; return the exit code."""
+    asked = read_command_line(PrepareConfig, "prepare_sft", __doc__, sys.argv[1:], plan=False)
+    # Here, so that a command line is judged before the libraries of the stages are loaded.
+    from ovr_megatron.curation.prepare import prepare
+
+    print(f"prepared: {prepare(asked.config)}")
+    return 0

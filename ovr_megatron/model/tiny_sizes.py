@@ -1,0 +1,42 @@
+"""Sizes of the small random models.  Free of torch, so that a command line can name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinySizes:
+    """Sizes of a small model; the defaults are the miniature's.  ``window`` is in pixels."""
+
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    ffn: int = 384
+    vision_hidden: int = 96
+    vision_depth: int = 2
+    vision_heads: int = 4
+    vision_ffn: int = 192
+    window: int = 56
+    max_positions: int = 4096
+    bpe_vocab: int = 512
+
+    def __post_init__(self) -> None:
+        for name, size, heads, step in (
+            ("hidden", self.hidden, self.heads, 2),
+            ("vision_hidden", self.vision_hidden, self.vision_heads, 4),
+        ):
+            if size % (heads * step):
+                raise ValueError(f"{name}={size} must be a multiple of its {heads} heads times {step} (rotary pairs)")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.window < 28 or self.window % 28:
+            raise ValueError(f"window={self.window} must be a multiple of 28 pixels (one merged visual token)")
+
+    @property
+    def mrope_section(self) -> list[int]:
+        """Rotary pairs of the time, height and width rows, in the hub models' ratio of 2 : 3 : 3."""
+        pairs = self.hidden // self.heads // 2
+        side = 3 * pairs // 8
+        return [pairs - 2 * side, side, side]

@@ -1,0 +1,54 @@
+"""Stage 2: multimodal PPO with verifiable rewards, vLLM in the trainer's own processes (paper, section 3.2).
+
+``python -m ovr_megatron.rl --config-name tiny_rl run.dir=RUN model.path=COLD_START``; under ``torchrun`` or ``srun``
+for more than one process.  The same command on the same run folder goes on where the run ended.  ``--rollout-only``,
+``--rehearse`` and ``--train-only FOLDER`` run half of the system: see ``only`` and ``rollouts_from``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ovr_megatron.config import RLConfig
+from ovr_megatron.launch import read_command_line
+from ovr_megatron.runtime.command import run_command
+
+RECIPE = "rl_7b_64gpu"
+
+
+def main() -> int:
+    """Train as the command line says, or print the plan; return the exit code."""
+    asked = read_command_line(RLConfig, RECIPE, __doc__, spelled_out(sys.argv[1:]))
+    # Here, so that a command line is judged before torch, Megatron and vLLM are loaded.
+    if asked.dry_run:
+        from ovr_megatron.plan.report import dry_run
+
+        return dry_run(asked.config, asked.recipe)
+    from ovr_megatron.rl.training import run
+
+    return run(asked.config)
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The command line with ``--rollout-only``, ``--rehearse`` and ``--train-only FOLDER`` as settings."""
+    found, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--rollout-only":
+            found.append("only=rollout")
+        elif argument == "--rehearse":
+            found.append("only=rehearsal")
+        elif argument == "--train-only":
+            found += ["only=train", f"rollouts_from={next(rest, '')}"]
+        else:
+            found.append(argument)
+    return found
+
+
+def script() -> None:
+    """Entry point of ``ovr-rl``."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    script()
