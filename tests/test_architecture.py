@@ -300,7 +300,27 @@ def test_what_is_imported_from_the_project_is_there(project: dict[str, Module]) 
                         missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.module} has no {alias.name}")
                     elif node.module.startswith(f"{PACKAGE}.") and node.module not in names:
                         missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: there is no {node.module}")
+        missing += [f"{path.relative_to(ROOT)}:{text}" for text in missing_attributes(tree, names, set(project))]
     assert missing == []
+
+
+def missing_attributes(tree: ast.Module, names: dict[str, set[str]], known: set[str]) -> Iterator[str]:
+    """What is asked of an imported module of the project, as ``module.name``, and is not in it."""
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and not node.level
+        for alias in node.names
+        if f"{node.module}.{alias.name}" in known
+    }
+    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    stored |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = imported.get(node.value.id)
+            if module and node.value.id not in stored and not node.attr.startswith("__"):
+                if node.attr not in names[module] and f"{module}.{node.attr}" not in known:
+                    yield f"{node.lineno}: {module} has no {node.attr}"
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ovr_megatron import replay, rl
+from ovr_megatron import replay
 from ovr_megatron.config import ParallelConfig, RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
@@ -18,6 +18,7 @@ from ovr_megatron.ppo.experience import evaluate, own_share
 from ovr_megatron.ppo.objectives import ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.update import critic_packs
+from ovr_megatron.rl import training as rl
 from ovr_megatron.runtime import distributed
 
 SIZES = ("iterations=2", "prompts=4", "responses=4", "run.save_every=1", "run.keep_last=0")
