@@ -83,7 +83,7 @@ class Engine:
         self, shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, world: World, critic: bool = False
     ):
         check_layout(shape, parallel, model.fp8 != "none")
-        self.shape, self.world, self.critic, self.parallel = shape, world, critic, parallel
+        self.shape, self.world, self.critic, self.parallel, self.fp8 = shape, world, critic, parallel, model.fp8
         self.layout = world.arrange(parallel)
         self.groups = self.layout.groups
         self.step_count = 0
@@ -403,7 +403,7 @@ class Engine:
 
     def _filler(self, like: Pack) -> Pack:
         """The shortest pack, nothing of which counts: it fills an interleaved pipeline."""
-        rows = alignment(self.parallel, fp8=self.config.fp8 is not None)[1]
+        rows = alignment(self.parallel, self.fp8)[1]
         return Pack(
             tokens=like.tokens.new_zeros(rows),
             labels=like.labels.new_full((rows,), IGNORED),
@@ -416,7 +416,7 @@ class Engine:
         )
 
     def _aligned(self, pack: Pack) -> Pack:
-        return pack.aligned(*alignment(self.parallel, fp8=self.config.fp8 is not None))
+        return pack.aligned(*alignment(self.parallel, self.fp8))
 
     def _means(self, counts: list[int], sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Means over the rows of the step, on every rank; both lists are empty on all stages but the last."""

@@ -106,15 +106,25 @@ def _check_stages(layers: int, parallel: ParallelConfig) -> None:
             raise ConfigError(f"{told}: {count} layers do not divide by vpp; use a multiple of {parallel.vpp}")
 
 
-def alignment(parallel: ParallelConfig, fp8: bool = False) -> tuple[int, int]:
+# Rows of a rank that an FP8 recipe's matrix products want to be a multiple of: 16 for their operands, and whole blocks
+# for block scaling.  Transformer Engine gathers the input of a sequence-parallel layer in 8 bits only where every rank
+# has whole blocks (`Float8BlockQuantizer.is_quantizable`); before 2.14 it refused others, now it gathers 16 bits.
+_FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "block": 128}
+
+
+def alignment(parallel: ParallelConfig, fp8: str = "none") -> tuple[int, int]:
     """Rows that every document, and every pack as a whole, must be a multiple of.
 
     Context parallelism cuts a document into two chunks a rank; every rank of a sequence-parallel group holds as
-    many rows as the others; 8-bit matrix products want 16 rows.
+    many rows as the others; 8-bit matrix products want a multiple of rows that follows from the recipe.
+
+    Args:
+        parallel: the model's layout.
+        fp8: ``model.fp8``, the scaling recipe.
     """
     document = 2 * parallel.cp if parallel.cp > 1 else 1
     ranks = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
-    return document, math.lcm(document, ranks * (16 if fp8 else 1))
+    return document, math.lcm(document, ranks * _FP8_ROWS[fp8])
 
 
 def _transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **sizes: Any) -> TransformerConfig:

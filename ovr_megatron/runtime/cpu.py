@@ -1,4 +1,4 @@
-"""What lets Megatron-Core 0.16 and a CUDA build of torchvision run on a machine without a GPU.
+"""What lets Megatron-Core and a CUDA build of torchvision run on a machine without a GPU.
 
 This is the only file of the project that patches torch, torchvision or Megatron.  With a GPU, each function
 here does nothing.
@@ -84,6 +84,7 @@ def let_megatron_run() -> None:
     device = torch.device("cpu")
     torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]  # asked for from 0.19 on
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

@@ -1,16 +1,21 @@
 """Which rows a context-parallel rank holds, how packs are aligned for it, and how images are shared."""
 
+import itertools
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from ovr_megatron.config import ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.attention import attend
 from ovr_megatron.model.context import gathered_rows, rank_rows, share_images
+from ovr_megatron.model.qwen25vl import alignment
 from ovr_megatron.model.segments import Segments
+from tests.model.engine_source import source_functions
 
 
 def test_two_documents_on_two_ranks() -> None:
@@ -68,6 +73,41 @@ def test_alignment_tails_carry_nothing(document: int, total: int) -> None:
 def test_a_pack_that_fits_is_left_alone() -> None:
     pack = make_pack([4, 8])
     assert pack.aligned(4, 4) is pack and pack.aligned(1, 1) is pack
+
+
+def rows_of_a_rank(recipe: str, parallel: ParallelConfig, lengths: list[int]) -> int:
+    """Rows that a rank's matrix products have of a pack of these documents."""
+    rows = len(make_pack(lengths).aligned(*alignment(parallel, recipe)).tokens)
+    ranks = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    assert rows % ranks == 0
+    return rows // ranks
+
+
+FP8_LAYOUTS = [
+    ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel)
+    for tp, cp, sequence_parallel in itertools.product((1, 2, 4, 8), (1, 2, 3, 4), (False, True))
+    if tp > 1 or not sequence_parallel
+]
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "block"])
+def test_eight_bit_products_take_the_rows_of_every_layout(recipe: str) -> None:
+    """By the rules of Transformer Engine's text where it is here, else by their transcription.
+
+    ``assert_dim_for_fp8_exec`` (multiples of 8 rows; the weight's gradient swaps the sides: 16) and, for block scaling,
+    ``Float8BlockQuantizer.is_quantizable`` of what a sequence-parallel rank gathers.
+    """
+    products = source_functions("pytorch/utils.py", ["assert_dim_for_fp8_exec"])
+    blocks = source_functions("pytorch/tensor/float8_blockwise_tensor.py", ["is_quantizable"])
+    for parallel, tokens in itertools.product(FP8_LAYOUTS, (1, 15, 100, 128, 129, 1000, 2001, 5000)):
+        rows = rows_of_a_rank(recipe, parallel, [tokens, 3])
+        local = torch.empty(rows, 1, 256, device="meta")
+        assert rows % 16 == 0
+        if products:
+            products["assert_dim_for_fp8_exec"](local, local.flatten(0, 1).t())
+        if recipe == "block":
+            assert rows % 128 == 0
+            assert not blocks or blocks["is_quantizable"](SimpleNamespace(block_len=128), local)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 16])

@@ -119,7 +119,8 @@ def test_alignment() -> None:
     assert alignment(ParallelConfig(cp=4)) == (8, 8)
     assert alignment(ParallelConfig(cp=4, tp=2, sequence_parallel=True)) == (8, 8)
     assert alignment(ParallelConfig(cp=3, tp=2, sequence_parallel=True)) == (6, 6)
-    assert alignment(ParallelConfig(cp=2, tp=2), fp8=True) == (4, 32)
+    assert alignment(ParallelConfig(cp=2, tp=2), "current") == (4, 32)
+    assert alignment(ParallelConfig(cp=2, tp=4, sequence_parallel=True), "block") == (4, 1024)
 
 
 OTHER_SHAPES = {

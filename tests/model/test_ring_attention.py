@@ -1,21 +1,17 @@
 """What Transformer Engine's attention makes of a pack with alignment tails, by its own arithmetic, on a CPU.
 
 Its ring attention over context-parallel ranks is executed step by step: which rows it takes, how long it believes the
-documents to be, and how it merges.  The lengths come from a transcription of Transformer Engine 2.14 to 2.20, or from
-the functions themselves where their source is: installed, or unpacked in the folder ``TRANSFORMER_ENGINE_SOURCE``.
+documents to be, and how it merges.  The lengths come from a transcription of Transformer Engine 2.14 to 2.20, and from
+the functions themselves where their source is here (`engine_source`).
 
 Shapes: T rows of the pack, a step's L queries and K keys, one head of H numbers.
 """
 
-import ast
-import importlib.util
 import itertools
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +23,8 @@ from ovr_megatron.data.packing import Pack
 from ovr_megatron.model.context import rank_rows
 from ovr_megatron.model.qwen25vl import alignment
 from ovr_megatron.model.segments import Segments
+from tests.model.engine_source import source_functions
 
-RING = "pytorch/attention/dot_product_attention/context_parallel.py"
 HEAD = 8
 # Lengths of queries and keys of a ring step, as cumulated int32 [D + 1] each.
 StepLengths = Callable[[Segments, Tensor, int, int, int, str], tuple[Tensor, Tensor]]
@@ -58,25 +54,17 @@ def transcribed(segments: Segments, local_rows: Tensor, cp: int, rank: int, step
 
 def own_text() -> StepLengths | None:
     """The same from Transformer Engine's source; None where it is not here."""
-    folder = os.environ.get("TRANSFORMER_ENGINE_SOURCE")
-    spec = None if folder else importlib.util.find_spec("transformer_engine")
-    if spec is not None and spec.origin:
-        folder = str(Path(spec.origin).parent)
-    if not folder:
-        return None
-    tree = ast.parse((Path(folder) / RING).read_text())
     names = ("get_cu_seqlens_on_cp_rank", "cp_p2p_fwd_prepare_qkv")
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
-    for function in functions:
-        function.decorator_list.clear()
+    scope = source_functions("pytorch/attention/dot_product_attention/context_parallel.py", names)
+    if scope is None:
+        return None
 
     class Extension:
         @staticmethod
         def thd_read_half_tensor(x: Tensor, local_rows: Tensor, half: int) -> Tensor:
             return x[half_rows(local_rows, half)]
 
-    scope: dict[str, Any] = {"torch": torch, "tex": Extension}
-    exec(compile(ast.Module(functions, []), RING, "exec"), scope)
+    scope["tex"] = Extension
 
     def lengths(segments: Segments, local_rows: Tensor, cp: int, rank: int, step: int, section: str) -> tuple:
         rows = torch.zeros(int(local_rows[-1]), 1, 1)
