@@ -287,8 +287,10 @@ class RolloutConfig:
 
     ``schedule``: ``static`` gives every engine the same number of prompts at once, so that a run that is repeated draws
     the same batches; ``shared`` has each take the next prompt when it has room, which ends sooner where lengths differ.
-    ``bucket_mib``: new weights travel to the engines in buckets of this size, two at a time; ``check_updates`` compares
-    checksums of every slice.
+    ``mismatch_warning``: an iteration in which a hundredth of the tokens' log-probabilities differ by more between
+    engine and trainer is warned of.  ``bucket_mib``: new weights travel to the engines in buckets of this size, two at
+    a time; ``check_updates`` compares checksums of every slice.  ``async_scheduling=false`` has vLLM plan a step on a
+    GPU only after the one before (on a CPU it does so anyway).
     """
 
     tp: int = 1
@@ -301,6 +303,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.5
     stop: list[str] = field(default_factory=list)
     enforce_eager: bool = False
+    async_scheduling: bool = True
     mismatch_warning: float = 0.05
     bucket_mib: float = 256.0
     check_updates: bool = False

@@ -20,10 +20,18 @@ from ovr_megatron.model import kernels
 from ovr_megatron.model.segments import Group, Segments
 
 
-def rotary_table(angles: Tensor) -> Tensor:
-    """Cosines and sines of ``angles`` [T, H/2] as one float32 tensor [T, 1, 1, 2H], rotate-half convention."""
+def rotary_table(angles: Tensor, dtype: torch.dtype = torch.float32, scaling: float = 1.0) -> Tensor:
+    """Cosines and sines of ``angles`` [T, H/2] as one float32 tensor [T, 1, 1, 2H], rotate-half convention.
+
+    Args:
+        angles: float32 [T, H/2].
+        dtype: of the parameters.  The numbers are rounded to it, as vLLM keeps them (`RotaryEmbeddingBase`) and, for
+            the language model, Transformers: a model is trained with the cosines that it is served with.
+        scaling: factor of cosines and sines, before they are rounded.
+    """
     full = torch.cat((angles, angles), dim=-1)
-    return torch.cat((full.cos(), full.sin()), dim=-1)[:, None, None]
+    table = torch.cat((full.cos(), full.sin()), dim=-1)[:, None, None] * scaling
+    return table.to(dtype).float()
 
 
 def rotate(query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

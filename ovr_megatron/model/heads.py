@@ -24,6 +24,20 @@ _TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 _KEPT_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 
+def float_product(left: Tensor, right: Tensor) -> Tensor:
+    """Float32 ``left @ right`` [n, m] of two matrices of one dtype.
+
+    Logits of 20 to 30 rounded to bfloat16 lie 0.125 apart, and a log-probability is as wrong; vLLM is asked to
+    multiply in the same way (`rollout/engine.py`).  A GPU takes bfloat16 operands at their own speed and adds up in
+    float32 anyway.
+    """
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 def _blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
@@ -42,9 +56,8 @@ def keeps_logits(tokens: int, rows: int, device: torch.device) -> bool:
 
 
 def _shifted(tile: Tensor, scale: float, shift: Tensor, keep: bool = False) -> Tensor:
-    """Float32 ``scale * tile - shift`` [t, v]; over a float32 tile that need not be kept.  ``shift`` is [t]."""
-    out = None if keep or tile.dtype != torch.float32 else tile
-    return torch.add(-shift[:, None], tile, alpha=scale, out=out)
+    """``scale * tile - shift`` [t, v], over the tile unless that is to ``keep`` its numbers.  ``shift`` is [t]."""
+    return torch.add(-shift[:, None], tile, alpha=scale, out=None if keep else tile)
 
 
 def _rebased(total: Tensor, weighted: Tensor, peak: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +90,8 @@ def _add_tile(
         return
     tile.index_fill_(1, banned.nonzero()[:, 0], BANNED / scale)
     column, inside = _labels_within(labels, tile.size(1))
-    target += torch.where(inside, tile.gather(1, column)[:, 0].float() * scale, 0.0)
-    top = torch.maximum(peak, tile.amax(-1).float() * scale)
+    target += torch.where(inside, tile.gather(1, column)[:, 0] * scale, 0.0)
+    top = torch.maximum(peak, tile.amax(-1) * scale)
     x = _shifted(tile, scale, top, keep)
     weights = x.exp()
     before = _rebased(total, weighted, peak, top)
@@ -96,10 +109,11 @@ def _tile_gradient(
     d_logprob: Tensor,
     d_entropy: Tensor | None,
     scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """What `kernels.tile_gradient` does, in the tile's number format."""
+    """What `kernels.tile_gradient` does."""
     if tile.is_cuda:
-        return kernels.tile_gradient(tile, banned, labels, norm, entropy, d_logprob, d_entropy, scale)
+        return kernels.tile_gradient(tile, banned, labels, norm, entropy, d_logprob, d_entropy, scale, dtype)
     x = _shifted(tile, scale, norm)
     if d_entropy is None:
         d_tile = x.exp_().mul_(-d_logprob[:, None])
@@ -108,7 +122,7 @@ def _tile_gradient(
         d_tile = x.add_(entropy[:, None]).mul_(-d_entropy[:, None]).sub_(d_logprob[:, None]).mul_(probs)
     column, inside = _labels_within(labels, tile.size(1))
     d_tile.scatter_add_(1, column, (d_logprob * inside)[:, None])
-    return d_tile.index_fill_(1, banned.nonzero()[:, 0], 0.0).to(tile.dtype)
+    return d_tile.index_fill_(1, banned.nonzero()[:, 0], 0.0).to(dtype)
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
@@ -121,7 +135,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total += left @ right
+        total += float_product(left, right)
 
 
 class _VocabParallelScores(torch.autograd.Function):
@@ -148,7 +162,7 @@ class _VocabParallelScores(torch.autograd.Function):
         kept: list[Tensor] = []
         for columns in _blocks(len(weight), rows):
             for part in _blocks(len(hidden), tokens):
-                tile = hidden[part] @ weight[columns].t()
+                tile = float_product(hidden[part], weight[columns].t())
                 statistics = peak[part], total[part], weighted[part], target[part]
                 _add_tile(tile, banned[columns], local[part] - columns.start, *statistics, scale, keeps)
                 if keeps:
@@ -178,10 +192,10 @@ class _VocabParallelScores(torch.autograd.Function):
         for columns in _blocks(len(weight), rows):
             d_block = torch.zeros_like(weight[columns], dtype=torch.float32) if wants_weight else None
             for part in _blocks(len(hidden), tokens):
-                tile = kept.pop(0) if kept else hidden[part] @ weight[columns].t()
+                tile = kept.pop(0) if kept else float_product(hidden[part], weight[columns].t())
                 per_token = norm[part], entropy[part], d_logprob[part], None if d_entropy is None else d_entropy[part]
                 labels = local[part] - columns.start
-                d_tile = _tile_gradient(tile, banned[columns], labels, *per_token, ctx.scale)
+                d_tile = _tile_gradient(tile, banned[columns], labels, *per_token, ctx.scale, hidden.dtype)
                 if d_hidden is not None:
                     _add_product(d_hidden[part], d_tile, weight[columns])
                 if d_block is not None:
@@ -200,7 +214,8 @@ def token_scores(
     """Log-probability of each label and entropy of its distribution.
 
     The distribution is softmax(hidden W^T / temperature) over the ids that are not banned, which is what the
-    rollout samples from.
+    rollout samples from.  Logits are float32 (`float_product`); their gradients are rounded to the dtype of ``hidden``
+    for the products that follow.
 
     Args:
         hidden: [n, D], replicated over ``group``.

@@ -124,6 +124,7 @@ def _tile_gradient(  # type: ignore[no-untyped-def]
     entropy,
     d_logprob,
     d_entropy,
+    out,
     columns,
     scale,
     HAS_ENTROPY: tl.constexpr,
@@ -140,7 +141,8 @@ def _tile_gradient(  # type: ignore[no-untyped-def]
     if HAS_ENTROPY:
         change -= (logprob + tl.load(entropy + row)) * tl.load(d_entropy + row)
     change = change * tl.exp(logprob) + tl.where(column == tl.load(labels + row), upstream, 0.0)
-    tl.store(logits, tl.where(forbidden != 0, 0.0, change).to(tile.dtype.element_ty), mask=inside)
+    gradient = tl.where(forbidden != 0, 0.0, change).to(out.dtype.element_ty)
+    tl.store(out + row * columns + column, gradient, mask=inside)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -207,8 +209,9 @@ def tile_gradient(
     d_logprob: Tensor,
     d_entropy: Tensor | None,
     scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of a tile of scaled logits [t, v], written over the logits.
+    """The gradient of a tile of scaled logits [t, v], written over the logits where it has their dtype.
 
     Args:
         tile: [t, v], contiguous.
@@ -219,20 +222,23 @@ def tile_gradient(
         d_logprob: gradient of each label's log-probability [t].
         d_entropy: gradient of each entropy [t]; None: it is not wanted.
         scale: inverse temperature.
+        dtype: of the gradient.
     """
     rows, columns = tile.shape
+    out = tile if dtype == tile.dtype else torch.empty_like(tile, dtype=dtype)
     per_token = norm, entropy, d_logprob, d_logprob if d_entropy is None else d_entropy
     _tile_gradient[(rows, triton.cdiv(columns, _BLOCK))](
         tile,
         banned.view(torch.uint8),
         labels,
         *per_token,
+        out,
         columns,
         scale,
         HAS_ENTROPY=d_entropy is not None,
         BLOCK=_BLOCK,
     )
-    return tile
+    return out
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from ovr_megatron.config import ConfigError, ModelConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.context import rank_rows, share_images
-from ovr_megatron.model.heads import ValueHead, token_scores
+from ovr_megatron.model.heads import ValueHead, float_product, token_scores
 from ovr_megatron.model.layers import Parts, layer_spec
 from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.model.segments import Segments
@@ -325,7 +325,7 @@ class Qwen25VL(GPTModel):
         return self.decoder(
             hidden_states=self._embed(pack, rows) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary_table(angles) * self.rotary_scaling,
+            rotary_pos_emb=rotary_table(angles, self.config.params_dtype, self.rotary_scaling),
             packed_seq_params=segments,
         )
 
@@ -414,6 +414,6 @@ class Qwen25VL(GPTModel):
         return Scores(rows, logprobs=logprobs, entropy=entropy)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        local = self._gather_rows(hidden) @ self._head_weight().t()
+        local = float_product(self._gather_rows(hidden), self._head_weight().t())
         full = tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.pg_collection.tp)
         return full[:, : self.shape.vocab]

@@ -166,7 +166,7 @@ class VisionTower(MegatronModule):
         order, feature_order = _concatenate(layouts)
         positions = send(torch.from_numpy(np.concatenate([layout.position for layout in layouts])), device)
         angles = (positions[:, :, None].float() * self.inv_freq).flatten(1)
-        table = rotary_table(angles)
+        table = rotary_table(angles, self.config.params_dtype)
         windows, frames = (
             Segments.build(_boundaries([n for x in layouts for n in getattr(x, name)]), exact=True, device=device)
             for name in ("window_lengths", "frame_lengths")

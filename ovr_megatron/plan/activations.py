@@ -315,16 +315,22 @@ class _Head:
         high, rows = tile_sides(max(scored, 1), vocab, torch.device(text.kernels.device))
         tile = high * rows
         scores = scored * (3 * _FLOAT + 2 * _INDEX)
-        if keeps_logits(scored, vocab, torch.device(text.kernels.device)):
-            scores += scored * vocab * number
-        forward_tiles = backward_tiles = tile * number  # a GPU reads them, and writes the gradient over them
-        if text.kernels.device == "cpu":  # numbers of less are widened, those of float32 changed in place
-            copies = tile * number if number < _FLOAT else 0
-            forward_tiles, backward_tiles = copies + 2 * tile * _FLOAT, 2 * copies + tile * _FLOAT
+        is_kept = keeps_logits(scored, vocab, torch.device(text.kernels.device))
+        if is_kept:
+            scores += scored * vocab * _FLOAT
+        forward_tiles = backward_tiles = tile * _FLOAT  # logits, and their gradient written over them
+        product = rows * shape.hidden * _FLOAT
+        if number < _FLOAT:  # the gradient is rounded apart, and its product added to a float32 sum
+            backward_tiles = tile * number + (0 if is_kept else tile * _FLOAT) + product
+        if text.kernels.device == "cpu":
+            forward_tiles += tile * _FLOAT
+            if number < _FLOAT:  # both sides of a product are widened
+                widened = (high + rows) * shape.hidden * _FLOAT
+                forward_tiles = max(forward_tiles, tile * _FLOAT + widened)
+                backward_tiles += tile * _FLOAT + widened - product  # a side as large as the product among them
         self.forward = self.kept + scores + forward_tiles + (gathered if parallel.sequence_parallel else 0)
         weight = vocab * shape.hidden * number
-        block = rows * shape.hidden * _FLOAT * (2 if number < _FLOAT else 1)
         gradient = wide * (_FLOAT + (number if number < _FLOAT else 0))
-        of_product = backward_tiles + block
+        of_product = backward_tiles + product  # the sum of a block of the weight's gradient
         self.kept += scores
         self.backward = self.kept + weight + max(gradient + of_product, wide * number + gathered)

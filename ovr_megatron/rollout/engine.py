@@ -357,6 +357,8 @@ def _settings(config: RolloutConfig, processor: Processor, dtype: str, max_model
         "max_num_seqs": config.max_num_seqs,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
+        # Logits as the trainer's (`model/heads.py`); with float32 weights nothing changes.
+        "hf_overrides": {"head_dtype": "float32"},
         "limit_mm_per_prompt": {"image": data.max_images, "video": 1},
         "mm_processor_kwargs": processor.mm_processor_kwargs,
         "mm_processor_cache_gb": 0,
@@ -370,6 +372,7 @@ def _settings(config: RolloutConfig, processor: Processor, dtype: str, max_model
         return settings | {
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "enforce_eager": config.enforce_eager,
+            "async_scheduling": None if config.async_scheduling else False,  # None: vLLM does where it can
             "enable_sleep_mode": True,
         }
     settings.setdefault("kv_cache_memory_bytes", _cache_bytes(config, processor.shape, dtype, max_model_len))

@@ -81,3 +81,19 @@ def test_the_head(tile: int, kept: bool, upstream: str, size: float, monkeypatch
         del theirs["entropy"]
     found = errors(computed(given, 0.7, upstream), theirs)
     assert max(found.values()) < 3e-6, found
+
+
+def test_the_head_with_bfloat16_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 logits, and their gradient in the weight's dtype."""
+
+    def add_tile(*arguments: Any) -> None:
+        kernels.add_tile(*arguments[:-1])
+
+    monkeypatch.setitem(heads._TILE_BYTES, DEVICE, 4 * 10 * 45)
+    monkeypatch.setitem(heads._KEPT_BYTES, DEVICE, 0)
+    monkeypatch.setattr(heads, "_add_tile", add_tile)
+    monkeypatch.setattr(heads, "_tile_gradient", kernels.tile_gradient)
+    given = {name: tensor.to(DEVICE) for name, tensor in case(torch.bfloat16, size=2.5).items()}
+    found = errors(computed(given, 0.7, "logprob and entropy"), expected(given, 0.7, "logprob and entropy"))
+    assert max(found[name] for name in ("logprob", "entropy")) < 1e-5, found
+    assert max(found[name] for name in ("hidden", "weight")) < 2**-7, found

@@ -142,6 +142,23 @@ def test_bfloat16_is_as_good_as_its_rounding(upstream: str, monkeypatch: pytest.
     assert max(found.values()) < 2**-7, found
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bfloat16_weights_have_float32_logits(ranks: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of up to 40: rounded to bfloat16 they would be wrong by 0.06 and more."""
+    monkeypatch.setitem(heads._TILE_BYTES, "cpu", 4 * 100)
+    given = case(torch.bfloat16, size=2.5)
+    theirs = expected(given, temperature, "logprob and entropy")
+    assert (given["hidden"].double() @ given["weight"].double().t()).abs().max() > 30
+    for kept in (0, 1 << 20):
+        monkeypatch.setitem(heads._KEPT_BYTES, "cpu", kept)
+        ours = computed(given, temperature, "logprob and entropy", ranks)
+        assert (ours["logprob"].double() - theirs["logprob"]).abs().max() < 1e-3
+        assert (ours["entropy"].double() - theirs["entropy"]).abs().max() < 1e-3
+        gradients = errors(ours, {name: theirs[name] for name in ("hidden", "weight")})
+        assert max(gradients.values()) < 2**-7, gradients
+
+
 def test_confident_rows_keep_their_small_gradient_in_bfloat16() -> None:
     """1 - p of the label is formed before it is rounded: rounding p to bfloat16 would leave 0."""
     hidden = torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)

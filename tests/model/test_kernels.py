@@ -16,13 +16,14 @@ from ovr_megatron.model import kernels
 CUOBJDUMP = Path(triton.backends.__file__).with_name("nvidia") / "bin/cuobjdump"
 # By the first letter of a parameter's type as it is written below.
 TYPES = {"x": None, "i": "i32", "f": "fp32", "l": "*i64", "b": "*u8", "s": "*fp32"}
-# Of each kernel: x (the tensors in the model's format), i (a size), f (a factor), l, b, s (labels, banned, statistics).
+# Of each kernel: x (tensors in the model's dtype), i (a size), f (a factor), l, b (labels, banned), s (float32: logits,
+# statistics).
 SIGNATURES = {
     "_swiglu": "xxi",
     "_swiglu_backward": "xxi",
     "_rotate": "xsxiiii",
-    "_add_tile": "xblssssif",
-    "_tile_gradient": "xblssssif",
+    "_add_tile": "sblssssif",
+    "_tile_gradient": "sblssssxif",
 }
 CONSTANTS: dict[str, list[dict[str, int | bool]]] = {
     "_swiglu": [{"BLOCK": 1024}],

@@ -44,7 +44,10 @@ def test_tables_are_transformers_past_40000_positions(
     assert scaling == theirs.attention_scaling and (scaling > 1) == bool(options)
 
     positions = torch.stack([torch.arange(n, n + 2000) for n in (40000, 40960, 100000)])
-    cosines, sines = theirs(torch.zeros(1), positions[:, None])
     rows = torch.repeat_interleave(torch.arange(3), torch.tensor(shape.mrope_section))
-    table = rotary_table(positions[rows].t().float() * frequencies) * scaling
-    assert torch.equal(table[:, 0, 0], torch.cat((cosines[0], sines[0]), dim=-1))
+    angles = positions[rows].t().float() * frequencies
+    for dtype in (torch.float32, torch.bfloat16):
+        cosines, sines = (part.float() for part in theirs(torch.zeros(1, dtype=dtype), positions[:, None]))
+        table = rotary_table(angles, dtype, scaling)
+        assert table.dtype == torch.float32
+        assert torch.equal(table[:, 0, 0], torch.cat((cosines[0], sines[0]), dim=-1)), dtype

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 
 from ovr_megatron.config import DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.model import heads
+from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.rope import inverse_frequencies
-from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rl.training import warn
+from ovr_megatron.rollout.engine import RolloutEngine, _settings
 from ovr_megatron.rollout.model import fill_rotary_cache
 from ovr_megatron.rollout.reshard import TransferError
 from ovr_megatron.rollout.sampling import Prompt, RolloutError
@@ -130,6 +134,70 @@ def test_untied_head_is_updated_and_stop_strings_stop(started, make_reference, p
     stopped = [g.stopped for group in responses for g in group]
     assert any(stopped) and not any("a" in before for _, before in texts)
     assert all("a" not in text for (text, _), early in zip(texts, stopped, strict=True) if not early)
+
+
+@pytest.fixture(scope="module")
+def bfloat16_engine(started, references, processor):
+    """An engine of the same shape with bfloat16 weights."""
+    return RolloutEngine(
+        references[0].folder, RolloutConfig(max_num_seqs=16), processor, "bfloat16", MAX_MODEL_LEN, empty=True
+    )
+
+
+def test_bfloat16_weights_have_float32_logits(bfloat16_engine, references, samples, ask):
+    """The trainer's: float32 sums of bfloat16 products.  Tied to the embedding, after an update, and after a sleep."""
+    shape = bfloat16_engine._llm.llm_engine.model_config.hf_config.get_text_config()
+    hidden = torch.randn(9, shape.hidden_size, generator=torch.Generator().manual_seed(1)).mul(6).bfloat16()
+    (model,) = bfloat16_engine._llm.apply_model(lambda model: model)
+    for reference in (*references, references[0]):
+        weights = [replace(one, parameter=one.parameter.bfloat16()) for one in reference.held()]
+        bfloat16_engine.update(weights)
+        logits = model.compute_logits(hidden)
+        head = reference.model.lm_head.weight.bfloat16()
+        assert logits.dtype == torch.float32
+        expected = heads.float_product(hidden, head.t())
+        expected[:, bfloat16_engine.banned] = -torch.inf
+        allowed = expected.isfinite()
+        assert torch.equal(allowed, logits.isfinite()) and expected[allowed].abs().max() > 20
+        assert (logits - expected)[allowed].abs().max() < 1e-4
+        responses = bfloat16_engine.generate(ask(samples, [3]), 1.0)
+        assert all(group[0].logprobs.dtype == np.float32 for group in responses)
+        bfloat16_engine.sleep(deep=True)
+
+
+def test_bfloat16_rotary_tables_are_the_trainers(bfloat16_engine, processor):
+    """Bit for bit, of the language model and of the tower, at every position that vLLM has."""
+    (model,) = bfloat16_engine._llm.apply_model(lambda model: model)
+    head, vision = processor.shape.head_dim, processor.shape.vision
+    frequencies, scaling = inverse_frequencies(processor.shape)
+    size = vision.hidden // vision.heads // 2
+    tower = 1.0 / 10000.0 ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    tables = {
+        head: model.language_model.model.layers[0].self_attn.rotary_emb.cos_sin_cache,
+        size: model.visual.rotary_pos_emb.cos_sin_cache,
+    }
+    for (width, theirs), inverse in zip(tables.items(), (frequencies, tower), strict=True):
+        assert theirs.dtype == torch.bfloat16 and theirs.shape[1] == width
+        angles = torch.arange(len(theirs))[:, None].float() * inverse
+        ours = rotary_table(angles, torch.bfloat16, scaling if width == head else 1.0)[:, 0, 0]
+        ours = torch.cat((ours[:, : width // 2], ours[:, width : width + width // 2]), -1)
+        assert torch.equal(theirs.float(), ours)
+
+
+def test_a_gpu_schedules_ahead_unless_it_is_told_not_to(monkeypatch, processor):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for ahead, expected in ((True, None), (False, False)):
+        settings = _settings(RolloutConfig(async_scheduling=ahead), processor, "bfloat16", MAX_MODEL_LEN)
+        assert settings["async_scheduling"] is expected
+        assert settings["hf_overrides"] == {"head_dtype": "float32"}
+
+
+def test_the_warning_looks_at_a_quantile(capsys):
+    config = SimpleNamespace(rollout=RolloutConfig(mismatch_warning=0.05))
+    warn({"rollout/mismatch_p99": 0.04, "rollout/mismatch_max": 9.0}, 3, config)
+    assert capsys.readouterr().err == ""
+    warn({"rollout/mismatch_p99": 0.06, "rollout/mismatch_max": 9.0}, 3, config)
+    assert "iteration 3: a hundredth of the tokens' log-probabilities differ by 6.00e-02" in capsys.readouterr().err
 
 
 def test_engine_keeps_a_copy_of_the_weights(engine, references, samples, ask):
