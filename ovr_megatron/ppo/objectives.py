@@ -10,20 +10,20 @@ from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import LossSum
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.ppo import maths
+from ovr_megatron.ppo.mismatch import Mismatch
 
 
 class PolicyObjective:
     """The clipped surrogate, with the divergence from a reference and the entropy where they are wanted.
 
     Reads a pack's ``advantages`` and ``rollout_logprobs``, and where they are there ``old_logprobs`` (else the step is
-    strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs`` and
-    ``weights``.  ``largest`` holds, on the device, the widest difference between old ones and the rollout engine's in
-    each pack that this rank saw.
+    strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs``, ``weights``
+    and ``modalities``.  ``mismatch`` counts the differences between old ones and the rollout engine's.
     """
 
     def __init__(self, config: AlgorithmConfig):
         self.config = config
-        self.largest: list[Tensor] = []
+        self.mismatch = Mismatch()
 
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
         """Loss of one pack."""
@@ -37,7 +37,6 @@ class PolicyObjective:
         sums = {
             "entropy": scores.entropy.detach().sum(),
             "clip_fraction": clipped.float().sum(),
-            "mismatch_mean": (old - rollout).abs().sum(),
             "rollout_kl": maths.kl_estimate(rollout, old, "k3").sum(),
         }
         if config.importance_cap:
@@ -51,8 +50,8 @@ class PolicyObjective:
                 losses = losses + config.kl_coefficient * divergence
         if config.entropy_bonus:
             losses = losses - config.entropy_bonus * scores.entropy
-        if len(now):  # a context-parallel rank may hold no scored row of a pack
-            self.largest.append((old - rollout).abs().max())
+        if "modalities" in pack.extras:
+            self.mismatch.add((old - rollout).abs(), scores.beside(pack, "modalities"))
         return weighed(losses, scores, pack, sums)
 
 

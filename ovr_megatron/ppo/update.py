@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.ppo import maths
 from ovr_megatron.ppo.experience import Experience, Models, Study, summed
+from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 
 
@@ -49,6 +48,7 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
     config, policy, batch = models.config.algorithm, models.policy, experience.batch
     objective = PolicyObjective(config)
     rollout_logprobs = [r.logprobs for r in experience.responses]
+    modalities = token_modalities(batch.samples, batch.lengths)
     steps = []
     for number in range(config.policy_updates):
         layout = batch.layout(range(len(batch))[number % config.policy_steps :: config.policy_steps])
@@ -57,17 +57,15 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
             layout,
             advantages=experience.advantages,
             rollout_logprobs=rollout_logprobs,
+            modalities=modalities,
             old_logprobs=experience.old if config.policy_updates > 1 else None,
             reference_logprobs=experience.reference,
             weights=maths.token_weights(config.reduction, batch.lengths, layout, models.config.reduction_tokens, total),
         )
         steps.append(policy.train(packs, objective))
     found = mean_of(steps)
-    peak = torch.tensor(max(map(float, objective.largest), default=0.0))
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
     metrics = {f"policy/{key}": found[key] for key in ("loss", "entropy", "clip_fraction", "grad_norm")}
-    metrics |= {"rollout/mismatch_mean": found["mismatch_mean"], "rollout/mismatch_max": float(peak)}
-    metrics["rollout/kl"] = found["rollout_kl"]
+    metrics |= objective.mismatch.metrics() | {"rollout/kl": found["rollout_kl"]}
     optional = {"importance": "rollout/importance", "reference_kl": "policy/reference_kl"}
     return metrics | {name: found[key] for key, name in optional.items() if key in found}
 

@@ -283,9 +283,13 @@ def build_rollouts(config: RLConfig, source: Path, processor: Processor, models:
 
 def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
     """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
-    mismatch = metrics.get("rollout/mismatch_max", 0.0)
+    mismatch = metrics.get("rollout/mismatch_p99", 0.0)
     if mismatch > config.rollout.mismatch_warning:
-        print(f"warning: iteration {iteration}: rollout and trainer differ by {mismatch:.2e}", file=sys.stderr)
+        print(
+            f"warning: iteration {iteration}: a hundredth of the tokens' log-probabilities differ by {mismatch:.2e} or "
+            f"more between rollout and trainer (rollout.mismatch_warning={config.rollout.mismatch_warning:g})",
+            file=sys.stderr,
+        )
     spread = metrics.get("critic/value_std", 0.0)
     if iteration == 0 and spread > 1:
         print(f"warning: initial values spread by {spread:.1f}: see critic.head_init", file=sys.stderr)

@@ -64,6 +64,7 @@ def packs_of(shape: ModelShape) -> list[Pack]:
     for pack in found:
         names = ("advantages", "rollout_logprobs", "weights", "returns", "values")
         pack.extras |= {name: torch.randn(len(pack.tokens)) for name in names}
+        pack.extras["modalities"] = torch.randint(0, 3, (len(pack.tokens),)).float()
     return found
 
 

@@ -77,6 +77,8 @@ def test_every_algorithm_moves_the_policy(runs: Path, name: str) -> None:
     assert [line["step"] for line in lines] == [0, 1]
     assert 0 < lines[0]["reward/mean"] < 1
     assert all(line["policy/grad_norm"] > 0 and line["rollout/mismatch_max"] <= 1e-4 for line in lines)
+    assert all(0 < line["rollout/mismatch_mean"] < line["rollout/mismatch_p99"] for line in lines)
+    assert all(line["rollout/mismatch_p99"] <= line["rollout/mismatch_max"] for line in lines)
     moved = weights(runs / name)
     assert all(not np.array_equal(moved[key], start[key]) for key in start if key.endswith("proj.weight"))
     assert ("critic/loss" in lines[0]) == name.startswith("ppo")

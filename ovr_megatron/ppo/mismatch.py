@@ -1,0 +1,87 @@
+"""How far the trainer's log-probabilities lie from the rollout engine's: mean, quantile and maximum, by modality.
+
+Vision features are where two implementations in bfloat16 part first, so a mean over all tokens hides what images add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ovr_megatron.data.processing import Sample
+
+MODALITIES = ("text", "image", "video")
+QUANTILE = 0.99
+# Bins of equal width in the logarithm, from 1e-9 to 1e3: an edge lies 10 % above the one before.
+_BINS_PER_DECADE, _FIRST_DECADE, _DECADES = 24, -9, 12
+_BINS = _BINS_PER_DECADE * _DECADES
+
+
+def modality(sample: Sample) -> int:
+    """Index in `MODALITIES` of a prompt: video where it has one, else image where it has one, else text."""
+    return 2 if sample.videos else 1 if len(sample.grid_thw) else 0
+
+
+def token_modalities(samples: Sequence[Sample], lengths: Sequence[int]) -> list[np.ndarray]:
+    """The modality of each response's prompt, for each of its tokens [n]."""
+    return [np.full(length, modality(sample)) for sample, length in zip(samples, lengths, strict=True)]
+
+
+class Mismatch:
+    """|log p(trainer) - log p(rollout)| of the tokens of some packs, as a histogram for each modality.
+
+    Everything stays on the device of the scores, which is never waited for, until `metrics`.
+    """
+
+    def __init__(self) -> None:
+        self._start(torch.zeros(0))
+        self._is_empty = True
+
+    def _start(self, like: Tensor) -> None:
+        """Begin with no tokens, on the device of ``like``."""
+        self._counts = like.new_zeros(len(MODALITIES) * _BINS, dtype=torch.int64)
+        self._sums = self._largest = like.new_zeros(len(MODALITIES), dtype=torch.float64)
+
+    def add(self, difference: Tensor, modalities: Tensor) -> None:
+        """Count the absolute differences [n] of tokens of these ``modalities`` (indices, [n])."""
+        if self._is_empty:
+            self._start(difference)
+            self._is_empty = False
+        difference, modalities = difference.double(), modalities.long()
+        bins = (difference.log10() - _FIRST_DECADE) * _BINS_PER_DECADE
+        bins = bins.nan_to_num(_BINS - 1).clamp(0, _BINS - 1).long()
+        self._counts = self._counts.scatter_add(0, modalities * _BINS + bins, torch.ones_like(bins))
+        self._sums = self._sums.scatter_add(0, modalities, difference)
+        self._largest = self._largest.scatter_reduce(0, modalities, difference, "amax")
+
+    def metrics(self) -> dict[str, float]:
+        """``rollout/mismatch_*`` over all ranks; where there are several modalities, of each as well.  A collective.
+
+        Ranks of a tensor-parallel group count the same tokens, all equally often: no mean and no quantile changes.
+        """
+        counts, sums, largest = (box.cpu().clone() for box in (self._counts, self._sums, self._largest))
+        for box, operation in ((counts, dist.ReduceOp.SUM), (sums, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
+            dist.all_reduce(box, operation)
+        table = counts.view(len(MODALITIES), _BINS)
+        metrics = _described(table.sum(0), float(sums.sum()), float(largest.max()))
+        present = [i for i in range(len(MODALITIES)) if table[i].any()]
+        for i in present if len(present) > 1 else ():
+            own = _described(table[i], float(sums[i]), float(largest[i]))
+            metrics |= {f"{name}/{MODALITIES[i]}": value for name, value in own.items()}
+        return metrics
+
+
+def _described(counts: Tensor, total: float, largest: float) -> dict[str, float]:
+    """Mean, quantile (the upper edge of its bin, at most 10 % too high) and maximum of a histogram [bins]."""
+    tokens = int(counts.sum())
+    reached = counts.cumsum(0) >= QUANTILE * tokens
+    edge = 10.0 ** (_FIRST_DECADE + (int(reached.long().argmax()) + 1) / _BINS_PER_DECADE)
+    return {
+        "rollout/mismatch_mean": total / max(tokens, 1),
+        "rollout/mismatch_p99": min(edge, largest),
+        "rollout/mismatch_max": largest,
+    }
