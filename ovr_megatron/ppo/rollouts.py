@@ -159,7 +159,7 @@ class Rollouts:
             while self.leads and self.grader.pending:
                 tally.reward(_settle(found, self.grader.collect()))
             if self.world.is_main:
-                tally.show(bar)
+                tally.show(bar, at_once=True)
         for number, problem in failed if self.leads else ():
             for k in range(config.responses):
                 verdict = f"failed: {problem}"
@@ -175,7 +175,8 @@ class Rollouts:
         """What this engine is to answer next, given how many responses it still works on.
 
         ``static``: replica r of R answers every R-th prompt from the r-th, all of them at once.  ``shared``: each takes
-        the next prompt from one queue whenever it has room, so that one with short answers takes more of them.
+        the next prompt from one queue whenever it has room, so that one with short answers takes more of them.  That
+        the queue is empty is remembered: asking costs a message to the store and a broadcast before each decoding step.
         """
         if self.config.rollout.schedule == "static":
             mine = list(numbers[self.replica :: self.replicas])
@@ -186,14 +187,16 @@ class Rollouts:
 
             return all_at_once
         counter = default_store(f"queue/{name}")
+        is_empty = False
 
         def next_one(outstanding: int) -> list[int]:
+            nonlocal is_empty
             taken: list[int] = []
-            while outstanding + len(taken) * self.config.responses < self.config.rollout.max_num_seqs:
-                place = self.engine.agree(lambda: counter.add("next", 1) - 1)
-                if place >= len(numbers):
-                    break
-                taken.append(numbers[place])
+            while not is_empty and outstanding + len(taken) * self.config.responses < self.config.rollout.max_num_seqs:
+                index = self.engine.agree(lambda: counter.add("next", 1) - 1)
+                is_empty = index >= len(numbers)
+                if not is_empty:
+                    taken.append(numbers[index])
             return taken
 
         return next_one
@@ -234,6 +237,7 @@ class Tally:
 
     def __init__(self, name: str) -> None:
         self._store = default_store(name)
+        self._next_look = 0.0
 
     def add(self, responses: int, tokens: int) -> None:
         """Count finished responses and their tokens."""
@@ -245,8 +249,14 @@ class Tally:
         if total:
             self._store.add("reward", round(1000 * total))
 
-    def show(self, bar: Progress) -> None:
-        """Move ``bar`` on to what is finished, with the mean reward and length so far."""
+    def show(self, bar: Progress, at_once: bool = False) -> None:
+        """Move ``bar`` on to what is finished, with the mean reward and length so far: once a second, or ``at_once``.
+
+        A decoding step takes some 20 ms, and every question to the store a part of one.
+        """
+        if time.monotonic() < self._next_look and not at_once:
+            return
+        self._next_look = time.monotonic() + 1.0
         done = self._store.add("responses", 0)
         if done > bar.done:
             reward, tokens = self._store.add("reward", 0) / 1000, self._store.add("tokens", 0)
