@@ -38,7 +38,7 @@ def choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 FORMATS = (
-    *("auto", "messages", "orz", "verl", "llava", "mathvision", "puzzlevqa"),
+    *("auto", "messages", "orz", "verl", "llava", "alpaca", "query", "mathvision", "puzzlevqa"),
     *("math", "gpqa", "mmlu", "mmlu_pro", "mathvista", "mathverse", "dynamath", "wemath", "logicvista", "mmmu_pro"),
 )
 
@@ -69,6 +69,10 @@ class DataConfig:
 
     Rows come from ``sources``, or for the cold start from ``tokenised``, a folder that ``tools/tokenise.py`` wrote.
     ``on_error``: a row that cannot be used stops the run, or is skipped, counted and listed.
+    ``template``: ``think`` writes chats with our template, whose replies begin after an opened ``<think>``, in place of
+    the model folder's own; ``model`` takes the folder's.  ``without_thought``: a reply to learn that never closes the
+    opened thought is an error (``refuse``), gets an empty thought (``close``), or is learned as it is (``open``).
+    ``learn``: of a chat of several turns ``all`` replies are learned, or the ``last``.
     ``mean_tokens`` and ``expected_samples`` are what `tools/plan.py` expects where it has no data to look at.
     """
 
@@ -76,6 +80,8 @@ class DataConfig:
     tokenised: str | None = None
     on_error: str = "stop"
     template: str = "think"
+    without_thought: str = "refuse"
+    learn: str = "all"
     min_pixels: int = 3136
     max_pixels: int = 1003520
     max_images: int = 8
@@ -90,6 +96,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         choice("data.template", self.template, ("think", "model"))
+        choice("data.without_thought", self.without_thought, ("refuse", "close", "open"))
+        choice("data.learn", self.learn, ("all", "last"))
         choice("data.on_error", self.on_error, ("stop", "skip"))
         require(
             not self.tokenised or not (self.sources or self.exclude),

@@ -13,12 +13,15 @@ import torch.distributed as dist
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
-from ovr_megatron.data.sources import SUFFIXES
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.sources import SUFFIXES, local_path
+from ovr_megatron.data_checks import check_sample
 from ovr_megatron.errors import UserError
 from ovr_megatron.plan import report
 from ovr_megatron.runtime import cpu, distributed, preflight
 
 TIME_LIMIT_S = 45
+SAMPLE_ROWS = 32  # of each source
 Config = ColdStartConfig | RLConfig
 
 
@@ -28,9 +31,11 @@ def inputs(config: Config) -> tuple[list[Path], list[str]]:
     for source in config.data.sources:
         if source.path.startswith("puzzle:"):
             continue
-        path = Path(source.path).expanduser()
-        if path.exists() or path.suffix in SUFFIXES or os.environ.get("HF_HUB_OFFLINE") == "1":
-            found.append(path)  # anything else is a name on the hub
+        path = local_path(source.path)[0]
+        if path is None and (source.path.endswith(SUFFIXES) or os.environ.get("HF_HUB_OFFLINE") == "1"):
+            path = Path(source.path).expanduser()  # anything else is a name on the hub
+        if path is not None:
+            found.append(path)
     if config.data.exclude:
         found.append(Path(config.data.exclude))
     if config.data.tokenised:
@@ -88,6 +93,7 @@ def look(config: Config) -> tuple[list[str], dict[str, float]]:
     dist.all_gather_object(facts, preflight.gather_facts(read))
     if main_rank:
         problems += fitting(config, ranks) + preflight.differences([item for item in facts if item])
+        problems += check_rows(config)
         problems += check_plan(config, ranks) if with_gpus else []
     if with_gpus:
         problems += preflight.check_gpus(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
@@ -103,6 +109,17 @@ def look(config: Config) -> tuple[list[str], dict[str, float]]:
                 "see that NCCL takes the fast network (OVR_INTERFACE, OVR_HCA), or leave a slow node out"
             )
     return preflight.gather(problems), measured
+
+
+def check_rows(config: Config) -> list[str]:
+    """Some rows of each source, read as the run would read them."""
+    folder = weights_of(config.model.path)
+    if not config.data.sources or not folder.is_dir():
+        return []
+    try:
+        return check_sample(config, Processor(folder, config.data), SAMPLE_ROWS)
+    except UserError as error:
+        return [str(error)]
 
 
 def check_folder(run: Path, local_rank: int, needed: int, floors: Floors, measured: dict[str, float]) -> list[str]:

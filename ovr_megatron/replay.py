@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ovr_megatron.checkpoint import store
 from ovr_megatron.config import ConfigError, RLConfig, build
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.iteration import Clock, learn
@@ -75,7 +76,8 @@ def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Li
     models, engines = build_models(config, source, processor, world)
     if iteration:
         store.restore(store.at_step(run / "checkpoints", iteration, world), engines)
-    prompts = PromptStream(open_stream(config.data, config.run.seed), processor, config.reward.rules)
+    skipped = SkippedRows() if config.data.on_error == "skip" else None  # they were listed by the run
+    prompts = PromptStream(open_stream(config.data, config.run.seed, skipped), processor, config.reward.rules, skipped)
     outcome = learn(models, archive.restore(saved, prompts), iteration, Clock())
     own = outcome.experience
     everything = [archive.read_all(run, iteration), {}]

@@ -24,7 +24,7 @@ from ovr_megatron.config import (
     build,
     defaults,
 )
-from ovr_megatron.data.schema import row_to_json
+from ovr_megatron.data.row_json import row_to_json
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.evaluation import evaluator

@@ -15,8 +15,8 @@ PACKAGE = "ovr_megatron"
 
 # A module imports from rooms that stand before its own, or from its own.
 ROOMS = ("errors", "keys", "config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint")
-ROOMS += ("rollout", "plan", "launch", "torchrun", "preflight", "curation", "ppo", "evaluation", "coldstart", "rl")
-ROOMS += ("replay", "verify", "analysis", "tools")
+ROOMS += ("rollout", "plan", "launch", "torchrun", "data_checks", "preflight", "curation", "ppo", "evaluation")
+ROOMS += ("coldstart", "rl", "replay", "verify", "analysis", "tools")
 EXCEPTIONS = {
     ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
     ("", f"{PACKAGE}.runtime.cpu"),  # free of torch, and torchvision must be importable from anywhere

@@ -52,7 +52,7 @@ def test_a_picture_that_is_not_there(tmp_path: Path, model: Path) -> None:
         {
             "messages": [
                 {"role": "user", "content": [{"type": "image", "image": name}, {"type": "text", "text": "What?"}]},
-                {"role": "assistant", "content": "A square."},
+                {"role": "assistant", "content": "Four sides.</think>A square."},
             ]
         }
         for name in ("there.png", "absent.png")

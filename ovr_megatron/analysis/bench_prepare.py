@@ -29,7 +29,7 @@ from ovr_megatron.curation.patterns import broken_rule
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig
 from ovr_megatron.data.puzzles import open_puzzle
-from ovr_megatron.data.schema import row_to_json
+from ovr_megatron.data.row_json import row_to_json
 
 PUZZLES = ("puzzle:digits?form=text", "puzzle:ordering", "puzzle:countdown")
 HELD_OUT = "puzzle:digits?form=text&split=heldout&answered=0"

@@ -158,6 +158,11 @@ class Recorder:
             "data/tokens": metrics["count"],
             "data/fill": packs.fill,
             "data/dropped": packs.dropped,
+            **(
+                dict(zip(("data/replies", "data/learned_replies"), packs.replies, strict=True))
+                if any(packs.replies)
+                else {}
+            ),
         }
 
     def _record_spike(self, step: int, metrics: dict[str, float], documents: list[DocumentLoss]) -> None:

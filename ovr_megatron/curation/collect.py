@@ -12,6 +12,8 @@ from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 from ovr_megatron.data.images import encoded_image
+from ovr_megatron.data.processing import converted_message
+from ovr_megatron.data.row_json import row_to_json
 from ovr_megatron.data.schema import (
     ENDLESS,
     ImagePart,
@@ -22,13 +24,12 @@ from ovr_megatron.data.schema import (
     RowSource,
     TextPart,
     VideoPart,
-    row_to_json,
 )
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.data.traces import continuation
 from ovr_megatron.runtime.progress import Progress
 
 IMAGES = "images"
-_THINK = "<think>"
 
 
 def run(work: Work) -> None:
@@ -47,9 +48,12 @@ def run(work: Work) -> None:
     counts = [min(limit or len(rows), len(rows)) for _, rows in opened]
     with Progress(sum(counts), "collect", "row", inner=True) as progress:
         for (source, rows), count in zip(opened, counts, strict=True):
+            before = work.tally.kept
             for index in range(count):
                 _take(work, store, source, rows, index)
                 progress.update()
+            if work.tally.kept == before:
+                work.emptied.append(source.path)
 
 
 def _take(work: Work, store: ImageStore, config: SourceConfig, opened: RowSource, index: int) -> None:
@@ -65,19 +69,18 @@ def _take(work: Work, store: ImageStore, config: SourceConfig, opened: RowSource
         work.drop(told, label, f"{error.field or 'file'}: cannot be used")
         return
     if work.config.data.template == "think":
-        stored = without_opening(stored)
+        stored = as_continuation(stored)
     if stored.response is not None:
         work.tally.value("characters of a response", len(stored.response))
     work.keep(row_to_json(stored), label)
 
 
-def without_opening(row: Row) -> Row:
-    """The row without a ``<think>`` that opens its response: the chat template opens the thought."""
-    response = row.response
-    if response is None or not response.lstrip().startswith(_THINK):
-        return row
-    text = response.lstrip().removeprefix(_THINK).lstrip("\n")
-    return replace(row, messages=(*row.messages[:-1], Message("assistant", (TextPart(text),))))
+def as_continuation(row: Row) -> Row:
+    """The row with its traces converted, and without a ``<think>`` that opens its response: the template opens it."""
+    messages = [converted_message(message) for message in row.messages]
+    if row.response is not None:
+        messages[-1] = replace(messages[-1], parts=(TextPart(continuation(messages[-1].text)),))
+    return replace(row, messages=tuple(messages))
 
 
 class ImageStore:

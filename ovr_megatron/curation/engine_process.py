@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Replica:
         self.count, self.leads = world.size // config.rollout.tp, place == 0
         self.journal = Journal(journal.with_suffix(f".{self.number}.jsonl"))
         dist.barrier()  # all of a tensor-parallel group must find the same results, before one of them adds to them
-        self.processor = Processor(model, config.data)
+        # Of a chat of several turns it is the last reply that a stage looks at.
+        self.processor = Processor(model, replace(config.data, learn="last"))
         self.engine = RolloutEngine(model, config.rollout, self.processor, dtype, max_tokens)
 
     def rows(self, before: Path) -> Iterator[tuple[int, dict[str, Any], Row]]:

@@ -45,6 +45,18 @@ class Tally:
         """Rows dropped so far."""
         return sum(counts.total() for counts in self._dropped.values())
 
+    def emptied(self) -> list[str]:
+        """Sources of which every row was dropped, each with the number and the reason of most."""
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for reason, by_source in self._dropped.items():
+            for source, count in by_source.items():
+                counts[source][reason] = count
+        empty = sorted(source for source in counts if not self._kept[source])
+        return [
+            f"{source} ({counts[source].total():,} rows, most: {counts[source].most_common(1)[0][0]})"
+            for source in empty
+        ]
+
     def keep(self, source: str) -> None:
         """Count a row that stays."""
         self._kept[source] += 1

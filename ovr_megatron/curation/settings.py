@@ -248,7 +248,8 @@ class PrepareConfig:
     """Data preparation: ``stages`` in this order, each in its own folder below ``dir``.
 
     ``model`` is the folder whose tokenizer writes the tokenised set; ``workers`` processes judge rows, ``engines``
-    processes run vLLM where a stage needs it (one for each GPU).
+    processes run vLLM where a stage needs it (one for each GPU).  A stage that keeps no row of some source stops the
+    preparation, unless ``allow_empty``.
     """
 
     dir: str
@@ -256,6 +257,7 @@ class PrepareConfig:
     seed: int = 1
     workers: int = 1
     engines: int = 1
+    allow_empty: bool = False
     model: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)

@@ -36,6 +36,7 @@ from ovr_megatron.checkpoint.manifest import (
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.report import Tally
 from ovr_megatron.curation.settings import PrepareConfig
+from ovr_megatron.data.sources import local_path
 from ovr_megatron.runtime.progress import Progress
 
 ROWS = "rows.jsonl"
@@ -87,6 +88,7 @@ class Work:
         count: Number of rows that come in; 0 in the first stage.
         tally: Counts, examples and values for the report.
         extra: What later stages and the report want to know, as JSON; goes into the manifest and the report.
+        emptied: Sources of which `collect` could use no row.
     """
 
     def __init__(self, name: str, config: PrepareConfig, before: Path | None, count: int) -> None:
@@ -94,7 +96,7 @@ class Work:
         self.config, self.count, self.before = config, count, before
         self.folder = Path(config.dir) / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tally, self.extra = Tally(), dict[str, Any]()
+        self.tally, self.extra, self.emptied = Tally(), dict[str, Any](), list[str]()
         self._stack = ExitStack()
         self._out = self._stack.enter_context((self.folder / ROWS).open("w", encoding="utf-8"))
         self.progress = self._stack.enter_context(Progress(max(count, 1), name, "row", inner=True))
@@ -232,6 +234,12 @@ def _run(stage: Stage, config: PrepareConfig, before: Path | None, count: int, k
         raise ConfigError(
             f"{work.folder}: {stage.name} kept none of {counted} rows; report.json says why; loosen its settings"
         )
+    emptied = work.emptied if stage.name == "collect" else work.tally.emptied()
+    if emptied and not config.allow_empty:
+        raise ConfigError(
+            f"{work.folder}: {stage.name} kept no row of {', '.join(emptied)}; report.json says why; loosen its "
+            "settings, leave the source out, or set allow_empty=true"
+        )
     told = {"key": key, "kept": work.tally.kept, "dropped": work.tally.dropped, **work.extra}
     own = (path for pattern in (ROWS, *_REPORT, *stage.files) for path in work.folder.glob(pattern))
     files = (file for path in own for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
@@ -290,8 +298,8 @@ def clear(folder: Path, key: str, files: Sequence[str]) -> None:
 
 def listing(path: str) -> Any:
     """What tells a changed file or folder: names, sizes and times of change; the name alone of what is no file."""
-    root = Path(path).expanduser()
-    if not root.exists():
+    root, _ = local_path(path)
+    if root is None:
         return path
     files = [root] if root.is_file() else sorted(item for item in root.rglob("*") if item.is_file())
     stats = ((str(file), file.stat()) for file in files)

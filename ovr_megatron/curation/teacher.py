@@ -23,6 +23,7 @@ from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 from ovr_megatron.curation.text import response_text
+from ovr_megatron.data.traces import continuation, convert, with_thought
 
 JOURNAL = "journal.jsonl"
 _FREE = ("base_url", "key_env", "concurrency", "backoff_s", "max_backoff_s", "timeout_s")
@@ -149,10 +150,8 @@ def _write_answer(work: Work, row: dict[str, Any], answer: Answer, sample: int) 
 
 def response_of(answer: Answer, think: bool) -> str:
     """Thought and answer as one response: after an opened ``<think>`` where the template opens it."""
-    text = answer.text or ""
-    if answer.thought:
-        text = f"<think>\n{answer.thought.strip()}\n</think>\n\n{text.strip()}"
-    return text.lstrip().removeprefix("<think>").lstrip("\n") if think else text
+    text = with_thought(answer.thought, answer.text or "") if answer.thought else answer.text or ""
+    return continuation(convert(text.lstrip())) if think else text
 
 
 def inputs(config: PrepareConfig) -> object:

@@ -62,9 +62,10 @@ def read_gpqa(raw: Any, where: str, image_root: Path) -> Row:
 
 
 def read_mmlu(raw: Any, where: str, image_root: Path) -> Row:
-    """Read MMLU: ``question``, ``choices``, ``answer`` (number from 0), ``subject``."""
+    """Read MMLU: ``question``, ``choices``, ``answer`` (number from 0), ``subject``; ScienceQA's ``hint`` before it."""
     options = options_of(raw, where, "choices")
-    question = TextPart(field_of(raw, "question", where))
+    hint = parse_text(raw.get("hint") or "", where, "hint").strip()
+    question = TextPart(f"{hint}\n{field_of(raw, 'question', where)}" if hint else field_of(raw, "question", where))
     return prompt_row(
         (question,), _letter(raw, "answer", len(options), where), options, where, source=str(raw.get("subject") or "")
     )

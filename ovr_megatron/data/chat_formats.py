@@ -1,6 +1,7 @@
-r"""Readers of chats that others publish with ``<image>`` marks in the text: verl's parquet, LLaVA's JSON.
+r"""Readers of chats that others publish: verl's prompts, LLaVA's conversations, Alpaca, ms-swift.
 
-Messages stay as they are, so a set for reinforcement learning should already ask for ``\boxed{}``.
+Messages stay as they are, so a set for reinforcement learning should already ask for ``\boxed{}``.  Images and videos
+stand in columns of their own, which `ovr_megatron.data.formats.read_row` places.
 """
 
 from __future__ import annotations
@@ -9,43 +10,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.data.schema import (
-    ImagePart,
-    Message,
-    Part,
-    Row,
-    RowError,
-    TextPart,
-    check_answer,
-    check_turns,
-    parse_image,
-    parse_text,
-)
+from ovr_megatron.data.schema import Row, RowError, check_answer, parse_answer, parse_messages, parse_text
 
-IMAGE_MARK = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def read_verl(raw: Any, where: str, image_root: Path) -> Row:
-    """Read one row of verl: ``prompt`` (role, content), ``images``, ``reward_model.ground_truth``, ``data_source``.
+    """Read one row of verl or TRL: ``prompt`` (a text, or turns of role and content) and the answer or the reply.
 
-    ``extra_info.index``, if there, becomes the id; a ``response`` column (verl's SFT files) the final message.
+    The answer is verl's ``reward_model.ground_truth``, or ``answer``; the reply, of SFT files, is ``response`` (verl)
+    or ``completion`` (TRL).  ``extra_info.index``, if there, becomes the id, ``data_source`` the source.
     """
-    if raw.get("videos"):
-        raise RowError(where, "videos", "are not read", "cut the videos into frames and write rows with 'messages'")
-    turns = raw.get("prompt")
-    if isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
-    response = raw.get("response")
-    if isinstance(response, str):
-        turns = [*_list(turns, where, "prompt"), {"role": "assistant", "content": response}]
-    told = raw.get("reward_model")
-    truth = told.get("ground_truth") if isinstance(told, Mapping) else None
-    extra = raw.get("extra_info")
+    turns = _turns(raw.get("prompt"), "user")
+    for name in ("response", "completion"):
+        if raw.get(name) is not None:
+            turns = [*turns, *_turns(raw[name], "assistant")]
+    messages = parse_messages(turns, where, "prompt", image_root, roles=_ROLES)
+    reward, extra = raw.get("reward_model"), raw.get("extra_info")
+    truth = reward.get("ground_truth") if isinstance(reward, Mapping) else None
     index = extra.get("index") if isinstance(extra, Mapping) else None
+    if truth is None:
+        answer = parse_answer(raw, where, prompt=messages[-1].role == "user")
+    else:
+        answer = parse_text(truth, where, "reward_model.ground_truth").strip()
     row = Row(
-        _chat(turns, ("role", "content"), _images(raw.get("images"), where, "images", image_root), where, "prompt"),
-        answer=None if truth is None else parse_text(truth, where, "reward_model.ground_truth").strip(),
+        messages,
+        answer=answer,
         source=parse_text(raw.get("data_source") or "", where, "data_source"),
         id=Path(where).name if index is None else parse_text(index, where, "extra_info.index"),
         where=where,
@@ -55,59 +45,49 @@ def read_verl(raw: Any, where: str, image_root: Path) -> Row:
 
 
 def read_llava(raw: Any, where: str, image_root: Path) -> Row:
-    """Read one row of LLaVA: ``conversations`` (from human or gpt, value), ``image`` (one path or several), ``id``."""
-    images = raw.get("image") if raw.get("image") is not None else raw.get("images")
+    """Read one row of LLaVA or ShareGPT: ``conversations`` (from human or gpt, value), ``id``."""
+    turns = raw.get("conversations")
+    return _chat_row(raw, turns, where, "conversations", image_root, ("from", "value"))
+
+
+def read_alpaca(raw: Any, where: str, image_root: Path) -> Row:
+    """Read one row of Alpaca: ``instruction`` and ``input`` ask, ``output`` replies, ``history`` is pairs before."""
+    instruction, more = raw.get("instruction"), raw.get("input")
+    asked = f"{instruction}\n{more}" if isinstance(more, str) and more.strip() else instruction
+    return _pair_row(raw, asked, raw.get("output"), where, "instruction", image_root)
+
+
+def read_query(raw: Any, where: str, image_root: Path) -> Row:
+    """Read one row of ms-swift's older form: ``query`` asks, ``response`` replies, ``history`` is pairs before."""
+    return _pair_row(raw, raw.get("query"), raw.get("response"), where, "query", image_root)
+
+
+def _pair_row(raw: Any, asked: Any, reply: Any, where: str, field: str, image_root: Path) -> Row:
+    """Read a question and a reply, and the pairs of ``history`` before them."""
+    turns: list[Any] = []
+    for i, pair in enumerate(raw.get("history") or ()):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise RowError(where, f"history[{i}]", f"is {str(pair)[:60]!r}", "give a pair: a question and its reply")
+        turns += _turns(pair[0], "user") + _turns(pair[1], "assistant")
+    turns += _turns(asked, "user") + ([] if reply is None else _turns(reply, "assistant"))
+    return _chat_row(raw, turns, where, field, image_root, ("role", "content"))
+
+
+def _chat_row(raw: Any, turns: Any, where: str, field: str, image_root: Path, keys: tuple[str, str]) -> Row:
+    messages = parse_messages(turns, where, field, image_root, keys, _ROLES)
     row = Row(
-        _chat(
-            raw.get("conversations"), ("from", "value"), _images(images, where, "image", image_root), where,
-            "conversations",
-        ),
-        answer=None if raw.get("answer") is None else parse_text(raw["answer"], where, "answer"),
+        messages,
+        answer=parse_answer(raw, where, prompt=messages[-1].role == "user"),
         source=parse_text(raw.get("source") or raw.get("data_source") or "", where, "source"),
         id=Path(where).name if raw.get("id") is None else parse_text(raw["id"], where, "id"),
         where=where,
-    )  # fmt: skip
+    )
     check_answer(row)
     return row
 
 
-def _list(value: Any, where: str, field: str) -> list[Any]:
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
-        raise RowError(where, field, f"is {type(value).__name__} {str(value)[:60]!r}", "give a non-empty list")
-    return list(value)
-
-
-def _images(value: Any, where: str, field: str, root: Path) -> list[ImagePart]:
-    if value is None or value == []:
-        return []
-    if isinstance(value, (str, Mapping)):
-        value = [value]
-    images = _list(value, where, field)
-    return [parse_image(image, where, f"{field}[{i}]", root) for i, image in enumerate(images)]
-
-
-def _chat(turns: Any, keys: tuple[str, str], images: list[ImagePart], where: str, field: str) -> tuple[Message, ...]:
-    """Messages with every image where its mark stands; before the first text where nothing marks any."""
-    told: list[tuple[str, str]] = []
-    for i, turn in enumerate(_list(turns, where, field)):
-        role, text = (turn.get(key) for key in keys) if isinstance(turn, Mapping) else (None, None)
-        if role not in _ROLES or not isinstance(text, str):
-            remedy = f"give objects with {keys[0]!r} (one of {', '.join(_ROLES)}) and a text {keys[1]!r}"
-            raise RowError(where, f"{field}[{i}]", f"is {str(turn)[:60]!r}", remedy)
-        told.append((_ROLES[role], text))
-    marks = sum(text.count(IMAGE_MARK) for role, text in told if role == "user")
-    if marks not in (0, len(images)):
-        remedy = "give one image for each mark, or no marks at all"
-        raise RowError(where, field, f"has {marks} marks {IMAGE_MARK} and {len(images)} images", remedy)
-    waiting = iter(images)
-    messages = []
-    for role, text in told:
-        parts: list[Part] = []
-        if role == "user" and not marks:
-            parts, waiting = list(waiting), iter(())
-        for i, piece in enumerate(text.split(IMAGE_MARK) if role == "user" and marks else [text]):
-            parts += [next(waiting)] if i else []
-            parts += [TextPart(piece)] if piece.strip() or not (images and role == "user") else []
-        messages.append(Message(role, tuple(parts)))
-    check_turns(tuple(messages), where, field)
-    return tuple(messages)
+def _turns(value: Any, role: str) -> list[Any]:
+    """A text as one turn of ``role``; turns as they are."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return list(value)
+    return [] if value is None else [{"role": role, "content": value}]

@@ -106,6 +106,7 @@ class EpochStream:
     Attributes:
         dropped: Samples left out because they are too long.
         fill: Share of the last step's pack space that tokens took.
+        replies: Not known here, zeros: the set's manifest counts the replies of each source.
         epoch: Epoch of the next pack, counted from 0.
     """
 
@@ -142,7 +143,7 @@ class EpochStream:
                 f"make it a multiple of {dp_size}"
             )
         self.pack_tokens, self.packs_per_step = config.pack_tokens, packs_per_step
-        self.fill, self.epoch = 0.0, 0
+        self.fill, self.epoch, self.replies = 0.0, 0, (0, 0)
         self._set, self._seed = tokenised, seed
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._weights = [source.weight for source in tokenised.manifest.sources]

@@ -8,13 +8,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ovr_megatron.data.benchmark_formats import BENCHMARK_READERS
-from ovr_megatron.data.chat_formats import read_llava, read_verl
+from ovr_megatron.data.chat_formats import read_alpaca, read_llava, read_query, read_verl
+from ovr_megatron.data.media import (
+    IMAGE_COLUMNS,
+    VIDEO_COLUMNS,
+    ColumnMedia,
+    parse_columns,
+    place,
+    refuse_marks,
+    refuse_unread,
+)
 from ovr_megatron.data.questions import field_of, options_of, prompt_row, texts
-from ovr_megatron.data.schema import Row, RowError, TextPart, option_letter, parse_image, parse_row, parse_text
+from ovr_megatron.data.schema import (
+    Message,
+    Row,
+    RowError,
+    TextPart,
+    option_letter,
+    parse_image,
+    parse_row,
+    parse_text,
+)
+from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
 
 Reader = Callable[[Any, str, Path], Row]
 
@@ -82,15 +103,98 @@ def read_puzzlevqa(raw: Any, where: str, image_root: Path) -> Row:
     return prompt_row((image, question), option_letter(options.index(answer)), options, where)
 
 
-READERS: dict[str, Reader] = {
-    "messages": parse_row,
-    "orz": read_orz,
-    "verl": read_verl,
-    "llava": read_llava,
-    "mathvision": read_mathvision,
-    "puzzlevqa": read_puzzlevqa,
-    **BENCHMARK_READERS,
+@dataclass(frozen=True)
+class Format:
+    """One published form of rows.
+
+    Attributes:
+        read: From a decoded object to a row.
+        text: The field with the question or the chat, which errors name.
+        media: The media columns that ``read`` places itself.  Where there are none, `read_row` places those of
+            `ovr_megatron.data.media`.
+    """
+
+    read: Reader
+    text: str = "question"
+    media: frozenset[str] = frozenset()
+
+
+_PICTURES = frozenset({"image", "decoded_image"})
+_FORMATS: dict[str, Format] = {
+    "messages": Format(parse_row, "messages"),
+    "orz": Format(read_orz, "prompt"),
+    "verl": Format(read_verl, "prompt"),
+    "llava": Format(read_llava, "conversations"),
+    "alpaca": Format(read_alpaca, "instruction"),
+    "query": Format(read_query, "query"),
+    "mathvision": Format(read_mathvision, media=_PICTURES),
+    "puzzlevqa": Format(read_puzzlevqa, media=_PICTURES),
+    "math": Format(BENCHMARK_READERS["math"], "problem"),
+    "gpqa": Format(BENCHMARK_READERS["gpqa"], "Question"),
+    "mmlu": Format(BENCHMARK_READERS["mmlu"]),
+    "mmlu_pro": Format(BENCHMARK_READERS["mmlu_pro"]),
+    "mathvista": Format(BENCHMARK_READERS["mathvista"], media=_PICTURES),
+    "mathverse": Format(BENCHMARK_READERS["mathverse"], media=_PICTURES),
+    "dynamath": Format(BENCHMARK_READERS["dynamath"], media=_PICTURES),
+    "wemath": Format(BENCHMARK_READERS["wemath"], media=_PICTURES | {"image_path"}),
+    "logicvista": Format(BENCHMARK_READERS["logicvista"], media=_PICTURES | {"imagename"}),
+    "mmmu_pro": Format(BENCHMARK_READERS["mmmu_pro"], media=_PICTURES | {f"image_{i}" for i in range(1, 8)}),
 }
+_LISTS = ("messages", "prompt", "completion", "conversations")  # of turns
+_READ_IN_TURNS = ("content", "value", "role", "from", "reasoning_content")
+_UNREAD_IN_TURNS = ("tools", "tool_calls", "function_call", "functions", "reasoning", "thinking", "thought", "system")
+
+
+def read_row(form: Format, raw: Any, where: str, image_root: Path) -> Row:
+    """Read one decoded object: its chat or question, the media of its columns, and what is said beside the chat.
+
+    Raises:
+        RowError: the row cannot be used; a column with a medium, a mark of one or a part of the chat is not read.
+    """
+    fields = raw if isinstance(raw, Mapping) else {}
+    refuse_unread(fields, form.media or {*IMAGE_COLUMNS, *VIDEO_COLUMNS}, where)
+    _refuse_unread_chat(fields, raw, form, where)
+    row = form.read(raw, where, image_root)
+    media = ColumnMedia() if form.media else parse_columns(fields, where, image_root)
+    messages = place(row.messages, media, where, form.text)
+    refuse_marks(messages, where, form.text)
+    return replace(row, messages=_with_columns(messages, fields, where))
+
+
+def _refuse_unread_chat(fields: Mapping[str, Any], raw: Any, form: Format, where: str) -> None:
+    """Raise `RowError` for tools, a history that the format does not read, and media or thoughts inside turns."""
+    for name in ("tools", "functions", *(() if form.read in (read_alpaca, read_query) else ("history",))):
+        value = fields.get(name)
+        if isinstance(value, (str, Sequence)) and value not in ("", "[]") and len(value):
+            raise RowError(where, name, "is not read", "remove the row, or the field if the chat does without it")
+    for name, turns in [*((name, fields.get(name)) for name in _LISTS), ("", raw)]:
+        for i, turn in enumerate(turns if isinstance(turns, (list, tuple)) else ()):
+            if isinstance(turn, Mapping):
+                prefix = f"{name}[{i}]."
+                refuse_unread(turn, _READ_IN_TURNS, where, prefix)
+                for unread in filter(turn.get, _UNREAD_IN_TURNS):
+                    remedy = "write a thought as 'reasoning_content', or remove the row"
+                    raise RowError(where, prefix + unread, "is not read", remedy)
+
+
+def _with_columns(messages: tuple[Message, ...], fields: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """The chat with the system message and the thought of its reply that stand in columns beside it."""
+    system, thought = fields.get("system"), fields.get("reasoning_content")
+    if isinstance(system, str) and system.strip():
+        if messages[0].role != "system":
+            messages = (Message("system", (TextPart(system),)), *messages)
+        elif messages[0].text != system:
+            raise RowError(where, "system", "stands beside a chat with another system message", "remove one of the two")
+    last = messages[-1]
+    if not isinstance(thought, str) or not thought.strip() or last.role != "assistant":
+        return messages
+    if END_OF_THOUGHT in last.text:
+        problem = "stands beside a reply that has a thought of its own"
+        raise RowError(where, "reasoning_content", problem, "remove one of the two")
+    return (*messages[:-1], replace(last, parts=(TextPart(with_thought(thought, last.text)),)))
+
+
+READERS: dict[str, Reader] = {name: partial(read_row, form) for name, form in _FORMATS.items()}
 
 
 _SIGNS = {  # fields by which a row is known, the more telling ones first
@@ -106,7 +210,10 @@ _SIGNS = {  # fields by which a row is known, the more telling ones first
     "mmmu_pro": {"options", "answer", "subject", "id"},
     "math": {"problem", "answer"},
     "puzzlevqa": {"question", "answer", "options"},
+    "alpaca": {"instruction", "output"},
+    "query": {"query", "response"},
 }
+_ANSWERS = {"reward_model", "data_source", "response", "completion", "answer", "solution"}
 
 
 def detect(raw: Any, where: str) -> str:
@@ -116,7 +223,7 @@ def detect(raw: Any, where: str) -> str:
         return "messages"
     if "conversations" in keys:
         return "llava"
-    if "prompt" in keys and keys & {"reward_model", "data_source", "response"}:
+    if "prompt" in keys and keys & _ANSWERS and "final_answer" not in keys:
         return "verl"
     if isinstance(raw, list) or {"prompt", "final_answer"} <= keys or {"0", "1"} <= keys:
         return "orz"

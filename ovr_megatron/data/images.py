@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.schema import ImagePart, Row, RowError, VideoPart
@@ -19,6 +21,18 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 200  # the Qwen2.5-VL image processor refuses more elongated pictures
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_TRANSPOSITIONS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
 def load_image(part: ImagePart, config: DataConfig) -> Image.Image:
@@ -28,19 +42,91 @@ def load_image(part: ImagePart, config: DataConfig) -> Image.Image:
         RowError: the file is missing, outside its root, no image, corrupt, or over ``max_image_bytes``,
             ``max_image_pixels`` or an aspect ratio of 200.
     """
-    file = io.BytesIO(encoded_image(part, config)) if part.image is None else None
+    with _errors_named(part):
+        image = _open(part, config)
+        return _to_rgb(image if part.image is not None else _upright(image))
+
+
+def image_size(part: ImagePart, config: DataConfig) -> tuple[int, int]:
+    """Return the width and height of `load_image`'s picture; of a file only the header is read.
+
+    Raises:
+        RowError: as `load_image`, but for damage behind the header.
+    """
+    with _errors_named(part):
+        image = _open(part, config)
+        width, height = image.size
+        upright = part.image is not None or image.format == "TIFF"  # its size is that of the turned picture
+        return (width, height) if upright or _orientation(image) not in _TURNED else (height, width)
+
+
+@contextmanager
+def _errors_named(part: ImagePart) -> Iterator[None]:
+    """Turn what Pillow raises into a `RowError` that names the row of ``part``."""
     try:
-        image = Image.open(file, formats=FORMATS) if file else part.image
-        assert image is not None, "an ImagePart has a path, an image or data"
-        _check_size(image, part, config)
-        return _to_rgb(ImageOps.exif_transpose(image) if file else image)
+        yield
     except RowError:
         raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(part, str(error), "max_image_pixels", config.max_image_pixels) from error
     except _DECODE_ERRORS as error:
         remedy = f"give an intact {', '.join(FORMATS)} file or remove the row"
         raise _error(part, f"cannot be decoded ({error})", remedy) from error
+
+
+def _open(part: ImagePart, config: DataConfig) -> Image.Image:
+    """The image of ``part``, checked by its header and not yet decoded."""
+    image = part.image
+    if image is None:
+        data = encoded_image(part, config)
+        # Pillow's own bound would refuse what `data.max_image_pixels` allows; `_check_size` holds before any decoding.
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except ValueError:  # a comment that is too large when unpacked
+            image = Image.open(io.BytesIO(_without_comments(data)), formats=FORMATS)
+    _check_size(image, part, config)
+    if image.mode in ("F", "I") and image.format != "PNG":
+        remedy = "convert it to 8 bits a channel, since the range of its values is not known"
+        raise _error(part, f"has pixels of 32 bits (mode {image.mode})", remedy)
+    return image
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of every chunk of a PNG, in order."""
+    start = len(_PNG)
+    while start + 12 <= len(data):
+        (size,) = struct.unpack_from(">I", data, start)
+        end = start + 12 + size  # length, name and checksum take 12 bytes
+        yield data[start + 4 : start + 8], start, end
+        start = end
+
+
+def _without_comments(data: bytes) -> bytes:
+    """The file without the texts that a PNG may carry; other files as they are."""
+    if not data.startswith(_PNG):
+        return data
+    return _PNG + b"".join(data[start:end] for name, start, end in _png_chunks(data) if name not in _PNG_TEXTS)
+
+
+def _may_turn(name: bytes, content: bytes) -> bool:
+    """Whether a chunk of a PNG may hold an orientation: EXIF, also as a text, or XMP."""
+    return name == b"eXIf" or (name in _PNG_TEXTS and content.startswith((b"Raw profile type exif", b"XML:com.adobe")))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none; a PNG is decoded only if the field may stand behind its pixels."""
+    file = getattr(image, "fp", None)  # closed when the pixels were read
+    if image.format == "PNG" and isinstance(file, io.BytesIO) and "exif" not in image.info:
+        data = file.getvalue()
+        if not any(_may_turn(name, data[start + 8 : min(end, start + 40)]) for name, start, end in _png_chunks(data)):
+            return 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; other EXIF fields, which may be damaged, are not looked at."""
+    image.load()  # a TIFF turns itself
+    turn = _TRANSPOSITIONS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def load_media(row: Row, config: DataConfig) -> tuple[list[Image.Image], list[list[Image.Image]]]:
@@ -55,11 +141,19 @@ def load_media(row: Row, config: DataConfig) -> tuple[list[Image.Image], list[li
     parts = [part for message in row.messages for part in message.parts]
     images = [part for part in parts if isinstance(part, ImagePart)]
     videos = [part for part in parts if isinstance(part, VideoPart)]
-    _check_count(row, "images", len(images), "max_images", config.max_images)
-    for video in videos:
-        _check_count(row, "frames in a video", len(video.frames), "max_frames", config.max_frames)
+    check_counts(row, config)
     opened = [load_image(part, config) for part in images]
     return opened, [[load_image(frame, config) for frame in video.frames] for video in videos]
+
+
+def check_counts(row: Row, config: DataConfig) -> None:
+    """Raise `RowError` for more than ``max_images`` images or ``max_frames`` frames in a video."""
+    parts = [part for message in row.messages for part in message.parts]
+    images = sum(isinstance(part, ImagePart) for part in parts)
+    _check_count(row, "images", images, "max_images", config.max_images)
+    for video in parts:
+        if isinstance(video, VideoPart):
+            _check_count(row, "frames in a video", len(video.frames), "max_frames", config.max_frames)
 
 
 def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
@@ -104,7 +198,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):  # 16 bits; a PNG's may come as 32
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")

@@ -15,7 +15,7 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.data.best_fit import PackError, deal, plan_packs
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row, RowError
-from ovr_megatron.data.skipped import SkippedRows
+from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 
 IGNORED = -100  # label of a token that predicts nothing
 CHUNK = 64  # rows that are drawn and tokenised together
@@ -158,6 +158,17 @@ def _spread(name: str, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return placed
 
 
+def count_replies(rows: Sequence[Row], learn: str) -> tuple[int, int]:
+    """Count the assistant messages of ``rows``, and those that ``data.learn`` and their weights make targets."""
+    every = learned = 0
+    for row in rows:
+        replies = [message for message in row.messages if message.role == "assistant"]
+        targets = sum(message.learn for message in replies)
+        every += len(replies)
+        learned += targets if learn == "all" else min(targets, 1)
+    return every, learned
+
+
 class ResumableRows(Protocol):
     """An endless stream of rows whose position is JSON."""
 
@@ -188,6 +199,7 @@ class PackStream:
     Attributes:
         dropped: Rows dropped so far.
         fill: Share of the last step's pack space that tokens took.
+        replies: Assistant messages of the last step's rows, and how many of them it learns.
     """
 
     def __init__(
@@ -211,7 +223,7 @@ class PackStream:
                 f"make it a multiple of {dp_size}"
             )
         self.pack_tokens, self.packs_per_step = pack_tokens, packs_per_step
-        self.dropped, self.fill = 0, 0.0
+        self.dropped, self.fill, self.replies = 0, 0.0, (0, 0)
         self._stream, self._processor = stream, processor
         self._dp_rank, self._dp_size, self._skipped = dp_rank, dp_size, skipped
         self._waiting: list[_Waiting] = []
@@ -239,6 +251,7 @@ class PackStream:
             for members in (plan[number] for number in shares[self._dp_rank])
         ]
         taken = {i for members in plan for i in members}
+        self.replies = count_replies([self._waiting[i].row for i in taken], self._processor.config.learn)
         self._waiting = [item for i, item in enumerate(self._waiting) if i not in taken]
         self._forget_snapshots()
         return packs
@@ -281,21 +294,15 @@ class PackStream:
 
     def _measure(self, rows: list[Row]) -> list[int | RowError]:
         """Tokens of each row, or why it is left out."""
-        found: list[int | RowError] = []
-        try:
-            found += self._processor.lengths(rows, generation=False)
-        except RowError as error:
-            if self._skipped is None:
-                raise
-            found = [error] if len(rows) == 1 else [self._measure([row])[0] for row in rows]
-        remedy = "raise data.pack_tokens, or leave the row out"
-        for i, (row, length) in enumerate(zip(rows, found, strict=True)):
+        lengths = lengths_or_errors(self._processor, rows, generation=False, skipped=self._skipped)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             if isinstance(length, int) and length > self.pack_tokens:
                 problem = f"has {length} tokens, more than data.pack_tokens={self.pack_tokens}"
-                length = found[i] = TooLongError(row.where, "messages", problem, remedy)
-            if isinstance(length, RowError) and self._skipped is not None:
-                self._skipped.add(length)
-        return found
+                error = TooLongError(row.where, "messages", problem, "raise data.pack_tokens, or leave the row out")
+                lengths[i] = error
+                if self._skipped is not None:
+                    self._skipped.add(error)
+        return lengths
 
     def _give_up(self, row: Row, length: int | RowError) -> NoReturn:
         assert isinstance(length, RowError)

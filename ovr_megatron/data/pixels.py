@@ -37,16 +37,14 @@ class PixelProcessor:
             video_processor.cap_pixels_per_frame = False
             self.mm_processor_kwargs["videos_kwargs"] = {"cap_pixels_per_frame": False}
 
-    def still(self, image: Image.Image) -> Visual:
-        """Return the grid that ``image`` will have."""
-        return Visual((1, *self._grid(image.height, image.width)))
+    def still(self, width: int, height: int) -> Visual:
+        """Return the grid that an image of this size will have."""
+        return Visual((1, *self._grid(height, width)))
 
-    def moving(self, video: Video) -> Visual:
-        """Return the grid and the time step that ``video`` will have; a last odd frame counts twice."""
-        pixels, metadata = video
-        frames, height, width, _ = pixels.shape
+    def moving(self, frames: int, width: int, height: int, fps: float) -> Visual:
+        """Return the grid and the time step that a video will have; a last odd frame counts twice."""
         step = self._vision.temporal_patch
-        return Visual((-(-frames // step), *self._grid(height, width)), seconds=step / metadata["fps"])
+        return Visual((-(-frames // step), *self._grid(height, width)), seconds=step / fps)
 
     def patches(
         self, images: Sequence[Image.Image], videos: Sequence[Video]
@@ -72,16 +70,25 @@ class PixelProcessor:
         return height // patch, width // patch
 
 
+def frame_size(sizes: Sequence[tuple[int, int]], row: Row) -> tuple[int, int]:
+    """Return the width and height that all frames of a video have.
+
+    Raises:
+        RowError: they are not of one size.
+    """
+    if len(set(sizes)) > 1:
+        listing = ", ".join(f"{width} x {height}" for width, height in sorted(set(sizes)))
+        raise RowError(row.where, "video", f"has frames of different sizes ({listing})", "make all frames one size")
+    return sizes[0]
+
+
 def stack_frames(frames: Sequence[Image.Image], part: VideoPart, row: Row) -> Video:
     """Stack the opened frames of a video; its metadata says that they are to be taken as they are.
 
     Raises:
         RowError: the frames are not of one size.
     """
-    sizes = {frame.size for frame in frames}
-    if len(sizes) > 1:
-        found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-        raise RowError(row.where, "video", f"has frames of different sizes ({found})", "make all frames one size")
+    frame_size([frame.size for frame in frames], row)
     metadata = {
         "fps": part.fps,
         "duration": len(frames) / part.fps,

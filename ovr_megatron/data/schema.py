@@ -1,4 +1,4 @@
-"""One row of data: its types, and the way from and to the JSON form described in ``docs/data.md``.
+"""One row of data: its types, and the way from the JSON form described in ``docs/data.md``.
 
 A row is a chat.  A supervised row ends with an assistant message; a prompt row (reinforcement learning,
 evaluation) ends with a user message and carries the reference ``answer``.  Images stay unopened here: a
@@ -10,8 +10,8 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,15 @@ from typing import Any, Protocol
 
 import PIL.Image
 
+from ovr_megatron.data.traces import with_thought
 from ovr_megatron.errors import UserError
 
-ROLES = ("system", "user", "assistant")
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 MAX_ANSWER_CHARACTERS = 512
 ENDLESS = 2**31  # length of a source that never runs out
 BOX_REQUEST = "Put your final answer in \\boxed{}."
 LETTER_REQUEST = "Put the letter of the right option in \\boxed{}."
+_OPTION_LETTER = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]?[.:]?")
 
 
 class RowError(UserError, ValueError):
@@ -76,10 +78,11 @@ Part = TextPart | ImagePart | VideoPart
 
 @dataclass(frozen=True)
 class Message:
-    """What one role says."""
+    """What one role says; ``learn`` is False for a reply that is context and no target of supervised training."""
 
     role: str
     parts: tuple[Part, ...]
+    learn: bool = True
 
     @property
     def text(self) -> str:
@@ -138,17 +141,13 @@ def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
     """
     if not isinstance(raw, Mapping):
         raise RowError(where, "row", f"is {_kind(raw)}", "each row must be an object with 'messages'")
-    found = raw.get("messages")
-    if not _is_list(found) or not found:
-        raise RowError(where, "messages", f"is {_kind(found)}", "give a non-empty list of {role, content}")
-    messages = tuple(_message(item, where, f"messages[{i}]", image_root) for i, item in enumerate(found))
-    check_turns(messages, where)
+    messages = parse_messages(raw.get("messages"), where, "messages", image_root)
     options = raw.get("options")
     if options is not None and not _is_list(options):
         raise RowError(where, "options", f"is {_kind(options)}", "give a list of texts")
     row = Row(
         messages,
-        answer=None if raw.get("answer") is None else parse_text(raw["answer"], where, "answer"),
+        answer=parse_answer(raw, where, prompt=messages[-1].role == "user"),
         options=tuple(parse_text(item, where, f"options[{i}]") for i, item in enumerate(options or ())),
         source=parse_text(raw.get("source") or "", where, "source"),
         difficulty=_number(raw.get("difficulty"), where, "difficulty"),
@@ -159,37 +158,76 @@ def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
     return row
 
 
-def row_to_json(row: Row) -> dict[str, Any]:
-    """Return the JSON object that `parse_row` reads back as an equal row.
+def parse_messages(
+    turns: Any,
+    where: str,
+    field: str,
+    image_root: Path,
+    keys: tuple[str, str] = ("role", "content"),
+    roles: Mapping[str, str] = ROLES,
+) -> tuple[Message, ...]:
+    """Check a list of turns and turn it into messages.
 
-    Image paths are written relative to their root; pictures without a file are embedded as PNG.
+    Args:
+        turns: objects with a role and a text, or a list of parts; an assistant's may have ``reasoning_content``, which
+            becomes its thought, and ``weight`` (0 or 1) or ``loss`` (true or false), which say whether it is learned.
+        where: ``file:line``.
+        field: name of the list.
+        image_root: the folder that bounds image paths.
+        keys: names of role and content in a turn.
+        roles: our role for each name of one.
+
+    Raises:
+        RowError: a turn has another form, or user and assistant do not alternate.
     """
-    fields: dict[str, Any] = {
-        "messages": [{"role": m.role, "content": _content_to_json(m.parts)} for m in row.messages],
-        "answer": row.answer,
-        "options": list(row.options),
-        "source": row.source,
-        "difficulty": row.difficulty,
-        "id": row.id,
-    }
-    return {key: value for key, value in fields.items() if value not in (None, [], "")}
+    if not _is_list(turns) or not turns:
+        raise RowError(where, field, f"is {_kind(turns)}", f"give a non-empty list of {{{', '.join(keys)}}}")
+    messages = tuple(_message(turn, where, f"{field}[{i}]", image_root, keys, roles) for i, turn in enumerate(turns))
+    check_turns(messages, where, field)
+    return messages
 
 
-def _message(item: Any, where: str, field: str, root: Path) -> Message:
+def _message(item: Any, where: str, field: str, root: Path, keys: tuple[str, str], roles: Mapping[str, str]) -> Message:
+    role_key, content_key = keys
     if not isinstance(item, Mapping):
-        raise RowError(where, field, f"is {_kind(item)}", "give an object with 'role' and 'content'")
-    role, content = item.get("role"), item.get("content")
-    if role not in ROLES:
-        raise RowError(where, f"{field}.role", f"is {role!r}", f"use one of {', '.join(ROLES)}")
-    field = f"{field}.content"
+        raise RowError(where, field, f"is {_kind(item)}", f"give an object with {role_key!r} and {content_key!r}")
+    role, content = item.get(role_key), item.get(content_key)
+    if not isinstance(role, str) or role not in roles:
+        raise RowError(where, f"{field}.{role_key}", f"is {role!r}", f"use one of {', '.join(roles)}")
+    parts = _parts(content, where, f"{field}.{content_key}", root)
+    role, learn = roles[role], _learn(item, where, field)
+    if role != "user" and not all(isinstance(part, TextPart) for part in parts):
+        problem = f"the {role} message has an image or a video"
+        raise RowError(where, f"{field}.{content_key}", problem, "only user messages may have them")
+    if not (thought := item.get("reasoning_content")):
+        return Message(role, parts, learn)
+    text = "".join(part.text for part in parts if isinstance(part, TextPart))
+    return Message(role, (TextPart(_with_thought(thought, text, where, f"{field}.reasoning_content", role)),), learn)
+
+
+def _parts(content: Any, where: str, field: str, root: Path) -> tuple[Part, ...]:
     if isinstance(content, str):
-        return Message(role, (TextPart(content),))
+        return (TextPart(content),)
     if not _is_list(content) or not content:
         raise RowError(where, field, f"is {_kind(content)}", "give a text or a non-empty list of parts")
-    parts = tuple(_part(part, where, f"{field}[{i}]", root) for i, part in enumerate(content))
-    if role != "user" and not all(isinstance(part, TextPart) for part in parts):
-        raise RowError(where, field, f"the {role} message has an image or a video", "only user messages may have them")
-    return Message(role, parts)
+    return tuple(_part(part, where, f"{field}[{i}]", root) for i, part in enumerate(content))
+
+
+def _with_thought(thought: Any, text: str, where: str, field: str, role: str) -> str:
+    if role != "assistant" or not isinstance(thought, str):
+        raise RowError(where, field, f"of the {role} is {_kind(thought)}", "give a text, in an assistant message only")
+    if "</think>" in text:
+        raise RowError(where, field, "stands beside a reply that has a thought of its own", "remove one of the two")
+    return with_thought(thought, text)
+
+
+def _learn(item: Mapping[str, Any], where: str, field: str) -> bool:
+    """Whether a turn is learned: its ``weight`` or ``loss``, true where it has neither."""
+    marks = {key: item[key] for key in ("weight", "loss") if item.get(key) is not None}
+    for key, value in marks.items():
+        if value not in (0, 1):
+            raise RowError(where, f"{field}.{key}", f"is {_kind(value)}", "give 1 (learned) or 0 (context only)")
+    return all(marks.values())
 
 
 def _part(part: Any, where: str, field: str, root: Path) -> Part:
@@ -197,19 +235,31 @@ def _part(part: Any, where: str, field: str, root: Path) -> Part:
     if kind not in ("text", "image", "video"):
         raise RowError(where, f"{field}.type", f"is {kind!r}", "use text, image or video")
     value, field = part.get(kind), f"{field}.{kind}"
+    if kind != "text" and value is None:
+        return TextPart(f"<{kind}>")  # the mark of a medium that stands in a column, see `ovr_megatron.data.media`
     if kind == "image":
         return parse_image(value, where, field, root)
     if kind == "video":
-        if not _is_list(value) or not value:
-            raise RowError(where, field, f"is {_kind(value)}", "give the non-empty list of its frame images")
-        frames = tuple(parse_image(frame, where, f"{field}[{i}]", root) for i, frame in enumerate(value))
-        fps = _number(part.get("fps"), where, f"{field}.fps") or 2.0
-        if fps <= 0:
-            raise RowError(where, f"{field}.fps", f"is {fps}", "give a positive number of frames a second")
-        return VideoPart(frames, fps)
+        return parse_video(value, part.get("fps"), where, field, root)
     if not isinstance(value, str):
         raise RowError(where, field, f"is {_kind(value)}", "give a text")
     return TextPart(value)
+
+
+def parse_video(value: Any, fps: Any, where: str, field: str, root: Path) -> VideoPart:
+    """Turn a list of frames, each as `parse_image` takes it, into a `VideoPart`; without ``fps`` it has 2 a second.
+
+    Raises:
+        RowError: it is no list of images, or ``fps`` is no positive number.
+    """
+    if not _is_list(value) or not value:
+        remedy = "video files are not decoded: cut it into frames, and give the non-empty list of its frame images"
+        raise RowError(where, field, f"is {_kind(value)}", remedy)
+    frames = tuple(parse_image(frame, where, f"{field}[{i}]", root) for i, frame in enumerate(value))
+    rate = _number(fps, where, f"{field}.fps")
+    if rate is not None and rate <= 0:
+        raise RowError(where, f"{field}.fps", f"is {rate}", "give a positive number of frames a second")
+    return VideoPart(frames, 2.0 if rate is None else rate)
 
 
 def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
@@ -244,32 +294,6 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     return ImagePart(path=root / value, root=root, where=where, field=field)
 
 
-def _content_to_json(parts: Sequence[Part]) -> str | list[dict[str, Any]]:
-    if len(parts) == 1 and isinstance(parts[0], TextPart):
-        return parts[0].text
-    return [_part_to_json(part) for part in parts]
-
-
-def _part_to_json(part: Part) -> dict[str, Any]:
-    if isinstance(part, TextPart):
-        return {"type": "text", "text": part.text}
-    if isinstance(part, ImagePart):
-        return {"type": "image", "image": _image_to_json(part)}
-    return {"type": "video", "video": [_image_to_json(frame) for frame in part.frames], "fps": part.fps}
-
-
-def _image_to_json(part: ImagePart) -> str | dict[str, str]:
-    if part.path is not None:
-        return str(part.path.relative_to(part.root) if part.root else part.path)
-    data = part.data
-    if part.image is not None:
-        buffer = io.BytesIO()
-        part.image.save(buffer, "PNG")
-        data = buffer.getvalue()
-    assert data is not None, "an ImagePart has a path, an image or data"
-    return {"bytes": base64.b64encode(data).decode()}
-
-
 def check_turns(messages: tuple[Message, ...], where: str, field: str = "messages") -> None:
     """Raise `RowError` unless user and assistant take turns, the user first, and every message says something."""
     turns = [message.role for message in messages]
@@ -297,10 +321,31 @@ def check_answer(row: Row) -> None:
         problem = f"has {len(answer)} characters, which is no verifiable final answer"
         remedy = f"give the bare result, at most {MAX_ANSWER_CHARACTERS} characters"
         raise RowError(row.where, "answer", problem, remedy)
-    letters = {option_letter(i) for i in range(len(row.options))}
-    if row.options and answer not in letters | {option.strip() for option in row.options}:
+    if row.options and not _names_option(answer, row.options):
         remedy = f"give a letter {option_letter(0)}..{option_letter(len(row.options) - 1)} or the text of an option"
         raise RowError(row.where, "answer", f"{answer!r} is none of the {len(row.options)} options", remedy)
+
+
+def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None:
+    """Return the reference answer of a row: its ``answer``, or in a prompt row without one its ``solution``.
+
+    Raises:
+        RowError: the field is no text, or the solution is a derivation.
+    """
+    if raw.get("answer") is not None or not prompt or raw.get("solution") is None:
+        return None if raw.get("answer") is None else parse_text(raw["answer"], where, "answer")
+    solution = parse_text(raw["solution"], where, "solution").strip()
+    if "\\boxed" in solution:
+        raise RowError(where, "solution", "holds a derivation", "put its final answer into a field 'answer'")
+    return solution.removeprefix("<answer>").removesuffix("</answer>").strip()
+
+
+def _names_option(answer: str, options: Sequence[str]) -> bool:
+    """Whether an answer is an option's text or its letter, in forms such as B, b, (B) and [B]."""
+    if answer in {option.strip() for option in options}:
+        return True
+    letter = _OPTION_LETTER.fullmatch(answer)
+    return letter is not None and ord(letter[1].upper()) - ord("A") < len(options)
 
 
 def option_letter(index: int) -> str:

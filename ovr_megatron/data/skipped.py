@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ovr_megatron.data.schema import RowError
+from ovr_megatron.config import DataConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import Row, RowError
 
 
 class SkippedRows:
@@ -20,7 +23,7 @@ class SkippedRows:
         self._path = path
         self._known: set[str] = set()
         if path is not None and path.exists():
-            self._known = {json.loads(line)["where"] for line in path.read_text().splitlines()}
+            self._known = set(_places(path))
 
     @property
     def count(self) -> int:
@@ -35,5 +38,50 @@ class SkippedRows:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             line = {"where": error.where, "field": error.field, "problem": error.problem}
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _places(path: Path) -> Iterator[str]:
+    """The rows that a list names; a line that a crash cut off is passed over."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(line)["where"]
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def skipped_rows(config: DataConfig, run: Path, main: bool) -> SkippedRows | None:
+    """The list of a run's skipped rows, ``RUN/data/skipped.jsonl``; None where ``data.on_error`` is ``stop``.
+
+    Args:
+        config: Says whether rows are skipped.
+        run: The run folder.
+        main: Whether this process writes the list; the others count.
+    """
+    if config.on_error == "stop":
+        return None
+    return SkippedRows(run / "data" / "skipped.jsonl" if main else None)
+
+
+def lengths_or_errors(
+    processor: Processor, rows: Sequence[Row], generation: bool, skipped: SkippedRows | None
+) -> list[int | RowError]:
+    """Tokens of each row's sample, or why it is left out: too long, or unusable and listed in ``skipped``.
+
+    Raises:
+        RowError: a row cannot be used, and there is no list for it.
+    """
+    try:
+        # A damaged image must be known on every rank before one of them meets it in `Processor.encode`.
+        lengths: list[int | RowError] = [*processor.lengths(rows, generation, decode=skipped is not None)]
+    except RowError as error:
+        if skipped is None:
+            raise
+        if len(rows) > 1:
+            return [lengths_or_errors(processor, [row], generation, skipped)[0] for row in rows]
+        lengths = [error]
+    for length in lengths:
+        if isinstance(length, RowError) and skipped is not None:
+            skipped.add(length)
+    return lengths

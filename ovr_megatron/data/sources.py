@@ -7,11 +7,12 @@ JSONL is read as lines of text, so that rows may differ in form and an error can
 from __future__ import annotations
 
 import bisect
+import errno
 import glob
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,15 +22,21 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
+from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.data.formats import READERS, detect
-from ovr_megatron.data.images import load_media
 from ovr_megatron.data.puzzles import open_puzzle
-from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
+from ovr_megatron.data.schema import Row, RowError, RowSource
 
 SUFFIXES = (".jsonl", ".parquet", ".json")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON may escape half of a pair; no tokenizer takes it
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LOOKED_AT = 100  # rows of a file, for the first one of a known form
+_SPLITS = {
+    "test": ("test", "testmini", "testing", "heldout"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "train": ("train", "training"),
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_source(config: SourceConfig) -> RowSource:
@@ -41,25 +48,21 @@ def open_source(config: SourceConfig) -> RowSource:
     """
     if config.path.startswith("puzzle:"):
         return open_puzzle(config.path, config.name)
-    path = Path(config.path).expanduser()
-    tables = _open_path(path) if path.exists() else [_open_hub(config.path)]
-    folder = path if path.is_dir() else path.parent if path.exists() else Path.cwd()
+    path, split = local_path(config.path)
+    tables = open_path(path, split) if path else [_open_hub(config.path)]
+    folder = Path.cwd() if path is None else path if path.is_dir() else path.parent
     root = Path(config.image_root).expanduser() if config.image_root else folder
     return TableRows(tables, config.format, root, config.name)
 
 
-def validate(source: RowSource, config: DataConfig) -> int:
-    """Walk every row of ``source``, open every image, and return the number of rows.
-
-    Raises:
-        RowError: the first row that cannot be used.
-        ConfigError: the source is endless.
-    """
-    if len(source) >= ENDLESS:
-        raise ConfigError("an endless source cannot be walked; validate files, folders and hub data sets only")
-    for index in range(len(source)):
-        load_media(source[index], config)
-    return len(source)
+def local_path(text: str) -> tuple[Path | None, str | None]:
+    """Return the file or folder that the ``path`` of a source names, None if there is none, and its ``?split=``."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return path, None
+    name, _, query = text.partition("?split=")
+    folder = Path(name).expanduser()
+    return (folder, query) if query and folder.is_dir() else (None, None)
 
 
 class Table(Protocol):
@@ -81,11 +84,11 @@ class TableRows:
     """The rows of one or more tables, one after the other; parsed when they are asked for."""
 
     def __init__(self, tables: Sequence[Table], format: str, image_root: Path, name: str | None) -> None:
-        """Join ``tables``; ``format`` 'auto' looks at the first object of each; ``name`` labels every row."""
+        """Join ``tables``; ``format`` 'auto' looks for the first known form in each; ``name`` labels every row."""
         self._tables = tables
         self._ends = list(itertools.accumulate(len(table) for table in tables))
         self._root, self._name = image_root, name
-        self._readers = [READERS[detect(t.raw(0), t.where(0)) if format == "auto" else format] for t in tables]
+        self._readers = [READERS[_detect(table) if format == "auto" else format] for table in tables]
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -105,14 +108,30 @@ class TableRows:
         return replace(row, source=self._name or row.source or table.label)
 
 
+def _detect(table: Table) -> str:
+    """Name of the format of the first row that has one.
+
+    Raises:
+        RowError: of the first row, where none of the first `_LOOKED_AT` has a known form.
+    """
+    first: RowError | None = None
+    for index in range(min(len(table), _LOOKED_AT)):
+        try:
+            return detect(table.raw(index), table.where(index))
+        except RowError as error:  # it is raised again when the row is read
+            first = first or error
+    assert first is not None, "tables have at least one row"
+    raise first
+
+
 class LineTable:
-    """A JSONL file, held as lines; blank lines are skipped."""
+    """A JSONL file, held as lines; lines of nothing but white space are skipped."""
 
     def __init__(self, path: Path) -> None:
         """Map the file at ``path``."""
         self._path, self.label = path, _label(path)
         self._lines = _load(str(path), "text", data_files=[glob.escape(str(path))], encoding="utf-8-sig")
-        filled = pc.not_equal(self._lines.data.column("text"), "").to_numpy()
+        filled = pc.not_equal(pc.utf8_trim_whitespace(self._lines.data.column("text")), "").to_numpy()
         self._numbers = np.flatnonzero(filled)
 
     def __len__(self) -> int:
@@ -185,17 +204,47 @@ class ListTable:
         return self._rows[index]
 
 
-def _open_path(path: Path) -> list[Table]:
+def open_path(path: Path, split: str | None) -> list[Table]:
+    """Open the tables of a file, or of a folder; ``split`` chooses those of its files that are named so.
+
+    Raises:
+        RowError: there are no rows, or files of several splits and ``split`` names none of them.
+    """
     if path.is_file():
-        files = [path]
-    elif (path / "dataset_info.json").is_file():
+        return [_filled(_open_file(path), path)]
+    if (path / "dataset_info.json").is_file():
         return [_filled(ArrowTable(str(path), _label(path), _load_saved(path)), path)]
-    else:
-        found = ([f for f in sorted(path.iterdir()) if f.suffix == suffix] for suffix in SUFFIXES)
-        files = next((group for group in found if group), [])
+    if (path / "dataset_dict.json").is_file():
+        splits = {name: [path / name] for name in sorted(item.name for item in path.iterdir() if item.is_dir())}
+        folders = _of_split(path, splits, split)
+        return [_filled(ArrowTable(str(folder), _label(folder), _load_saved(folder)), folder) for folder in folders]
+    groups = ([file for file in sorted(path.iterdir()) if file.suffix == suffix] for suffix in SUFFIXES)
+    files = next((group for group in groups if group), [])
     if not files:
         raise RowError(str(path), "", f"has no {', '.join(SUFFIXES)} file", "name a file, or a folder with such files")
-    return [_filled(_open_file(file), file) for file in files]
+    splits = {}
+    for file in files:
+        splits.setdefault(_split_of(file), []).append(file)
+    return [_filled(_open_file(file), file) for file in _of_split(path, splits, split)]
+
+
+def _split_of(file: Path) -> str:
+    """The split that a word of a file's name says; ``train`` where none does."""
+    words = re.split(r"[-_.\s]+", file.stem.lower())
+    return next((split for word in words for split, names in _SPLITS.items() if word in names), "train")
+
+
+def _of_split(path: Path, splits: Mapping[str, list[Path]], split: str | None) -> list[Path]:
+    """The files of ``split``; where it is None, those of the only split that there is."""
+    names = ", ".join(sorted(splits))
+    if split is not None and split in splits:
+        return splits[split]
+    if split is not None:
+        raise RowError(str(path), "", f"has no file of the split {split!r}", f"choose one of {names}")
+    if len(splits) > 1:
+        remedy = f"name one file, or write {path}?split={min(splits, key=lambda name: (name != 'train', name))}"
+        raise RowError(str(path), "", f"has files of several splits: {names}", remedy)
+    return next(iter(splits.values()), [])
 
 
 def _open_file(path: Path) -> Table:
@@ -234,16 +283,31 @@ def _load(where: str, builder: str, split: str = "train", **options: Any) -> dat
         return datasets.load_dataset(builder, split=split, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
+        _check_cache(cause)
         if isinstance(cause, UnicodeDecodeError):
             where, remedy = f"{where}:{_undecodable_line(Path(where))}", "convert the file to UTF-8"
         else:
             remedy = "write the file anew"
         raise RowError(where, "", f"cannot be read ({cause})", remedy) from error
     except (OSError, ValueError) as error:
+        _check_cache(error)
         remedy = "correct the name, ?split=.. and ?config=.., or go online"
         if "data_files" in options:
             remedy = "write the file anew, or give it the suffix of its form"
         raise RowError(where, "", f"cannot be loaded ({error})", remedy) from error
+
+
+def _check_cache(error: BaseException) -> None:
+    """Raise `RowError` if ``error`` says that the cache of ``datasets`` is full or cannot be written."""
+    cache = str(datasets.config.HF_DATASETS_CACHE)
+    if not isinstance(error, OSError):
+        return
+    full = error.errno in _FULL or str(error).startswith("Not enough disk space")
+    if not full and not str(error.filename or "").startswith(cache):
+        return
+    problem = f"the cache of the library datasets is {'full' if full else 'not writable'} ({error.strerror or error})"
+    remedy = "free space there, or let the environment variable HF_DATASETS_CACHE name a folder that can be written"
+    raise RowError(cache, "", problem, remedy) from error
 
 
 def _load_saved(path: Path) -> datasets.Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from ovr_megatron.config import ColdStartConfig, ConfigError
 from ovr_megatron.data.epochs import EpochStream
 from ovr_megatron.data.packing import Pack, PackStream
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.skipped import SkippedRows
+from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.runtime.distributed import World
@@ -21,10 +22,12 @@ class SupervisedPacks(Protocol):
     Attributes:
         dropped: Samples left out so far.
         fill: Share of the last step's pack space that tokens took.
+        replies: Assistant messages of the last step's documents, and how many of them it learns.
     """
 
     dropped: int
     fill: float
+    replies: tuple[int, int]
 
     def __next__(self) -> list[Pack]:
         """Return the packs of the next step."""
@@ -47,8 +50,9 @@ def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> t
         RowError: a source or the set cannot be read.
     """
     data, seed, replica = config.data, config.run.seed, (world.dp_rank, world.dp_size)
-    listed = Path(config.run.dir) / "data" / "skipped.jsonl" if world.is_main else None
-    skipped = SkippedRows(listed) if data.on_error == "skip" else None
+    if world.is_main and processor.template_notice:
+        print(processor.template_notice, file=sys.stderr, flush=True)
+    skipped = skipped_rows(data, Path(config.run.dir), world.is_main)
     if data.tokenised:
         tokenised = TokenisedSet(data.tokenised, processor)
         positions = processor.shape.max_positions

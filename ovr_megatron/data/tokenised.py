@@ -3,7 +3,8 @@
 ::
 
     DIR/
-      tokens.bin      uint32, the samples' tokens one after the other
+      tokens.bin      uint32, the samples' tokens one after the other; the highest bit of one behind the first target
+                      says that it is none itself
       samples.bin     one `RECORD` a sample
       skipped.jsonl   rows that were left out, with the reason
       manifest.json   written last: sources, what the tokens were made with, sizes and SHA-256 of the other files
@@ -33,6 +34,7 @@ from ovr_megatron.data.schema import Row, RowError
 MANIFEST, TOKENS, SAMPLES, SKIPPED = "manifest.json", "tokens.bin", "samples.bin", "skipped.jsonl"
 FORMAT = 1
 TOKEN = np.dtype("<u4")
+CONTEXT = TOKEN.type(1 << 31)  # bit of a token behind the prompt that is no target: what stands between two replies
 # Where the tokens begin and how many they are, how many of them are the prompt, and the row of which source.
 RECORD = np.dtype(
     [("offset", "<i8"), ("row", "<i8"), ("length", "<i4"), ("prompt", "<i4"), ("source", "<i4"), ("crc32", "<u4")]
@@ -75,13 +77,18 @@ class Tokenisation:
 
 @dataclass(frozen=True)
 class TokenisedSource:
-    """One source of a set: an epoch has each of its samples ``weight`` times."""
+    """One source of a set: an epoch has each of its samples ``weight`` times.
+
+    ``replies`` are the assistant messages of its rows, of which ``learned`` are targets.
+    """
 
     name: str
     path: str
     weight: float
     samples: int = 0
     tokens: int = 0
+    replies: int = 0
+    learned: int = 0
     skipped: int = 0
     excluded: int = 0
 
@@ -102,12 +109,21 @@ class TokenisedManifest:
 
 @dataclass
 class Texts:
-    """Tokenised samples of one source: their tokens in one row, and for each its length, prompt and row number."""
+    """Tokenised samples of one source.
+
+    Attributes:
+        tokens: The samples' tokens one after the other, with the bit `CONTEXT` as in the file.
+        lengths: Tokens of each sample.
+        prompts: Tokens of each before the first target.
+        rows: Number of its row in the source.
+        replies: Assistant messages of the rows, and how many of them are targets.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
     prompts: np.ndarray
     rows: np.ndarray
+    replies: tuple[int, int] = (0, 0)
 
 
 class TokenisedWriter:
@@ -146,7 +162,8 @@ class TokenisedWriter:
         self._files[TOKENS].write(tokens.tobytes())
         self._files[SAMPLES].write(records.tobytes())
         self._offset += len(tokens)
-        self._count(samples=len(records), tokens=len(tokens))
+        every, learned = texts.replies
+        self._count(samples=len(records), tokens=len(tokens), replies=every, learned=learned)
 
     def skip(self, errors: Sequence[RowError]) -> None:
         """Record rows that were left out."""
@@ -260,10 +277,10 @@ class TokenisedSet:
         if zlib.crc32(stored.data) != record["crc32"]:
             problem = f"the tokens of sample {index} ({self.where(index)}) were changed"
             raise RowError(str(self.folder / TOKENS), "", problem, _AGAIN)
-        tokens, prompt = stored.astype(np.int64), int(record["prompt"])
+        tokens, prompt = (stored & ~CONTEXT).astype(np.int64), int(record["prompt"])
         return Sample(
             tokens=tokens,
-            loss_mask=np.arange(len(tokens)) >= prompt,
+            loss_mask=(np.arange(len(tokens)) >= prompt) & (stored < CONTEXT),
             position_ids=np.tile(np.arange(len(tokens)), (3, 1)),
             patches=np.zeros((0, self._patch_dim), np.float32),
             grid_thw=np.zeros((0, 3), np.int64),

@@ -15,10 +15,11 @@ import numpy as np
 
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
+from ovr_megatron.data.packing import count_replies
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource, TextPart
 from ovr_megatron.data.sources import open_source
-from ovr_megatron.data.tokenised import Texts, TokenisedManifest, TokenisedWriter, read_tokenised_manifest
+from ovr_megatron.data.tokenised import CONTEXT, Texts, TokenisedManifest, TokenisedWriter, read_tokenised_manifest
 from ovr_megatron.runtime.progress import Progress
 
 CHUNK_ROWS = 256  # rows that one process takes at a time
@@ -87,8 +88,10 @@ class Tokeniser:
                     rows.append((index, row))
             except RowError as error:
                 self._leave_out(error, done)
-        found = self._encode(rows, done)
-        done.texts = _texts([sample for _, sample in found], [index for index, _ in found])
+        encoded = self._encode(rows, done)
+        numbers = [index for index, _ in encoded]
+        used = [row for index, row in rows if index in set(numbers)]
+        done.texts = _texts([sample for _, sample in encoded], numbers, count_replies(used, self.config.learn))
         return done
 
     def _encode(self, rows: Sequence[tuple[int, Row]], done: Tokenised) -> list[tuple[int, Sample]]:
@@ -188,19 +191,22 @@ def _text_only(row: Row) -> Row:
     return row
 
 
-def _texts(samples: Sequence[Sample], rows: Sequence[int]) -> Texts:
-    return Texts(
-        tokens=np.concatenate([np.zeros(0, np.int64), *(sample.tokens for sample in samples)]),
-        lengths=np.array([len(sample) for sample in samples], np.int64),
-        prompts=np.array([len(sample.prompt_tokens) for sample in samples], np.int64),
-        rows=np.array(rows, np.int64),
-    )
+def _texts(samples: Sequence[Sample], rows: Sequence[int], replies: tuple[int, int] = (0, 0)) -> Texts:
+    prompts = np.array([int(np.argmax(sample.loss_mask)) for sample in samples], np.int64)
+    tokens = [
+        np.where(sample.loss_mask | (np.arange(len(sample)) < prompt), sample.tokens, sample.tokens | int(CONTEXT))
+        for sample, prompt in zip(samples, prompts, strict=True)
+    ]
+    lengths, numbers = np.array([len(sample) for sample in samples], np.int64), np.array(rows, np.int64)
+    return Texts(np.concatenate([np.zeros(0, np.int64), *tokens]), lengths, prompts, numbers, replies)
 
 
 def show(manifest: TokenisedManifest) -> str:
     """Return a table of the sources."""
-    lines = [f"{'source':40}{'weight':>8}{'samples':>12}{'tokens':>16}{'skipped':>9}{'excluded':>9}"]
+    head = f"{'source':40}{'weight':>8}{'samples':>12}{'tokens':>16}{'replies':>12}{'learned':>12}"
+    lines = [f"{head}{'skipped':>9}{'excluded':>9}"]
     for source in manifest.sources:
-        counts = f"{source.samples:12,}{source.tokens:16,}{source.skipped:9,}{source.excluded:9,}"
+        counts = f"{source.samples:12,}{source.tokens:16,}{source.replies:12,}{source.learned:12,}"
+        counts += f"{source.skipped:9,}{source.excluded:9,}"
         lines.append(f"{source.name[:39]:40}{source.weight:8g}{counts}")
     return "\n".join(lines)

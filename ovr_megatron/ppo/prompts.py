@@ -5,43 +5,67 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 
-from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row, RowError
+from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.stream import RowStream
-from ovr_megatron.rewards.choice import verifiable
-from ovr_megatron.rewards.rules import is_plain
+from ovr_megatron.rewards.references import check_reference
 
 MOST_DROPPED = 10_000
 
 
 class PromptStream:
-    """Prompts from a stream of rows; ``dropped`` of them so far were over ``data.max_prompt_tokens``.
+    """Prompts from a stream of rows; ``dropped`` of them so far were too long or, where there is a list, unusable.
 
-    ``rules``: by source, how responses are graded; a function of the user's takes any answer.
+    Attributes:
+        dropped: Rows drawn and left out so far.
     """
 
-    def __init__(self, stream: RowStream, processor: Processor, rules: Mapping[str, str]):
-        self.stream, self.processor, self.rules, self.dropped = stream, processor, rules, 0
+    def __init__(
+        self, stream: RowStream, processor: Processor, rules: Mapping[str, str], skipped: SkippedRows | None = None
+    ):
+        """Draw from ``stream``.
+
+        Args:
+            stream: Rows in the order of the run.
+            processor: Measures them.
+            rules: By source, how responses are graded; a function of the user's takes any answer.
+            skipped: Lists rows that cannot be used; None stops at the first.
+        """
+        self.stream, self.processor, self.rules, self.skipped = stream, processor, rules, skipped
+        self.dropped = 0
 
     def draw(self, count: int) -> list[Row]:
         """The next ``count`` prompts.
 
         Raises:
-            RowError: an answer that no grader could verify, or nothing but prompts that are too long.
+            RowError: a row that cannot be used or an answer that no grader could verify, unless there is a list for
+                them; or nothing but prompts that are left out.
         """
         rows: list[Row] = []
         before = self.dropped
         while len(rows) < count:
             drawn = list(islice(self.stream, count - len(rows)))
-            for row in drawn:
-                problem = verifiable(row.answer or "", row.options)
-                if problem and is_plain(self.rules.get(row.source, "auto")):
-                    raise RowError(row.where, "answer", problem, "give the bare final answer or remove the row")
-            lengths = self.processor.lengths(drawn, generation=True)
-            fitting = [row for row, length in zip(drawn, lengths, strict=True) if isinstance(length, int)]
+            problems = [self._problem(row) for row in drawn]
+            sound = [row for row, problem in zip(drawn, problems, strict=True) if problem is None]
+            lengths = lengths_or_errors(self.processor, sound, generation=True, skipped=self.skipped)
+            fitting = [row for row, length in zip(sound, lengths, strict=True) if isinstance(length, int)]
             self.dropped += len(drawn) - len(fitting)
             rows += fitting
             if not rows and self.dropped - before >= MOST_DROPPED:
-                problem = f"{self.dropped - before} prompts in a row are too long"
-                raise RowError(drawn[-1].where, "messages", problem, "raise data.max_prompt_tokens")
+                error = next(item for item in [*lengths, *problems] if isinstance(item, RowError))
+                problem = f"{error.problem}; so it is with {self.dropped - before} prompts in a row"
+                remedy = "raise data.max_prompt_tokens" if isinstance(error, TooLongError) else "correct the rows"
+                raise RowError(error.where, error.field, problem, remedy)
         return rows
+
+    def _problem(self, row: Row) -> RowError | None:
+        """Why the row's answer cannot be verified; listed where there is a list, raised where there is none."""
+        try:
+            check_reference(row, self.rules)
+        except RowError as error:
+            if self.skipped is None:
+                raise
+            self.skipped.add(error)
+            return error
+        return None

@@ -16,6 +16,7 @@ from ovr_megatron.checkpoint.companions import write_companions
 from ovr_megatron.checkpoint.keeper import Ended, Keeper
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
@@ -50,8 +51,11 @@ def train(config: RLConfig, world: World) -> Ended:
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
     check_steps(config, world)
-    stream = open_stream(config.data, config.run.seed)
-    prompts = PromptStream(stream, processor, config.reward.rules)
+    if world.is_main and processor.template_notice:
+        print(processor.template_notice, file=sys.stderr, flush=True)
+    skipped = skipped_rows(config.data, run, world.is_main)
+    stream = open_stream(config.data, config.run.seed, skipped)
+    prompts = PromptStream(stream, processor, config.reward.rules, skipped)
     archived = archive.iterations(Path(config.rollouts_from)) if config.rollouts_from else []
     if config.rollouts_from and not archived:
         raise ArchiveError(f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run")
@@ -86,6 +90,8 @@ def train(config: RLConfig, world: World) -> Ended:
                 saved = archive.read(Path(config.rollouts_from or ""), iteration, world)
                 outcome = learn(models, archive.restore(saved, prompts), iteration, Clock())
             outcome.metrics |= {"data/dropped_prompts": prompts.dropped - dropped, "timing/save": keeper.seconds}
+            if skipped is not None:
+                outcome.metrics["data/skipped_rows"] = skipped.count
             for name, engine in engines.items():
                 outcome.metrics[f"{name}/skipped"] = engine.skipped
             outcome.metrics["memory/peak_gib"] = peak_gib()
@@ -116,8 +122,9 @@ def generate(config: RLConfig, world: World) -> Path:
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
-    stream = open_stream(config.data, config.run.seed)
-    prompts = PromptStream(stream, processor, config.reward.rules)
+    skipped = skipped_rows(config.data, run, world.is_main)
+    stream = open_stream(config.data, config.run.seed, skipped)
+    prompts = PromptStream(stream, processor, config.reward.rules, skipped)
     models, _ = build_models(config, source, processor, world, training=False)
     rollouts = build_rollouts(config, source, processor, models)
     there = archive.iterations(run)
@@ -152,7 +159,8 @@ def rehearse(config: RLConfig, world: World) -> Path:
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
     check_steps(config, world)
-    prompts = PromptStream(open_stream(config.data, config.run.seed), processor, config.reward.rules)
+    skipped = skipped_rows(config.data, run, world.is_main)
+    prompts = PromptStream(open_stream(config.data, config.run.seed, skipped), processor, config.reward.rules, skipped)
     models, _ = build_models(config, source, processor, world)
     models.only(None)
     rollouts = build_rollouts(config, source, processor, models)

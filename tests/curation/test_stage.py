@@ -19,9 +19,11 @@ from ovr_megatron.config import ConfigError, DataConfig, SourceConfig, build
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.settings import CollectConfig, DedupConfig, PatternsConfig, PrepareConfig, StratifyConfig
+from ovr_megatron.data.images import load_media
 from ovr_megatron.data.schema import RowError
-from ovr_megatron.data.sources import open_source, validate
+from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.stream import open_stream
+from ovr_megatron.data_checks import bad_rows
 from ovr_megatron.model.tiny import make_tiny_model
 
 STAGES = ["collect", "dedup", "patterns", "stratify", "weigh", "tokenise"]
@@ -78,7 +80,9 @@ def test_reports_say_what_went_and_why(config: PrepareConfig) -> None:
     assert sum(group["rows"] * group["weight"] for group in groups.values()) / 41 == pytest.approx(1, abs=1e-5)
     assert groups["tales/d0"]["weight"] > groups["sums/d0"]["weight"]
     sources = DataConfig(sources=[SourceConfig(**told) for told in yaml.safe_load((last / "sources.yaml").read_text())])
-    assert sum(validate(open_source(source), sources) for source in sources.sources) == 41
+    opened = [open_source(source) for source in sources.sources]
+    assert sum(map(len, opened)) == 41
+    assert not [error for rows in opened for error in bad_rows(rows, range(len(rows)), [])]
     drawn = Counter(row.source for row in islice(open_stream(sources, seed=1), 4000))
     assert {name: count / 4000 for name, count in drawn.items()} == pytest.approx(
         {name: group["share"] for name, group in groups.items()}, abs=0.05
@@ -143,7 +147,8 @@ def test_sources_of_every_form_become_rows_with_stored_images(tmp_path: Path) ->
     last = prepare(config)
     (tmp_path / "a.png").unlink()
     source = open_source(SourceConfig(path=str(last / "rows.jsonl"), image_root=config.dir))
-    assert validate(source, DataConfig()) == 5
+    assert len(source) == 5
+    assert not list(bad_rows(source, range(5), [lambda row: load_media(row, DataConfig())]))
     assert source[0].response == "Green.</think>g"
     assert (source[1].answer, source[2].answer) == ("green", "2")
     assert source[0].messages[0].parts[0] == source[1].messages[0].parts[0]  # one file for both
@@ -160,6 +165,41 @@ def test_a_bad_row_stops_or_is_counted_with_its_place(tmp_path: Path) -> None:
     told = report(config, "collect")
     assert (told["kept"], sum(told["dropped"].values())) == (1, 2)
     assert "rows.jsonl:3" in str(told["examples"])
+
+
+CASES = Path(__file__).parents[1] / "data/cases/traces"
+
+
+def test_the_documented_preparation_of_openthoughts_keeps_its_rows(tmp_path: Path) -> None:
+    source = SourceConfig(path=str(CASES / "openthoughts114k.parquet"), format="llava")
+    stages = ["collect", "dedup", "patterns"]
+    config = PrepareConfig(dir=str(tmp_path / "out"), stages=stages, data=DataConfig(sources=[source]))
+    prepare(config)
+    kept = rows(config, "patterns")
+    assert [row["messages"][-1]["content"] for row in kept] == [
+        f"Add {i} and {i}. Wait, check it.\n</think>\n\nIt is \\(\\boxed{{{2 * i}}}\\)." for i in range(4)
+    ]
+    assert kept[0]["messages"][0]["content"].endswith("Structure: <think> {thought} </think> {solution} ")
+
+
+def test_a_source_that_ends_up_empty_stops_the_preparation(tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").write_text(line("One?", "1") + line("Two, if you please?", "2"))
+    (tmp_path / "plain.jsonl").write_text(line("Three?", "3", "3") + line("And what of four?", "4", "4"))
+    (tmp_path / "bad.jsonl").write_text(line("Five?", "5").replace('"user"', '"tool"'))
+    sources = {name: SourceConfig(path=str(tmp_path / f"{name}.jsonl"), name=name) for name in ("good", "plain", "bad")}
+    data = DataConfig(sources=[sources["good"], sources["plain"]])
+    config = PrepareConfig(dir=str(tmp_path / "out"), stages=["collect", "patterns"], data=data)
+    with pytest.raises(ConfigError, match=r"patterns kept no row of plain \(2 rows, most for: thought without end\)"):
+        prepare(config)
+    prepare(replace(config, allow_empty=True))
+    assert report(config, "patterns")["by_source"]["plain"] == {"kept": 0, "dropped": 2}
+    data = DataConfig(sources=[sources["good"], sources["bad"]])
+    config = PrepareConfig(
+        dir=str(tmp_path / "other"), stages=["collect"], data=data, collect=CollectConfig(on_error="skip")
+    )
+    with pytest.raises(ConfigError, match=r"collect kept no row of .*bad.jsonl; report.json says why; .*allow_empty"):
+        prepare(config)
+    prepare(replace(config, allow_empty=True))
 
 
 @pytest.mark.parametrize(

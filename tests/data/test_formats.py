@@ -101,7 +101,7 @@ def test_a_bad_problem_names_the_field_of_its_file(reader: Any, raw: Any, field:
 
 
 def test_an_unknown_form_is_listed_with_its_fields() -> None:
-    known = "messages, orz, verl, llava, mathvision, puzzlevqa"
+    known = "messages, orz, verl, llava, alpaca, query, mathvision, puzzlevqa"
     with pytest.raises(RowError, match=rf"f:1: row: has only the fields a, b; .*{known}"):
         detect({"b": 1, "a": 2}, "f:1")
 

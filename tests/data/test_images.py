@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from ovr_megatron.config import DataConfig
-from ovr_megatron.data.images import load_image, load_media
+from ovr_megatron.data.images import image_size, load_image, load_media
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
 
 CONFIG = DataConfig()
+CASES = Path(__file__).with_name("cases") / "images"
 RED = (255, 0, 0)
 
 
@@ -98,9 +99,56 @@ def test_limits_hold_and_name_their_setting(root: Path) -> None:
     assert "too elongated" in refused(ImagePart(image=Image.new("RGB", (201, 1)))).problem
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+def test_the_limit_is_ours_and_not_pillows(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "data.max_image_pixels" in refused(part(root, "red.png")).problem
+    assert "data.max_image_pixels" in refused(part(root, "red.png"), replace(CONFIG, max_image_pixels=599)).problem
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many
+    assert load_image(part(root, "red.png"), CONFIG).size == (30, 20)
+
+
+def test_sound_pictures_with_odd_fields_are_read() -> None:
+    turned = load_image(ImagePart(data=(CASES / "exif_width_neg.jpg").read_bytes()), CONFIG)
+    with Image.open(CASES / "exif_width_neg.jpg") as plain:  # orientation 6
+        assert turned == plain.convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    commented = load_image(ImagePart(data=(CASES / "bigtext.png").read_bytes()), CONFIG)
+    assert commented.size[0] * commented.size[1] > 1
+
+
+@pytest.mark.parametrize("name", ["float.tif", "int32.tif"])
+def test_pixels_of_unknown_range_are_refused(name: str) -> None:
+    error = refused(ImagePart(path=CASES / name, root=CASES, where="rows.jsonl:3"))
+    assert "has pixels of 32 bits" in error.problem and "convert it to 8 bits" in error.remedy
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_the_header_says_the_size_of_the_picture(format: str) -> None:
+    for orientation in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {} if format in ("GIF", "BMP") else {"exif": exif}
+        image = ImagePart(data=encoded(Image.new("RGB", (30, 20), RED), format, **options))
+        assert image_size(image, CONFIG) == load_image(image, CONFIG).size, orientation
+    drawn = ImagePart(image=Image.new("RGB", (30, 20)))
+    assert image_size(drawn, CONFIG) == (30, 20)
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (30, 20)), exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]  # before the closing chunk
+    assert moved.index(b"IDAT") < moved.index(b"eXIf")
+    image = ImagePart(data=moved)
+    assert image_size(image, CONFIG) == load_image(image, CONFIG).size == (20, 30)
+
+
+def test_the_header_is_enough_for_the_size() -> None:
+    whole = encoded(Image.effect_noise((64, 48), 80).convert("RGB"))
+    image = ImagePart(data=whole[: len(whole) // 2])
+    assert image_size(image, CONFIG) == (64, 48)
+    assert "cannot be decoded" in refused(image).problem
 
 
 def test_every_mode_becomes_rgb_on_white() -> None:

@@ -99,7 +99,8 @@ class Rows:
         text = TextPart(f"{number} " + self.text * (900 if number % 9 == 8 else int(draw.integers(1, 40))))
         image = ImagePart(image=PIL.Image.fromarray(draw.integers(0, 256, (56, 56, 3), np.uint8)))
         parts = (image, text) if number % 3 == 0 else (text,)
-        return Row((Message("user", parts), Message("assistant", (TextPart(f"So {number}"),))), where=f"rows:{number}")
+        reply = Message("assistant", (TextPart(f"So</think>{number}"),))
+        return Row((Message("user", parts), reply), where=f"rows:{number}")
 
     def state(self):
         return {"next": self.next}
@@ -125,7 +126,7 @@ def test_a_stream_packs_every_row_that_fits_once(processor):
         for p in step
         for tokens in torch.tensor_split(p.tokens, p.cu_seqlens[1:-1].long())
     ]
-    found = sorted(int(text.rpartition("So ")[2]) for text in texts)
+    found = sorted(int(text.rpartition("</think>")[2]) for text in texts)
     assert len(found) == len(set(found))
     complete = [number for number in range(found[-1]) if number % 9 != 8]
     assert len(set(complete) - set(found)) < 60  # what still waits

@@ -1,4 +1,7 @@
+import io
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -8,7 +11,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from ovr_megatron.config import DataConfig
-from ovr_megatron.data.processing import Processor, TemplateError, TooLongError
+from ovr_megatron.data.processing import THINK_TEMPLATE, Processor, TemplateError, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
 from ovr_megatron.model.shape import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
@@ -67,6 +70,14 @@ ROWS = {
         user("a", picture(56, 56), "b", video(5, 56, 84, fps=0.7), "c", picture(84, 56)), assistant("x"), user("y")
     ),
 }
+
+
+def thinking(item):
+    """The row with a thought in each reply."""
+    messages = [
+        m if m.role != "assistant" or "</think>" in m.text else assistant(f"Hm</think>{m.text}") for m in item.messages
+    ]
+    return row(*messages)
 
 
 def as_transformers(processor, transformers_processor, messages):
@@ -145,9 +156,16 @@ def test_a_batch_gives_the_samples_of_single_rows(processor):
 
 @pytest.mark.parametrize("generation", [True, False])
 def test_lengths_are_exact(processor, generation):
-    rows = [row(*found.messages, assistant("So \\boxed{3}")) for found in ROWS.values()]
+    rows = [row(*found.messages, assistant("So</think>\\boxed{3}")) for found in ROWS.values()]
+    if not generation:  # an earlier reply is learned, too
+        rows = [thinking(item) for item in rows]
     samples = processor.encode(rows, generation)
     assert processor.lengths(rows, generation) == [len(sample) for sample in samples]
+
+
+def test_a_template_that_replaces_the_folders_is_told(folder, processor):
+    assert processor.template_notice.startswith("data.template=think: chats are written with this project's template")
+    assert Processor(folder, DataConfig(template="model")).template_notice == ""
 
 
 def test_the_think_template_reads_as_documented(processor):
@@ -169,8 +187,8 @@ HOSTILE += " \U000f00000\U000f0001"
 
 def test_text_cannot_name_a_special_token(processor):
     harmless, hostile = (
-        row(user(picture(56, 56), "Hi"), assistant("ok")),
-        row(user(picture(56, 56), HOSTILE), assistant(HOSTILE)),
+        row(user(picture(56, 56), "Hi"), assistant("</think>ok")),
+        row(user(picture(56, 56), HOSTILE), assistant(f"</think>{HOSTILE}")),
     )
     special = set(processor.tokenizer.all_special_ids) | {processor.end_token, processor.shape.image_token}
     expected, found = processor.encode([harmless, hostile], generation=False)
@@ -182,7 +200,7 @@ def test_text_cannot_name_a_special_token(processor):
 
 
 def test_a_supervised_row_is_its_prompt_and_its_answer(processor):
-    text = "Take red:3,5. So \\boxed{8}"
+    text = "Take red:3,5. So</think>\\boxed{8}"
     example = row(user(picture(56, 56), "Add the red digits."), assistant(text))
     [prompt] = processor.encode([example], generation=True)
     [found] = processor.encode([example], generation=False)
@@ -196,12 +214,154 @@ def test_a_supervised_row_is_its_prompt_and_its_answer(processor):
 
 def test_an_answer_that_opens_its_thinking_itself_does_not_open_it_twice(folder, processor):
     opened = row(user("Hi"), assistant("<think>\nHm.\n</think>\n\nHello"))
+    spaced = row(user("Hi"), assistant("\n <think>\nHm.\n</think>\n\nHello"))
     closed = row(user("Hi"), assistant("Hm.\n</think>\n\nHello"))
-    first, second = processor.encode([opened, closed], generation=False)
-    assert first.tokens.tolist() == second.tokens.tolist()
+    first, second, third = processor.encode([opened, closed, spaced], generation=False)
+    assert first.tokens.tolist() == second.tokens.tolist() == third.tokens.tolist()
     plain = Processor(folder, DataConfig(template="model"))
     [kept] = plain.encode([opened], generation=False)
     assert plain.decode(kept.tokens).count("<think>") == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem"),
+    [
+        ("Hello", "has no </think>"),
+        ("<think>\nIt never ends", "has no </think>"),
+        ("Well. <think>Hm.</think>Hello", "has <think> after its beginning"),
+        ("<think><think>Hm.</think>Hello", "has <think> after its beginning"),
+    ],
+)
+def test_a_reply_that_does_not_fit_the_opened_thought_is_refused(processor, reply, problem):
+    with pytest.raises(RowError, match=problem) as caught:
+        processor.encode([row(user("Hi"), assistant(reply))], generation=False)
+    assert (caught.value.where, caught.value.field) == ("rows.jsonl:7", "messages[1]")
+    assert "data.template=model" in caught.value.remedy
+
+
+def test_a_reply_without_a_thought_gets_an_empty_one_or_stays_as_it_is(folder):
+    plain, cut = row(user("Hi"), assistant("Hello")), row(user("Hi"), assistant("<think>\nIt never ends"))
+    closing = Processor(folder, DataConfig(without_thought="close"))
+    text = closing.decode(closing.encode([plain], generation=False)[0].tokens, skip_special_tokens=False)
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nHello<|im_end|>")
+    with pytest.raises(RowError, match="has no </think>"):
+        closing.encode([cut], generation=False)
+    opening = Processor(folder, DataConfig(without_thought="open"))
+    text = opening.decode(opening.encode([plain], generation=False)[0].tokens, skip_special_tokens=False)
+    assert text.endswith("<|im_start|>assistant\n<think>\nHello<|im_end|>")
+    own = Processor(folder, DataConfig(template="model"))
+    text = own.decode(own.encode([plain], generation=False)[0].tokens, skip_special_tokens=False)
+    assert text.endswith("<|im_start|>assistant\nHello<|im_end|>")
+
+
+def test_a_folders_template_that_opens_a_thought_counts_as_well(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "own")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        written = json.loads((tmp_path / "own" / name).read_text())
+        written["chat_template"] = THINK_TEMPLATE.read_text()
+        (tmp_path / "own" / name).write_text(json.dumps(written))
+    own, ours = (Processor(tmp_path / "own", DataConfig(template=name)) for name in ("model", "think"))
+    opened = row(user("Hi"), assistant("<think>\nHm.\n</think>\n\nHello"))
+    assert own.encode([opened], False)[0].tokens.tolist() == ours.encode([opened], False)[0].tokens.tolist()
+    with pytest.raises(RowError, match="has no </think>"):
+        own.encode([row(user("Hi"), assistant("Hello"))], generation=False)
+
+
+DIALOGUE = row(
+    user(picture(56, 56), "One?"), assistant("<think>\nA</think>1"),
+    user("Two?", picture(84, 56)), assistant("B</think>2"),
+    user("Three?"), assistant("C</think>3"),
+)  # fmt: skip
+
+
+def turns_of(processor, sample):
+    """The texts that are learned, one for each reply."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.loss_mask, [0]])))
+    return [processor.decode(sample.tokens[a:b], skip_special_tokens=False) for a, b in edges.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize("template", ["think", "model"])
+def test_every_reply_is_learned_as_it_would_be_sampled(folder, template):
+    processor = Processor(folder, DataConfig(template=template, **BUDGET))
+    [sample] = processor.encode([DIALOGUE], generation=False)
+    replies = [message.text for message in DIALOGUE.messages if message.role == "assistant"]
+    if template == "think":
+        replies = [text.removeprefix("<think>\n") for text in replies]
+    assert turns_of(processor, sample) == [f"{text}<|im_end|>" for text in replies]
+    # What stands before each reply is what the template asks with, token for token.
+    for end, reply in zip((1, 3, 5), replies, strict=True):
+        shorter = row(*DIALOGUE.messages[:end], assistant(DIALOGUE.messages[end].text))
+        [alone] = processor.encode([shorter], generation=False)
+        assert sample.tokens[: len(alone)].tolist() == alone.tokens.tolist()
+        assert processor.decode(alone.tokens[alone.loss_mask][-len(processor.tokenizer(reply)["input_ids"]) - 1 :])
+    [first] = processor.encode([row(*DIALOGUE.messages[:1])], generation=True)
+    assert sample.tokens[: len(first)].tolist() == first.tokens.tolist()
+    assert np.array_equal(sample.patches[: len(first.patches)], first.patches)
+    text = processor.decode(sample.tokens, skip_special_tokens=False)
+    assert text.count("<|im_end|>\n<|im_start|>user\n") == 3
+    assert text.count("<think>\n") == (3 if template == "think" else 1)
+
+
+def test_the_last_reply_alone_can_be_learned(folder, processor):
+    last = Processor(folder, DataConfig(learn="last", **BUDGET))
+    [sample] = last.encode([DIALOGUE], generation=False)
+    assert turns_of(last, sample) == ["C</think>3<|im_end|>"]
+    [prompt] = processor.encode([row(*DIALOGUE.messages[:-1])], generation=True)
+    assert sample.tokens[: len(prompt)].tolist() == prompt.tokens.tolist()
+    unthought = row(user("Hi"), assistant("Hello"), user("Two?"), assistant("B</think>2"))
+    assert turns_of(last, last.encode([unthought], generation=False)[0]) == ["B</think>2<|im_end|>"]
+    with pytest.raises(RowError, match=r"messages\[1\]: has no </think>.*or data.learn=last"):
+        processor.encode([unthought], generation=False)
+
+
+def test_a_reply_of_weight_zero_is_context(processor):
+    messages = list(DIALOGUE.messages)
+    middle = [*messages[:3], replace(messages[3], learn=False), *messages[4:]]
+    [sample] = processor.encode([row(*middle)], generation=False)
+    assert turns_of(processor, sample) == ["A</think>1<|im_end|>", "C</think>3<|im_end|>"]
+    end = [*messages[:5], replace(messages[5], learn=False)]
+    [sample] = processor.encode([row(*end)], generation=False)
+    assert turns_of(processor, sample) == ["A</think>1<|im_end|>", "B</think>2<|im_end|>"]
+    assert processor.decode(sample.tokens).endswith("B</think>2")
+    none = [replace(message, learn=False) for message in messages]
+    with pytest.raises(RowError, match="no message of weight 1"):
+        processor.encode([row(*none)], generation=False)
+
+
+def test_the_prompt_of_a_dialogue_ends_before_its_first_reply(folder, processor):
+    [sample] = processor.encode([DIALOGUE], generation=False)
+    first = int(np.argmax(sample.loss_mask))
+    assert (
+        len(Processor(folder, DataConfig(max_prompt_tokens=first, **BUDGET)).encode([DIALOGUE], generation=False)) == 1
+    )
+    with pytest.raises(TooLongError, match=f"the prompt takes {first} tokens"):
+        Processor(folder, DataConfig(max_prompt_tokens=first - 1, **BUDGET)).encode([DIALOGUE], generation=False)
+    assert processor.lengths([DIALOGUE], generation=False) == [len(sample)]
+
+
+def test_a_template_that_writes_replies_otherwise_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "own")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        written = json.loads((tmp_path / "own" / name).read_text())
+        written["chat_template"] = written["chat_template"].replace("'<|im_end|>\\n'", "'\\n<|im_end|>\\n'")
+        (tmp_path / "own" / name).write_text(json.dumps(written))
+    dialogue = row(user("Hi"), assistant("a"), user("y"), assistant("b"))
+    with pytest.raises(TemplateError, match=r"does not end an earlier reply with <\|im_end\|>; set data.learn=last"):
+        Processor(tmp_path / "own", DataConfig(template="model")).encode([dialogue], generation=False)
+    last = Processor(tmp_path / "own", DataConfig(template="model", learn="last"))
+    assert turns_of(last, last.encode([dialogue], generation=False)[0]) == ["b<|im_end|>"]
+
+
+def test_lengths_read_headers_unless_they_are_to_decode(processor):
+    data = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)).save(data, "PNG")
+    cut = row(user(ImagePart(data=data.getvalue()[:2000]), "What?"))
+    [whole] = processor.lengths([row(user(ImagePart(data=data.getvalue()), "What?"))], generation=True)
+    assert processor.lengths([cut], generation=True) == [whole]
+    with pytest.raises(RowError, match="cannot be decoded"):
+        processor.lengths([cut], generation=True, decode=True)
+    with pytest.raises(RowError, match="cannot be decoded"):
+        processor.encode([cut], generation=True)
 
 
 def test_the_engine_gets_one_placeholder_and_one_picture_each(processor):
@@ -267,7 +427,7 @@ def test_a_prompt_over_the_limit_is_an_error_and_never_cut(folder):
 
 
 def test_a_row_over_the_models_positions_is_an_error_and_never_cut(tmp_path):
-    rows = [row(user("Hi"), assistant("word " * n)) for n in (1, 3)]
+    rows = [row(user("Hi"), assistant("</think>" + "word " * n)) for n in (1, 3)]
     lengths = Processor(make_tiny_model(tmp_path / "a", sizes=SIZES), CONFIG).lengths(rows, generation=False)
     sizes = TinySizes(**{**vars(SIZES), "max_positions": lengths[1] - 1})
     short = Processor(make_tiny_model(tmp_path / "b", sizes=sizes), CONFIG)

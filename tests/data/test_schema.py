@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart, parse_row, row_to_json
+from ovr_megatron.data.row_json import row_to_json
+from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart, parse_row
+from ovr_megatron.rewards.choice import right_option
 
 ROOT = Path("/data/images")
 USER = {"role": "user", "content": "2+3?"}
@@ -137,7 +139,7 @@ def test_a_picture_without_a_file_travels_inside_the_json() -> None:
         (asking({"type": "audio", "audio": "a.wav"}), "messages[0].content[0].type", "'audio'"),
         (asking("text"), "messages[0].content[0].type", "None"),
         (asking({"type": "text"}), "messages[0].content[0].text", "missing"),
-        (asking({"type": "image"}), "messages[0].content[0].image", "missing"),
+        (asking({"type": "image", "image": ""}), "messages[0].content[0].image", "empty"),
         (asking({"type": "image", "image": "https://x.org/a.png"}), "messages[0].content[0].image", "URL"),
         (asking({"type": "image", "image": {"bytes": "%%%"}}), "messages[0].content[0].image", "base64"),
         (asking({"type": "video", "video": "a.mp4"}), "messages[0].content[0].video", "a.mp4"),
@@ -155,6 +157,8 @@ def test_a_picture_without_a_file_travels_inside_the_json() -> None:
         (PROMPT | {"answer": ["5"]}, "answer", "list"),
         (PROMPT | {"options": ["1", "2"]}, "answer", "'5'"),
         (PROMPT | {"options": ["1", "2"], "answer": "C"}, "answer", "'C'"),
+        (PROMPT | {"options": ["1", "2"], "answer": "(c)"}, "answer", "'(c)'"),
+        (PROMPT | {"options": ["1", "2"], "answer": "(A) or (B)"}, "answer", "'(A) or (B)'"),
         (PROMPT | {"options": "12"}, "options", "str"),
         (PROMPT | {"options": [None]}, "options[0]", "missing"),
         (PROMPT | {"difficulty": "hard"}, "difficulty", "hard"),
@@ -172,9 +176,11 @@ def test_bad_rows_name_place_field_and_remedy(raw: Any, field: str, problem: str
     assert str(error).endswith(f"; {error.remedy}") and len(error.remedy) > 10
 
 
-@pytest.mark.parametrize("answer", ["A", "B", "1/2", " two "])
+@pytest.mark.parametrize("answer", ["A", "B", "1/2", " two ", "(B)", "b", "(a)", "B.", "[A]"])
 def test_an_answer_is_the_letter_or_the_text_of_an_option(answer: str) -> None:
-    assert parse(PROMPT | {"options": ["1/2", "two"], "answer": answer}).answer == answer
+    row = parse(PROMPT | {"options": ["1/2", "two"], "answer": answer})
+    assert row.answer == answer
+    assert right_option(answer, row.options) == int("b" in answer.lower() or "two" in answer)  # so a grader means it
 
 
 def test_an_error_survives_the_way_between_processes() -> None:

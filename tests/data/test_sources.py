@@ -2,6 +2,8 @@
 
 import io
 import json
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 from PIL import Image
 
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
+from ovr_megatron.data.images import load_media
 from ovr_megatron.data.schema import ImagePart, RowError, RowSource
-from ovr_megatron.data.sources import open_source, validate
+from ovr_megatron.data.sources import open_source
+from ovr_megatron.data_checks import bad_rows
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
@@ -39,6 +43,11 @@ def opened(path: object, **settings: Any) -> RowSource:
 
 def texts(source: RowSource) -> list[str]:
     return [source[i].messages[0].text for i in range(len(source))]
+
+
+def errors(source: RowSource) -> list[str]:
+    """What is wrong with the rows of ``source`` and their images, one sentence each."""
+    return [str(error) for error in bad_rows(source, range(len(source)), [lambda row: load_media(row, DataConfig())])]
 
 
 def png(colour: str = "red") -> bytes:
@@ -173,8 +182,8 @@ def test_parquet_and_saved_tables_keep_images_encoded_until_they_are_used(tmp_pa
         assert len(source) == 2
         part = source[0].messages[0].parts[0]
         assert isinstance(part, ImagePart) and part.data == png()
-        with pytest.raises(RowError, match=r"\[1\]: messages\[0\].content\[0\].image: .*cannot be decoded"):
-            validate(source, DataConfig())
+        (error,) = errors(source)
+        assert "[1]: messages[0].content[0].image: " in error and "cannot be decoded" in error
 
 
 def test_the_image_feature_of_the_library_is_not_decoded(tmp_path: Path) -> None:
@@ -190,29 +199,90 @@ def test_the_image_feature_of_the_library_is_not_decoded(tmp_path: Path) -> None
     assert source[0].answer == "A"
 
 
-def test_validate_walks_rows_and_images(tmp_path: Path) -> None:
+def test_every_bad_row_is_listed(tmp_path: Path) -> None:
     def seeing(name: str) -> dict[str, Any]:
         parts = [{"type": "image", "image": name}, {"type": "text", "text": "?"}]
         return {"messages": [{"role": "user", "content": parts}], "answer": "1"}
 
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_bytes(png())
-    assert validate(opened(write(tmp_path / "good.jsonl", row(), seeing("images/a.png"))), DataConfig()) == 2
-    bad = write(tmp_path / "bad.jsonl", row(), seeing("images/b.png"))
-    with pytest.raises(RowError, match=r"bad.jsonl:2: messages\[0\].content\[0\].image: .*b.png' does not exist"):
-        validate(opened(bad), DataConfig())
+    assert errors(opened(write(tmp_path / "good.jsonl", row(), seeing("images/a.png")))) == []
+    bad = write(tmp_path / "bad.jsonl", "{", row(), seeing("images/b.png"), row(answer=""))
+    lines = errors(opened(bad))
+    assert [line.removeprefix(f"{bad}:")[0] for line in lines] == ["1", "3", "4"]
+    assert "messages[0].content[0].image: " in lines[1] and "b.png' does not exist" in lines[1]
     outside = opened(write(tmp_path / "up.jsonl", seeing("../images.png")), image_root=str(tmp_path / "images"))
-    with pytest.raises(RowError, match=r"up.jsonl:1: .*outside the image root"):
-        validate(outside, DataConfig())
-    with pytest.raises(ConfigError, match="endless"):
-        validate(opened("puzzle:digits"), DataConfig())
+    (line,) = errors(outside)
+    assert "up.jsonl:1: " in line and "outside the image root" in line
+
+
+def test_white_space_is_a_blank_line(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "rows.jsonl", row("first"), "  \t ", "\u00a0", row("second")))
+    assert texts(source) == ["first", "second"]
+    assert source[1].where.endswith(":4")
+
+
+def test_the_first_row_may_be_a_bad_one(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "rows.jsonl", "{bad", {"a": 1}, row("good")))
+    assert source[2].messages[0].text == "good"
+    with pytest.raises(RowError, match=r"rows.jsonl:1: is not JSON"):
+        source[0]
+    with pytest.raises(RowError, match=r"rows.jsonl:2: messages: is missing"):
+        source[1]
+
+
+def test_a_folder_of_several_splits_is_not_mixed(tmp_path: Path) -> None:
+    names = ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "gsm_validation")
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", row(name))
+    with pytest.raises(RowError, match=r"has files of several splits: test, train, validation; .*\?split=train"):
+        opened(tmp_path)
+    assert texts(opened(f"{tmp_path}?split=train")) == list(names[:2])
+    assert texts(opened(f"{tmp_path}?split=validation")) == [names[3]]
+    with pytest.raises(RowError, match=r"has no file of the split 'tset'; choose one of test, train, validation"):
+        opened(f"{tmp_path}?split=tset")
+    for path in tmp_path.glob("t*.jsonl"):
+        path.unlink()
+    assert texts(opened(tmp_path)) == [names[3]]
+    write(tmp_path / "more.jsonl", row("more"))  # not named as any split, so it is for training
+    with pytest.raises(RowError, match=r"several splits: train, validation"):
+        opened(tmp_path)
+
+
+def test_a_saved_set_of_several_splits_is_not_mixed(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_list([row(name)]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert texts(opened(f"{tmp_path / 'saved'}?split=test")) == ["test"]
+    with pytest.raises(RowError, match=r"saved: has files of several splits: test, train"):
+        opened(tmp_path / "saved")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "rows.jsonl", row())
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(RowError, match=r"file/cache: the cache of .* is not writable .*; .* HF_DATASETS_CACHE name"):
+        opened(path)
+
+
+def test_a_full_cache_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *(row("x" * 1000) for _ in range(2000)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(RowError, match=r"cache: the cache of the library datasets is full .*; free space there"):
+            opened(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
 
 
 def test_puzzles_are_sources(tmp_path: Path) -> None:
     source = opened("puzzle:digits?split=heldout&answered=0&count=3", name="visual")
     assert len(source) == 3
     assert source[0].source == "visual"
-    assert validate(source, DataConfig()) == 3
+    assert errors(source) == []
     with pytest.raises(ConfigError, match="no such kind"):
         opened("puzzle:nothing")
 
@@ -244,5 +314,5 @@ def test_real_data_is_read_whole(name: str, count: int, images: int, first: str,
 
 @needs_data
 def test_real_images_open() -> None:
-    assert validate(opened(DATA / "puzzlevqa/size_grid.jsonl"), DataConfig()) == 30
-    assert validate(opened(DATA / "mathvision/testmini.jsonl"), DataConfig()) == 304
+    assert errors(opened(DATA / "puzzlevqa/size_grid.jsonl")) == []
+    assert errors(opened(DATA / "mathvision/testmini.jsonl")) == []

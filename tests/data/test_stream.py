@@ -152,3 +152,6 @@ def test_rows_that_cannot_be_used_are_listed_and_the_stream_goes_on(tmp_path):
     next(stream)
     lines = [json.loads(line)["where"] for line in (tmp_path / "data" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(lines) == [f"{path}:4", f"{path}:8"]
+    with (tmp_path / "data" / "skipped.jsonl").open("a") as file:
+        file.write('{"where": "rows.jso')  # a crash
+    assert SkippedRows(tmp_path / "data" / "skipped.jsonl").count == 2

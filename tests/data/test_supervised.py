@@ -14,10 +14,10 @@ from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 SIZES = TinySizes(layers=1, hidden=64, heads=2, kv_heads=1, ffn=64, vision_hidden=32, vision_ffn=32)
 WORLD = SimpleNamespace(dp_rank=0, dp_size=1, is_main=True)
-ROW = '{"messages": [{"role": "user", "content": "red3"}, {"role": "assistant", "content": "So 3"}]}\n'
+ROW = '{"messages": [{"role": "user", "content": "red3"}, {"role": "assistant", "content": "So</think>3"}]}\n'
 
 
-def test_one_function_opens_rows_and_sets(tmp_path):
+def test_one_function_opens_rows_and_sets(tmp_path, capsys):
     model, path = make_tiny_model(tmp_path / "model", sizes=SIZES), tmp_path / "rows.jsonl"
     path.write_text(ROW * 9)
     rows = DataConfig(sources=[SourceConfig(path=str(path))], pack_tokens=100, on_error="skip")
@@ -25,6 +25,10 @@ def test_one_function_opens_rows_and_sets(tmp_path):
     config = ColdStartConfig(run=run, model=ModelConfig(path=str(model)), data=rows, steps=7, packs_per_step=2)
     packs, steps = open_packs(config, processor, WORLD)
     assert isinstance(packs, PackStream) and steps == 7
+    assert capsys.readouterr().err.startswith("data.template=think: chats are written with")
+    next(packs)
+    every, learned = packs.replies
+    assert every == learned > 0
     longest = max(processor.lengths([packs._stream._sources[0][0]], generation=False))
     tokenise(rows, model, tmp_path / "set")
     tokenised = replace(rows, sources=[], tokenised=str(tmp_path / "set"))

@@ -108,6 +108,27 @@ def test_the_manifest_says_what_is_in_the_set(written, processor):
     assert manifest == tokenised.manifest
 
 
+def test_what_stands_between_replies_is_no_target_in_a_set_either(model, processor, tmp_path):
+    turns = [{"role": role, "content": text} for role, text in (
+        ("user", "red3"), ("assistant", "So</think>3"), ("user", "red4"), ("assistant", "So</think>4"),
+    )]  # fmt: skip
+    rows = [turns, turns[:2], [*turns[:2], turns[2], {**turns[3], "weight": 0}], [{**t, "weight": 1} for t in turns]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    config = DataConfig(sources=[SourceConfig(path=str(path))], pack_tokens=200)
+    manifest = tokenise(config, model, tmp_path / "set")
+    assert (manifest.sources[0].replies, manifest.sources[0].learned) == (7, 6)
+    tokenised, source = TokenisedSet(tmp_path / "set", processor), open_source(config.sources[0])
+    for i in range(4):
+        [sample] = processor.encode([source[i]], generation=False)
+        assert tokenised[i].tokens.tolist() == sample.tokens.tolist()
+        assert tokenised[i].loss_mask.tolist() == sample.loss_mask.tolist()
+    edges = [int((np.diff(tokenised[i].loss_mask.astype(int)) == 1).sum()) for i in range(4)]
+    assert edges == [2, 1, 1, 2]
+    last = tokenise(dataclasses.replace(config, learn="last"), model, tmp_path / "last")
+    assert (last.sources[0].replies, last.sources[0].learned) == (7, 4)
+
+
 DAMAGE = [
     (TOKENS, lambda data: data[:-4], r"tokens.bin: has \d+ bytes instead of \d+; copy the set again"),
     (SAMPLES, lambda data: data[:-32], r"samples.bin: has \d+ bytes instead of \d+"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ovr_megatron.config import ParallelConfig, RolloutConfig, SourceConfig
 from ovr_megatron.data.processing import Processor, Sample
-from ovr_megatron.data.schema import Message, TextPart, row_to_json
+from ovr_megatron.data.row_json import row_to_json
+from ovr_megatron.data.schema import Message, TextPart
 from ovr_megatron.evaluation import evaluator
 from ovr_megatron.evaluation.command import data_config, dtype_of, parser
 from ovr_megatron.evaluation.evaluator import Bench, evaluate

@@ -90,7 +90,8 @@ def test_lengths_and_patches_are_measured_on_the_data(folder: Path) -> None:
 
 def test_a_finite_source_is_measured_whole(folder: Path, tmp_path: Path) -> None:
     texts = ["short", "a longer answer of several words", "x " * 200]
-    rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": t}]} for t in texts]
+    turns = [[("user", "?"), ("assistant", f"So</think>{text}")] for text in texts]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(path=str(tmp_path / "rows.jsonl"))
     data = DataConfig(sources=[source])

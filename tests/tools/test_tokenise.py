@@ -30,7 +30,7 @@ def model(tmp_path):
 
 
 def write_rows(path, count):
-    chats = [[("user", "red3 " * (1 + i % 9)), ("assistant", f"So {i}")] for i in range(count)]
+    chats = [[("user", "red3 " * (1 + i % 9)), ("assistant", f"So</think>{i}")] for i in range(count)]
     rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

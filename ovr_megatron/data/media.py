@@ -1,0 +1,190 @@
+"""Media in columns beside a text: each is placed where its mark stands, and none is dropped without a word.
+
+``images`` and ``videos`` (or ``image`` and ``video``) stand beside a chat or a question whose text says ``<image>`` and
+``<video>`` where they belong, as EasyR1, ms-swift, LLaMA-Factory and LLaVA write them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from ovr_megatron.data.schema import (
+    ImagePart,
+    Message,
+    Part,
+    RowError,
+    TextPart,
+    VideoPart,
+    parse_image,
+    parse_video,
+)
+
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
+IMAGE_COLUMNS, VIDEO_COLUMNS = ("images", "image"), ("videos", "video")
+
+# Qwen's own tokens around one placeholder, as some sets write them into the text.
+_QWEN_MARKS = (
+    ("<|vision_start|><|image_pad|><|vision_end|>", IMAGE_MARK),
+    ("<|vision_start|><|video_pad|><|vision_end|>", VIDEO_MARK),
+)
+_ANY_MARK = re.compile(r"<(?:image|video|audio)>|<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+_MEDIUM_NAME = re.compile(
+    r"(?:\w+_)?(?:image|img|picture|photo|video|audio)s?(?:_?(?:path|file|url|name|byte|base64|b64)s?)?(?:_?\d+)?",
+    re.IGNORECASE,
+)
+_MEDIUM_FILE = re.compile(
+    r"\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|m4a)", re.IGNORECASE
+)
+_LABELS = re.compile(r"(?:\w*_)?(?:u?u?id|source|split|answer|solution|index)", re.IGNORECASE)  # may look like a file
+_REMEDY = "cut videos into frames, drop the column if the text does without, or remove the row"
+
+
+@dataclass(frozen=True)
+class ColumnMedia:
+    """The images and videos of a row's columns, in order; ``field`` names the column that errors point at."""
+
+    images: Sequence[ImagePart] = ()
+    videos: Sequence[VideoPart] = ()
+    field: str = ""
+
+
+def is_medium(name: str, value: Any) -> bool:
+    """Whether a field holds an image, a video or audio, by its form, or by its name where it holds a text."""
+    if isinstance(value, (bytes, PIL.Image.Image)):
+        return True
+    if isinstance(value, Mapping):
+        filled = {key for key, item in value.items() if item is not None}
+        embedded = bool(filled) and filled <= {"bytes", "path"}
+        return embedded or {"array", "sampling_rate"} <= filled or (bool(filled) and _is_medium_name(name))
+    if isinstance(value, str):
+        if not value.strip() or _LABELS.fullmatch(name):
+            return False
+        return _is_medium_name(name) or _MEDIUM_FILE.fullmatch(value) is not None
+    if isinstance(value, Sequence):
+        return any(is_medium(name, item) for item in value)
+    return False
+
+
+def refuse_unread(raw: Mapping[str, Any], read: Collection[str], where: str, prefix: str = "") -> None:
+    """Raise `RowError` for the first field of ``raw`` that holds a medium and is not one of ``read``."""
+    for name, value in raw.items():
+        if name not in read and is_medium(name, value):
+            problem = f"holds an image, a video or audio that this format does not read: {str(value)[:60]!r}"
+            raise RowError(where, prefix + name, problem, f"give images in a column 'images'; {_REMEDY}")
+
+
+def parse_columns(raw: Mapping[str, Any], where: str, image_root: Path) -> ColumnMedia:
+    """Read the columns `IMAGE_COLUMNS` and `VIDEO_COLUMNS` of ``raw``; a video is the list of its frames.
+
+    Raises:
+        RowError: both names of a column are filled, or a value cannot be read.
+    """
+    field, values = _column(raw, IMAGE_COLUMNS, where)
+    images = [parse_image(value, where, f"{field}[{i}]", image_root) for i, value in enumerate(values)]
+    video_field, values = _column(raw, VIDEO_COLUMNS, where)
+    if video_field == "video" and len(values) > 1 and isinstance(values[0], (str, Mapping)):
+        values = [values]  # the frames of one video
+    videos = [
+        parse_video(value, raw.get("fps"), where, f"{video_field}[{i}]", image_root) for i, value in enumerate(values)
+    ]
+    return ColumnMedia(images, videos, field or video_field)
+
+
+def place(messages: tuple[Message, ...], media: ColumnMedia, where: str, text_field: str) -> tuple[Message, ...]:
+    """Put media where the marks of the user's texts stand; before the first of them where nothing marks their kind.
+
+    Args:
+        messages: A chat of text parts.
+        media: What to place.
+        where: ``file:line``.
+        text_field: The field that holds the text, for errors.
+
+    Raises:
+        RowError: there are marks, and not one for each medium.
+    """
+    messages = tuple(_with_plain_marks(message) for message in messages)
+    text = "\n".join(message.text for message in messages if message.role == "user")
+    waiting: dict[str, Iterator[Part]] = {}
+    leading: list[Part] = []
+    for mark, parts in ((IMAGE_MARK, media.images), (VIDEO_MARK, media.videos)):
+        count = text.count(mark)
+        if count == len(parts):
+            waiting[mark] = iter(parts)
+        elif count == 0:
+            leading += parts
+        else:
+            problem = f"has {count} marks {mark}, and the row has {len(parts)} {mark.strip('<>')}s"
+            raise RowError(where, text_field, problem, "give one for each mark, or no marks at all")
+    if not media.images and not media.videos:
+        return messages
+    if any(not isinstance(part, TextPart) for message in messages for part in message.parts):
+        problem = "has images or videos beside a chat that has some of its own"
+        raise RowError(where, media.field, problem, "give them either in the column or in the content")
+    return tuple(_filled(message, waiting, leading) for message in messages)
+
+
+def refuse_marks(messages: Sequence[Message], where: str, text_field: str) -> None:
+    """Raise `RowError` if a user's text has a mark of a medium: the medium is missing."""
+    for message in messages:
+        if message.role == "user" and (mark := _ANY_MARK.search(message.text)):
+            problem = f"has {mark[0]} in a user's text, and no medium for it"
+            raise RowError(where, text_field, problem, "give the medium, or take the mark out of the text")
+
+
+def _is_medium_name(name: str) -> bool:
+    return _MEDIUM_NAME.fullmatch(name) is not None
+
+
+def _column(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[str, Sequence[Any]]:
+    """Name and values of the column that is filled, of the two that mean the same; no values where none is."""
+    columns = {name: _values(raw.get(name)) for name in names}
+    filled = [name for name, values in columns.items() if values]
+    if len(filled) > 1:
+        raise RowError(where, filled[1], f"stands beside {filled[0]!r}", "give one of the two columns")
+    return (filled[0], columns[filled[0]]) if filled else ("", [])
+
+
+def _values(column: Any) -> Sequence[Any]:
+    if isinstance(column, Sequence) and not isinstance(column, (str, bytes)):
+        return column
+    empty = column is None or column == ""
+    empty |= isinstance(column, Mapping) and all(value is None for value in column.values())
+    return [] if empty else [column]
+
+
+def _with_plain_marks(message: Message) -> Message:
+    """The message with `IMAGE_MARK` and `VIDEO_MARK` in place of Qwen's tokens for them."""
+    if message.role != "user" or "<|vision_start|>" not in message.text:
+        return message
+    parts: list[Part] = []
+    for part in message.parts:
+        if isinstance(part, TextPart):
+            text = part.text
+            for tokens, mark in _QWEN_MARKS:
+                text = text.replace(tokens, mark)
+            part = TextPart(text)
+        parts.append(part)
+    return replace(message, parts=tuple(parts))
+
+
+def _filled(message: Message, waiting: Mapping[str, Iterator[Part]], leading: list[Part]) -> Message:
+    """A user's message with its media in place; ``leading`` goes to the first one, and is emptied."""
+    if message.role != "user":
+        return message
+    parts = list(leading)
+    leading.clear()
+    marks = re.compile(f"({'|'.join(waiting)})")
+    for part in message.parts:
+        assert isinstance(part, TextPart), "a chat with columns has texts only"
+        for piece in marks.split(part.text) if waiting else [part.text]:
+            if piece in waiting:
+                parts.append(next(waiting[piece]))
+            elif piece.strip():
+                parts.append(TextPart(piece))
+    return replace(message, parts=tuple(parts))

@@ -1,0 +1,72 @@
+r"""Reasoning traces: a thought inside ``<think>`` and ``</think>``, then the answer.
+
+Traces are published in several forms.  `convert` rewrites those that are known to the one form that a template with
+an opened thought continues, `continuation` takes off what that template writes itself, and `problem_of` says why a
+reply cannot be learned after it.
+"""
+
+from __future__ import annotations
+
+import re
+
+THINK, END_OF_THOUGHT = "<think>", "</think>"
+
+# Opening and closing marks of a thought: OpenThoughts, and tags that stand for <think>.
+_THOUGHTS = (
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<thought>", "</thought>"),
+)
+_SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>\s*|$)", re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*)</answer>\s*$", re.DOTALL)
+_SHORT_ANSWER = 64  # characters of one line that is a final answer rather than a sentence about it
+
+
+def with_thought(thought: str, answer: str) -> str:
+    """Return the trace of a thought and an answer."""
+    return f"{THINK}\n{thought.strip()}\n{END_OF_THOUGHT}\n\n{answer.strip()}"
+
+
+def convert(reply: str) -> str:
+    r"""Rewrite a reply in a known form of traces; return any other reply unchanged.
+
+    The thought may stand inside OpenThoughts' tokens, ``<thinking>``, ``<reasoning>`` or ``<thought>``; the answer
+    inside OpenThoughts' tokens or ``<answer>``.  A short answer without a box gets one, since only ``\boxed{}`` is
+    graded: ``<answer>6</answer>`` becomes ``\boxed{6}``.
+    """
+    text = reply.lstrip()
+    for opening, closing in _THOUGHTS:
+        if text.startswith(opening):
+            thought, closed, rest = text.removeprefix(opening).partition(closing)
+            if not closed:
+                return reply
+            reply = with_thought(thought, _SOLUTION.sub(lambda match: match[1].strip(), rest))
+            break
+    before, end, answer = reply.rpartition(END_OF_THOUGHT)
+    return before + end + _ANSWER.sub(lambda match: _box(match[1].strip()), answer)
+
+
+def convert_instruction(text: str) -> str:
+    """Rewrite OpenThoughts' tokens in a system message that asks for them, as `convert` does in the reply."""
+    opening, closing = _THOUGHTS[0]
+    return _SOLUTION.sub(lambda match: match[1], text.replace(opening, THINK).replace(closing, END_OF_THOUGHT))
+
+
+def continuation(reply: str) -> str:
+    """Return what follows an opened ``<think>`` and its line break: the reply without an opening of its own."""
+    text = reply.lstrip()
+    return text.removeprefix(THINK).removeprefix("\n") if text.startswith(THINK) else reply
+
+
+def problem_of(text: str) -> str | None:
+    """Why a `continuation` is no thought with an answer after it, or None if it is one."""
+    thought, closed, _ = text.partition(END_OF_THOUGHT)
+    if THINK in thought:
+        return f"has {THINK} after its beginning"
+    return None if closed else f"has no {END_OF_THOUGHT}, so that all of it would be learned as a thought"
+
+
+def _box(answer: str) -> str:
+    short = 0 < len(answer) <= _SHORT_ANSWER and "\n" not in answer
+    return f"\\boxed{{{answer}}}" if short and "\\boxed" not in answer else answer

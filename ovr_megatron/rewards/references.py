@@ -1,0 +1,24 @@
+"""Reference answers of rows: whether the rule of a row's source can verify it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ovr_megatron.data.schema import Row, RowError
+from ovr_megatron.rewards.choice import verifiable
+from ovr_megatron.rewards.rules import is_plain
+
+
+def check_reference(row: Row, rules: Mapping[str, str]) -> None:
+    """Refuse a prompt row whose answer no grader could verify; a function of the user's takes any answer.
+
+    Args:
+        row: A prompt row.
+        rules: The rule of each source, ``auto`` where there is none.
+
+    Raises:
+        RowError: says why.
+    """
+    problem = verifiable(row.answer or "", row.options)
+    if problem and is_plain(rules.get(row.source, "auto")):
+        raise RowError(row.where, "answer", problem, "give the bare final answer or remove the row")
