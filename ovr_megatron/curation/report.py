@@ -51,11 +51,11 @@ class Tally:
         for reason, by_source in self._dropped.items():
             for source, count in by_source.items():
                 counts[source][reason] = count
-        empty = sorted(source for source in counts if not self._kept[source])
-        return [
-            f"{source} ({counts[source].total():,} rows, most: {counts[source].most_common(1)[0][0]})"
-            for source in empty
-        ]
+        sentences = []
+        for source in sorted(source for source in counts if not self._kept[source]):
+            reason = counts[source].most_common(1)[0][0]
+            sentences.append(f"{source} ({counts[source].total():,} rows, most for: {reason})")
+        return sentences
 
     def keep(self, source: str) -> None:
         """Count a row that stays."""

@@ -243,5 +243,5 @@ def test_unknown_settings_are_refused() -> None:
     assert build(PrepareConfig, values).stages == ["collect"]
     for key in ("nonsense", "dedup.nonsense", "difficulty.nonsense"):
         changed = OmegaConf.merge(values, OmegaConf.from_dotlist([f"{key}=1"]))
-        with pytest.raises(ConfigError, match=f"{key}: .*[Uu]nexpected"):
+        with pytest.raises(ConfigError, match=f"there is no setting {key}"):
             build(PrepareConfig, changed)
