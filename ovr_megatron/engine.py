@@ -28,6 +28,7 @@ from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.layers import choose_parts
 from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.device import send
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.offload import Parking
@@ -169,6 +170,10 @@ class Engine:
         shared = {tensor.untyped_storage().data_ptr() for tensor in weights}
         state = (one for one in self.live.state_tensors() if one.untyped_storage().data_ptr() not in shared)
         tensors = {"weights": weights, "gradients": self._gradient_tensors(), "optimizer": state}
+        if not kinds or "weights" in kinds:
+            for part in self.parts:
+                for module in part.modules():  # 8-bit copies that Transformer Engine makes anew from the weights
+                    getattr(module, "_fp8_workspaces", {}).clear()
         for kind in kinds or tuple(tensors):
             self._parked[kind].park(tensors[kind])
         if torch.cuda.is_available():
@@ -214,6 +219,7 @@ class Engine:
         check_weights(folder, self.shape, critic=self.critic and has_head)
         with self._in_place("weights", "optimizer"):
             for holding in self.live.holdings:
+                watchdog.touch()
                 if holding.row.megatron == VALUE_HEAD and not has_head:
                     init_value_head(holding.parameter, head_init, torch.Generator().manual_seed(seed))
                 else:
@@ -285,6 +291,7 @@ class Engine:
         with self._in_place("weights", "optimizer"):
             self.live.start_state(step)
             for holding in self.live.holdings:
+                watchdog.touch()
                 if holding.row.megatron not in self.trained:
                     continue
                 for which in self.state_kinds:
@@ -389,9 +396,14 @@ class Engine:
         if self.parallel.vpp > 1:
             aligned += [self._filler(aligned[0])] * (-len(aligned) % self.parallel.pp)
         iterators = [iter(aligned) for _ in self.parts]
+
+        def watched_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable]:
+            watchdog.touch()
+            return forward_step(iterator, model)
+
         with self.layout.active():
             return get_forward_backward_func()(
-                forward_step_func=forward_step,
+                forward_step_func=watched_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.models,
                 num_microbatches=len(aligned),

@@ -159,3 +159,18 @@ def parse_layout(text: str) -> tuple[ParallelConfig, int]:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return layout, sizes["dp"]
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The command line with ``--rollout-only``, ``--rehearse`` and ``--train-only FOLDER`` as settings."""
+    found, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--rollout-only":
+            found.append("only=rollout")
+        elif argument == "--rehearse":
+            found.append("only=rehearsal")
+        elif argument == "--train-only":
+            found += ["only=train", f"rollouts_from={next(rest, '')}"]
+        else:
+            found.append(argument)
+    return found

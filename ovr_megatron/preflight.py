@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -17,10 +17,13 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.sources import SUFFIXES, local_path
 from ovr_megatron.data_checks import check_sample
 from ovr_megatron.errors import UserError
-from ovr_megatron.plan import report
+from ovr_megatron.model.layers import choose_parts
+from ovr_megatron.model.qwen25vl import DTYPES
+from ovr_megatron.plan import deadlines, report
 from ovr_megatron.runtime import cpu, distributed, preflight
+from ovr_megatron.runtime.stop import JoinError
 
-TIME_LIMIT_S = 45
+TIME_LIMIT_S = 240  # of a collective; the launcher's limit for the whole, OVR_PREFLIGHT_S, is above it
 SAMPLE_ROWS = 32  # of each source
 Config = ColdStartConfig | RLConfig
 
@@ -86,21 +89,25 @@ def look(config: Config) -> tuple[list[str], dict[str, float]]:
     """Every check, on this rank; problems of all ranks, and what was measured.  A collective."""
     run, floors = Path(config.run.dir), read_floors()
     read, problems = inputs(config)
-    device = distributed.join(datetime.timedelta(seconds=TIME_LIMIT_S))
+    device = distributed.join(config.run.hang_timeout_s and min(config.run.hang_timeout_s, TIME_LIMIT_S), TIME_LIMIT_S)
     local_rank, ranks = int(os.environ["LOCAL_RANK"]), dist.get_world_size()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     main_rank, with_gpus = dist.get_rank() == 0, os.environ.get("OVR_GPUS") != "0"
     facts: list[preflight.Facts | None] = [None] * ranks
     dist.all_gather_object(facts, preflight.gather_facts(read))
     if main_rank:
         problems += fitting(config, ranks) + preflight.differences([item for item in facts if item])
         problems += check_rows(config)
-        problems += check_plan(config, ranks) if with_gpus else []
     if with_gpus:
-        problems += preflight.check_gpus(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+        problems += preflight.check_gpus(local_rank, local_size)
+        problems += check_layers(config) + preflight.check_cudnn()
     if local_rank == 0:
         problems += [problem for path in read for problem in preflight.check_readable(path)]
     measured: dict[str, float] = {}
     problems += check_folder(run, local_rank, checkpoint_bytes(config), floors, measured)
+    if main_rank and with_gpus:
+        rate = measured.get("write MB/s", math.inf) * 1e6 * -(-ranks // local_size)
+        problems += check_plan(config, ranks, rate)
     if ranks > 1 and (device.type == "cuda" or not with_gpus):
         measured["all-reduce GB/s"] = rate = preflight.bus_bandwidth(device, 256 if with_gpus else 8)
         if main_rank and rate < floors.bus:
@@ -140,20 +147,39 @@ def check_folder(run: Path, local_rank: int, needed: int, floors: Floors, measur
     return problems + preflight.check_shared(run)
 
 
-def check_plan(config: Config, ranks: int) -> list[str]:
-    """Whether the plan's largest phase goes into this rank's GPU; nothing where there is none."""
+def check_layers(config: Config) -> list[str]:
+    """Whether Transformer Engine is there, which ``model.layers=auto`` would otherwise do without in silence."""
+    if config.model.layers != "auto":
+        return []
+    try:
+        choose_parts("transformer_engine", DTYPES[config.model.dtype])
+    except ConfigError as error:
+        reason = str(error).removeprefix("model.layers=").partition(";")[0]
+        return [f"{reason}; install it, or say model.layers=local to train several times more slowly without it"]
+    return []
+
+
+def check_plan(config: Config, ranks: int, write_rate: float) -> list[str]:
+    """Whether the plan's largest phase goes into this rank's GPU, and its seconds into the job's limits.
+
+    Nothing where there is no GPU.  ``write_rate`` is that of all nodes together, in bytes a second.
+    """
     if not torch.cuda.is_available():
         return []
     try:
         found = report.plan(config, report.Options(ranks, search=False))
     except UserError as error:
         return [str(error)]
+    problems = []
+    if isinstance(config, ColdStartConfig) or config.only in ("all", "train"):
+        limits = deadlines.read_limits(os.environ)
+        problems += deadlines.problems(found, limits, config.run.hang_timeout_s, write_rate)
     worst = max(found["phases"], key=lambda phase: phase["total"])
     have = torch.cuda.mem_get_info()[1]
-    if worst["total"] <= have:
-        return []
-    need = f"{worst['total'] / 2**30:.1f} GiB of the {have / 2**30:.1f} of a GPU"
-    return [f"the plan takes {need} (phase {worst['name']}); `tools/plan.py` lists layouts that fit"]
+    if worst["total"] > have:
+        need = f"{worst['total'] / 2**30:.1f} GiB of the {have / 2**30:.1f} of a GPU"
+        problems.append(f"the plan takes {need} (phase {worst['name']}); `tools/plan.py` lists layouts that fit")
+    return problems
 
 
 def fitting(config: Config, ranks: int) -> list[str]:
@@ -177,6 +203,9 @@ def check(config: Config, began: float) -> int:
         if main_rank:
             print(f"preflight: {error}", flush=True)
         return 2
+    except JoinError as error:
+        print(f"preflight: {error}", flush=True)
+        return 3
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0]

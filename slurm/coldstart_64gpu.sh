@@ -12,7 +12,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=1-00:00:00
-#SBATCH --signal=B:USR1@600
+#SBATCH --signal=B:USR1@1800
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out

@@ -39,6 +39,40 @@ add_path() {
     [ -z "$2" ] || [ -n "$(value_of "$1" "${arguments[@]}")" ] || arguments+=("$1=$2")
 }
 
+# Sets `mode`: what the run is to leave behind, checkpoints (train) or something else.
+read_mode() {
+    local argument
+    mode=train
+    for argument in "${arguments[@]}"; do
+        case "$argument" in --rehearse | --rollout-only | --dry-run | only=rehearsal | only=rollout) mode=other ;; esac
+    done
+}
+
+# Sets OVR_LIMIT_S, the seconds until the job's time limit (empty: it has none), and OVR_WARNING_S, how long before it
+# the ranks are told to save and leave. The pre-flight compares both with the plan.
+read_limit() {
+    export OVR_WARNING_S="${OVR_WARNING_S:-1800}" OVR_LIMIT_S=""
+    in_slurm || return 0
+    local end
+    end="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p')"
+    [ -n "$end" ] || return 0
+    OVR_LIMIT_S=$(($(date -d "$end" +%s) - $(date +%s)))
+    if [ "$OVR_LIMIT_S" -le "$OVR_WARNING_S" ]; then
+        echo "The job ends in $OVR_LIMIT_S s and would be told to stop $OVR_WARNING_S s before that: submit it with a" \
+            "longer --time, or with a shorter warning (OVR_WARNING_S=300 and --signal=B:USR1@300)." >&2
+        exit $EXIT_USER
+    fi
+}
+
+# Warns this script OVR_WARNING_S before the job's end, as --signal of the script does, whatever sbatch was told; sets
+# `timer`.
+warn_in_time() {
+    timer=""
+    [ -n "$OVR_LIMIT_S" ] || return 0
+    { sleep $((OVR_LIMIT_S - OVR_WARNING_S)) && kill -USR1 $$; } 2>/dev/null &
+    timer=$!
+}
+
 # Sets `python`, `launcher` and what the ranks find their way by.
 find_launcher() {
     python="${OVR_PYTHON:-$root/.venv/bin/python}"
@@ -86,6 +120,12 @@ run_ranks() {
     in_slurm || [ "$status" = 0 ] || status="$(first_failure)"
 }
 
+# Shows the sentences, each once, that ranks other than the first left behind in their logs of the name $1.
+show_errors() {
+    find "$logs" -name "$1_*.log" ! -name "$1_000.log" -exec grep -hE '^(error|hang|preflight): ' {} + |
+        sort -u | head -n 5 || true
+}
+
 # Prints the exit status of the rank that left first, which torchrun only mentions.
 first_failure() {
     tac "$logs/launcher.log" | sed -n '1,/Root Cause/ s/^ *exitcode *: *\(-\{0,1\}[0-9]*\).*/\1/p' | grep . || echo "$status"
@@ -122,7 +162,8 @@ steps_wanted() {
 
 # Names what became of the ranks, from `status` and the run's folder.
 outcome() {
-    if [ "$status" = 0 ] && [ "$trained" = 1 ] && [ "$(steps_done)" -ge "$(steps_wanted)" ]; then
+    if [ "$status" = 0 ] && [ "$trained" = 1 ] &&
+        { [ "$mode" = other ] || [ "$(steps_done)" -ge "$(steps_wanted)" ]; }; then
         echo finished
     elif [ "$status" = $EXIT_USER ]; then
         echo refused
@@ -166,6 +207,8 @@ launch_stage() {
     local recipe="${OVR_RECIPE:-$2}" state
     shift 2
     read_arguments "$@"
+    read_mode
+    read_limit
     find_launcher
     logs="$run/logs/$job/attempt_$attempt"
     mkdir -p "$logs"
@@ -176,15 +219,19 @@ launch_stage() {
     else
         trap ask_to_stop TERM
     fi
+    warn_in_time
     say "job $job, attempt $attempt: $stage on ${SLURM_JOB_NODELIST:-this machine}, run $run, logs $logs"
 
-    run_ranks preflight timeout "${OVR_PREFLIGHT_S:-60}" "$python" "$root/tools/preflight.py" \
+    run_ranks preflight timeout "${OVR_PREFLIGHT_S:-300}" "$python" "$root/tools/preflight.py" \
         "$stage" --config-name "$recipe" "${arguments[@]}"
-    [ "$status" != 124 ] || say "the pre-flight did not end in ${OVR_PREFLIGHT_S:-60} s: see $logs/preflight_*.log"
+    [ "$status" != 124 ] || say "the pre-flight did not end in ${OVR_PREFLIGHT_S:-300} s: see $logs/preflight_*.log"
+    [ "$status" = 0 ] || show_errors preflight
     if [ "$status" = 0 ] && [ "$stopping" = 0 ]; then
         trained=1
         run_ranks rank "$python" -m "ovr_megatron.$stage" --config-name "$recipe" "${arguments[@]}"
+        [ "$status" = 0 ] || show_errors rank
     fi
+    [ -z "$timer" ] || { pkill -P "$timer" || true; }
     trap '' USR1 INT TERM # what is left takes a moment
     state="$(outcome)"
     case "$state" in

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 from ovr_megatron.config import ColdStartConfig, RLConfig, build
 from ovr_megatron.errors import UserError
-from ovr_megatron.launch import compose_values, recipe_path
+from ovr_megatron.launch import compose_values, recipe_path, spelled_out
 from ovr_megatron.runtime import environment
 from ovr_megatron.runtime.command import run_command
 
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the stage itself")
     parser.add_argument("--config-name", metavar="RECIPE", help="as for the stage itself")
     parser.add_argument("--settings", action="store_true", help="print the table of environment settings")
-    arguments = parser.parse_intermixed_args(argv)
+    words = spelled_out(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_intermixed_args([word for word in words if word != "--dry-run"])
     if arguments.settings:
         print(environment.table())
         return 0

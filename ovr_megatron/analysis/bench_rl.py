@@ -182,7 +182,7 @@ def _plain(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]:
         "max_num_batched_tokens": 8192,
     }
     if torch.cuda.is_available():
-        device = {"gpu_memory_utilization": config.rollout.gpu_memory_utilization}
+        device = {"gpu_memory_utilization": config.rollout.memory_share(config.offload)}
     engine = LLM(
         model=str(folder / "model"),
         load_format="dummy",

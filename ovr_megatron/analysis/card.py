@@ -13,6 +13,7 @@ from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.ownership import recorded_files, write_record
+from ovr_megatron.runtime.runlog import LAYERS
 
 NAME = "README.md"
 _SIGNATURE = "Trained with `ovr_megatron`"
@@ -71,6 +72,9 @@ def _stage(stage: Stage) -> str:
         lines += ["", "| data | share |", "|---|---|"]
         lines += [f"| {_source(s)} | {float(s.get('weight', 1.0)) / weights:.1%} |" for s in sources]
     told = [(key, _get(stage.config, key)) for key in _TOLD.get(stage.name, ())]
+    layers = stage.dir / LAYERS
+    if layers.is_file():
+        told.append(("layers", layers.read_text(encoding="utf-8").strip()))
     if known := [(key, value) for key, value in told if value is not None]:
         lines += ["", "| setting | |", "|---|---|", *(f"| `{key}` | {value} |" for key, value in known)]
     if curriculum := stage.config.get("curriculum"):

@@ -28,7 +28,10 @@ from ovr_megatron.weights.transfer import staged
 
 @dataclass(frozen=True)
 class Ended:
-    """The folder of a run's last checkpoint, and the exit code that tells the launcher whether to come again."""
+    """The folder of a run's last checkpoint, and the exit code that tells the launcher whether to come again.
+
+    Without a checkpoint it is the folder of the run.
+    """
 
     path: Path
     exit_code: int
@@ -109,11 +112,28 @@ class Keeper:
         self.seconds = time.perf_counter() - began
         return ending
 
+    def leave(self, done: int, engines: dict[str, Engine], state: dict[str, Any]) -> None:
+        """End a run that was asked to stop after ``done`` steps, within a step that has changed nothing yet.
+
+        Nothing is written where the checkpoint of step ``done`` is there, or where no step is done: the same command
+        then begins anew.  Arguments as of `after`.
+
+        Raises:
+            CheckpointError: the checkpoint could not be written.
+        """
+        self.stopped, _ = self._agree()
+        if self.writing:
+            self._settle(ending=False)
+        if self.last < done:
+            companions = self.run / "companions"
+            self.writing = store.start(self.directory, done, engines, companions, state, self.world, self.queue)
+            self._settle(ending=True)
+
     def ended(self) -> Ended:
         """Say how the run ended."""
         self.queue.pool.shutdown()
         code = REQUEUE if self.stopped is Stop.LEAVE_AND_REQUEUE else 0
-        return Ended(self.directory / f"step_{self.last:06d}", code)
+        return Ended(self.directory / f"step_{self.last:06d}" if self.last else self.run, code)
 
     def _export(self, ending: bool) -> None:
         """Keep the policy of the newest checkpoint as a Hugging Face folder, by hard links where the disk has them."""

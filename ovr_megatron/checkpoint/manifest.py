@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ovr_megatron.errors import UserError
+from ovr_megatron.runtime import watchdog
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -173,6 +174,7 @@ def file_record(path: Path) -> FileRecord:
     """Size and hash of a file as it is on the disk."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
+        watchdog.touch()
         return FileRecord(file.tell(), digest.hexdigest())
 
 

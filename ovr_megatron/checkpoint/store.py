@@ -30,6 +30,7 @@ from ovr_megatron.checkpoint.manifest import CheckpointError, candidates, check,
 from ovr_megatron.checkpoint.writing import RNG, DiskQueue, Part, Writing, begin, publish, remove
 from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
+from ovr_megatron.runtime.work_barrier import WorkBarrier
 from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder
 from ovr_megatron.weights.table import Row
 
@@ -102,6 +103,9 @@ def settle(writing: Writing, world: World) -> str | None:
 
     Of a checkpoint that could not be written nothing is left.
     """
+    work = WorkBarrier(f"save/{writing.final}")
+    writing.wait(work.step)
+    work.wait()
     error = writing.error()
     mine = (error, {} if error else {name: record for job in writing.jobs for name, record in job.result().items()})
     told: list[Any] | None = [None] * world.size if world.is_main else None

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ovr_megatron.checkpoint.generators import generator_states
 from ovr_megatron.checkpoint.manifest import FileRecord, file_record, write_manifest
+from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import INDEX, copy_companions, cut, shard_names, write_index
 from ovr_megatron.weights.shard import Pending, sync, write_shard
@@ -64,6 +65,12 @@ class Writing:
         """Whether a file of this rank is still being written."""
         return not all(job.done() for job in self.jobs)
 
+    def wait(self, report: Callable[[], None]) -> None:
+        """Wait for this rank's files; ``report`` is called after each."""
+        for job in self.jobs:
+            job.exception()
+            report()
+
     def error(self) -> str | None:
         """What went wrong on this rank, once nothing is running."""
         found = [error for job in self.jobs if (error := job.exception()) is not None]
@@ -86,6 +93,7 @@ class DiskQueue:
         self.held = [(size, job) for size, job in self.held if not job.done()]
         while self.held and sum(size for size, _ in self.held) + nbytes > self.limit:
             self.held.pop(0)[1].exception()  # it is in `Writing.jobs`, too, where an error is told
+            watchdog.touch()
 
     def submit(self, nbytes: int, job: Callable[[], Records]) -> Future[Records]:
         """Have ``job`` run after those before it."""
@@ -142,6 +150,7 @@ def begin(
                 assert found == name, f"{found} comes where {name} was planned"
                 if mine:
                     held.append(_copy(name, tensor))
+            watchdog.touch()
             if mine:
                 writing.jobs.append(queue.submit(shard.nbytes, _Write(writing.partial, shard.path, held)))
         assert next(tensors, None) is None, f"{part.folder} has more tensors than planned"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,14 +23,16 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.supervised import SupervisedPacks, open_packs
 from ovr_megatron.engine import Engine, LossSum
 from ovr_megatron.model.flops import training_flops
+from ovr_megatron.model.layers import cautions, layers_in_use
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.runtime.runlog import RunLog
+from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.spikes import SpikeWatch
 from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
+from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
@@ -63,23 +66,23 @@ def train(config: ColdStartConfig, world: World) -> Ended:
     first = found.step if found else 0
     if world.is_main:
         configuration.save(config, run / "config.yaml")
+        record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
         write_companions(source, run / "companions", processor)
     recorder = Recorder(config, engine, world, found)
     evaluation = build_evaluation(config, source, processor) if config.evaluation.every else None
 
-    with (
-        Progress(config.steps, run.name, "step", world.is_main, first) as progress,
-        Watchdog(run, world.rank, config.run.hang_timeout_s) as watchdog,
-    ):
+    with Progress(config.steps, run.name, "step", world.is_main, first) as progress:
+        if evaluation and evaluation.is_missing(first):
+            evaluation.engine.update(engine.held())
+            recorder.evaluated(first - 1, evaluation.scores(first))
         for step in range(first, config.steps):
-            watchdog.touch()
             metrics = recorder.train(step, packs, keeper.seconds)
             progress.update(loss=f"{metrics['loss']:.4f}")
             done = step + 1
             if evaluation and evaluation.due(done, done == config.steps):
-                watchdog.touch()
                 evaluation.engine.update(engine.held())
-                recorder.evaluated(step, evaluation.scores(done))
+                with suppress(StopRequested):  # the run leaves below, and its next start scores these weights
+                    recorder.evaluated(step, evaluation.scores(done, None if done == config.steps else keeper.stop))
             state = {"packs": packs.state(), "spikes": recorder.spikes.state()}
             if keeper.after(done, done == config.steps, engines, state):
                 break
@@ -192,9 +195,11 @@ class Recorder:
 
 def run(config: ColdStartConfig) -> int:
     """Join the process group, train, and say where the result lies; return the exit code."""
-    world = distributed.start(config.parallel, config.run.seed, config.run.threads)
-    result = train(config, world)
-    if world.is_main:
-        print(f"cold start: {result.path}", flush=True)
-    distributed.finish()
+    settings = config.run
+    with Watchdog(Path(settings.dir), settings.hang_timeout_s):
+        world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
+        result = train(config, world)
+        if world.is_main:
+            print(f"cold start: {result.path}", flush=True)
+        distributed.finish()
     return result.exit_code

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,25 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
+from ovr_megatron.runtime.stop import StopRequest, StopRequested
+from ovr_megatron.runtime.work_barrier import WorkBarrier
 
 CHUNK = 512  # problems whose images are held at a time
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What answers and grades, for any number of problem sets: ``tp`` neighbouring ranks hold one engine."""
+    """What answers and grades, for any number of problem sets: ``tp`` neighbouring ranks hold one engine.
+
+    With ``stop`` an evaluation is left when a signal comes, on any rank.
+    """
 
     model: str
     engine: RolloutEngine
     processor: Processor
     grader: GraderPool
     tp: int = 1
+    stop: StopRequest | None = None
 
     @property
     def is_main(self) -> bool:
@@ -96,6 +103,7 @@ def evaluate(
 
     Raises:
         RowError: a row that cannot be used.
+        StopRequested: on all ranks, as one was asked to stop; nothing is written.
     """
     assert settings.samples is not None
     began = time.perf_counter()
@@ -105,10 +113,18 @@ def evaluate(
     finished = finished_before(out, problems.name, mark) if mark else None
     kept = Kept(out / f".{problems.name}.{mark}" if mark else None, replica, follower == 0)
     kept.take(finished[1] if finished else ())
+    work = WorkBarrier(f"evaluation/{out}/{problems.name}", bench.stop)
+
+    def between() -> bool:
+        return work.engine_step(bench.engine.agree)
+
     with kept, Progress(len(mine) * (1 + settings.samples), problems.name, "response", bench.is_main) as progress:
-        for start in range(0, len(mine), CHUNK):
-            answered = list(_answer(bench, problems, mine[start : start + CHUNK], settings, kept, progress.update))
-            graded += answered if follower else grade(bench.grader, answered)
+        with suppress(StopRequested):  # the other ranks hear of it in the barrier
+            for start in range(0, len(mine), CHUNK):
+                chunk = mine[start : start + CHUNK]
+                answered = list(_answer(bench, problems, chunk, settings, kept, progress.update, between))
+                graded += answered if follower else grade(bench.grader, answered)
+    work.wait()
     everything: list[list[Graded]] | None = [[] for _ in range(dist.get_world_size())] if bench.is_main else None
     dist.gather_object([] if follower else graded, everything)
     if everything is None:
@@ -153,8 +169,12 @@ def _answer(
     settings: Settings,
     kept: Kept,
     progress: Callable[[int], None],
+    between: Callable[[], bool],
 ) -> Iterator[Graded]:
-    """Responses to the problems ``indices``, not yet graded; a prompt over the limit gives wrong ones."""
+    """Responses to the problems ``indices``, not yet graded; a prompt over the limit gives wrong ones.
+
+    ``progress`` is called with the number of responses that are there, ``between`` between two steps of the engine.
+    """
     assert settings.samples is not None
     rows = [problems.rows[index] for index in indices]
     lengths = bench.processor.lengths(rows, generation=True)
@@ -183,7 +203,7 @@ def _answer(
             seeds = seeds_of(settings.seed, 0, indices[at], settings.samples)
             prompts.append(_prompt(samples[at], [0 if s is None else seeds[s] for s in several], settings))
         if prompts:
-            bench.engine.generate(prompts, 0.0 if greedy else settings.temperature, finished)
+            bench.engine.generate(prompts, 0.0 if greedy else settings.temperature, finished, between)
     for at, (index, row) in enumerate(zip(indices, rows, strict=True)):
         blank = _ungraded(index, row, *problems.metric(row, settings.metric))
         for sample in (None, *range(settings.samples)):

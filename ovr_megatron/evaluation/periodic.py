@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ovr_megatron.config import EvaluationConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.evaluation.evaluator import Bench, evaluate
 from ovr_megatron.evaluation.problems import Settings, open_problems
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.runtime.stop import StopRequest
 
 
 class PeriodicEvaluation:
@@ -52,20 +55,42 @@ class PeriodicEvaluation:
         """Whether the weights after ``done`` steps are to be scored."""
         return done % self.config.every == 0 or last
 
-    def scores(self, done: int) -> dict[str, float]:
+    def is_missing(self, done: int) -> bool:
+        """Whether the weights after ``done`` steps are to be scored and were not, as the run left meanwhile.
+
+        A collective.
+        """
+        out = self.run / "evaluation" / f"step_{done:06d}"
+        box = [not all((out / f"{problems.name}.json").exists() for problems in self.sets)]
+        dist.broadcast_object_list(box, src=0)
+        return done > 0 and self.due(done, last=False) and box[0]
+
+    def scores(self, done: int, stop: StopRequest | None = None) -> dict[str, float]:
         """Scores of the weights after ``done`` steps; a collective.
+
+        Args:
+            done: steps done.
+            stop: leave when a signal comes.
 
         Returns:
             ``evaluation/NAME``, the greedy accuracy, and with samples ``evaluation/NAME/pass@k``; empty on all ranks
             but the first.
+
+        Raises:
+            StopRequested: on all ranks, as one was asked to stop.
         """
         out, found = self.run / "evaluation" / f"step_{done:06d}", dict[str, float]()
-        with GraderPool(self.config.workers) as grader:
-            bench = Bench(f"{self.run} after {done} steps", self.engine, self.processor, grader, self.tp)
-            for problems in self.sets:
-                if result := evaluate(bench, problems, self.settings, out):
-                    found[f"evaluation/{problems.name}"] = result["greedy"]["accuracy"]
-                    passed = result["sampled"]["pass"] if result["sampled"] else {}
-                    found |= {f"evaluation/{problems.name}/pass@{k}": share["accuracy"] for k, share in passed.items()}
-        self.engine.sleep(deep=not self.keep)  # and forget: a run that resumes here has nothing cached either
+        try:
+            with GraderPool(self.config.workers) as grader:
+                bench = Bench(f"{self.run} after {done} steps", self.engine, self.processor, grader, self.tp, stop)
+                for problems in self.sets:
+                    if result := evaluate(bench, problems, self.settings, out):
+                        found[f"evaluation/{problems.name}"] = result["greedy"]["accuracy"]
+                        passed = result["sampled"]["pass"] if result["sampled"] else {}
+                        found |= {
+                            f"evaluation/{problems.name}/pass@{k}": share["accuracy"] for k, share in passed.items()
+                        }
+        finally:
+            # It forgets: a run that resumes here has nothing cached either. A checkpoint may need its memory.
+            self.engine.sleep(deep=not self.keep)
         return found

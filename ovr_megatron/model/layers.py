@@ -6,6 +6,7 @@ Parameter names are Transformer Engine's in both cases, so a checkpoint does not
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from ovr_megatron.config import ConfigError
+from ovr_megatron.config import ConfigError, ModelConfig
 from ovr_megatron.model import kernels
 from ovr_megatron.model.attention import PackedDotProductAttention, PackedSelfAttention
 
@@ -167,6 +168,36 @@ def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
         raise ConfigError("model.layers=transformer_engine needs a GPU; set model.layers=auto")
     attention = PackedDotProductAttention if dtype == torch.float32 else _informed(te.TEDotProductAttention)
     return Parts(te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, attention)
+
+
+def layers_in_use(model: ModelConfig) -> str:
+    """Say whose layers an engine of ``model`` has on this machine, and where they are not the fast ones, why.
+
+    Raises:
+        ConfigError: as `choose_parts`.
+    """
+    layers = "transformer_engine" if model.fp8 != "none" else model.layers
+    if choose_parts(layers, getattr(torch, model.dtype)).norm is not RMSNorm:
+        return f"Transformer Engine {metadata.version('transformer_engine')}"
+    if not torch.cuda.is_available() or layers == "local":
+        return "this project's own"
+    return "this project's own, several times slower than Transformer Engine's, which is not installed here"
+
+
+def cautions(model: ModelConfig, rollout: bool) -> list[str]:
+    """Say what is not exact with the 8-bit settings of ``model``; ``rollout``: a policy of it generates in vLLM."""
+    found = []
+    if model.fp8 == "delayed":
+        found.append(
+            "model.fp8=delayed: no checkpoint holds the scaling history, so that a resumed run begins a new one and "
+            "differs from an undisturbed run; with model.fp8=current or block it does not"
+        )
+    if model.fp8 != "none" and rollout:
+        found.append(
+            f"model.fp8={model.fp8}: vLLM generates in {model.dtype}, so that its log-probabilities and the trainer's "
+            "differ more than rounding; watch rollout/mismatch_mean"
+        )
+    return found
 
 
 def _informed(attention: Any) -> Any:

@@ -162,7 +162,7 @@ def generation_seconds(setting: Setting, span: Span) -> float:
     """
     config, gpu = setting.config, setting.gpu
     assert isinstance(config, RLConfig)
-    engine = engine_memory(config.rollout, setting.shape, gpu, config.model.dtype)
+    engine = engine_memory(config.rollout, setting.shape, gpu, config.model.dtype, config.offload)
     each = cache_bytes_per_token(setting.shape, config.rollout, config.model.dtype)
     mean = span.load.tokens
     requests = config.prompts * config.responses * config.rollout.tp / setting.world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from ovr_megatron.plan.parameters import (
     ModelState,
     count_parameters,
     model_state,
+    rank_parameters,
 )
 from ovr_megatron.plan.setting import Setting, Span
 
@@ -24,8 +26,9 @@ _GIB = 1 << 30
 CONTEXT = int(1.5 * _GIB)  # CUDA context, libraries' kernels and workspaces
 GROUP = _GIB // 4  # NCCL's buffers for each process group of more than one rank
 MARGIN = 0.05  # of the GPU's memory, for fragmentation
-GRAPHS = _GIB  # vLLM's captured graphs, which stay while it sleeps
+GRAPHS = _GIB  # vLLM's captured graphs, which stay while it sleeps unless models are offloaded
 _ENGINE_BATCH = 16384  # tokens that vLLM works on at once
+_TOWER_ROWS = 6  # rows of the tower's width that a patch has at once in one of its layers, beside the MLP's two
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,23 @@ def _of_iteration(setting: Setting, stage: int, state: ModelState) -> dict[str, 
         at = stage if layout.pp == config.parallel.pp else 0  # of another pipeline the first, which has the tower
         models["critic"] = _state(shape, config.model, layout, critic.dp, at, True)
 
+    copies = {"policy": fp8_bytes(shape, config.model, config.parallel, stage, False)}
+    copies["reference"] = copies["policy"]
+    if algorithm.has_critic:
+        copies["critic"] = fp8_bytes(shape, config.model, layout, at, True)
+
     def held(*working: str, trains: bool = False) -> dict[str, int]:
         """What the models have on the GPU while those of ``working`` have something to do."""
         if not config.offload:
             found = {name: model.total for name, model in models.items()}
-            return found | ({"reference": state.weights} if algorithm.kl_coefficient else {})
+            found |= {"reference": state.weights} if algorithm.kl_coefficient else {}
+            return found | _eight_bit(copies, tuple(found))
         there = models | ({"reference": state} if algorithm.kl_coefficient else {})
-        return {name: there[name].total if trains else there[name].weights for name in working}
+        found = {name: there[name].total if trains else there[name].weights for name in working}
+        return found | _eight_bit(copies, working)
 
-    engine, asleep = engine_memory(config.rollout, shape, setting.gpu, config.model.dtype), _graphs(config.rollout)
+    engine = engine_memory(config.rollout, shape, setting.gpu, config.model.dtype, config.offload)
+    asleep = {} if config.offload else _graphs(config.rollout)
     found = {"generate": held() | engine}
     if algorithm.has_critic:
         values = max((_activations(critic, span, at, True, 1) for span in setting.spans), key=lambda a: a.forward)
@@ -101,7 +112,8 @@ def _of_iteration(setting: Setting, stage: int, state: ModelState) -> dict[str, 
     parts = config.parallel.tp * config.parallel.pp
     buckets = int(2 * config.rollout.bucket_mib * 2**20) if parts > 1 else 0
     weights = {"vLLM weights": engine["vLLM weights"]}
-    found["sync"] = held("policy") | weights | asleep | {"buckets": buckets}
+    # What wakes vLLM's weights wakes its graphs, too.
+    found["sync"] = held("policy") | weights | _graphs(config.rollout) | {"buckets": buckets}
     return found
 
 
@@ -152,20 +164,49 @@ def _work(setting: Setting, stage: int, critic: bool, share: int) -> dict[str, i
 def _training(setting: Setting, stage: int, critic: bool, share: int) -> dict[str, int]:
     config = setting.config
     state = _state(setting.shape, config.model, config.parallel, setting.dp, stage, critic)
-    return _model("", state) | _work(setting, stage, critic, share)
+    copies = {"model": fp8_bytes(setting.shape, config.model, config.parallel, stage, critic)}
+    return _model("", state) | _eight_bit(copies, ("model",)) | _work(setting, stage, critic, share)
 
 
-def engine_memory(rollout: RolloutConfig, shape: ModelShape, gpu: Gpu, dtype: str) -> dict[str, int]:
-    """VLLM's memory while it generates; ``gpu_memory_utilization`` holds all but the captured graphs."""
+def fp8_bytes(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, stage: int, critic: bool) -> int:
+    """Bytes of the 8-bit copies of the layers' matrices that Transformer Engine keeps from the first pass on.
+
+    Two of each on Hopper, row by row and transposed (`_fp8_workspaces` of its modules); their scales are not counted.
+    """
+    if model.fp8 == "none":
+        return 0
+    parts = rank_parameters(shape, model, parallel, critic, stage)
+    matrices = [p.numbers for part in parts for p in part if p.name.startswith("decoder.") and ".weight" in p.name]
+    left = 1 - 2 * model.fp8_bf16_layers / shape.layers if parallel.pp == 1 else 1  # which stage has them is not asked
+    return int(2 * sum(matrices) * left)
+
+
+def _eight_bit(copies: dict[str, int], names: Sequence[str]) -> dict[str, int]:
+    size = sum(copies[name] for name in names)
+    return {"FP8 copies": size} if size else {}
+
+
+def engine_memory(rollout: RolloutConfig, shape: ModelShape, gpu: Gpu, dtype: str, offload: bool) -> dict[str, int]:
+    """VLLM's memory while it generates: its share of the GPU holds weights, work, captured graphs and the cache.
+
+    The work is that of a full batch of text and, on top, what vLLM tries out when it starts: the vision tower on as
+    many images as a batch has room for, and their features.
+    """
     number = NUMBER_BYTES[dtype]
+    vision = shape.vision
+    patches = _ENGINE_BATCH * vision.merge**2
+    images = patches * (_TOWER_ROWS * vision.hidden + 2 * vision.ffn // rollout.tp) * number
+    images += _ENGINE_BATCH * shape.hidden * number
     weights = sum(count_parameters(shape).values()) * number // rollout.tp
     batch = _ENGINE_BATCH * (2 * shape.ffn // rollout.tp + 4 * shape.hidden) * number
     batch += 3 * rollout.max_num_seqs * shape.vocab * 4
+    graphs = _graphs(rollout)
     if rollout.kv_cache_gib:
         cache = int(rollout.kv_cache_gib * _GIB)
     else:
-        cache = int(rollout.gpu_memory_utilization * gpu.memory) - weights - batch - CONTEXT
-    return {"vLLM weights": weights, "vLLM cache": cache, "vLLM at work": batch} | _graphs(rollout)
+        share = int(rollout.memory_share(offload) * gpu.memory)
+        cache = share - weights - max(batch, images) - CONTEXT - sum(graphs.values())
+    return {"vLLM weights": weights, "vLLM cache": cache, "vLLM at work": max(batch, images)} | graphs
 
 
 def _graphs(rollout: RolloutConfig) -> dict[str, int]:

@@ -126,7 +126,8 @@ def _ranks(work: Setting) -> list[dict[str, Any]]:
 def _engine(work: Setting) -> dict[str, Any]:
     config = work.config
     assert isinstance(config, RLConfig)
-    cache = memory.engine_memory(config.rollout, work.shape, work.gpu, config.model.dtype)["vLLM cache"]
+    engine = memory.engine_memory(config.rollout, work.shape, work.gpu, config.model.dtype, config.offload)
+    cache = engine["vLLM cache"]
     each = memory.cache_bytes_per_token(work.shape, config.rollout, config.model.dtype)
     longest = config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum)
     return {"cache_tokens": max(0, cache // each), "longest": longest, "engines": work.world // config.rollout.tp}

@@ -20,6 +20,8 @@ from ovr_megatron.rollout.sampling import RolloutError
 from ovr_megatron.runtime.distributed import World, default_store
 from ovr_megatron.runtime.exchange import exchange
 from ovr_megatron.runtime.progress import Progress
+from ovr_megatron.runtime.stop import StopRequest
+from ovr_megatron.runtime.work_barrier import WorkBarrier
 
 
 class Prompts:
@@ -59,10 +61,12 @@ class Rollout:
 class Rollouts:
     """Has prompts answered by the engines of all ranks, and the answers graded while others are still being made.
 
-    With ``endless`` set every response is as long as the limit allows, as a rehearsal wants it.
+    With ``endless`` set every response is as long as the limit allows, as a rehearsal wants it.  With ``stop`` set
+    generation is left when a signal comes, on any rank.
     """
 
     endless = False
+    stop: StopRequest | None = None
 
     def __init__(
         self, engine: RolloutEngine, grader: GraderPool, processor: Processor, config: RLConfig, world: World
@@ -85,6 +89,7 @@ class Rollouts:
 
         Raises:
             RolloutError: the engines gave up half of the prompts or more.
+            StopRequested: on all ranks, as one was asked to stop; what was generated is dropped.
         """
         config = self.config
         rollout = Rollout(Prompts([], self.processor), limit)
@@ -130,6 +135,7 @@ class Rollouts:
         found: dict[tuple[int, int], Response] = {}
         queue = self._queue(numbers, name)
         tally = Tally(f"tally/{name}")
+        work = WorkBarrier(name, self.stop)
         total = len(numbers) * config.responses
 
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
@@ -148,18 +154,21 @@ class Rollouts:
 
         with Progress(total, f"generating {iteration}", "response", self.world.is_main, inner=True) as bar:
 
-            def between() -> None:
+            def between() -> bool:
                 if self.leads:
                     tally.reward(_settle(found, self.grader.collect(wait=False)))
                 if self.world.is_main:
                     tally.show(bar)
+                return work.engine_step(self.engine.agree)
 
             failed = self.engine.answer(take, finished, config.rollout.temperature, between)
             spent = time.perf_counter() - began
-            while self.leads and self.grader.pending:
+            while self.leads and self.grader.pending and not work.stop_asked():
                 tally.reward(_settle(found, self.grader.collect()))
+                work.step()
             if self.world.is_main:
                 tally.show(bar, at_once=True)
+        work.wait()
         for number, problem in failed if self.leads else ():
             for k in range(config.responses):
                 verdict = f"failed: {problem}"

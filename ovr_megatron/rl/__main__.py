@@ -8,10 +8,9 @@ for more than one process.  The same command on the same run folder goes on wher
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 from ovr_megatron.config import RLConfig
-from ovr_megatron.launch import read_command_line
+from ovr_megatron.launch import read_command_line, spelled_out
 from ovr_megatron.runtime.command import run_command
 
 RECIPE = "rl_7b_64gpu"
@@ -28,21 +27,6 @@ def main() -> int:
     from ovr_megatron.rl.training import run
 
     return run(asked.config)
-
-
-def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """The command line with ``--rollout-only``, ``--rehearse`` and ``--train-only FOLDER`` as settings."""
-    found, rest = [], iter(arguments)
-    for argument in rest:
-        if argument == "--rollout-only":
-            found.append("only=rollout")
-        elif argument == "--rehearse":
-            found.append("only=rehearsal")
-        elif argument == "--train-only":
-            found += ["only=train", f"rollouts_from={next(rest, '')}"]
-        else:
-            found.append(argument)
-    return found
 
 
 def script() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
+from ovr_megatron.model.layers import cautions, layers_in_use
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import ArchiveError
@@ -35,8 +36,9 @@ from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.runtime.runlog import RunLog
+from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.steps import memory_peaks, peak_gib
+from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
@@ -65,6 +67,8 @@ def train(config: RLConfig, world: World) -> Ended:
     if found:
         stream.load(found.state["prompts"])
     rollouts = None if config.only == "train" else build_rollouts(config, source, processor, models)
+    if rollouts:
+        rollouts.stop = keeper.stop
     evaluation = None
     if rollouts and config.evaluation.every:
         given = (config.evaluation, rollouts.engine, processor, config.rollout.tp, run, config.run.seed)
@@ -74,18 +78,28 @@ def train(config: RLConfig, world: World) -> Ended:
     log = RunLog(run, "train", first) if world.is_main else None
     if world.is_main:
         configuration.save(config, run / "config.yaml")
+        record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
         write_companions(source, run / "companions", processor)
 
     with (
         rollouts.grader if rollouts else nullcontext(),
         Progress(last, run.name, "iteration", world.is_main, first) as progress,
-        Watchdog(run, world.rank, config.run.hang_timeout_s) as watchdog,
     ):
+        if evaluation and evaluation.is_missing(first):
+            models.only(None)
+            scores = evaluation.scores(first)
+            if log:
+                log.scalars(first - 1, scores)
+        state: dict[str, Any] = {}
         for iteration in range(first, last):
-            watchdog.touch()
             before, dropped = stream.state(), prompts.dropped
             if rollouts:
-                outcome = iterate(models, rollouts, prompts.draw, iteration)
+                try:
+                    outcome = iterate(models, rollouts, prompts.draw, iteration)
+                except StopRequested:
+                    rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
+                    keeper.leave(iteration, engines, state)
+                    break
             else:
                 saved = archive.read(Path(config.rollouts_from or ""), iteration, world)
                 outcome = learn(models, archive.restore(saved, prompts), iteration, Clock())
@@ -101,8 +115,9 @@ def train(config: RLConfig, world: World) -> Ended:
             archive.write(run, iteration, outcome.rollout, before, mine, arrays, world)
             done = iteration + 1
             if evaluation and evaluation.due(done, done == config.iterations):
-                watchdog.touch()
-                outcome.metrics |= evaluation.scores(done)
+                models.only(None)
+                with suppress(StopRequested):  # the run leaves below, and its next start scores these weights
+                    outcome.metrics |= evaluation.scores(done, None if done == last else keeper.stop)
             if log:
                 log.scalars(iteration, outcome.metrics)
                 warn(outcome.metrics, iteration, config)
@@ -282,6 +297,7 @@ def build_rollouts(config: RLConfig, source: Path, processor: Processor, models:
             evaluated_tokens(config),
         ),
         empty=True,
+        offload=config.offload,
     )
     engine.update(models.policy.held())
     reward = config.reward
@@ -307,13 +323,15 @@ def run(config: RLConfig) -> int:
     """Join the process group, train or roll out, and say where the result lies; return the exit code."""
     for name in config.reward.rules.values():
         rules.check(name)
-    world = distributed.start(config.parallel, config.run.seed, config.run.threads)
-    if config.only in ("rollout", "rehearsal"):
-        folder, code = (generate if config.only == "rollout" else rehearse)(config, world), 0
-    else:
-        result = train(config, world)
-        folder, code = result.path, result.exit_code
-    if world.is_main:
-        print(f"rl: {folder}", flush=True)
-    distributed.finish()
+    settings = config.run
+    with Watchdog(Path(settings.dir), settings.hang_timeout_s):
+        world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
+        if config.only in ("rollout", "rehearsal"):
+            folder, code = (generate if config.only == "rollout" else rehearse)(config, world), 0
+        else:
+            result = train(config, world)
+            folder, code = result.path, result.exit_code
+        if world.is_main:
+            print(f"rl: {folder}", flush=True)
+        distributed.finish()
     return code

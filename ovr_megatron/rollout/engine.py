@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from vllm import LLM
+from vllm.device_allocator.alloc_conf import EXPANDABLE_SEGMENTS, alloc_conf_from_env, conf_flag_enabled
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
@@ -36,7 +37,9 @@ from ovr_megatron.rollout.sampling import (
     prompt_logprobs,
     sampling_params,
 )
-from ovr_megatron.runtime.distributed import keep_generators
+from ovr_megatron.runtime import watchdog
+from ovr_megatron.runtime.distributed import keep_generators, share_timeout
+from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.weights.slices import Held
 
 _ENVIRONMENT = {
@@ -95,6 +98,7 @@ class RolloutEngine:
         max_model_len: int,
         seed: int = 0,
         empty: bool = False,
+        offload: bool = False,
     ) -> None:
         """Start vLLM; ``torch.distributed`` must be initialised.
 
@@ -106,6 +110,8 @@ class RolloutEngine:
             max_model_len: Most tokens of a prompt and its response together.
             seed: Of vLLM's own generators; responses have seeds of their own.
             empty: Read no weights; the first `update` brings them.
+            offload: The trainer's models are not on the GPU while the engine works, and nothing of the engine is to
+                stay there while it sleeps.
 
         Raises:
             RolloutError: ``rollout.tp`` does not divide the number of processes.
@@ -121,7 +127,7 @@ class RolloutEngine:
         self._room = config.max_num_seqs
         self._asleep: set[str] = set()
         self._empty = empty
-        settings = _settings(config, processor, dtype, max_model_len)
+        settings = _settings(config, processor, dtype, max_model_len, offload)
         if empty:
             settings["load_format"] = EMPTY
         with undisturbed():
@@ -130,6 +136,7 @@ class RolloutEngine:
             (model,) = self._llm.apply_model(lambda model: model)
             model.follow(self.banned, processor.after_video, processor.shape)
             self._reshard = Reshard(model, int(config.bucket_mib * 2**20), config.check_updates)
+        share_timeout()
         self._can_sleep = settings.get("enable_sleep_mode", False)
 
     def update(self, held: Sequence[Held]) -> Traffic:
@@ -152,6 +159,7 @@ class RolloutEngine:
         prompts: Sequence[Prompt],
         temperature: float,
         finished: Callable[[int, list[Generation]], None] | None = None,
+        between: Callable[[], bool] | None = None,
     ) -> list[list[Generation]]:
         """Answer every prompt once for each of its seeds.
 
@@ -159,12 +167,14 @@ class RolloutEngine:
             prompts: The same on all ranks of a tensor-parallel group.
             temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
             finished: Called with a prompt's number and its responses when they are there.
+            between: As of `answer`.
 
         Returns:
             For each prompt the responses in the order of its seeds.
 
         Raises:
             RolloutError: vLLM gave a request up.
+            StopRequested: ``between`` returned True.
         """
         responses: list[list[Generation]] = [[] for _ in prompts]
 
@@ -178,8 +188,17 @@ class RolloutEngine:
             if finished:
                 finished(number, found)
 
-        for number, problem in self.answer(take, take_back, temperature):
+        stopped = False
+
+        def between_steps() -> bool:
+            nonlocal stopped
+            stopped = bool(between and between())
+            return stopped
+
+        for number, problem in self.answer(take, take_back, temperature, between_steps):
             raise RolloutError(f"prompt {number} of {len(prompts)} was not answered: {problem}")
+        if stopped:
+            raise StopRequested
         return responses
 
     def answer(
@@ -187,7 +206,7 @@ class RolloutEngine:
         take: Callable[[int], Sequence[tuple[int, Prompt]]],
         finished: Callable[[int, list[Generation]], None],
         temperature: float,
-        between: Callable[[], None] | None = None,
+        between: Callable[[], bool] | None = None,
     ) -> list[tuple[int, str]]:
         """Answer the prompts that ``take`` gives until it has no more, each once for each of its seeds.
 
@@ -196,7 +215,8 @@ class RolloutEngine:
                 returns numbered prompts, the same on all ranks of a tensor-parallel group.
             finished: Called with a prompt's number and its responses in the order of its seeds.
             temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
-            between: Called between two steps.
+            between: Called between two steps; where it returns True, the same at the same step on all ranks of a
+                tensor-parallel group, the unfinished prompts are given up and nothing is said of them.
 
         Returns:
             The prompts that vLLM gave up or did not take, and why; for these `finished` is not called.
@@ -219,9 +239,22 @@ class RolloutEngine:
                     for output in self._llm.llm_engine.step():
                         if output.finished:
                             waiting.give(output, finished, failed)
-                if between:
-                    between()
+                watchdog.touch()
+                if between and between():
+                    self._give_up(waiting)
+                    break
         return failed
+
+    def _give_up(self, waiting: _Waiting) -> None:
+        """Abort what vLLM still works on.
+
+        The steps that follow end what asynchronous scheduling has under way and have the model forget the requests;
+        without them sleep would find blocks of the cache in use.
+        """
+        self._llm.llm_engine.abort_request(waiting.names())
+        core = self._llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+        while core.batch_queue or core.scheduler.has_requests():
+            self._llm.llm_engine.step()
 
     def room_left(self, outstanding: int) -> bool:
         """Whether vLLM could work on more responses than these."""
@@ -256,6 +289,7 @@ class RolloutEngine:
             while self._llm.llm_engine.has_unfinished_requests():
                 done = (output for output in self._llm.llm_engine.step() if output.finished)
                 finished.update((int(output.request_id), prompt_logprobs(output)) for output in done)
+                watchdog.touch()
         return [finished[request_id] for request_id in sorted(finished)]  # vLLM numbers requests in order
 
     def _enqueue(self, prompt: Prompt, temperature: float) -> list[str]:
@@ -309,6 +343,10 @@ class _Waiting:
         """Whether any is left."""
         return bool(self._wanted)
 
+    def names(self) -> list[str]:
+        """Return the requests that vLLM has not finished."""
+        return list(self._numbers)
+
     def add(self, number: int, prompt: Prompt, names: Sequence[str]) -> None:
         """Note that prompt ``number`` went to vLLM as the requests ``names``."""
         outer = [name.partition("-")[0] for name in names]  # vLLM appends letters of its own to the name inside
@@ -346,7 +384,9 @@ def _request(prompt: Prompt) -> dict[str, Any]:
     return {"prompt_token_ids": list(prompt.tokens)} | ({"multi_modal_data": media} if media else {})
 
 
-def _settings(config: RolloutConfig, processor: Processor, dtype: str, max_model_len: int) -> dict[str, Any]:
+def _settings(
+    config: RolloutConfig, processor: Processor, dtype: str, max_model_len: int, offload: bool = False
+) -> dict[str, Any]:
     """Arguments of `vllm.LLM`."""
     data = processor.config
     settings = {
@@ -370,10 +410,13 @@ def _settings(config: RolloutConfig, processor: Processor, dtype: str, max_model
         settings["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     if torch.cuda.is_available():
         return settings | {
-            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "gpu_memory_utilization": config.memory_share(offload),
             "enforce_eager": config.enforce_eager,
             "async_scheduling": None if config.async_scheduling else False,  # None: vLLM does where it can
             "enable_sleep_mode": True,
+            "sleep_mode_offload_cudagraph": offload,
+            # It shares the graphs' buffers between ranks by cudaIpcGetMemHandle, which refuses expandable segments.
+            "disable_custom_all_reduce": conf_flag_enabled(alloc_conf_from_env(), EXPANDABLE_SEGMENTS),
         }
     settings.setdefault("kv_cache_memory_bytes", _cache_bytes(config, processor.shape, dtype, max_model_len))
     return settings | {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.runtime.stop import USER_ERROR
+from ovr_megatron.runtime.stop import USER_ERROR, JoinError
 
 SENTENCES_ARE_COLLECTED = "OVR_SENTENCES_ARE_COLLECTED"  # set by `ovr_megatron.torchrun`, which prints each one once
 
@@ -21,19 +21,19 @@ SENTENCES_ARE_COLLECTED = "OVR_SENTENCES_ARE_COLLECTED"  # set by `ovr_megatron.
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code.
 
-    A `UserError` ends with its sentence and code 2, Ctrl-C with code 130, and a reader of the output that has left, as
-    ``head`` does, with code 141; none of them with a traceback.
+    A `UserError` ends with its sentence and code 2, a `JoinError` with its own and code 1, Ctrl-C with code 130, and a
+    reader of the output that has left, as ``head`` does, with code 141; none of them with a traceback.
     """
     try:
         try:
             code = main() or 0
         finally:
             sys.stdout.flush()
-    except UserError as error:
+    except (UserError, JoinError) as error:
         reported = report_to_launcher(str(error))
         if not (reported and os.environ.get(SENTENCES_ARE_COLLECTED)):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        code = USER_ERROR
+        code = USER_ERROR if isinstance(error, UserError) else 1  # a node's fault is worth another try
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BrokenPipeError:

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sysconfig
 import tempfile
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ from pathlib import Path
 
 Environment = MutableMapping[str, str]
 
+# The step's own numbers before the allocation's: in a shell inside an allocation the step is that shell alone.
 _SLURM = {
     "RANK": ("SLURM_PROCID",),
-    "WORLD_SIZE": ("SLURM_NTASKS",),
+    "WORLD_SIZE": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
     "LOCAL_RANK": ("SLURM_LOCALID",),
-    "LOCAL_WORLD_SIZE": ("SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE"),
+    "LOCAL_WORLD_SIZE": ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
 }
 
 
@@ -62,13 +65,14 @@ def _cache(name: str, folder: str, why: str) -> Setting:
     return Setting(name, f"`$OVR_CACHE/rank_N/{folder}`", why, value)
 
 
+_CUDNN = Path(sysconfig.get_path("purelib")) / "nvidia" / "cudnn"
 _CACHE_WHY = "compiled kernels: on the node's own disk, and no two ranks write the same file"
 SETTINGS = (
     _fixed("CUDA_DEVICE_MAX_CONNECTIONS", "1", "tensor and context parallelism overlap traffic in launch order"),
     Setting(
         "PYTORCH_CUDA_ALLOC_CONF",
         "`expandable_segments:True` where `OVR_STAGE=coldstart`",
-        "packs of changing shape fragment less; vLLM's sleep mode, in RL, refuses it",
+        "packs of changing shape fragment less; in RL vLLM's own all-reduce cannot share such memory between ranks",
         lambda place: "expandable_segments:True" if place.given("OVR_STAGE") == "coldstart" else None,
     ),
     _from_user("NCCL_SOCKET_IFNAME", "OVR_INTERFACE", "the interface for NCCL's bootstrap, as `ib0` or `=eth0`"),
@@ -88,6 +92,13 @@ SETTINGS = (
     _cache("TRITON_CACHE_DIR", "triton", _CACHE_WHY),
     _cache("TORCHINDUCTOR_CACHE_DIR", "inductor", _CACHE_WHY),
     _cache("VLLM_CACHE_ROOT", "vllm", _CACHE_WHY),
+    _cache("FLASHINFER_WORKSPACE_BASE", "flashinfer", _CACHE_WHY),
+    Setting(
+        "CUDNN_PATH",
+        "the folder `nvidia/cudnn` of Python's packages, where it is",
+        "Transformer Engine loads the cuDNN that torch loads, not one of the system",
+        lambda place: str(_CUDNN) if _CUDNN.is_dir() else None,
+    ),
     Setting(
         "OMP_NUM_THREADS",
         "cores / ranks of the node, 1 to 8",
@@ -125,7 +136,15 @@ def name_rank(environment: Environment) -> None:
     for ours, theirs in _SLURM.items():
         value = next((environment[name] for name in theirs if name in environment), None)
         if value is not None:
-            environment.setdefault(ours, value.partition("(")[0].partition(",")[0])  # "8(x2)", or "8,4"
+            environment.setdefault(ours, _of_this_node(value, int(environment.get("SLURM_NODEID", "0"))))
+
+
+def _of_this_node(value: str, node: int) -> str:
+    """Return the entry of the ``node``-th node in Slurm's list of a number a node: ``8(x2),4`` is 8, 8, 4."""
+    counts: list[str] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", value):
+        counts += [count] * int(times or 1)
+    return counts[min(node, len(counts) - 1)]
 
 
 def find_place(environment: Environment) -> Place | None:

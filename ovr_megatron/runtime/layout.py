@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +25,13 @@ class Layout:
     """Process groups, and the global state that Megatron reads, of one arrangement of the ranks.
 
     Megatron-Core 0.16 still reads `parallel_state` in its schedules, its optimizer and its layers; `active` puts
-    this layout's there for as long as an engine works.  Making one is a collective of all ranks.
+    this layout's there for as long as an engine works.  Making one is a collective of all ranks, and ``timeout`` bounds
+    the collectives of its groups.
     """
 
     _untouched: dict[str, Any] | None = None
 
-    def __init__(self, parallel: ParallelConfig, seed: int):
+    def __init__(self, parallel: ParallelConfig, seed: int, timeout: datetime.timedelta):
         if Layout._untouched is None:
             Layout._untouched = _globals()
         before, tracked = _globals(), get_cuda_rng_tracker().get_states()
@@ -40,6 +42,7 @@ class Layout:
             virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),  # type: ignore[arg-type]
         )
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         model_parallel_cuda_manual_seed(seed)

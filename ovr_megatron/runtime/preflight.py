@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -119,6 +120,26 @@ def check_gpus(local_rank: int, local_size: int) -> list[str]:
         used = f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
         return [f"GPU {local_rank} has {used} in use; end the process that holds them or leave the node out"]
     return []
+
+
+def check_cudnn() -> list[str]:
+    """One cuDNN is loaded in this process: with two the first attention fails, at best.
+
+    To be called when torch, and Transformer Engine where it is used, have loaded theirs.
+    """
+    folders = cudnn_folders(Path("/proc/self/maps").read_text())
+    if len(folders) < 2:
+        return []
+    return [
+        f"two cuDNN libraries are loaded, from {' and '.join(sorted(folders))}; unset CUDNN_HOME and set CUDNN_PATH to "
+        "the folder `nvidia/cudnn` of Python's packages, or remove the system's"
+    ]
+
+
+def cudnn_folders(maps: str) -> set[str]:
+    """Return the folders of the cuDNN libraries in the text of a ``/proc/PID/maps``."""
+    paths = (line.split(maxsplit=5)[5] for line in maps.splitlines() if "/libcudnn" in line)
+    return {str(Path(path).parent) for path in paths if re.match(r"libcudnn\w*\.so", Path(path).name)}
 
 
 def bus_bandwidth(device: torch.device, megabytes: int, rounds: int = 5) -> float:

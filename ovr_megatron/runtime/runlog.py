@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+LAYERS = "layers.txt"
+
+
+def record_layers(run: Path, layers: str, cautions: Sequence[str]) -> None:
+    """Say whose ``layers`` train, and what is not exact with them; the first stays in ``RUN/layers.txt``."""
+    print(f"layers: {layers}", flush=True)
+    for caution in cautions:
+        print(f"note: {caution}", file=sys.stderr, flush=True)
+    (run / LAYERS).write_text(f"{layers}\n")
 
 
 class StepLines:

@@ -25,6 +25,14 @@ _MEANING = {
 }
 
 
+class StopRequested(Exception):
+    """A rank was asked to stop, and all ranks have given up the work in progress, which has changed nothing yet."""
+
+
+class JoinError(RuntimeError):
+    """Ranks that did not come together; names the address, the missing ranks and what to look at."""
+
+
 class StopRequest:
     """Remembers which signal came: Ctrl-C, SIGTERM, or the warning that Slurm sends before it ends a job."""
 

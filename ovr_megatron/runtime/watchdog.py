@@ -1,39 +1,102 @@
-"""A run that stands still ends, and leaves the stacks of every rank behind."""
+"""A run that makes no progress ends by itself, says so, and leaves the stacks of every rank behind.
+
+Progress is an engine step, a pack, a file of weights: whoever does such a piece of work calls `touch`.  So one limit
+fits a run whose iteration takes seconds and one whose iteration takes hours.
+"""
 
 from __future__ import annotations
 
 import faulthandler
 import os
 import socket
+import sys
+import threading
+import time
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+
+_RENEW_SHARE = 0.02  # of the limit: a touch sooner after the last one costs a comparison and does nothing
+_STDERR = 2
+_active: Watchdog | None = None
+
+
+def touch() -> None:
+    """Report progress to this process's `Watchdog`, if there is one."""
+    if _active is not None:
+        _active.touch()
 
 
 class Watchdog:
-    """Ends this process with code 1 when `touch` has not been called for ``timeout_s`` seconds (0: never).
+    """Ends this process with code 1 when nobody has called `touch` for ``timeout_s`` seconds (0: never).
 
-    All Python stacks go to ``RUN/logs/stacks_rank_N.txt`` first.  The timer is a thread of the interpreter's own that
-    needs no lock of it, so that a process stuck inside a library ends, too.  It runs from the first `touch` on.
+    A thread says on stderr where the process stands and writes all Python stacks to ``RUN/logs/stacks_rank_N.txt``.
+    It needs the interpreter's lock.  Where a library holds that for ever, a timer of `faulthandler`, which needs no
+    lock, writes the stacks to stderr and ends the process a tenth of the limit later.
     """
 
-    def __init__(self, run: Path, rank: int, timeout_s: float):
+    def __init__(self, run: Path, timeout_s: float):
         self.timeout_s = timeout_s
-        self.path = run / "logs" / f"stacks_rank_{rank}.txt"
-        if timeout_s:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a")
-            self.file.write(f"process {os.getpid()} on {socket.gethostname()}, run.hang_timeout_s={timeout_s:g}\n")
-            self.file.flush()
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.path = run / "logs" / f"stacks_rank_{self.rank}.txt"
+        self._closed = threading.Event()
+        self._deadline = 0.0
 
     def touch(self) -> None:
-        """Say that there is progress."""
-        if self.timeout_s:
-            faulthandler.dump_traceback_later(self.timeout_s, file=self.file, exit=True)
+        """Begin the limit anew."""
+        now = time.monotonic()
+        if not self.timeout_s or now < self._deadline - (1 - _RENEW_SHARE) * self.timeout_s:
+            return
+        self._deadline = now + self.timeout_s
+        faulthandler.dump_traceback_later(1.1 * self.timeout_s + 1, file=_STDERR, exit=True)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(max(0.0, self._deadline - time.monotonic())):
+            if time.monotonic() >= self._deadline:
+                self._end()
+
+    def _end(self) -> None:
+        where = _innermost(sys._current_frames().get(threading.main_thread().ident or 0))
+        host = socket.gethostname()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(f"process {os.getpid()} on {host}, run.hang_timeout_s={self.timeout_s:g}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            stacks = f"its stacks are in {self.path}"
+        except OSError as error:
+            stacks = f"its stacks could not be written to {self.path} ({error.strerror})"
+        print(
+            f"hang: rank {self.rank} on {host} has made no progress for run.hang_timeout_s={self.timeout_s:g} s, "
+            f"at {where}; {stacks}; it ends with code 1, and the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
     def __enter__(self) -> Watchdog:
+        global _active
+        if self.timeout_s:
+            _active = self
+            self.touch()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        global _active
         if self.timeout_s:
+            _active = None
+            self._closed.set()
             faulthandler.cancel_dump_traceback_later()
-            self.file.close()
+
+
+def _innermost(frame: FrameType | None) -> str:
+    """Return the innermost line of this package on the stack, else the innermost of all."""
+    package = f"{Path(__file__).parents[1]}{os.sep}"
+    top = frame
+    while frame is not None and not frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    frame = frame or top
+    if frame is None:
+        return "an unknown line"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"

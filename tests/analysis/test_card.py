@@ -23,6 +23,7 @@ def test_the_card_tells_recipe_data_and_scores(experiment_dir):
         },
     }
     (experiment_dir / "rl/config.yaml").write_text(yaml.safe_dump(config))
+    (experiment_dir / "rl/layers.txt").write_text("Transformer Engine 2.14.0\n")
     experiment = read_experiment(experiment_dir)
     path = write_card(experiment, experiment.exported)
     text = path.read_text()
@@ -31,6 +32,7 @@ def test_the_card_tells_recipe_data_and_scores(experiment_dir):
     assert front["library_name"] == "transformers" and "open-vision-reasoner" in front["tags"]
     assert "somebody" not in text
     assert "| math\\|500.json | 75.0% |" in text and "| digits | 25.0% |" in text
+    assert "| `layers` | Transformer Engine 2.14.0 |" in text
     assert "| `algorithm.estimator` | gae |" in text and "60 iterations done." in text
     assert "24,576 tokens until iteration 50, 49,152 tokens until iteration 60" in text
     assert "| Visual puzzles (500) | 0.0% (" in text and "| 64.2% (" in text

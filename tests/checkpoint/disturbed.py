@@ -26,6 +26,7 @@ from ovr_megatron.coldstart import training as coldstart
 from ovr_megatron.config import ColdStartConfig, RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
+from ovr_megatron.evaluation import evaluator
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo import archive, rollouts
@@ -140,6 +141,43 @@ def warn(rank: int, number: signal.Signals, victim: int, step: int) -> None:
         at(Engine, "step", step, 1, lambda *args: os.kill(os.getpid(), number))
 
 
+def warn_in_generation(rank: int, number: signal.Signals, victim: int, step: int) -> None:
+    """In the middle: the engine has made some steps, and has others to make."""
+    if rank == victim:
+        at(RolloutEngine, "room_left", step, 8, lambda *args: os.kill(os.getpid(), number))
+
+
+def warn_in_evaluation(rank: int) -> None:
+    if rank == 1:
+        at(evaluator, "_answer", 0, 1, lambda *args: os.kill(os.getpid(), signal.SIGUSR1))
+
+
+def warn_in_update(rank: int, number: signal.Signals, victim: int, step: int) -> None:
+    if rank == victim:
+        at(Engine, "step", step, 1, lambda *args: os.kill(os.getpid(), number))
+
+
+def hang_in_start(rank: int) -> None:
+    if rank == 1:
+        wrap(coldstart, "open_packs", lambda *args: time.sleep(DEADLINE_S))
+
+
+def slow_steps(rank: int, steps: int, seconds: float) -> None:
+    """Rank 1 generates for ``steps`` x ``seconds`` in the second iteration, while the other has long been done."""
+    seen = {"calls": 0}
+
+    def pause(*args: Any) -> None:
+        seen["calls"] += moment["step"] == 1
+        if rank == 1 and moment["step"] == 1 and seen["calls"] <= steps:
+            time.sleep(seconds)
+
+    wrap(RolloutEngine, "room_left", pause)
+
+
+def elsewhere(rank: int) -> None:
+    os.environ["MASTER_ADDR"] = "no-such-host.invalid"
+
+
 def hang(rank: int) -> None:
     if rank == 1:
         at(Processor, "encode", 2, 1, lambda *args, **kwargs: time.sleep(DEADLINE_S))
@@ -185,6 +223,7 @@ class Run:
         *overrides: str,
         name: str = "",
         stage: str = "coldstart",
+        ranks: int = 2,
     ):
         self.out, self.log = out, out.with_name(f"{out.name}{name}.log")
         compose = {"coldstart": config, "rl": rl_config}[stage]
@@ -192,7 +231,7 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.pids = [self._fork(rank, port, settings, disturb) for rank in range(2)]
+        self.pids = [self._fork(rank, port, settings, disturb) for rank in range(ranks)]
 
     def _fork(
         self, rank: int, port: int, settings: ColdStartConfig | RLConfig, disturb: Callable[[int], None] | None
@@ -255,12 +294,37 @@ def kills(out: Path, seed: int, count: int, stage: str = "coldstart") -> list[di
     return found
 
 
+def left_in_generation(out: Path) -> dict[str, Any]:
+    """Leave PPO in the first iteration, in one after a save, in one after none, in an update, then go on to the end."""
+    usr1, term = signal.SIGUSR1, signal.SIGTERM
+    codes: dict[str, Any] = {}
+    run = out / "left"
+    for name, disturb in {
+        "first": partial(warn_in_generation, number=usr1, victim=1, step=0),
+        "saved": partial(warn_in_generation, number=usr1, victim=0, step=2),
+        "unsaved": partial(warn_in_generation, number=term, victim=1, step=3),
+        "update": partial(warn_in_update, number=usr1, victim=0, step=4),
+    }.items():
+        codes[name] = Run(run, disturb, stage="rl").codes()
+        if (run / "checkpoints").exists():
+            shutil.copytree(run / "checkpoints", out / f"left_{name}")
+    codes["end"] = Run(run, stage="rl").codes()
+    puzzle = "puzzle:digits?form=text&task=sum&split=heldout&answered=0&count=6"
+    asked = ["evaluation.every=1", "evaluation.max_tokens=8", f"evaluation.sources=[{{path: '{puzzle}', name: text}}]"]
+    run = out / "left_evaluation"
+    codes["evaluation"] = Run(run, warn_in_evaluation, "iterations=2", *asked, stage="rl").codes()
+    codes["evaluated_before"] = (run / "evaluation").exists()
+    codes["evaluation_end"] = Run(run, None, "iterations=2", *asked, stage="rl").codes()
+    return codes
+
+
 def scenarios(out: Path) -> dict[str, Any]:
     codes: dict[str, Any] = {}
     codes["sync"] = Run(out / "sync", None, "run.async_save=false").codes()
     codes["usr1"] = Run(out / "signals", partial(warn, number=signal.SIGUSR1, victim=1, step=0)).codes()
     codes["term"] = Run(out / "signals", partial(warn, number=signal.SIGTERM, victim=0, step=2)).codes()
     codes["signals"] = Run(out / "signals").codes()
+    codes["left"] = left_in_generation(out)
     ready, go = out / "ready", out / "go"
     first = Run(out / "locked", partial(wait_for, ready=ready, go=go))
     while not ready.exists():
@@ -268,6 +332,11 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["second"] = Run(out / "locked", name="_second").codes()
     go.touch()
     codes["first"] = first.codes()
+    codes["hang_in_start"] = Run(out / "hang_in_start", hang_in_start, "run.hang_timeout_s=8").codes()
+    slow = partial(slow_steps, steps=50, seconds=1.0)
+    codes["slow"] = Run(out / "slow", slow, "run.hang_timeout_s=20", "iterations=2", stage="rl").codes()
+    codes["absent"] = Run(out / "absent", None, "run.hang_timeout_s=5", ranks=1).codes()
+    codes["elsewhere"] = Run(out / "elsewhere", elsewhere, "run.hang_timeout_s=5").codes()
     codes["hang"] = Run(out / "hang", hang, "run.hang_timeout_s=15").codes()
     codes["full"] = Run(out / "full", full_disk).codes()
     codes["full_stop"] = Run(out / "full_stop", full_disk, "run.stop_on_failed_save=true").codes()
@@ -284,7 +353,11 @@ def main(out: Path, seed: int, count: int) -> None:
     make_tiny_model(out / "model", tied=True, seed=5)
     whole = Run(out / "whole").codes()
     results = {"whole": whole, "kills": kills(out, seed, count)}
-    results |= {"rl_whole": Run(out / "rl_whole", stage="rl").codes(), "rl_kills": kills(out, seed, count, "rl")}
+    every = ("run.save_every=1", "run.keep_last=0")  # what runs that leave anywhere are compared with
+    results |= {
+        "rl_whole": Run(out / "rl_whole", None, *every, stage="rl").codes(),
+        "rl_kills": kills(out, seed, count, "rl"),
+    }
     if len(sys.argv) < 5:
         results |= scenarios(out)
     (out / "results.json").write_text(json.dumps(results, indent=1))

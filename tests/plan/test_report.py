@@ -220,3 +220,30 @@ def test_dry_run_starts_nothing(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "processes   16 x h100" in done.stdout and "by the cost model" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_8_bit_copies_are_planned_and_wait_with_offload() -> None:
+    """Two bytes for each number of the layers' matrices of a rank, in each phase in which the model is there."""
+    whole, copies = ["model.path=7B"], {}
+    for fp8 in ("none", "current"):
+        for offload in ("false", "true"):
+            config = compose("rl_7b_64gpu", [*whole, f"model.fp8={fp8}", f"offload={offload}"])
+            found = plan(config, Options(64, search=False))
+            copies[fp8, offload] = {phase["name"]: phase["items"].get("FP8 copies", 0) for phase in found["phases"]}
+    matrices = 28 * (3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944) // 4  # tp=4
+    assert not any(copies["none", "false"].values())
+    assert copies["current", "false"] == dict.fromkeys(copies["none", "false"], 2 * 2 * matrices), "policy and critic"
+    kept = {"generate": 0} | dict.fromkeys(("value", "update critic", "update policy", "sync"), 2 * matrices)
+    assert copies["current", "true"] == kept
+
+
+def test_with_offload_vllm_has_the_gpu_to_itself_and_leaves_nothing() -> None:
+    items = {}
+    for offload in ("false", "true"):
+        config = compose("rl_7b_64gpu", ["model.path=7B", f"offload={offload}"])
+        found = plan(config, Options(64, search=False))
+        items[offload] = {phase["name"]: phase["items"] for phase in found["phases"]}
+        assert found["fits"]
+    assert items["true"]["generate"]["vLLM cache"] > 1.8 * items["false"]["generate"]["vLLM cache"]
+    assert all(("vLLM graphs" in held) == (name in ("generate", "sync")) for name, held in items["true"].items())
+    assert all("vLLM graphs" in held for held in items["false"].values())

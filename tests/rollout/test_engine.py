@@ -1,5 +1,6 @@
 """The rollout engine against Transformers: same tokens in, same distribution out, before and after an update."""
 
+import dataclasses
 import json
 import os
 import random
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.engine.arg_utils import EngineArgs
 
 from ovr_megatron.config import DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.data.processing import Processor
@@ -346,3 +348,50 @@ def test_every_prompt_is_handed_over_as_it_finishes(engine, samples, ask):
 def test_layout_that_does_not_divide_is_refused(started, references, processor):
     with pytest.raises(RolloutError, match=r"rollout\.tp=2 does not divide the 1 processes"):
         RolloutEngine(references[0].folder, RolloutConfig(tp=2), processor, "float32", MAX_MODEL_LEN)
+
+
+def test_what_is_given_up_leaves_nothing_behind(engine, references, samples, ask):
+    prompts = ask(samples, [3, 4, 9])
+    expected = engine.generate(prompts, 1.0)
+    given, steps, finished = list(enumerate(prompts)), [], []
+
+    def between():
+        steps.append(1)
+        return len(steps) == 5
+
+    def take(outstanding):
+        taken, given[:] = given[:], []
+        return taken
+
+    failed = engine.answer(take, lambda number, found: finished.append(number), 1.0, between)
+    assert failed == [] and len(finished) < len(prompts) and len(steps) == 5
+    engine.sleep()  # refuses where requests still hold the cache
+    engine.update(references[0].held())
+    found = engine.generate(prompts, 1.0)
+    assert [[g.tokens for g in group] for group in found] == [[g.tokens for g in group] for group in expected]
+
+
+def test_one_time_out_bounds_the_groups_of_vllm_too(started):
+    groups = [group for group in torch.distributed.distributed_c10d._world.pg_map]
+    bounded = [group for group in groups if group is not distributed.patient_group()]
+    limits = {group._get_backend(torch.device("cpu")).options._timeout for group in bounded}
+    assert len(bounded) > 5 and limits == {distributed.time_limit(distributed.HANG_TIMEOUT_S)}
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_go_without_vllms_own_all_reduce(processor, monkeypatch, variable):
+    """What vLLM is asked for on a GPU; all of it are arguments that this vLLM has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plain = _settings(RolloutConfig(), processor, "bfloat16", 256)
+    monkeypatch.setenv(variable, "max_split_size_mb:512,expandable_segments:True")
+    expandable = _settings(RolloutConfig(), processor, "bfloat16", 256)
+    assert (plain["disable_custom_all_reduce"], expandable["disable_custom_all_reduce"]) == (False, True)
+    assert plain.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
+
+
+@pytest.mark.parametrize(("offload", "own", "share"), [(False, 0.0, 0.5), (True, 0.0, 0.85), (True, 0.6, 0.6)])
+def test_an_engine_whose_trainer_is_offloaded_takes_the_gpu_and_leaves_it(processor, monkeypatch, offload, own, share):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = RolloutConfig(gpu_memory_utilization=own)
+    settings = _settings(config, processor, "bfloat16", 256, offload)
+    assert (settings["gpu_memory_utilization"], settings["sleep_mode_offload_cudagraph"]) == (share, offload)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ovr_megatron.runtime import environment
 from ovr_megatron.runtime.environment import SETTINGS, apply, cache_root, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,8 +67,39 @@ def test_srun_names_the_rank(tmp_path: Path) -> None:
         "1",
         "8",
     ]
+    shell = {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
+    shell |= {
+        "OVR_CACHE": str(tmp_path),
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_STEP_TASKS_PER_NODE": "1",
+    }
+    apply(shell)
+    assert (shell["WORLD_SIZE"], shell["LOCAL_WORLD_SIZE"]) == ("1", "1"), "a shell inside an allocation is one task"
+    for node, count in enumerate(("8", "8", "4")):
+        uneven = {**step, "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": str(node)}
+        apply(uneven)
+        assert uneven["LOCAL_WORLD_SIZE"] == count
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}  # the script of a job is no rank
     assert apply(batch) == {} and "RANK" not in batch
+
+
+def test_every_cache_of_compiled_kernels_is_the_ranks_own(tmp_path: Path) -> None:
+    added = apply(rank(tmp_path))
+    caches = {name: value for name, value in added.items() if "CACHE" in name or "WORKSPACE" in name}
+    assert caches.keys() == {
+        *("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE")
+    }
+    assert all(value.startswith(f"{tmp_path}/rank_1/") for value in caches.values())
+    assert len(set(caches.values())) == 4
+
+
+def test_transformer_engine_is_sent_to_the_cudnn_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_CUDNN", tmp_path / "nvidia/cudnn")
+    assert "CUDNN_PATH" not in apply(rank(tmp_path))
+    (tmp_path / "nvidia/cudnn").mkdir(parents=True)
+    assert apply(rank(tmp_path))["CUDNN_PATH"] == f"{tmp_path}/nvidia/cudnn"
+    assert "CUDNN_PATH" not in apply(rank(tmp_path, CUDNN_PATH="/opt/cudnn"))
 
 
 def test_cache_of_another_user_is_refused(tmp_path: Path) -> None:

@@ -75,7 +75,12 @@ def test_an_engine_that_rests_learns_the_same(folder: Path, sharded: bool, dtype
         one.train(packs, loss)
     for (name, ours), (_, theirs) in zip(resting.weights(), other.weights(), strict=True):
         assert torch.equal(ours, theirs), name
+    for module in resting.parts[0].modules():  # as Transformer Engine's keep copies of their weights
+        module._fp8_workspaces = {"weight": torch.ones(8)}
+    resting.offload("gradients", "optimizer")
+    assert all(module._fp8_workspaces for module in resting.parts[0].modules())
     resting.offload()
+    assert not any(module._fp8_workspaces for module in resting.parts[0].modules())
     resting.held()
     resting.offload("gradients", "optimizer")
     assert held_bytes(resting)["weights"] == before["weights"]

@@ -1,13 +1,21 @@
 """Checks of the pre-flight that need one process; tests/slurm has those of several."""
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ovr_megatron.launch import compose
+from ovr_megatron.preflight import check_layers
 from ovr_megatron.runtime import preflight
 from ovr_megatron.runtime.preflight import Facts
+from tools import preflight as tool
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SAME = Facts("n1", {"torch": "2.13.0", "vllm": "0.32.0"}, "abc", "1234", {"/data/rows.jsonl": 100})
 
@@ -57,3 +65,41 @@ def test_write_rate_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(NotADirectoryError):
         preflight.write_rate(Path(os.devnull), 1)
+
+
+def test_two_cudnns_in_a_process_are_refused(tmp_path: Path) -> None:
+    """Two libraries of that name are loaded in earnest: copies of one of Python's own."""
+    import _ctypes
+
+    script = "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path)\n"
+    script += "from ovr_megatron.runtime.preflight import check_cudnn\nprint(check_cudnn())"
+    paths = [tmp_path / folder / "libcudnn.so.9" for folder in ("system", "wheel")]
+    for path in paths:
+        path.parent.mkdir()
+        shutil.copy(_ctypes.__file__, path)
+    one, two = (
+        subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True).stdout
+        for given in (paths[:1], paths)
+    )
+    assert one == "[]\n"
+    assert f"two cuDNN libraries are loaded, from {tmp_path}/system and {tmp_path}/wheel" in two
+
+
+def test_the_container_has_one_cudnn() -> None:
+    lines = (ROOT / "docker/Dockerfile").read_text().splitlines()
+    (base,) = (line for line in lines if line.startswith("FROM "))
+    assert "cudnn" not in base and "ENV CUDNN_PATH=/opt/venv/lib/python3.12/site-packages/nvidia/cudnn" in lines
+
+
+def test_a_gpu_without_transformer_engine_is_refused_unless_it_is_said() -> None:
+    """Here it is not installed, either."""
+    for layers, problems in (("auto", 1), ("local", 0)):
+        found = check_layers(compose("rl_7b_64gpu", [f"model.layers={layers}"]))
+        assert len(found) == problems
+        assert all("Transformer Engine" in told and "model.layers=local" in told for told in found), found
+
+
+def test_a_rehearsal_is_read_as_the_stage_reads_it(capsys: pytest.CaptureFixture) -> None:
+    """It gets as far as what is missing."""
+    assert tool.main(["rl", "--rehearse", "--config-name", "rl_7b_64gpu"]) == 2
+    assert "no value for model.path, run.dir" in capsys.readouterr().out

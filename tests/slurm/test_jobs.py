@@ -1,11 +1,13 @@
 """Both stages as jobs of a real Slurm.
 
-The cold start is preempted, then robbed of a node, PPO is preempted: they end as the undisturbed runs.
+The cold start is preempted, then robbed of a node; PPO comes to its time limit in an iteration that is longer than the
+warning: they end as the undisturbed runs.  A job one of whose ranks never starts ends with a sentence.
 """
 
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,15 @@ def curve(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if not key.startswith(CLOCKS)} for line in lines]
 
 
+def python_of(folder: Path) -> dict[str, str]:
+    """Ranks that do what files in ``folder`` say, see `disturbed_rank`."""
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} {ROOT}/tests/slurm/disturbed_rank.py "$@"\n')
+    python.chmod(0o755)
+    return {"OVR_PYTHON": str(python), "DISTURBANCE": str(folder)}
+
+
 def steps_seen(run: Path) -> int:
     path = run / "metrics/train.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
@@ -98,7 +109,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=2 * LIMIT_S,
     )
     assert alone.returncode == 0, alone.stdout + alone.stderr
-    with Cluster(folder / "cluster", nodes=3) as cluster:
+    with Cluster(folder / "cluster", nodes=4) as cluster:
         run = folder / "job"
         scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=job.out"]
         job = cluster.submit(*scale, script, *arguments(run), **settings(model))
@@ -120,7 +131,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         wait(lambda: steps_seen(run) >= EVERY + 2, "the first steps")
         wait(lambda: cluster.job(broken)["JobState"] == "FAILED", "the broken job to be given up")
         (folder / "broken/state").write_text(json.dumps(cluster.job(broken)))
-        cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 1")
+        cluster.submit("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 1")
         wait(lambda: len(attempts(run)) == 1, "the preempted job to leave")
         reached = checkpointed(run)
         wait(lambda: checkpointed(run) > reached, "the requeued job")
@@ -129,18 +140,42 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / "state").write_text(json.dumps(cluster.job(job)))
         (run / "output").write_text((cluster.folder / "job.out").read_text())
 
-        run = folder / "rl"
+        run, disturbance = folder / "rl", folder / "disturbance"
+        others = rl_settings(model) | python_of(disturbance)
         scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=rl.out"]
-        job = cluster.submit(*scale, ROOT / "slurm/rl.sh", *rl_arguments(run), **rl_settings(model))
+        job = cluster.submit(*scale, "--signal=B:USR1@30", ROOT / "slurm/rl.sh", *rl_arguments(run), **others)
+        (folder / "absent").mkdir()
+        others = settings(model) | python_of(folder / "nobody") | {"OVR_WAIT_S": "2", "OVR_MAX_FAILURES": "0"}
+        (folder / "nobody/absent").touch()
+        alone = cluster.submit(
+            *["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=1", "--output=absent.out"],
+            *[script, *arguments(folder / "absent"), "run.hang_timeout_s=20"],
+            **others,
+        )
         wait(lambda: steps_seen(run) >= 3, "the first iterations")
-        cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
-        wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the PPO job")
+        (disturbance / "brake").touch()
+        short = cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+50")
+        assert short.returncode == 0, short.stderr
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        wait(lambda: bool(attempts(run)) or cluster.job(job)["JobState"] in ended, "the PPO job to leave")
+        (disturbance / "brake").unlink()
+        wait(lambda: cluster.job(job)["JobState"] in ended, "the end of the PPO job")
+        wait(lambda: cluster.job(alone)["JobState"] in ended, "the end of the job that lacks a rank")
+        (folder / "absent/output").write_text((cluster.folder / "absent.out").read_text())
+        (folder / "absent/state").write_text(json.dumps(cluster.job(alone)))
         (run / "state").write_text(json.dumps(cluster.job(job)))
         (run / "output").write_text((cluster.folder / "rl.out").read_text())
     return folder
 
 
-def test_reinforcement_learning_is_preempted_and_ends_as_if_it_had_not_been(runs: Path) -> None:
+def test_a_job_one_of_whose_ranks_never_starts_ends_with_a_sentence(runs: Path) -> None:
+    output = (runs / "absent/output").read_text()
+    assert json.loads((runs / "absent/state").read_text())["JobState"] == "FAILED", output
+    assert [line["state"] for line in attempts(runs / "absent")] == ["failed"]
+    assert "error: rank 1 of 2 did not start within 16 s" in output and "Traceback" not in output
+
+
+def test_an_iteration_longer_than_the_warning_is_left_and_ends_as_if_it_had_not_been(runs: Path) -> None:
     state = json.loads((runs / "rl/state").read_text())
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), (runs / "rl/output").read_text()
     first, last = attempts(runs / "rl")[0], attempts(runs / "rl")[-1]

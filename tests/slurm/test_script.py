@@ -1,5 +1,6 @@
 """slurm/coldstart_64gpu.sh without Slurm: what it refuses before it trains, and how it stops."""
 
+import json
 import os
 import signal
 import subprocess
@@ -21,9 +22,9 @@ def environment(**others: str) -> dict[str, str]:
     return shell_environment() | given | others
 
 
-def start(*arguments: str, **others: str) -> subprocess.Popen[str]:
+def start(*arguments: str, script: Path = SCRIPT, **others: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["bash", SCRIPT, *arguments],
+        ["bash", script, *arguments],
         env=environment(**others),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,6 +59,21 @@ def test_pre_flight_names_every_problem(model: Path, tmp_path: Path) -> None:
     assert said.splitlines()[-1].startswith("preflight: refused: 2 ranks")
     assert "summary: job=local-" in output and "state=refused status=2 steps=0/0" in output
     assert not (run / "metrics").exists()
+
+
+def test_a_rehearsal_passes_the_pre_flight_and_is_finished(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(
+        *["--rehearse", "prompts=4", "responses=2", f"run.dir={run}", "curriculum=[{until: 100, max_tokens: 72}]"],
+        script=ROOT / "slurm/rl.sh",
+        OVR_RECIPE="tiny_rl",
+        OVR_MODEL=str(model),
+        OVR_RANKS="1",
+    )
+    output, _ = process.communicate(timeout=2 * LIMIT_S)
+    assert process.returncode == 0, output
+    assert "state=finished status=0" in output
+    assert [stage["max_tokens"] for stage in json.loads((run / "rehearsal.json").read_text())] == [72]
 
 
 def test_stops_in_order_and_says_so(model: Path, tmp_path: Path) -> None:

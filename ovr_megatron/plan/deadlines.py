@@ -1,0 +1,70 @@
+"""The seconds of the plan beside the limits of a job: its warning, its time limit, and what counts as a hang."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CAUTION = 1.5  # the plan's seconds are those of a good day, see `ovr_megatron.plan.cost`
+START_S = 600.0  # imports, weights, vLLM's compilation
+PACKS_OF_A_HANG = 10  # a rank without progress for so many packs hangs
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the launcher says of the job: seconds between warning and end, and until the end; None: no time limit."""
+
+    warning_s: float
+    limit_s: float | None
+
+
+def read_limits(environment: Mapping[str, str]) -> Limits:
+    """Return the limits that ``slurm/launch.sh`` has put into ``environment``."""
+    limit = environment.get("OVR_LIMIT_S")
+    return Limits(float(environment.get("OVR_WARNING_S") or 0), float(limit) if limit else None)
+
+
+def committed_seconds(span: Mapping[str, Any]) -> float:
+    """Seconds of a step of ``span`` (of `ovr_megatron.plan.report.plan`) that a run that is told to stop must end.
+
+    Generation can be left, with nothing lost but its responses.
+    """
+    return span["seconds"] - span["parts"].get("generate", 0.0)
+
+
+def problems(plan: Mapping[str, Any], limits: Limits, hang_timeout_s: float, write_rate: float) -> list[str]:
+    """Limits that the plan's steps do not fit into, one sentence each.
+
+    Args:
+        plan: of `ovr_megatron.plan.report.plan`.
+        limits: the job's.
+        hang_timeout_s: ``run.hang_timeout_s``; 0: none.
+        write_rate: bytes a second that all nodes together write to the run folder.
+    """
+    found = []
+    spans = plan["spans"]
+    pack = max(committed_seconds(span) / span["micro_batches"] for span in spans)
+    if 0 < hang_timeout_s < PACKS_OF_A_HANG * pack:
+        found.append(
+            f"run.hang_timeout_s={hang_timeout_s:g} would end a healthy run: a pack takes {pack:.0f} s by the plan; "
+            f"use at least {math.ceil(PACKS_OF_A_HANG * pack)}"
+        )
+    if limits.limit_s is None:
+        return found
+    save = plan["checkpoint_bytes"] / write_rate
+    committed = CAUTION * max(map(committed_seconds, spans)) + save
+    if limits.warning_s < committed:
+        found.append(
+            f"the job is warned {limits.warning_s:.0f} s before its time limit, and what cannot be left of a step "
+            f"takes {committed:.0f} s ({CAUTION:g} times the plan's, and {save:.0f} s of saving): submit it with "
+            f"OVR_WARNING_S={math.ceil(committed / 600) * 600}"
+        )
+    needed = START_S + CAUTION * max(span["seconds"] for span in spans) + max(limits.warning_s, committed)
+    if limits.limit_s < needed:
+        found.append(
+            f"the job ends in {limits.limit_s:.0f} s, and to start, end one step and be warned takes {needed:.0f} s by "
+            "the plan: submit it with a longer --time"
+        )
+    return found
