@@ -79,7 +79,7 @@ def test_missing_values_are_all_named() -> None:
     ],
 )
 def test_unknown_key_is_named(override: str, key: str) -> None:
-    assert re.match(rf"{re.escape(key)}\b.*[Uu]nexpected", complaint(RLConfig, override))
+    assert complaint(RLConfig, override).startswith(f"there is no setting {key}; ")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_wrong_type_names_key_and_value(override: str, key: str, given: str) -> 
 REFUSED = [
     (
         "data.sources=[{path: a, format: csv}]",
-        "'csv' is not known; choose one of auto, messages, orz, verl, llava, mathvision, puzzle",
+        "'csv' is not known; choose one of auto, messages, orz, verl, llava, alpaca, query, mathvision, puzzle",
     ),
     ("data.sources=[{path: a, weight: 0}]", "weight=0.0 of a must be positive"),
     ("data.template=chatml", "data.template='chatml' is not known; choose one of think, model"),
