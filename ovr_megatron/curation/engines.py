@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import ovr_megatron
 from ovr_megatron import config as configuration
 from ovr_megatron.curation.stage import Work
 from ovr_megatron.errors import UserError
+from ovr_megatron.runtime.environment import child_environment
 
 MODULE = "ovr_megatron.curation.engine_process"
 JOB = "job.yaml"
@@ -38,14 +37,12 @@ def run_engines(work: Work, task: str) -> None:
     if work.config.engines > 1:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={work.config.engines}")
         command = [sys.executable, *launcher, "-m", MODULE]
-    root = str(Path(ovr_megatron.__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     with log.open("wb") as file:
         done = subprocess.run(
             [*command, task, str(job), str(work.before)],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path},
+            env=child_environment(os.environ),
         )
     if done.returncode:
         lines = log.read_text(errors="replace").splitlines()

@@ -15,11 +15,10 @@ from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
 from ovr_megatron.rewards.choice import verifiable
-from ovr_megatron.rewards.latex import clean, last_box
+from ovr_megatron.rewards.latex import END_OF_THOUGHT, clean, last_box
 
 Rule = Callable[[PatternsConfig, bool, dict[str, Any], str], str | None]
 
-END_OF_THOUGHT = "</think>"
 # What a template puts around turns; a model that writes it would end or open turns of its own.
 _TEMPLATE = re.compile(
     r"<\|[\w ]{2,40}\|>|<\uff5c[^<>\uff5c]{2,40}\uff5c>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
@@ -70,7 +69,7 @@ def without_box(config: PatternsConfig, think: bool, row: dict[str, Any], respon
     r"""No closed and filled ``\boxed{}`` after the thought (anywhere, where there is no thought)."""
     if not config.need_box:
         return None
-    box = last_box(response.rpartition(END_OF_THOUGHT)[2])
+    box = last_box(response)
     return "no box" if box is None or not clean(box) else None
 
 

@@ -40,7 +40,7 @@ _BRACKETED = re.compile(r"(\(|\[|\\\{)(?=.*,)[^()\[\]]*(\)|\]|\\\})")
 
 def grade(request: GradeRequest) -> Verdict:
     """Grade one response; never raises on any text."""
-    box = last_box(request.response)
+    box = last_box(request.response, request.thinking)
     if box is None:
         return Verdict(Reason.NO_BOX)
     if len(box) > MAX_ANSWER:

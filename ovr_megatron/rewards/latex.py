@@ -12,7 +12,13 @@ from functools import lru_cache
 MAX_ANSWER = 1000
 """Characters of a box that are looked at; a longer one is no final answer."""
 
-_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\\\(?=[{}])|\\[{}]|(?P<open>\{)|(?P<close>\})")
+START_OF_THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
+# What TeX would box without braces is one character; people mean the number or the letter.
+_BARE = r"(?P<bare>(?>[+-]?(?:\d[\d.,]*|\.\d+)(?:/\d+)?)|[A-Z])(?!\s*[{^\\+\-*/=<>]|\w)"
+_BRACES = re.compile(
+    rf"(?P<box>{_BOX.pattern}\s*\{{)|{_BOX.pattern}\s*{_BARE}|\\\\(?=[{{}}])|\\[{{}}]|(?P<open>\{{)|(?P<close>\}})"
+)
 _STYLES = r"rm|bf|it|sf|tt|em|displaystyle|textstyle|limits|nolimits|left|right|[bB]igg?[lrm]?"
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|bb|cal|normal)|operatorname\*?|mbox|hbox"
@@ -70,19 +76,31 @@ _THOUSANDS = re.compile(
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹]+")
 
 
-def last_box(response: str) -> str | None:
-    r"""Content of the last ``\boxed{...}``; None without one, or where the last one is never closed.
+def last_box(response: str, thinking: bool = False) -> str | None:
+    r"""Content of the last ``\boxed{...}`` after the thought; None without one, or where the last one is never closed.
 
-    Braces are balanced and escaped braces skipped.  For a box within a box the outer one counts.
+    Braces are balanced and escaped braces skipped.  For a box within a box the outer one counts.  ``\fbox{5}`` and
+    ``\boxed 5`` are boxes, too.
+
+    Args:
+        response: what the model wrote.
+        thinking: whether the prompt opened a thought; what stands before ``</think>`` is then no answer, as in
+            Open-Reasoner-Zero (``orz/ppo``), even where the response never ends it.
     """
-    start = response.find("\\boxed")
-    if start < 0:
+    before, end, answer = response.rpartition(END_OF_THOUGHT)
+    if not end and (thinking or START_OF_THOUGHT in answer):
+        return None
+    start = _BOX.search(answer)
+    if start is None:
         return None
     stack: list[int] = []
     closed: list[tuple[int, int]] = []
     last = -1
-    for token in _BRACES.finditer(response, start):
-        if token["box"]:
+    for token in _BRACES.finditer(answer, start.start()):
+        if token["bare"] is not None:
+            last = token.start("bare")
+            closed.append((last, token.end("bare")))
+        elif token["box"]:
             last = token.end()
             stack.append(last)
         elif token["open"]:
@@ -95,7 +113,7 @@ def last_box(response: str) -> str | None:
     if not around:
         return None
     opened, end = min(around)
-    return response[opened:end]
+    return answer[opened:end]
 
 
 def closing(text: str, start: int) -> int:

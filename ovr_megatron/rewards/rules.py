@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -13,10 +17,15 @@ from ovr_megatron.rewards.choice import named_letter, right_option
 from ovr_megatron.rewards.latex import MAX_ANSWER, clean, key, last_box
 from ovr_megatron.rewards.quantity import number, split_unit
 from ovr_megatron.rewards.verdict import GradeRequest, Reason, Verdict
+from ovr_megatron.runtime.environment import child_environment
+from ovr_megatron.runtime.stop import USER_ERROR
 
 Rule = Callable[[GradeRequest], Verdict]
 TOLERANCE = Fraction(1, 100)
-MISTAKES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MISTAKES = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError),
+    *(RuntimeError, StopIteration, SyntaxError, TypeError, ValueError),
+)
 _BETWEEN = re.compile(r"\bAND\b|[\s,;/&.()\[\]{}]")
 PLAIN = ("auto", "math", "exact", "choice", "letters", "numeric", "within")
 
@@ -42,7 +51,7 @@ def rule(name: str) -> Rule:
     if kind in ("auto", "math") and not rest:
         from ovr_megatron.rewards import grader  # SymPy takes a second to import, and a trainer checks names alone
 
-        return grader.grade if kind == "auto" else lambda r: grader.grade(GradeRequest(r.response, r.answer))
+        return grader.grade if kind == "auto" else lambda r: grader.grade(replace(r, options=()))
     if kind == "exact" and not rest:
         return _exact
     if kind == "choice" and not rest:
@@ -59,6 +68,9 @@ def rule(name: str) -> Rule:
 def check(name: str) -> None:
     """Refuse a rule that would not work.
 
+    A function of the user's is imported in a process with the graders' own search path, not in this one: what only the
+    current folder has would be found here and be missing there.
+
     Raises:
         RuleError: says why.
     """
@@ -66,7 +78,11 @@ def check(name: str) -> None:
     if kind in ("numeric", "within"):
         _tolerance(name, rest)
     elif name not in PLAIN:
-        _own(name)
+        command = [sys.executable, "-m", __spec__.name, name]
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment(os.environ))
+        if done.returncode:
+            problem = (done.stdout if done.returncode == USER_ERROR else done.stderr).strip()
+            raise RuleError(problem.rpartition("\n")[2] or f"{name}: its import ended with code {done.returncode}")
 
 
 def is_plain(name: str) -> bool:
@@ -78,11 +94,11 @@ def cached_by(request: GradeRequest) -> tuple | None:
     """What a verdict depends on, to remember it by; None for a user's function, which may look at all of a response."""
     if not is_plain(request.rule):
         return None
-    return request.rule, request.answer, request.options, last_box(request.response)
+    return request.rule, request.answer, request.options, last_box(request.response, request.thinking)
 
 
 def _boxed(request: GradeRequest) -> Verdict | str:
-    box = last_box(request.response)
+    box = last_box(request.response, request.thinking)
     if box is None:
         return Verdict(Reason.NO_BOX)
     if len(box) > MAX_ANSWER:
@@ -166,10 +182,18 @@ def _own(name: str) -> Rule:
     def own(request: GradeRequest) -> Verdict:
         try:
             score = float(found(request.response, request.answer, request.options))
-        except MISTAKES as error:  # of the user's function: they cost one verdict, not the run
+        except MISTAKES as error:  # of the user's function; any other ends the worker, which is counted, too
             return Verdict(Reason.RAISED, f"{type(error).__name__}: {error}"[:MAX_ANSWER])
         if not 0 <= score <= 1:
             return Verdict(Reason.RAISED, f"a reward of {score}, which is not in 0..1")
         return Verdict(Reason.OWN, None, score)
 
     return own
+
+
+if __name__ == "__main__":  # for `check`
+    try:
+        _own(sys.argv[1])
+    except RuleError as error:
+        print(error)
+        sys.exit(USER_ERROR)

@@ -10,7 +10,7 @@ import os
 import re
 import sysconfig
 import tempfile
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,6 +167,17 @@ def apply(environment: Environment) -> dict[str, str]:
         if setting.name not in environment and (value := setting.value(place)) is not None:
             environment[setting.name] = added[setting.name] = value
     return added
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process of ours that runs this package and imports nothing from the current folder.
+
+    A user's ``random.py`` there would take the place of the library's, in graders and engines alone.  What PYTHONPATH
+    names stays, but its empty entries, which mean the current folder, too.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    entries = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return {**environment, "PYTHONPATH": os.pathsep.join([root, *entries]), "PYTHONSAFEPATH": "1"}
 
 
 def table() -> str:

@@ -32,8 +32,16 @@ def test_the_content_of_the_last_box_comes_back_whole(before, content, after, ea
     ("response", "box"),
     [
         ("no box, the answer is 5", None),
-        ("\\boxed 5", None),
-        ("\\fbox{5}", None),
+        ("\\boxed 5", "5"),
+        ("$\\boxed 12$.", "12"),
+        ("\\boxed5", "5"),
+        ("\\boxed -3/4.", "-3/4"),
+        ("\\boxed A.", "A"),
+        ("\\fbox{5}", "5"),
+        ("\\boxed{5}, in a \\boxed as asked", "5"),
+        ("\\boxed 5x", None),
+        ("\\boxed 1.5^2", None),
+        ("\\boxed 5+3", None),
         ("\\boxed{5} then \\boxed{6", None),
         ("write \\boxed{ around it: \\boxed{6}", "6"),
         ("\\boxed{5} then \\boxed{6}", "6"),
@@ -48,6 +56,23 @@ def test_the_content_of_the_last_box_comes_back_whole(before, content, after, ea
 )
 def test_last_box(response, box):
     assert last_box(response) == box
+
+
+@pytest.mark.parametrize(
+    ("response", "box", "after_an_opened_thought"),
+    [
+        ("So 5.</think>\\boxed{5}", "5", "5"),
+        ("So \\boxed{5}.</think>", None, None),
+        ("So \\boxed{5}.</think>Done.", None, None),
+        ("So \\boxed{5}.</think>\\boxed{6}", "6", "6"),
+        ("\\boxed{5}</think>or</think>", None, None),
+        ("<think>So \\boxed{5}", None, None),
+        ("So \\boxed{5}", "5", None),
+    ],
+)
+def test_a_box_within_the_thought_is_no_answer(response, box, after_an_opened_thought):
+    assert last_box(response) == box
+    assert last_box(response, thinking=True) == after_an_opened_thought
 
 
 def test_a_hostile_response_is_scanned_in_linear_time():

@@ -37,7 +37,7 @@ def test_it_never_imports_torch():
 def test_it_ends_by_itself_where_nobody_kills_it():
     hostile = {"response": "\\boxed{9^{9^{9^{9^9}}}}", "answer": "\\sqrt{2}"}
     done = run(json.dumps(MATHS), json.dumps(hostile), json.dumps(MATHS), flags=["--timeout-s", "0.5"])
-    assert done.returncode == -signal.SIGALRM
+    assert done.returncode == -signal.SIGPROF
     assert len(done.stdout.splitlines()) == 2
 
 
