@@ -191,14 +191,17 @@ def switches(stage: Stage) -> list[tuple[int, int, int]]:
     return [(step, int(before), int(after)) for step, before, after in changes if before != after]
 
 
+_BY_SOURCE = "reward/source/"
+
+
 def sources(stage: Stage) -> list[str]:
     """Sources whose rewards the RL logged one by one, the first `MAX_SOURCES` of them."""
     return _sources(stage)[:MAX_SOURCES]
 
 
 def _sources(stage: Stage) -> list[str]:
-    keys = {key for row in stage.metrics for key in row if key.startswith("reward/") and key != "reward/mean"}
-    return sorted(key.partition("/")[2] for key in keys)
+    keys = {key for row in stage.metrics for key in row if key.startswith(_BY_SOURCE)}
+    return sorted(key.removeprefix(_BY_SOURCE) for key in keys)
 
 
 def sources_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
@@ -206,7 +209,8 @@ def sources_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     figure = Figure(figsize=(width, 5.0), layout="constrained")
     parts = figure.subplots(2, 1, sharex=True)
     named = sources(stage)
-    told = (("reward/", "RL: mean reward by source"), ("response/length/", "RL: mean response length in tokens"))
+    length = "RL: mean response length in tokens"
+    told = ((_BY_SOURCE, "RL: mean reward by source"), ("response/length/source/", length))
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for axes, (group, title) in zip(parts, told, strict=True):
         axes.set_title(title)

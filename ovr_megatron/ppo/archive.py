@@ -184,6 +184,7 @@ def _read_numbers(
                 line["response"],
                 line["reward"],
                 line["verdict"],
+                line.get("failed", False),
             )
         )
     for name, values in parts.items():
@@ -213,6 +214,7 @@ def _lines(
                 "response": r.text,
                 "reward": r.reward,
                 "verdict": r.verdict,
+                "failed": r.failed,
                 "answer": row.answer,
                 "source": row.source,
                 "tokens": len(r.tokens),

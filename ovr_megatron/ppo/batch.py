@@ -19,7 +19,8 @@ class Response:
     """What the engine answered to prompt number ``prompt`` of the iteration the ``sample``-th time, and its grade.
 
     ``logprobs`` [n] are the engine's own, of the ``tokens`` [n], the end token included if it ``stopped``.  A prompt
-    that the engine gave up has no tokens.
+    that the engine gave up has no tokens.  ``failed``: no grader came to a verdict.  ``rewarded``: the reward says
+    something of the response, which is so neither of a prompt that was given up nor where the user's rule failed.
     """
 
     prompt: int
@@ -30,6 +31,8 @@ class Response:
     text: str
     reward: float = 0.0
     verdict: str = ""
+    failed: bool = False
+    rewarded: bool = True
 
 
 def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int]:

@@ -99,20 +99,33 @@ class Clock:
 
 
 def response_metrics(rollout: Rollout) -> dict[str, float]:
-    """Reward, length and stopping over all ranks, and reward and length of each source."""
+    """Reward, length and stopping over all ranks, and reward and length of each source.
+
+    A response without a reward counts in no mean of rewards, and a prompt that was given up in no mean at all.
+    ``grading/failed`` counts the responses on which no grader came to a verdict.
+    """
     rows = rollout.prompts.rows
     sources = sorted({row.source for row in rows})
-    sums = np.zeros((1 + len(sources), 4))
+    sums = np.zeros((1 + len(sources), 6))
     for r in rollout.responses:
-        entry = np.array([1.0, r.reward, len(r.tokens), r.stopped])
+        rewarded, answered = float(r.rewarded), float(bool(r.tokens))
+        entry = np.array([rewarded, rewarded * r.reward, answered, len(r.tokens), r.stopped, r.failed])
         sums[0] += entry
         sums[1 + sources.index(rows[r.prompt].source)] += entry
     total = torch.from_numpy(sums)
     dist.all_reduce(total)
-    everything = (total[0, 1:] / total[0, 0]).tolist()
-    metrics = dict(zip(("reward/mean", "response/length", "response/stopped"), everything, strict=True))
-    for source, entry in zip(sources, total[1:].tolist(), strict=True):
-        if entry[0] and len(sources) > 1:
-            metrics[f"reward/{source}"] = entry[1] / entry[0]
-            metrics[f"response/length/{source}"] = entry[2] / entry[0]
+    metrics: dict[str, float] = {}
+    for source, entry in zip([None, *sources], total.tolist(), strict=True):
+        rewarded, reward, answered, length, stopped, failed = entry
+        if source is None:
+            metrics["reward/mean"] = reward / max(rewarded, 1)
+            metrics["response/length"] = length / max(answered, 1)
+            metrics["response/stopped"] = stopped / max(answered, 1)
+            metrics["grading/failed"] = failed
+        elif len(sources) > 1:
+            metrics[f"grading/failed/source/{source}"] = failed
+            if rewarded:
+                metrics[f"reward/source/{source}"] = reward / rewarded
+            if answered:
+                metrics[f"response/length/source/{source}"] = length / answered
     return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,9 @@ from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, deal, seeds_of
-from ovr_megatron.rewards.pool import GradeRequest, GraderPool
+from ovr_megatron.rewards.failures import Count, FailureWatch, counts
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
+from ovr_megatron.rewards.rules import is_plain
 from ovr_megatron.rollout.engine import Generation, Prompt, RolloutEngine
 from ovr_megatron.rollout.sampling import RolloutError
 from ovr_megatron.runtime.distributed import World, default_store
@@ -75,6 +77,7 @@ class Rollouts:
         self.replicas = world.size // config.rollout.tp
         self.replica, follower = divmod(world.rank, config.rollout.tp)
         self.leads = follower == 0
+        self.failures = FailureWatch(config.reward.rules)
 
     def collect(self, draw: Callable[[int], list[Row]], iteration: int, limit: int) -> Rollout:
         """Draw prompts and answer them; with ``algorithm.dynamic_sampling``, until enough have unequal rewards.
@@ -88,7 +91,8 @@ class Rollouts:
             limit: most tokens of a prompt and its response together.
 
         Raises:
-            RolloutError: the engines gave up half of the prompts or more.
+            RolloutError: half of the prompts or more were given up, or have responses without a reward.
+            RewardError: nearly all rewards of a source failed.
             StopRequested: on all ranks, as one was asked to stop; what was generated is dropped.
         """
         config = self.config
@@ -107,8 +111,10 @@ class Rollouts:
             if not config.algorithm.dynamic_sampling or len(unequal) >= config.prompts:
                 break
         if len(tokens) * 2 <= len(rollout.prompts.rows):
-            problems = {r.verdict for r in rollout.responses if not r.tokens}
-            raise RolloutError(f"{len(tokens)} of {len(rollout.prompts.rows)} prompts were answered: {problems}")
+            problems = {r.verdict for r in rollout.responses if not r.rewarded}
+            raise RolloutError(
+                f"{len(tokens)} of {len(rollout.prompts.rows)} prompts were answered and graded: {problems}"
+            )
         order = unequal + [i for i in tokens if i not in set(unequal)] if config.algorithm.dynamic_sampling else tokens
         rollout.kept = {i: tokens[i] for i in sorted(list(order)[: config.prompts])}
         if config.algorithm.dynamic_sampling:
@@ -117,10 +123,10 @@ class Rollouts:
         return rollout
 
     def _tell(self, found: Sequence[Response], rollout: Rollout) -> dict[int, tuple[int, bool]]:
-        """For each answered prompt of all ranks the tokens to train on, and whether its responses' rewards differ."""
+        """For each answered and graded prompt of all ranks the tokens to train on, and whether its rewards differ."""
         mine = {}
         for i, group in by_prompt(found).items():
-            if all(r.tokens for r in group):
+            if all(r.rewarded for r in group):
                 own = len(rollout.prompts.sample(i))
                 mine[i] = (sum(own + len(r.tokens) for r in group), len({r.reward for r in group}) > 1)
         everyone: list[dict[int, tuple[int, bool]]] = [{} for _ in range(self.world.size)]
@@ -136,6 +142,7 @@ class Rollouts:
         queue = self._queue(numbers, name)
         tally = Tally(f"tally/{name}")
         work = WorkBarrier(name, self.stop)
+        graded: list[tuple[str, Verdict]] = []
         total = len(numbers) * config.responses
 
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
@@ -156,7 +163,7 @@ class Rollouts:
 
             def between() -> bool:
                 if self.leads:
-                    tally.reward(_settle(found, self.grader.collect(wait=False)))
+                    graded.extend(self._settled(found, prompts.rows, self.grader.collect(wait=False), tally))
                 if self.world.is_main:
                     tally.show(bar)
                 return work.engine_step(self.engine.agree)
@@ -164,15 +171,15 @@ class Rollouts:
             failed = self.engine.answer(take, finished, config.rollout.temperature, between)
             spent = time.perf_counter() - began
             while self.leads and self.grader.pending and not work.stop_asked():
-                tally.reward(_settle(found, self.grader.collect()))
+                graded += self._settled(found, prompts.rows, self.grader.collect(), tally)
                 work.step()
             if self.world.is_main:
                 tally.show(bar, at_once=True)
         work.wait()
         for number, problem in failed if self.leads else ():
             for k in range(config.responses):
-                verdict = f"failed: {problem}"
-                found[number, k] = Response(number, k, [], np.zeros(0, np.float32), False, "", verdict=verdict)
+                found[number, k] = _given_up(number, k, problem)
+        self._watch_failures(graded)
         self._note_tail(rollout, spent, time.perf_counter() - began, len(failed) if self.leads else 0)
         return [found[key] for key in sorted(found)]
 
@@ -214,9 +221,30 @@ class Rollouts:
         """Have ``response`` graded; one that did not stop by itself gets 0 and costs the graders nothing."""
         response.verdict = "not finished"
         if response.stopped:
-            rule = self.config.reward.rules.get(row.source, "auto")
-            request = GradeRequest(response.text, row.answer or "", row.options, rule)
+            thinking = self.config.data.template == "think"
+            request = GradeRequest(response.text, row.answer or "", row.options, self._rule(row.source), thinking)
             self.grader.submit((response.prompt, response.sample), request)
+
+    def _settled(
+        self, found: Mapping[tuple[int, int], Response], rows: Sequence[Row], verdicts: Iterable[tuple], tally: Tally
+    ) -> list[tuple[str, Verdict]]:
+        """Write ``verdicts`` into their responses and return them, each with the source of its row."""
+        graded = []
+        for key, verdict in verdicts:
+            source = rows[key[0]].source
+            graded.append((source, verdict))
+            tally.reward(_settle(found[key], verdict, self._rule(source)))
+        return graded
+
+    def _rule(self, source: str) -> str:
+        """The rule by which responses to rows of ``source`` are graded."""
+        return self.config.reward.rules.get(source, "auto")
+
+    def _watch_failures(self, graded: Sequence[tuple[str, Verdict]]) -> None:
+        """Count what failed on all ranks, a collective, so that all stop where one source has hardly any verdict."""
+        everyone: list[dict[str, Count]] = [{} for _ in range(self.world.size)]
+        dist.all_gather_object(everyone, counts(graded))
+        self.failures.add(everyone)
 
     def _note_tail(self, rollout: Rollout, spent: float, graded: float, failed: int) -> None:
         """How long engines waited for the last one, how long grading took after it, and how many prompts failed."""
@@ -232,13 +260,23 @@ class Rollouts:
             metrics[key] = metrics.get(key, 0.0) + value
 
 
-def _settle(responses: dict[tuple[int, int], Response], verdicts: Iterable[tuple]) -> float:
-    """Write ``verdicts`` into their responses; returns the sum of their rewards."""
-    total = 0.0
-    for key, verdict in verdicts:
-        responses[key].reward, responses[key].verdict = verdict.reward, verdict.reason
-        total += responses[key].reward
-    return total
+def _given_up(prompt: int, sample: int, problem: str) -> Response:
+    """Return what stands for a response of a prompt that the engine gave up."""
+    nothing = np.zeros(0, np.float32)
+    return Response(prompt, sample, [], nothing, False, "", verdict=f"failed: {problem}", rewarded=False)
+
+
+def _settle(response: Response, verdict: Verdict, rule: str) -> float:
+    """Write ``verdict``, made by ``rule``, into its response; returns the reward.
+
+    An expression that two graders cannot finish is no right answer, but of a user's function that fails nothing is
+    known, so that there is no reward.
+    """
+    response.reward, response.verdict, response.failed = verdict.reward, verdict.reason, verdict.failed
+    if verdict.failed and not is_plain(rule):
+        response.rewarded = False
+        response.verdict = ": ".join(filter(None, (verdict.reason, verdict.box)))
+    return response.reward
 
 
 class Tally:

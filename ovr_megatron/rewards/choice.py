@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ovr_megatron.rewards.latex import clean, key
-from ovr_megatron.rewards.quantity import number, split_unit
+from ovr_megatron.rewards.quantity import conversion, number, split_unit
 
 MAX_REFERENCE = 300
 """Characters of a reference answer, cleaned; a longer one is prose."""
@@ -64,10 +64,16 @@ def right_option(answer: str, options: Sequence[str]) -> int | None:
     same = [index for index, option in enumerate(options) if key(option) == key(answer)]
     if named and named.strong and not named.hedged and (named.capital or not same):
         return named.index
-    value = number(split_unit(clean(answer))[0])
-    if not same and value is not None:
-        same = [index for index, option in enumerate(options) if number(split_unit(clean(option))[0]) == value]
+    if not same:
+        same = [index for index, option in enumerate(options) if _same_quantity(answer, option)]
     return same[0] if len(same) == 1 else None
+
+
+def _same_quantity(answer: str, option: str) -> bool:
+    """Whether both are numbers and equal, units included."""
+    (left, unit), (right, other) = split_unit(clean(answer)), split_unit(clean(option))
+    value, candidate, factor = number(left), number(right), conversion(unit, other)
+    return value is not None and candidate is not None and factor is not None and value == candidate * factor
 
 
 def verifiable(answer: str, options: Sequence[str] = ()) -> str | None:

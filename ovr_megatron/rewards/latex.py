@@ -25,6 +25,10 @@ _WRAPPER = re.compile(
     r"|boldsymbol|bm|boxed|fbox|emph|underline)\s*\{"
 )
 _FUNCTIONS = r"arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp"
+_DEGREE = r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z]))"
+# Of an angle, degrees are a way of writing; of what a function is taken of, they are a factor.
+_TRIGONOMETRIC = re.compile(r"(?<![a-zA-Z])(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_ANGLE = re.compile(rf"(\d+(?:\.\d+)?|\\?[a-zA-Z]+)\s*{_DEGREE}(?!\s*[CF](?![a-zA-Z]))")
 
 _SYMBOLS = str.maketrans(
     {
@@ -44,7 +48,12 @@ _REWRITES = [
         (r"\\hspace\*?\{[^{}]*\}|\\q?quad(?![a-zA-Z])|(?<!\\)\\[,;:> ]|~|\s+", " "),
         (rf"\\(?:{_STYLES})(?![a-zA-Z])", " "),
         (r"\\\$|\$|\\textdollar(?![a-zA-Z])|(?<!\\)\\[()\[\]]", " "),
-        (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z]))(?:\s*[CF](?![a-zA-Z]))?", " "),
+        (rf"{_DEGREE}\s*C(?![a-zA-Z])", " celsius"),
+        (rf"{_DEGREE}\s*F(?![a-zA-Z])", " fahrenheit"),
+        (_DEGREE, " "),
+        (r"\\(?:approxeq|thickapprox|simeq|doteq)(?![a-zA-Z])", r"\\approx "),
+        (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
+        (r"(?<=[\d.])\s*\\(?:bar|dot|overline)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\\overline{\1\2}"),
         (r"\\%|(?<![a-zA-Z])per ?cent(?:age)?(?: points?)?(?![a-zA-Z])", "%"),
         (r"\*\*(?=\w)(?<=\w\*\*)", "^"),
         (r"\*\*", ""),
@@ -57,6 +66,8 @@ _REWRITES = [
         (r"(?:√|(?<![\\a-zA-Z])sqrt) ?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\a-zA-Z])(pi|infty)(?![a-zA-Z])", r"\\\1 "),
         (rf"(?<![\\a-zA-Z])({_FUNCTIONS})(?![a-zA-Z])", r"\\\1 "),
+        (r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![a-zA-Z])", r"\\ln "),
+        (r"\\lg(?![a-zA-Z])", r"\\log_{10} "),
         (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
         (r"\\times(?![a-zA-Z])|\*", r"\\cdot "),
         (r"\\leq(?:slant)?(?![a-zA-Z])|<=", r"\\le "),
@@ -73,6 +84,9 @@ _THOUSANDS = re.compile(
     r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])"  # 10,080 but no pair (1,234)
     r"|(?<![\d.] )(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])"  # 12 000
 )
+_LIST_OR_NUMBER = re.compile(r"[1-9]\d\d(?:,[1-9]\d\d)+")  # 100,200
+_SPACES = re.compile(r"(?<!\d) +| +(?!\d)")
+_DOLLARS = re.compile(r"\$([^$]*)\$")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹]+")
 
 
@@ -87,8 +101,8 @@ def last_box(response: str, thinking: bool = False) -> str | None:
         thinking: whether the prompt opened a thought; what stands before ``</think>`` is then no answer, as in
             Open-Reasoner-Zero (``orz/ppo``), even where the response never ends it.
     """
-    before, end, answer = response.rpartition(END_OF_THOUGHT)
-    if not end and (thinking or START_OF_THOUGHT in answer):
+    answer = response.rpartition(END_OF_THOUGHT)[2]
+    if len(answer) == len(response) and (thinking or START_OF_THOUGHT in answer):
         return None
     start = _BOX.search(answer)
     if start is None:
@@ -98,8 +112,8 @@ def last_box(response: str, thinking: bool = False) -> str | None:
     last = -1
     for token in _BRACES.finditer(answer, start.start()):
         if token["bare"] is not None:
-            last = token.start("bare")
-            closed.append((last, token.end("bare")))
+            last, end = token.span("bare")
+            closed.append((last, end))
         elif token["box"]:
             last = token.end()
             stack.append(last)
@@ -140,19 +154,38 @@ def clean(text: str) -> str:
 
     One spelling is left of each fraction, root, product sign and comparison.  Single spaces stay, because
     they part a number from its unit.  Percent signs stay too: `ovr_megatron.rewards.quantity` reads them.
+    ``100,200`` may be two numbers or one, and stays; `joined` reads it as one.
     """
+    ambiguous = is_list_or_number(_DOLLARS.sub(r"\1", text.strip()).strip())
     text = _SUPERSCRIPT.sub(lambda power: f"^{{{power.group()}}}", text.translate(_SYMBOLS))
     text = _unwrap(unicodedata.normalize("NFKC", text).replace("\u2044", "/"))
+    if _TRIGONOMETRIC.search(text):
+        text = _ANGLE.sub(r"(\\frac{\1 \\pi}{180})", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.lstrip(" ,;:=").rstrip(" .,;:")
     if text.startswith("{") and closing(text, 1) == len(text) - 1:
         text = text[1:-1].strip()
-    if not text.startswith(("(", "[", "\\{")):
+    if not ambiguous and not text.startswith(("(", "[", "\\{")):
         text = _THOUSANDS.sub(lambda number: re.sub("[, ]", "", number.group()), text)
     return text
 
 
 def key(text: str) -> str:
-    """`clean` without any space: equal keys mean the same text."""
-    return clean(text).replace(" ", "")
+    """`clean` without spaces, but for those between digits: equal keys mean the same text."""
+    return squeeze(clean(text))
+
+
+def squeeze(text: str) -> str:
+    """Take the spaces out of cleaned ``text``; "1 2" stays two numbers."""
+    return _SPACES.sub("", text)
+
+
+def is_list_or_number(text: str) -> bool:
+    """Whether ``text`` is digits in threes after commas, of which none begins with a 0, and nothing else."""
+    return _LIST_OR_NUMBER.fullmatch(text) is not None
+
+
+def joined(text: str) -> str:
+    """Read cleaned ``text`` such as ``100,200`` as one number."""
+    return text.replace(",", "") if is_list_or_number(text) else text

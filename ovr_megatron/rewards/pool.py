@@ -114,9 +114,7 @@ class _Worker:
         # The clock first: most verdicts take milliseconds, and then the kernel need not be asked.
         if elapsed < self.timeout_s:
             return self.timeout_s - elapsed
-        return min(
-            self.timeout_s - (self._cpu_seconds() - self._cpu_before), WALL_FACTOR * self.timeout_s - elapsed
-        )
+        return min(self.timeout_s - (self._cpu_seconds() - self._cpu_before), WALL_FACTOR * self.timeout_s - elapsed)
 
     def _cpu_seconds(self) -> float:
         """CPU time of the process and of its children that have ended, by ``/proc/PID/stat`` (proc(5), 14 to 17)."""

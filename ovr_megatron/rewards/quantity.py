@@ -9,77 +9,111 @@ from fractions import Fraction
 from ovr_megatron.rewards.latex import clean
 
 _DIGITS = r"(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})"
+_POWER_OF_TEN = (
+    r"(?: ?(?:\\cdot ?10\^(?:\{ ?(?P<power>[+-]?\d{1,3}) ?\}|(?P<digit>\d))|[eE](?P<exponent>[+-]?\d{1,3})))"
+)
 _NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)(?:(?P<plain>{_DIGITS})"
+    rf"(?P<sign>[+-]?)(?:(?P<plain>{_DIGITS}){_POWER_OF_TEN}?"
+    r"|10\^(?:\{ ?(?P<ten>[+-]?\d{1,3}) ?\}|(?P<ten_digit>\d))"
+    rf"|(?P<before>\d{{0,60}}\.\d{{0,60}}) ?\\overline ?\{{ ?(?P<recurring>\d{{1,60}}) ?\}}"
     rf"|(?:(?P<whole>\d{{1,60}}) )?(?P<a>{_DIGITS})/(?P<b>{_DIGITS})"
     rf"|(?P<whole2>\d{{1,60}})? ?\\frac ?\{{ ?(?P<sign2>-?) ?(?P<c>{_DIGITS}) ?\}} ?\{{ ?(?P<d>{_DIGITS}) ?\}})"
 )
 
-# dimension -> scale -> names; a plural "s" is understood.
+_COUNTED = (
+    "个 只 人 名 位 本 张 块 件 条 支 辆 棵 颗 次 种 岁 页 题 道 台 枝 朵 头 匹 架 袋 箱 瓶 杯 盒 组 步 枚 粒 株 套 分"
+)
+# dimension, as a product of powers of base dimensions -> scale in kg, m, s, A -> names; a plural "s" is understood.
 _TABLE: dict[str, dict[str, str]] = {
     "length": {
-        "1/1000": "mm millimeter millimetre",
-        "1/100": "cm centimeter centimetre",
-        "1/10": "dm decimeter decimetre",
-        "1": "m meter metre",
-        "1000": "km kilometer kilometre",
-        "127/5000": "in inch inches",
-        "381/1250": "ft foot feet",
+        "1/1000000000": "nm nanometer nanometre 纳米",
+        "1/1000000": "\\mum μm micrometer micrometre micron 微米",
+        "1/1000": "mm millimeter millimetre 毫米",
+        "1/100": "cm centimeter centimetre 厘米",
+        "1/10": "dm decimeter decimetre 分米",
+        "1": "m meter metre 米",
+        "1000": "km kilometer kilometre 千米 公里",
+        "127/5000": "in inch inches 英寸",
+        "381/1250": "ft foot feet 英尺",
         "1143/1250": "yd yard",
-        "201168/125": "mi mile",
+        "201168/125": "mi mile 英里",
     },
     "mass": {
-        "1/1000000": "mg milligram",
-        "1/1000": "g gram gm",
-        "1": "kg kilogram kilo",
-        "1000": "ton tonne",
+        "1/1000000": "mg milligram 毫克",
+        "1/1000": "g gram gm 克",
+        "1": "kg kilogram kilo 千克 公斤",
+        "1000": "ton tonne 吨",
         "45359237/100000000": "lb pound",
         "45359237/1600000000": "oz ounce",
     },
     "time": {
-        "1/1000": "ms millisecond",
-        "1": "s sec second",
-        "60": "min minute",
-        "3600": "h hr hour",
-        "86400": "d day",
-        "604800": "week",
-        "2592000": "month",
-        "31536000": "yr year",
+        "1/1000": "ms millisecond 毫秒",
+        "1": "s sec second 秒 秒钟",
+        "60": "min minute 分钟",
+        "3600": "h hr hour 小时 时",
+        "86400": "d day 天 日",
+        "604800": "week 周 星期",
+        "2592000": "month 月 个月",
+        "31536000": "yr year 年",
     },
-    "volume": {"1/1000": "ml mL milliliter millilitre", "1": "l L liter litre", "473176473/125000000": "gal gallon"},
-    "money": {"1/100": "cent pence", "1": "dollar euro USD EUR"},
-    "speed": {"1": "mph", "3125/5029": "kmh kph kmph"},
-    "current": {"1/1000": "mA", "1": "A amp ampere"},
-    "voltage": {"1/1000": "mV", "1": "V volt", "1000": "kV"},
-    "power": {"1": "W watt", "1000": "kW kilowatt"},
-    "energy": {"1": "J joule", "1000": "kJ kilojoule"},
-    "force": {"1": "N newton", "1000": "kN"},
-    "resistance": {"1": "ohm \\Omega", "1000": "k\\Omega"},
-    "frequency": {"1": "Hz hertz", "1000": "kHz"},
-    "pressure": {"1": "Pa pascal", "1000": "kPa"},
-    "temperature": {"1": "K kelvin celsius fahrenheit"},
-    "angle": {"1": "degree deg"},
-    "arc": {"1": "rad radian"},
-    "count": {"1": "unit"},
+    "length^3": {
+        "1/1000000": "ml mL milliliter millilitre 毫升",
+        "1/1000": "l L liter litre 升",
+        "473176473/125000000000": "gal gallon",
+    },
+    "length^2": {"10000": "hectare 公顷"},
+    "dollar": {"1/100": "cent", "1": "dollar USD 美元"},
+    "euro": {"1": "euro EUR 欧元"},
+    "pence": {"1": "pence"},
+    "yuan": {"1": "yuan RMB CNY 元"},
+    "length time^-1": {"1397/3125": "mph", "5/18": "kmh kph kmph"},
+    "current": {"1/1000": "mA", "1": "A amp ampere 安培"},
+    "current time": {"1": "C coulomb 库仑"},
+    "mass length^2 time^-3 current^-1": {"1/1000": "mV", "1": "V volt 伏特", "1000": "kV"},
+    "mass length^2 time^-3": {"1": "W watt 瓦特", "1000": "kW kilowatt 千瓦"},
+    "mass length^2 time^-2": {"1": "J joule 焦耳", "1000": "kJ kilojoule 千焦"},
+    "mass length time^-2": {"1": "N newton 牛顿", "1000": "kN"},
+    "mass length^2 time^-3 current^-2": {"1": "ohm \\Omega 欧姆", "1000": "k\\Omega"},
+    "time^-1": {"1": "Hz hertz 赫兹", "1000": "kHz"},
+    "mass length^-1 time^-2": {"1": "Pa pascal 帕斯卡", "1000": "kPa"},
+    "amount": {"1": "mol mole 摩尔"},
+    "kelvin": {"1": "K kelvin"},
+    "celsius": {"1": "celsius 摄氏度"},
+    "fahrenheit": {"1": "fahrenheit 华氏度"},
+    "degree": {"1": "degree deg 度"},
+    "radian": {"1": "rad radian 弧度"},
+    # Counted things, and the unit that a question leaves open: they go with every other.
+    "": {"1": f"unit 单位 {_COUNTED}"},
 }
+
+
+def _dimensions(text: str) -> Dimensions:
+    pairs = (part.partition("^") for part in text.split())
+    return tuple(sorted((name, int(power or 1)) for name, _, power in pairs))
+
+
 _UNITS = {
-    name: (dimension, Fraction(scale))
+    name: (_dimensions(dimension), Fraction(scale))
     for dimension, scales in _TABLE.items()
     for scale, names in scales.items()
     for name in names.split()
 }
-_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "平方": 2, "cubic": 3, "cu": 3, "cubed": 3, "立方": 3}
 
-_WORD = r"(?:k?\\Omega|[A-Za-z]+)(?:\^\{?-?\d\}?)?\.?"
+_HAN = r"[\u4e00-\u9fff]+"
+_WORD = rf"(?:k?\\Omega|\\mu ?m|μm|[A-Za-z]+|{_HAN})(?:\^(?:\{{-?\d\}}|-?\d))?\.?"
 _TAIL = re.compile(rf"(?<![\\A-Za-z{{_^])({_WORD}(?:(?: ?/ ?| ?\\cdot ?| ){_WORD})*)$")
 # A counted noun may follow a number ("12 jumps"), but not one of these, which change what is said.
 _NO_NOUN = re.compile(
-    r"^[A-Za-z]{1,2}\b|\b(?:and|or|to|not|than|more|less|least|most|over|under|about|other|none|mod"
-    r"|dozen|hundred|thousand|million|billion|trillion|squared?|cubed?|half|halves|quarters?)\b"
+    r"^[A-Za-z]{1,2}\b|\b(?:and|or|to|not|than|more|less|least|most|over|under|about|other|none|mod|versus|maybe|perhaps"
+    r"|dozen|hundred|thousand|million|billion|trillion|squared?|cubed?|half|halves|quarters?|percent)\b"
+    rf"|{_HAN}"
 )
 _LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]|=")
 _LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2}")
 _VALUE = re.compile(r"\d|\\pi|\\infty")
+
+Dimensions = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -89,29 +123,45 @@ class Unit:
     A counted noun ("jumps") has no dimensions.
     """
 
-    dimensions: tuple[tuple[str, int], ...] = ()
+    dimensions: Dimensions = ()
     scale: Fraction = Fraction(1)
 
 
 def number(text: str) -> Fraction | None:
-    r"""Value of an integer, decimal, ``a/b``, ``\frac{a}{b}`` or mixed number; None for all else."""
+    r"""Return the value of a plain number, None for all else.
+
+    Plain are an integer, a decimal, ``a/b``, ``\frac{a}{b}``, a mixed number, ``1.2e3``, ``1.2\cdot 10^{3}``, and
+    ``0.1\overline{6}``.
+    """
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
     sign = -1 if (match["sign"] == "-") != (match["sign2"] == "-") else 1
     if match["plain"]:
-        return sign * Fraction(match["plain"])
+        power = match["power"] or match["digit"] or match["exponent"] or 0
+        return sign * Fraction(match["plain"]) * Fraction(10) ** int(power)
+    if ten := match["ten"] or match["ten_digit"]:
+        return sign * Fraction(10) ** int(ten)
+    if match["recurring"]:
+        return sign * _recurring(match["before"], match["recurring"])
     over, under = (Fraction(match[a] or match[b]) for a, b in (("a", "c"), ("b", "d")))
     if under == 0:
         return None
     return sign * (Fraction(match["whole"] or match["whole2"] or 0) + over / under)
 
 
+def _recurring(before: str, period: str) -> Fraction:
+    """The value of a decimal whose last digits ``period`` come again and again after those ``before`` them."""
+    shift = len(before.partition(".")[2])
+    return Fraction(f"0{before}") + Fraction(int(period), 10**shift * (10 ** len(period) - 1))
+
+
 def _known(tail: str) -> Unit | None:
     dimensions: dict[str, int] = {}
     scale = Fraction(1)
-    sign, power, last = 1, 1, ""
-    for part in re.findall(r"/|[^ /]+", re.sub(r"\bper\b", "/", tail).replace("\\cdot", " ")):
+    sign, power, last, known = 1, 1, "", False
+    tail = re.sub(r"\bper\b|每", "/", tail).replace("\\cdot", " ").replace("\\mu ", "\\mu")
+    for part in re.findall(r"/|[^ /]+", re.sub("(平方|立方)", r" \1 ", tail)):
         if part == "/":
             sign = -1
             continue
@@ -123,13 +173,26 @@ def _known(tail: str) -> Unit | None:
             continue
         else:
             base = power * int(exponent.strip("{}") or 1)
-        dimension, size = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"), ("", Fraction(1)))
-        if not dimension:
+        unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
+        if unit is None:
             return None
-        dimensions[dimension] = dimensions.get(dimension, 0) + sign * base
-        scale *= size ** (sign * base)
-        power, last = 1, name
-    return Unit(tuple(sorted(dimensions.items())), scale) if dimensions else None
+        for dimension, exponent_of in unit[0]:
+            dimensions[dimension] = dimensions.get(dimension, 0) + sign * base * exponent_of
+        scale *= unit[1] ** (sign * base)
+        power, last, known = 1, name, True
+    return Unit(tuple(sorted((name, power) for name, power in dimensions.items() if power)), scale) if known else None
+
+
+def conversion(reference: Unit | None, candidate: Unit | None) -> Fraction | None:
+    """The factor from the candidate's unit to the reference's; None where they measure different things.
+
+    A unit that is left out, or a counted noun, goes with every other.
+    """
+    if not (reference and candidate and reference.dimensions and candidate.dimensions):
+        return Fraction(1)
+    if reference.dimensions != candidate.dimensions:
+        return None
+    return candidate.scale / reference.scale
 
 
 def split_unit(text: str, attached: bool = False) -> tuple[str, Unit | None]:
@@ -150,8 +213,9 @@ def split_unit(text: str, attached: bool = False) -> tuple[str, Unit | None]:
     unit = _known(words)
     plain = number(value) is not None
     # "s^2-2 s" and "V=\\frac{3}{2} W" end in a variable, "3\\pi m" in metres.
-    lone = len(words) == 1 and not (text[tail.start() - 1] in " )" or (attached and plain))
-    letters = _LETTER.search(value) if len(words) == 1 else _LETTERS.search(value)
+    one_letter = len(words) == 1 and words.isascii()
+    lone = one_letter and not (text[tail.start() - 1] in " )" or (attached and plain))
+    letters = _LETTER.search(value) if one_letter else _LETTERS.search(value)
     if unit and not lone and not letters and _VALUE.search(value):
         return value, unit
     return (value, Unit()) if plain and not _NO_NOUN.search(words) else (text, None)

@@ -14,8 +14,8 @@ from functools import lru_cache
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.choice import named_letter, right_option
-from ovr_megatron.rewards.latex import MAX_ANSWER, clean, key, last_box
-from ovr_megatron.rewards.quantity import number, split_unit
+from ovr_megatron.rewards.latex import MAX_ANSWER, clean, joined, key, last_box
+from ovr_megatron.rewards.quantity import conversion, number, split_unit
 from ovr_megatron.rewards.verdict import GradeRequest, Reason, Verdict
 from ovr_megatron.runtime.environment import child_environment
 from ovr_megatron.runtime.stop import USER_ERROR
@@ -150,11 +150,10 @@ def _numeric(request: GradeRequest, share: Fraction = Fraction(0), distance: Fra
         return box
     wanted, unit = split_unit(clean(request.answer))
     given, other = split_unit(clean(box), attached=True)
-    a, b = number(wanted), number(given)
-    if a is None or b is None:
+    a, b, factor = number(joined(wanted)), number(joined(given)), conversion(unit, other)
+    if a is None or b is None or factor is None:
         return Verdict(Reason.DIFFERENT, box)
-    if unit and other and unit.dimensions == other.dimensions:
-        b *= other.scale / unit.scale
+    b *= factor
     return Verdict(Reason.NUMBER if abs(a - b) <= max(share * abs(a), distance) else Reason.DIFFERENT, box)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-
 WALL_FACTOR = 12
 """How many times its limit of CPU time a verdict may take by the clock: on a busy node, or in a rule that sleeps."""
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from ovr_megatron.rewards.grader import grade
 from ovr_megatron.rewards.latex import MAX_ANSWER
-from ovr_megatron.rewards.verdict import GradeRequest, Reason
+from ovr_megatron.rewards.verdict import RIGHT, GradeRequest, Reason
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
+CASES = Path(__file__).parent / "cases"
 LETTERS = tuple("ABCDE")
 COLOURS = ("red", "blue", "green", "Yellow", "cannot be told")
 LETTER_A = ("A", "(A)", "a", "A.", "\\text{A}", "\\textbf{(A)}", "Option A", "\uff08A\uff09")
@@ -122,6 +123,38 @@ def test_notation_does_not_decide(box, answer):
 )  # fmt: skip
 def test_another_value_is_wrong(box, answer):
     assert verdict(box, answer).reason is Reason.DIFFERENT
+
+
+@pytest.mark.parametrize("name", ["forms", "tiny_numbers_extra", "tiny_numbers_rows", "spellings"])
+def test_forms_of_answers_and_hedges(name):
+    """Answers as models write them, and what must not earn a reward: alternatives, lists, ranges, other units."""
+    rows = [json.loads(line) for line in (CASES / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    decided = [row for row in rows if "correct" in row]
+    assert len(decided) >= 7
+    wrong = [
+        row
+        for row in decided
+        if grade(GradeRequest(row.get("response", f"So</think>\\boxed{{{row.get('box')}}}"), row["answer"])).correct
+        != row["correct"]
+    ]
+    assert wrong == []
+
+
+def test_small_numbers_are_told_apart_within_larger_forms():
+    """math-verify rounds absolutely, to 6 digits after the point or 1e-15; a pair is no better than its entries."""
+    for form in ("{}", "({}, 1)", "\\{{{}, 1\\}}", "x = {}", "\\begin{{pmatrix}} {} \\\\ 1 \\end{{pmatrix}}", "{}x"):
+        for one, other in (("\\sqrt{2} \\times 10^{-19}", "\\sqrt{3} \\times 10^{-19}"), ("10^{-19}\\pi", "0")):
+            assert verdict(form.format(one), form.format(one)).correct
+            assert not verdict(form.format(other), form.format(one)).correct, (form, one, other)
+            assert not verdict(form.format(one), form.format(other)).correct, (form, one, other)
+
+
+@given(st.integers(1, 10**9), st.integers(-60, 60), st.integers(1, 10**9))
+def test_a_number_equals_itself_at_any_size_and_no_other(digits, power, other):
+    forms = (f"{digits}e{power}", f"{digits}\\times10^{{{power}}}", f"{digits} \\cdot 10^{{{power}}}")
+    assert all(verdict(box, answer).reason in RIGHT for box in forms for answer in forms)
+    if other != digits:
+        assert not verdict(f"{other}e{power}", forms[1]).correct
 
 
 def test_only_a_box_counts():

@@ -1,0 +1,85 @@
+"""What becomes of verdicts in the loop: rewards, failures, and their metrics by source."""
+
+import json
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from ovr_megatron.data.schema import Message, Row, TextPart
+from ovr_megatron.ppo.batch import Response
+from ovr_megatron.ppo.iteration import response_metrics
+from ovr_megatron.ppo.rollouts import Prompts, Rollout, _settle
+from ovr_megatron.rewards.failures import FEWEST, FailureWatch, RewardError, counts
+from ovr_megatron.rewards.verdict import Reason, Verdict
+
+RAISED = Verdict(Reason.RAISED, "KeyError: 'x'")
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def response(prompt: int, verdict: Verdict, rule: str = "auto", tokens: int = 3) -> Response:
+    made = Response(prompt, 0, list(range(tokens)), np.zeros(tokens, np.float32), True, "text")
+    _settle(made, verdict, rule)
+    return made
+
+
+def test_only_a_function_of_the_users_that_fails_leaves_a_response_without_a_reward():
+    failed = response(0, RAISED, "mine:rule")
+    assert (failed.failed, failed.rewarded) == (True, False)
+    assert failed.verdict == "own rule raised an error: KeyError: 'x'"
+    hostile = response(0, Verdict(Reason.TIMEOUT))
+    assert (hostile.failed, hostile.rewarded, hostile.reward, hostile.verdict) == (True, True, 0.0, "timeout")
+    right = response(0, Verdict(Reason.OWN, None, 0.5), "mine:rule")
+    assert (right.failed, right.rewarded, right.reward) == (False, True, 0.5)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_has_no_reward_is_in_no_mean_and_no_source_overwrites_a_metric():
+    names = ["mean", "failed", "mean", "gone"]
+    rows = [Row((Message("user", (TextPart("?"),)),), answer="1", source=name) for name in names]
+    given_up = Response(3, 0, [], np.zeros(0, np.float32), False, "", verdict="failed: too long", rewarded=False)
+    responses = [
+        response(0, Verdict(Reason.TEXT), tokens=2),
+        response(1, Verdict(Reason.TIMEOUT), tokens=4),
+        response(2, RAISED, "mine:rule", tokens=6),
+        given_up,
+    ]
+    prompts = Prompts([], None)
+    prompts.rows = rows
+    metrics = response_metrics(Rollout(prompts, 10, responses))
+    assert metrics == {
+        "reward/mean": 0.5,
+        "response/length": 4.0,
+        "response/stopped": 1.0,
+        "grading/failed": 2.0,
+        "grading/failed/source/failed": 1.0,
+        "grading/failed/source/gone": 0.0,
+        "grading/failed/source/mean": 1.0,
+        "reward/source/failed": 0.0,
+        "reward/source/mean": 1.0,
+        "response/length/source/failed": 4.0,
+        "response/length/source/mean": 4.0,
+    }
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_a_run_stops_where_nearly_all_rewards_of_a_source_fail():
+    watch = FailureWatch({"mine": "mine:rule"})
+    right = Verdict(Reason.TEXT)
+    watch.add([counts([("mine", RAISED)] * (FEWEST - 1) + [("math", right)] * 100)])
+    with pytest.raises(RewardError, match=r"8 of 8 rewards of source 'mine' failed.*KeyError: 'x'.*mine:rule"):
+        watch.add([counts([("mine", RAISED)])])
+
+
+def test_a_hostile_response_now_and_then_stops_nothing():
+    watch = FailureWatch({})
+    for _ in range(20):
+        rank = counts([("math", Verdict(Reason.TIMEOUT))] * 3 + [("math", Verdict(Reason.DIFFERENT))] * 5)
+        watch.add([rank, rank])
+    watch.add([counts([("rare", RAISED)])])
