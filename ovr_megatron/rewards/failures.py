@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.verdict import Verdict
 
 NEARLY_ALL = 0.9
@@ -13,7 +14,7 @@ FEWEST = 8
 """Verdicts of a source that are looked at together: a few hostile expressions in a row mean nothing."""
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError, RuntimeError):
     """Nearly all verdicts of a source failed; says which source, its rule and what its graders said."""
 
 

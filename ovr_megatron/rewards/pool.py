@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.rules import cached_by
 from ovr_megatron.rewards.verdict import WALL_FACTOR, GradeRequest, Reason, Verdict
 from ovr_megatron.runtime.environment import child_environment
@@ -37,7 +38,7 @@ LEAST_WAIT_S = 0.02
 """Seconds between looks at a worker's CPU time, which the kernel counts in steps of 0.01."""
 
 
-class PoolError(RuntimeError):
+class PoolError(UserError, RuntimeError):
     """The workers cannot run at all (not: one of them was killed over a response)."""
 
 
