@@ -22,7 +22,7 @@ from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row
 from ovr_megatron.evaluation.kept import Kept, check_results, finished_before
 from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
-from ovr_megatron.evaluation.scoring import Graded, score
+from ovr_megatron.evaluation.scoring import BOXED, Graded, score, with_votes
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -224,12 +224,14 @@ def _ungraded(index: int, row: Row, metric: str, reference: str) -> Graded:
 
 
 def grade(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
-    """The same responses with their verdicts.  Unlike the reward, a box in a response that was cut off counts."""
+    """Return the responses with their verdicts and votes.
+
+    Unlike for the reward, a box in a response that was cut off counts.
+    """
     graded = list(responses)
     boxed = [at for at, r in enumerate(responses) if r.response is not None and r.metric != "exact"]
-    rules = {"boxed": "auto"}
     requests = [
-        GradeRequest(r.response or "", r.reference, r.options, rules.get(r.metric, r.metric))
+        GradeRequest(r.response or "", r.reference, r.options, BOXED.get(r.metric, r.metric))
         for r in (responses[at] for at in boxed)
     ]
     for at, verdict in zip(boxed, grader.grade(requests), strict=True):
@@ -238,7 +240,7 @@ def grade(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
         if r.response is not None and r.metric == "exact":
             same = r.response.strip() == r.reference.strip()
             graded[at] = replace(r, correct=same, reason="same text" if same else "different")
-    return graded
+    return with_votes(grader, graded)
 
 
 def _first_prompt(processor: Processor, problems: ProblemSet) -> str | None:

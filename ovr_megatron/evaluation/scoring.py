@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.evaluation.statistics import pass_at_k, wilson
 from ovr_megatron.rewards.latex import last_box
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 
 METRICS = ("auto", "boxed", "exact")
+BOXED = {"boxed": "auto"}
+"""Metrics by their rule where that has another name."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Graded:
     ``metric`` is ``boxed`` (the last ``\boxed{}`` is right), ``exact`` (the whole text is the reference), or the rule
     by which the box is right (`ovr_megatron.rewards.rules.rule`).
     ``response`` is None for a prompt over the length limit: it is not asked, and counts as wrong.
+    ``vote`` is the answer that a sampled response votes for (`with_votes`).
     """
 
     index: int
@@ -36,6 +40,7 @@ class Graded:
     stopped: bool = False
     correct: bool = False
     reason: str = ""
+    vote: str | None = None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -104,7 +109,7 @@ def _part(responses: Sequence[Graded]) -> dict[str, Any]:
 
 def _sampled(drawn: Sequence[Graded]) -> dict[str, Any]:
     problems: dict[int, list[Graded]] = {}
-    for response in drawn:
+    for response in _voted(drawn):
         problems.setdefault(response.index, []).append(response)
     samples = len(drawn) // len(problems)
     right = [(len(group), sum(response.correct for response in group)) for group in problems.values()]
@@ -116,18 +121,73 @@ def _sampled(drawn: Sequence[Graded]) -> dict[str, Any]:
 def majority_is_right(group: Sequence[Graded]) -> float:
     """Chance that the most frequent answer of a problem's responses is right (maj@k), a tie broken by lot.
 
-    Right answers are one answer however they are written; wrong ones are told apart by their box, or for ``exact`` by
-    their text.  A response without an answer has no vote.
+    Right answers are one answer however they are written, and so are wrong ones that the grader counts as the same.
+    A response without an answer has no vote.
     """
     votes: Counter[str | None] = Counter()
-    for response in group:
-        text = response.response or ""
-        answer = text.strip() if response.metric == "exact" else last_box(text)
+    for response in _voted(group):
+        answer = response.vote or answer_of(response)
         if response.correct or answer:
             votes[None if response.correct else answer] += 1
     most = max(votes.values(), default=0)
     ahead = [answer for answer, count in votes.items() if count == most]
     return 1 / len(ahead) if None in ahead else 0.0
+
+
+def with_votes(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
+    """Return ``responses``, each sampled one that has an answer with its ``vote``.
+
+    The vote is the answer as it was first written in a response to the problem that the problem's rule counts as the
+    same.  An answer that no grader can compare is one of its own.
+    """
+    waiting: dict[int, list[str]] = {}  # by problem its distinct answers that have no vote yet
+    problems: dict[int, Graded] = {}
+    for r in responses:
+        if r.sample is not None and (answer := answer_of(r)):
+            problems[r.index] = r
+            known = waiting.setdefault(r.index, [])
+            if answer not in known:
+                known.append(answer)
+    votes: dict[tuple[int, str], str] = {}
+    while waiting:
+        votes |= {(index, answers[0]): answers[0] for index, answers in waiting.items()}
+        pairs = [
+            (index, answers[0], answer)
+            for index, answers in waiting.items()
+            for answer in answers[1:]
+            if problems[index].metric != "exact"
+        ]
+        requests = [_comparison(problems[index], first, answer) for index, first, answer in pairs]
+        verdicts = grader.grade(requests) if requests else []
+        votes |= {
+            (index, answer): first
+            for (index, first, answer), verdict in zip(pairs, verdicts, strict=True)
+            if verdict.correct
+        }
+        rest = {index: [a for a in answers if (index, a) not in votes] for index, answers in waiting.items()}
+        waiting = {index: answers for index, answers in rest.items() if answers}
+    return [replace(r, vote=votes.get((r.index, answer_of(r)))) if r.sample is not None else r for r in responses]
+
+
+def _comparison(problem: Graded, first: str, answer: str) -> GradeRequest:
+    """Ask whether ``answer`` would be right if ``first`` were."""
+    return GradeRequest(f"\\boxed{{{answer}}}", first, problem.options, BOXED.get(problem.metric, problem.metric))
+
+
+def _voted(responses: Sequence[Graded]) -> Sequence[Graded]:
+    """Return ``responses`` with their votes; those of an older file, or made by hand, get them here."""
+    texts = {(r.index, answer_of(r)) for r in responses if r.sample is not None and r.vote is None and not r.correct}
+    texts = {text for text in texts if text[1]}
+    if len(texts) == len({index for index, _ in texts}):  # no problem has two wrong answers to compare
+        return responses
+    with GraderPool(1) as grader:
+        return with_votes(grader, responses)
+
+
+def answer_of(response: Graded) -> str:
+    """Return what a response gives as its answer: its box, or for ``exact`` its text; empty where it has none."""
+    text = response.response or ""
+    return text.strip() if response.metric == "exact" else last_box(text) or ""
 
 
 def ks(samples: int) -> list[int]:

@@ -3,7 +3,9 @@ import itertools
 import pytest
 
 from ovr_megatron.data.schema import Message, Row, RowError, TextPart
-from ovr_megatron.evaluation.scoring import Graded, ks, majority_is_right, reference_of, score
+from ovr_megatron.evaluation.scoring import Graded, ks, majority_is_right, reference_of, score, with_votes
+from ovr_megatron.rewards.grader import grade
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 
 
 def row(response=None, answer=None):
@@ -77,6 +79,29 @@ def test_the_majority_by_hand(answers, chance):
     sampled = score([*graded(0, "a", True), *group])["sampled"]
     assert sampled["majority"]["accuracy"] == pytest.approx(chance)
     assert sampled["average"] == sampled["pass"]["1"]
+
+
+def test_answers_are_grouped_as_the_grader_would():
+    """maj@k of "3, 3.0, 1/2, 0.5" where 3 is right is a lot, however the wrong one is written."""
+    cases = [
+        (["3", "3.0", "\\frac12", "0.5", "1/2"], "3", (), 0.0),
+        (["A", "A", "B", "(B)", "\\text{B}"], "A", ("1", "2", "3", "4"), 0.0),
+        (["A", "A", "B", "B. 2"], "A", ("1", "2", "3", "4"), 0.5),
+        (["12", "12", "13", "13 \\text{ cm}", "$13$"], "12", (), 0.0),
+        (["12", "12", "13 cm", "13 m", "14"], "12", (), 1.0),
+    ]
+    groups = []
+    for index, (boxes, reference, options, _) in enumerate(cases):
+        for sample, box in enumerate(boxes):
+            text = f"so \\boxed{{{box}}}"
+            right = grade(GradeRequest(text, reference, options)).correct
+            groups.append(
+                Graded(index, sample, "q", "s", "?", reference, options, "boxed", text, 5, True, correct=right)
+            )
+    with GraderPool(1) as grader:
+        groups = with_votes(grader, groups)
+    chances = [majority_is_right([r for r in groups if r.index == index]) for index in range(len(cases))]
+    assert chances == [chance for *_, chance in cases]
 
 
 def test_a_prompt_that_was_not_asked_counts_as_wrong_and_not_in_the_lengths():
