@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _MOST = 3  # names that are proposed
@@ -19,6 +19,23 @@ def setting_names(schema: type) -> Iterator[str]:
         yield field.name
         for kind, mark in _inner_types(hints[field.name]):
             yield from (f"{field.name}{mark}.{name}" for name in setting_names(kind))
+
+
+def mapping_names(schema: type) -> Iterator[str]:
+    """Yield the dotted names of the settings of ``schema`` whose keys the user chooses, as ``reward.rules``."""
+    hints: dict[str, Any] = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if typing.get_origin(hints[field.name]) is dict:
+            yield field.name
+        for kind, mark in _inner_types(hints[field.name]):
+            yield from (f"{field.name}{mark}.{name}" for name in mapping_names(kind))
+
+
+def with_new_keys(schema: type, overrides: Sequence[str]) -> list[str]:
+    """Return ``overrides`` so that those of mappings may add keys, for which Hydra wants ``++`` before the name."""
+    mappings = [re.escape(name) for name in mapping_names(schema)]
+    opened = re.compile(rf"(?:{'|'.join(mappings)})(?:\.[^=]*)?=") if mappings else None
+    return [f"++{item}" if opened and opened.match(item) else item for item in overrides]
 
 
 def _inner_types(hint: Any) -> Iterator[tuple[type, str]]:

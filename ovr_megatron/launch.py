@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
-from ovr_megatron.keys import unknown_setting
+from ovr_megatron.keys import unknown_setting, with_new_keys
 from ovr_megatron.model.presets import PRESETS
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -103,12 +103,14 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
     ConfigStore.instance().store(name="schema", node=defaults(schema))
     try:
         with hydra.initialize_config_dir(str(path.parent), version_base=None):
-            return hydra.compose(path.stem, list(overrides))
+            return hydra.compose(path.stem, with_new_keys(schema, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         if unknown := _UNKNOWN.match(str(error)):
             raise ConfigError(unknown_setting(schema, unknown[1])) from None
         if isinstance(error, OverrideParseException):
-            raise ConfigError(f"{error.override!r} cannot be read; write a setting as KEY=VALUE") from None
+            raise ConfigError(
+                f"{str(error.override).lstrip('+')!r} cannot be read; write a setting as KEY=VALUE"
+            ) from None
         raise ConfigError(f"{path.stem}: {str(error.__cause__ or error).splitlines()[0]}") from error
 
 

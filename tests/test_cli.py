@@ -9,13 +9,16 @@ import pytest
 from PIL import Image
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, RLConfig, build
+from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError, parse_row
 from ovr_megatron.data.stream import RowStream
-from ovr_megatron.keys import unknown_setting
+from ovr_megatron.keys import mapping_names, unknown_setting
+from ovr_megatron.launch import read_command_line
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.rewards.rules import RuleError
 from ovr_megatron.rl.training import check_lengths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +72,38 @@ def test_an_answer_that_no_grader_can_verify() -> None:
     prompts = PromptStream(RowStream([([row], 1.0)], seed=1), None, {})
     with pytest.raises(RowError, match=r"rows\.jsonl:7: answer: .*remove the row"):
         prompts.draw(1)
+
+
+def test_a_rule_of_a_source_that_no_row_has() -> None:
+    row = parse_row({"messages": [{"role": "user", "content": "1+1?"}], "answer": "2", "source": "sums"}, "r:1", Path())
+    PromptStream(RowStream([([row], 1.0)], seed=1), None, {"sums": "numeric"})
+    with pytest.raises(RuleError, match=r"rule for 'sum', which is the source of no row"):
+        PromptStream(RowStream([([row], 1.0)], seed=1), None, {"sums": "numeric", "sum": "numeric"})
+
+
+MAPPINGS = {
+    "reward.rules": (
+        "geometry: numeric:0.05, geo/3k-b: 'mine:half'",
+        {"geometry": "numeric:0.05", "geo/3k-b": "mine:half"},
+    ),
+    "patterns.drop": ("refusal: \"I cannot help\", many: 'x{3}'", {"refusal": "I cannot help", "many": "x{3}"}),
+}
+
+
+@pytest.mark.parametrize("schema", [ColdStartConfig, RLConfig, PrepareConfig])
+def test_settings_that_are_mappings_take_keys_of_the_users(schema: type) -> None:
+    recipe = {ColdStartConfig: "tiny_base", RLConfig: "tiny_rl", PrepareConfig: "prepare_prompts"}[schema]
+    needed = ["dir=x", "data.sources=[{path: a}]", "decontaminate.sources=[{path: b}]"]
+    needed = needed if schema is PrepareConfig else ["run.dir=x", "model.path=y"]
+    for name in mapping_names(schema):
+        text, expected = MAPPINGS[name]
+        for prefix in ("", "+", "++"):
+            config = read_command_line(
+                schema, recipe, "", [*needed, f"{prefix}{name}={{{text}}}", f"{name}.more=exact"]
+            )
+            section, _, field = name.partition(".")
+            assert getattr(getattr(config.config, section), field) == {**expected, "more": "exact"}
+    assert set(mapping_names(schema)) <= set(MAPPINGS)
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(model: Path) -> None:

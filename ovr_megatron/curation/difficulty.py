@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
+from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work, listing
 
@@ -16,6 +17,7 @@ TRIES = "tries"
 
 def run(work: Work) -> None:
     """Have every prompt answered and graded, then keep those between the bounds."""
+    check_sources(work.config)
     run_engines(work, "attempt")
     config = work.config.difficulty
     found = {}
@@ -27,7 +29,7 @@ def run(work: Work) -> None:
         if entry is None:
             work.keep(row, source)
         elif "error" in entry:
-            work.drop(row, source, "cannot be asked", error=entry["error"])
+            work.drop(row, source, "cannot be asked or graded", error=entry["error"])
         else:
             rate = entry["right"] / entry["samples"]
             work.tally.value("pass rate", rate)
@@ -45,7 +47,8 @@ def inputs(config: PrepareConfig) -> object:
 
 def settings(config: PrepareConfig) -> list[object]:
     """What decides the outcome."""
-    return [config.difficulty, config.data, config.reward.rules, config.reward.timeout_s, config.seed]
+    reward = config.reward
+    return [config.difficulty, config.data, reward.rules, reward.timeout_s, reward.memory_mib, config.seed]
 
 
 STAGE = Stage("difficulty", run, settings, inputs, (*engine_files("attempt"), f"{TRIES}.*.jsonl"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row, parse_row
 from ovr_megatron.errors import UserError
+from ovr_megatron.rewards.failures import FailureWatch, counts
 from ovr_megatron.rewards.pool import GraderPool
-from ovr_megatron.rewards.verdict import GradeRequest
+from ovr_megatron.rewards.rules import is_plain
+from ovr_megatron.rewards.verdict import GradeRequest, Verdict
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
@@ -152,6 +154,7 @@ def attempt(config: PrepareConfig, before: Path, folder: Path, world: World) -> 
     replica = Replica(config, world, folder / "tries", told.model, told.dtype, longest)
     reward = config.reward
     grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
+    watch = FailureWatch(reward.rules)
     at_once = max(4 * config.rollout.max_num_seqs // told.samples, 1)  # a queue, so that few wait for a long one
     with replica.journal as journal, grader:
         todo = (item for item in replica.rows(before) if item[0] not in journal and response_text(item[1]) is None)
@@ -174,15 +177,29 @@ def attempt(config: PrepareConfig, before: Path, folder: Path, world: World) -> 
                     row.answer or "",
                     row.options,
                     reward.rules.get(row.source, "auto"),
+                    thinking=config.data.template == "think",
                 )
                 for (_, row), group in zip(rows, answers, strict=True)
                 for found in group
             ]
             verdicts = grader.grade(requests) if replica.leads else []
-            for place, (index, _) in enumerate(rows):
-                own = verdicts[place * told.samples : (place + 1) * told.samples]
-                right = sum(verdict.correct for verdict in own)
-                replica.add(index, {"right": right, "samples": told.samples})
+            if replica.leads:
+                groups = list(batches(verdicts, told.samples))
+                watch.add(counts((row.source, v) for v in group) for (_, row), group in zip(rows, groups, strict=True))
+                for (index, row), group in zip(rows, groups, strict=True):
+                    replica.add(index, pass_rate(group, reward.rules.get(row.source, "auto")))
+
+
+def pass_rate(verdicts: Sequence[Verdict], rule: str) -> dict[str, object]:
+    """Return how many of a prompt's ``verdicts`` by ``rule`` are right, of how many, or the error that all failed with.
+
+    As in training, an expression that no grader can finish is no right answer, but of a user's function that fails
+    nothing is known.
+    """
+    known = [verdict for verdict in verdicts if is_plain(rule) or not verdict.failed]
+    if not known:
+        return {"error": ": ".join(filter(None, (verdicts[0].reason, verdicts[0].box)))}
+    return {"right": sum(verdict.correct for verdict in known), "samples": len(known)}
 
 
 TASKS = {"score": score, "answer": answer, "attempt": attempt}

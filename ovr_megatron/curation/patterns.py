@@ -6,18 +6,22 @@ A row is dropped for the first rule that it breaks, in the order of `RULES`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from ovr_megatron.curation.repetition import repeatness
+from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
 from ovr_megatron.curation.stage import Stage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
 from ovr_megatron.rewards.choice import verifiable
 from ovr_megatron.rewards.latex import END_OF_THOUGHT, clean, last_box
+from ovr_megatron.rewards.rules import is_plain
 
-Rule = Callable[[PatternsConfig, bool, dict[str, Any], str], str | None]
+Check = Callable[[PatternsConfig, bool, dict[str, Any], str], str | None]
 
 # What a template puts around turns; a model that writes it would end or open turns of its own.
 _TEMPLATE = re.compile(
@@ -102,7 +106,7 @@ def own_pattern(config: PatternsConfig, think: bool, row: dict[str, Any], respon
     return next((f"pattern {name}" for name, text in config.drop.items() if re.search(text, response)), None)
 
 
-RULES: tuple[Rule, ...] = (too_short, leaked_template, truncated, without_box, foreign, own_pattern, repeated)
+RULES: tuple[Check, ...] = (too_short, leaked_template, truncated, without_box, foreign, own_pattern, repeated)
 
 
 def unverifiable(config: PatternsConfig, row: dict[str, Any]) -> str | None:
@@ -114,9 +118,16 @@ def unverifiable(config: PatternsConfig, row: dict[str, Any]) -> str | None:
     return "unverifiable answer" if verifiable(row["answer"], tuple(row.get("options", ()))) else None
 
 
-def broken_rule(config: PatternsConfig, think: bool, row: dict[str, Any]) -> str | None:
-    """The first rule that ``row`` breaks, or None; rules on the response pass over prompt rows."""
+def broken_rule(
+    config: PatternsConfig, think: bool, row: dict[str, Any], rewards: Mapping[str, str] = MappingProxyType({})
+) -> str | None:
+    """Return the first rule that ``row`` breaks, or None; rules on the response pass over prompt rows.
+
+    ``rewards``: by source, how responses are graded.  A function of the user's takes any answer and needs no box.
+    """
     response = response_text(row)
+    if not is_plain(rewards.get(row.get("source", ""), "auto")):
+        config = replace(config, verifiable=False, need_box=False)
     if reason := unverifiable(config, row):
         return reason
     if response is None:
@@ -126,8 +137,10 @@ def broken_rule(config: PatternsConfig, think: bool, row: dict[str, Any]) -> str
 
 def run(work: Work) -> None:
     """Keep the rows that break no rule."""
+    check_sources(work.config)
     think = work.config.data.template == "think"
-    for judged in work.judge(partial(broken_rule, work.config.patterns, think)):
+    rules = work.config.reward.rules
+    for judged in work.judge(partial(broken_rule, work.config.patterns, think, rewards=rules)):
         if judged.result is None:
             work.keep(judged.line, judged.source)
         else:
@@ -136,7 +149,7 @@ def run(work: Work) -> None:
 
 def settings(config: PrepareConfig) -> list[Any]:
     """What decides the outcome."""
-    return [config.patterns, config.data.template]
+    return [config.patterns, config.data.template, config.reward.rules]
 
 
 STAGE = Stage("patterns", run, settings)

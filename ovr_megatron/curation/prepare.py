@@ -27,6 +27,7 @@ from ovr_megatron.curation import (
 )
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, alone, check_stage_folder, run_stages
+from ovr_megatron.rewards import rules
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
@@ -42,10 +43,14 @@ def prepare(config: PrepareConfig) -> Path:
         ConfigError: a setting that cannot work, a stage that keeps nothing, or another preparation in this folder.
         TeacherError: the teacher cannot be asked.
         EngineError: vLLM's process failed.
+        RuleError: a rule of ``reward.rules`` would not work, or is of a source that no row has.
+        RewardError: nearly all rewards of a source failed.
     """
     folder = Path(config.dir)
     check_folder(folder, config.stages)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in config.reward.rules.values():
+        rules.check(name)
     with alone(folder):
         configuration.save(config, folder / "config.yaml")
         last = run_stages([STAGES[name] for name in config.stages], config)

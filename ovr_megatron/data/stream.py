@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,36 @@ class RowStream:
                 self._skipped.add(error)
         remedy = "remove data.exclude, correct the rows or add other sources"
         raise RowError(where, "messages", f"{_BARREN} rows in a row are excluded or cannot be used", remedy)
+
+    def absent_sources(self, names: Iterable[str]) -> list[str]:
+        """Return those of ``names`` that are the source of no row.
+
+        Rows are looked at, of all sources in turn, until every name has been met; an endless source has one name.
+        """
+        missing = set(names)
+        if not missing:
+            return []
+        for indices in zip_longest(*map(self._epoch_order, range(len(self._sources)))):
+            for number, index in enumerate(indices):
+                if not missing:
+                    return []
+                if index is not None:
+                    missing.discard(self._source_name(number, index))
+        return sorted(missing)
+
+    def _epoch_order(self, number: int) -> list[int]:
+        """Return the rows of source ``number`` in an order that mixes the parts of a file; of an endless one, one."""
+        size = len(self._sources[number])
+        order = list(range(size if size < ENDLESS else 1))
+        random.Random(f"{self._seed}/{number}").shuffle(order)
+        return order
+
+    def _source_name(self, number: int, index: int) -> str | None:
+        """Return the source of a row; None of one that cannot be used, which whoever draws it reports."""
+        try:
+            return self._sources[number][index].source
+        except RowError:
+            return None
 
     def _index(self, number: int) -> int:
         """Which row of source ``number`` comes next."""

@@ -10,6 +10,7 @@ from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.rewards.references import check_reference
+from ovr_megatron.rewards.rules import RuleError
 
 MOST_DROPPED = 10_000
 
@@ -31,7 +32,15 @@ class PromptStream:
             processor: Measures them.
             rules: By source, how responses are graded; a function of the user's takes any answer.
             skipped: Lists rows that cannot be used; None stops at the first.
+
+        Raises:
+            RuleError: a rule is given for a source that no row has.
         """
+        if absent := stream.absent_sources(rules):
+            raise RuleError(
+                f"reward.rules has a rule for {absent[0]!r}, which is the source of no row; correct the name: it is "
+                "data.sources[].name, else a row's own field, else FOLDER/FILE without the suffix"
+            )
         self.stream, self.processor, self.rules, self.skipped = stream, processor, rules, skipped
         self.dropped = 0
 

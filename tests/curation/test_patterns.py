@@ -61,6 +61,16 @@ def test_answers_that_no_grader_verifies() -> None:
     assert broken_rule(PatternsConfig(verifiable=False), True, row(None, answer="QED")) is None
 
 
+def test_rows_that_a_function_of_the_users_grades_need_no_box_and_any_answer() -> None:
+    rules = {"essays": "mine:score", "geometry": "numeric"}
+    proof = row(None, answer="The proof is complete. QED", source="essays")
+    essay = row("I weigh both sides.</think>Both are right.", source="essays")
+    assert broken_rule(EN, True, proof, rules) is None and broken_rule(EN, True, essay, rules) is None
+    assert broken_rule(EN, True, proof | {"source": "geometry"}, rules) == "unverifiable answer"
+    assert broken_rule(EN, True, essay | {"source": "geometry"}, rules) == "no box"
+    assert broken_rule(EN, True, essay | {"source": "other"}, rules) == "no box"
+
+
 def test_without_the_think_template_a_thought_is_not_needed() -> None:
     assert broken_rule(EN, False, row("So it is \\boxed{5}.")) is None
 

@@ -155,3 +155,11 @@ def test_rows_that_cannot_be_used_are_listed_and_the_stream_goes_on(tmp_path):
     with (tmp_path / "data" / "skipped.jsonl").open("a") as file:
         file.write('{"where": "rows.jso')  # a crash
     assert SkippedRows(tmp_path / "data" / "skipped.jsonl").count == 2
+
+
+def test_names_that_no_row_has_as_its_source() -> None:
+    rows = [Row((), answer="1", source="rare" if i == 77 else "common") for i in range(100)]
+    mixture = RowStream([(rows, 1.0), (Numbers("endless", ENDLESS), 1.0)], seed=1)
+    assert mixture.absent_sources([]) == []
+    assert mixture.absent_sources(["rare", "common", "endless"]) == []
+    assert mixture.absent_sources(["rarer", "common", "b"]) == ["b", "rarer"]

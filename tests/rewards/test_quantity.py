@@ -35,9 +35,7 @@ def test_mixed_numbers(whole, over, under, sign):
     assert number(f"{sign}{whole}\\frac{{{over}}}{{{under}}}") == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["", "x", "1+1", "1/0", "\\frac{1}{0}", "2^10", "1,2", "--1", "1e", "e5", "9" * 61]
-)
+@pytest.mark.parametrize("text", ["", "x", "1+1", "1/0", "\\frac{1}{0}", "2^10", "1,2", "--1", "1e", "e5", "9" * 61])
 def test_all_else_is_no_plain_number(text):
     assert number(text) is None
 

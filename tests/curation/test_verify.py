@@ -1,0 +1,73 @@
+"""Curation grades a row as training grades its source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovr_megatron.config import DataConfig, RewardConfig, SourceConfig
+from ovr_megatron.curation.engine_process import pass_rate
+from ovr_megatron.curation.prepare import prepare
+from ovr_megatron.curation.settings import PrepareConfig
+from ovr_megatron.rewards.rules import RuleError
+from ovr_megatron.rewards.verdict import Reason, Verdict
+
+ROWS = [
+    ("near", "geometry", "100", "So</think>\\boxed{100.4}"),
+    ("far", "geometry", "100", "So</think>\\boxed{150}"),
+    ("close", "other", "100", "So</think>\\boxed{100.4}"),
+    ("half", "essays", "whatever", "So</think>a"),
+    ("even", "essays", "It is proved. QED", "So</think>ab"),
+    *((f"broken{i}", "broken", "5", f"So</think>\\boxed{{5}}{i}") for i in range(2)),
+]
+RULES = {"geometry": "numeric", "essays": "tests.ppo.parity:even", "broken": "tests.ppo.parity:broken"}
+
+
+def config(folder: Path, rules: dict[str, str]) -> PrepareConfig:
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"{name}?"}, {"role": "assistant", "content": response}],
+            "answer": answer,
+            "source": source,
+            "id": name,
+        }
+        for name, source, answer, response in ROWS
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PrepareConfig(
+        dir=str(folder / "out"),
+        stages=["collect", "patterns", "verify"],
+        data=DataConfig(sources=[SourceConfig(path=str(folder / "rows.jsonl"))]),
+        reward=RewardConfig(rules=rules, workers=1),
+    )
+
+
+def kept(folder: Path) -> set[str]:
+    lines = (folder / "out/verify/rows.jsonl").read_text().splitlines()
+    return {row["id"] for row in map(json.loads, lines)}
+
+
+def test_a_row_is_graded_by_the_rule_of_its_source(tmp_path: Path) -> None:
+    prepare(config(tmp_path, RULES))
+    assert kept(tmp_path) == {"near", "even"}
+    report = json.loads((tmp_path / "out/verify/report.json").read_text())
+    assert report["dropped"] == {
+        "not graded: own rule raised an error": 2,
+        "wrong: different": 2,
+        "wrong: own rule": 1,
+    }
+    assert "no_such_name" in report["examples"]["not graded: own rule raised an error"][0]["error"]
+    with pytest.raises(RuleError, match="rule for 'geometri', which is the source of no row; there are broken, essays"):
+        prepare(config(tmp_path, RULES | {"geometri": "numeric"}))
+    with pytest.raises(RuleError, match="'maths' is no rule"):
+        prepare(config(tmp_path, {"geometry": "maths"}))
+
+
+def test_the_pass_rate_of_what_could_be_graded() -> None:
+    right, wrong = Verdict(Reason.OWN, None, 1.0), Verdict(Reason.OWN, None, 0.0)
+    failed: dict[str, Any] = {"error": "own rule raised an error: KeyError"}
+    raised = Verdict(Reason.RAISED, "KeyError")
+    assert pass_rate([right, wrong, raised, raised], "mine:rule") == {"right": 1, "samples": 2}
+    assert pass_rate([raised, raised], "mine:rule") == failed
+    assert pass_rate([Verdict(Reason.TEXT), Verdict(Reason.TIMEOUT)], "auto") == {"right": 1, "samples": 2}
