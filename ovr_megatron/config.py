@@ -534,7 +534,7 @@ class CriticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """Graders: how many workers, how long one verdict may take and how much memory, and how many are remembered.
+    """Graders: how many workers, how much CPU time and memory one verdict may take, and how many are remembered.
 
     ``rules``: by source, what makes a response right (`ovr_megatron.rewards.rules.rule`); ``auto`` where none is given.
     """
