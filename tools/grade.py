@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="JSONL rows: response, answer, options, correct")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="grader processes (default: 2)")
-    parser.add_argument("--timeout-s", type=float, default=5.0, metavar="S", help="CPU seconds of a verdict (default: 5)")
+    parser.add_argument("--timeout-s", type=float, default=5.0, metavar="S", help="CPU time of a verdict (default: 5)")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--out", type=Path, metavar="JSONL", help="write every row with its verdict to this file")
     args = parser.parse_args(argv)
