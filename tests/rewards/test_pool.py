@@ -115,7 +115,7 @@ def rules(tmp_path, monkeypatch):
 def test_a_reward_that_fails_is_tried_once_more_in_a_fresh_worker(rules):
     kinds = ["raise", "crash", "hang"]
     asked = [GradeRequest(kind, str(rules / kind), (), "these_rules:again") for kind in kinds]
-    with GraderPool(workers=1, timeout_s=0.3) as pool:
+    with GraderPool(workers=1, timeout_s=0.5) as pool:
         verdicts = pool.grade(asked)
     assert [verdict.reward for verdict in verdicts] == [1.0] * len(kinds)
     for kind in kinds:
@@ -136,7 +136,7 @@ def test_a_reward_that_fails_twice_is_no_verdict(rules):
 
 def test_a_limit_counts_the_workers_own_time(rules):
     """A rule that waits, as a worker does on a node with more work than cores, has its verdict."""
-    with GraderPool(workers=1, timeout_s=0.5) as pool:
+    with GraderPool(workers=1, timeout_s=1.0) as pool:
         assert pool.grade([GradeRequest("x", "", (), "these_rules:slow")])[0].correct
         stopped = pool.pids[0]
         pool.submit("x", RIGHT)
