@@ -141,7 +141,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / "output").write_text((cluster.folder / "job.out").read_text())
 
         run, disturbance = folder / "rl", folder / "disturbance"
-        others = rl_settings(model) | python_of(disturbance)
+        others = rl_settings(model) | python_of(disturbance) | {"OVR_WARNING_S": "5"}  # it is --signal that warns
         scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=rl.out"]
         job = cluster.submit(*scale, "--signal=B:USR1@30", ROOT / "slurm/rl.sh", *rl_arguments(run), **others)
         (folder / "absent").mkdir()
@@ -158,6 +158,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert short.returncode == 0, short.stderr
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         wait(lambda: bool(attempts(run)) or cluster.job(job)["JobState"] in ended, "the PPO job to leave")
+        cluster.run(
+            "scontrol", "update", f"JobId={job}", "TimeLimit=60"
+        )  # EndTime has changed it for the next attempt, too
         (disturbance / "brake").unlink()
         wait(lambda: cluster.job(job)["JobState"] in ended, "the end of the PPO job")
         wait(lambda: cluster.job(alone)["JobState"] in ended, "the end of the job that lacks a rank")
