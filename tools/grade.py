@@ -24,6 +24,7 @@ from ovr_megatron.runtime.progress import Progress
 NO_BOX = "no box in the response"
 UNIT = "the benchmark's script missed a unit"
 CONTENT = "the benchmark's script missed an option's content"
+SIDES = "the sides of an equation differ, and the benchmark's script takes the last"
 UNEXPLAINED = "unexplained"
 
 
@@ -91,12 +92,15 @@ def _found(raw: dict[str, Any], field: str) -> str:
 def explain(row: GradedRow, verdict: Verdict) -> str:
     """Name the group of a disagreement, from the row and the verdict alone.
 
-    A script that reads letters outside of a box says right where there is no box.  One that compares texts
+    A script that reads letters outside of a box says right where there is no box; one that takes what stands after
+    the last "=" says so of "2 = 7/2", which we count as two values.  One that compares texts
     says wrong where the box has the right option's letter and content, its content, or a unit beside the value.
     """
     request = row.request
     if row.correct and verdict.reason is Reason.NO_BOX:
         return NO_BOX
+    if row.correct and verdict.reason is Reason.DIFFERENT and "=" in (verdict.box or ""):
+        return SIDES
     if row.correct or not verdict.correct or verdict.box is None:
         return UNEXPLAINED
     named = named_letter(clean(verdict.box), len(request.options))

@@ -13,6 +13,7 @@ from ovr_megatron.rewards.pool import GradeRequest
 from tools.grade import (
     CONTENT,
     NO_BOX,
+    SIDES,
     UNEXPLAINED,
     UNIT,
     GradedRow,
@@ -57,9 +58,10 @@ def test_every_disagreement_with_the_benchmark_falls_into_a_named_group(referee)
     listed = "\n".join(f"{group}: {shown}" for group, rows in groups.items() for shown in rows)
     print(listed)
     assert UNEXPLAINED not in groups, listed
-    assert set(groups) == {NO_BOX, UNIT, CONTENT}, listed
+    assert set(groups) == {NO_BOX, UNIT, CONTENT, SIDES}, listed
     # The rules, checked on what they took in: without a box the script said right; else it overlooked the right option.
     assert all(shown["file"] and shown["box"] is None for shown in groups[NO_BOX])
+    assert [shown["box"] for shown in groups[SIDES]] == ["\\frac{12}{6}=\\frac{7}{2}"]
     assert not any(shown["file"] for shown in groups[UNIT] + groups[CONTENT])
     assert all("\\mathrm" in shown["option"] or "\\circ" in shown["option"] for shown in groups[UNIT])
     assert all(shown["option"] in shown["box"] for shown in groups[CONTENT])
@@ -77,6 +79,7 @@ def test_every_disagreement_with_the_benchmark_falls_into_a_named_group(referee)
         ("\\boxed{C}", "D", tuple("ABCDE"), True, UNEXPLAINED),
         ("\\boxed{D}", "D", tuple("ABCDE"), False, UNEXPLAINED),
         ("\\boxed{6}", "5", (), True, UNEXPLAINED),
+        ("\\boxed{2=5}", "5", (), True, SIDES),
         ("\\boxed{5}", "5", (), False, UNEXPLAINED),
         ("\\boxed{6 cm}", "5", (), True, UNEXPLAINED),
         ("\\boxed{}", "5", (), True, UNEXPLAINED),
