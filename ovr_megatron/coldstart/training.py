@@ -152,6 +152,8 @@ class Recorder:
         self, metrics: dict[str, float], documents: list[DocumentLoss], packs: SupervisedPacks
     ) -> dict[str, float]:
         sources = by_source(documents)
+        every, learned = packs.replies
+        replies = {"data/replies": every, "data/learned_replies": learned} if every else {}  # not known of a set
         return {
             "loss/train": metrics["loss"],
             **({f"loss/source/{name}": loss for name, loss in sources.items()} if len(sources) > 1 else {}),
@@ -161,11 +163,7 @@ class Recorder:
             "data/tokens": metrics["count"],
             "data/fill": packs.fill,
             "data/dropped": packs.dropped,
-            **(
-                dict(zip(("data/replies", "data/learned_replies"), packs.replies, strict=True))
-                if any(packs.replies)
-                else {}
-            ),
+            **replies,
         }
 
     def _record_spike(self, step: int, metrics: dict[str, float], documents: list[DocumentLoss]) -> None:
