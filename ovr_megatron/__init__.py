@@ -7,10 +7,10 @@ or ``srun`` started gets the settings of `ovr_megatron.runtime.environment`.
 
 import os
 
-from ovr_megatron.runtime import cpu, environment
+from ovr_megatron.runtime import cpu, environment, torchvision_on_cpu
 
 __version__ = "0.1.0"
 
 environment.apply(os.environ)
-cpu.let_torchvision_import()
+torchvision_on_cpu.let_torchvision_import()
 cpu.hush_megatron()

@@ -73,6 +73,9 @@ class DataConfig:
     the model folder's own; ``model`` takes the folder's.  ``without_thought``: a reply to learn that never closes the
     opened thought is an error (``refuse``), gets an empty thought (``close``), or is learned as it is (``open``).
     ``learn``: of a chat of several turns ``all`` replies are learned, or the ``last``.
+    ``after_video``: positions of a text after a video go on one past the largest position (``extent``, as vLLM and
+    Transformers 4 do) or after the larger side of the picture (``grid``, Transformers 5.3 and later); by default as
+    the model folder says that it was trained, else ``extent``.  It is written into what is exported.
     ``mean_tokens`` and ``expected_samples`` are what `tools/plan.py` expects where it has no data to look at.
     """
 
@@ -91,6 +94,7 @@ class DataConfig:
     pack_tokens: int = 65536
     max_prompt_tokens: int = 8192
     exclude: str | None = None
+    after_video: str | None = None
     mean_tokens: int = 0
     expected_samples: int = 0
 
@@ -99,6 +103,8 @@ class DataConfig:
         choice("data.without_thought", self.without_thought, ("refuse", "close", "open"))
         choice("data.learn", self.learn, ("all", "last"))
         choice("data.on_error", self.on_error, ("stop", "skip"))
+        if self.after_video is not None:
+            choice("data.after_video", self.after_video, ("grid", "extent"))
         require(
             not self.tokenised or not (self.sources or self.exclude),
             f"data.tokenised={self.tokenised} replaces data.sources and data.exclude; remove one or the other",

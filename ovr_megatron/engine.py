@@ -38,7 +38,7 @@ from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, LiveTensors
 from ovr_megatron.weights.slices import Held
 from ovr_megatron.weights.table import Row, rows
-from ovr_megatron.weights.transfer import check_weights
+from ovr_megatron.weights.transfer import check_weights, require_finite
 
 VALUE_HEAD = "value_head.weight"
 
@@ -224,6 +224,7 @@ class Engine:
                     init_value_head(holding.parameter, head_init, torch.Generator().manual_seed(seed))
                 else:
                     self.live.put(holding, [folder.tensor(name) for name in holding.row.hf], holding.parameter)
+                    require_finite(holding.parameter.detach(), " and ".join(holding.row.hf), folder.directory)
             if hasattr(self, "optimizer"):
                 self.optimizer.reload_model_params()
         return self

@@ -15,6 +15,7 @@ from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.sources import SUFFIXES, local_path
+from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.data_checks import check_sample
 from ovr_megatron.errors import UserError
 from ovr_megatron.model.layers import choose_parts
@@ -22,6 +23,8 @@ from ovr_megatron.model.qwen25vl import DTYPES
 from ovr_megatron.plan import deadlines, report
 from ovr_megatron.runtime import cpu, distributed, preflight
 from ovr_megatron.runtime.stop import JoinError
+from ovr_megatron.weights.folder import WeightFolder
+from ovr_megatron.weights.transfer import check_weights
 
 TIME_LIMIT_S = 240  # of a collective; the launcher's limit for the whole, OVR_PREFLIGHT_S, is above it
 SAMPLE_ROWS = 32  # of each source
@@ -97,11 +100,11 @@ def look(config: Config) -> tuple[list[str], dict[str, float]]:
     dist.all_gather_object(facts, preflight.gather_facts(read))
     if main_rank:
         problems += fitting(config, ranks) + preflight.differences([item for item in facts if item])
-        problems += check_rows(config)
     if with_gpus:
         problems += preflight.check_gpus(local_rank, local_size)
         problems += check_layers(config) + preflight.check_cudnn()
     if local_rank == 0:
+        problems += check_model(config, main_rank)
         problems += [problem for path in read for problem in preflight.check_readable(path)]
     measured: dict[str, float] = {}
     problems += check_folder(run, local_rank, checkpoint_bytes(config), floors, measured)
@@ -118,13 +121,18 @@ def look(config: Config) -> tuple[list[str], dict[str, float]]:
     return preflight.gather(problems), measured
 
 
-def check_rows(config: Config) -> list[str]:
-    """Some rows of each source, read as the run would read them."""
-    folder = weights_of(config.model.path)
-    if not config.data.sources or not folder.is_dir():
-        return []
+def check_model(config: Config, with_rows: bool) -> list[str]:
+    """Open what the run will open: tokenizer, processor, template, weights' names, the set or rows of each source."""
+    source = weights_of(config.model.path)
+    if not source.is_dir():
+        return []  # `preflight.check_readable` says so
     try:
-        return check_sample(config, Processor(folder, config.data), SAMPLE_ROWS)
+        processor = Processor(source, config.data)
+        with WeightFolder(source) as folder:
+            check_weights(folder, processor.shape)
+        if config.data.tokenised:
+            TokenisedSet(config.data.tokenised, processor)
+        return check_sample(config, processor, SAMPLE_ROWS) if with_rows and config.data.sources else []
     except UserError as error:
         return [str(error)]
 

@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.data.hf_assets import check_assets, one_sentence
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.data.positions import Visual, mrope_positions
 from ovr_megatron.engine import VALUE_HEAD, Engine, LossSum
@@ -159,7 +160,8 @@ class Reference:
 
 def reference(directory: Path, found: list[Document], dtype: torch.dtype, critic: bool = False) -> Reference:
     """Run Transformers' model, for a critic with the value head of `Engine.load`, document by document."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    with one_sentence(f"{directory}: Transformers cannot load its model", "see that the whole folder is there"):
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     shape = ModelShape.from_hf(directory)
     head = torch.nn.Linear(shape.hidden, 1, bias=False, dtype=dtype)
     init_value_head(head.weight, "orz", torch.Generator().manual_seed(0))
@@ -281,8 +283,9 @@ def verify(
     critic: bool = False,
 ) -> Report:
     """Compare in the layout of this process group; the first rank holds the full report."""
+    check_assets(directory)
+    shape = check_assets(weights)
     world = distributed.start(parallel, seed=0)
-    shape = ModelShape.from_hf(weights)
     found = documents(shape, texts=ODD_LENGTHS if packed else ())
     engine = Engine(shape, ModelConfig(path=str(weights), dtype=dtype), parallel, world, critic)
     engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(weights))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
-# Transformers, twenty kills of each stage, 200,000 rows from sources to a checkpoint, and PPO, GRPO and RLOO on three
-# seeds of the miniature. The results of the last run stand in docs/layouts.md, running.md, data.md and algorithms.md.
+# Transformers, an export served by vLLM, twenty kills of each stage, 200,000 rows from sources to a checkpoint, and PPO,
+# GRPO and RLOO on three seeds of the miniature. The results of the last run stand in docs/layouts.md, running.md, data.md and algorithms.md.
 #
 #   bash tests/soak.sh
 set -euo pipefail
@@ -15,6 +15,7 @@ for workers in 1 2; do
 done
 .venv/bin/python tests/soak/long_context.py
 .venv/bin/python tests/soak/long_context.py --yarn 2 --rollout
+.venv/bin/python tests/soak/serve.py
 .venv/bin/python tests/soak/kills.py
 .venv/bin/python tests/soak/prepared.py
 .venv/bin/python tests/soak/algorithms.py --run "${SOAK_DIR:-runs/soak}/algorithms" --out docs/images

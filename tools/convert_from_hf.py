@@ -11,20 +11,25 @@ from ovr_megatron.runtime.command import run_command
 def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) -> None:
     """Write ``out/policy``, with YaRN if asked, and the manifest; ``out`` appears when it is whole."""
     from ovr_megatron.checkpoint.manifest import write_manifest
-    from ovr_megatron.model.shape import ModelShape, stretch_positions
+    from ovr_megatron.data.hf_assets import check_assets, complete_folder
+    from ovr_megatron.data.hf_files import left_out
+    from ovr_megatron.model.shape import stretch_positions
     from ovr_megatron.weights.folder import WeightFolder, copy_companions
-    from ovr_megatron.weights.transfer import check_weights, copy_weights, staged
+    from ovr_megatron.weights.transfer import check_finite, check_weights, copy_weights, staged
 
-    shape = ModelShape.from_hf(hf)
+    shape = check_assets(hf)
     with WeightFolder(hf) as folder:
         check_weights(folder, shape)
+        check_finite(folder)
         with staged(out, [hf], force) as partial:
-            copy_companions(hf, partial / "policy")
+            copy_companions(complete_folder(hf), partial / "policy")
             if yarn is not None:
                 shape = stretch_positions(partial / "policy", yarn)
             copy_weights(folder, partial / "policy", workers=workers)
             manifest = write_manifest(partial, step=0, extra={"converted_from": str(hf.resolve())})
     print(f"{out}: checkpoint of step 0, {sum(file.bytes for file in manifest.files.values()):,} bytes")
+    if others := left_out(hf):
+        print(f"not copied, as they are no part of the model: {', '.join(others)}")
     if yarn is not None:
         print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")
 

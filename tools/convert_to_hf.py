@@ -13,10 +13,12 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
     """Write the folder ``out``, which appears when it is whole, and say what it leaves out."""
     import torch
 
+    from ovr_megatron.checkpoint.companions import write_generation_config
     from ovr_megatron.checkpoint.manifest import CheckpointError, check
+    from ovr_megatron.data.hf_assets import load_assets
     from ovr_megatron.model.shape import ModelShape
     from ovr_megatron.weights.folder import WeightFolder, copy_companions
-    from ovr_megatron.weights.transfer import VALUE_HEAD, check_weights, copy_weights, staged
+    from ovr_megatron.weights.transfer import VALUE_HEAD, check_finite, check_weights, copy_weights, staged
 
     part = "critic" if critic else "policy"
     manifest = check(checkpoint, under=part)
@@ -24,11 +26,15 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
         held = ", ".join(sorted({name.split("/")[0] for name in manifest.files}))
         raise CheckpointError(f"{checkpoint} has no {part}, only {held}; use another checkpoint")
     shape = ModelShape.from_hf(checkpoint / part)
+    assets = load_assets(checkpoint / part, shape)
     number_format = getattr(torch, dtype) if dtype else None
     with WeightFolder(checkpoint / part) as folder:
         check_weights(folder, shape, critic)
+        check_finite(folder)
         with staged(out, [checkpoint], force) as partial:
             copy_companions(checkpoint / part, partial, number_format)
+            if manifest.step:  # step 0 is the base model itself
+                write_generation_config(partial, assets.tokenizer.get_vocab())
             copy_weights(folder, partial, number_format, leave_out=[VALUE_HEAD], workers=workers)
     print(f"{out}: {part} of step {manifest.step}")
     left_out = sorted({name.split("/")[0] for name in manifest.files} - {part})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ovr_megatron.model.tiny_sizes import TinySizes
 from ovr_megatron.runtime.command import run_command
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -24,27 +23,31 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="text file to train the tokenizer on, one text a line")
     for size in fields(TinySizes):
         parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default, help="size")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        parser.exit(2, f"make_tiny_model: {args.out} exists and is not empty; remove it or choose another folder\n")
 
     # Here, so that --help does not wait for torch.
     import torch
 
     from ovr_megatron.model.tiny import make_tiny_model
+    from ovr_megatron.weights.transfer import staged
 
     try:
-        out = make_tiny_model(
-            args.out,
-            tied=args.tied,
-            seed=args.seed,
-            sizes=TinySizes(**{size.name: getattr(args, size.name) for size in fields(TinySizes)}),
-            corpus=args.corpus.read_text(encoding="utf-8").splitlines(keepends=True) if args.corpus else None,
-            perturb=args.perturb,
-            std=args.std,
-            dtype=getattr(torch, args.dtype),
-        )
+        with staged(args.out, []) as partial:
+            make_tiny_model(
+                partial,
+                tied=args.tied,
+                seed=args.seed,
+                sizes=TinySizes(**{size.name: getattr(args, size.name) for size in fields(TinySizes)}),
+                corpus=args.corpus.read_text(encoding="utf-8").splitlines(keepends=True) if args.corpus else None,
+                perturb=args.perturb,
+                std=args.std,
+                dtype=getattr(torch, args.dtype),
+            )
     except (ValueError, OSError) as error:
-        sys.exit(f"make_tiny_model: {error}")
-    print(out)
+        parser.exit(2, f"make_tiny_model: {error}\n")
+    print(args.out)
 
 
 if __name__ == "__main__":

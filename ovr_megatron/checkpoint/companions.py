@@ -6,28 +6,62 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ovr_megatron.data.hf_files import BASE_GENERATION, GENERATION, PREPROCESSOR, PROCESSOR
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.weights.folder import copy_companions
 
-_PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+_PROCESSORS = (PREPROCESSOR, "video_preprocessor_config.json", PROCESSOR)
 
 
-def write_companions(source: Path, out: Path, processor: Processor) -> None:
-    """Copy configuration, tokenizer and processor of ``source`` to ``out`` and write the run's settings into them.
+def write_companions(out: Path, processor: Processor) -> None:
+    """Copy configuration, tokenizer and processor of the processor's folder to ``out`` with the run's settings.
 
-    The chat template is the one that the run trains with, and the image budget is the run's, so that whoever
-    serves the export gives the model what it was trained on.
+    The chat template is the one that the run trains with, the image budget and the rule after a video are the run's,
+    and the generation config is that of training, so that whoever serves the export gives the model what it was
+    trained on and samples the distribution that was trained.
     """
-    copy_companions(source, out)
+    copy_companions(processor.folder, out)
     template = str(processor.chat_template)
     (out / "chat_template.jinja").write_text(template)
     # Transformers 4 reads the template from these two.
     (out / "chat_template.json").write_text(json.dumps({"chat_template": template}, indent=2) + "\n")
     _edit(out / "tokenizer_config.json", {"chat_template": template})
+    _edit(out / "config.json", {"after_video": processor.after_video})
     budget = {"min_pixels": processor.config.min_pixels, "max_pixels": processor.config.max_pixels}
     size = {"shortest_edge": budget["min_pixels"], "longest_edge": budget["max_pixels"]}
     for name in _PROCESSORS:
         _edit_budget(out / name, budget, size)
+    write_generation_config(out, processor.tokenizer.get_vocab())
+
+
+def write_generation_config(folder: Path, vocabulary: dict[str, int]) -> None:
+    """Write the trained distribution as what a server samples from by default; keep the base model's beside it.
+
+    The whole distribution at temperature 1: Transformers and vLLM take temperature, penalties, top-p and top-k from
+    this file, and Qwen's own asks for nearly greedy sampling with a repetition penalty.
+
+    Args:
+        folder: Hugging Face folder; the file of the base model becomes `BASE_GENERATION`, once.
+        vocabulary: Ids by token.
+    """
+    path, base = folder / GENERATION, folder / BASE_GENERATION
+    end, padding = vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]
+    values = {
+        "bos_token_id": padding,
+        "eos_token_id": [end, padding],
+        "pad_token_id": padding,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,  # all tokens; without the field Transformers 4 takes 50
+        "repetition_penalty": 1.0,
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    if path.exists() and path.read_text() == text:
+        return
+    if path.exists() and not base.exists():
+        path.rename(base)
+    path.write_text(text)
 
 
 def _edit(path: Path, values: dict[str, Any]) -> None:

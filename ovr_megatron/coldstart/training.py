@@ -67,7 +67,7 @@ def train(config: ColdStartConfig, world: World) -> Ended:
     if world.is_main:
         configuration.save(config, run / "config.yaml")
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
-        write_companions(source, run / "companions", processor)
+        write_companions(run / "companions", processor)
     recorder = Recorder(config, engine, world, found)
     evaluation = build_evaluation(config, source, processor) if config.evaluation.every else None
 

@@ -27,6 +27,7 @@ from ovr_megatron.curation import (
 )
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import Stage, alone, check_stage_folder, run_stages
+from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.rewards import rules
 
 STAGES: dict[str, Stage] = {
@@ -48,6 +49,7 @@ def prepare(config: PrepareConfig) -> Path:
     """
     folder = Path(config.dir)
     check_folder(folder, config.stages)
+    check_models(config)
     folder.mkdir(parents=True, exist_ok=True)
     for name in config.reward.rules.values():
         rules.check(name)
@@ -57,6 +59,23 @@ def prepare(config: PrepareConfig) -> Path:
         summary = summarise(config)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return last
+
+
+def check_models(config: PrepareConfig) -> None:
+    """Check configuration and tokenizer of every local model that a stage will open, before the first of them.
+
+    Raises:
+        ShapeError: a folder is no Qwen2.5-VL model.
+        AssetError: its tokenizer or processor does not fit it.
+    """
+    models = {
+        "tokenise": config.model,
+        "proxy_loss": config.proxy_loss.model,
+        "difficulty": config.difficulty.model,
+        "teacher": None if config.teacher.base_url else config.teacher.model,
+    }
+    for folder in sorted({model for stage, model in models.items() if model and stage in config.stages}):
+        check_assets(folder)
 
 
 def check_folder(folder: Path, stages: Sequence[str]) -> None:

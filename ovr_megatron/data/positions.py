@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 AFTER_VIDEO = ("grid", "extent")
+SERVED_AFTER_VIDEO = "extent"  # `Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions` of vLLM 0.32
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from transformers import AutoProcessor
 
 from ovr_megatron.config import DataConfig
+from ovr_megatron.data.hf_assets import check_template, complete_folder, load_assets
 from ovr_megatron.data.images import check_counts, image_size, load_media
 from ovr_megatron.data.pixels import PixelProcessor, Video, frame_size, stack_frames
-from ovr_megatron.data.positions import AFTER_VIDEO, Visual, continue_positions, mrope_positions
+from ovr_megatron.data.positions import SERVED_AFTER_VIDEO, Visual, continue_positions, mrope_positions
 from ovr_megatron.data.rendering import Chat, ChatTemplate, TemplateError, TokenisedChat
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, continuation, convert, convert_instruction, problem_of
@@ -81,43 +81,44 @@ class Processor:
     """Tokenizer, chat template and image processor of one model folder under one image budget.
 
     Attributes:
+        folder: The model folder, or what `complete_folder` puts in its place.
         tokenizer: The folder's Hugging Face tokenizer.
         shape: The folder's model shape.
         chat_template: Jinja source in use.
         template_notice: One sentence where it is another than the folder's own, else empty.
         end_token: Id of ``<|im_end|>``, which closes a response.
         mm_processor_kwargs: The image budget in the form that vLLM's argument of this name takes.
+        after_video: How positions go on after a video, see `mrope_positions`: ``data.after_video``, else what the
+            folder says that its model was trained with, else as vLLM serves it.
     """
 
-    def __init__(self, model_dir: str | Path, config: DataConfig, after_video: str = "grid") -> None:
+    def __init__(self, model_dir: str | Path, config: DataConfig) -> None:
         """Load the processor of a local folder.
 
         Args:
             model_dir: Hugging Face Qwen2.5-VL folder.
             config: Template, image budget and limits.
-            after_video: How `mrope_positions` goes on after a video: ``grid`` as Transformers 5.3 and later
-                do, ``extent`` as vLLM does.
 
         Raises:
             TemplateError: the ``model`` template is asked for and the folder has none.
+            AssetError: tokenizer, processor or template is missing, broken, or does not fit the model.
             ShapeError: the folder is not a Qwen2.5-VL model.
         """
-        assert after_video in AFTER_VIDEO, after_video
-        self.config, self.after_video = config, after_video
+        self.config = config
         self.shape = ModelShape.from_hf(model_dir)
-        folder = AutoProcessor.from_pretrained(str(model_dir), local_files_only=True)
-        self.tokenizer = folder.tokenizer
-        own = folder.chat_template or folder.tokenizer.chat_template
+        self.after_video = config.after_video or self.shape.after_video or SERVED_AFTER_VIDEO
+        self.folder = complete_folder(Path(model_dir))
+        assets = load_assets(self.folder, self.shape)
+        self.tokenizer, own = assets.tokenizer, assets.chat_template
         self.chat_template = THINK_TEMPLATE.read_text(encoding="utf-8") if config.template == "think" else own
         self.template_notice = TEMPLATE_NOTICE if own and own != self.chat_template else ""
         if not self.chat_template:
             raise TemplateError(f"{model_dir} has no chat template; set data.template=think or add one to the folder")
-        try:
-            self._chat = ChatTemplate(self.tokenizer, self.chat_template)
-        except TemplateError as error:
-            raise TemplateError(f"{model_dir}: {error}") from None
+        self._chat = ChatTemplate(self.tokenizer, self.chat_template)
+        check_template(self.chat_template, self._chat.special, model_dir)
+        self._chat.check_text(model_dir)
         self.end_token = self._chat.end_token
-        self._pixels = PixelProcessor(folder.image_processor, folder.video_processor, self.shape.vision, config)
+        self._pixels = PixelProcessor(assets.image_processor, assets.video_processor, self.shape.vision, config)
         self.mm_processor_kwargs = self._pixels.mm_processor_kwargs
 
     def encode(self, rows: Sequence[Row], generation: bool) -> list[Sample]:

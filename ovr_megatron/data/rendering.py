@@ -13,8 +13,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from ovr_megatron.data.hf_assets import one_sentence
+from ovr_megatron.data.hf_files import AssetError
 from ovr_megatron.data.schema import ImagePart, Message, TextPart
 from ovr_megatron.data.traces import THINK
 from ovr_megatron.errors import UserError
@@ -103,6 +106,20 @@ class ChatTemplate:
         """Whether a reply is asked for after an opened ``<think>``."""
         return self._generation_prompt.rstrip().endswith(THINK)
 
+    def check_text(self, folder: str | Path) -> None:
+        """Render a chat of one text and see that the text is in it, once.
+
+        Raises:
+            AssetError: the template cannot be rendered, or leaves the text out.
+        """
+        text = "Add 1 and 2."
+        pieces = list(self._render(Chat([Message("user", (TextPart(text),))])))
+        count = sum(piece.count(text) for piece in pieces if isinstance(piece, str))
+        if count != 1:
+            raise AssetError(
+                f"{folder}: the chat template writes a user's text {count} times; use data.template=think or correct it"
+            )
+
     def _prompt(self, pieces: Sequence[str | int], ids: Iterator[list[int]]) -> tuple[list[int], list[bool]]:
         """Ids of a chat's pieces, and which are learned: earlier replies, each with the token that ends it."""
         tokens: list[int] = []
@@ -173,9 +190,10 @@ class ChatTemplate:
         return self._generation_prompt.removeprefix(head)
 
     def _apply(self, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        with one_sentence("the chat template cannot be rendered", "use data.template=think or correct it"):
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
         if not texts:

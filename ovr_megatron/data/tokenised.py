@@ -95,11 +95,16 @@ class TokenisedSource:
 
 @dataclass(frozen=True)
 class TokenisedManifest:
-    """What a set holds; ``files`` gives size in bytes and SHA-256 by name."""
+    """What a set holds.
+
+    ``files`` gives size in bytes and SHA-256 by name.  ``largest_token`` is the largest id of all samples; None in sets
+    that were written before it was recorded, whose ids are looked at when a sample is read.
+    """
 
     tokenisation: Tokenisation
     sources: tuple[TokenisedSource, ...]
     files: dict[str, dict[str, Any]]
+    largest_token: int | None = None
 
     @property
     def digest(self) -> str:
@@ -144,7 +149,7 @@ class TokenisedWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         self._files = {name: _HashedFile(self._partial / name) for name in (TOKENS, SAMPLES, SKIPPED)}
-        self._offset = 0
+        self._offset = self._largest_token = 0
 
     def begin_source(self, name: str, path: str, weight: float) -> None:
         """What is added from now on is of this source."""
@@ -163,6 +168,7 @@ class TokenisedWriter:
         self._files[SAMPLES].write(records.tobytes())
         self._offset += len(tokens)
         every, learned = texts.replies
+        self._largest_token = max(self._largest_token, int((tokens & ~CONTEXT).max(initial=0)))
         self._count(samples=len(records), tokens=len(tokens), replies=every, learned=learned)
 
     def skip(self, errors: Sequence[RowError]) -> None:
@@ -185,7 +191,7 @@ class TokenisedWriter:
         if not any(source.samples for source in self._sources):
             raise ConfigError(f"{self.folder}: no row of {len(self._sources)} sources can be used; correct them")
         files = {name: file.close() for name, file in self._files.items()}
-        manifest = TokenisedManifest(self._tokenisation, tuple(self._sources), files)
+        manifest = TokenisedManifest(self._tokenisation, tuple(self._sources), files, self._largest_token)
         with (self._partial / MANIFEST).open("w") as file:
             json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
             file.flush()
@@ -242,6 +248,9 @@ class TokenisedSet:
         self.folder = Path(folder)
         self.manifest = read_tokenised_manifest(self.folder)
         _check_tokenisation(self.folder, self.manifest.tokenisation, processor)
+        self._vocab = processor.shape.vocab
+        if (self.manifest.largest_token or 0) >= self._vocab:
+            raise ConfigError(_beyond(self.folder, self.manifest.largest_token, self._vocab))
         for name in (TOKENS, SAMPLES):
             _check_size(self.folder / name, self.manifest.files[name]["bytes"])
         records = read_records(folder)
@@ -269,6 +278,7 @@ class TokenisedSet:
         Raises:
             IndexError: there is none.
             RowError: its tokens were changed since they were written.
+            ConfigError: a token lies past the model's vocabulary.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -278,6 +288,8 @@ class TokenisedSet:
             problem = f"the tokens of sample {index} ({self.where(index)}) were changed"
             raise RowError(str(self.folder / TOKENS), "", problem, _AGAIN)
         tokens, prompt = (stored & ~CONTEXT).astype(np.int64), int(record["prompt"])
+        if (largest := tokens.max(initial=0)) >= self._vocab:
+            raise ConfigError(_beyond(self.folder, int(largest), self._vocab))
         return Sample(
             tokens=tokens,
             loss_mask=(np.arange(len(tokens)) >= prompt) & (stored < CONTEXT),
@@ -315,7 +327,7 @@ def read_tokenised_manifest(folder: str | Path) -> TokenisedManifest:
     try:
         sources = tuple(TokenisedSource(**source) for source in raw["sources"])
         files = {name: {key: raw["files"][name][key] for key in ("bytes", "sha256")} for name in (TOKENS, SAMPLES)}
-        return TokenisedManifest(Tokenisation(**raw["tokenisation"]), sources, files)
+        return TokenisedManifest(Tokenisation(**raw["tokenisation"]), sources, files, raw.get("largest_token"))
     except (KeyError, TypeError) as error:
         raise RowError(str(path), "", f"lacks a field or has one too many ({error})", _AGAIN) from None
 
@@ -345,6 +357,13 @@ def _check_tokenisation(folder: Path, theirs: Tokenisation, processor: Processor
                 f"data.tokenised={folder} was written with {item.name} {one}, model.path and data.template give "
                 f"{other}; choose the model and template it was written for, or write it anew with tools/tokenise.py"
             )
+
+
+def _beyond(folder: Path, token: int | None, vocab: int) -> str:
+    return (
+        f"data.tokenised={folder} holds token {token}, and the model's vocabulary ends at {vocab}; choose the model it "
+        "was written for, or write it anew with tools/tokenise.py"
+    )
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -71,16 +71,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Here, so that --help does not wait for vLLM.
     from ovr_megatron.checkpoint.store import weights_of
+    from ovr_megatron.data.hf_assets import check_assets
     from ovr_megatron.evaluation.evaluator import run
     from ovr_megatron.evaluation.problems import Settings
     from ovr_megatron.runtime import distributed
+    from ovr_megatron.weights.folder import WeightFolder
+    from ovr_megatron.weights.transfer import check_finite, check_weights
 
     sets, model = named(args.data), weights_of(args.model)
     data = data_config(model, args)
     names = ("samples", "temperature", "max_tokens", "metric", "seed")
     settings = Settings(**{name: getattr(args, name) for name in names})
     rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
-    distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
+    check_assets(model)
+    world = distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
+    with WeightFolder(model) as folder:
+        check_weights(folder, ModelShape.from_hf(model))
+        check_finite(folder, (world.rank, world.size))
     for result in run(model, sets, args.limit, settings, data, rollout, args.dtype or dtype_of(model), args.out):
         print(sentence(result, args.out), flush=True)
     distributed.finish()
@@ -137,11 +144,17 @@ def data_config(model: Path, args: argparse.Namespace) -> DataConfig:
 
 def image_budget(model: Path) -> dict[str, int]:
     """``min_pixels`` and ``max_pixels`` that the folder was exported with; our defaults if it does not say."""
-    found = next((_read(model / name) for name in _PROCESSORS if (model / name).is_file()), {})
-    found = found.get("image_processor", found)
-    size = found.get("size") or {}
-    low = found.get("min_pixels") or size.get("shortest_edge") or DataConfig.min_pixels
-    high = found.get("max_pixels") or size.get("longest_edge") or DataConfig.max_pixels
+    stated: Any = next((_read(model / name) for name in _PROCESSORS if (model / name).is_file()), {})
+    stated = stated.get("image_processor", stated) if isinstance(stated, dict) else {}
+    stated = stated if isinstance(stated, dict) else {}
+    size = stated.get("size") if isinstance(stated.get("size"), dict) else {}
+    low = stated.get("min_pixels") or size.get("shortest_edge") or DataConfig.min_pixels
+    high = stated.get("max_pixels") or size.get("longest_edge") or DataConfig.max_pixels
+    for number in (low, high):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ConfigError(
+                f"{model}: the image budget of its processor is {number!r}; it must be a number of pixels"
+            )
     return {"min_pixels": low, "max_pixels": high}
 
 

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.errors import UserError
+from ovr_megatron.model.config_json import (
+    OuterFields,
+    RopeFields,
+    ShapeError,
+    TextFields,
+    VisionFields,
+    check_numbers,
+    is_number,
+    read_config,
+    read_fields,
+)
 
 # Qwen2.5-VL's config.json allows 128000 positions, but its training and its model card end here.
 TRAINED_POSITIONS = 32768
 _YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor")
 _YARN_FIELDS = {"type", "rope_type", "rope_theta", "mrope_section", "truncate", *_YARN_OPTIONS}
 _YARN_FIELDS |= {"factor", "original_max_position_embeddings"}
-
-
-class ShapeError(UserError, ValueError):
-    """A ``config.json`` that is not a Qwen2.5-VL model we can build; names the file and the field."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,11 @@ class Yarn:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes and special ids of one Qwen2.5-VL model; ``max_positions`` is its longest document, YaRN included."""
+    """Sizes and special ids of one Qwen2.5-VL model.
+
+    ``max_positions`` is its longest document, YaRN included.  ``after_video`` is the rule of positions that the model
+    was trained with (`ovr_megatron.data.positions.mrope_positions`), None where the folder does not say.
+    """
 
     layers: int
     hidden: int
@@ -83,6 +93,7 @@ class ModelShape:
     vision_start_token: int
     vision_end_token: int
     yarn: Yarn | None = None
+    after_video: str | None = None
 
     @property
     def trained_positions(self) -> int:
@@ -107,73 +118,75 @@ class ModelShape:
         """Read ``config.json`` of ``directory``; both the flat layout of Transformers 4 and the nested one of 5.
 
         Raises:
-            ShapeError: the file is missing, is not JSON, is of another model, or lacks a field.
+            ShapeError: the file is missing, is not JSON, is of another model, lacks a field, or asks for what is not
+                computed here.
         """
-        path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ShapeError(f"{path} does not exist; give the folder of a Hugging Face Qwen2.5-VL model") from None
-        except json.JSONDecodeError as error:
-            raise ShapeError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-        if raw.get("model_type") != "qwen2_5_vl":
-            raise ShapeError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2_5_vl'")
-        try:
-            return cls._parse(raw, path)
-        except KeyError as error:
-            raise ShapeError(f"{path}: field {error.args[0]!r} is missing") from None
-
-    @classmethod
-    def _parse(cls, raw: dict[str, Any], path: Path) -> ModelShape:
-        text = raw.get("text_config") or raw
-        vision = raw["vision_config"]
+        raw, path = read_config(directory)
+        nested = raw.get("text_config") is not None
+        values = raw["text_config"] if nested else raw
+        text = read_fields(TextFields, values, path, "text_config." if nested else "")
+        vision = read_fields(VisionFields, raw.get("vision_config", {}), path, "vision_config.")
+        outer = read_fields(OuterFields, raw, path)
         # Transformers 4 says rope_scaling, 5 rope_parameters; where both stand it takes the first.
-        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-        theta = rope.get("rope_theta", text.get("rope_theta"))
-        if theta is None:
-            raise KeyError("rope_theta")
-        # Older exports keep the tie flag on the outer level only, newer ones write it on both: outer wins.
-        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        section = tuple(rope["mrope_section"])
+        rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise ShapeError(f"{path}: field 'rope_scaling' is {rope!r} and not an object")
+        angles = read_fields(RopeFields, {"rope_theta": values.get("rope_theta"), **rope}, path)
+        head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
+        check_numbers(text, vision, outer, head_dim, path)
+        section = tuple(angles.mrope_section)
         if len(section) != 3 or 2 * sum(section) != head_dim:
             raise ShapeError(f"{path}: mrope_section {list(section)} is not three numbers of sum {head_dim // 2}")
-        positions = text.get("max_position_embeddings", 32768)
+        positions = text.max_position_embeddings
         yarn = _read_yarn(rope, positions, path)
-        # The hub's 32B leaves out the sizes of the tower that are Transformers' defaults.
         return cls(
-            layers=text["num_hidden_layers"],
-            hidden=text["hidden_size"],
-            ffn=text["intermediate_size"],
-            heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"],
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            ffn=text.intermediate_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
             head_dim=head_dim,
-            vocab=text["vocab_size"],
-            norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
+            vocab=text.vocab_size,
+            norm_eps=text.rms_norm_eps,
+            rope_theta=float(angles.rope_theta),
             mrope_section=section,
             # vLLM stops at the first of the two.
             max_positions=min(positions, int(yarn.factor * yarn.original_positions)) if yarn else positions,
             yarn=yarn,
-            tied=bool(tied),
-            vision=VisionShape(
-                depth=vision.get("depth", 32),
-                hidden=vision["hidden_size"],
-                ffn=vision["intermediate_size"],
-                heads=vision.get("num_heads", 16),
-                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-                patch=vision.get("patch_size", vision.get("spatial_patch_size", 14)),
-                temporal_patch=vision.get("temporal_patch_size", 2),
-                merge=vision.get("spatial_merge_size", 2),
-                window=vision.get("window_size", 112),
-                full_attention_layers=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-                tokens_per_second=vision.get("tokens_per_second", 2),
+            tied=_read_tied(raw, values, path),
+            vision=_vision_shape(vision),
+            image_token=outer.image_token_id,
+            video_token=outer.video_token_id,
+            vision_start_token=outer.vision_start_token_id,
+            vision_end_token=(
+                outer.vision_start_token_id + 1 if outer.vision_end_token_id is None else outer.vision_end_token_id
             ),
-            image_token=raw["image_token_id"],
-            video_token=raw["video_token_id"],
-            vision_start_token=raw["vision_start_token_id"],
-            vision_end_token=raw.get("vision_end_token_id", raw["vision_start_token_id"] + 1),
+            after_video=outer.after_video,
         )
+
+
+def _vision_shape(vision: VisionFields) -> VisionShape:
+    return VisionShape(
+        depth=vision.depth,
+        hidden=vision.hidden_size,
+        ffn=vision.intermediate_size,
+        heads=vision.num_heads,
+        in_channels=3,
+        patch=vision.patch_size or vision.spatial_patch_size or 14,
+        temporal_patch=vision.temporal_patch_size,
+        merge=vision.spatial_merge_size,
+        window=vision.window_size,
+        full_attention_layers=vision.fullatt_block_indexes,
+        tokens_per_second=vision.tokens_per_second,
+    )
+
+
+def _read_tied(raw: dict[str, Any], text: dict[str, Any], path: Path) -> bool:
+    """Older exports keep the flag on the outer level only, newer ones write it on both: outer wins."""
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    if not isinstance(tied, bool):
+        raise ShapeError(f"{path}: field 'tie_word_embeddings' is {tied!r}; it can be true or false")
+    return tied
 
 
 def _read_yarn(rope: dict[str, Any], positions: int, path: Path) -> Yarn | None:
@@ -186,9 +199,11 @@ def _read_yarn(rope: dict[str, Any], positions: int, path: Path) -> Yarn | None:
     if unknown := sorted(set(rope) - _YARN_FIELDS):
         raise ShapeError(f"{path}: field {unknown[0]!r} of YaRN is not known; remove it")
     options = {name: rope[name] for name in _YARN_OPTIONS if rope.get(name) is not None}
+    if "factor" not in rope:
+        raise ShapeError(f"{path}: field 'factor' is missing")
     original = rope.get("original_max_position_embeddings", positions)
     for name, value in {**options, "factor": rope["factor"], "original_max_position_embeddings": original}.items():
-        if not isinstance(value, int | float) or value <= 0 or (name == "factor" and value < 1):
+        if not is_number(value) or value <= 0 or (name == "factor" and value < 1):
             raise ShapeError(f"{path}: field {name!r} of YaRN is {value!r}; give a number above 0, for 'factor' from 1")
     options.setdefault("attention_factor", 0.1 * math.log(rope["factor"]) + 1.0)
     return Yarn(rope["factor"], original, truncate=bool(rope.get("truncate", True)), **options)

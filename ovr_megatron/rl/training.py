@@ -79,7 +79,7 @@ def train(config: RLConfig, world: World) -> Ended:
     if world.is_main:
         configuration.save(config, run / "config.yaml")
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
-        write_companions(source, run / "companions", processor)
+        write_companions(run / "companions", processor)
 
     with (
         rollouts.grader if rollouts else nullcontext(),

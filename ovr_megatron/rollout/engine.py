@@ -22,6 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
 from ovr_megatron.config import RolloutConfig
+from ovr_megatron.data.hf_assets import complete_folder
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.rollout.model import EMPTY  # the import also registers the model
@@ -131,7 +132,7 @@ class RolloutEngine:
         if empty:
             settings["load_format"] = EMPTY
         with undisturbed():
-            self._llm = LLM(model=str(model_dir), seed=seed, **settings)
+            self._llm = LLM(model=str(complete_folder(Path(model_dir))), seed=seed, **settings)
             _started.append(self._llm)
             (model,) = self._llm.apply_model(lambda model: model)
             model.follow(self.banned, processor.after_video, processor.shape)

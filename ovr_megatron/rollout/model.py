@@ -13,7 +13,7 @@ from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.data.positions import Visual, mrope_positions
+from ovr_megatron.data.positions import SERVED_AFTER_VIDEO, Visual, mrope_positions
 from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.model.shape import ModelShape
 
@@ -30,7 +30,7 @@ class RolloutModel(Qwen2_5_VLForConditionalGeneration):
     """
 
     banned: Tensor | None = None
-    after_video: str = "grid"
+    after_video: str = SERVED_AFTER_VIDEO
 
     def follow(self, banned: Sequence[int], after_video: str, shape: ModelShape) -> None:
         """Never sample ``banned``; go on after a video as ``after_video`` says; turn by the angles of ``shape``."""

@@ -7,7 +7,6 @@ here does nothing.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import sys
 import types
 import warnings
@@ -31,28 +30,6 @@ _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_l
 def hush_megatron() -> None:
     """Drop Megatron's warnings, at every import, that Transformer Engine and Apex are missing: both are optional."""
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (are|is) not installed")
-
-
-class _TorchvisionSchemas(importlib.abc.MetaPathFinder):
-    """Declares the operators that torchvision registers fakes for, when its own library cannot load.
-
-    torchvision of the package registry is linked against CUDA; beside a CPU torch its C++ library does not
-    load and ``torchvision._meta_registrations`` then fails on unknown operators.  They only need a schema.
-    """
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name != "torchvision._meta_registrations" or sys.modules["torchvision.extension"]._has_ops():
-            return
-        library = sys.modules["torch"].library
-        for operator in ("nms", "qnms"):
-            library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        sys.meta_path.remove(self)
-
-
-def let_torchvision_import() -> None:
-    """Make ``import torchvision`` work beside a CPU torch; free until torchvision is imported."""
-    if not any(isinstance(finder, _TorchvisionSchemas) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TorchvisionSchemas())
 
 
 class _TorchOnCpu(types.ModuleType):

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, copy_companions
-from ovr_megatron.weights.transfer import HEAD, check_weights, staged
+from ovr_megatron.weights.transfer import HEAD, check_finite, check_weights, staged
 
 _PIECE = 1 << 22  # numbers that are summed at once
 
@@ -36,11 +37,12 @@ def average(directories: Sequence[Path], out: Path, replace: bool = False) -> No
     if not directories:
         raise WeightError("nothing to average: give at least one checkpoint or Hugging Face folder")
     sources = [policy_folder(directory) for directory in directories]
-    shapes = [ModelShape.from_hf(source) for source in sources]
+    shapes = [check_assets(source) for source in sources]
     with ExitStack() as stack:
         folders = [stack.enter_context(WeightFolder(source)) for source in sources]
         for folder, shape in zip(folders, shapes, strict=True):
             check_weights(folder, shape)
+            check_finite(folder)
             _check_alike(folders[0], shapes[0], folder, shape)
         names = [name for name in folders[0].names() if not (shapes[0].tied and name == HEAD)]
         partial = stack.enter_context(staged(out, directories, replace))

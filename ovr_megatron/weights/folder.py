@@ -8,7 +8,7 @@ are written.
 from __future__ import annotations
 
 import json
-import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,16 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ovr_megatron.data.hf_files import copy_files
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
+from ovr_megatron.weights.diagnosis import left_over
 from ovr_megatron.weights.shard import Pending, sync, write_shard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 1 << 30
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".partial")
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
 
 
@@ -112,35 +112,55 @@ def _shards(directory: Path) -> dict[str, list[str]]:
     if index.exists():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WeightError(f"{index} is not a safetensors index ({error!r}); get this file again") from error
         shards: dict[str, list[str]] = {}
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise WeightError(f"{index} names no tensor; get this file again")
         for name, file in weight_map.items():
-            if Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file:
                 raise WeightError(f"{index}: {name} points outside the folder, to {file!r}")
             shards.setdefault(file, []).append(name)
         return shards
-    found = sorted(path.name for path in directory.glob("*.safetensors"))
-    if found == [SINGLE]:
+    files = _model_files(directory)
+    if files == [SINGLE]:
         return {SINGLE: []}
-    if found:
-        raise WeightError(f"{directory} has {some(found)} but no {INDEX}; get the index, or the whole folder, again")
+    if files:
+        raise WeightError(f"{directory} has {some(files)} but no {INDEX}; get the index, or the whole folder, again")
+    if (directory / "adapter_config.json").exists() or (directory / "adapter_model.safetensors").exists():
+        raise WeightError(
+            f"{directory} holds a LoRA adapter and no model; merge it into its model (PEFT: merge_and_unload) and give "
+            "the folder of the whole model"
+        )
+    if pickles := sorted(path.name for path in directory.glob("*.bin")):
+        raise WeightError(f"{directory} has {some(pickles)} and no safetensors weights; save it as safetensors")
     raise WeightError(f"{directory} has no safetensors weights; give the folder of a Hugging Face model in safetensors")
 
 
-def copy_companions(source: Path, out: Path, dtype: torch.dtype | None = None) -> list[str]:
-    """Copy every file that is not a weight: config, tokenizer, processor, chat template, generation config.
+def _model_files(directory: Path) -> list[str]:
+    """The safetensors files of a folder but those that are known to be no part of the model, which are named."""
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if SINGLE in names:
+        for name in names:
+            if kind := left_over(name):
+                print(f"notice: {directory / name} is {kind}; {SINGLE} is read", file=sys.stderr, flush=True)
+        return [name for name in names if not left_over(name)]
+    return [name for name in names if name != "adapter_model.safetensors"]
 
-    Hidden files and folders are left. With ``dtype``, ``config.json`` names it as the format of the weights.
+
+def copy_companions(source: Path, out: Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Copy the known files beside the weights: config, tokenizer, processor, chat template, generation config.
+
+    With ``dtype``, ``config.json`` names it as the dtype of the weights.
 
     Returns:
         The names of the copied files, relative to the folder.
+
+    Raises:
+        AssetError: one of them is a link that leaves the folder.
     """
     out.mkdir(parents=True, exist_ok=True)
-    copied = companions(source)
-    for name in copied:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, out / name)
+    copied = copy_files(source, out)
     if dtype is not None:
         path = out / "config.json"
         config = json.loads(path.read_text())
@@ -148,17 +168,6 @@ def copy_companions(source: Path, out: Path, dtype: torch.dtype | None = None) -
         if named != config:
             path.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")
     return copied
-
-
-def companions(directory: Path) -> list[str]:
-    """Every file of a folder that is not a weight, relative to it, sorted; hidden files and folders are left out."""
-    files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    return sorted(
-        str(file)
-        for file in files
-        if not file.name.endswith(_WEIGHT_SUFFIXES + _INDEX_SUFFIXES)
-        and not any(part.startswith(".") for part in file.parts)
-    )
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -262,8 +271,8 @@ def _prepare(directory: Path) -> None:
 
 def _discard(directory: Path) -> None:
     """Remove the shards that have no name yet: of a write that failed, or of one that was killed."""
-    for left_over in directory.glob("model*.partial"):
-        left_over.unlink()
+    for unfinished in directory.glob("model*.partial"):
+        unfinished.unlink()
 
 
 def _publish(directory: Path, shards: Sequence[Sequence[str]], total_bytes: int) -> None:

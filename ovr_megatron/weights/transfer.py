@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ovr_megatron.data.hf_files import companions
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.ownership import refusal, write_record
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
-from ovr_megatron.weights.folder import SHARD_BYTES, WeightError, WeightFolder, companions, some, write_folder
+from ovr_megatron.weights.diagnosis import HEAD, explain
+from ovr_megatron.weights.folder import SHARD_BYTES, WeightError, WeightFolder, some, write_folder
 from ovr_megatron.weights.shard import FORMATS, PIECE, Pending, as_bytes, sync
 
-EMBEDDING, HEAD, VALUE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "value_head.weight"
+EMBEDDING, VALUE_HEAD = "model.embed_tokens.weight", "value_head.weight"
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -39,6 +41,8 @@ def check_weights(folder: WeightFolder, shape: ModelShape, critic: bool = False)
     where = folder.directory
     for name in sorted(names & expected.keys()):
         _check_tensor(folder, name, expected[name])
+    if names != expected.keys() and (reason := explain(where, names, expected, critic)):
+        raise WeightError(reason)
     if missing := sorted(expected.keys() - names):
         raise WeightError(f"{where}: no tensor {some(missing)}; the folder is not whole, or of another model")
     if unknown := sorted(names - expected.keys()):
@@ -59,6 +63,35 @@ def _check_tensor(folder: WeightFolder, name: str, expected: tuple[int, ...]) ->
         raise WeightError(
             f"{folder.directory}: {name} is stored as {folder.dtype(name)}, not {', '.join(_FLOATS)}; "
             "give a model that is not quantised"
+        )
+
+
+def check_finite(folder: WeightFolder, share: tuple[int, int] = (0, 1)) -> None:
+    """Refuse weights that are NaN or infinite; every byte is read, piece by piece.
+
+    Args:
+        folder: The weights.
+        share: Rank and number of ranks, each of which reads every so-manyth tensor.
+
+    Raises:
+        WeightError: names the tensor and how many of its values are not finite.
+    """
+    rank, ranks = share
+    for name in folder.names()[rank::ranks]:
+        require_finite(folder.tensor(name), name, folder.directory)
+
+
+def require_finite(tensor: Tensor, name: str, directory: Path) -> None:
+    """Refuse one tensor that has a NaN or an infinity.
+
+    Raises:
+        WeightError: names it.
+    """
+    count = sum(piece.numel() - int(piece.isfinite().sum()) for piece in tensor.flatten().split(PIECE))
+    if count:
+        raise WeightError(
+            f"{directory}: {name} has {count} of {tensor.numel()} values that are NaN or infinite; the model diverged "
+            "or was damaged, give an earlier checkpoint or get the file again"
         )
 
 

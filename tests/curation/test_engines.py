@@ -22,6 +22,7 @@ from ovr_megatron.curation.settings import (
 )
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import parse_row
+from ovr_megatron.model.shape import ShapeError
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.rollout.sampling import banned_tokens
 
@@ -148,7 +149,11 @@ def test_a_model_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         collect=CollectConfig(limit=3),
         proxy_loss=ProxyLossConfig(model=str(tmp_path / "nothing")),
     )
-    with pytest.raises(EngineError, match=r"error: .*nothing"):
+    with pytest.raises(ShapeError, match=r"nothing/config\.json does not exist"):
+        prepare(config)
+    assert not (tmp_path / "out").exists()
+    (make_tiny_model(tmp_path / "nothing") / "model.safetensors").unlink()
+    with pytest.raises(EngineError, match="score: vLLM's process ended"):
         prepare(config)
 
 

@@ -11,13 +11,14 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from ovr_megatron.config import DataConfig
+from ovr_megatron.data.hf_files import AssetError
 from ovr_megatron.data.processing import THINK_TEMPLATE, Processor, TemplateError, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
 from ovr_megatron.model.shape import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 BUDGET = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
-CONFIG = DataConfig(max_images=3, max_frames=5, **BUDGET)
+CONFIG = DataConfig(max_images=3, max_frames=5, after_video="grid", **BUDGET)  # the rule of Transformers 5
 SIZES = TinySizes(layers=1, hidden=64, heads=2, kv_heads=1, ffn=64, vision_hidden=32, vision_ffn=32)
 
 
@@ -389,10 +390,10 @@ def test_a_response_is_appended_as_it_was_sampled(processor):
     assert len(prompt) == len(prompt.loss_mask)  # the prompt is shared by its responses and stays as it was
 
 
-def test_the_rule_after_a_video_can_be_that_of_vllm(folder):
+def test_the_rule_after_a_video_is_that_of_vllm_unless_it_is_chosen(folder):
     long = row(user(video(5, 56, 56, fps=0.5), "Hi"))
     [grid] = Processor(folder, CONFIG).encode([long], generation=True)
-    [extent] = Processor(folder, CONFIG, after_video="extent").encode([long], generation=True)
+    [extent] = Processor(folder, DataConfig(max_frames=5, **BUDGET)).encode([long], generation=True)
     last = grid.placement[-1]
     assert grid.position_ids[0, last] == extent.position_ids[0, last]
     assert grid.position_ids[0, last + 1] < grid.position_ids[0, last]
@@ -445,6 +446,11 @@ def test_a_folder_without_a_template_or_with_one_that_drops_images_is_refused(tm
     for name in ("chat_template.json", "tokenizer_config.json"):
         written = json.loads((tmp_path / name).read_text())
         (tmp_path / name).write_text(json.dumps({**written, "chat_template": "{{ messages[0].role }}"}))
+    with pytest.raises(AssetError, match="chat template writes a user's text 0 times"):
+        Processor(tmp_path, DataConfig(template="model"))
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        text = "{% for part in messages[0].content %}{{ part.text or part }}{% endfor %}"
+        (tmp_path / name).write_text(json.dumps({**written, "chat_template": text}))
     with pytest.raises(TemplateError, match="places 0 images and videos where the row has 1"):
         Processor(tmp_path, DataConfig(template="model")).encode([ROWS["image"]], generation=True)
     for name in ("chat_template.json", "tokenizer_config.json"):

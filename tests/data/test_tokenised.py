@@ -1,6 +1,8 @@
 import dataclasses
+import hashlib
 import json
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.tokenised import (
     MANIFEST,
+    RECORD,
     SAMPLES,
     TOKENS,
     Texts,
@@ -70,6 +73,27 @@ def changed(written, tmp_path, name, change):
     folder = shutil.copytree(written, tmp_path / "changed")
     (folder / name).write_bytes(change((folder / name).read_bytes()))
     return folder
+
+
+def test_token_past_the_vocabulary_is_named_before_it_is_trained(written, processor, model, config, tmp_path):
+    copy = shutil.copytree(written, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    vocab = processor.shape.vocab
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "largest_token": vocab}))
+    with pytest.raises(ConfigError, match=f"holds token {vocab}, and the model's vocabulary ends at {vocab}"):
+        TokenisedSet(copy, processor)
+    # a set of the time before, whose manifest does not say it
+    manifest.pop("largest_token")
+    tokens = np.fromfile(copy / "tokens.bin", "<u4")
+    records = np.fromfile(copy / "samples.bin", RECORD)
+    tokens[0] = vocab + 7
+    tokens.tofile(copy / "tokens.bin")
+    records["crc32"][0] = zlib.crc32(tokens[: records["length"][0]].data)
+    records.tofile(copy / "samples.bin")
+    manifest["files"]["samples.bin"]["sha256"] = hashlib.sha256(records.tobytes()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=f"holds token {vocab + 7}"):
+        TokenisedSet(copy, processor)[0]
 
 
 def test_samples_are_those_of_the_rows(written, processor, config):

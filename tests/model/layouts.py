@@ -193,7 +193,7 @@ def packed_equals_separate(folder: Path) -> dict[str, float]:
 def resumed(folder: Path, out: Path) -> dict[str, list[list[float]]]:
     """Losses of four steps after a checkpoint, where it was written and in other layouts."""
     if world.is_main:
-        write_companions(folder, out / "companions", Processor(folder, DataConfig()))
+        write_companions(out / "companions", Processor(folder, DataConfig()))
     losses: dict[str, list[list[float]]] = {}
     for name, parallel in {
         "tp=2 pp=2": ParallelConfig(tp=2, pp=2, distributed_optimizer=True, overlap=True),

@@ -116,7 +116,7 @@ def test_a_checkpoint_takes_the_planned_bytes(tmp_path: Path, models: Path, dtyp
         Engine(shape, model, ParallelConfig(), world).with_optimizer(config.optimizer, 1).load(WeightFolder(folder))
     )
     engine.train([text_and_images(shape, (16,), ())], loss)
-    write_companions(folder, tmp_path / "companions", Processor(folder, DataConfig()))
+    write_companions(tmp_path / "companions", Processor(folder, DataConfig()))
     saved = store.save(tmp_path / "checkpoints", 1, {"policy": engine}, tmp_path / "companions", {}, world)
     written = 0
     for part in saved.glob("policy*"):

@@ -90,7 +90,8 @@ def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Re
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     """A processor whose image budget is not the folder's."""
     folder = make_tiny_model(tmp_path_factory.mktemp("processor"))
-    return Processor(folder, DataConfig(min_pixels=56 * 56, max_pixels=200 * 200))
+    # The rule after a video is that of the reference.
+    return Processor(folder, DataConfig(min_pixels=56 * 56, max_pixels=200 * 200, after_video="grid"))
 
 
 @pytest.fixture(scope="module")

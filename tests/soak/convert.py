@@ -9,6 +9,7 @@ The folder needs room for the model three times (7B: 50 GB) and is empty again a
 """
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ import torch
 
 from ovr_megatron.model.presets import PRESETS, write_config
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.tiny_tokenizer import CORPUS, write_tokenizer
 from ovr_megatron.weights import table
 from ovr_megatron.weights.folder import write_folder
 from ovr_megatron.weights.shard import Pending
@@ -36,7 +38,11 @@ HUB_SHARD = 4_000_000_000
 
 def random_model(preset: str, out: Path, seed: int = 0) -> int:
     """Write a bfloat16 model of random numbers as the hub lays it out; memory holds a tensor.  Returns its bytes."""
-    write_config(preset, out)
+    path = write_config(preset, out)
+    ids = write_tokenizer(out, CORPUS, 512, 32768)
+    special = {f"{name}_token_id": ids[f"<|{name}_pad|>"] for name in ("image", "video")}
+    special |= {f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | special, indent=2) + "\n")
     generator = torch.Generator().manual_seed(seed)
     tensors = [
         Pending(name, torch.bfloat16, size, partial(random_tensor, size, generator))
@@ -48,9 +54,10 @@ def random_model(preset: str, out: Path, seed: int = 0) -> int:
 
 
 def random_tensor(size: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """Bits at random, every format's NaNs and infinities among them."""
+    """Bits at random of either sign, but for the exponents of NaN and infinity."""
     integers = torch.empty(size, dtype=torch.int16)
-    return integers.random_(-(1 << 15), (1 << 15) - 1, generator=generator).view(torch.bfloat16)
+    positive = integers.random_(0, 0x7F80, generator=generator).view(torch.bfloat16)
+    return positive.mul_(1 - 2 * torch.randint(0, 2, size, generator=generator, dtype=torch.int8))
 
 
 def files(folder: Path) -> list[Path]:

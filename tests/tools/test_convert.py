@@ -82,6 +82,7 @@ def test_transformers_loads_the_export_without_a_missing_or_unknown_tensor(hf, c
 def test_a_folder_saved_by_transformers_is_read_in_either_generation_of_names(hf, tmp_path):
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    AutoProcessor.from_pretrained(hf).save_pretrained(tmp_path / "saved")
     renamed = tmp_path / "renamed"
     shutil.copytree(hf, renamed)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -152,6 +153,17 @@ def test_number_format(hf, checkpoint, tmp_path, dtype):
     assert Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "back").dtype == expected
 
 
+def test_export_of_what_was_trained_samples_what_was_trained(checkpoint, tmp_path):
+    base = json.dumps({"temperature": 0.1, "top_k": 1, "repetition_penalty": 1.05})
+    (checkpoint / "policy" / "generation_config.json").write_text(base)
+    write_manifest(checkpoint, 12)
+    assert run("convert_to_hf", "--checkpoint", checkpoint, "--out", tmp_path / "back") == 0
+    found = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    expected = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    assert found | expected == found
+    assert (tmp_path / "back" / "generation_config.base.json").read_text() == base
+
+
 def test_critic_export_says_what_it_leaves_out(hf, checkpoint, tmp_path, capsys):
     shutil.copytree(checkpoint / "policy", checkpoint / "critic")
     tensors = load_file(checkpoint / "critic" / "model.safetensors")
@@ -165,8 +177,12 @@ def test_critic_export_says_what_it_leaves_out(hf, checkpoint, tmp_path, capsys)
     (checkpoint / "optimizer-critic" / "state").touch()
     write_manifest(checkpoint, 12)
     back = tmp_path / "back"
-    assert run("convert_to_hf", "--checkpoint", checkpoint, "--out", back, "--critic", "--verify", hf) == 0
+    assert run("convert_to_hf", "--checkpoint", checkpoint, "--out", back, "--critic", "--verify", hf) == 1
     said = capsys.readouterr().out
+    assert {line for line in said.splitlines() if line.startswith("differs: ")} == {
+        "differs: generation_config.json: the files differ",
+        f"differs: generation_config.base.json: only in {back}",
+    }
     assert "critic of step 12" in said
     assert "left out: value_head.weight (a Hugging Face model has no place for it), optimizer-critic, policy" in said
     assert ("cannot generate" in said) != tied

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ovr_megatron.checkpoint.manifest import CheckpointError, check, newest
+from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.model.shape import ModelShape, ShapeError
 from ovr_megatron.weights import transfer
 from ovr_megatron.weights.folder import WeightError, WeightFolder
@@ -82,6 +83,7 @@ def look(hf, out, work, fresh):
 
 def main(hf, work):
     os.fsync = lambda descriptor: None  # a kill does not lose what the kernel has
+    check_assets(hf)  # Transformers is imported once, and not by every converter that is killed
     transfer.copy_weights = partial(transfer.copy_weights, shard_bytes=20_000)
     checkpoint, back = work / "checkpoint", work / "exported" / "back"
     for tool, out, arguments in (

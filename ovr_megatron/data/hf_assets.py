@@ -1,0 +1,282 @@
+"""What Transformers reads of a model folder beside the weights: tokenizer, processors, chat template.
+
+This is the one place that loads them.  Whatever Transformers, tokenizers or Jinja raise becomes one sentence that
+names the folder and the file, and a tokenizer that does not fit the model is refused before it makes a token.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+
+from ovr_megatron.data.hf_files import PREPROCESSOR, PROCESSOR, AssetError, copy_files
+from ovr_megatron.model.shape import ModelShape
+
+# The numbers of every published Qwen2.5-VL.
+IMAGE_PROCESSOR = {
+    "processor_class": "Qwen2_5_VLProcessor",
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+# The early name of Qwen2VLImageProcessor in folders of Qwen2.5-VL; Transformers 5 does not know it.
+_RENAMED = ("Qwen2_5_VLImageProcessor", "Qwen2_5_VLImageProcessorFast")
+# Plain text of letters, digits, punctuation, line ends and other scripts, in Unicode's composed form.
+_PROBE = "Solve 3x + 41 = 59, then\n\n\tcheck: \\boxed{6} für 你好 😀"
+_REQUIRED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+_MARK = re.compile(r"<\|[a-z_]+\|>")
+_REASON = 160  # characters of a library's own words
+
+
+@dataclass(frozen=True)
+class HfAssets:
+    """The objects of Transformers that one model folder describes.
+
+    Attributes:
+        tokenizer: Checked against the model's vocabulary by `check_tokenizer`.
+        image_processor: For still images.
+        video_processor: For videos.
+        chat_template: Jinja source of the folder, None where it has none.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    video_processor: Any
+    chat_template: str | None
+
+
+@contextmanager
+def one_sentence(what: str, remedy: str) -> Iterator[None]:
+    """Turn any error of the block into an `AssetError` that says that ``what`` is the matter, why, and the remedy.
+
+    The libraries behind it raise nearly every class of error for a broken file, tokenizers even ``Exception`` itself,
+    so no narrower list is complete.
+    """
+    try:
+        yield
+    except (MemoryError, AssetError):
+        raise
+    except Exception as error:
+        raise AssetError(f"{what} ({reason_of(error)}); {remedy}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of a library's message, bounded and printable, with the error's class."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = "".join(letter if letter.isprintable() else "?" for letter in f"{type(error).__name__}: {line}")
+    return text if len(text) <= _REASON else text[:_REASON] + "..."
+
+
+def load_assets(directory: str | Path, shape: ModelShape) -> HfAssets:
+    """Load what ``directory`` describes and check that it belongs to the model of ``shape``.
+
+    Raises:
+        AssetError: a file is missing, cannot be read, or does not fit the model.
+    """
+    folder = complete_folder(Path(directory))
+    _check_json(folder)
+    with one_sentence(
+        f"{directory}: Transformers cannot load its tokenizer or its processor",
+        f"get tokenizer.json, tokenizer_config.json and {PREPROCESSOR} of the model again",
+    ):
+        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+    if not isinstance(processor, Qwen2_5_VLProcessor):
+        raise AssetError(
+            f"{directory}: its processor is {type(processor).__name__}; set processor_class in {PREPROCESSOR} (or "
+            f"{PROCESSOR}) to Qwen2_5_VLProcessor"
+        )
+    with one_sentence(f"{directory}: its tokenizer cannot be used", "get tokenizer.json of the model again"):
+        check_tokenizer(processor.tokenizer, shape, directory)
+    for part in (processor.image_processor, processor.video_processor):
+        with one_sentence(f"{directory}: its {type(part).__name__} cannot be used", f"get {PREPROCESSOR} again"):
+            _check_pixels(part, shape, directory)
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if template is not None and not isinstance(template, str):
+        names = ", ".join(template) if isinstance(template, dict) else type(template).__name__
+        raise AssetError(f"{directory}: it has several chat templates ({names}); leave one, or set data.template=think")
+    return HfAssets(processor.tokenizer, processor.image_processor, processor.video_processor, template)
+
+
+def check_assets(directory: str | Path) -> ModelShape:
+    """Check configuration, tokenizer and processors of a folder that is only read or copied; return its shape.
+
+    Raises:
+        ShapeError: ``config.json`` is not of a model that we can build.
+        AssetError: as `load_assets`.
+    """
+    shape = ModelShape.from_hf(directory)
+    load_assets(directory, shape)
+    return shape
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, directory: str | Path) -> None:
+    """Check ids against the vocabulary of the model, and a text with every special token there and back.
+
+    Raises:
+        AssetError: names the token or the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise AssetError(f"{directory}: its tokenizer is not a fast one; save it with tokenizer.json")
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= shape.vocab)
+    if beyond:
+        index, token = beyond[0]
+        raise AssetError(
+            f"{directory}: {len(beyond)} ids of the tokenizer lie past the model's vocabulary of {shape.vocab}, the "
+            f"first is {index} ({token!r}); tokenizer and config.json do not belong together, get both again"
+        )
+    _check_round_trip(tokenizer, _PROBE, directory)
+    for token in _REQUIRED:
+        if token not in vocabulary:
+            raise AssetError(f"{directory}: the tokenizer lacks {token}; it is not Qwen2.5-VL's, get it again")
+    for name in ("image", "video", "vision_start", "vision_end"):
+        index = getattr(shape, f"{name}_token")
+        token = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
+        if vocabulary.get(token) != index:
+            raise AssetError(
+                f"{directory}: {token} is {vocabulary.get(token)} in the tokenizer and {index} in config.json "
+                f"({name}_token_id); get both files again"
+            )
+    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ordinary = [name for name in _REQUIRED if name not in special]
+    if ordinary:
+        raise AssetError(
+            f"{directory}: {ordinary[0]} is no special token of the tokenizer, so that a text could write it; get "
+            "tokenizer.json and tokenizer_config.json of the model again"
+        )
+    ids = _check_round_trip(tokenizer, "".join(f"{name}x" for name in special), directory)
+    lost = [name for name, index in special.items() if index not in ids]
+    if lost:
+        raise AssetError(f"{directory}: {lost[0]} becomes other ids than its own; get tokenizer.json again")
+
+
+def _check_round_trip(tokenizer: PreTrainedTokenizerBase, text: str, directory: str | Path) -> list[int]:
+    """The ids of ``text``, which their decoding gives back."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if back != text:
+        raise AssetError(
+            f"{directory}: the tokenizer does not give a text back: {text[:24]!r} becomes {back[:24]!r}; its "
+            "vocabulary files are missing or damaged, get tokenizer.json (or vocab.json and merges.txt) again"
+        )
+    return ids
+
+
+def check_template(template: str, special: dict[str, int], directory: str | Path) -> None:
+    """Refuse a chat template whose marks the tokenizer does not know: they would be trained as characters.
+
+    Raises:
+        AssetError: names the mark.
+    """
+    unknown = sorted(set(_MARK.findall(template)) - special.keys())
+    if unknown:
+        raise AssetError(
+            f"{directory}: the chat template writes {unknown[0]}, which is no special token of the tokenizer; template "
+            "and tokenizer do not belong together"
+        )
+
+
+def _check_pixels(processor: Any, shape: ModelShape, directory: str | Path) -> None:
+    """The patches that a processor cuts are those that the tower takes."""
+    vision = shape.vision
+    if not type(processor).__name__.startswith("Qwen2VL"):
+        raise AssetError(
+            f"{directory}: pictures would go through {type(processor).__name__}; set image_processor_type in "
+            f"{PREPROCESSOR} to Qwen2VLImageProcessor"
+        )
+    sizes = {
+        "patch_size": vision.patch,
+        "merge_size": vision.merge,
+        "temporal_patch_size": vision.temporal_patch,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+    }
+    for name, expected in sizes.items():
+        value = getattr(processor, name, None)
+        if value != expected:
+            raise AssetError(
+                f"{directory}: {name} of {type(processor).__name__} is {value!r} and the model needs {expected!r}; "
+                f"correct {PREPROCESSOR}"
+            )
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name)
+        if len(values) != 3 or not all(abs(float(value)) < 1e3 for value in values):
+            raise AssetError(f"{directory}: {name} is {values!r} and not three numbers; correct {PREPROCESSOR}")
+    if not all(float(value) > 0 for value in processor.image_std):
+        raise AssetError(f"{directory}: image_std is {processor.image_std!r}; each must be above 0")
+
+
+def _check_json(folder: Path) -> None:
+    """Every JSON file that Transformers will read holds an object: its own messages do not name the file."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+    for name in (*names, PREPROCESSOR, PROCESSOR, "video_preprocessor_config.json", "chat_template.json"):
+        _read_json(folder / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; nothing where there is no file.
+
+    Raises:
+        AssetError: it cannot be read or holds something else.
+    """
+    if not path.exists() and not path.is_symlink():
+        return {}
+    with one_sentence(f"{path} cannot be read", "download or copy this file again"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise AssetError(f"{path} holds a {type(value).__name__} and not an object; download or copy this file again")
+    return value
+
+
+@functools.cache
+def complete_folder(directory: Path) -> Path:
+    """Return ``directory``, or a temporary stand-in where the image processor is missing or has its early name.
+
+    The stand-in has links to the weights and copies of everything else, with the file filled in; Transformers, vLLM
+    and what is exported read it in place of the folder, which is not changed.  It goes when the process ends.
+
+    Raises:
+        AssetError: a file cannot be read or written.
+    """
+    preprocessor, processor = _read_json(directory / PREPROCESSOR), _read_json(directory / PROCESSOR)
+    nested = processor.get("image_processor")
+    stated = preprocessor or (nested if isinstance(nested, dict) else {})
+    kind = stated.get("image_processor_type", stated.get("feature_extractor_type"))
+    if (stated and kind not in _RENAMED) or not (directory / "config.json").is_file():
+        return directory
+    with one_sentence(f"{directory}: no stand-in for it can be made", "see that TMPDIR has room"):
+        stand_in = Path(tempfile.mkdtemp(prefix="ovr-model-"))
+        atexit.register(shutil.rmtree, stand_in, ignore_errors=True)
+        copy_files(directory, stand_in)
+        for path in (*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")):
+            (stand_in / path.name).symlink_to(path.resolve())
+        filled = {**IMAGE_PROCESSOR, **stated, "image_processor_type": IMAGE_PROCESSOR["image_processor_type"]}
+        if preprocessor or not nested:
+            (stand_in / PREPROCESSOR).write_text(json.dumps(filled, indent=2) + "\n")
+        else:
+            (stand_in / PROCESSOR).write_text(json.dumps({**processor, "image_processor": filled}, indent=2) + "\n")
+    if os.environ.get("RANK", "0") == "0":
+        lack = f"names {kind}, which Transformers does not know" if kind else "does not describe an image processor"
+        print(
+            f"notice: {directory} {lack}; Qwen2VLImageProcessor with Qwen2.5-VL's numbers is used",
+            file=sys.stderr,
+            flush=True,
+        )
+    return stand_in

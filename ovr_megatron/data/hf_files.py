@@ -1,0 +1,81 @@
+"""The files beside the weights of a Hugging Face folder that are copied: those that a reader of the model opens.
+
+Anything else in a folder (training states, logs, code, secrets) stays where it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ovr_megatron.errors import UserError
+
+GENERATION = "generation_config.json"
+BASE_GENERATION = "generation_config.base.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+COMPANIONS = (
+    *("config.json", GENERATION, BASE_GENERATION),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *(PREPROCESSOR, "video_preprocessor_config.json", PROCESSOR),
+    *("README.md", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
+)
+_BIG = 100_000_000  # bytes; the largest known companion, tokenizer.json, has 12 million
+
+
+class AssetError(UserError, ValueError):
+    """A file beside the weights that is missing, broken, of another model or no file; names it and the remedy."""
+
+
+def companions(directory: Path) -> list[str]:
+    """Every file of a folder that is one of `COMPANIONS`, relative to it, sorted."""
+    # Listed and not globbed: a link that leads nowhere is there, too.
+    paths = (*directory.iterdir(), *(directory / "additional_chat_templates").glob("*"))
+    files = (path.relative_to(directory).as_posix() for path in paths if not path.is_dir())
+    return sorted(name for name in files if any(fnmatchcase(name, pattern) for pattern in COMPANIONS))
+
+
+def left_out(directory: Path) -> list[str]:
+    """Files of a folder that are neither companions nor weights and are not copied; hidden ones are not counted."""
+    names = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
+    weights = ("*.safetensors", "*.safetensors.index.json")
+    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *weights)))
+
+
+def copy_files(source: Path, out: Path) -> list[str]:
+    """Copy the companions of ``source`` to ``out``, which exists.
+
+    Returns:
+        Their names, relative to the folder.
+
+    Raises:
+        AssetError: one is a link that leaves the folder or leads nowhere, no file, or too large to be one.
+    """
+    names = companions(source)
+    for name in names:
+        check_link(source, name)
+        path = source / name
+        if path.stat().st_size > _BIG:
+            raise AssetError(f"{path} has {path.stat().st_size:,} bytes; it is not what its name says, remove it")
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, out / name)
+    return names
+
+
+def check_link(directory: Path, name: str) -> None:
+    """Refuse the file ``name`` of a folder if it is a link that leaves the folder.
+
+    Hugging Face's cache keeps ``snapshots/COMMIT/NAME`` as a link to ``blobs/HASH`` of the same model: that one stays.
+
+    Raises:
+        AssetError: names the link and where it leads.
+    """
+    path, home = directory / name, directory.resolve()
+    target = path.resolve()
+    is_cache = home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")
+    if not (target.is_relative_to(home) or is_cache):
+        raise AssetError(f"{path} is a link that leaves the folder, to {target}; put the file itself there")
+    if not target.is_file():
+        raise AssetError(f"{path} leads to {target}, which is no file; remove it or put the file itself there")
