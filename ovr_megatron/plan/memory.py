@@ -176,7 +176,8 @@ def fp8_bytes(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, s
     if model.fp8 == "none":
         return 0
     parts = rank_parameters(shape, model, parallel, critic, stage)
-    matrices = [p.numbers for part in parts for p in part if p.name.startswith("decoder.") and ".weight" in p.name]
+    decoder = [p for part in parts for p in part if p.name.startswith("decoder.layers.")]
+    matrices = [p.numbers for p in decoder if p.name.endswith(".weight")]
     left = 1 - 2 * model.fp8_bf16_layers / shape.layers if parallel.pp == 1 else 1  # which stage has them is not asked
     return int(2 * sum(matrices) * left)
 
