@@ -30,10 +30,11 @@ _UNKNOWN = re.compile(r"Could not override '(.+?)'\.", re.DOTALL)
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A checked configuration, the name of its recipe, and whether only its plan is asked for."""
+    """A checked configuration, its recipe and overrides, and whether only its plan is asked for."""
 
     config: Any
     recipe: str
+    overrides: tuple[str, ...] = ()
     dry_run: bool = False
 
 
@@ -73,7 +74,8 @@ def read_command_line(
         print(f"{parser.format_help()}\nsettings of {path.stem}:\n{OmegaConf.to_yaml(values)}")
         parser.exit()
     dry_run = plan and asked.dry_run
-    return CommandLine(build(schema, fill_in(values, path.stem) if dry_run else values), path.stem, dry_run)
+    config = build(schema, fill_in(values, path.stem) if dry_run else values)
+    return CommandLine(config, path.stem, tuple(asked.overrides), dry_run)
 
 
 def program_name(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Both stages on two processes: layouts, repetition, resume, and the agreement of rollout and trainer."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,18 @@ def test_a_run_goes_on_in_another_layout(runs: Path) -> None:
     assert before[:2] == after[:2]
     assert after[2]["loss/train"] == pytest.approx(before[2]["loss/train"], rel=1e-6)
     assert after[3]["loss/train"] == pytest.approx(before[3]["loss/train"], rel=1e-5)
+
+
+def test_spread_of_rewards_and_lengths_is_that_of_the_kept_responses(runs: Path) -> None:
+    for line, path in zip(curve(runs / "rl"), sorted((runs / "rl/rollouts").glob("*.jsonl")), strict=True):
+        rows = [json.loads(text) for text in path.read_text().splitlines()]
+        rewards, lengths = [row["reward"] for row in rows], [row["tokens"] for row in rows]
+        groups = [{row["reward"] for row in rows if row["number"] == number} for number in {r["number"] for r in rows}]
+        assert line["response/reward_std"] == pytest.approx(statistics.pstdev(rewards))
+        assert line["response/mixed_prompts"] == sum(len(group) > 1 for group in groups) / len(groups)
+        assert line["response/length_max"] == max(lengths)
+        assert line["response/length_p50"] == statistics.median(lengths)
+        assert line["response/length_p50"] <= line["response/length_p90"] <= line["response/length_p99"]
 
 
 def test_every_response_is_kept(runs: Path) -> None:

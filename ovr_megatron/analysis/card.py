@@ -115,10 +115,10 @@ def _scores(experiment: Experiment) -> Iterator[str]:
 def _commands(experiment: Experiment, model: str) -> Iterator[str]:
     """How each stage is run again from its settings, and each evaluation of ``model``; data by their names alone."""
     lines = []
-    for name, stage in experiment.stages.items():
+    for stage in experiment.stages.values():
         if stage.config:
             module = "rl" if "iterations" in stage.config else "coldstart"
-            folder = name if stage.dir != experiment.dir else "."
+            folder = stage.dir.name if stage.dir != experiment.dir else "."
             lines.append(f"torchrun -m ovr_megatron.{module} --config-dir {folder} --config-name config run.dir=NEW")
     for name, result in experiment.scores.get(model, {}).items():
         settings = result["settings"]

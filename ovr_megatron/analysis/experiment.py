@@ -98,6 +98,13 @@ class Experiment:
         return next((folder.resolve() for folder in found if (folder / "config.json").is_file()), None)
 
     @property
+    def shows_behaviours(self) -> bool:
+        """Whether any judged trace has any behaviour: without one there is nothing to draw."""
+        checkpoints = self.behaviours.get("checkpoints", {}).values()
+        shares = [counted["emergence"] for part in checkpoints for counted in part["behaviours"].values()]
+        return any(share and share["rate"] for share in shares)
+
+    @property
     def missing(self) -> list[str]:
         """One sentence for each part of the recipe that is not there yet."""
         parts = []
@@ -127,7 +134,7 @@ def read_experiment(folder: Path) -> Experiment:
         stage = _read_stage(folder, "")
         stages = {stage.name: stage}
     else:
-        stages = {name: _read_stage(folder / name, name) for name in STAGES if (folder / name).is_dir()}
+        stages = {name: _read_stage(path, name) for name, path in stage_folders(folder).items()}
     scores = {
         model.name: {file.stem: _read_json(file) for file in sorted(model.glob("*.json"))}
         for model in sorted((folder / "eval").glob("*/"))
@@ -139,6 +146,23 @@ def read_experiment(folder: Path) -> Experiment:
     measured = {file.stem: _read_json(file) for file in sorted((folder / "measured").glob("*.json"))}
     counted = folder / "behaviours/behaviours.json"
     return Experiment(folder, stages, scores, measured, _read_json(counted) if counted.is_file() else {})
+
+
+def stage_folders(folder: Path) -> dict[str, Path]:
+    """Return the run folder of each stage below ``folder``.
+
+    A folder of the stage's own name is taken (``cold_start``); else the one that was changed last among those whose
+    ``config.yaml`` is of the stage, whatever they are called.  ``base`` goes by its name alone: its settings are those
+    of a cold start.
+    """
+    found = {name: folder / name for name in STAGES if (folder / name).is_dir()}
+    others = [path.parent for path in sorted(folder.glob("*/config.yaml")) if path.parent.name not in STAGES]
+    for path in sorted(others, key=lambda path: (path / "config.yaml").stat().st_mtime):
+        config = yaml.safe_load((path / "config.yaml").read_text()) or {}
+        name = "rl" if "iterations" in config else "cold_start" if "packs_per_step" in config else None
+        if name and not (folder / name).is_dir():
+            found[name] = path
+    return {name: found[name] for name in STAGES if name in found}
 
 
 def _read_stage(folder: Path, name: str) -> Stage:

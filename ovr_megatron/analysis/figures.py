@@ -139,7 +139,7 @@ def _drawn(experiment: Experiment, theme: Theme, width: float) -> Iterator[tuple
     if experiment.sets:
         caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
         yield "accuracy", caption, accuracy_figure(experiment, theme, width)
-    if experiment.behaviours:
+    if experiment.shows_behaviours:
         caption = "Traces that show each behaviour, and how far the visual ones follow the linguistic ones."
         yield "behaviours", caption, behaviour_figure(experiment, theme, width)
 

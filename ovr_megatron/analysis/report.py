@@ -11,6 +11,7 @@ from typing import Any
 from ovr_megatron.analysis import figures
 from ovr_megatron.analysis.browser import browser
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
+from ovr_megatron.analysis.origins import origins
 from ovr_megatron.analysis.page import Html, data_uri, document, folded, join, picture, section, table, tag
 from ovr_megatron.analysis.samples import LOW, MAX_TOKENS, Moment, Token, moments, read_picture, shade
 from ovr_megatron.analysis.summary import summarise
@@ -57,6 +58,7 @@ def render(experiment: Experiment, refresh: int = 0) -> str:
         *_timing(experiment),
         *_rollouts(experiment),
         browser(experiment),
+        *origins(experiment),
         *_settings(experiment),
         _footer(experiment),
         refresh=refresh,
@@ -141,10 +143,14 @@ def _behaviours(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
     found = experiment.behaviours
     if not found:
         return
-    judge = "by wording, an approximation" if found["approximation"] else f"by {found['judge']}"
     traces = max(part["traces"] for part in found["checkpoints"].values())
+    judge = "by wording, an approximation" if found["approximation"] else f"by {found['judge']}"
     missing = ", ".join(f"{count} {why}" for why, count in found["missing"].items())
     told = f"{traces} traces of each model, judged {judge}" + (f"; without a count: {missing}" if missing else "") + "."
+    if not experiment.shows_behaviours:
+        told = f"Nothing was counted: none of the {told.removesuffix('.')} shows a behaviour."
+        yield section("Cognitive behaviours", tag("p", told, class_="note"))
+        return
     rows = []
     for linguistic, visual in PAIRS:
         cells = []

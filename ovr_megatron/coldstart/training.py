@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,14 +22,19 @@ from ovr_megatron.config import ColdStartConfig
 from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merged, worst
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import RowError
+from ovr_megatron.data.skipped import SkippedRows
+from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.supervised import SupervisedPacks, open_packs
 from ovr_megatron.engine import Engine, LossSum
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.layers import cautions, layers_in_use
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.spikes import SpikeWatch
@@ -40,6 +47,7 @@ if TYPE_CHECKING:
     from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 
 SPIKE_DOCUMENTS = 16  # that a record names
+LENGTHS_MEASURED = 64  # rows whose mean length the epochs are told by
 
 
 def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
@@ -48,7 +56,7 @@ def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
     return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
 
 
-def train(config: ColdStartConfig, world: World) -> Ended:
+def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -> Ended:
     """Train to the last step, or until a signal comes, from the newest checkpoint if there is one."""
     run, keeper = Path(config.run.dir), Keeper(config.run, world)
     source = store.weights_of(config.model.path)
@@ -67,7 +75,10 @@ def train(config: ColdStartConfig, world: World) -> Ended:
     if world.is_main:
         configuration.save(config, run / "config.yaml")
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
+        if origin:
+            record_start(run, origin, world.size)
         write_companions(run / "companions", processor)
+        show_start(config, processor, engine, world, found)
     recorder = Recorder(config, engine, world, found)
     evaluation = build_evaluation(config, source, processor) if config.evaluation.every else None
 
@@ -88,6 +99,31 @@ def train(config: ColdStartConfig, world: World) -> Ended:
                 break
     recorder.close()
     return keeper.ended()
+
+
+def show_start(
+    config: ColdStartConfig, processor: Processor, engine: Engine, world: World, found: Restored | None
+) -> None:
+    """Print what is about to be trained, on what, and from where."""
+    tokens = config.packs_per_step * config.data.pack_tokens
+    rows = [("batch", f"{config.packs_per_step} packs of {config.data.pack_tokens:,} = {tokens:,} tokens a step")]
+    if config.data.tokenised:
+        rows.append(("data", f"{config.data.tokenised}, {config.epochs} epochs unless steps are given"))
+    else:
+        rows += source_rows(config, config.steps * tokens / mean_length(config, processor))
+    rows += run_rows(config, {"model": engine}, world, (found.path, found.step) if found else None)
+    print(show_heading(f"cold start in {config.run.dir}", rows), flush=True)
+
+
+def mean_length(config: ColdStartConfig, processor: Processor) -> float:
+    """Return the mean tokens of the first samples; the length of a pack where none of them can be used."""
+    lengths = []
+    for row in islice(open_stream(config.data, config.run.seed, SkippedRows(None)), LENGTHS_MEASURED):
+        try:
+            lengths += [length for length in processor.lengths([row], False) if isinstance(length, int)]
+        except RowError:
+            continue  # the loop itself names the row and stops, or skips it
+    return statistics.mean(lengths) if lengths else float(config.data.pack_tokens)
 
 
 def build_evaluation(config: ColdStartConfig, source: Path, processor: Processor) -> PeriodicEvaluation:
@@ -191,12 +227,12 @@ class Recorder:
             self.log.close()
 
 
-def run(config: ColdStartConfig) -> int:
+def run(config: ColdStartConfig, origin: Origin | None = None) -> int:
     """Join the process group, train, and say where the result lies; return the exit code."""
     settings = config.run
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
-        result = train(config, world)
+        result = train(config, world, origin)
         if world.is_main:
             print(f"cold start: {result.path}", flush=True)
         distributed.finish()

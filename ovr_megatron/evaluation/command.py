@@ -19,6 +19,7 @@ from ovr_megatron.evaluation.benchmarks import table
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.command import run_command
 
+MOST_TOKENS = 32768  # of a response where the command line does not say: reasoning models write thousands
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -41,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=_count, metavar="K", help=more)
     add("--temperature", type=float, default=1.0, metavar="T", help="of the samples (default: 1)")
     add("--limit", type=_count, default=0, metavar="N", help="first N problems of each set (default: all)")
-    add("--max-tokens", type=_count, default=1024, metavar="N", help="longest response (default: 1024)")
+    left = f"longest response (default: what the model's length leaves beside a prompt, at most {MOST_TOKENS})"
+    add("--max-tokens", type=_count, metavar="N", help=left)
     add("--max-prompt-tokens", type=_count, metavar="N", help="longest prompt (default: what the model leaves, 8192)")
     graded = "boxed: the last \\boxed{} is right; exact: the whole response is the reference text; auto: by row"
     add("--metric", choices=("auto", "boxed", "exact"), default="auto", help=graded)
@@ -80,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sets, model = named(args.data), weights_of(args.model)
     data = data_config(model, args)
-    names = ("samples", "temperature", "max_tokens", "metric", "seed")
-    settings = Settings(**{name: getattr(args, name) for name in names})
+    names = ("samples", "temperature", "metric", "seed")
+    settings = Settings(**{name: getattr(args, name) for name in names}, max_tokens=response_limit(model, args))
     rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
     check_assets(model)
     world = distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
@@ -128,11 +130,12 @@ def data_config(model: Path, args: argparse.Namespace) -> DataConfig:
     budget = image_budget(model)
     shape = ModelShape.from_hf(model)
     positions = shape.max_positions
-    limit = positions - args.max_tokens
+    longest = response_limit(model, args)
+    limit = positions - longest
     if limit < 1:
-        raise ConfigError(f"--max-tokens {args.max_tokens} leaves no room for a prompt: the model takes {positions}")
+        raise ConfigError(f"--max-tokens {longest} leaves no room for a prompt: the model takes {positions}")
     if args.max_prompt_tokens:
-        shape.check_length(args.max_prompt_tokens + args.max_tokens, "--max-prompt-tokens with --max-tokens")
+        shape.check_length(args.max_prompt_tokens + longest, "--max-prompt-tokens with --max-tokens")
     return DataConfig(
         template=args.template,
         min_pixels=args.min_pixels or budget["min_pixels"],
@@ -140,6 +143,18 @@ def data_config(model: Path, args: argparse.Namespace) -> DataConfig:
         max_images=args.max_images,
         max_prompt_tokens=args.max_prompt_tokens or min(limit, DataConfig.max_prompt_tokens),
     )
+
+
+def response_limit(model: Path, args: argparse.Namespace) -> int:
+    """Return ``--max-tokens``, or what the model's length leaves beside the longest prompt, at most `MOST_TOKENS`.
+
+    A model so short that a prompt of the default limit takes more than a quarter of it leaves three quarters.
+    """
+    if args.max_tokens:
+        return args.max_tokens
+    positions = ModelShape.from_hf(model).max_positions
+    prompt = args.max_prompt_tokens or min(DataConfig.max_prompt_tokens, positions // 4)
+    return max(1, min(MOST_TOKENS, positions - prompt))
 
 
 def image_budget(model: Path) -> dict[str, int]:
@@ -173,9 +188,18 @@ def sentence(result: dict[str, Any], out: Path) -> str:
     more = "".join(f", {title} {100 * each['accuracy']:.1f} %" for title, each in result.get("official", {}).items())
     more += f", avg@{sampled['samples']} {100 * sampled['average']['accuracy']:.1f} %" if sampled else ""
     more += "".join(f", pass@{k} {100 * value:.1f} %" for k, value in passed.items())
+    more += cut_off(result)
     dropped = f", {result['dropped']} prompts too long" if result["dropped"] else ""
     rate = f"{result['tokens_per_second']:,.0f} tokens/s"
     return f"{result['set']}: {shown} of {result['problems']}{more}{dropped}; {rate}; {out / result['set']}.json"
+
+
+def cut_off(result: dict[str, Any]) -> str:
+    """Return the share of answers that reached the limit of their length, of greedy and sampled ones; or nothing."""
+    shares = [(part, result[part]["stopped"]) for part in ("greedy", "sampled") if result[part]]
+    cut = [f"{100 * (1 - stopped):.1f} % of {part}" for part, stopped in shares if stopped is not None and stopped < 1]
+    limit = result["settings"]["max_tokens"]
+    return f"; cut off at {limit:,} tokens: {', '.join(cut)} responses, raise --max-tokens" if cut else ""
 
 
 def _text_config(model: Path) -> dict[str, Any]:

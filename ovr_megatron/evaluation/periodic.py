@@ -73,7 +73,8 @@ class PeriodicEvaluation:
             stop: leave when a signal comes.
 
         Returns:
-            ``evaluation/NAME``, the greedy accuracy, and with samples ``evaluation/NAME/pass@k``; empty on all ranks
+            ``evaluation/NAME``, the greedy accuracy, ``.../cut_off``, the share of responses that reached the limit
+            of their length, and with samples ``evaluation/NAME/pass@k``; empty on all ranks
             but the first.
 
         Raises:
@@ -86,6 +87,8 @@ class PeriodicEvaluation:
                 for problems in self.sets:
                     if result := evaluate(bench, problems, self.settings, out):
                         found[f"evaluation/{problems.name}"] = result["greedy"]["accuracy"]
+                        if (stopped := result["greedy"]["stopped"]) is not None:
+                            found[f"evaluation/{problems.name}/cut_off"] = 1 - stopped
                         passed = result["sampled"]["pass"] if result["sampled"] else {}
                         found |= {
                             f"evaluation/{problems.name}/pass@{k}": share["accuracy"] for k, share in passed.items()

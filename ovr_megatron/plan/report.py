@@ -11,12 +11,14 @@ from typing import Any
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig
+from ovr_megatron.data.repetition import SourceUse, show_uses, source_uses
 from ovr_megatron.model.presets import PRESETS, write_config
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan import cost, flops, memory, search
 from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.parameters import count_parameters, model_state
 from ovr_megatron.plan.setting import Setting, setting
+from ovr_megatron.plan.workload import of_tokenised
 
 _GIB = 1 << 30
 _SHOWN, _REASONS = 10, 8
@@ -76,6 +78,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> dict[str, Any]
         "patches_of_a_pack": {"expected": work.pack(work.spans[0]).patches, "room": memory.room_for_patches(work)},
         "engine": _engine(work) if isinstance(config, RLConfig) else None,
         "spans": spans,
+        "sources": _sources(config, spans) if folder else [],
         "tokens": sum(span["steps"] * span["tokens"] for span in spans),
         "steps": sum(span["steps"] for span in spans),
         "flops": total_flops,
@@ -107,6 +110,18 @@ def _span(work: Setting, span: Any) -> dict[str, Any]:
         "seconds": found.total,
         "parts": found.parts,
     }
+
+
+def _sources(config: ColdStartConfig | RLConfig, spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows and epochs of each finite source; those of a tokenised set together."""
+    if isinstance(config, RLConfig):
+        samples = float(config.prompts * sum(span["steps"] for span in spans))
+    else:
+        samples = sum(span["steps"] * span["tokens"] / span["mean_tokens"] for span in spans)
+    if config.data.tokenised:
+        rows = of_tokenised(config.data.tokenised, config.data.pack_tokens)[1]
+        return [asdict(SourceUse(config.data.tokenised, round(rows), samples / rows))]
+    return [asdict(use) for use in source_uses(config.data, samples)]
 
 
 def _ranks(work: Setting) -> list[dict[str, Any]]:
@@ -186,6 +201,7 @@ def _work_lines(found: dict[str, Any]) -> list[str]:
         lines.append(
             "    " + ", ".join(f"{name} {value:.1f}" for name, value in span["parts"].items() if value >= 0.05)
         )
+    lines += [f"  {line}" for line in show_uses([SourceUse(**use) for use in found["sources"]])]
     at, by = found["at_mfu"], found["by_cost_model"]
     return [
         *lines,

@@ -84,4 +84,4 @@ def name(parallel: ParallelConfig, recompute: str) -> str:
         )
         if on
     ]
-    return " ".join([*(sizes or ["one rank"]), *flags, f"recompute {recompute}"])
+    return " ".join([*(sizes or ["one rank"]), *flags, *([f"recompute {recompute}"] if recompute else [])])

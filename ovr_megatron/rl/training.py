@@ -22,11 +22,13 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.model.layers import cautions, layers_in_use
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import ArchiveError
 from ovr_megatron.ppo.curriculum import max_tokens
 from ovr_megatron.ppo.experience import Models
 from ovr_megatron.ppo.iteration import Clock, iterate, learn, response_metrics
+from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards import rules
@@ -35,15 +37,16 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
-from ovr_megatron.runtime.steps import memory_peaks, peak_gib
+from ovr_megatron.runtime.steps import matrix_rate, memory_peaks, peak_gib
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
 
-def train(config: RLConfig, world: World) -> Ended:
+def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended:
     """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.
 
     With ``only=train`` the rollouts are those that ``rollouts_from`` holds, and no engine is started.
@@ -79,8 +82,12 @@ def train(config: RLConfig, world: World) -> Ended:
     if world.is_main:
         configuration.save(config, run / "config.yaml")
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
+        if origin:
+            record_start(run, origin, world.size)
         write_companions(run / "companions", processor)
+        show_start(config, engines, world, (found.path, found.step) if found else None)
 
+    peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(models.policy.config.params_dtype)
     with (
         rollouts.grader if rollouts else nullcontext(),
         Progress(last, run.name, "iteration", world.is_main, first) as progress,
@@ -109,6 +116,8 @@ def train(config: RLConfig, world: World) -> Ended:
             for name, engine in engines.items():
                 outcome.metrics[f"{name}/skipped"] = engine.skipped
             outcome.metrics["memory/peak_gib"] = peak_gib()
+            outcome.metrics |= spread_metrics(outcome.rollout)
+            outcome.metrics |= mfu_metrics(models, outcome.experience, iteration, outcome.metrics, peak_flops)
             own = outcome.experience
             mine = own.responses if world.layout.leads_replica else []
             arrays = {name: getattr(own, name) if mine else None for name in archive.ARRAYS}
@@ -120,6 +129,8 @@ def train(config: RLConfig, world: World) -> Ended:
                     outcome.metrics |= evaluation.scores(done, None if done == last else keeper.stop)
             if log:
                 log.scalars(iteration, outcome.metrics)
+                for name, text in sample_texts(outcome.rollout.responses).items():
+                    log.text(iteration, f"samples/{name}", text)
                 warn(outcome.metrics, iteration, config)
             shown = outcome.metrics
             progress.update(reward=f"{shown['reward/mean']:.3f}", length=f"{shown['response/length']:.0f}")
@@ -129,6 +140,22 @@ def train(config: RLConfig, world: World) -> Ended:
     if log:
         log.close()
     return keeper.ended()
+
+
+def show_start(config: RLConfig, engines: dict[str, Engine], world: World, resumed: tuple[Path, int] | None) -> None:
+    """Print what is about to be trained, on what, and from where."""
+    begins = [0, *(stage.until for stage in config.curriculum)]
+    limits = [(stage.max_tokens, begin) for stage, begin in zip(config.curriculum, begins, strict=False)]
+    stages = ", ".join(f"{limit:,} from iteration {begin}" for limit, begin in limits if begin < config.iterations)
+    rows = [
+        ("batch", f"{config.prompts} prompts x {config.responses} responses an iteration"),
+        ("tokens", f"of prompt and response at most: {stages}"),
+        ("algorithm", f"{config.algorithm.estimator}, policy_updates={config.algorithm.policy_updates}"),
+        *source_rows(config, float(config.iterations * config.prompts)),
+        *run_rows(config, engines, world, resumed),
+        ("rollouts", f"{world.size // config.rollout.tp} vLLM engines, tp={config.rollout.tp}"),
+    ]
+    print(show_heading(f"reinforcement learning in {config.run.dir}", rows), flush=True)
 
 
 def generate(config: RLConfig, world: World) -> Path:
@@ -319,7 +346,7 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
         print(f"warning: initial values spread by {spread:.1f}: see critic.head_init", file=sys.stderr)
 
 
-def run(config: RLConfig) -> int:
+def run(config: RLConfig, origin: Origin | None = None) -> int:
     """Join the process group, train or roll out, and say where the result lies; return the exit code."""
     for name in config.reward.rules.values():
         rules.check(name)
@@ -329,7 +356,7 @@ def run(config: RLConfig) -> int:
         if config.only in ("rollout", "rehearsal"):
             folder, code = (generate if config.only == "rollout" else rehearse)(config, world), 0
         else:
-            result = train(config, world)
+            result = train(config, world, origin)
             folder, code = result.path, result.exit_code
         if world.is_main:
             print(f"rl: {folder}", flush=True)

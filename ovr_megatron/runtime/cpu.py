@@ -28,8 +28,9 @@ _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_l
 
 
 def hush_megatron() -> None:
-    """Drop Megatron's warnings, at every import, that Transformer Engine and Apex are missing: both are optional."""
+    """Drop Megatron's warnings of its defaults and of missing optional libraries (Transformer Engine, Apex)."""
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (are|is) not installed")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")  # of a setting that is not in use
 
 
 class _TorchOnCpu(types.ModuleType):

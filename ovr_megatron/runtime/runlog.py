@@ -57,6 +57,10 @@ class RunLog:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """Record ``text`` under ``name`` in TensorBoard as it stands: an indented line is code in Markdown."""
+        self.writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
+
     def close(self) -> None:
         """Flush and close every file."""
         self.lines.close()

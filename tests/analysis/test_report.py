@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -20,6 +21,8 @@ from ovr_megatron.analysis.samples import moments, pick, read_picture
 from ovr_megatron.evaluation.judges import JudgeConfig
 from ovr_megatron.evaluation.judging import judge
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.runtime.origin import Origin, record_start
+from ovr_megatron.runtime.preflight import commit
 from tools import report as command
 
 VOID = {"meta", "img", "source", "input"}
@@ -205,6 +208,38 @@ def test_behaviours_are_drawn_and_stand_beside_the_papers_rates(experiment_dir, 
     assert "Backtracking to visual reflection" in page.text
     assert any("shows" in value or "show each behaviour" in value for _, key, value in page.attributes if key == "alt")
     assert (experiment_dir / "behaviours/counts.jsonl").read_text().count("\n") == 18
+
+
+def test_where_no_behaviour_was_counted_one_sentence_says_so(experiment_dir, rollouts, tmp_path):
+    path = tmp_path / "rl.responses.jsonl"
+    path.write_text(3 * (json.dumps({"id": "0", "sample": None, "question": "Q?", "response": "So it is 4."}) + "\n"))
+    judge({"rl": path}, [JudgeConfig()], experiment_dir / "behaviours", 0, 0, False)
+    page = Page(render(read_experiment(experiment_dir)))
+    assert "Nothing was counted: none of the 3 traces of each model, judged by wording" in page.text
+    assert "Transfer rate" not in page.text
+    assert not any("show each behaviour" in value for _, key, value in page.attributes if key == "alt")
+
+
+def test_the_page_names_what_started_each_run(experiment_dir, rollouts):
+    record_start(experiment_dir / "rl", Origin("tiny_rl", ["run.seed=1"]), 2)
+    record_start(experiment_dir / "rl", Origin("tiny_rl", ["run.seed=2", "iterations=60"]), 2)
+    page = Page(render(read_experiment(experiment_dir)))
+    assert "tiny_rl run.seed=2 iterations=60" in page.text and "tiny_rl run.seed=1" in page.text
+    assert commit() in page.text and f"torch {torch.__version__}" in page.text and "2 x " in page.text
+    assert ("a", "href", "rl/config.yaml") in page.attributes
+
+
+def test_runs_are_found_under_any_name(experiment_dir):
+    (experiment_dir / "cold_start").rename(experiment_dir / "cold")
+    (experiment_dir / "cold/config.yaml").write_text("steps: 80\npacks_per_step: 2\n")
+    (experiment_dir / "rl").rename(experiment_dir / "second")
+    experiment = read_experiment(experiment_dir)
+    assert [(name, stage.dir.name) for name, stage in experiment.stages.items()] == [
+        ("base", "base"),
+        ("cold_start", "cold"),
+        ("rl", "second"),
+    ]
+    assert experiment.stages["rl"].done == 60
 
 
 def test_samples_show_every_source_right_and_wrong_with_images(finished_dir):

@@ -11,11 +11,21 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.errors import UserError
-from ovr_megatron.evaluation.command import data_config, dtype_of, image_budget, main, named, parser
+from ovr_megatron.evaluation.command import (
+    cut_off,
+    data_config,
+    dtype_of,
+    image_budget,
+    main,
+    named,
+    parser,
+    response_limit,
+)
 from ovr_megatron.evaluation.evaluator import grade
 from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import Graded
 from ovr_megatron.evaluation.statistics import wilson
+from ovr_megatron.model.presets import write_config
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.rewards.pool import GraderPool
 
@@ -146,6 +156,22 @@ def test_the_image_budget_is_the_folders_unless_it_is_given(model, tmp_path):
     assert image_budget(tmp_path) == {"min_pixels": 784, "max_pixels": 12544}
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 7, "max_pixels": 8, "size": {}}')
     assert image_budget(tmp_path) == {"min_pixels": 7, "max_pixels": 8}
+
+
+def test_a_response_may_be_as_long_as_the_model_allows(model, tmp_path):
+    assert response_limit(model, arguments(model)) == 4096 - 1024
+    assert response_limit(model, arguments(model, "--max-prompt-tokens", "96")) == 4000
+    assert response_limit(model, arguments(model, "--max-tokens", "96")) == 96
+    published = write_config("7B", tmp_path).parent
+    assert response_limit(published, arguments(published)) == 32768
+
+
+def test_the_printed_score_says_what_was_cut_off():
+    result = {"greedy": {"stopped": 0.25}, "sampled": {"stopped": 0.5}, "settings": {"max_tokens": 1024}}
+    assert cut_off(result) == (
+        "; cut off at 1,024 tokens: 75.0 % of greedy, 50.0 % of sampled responses, raise --max-tokens"
+    )
+    assert cut_off(result | {"greedy": {"stopped": 1.0}, "sampled": None}) == ""
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,31 @@
+"""Where a run's numbers come from: recipe, overrides, commit, versions and machine of each start of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ovr_megatron.analysis.experiment import Experiment
+from ovr_megatron.analysis.page import Html, folded, join, section, table, tag
+from ovr_megatron.runtime.origin import read_starts
+
+
+def origins(experiment: Experiment) -> Iterator[Html]:
+    """A row for each stage, with a link to its configuration and its earlier starts folded below."""
+    rows, earlier = [], []
+    for stage in experiment.stages.values():
+        starts = read_starts(stage.dir)
+        if not starts:
+            continue
+        path = stage.dir.relative_to(experiment.dir) / "config.yaml"
+        rows.append([join([stage.title, tag("a", "configuration", href=path.as_posix())]), *_cells(starts[-1])])
+        earlier += [[f"{stage.title}, {start['time']}", *_cells(start)] for start in starts[:-1]]
+    if rows:
+        head = ["Stage", "Recipe and overrides", "Commit", "Versions", "Machine"]
+        more = folded("Earlier starts", table(head, earlier)) if earlier else None
+        yield section("Where the numbers come from", table(head, rows), more)
+
+
+def _cells(start: dict[str, Any]) -> list[object]:
+    versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
+    return [" ".join([start["recipe"], *start["overrides"]]), start["commit"], versions, start["machine"]]

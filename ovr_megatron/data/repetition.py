@@ -1,0 +1,47 @@
+"""How often a run sees the rows of each source: a stream has no end, and a short source is walked again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ovr_megatron.config import DataConfig
+from ovr_megatron.data.schema import ENDLESS
+from ovr_megatron.data.sources import open_source
+
+MANY = 20.0  # epochs of a source above which a person should know
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """A source of finitely many ``rows``, each of which a run sees ``epochs`` times."""
+
+    name: str
+    rows: int
+    epochs: float
+
+
+def source_uses(data: DataConfig, samples: float) -> list[SourceUse]:
+    """Return the finite sources of ``data`` with the epochs that ``samples`` draws from all sources make of them.
+
+    Raises:
+        RowError: a source cannot be read.
+    """
+    weights = sum(source.weight for source in data.sources)
+    uses = []
+    for source in data.sources:
+        rows = len(open_source(source))
+        if rows < ENDLESS:
+            uses.append(SourceUse(source.name or source.path, rows, samples * source.weight / weights / max(rows, 1)))
+    return uses
+
+
+def show_uses(uses: Sequence[SourceUse]) -> list[str]:
+    """Return a line for each source, and a warning where its rows are repeated more than `MANY` times."""
+    lines = [f"{use.name}: {use.rows:,} rows, {use.epochs:,.1f} epochs" for use in uses]
+    return lines + [
+        f"warning: every row of {use.name} is trained on {use.epochs:,.0f} times; add rows, lower its weight, or train "
+        "for fewer steps"
+        for use in uses
+        if use.epochs > MANY
+    ]

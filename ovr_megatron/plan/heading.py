@@ -1,0 +1,76 @@
+"""What a run is about to do, in one block that it prints before its first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ovr_megatron.config import ColdStartConfig, RLConfig
+from ovr_megatron.data.repetition import show_uses, source_uses
+from ovr_megatron.engine import Engine
+from ovr_megatron.plan import search
+from ovr_megatron.runtime.distributed import World
+from ovr_megatron.weights.table import Row
+
+Rows = list[tuple[str, str]]
+
+
+def show_heading(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return ``rows`` of name and text as a block under ``title``, texts below one another."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:{width}}  {text}" for name, text in rows)])
+
+
+def run_rows(
+    config: ColdStartConfig | RLConfig, engines: Mapping[str, Engine], world: World, resumed: tuple[Path, int] | None
+) -> Rows:
+    """Return what both stages say: models and layouts, devices, precision and layers, data, start or resume.
+
+    Args:
+        config: with the steps that will be taken.
+        engines: by name, those that train.
+        world: this process.
+        resumed: the checkpoint that the run goes on from, and its step; None for a fresh start.
+    """
+    rows = [(name, describe_model(engine)) for name, engine in engines.items()]
+    total, unit = (config.iterations, "iteration") if isinstance(config, RLConfig) else (config.steps, "step")
+    kind = torch.cuda.get_device_properties(0).name if world.device.type == "cuda" else "CPU"
+    rows.append(("device", f"{world.size} x {kind}, {describe_numbers(config, next(iter(engines.values())))}"))
+    if resumed:
+        rows.append(("resumes", f"after {unit} {resumed[1]:,} of {total:,}, from {resumed[0]}"))
+    else:
+        rows.append(("starts", f"from the weights of {config.model.path}; {total:,} {unit}s to do"))
+    return rows
+
+
+def describe_model(engine: Engine) -> str:
+    """Return how many parameters train, and the layout."""
+    trained, everything = count(engine.trained_rows), count(engine.live.rows)
+    layout = search.name(engine.parallel, "")
+    replicas = engine.groups.dp.size()
+    share = "all" if trained == everything else f"{trained:,}"
+    return f"{share} of {everything:,} parameters train; layout {layout}, {replicas} data-parallel"
+
+
+def count(rows: Sequence[Row]) -> int:
+    """Return the number of weights in ``rows`` of the table."""
+    return sum(math.prod(size) for row in rows for size in row.sizes)
+
+
+def describe_numbers(config: ColdStartConfig | RLConfig, engine: Engine) -> str:
+    """Return precision, layers and recomputation."""
+    modules = (module for part in engine.parts for module in part.modules())
+    fused = any("transformer_engine" in type(module).__module__ for module in modules)
+    version = metadata.version("transformer-engine") if fused else ""
+    layers = f"Transformer Engine {version}" if fused else "layers of this project"
+    fp8 = "" if config.model.fp8 == "none" else f" with FP8 {config.model.fp8}"
+    return f"{config.model.dtype}{fp8}, {layers}, recompute {config.model.recompute}"
+
+
+def source_rows(config: ColdStartConfig | RLConfig, samples: float) -> Rows:
+    """Return a row for each finite source: how often ``samples`` draws see it."""
+    return [("source", line) for line in show_uses(source_uses(config.data, samples))]

@@ -1,0 +1,174 @@
+"""Every command of the documentation: given to the command's own parser, and run as it stands unless it is marked.
+
+A line that says that it needs a GPU, a cluster, a network, a run or the wheels is only parsed.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ovr_megatron.model.tiny import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"\bneeds (a GPU|a cluster|a network|a run|the wheels)\b")
+# Commands of other projects: nothing of ours reads their arguments.
+FOREIGN = ("pip", "python3.12", "uv", "vllm", "run.py", "source", "export", "pytest")
+FOREIGN += ("tests/run.sh", "tests/gpu/run.sh", "examples/quickstart.sh")
+PLACEHOLDER = re.compile(r"(^|[\s=])\.\.\.($|\s)|\[--|\bDIR\b|<\w+>")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of a block, continuation lines joined: its words without the comment, and where it stands."""
+
+    document: str
+    line: int
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text, comments=True)
+
+    @property
+    def marked(self) -> bool:
+        return bool(MARKED.search(self.text.rpartition("# ")[2]))
+
+
+def commands(path: Path) -> list[list[Command]]:
+    """The blocks of a document that a shell reads."""
+    blocks = []
+    for block in re.finditer(r"^```bash\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+        line = path.read_text()[: block.start(1)].count("\n") + 1
+        found = []
+        for text in re.split(r"(?<!\\)\n", block[1]):
+            if text.strip():
+                found.append(Command(path.name, line, text.replace("\\\n", " ")))
+            line += text.count("\n") + 1
+        blocks.append(found)
+    return blocks
+
+
+BLOCKS = {path.name: commands(path) for path in DOCUMENTS}
+ALL = [command for blocks in BLOCKS.values() for block in blocks for command in block]
+
+
+def target(words: list[str]) -> tuple[str, list[str]] | None:
+    """The file that ends up with the arguments, and the arguments; None for a command that is not ours."""
+    while words and re.fullmatch(r"\w+=.*", words[0]):
+        words = words[1:]
+    script = next((i for i, word in enumerate(words) if word.startswith("slurm/") and word.endswith(".sh")), None)
+    if script is not None:  # sbatch or bash: the stage that the script starts, with what it adds
+        stage, recipe = re.search(r"launch_stage (\w+) (\w+)", (ROOT / words[script]).read_text()).groups()
+        given = words[script + 1 :]
+        if not any(word.startswith("model.path=") for word in given):
+            given = [*given, "model.path=OVR_MODEL"]  # of the environment
+        return f"ovr_megatron/{stage}/__main__.py", ["--config-name", recipe, *given]
+    if words[:2] == ["python", "-m"] and words[2] == "ovr_megatron.torchrun":
+        words = ["python", *words[5:]]  # --nproc-per-node N
+    if words[:2] == ["python", "-m"]:
+        return f"{words[2].replace('.', '/')}/__main__.py", words[3:]
+    if words[0] == "python" and words[1].startswith("tools/"):
+        return words[1], words[2:]
+    return None
+
+
+def test_every_command_is_ours_or_known() -> None:
+    assert len(ALL) > 30
+    for command in ALL:
+        words = [word for word in command.words if not re.fullmatch(r"\w+=.*", word)]
+        foreign = any(word.endswith(FOREIGN) for word in words[:2])
+        assert foreign or target(command.words), f"{command.document}:{command.line}: {command.text}"
+        assert words[0] == "export" or not PLACEHOLDER.search(" ".join(words)), (
+            f"{command.document}:{command.line}: not literal"
+        )
+
+
+# The command line is judged by the command itself; where its work would begin, with the first heavy library, it has
+# been accepted.
+JUDGE = """
+import json, runpy, subprocess, sys
+class WorkBegins(BaseException): pass
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers", "datasets", "megatron", "vllm", "matplotlib", "numpy", "psutil"):
+            raise WorkBegins(name)
+sys.meta_path.insert(0, Guard())
+def start(*arguments, **options):
+    raise WorkBegins(arguments)
+subprocess.Popen = start
+results = []
+for where, file, arguments in json.load(sys.stdin):
+    sys.argv = [file, *arguments]
+    try:
+        runpy.run_path(file, run_name="__main__")
+        code = 0
+    except WorkBegins:
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    if code:
+        results.append([where, code])
+print(json.dumps(results), file=sys.stderr)
+"""
+
+
+def test_every_command_is_accepted_by_its_own_parser(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    jobs = []
+    for command in ALL:
+        if found := target(command.words):
+            jobs.append((f"{command.document}:{command.line}", str(ROOT / found[0]), found[1]))
+    assert len(jobs) > 20
+    result = subprocess.run(
+        [sys.executable, "-c", JUDGE],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert json.loads(result.stderr.splitlines()[-1]) == [], result.stderr
+
+
+def prepare(folder: Path) -> None:
+    """The files that the documentation names, small, and links to the project."""
+    for name in ("tools", "ovr_megatron", "slurm", "examples", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    make_tiny_model(folder / "Qwen2.5-VL-7B-Instruct")
+    trace = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}]}
+    problem = {"messages": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}
+    (folder / "my").mkdir()
+    for name in ("traces.jsonl", "my/train.jsonl"):
+        (folder / name).write_text(10 * (json.dumps(trace) + "\n"))
+    pq.write_table(pa.Table.from_pylist(10 * [trace]), folder / "rare.parquet")
+    (folder / "problems.jsonl").write_text(10 * (json.dumps(problem) + "\n"))
+
+
+def runnable(document: str) -> list[str]:
+    """Lines of a document to be run, in order."""
+    lines = [c for block in BLOCKS[document] for c in block if not c.marked and c.words[0] not in ("pytest", "export")]
+    return [command.text for command in lines]
+
+
+@pytest.mark.parametrize("document", [name for name in BLOCKS if runnable(name)])
+def test_what_needs_nothing_runs_as_it_stands(document: str, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    script = "\n".join(["set -euo pipefail", *runnable(document)])
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
