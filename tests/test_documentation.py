@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from ovr_megatron.model.tiny import make_tiny_model
 
@@ -154,21 +153,3 @@ def prepare(folder: Path) -> None:
         (folder / name).write_text(10 * (json.dumps(trace) + "\n"))
     pq.write_table(pa.Table.from_pylist(10 * [trace]), folder / "rare.parquet")
     (folder / "problems.jsonl").write_text(10 * (json.dumps(problem) + "\n"))
-
-
-def runnable(document: str) -> list[str]:
-    """Lines of a document to be run, in order."""
-    lines = [c for block in BLOCKS[document] for c in block if not c.marked and c.words[0] not in ("pytest", "export")]
-    return [command.text for command in lines]
-
-
-@pytest.mark.parametrize("document", [name for name in BLOCKS if runnable(name)])
-def test_what_needs_nothing_runs_as_it_stands(document: str, tmp_path: Path) -> None:
-    prepare(tmp_path)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    script = "\n".join(["set -euo pipefail", *runnable(document)])
-    result = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
