@@ -9,7 +9,7 @@ processes=$(($(nproc) > 1 ? 2 : 1))
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
 launch() { "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" "$@"; }
-newest() { find "$run/$1/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 1; }
+newest() { find "$run/$1/checkpoints" -maxdepth 1 -name 'step_*[0-9]' | sort | tail -n 1; }
 title() { printf '\n== %s\n' "$*"; }
 
 # Trains one stage unless its last checkpoint is there: stage NAME, RECIPE, last step, module, overrides...
@@ -37,7 +37,7 @@ iterations=100
 stage rl tiny_rl $iterations rl model.path="$(newest cold_start)" iterations=$iterations evaluation.every=20 "${on_the_way[@]}"
 
 title "average of the last checkpoints, export to Hugging Face, check against Transformers"
-mapfile -t last < <(find "$run/rl/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 3)
+mapfile -t last < <(find "$run/rl/checkpoints" -maxdepth 1 -name 'step_*[0-9]' | sort | tail -n 3)
 for name in base cold_start rl; do
     [ -e "$run/export/$name/config.json" ] ||
         "$python" tools/convert_to_hf.py --checkpoint "$(newest $name)" --out "$run/export/$name"

@@ -11,11 +11,13 @@ import dataclasses
 import math
 import re
 import typing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ovr_megatron.errors import UserError
@@ -606,7 +608,18 @@ class RLConfig:
             f"only={self.only} with rollouts_from={self.rollouts_from}: only=train needs the run folder to learn from, "
             "and nothing else takes one",
         )
+        require(
+            not self.rollouts_from or Path(self.rollouts_from).resolve() != Path(self.run.dir).resolve(),
+            f"rollouts_from={self.rollouts_from} is run.dir: the run would replace what it learns from; choose another "
+            "run.dir",
+        )
         require(bool(self.curriculum), "curriculum is empty: give at least one {until, max_tokens}")
+        for number, stage in enumerate(self.curriculum):
+            require(
+                stage.max_tokens > self.data.max_prompt_tokens,
+                f"curriculum[{number}].max_tokens={stage.max_tokens} leaves no room for a response to a prompt of "
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens}; raise the first or lower the second",
+            )
         ends = [stage.until for stage in self.curriculum]
         require(ends == sorted(set(ends)), f"curriculum: 'until' must rise, got {ends}")
         require(
@@ -652,6 +665,10 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
         ConfigError: an unknown key, a wrong type, a missing value, or a value that cannot work.
     """
     config = values if isinstance(values, DictConfig) else OmegaConf.create(values)
+    try:
+        _remember_environment(config)
+    except OmegaConfBaseException as error:  # a variable that is not set
+        raise ConfigError(str(error).splitlines()[0]) from None
     missing = sorted(OmegaConf.missing_keys(config))
     require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
     try:
@@ -663,13 +680,56 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
         key = ".".join(str(part) for part in first["loc"]) or "config"
         if first["type"] == "unexpected_keyword_argument":
             raise ConfigError(unknown_setting(schema, key)) from None
-        raise ConfigError(f"{key}: {first['msg']} (got {first['input']!r})") from error
+        text = _environment.get(tuple(map(str, first["loc"])), (None, first["input"]))[1]
+        raise ConfigError(f"{key}: {first['msg']} (got {text!r})") from error
+
+
+# Settings that hold values of environment variables: by path, what they resolve to, and how they are written.
+_environment: dict[tuple[str, ...], tuple[Any, str]] = {}
+
+
+def _remember_environment(config: DictConfig) -> None:
+    """Remember how settings are written, where environment variables come in: files show that, not their values."""
+    if "oc.env" not in OmegaConf.to_yaml(config):
+        return
+    written = _leaves(OmegaConf.to_container(config, resolve=False))
+    resolved = dict(_leaves(OmegaConf.to_container(config, resolve=True)))
+    for path, text in written:
+        if isinstance(text, str) and "${" in text and path in resolved:
+            _environment[path] = (resolved[path], text)
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        yield path, value
+        return
+    for key, item in items:
+        yield from _leaves(item, (*path, str(key)))
+
+
+def _as_written(value: Any, path: tuple[str, ...] = ()) -> Any:
+    """Return ``value`` with the settings of `_remember_environment` as they were written."""
+    if isinstance(value, dict):
+        return {key: _as_written(item, (*path, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_written(item, (*path, str(place))) for place, item in enumerate(value)]
+    resolved, text = _environment.get(path, (None, ""))
+    return text if text and str(resolved) == str(value) else value
+
+
+def as_yaml(config: Any) -> str:
+    """Return the checked ``config`` as YAML; values of environment variables stay ``${oc.env:NAME}``."""
+    return OmegaConf.to_yaml(OmegaConf.create(_as_written(dataclasses.asdict(config))))
 
 
 def save(config: Any, path: Path) -> None:
     """Write the resolved ``config`` as YAML to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    path.write_text(as_yaml(config))
 
 
 def forbid_unknown_keys(names: dict[str, Any]) -> None:

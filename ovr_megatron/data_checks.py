@@ -15,6 +15,7 @@ from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.rewards.references import check_reference
 from ovr_megatron.runtime.progress import Progress
+from ovr_megatron.runtime.terminal import printable
 
 Check = Callable[[Row], object]
 GENERATED_ROWS = 1000  # looked at of a source that never ends
@@ -96,7 +97,7 @@ def _report_source(settings: SourceConfig, checks: Sequence[Check], rows: int) -
     with Progress(len(indices), settings.path, "row", inner=True) as progress:
         for index in indices:
             for error in bad_rows(source, [index], checks):
-                print(error, flush=True)
+                print(printable(error), flush=True)
                 bad += 1
             progress.update()
     total = "an endless number" if endless else f"{len(source):,}"

@@ -23,6 +23,7 @@ from ovr_megatron.model.qwen25vl import DTYPES
 from ovr_megatron.plan import deadlines, report
 from ovr_megatron.runtime import cpu, distributed, preflight
 from ovr_megatron.runtime.stop import JoinError
+from ovr_megatron.runtime.terminal import printable
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.transfer import check_weights
 
@@ -209,7 +210,7 @@ def check(config: Config, began: float) -> int:
         problems, measured = look(config)
     except ConfigError as error:
         if main_rank:
-            print(f"preflight: {error}", flush=True)
+            print(printable(f"preflight: {error}"), flush=True)
         return 2
     except JoinError as error:
         print(f"preflight: {error}", flush=True)
@@ -217,11 +218,12 @@ def check(config: Config, began: float) -> int:
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0]
-        print(f"preflight: {preflight.host_name()} cannot work with the others over {where}: {reason}", flush=True)
+        problem = f"{preflight.host_name()} cannot work with the others over {where}: {reason}"
+        print(printable(f"preflight: {problem}"), flush=True)
         return 3
     if main_rank:
         for problem in problems:
-            print(f"preflight: {problem}")
+            print(printable(f"preflight: {problem}"))
         figures = ", ".join(f"{name} {value:.2f}" for name, value in measured.items())
         verdict = "refused" if problems else "ok"
         print(f"preflight: {verdict}: {dist.get_world_size()} ranks, {torch.cuda.device_count()} GPUs a node, "

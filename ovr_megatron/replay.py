@@ -6,7 +6,6 @@ began from (none for iteration 0).  It changes nothing in the run folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,9 @@ from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.iteration import Clock, learn
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.rl.training import build_models
+from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.runlog import read_metrics
 
 METRICS = (
     *("critic/loss", "critic/grad_norm", "critic/explained_variance", "critic/value_std"),
@@ -51,7 +52,7 @@ def load(run: Path, overrides: Sequence[str]) -> RLConfig:
     Raises:
         ConfigError: no run folder, or a key or value that cannot work.
     """
-    path = run / "config.yaml"
+    path = run / run_folder.SETTINGS
     if not path.is_file():
         raise ConfigError(f"{run} is no run folder: it has no config.yaml")
     try:
@@ -69,7 +70,9 @@ def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Li
     Raises:
         CheckpointError: the iteration's checkpoint was not kept (``run.keep_every``) or is damaged.
         ArchiveError: its rollouts are missing or damaged.
+        RunLockedError: a job works on the run folder.
     """
+    run_folder.enter(run, run_folder.REPLAY, world.is_main)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     saved = archive.read(run, iteration, world)
@@ -110,10 +113,8 @@ def _compared(name: str, saved: dict, now: dict) -> Line:
 
 
 def _logged(run: Path, iteration: int) -> dict[str, float]:
-    for line in map(json.loads, (run / "metrics" / "train.jsonl").open(encoding="utf-8")):
-        if line["step"] == iteration:
-            return line
-    return {}
+    lines = read_metrics(run / "metrics" / "train.jsonl")
+    return next((line for line in lines if line["step"] == iteration), {})
 
 
 def show(lines: Sequence[Line]) -> str:

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from ovr_megatron.runtime.command import SENTENCES_ARE_COLLECTED, run_command
+from ovr_megatron.runtime.terminal import printable
 
 
 def launch() -> int:
@@ -25,7 +26,7 @@ def launch() -> int:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         for line in dict.fromkeys(describe(rank, failure) for rank, failure in sorted(error.failures.items())):
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
         exit_code = error.get_first_failure()[1].exitcode
         return exit_code if exit_code > 0 else 128 - exit_code
     except SignalException as error:

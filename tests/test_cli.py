@@ -129,6 +129,7 @@ def test_a_length_past_the_models_positions(model: Path, longest: int, rollout: 
         "run": {"dir": "run"},
         "model": {"path": str(model)},
         "rollout": {"max_model_len": rollout},
+        "data": {"max_prompt_tokens": 32},
         "curriculum": [{"until": 1, "max_tokens": 64}, {"until": 900, "max_tokens": longest}],
     }
     config, shape = build(RLConfig, values), ModelShape.from_hf(model)

@@ -10,7 +10,7 @@ from ovr_megatron import config as configuration
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults, save
 
 REQUIRED = ["run.dir=runs/a", "model.path=models/tiny"]
-CURRICULUM = ["curriculum=[{until: 300, max_tokens: 4096}, {until: 900, max_tokens: 8192}]"]
+CURRICULUM = ["curriculum=[{until: 300, max_tokens: 16384}, {until: 900, max_tokens: 32768}]"]
 
 
 def merge(schema: type, *overrides: str) -> DictConfig:
@@ -139,8 +139,12 @@ REFUSED = [
     ("responses=0", "prompts and responses must be positive"),
     ("curriculum=[]", "curriculum is empty: give at least one {until, max_tokens}"),
     (
-        "curriculum=[{until: 900, max_tokens: 8}, {until: 900, max_tokens: 9}]",
+        "curriculum=[{until: 900, max_tokens: 9000}, {until: 900, max_tokens: 9001}]",
         "curriculum: 'until' must rise, got [900, 900]",
+    ),
+    (
+        "curriculum=[{until: 300, max_tokens: 8192}, {until: 900, max_tokens: 9000}]",
+        "curriculum[0].max_tokens=8192 leaves no room for a response to a prompt of data.max_prompt_tokens=8192",
     ),
     ("iterations=901", "curriculum ends at iteration 900 but iterations=901; raise the last 'until'"),
 ]
@@ -179,3 +183,27 @@ def test_checks_hold_outside_build_too() -> None:
     values: dict[str, Any] = {"dir": "runs/a", "save_every": 0}
     with pytest.raises(ConfigError, match=r"run\.save_every=0"):
         configuration.RunConfig(**values)
+
+
+def test_values_of_environment_variables_stay_out_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the saved configuration nor a message shows what a variable holds; loaded again it is the same."""
+    monkeypatch.setenv("OVR_TEST_SECRET", "hunter2")
+    monkeypatch.setenv("OVR_TEST_SEED", "17")
+    settings = ["run.dir=/runs/${oc.env:OVR_TEST_SECRET}", "run.seed=${oc.env:OVR_TEST_SEED}"]
+    settings += ["data.sources=[{path: 'a.jsonl'}, {path: '${oc.env:OVR_TEST_SECRET}/b.jsonl'}]"]
+    values = OmegaConf.merge(defaults(RLConfig), OmegaConf.from_dotlist([*settings, "model.path=m", *CURRICULUM]))
+    config = build(RLConfig, values)
+    assert (config.run.dir, config.run.seed, config.data.sources[1].path) == ("/runs/hunter2", 17, "hunter2/b.jsonl")
+    save(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert (
+        "hunter2" not in text and "/runs/${oc.env:OVR_TEST_SECRET}" in text and "seed: ${oc.env:OVR_TEST_SEED}" in text
+    )
+    assert build(RLConfig, OmegaConf.load(tmp_path / "config.yaml")) == config
+    save(dataclasses.replace(config, iterations=3), tmp_path / "config.yaml")
+    assert "hunter2" not in (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"run\.seed") as error:
+        build(RLConfig, OmegaConf.merge(values, {"run": {"seed": "${oc.env:OVR_TEST_SECRET}"}}))
+    assert "hunter2" not in str(error.value)
+    with pytest.raises(ConfigError, match="OVR_TEST_ABSENT"):
+        build(RLConfig, OmegaConf.merge(values, {"run": {"seed": "${oc.env:OVR_TEST_ABSENT}"}}))

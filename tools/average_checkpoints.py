@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.terminal import printable
 
 
 def combine(directories: list[Path], out: Path, force: bool) -> None:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         combine(args.directories, args.out, args.force)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, printable(f"{parser.prog}: {error}\n"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.terminal import printable
 
 
 def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) -> None:
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         convert(args.hf, args.out, args.workers, args.force, args.yarn)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, printable(f"{parser.prog}: {error}\n"))
 
 
 if __name__ == "__main__":

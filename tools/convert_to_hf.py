@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.terminal import printable
 
 
 def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, workers: int, force: bool) -> None:
@@ -42,7 +43,7 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
         left_out.insert(0, f"{VALUE_HEAD} (a Hugging Face model has no place for it)")
         if not shape.tied:
             print("a critic has no lm_head.weight: load it with AutoModel, it cannot generate")
-    print(f"left out: {', '.join(left_out) or 'nothing'}")
+    print(printable(f"left out: {', '.join(left_out) or 'nothing'}"))
 
 
 def verify(out: Path, hf: Path, critic: bool, workers: int) -> bool:
@@ -51,7 +52,7 @@ def verify(out: Path, hf: Path, critic: bool, workers: int) -> bool:
 
     found = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [], workers=workers)
     for line in found[:20]:
-        print(f"differs: {line}")
+        print(printable(f"differs: {line}"))
     print(f"{len(found)} differences from {hf}" if found else f"equal to {hf}, bit by bit")
     return not found
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         convert(args.checkpoint, args.out, args.critic, args.dtype, args.workers, args.force)
         equal = args.verify is None or verify(args.out, args.verify, args.critic, args.workers)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, printable(f"{parser.prog}: {error}\n"))
     sys.exit(0 if equal else 1)
 
 

@@ -20,6 +20,7 @@ from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason, Verdict
 from ovr_megatron.rewards.quantity import has_unit
 from ovr_megatron.runtime.command import run_command
 from ovr_megatron.runtime.progress import Progress
+from ovr_megatron.runtime.terminal import printable
 
 NO_BOX = "no box in the response"
 UNIT = "the benchmark's script missed a unit"
@@ -145,17 +146,18 @@ def print_summary(summary: dict[str, Any]) -> None:
     """Print `summarise`'s result for a person."""
     print(f"accuracy   {summary['accuracy']:.4f}  ({summary['correct']} of {summary['rows']})")
     for reason, count in summary["reasons"].items():
-        print(f"  {count:6d}  {reason}")
+        print(printable(f"  {count:6d}  {reason}"))
     if "agreement" not in summary:
         return
     groups = summary["disagreements"]
     total = sum(map(len, groups.values()))
     print(f"agreement  {summary['agreement']:.4f}  ({total} of {summary['compared']} differ)")
     for group, shown in groups.items():
-        print(f"  {len(shown):6d}  {group}")
+        print(printable(f"  {len(shown):6d}  {group}"))
         for row in shown:
             right = row["answer"] + (f" = {row['option']}" if "option" in row else "")
-            print(f"          id {row['id']}: box {row['box']!r}, reference {right!r}, file says {row['file']}")
+            line = f"          id {row['id']}: box {row['box']!r}, reference {right!r}, file says {row['file']}"
+            print(printable(line))
 
 
 def write_verdicts(path: Path, rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> None:
@@ -187,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.out:
             write_verdicts(args.out, rows, verdicts)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, printable(f"{parser.prog}: {error}\n"))
     summary = summarise(rows, verdicts)
     if args.json:
         print(json.dumps(summary, indent=1))

@@ -17,6 +17,7 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.launch import compose_values, recipe_path, spelled_out
 from ovr_megatron.runtime import environment
 from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.terminal import printable
 
 STAGES = {"coldstart": (ColdStartConfig, "cold_start_7b_64gpu"), "rl": (RLConfig, "rl_7b_64gpu")}
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         config = build(schema, values)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"preflight: {error}", flush=True)
+            print(printable(f"preflight: {error}"), flush=True)
         return 2
 
     # Here, so that a command line is judged before torch is loaded.

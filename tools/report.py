@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.terminal import printable
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
         except UserError as error:
             if not args.every:
                 raise
-            print(f"not now: {error}", flush=True)  # a run that has not begun, or a file that is just being written
+            print(
+                printable(f"not now: {error}"), flush=True
+            )  # a run that has not begun, or a file that is just being written
         if not args.every:
             return
         try:

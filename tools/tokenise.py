@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from ovr_megatron.config import ConfigError, DataConfig, build
 from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.terminal import printable
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -40,7 +41,7 @@ def main(given: Sequence[str] | None = None) -> None:
         manifest = verify_tokenised(arguments.folder)
     else:
         manifest = tokenise(config, arguments.model, arguments.folder, arguments.workers)
-    print(show(manifest))
+    print(printable(show(manifest)))
 
 
 def settings(pairs: list[str]) -> DataConfig:

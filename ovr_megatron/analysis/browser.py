@@ -20,10 +20,11 @@ from urllib.parse import quote
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.page import Html, section, tag
-from ovr_megatron.analysis.samples import LOW, MAX_TOKENS, Token, read_rows, shade, tokens
+from ovr_megatron.analysis.samples import LOW, MAX_TOKENS, Token, shade, tokens
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS
 from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.json_lines import read_json_lines
 
 FOLDER = "report_files"
 MOST = 20_000  # responses in the page, four fifths of them rollouts
@@ -60,9 +61,9 @@ def browser(experiment: Experiment) -> Html | None:
     if not index:
         return None
     kept = {name for entry in index.values() for name in entry["files"]}
-    for path in folder.glob("*.js"):
-        if path.stem not in kept:
-            path.unlink()
+    written = {name for entry in known.values() for name in entry["files"]}
+    for name in written - kept:
+        (folder / Path(f"{name}.js").name).unlink(missing_ok=True)
     write_whole(folder / "index.json", json.dumps(index))
     return _section(index)
 
@@ -92,7 +93,7 @@ def _judged(experiment: Experiment, model: str, file: str) -> list[dict[str, int
     found = experiment.behaviours
     if not found or found["approximation"] or found["checkpoints"].get(model, {}).get("file") != file:
         return []
-    lines = read_rows(experiment.dir / "behaviours/counts.jsonl")
+    lines = read_json_lines(experiment.dir / "behaviours/counts.jsonl")
     return [line["counts"] for line in lines if line["checkpoint"] == model]
 
 
@@ -109,7 +110,7 @@ def _entry(origin: Origin, folder: Path, known: Mapping[str, Any] | None) -> dic
     mark = [_FORM, state.st_size, state.st_mtime_ns, origin.most, origin.title, origin.depends]
     if known and known["mark"] == mark and all((folder / f"{name}.js").is_file() for name in known["files"]):
         return dict(known)
-    rows = read_rows(origin.path)
+    rows = read_json_lines(origin.path)
     chosen = origin.items(rows, even(len(rows), origin.most))
     names = []
     folder.mkdir(exist_ok=True)

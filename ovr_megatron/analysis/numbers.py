@@ -8,6 +8,8 @@ from typing import Any
 
 from ovr_megatron.analysis.experiment import Experiment
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
 
 def write_numbers(experiment: Experiment) -> list[Path]:
     """Write ``figures/NAME.csv`` for each of `numbers`; returns the paths."""
@@ -18,8 +20,8 @@ def write_numbers(experiment: Experiment) -> list[Path]:
         paths.append(folder / f"{name}.csv")
         with paths[-1].open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            table.writeheader()
-            table.writerows(rows)
+            table.writerow({key: _cell(key) for key in table.fieldnames})
+            table.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     return paths
 
 
@@ -41,6 +43,11 @@ def numbers(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
         for name, told in found["behaviours"].items()
     ]
     return {name: rows for name, rows in tables.items() if rows}
+
+
+def _cell(value: Any) -> Any:
+    """Return a value that no spreadsheet takes for a formula: names of sources and sets are not ours."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:

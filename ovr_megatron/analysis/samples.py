@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
@@ -13,6 +12,8 @@ from typing import Any
 import PIL.Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+
+from ovr_megatron.runtime.json_lines import read_json_lines
 
 PER_ITERATION = 4
 MAX_TOKENS = 2000  # of one response that is shown token by token
@@ -64,7 +65,7 @@ def moments(run: Path) -> list[Moment]:
         names = dict.fromkeys(range(len(files)), "So far")
     found = []
     for at, name in names.items():
-        chosen = pick(read_rows(files[at]))
+        chosen = pick(read_json_lines(files[at]))
         found.append(Moment(name, int(files[at].stem), chosen, tokens(run, int(files[at].stem), chosen)))
     return found
 
@@ -153,14 +154,3 @@ def read_picture(run: Path, name: str) -> Picture | None:
 
 def _problem(rollout: dict[str, Any]) -> tuple[str, str | None]:
     return rollout["prompt"], rollout.get("image")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, one a line; a last line that is still being written is left out."""
-    rows = []
-    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

@@ -10,6 +10,7 @@ from ovr_megatron.analysis.figures import write_figures
 from ovr_megatron.analysis.numbers import write_numbers
 from ovr_megatron.analysis.report import write_report
 from ovr_megatron.analysis.summary import write_summary
+from ovr_megatron.runtime.terminal import printable
 
 
 def write_everything(run_dir: Path, refresh: int = 0) -> None:
@@ -28,4 +29,4 @@ def write_everything(run_dir: Path, refresh: int = 0) -> None:
     if experiment.exported:
         print(f"card:    {write_card(experiment, experiment.exported)}")
     for part in experiment.missing:
-        print(f"missing: {part}")
+        print(printable(f"missing: {part}"))

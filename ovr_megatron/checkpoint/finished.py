@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ovr_megatron.checkpoint.manifest import newest
+from ovr_megatron.checkpoint.manifest import CheckpointError, check, step_of
 from ovr_megatron.config import ColdStartConfig, RLConfig
 
 
@@ -20,14 +20,29 @@ def tell_finished(config: ColdStartConfig | RLConfig) -> bool:
     steps = planned_steps(config)
     if not steps:
         return False
-    found = newest(Path(config.run.dir) / "checkpoints", digests=False)
-    if found.path is None or found.manifest is None or found.manifest.step < steps:
+    path = last_checkpoint(Path(config.run.dir) / "checkpoints", steps)
+    if path is None:
         return False
     if os.environ.get("RANK", "0") == "0":
         what = "iterations" if isinstance(config, RLConfig) else "steps"
         print(f"finished: all {steps} {what} are done; for another run give another run.dir, to go on more {what}")
-        print(f"{'rl' if isinstance(config, RLConfig) else 'cold start'}: {found.path}", flush=True)
+        print(f"{'rl' if isinstance(config, RLConfig) else 'cold start'}: {path}", flush=True)
     return True
+
+
+def last_checkpoint(directory: Path, steps: int) -> Path | None:
+    """Return a run's own checkpoint of at least ``steps`` steps that is whole by its sizes, None if there is none."""
+    for path in sorted(directory.glob("step_*"), reverse=True):
+        step = step_of(path)
+        if step is None or step < steps:
+            continue
+        try:
+            manifest = check(path, digests=False)
+        except CheckpointError:
+            continue
+        if manifest.step == step and "state" in manifest.extra:  # not an averaged one that was put there
+            return path
+    return None
 
 
 def planned_steps(config: ColdStartConfig | RLConfig) -> int:

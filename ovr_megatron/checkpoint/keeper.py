@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,17 @@ import torch.distributed as dist
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.manifest import CheckpointError
 from ovr_megatron.checkpoint.store import Restored
-from ovr_megatron.checkpoint.writing import DiskQueue, Writing
-from ovr_megatron.config import RunConfig
-from ovr_megatron.engine import Engine
+from ovr_megatron.checkpoint.writing import DiskQueue, NonFiniteError, Writing
+from ovr_megatron.config import ColdStartConfig, RLConfig
+from ovr_megatron.engine import DivergenceError, Engine
+from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.lock import RunLock
 from ovr_megatron.runtime.stop import REQUEUE, Stop, StopRequest
+from ovr_megatron.runtime.terminal import say
 from ovr_megatron.weights.folder import WeightError
 from ovr_megatron.weights.transfer import staged
+
+_LEFT_OVER = re.compile(r"\.step_\d+\.(partial|old)")
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,22 @@ class Keeper:
     """Checkpoints of one run and its orderly end.  Every method is a collective.
 
     Args:
-        config: ``config.dir`` is locked for this job until the process ends.
+        config: ``config.run.dir`` is locked for this job until the process ends.
         world: this process.
 
     Raises:
         RunLockedError: another job works on the run folder.
+        ConfigError: the folder is one of another stage.
     """
 
-    def __init__(self, config: RunConfig, world: World):
-        self.config, self.world = config, world
-        self.run = Path(config.dir)
+    def __init__(self, config: ColdStartConfig | RLConfig, world: World):
+        self.config, self.world = config.run, world
+        self.run = Path(config.run.dir)
         self.directory = self.run / "checkpoints"
-        self.lock = RunLock(self.run, world.is_main)
+        self.stage = run_folder.stage_of(vars(config)) or ""
+        run_folder.enter(self.run, self.stage, world.is_main)
         self.stop = StopRequest()
-        self.queue = DiskQueue(int(config.save_buffer_gib * 2**30))
+        self.queue = DiskQueue(int(config.run.save_buffer_gib * 2**30))
         self.writing: Writing | None = None
         self.last = 0  # step of the newest whole checkpoint
         self.stopped = Stop.NO
@@ -75,8 +80,9 @@ class Keeper:
         """Load the newest whole checkpoint into ``engines``; None: there is none."""
         if self.world.is_main:
             for left_over in self.directory.glob(".step_*"):
-                shutil.rmtree(left_over)
-        found = store.find(self.directory, self.world)
+                if _LEFT_OVER.fullmatch(left_over.name):
+                    shutil.rmtree(left_over)
+        found = store.find(self.directory, self.world, self.stage)
         if found:
             store.restore(found, engines)
             store.restore_generators(found, self.world)
@@ -105,8 +111,7 @@ class Keeper:
         if ending or done % self.config.save_every == 0:
             if self.writing:
                 self._settle(ending=False)
-            companions = self.run / "companions"
-            self.writing = store.start(self.directory, done, engines, companions, state, self.world, self.queue)
+            self._start(done, engines, state)
             if ending or not self.config.async_save:
                 self._settle(ending)
         self.seconds = time.perf_counter() - began
@@ -125,9 +130,13 @@ class Keeper:
         if self.writing:
             self._settle(ending=False)
         if self.last < done:
-            companions = self.run / "companions"
-            self.writing = store.start(self.directory, done, engines, companions, state, self.world, self.queue)
+            self._start(done, engines, state)
             self._settle(ending=True)
+
+    def _start(self, done: int, engines: dict[str, Engine], state: dict[str, Any]) -> None:
+        """Begin the checkpoint of step ``done``."""
+        place = (self.world, self.queue, self.stage)
+        self.writing = store.start(self.directory, done, engines, self.run / "companions", state, *place)
 
     def ended(self) -> Ended:
         """Say how the run ended."""
@@ -145,7 +154,7 @@ class Keeper:
             with staged(self.run / "exports" / checkpoint.name, [checkpoint], replace=True) as partial:
                 shutil.copytree(checkpoint / "policy", partial, copy_function=_link, dirs_exist_ok=True)
         except (OSError, WeightError) as error:
-            print(f"warning: step {step} was not exported: {error}", file=sys.stderr, flush=True)
+            say(f"warning: step {step} was not exported: {error}")
 
     def _prune(self) -> None:
         if not self.world.is_main:
@@ -153,7 +162,7 @@ class Keeper:
         try:
             store.prune(self.directory, self.config.keep_last, self.config.keep_every, self.last)
         except OSError as error:
-            print(f"warning: an old checkpoint stays, remove it by hand: {error}", file=sys.stderr, flush=True)
+            say(f"warning: an old checkpoint stays, remove it by hand: {error}")
 
     def _agree(self) -> tuple[Stop, bool]:
         """What any rank was asked for, and whether any rank still writes."""
@@ -165,19 +174,26 @@ class Keeper:
     def _settle(self, ending: bool) -> None:
         """Wait for the files of all ranks and publish them."""
         assert self.writing is not None
-        step, problem = self.writing.step, store.settle(self.writing, self.world)
+        step = self.writing.step
+        whole = f"the newest whole one is that of step {self.last}" if self.last else "there is none before it"
+        try:
+            problem = store.settle(self.writing, self.world)
+        except NonFiniteError as error:
+            raise DivergenceError(
+                f"the checkpoint of step {step} is not kept: {error}. Training has diverged; {whole}: go on from there "
+                "with a lower optimizer.lr or a tighter optimizer.skip_above"
+            ) from error
         self.writing = None
         if problem is None:
             self.last = step
             self._export(ending)
             self._prune()
             return
-        kept = f"the newest whole one is that of step {self.last}" if self.last else "there is none before it"
         message = (
-            f"the checkpoint of step {step} could not be written: {problem}. Nothing that was saved is lost: {kept}. "
+            f"the checkpoint of step {step} could not be written: {problem}. Nothing that was saved is lost: {whole}. "
             f"Make room in {self.directory} or lower run.keep_last"
         )
         if ending or self.config.stop_on_failed_save:
             raise CheckpointError(f"{message}, then start the same command again")
         if self.world.is_main:
-            print(f"warning: {message}; training goes on to the next save", file=sys.stderr, flush=True)
+            say(f"warning: {message}; training goes on to the next save")

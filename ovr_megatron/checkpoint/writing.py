@@ -7,6 +7,7 @@ checkpoint know neither the layout nor the number of ranks.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,16 @@ from ovr_megatron.checkpoint.generators import generator_states
 from ovr_megatron.checkpoint.manifest import FileRecord, file_record, write_manifest
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.terminal import say
 from ovr_megatron.weights.folder import INDEX, copy_companions, cut, shard_names, write_index
-from ovr_megatron.weights.shard import Pending, sync, write_shard
+from ovr_megatron.weights.shard import PIECE, Pending, sync, write_shard
 
 Records = dict[str, FileRecord]
 RNG = "rng"
+
+
+class NonFiniteError(ValueError):
+    """A checkpoint whose tensors hold infinities or NaN; names the file and the tensor."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,16 @@ class Writing:
             job.exception()
             report()
 
-    def error(self) -> str | None:
-        """What went wrong on this rank, once nothing is running."""
-        found = [error for job in self.jobs if (error := job.exception()) is not None]
-        for error in found:
-            if not isinstance(error, OSError):
+    def error(self) -> NonFiniteError | str | None:
+        """What went wrong on this rank, once nothing is running; values that are not finite before all else."""
+        errors = [error for job in self.jobs if (error := job.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, (OSError, NonFiniteError)):
                 raise error
-        return str(found[0]) if found else None
+        for error in errors:
+            if isinstance(error, NonFiniteError):
+                return error
+        return str(errors[0]) if errors else None
 
 
 class DiskQueue:
@@ -166,7 +175,7 @@ def _copy(name: str, tensor: Tensor) -> Pending:
 
 
 class _Write:
-    """Writes one shard and forgets its tensors."""
+    """Writes one shard, unless a value of it is not finite, and forgets its tensors."""
 
     def __init__(self, directory: Path, path: str, tensors: list[Pending]):
         self.directory, self.path, self.tensors = directory, path, tensors
@@ -174,10 +183,18 @@ class _Write:
     def __call__(self) -> Records:
         digest, file = hashlib.sha256(), self.directory / self.path
         try:
+            for tensor in self.tensors:
+                # In the thread that writes, as it costs less than the hash.
+                if tensor.dtype.is_floating_point and not _is_finite(tensor.load()):
+                    raise NonFiniteError(f"{self.path}: {tensor.name} has values that are not finite")
             write_shard(file, self.tensors, digest)
         finally:
             self.tensors = []
         return {self.path: FileRecord(file.stat().st_size, digest.hexdigest())}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(PIECE))
 
 
 def _prepare(partial: Path, files: dict[str, list[Shard]], companions: Path, dtype: torch.dtype) -> Records:
@@ -202,9 +219,21 @@ def publish(writing: Writing, records: Records) -> None:
         sync(path)
     write_manifest(writing.partial, writing.step, writing.extra, records)
     sync(writing.partial)
-    remove(writing.final)  # one of the same step that is not whole: a whole one would have been resumed from
+    _set_aside(writing.final)
     writing.partial.rename(writing.final)
     sync(writing.final.parent)
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a folder that has the name of a new checkpoint, and from which the run did not go on.
+
+    It is damaged, of a newer format, or was put there by somebody, who may want it.
+    """
+    if folder.exists():
+        names = (folder.with_name(f"{folder.name}.unusable{number or ''}") for number in itertools.count())
+        free = next(name for name in names if not name.exists())
+        folder.rename(free)
+        say(f"warning: {folder} could not be used and is now {free}; remove it by hand")
 
 
 def remove(checkpoint: Path) -> None:

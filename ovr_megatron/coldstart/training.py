@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from ovr_megatron import config as configuration
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.companions import write_companions
 from ovr_megatron.checkpoint.keeper import Ended, Keeper
@@ -32,7 +32,7 @@ from ovr_megatron.model.layers import cautions, layers_in_use
 from ovr_megatron.model.qwen25vl import Scores
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
-from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.progress import Progress
@@ -40,6 +40,7 @@ from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.spikes import SpikeWatch
 from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
 from ovr_megatron.runtime.stop import StopRequested
+from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
@@ -58,7 +59,7 @@ def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
 
 def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -> Ended:
     """Train to the last step, or until a signal comes, from the newest checkpoint if there is one."""
-    run, keeper = Path(config.run.dir), Keeper(config.run, world)
+    run, keeper = Path(config.run.dir), Keeper(config, world)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     packs, steps = open_packs(config, processor, world)
@@ -73,7 +74,7 @@ def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -
         engine.load(WeightFolder(source))
     first = found.step if found else 0
     if world.is_main:
-        configuration.save(config, run / "config.yaml")
+        run_folder.record(config, run)
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
         if origin:
             record_start(run, origin, world.size)
@@ -234,6 +235,6 @@ def run(config: ColdStartConfig, origin: Origin | None = None) -> int:
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
         result = train(config, world, origin)
         if world.is_main:
-            print(f"cold start: {result.path}", flush=True)
+            say(f"cold start: {result.path}", sys.stdout)
         distributed.finish()
     return result.exit_code

@@ -9,6 +9,7 @@ import sys
 
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.launch import read_command_line
+from ovr_megatron.runtime.terminal import printable
 
 
 def main() -> int:
@@ -17,5 +18,5 @@ def main() -> int:
     # Here, so that a command line is judged before the libraries of the stages are loaded.
     from ovr_megatron.curation.prepare import prepare
 
-    print(f"prepared: {prepare(asked.config)}")
+    print(printable(f"prepared: {prepare(asked.config)}"))
     return 0

@@ -35,6 +35,7 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.terminal import printable
 
 
 class Replica:
@@ -214,7 +215,7 @@ def main(task: str, job: str, before: str) -> None:
         TASKS[task](config, Path(before), Path(job).parent, world)
         distributed.finish()
     except UserError as error:
-        print(f"error: {error}", flush=True)
+        print(printable(f"error: {error}"), flush=True)
         sys.exit(2)
 
 

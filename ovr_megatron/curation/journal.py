@@ -1,7 +1,7 @@
 """An append-only file of results that cost much, so that an interruption loses none: one JSON object a line.
 
 Each has a ``key``, a 64-bit number.  The index is two columns of numbers, sorted; a line that an interruption cut off
-is removed at the next opening.
+is removed at the next opening, and a damaged one counts as not there.
 """
 
 from __future__ import annotations
@@ -15,31 +15,34 @@ from typing import Any, Self
 
 import numpy as np
 
-from ovr_megatron.config import ConfigError
+from ovr_megatron.runtime.json_lines import json_object
+from ovr_megatron.runtime.terminal import say
 
 
 class Journal:
     """Results in one file, found by key; the last one of a key counts.  A context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Open ``path``, or make it; half a line at its end is cut off.
-
-        Raises:
-            ConfigError: another line is no result.
-        """
+        """Open ``path``, or make it; half a line at its end is cut off, and damaged lines are named and left out."""
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._keys, self._places = array("Q"), array("q")
-        end = 0
+        end, damaged = 0, 0
         self._file.seek(0)
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
-            self._keys.append(self._key(line))
-            self._places.append(end)
+            key = _key(line)
+            if key is None:
+                damaged += 1
+            else:
+                self._keys.append(key)
+                self._places.append(end)
             end += len(line)
         self._file.truncate(end)
+        if damaged:
+            say(f"warning: {path}: {damaged} damaged lines, which count as not there")
         self._sort()
 
     def __enter__(self) -> Self:
@@ -62,7 +65,7 @@ class Journal:
         """Every result in the order of the file."""
         self._file.flush()
         with self._path.open("rb") as file:
-            yield from map(json.loads, file)
+            yield from (json.loads(line) for line in file if _key(line) is not None)
 
     def __getitem__(self, key: int) -> dict[str, Any]:
         """The last result of ``key``; raises `KeyError` if there is none."""
@@ -83,15 +86,6 @@ class Journal:
         """Make all that was added findable."""
         self._sort()
 
-    def _key(self, line: bytes) -> int:
-        try:
-            return int(json.loads(line)["key"])
-        except (ValueError, KeyError, TypeError) as error:
-            number = len(self._keys) + 1
-            raise ConfigError(
-                f"{self._path}:{number}: is no result ({error!r}); remove this line, or the file"
-            ) from None
-
     def _sort(self) -> None:
         keys = np.frombuffer(self._keys, np.uint64) if self._keys else np.zeros(0, np.uint64)
         order = np.argsort(keys, kind="stable")
@@ -101,3 +95,9 @@ class Journal:
     def _place(self, key: int) -> int:
         at = int(np.searchsorted(self._sorted, np.uint64(key), side="right")) - 1
         return int(self._offsets[at]) if at >= 0 and int(self._sorted[at]) == key else -1
+
+
+def _key(line: bytes) -> int | None:
+    """Return the key of a result, None for a line that is none."""
+    key = (json_object(line) or {}).get("key")
+    return key if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 1 << 64 else None

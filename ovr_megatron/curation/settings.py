@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from ovr_megatron.config import (
     ConfigError,
@@ -15,6 +18,12 @@ from ovr_megatron.config import (
     forbid_unknown_keys,
     require,
 )
+
+_SECRET = re.compile("key|token|secret|passw|sig|auth", re.IGNORECASE)
+# The largest sensible values: of threads, of seconds (a week), of a 64-bit count.
+_POSITIVE = {"samples": 1 << 16, "max_tokens": 1 << 24, "concurrency": 4096, "attempts": 1000, "timeout_s": 604800}
+_FROM_ZERO = {"temperature": 100, "backoff_s": 604800, "max_backoff_s": 604800}
+_FROM_ZERO |= {"max_requests": 1 << 62, "max_total_tokens": 1 << 62}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,17 +214,71 @@ class WeighConfig:
         )
 
 
+def check_endpoint(config: Any, setting: str) -> None:
+    """Refuse numbers of a `TeacherConfig`, or of another configuration with fields of its names, that cannot work.
+
+    Raises:
+        ConfigError: names the setting, as ``setting`` spells it.
+    """
+    for key, most in _POSITIVE.items():
+        value = getattr(config, key, 1)
+        require(0 < value <= most, f"{setting.format(key)}={value} must be positive and at most {most:,}")
+    for key, most in _FROM_ZERO.items():
+        value = getattr(config, key, 0)
+        require(0 <= value <= most, f"{setting.format(key)}={value} must be 0 or more and at most {most:,}")
+
+
+def check_url(url: str, name: str, has_key: bool, allow_http: bool, remedy: str) -> None:
+    """Refuse an address that would show a secret: in a file, as it is written into many, or on the wire.
+
+    Args:
+        url: of an endpoint.
+        name: of the setting, for messages.
+        has_key: whether a key goes there.
+        allow_http: whether it may go unencrypted to another machine.
+        remedy: how to allow that.
+
+    Raises:
+        ConfigError: never shows the secret.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        parts.port  # noqa: B018 - raises for what is no number
+    except ValueError as error:
+        raise ConfigError(f"{name} is no address ({error}); give https://HOST/v1") from None
+    require(parts.scheme in ("http", "https") and bool(host), f"{name} is no address; give https://HOST/v1")
+    by_key = "name an environment variable that holds it with key_env"
+    require("@" not in parts.netloc, f"{name} has a password in it (at {host}), which would stand in files; {by_key}")
+    secret = [key for key, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(key)]
+    require(not secret, f"{name} has {'/'.join(secret)} in its query, which would stand in files; {by_key}")
+    require(
+        not has_key or parts.scheme == "https" or allow_http or _is_local(host),
+        f"{name}: a key would go unencrypted to {host}; use https, or allow it with {remedy}",
+    )
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """Who answers the prompt rows: an OpenAI-compatible endpoint (``base_url``), or a local ``model`` through vLLM.
 
-    The key is read from the environment variable ``key_env`` and goes nowhere but into the request.  ``max_requests``
-    and ``max_total_tokens`` are the budget of all runs in this folder (0: none).
+    The key is read from the environment variable ``key_env`` and goes nowhere but into the request, over https unless
+    ``allow_http`` says otherwise.  ``timeout_s`` bounds a request from its first to its last byte, ``max_backoff_s``
+    every wait between two, also one that the endpoint asks for.  ``max_requests`` and ``max_total_tokens`` are the
+    budget of all runs in this folder (0: none).
     """
 
     base_url: str | None = None
     model: str | None = None
     key_env: str | None = None
+    allow_http: bool = False
     dtype: str = "bfloat16"
     samples: int = 1
     temperature: float = 0.6
@@ -231,11 +294,9 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         choice("teacher.dtype", self.dtype, ("float32", "bfloat16"))
-        require(self.temperature >= 0, f"teacher.temperature={self.temperature} must be 0 or more")
-        for key in ("samples", "max_tokens", "concurrency", "attempts", "timeout_s"):
-            require(getattr(self, key) > 0, f"teacher.{key}={getattr(self, key)} must be positive")
-        for key in ("backoff_s", "max_backoff_s", "max_requests", "max_total_tokens"):
-            require(getattr(self, key) >= 0, f"teacher.{key}={getattr(self, key)} must be 0 or more")
+        check_endpoint(self, "teacher.{}")
+        if self.base_url:
+            check_url(self.base_url, "teacher.base_url", bool(self.key_env), self.allow_http, "teacher.allow_http=true")
 
 
 PREPARE_STAGES = tuple(

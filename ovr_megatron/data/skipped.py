@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row, RowError
+from ovr_megatron.runtime.appended import AppendedFile
+from ovr_megatron.runtime.json_lines import read_json_lines
 
 
 class SkippedRows:
@@ -21,9 +23,10 @@ class SkippedRows:
     def __init__(self, path: Path | None = None) -> None:
         """List in the file at ``path``; None only counts (every rank but the first)."""
         self._path = path
+        self._file: AppendedFile | None = None
         self._known: set[str] = set()
         if path is not None and path.exists():
-            self._known = set(_places(path))
+            self._known = {line["where"] for line in read_json_lines(path, "where")}
 
     @property
     def count(self) -> int:
@@ -36,19 +39,9 @@ class SkippedRows:
             return
         self._known.add(error.where)
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._file or AppendedFile(self._path)
             line = {"where": error.where, "field": error.field, "problem": error.problem}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _places(path: Path) -> Iterator[str]:
-    """The rows that a list names; a line that a crash cut off is passed over."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield json.loads(line)["where"]
-        except (ValueError, KeyError, TypeError):
-            continue
+            self._file.append(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def skipped_rows(config: DataConfig, run: Path, main: bool) -> SkippedRows | None:

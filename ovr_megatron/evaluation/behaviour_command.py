@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ovr_megatron.config import ConfigError
+from ovr_megatron.runtime.terminal import printable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,21 +35,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.second:
         judges.append(JudgeConfig(judge=args.second, key_env=args.second_key_env, **budget))
     result = judge(named(args.responses), judges, args.out, args.limit, args.sample, args.annotate)
-    print(show(result))
+    print(printable(show(result)))
     print(args.out / "behaviours.json", flush=True)
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
     """The arguments of every judge that is a model."""
     parser.add_argument("--key-env", metavar="VAR", help="environment variable with the endpoint's key")
+    told = "send the key to another machine without encryption"
+    parser.add_argument("--allow-http", action="store_true", help=told)
     parser.add_argument("--max-tokens", type=int, default=1024, help="of a judge's answer")
     parser.add_argument("--max-requests", type=int, default=0, help="budget of all runs in the folder (0: none)")
     parser.add_argument("--max-total-tokens", type=int, default=0, help="budget of all runs in the folder (0: none)")
 
 
-def budget_of(args: argparse.Namespace) -> dict[str, int]:
+def budget_of(args: argparse.Namespace) -> dict[str, Any]:
     """Limits of a judge as `JudgeConfig` takes them."""
-    return {name: getattr(args, name) for name in ("max_tokens", "max_requests", "max_total_tokens")}
+    names = ("allow_http", "max_tokens", "max_requests", "max_total_tokens")
+    return {name: getattr(args, name) for name in names}
 
 
 def named(given: Sequence[str]) -> dict[str, Path]:

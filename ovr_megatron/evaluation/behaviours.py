@@ -21,6 +21,8 @@ from ovr_megatron.evaluation.statistics import Share, wilson
 VERSION = 1  # of the judge's prompt: another text is another question
 RESAMPLES = 2000
 _COUNT = re.compile(r"<count>\s*(\d{1,4})\s*</count>", re.IGNORECASE)
+# Of Chinese and Japanese, whose words stand together, every character.
+_WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+")
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,13 @@ reasoning show {behaviour.title.lower()}? Sentences that carry out one act count
 does not count. Answer with the number alone, as <count>N</count>; <count>0</count> if it does not occur."""
 
 
-def read_count(answer: str) -> int | None:
-    """The number in the last ``<count>N</count>``; None for an answer that has none, which nobody guesses at."""
-    found = _COUNT.findall(answer)
-    return int(found[-1]) if found else None
+def read_count(answer: str, trace: Trace) -> int | None:
+    """The number in the last ``<count>N</count>``; None for an answer that has none, which nobody guesses at.
+
+    Nor does a number count that is larger than the words of the trace: a separate act takes one at least.
+    """
+    numbers = _COUNT.findall(answer)
+    return int(numbers[-1]) if numbers and int(numbers[-1]) <= len(_WORD.findall(trace.reasoning)) else None
 
 
 def read_traces(path: Path, limit: int = 0) -> list[Trace]:

@@ -18,6 +18,7 @@ from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, Rollout
 from ovr_megatron.evaluation.benchmarks import table
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.terminal import printable
 
 MOST_TOKENS = 32768  # of a response where the command line does not say: reasoning models write thousands
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ovr_megatron.evaluation.evaluator import run
     from ovr_megatron.evaluation.problems import Settings
     from ovr_megatron.runtime import distributed
+    from ovr_megatron.runtime.lock import lock_folder
+    from ovr_megatron.runtime.run_folder import run_folder_of
     from ovr_megatron.weights.folder import WeightFolder
     from ovr_megatron.weights.transfer import check_finite, check_weights
 
@@ -87,11 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
     check_assets(model)
     world = distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
+    lock_folder(run_folder_of(args.out), world.is_main)
     with WeightFolder(model) as folder:
         check_weights(folder, ModelShape.from_hf(model))
         check_finite(folder, (world.rank, world.size))
     for result in run(model, sets, args.limit, settings, data, rollout, args.dtype or dtype_of(model), args.out):
-        print(sentence(result, args.out), flush=True)
+        print(printable(sentence(result, args.out)), flush=True)
     distributed.finish()
 
 

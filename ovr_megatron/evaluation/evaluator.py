@@ -30,6 +30,7 @@ from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.stop import StopRequest, StopRequested
+from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.work_barrier import WorkBarrier
 
 CHUNK = 512  # problems whose images are held at a time
@@ -151,7 +152,13 @@ def evaluate(
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
         "mark": mark,
     }
-    _write(out, problems.name, result, responses)
+    try:
+        _write(out, problems.name, result, responses)
+    except OSError as error:
+        if mark:
+            raise
+        # While a run trains, the scores go into its metrics, too.
+        say(f"warning: the responses to {problems.name} are not kept ({error}); training goes on")
     for left_over in out.glob(f".{problems.name}.*.answers.jsonl"):  # of other settings, too
         left_over.unlink()
     return result

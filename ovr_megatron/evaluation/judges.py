@@ -18,7 +18,7 @@ from typing import Any
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.curation.endpoint import Endpoint, Question
 from ovr_megatron.curation.journal import Journal
-from ovr_megatron.curation.settings import TeacherConfig
+from ovr_megatron.curation.settings import TeacherConfig, check_endpoint, check_url
 from ovr_megatron.curation.stage import batches
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import parse_row
@@ -43,16 +43,18 @@ Told = Callable[[int, dict[str, Any]], None]
 class JudgeConfig:
     """A judge: ``lexical``, ``vllm:FOLDER`` or ``URL#MODEL``; the rest is for the latter two.
 
-    ``key_env`` names the environment variable with the key; ``max_requests`` and ``max_total_tokens`` are the budget of
-    all runs that share a folder (0: none).
+    ``key_env`` names the environment variable with the key, which goes over https unless ``allow_http``;
+    ``max_requests`` and ``max_total_tokens`` are the budget of all runs that share a folder (0: none).
     """
 
     judge: str = LEXICAL
     key_env: str | None = None
+    allow_http: bool = False
     max_tokens: int = 1024
     concurrency: int = 16
     attempts: int = 6
     backoff_s: float = 1.0
+    max_backoff_s: float = 60.0
     timeout_s: float = 600.0
     max_requests: int = 0
     max_total_tokens: int = 0
@@ -60,6 +62,10 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         if self.judge != LEXICAL and not self.judge.startswith(VLLM) and "#" not in self.judge:
             raise ConfigError(f"judge {self.judge!r} is none; give lexical, vllm:FOLDER or URL#MODEL")
+        check_endpoint(self, "--{}")
+        if self.judge != LEXICAL and not self.judge.startswith(VLLM):
+            url = self.judge.rpartition("#")[0]
+            check_url(url, "the judge's URL", bool(self.key_env), self.allow_http, "--allow-http")
 
     @property
     def is_lexical(self) -> bool:
@@ -95,7 +101,7 @@ def count(traces: Sequence[Trace], config: JudgeConfig, folder: Path, progress: 
     for at, trace in enumerate(traces):
         for name, behaviour in BEHAVIOURS.items():
             answer = answers[_key(config, behaviour, trace)]
-            number = read_count(answer.text)
+            number = read_count(answer.text, trace)
             counts.by_behaviour[name][at] = number
             if number is None:
                 counts.missing[answer.missing or "malformed"] += 1
@@ -166,6 +172,8 @@ def _ask_endpoint(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, to
         concurrency=config.concurrency,
         attempts=config.attempts,
         backoff_s=config.backoff_s,
+        max_backoff_s=config.max_backoff_s,
+        allow_http=config.allow_http,
         timeout_s=config.timeout_s,
         max_requests=config.max_requests,
         max_total_tokens=config.max_total_tokens,

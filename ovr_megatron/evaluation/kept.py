@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.journal import Journal
+from ovr_megatron.runtime.json_lines import read_json_lines
+
+RESPONSE = ("response", "tokens", "stopped")  # what an evaluation keeps of one
 
 
 def check_results(out: Path, names: Iterable[str]) -> None:
@@ -33,18 +36,20 @@ def check_results(out: Path, names: Iterable[str]) -> None:
 
 
 def finished_before(out: Path, name: str, mark: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """Result and responses of a finished evaluation of this mark, None if there is none; all ranks find the same."""
+    """Result and responses of a finished evaluation of this mark, None if there is none; all ranks find the same.
+
+    A damaged line costs that response only, which is asked for again.
+    """
     scores, responses = out / f"{name}.json", out / f"{name}.responses.jsonl"
-    told = [False]
+    told: list[Any] = [None]
     if dist.get_rank() == 0:
         with contextlib.suppress(OSError, ValueError):
             result = json.loads(scores.read_text(encoding="utf-8"))
-            told = [isinstance(result, dict) and result.get("mark") == mark and responses.exists()]
+            told = [result if isinstance(result, dict) and result.get("mark") == mark and responses.exists() else None]
     dist.broadcast_object_list(told)
-    if not told[0]:
+    if told[0] is None:
         return None
-    lines = filter(None, responses.read_text(encoding="utf-8").split("\n"))
-    return json.loads(scores.read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+    return told[0], read_json_lines(responses, "index", "sample", *RESPONSE)
 
 
 class Kept:
@@ -72,8 +77,7 @@ class Kept:
         """Add the responses of a finished evaluation, which are on disk."""
         for told in responses:
             if told["response"] is not None:
-                names = ("response", "tokens", "stopped")
-                self._found[told["index"], told["sample"]] = {name: told[name] for name in names}
+                self._found[told["index"], told["sample"]] = {name: told[name] for name in RESPONSE}
 
     def __enter__(self) -> Self:
         """Return the responses themselves."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovr_megatron.evaluation.behaviour_command import add_budget, budget_of
+from ovr_megatron.runtime.terminal import printable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,4 +29,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     config = JudgeConfig(judge=args.judge, key_env=args.key_env, **budget_of(args))
     for path in args.scores:
-        print(sentence(path.stem, judge(path, config)), flush=True)
+        print(printable(sentence(path.stem, judge(path, config))), flush=True)

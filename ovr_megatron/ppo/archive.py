@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.ppo.batch import Response
@@ -26,6 +27,8 @@ from ovr_megatron.ppo.maths import Ragged
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Prompts, Rollout
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.json_lines import json_object
 
 PICTURES = 2
 ARRAYS = ("values", "advantages", "old", "reference")
@@ -58,7 +61,7 @@ def write(
     responses: Sequence[Response],
     arrays: Mapping[str, Ragged | None],
     world: World,
-) -> None:
+) -> str | None:
     """Save the iteration, a collective; ``responses`` are this rank's part, which no other rank has.
 
     Responses to prompts that were given up or not kept have lines to read, but no numbers: nothing learns from them.
@@ -71,40 +74,83 @@ def write(
         responses: this rank's; empty on ranks that hold a copy of another's.
         arrays: numbers for each token [n] of each of these.
         world: the processes.
+
+    Returns:
+        Why a rank could not write, on all ranks; then nothing of the iteration stays.  None: all is written.
     """
-    given = {name: values for name, values in arrays.items() if values is not None}
-    base = run / "rollouts"
-    folder = base / f"{iteration:06d}"
-    if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    dist.barrier()
-    part = folder / f"{world.rank:05d}"
+    folder = run / "rollouts" / f"{iteration:06d}"
+    summary = {
+        "limit": rollout.limit,
+        "kept": [[i, tokens] for i, tokens in rollout.kept.items()],
+        "stream": dict(stream),
+        "drawn": len(rollout.prompts.rows),
+    }
+    steps = [
+        partial(_begin, folder) if world.is_main else None,
+        partial(_write_part, run, iteration, rollout, responses, arrays, folder / f"{world.rank:05d}"),
+        partial(_publish, folder, summary) if world.is_main else None,
+    ]
+    problem = None
+    for step in steps:
+        # Every rank takes part in every exchange, so that none waits for one whose disk is full.
+        problem = _problem_of_any(step, world)
+        if problem:
+            if world.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+            break
+    return problem
+
+
+def _problem_of_any(step: Callable[[], None] | None, world: World) -> str | None:
+    """Do ``step`` and return the first rank's problem with the disk, if any has one.  A collective."""
+    problem: str | None = None
+    try:
+        if step is not None:
+            step()
+    except OSError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * world.size
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), None)
+
+
+def _begin(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_part(
+    run: Path,
+    iteration: int,
+    rollout: Rollout,
+    responses: Sequence[Response],
+    arrays: Mapping[str, Ragged | None],
+    part: Path,
+) -> None:
+    """Write this rank's numbers and lines."""
+    present = {name: values for name, values in arrays.items() if values is not None}
     left = [r for r in rollout.responses if r.prompt not in rollout.kept]
     if responses:
-        _write_numbers(part.with_suffix(".safetensors"), responses, given)
+        _write_numbers(part.with_suffix(".safetensors"), responses, present)
     if responses or left:
         with part.with_suffix(".jsonl").open("w", encoding="utf-8") as out:
-            for line in _lines(run, iteration, rollout.prompts, responses, given.get("advantages")):
+            for line in _lines(run, iteration, rollout.prompts, responses, present.get("advantages")):
                 out.write(json.dumps(line) + "\n")
             for line in _lines(run, iteration, rollout.prompts, left, None):
                 out.write(json.dumps(line) + "\n")
-    dist.barrier()
-    if world.is_main:
-        told = {
-            "limit": rollout.limit,
-            "kept": [[i, tokens] for i, tokens in rollout.kept.items()],
-            "stream": dict(stream),
-            "drawn": len(rollout.prompts.rows),
-        }
-        (folder / "iteration.json").write_text(json.dumps(told), encoding="utf-8")
-        whole = base / f"{iteration:06d}.jsonl"
-        with whole.with_suffix(".part").open("wb") as out:
-            for path in sorted(folder.glob("*.jsonl")):
-                with path.open("rb") as lines:
-                    shutil.copyfileobj(lines, out)
-                path.unlink()
-        os.replace(whole.with_suffix(".part"), whole)
+
+
+def _publish(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Join the lines of all ranks; ``iteration.json``, which says that the iteration is whole, comes last."""
+    whole = folder.with_suffix(".jsonl")
+    with whole.with_suffix(".part").open("wb") as out:
+        for path in sorted(folder.glob("*.jsonl")):
+            with path.open("rb") as lines:
+                shutil.copyfileobj(lines, out)
+    os.replace(whole.with_suffix(".part"), whole)
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
+    write_whole(folder / "iteration.json", json.dumps(summary))
 
 
 def iterations(run: Path) -> list[int]:
@@ -122,8 +168,11 @@ def read(run: Path, iteration: int, world: World) -> Saved:
     try:
         told = json.loads((folder / "iteration.json").read_text(encoding="utf-8"))
         texts = {}
-        with (run / "rollouts" / f"{iteration:06d}.jsonl").open(encoding="utf-8") as lines:
-            for line in map(json.loads, lines):
+        with (run / "rollouts" / f"{iteration:06d}.jsonl").open("rb") as lines:
+            for number, text in enumerate(lines, 1):
+                line = json_object(text)
+                if line is None:  # the same iteration cannot be learnt from without it
+                    raise ValueError(f"line {number} of {iteration:06d}.jsonl is damaged")
                 texts[line["number"], line["sample"]] = line
         responses: list[Response] = []
         arrays: dict[str, Ragged] = {}
@@ -147,6 +196,22 @@ def read_all(run: Path, iteration: int) -> dict[tuple[int, int], dict[str, np.nd
     return found
 
 
+def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
+    """Leave the prompt stream where the saved ``iteration`` left it.
+
+    Raises:
+        ArchiveError: ``iteration.json`` is damaged.
+    """
+    path = run / "rollouts" / f"{iteration:06d}" / "iteration.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        prompts.stream.load(summary["stream"])
+        prompts.draw(int(summary["drawn"]))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        remedy = f"remove {path.parent}, and the iteration is done again"
+        raise ArchiveError(f"{path} cannot be read ({error}); {remedy}") from error
+
+
 def restore(saved: Saved, prompts: PromptStream) -> Rollout:
     """The rollout as it was, its prompts drawn again; the stream is left where the iteration left it."""
     prompts.stream.load(saved.stream)
@@ -160,7 +225,8 @@ def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[st
         "tokens": np.concatenate([np.asarray(r.tokens, np.int32) for r in responses]),
         "logprobs": np.concatenate([np.asarray(r.logprobs, np.float32) for r in responses]),
     }
-    save_file(found | {name: np.concatenate(values) for name, values in arrays.items()}, path)
+    # Not the library's `save_file`, whose files nobody else may read, and whose error for a full disk is no OSError.
+    path.write_bytes(save(found | {name: np.concatenate(values) for name, values in arrays.items()}))
 
 
 def _read_numbers(

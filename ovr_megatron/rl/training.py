@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron import config as configuration
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.companions import write_companions
 from ovr_megatron.checkpoint.keeper import Ended, Keeper
@@ -35,13 +34,14 @@ from ovr_megatron.rewards import rules
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
-from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.steps import matrix_rate, memory_peaks, peak_gib
 from ovr_megatron.runtime.stop import StopRequested
+from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
@@ -51,7 +51,7 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended
 
     With ``only=train`` the rollouts are those that ``rollouts_from`` holds, and no engine is started.
     """
-    run, keeper = Path(config.run.dir), Keeper(config.run, world)
+    run, keeper = Path(config.run.dir), Keeper(config, world)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
@@ -80,7 +80,7 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended
     last = min(config.iterations, max(archived, default=-1) + 1) if config.only == "train" else config.iterations
     log = RunLog(run, "train", first) if world.is_main else None
     if world.is_main:
-        configuration.save(config, run / "config.yaml")
+        run_folder.record(config, run)
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
         if origin:
             record_start(run, origin, world.size)
@@ -121,7 +121,9 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended
             own = outcome.experience
             mine = own.responses if world.layout.leads_replica else []
             arrays = {name: getattr(own, name) if mine else None for name in archive.ARRAYS}
-            archive.write(run, iteration, outcome.rollout, before, mine, arrays, world)
+            problem = archive.write(run, iteration, outcome.rollout, before, mine, arrays, world)
+            if problem and world.is_main:
+                say(f"warning: the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
             done = iteration + 1
             if evaluation and evaluation.due(done, done == config.iterations):
                 models.only(None)
@@ -161,6 +163,7 @@ def show_start(config: RLConfig, engines: dict[str, Engine], world: World, resum
 def generate(config: RLConfig, world: World) -> Path:
     """Only roll out, ``iterations`` times with the weights of ``model.path``, from the last whole one on."""
     run = Path(config.run.dir)
+    run_folder.enter(run, run_folder.ROLLOUTS, world.is_main)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
@@ -172,15 +175,19 @@ def generate(config: RLConfig, world: World) -> Path:
     there = archive.iterations(run)
     first = there[-1] + 1 if there else 0
     if there:
-        archive.restore(archive.read(run, there[-1], world), prompts)  # draws what it drew
+        archive.skip(run, there[-1], prompts)
     if world.is_main:
-        configuration.save(config, run / "config.yaml")
+        run_folder.record(config, run)
     with rollouts.grader, Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress:
         for iteration in range(first, config.iterations):
             before = stream.state()
             rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
             kept = [r for r in rollout.responses if r.prompt in rollout.kept]
-            archive.write(run, iteration, rollout, before, kept, {}, world)
+            if problem := archive.write(run, iteration, rollout, before, kept, {}, world):
+                raise ArchiveError(
+                    f"the rollouts of iteration {iteration} could not be written: {problem}. Those of {iteration} "
+                    f"iterations before it are whole: make room in {run}, then start the same command again"
+                )
             progress.update(reward=f"{response_metrics(rollout)['reward/mean']:.3f}")
     return run / "rollouts"
 
@@ -192,6 +199,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
     weights.
     """
     run = Path(config.run.dir)
+    run_folder.enter(run, run_folder.REHEARSAL, world.is_main)
     source = store.weights_of(config.model.path)
     engines = world.size // config.rollout.tp
     needed = max(
@@ -219,10 +227,8 @@ def rehearse(config: RLConfig, world: World) -> Path:
             told[-1] |= {"length": metrics["response/length"], "seconds": seconds}
             if world.is_main:
                 phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-                print(
-                    f"{stage.max_tokens:,} tokens: {told[-1]['peak_gib']:.2f} GiB at most; seconds: {phases}",
-                    flush=True,
-                )
+                peak = f"{told[-1]['peak_gib']:.2f} GiB at most"
+                say(f"{stage.max_tokens:,} tokens: {peak}; seconds: {phases}", sys.stdout)
     path = run / "rehearsal.json"
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
@@ -336,14 +342,13 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
     """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
     mismatch = metrics.get("rollout/mismatch_p99", 0.0)
     if mismatch > config.rollout.mismatch_warning:
-        print(
+        say(
             f"warning: iteration {iteration}: a hundredth of the tokens' log-probabilities differ by {mismatch:.2e} or "
-            f"more between rollout and trainer (rollout.mismatch_warning={config.rollout.mismatch_warning:g})",
-            file=sys.stderr,
+            f"more between rollout and trainer (rollout.mismatch_warning={config.rollout.mismatch_warning:g})"
         )
     spread = metrics.get("critic/value_std", 0.0)
     if iteration == 0 and spread > 1:
-        print(f"warning: initial values spread by {spread:.1f}: see critic.head_init", file=sys.stderr)
+        say(f"warning: initial values spread by {spread:.1f}: see critic.head_init")
 
 
 def run(config: RLConfig, origin: Origin | None = None) -> int:
@@ -359,6 +364,6 @@ def run(config: RLConfig, origin: Origin | None = None) -> int:
             result = train(config, world, origin)
             folder, code = result.path, result.exit_code
         if world.is_main:
-            print(f"rl: {folder}", flush=True)
+            say(f"rl: {folder}", sys.stdout)
         distributed.finish()
     return code

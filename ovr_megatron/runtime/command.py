@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -14,15 +15,19 @@ from typing import NoReturn
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.stop import USER_ERROR, JoinError
+from ovr_megatron.runtime.terminal import printable, say
 
+# A full disk, a quota, a limit of size, and what may not be written.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 SENTENCES_ARE_COLLECTED = "OVR_SENTENCES_ARE_COLLECTED"  # set by `ovr_megatron.torchrun`, which prints each one once
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code.
 
-    A `UserError` ends with its sentence and code 2, a `JoinError` with its own and code 1, Ctrl-C with code 130, and a
-    reader of the output that has left, as ``head`` does, with code 141; none of them with a traceback.
+    A `UserError`, or a disk that takes no more, ends with its sentence and code 2, a `JoinError` with its own and code
+    1, Ctrl-C with code 130, and a reader of the output that has left, as ``head`` does, with code 141; none of them
+    with a traceback.
     """
     try:
         try:
@@ -30,9 +35,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         finally:
             sys.stdout.flush()
     except (UserError, JoinError) as error:
-        reported = report_to_launcher(str(error))
-        if not (reported and os.environ.get(SENTENCES_ARE_COLLECTED)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        end_with_sentence(str(error))
         code = USER_ERROR if isinstance(error, UserError) else 1  # a node's fault is worth another try
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
@@ -42,7 +45,19 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         # The interpreter flushes standard output once more when it ends; a pipe without a reader would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        end_with_sentence(f"{error}; make room or allow writing there, then start the same command again")
+        code = USER_ERROR
     sys.exit(code)
+
+
+def end_with_sentence(sentence: str) -> None:
+    """Print ``sentence``, or leave it to `ovr_megatron.torchrun`, which prints it once."""
+    reported = report_to_launcher(printable(sentence))
+    if not (reported and os.environ.get(SENTENCES_ARE_COLLECTED)):
+        say(f"error: {sentence}")
 
 
 def reader_left(descriptor: int) -> bool:
@@ -58,5 +73,8 @@ def report_to_launcher(sentence: str) -> bool:
     if not path:
         return False
     record = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
-    Path(path).write_text(json.dumps({"message": record}))
+    try:
+        Path(path).write_text(json.dumps({"message": record}))
+    except OSError:  # the disk that is full may be this one
+        return False
     return True

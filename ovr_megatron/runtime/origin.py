@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ovr_megatron.runtime.json_lines import read_json_lines
 from ovr_megatron.runtime.preflight import commit
 
 STARTS = "starts.jsonl"
@@ -57,4 +58,4 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
     path = run / STARTS
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return read_json_lines(path)

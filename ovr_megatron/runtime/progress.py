@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ovr_megatron.runtime.terminal import printable, say
+
 _EVERY_S = 15.0
 _SHORT_S = 5.0
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
@@ -53,7 +55,7 @@ class Progress:
             tqdm(
                 total=total,
                 initial=start,
-                desc=what,
+                desc=printable(what),
                 unit=unit,
                 dynamic_ncols=True,
                 leave=not inner,
@@ -85,10 +87,8 @@ class Progress:
         return f"{pace(done, seconds, self.unit)}, {left} left {values}".rstrip()
 
     def _line(self, shown: dict[str, Any]) -> None:
-        try:
-            print(f"{self.what}: {self.done}/{self.total} {self._text(shown)}", file=sys.stderr, flush=True)
-        except BrokenPipeError:
-            self.show = False  # whoever read the lines has left, as `head` does; the work goes on
+        # Whoever read the lines may have left, as `head` does, and the disk of a log may be full: the work goes on.
+        say(f"{self.what}: {self.done}/{self.total} {self._text(shown)}")
 
     def __enter__(self) -> Progress:
         return self

@@ -8,16 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import text as text_summary
+
+from ovr_megatron.runtime.appended import AppendedFile
+from ovr_megatron.runtime.events import EventFile
+from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.json_lines import read_json_lines
+from ovr_megatron.runtime.terminal import say
 
 LAYERS = "layers.txt"
 
 
 def record_layers(run: Path, layers: str, cautions: Sequence[str]) -> None:
     """Say whose ``layers`` train, and what is not exact with them; the first stays in ``RUN/layers.txt``."""
-    print(f"layers: {layers}", flush=True)
+    say(f"layers: {layers}", sys.stdout)
     for caution in cautions:
-        print(f"note: {caution}", file=sys.stderr, flush=True)
+        say(f"note: {caution}")
     (run / LAYERS).write_text(f"{layers}\n")
 
 
@@ -27,16 +33,15 @@ class StepLines:
     def __init__(self, path: Path, resume_at: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] < resume_at]
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.rename(path)  # whoever is killed here has the old lines or the new ones
-        self.file = path.open("a")
+            earlier = (line for line in read_metrics(path) if line["step"] < resume_at)
+            text = "".join(json.dumps(line) + "\n" for line in earlier)
+            if text.encode() != path.read_bytes():
+                write_whole(path, text)  # whoever is killed here has the old lines or the new ones
+        self.file = AppendedFile(path)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append ``record`` under ``step``."""
-        self.file.write(json.dumps({"step": step, **record}) + "\n")
-        self.file.flush()
+        self.file.append(json.dumps({"step": step, **record}).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -49,31 +54,25 @@ class RunLog:
     def __init__(self, run: Path, stage: str, resume_at: int = 0):
         self.lines = StepLines(run / "metrics" / f"{stage}.jsonl", resume_at)
         self.spikes = StepLines(run / "spikes.jsonl", resume_at)
-        self.writer = SummaryWriter(str(run / "tensorboard" / stage), purge_step=resume_at or None)
+        self.events = EventFile(run / "tensorboard" / stage, resume_at or None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` under ``step``, for example ``{"loss/train": 0.3}``."""
         self.lines.write(step, values)
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
+        self.events.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Record ``text`` under ``name`` in TensorBoard as it stands: an indented line is code in Markdown."""
-        self.writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
+        code = "".join(f"    {line}\n" for line in text.splitlines())
+        self.events.summary(step, text_summary(name, code))
 
     def close(self) -> None:
-        """Flush and close every file."""
+        """Close every file."""
         self.lines.close()
         self.spikes.close()
-        self.writer.close()
+        self.events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a crash is left out."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """Return the lines of a metrics file; damaged ones are named and left out."""
+    return [line for line in read_json_lines(path, "step") if isinstance(line["step"], int)]

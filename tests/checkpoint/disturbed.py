@@ -7,9 +7,11 @@ run is wrapped around the package's functions in the child. Results go to ``OUT/
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -22,6 +24,8 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ovr_megatron.checkpoint import writing
+from ovr_megatron.checkpoint.keeper import Keeper
+from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.coldstart import training as coldstart
 from ovr_megatron.config import ColdStartConfig, RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
@@ -55,7 +59,7 @@ def rl_config(run: Path, model: Path, *overrides: str) -> RLConfig:
     values.pop("defaults")
     options = [f"run.dir={run}", f"model.path={model}", f"iterations={STEPS}", "run.save_every=2", "run.keep_last=1"]
     options += ["run.keep_every=4", "prompts=4", "responses=2", "algorithm.critic_warmup_iterations=1", *overrides]
-    options += ["curriculum=[{until: 3, max_tokens: 64}, {until: 6, max_tokens: 72}]"]
+    options += ["curriculum=[{until: 3, max_tokens: 65}, {until: 6, max_tokens: 72}]"]
     return build(RLConfig, OmegaConf.merge(defaults(RLConfig), values, OmegaConf.from_dotlist(options)))
 
 
@@ -187,6 +191,35 @@ def full_disk(rank: int) -> None:
     """What the kernel says of a full disk, at the first save."""
     first = ".step_000002.partial"
     wrap(writing, "write_shard", lambda path, *rest: path.symlink_to("/dev/full") if first in str(path) else None)
+
+
+def no_room(rank: int, log: Path, begin: int, end: int) -> None:
+    """No file takes a byte from step ``begin`` on, until step ``end``; the log goes through a process of its own."""
+    tee = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert tee.stdin is not None
+    for stream in (1, 2):
+        os.dup2(tee.stdin.fileno(), stream)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def before(owner: Any, *rest: Any) -> None:
+        step = next(value for value in rest if isinstance(value, int))
+        if step in (begin, end):
+            limit(0 if step == begin else resource.RLIM_INFINITY)
+
+    wrap(coldstart.Recorder, "train", before)
+    wrap(rollouts.Rollouts, "collect", before)
+
+
+def poison_weights(rank: int) -> None:
+    """A weight becomes infinite after step 3, at whose end there is a save."""
+
+    def poison(keeper: Keeper, done: int, final: bool, engines: dict[str, Engine], *rest: Any) -> None:
+        if done == 4:
+            engines["policy"].live.holdings[0].parameter.data.view(-1)[0] = float("inf")
+
+    wrap(Keeper, "after", poison)
 
 
 def bad_gradient(rank: int, steps: range) -> None:
@@ -340,13 +373,47 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["hang"] = Run(out / "hang", hang, "run.hang_timeout_s=15").codes()
     codes["full"] = Run(out / "full", full_disk).codes()
     codes["full_stop"] = Run(out / "full_stop", full_disk, "run.stop_on_failed_save=true").codes()
+    codes |= without_room(out)
+    codes["infinite"] = Run(out / "infinite", poison_weights).codes()
     codes["skip"] = Run(out / "skip", partial(bad_gradient, steps=range(3, 4))).codes()
     stopping = "optimizer.stop_after_skipped=2"
     codes["diverge"] = Run(out / "diverge", partial(bad_gradient, steps=range(3, 6)), stopping).codes()
+    codes |= with_other_folders(out)
+    codes["other_stage"] = Run(out / "whole", name="_other_stage", stage="rl").codes()
     shutil.copytree(out / "whole", out / "other")
     shutil.rmtree(out / f"other/checkpoints/step_{STEPS:06d}")
     codes["other"] = Run(out / "other", None, "parallel.tp=2").codes()
     return codes
+
+
+def without_room(out: Path) -> dict[str, Any]:
+    """Runs on a disk that is full for two steps, and rollouts on one that stays full."""
+    codes: dict[str, Any] = {}
+    for name, stage in (("room", "coldstart"), ("rl_room", "rl")):
+        full = partial(no_room, log=out / f"{name}.log", begin=2, end=4)
+        codes[name] = Run(out / name, full, "run.async_save=false", stage=stage).codes()
+    full = partial(no_room, log=out / "rolled.log", begin=1, end=9)
+    alone = ("only=rollout", "iterations=2")
+    codes["rolled_full"] = Run(out / "rolled", full, *alone, stage="rl").codes()
+    codes["rolled"] = Run(out / "rolled", None, *alone, stage="rl").codes()
+    return codes
+
+
+def with_other_folders(out: Path) -> dict[str, Any]:
+    """Runs whose checkpoint folder holds what is no checkpoint of theirs, beside one that is, and alone."""
+    folder = out / "folders/checkpoints"
+    shutil.copytree(out / "whole", out / "folders")
+    newest = folder / f"step_{STEPS:06d}"
+    shutil.copytree(newest, folder / "step_000004_backup")
+    newer = json.loads((newest / "manifest.json").read_text()) | {"format": 2}
+    (newest / "manifest.json").write_text(json.dumps(newer))
+    shutil.copytree(folder / "step_000004/policy", folder / "step_000900/policy")
+    write_manifest(folder / "step_000900", 900, {"average_of": ["a", "b"]})
+    (folder / "step_000800/manifest.json").mkdir(parents=True)
+    codes = {"folders": Run(out / "folders").codes()}
+    for path in folder.glob("step_00000?"):
+        shutil.rmtree(path)
+    return codes | {"unusable": Run(out / "folders", name="_unusable").codes()}
 
 
 def main(out: Path, seed: int, count: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint import store
@@ -184,6 +185,81 @@ def test_a_full_disk_stops_a_run_that_wants_it(runs: Path, codes: dict[str, Any]
     assert codes["full_stop"] == [2, 2]
     assert "error: the checkpoint of step 2 could not be written" in (runs / "full_stop.log").read_text()
     assert list((runs / "full_stop/checkpoints").glob("*")) == []
+
+
+@pytest.mark.parametrize(("name", "whole"), [("room", "whole"), ("rl_room", "rl_whole")])
+def test_a_disk_that_is_full_for_a_while_costs_what_was_being_written(
+    runs: Path, codes: dict[str, Any], name: str, whole: str
+) -> None:
+    assert codes[name] == [0, 0]
+    log = (runs / f"{name}.log").read_text()
+    assert "metrics/train.jsonl cannot be written (File too large); records wait in memory" in log
+    assert "metrics/train.jsonl: written again, nothing is missing" in log
+    assert "the checkpoint of step 4 could not be written: [Errno 27] File too large" in log
+    assert_same(runs / name, runs / whole)
+    (events,) = (runs / name / "tensorboard/train").iterdir()
+    reader = EventFileLoader(str(events))
+    assert {event.step for event in reader.Load() if event.HasField("summary")} == set(range(6))
+    if name == "rl_room":
+        kept = sorted(path.stem for path in (runs / name / "rollouts").glob("*.jsonl"))
+        assert kept == ["000000", "000001", "000004", "000005"]
+        assert sorted(path.parent.name for path in (runs / name / "rollouts").glob("*/iteration.json")) == kept
+        assert all(f"the rollouts of iteration {number} are not kept" in log for number in (2, 3))
+
+
+def test_rollouts_alone_stop_on_a_full_disk_and_go_on(runs: Path, codes: dict[str, Any]) -> None:
+    assert (codes["rolled_full"], codes["rolled"]) == ([2, 2], [0, 0])
+    log = (runs / "rolled.log").read_text()
+    assert "error: the rollouts of iteration 1 could not be written" in log and "Traceback" not in log
+    files = sorted((runs / "rolled/rollouts").glob("00000?.jsonl"))
+    assert [path.stem for path in files] == ["000000", "000001"]
+
+
+def test_files_have_the_modes_of_all_others(runs: Path, codes: dict[str, Any]) -> None:
+    files = [path for path in (runs / "rolled").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {(runs / "results.json").stat().st_mode & 0o777}
+
+
+def test_weights_that_are_not_finite_are_never_published(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["infinite"] == [2, 2]
+    log = (runs / "infinite.log").read_text()
+    assert "error: the checkpoint of step 4 is not kept: policy/model.safetensors: " in log
+    assert "has values that are not finite. Training has diverged; the newest whole one is that of step 2" in log
+    assert [path.name for path in (runs / "infinite/checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_folders_that_are_no_checkpoints_of_the_run_are_named_and_left_alone(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["folders"] == [0, 0]
+    log = (runs / "folders.log").read_text()
+    assert "step_000004_backup is not called step_N" in log
+    assert "step_000006/manifest.json: format is 2, this version reads 1; it is of a newer version" in log
+    assert "step_000900 was averaged or converted and has no state of a run" in log
+    assert "step_000800/manifest.json cannot be read" in log
+    assert curve(runs / "folders") == curve(runs / "whole")
+    names = [path.name for path in (runs / "folders/checkpoints").iterdir()]
+    assert {"step_000004_backup", "step_000800", "step_000900", "step_000006.unusable"} <= set(names)
+
+
+def test_no_usable_checkpoint_is_not_a_fresh_start(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["unusable"] == [2, 2]
+    log = (runs / "folders_unusable.log").read_text()
+    assert "no checkpoint that this run can go on from: " in log and "Traceback" not in log
+    assert "move these folders elsewhere to begin anew" in log
+
+
+def test_a_folder_of_another_stage_is_refused(runs: Path, codes: dict[str, Any]) -> None:
+    assert codes["other_stage"] == [2, 2]
+    log = (runs / "whole_other_stage.log").read_text()
+    assert "is the folder of another job (cold start, this one is PPO)" in log
+
+
+def test_changed_settings_are_said_and_the_former_ones_kept(runs: Path, codes: dict[str, Any]) -> None:
+    assert "settings changed since its last start (config.1.yaml keeps them): parallel.tp 1 -> 2" in (
+        (runs / "other.log").read_text()
+    )
+    assert (runs / "other/config.1.yaml").read_bytes() == (runs / "whole/config.yaml").read_bytes()
+    assert not list((runs / "whole").glob("config.*.yaml"))
 
 
 def test_a_step_without_finite_gradients_is_skipped_by_every_rank_and_recorded(

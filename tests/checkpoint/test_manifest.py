@@ -1,4 +1,4 @@
-"""Manifests, with hashlib as the oracle, and the choice of the newest whole checkpoint."""
+"""Manifests, with hashlib as the oracle."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from ovr_megatron.checkpoint.manifest import CheckpointError, check, newest, read_manifest, write_manifest
+from ovr_megatron.checkpoint.manifest import CheckpointError, check, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_part_is_checked_alone(checkpoint):
     [
         ("{", "not JSON"),
         ("[]", "format is None"),
-        ('{"format": 2}', "format is 2, this version reads 1"),
+        ('{"format": 2}', "format is 2, this version reads 1; it is of a newer version"),
         ('{"format": 1, "step": 1}', "field is missing or wrong.*'files'"),
         ('{"format": 1, "step": 1, "files": {"a": {"bytes": 1}}, "versions": {}, "extra": {}}', "'sha256'"),
         (
@@ -98,30 +98,9 @@ def test_bad_manifest(checkpoint, text, message):
         check(checkpoint)
 
 
-def test_newest_is_by_step_not_by_name(tmp_path):
-    for step in (9, 100, 20):
-        make(tmp_path / f"step_{step}", step)
-    found = newest(tmp_path)
-    assert (found.path, found.skipped) == (tmp_path / "step_100", ())
-    assert found.manifest is not None and found.manifest.step == 100
-
-
-def test_newest_skips_and_names_what_is_not_whole(tmp_path):
-    for step in (1, 2, 3, 4):
-        make(tmp_path / f"step_{step}", step)
-    (tmp_path / "step_4" / "manifest.json").unlink()
-    (tmp_path / "step_3" / "policy" / "config.json").unlink()
-    (tmp_path / ".step_5.partial").mkdir()
-    (tmp_path / "notes.txt").touch()
-    found = newest(tmp_path)
-    assert found.path == tmp_path / "step_2"
-    assert len(found.skipped) == 2
-    assert "step_4/manifest.json does not exist" in found.skipped[0]
-    assert "step_3/policy/config.json is missing" in found.skipped[1]
-
-
-def test_no_checkpoint_at_all(tmp_path):
-    assert newest(tmp_path / "none").path is None
-    (tmp_path / "step_1").mkdir()
-    found = newest(tmp_path)
-    assert found.path is None and len(found.skipped) == 1
+@pytest.mark.parametrize("name", ["manifest.json", "policy/config.json"])
+def test_what_cannot_be_read_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    (checkpoint / name).mkdir()
+    with pytest.raises(CheckpointError, match=rf"{name} (cannot be read|is missing)"):
+        check(checkpoint)

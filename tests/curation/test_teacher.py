@@ -1,7 +1,12 @@
 """The teacher over a real HTTP server that fails, stalls, talks nonsense and counts."""
 
+import contextlib
+import datetime
+import email.utils
 import json
+import re
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,9 +18,11 @@ import pytest
 from PIL import Image
 
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
-from ovr_megatron.curation.endpoint import TeacherError
+from ovr_megatron.curation.endpoint import TeacherError, retry_after
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
+from ovr_megatron.evaluation.judges import JudgeConfig
+from ovr_megatron.runtime.terminal import printable
 
 KEY = "sk-very-secret-7f3a"
 
@@ -24,13 +31,15 @@ class Teacher(ThreadingHTTPServer):
     """Answers "add A B" with thought and box.
 
     ``script`` maps a prompt to what its first requests get: a status, ``garbage``, ``empty``, ``drop`` (the connection
-    ends), ``long`` (cut off).
+    ends), ``long`` (cut off), ``drip`` and ``drip head`` (a byte from time to time, without end), ``flood`` (more than
+    any answer), ``redirect``, ``deep`` (JSON that no parser follows), or the ``usage`` to claim.
     """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.retry_after = "0.02"
         self.script: dict[str, list[Any]] = defaultdict(list)
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -72,20 +81,47 @@ class Handler(BaseHTTPRequestHandler):
         if step == "garbage":
             self.send(200, "<html>busy</html>")
             return
+        if step in ("drip", "drip head", "flood"):
+            self.trickle(step)
+            return
+        if step == "redirect":
+            self.send_response(307)
+            self.send_header("location", f"http://localhost:{self.server.server_address[1]}/v1/chat/completions")
+            self.send_header("content-length", "0")
+            self.end_headers()
+            return
+        if step == "deep":
+            self.send(200, "[" * 100_000)
+            return
         a, b = map(int, text.split()[1:3])
         message = {"reasoning_content": f"{a} and {b} make {a + b}.", "content": f"It is \\boxed{{{a + b}}}."}
         if step == "empty":
             message["content"] = ""
         finish = "length" if step == "long" else "stop"
-        told = {"choices": [{"message": message, "finish_reason": finish}], "usage": {"total_tokens": 100}}
+        usage = step if isinstance(step, dict) else {"total_tokens": 100}
+        told = {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
         self.send(200, json.dumps(told))
+
+    def trickle(self, step: str) -> None:
+        """Send without end, until the other side has gone."""
+        with contextlib.suppress(OSError):
+            if step == "drip head":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
+            else:
+                self.send_response(200)
+                self.end_headers()
+            while True:
+                self.wfile.write(b" " * (1 << 20) if step == "flood" else b" ")
+                self.wfile.flush()
+                if step != "flood":
+                    threading.Event().wait(0.05)
 
     def send(self, status: int, text: str) -> None:
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(text)))
         if status == 429:
-            self.send_header("retry-after", "0.02")
+            self.send_header("retry-after", self.server.retry_after)
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -208,3 +244,110 @@ def test_samples_and_images(config: PrepareConfig, server: Teacher, tmp_path: Pa
     urls = {body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies}
     assert len(urls) == 1 and urls.pop().startswith("data:image/png;base64,iVBOR")
     assert len({body["seed"] for body in server.bodies}) == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"), [("drip", "no whole answer after 1 s|takes too long"), ("drip head", "no whole")]
+)
+def test_a_request_has_an_end_however_slowly_the_endpoint_drips(
+    config: PrepareConfig, server: Teacher, step: str, problem: str
+) -> None:
+    server.script["add 1 1"] = [step]
+    began = time.monotonic()
+    prepare(replace(config, teacher=replace(config.teacher, timeout_s=1.0, attempts=1)))
+    assert time.monotonic() - began < 60
+    [example] = report(config)["examples"]["no answer"]
+    assert re.search(problem, example["error"]), example
+
+
+def test_an_endless_answer_is_cut(config: PrepareConfig, server: Teacher) -> None:
+    server.script["add 1 1"] = ["flood"]
+    prepare(replace(config, teacher=replace(config.teacher, timeout_s=60.0, attempts=1, max_tokens=16)))
+    [example] = report(config)["examples"]["no answer"]
+    assert "the answer is longer than 1,052,672 bytes" in example["error"]
+
+
+def test_a_wait_that_the_endpoint_asks_for_has_a_bound(config: PrepareConfig, server: Teacher) -> None:
+    server.retry_after = "1000000"
+    server.script["add 1 1"] = [429]
+    began = time.monotonic()
+    prepare(replace(config, teacher=replace(config.teacher, max_backoff_s=0.1)))
+    assert time.monotonic() - began < 60 and report(config)["kept"] == 13
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [("3", 3, 3), ("-1", 0, 0), ("nan", 0, 0), ("inf", 0, 0), ("1e999", 0, 0), ("soon", 0, 0), ("", 0, 0)],
+)
+def test_seconds_of_retry_after(text: str, low: float, high: float) -> None:
+    assert low <= retry_after(text) <= high
+
+
+def test_dates_of_retry_after() -> None:
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=90)
+    assert 80 <= retry_after(email.utils.format_datetime(later, usegmt=True)) <= 90
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+def test_numbers_of_an_endpoint_are_not_believed(config: PrepareConfig, server: Teacher) -> None:
+    """Tokens are what the texts allow, so that neither a lie nor a mistake spends the budget or fills it."""
+    claims = [-1_000_000, 10**15, "many", None, True, 1.5]
+    for number, claim in enumerate(claims):
+        server.script[f"add {number} 1"] = [{"total_tokens": claim}]
+    server.script["add 6 1"] = ["deep"]
+    prepare(replace(config, teacher=replace(config.teacher, max_tokens=1000)))
+    assert report(config)["kept"] == 13
+    tokens = [json.loads(line)["tokens"] for line in (Path(config.dir) / "teacher/journal.jsonl").open()]
+    assert len(tokens) == 12 and all(0 < count < 2000 for count in tokens) and max(tokens) > 1000
+
+
+def test_a_redirect_does_not_take_the_key_along(config: PrepareConfig, server: Teacher) -> None:
+    server.script["*"] = ["redirect"] * 100
+    with pytest.raises(TeacherError, match=r"HTTP 307.*it leads elsewhere"):
+        prepare(config)
+
+
+def test_control_characters_of_an_endpoint_reach_no_terminal(config: PrepareConfig, server: Teacher) -> None:
+    failing = replace(config, teacher=replace(config.teacher, model="m\x1b[2Jm", attempts=1))
+    server.script["*"] = [403]
+    with pytest.raises(TeacherError) as error:
+        prepare(failing)
+    assert "\x1b" not in printable(error.value) and "\\x1b[2J" in printable(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https://user:hunter2@host/v1", "has a password in it"),
+        ("https://hunter2@host/v1", "has a password in it"),
+        ("https://host/v1?api_key=hunter2", "has api_key in its query"),
+        ("http://host.example/v1", "a key would go unencrypted to host.example"),
+        ("http://10.0.0.1/v1", "unencrypted to 10.0.0.1"),
+        ("file:///etc/passwd", "is no address"),
+        ("host/v1", "is no address"),
+        ("https://host:port/v1", "is no address"),
+    ],
+)
+@pytest.mark.parametrize("judges", [False, True])
+def test_an_address_that_would_show_a_secret_is_refused(url: str, message: str, judges: bool) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        if judges:
+            JudgeConfig(judge=f"{url}#model", key_env="KEY")
+        else:
+            TeacherConfig(base_url=url, model="m", key_env="KEY")
+    assert "hunter2" not in str(error.value)
+
+
+def test_addresses_that_are_allowed() -> None:
+    for url in ("https://host/v1", "https://host/v1?api-version=3", "http://127.0.0.1:8000/v1", "http://[::1]/v1"):
+        TeacherConfig(base_url=url, model="m", key_env="KEY")
+    TeacherConfig(base_url="http://host/v1", model="m")
+    TeacherConfig(base_url="http://host/v1", model="m", key_env="KEY", allow_http=True)
+    JudgeConfig(judge="http://host/v1#m", key_env="KEY", allow_http=True)
+
+
+@pytest.mark.parametrize("key", ["temperature", "timeout_s", "backoff_s", "max_backoff_s", "concurrency", "attempts"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e300])
+def test_numbers_that_cannot_work_are_refused(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"teacher\.{key}="):
+        TeacherConfig(**{key: value})

@@ -45,10 +45,15 @@ LABELLED = Path(__file__).with_name("behaviours.jsonl")
         ("<count>-1</count>", None),
         ("<count>3", None),
         ("", None),
+        ("<count>12</count>", 12),
+        ("<count>13</count>", None),
+        ("<count>9999</count>", None),
+        ("<count>99999</count>", None),
     ],
 )
-def test_only_a_count_is_a_count(answer: str, number: int | None) -> None:
-    assert read_count(answer) == number
+def test_only_a_count_that_the_trace_has_room_for_is_a_count(answer: str, number: int | None) -> None:
+    reasoning = "I try 3, then 4. No: odd! \u5148\u8bd5\u4e09\uff0c\u518d\u3002Again."
+    assert read_count(answer, Trace("1", "a problem", reasoning)) == number
 
 
 def test_rates_by_hand() -> None:

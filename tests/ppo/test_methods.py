@@ -69,7 +69,13 @@ def settings(name: str, **changes: object) -> AlgorithmConfig:
 def run_config(algorithm: AlgorithmConfig) -> RLConfig:
     """A run whose curriculum is in its first stage."""
     stages = [{"until": 1, "max_tokens": EARLIER_LIMIT}, {"until": 2, "max_tokens": LATER_LIMIT}]
-    values = {"run": {"dir": "run"}, "model": {"path": "model"}, "curriculum": stages, "iterations": 2}
+    values: dict[str, object] = {
+        "run": {"dir": "run"},
+        "model": {"path": "model"},
+        "curriculum": stages,
+        "iterations": 2,
+    }
+    values["data"] = {"max_prompt_tokens": 1}
     chosen = {key: getattr(algorithm, key) for key in vars(algorithm)}
     return build(RLConfig, OmegaConf.merge(defaults(RLConfig), values, {"algorithm": chosen}))
 

@@ -94,7 +94,7 @@ def test_a_sample_is_spread_over_the_rows() -> None:
 def test_the_sample_tells_what_would_stop_a_run(model: Path, tmp_path: Path, on_error: str, stops: bool) -> None:
     path = write(tmp_path / "rows.jsonl", chat("1?", answer="1"), chat("Why?", answer="Proof. By induction."))
     data = DataConfig(sources=[SourceConfig(path=str(path))], on_error=on_error)
-    known = {"run": {"dir": "x"}, "model": {"path": str(model)}, "curriculum": [{"until": 900, "max_tokens": 64}]}
+    known = {"run": {"dir": "x"}, "model": {"path": str(model)}, "curriculum": [{"until": 900, "max_tokens": 9000}]}
     rl: RLConfig = replace(build(RLConfig, known), data=data)
     problems = check_sample(rl, Processor(model, data), 8)
     assert bool(problems) == stops

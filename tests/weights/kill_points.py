@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ovr_megatron.checkpoint.manifest import CheckpointError, check, newest
+from ovr_megatron.checkpoint.manifest import CheckpointError, check
 from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.model.shape import ModelShape, ShapeError
 from ovr_megatron.weights import transfer
@@ -73,7 +73,7 @@ def look(hf, out, work, fresh):
     """What no kill may leave: the result's name on anything, or anything that a reader takes and is not whole."""
     if fresh:
         assert not out.exists(), "it has its name"
-        assert newest(work).path is None
+        assert not [folder for folder in work.glob("[!.]*") if accepted_checkpoint(folder)]
     for folder in work.iterdir():
         if accepted_checkpoint(folder):
             assert transfer.differences(folder / "policy", hf) == [], folder

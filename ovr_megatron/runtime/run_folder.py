@@ -1,0 +1,131 @@
+"""The folder of a run: one job at a time, of one stage, and every configuration that it was started with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from ovr_megatron import config as configuration
+from ovr_megatron.config import ConfigError
+from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.lock import lock_folder
+from ovr_megatron.runtime.terminal import say
+
+SETTINGS = "config.yaml"
+COLD_START, PPO, ROLLOUTS = "cold start", "PPO", "rollouts alone"
+LEARNING, REHEARSAL, REPLAY = "PPO from stored rollouts", "rehearsal of PPO", "replay of an iteration"
+_MODES = {"all": PPO, "rollout": ROLLOUTS, "train": LEARNING, "rehearsal": REHEARSAL}
+# Whose folders a job may enter that keeps nothing, or nothing but a report.
+_GUESTS = {REHEARSAL: (PPO, ROLLOUTS, LEARNING), REPLAY: (PPO, LEARNING)}
+# Written by a run itself, below its folder.
+_OWN = ("checkpoints", "evaluation", "exports", "rollouts", "metrics", "companions", "tensorboard", "data", "logs")
+_SHOWN = 80  # characters of a value that changed
+
+
+def stage_of(settings: Mapping[str, Any]) -> str | None:
+    """Return the stage that resolved ``settings`` are for; None if they are no run's."""
+    if "iterations" in settings:
+        return _MODES.get(str(settings.get("only", "all")))
+    return COLD_START if "packs_per_step" in settings else None
+
+
+def enter(run: Path, stage: str, is_main: bool) -> None:
+    """Lock the run folder until the process ends and check that it is one of ``stage``, or new.  A collective.
+
+    Args:
+        run: the folder; it is made if it is not there.
+        stage: what the job does, see `stage_of`.
+        is_main: whether this is the first rank.
+
+    Raises:
+        RunLockedError: another job works on the folder.
+        ConfigError: it is a folder of another stage, or of no run.
+    """
+    lock_folder(run, is_main, reads_only=stage == REPLAY)
+    box = [_problem(run, stage) if is_main else None]
+    dist.broadcast_object_list(box, src=0)
+    if box[0]:
+        raise ConfigError(box[0])
+
+
+def _problem(run: Path, stage: str) -> str | None:
+    """Return why a job of ``stage`` may not work in ``run``, None if it may."""
+    path = run / SETTINGS
+    try:
+        settings = _read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        return f"{path} cannot be read ({reason}); put the run's own back, or choose another run.dir"
+    there = stage_of(settings)
+    if there is None:
+        return f"{path} is not the configuration of a run; choose another run.dir"
+    if there != stage and there not in _GUESTS.get(stage, ()):
+        return f"{run} is the folder of another job ({there}, this one is {stage}); choose another run.dir"
+    return None
+
+
+def run_folder_of(path: Path) -> Path:
+    """Return the folder whose lock a job needs that writes below ``path``: the run's, where the run writes, too."""
+    path = path.resolve()
+    for folder in (path, *path.parents):
+        inside = path.relative_to(folder).parts
+        if (not inside or inside[0] in _OWN) and (folder / SETTINGS).is_file():
+            return folder
+    return path
+
+
+def record(config: Any, run: Path) -> None:
+    """Write the resolved ``config`` to ``config.yaml``; a former one that differs stays as ``config.N.yaml``.
+
+    What differs is said, but for ``run.dir``: a folder may be moved.  The first rank calls it once the run has resumed.
+    """
+    path, text = run / SETTINGS, configuration.as_yaml(config)
+    changes: list[str] = []
+    if path.exists():
+        changes = list(_changes(_read(path), yaml.safe_load(text)))
+    if changes:
+        names = (run / f"config.{number}.yaml" for number in itertools.count(1))
+        former = next(name for name in names if not name.exists())
+        write_whole(former, path.read_text(encoding="utf-8"))
+        differences = "; ".join(changes)
+        say(f"{run}: settings changed since its last start ({former.name} keeps them): {differences}", sys.stdout)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError("no settings are in it")
+    return settings
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Yield ``key before -> after`` for every setting that differs, also those that one side does not have."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    for key in dict.fromkeys([*old, *new]):
+        one, other = (_shown(values[key]) if key in values else "none" for values in (old, new))
+        if old.get(key) != new.get(key) and key != "run.dir":
+            yield f"{key} {one} -> {other}"
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
