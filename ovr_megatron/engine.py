@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from ovr_megatron.data.packing import IGNORED, Pack
+from ovr_megatron.data.packing import IGNORED, Pack, blank_pack
 from ovr_megatron.errors import UserError
 from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.layers import choose_parts
@@ -395,7 +395,8 @@ class Engine:
                 part.train(training)
         aligned = [self._aligned(pack) for pack in packs]
         if self.parallel.vpp > 1:
-            aligned += [self._filler(aligned[0])] * (-len(aligned) % self.parallel.pp)
+            rows = alignment(self.parallel, self.fp8)[1]
+            aligned += [blank_pack(aligned[0].extras, rows)] * (-len(aligned) % self.parallel.pp)
         iterators = [iter(aligned) for _ in self.parts]
 
         def watched_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable]:
@@ -413,20 +414,6 @@ class Engine:
                 forward_only=not training,
                 collect_non_loss_data=not training,
             )
-
-    def _filler(self, like: Pack) -> Pack:
-        """The shortest pack, nothing of which counts: it fills an interleaved pipeline."""
-        rows = alignment(self.parallel, self.fp8)[1]
-        return Pack(
-            tokens=like.tokens.new_zeros(rows),
-            labels=like.labels.new_full((rows,), IGNORED),
-            position_ids=like.position_ids.new_zeros(3, rows),
-            cu_seqlens=torch.tensor([0, rows], dtype=torch.int32),
-            patches=like.patches[:0],
-            grid_thw=like.grid_thw[:0],
-            placement=like.placement[:0],
-            extras={name: values.new_zeros(rows) for name, values in like.extras.items()},
-        )
 
     def _aligned(self, pack: Pack) -> Pack:
         return pack.aligned(*alignment(self.parallel, self.fp8))

@@ -11,6 +11,7 @@ from ovr_megatron.data.packing import IGNORED
 from ovr_megatron.engine import Engine
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.ppo.batch import Batch
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.verify import documents, make_packs, objective
@@ -107,6 +108,20 @@ def test_a_pack_without_labels_counts_nothing(folder: Path, world: World) -> Non
     alone = engine.backward(packs[:1], objective)
     packs[1].labels.fill_(IGNORED)
     assert engine.backward(packs[:2], objective) == alone
+
+
+def test_a_rank_may_have_nothing_to_learn_from(folder: Path, world: World) -> None:
+    """Its pack of no responses takes part in every pass, and adds nothing to sums or gradients."""
+    engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder)), ParallelConfig(), world, critic=True)
+    engine.with_optimizer(OptimizerConfig(lr=1e-3, warmup_steps=0), 10).load(WeightFolder(folder))
+    packs = make_packs(documents(engine.shape), engine.shape, True, True, 1)[:1]
+    (blank,) = Batch([], [], 100, [], 8).packs([[]], **{name: [] for name in packs[0].extras})
+    (scores,) = engine.scores([blank])
+    assert scores.values is not None and len(scores.values) == 0
+    alone = engine.backward(packs, objective)
+    gradients = {name: gradient.clone() for name, gradient in engine.gradients()}
+    assert engine.backward([*packs, blank], objective) == alone
+    assert all(torch.equal(gradient, gradients[name]) for name, gradient in engine.gradients())
 
 
 def test_a_critic_of_bfloat16_has_float32_values(folder: Path, world: World) -> None:

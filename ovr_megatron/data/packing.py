@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -136,6 +136,25 @@ def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] |
     }
     origins = tuple(Origin(sample.row.where, sample.row.id, sample.row.source) for sample in samples)
     return Pack(**tensors, origins=origins, extras={name: torch.from_numpy(value) for name, value in spread.items()})
+
+
+def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
+    """Return a pack of ``rows`` tokens without labels, for a rank that has nothing to learn from in a step.
+
+    Args:
+        extras: Names of the arrays that the other ranks' packs have; here they are zeros.
+        rows: At least one.
+    """
+    return Pack(
+        tokens=torch.zeros(rows, dtype=torch.int64),
+        labels=torch.full((rows,), IGNORED),
+        position_ids=torch.zeros(3, rows, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, rows], dtype=torch.int32),
+        patches=torch.zeros(0, 0),
+        grid_thw=torch.zeros(0, 3, dtype=torch.int64),
+        placement=torch.zeros(0, dtype=torch.int64),
+        extras={name: torch.zeros(rows) for name in extras},
+    )
 
 
 def _labels(sample: Sample) -> np.ndarray:

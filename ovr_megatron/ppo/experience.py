@@ -158,7 +158,10 @@ def own_share(models: Models, rollout: Rollout, engine: Engine) -> tuple[list[Re
     """The responses that ``engine`` trains on on this rank, and their batch."""
     responses = share(rollout, engine.groups.dp.rank(), engine.groups.dp.size())
     samples = [models.processor.response_sample(rollout.prompts.sample(r.prompt), r.tokens) for r in responses]
-    return responses, Batch(samples, [len(r.tokens) for r in responses], models.config.data.pack_tokens)
+    order, group = {prompt: i for i, prompt in enumerate(sorted(rollout.kept))}, models.config.responses
+    numbers = [order[r.prompt] * group + r.sample for r in responses]
+    lengths = [len(r.tokens) for r in responses]
+    return responses, Batch(samples, lengths, models.config.data.pack_tokens, numbers, len(order) * group)
 
 
 def _across(known: dict[Key, Any], source: Engine, wanted: Sequence[Response], target: Engine) -> dict[Key, Any]:

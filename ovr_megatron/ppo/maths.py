@@ -120,7 +120,7 @@ def token_weights(
     Args:
         reduction: one of these four.
         lengths: n of every response of this rank.
-        packs: the responses in each pack of the step.
+        packs: the responses in each pack of the step; an empty pack counts nothing.
         constant: tokens by which ``constant`` divides.
         total: sums an array over all ranks.
 
@@ -131,7 +131,7 @@ def token_weights(
         return None
     members = [i for chosen in packs for i in chosen]
     tokens, responses, number = total(
-        np.array([sum(lengths[i] for i in members), len(members), len(packs)], np.float64)
+        np.array([sum(lengths[i] for i in members), len(members), sum(map(bool, packs))], np.float64)
     )
     weights = [np.zeros(n) for n in lengths]
     for chosen in packs:

@@ -15,12 +15,16 @@ from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 
 
 def update_critic(models: Models, study: Study) -> dict[str, float]:
-    """``critic_steps`` steps, each on its part of the responses and divided by its own tokens over all ranks."""
+    """Take ``critic_steps`` steps, each on its part of the responses and divided by its own tokens over all ranks.
+
+    There are fewer steps where an iteration has fewer responses than that.
+    """
     config, critic = models.config.algorithm, models.critic
     assert critic is not None
     total = partial(summed, layout=critic.layout)
     objective = ValueObjective(config)
-    found = mean_of([critic.train(critic_packs(models, study, turn), objective) for turn in range(config.critic_steps)])
+    turns = range(min(config.critic_steps, study.batch.total))
+    found = mean_of([critic.train(critic_packs(models, study, turn), objective) for turn in turns])
     spread = maths.mean_and_std(total(maths.moments(study.values)))[1]
     errors = [a - b for a, b in zip(study.returns, study.values, strict=True)]
     explained = maths.explained_variance(total(maths.moments(errors)), total(maths.moments(study.returns)))
@@ -36,7 +40,7 @@ def critic_packs(models: Models, study: Study, turn: int) -> list[Pack]:
     """Packs of the critic's step ``turn``, its targets and the weights of its tokens inside."""
     config, critic = models.config.algorithm, models.critic
     assert critic is not None
-    layout = study.batch.layout(range(len(study.batch))[turn :: config.critic_steps])
+    layout = study.batch.layout(study.batch.part(turn, config.critic_steps))
     total = partial(summed, layout=critic.layout)
     divisor = models.config.reduction_tokens
     weights = maths.token_weights(config.reduction, study.batch.lengths, layout, divisor, total)
@@ -50,8 +54,9 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
     rollout_logprobs = [r.logprobs for r in experience.responses]
     modalities = token_modalities(batch.samples, batch.lengths)
     steps = []
-    for number in range(config.policy_updates):
-        layout = batch.layout(range(len(batch))[number % config.policy_steps :: config.policy_steps])
+    turns = range(min(config.policy_steps, batch.total))
+    for turn in (turn for _ in range(config.policy_epochs) for turn in turns):
+        layout = batch.layout(batch.part(turn, config.policy_steps))
         total = partial(summed, layout=policy.layout)
         packs = batch.packs(
             layout,

@@ -237,7 +237,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
 
 
 def check_steps(config: RLConfig, world: World) -> None:
-    """Refuse a batch that cannot be cut into the steps of an iteration on every rank.
+    """Refuse an iteration of fewer prompts than replicas, or of fewer responses than optimizer steps.
 
     Raises:
         ConfigError: names the numbers.
@@ -245,13 +245,18 @@ def check_steps(config: RLConfig, world: World) -> None:
     settings = {"policy_steps": config.parallel}
     if config.algorithm.has_critic:
         settings["critic_steps"] = config.critic.parallel or config.parallel
+    responses = config.prompts * config.responses
     for name, parallel in settings.items():
         replicas, steps = parallel.data_parallel(world.size), getattr(config.algorithm, name)
-        mine = config.prompts // replicas * config.responses
-        if mine < steps:
+        if config.prompts < replicas:
             raise ConfigError(
-                f"prompts={config.prompts} x responses={config.responses} leave a data-parallel rank of {replicas} "
-                f"{mine} responses for algorithm.{name}={steps}; raise prompts"
+                f"prompts={config.prompts} are fewer than the {replicas} data-parallel replicas, so that some would "
+                f"learn nothing; raise prompts to {replicas} or more"
+            )
+        if responses < steps:
+            raise ConfigError(
+                f"prompts={config.prompts} x responses={config.responses} are {responses} responses for "
+                f"algorithm.{name}={steps}; raise prompts"
             )
 
 
@@ -290,7 +295,8 @@ def build_engines(config: RLConfig, source: Path, world: World) -> dict[str, Eng
     """The policy, and where one is needed the critic, which starts from the same weights with a fresh value head."""
     shape, algorithm = ModelShape.from_hf(source), config.algorithm
     policy = Engine(shape, config.model, config.parallel, world)
-    policy.with_optimizer(config.optimizer, config.iterations * algorithm.policy_updates).load(WeightFolder(source))
+    learning = max(config.iterations - algorithm.critic_warmup_iterations, 1)  # iterations in which the policy moves
+    policy.with_optimizer(config.optimizer, learning * algorithm.policy_updates).load(WeightFolder(source))
     if not algorithm.has_critic:
         return {"policy": policy}
     if config.offload:

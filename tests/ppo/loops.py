@@ -1,7 +1,12 @@
-"""PPO and its relatives on two ranks, for tests/ppo/test_loops.py: ``torchrun ... tests/ppo/loops.py OUT``."""
+"""PPO and its relatives on two ranks, for tests/ppo: ``torchrun ... tests/ppo/loops.py OUT [reference [NAME ...]]``.
+
+With ``reference`` only the runs that tests/ppo/test_reference.py reads, or those named.
+"""
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +19,14 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.ppo import archive
+from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.ppo.experience import evaluate, own_share
 from ovr_megatron.ppo.objectives import ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.update import critic_packs
 from ovr_megatron.rl import training as rl
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 
 SIZES = ("iterations=2", "prompts=4", "responses=4", "run.save_every=1", "run.keep_last=0")
@@ -42,13 +50,42 @@ ALGORITHMS = {
     "ppo_epochs": ("policy_epochs=2", "reduction=pack", "value_clip=0.2"),
     "ppo_stored": ("policy_epochs=2",),
 }
+# Every option at once, each at a value that shows; iteration 1 is the first that the policy learns from, and the
+# curriculum's second stage.  A prompt of every iteration is given up.
+EVERYTHING = (
+    *("responses=3", "rollout.temperature=0.8", "curriculum=[{until: 1, max_tokens: 88}, {until: 9, max_tokens: 104}]"),
+    *("optimizer.lr=1e-3", "optimizer.schedule=cosine", "optimizer.warmup_steps=1", "optimizer.beta1=0.8"),
+    *("optimizer.eps=1e-5", "optimizer.weight_decay=0.1", "optimizer.clip_grad=0.3"),
+    *("critic.optimizer.lr=2e-3", "critic.optimizer.schedule=linear", "critic.optimizer.warmup_steps=2"),
+    *("critic.optimizer.beta2=0.9", "critic.optimizer.eps=1e-6", "critic.optimizer.clip_grad=0.7"),
+    *("critic.optimizer.weight_decay=0.2", "algorithm.critic_warmup_iterations=1", "algorithm.critic_steps=5"),
+    *("algorithm.policy_epochs=2", "algorithm.policy_steps=2", "algorithm.gamma=0.98", "algorithm.lam=0.9"),
+    *("algorithm.clip=0.02", "algorithm.clip_high=0.05", "algorithm.value_clip=0.05", "algorithm.reduction=sequence"),
+    *("algorithm.kl_coefficient=0.05", "algorithm.kl_form=k3", "algorithm.entropy_bonus=0.02"),
+    *("algorithm.importance_cap=0.5", "algorithm.dynamic_sampling=2", "algorithm.overlong_buffer=24"),
+    "algorithm.wrong_reward=-0.5",
+)
+IN_REWARD = (
+    *(
+        "algorithm.kl_in=reward",
+        "algorithm.kl_form=k1",
+        "algorithm.reduction=constant",
+        "algorithm.reduction_tokens=20",
+    ),
+    *(
+        "rollout.temperature=1.3",
+        "algorithm.dynamic_sampling=0",
+        "algorithm.policy_epochs=1",
+        "algorithm.policy_steps=1",
+    ),
+    *("data.max_prompt_tokens=35", "algorithm.critic_warmup_iterations=0", "algorithm.value_clip=0"),
+)
 
 
 def config(name: str, *more: str) -> RLConfig:
     values = OmegaConf.load(RECIPES / "tiny_rl.yaml")
     values.pop("defaults")
     options = [f"run.dir={out / name}", f"model.path={out / 'model'}", *SIZES, RULES, *more]
-    options += [] if any("estimator" in option for option in more) else ["algorithm.critic_warmup_iterations=0"]
     merged = OmegaConf.merge(defaults(RLConfig), values, {"algorithm": {"critic_warmup_iterations": 0}})
     return build(RLConfig, OmegaConf.merge(merged, OmegaConf.from_dotlist(options)))
 
@@ -86,10 +123,42 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str,
     return {"error": apart / size, "packs": ours["packs"], "before": theirs["packs"]}
 
 
+@contextmanager
+def refused_prompts() -> Iterator[None]:
+    """Have vLLM refuse prompt 1 of every iteration within the block, as it refuses a request that it cannot take."""
+    refused = [seeds_of(1, iteration, 1, 3) for iteration in range(2)]
+    enqueue = RolloutEngine._enqueue
+
+    def refusing(engine: RolloutEngine, prompt: Prompt, temperature: float) -> list[str]:
+        if list(prompt.seeds) in refused:
+            raise ValueError("refused")
+        return enqueue(engine, prompt, temperature)
+
+    RolloutEngine._enqueue = refusing
+    try:
+        yield
+    finally:
+        RolloutEngine._enqueue = enqueue
+
+
+def reference_runs(names: Sequence[str]) -> None:
+    """Train those of the runs that tests/ppo/test_reference.py computes again; all without ``names``."""
+    everything = (*EVERYTHING, f"algorithm.reference={out / 'other'}")
+    # One response in a step of the critic: one of two ranks has none.
+    options = {"ppo": (), "sparse": ("iterations=1", "responses=1"), "everything": everything}
+    options["everything_reward"] = (*everything, *IN_REWARD)
+    for name in names or options:
+        with refused_prompts() if name.startswith("everything") else nullcontext():
+            train(name, *options[name])
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
-    train("ppo")
+    reference_runs(sys.argv[3:])
+    if sys.argv[2:]:  # tests/soak/mutants.py
+        distributed.finish()
+        sys.exit()
     train("ppo_offload", "offload=true", "rollout.check_updates=true", "rollout.bucket_mib=0.1")
     train("ppo_shared", "rollout.schedule=shared", "rollout.max_num_seqs=8")
     train("ppo_critic_tp2", "critic.parallel={tp: 2}")
@@ -103,6 +172,7 @@ if __name__ == "__main__":
         "tp2": again("ppo", 1, "parallel.tp=2"),
         "rloo": again("rloo", 1, "parallel.pp=2"),
         "reinforce_pp": again("reinforce_pp", 1, "parallel.cp=2"),
+        "everything": again("everything", 1, "parallel.tp=2"),
         "critic_tp2": again("ppo_critic_tp2", 1, "critic.parallel=null"),
     }
     whole = critic_gradients()

@@ -1,38 +1,16 @@
 """Whole iterations on two processes: every algorithm learns, halves of the system fit together, replays agree."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ovr_megatron.model.tiny import make_tiny_model
-
 pytestmark = pytest.mark.both_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = ("timing/", "perf/", "memory/")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("loops")
-    make_tiny_model(out / "model", tied=True, seed=5)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join(filter(None, (str(ROOT / "tests/ppo"), os.environ.get("PYTHONPATH"))))
-    result = subprocess.run(
-        [*command, ROOT / "tests/ppo/loops.py", out],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return out
 
 
 def curve(run: Path) -> list[dict[str, float]]:
