@@ -69,10 +69,10 @@ class Setting:
         check_layout(self.shape, critic.config.parallel, config.model.fp8 != "none")
         steps = {algorithm.policy_steps: dp} | ({algorithm.critic_steps: critic.dp} if algorithm.has_critic else {})
         for number, replicas in steps.items():
-            if config.prompts // replicas * config.responses < number:
+            if config.prompts < replicas or config.prompts * config.responses < number:
                 raise ConfigError(
-                    f"prompts={config.prompts} leave a replica of {replicas} fewer responses than the {number} steps "
-                    "of an iteration; raise it"
+                    f"prompts={config.prompts} x responses={config.responses} are too few for {replicas} replicas and "
+                    f"the {number} steps of an iteration; raise prompts"
                 )
         if self.world % config.rollout.tp:
             raise ConfigError(f"rollout.tp={config.rollout.tp} does not divide the {self.world} processes; change one")
