@@ -44,7 +44,7 @@ def test_an_empty_queue_is_asked_once(calls: Counter[str]) -> None:
         return broadcasts[-1]
 
     settings = SimpleNamespace(schedule="shared", tp=1, max_num_seqs=ROOM)
-    config: Any = SimpleNamespace(rollout=settings, responses=RESPONSES)
+    config: Any = SimpleNamespace(rollout=settings, reward=SimpleNamespace(rules={}), responses=RESPONSES)
     engine: Any = SimpleNamespace(agree=agree)
     world: Any = SimpleNamespace(size=1, rank=0)
     unused: Any = None

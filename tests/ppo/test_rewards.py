@@ -18,6 +18,9 @@ RAISED = Verdict(Reason.RAISED, "KeyError: 'x'")
 
 @pytest.fixture
 def one_rank():
+    if dist.is_initialized():  # by another file of this process, whose group of one rank serves as well
+        yield
+        return
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
