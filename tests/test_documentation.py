@@ -1,7 +1,4 @@
-"""Every command of the documentation: given to the command's own parser, and run as it stands unless it is marked.
-
-A line that says that it needs a GPU, a cluster, a network, a run or the wheels is only parsed.
-"""
+"""Every command of the documentation is literal, marked where it needs more than a CPU, and accepted by its own parser."""
 
 import json
 import os
@@ -146,7 +143,7 @@ def prepare(folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
     make_tiny_model(folder / "Qwen2.5-VL-7B-Instruct")
-    trace = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}]}
+    trace = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "<think>One more.</think>It is 2."}]}
     problem = {"messages": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}
     (folder / "my").mkdir()
     for name in ("traces.jsonl", "my/train.jsonl"):
