@@ -1,4 +1,4 @@
-"""Every command of the documentation is literal, marked where it needs more than a CPU, and accepted by its own parser."""
+"""Every command of the documentation is literal, marked where it needs more than a CPU, and its own parser takes it."""
 
 import json
 import os
@@ -143,7 +143,8 @@ def prepare(folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
     make_tiny_model(folder / "Qwen2.5-VL-7B-Instruct")
-    trace = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "<think>One more.</think>It is 2."}]}
+    reply = "<think>One more.</think>It is 2."
+    trace = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": reply}]}
     problem = {"messages": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}
     (folder / "my").mkdir()
     for name in ("traces.jsonl", "my/train.jsonl"):
