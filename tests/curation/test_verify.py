@@ -38,6 +38,7 @@ def config(folder: Path, rules: dict[str, str]) -> PrepareConfig:
     return PrepareConfig(
         dir=str(folder / "out"),
         stages=["collect", "patterns", "verify"],
+        allow_empty=True,
         data=DataConfig(sources=[SourceConfig(path=str(folder / "rows.jsonl"))]),
         reward=RewardConfig(rules=rules, workers=1),
     )
