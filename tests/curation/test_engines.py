@@ -64,7 +64,13 @@ def test_local_teacher_and_proxy_loss(tmp_path: Path, model: Path, monkeypatch: 
     config = PrepareConfig(
         dir=str(tmp_path / "out"),
         stages=["collect", "teacher", "proxy_loss"],
-        data=DataConfig(sources=[SourceConfig(path=path) for path in sources], max_prompt_tokens=256, **PIXELS),
+        # The untrained teacher ends no thought.
+        data=DataConfig(
+            sources=[SourceConfig(path=path) for path in sources],
+            max_prompt_tokens=256,
+            without_thought="open",
+            **PIXELS,
+        ),
         collect=CollectConfig(limit=8),
         teacher=TeacherConfig(
             model=model.name, dtype="float32", samples=2, temperature=1.0, max_tokens=24, keep_truncated=True
