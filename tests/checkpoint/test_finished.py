@@ -13,7 +13,7 @@ def checkpoint(run, step):
     folder = run / "checkpoints" / f"step_{step:06d}"
     (folder / "policy").mkdir(parents=True)
     (folder / "policy/model.safetensors").write_bytes(b"weights")
-    write_manifest(folder, step)
+    write_manifest(folder, step, {"state": {}})
     return folder
 
 
@@ -45,7 +45,7 @@ def test_the_steps_of_epochs_are_those_that_the_run_wrote_down(config, tmp_path)
 
 
 def test_half_of_the_system_is_never_finished_by_a_checkpoint(tmp_path):
-    stages = [StageConfig(until=900, max_tokens=64)]
+    stages = [StageConfig(until=900, max_tokens=9000)]
     config = RLConfig(run=RunConfig(dir=str(tmp_path)), model=ModelConfig(path="m"), curriculum=stages, iterations=3)
     checkpoint(tmp_path, 3)
     assert tell_finished(config)
