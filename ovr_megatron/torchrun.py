@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from torch.distributed import run as torchrun
@@ -25,9 +26,15 @@ def launch() -> int:
     try:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        for line in dict.fromkeys(describe(rank, failure) for rank, failure in sorted(error.failures.items())):
+        first = error.get_first_failure()[1]
+        lines = []
+        for rank, failure in sorted(error.failures.items()):
+            # Once a rank has failed, torchrun ends the others with SIGTERM: that is no failure of theirs.
+            if failure is first or failure.exitcode != -signal.SIGTERM:
+                lines.append(describe(rank, failure))
+        for line in dict.fromkeys(lines):
             print(printable(line), file=sys.stderr, flush=True)
-        exit_code = error.get_first_failure()[1].exitcode
+        exit_code = first.exitcode
         return exit_code if exit_code > 0 else 128 - exit_code
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from ovr_megatron.config import ConfigError, ParallelConfig
 from ovr_megatron.model.qwen25vl import alignment, check_layout
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.model.tiny_tokenizer import CORPUS, write_tokenizer
 
 pytestmark = pytest.mark.both_cores
 
@@ -139,6 +140,7 @@ def test_other_shapes(tmp_path: Path, name: str, options: list[str]) -> None:
 
 def test_any_config(tmp_path: Path) -> None:
     """Patches of 10 pixels merged 3 x 3, one frame each, windows of 2 features, full attention first, odd sections."""
+    ids = write_tokenizer(tmp_path, CORPUS, bpe_vocab=290, max_length=512)
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": 96,
@@ -164,14 +166,15 @@ def test_any_config(tmp_path: Path) -> None:
             "fullatt_block_indexes": [0, 2],
             "tokens_per_second": 4,
         },
-        image_token_id=320,
-        video_token_id=321,
-        vision_start_token_id=322,
-        vision_end_token_id=323,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    Qwen2VLImageProcessor(patch_size=10, merge_size=3, temporal_patch_size=1).save_pretrained(tmp_path)
     command = [sys.executable, ROOT / "tools/verify.py", "--hf", tmp_path, "--layout", "cp=2", "--packed"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr[-3000:]

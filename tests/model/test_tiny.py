@@ -120,7 +120,7 @@ def test_sizes_that_do_not_divide_are_refused():
         TinySizes(kv_heads=3)
 
 
-def test_the_command_line_writes_a_model(tmp_path, monkeypatch):
+def test_the_command_line_writes_a_model(tmp_path, monkeypatch, capsys):
     command = ["make_tiny_model.py", "--out", str(tmp_path), "--untied", "--layers", "2"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="0"):
@@ -129,6 +129,8 @@ def test_the_command_line_writes_a_model(tmp_path, monkeypatch):
     assert (shape.layers, shape.tied) == (2, False)
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 128
 
-    monkeypatch.setattr(sys, "argv", [*command, "--heads", "5"])
-    with pytest.raises(SystemExit, match="hidden=128 must be a multiple of its 5 heads"):
+    other = [*command, "--out", str(tmp_path / "other"), "--heads", "5"]
+    monkeypatch.setattr(sys, "argv", other)
+    with pytest.raises(SystemExit, match="2"):
         runpy.run_path(TOOL, run_name="__main__")
+    assert "hidden=128 must be a multiple of its 5 heads" in capsys.readouterr().err
