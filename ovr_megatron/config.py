@@ -672,7 +672,7 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
     missing = sorted(OmegaConf.missing_keys(config))
     require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
     try:
-        return TypeAdapter(schema).validate_python(OmegaConf.to_container(config, resolve=True))
+        settings = TypeAdapter(schema).validate_python(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # one of ours, which names its key
@@ -682,6 +682,39 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
             raise ConfigError(unknown_setting(schema, key)) from None
         text = _environment.get(tuple(map(str, first["loc"])), (None, first["input"]))[1]
         raise ConfigError(f"{key}: {first['msg']} (got {text!r})") from error
+    check_numbers(settings)
+    return settings
+
+
+# A reward may be below 0, and these counts have no size that must fit into memory.
+SIGNED = ("wrong_reward",)
+UNBOUNDED = ("seed", "expected_samples", "max_requests", "max_total_tokens")
+LARGEST = 2**31 - 1
+
+
+def check_numbers(settings: Any, prefix: str = "") -> None:
+    """Refuse numbers that no setting can have: not finite, negative, or a count that no machine can hold.
+
+    Bounds of single settings stand in the ``__post_init__`` of their schema.
+
+    Raises:
+        ConfigError: names the key and its value.
+    """
+    if isinstance(settings, (list, tuple)):
+        for index, item in enumerate(settings):
+            check_numbers(item, f"{prefix.rstrip('.')}[{index}].")
+        return
+    if not dataclasses.is_dataclass(settings):
+        return
+    for item in dataclasses.fields(settings):
+        value, key = getattr(settings, item.name), f"{prefix}{item.name}"
+        if isinstance(value, (int, float)):
+            require(math.isfinite(value), f"{key}={value} must be a finite number")
+            require(value >= 0 or item.name in SIGNED, f"{key}={value} must be 0 or more")
+            bounded = isinstance(value, int) and item.name not in UNBOUNDED
+            require(not bounded or value <= LARGEST, f"{key}={value} must be at most {LARGEST}")
+        else:
+            check_numbers(value, f"{key}.")
 
 
 # Settings that hold values of environment variables: by path, what they resolve to, and how they are written.
