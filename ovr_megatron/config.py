@@ -672,7 +672,7 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
     missing = sorted(OmegaConf.missing_keys(config))
     require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
     try:
-        settings = TypeAdapter(schema).validate_python(OmegaConf.to_container(config, resolve=True))
+        settings: Any = TypeAdapter(schema).validate_python(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # one of ours, which names its key
