@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 import re
 import sysconfig
@@ -167,6 +169,26 @@ def apply(environment: Environment) -> dict[str, str]:
         if setting.name not in environment and (value := setting.value(place)) is not None:
             environment[setting.name] = added[setting.name] = value
     return added
+
+
+def load_cudnn(environment: Mapping[str, str]) -> list[Path]:
+    """Load every cuDNN library below ``$CUDNN_PATH``, where Transformer Engine is installed, and return their paths.
+
+    The compiled part of Transformer Engine's wheel asks for seven of them by name and does not say where they are.  Its
+    loader (``transformer_engine/common/__init__.py``, 2.20.2) finds all of them in Python's packages, but with
+    CUDNN_PATH set it loads ``libcudnn.so`` alone, and the import ends with "libcudnn_graph.so.9: cannot open shared
+    object file".  Libraries that the process has loaded before are taken.
+
+    Raises:
+        OSError: a library is there and cannot be loaded.
+    """
+    folder = environment.get("CUDNN_PATH")
+    if not folder or importlib.util.find_spec("transformer_engine") is None:
+        return []
+    libraries = [path for name in ("lib", "lib64") for path in sorted(Path(folder, name).glob("libcudnn*.so.*"))]
+    for library in libraries:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return libraries
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -37,6 +37,7 @@ def cold_start(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("offload", [False, True], ids=["on device", "offloaded"])
 def test_ppo(cold_start: Path, tmp_path: Path, dtype: str, mean: float, largest: float, offload: bool) -> None:
     settings = [f"model.path={cold_start}", f"model.dtype={dtype}", "iterations=4", "prompts=16", f"offload={offload}"]
+    settings.append("rollout.gpu_memory_utilization=0.2")
     lines = train("rl", "tiny_rl", tmp_path / "rl", *settings, "algorithm.critic_warmup_iterations=1")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     for line in lines[1:]:  # before that the critic alone learns

@@ -102,6 +102,33 @@ def test_transformer_engine_is_sent_to_the_cudnn_of_torch(tmp_path: Path, monkey
     assert "CUDNN_PATH" not in apply(rank(tmp_path, CUDNN_PATH="/opt/cudnn"))
 
 
+def test_transformer_engine_finds_every_library_of_cudnn(tmp_path: Path) -> None:
+    """A library that needs ``libcudnn_graph.so.9`` and does not say where it is, as Transformer Engine's compiled part.
+
+    A package of its name that loads such a library is imported with and without this project's package before it.
+    """
+    cudnn, package = tmp_path / "cudnn/lib", tmp_path / "packages/transformer_engine"
+    for folder in (cudnn, package):
+        folder.mkdir(parents=True)
+    (tmp_path / "graph.c").write_text("int graph(void) { return 7; }")
+    (tmp_path / "compiled.c").write_text("int graph(void); int compiled(void) { return graph(); }")
+    graph, compiled = cudnn / "libcudnn_graph.so.9", package / "compiled.so"
+    flags = ["-shared", "-fPIC"]
+    subprocess.run(["gcc", *flags, f"-Wl,-soname,{graph.name}", "-o", graph, tmp_path / "graph.c"], check=True)
+    subprocess.run(["gcc", *flags, "-o", compiled, tmp_path / "compiled.c", graph], check=True)
+    (package / "__init__.py").write_text(f"import ctypes\nprint(ctypes.CDLL({str(compiled)!r}).compiled())\n")
+    search_path = os.pathsep.join([str(tmp_path / "packages"), str(ROOT)])
+    variables = os.environ | {"PYTHONPATH": search_path, "CUDNN_PATH": str(cudnn.parent)}
+    variables.pop("LD_LIBRARY_PATH", None)
+    script = "import transformer_engine"
+    alone, after_ours = (
+        subprocess.run([sys.executable, "-c", text], env=variables, capture_output=True, text=True)
+        for text in (script, f"import ovr_megatron; {script}")
+    )
+    assert "libcudnn_graph.so.9: cannot open shared object file" in alone.stderr
+    assert after_ours.stdout == "7\n", after_ours.stderr
+
+
 def test_cache_of_another_user_is_refused(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root gives a folder away")
