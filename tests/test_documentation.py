@@ -1,4 +1,7 @@
-"""Every command of the documentation is literal, marked where it needs more than a CPU, and its own parser takes it."""
+"""Every command of the documentation: its own parser takes it, and it runs as it stands unless it is marked.
+
+A line that says that it needs a GPU, a cluster, a network, a run or the wheels is only parsed.
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from ovr_megatron.model.tiny import make_tiny_model
 
@@ -151,3 +155,22 @@ def prepare(folder: Path) -> None:
         (folder / name).write_text(10 * (json.dumps(trace) + "\n"))
     pq.write_table(pa.Table.from_pylist(10 * [trace]), folder / "rare.parquet")
     (folder / "problems.jsonl").write_text(10 * (json.dumps(problem) + "\n"))
+
+
+def runnable(document: str) -> str:
+    """The lines of a document that need nothing, as a script."""
+    commands = [command for block in BLOCKS[document] for command in block]
+    lines = [one.text for one in commands if not one.marked and one.words[0] not in ("pytest", "export")]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("document", [name for name in BLOCKS if runnable(name)])
+def test_what_needs_nothing_runs_as_it_stands(document: str, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    script = f"set -euo pipefail\n{runnable(document)}"
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
