@@ -351,21 +351,22 @@ class RolloutConfig:
 class EvaluationConfig:
     """Problem sets that the live weights answer every ``every`` steps or iterations, and at the end (0: never).
 
-    ``limit`` takes the first problems of each set (0: all).  Greedy responses of at most ``max_tokens`` are scored;
+    ``limit`` takes the first problems of each set (0: all).  Greedy responses of at most ``max_tokens`` are scored (0:
+    what the model's positions leave beside ``data.max_prompt_tokens``, at most 32,768, as of ``tools/evaluate.py``);
     ``samples`` more at temperature 1 give pass@k.  ``workers`` processes grade.
     """
 
     every: int = 0
     sources: list[SourceConfig] = field(default_factory=list)
     limit: int = 0
-    max_tokens: int = 1024
+    max_tokens: int = 0
     samples: int = 0
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for key in ("every", "limit", "samples"):
+        for key in ("every", "limit", "max_tokens", "samples"):
             require(getattr(self, key) >= 0, f"evaluation.{key}={getattr(self, key)} must be 0 or more")
-        require(self.max_tokens > 0 and self.workers > 0, "evaluation.max_tokens and .workers must be positive")
+        require(self.workers > 0, f"evaluation.workers={self.workers} must be positive")
         require(
             not self.every or bool(self.sources),
             f"evaluation.every={self.every} has nothing to ask: give evaluation.sources=[{{path: FILE, name: NAME}}]",

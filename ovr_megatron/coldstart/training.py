@@ -133,7 +133,8 @@ def build_evaluation(config: ColdStartConfig, source: Path, processor: Processor
     from ovr_megatron.evaluation.periodic import PeriodicEvaluation
     from ovr_megatron.rollout.engine import RolloutEngine
 
-    length = config.data.max_prompt_tokens + config.evaluation.max_tokens
+    prompt_tokens = config.data.max_prompt_tokens
+    length = prompt_tokens + processor.shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
     processor.shape.check_length(length, "data.max_prompt_tokens with evaluation.max_tokens")
     rollout = RolloutEngine(source, config.rollout, processor, config.model.dtype, length, empty=True)
     rollout.sleep(deep=True)

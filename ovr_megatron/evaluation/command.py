@@ -16,11 +16,10 @@ from typing import Any
 
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.evaluation.benchmarks import table
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.shape import LONGEST_RESPONSE, ModelShape
 from ovr_megatron.runtime.command import run_command
 from ovr_megatron.runtime.terminal import printable
 
-MOST_TOKENS = 32768  # of a response where the command line does not say: reasoning models write thousands
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -43,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=_count, metavar="K", help=more)
     add("--temperature", type=float, default=1.0, metavar="T", help="of the samples (default: 1)")
     add("--limit", type=_count, default=0, metavar="N", help="first N problems of each set (default: all)")
-    left = f"longest response (default: what the model's length leaves beside a prompt, at most {MOST_TOKENS})"
+    left = f"longest response (default: what the model's length leaves beside a prompt, at most {LONGEST_RESPONSE})"
     add("--max-tokens", type=_count, metavar="N", help=left)
     add("--max-prompt-tokens", type=_count, metavar="N", help="longest prompt (default: what the model leaves, 8192)")
     graded = "boxed: the last \\boxed{} is right; exact: the whole response is the reference text; auto: by row"
@@ -150,15 +149,13 @@ def data_config(model: Path, args: argparse.Namespace) -> DataConfig:
 
 
 def response_limit(model: Path, args: argparse.Namespace) -> int:
-    """Return ``--max-tokens``, or what the model's length leaves beside the longest prompt, at most `MOST_TOKENS`.
+    """Return ``--max-tokens``, or what the model's length leaves beside the longest prompt.
 
     A model so short that a prompt of the default limit takes more than a quarter of it leaves three quarters.
     """
-    if args.max_tokens:
-        return args.max_tokens
-    positions = ModelShape.from_hf(model).max_positions
-    prompt = args.max_prompt_tokens or min(DataConfig.max_prompt_tokens, positions // 4)
-    return max(1, min(MOST_TOKENS, positions - prompt))
+    shape = ModelShape.from_hf(model)
+    prompt_tokens = args.max_prompt_tokens or min(DataConfig.max_prompt_tokens, shape.max_positions // 4)
+    return shape.response_limit(args.max_tokens or 0, prompt_tokens)
 
 
 def image_budget(model: Path) -> dict[str, int]:
@@ -192,7 +189,7 @@ def sentence(result: dict[str, Any], out: Path) -> str:
     more = "".join(f", {title} {100 * each['accuracy']:.1f} %" for title, each in result.get("official", {}).items())
     more += f", avg@{sampled['samples']} {100 * sampled['average']['accuracy']:.1f} %" if sampled else ""
     more += "".join(f", pass@{k} {100 * value:.1f} %" for k, value in passed.items())
-    more += cut_off(result)
+    more += cut_off(result) + without_verdict(result)
     dropped = f", {result['dropped']} prompts too long" if result["dropped"] else ""
     rate = f"{result['tokens_per_second']:,.0f} tokens/s"
     return f"{result['set']}: {shown} of {result['problems']}{more}{dropped}; {rate}; {out / result['set']}.json"
@@ -204,6 +201,13 @@ def cut_off(result: dict[str, Any]) -> str:
     cut = [f"{100 * (1 - stopped):.1f} % of {part}" for part, stopped in shares if stopped is not None and stopped < 1]
     limit = result["settings"]["max_tokens"]
     return f"; cut off at {limit:,} tokens: {', '.join(cut)} responses, raise --max-tokens" if cut else ""
+
+
+def without_verdict(result: dict[str, Any]) -> str:
+    """Say on how many responses no grader came to a verdict, which count as wrong; nothing where there are none."""
+    counts = [(part, result[part].get("failed", 0)) for part in ("greedy", "sampled") if result[part]]
+    parts = ", ".join(f"{count} {part}" for part, count in counts if count)
+    return f"; no verdict on {parts} responses, counted as wrong: their graders failed" if parts else ""
 
 
 def _text_config(model: Path) -> dict[str, Any]:

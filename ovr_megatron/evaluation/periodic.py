@@ -48,7 +48,8 @@ class PeriodicEvaluation:
         """
         self.config, self.engine, self.processor, self.tp, self.run = config, engine, processor, tp, run
         self.keep = keep
-        self.settings = Settings(samples=config.samples, max_tokens=config.max_tokens, seed=seed)
+        longest = processor.shape.response_limit(config.max_tokens, processor.config.max_prompt_tokens)
+        self.settings = Settings(samples=config.samples, max_tokens=longest, seed=seed)
         self.sets = [open_problems(source, config.limit) for source in config.sources]
 
     def due(self, done: int, last: bool) -> bool:
@@ -74,8 +75,8 @@ class PeriodicEvaluation:
 
         Returns:
             ``evaluation/NAME``, the greedy accuracy, ``.../cut_off``, the share of responses that reached the limit
-            of their length, and with samples ``evaluation/NAME/pass@k``; empty on all ranks
-            but the first.
+            of their length, ``.../failed``, the greedy responses on which no grader came to a verdict, and with samples
+            ``evaluation/NAME/pass@k``; empty on all ranks but the first.
 
         Raises:
             StopRequested: on all ranks, as one was asked to stop.
@@ -89,6 +90,7 @@ class PeriodicEvaluation:
                         found[f"evaluation/{problems.name}"] = result["greedy"]["accuracy"]
                         if (stopped := result["greedy"]["stopped"]) is not None:
                             found[f"evaluation/{problems.name}/cut_off"] = 1 - stopped
+                        found[f"evaluation/{problems.name}/failed"] = float(result["greedy"]["failed"])
                         passed = result["sampled"]["pass"] if result["sampled"] else {}
                         found |= {
                             f"evaluation/{problems.name}/pass@{k}": share["accuracy"] for k, share in passed.items()

@@ -11,6 +11,7 @@ from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.evaluation.statistics import pass_at_k, wilson
 from ovr_megatron.rewards.latex import last_box
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
+from ovr_megatron.rewards.verdict import FAILED
 
 METRICS = ("auto", "boxed", "exact")
 BOXED = {"boxed": "auto"}
@@ -46,6 +47,11 @@ class Graded:
     def order(self) -> tuple[int, int]:
         """Sorts by problem, the greedy response first."""
         return self.index, -1 if self.sample is None else self.sample
+
+    @property
+    def failed(self) -> bool:
+        """Whether no grader came to a verdict, so that the response counts as wrong though it may be right."""
+        return self.reason in FAILED
 
     def to_json(self) -> dict[str, Any]:
         """The response as one line of ``SET.responses.jsonl``."""
@@ -83,8 +89,9 @@ def score(responses: Sequence[Graded], official: Mapping[str, Official] | None =
 
     Returns:
         ``problems`` and ``dropped`` (prompts over the limit); ``greedy`` with ``accuracy``, its 95 % interval
-        ``low`` to ``high``, ``correct``, ``problems``, mean ``tokens`` and the share that ``stopped``; ``sampled``,
-        None without samples, with ``samples``, ``tokens``, ``stopped`` and, each an accuracy with its interval,
+        ``low`` to ``high``, ``correct``, ``problems``, ``failed`` (no grader came to a verdict), mean
+        ``tokens`` and the share that ``stopped``; ``sampled``, None without samples, with ``samples``, ``failed``,
+        ``tokens``, ``stopped`` and, each an accuracy with its interval,
         ``average`` (avg@k over all samples), ``pass`` for each k, and ``majority`` (maj@k over all samples);
         ``official``, each an accuracy with its interval, those alone whose responses are all there.
     """
@@ -103,7 +110,7 @@ def _part(responses: Sequence[Graded]) -> dict[str, Any]:
     greedy = [response for response in responses if response.sample is None]
     drawn = [response for response in responses if response.sample is not None]
     correct = sum(response.correct for response in greedy)
-    found = {**share(correct, len(greedy)), "correct": correct, "problems": len(greedy), **_length(greedy)}
+    found = {**share(correct, len(greedy)), "correct": correct, "problems": len(greedy), **_counts(greedy)}
     return {"greedy": found, "sampled": _sampled(drawn) if drawn else None}
 
 
@@ -115,7 +122,7 @@ def _sampled(drawn: Sequence[Graded]) -> dict[str, Any]:
     right = [(len(group), sum(response.correct for response in group)) for group in problems.values()]
     passed = {str(k): share(sum(pass_at_k(*counts, k) for counts in right), len(problems)) for k in ks(samples)}
     majority = share(sum(map(majority_is_right, problems.values())), len(problems))
-    return {"samples": samples, "average": passed["1"], "pass": passed, "majority": majority, **_length(drawn)}
+    return {"samples": samples, "average": passed["1"], "pass": passed, "majority": majority, **_counts(drawn)}
 
 
 def majority_is_right(group: Sequence[Graded]) -> float:
@@ -201,10 +208,12 @@ def share(correct: float, total: int) -> dict[str, float]:
     return {"accuracy": found.value, "low": found.low, "high": found.high}
 
 
-def _length(responses: Sequence[Graded]) -> dict[str, float | None]:
-    """Mean length and share that stopped, of what was answered at all."""
+def _counts(responses: Sequence[Graded]) -> dict[str, float | None]:
+    """Count failed verdicts; give the mean length and the share that stopped of what was answered at all."""
+    failed = sum(response.failed for response in responses)
     answered = [response for response in responses if response.response is not None]
     if not answered:
-        return {"tokens": None, "stopped": None}
-    count = len(answered)
-    return {"tokens": sum(r.tokens for r in answered) / count, "stopped": sum(r.stopped for r in answered) / count}
+        return {"failed": failed, "tokens": None, "stopped": None}
+    tokens = sum(response.tokens for response in answered) / len(answered)
+    stopped = sum(response.stopped for response in answered) / len(answered)
+    return {"failed": failed, "tokens": tokens, "stopped": stopped}

@@ -23,6 +23,8 @@ from ovr_megatron.model.config_json import (
 
 # Qwen2.5-VL's config.json allows 128000 positions, but its training and its model card end here.
 TRAINED_POSITIONS = 32768
+LONGEST_RESPONSE = 32768
+"""Tokens of an evaluated response where no limit is set: reasoning models write thousands."""
 _YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor")
 _YARN_FIELDS = {"type", "rope_type", "rope_theta", "mrope_section", "truncate", *_YARN_OPTIONS}
 _YARN_FIELDS |= {"factor", "original_max_position_embeddings"}
@@ -112,6 +114,10 @@ class ModelShape:
                 f"{setting} comes to {tokens} tokens, and the model has {self.max_positions} positions; lower it, or "
                 f"give the model more with YaRN: tools/convert_from_hf.py --yarn {factor}"
             )
+
+    def response_limit(self, wanted: int, prompt_tokens: int) -> int:
+        """Return ``wanted``, or for 0 what the positions leave beside a prompt, at most `LONGEST_RESPONSE` tokens."""
+        return wanted or max(1, min(LONGEST_RESPONSE, self.max_positions - prompt_tokens))
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> ModelShape:

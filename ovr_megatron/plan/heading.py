@@ -14,15 +14,20 @@ from ovr_megatron.data.repetition import show_uses, source_uses
 from ovr_megatron.engine import Engine
 from ovr_megatron.plan import search
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.terminal import printable
 from ovr_megatron.weights.table import Row
 
 Rows = list[tuple[str, str]]
 
 
 def show_heading(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Return ``rows`` of name and text as a block under ``title``, texts below one another."""
+    """Return ``rows`` of name and text as a block under ``title``, texts below one another.
+
+    A text is one line: what a file or a setting brings into it cannot break the block or steer the terminal.
+    """
     width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name:{width}}  {text}" for name, text in rows)])
+    lines = [f"  {name:{width}}  {printable(text).replace(chr(10), ' ')}" for name, text in rows]
+    return "\n".join([title, *lines])
 
 
 def run_rows(

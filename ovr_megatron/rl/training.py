@@ -267,14 +267,17 @@ def check_lengths(config: RLConfig, shape: ModelShape) -> None:
         ConfigError: names the setting and the remedy.
     """
     shape.check_length(config.rollout.max_model_len, "rollout.max_model_len")
-    shape.check_length(evaluated_tokens(config), "data.max_prompt_tokens with evaluation.max_tokens")
+    shape.check_length(evaluated_tokens(config, shape), "data.max_prompt_tokens with evaluation.max_tokens")
     for number, stage in enumerate(config.curriculum):
         shape.check_length(stage.max_tokens, f"curriculum[{number}].max_tokens")
 
 
-def evaluated_tokens(config: RLConfig) -> int:
-    """Most tokens of an evaluated prompt and its response together; 0 without evaluation."""
-    return config.data.max_prompt_tokens + config.evaluation.max_tokens if config.evaluation.every else 0
+def evaluated_tokens(config: RLConfig, shape: ModelShape) -> int:
+    """Return the most tokens of an evaluated prompt and its response together; 0 without evaluation."""
+    if not config.evaluation.every:
+        return 0
+    prompt_tokens = config.data.max_prompt_tokens
+    return prompt_tokens + shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
 
 
 def build_models(
@@ -333,7 +336,7 @@ def build_rollouts(config: RLConfig, source: Path, processor: Processor, models:
         config.model.dtype,
         max_model_len=max(
             config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum),
-            evaluated_tokens(config),
+            evaluated_tokens(config, processor.shape),
         ),
         empty=True,
         offload=config.offload,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.config import ConfigError, SourceConfig
+from ovr_megatron.config import ConfigError, EvaluationConfig, SourceConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.evaluation.command import (
     cut_off,
@@ -26,6 +26,7 @@ from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import Graded
 from ovr_megatron.evaluation.statistics import wilson
 from ovr_megatron.model.presets import write_config
+from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.rewards.pool import GraderPool
 
@@ -164,6 +165,9 @@ def test_a_response_may_be_as_long_as_the_model_allows(model, tmp_path):
     assert response_limit(model, arguments(model, "--max-tokens", "96")) == 96
     published = write_config("7B", tmp_path).parent
     assert response_limit(published, arguments(published)) == 32768
+    shape = ModelShape.from_hf(model)
+    assert shape.response_limit(EvaluationConfig().max_tokens, 96) == 4000, "on the way as afterwards"
+    assert shape.response_limit(EvaluationConfig(max_tokens=72).max_tokens, 96) == 72
 
 
 def test_the_printed_score_says_what_was_cut_off():

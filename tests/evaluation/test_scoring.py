@@ -1,8 +1,12 @@
 import itertools
+import os
+from dataclasses import replace
 
 import pytest
 
 from ovr_megatron.data.schema import Message, Row, RowError, TextPart
+from ovr_megatron.evaluation.command import without_verdict
+from ovr_megatron.evaluation.evaluator import grade as grade_responses
 from ovr_megatron.evaluation.scoring import Graded, ks, majority_is_right, reference_of, score, with_votes
 from ovr_megatron.rewards.grader import grade
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
@@ -102,6 +106,22 @@ def test_answers_are_grouped_as_the_grader_would():
         groups = with_votes(grader, groups)
     chances = [majority_is_right([r for r in groups if r.index == index]) for index in range(len(cases))]
     assert chances == [chance for *_, chance in cases]
+
+
+def test_a_response_without_a_verdict_is_counted(tmp_path, monkeypatch):
+    """A rule that raises an error: its responses count as wrong, and the scores say that nothing is known of them."""
+    (tmp_path / "broken_rule.py").write_text("def reward(response, answer, options):\n    raise ValueError('broken')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    metrics = ("broken_rule:reward", "boxed")
+    asked = [Graded(0, None, "0", "a", "?", "8", (), metric, r"\boxed{8}", 3, stopped=True) for metric in metrics]
+    with GraderPool(1) as grader:
+        graded_responses = grade_responses(grader, asked)
+    scores = score([*graded_responses, replace(graded_responses[0], sample=0)])
+    assert (scores["greedy"]["correct"], scores["greedy"]["failed"], scores["sampled"]["failed"]) == (1, 1, 1)
+    assert without_verdict(scores) == (
+        "; no verdict on 1 greedy, 1 sampled responses, counted as wrong: their graders failed"
+    )
+    assert without_verdict(score(graded_responses[1:])) == ""
 
 
 def test_a_prompt_that_was_not_asked_counts_as_wrong_and_not_in_the_lengths():
