@@ -673,7 +673,11 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
     missing = sorted(OmegaConf.missing_keys(config))
     require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
     try:
-        settings: Any = TypeAdapter(schema).validate_python(OmegaConf.to_container(config, resolve=True))
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:  # ${name} of a setting that does not exist
+        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
+    try:
+        settings: Any = TypeAdapter(schema).validate_python(resolved)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # one of ours, which names its key

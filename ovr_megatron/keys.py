@@ -7,7 +7,12 @@ import difflib
 import re
 import typing
 from collections.abc import Iterator, Sequence
+from types import NoneType
 from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
 
 _MOST = 3  # names that are proposed
 
@@ -36,6 +41,45 @@ def with_new_keys(schema: type, overrides: Sequence[str]) -> list[str]:
     mappings = [re.escape(name) for name in mapping_names(schema)]
     opened = re.compile(rf"(?:{'|'.join(mappings)})(?:\.[^=]*)?=") if mappings else None
     return [f"++{item}" if opened and opened.match(item) else item for item in overrides]
+
+
+def text_names(schema: type) -> Iterator[str]:
+    """Yield the dotted names of the settings of ``schema`` that are text, as ``run.dir``; those in lists aside."""
+    hints: dict[str, Any] = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        if hint is str or set(typing.get_args(hint)) == {str, NoneType}:
+            yield field.name
+        if dataclasses.is_dataclass(hint):
+            yield from (f"{field.name}.{name}" for name in text_names(hint))
+
+
+def with_plain_text(schema: type, overrides: Sequence[str]) -> list[str]:
+    """Return ``overrides``, those of text settings so that Hydra takes the value as it stands.
+
+    A path may hold what Hydra's grammar reserves, as in ``run.dir=/data/it's (a=b), [x]``.  A value that the grammar
+    reads as text, quoted or escaped by the user or not, is left alone, and so is an interpolation.
+    """
+    texts = set(text_names(schema))
+    parser = OverridesParser.create()
+    plain = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name.lstrip("+") in texts and not _is_text(parser, override):
+            # In a quoted value of Hydra's a backslash counts only before a quote, where it has to be doubled.
+            escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+            override = f"{name}='{escaped}'"
+        plain.append(override)
+    return plain
+
+
+def _is_text(parser: OverridesParser, override: str) -> bool:
+    """Return whether Hydra reads the value as one text, or as null."""
+    try:
+        value = parser.parse_override(override).value()
+    except HydraException:
+        return False
+    return value is None or isinstance(value, str | QuotedString)
 
 
 def _inner_types(hint: Any) -> Iterator[tuple[type, str]]:

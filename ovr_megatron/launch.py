@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
-from ovr_megatron.keys import unknown_setting, with_new_keys
+from ovr_megatron.keys import unknown_setting, with_new_keys, with_plain_text
 from ovr_megatron.model.presets import PRESETS
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -105,7 +105,9 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
     ConfigStore.instance().store(name="schema", node=defaults(schema))
     try:
         with hydra.initialize_config_dir(str(path.parent), version_base=None):
-            return hydra.compose(path.stem, with_new_keys(schema, overrides))
+            values = hydra.compose(path.stem, with_new_keys(schema, with_plain_text(schema, overrides)))
+        OmegaConf.missing_keys(values)  # follows every ${interpolation}, so that an unknown one is refused here
+        return values
     except (HydraException, OmegaConfBaseException) as error:
         if unknown := _UNKNOWN.match(str(error)):
             raise ConfigError(unknown_setting(schema, unknown[1])) from None

@@ -20,7 +20,7 @@ set -euo pipefail
 
 script="${BASH_SOURCE[0]}"
 if [ ! -e "$(dirname "$script")/launch.sh" ]; then # sbatch runs a copy; Slurm knows the original
-    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')"
+    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/slurm\/[a-z0-9_]*\.sh\).*/\1/p')"
 fi
 root="${OVR_ROOT:-$(cd "$(dirname "$script")/.." && pwd -P)}"
 # shellcheck source=slurm/launch.sh

@@ -26,7 +26,7 @@ read_arguments() {
     if [ -f "${OVR_DATA:-}/tokens.bin" ]; then # a tokenised set
         add_path data.tokenised "$OVR_DATA"
     elif [ -n "${OVR_DATA:-}" ]; then
-        add_path data.sources "[{path: '$OVR_DATA'}]"
+        add_path data.sources "[{path: '${OVR_DATA//\'/\\\'}'}]" # in Hydra's quotes a quote is escaped
     fi
     run="$(value_of run.dir "${arguments[@]}")"
     if [ -z "$run" ]; then

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies
 from omegaconf import DictConfig, OmegaConf
 
 from ovr_megatron import config as configuration
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults, save
+from ovr_megatron.launch import compose
 
 REQUIRED = ["run.dir=runs/a", "model.path=models/tiny"]
 CURRICULUM = ["curriculum=[{until: 300, max_tokens: 16384}, {until: 900, max_tokens: 32768}]"]
@@ -207,3 +209,33 @@ def test_values_of_environment_variables_stay_out_of_files(tmp_path: Path, monke
     assert "hunter2" not in str(error.value)
     with pytest.raises(ConfigError, match="OVR_TEST_ABSENT"):
         build(RLConfig, OmegaConf.merge(values, {"run": {"seed": "${oc.env:OVR_TEST_ABSENT}"}}))
+
+
+@given(strategies.text("ab/ ü=('),{}[]\"#$!~*?:;&|<>%@\n", min_size=1, max_size=12))
+def test_a_path_may_hold_any_character(text: str) -> None:
+    """Not at its ends, where white space and quotes belong to the command line."""
+    path = f"/runs/{text}/x"
+    if "${" not in path:
+        assert compose("tiny_cold_start", [f"run.dir={path}", "model.path=m"]).run.dir == path
+
+
+@pytest.mark.parametrize(
+    ("written", "path"),
+    [
+        (r"'/runs/it\'s'", "/runs/it's"),
+        ('"/runs/a,b"', "/runs/a,b"),
+        (r"/runs/a\,b", "/runs/a,b"),  # as Hydra has it escaped
+        (r"/runs/a\b", r"/runs/a\b"),
+        ("it's\\", "it's\\"),
+        ("1e3", "1e3"),
+        ("[x]", "[x]"),
+        ("${model.path}", "m"),
+    ],
+)
+def test_a_path_in_quotes_and_escaped(written: str, path: str) -> None:
+    assert compose("tiny_cold_start", [f"run.dir={written}", "model.path=m"]).run.dir == path
+
+
+def test_an_unknown_interpolation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tiny_cold_start: Interpolation key 'nothing' not found"):
+        compose("tiny_cold_start", ["run.dir=${nothing}", "model.path=m"])

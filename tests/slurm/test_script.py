@@ -37,14 +37,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=5)
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A path may hold any character."""
+    return tmp_path / "it's, (ü=1)"
+
+
 def test_without_a_run_folder() -> None:
     result = subprocess.run(["bash", SCRIPT], env=environment(), capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "give run.dir=DIR as an argument or OVR_RUN=DIR" in result.stderr
 
 
-def test_pre_flight_names_every_problem(model: Path, tmp_path: Path) -> None:
-    run, absent = tmp_path / "run", tmp_path / "rows.jsonl"
+def test_pre_flight_names_every_problem(model: Path, run: Path) -> None:
+    absent = run.with_name("it's, (rows).jsonl")
     floors = {"OVR_MIN_BUS_GBPS": "1e6", "OVR_MIN_WRITE_MBPS": "1e9"}
     process = start(
         f"run.dir={run}", "packs_per_step=3", OVR_MODEL=str(model), OVR_DATA=str(absent), OVR_RANKS="2", **floors
@@ -61,8 +67,7 @@ def test_pre_flight_names_every_problem(model: Path, tmp_path: Path) -> None:
     assert not (run / "metrics").exists()
 
 
-def test_a_rehearsal_passes_the_pre_flight_and_is_finished(model: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_a_rehearsal_passes_the_pre_flight_and_is_finished(model: Path, run: Path) -> None:
     process = start(
         *["--rehearse", "prompts=4", "responses=2", f"run.dir={run}", "curriculum=[{until: 100, max_tokens: 72}]"],
         script=ROOT / "slurm/rl.sh",
@@ -76,8 +81,7 @@ def test_a_rehearsal_passes_the_pre_flight_and_is_finished(model: Path, tmp_path
     assert [stage["max_tokens"] for stage in json.loads((run / "rehearsal.json").read_text())] == [72]
 
 
-def test_stops_in_order_and_says_so(model: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_stops_in_order_and_says_so(model: Path, run: Path) -> None:
     process = start("steps=5000", "data.pack_tokens=512", OVR_RUN=str(run), OVR_MODEL=str(model), OVR_RANKS="1")
     metrics, deadline = run / "metrics/train.jsonl", time.monotonic() + 2 * LIMIT_S
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
