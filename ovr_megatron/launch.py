@@ -115,7 +115,10 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
             raise ConfigError(
                 f"{str(error.override).lstrip('+')!r} cannot be read; write a setting as KEY=VALUE"
             ) from None
-        raise ConfigError(f"{path.stem}: {str(error.__cause__ or error).splitlines()[0]}") from error
+        cause = error.__cause__ or error
+        key = getattr(cause, "full_key", None)
+        where = f"{path.stem}: {key}" if key else path.stem
+        raise ConfigError(f"{where}: {str(cause).splitlines()[0]}") from error
 
 
 def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig:

@@ -236,6 +236,11 @@ def test_a_path_in_quotes_and_escaped(written: str, path: str) -> None:
     assert compose("tiny_cold_start", [f"run.dir={written}", "model.path=m"]).run.dir == path
 
 
+def test_a_list_for_a_mapping_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"tiny_rl: reward\.rules: Cannot merge"):
+        compose("tiny_rl", ["run.dir=x", "model.path=m", "reward.rules=[exact]"])
+
+
 def test_an_unknown_interpolation_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tiny_cold_start: Interpolation key 'nothing' not found"):
+    with pytest.raises(ConfigError, match=r"tiny_cold_start: run\.dir: Interpolation key 'nothing' not found"):
         compose("tiny_cold_start", ["run.dir=${nothing}", "model.path=m"])

@@ -162,9 +162,9 @@ def read_fields(kind: type[Kind], values: Any, path: Path, prefix: str = "") -> 
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] == "missing":
-            raise ShapeError(f"{path}: field {first['loc'][0]!r} is missing") from None
         name = prefix + str(first["loc"][0])
+        if first["type"] == "missing":
+            raise ShapeError(f"{path}: field {name!r} is missing") from None
         reason = first["msg"][:1].lower() + first["msg"][1:]
         raise ShapeError(f"{path}: field {name!r} is {_excerpt(first['input'])}: {reason}") from None
 

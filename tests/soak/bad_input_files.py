@@ -149,7 +149,10 @@ MODELS: dict[str, tuple[Edit, str]] = {
     "heads that do not divide": (config(text_config__num_attention_heads=3), "heads"),
     "key-value heads that do not divide": (config(text_config__num_key_value_heads=3), "heads"),
     "another activation": (config(text_config__hidden_act="relu"), "hidden_act"),
-    "a sliding window": (config(text_config__use_sliding_window=True, text_config__sliding_window=64), "sliding"),
+    "a sliding window": (
+        config(text_config__use_sliding_window=True, text_config__sliding_window=64, text_config__layer_types=None),
+        "sliding",
+    ),
     "no positions": (config(text_config__max_position_embeddings=0), "max_position_embeddings"),
     "a rope base of 0": (config(text_config__rope_theta=0, text_config__rope_parameters__rope_theta=0), "rope"),
     "a norm epsilon of -1": (config(text_config__rms_norm_eps=-1), "rms_norm_eps"),
@@ -201,12 +204,14 @@ def model_cases() -> Iterator[Case]:
     weights_only = ("weights", "tensor", "tower", "names", "number", "shards", "layers than")
     for name, (edit, says) in MODELS.items():
         about_weights = any(word in name for word in weights_only)
-        yield Case("models", f"train: {name}", cold_start, says, edits=(copied("model", edit),))
+        # Without this the project's own template is taken, and that of the folder does not matter.
+        own = ("data.template=model",) if "template" in name else ()
+        yield Case("models", f"train: {name}", (*cold_start, *own), says, edits=(copied("model", edit),))
         if about_weights:
             command = ("tools/convert_from_hf.py", "--hf", "{tmp}/model", "--out", "{tmp}/out")
             yield Case("models", f"import: {name}", command, says, edits=(copied("model", edit),))
         elif "token" in name or "template" in name or "config" in name:
-            yield Case("models", f"tokenise: {name}", tokenise, says, edits=(copied("model", edit),))
+            yield Case("models", f"tokenise: {name}", (*tokenise, *own), says, edits=(copied("model", edit),))
 
 
 CHECKPOINTS: dict[str, tuple[Edit, str]] = {
