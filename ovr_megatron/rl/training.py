@@ -341,6 +341,9 @@ def build_rollouts(config: RLConfig, source: Path, processor: Processor, models:
         empty=True,
         offload=config.offload,
     )
+    if config.offload:
+        # The cache has taken what the trainer's models left free; it must be gone before the policy comes back.
+        engine.sleep(deep=True)
     engine.update(models.policy.held())
     reward = config.reward
     grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)

@@ -48,7 +48,10 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "",
     "HF_HUB_OFFLINE": "1",
+    # Float32 attention is Triton's on a GPU, whose products of float32 are TF32 (10 bits) unless it is told otherwise.
+    "TRITON_F32_DEFAULT": "ieee",
 }
+_SMALLEST_SHARE = 0.01  # of the GPU, where the size of the cache says how much is taken
 _CPU_BATCH_TOKENS = 8192
 _CPU_BLOCK_TOKENS = 32
 _CPU_CACHE_BYTES = 256 << 20
@@ -131,6 +134,10 @@ class RolloutEngine:
         settings = _settings(config, processor, dtype, max_model_len, offload)
         if empty:
             settings["load_format"] = EMPTY
+        if torch.cuda.is_available():
+            # Without a stream set in Python, vLLM's NCCL communicator makes one of its own current for good, and the
+            # trainer's gradients would be accumulated on another stream than they are computed on.
+            torch.cuda.set_stream(torch.cuda.current_stream())
         with undisturbed():
             self._llm = LLM(model=str(complete_folder(Path(model_dir))), seed=seed, **settings)
             _started.append(self._llm)
@@ -150,6 +157,8 @@ class RolloutEngine:
         """
         with undisturbed():
             self._wake("weights")
+            if self._empty:
+                self._llm.collective_rpc(clear_positions)
             traffic = self._reshard.update(held, everything=self._empty)
             self._empty = False
             self._reset_caches()
@@ -304,7 +313,7 @@ class RolloutEngine:
         The weights move to the host, or with ``deep`` nowhere: then an `update` must come first.
         """
         self._empty |= deep
-        if self._asleep:
+        if "weights" in self._asleep:  # the cache alone may sleep: after an update that nothing was generated with
             return
         with undisturbed():
             self._reset_caches()
@@ -329,6 +338,17 @@ class RolloutEngine:
             raise RolloutError("vLLM kept its prefix cache: requests are still running")
         self._llm.llm_engine.reset_encoder_cache()
         self._llm.reset_mm_cache()
+
+
+def clear_positions(worker: Any) -> None:
+    """Zero the rotary positions of vLLM's worker, which lie with the weights and are lost in a deep sleep.
+
+    A captured graph reads them for padding tokens, too, as indices.  Model runner V2 alone has them there
+    (``vllm/v1/worker/gpu/mm/rope.py``, RopeState).
+    """
+    state = getattr(getattr(worker.model_runner, "model_state", None), "rope_state", None)
+    if state is not None:
+        state.positions.zero_()
 
 
 class _Waiting:
@@ -407,11 +427,14 @@ def _settings(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    share = config.memory_share(offload)
     if config.kv_cache_gib:
         settings["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+        # vLLM takes no more than that, and refuses to start all the same unless its share of the GPU is free.
+        share = config.gpu_memory_utilization or _SMALLEST_SHARE
     if torch.cuda.is_available():
         return settings | {
-            "gpu_memory_utilization": config.memory_share(offload),
+            "gpu_memory_utilization": share,
             "enforce_eager": config.enforce_eager,
             "async_scheduling": None if config.async_scheduling else False,  # None: vLLM does where it can
             "enable_sleep_mode": True,

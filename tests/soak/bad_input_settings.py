@@ -114,7 +114,10 @@ RL_CASES = {
     "a lambda above 1": ("algorithm.lam=1.5", "lam"),
     "a gamma of 0": ("algorithm.gamma=0", "gamma"),
     "k1 in the loss": ("algorithm.kl_form=k1 algorithm.kl_coefficient=0.1", "k1"),
-    "groups of one response": ("algorithm.estimator=grpo algorithm.critic_warmup_iterations=0 responses=1", "responses"),
+    "groups of one response": (
+        "algorithm.estimator=grpo algorithm.critic_warmup_iterations=0 responses=1",
+        "responses",
+    ),
     "a critic's warm-up without a critic": ("algorithm.estimator=grpo", "critic_warmup_iterations"),
     "a buffer over the limit": ("algorithm.overlong_buffer=5000", "overlong_buffer"),
     "a divisor that nothing uses": ("algorithm.reduction_tokens=10", "reduction_tokens"),
