@@ -50,7 +50,7 @@ def text_names(schema: type) -> Iterator[str]:
         hint = hints[field.name]
         if hint is str or set(typing.get_args(hint)) == {str, NoneType}:
             yield field.name
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from (f"{field.name}.{name}" for name in text_names(hint))
 
 

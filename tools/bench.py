@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES, PARTS, STEP_SHAPES
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import run_command, whole_number
 
 GPU = ("step", "vision", "head", "rl")
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("gpu", *PARTS))
     parser.add_argument("--json", type=Path, help="write the rows to this file, too; after each part")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that rivals take; the best counts")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--parts", nargs="+", choices=GPU, default=GPU, help="some of them only (gpu)")
     parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(LAYER_SHAPES)} (model) or tiny, 3B, 7B (step)")
     parser.add_argument("--fp8", choices=("delayed", "current", "block"), default="current", help="scaling (step)")
@@ -39,12 +39,16 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="WORD", help="rows with this word in their name (model, step, rl)"
     )
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack (model)")
-    parser.add_argument("--mean", type=int, default=64, help="mean length of a document (model)")
-    parser.add_argument("--samples", type=int, default=2_000_000, help="lengths of the whole epoch (packing)")
-    parser.add_argument("--rival-samples", type=int, default=10_000, help="lengths beside the rival (packing)")
-    parser.add_argument("--rows", type=int, default=200_000, help="rows to prepare (prepare)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that judge rows (prepare)")
+    parser.add_argument("--tokens", type=whole_number(1), default=1024, help="tokens of a pack (model)")
+    parser.add_argument("--mean", type=whole_number(1), default=64, help="mean length of a document (model)")
+    parser.add_argument(
+        "--samples", type=whole_number(1), default=2_000_000, help="lengths of the whole epoch (packing)"
+    )
+    parser.add_argument(
+        "--rival-samples", type=whole_number(1), default=10_000, help="lengths beside the rival (packing)"
+    )
+    parser.add_argument("--rows", type=whole_number(1), default=200_000, help="rows to prepare (prepare)")
+    parser.add_argument("--workers", type=whole_number(1), default=1, help="processes that judge rows (prepare)")
     arguments = parser.parse_args()
     unknown = set(arguments.shapes or ()) - set(LAYER_SHAPES if arguments.what == "model" else STEP_SHAPES)
     if unknown:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.launch import compose
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import run_command, whole_number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")
-    parser.add_argument("--rows", type=int, default=0, help="look at so many rows of each source (default: all)")
+    parser.add_argument(
+        "--rows", type=whole_number(0), default=0, help="look at so many rows of each source (default: all)"
+    )
     arguments = parser.parse_intermixed_args(argv)
     config = compose(arguments.recipe, arguments.overrides)
     if not config.data.sources:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import run_command, whole_number
 from ovr_megatron.runtime.terminal import printable
 
 
@@ -40,13 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="convert_from_hf.py", description=__doc__)
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face folder (safetensors)")
     parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="checkpoint folder to write")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="shards at a time (default: 1)")
+    parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="shards at a time (default: 1)")
     yarn = "stretch the positions so many times with YaRN; trainer, vLLM and export read it from config.json"
     parser.add_argument("--yarn", type=float, metavar="FACTOR", help=yarn)
     parser.add_argument("--force", action="store_true", help="replace what such a tool has written there")
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: give at least 1")
     try:
         convert(args.hf, args.out, args.workers, args.force, args.yarn)
     except (ValueError, OSError) as error:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import run_command, whole_number
 from ovr_megatron.runtime.terminal import printable
 
 
@@ -65,11 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--verify", type=Path, metavar="HF_DIR", help="compare the result with this folder, bit by bit")
     parser.add_argument("--critic", action="store_true", help="export the critic, without its value head")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="number format (default: as it is stored)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="shards at a time (default: 1)")
+    parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="shards at a time (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace what such a tool has written there")
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: give at least 1")
     try:
         convert(args.checkpoint, args.out, args.critic, args.dtype, args.workers, args.force)
         equal = args.verify is None or verify(args.out, args.verify, args.critic, args.workers)

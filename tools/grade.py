@@ -18,7 +18,7 @@ from ovr_megatron.rewards.choice import named_letter
 from ovr_megatron.rewards.latex import clean
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason, Verdict
 from ovr_megatron.rewards.quantity import has_unit
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import number, run_command, whole_number
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.terminal import printable
 
@@ -174,8 +174,10 @@ def main(argv: list[str] | None = None) -> None:
         prog="grade.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="JSONL rows: response, answer, options, correct")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="grader processes (default: 2)")
-    parser.add_argument("--timeout-s", type=float, default=5.0, metavar="S", help="CPU time of a verdict (default: 5)")
+    parser.add_argument("--workers", type=whole_number(1), default=2, metavar="N", help="grader processes (default: 2)")
+    parser.add_argument(
+        "--timeout-s", type=number(above=0), default=5.0, metavar="S", help="CPU time of a verdict (default: 5)"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--out", type=Path, metavar="JSONL", help="write every row with its verdict to this file")
     args = parser.parse_args(argv)

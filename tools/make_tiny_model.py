@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ovr_megatron.model.tiny_sizes import TinySizes
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import number, run_command, whole_number
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,13 +16,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True, help="tie output and embedding")
     parser.add_argument("--untied", dest="tied", action="store_false", help="the same as --no-tied")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
-    parser.add_argument("--std", type=float, default=0.04, help="standard deviation of the matrices")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the weights")
+    parser.add_argument("--std", type=number(least=0), default=0.04, help="standard deviation of the matrices")
     parser.add_argument("--perturb", action="store_true", help="move norms and biases off 1 and 0")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="format of the weights")
     parser.add_argument("--corpus", type=Path, help="text file to train the tokenizer on, one text a line")
     for size in fields(TinySizes):
-        parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default, help="size")
+        parser.add_argument(f"--{size.name.replace('_', '-')}", type=whole_number(1), default=size.default, help="size")
     args = parser.parse_args(argv)
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         parser.exit(2, f"make_tiny_model: {args.out} exists and is not empty; remove it or choose another folder\n")

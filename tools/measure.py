@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import number, run_command
 
 
 def tree_memory(pid: int) -> int:
@@ -89,7 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="measure.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
-    parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between samples (default: 1)")
+    parser.add_argument(
+        "--every", type=number(above=0), default=1.0, metavar="S", help="seconds between samples (default: 1)"
+    )
     parser.add_argument("--add", action="store_true", help="add to what the file says: a command that was continued")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="what to run")
     args = parser.parse_args(argv)

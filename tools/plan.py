@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ovr_megatron.launch import compose
 from ovr_megatron.plan.hardware import GPUS
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import number, run_command, whole_number
 
 
 def main() -> int:
@@ -20,9 +20,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")
-    parser.add_argument("--world", type=int, help="processes (default: the 64 of a recipe named ..._64gpu)")
+    parser.add_argument("--world", type=whole_number(1), help="processes (default: the 64 of a recipe named ..._64gpu)")
     parser.add_argument("--gpu", default="h100", choices=tuple(GPUS), help="kind of GPU (default: h100, 80 GB)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="model FLOP utilisation to reckon with (default: 0.4)")
+    parser.add_argument(
+        "--mfu", type=number(above=0, most=1), default=0.4, help="model FLOP utilisation to reckon with (default: 0.4)"
+    )
     parser.add_argument("--no-search", action="store_true", help="the recipe's own layout only")
     parser.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
     arguments = parser.parse_intermixed_args()

@@ -7,14 +7,14 @@ Log-probabilities, values, advantages, losses and gradient norms are shown besid
 import argparse
 from pathlib import Path
 
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import run_command, whole_number
 
 
 def main() -> int:
     """Replay one iteration and print the table; return 1 where the numbers differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder of a PPO run")
-    parser.add_argument("iteration", type=int, help="from 0")
+    parser.add_argument("iteration", type=whole_number(0), help="from 0")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the run's configuration")
     args = parser.parse_args()
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import run_command, whole_number
 from ovr_megatron.runtime.terminal import printable
 
 
@@ -16,10 +16,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of an experiment, or of a single run")
     told = "write them again every so many seconds until Ctrl-C; an open page follows"
-    parser.add_argument("--every", type=int, default=0, metavar="SECONDS", help=told)
+    parser.add_argument("--every", type=whole_number(0), default=0, metavar="SECONDS", help=told)
     args = parser.parse_args(argv)
-    if args.every < 0:
-        parser.error(f"--every={args.every} must be positive")
 
     # Here, so that --help does not wait for torch and Matplotlib.
     from ovr_megatron.analysis.writing import write_everything

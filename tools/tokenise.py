@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ovr_megatron.config import ConfigError, DataConfig, build
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import run_command, whole_number
 from ovr_megatron.runtime.terminal import printable
 
 
@@ -25,7 +25,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, help="Hugging Face folder with tokenizer and template")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
+    parser.add_argument("--workers", type=whole_number(1), default=1, help="processes that tokenise")
     parser.add_argument("--verify", action="store_true", help="read the set at FOLDER, write nothing")
     parser.add_argument("settings", nargs="*", metavar="data.KEY=VALUE")
     arguments = parser.parse_intermixed_args(given)

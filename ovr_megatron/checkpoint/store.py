@@ -54,6 +54,29 @@ def weights_of(path: str | Path, name: str = "policy") -> Path:
     return inside if (inside / "config.json").exists() else Path(path)
 
 
+def check_weights(path: str | Path, world: World, name: str = "policy") -> None:
+    """Check that the ``name`` part of the checkpoint ``path`` is whole, byte by byte.  A collective.
+
+    The ranks share the files.  A Hugging Face folder has no hashes and passes.
+
+    Raises:
+        CheckpointError: on all ranks; names the file that is missing, cut off or changed.
+    """
+    problem: str | None = None
+    directory = Path(path)
+    if (directory / name).is_dir():
+        try:
+            check(directory, under=name, share=(world.rank, world.size))
+        except CheckpointError as error:
+            problem = str(error)
+    elif (directory / "manifest.json").exists():
+        problem = f"{directory} is a checkpoint without a {name}; give one that has it"
+    problems: list[str | None] = [None] * world.size
+    dist.all_gather_object(problems, problem)
+    for text in filter(None, problems):
+        raise CheckpointError(text)
+
+
 def parts_of(engines: dict[str, Engine]) -> list[Part]:
     """The folders that hold ``engines``: weights, then what the optimizer keeps."""
     parts = []

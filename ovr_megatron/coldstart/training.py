@@ -71,6 +71,7 @@ def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -
     if found:
         packs.load(found.state["packs"])
     else:
+        store.check_weights(config.model.path, world)
         engine.load(WeightFolder(source))
     first = found.step if found else 0
     if world.is_main:

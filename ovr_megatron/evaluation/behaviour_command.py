@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError
+from ovr_megatron.runtime.command import whole_number
 from ovr_megatron.runtime.terminal import printable
 
 
@@ -20,10 +21,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--second", metavar="JUDGE", help="another judge, for the agreement of the two on a sample")
     parser.add_argument("--second-key-env", metavar="VAR", help="environment variable with the second endpoint's key")
     parser.add_argument(
-        "--sample", type=int, default=100, metavar="N", help="traces that the second judge or people see"
+        "--sample", type=whole_number(0), default=100, metavar="N", help="traces that the second judge or people see"
     )
     parser.add_argument("--annotate", action="store_true", help="write annotations.jsonl for people to fill in")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="first traces of each file (default: all)")
+    parser.add_argument(
+        "--limit", type=whole_number(0), default=0, metavar="N", help="first traces of each file (default: all)"
+    )
     add_budget(parser)
     args = parser.parse_args(argv)
     # Here, so that --help does not wait for the libraries of a judge.
@@ -44,9 +47,13 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key-env", metavar="VAR", help="environment variable with the endpoint's key")
     told = "send the key to another machine without encryption"
     parser.add_argument("--allow-http", action="store_true", help=told)
-    parser.add_argument("--max-tokens", type=int, default=1024, help="of a judge's answer")
-    parser.add_argument("--max-requests", type=int, default=0, help="budget of all runs in the folder (0: none)")
-    parser.add_argument("--max-total-tokens", type=int, default=0, help="budget of all runs in the folder (0: none)")
+    parser.add_argument("--max-tokens", type=whole_number(1), default=1024, help="of a judge's answer")
+    parser.add_argument(
+        "--max-requests", type=whole_number(0), default=0, help="budget of all runs in the folder (0: none)"
+    )
+    parser.add_argument(
+        "--max-total-tokens", type=whole_number(0), default=0, help="budget of all runs in the folder (0: none)"
+    )
 
 
 def budget_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.evaluation.benchmarks import table
 from ovr_megatron.model.shape import LONGEST_RESPONSE, ModelShape
-from ovr_megatron.runtime.command import run_command
+from ovr_megatron.runtime.command import number, run_command, whole_number
 from ovr_megatron.runtime.terminal import printable
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -39,23 +39,34 @@ def parser() -> argparse.ArgumentParser:
     add("--list", action=_List, nargs=0, help="show the benchmarks, and what runs and scores them")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     more = "sampled responses for avg@k, pass@k and maj@k (default: greedy only, or as many as the benchmark asks for)"
-    add("--samples", type=_count, metavar="K", help=more)
-    add("--temperature", type=float, default=1.0, metavar="T", help="of the samples (default: 1)")
-    add("--limit", type=_count, default=0, metavar="N", help="first N problems of each set (default: all)")
+    add("--samples", type=whole_number(0), metavar="K", help=more)
+    add("--temperature", type=number(least=0), default=1.0, metavar="T", help="of the samples (default: 1)")
+    add("--limit", type=whole_number(0), default=0, metavar="N", help="first N problems of each set (default: all)")
     left = f"longest response (default: what the model's length leaves beside a prompt, at most {LONGEST_RESPONSE})"
-    add("--max-tokens", type=_count, metavar="N", help=left)
-    add("--max-prompt-tokens", type=_count, metavar="N", help="longest prompt (default: what the model leaves, 8192)")
+    add("--max-tokens", type=whole_number(0), metavar="N", help=left)
+    add(
+        "--max-prompt-tokens",
+        type=whole_number(0),
+        metavar="N",
+        help="longest prompt (default: what the model leaves, 8192)",
+    )
     graded = "boxed: the last \\boxed{} is right; exact: the whole response is the reference text; auto: by row"
     add("--metric", choices=("auto", "boxed", "exact"), default="auto", help=graded)
     add("--template", choices=("model", "think"), default="model", help="chat template: the folder's own, or ours")
-    add("--min-pixels", type=_count, metavar="N", help="image budget (default: the folder's)")
-    add("--max-pixels", type=_count, metavar="N", help="image budget (default: the folder's)")
-    add("--max-images", type=_count, default=8, metavar="N", help="images of one prompt (default: 8)")
+    add("--min-pixels", type=whole_number(0), metavar="N", help="image budget (default: the folder's)")
+    add("--max-pixels", type=whole_number(0), metavar="N", help="image budget (default: the folder's)")
+    add("--max-images", type=whole_number(0), default=8, metavar="N", help="images of one prompt (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), help="number format (default: the folder's)")
-    add("--tp", type=_count, default=1, metavar="N", help="processes that hold one copy of the model (default: 1)")
-    add("--max-num-seqs", type=_count, default=256, metavar="N", help="responses at a time (default: 256)")
-    add("--threads", type=_count, default=0, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--seed", type=_count, default=1, metavar="N", help="seed of the samples (default: 1)")
+    add(
+        "--tp",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="processes that hold one copy of the model (default: 1)",
+    )
+    add("--max-num-seqs", type=whole_number(1), default=256, metavar="N", help="responses at a time (default: 256)")
+    add("--threads", type=whole_number(0), default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--seed", type=whole_number(0), default=1, metavar="N", help="seed of the samples (default: 1)")
     return this
 
 
@@ -166,10 +177,10 @@ def image_budget(model: Path) -> dict[str, int]:
     size = stated.get("size") if isinstance(stated.get("size"), dict) else {}
     low = stated.get("min_pixels") or size.get("shortest_edge") or DataConfig.min_pixels
     high = stated.get("max_pixels") or size.get("longest_edge") or DataConfig.max_pixels
-    for number in (low, high):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    for pixels in (low, high):
+        if not isinstance(pixels, int) or isinstance(pixels, bool) or pixels < 1:
             raise ConfigError(
-                f"{model}: the image budget of its processor is {number!r}; it must be a number of pixels"
+                f"{model}: the image budget of its processor is {pixels!r}; it must be a number of pixels"
             )
     return {"min_pixels": low, "max_pixels": high}
 
@@ -220,10 +231,3 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a whole Hugging Face folder") from error
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value

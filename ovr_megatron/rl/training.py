@@ -170,6 +170,7 @@ def generate(config: RLConfig, world: World) -> Path:
     skipped = skipped_rows(config.data, run, world.is_main)
     stream = open_stream(config.data, config.run.seed, skipped)
     prompts = PromptStream(stream, processor, config.reward.rules, skipped)
+    store.check_weights(config.model.path, world)
     models, _ = build_models(config, source, processor, world, training=False)
     rollouts = build_rollouts(config, source, processor, models)
     there = archive.iterations(run)
@@ -298,6 +299,7 @@ def build_engines(config: RLConfig, source: Path, world: World) -> dict[str, Eng
     """The policy, and where one is needed the critic, which starts from the same weights with a fresh value head."""
     shape, algorithm = ModelShape.from_hf(source), config.algorithm
     policy = Engine(shape, config.model, config.parallel, world)
+    store.check_weights(config.model.path, world)
     learning = max(config.iterations - algorithm.critic_warmup_iterations, 1)  # iterations in which the policy moves
     policy.with_optimizer(config.optimizer, learning * algorithm.policy_updates).load(WeightFolder(source))
     if not algorithm.has_critic:
@@ -306,7 +308,10 @@ def build_engines(config: RLConfig, source: Path, world: World) -> dict[str, Eng
         policy.offload()  # before the critic takes its memory
     critic = Engine(shape, config.model, config.critic.parallel or config.parallel, world, critic=True)
     critic.with_optimizer(config.critic.optimizer, config.iterations * algorithm.critic_steps)
-    start = store.weights_of(config.critic.path, "critic") if config.critic.path else source
+    start = source
+    if config.critic.path:
+        store.check_weights(config.critic.path, world, "critic")
+        start = store.weights_of(config.critic.path, "critic")
     critic.load(WeightFolder(start), config.critic.head_init, seed=config.run.seed)
     return {"policy": policy, "critic": critic}
 
@@ -315,7 +320,10 @@ def build_reference(config: RLConfig, source: Path, banned: Sequence[int], world
     """The frozen policy that ``algorithm.kl_coefficient`` holds the trained one to; None where it is 0."""
     if not config.algorithm.kl_coefficient:
         return None
-    folder = store.weights_of(config.algorithm.reference) if config.algorithm.reference else source
+    folder = source
+    if config.algorithm.reference:
+        store.check_weights(config.algorithm.reference, world)
+        folder = store.weights_of(config.algorithm.reference)
     reference = frozen_policy(config, folder, world)
     reference.sample_from(banned, config.rollout.temperature)
     return reference

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
+import math
 import os
+import re
 import select
 import signal
 import sys
@@ -51,6 +54,34 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         end_with_sentence(f"{error}; make room or allow writing there, then start the same command again")
         code = USER_ERROR
     sys.exit(code)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the type of a command-line option that is a whole number, ``least`` or more."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+def number(least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """Return the type of a command-line option that is a finite number, from ``least`` or ``above`` to ``most``."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most and value > above):
+            bounds = [f"of at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+            bounds += [f"of at most {most:g}"] * (most < math.inf)
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {' and '.join(bounds)}".rstrip())
+        return value
+
+    return read
 
 
 def end_with_sentence(sentence: str) -> None:

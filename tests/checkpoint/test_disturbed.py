@@ -327,6 +327,26 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
     assert f"step_000006/{file}" in said and message in said
 
 
+@pytest.mark.parametrize(
+    ("damage", "file", "message"),
+    [
+        (flip, "policy/model.safetensors", "policy/model.safetensors was changed"),
+        (Path.unlink, "policy/model.safetensors", "policy/model.safetensors is missing"),
+        (Path.unlink, "manifest.json", "manifest.json does not exist"),
+        (shutil.rmtree, "policy", "is a checkpoint without a policy"),
+    ],
+)
+def test_no_run_begins_from_a_damaged_checkpoint(
+    runs: Path, world: World, tmp_path: Path, damage: Any, file: str, message: str
+) -> None:
+    path = tmp_path / "start"
+    shutil.copytree(runs / "whole/checkpoints/step_000006", path)
+    store.check_weights(path, world)
+    damage(path / file)
+    with pytest.raises(store.CheckpointError, match=message):
+        store.check_weights(path, world)
+
+
 def test_what_is_kept(tmp_path: Path) -> None:
     for step in range(1, 10):
         (tmp_path / f"step_{step:06d}").mkdir()

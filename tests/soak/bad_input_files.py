@@ -376,7 +376,7 @@ TOOLS: dict[str, tuple[tuple[str, ...], str]] = {
         "a",
     ),
     "evaluate: supervised rows without an answer": (
-        ("tools/evaluate.py", "--model", "{model}", "--out", "{tmp}/out", "--data", "a={rows}"),
+        ("tools/evaluate.py", "--model", "{model}", "--out", "{tmp}/o", "--data", "a={rows}", "--metric", "boxed"),
         "answer",
     ),
     "judge: scores that are not there": (("tools/judge.py", "{tmp}/a.json", "--judge", "vllm:{model}"), "a.json"),

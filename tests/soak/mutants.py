@@ -94,8 +94,8 @@ MUTANTS = [
     Mutant(
         "the reference is the first policy whatever is set",
         "rl/training.py",
-        "store.weights_of(config.algorithm.reference) if config.algorithm.reference else source",
-        "source",
+        "folder = store.weights_of(config.algorithm.reference)",
+        "folder = source",
     ),
     Mutant(
         "the entropy has the wrong sign",

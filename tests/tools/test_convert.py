@@ -140,7 +140,7 @@ def test_verify_finds_one_flipped_bit_whatever_the_workers(hf, checkpoint, tmp_p
 
 def test_workers_are_at_least_one(hf, tmp_path, capsys):
     assert run("convert_from_hf", "--hf", hf, "--out", tmp_path / "ckpt", "--workers", 0) == 2
-    assert "--workers 0: give at least 1" in capsys.readouterr().err
+    assert "--workers: '0' is not a whole number of at least 1" in capsys.readouterr().err
     assert run("convert_from_hf", "--hf", hf, "--out", tmp_path / "ckpt", "--workers", 3) == 0
 
 
