@@ -49,9 +49,17 @@ class Restored:
 
 
 def weights_of(path: str | Path, name: str = "policy") -> Path:
-    """The Hugging Face folder behind ``path``: a checkpoint's ``name`` part, or ``path`` itself."""
-    inside = Path(path) / name
-    return inside if (inside / "config.json").exists() else Path(path)
+    """Return the Hugging Face folder behind ``path``: a checkpoint's ``name`` part, or ``path`` itself.
+
+    Raises:
+        CheckpointError: ``path`` is a checkpoint without that part.
+    """
+    directory = Path(path)
+    if (directory / name / "config.json").exists():
+        return directory / name
+    if (directory / "manifest.json").exists() and not (directory / "config.json").exists():
+        raise CheckpointError(f"{directory} is a checkpoint without a {name}; give one that has it")
+    return directory
 
 
 def check_weights(path: str | Path, world: World, name: str = "policy") -> None:
@@ -63,14 +71,11 @@ def check_weights(path: str | Path, world: World, name: str = "policy") -> None:
         CheckpointError: on all ranks; names the file that is missing, cut off or changed.
     """
     problem: str | None = None
-    directory = Path(path)
-    if (directory / name).is_dir():
-        try:
-            check(directory, under=name, share=(world.rank, world.size))
-        except CheckpointError as error:
-            problem = str(error)
-    elif (directory / "manifest.json").exists():
-        problem = f"{directory} is a checkpoint without a {name}; give one that has it"
+    try:
+        if weights_of(path, name) != Path(path):
+            check(path, under=name, share=(world.rank, world.size))
+    except CheckpointError as error:
+        problem = str(error)
     problems: list[str | None] = [None] * world.size
     dist.all_gather_object(problems, problem)
     for text in filter(None, problems):

@@ -165,4 +165,4 @@ def test_a_bad_file_ends_with_one_line_and_code_2(tmp_path, capsys, content):
 def test_a_pool_without_workers_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([str(written(tmp_path, GOOD)), "--workers", "0"])
-    assert end.value.code == 2 and "at least one worker" in capsys.readouterr().err
+    assert end.value.code == 2 and "is not a whole number of at least 1" in capsys.readouterr().err

@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "grey pictures": (vision(in_channels=1), "field 'vision_config.in_channels' is 1"),
     # impossible numbers
     "no width": (text(hidden_size=...), "field 'hidden_size' is missing"),
-    "no tower": (text(vision_config=...), "field 'hidden_size' is missing"),
+    "no tower": (text(vision_config=...), "field 'vision_config.hidden_size' is missing"),
     "tower is a list": (text(vision_config=[]), r"field 'vision_config' is \[\] and not an object"),
     "width 0": (text(hidden_size=0), "field 'hidden_size' is 0"),
     "width is a text": (text(hidden_size="32"), "field 'hidden_size' is '32'"),
@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "full attention as a number": (vision(fullatt_block_indexes=1), "field 'vision_config.fullatt_block_indexes' is 1"),
     "time stands still": (vision(tokens_per_second=0), "field 'vision_config.tokens_per_second' is 0"),
     "rule after a video": (text(after_video="later"), "field 'after_video' is 'later'"),
-    "nested and empty": (text(text_config={"hidden_size": 32}), "field 'num_hidden_layers' is missing"),
+    "nested and empty": (text(text_config={"hidden_size": 32}), "field 'text_config.num_hidden_layers' is missing"),
     # tokenizer
     "no vocabulary files": (remove(TOKENIZER, "vocab.json", "merges.txt"), "does not give a text back"),
     "no tokenizer": (remove(TOKENIZER, "vocab.json", "merges.txt", TOKENIZER_CONFIG), "does not give a text back"),
