@@ -601,6 +601,12 @@ class RLConfig:
             f"algorithm.overlong_buffer={self.algorithm.overlong_buffer} must be under the shortest limit of the "
             f"curriculum, {shortest}",
         )
+        # Its scaling factors are reduced over all ranks after every pack, of which they have different numbers here.
+        require(
+            self.model.fp8 != "delayed",
+            "model.fp8=delayed: ranks that train different numbers of packs would wait for each other; "
+            "take model.fp8=current or block",
+        )
         require(self.iterations > 0, f"iterations={self.iterations} must be positive")
         require(self.prompts > 0 and self.responses > 0, "prompts and responses must be positive")
         choice("only", self.only, ("all", "rollout", "train", "rehearsal"))

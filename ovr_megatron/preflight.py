@@ -158,7 +158,7 @@ def check_folder(run: Path, local_rank: int, needed: int, floors: Floors, measur
 
 def check_layers(config: Config) -> list[str]:
     """Whether Transformer Engine is there, which ``model.layers=auto`` would otherwise do without in silence."""
-    if config.model.layers != "auto":
+    if config.model.layers != "auto" or config.model.dtype == "float32":  # in float32 ours are taken in any case
         return []
     try:
         choose_parts("transformer_engine", DTYPES[config.model.dtype])

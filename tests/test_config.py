@@ -236,6 +236,13 @@ def test_a_path_in_quotes_and_escaped(written: str, path: str) -> None:
     assert compose("tiny_cold_start", [f"run.dir={written}", "model.path=m"]).run.dir == path
 
 
+def test_delayed_scaling_is_refused_in_reinforcement_learning() -> None:
+    """Its reduction after every pack waits for ranks that have no further one."""
+    eight_bits = ["model.dtype=bfloat16", "model.fp8=delayed"]
+    assert "take model.fp8=current or block" in complaint(RLConfig, *eight_bits)
+    assert build(ColdStartConfig, merge(ColdStartConfig, *eight_bits)).model.fp8 == "delayed"
+
+
 def test_a_list_for_a_mapping_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"tiny_rl: reward\.rules: Cannot merge"):
         compose("tiny_rl", ["run.dir=x", "model.path=m", "reward.rules=[exact]"])

@@ -1,6 +1,8 @@
 """What an engine allocates and communicates: nothing for frozen parts, nothing that grows for a pack without images."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from ovr_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED
 from ovr_megatron.engine import Engine
+from ovr_megatron.model.layers import choose_parts, layers_in_use
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.batch import Batch
@@ -151,6 +154,23 @@ def test_transformer_engine_that_is_not_there_is_refused(folder: Path, world: Wo
         build(folder, world, layers="transformer_engine")
     with pytest.raises(ConfigError, match=r"model\.layers=transformer_engine"):
         build(folder, world, dtype="bfloat16", fp8="current")
+
+
+def test_float32_is_multiplied_by_our_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with Transformer Engine, which multiplies float32 in TF32."""
+    names = ("TENorm", "TELayerNormColumnParallelLinear", "TERowParallelLinear")
+    stand_in = ModuleType("transformer_engine")
+    vars(stand_in).update(
+        {name: type(name, (), {}) for name in names}, HAVE_TE=True, TEDotProductAttention=torch.nn.Module
+    )
+    monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", stand_in)
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine", stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_parts("auto", torch.bfloat16).norm is stand_in.TENorm
+    assert choose_parts("auto", torch.float32) == choose_parts("local", torch.float32)
+    with pytest.raises(ConfigError, match=r"model\.layers=transformer_engine with model\.dtype=float32"):
+        choose_parts("transformer_engine", torch.float32)
+    assert "TF32" in layers_in_use(ModelConfig(path="x", dtype="float32"))
 
 
 def test_eight_bits_need_bfloat16() -> None:

@@ -136,9 +136,10 @@ class Parts:
 
 
 def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
-    """Transformer Engine's classes or ours.
+    """Return Transformer Engine's classes or ours.
 
-    Its attention over packs is for 16-bit numbers only; in float32 ours takes its place.
+    In float32 ours are taken: Transformer Engine has cuBLAS multiply float32 in TF32, with 10 bits of mantissa,
+    whatever torch is told (``common/gemm/cublaslt_gemm.cu``), and its attention over packs is for 16-bit numbers only.
 
     Args:
         layers: ``auto`` (Transformer Engine where it is installed and there is a GPU), ``local`` or
@@ -146,11 +147,18 @@ def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
         dtype: of the parameters.
 
     Raises:
-        ConfigError: Transformer Engine is asked for and cannot be had.
+        ConfigError: Transformer Engine is asked for and cannot be had, or in float32.
     """
     ours = Parts(RMSNorm, NormColumnParallelLinear, RowParallelLinear, PackedDotProductAttention)
     if layers == "local" or (layers == "auto" and not torch.cuda.is_available()):
         return ours
+    if dtype == torch.float32:
+        if layers == "auto":
+            return ours
+        raise ConfigError(
+            "model.layers=transformer_engine with model.dtype=float32: Transformer Engine multiplies float32 in TF32; "
+            "set model.layers=auto, or model.dtype=bfloat16"
+        )
     try:
         from megatron.core.extensions import transformer_engine as te
     except ImportError as error:
@@ -166,7 +174,7 @@ def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
         )
     if not torch.cuda.is_available():
         raise ConfigError("model.layers=transformer_engine needs a GPU; set model.layers=auto")
-    attention = PackedDotProductAttention if dtype == torch.float32 else _informed(te.TEDotProductAttention)
+    attention = _informed(te.TEDotProductAttention)
     return Parts(te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, attention)
 
 
@@ -181,6 +189,8 @@ def layers_in_use(model: ModelConfig) -> str:
         return f"Transformer Engine {metadata.version('transformer_engine')}"
     if not torch.cuda.is_available() or layers == "local":
         return "this project's own"
+    if model.dtype == "float32":
+        return "this project's own, since Transformer Engine multiplies float32 in TF32"
     return "this project's own, several times slower than Transformer Engine's, which is not installed here"
 
 
@@ -190,7 +200,7 @@ def cautions(model: ModelConfig, rollout: bool) -> list[str]:
     if model.fp8 == "delayed":
         found.append(
             "model.fp8=delayed: no checkpoint holds the scaling history, so that a resumed run begins a new one and "
-            "differs from an undisturbed run; with model.fp8=current or block it does not"
+            "differs from an undisturbed run; model.fp8=current and block have no such state"
         )
     if model.fp8 != "none" and rollout:
         found.append(

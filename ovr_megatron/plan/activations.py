@@ -189,7 +189,8 @@ def activations(
         critic: a value head in place of the language-model head.
         kernels: default: Transformer Engine's on a GPU, unless ``model.layers`` is ``local``.
     """
-    kernels = kernels or Kernels("local" if model.layers == "local" else "transformer_engine")
+    own_layers = model.layers == "local" or model.dtype == "float32"
+    kernels = kernels or Kernels("local" if own_layers else "transformer_engine")
     text = _language_layer(shape, model, parallel, pack, kernels)
     tower = _tower_layer(shape, model, parallel, pack, kernels)
     layers = stage_layers(shape.layers, parallel)[stage]
