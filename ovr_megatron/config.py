@@ -674,14 +674,11 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
     config = values if isinstance(values, DictConfig) else OmegaConf.create(values)
     try:
         _remember_environment(config)
-    except OmegaConfBaseException as error:  # a variable that is not set
-        raise ConfigError(str(error).splitlines()[0]) from None
-    missing = sorted(OmegaConf.missing_keys(config))
-    require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
-    try:
+        missing = sorted(OmegaConf.missing_keys(config))
         resolved = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:  # ${name} of a setting that does not exist
+    except OmegaConfBaseException as error:  # an interpolation of a variable or a setting that is not there
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
+    require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
     try:
         settings: Any = TypeAdapter(schema).validate_python(resolved)
     except ValidationError as error:

@@ -251,3 +251,4 @@ def test_a_list_for_a_mapping_is_refused_by_name() -> None:
 def test_an_unknown_interpolation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tiny_cold_start: run\.dir: Interpolation key 'nothing' not found"):
         compose("tiny_cold_start", ["run.dir=${nothing}", "model.path=m"])
+    assert complaint(ColdStartConfig, "run.dir=${nothing}") == "run.dir: Interpolation key 'nothing' not found"

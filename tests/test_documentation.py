@@ -160,8 +160,8 @@ def prepare(folder: Path) -> None:
 def runnable(document: str) -> str:
     """The lines of a document that need nothing, as a script."""
     commands = [command for block in BLOCKS[document] for command in block]
-    lines = [one.text for one in commands if not one.marked and one.words[0] not in ("pytest", "export")]
-    return "\n".join(lines)
+    needs_nothing = [command for command in commands if not command.marked]
+    return "\n".join(command.text for command in needs_nothing if command.words[0] not in ("pytest", "export"))
 
 
 @pytest.mark.parametrize("document", [name for name in BLOCKS if runnable(name)])

@@ -72,14 +72,17 @@ def check_weights(path: str | Path, world: World, name: str = "policy") -> None:
     """
     problem: str | None = None
     try:
-        if weights_of(path, name) != Path(path):
+        is_checkpoint = weights_of(path, name) != Path(path)
+        if is_checkpoint:
             check(path, under=name, share=(world.rank, world.size))
     except CheckpointError as error:
         problem = str(error)
+    # A rank that raised alone would leave the others waiting in their next collective.
     problems: list[str | None] = [None] * world.size
     dist.all_gather_object(problems, problem)
-    for text in filter(None, problems):
-        raise CheckpointError(text)
+    reasons = [text for text in problems if text]
+    if reasons:
+        raise CheckpointError(reasons[0])
 
 
 def parts_of(engines: dict[str, Engine]) -> list[Part]:

@@ -75,11 +75,11 @@ def number(least: float = -math.inf, above: float = -math.inf, most: float = mat
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and least <= value <= most and value > above):
-            bounds = [f"of at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
-            bounds += [f"of at most {most:g}"] * (most < math.inf)
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {' and '.join(bounds)}".rstrip())
-        return value
+        if math.isfinite(value) and least <= value <= most and value > above:
+            return value
+        limits = [("of at least", least), ("above", above), ("of at most", most)]
+        bounds = " and ".join(f"{words} {limit:g}" for words, limit in limits if math.isfinite(limit))
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {bounds}".rstrip())
 
     return read
 

@@ -20,10 +20,12 @@ def test_what_is_no_whole_number(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e400", "4", "half"])
 def test_what_is_no_share(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a number above 0 and of at most 1"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a finite number above 0 and of at most 1"):
         number(above=0, most=1)(text)
 
 
 def test_numbers() -> None:
     assert number(above=0, most=1)("1e-3") == 1e-3
     assert number()("-2.5") == -2.5
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'inf' is not a finite number$"):
+        number()("inf")

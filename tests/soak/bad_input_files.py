@@ -205,13 +205,15 @@ def model_cases() -> Iterator[Case]:
     for name, (edit, says) in MODELS.items():
         about_weights = any(word in name for word in weights_only)
         # Without this the project's own template is taken, and that of the folder does not matter.
-        own = ("data.template=model",) if "template" in name else ()
-        yield Case("models", f"train: {name}", (*cold_start, *own), says, edits=(copied("model", edit),))
+        template_setting = ("data.template=model",) if "template" in name else ()
+        yield Case("models", f"train: {name}", (*cold_start, *template_setting), says, edits=(copied("model", edit),))
         if about_weights:
             command = ("tools/convert_from_hf.py", "--hf", "{tmp}/model", "--out", "{tmp}/out")
             yield Case("models", f"import: {name}", command, says, edits=(copied("model", edit),))
         elif "token" in name or "template" in name or "config" in name:
-            yield Case("models", f"tokenise: {name}", (*tokenise, *own), says, edits=(copied("model", edit),))
+            yield Case(
+                "models", f"tokenise: {name}", (*tokenise, *template_setting), says, edits=(copied("model", edit),)
+            )
 
 
 CHECKPOINTS: dict[str, tuple[Edit, str]] = {

@@ -61,7 +61,7 @@ COLD_START_CASES = {
     "an unknown key": ("run.sed=3", "sed"),
     "an unknown group": ("rum.dir=x", "rum"),
     "a missing value": ("model.path=???", "model.path"),
-    "a list for a text": ("run.dir=[a,b]", "run.dir"),
+    "a list for a choice": ("optimizer.schedule=[a,b]", "schedule"),
     "a text for a mapping": ("data=abc", "data"),
     "an override without a value": ("run.seed", "run.seed"),
     "an override of brackets": ("data.sources=[{path: a", "data.sources"),
