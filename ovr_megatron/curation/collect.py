@@ -10,7 +10,7 @@ from typing import Any
 
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.data.images import encoded_image
 from ovr_megatron.data.processing import converted_message
 from ovr_megatron.data.row_json import row_to_json
@@ -48,12 +48,12 @@ def run(work: Work) -> None:
     counts = [min(limit or len(rows), len(rows)) for _, rows in opened]
     with Progress(sum(counts), "collect", "row", inner=True) as progress:
         for (source, rows), count in zip(opened, counts, strict=True):
-            before = work.tally.kept
+            before = work.report.kept
             for index in range(count):
                 _take(work, store, source, rows, index)
                 progress.update()
-            if work.tally.kept == before:
-                work.emptied.append(source.path)
+            if work.report.kept == before:
+                work.empty_sources.append(source.path)
 
 
 def _take(work: Work, store: ImageStore, config: SourceConfig, opened: RowSource, index: int) -> None:
@@ -71,7 +71,7 @@ def _take(work: Work, store: ImageStore, config: SourceConfig, opened: RowSource
     if work.config.data.template == "think":
         stored = as_continuation(stored)
     if stored.response is not None:
-        work.tally.value("characters of a response", len(stored.response))
+        work.report.add_value("characters of a response", len(stored.response))
     work.keep(row_to_json(stored), label)
 
 
@@ -126,4 +126,4 @@ def inputs(config: PrepareConfig) -> list[Any]:
     return [[source.path, listing(source.path)] for source in config.data.sources]
 
 
-STAGE = Stage("collect", run, lambda config: [config.collect, config.data.sources, config.data.template], inputs)
+STAGE = PrepareStage("collect", run, lambda config: [config.collect, config.data.sources, config.data.template], inputs)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.curation.text import (
     content_text,
     image_names,
@@ -210,13 +210,13 @@ def run(work: Work) -> None:
     work.extra["problems"] = len(problems.names)
     found: dict[str, int] = {}
     work.extra["problems_found"] = found
-    for judged in work.judge(partial(Problems.contamination, problems)):
-        if judged.result is None:
-            work.keep(judged.line, judged.source)
+    for mapped in work.map(partial(Problems.contamination, problems)):
+        if mapped.result is None:
+            work.keep(mapped.line, mapped.source)
             continue
-        reason, problem, share = judged.result
+        reason, problem, share = mapped.result
         found[problem] = found.get(problem, 0) + 1
-        work.drop(judged.line, judged.source, reason, problem=problem, share=share)
+        work.drop(mapped.line, mapped.source, reason, problem=problem, share=share)
 
 
 def inputs(config: PrepareConfig) -> list[Any]:
@@ -224,4 +224,4 @@ def inputs(config: PrepareConfig) -> list[Any]:
     return [[source.path, listing(source.path)] for source in config.decontaminate.sources]
 
 
-STAGE = Stage("decontaminate", run, lambda config: config.decontaminate, inputs)
+STAGE = PrepareStage("decontaminate", run, lambda config: config.decontaminate, inputs)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ovr_megatron.curation.minhash import near_duplicates, shingles_of, signature
 from ovr_megatron.curation.settings import DedupConfig
-from ovr_megatron.curation.stage import Stage, Work
+from ovr_megatron.curation.stage import PrepareStage, Work
 from ovr_megatron.curation.text import (
     content_text,
     hash_of,
@@ -42,9 +42,9 @@ def run(work: Work) -> None:
     shape = (work.count, max(width, 1))
     signatures: np.ndarray = np.memmap(file, np.uint32, "w+", shape=shape)
     sources: list[str] = []  # one text object for each source, not for each row
-    for index, judged in enumerate(work.judge(partial(hashes, config))):
-        sources.append(sys.intern(judged.source))
-        exact[index], classes[index], found = judged.result
+    for index, mapped in enumerate(work.map(partial(hashes, config))):
+        sources.append(sys.intern(mapped.source))
+        exact[index], classes[index], found = mapped.result
         if config.near:
             signatures[index] = found
     first = first_equal(exact)
@@ -97,4 +97,4 @@ def first_equal(values: np.ndarray) -> np.ndarray:
     return result
 
 
-STAGE = Stage("dedup", run, lambda config: config.dedup, files=(SIGNATURES,))
+STAGE = PrepareStage("dedup", run, lambda config: config.dedup, files=(SIGNATURES,))

@@ -10,7 +10,7 @@ from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 
 TRIES = "tries"
 
@@ -32,7 +32,7 @@ def run(work: Work) -> None:
             work.drop(row, source, "cannot be asked or graded", error=entry["error"])
         else:
             rate = entry["right"] / entry["samples"]
-            work.tally.value("pass rate", rate)
+            work.report.add_value("pass rate", rate)
             if rate < config.low or rate > config.high:
                 reason = "too hard" if rate < config.low else "too easy"
                 work.drop(row, source, reason, pass_rate=round(rate, 4))
@@ -51,4 +51,4 @@ def settings(config: PrepareConfig) -> list[object]:
     return [config.difficulty, config.data, reward.rules, reward.timeout_s, reward.memory_mib, config.seed]
 
 
-STAGE = Stage("difficulty", run, settings, inputs, (*engine_files("attempt"), f"{TRIES}.*.jsonl"))
+STAGE = PrepareStage("difficulty", run, settings, inputs, (*engine_files("attempt"), f"{TRIES}.*.jsonl"))

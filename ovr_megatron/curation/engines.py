@@ -39,7 +39,7 @@ def run_engines(work: Work, task: str) -> None:
         command = [sys.executable, *launcher, "-m", MODULE]
     with log.open("wb") as file:
         done = subprocess.run(
-            [*command, task, str(job), str(work.before)],
+            [*command, task, str(job), str(work.input_folder)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=child_environment(os.environ),

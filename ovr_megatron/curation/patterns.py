@@ -15,7 +15,7 @@ from typing import Any
 from ovr_megatron.curation.repetition import repeatness
 from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work
+from ovr_megatron.curation.stage import PrepareStage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
 from ovr_megatron.rewards.choice import verifiable
 from ovr_megatron.rewards.latex import END_OF_THOUGHT, clean, last_box
@@ -140,11 +140,11 @@ def run(work: Work) -> None:
     check_sources(work.config)
     think = work.config.data.template == "think"
     rules = work.config.reward.rules
-    for judged in work.judge(partial(broken_rule, work.config.patterns, think, rewards=rules)):
-        if judged.result is None:
-            work.keep(judged.line, judged.source)
+    for mapped in work.map(partial(broken_rule, work.config.patterns, think, rewards=rules)):
+        if mapped.result is None:
+            work.keep(mapped.line, mapped.source)
         else:
-            work.drop(judged.line, judged.source, judged.result)
+            work.drop(mapped.line, mapped.source, mapped.result)
 
 
 def settings(config: PrepareConfig) -> list[Any]:
@@ -152,4 +152,4 @@ def settings(config: PrepareConfig) -> list[Any]:
     return [config.patterns, config.data.template, config.reward.rules]
 
 
-STAGE = Stage("patterns", run, settings)
+STAGE = PrepareStage("patterns", run, settings)

@@ -26,11 +26,11 @@ from ovr_megatron.curation import (
     verify,
 )
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, alone, check_stage_folder, run_stages
+from ovr_megatron.curation.stage import PrepareStage, check_stage_folder, lock_folder, run_stages
 from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.rewards import rules
 
-STAGES: dict[str, Stage] = {
+STAGES: dict[str, PrepareStage] = {
     module.STAGE.name: module.STAGE
     for module in (collect, dedup, decontaminate, teacher, patterns, proxy_loss, verify, difficulty, tokenise)
 } | {stage.name: stage for stage in (strata.STRATIFY, strata.WEIGH)}
@@ -53,7 +53,7 @@ def prepare(config: PrepareConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in config.reward.rules.values():
         rules.check(name)
-    with alone(folder):
+    with lock_folder(folder):
         configuration.save(config, folder / "config.yaml")
         last = run_stages([STAGES[name] for name in config.stages], config)
         summary = summarise(config)

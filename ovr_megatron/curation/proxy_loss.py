@@ -12,7 +12,7 @@ import numpy as np
 from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, ProxyLossConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 
 HIGH = "high loss"
 
@@ -39,7 +39,7 @@ def run(work: Work) -> None:
         elif np.isnan(loss):
             work.keep(row, source)
         else:
-            work.tally.value("mean loss of a response, nats per token", loss)
+            work.report.add_value("mean loss of a response, nats per token", loss)
             if loss > bounds[source]:
                 work.drop(row, source, HIGH, loss=round(loss, 4))
             else:
@@ -66,4 +66,4 @@ def settings(config: PrepareConfig) -> list[object]:
     return [config.proxy_loss, config.data]
 
 
-STAGE = Stage("proxy_loss", run, settings, inputs, (*engine_files("score"), "scores.*.jsonl"))
+STAGE = PrepareStage("proxy_loss", run, settings, inputs, (*engine_files("score"), "scores.*.jsonl"))

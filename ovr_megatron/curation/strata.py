@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ovr_megatron.curation.settings import WeighConfig
-from ovr_megatron.curation.stage import Stage, Work
+from ovr_megatron.curation.stage import PrepareStage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
 
 OVER = "over stratify.max_rows"
@@ -37,10 +37,10 @@ def run_stratify(work: Work) -> None:
     values = np.zeros((work.count, 3))
     drawn = np.zeros(work.count)
     names: list[str] = []
-    for index, judged in enumerate(work.judge(measures)):
-        values[index] = judged.result
-        drawn[index] = _draw(judged.line, work.config.seed)
-        names.append(sys.intern(judged.source))
+    for index, mapped in enumerate(work.map(measures)):
+        values[index] = mapped.result
+        drawn[index] = _draw(mapped.line, work.config.seed)
+        names.append(sys.intern(mapped.source))
     labels, sources = np.unique(np.array(names, dtype=object), return_inverse=True)
     bins = np.zeros(work.count, np.int64)
     work.extra["measure"] = chosen = {}
@@ -110,8 +110,8 @@ def group_weights(sizes: np.ndarray, config: WeighConfig) -> np.ndarray:
 def run_weigh(work: Work) -> None:
     """Give every row the ``weight`` of its stratum."""
     sizes: Counter[str] = Counter()
-    for judged in work.judge(stratum):
-        sizes[judged.result] += 1
+    for mapped in work.map(stratum):
+        sizes[mapped.result] += 1
     names = sorted(sizes)
     counts = np.array([sizes[name] for name in names])
     weights = dict(zip(names, group_weights(counts, work.config.weigh).tolist(), strict=True))
@@ -134,5 +134,5 @@ def stratum(row: dict[str, Any]) -> str:
     return row["stratum"]
 
 
-STRATIFY = Stage("stratify", run_stratify, lambda config: config.stratify)
-WEIGH = Stage("weigh", run_weigh, lambda config: config.weigh)
+STRATIFY = PrepareStage("stratify", run_stratify, lambda config: config.stratify)
+WEIGH = PrepareStage("weigh", run_weigh, lambda config: config.weigh)

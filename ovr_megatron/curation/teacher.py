@@ -21,7 +21,7 @@ from ovr_megatron.curation.endpoint import Answer, Endpoint, Question
 from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.traces import continuation, convert, with_thought
 
@@ -165,4 +165,4 @@ def settings(config: PrepareConfig) -> list[Any]:
     return [told, config.data.template]
 
 
-STAGE = Stage("teacher", run, settings, inputs, engine_files("answer"))
+STAGE = PrepareStage("teacher", run, settings, inputs, engine_files("answer"))

@@ -17,7 +17,7 @@ import yaml
 
 from ovr_megatron.config import SourceConfig
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.data.tokenising import tokenise
 
 GROUPS, SOURCES, FOLDER, SET = "groups.json", "sources.yaml", "groups", "set"
@@ -84,7 +84,7 @@ def write_groups(work: Work) -> list[Group]:
                 weights[name] = float(row.get("weight", 1.0))
             files[name].write(line)
             counts[name] = counts.get(name, 0) + 1
-            work.tally.keep(row.get("source", ""))
+            work.report.count_kept(row.get("source", ""))
     total = sum(weights[name] * counts[name] for name in counts)
     found = []
     for number, name in enumerate(counts):
@@ -102,4 +102,4 @@ def inputs(config: PrepareConfig) -> object:
     return listing(config.model or "")
 
 
-STAGE = Stage("tokenise", run, lambda config: [config.data], inputs, (GROUPS, SOURCES, FOLDER, SET))
+STAGE = PrepareStage("tokenise", run, lambda config: [config.data], inputs, (GROUPS, SOURCES, FOLDER, SET))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, batches
+from ovr_megatron.curation.stage import PrepareStage, Work, batches
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.rewards.failures import FailureWatch, counts
 from ovr_megatron.rewards.pool import GraderPool
@@ -55,4 +55,4 @@ def settings(config: PrepareConfig) -> list[object]:
     return [config.verify, config.reward.rules, config.reward.timeout_s, config.reward.memory_mib]
 
 
-STAGE = Stage("verify", run, settings)
+STAGE = PrepareStage("verify", run, settings)
