@@ -26,11 +26,11 @@ class VerdictCounts:
     failed: int = 0
     example: str = ""
 
-    def add(self, other: VerdictCounts) -> None:
-        """Add the counts of ``other``."""
-        self.verdicts += other.verdicts
-        self.failed += other.failed
-        self.example = self.example or other.example
+    def add(self, counts: VerdictCounts) -> None:
+        """Add ``counts`` to these."""
+        self.verdicts += counts.verdicts
+        self.failed += counts.failed
+        self.example = self.example or counts.example
 
 
 def count_verdicts(graded: Iterable[tuple[str, Verdict]]) -> dict[str, VerdictCounts]:

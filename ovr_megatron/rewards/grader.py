@@ -111,10 +111,10 @@ def compare(reference: str, candidate: str) -> Reason:
     values = _values(reference, candidate)
     if values is None:
         return Reason.DIFFERENT
-    left, right, scale = values
-    if scale != 1 or not _comparable(left, right):
+    reference_value, candidate_value, scale = values
+    if scale != 1 or not _comparable(reference_value, candidate_value):
         return Reason.DIFFERENT
-    return Reason.MATH if _same_expression(left, right) else Reason.DIFFERENT
+    return Reason.MATH if _same_expression(reference_value, candidate_value) else Reason.DIFFERENT
 
 
 def same_plainly(reference: str, candidate: str) -> Reason | None:
@@ -124,49 +124,49 @@ def same_plainly(reference: str, candidate: str) -> Reason | None:
     values = _values(reference, candidate)
     if values is None:
         return Reason.DIFFERENT
-    left, right, scale = values
-    if _is_prose(left):
+    reference_value, candidate_value, scale = values
+    if _is_prose(reference_value):
         return Reason.TEXT if key(reference).casefold() == key(candidate).casefold() else Reason.DIFFERENT
-    if scale == 1 and squeeze(left) == squeeze(right):
+    if scale == 1 and squeeze(reference_value) == squeeze(candidate_value):
         return Reason.TEXT
-    same = _same_plain_number(left, right, scale)
+    same = _same_plain_number(reference_value, candidate_value, scale)
     if same is None:
-        same = _same_in_a_base(left, right)
+        same = _same_in_a_base(reference_value, candidate_value)
     if same is None:
         return None
     return Reason.NUMBER if same else Reason.DIFFERENT
 
 
-def _same_plain_number(left: str, right: str, scale: Fraction) -> bool | None:
+def _same_plain_number(reference: str, candidate: str, scale: Fraction) -> bool | None:
     """Return whether two plain numbers are the same, in percent or not; None if one is no plain number."""
-    left_value = number(left.removesuffix("%").strip())
-    right_value = number(right.removesuffix("%").strip())
-    if left_value is None or right_value is None:
+    reference_value = number(reference.removesuffix("%").strip())
+    candidate_value = number(candidate.removesuffix("%").strip())
+    if reference_value is None or candidate_value is None:
         return None
-    decimal = _is_decimal(left) != _is_decimal(right)
-    left_percent = left.endswith("%")
-    right_percent = right.endswith("%")
-    if left_percent == right_percent:
-        return same_number(left_value, right_value * scale, decimal)
+    decimal = _is_decimal(reference) != _is_decimal(candidate)
+    reference_percent = reference.endswith("%")
+    candidate_percent = candidate.endswith("%")
+    if reference_percent == candidate_percent:
+        return same_number(reference_value, candidate_value * scale, decimal)
     # A percent sign may be left out or added where the question asks for percent, but 0.5 is not 0.5 %.
-    if abs(left_value) >= 1 and same_number(left_value, right_value * scale, decimal):
+    if abs(reference_value) >= 1 and same_number(reference_value, candidate_value * scale, decimal):
         return True
-    left_fraction = left_value / 100 if left_percent else left_value
-    right_fraction = right_value / 100 if right_percent else right_value
-    return same_number(left_fraction, right_fraction, decimal)
+    reference_fraction = reference_value / 100 if reference_percent else reference_value
+    candidate_fraction = candidate_value / 100 if candidate_percent else candidate_value
+    return same_number(reference_fraction, candidate_fraction, decimal)
 
 
-def _same_in_a_base(left: str, right: str) -> bool | None:
+def _same_in_a_base(reference: str, candidate: str) -> bool | None:
     """Return whether digits with a base (``101_2``) and digits without one are the same; None if neither has a base."""
-    left_match = _BASE.fullmatch(left)
-    right_match = _BASE.fullmatch(right)
-    if left_match is None and right_match is None:
+    reference_match = _BASE.fullmatch(reference)
+    candidate_match = _BASE.fullmatch(candidate)
+    if reference_match is None and candidate_match is None:
         return None
-    if left_match and right_match:
+    if reference_match and candidate_match:
         return False  # `squeeze` has compared the texts before
-    left_digits = left_match[1] if left_match else left
-    right_digits = right_match[1] if right_match else right
-    return left_digits == right_digits
+    reference_digits = reference_match[1] if reference_match else reference
+    candidate_digits = candidate_match[1] if candidate_match else candidate
+    return reference_digits == candidate_digits
 
 
 def _is_decimal(text: str) -> bool:
@@ -183,36 +183,36 @@ def _values(reference: str, candidate: str) -> tuple[str, str, Fraction] | None:
     stated = _stated(clean(candidate), "=" in exact)
     if stated is None:
         return None
-    left, left_unit = split_unit(exact)
-    right, right_unit = split_unit(stated, attached=True)
-    scale = conversion(left_unit, right_unit)
+    reference_value, reference_unit = split_unit(exact)
+    candidate_value, candidate_unit = split_unit(stated, attached=True)
+    scale = conversion(reference_unit, candidate_unit)
     if scale is None:
         return None
-    if number(left) is not None:
-        right = joined(right)
-    tuples = _as_tuples(left, right)
+    if number(reference_value) is not None:
+        candidate_value = joined(candidate_value)
+    tuples = _as_tuples(reference_value, candidate_value)
     if tuples is None:
         return None
-    left, right = _without_names(*tuples)
-    return left, right, scale
+    reference_value, candidate_value = _without_names(*tuples)
+    return reference_value, candidate_value, scale
 
 
-def _without_names(left: str, right: str) -> tuple[str, str]:
+def _without_names(reference: str, candidate: str) -> tuple[str, str]:
     """Cut off names such as "x =" or "(x, y) =", unless the sides have different names or a side is an equation.
 
     Of "y = 2x + 1" and "2x - y + 1 = 0" both are equations; of "y = 2x + 1" and "2x + 1" one has a name.
     """
     names = []
     has_equation = False
-    for text in (left, right):
+    for text in (reference, candidate):
         match = _ASSIGNMENT.match(text) or _TUPLE_NAMES.match(text)
         names.append(match.group() if match else "")
         has_equation = has_equation or (match is None and "=" in text)
     spellings = {name for name in names if name}
     if len(spellings) != 1 or has_equation:
-        return left, right
-    left_name, right_name = names
-    return _without_name(left, left_name), _without_name(right, right_name)
+        return reference, candidate
+    reference_name, candidate_name = names
+    return _without_name(reference, reference_name), _without_name(candidate, candidate_name)
 
 
 def _without_name(text: str, name: str) -> str:
@@ -266,13 +266,13 @@ def _value_of(text: str) -> Any | None:
     return numeric_value(expressions[0]) if expressions else None
 
 
-def _as_tuples(left: str, right: str) -> tuple[str, str] | None:
+def _as_tuples(reference: str, candidate: str) -> tuple[str, str] | None:
     """Write "x = 3, y = 4" as "(3, 4)", by the order of the names, where the other side is a tuple.
 
     None if a name has two values.
     """
-    sides = [left, right]
-    for index, other in ((0, right), (1, left)):
+    sides = [reference, candidate]
+    for index, other in ((0, candidate), (1, reference)):
         items = _CONNECTIVE.sub(",", sides[index]).split(",")
         pairs = [match for item in items if (match := _PAIR.fullmatch(item.strip()))]
         if len(items) == 1 or len(pairs) != len(items) or not other.startswith("(") or "=" in other:
@@ -294,39 +294,41 @@ def _is_prose(text: str) -> bool:
     return bool(_PROSE.search(_ENVIRONMENT.sub("", text))) or not _MATHEMATICAL.search(text)
 
 
-def _comparable(left: str, right: str) -> bool:
+def _comparable(reference: str, candidate: str) -> bool:
     """Return whether mathematics may decide whether two values are the same.
 
     Neither has words or a number beside a number, and both have the same brackets, as many percent signs and as many
     items.  A pair of numbers is not comparable with a choice between numbers.
     """
-    if any(_is_prose(text) or _JUXTAPOSED.search(text) for text in (left, right)):
+    if any(_is_prose(text) or _JUXTAPOSED.search(text) for text in (reference, candidate)):
         return False
-    left_brackets = _BRACKETED.fullmatch(left)
-    right_brackets = _BRACKETED.fullmatch(right)
-    if left_brackets and right_brackets and left_brackets.groups() != right_brackets.groups():
+    reference_brackets = _BRACKETED.fullmatch(reference)
+    candidate_brackets = _BRACKETED.fullmatch(candidate)
+    if reference_brackets and candidate_brackets and reference_brackets.groups() != candidate_brackets.groups():
         return False
-    for text, other in ((left, right), (right, left)):
+    for text, other in ((reference, candidate), (candidate, reference)):
         if text.startswith("(") and _ALTERNATIVE.search(other):
             return False
-    if left.count("%") != right.count("%"):
+    if reference.count("%") != candidate.count("%"):
         return False
-    related = _RELATION.search(left) or _RELATION.search(right)
-    return bool(related) or _items(left) == _items(right)
+    related = _RELATION.search(reference) or _RELATION.search(candidate)
+    return bool(related) or _items(reference) == _items(candidate)
 
 
 def _items(text: str) -> int:
     return len(re.findall("[,;]", _CONNECTIVE.sub(",", text))) + 1
 
 
-def _same_expression(left: str, right: str) -> bool:
-    left_expressions = _expression(left)
-    right_expressions = _expression(right)
+def _same_expression(reference: str, candidate: str) -> bool:
+    reference_parse = _expression(reference)
+    candidate_parse = _expression(candidate)
     # No timeout here: math-verify's needs SIGALRM in the main thread.  The pool limits the time of its workers.
-    if not verify(left_expressions, right_expressions, timeout_seconds=None, allow_set_relation_comp=True):
+    if not verify(reference_parse, candidate_parse, timeout_seconds=None, allow_set_relation_comp=True):
         return False
+    if not reference_parse or not candidate_parse:
+        return True
     # math-verify takes numbers that differ by less than an absolute rounding for equal: 1.6e-19 for 0.
-    return not (left_expressions and right_expressions and differ(left_expressions[0], right_expressions[0]))
+    return not differ(reference_parse[0], candidate_parse[0])
 
 
 @lru_cache(maxsize=8192)

@@ -31,25 +31,25 @@ def numeric_value(item: Any) -> Any | None:
     return value if value.is_number and value.is_finite else None
 
 
-def differ(left: Any, right: Any) -> bool:
+def differ(reference: Any, candidate: Any) -> bool:
     """Return whether corresponding numbers of both differ by more than a rounding.
 
     Fixed numbers replace symbols, so that coefficients are compared, too.  False if the forms cannot be compared.
     """
-    left_parts = _parts(left)
-    right_parts = _parts(right)
-    if left_parts is not None and right_parts is not None:
-        pairs = zip_longest(left_parts, right_parts, fillvalue=Integer(0))
-        return any(differ(left_part, right_part) for left_part, right_part in pairs)
-    if left_parts is not None or right_parts is not None:
+    reference_parts = _parts(reference)
+    candidate_parts = _parts(candidate)
+    if reference_parts is not None and candidate_parts is not None:
+        pairs = zip_longest(reference_parts, candidate_parts, fillvalue=Integer(0))
+        return any(differ(reference_part, candidate_part) for reference_part, candidate_part in pairs)
+    if reference_parts is not None or candidate_parts is not None:
         return False
-    left_value = numeric_value(left)
-    right_value = numeric_value(right)
-    if left_value is None or right_value is None:
+    reference_value = numeric_value(reference)
+    candidate_value = numeric_value(candidate)
+    if reference_value is None or candidate_value is None:
         return False
-    largest = max(abs(left_value), abs(right_value))
-    tolerance = DECIMAL if left.has(Float) or right.has(Float) else EXACT
-    return bool(largest > NOTHING and abs(left_value - right_value) > tolerance * largest)
+    largest = max(abs(reference_value), abs(candidate_value))
+    tolerance = DECIMAL if reference.has(Float) or candidate.has(Float) else EXACT
+    return bool(largest > NOTHING and abs(reference_value - candidate_value) > tolerance * largest)
 
 
 def _parts(item: Any) -> list[Basic] | None:
