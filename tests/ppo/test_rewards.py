@@ -38,7 +38,7 @@ def test_only_a_function_of_the_users_that_fails_leaves_a_response_without_a_rew
     assert failed.verdict == "own rule raised an error: KeyError: 'x'"
     hostile = response(0, Verdict(Reason.TIMEOUT))
     assert (hostile.failed, hostile.rewarded, hostile.reward, hostile.verdict) == (True, True, 0.0, "timeout")
-    right = response(0, Verdict(Reason.OWN, None, 0.5), "mine:rule")
+    right = response(0, Verdict(Reason.USER_RULE, None, 0.5), "mine:rule")
     assert (right.failed, right.rewarded, right.reward) == (False, True, 0.5)
 
 
