@@ -41,6 +41,7 @@ def run(work: Work) -> None:
     """
     store = ImageStore(Path(work.config.dir), work.config)
     limit = work.config.collect.limit
+    # All sources are opened and checked before the first row is read, which may be hours before the last.
     opened = [(source, open_source(source)) for source in work.config.data.sources]
     for source, rows in opened:
         if len(rows) >= ENDLESS and not limit:

@@ -87,6 +87,7 @@ class NgramIndex:
                 continue
             occurrences = [table.problems[table.starts[i] : table.starts[i + 1]] for i in positions]
             problems, counts = np.unique(np.concatenate(occurrences), return_counts=True)
+            # Hashes are distinct in the table and in the text, so counts are numbers of distinct n-grams.
             shares = counts / self.sizes[problems]
             for i in np.flatnonzero(shares >= self.threshold):
                 matches.append((float(shares[i]), int(problems[i])))
@@ -103,7 +104,7 @@ def _positions(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
 
 def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> NgramIndex:
     """Index problems by their questions; with ``masked`` all numbers count as equal."""
-    sizes = np.ones(len(texts), np.int64)
+    sizes = np.ones(len(texts), np.int64)  # 1, not 0, for a problem that is left out: sizes are divisors
     by_length: dict[tuple[int, bool], list[tuple[int, np.ndarray]]] = {}
     for index, text in enumerate(texts):
         text_words = words(_prepared(text, masked))
@@ -121,6 +122,7 @@ def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> 
 def _table(n: int, short: bool, problems: list[tuple[int, np.ndarray]]) -> NgramTable:
     all_hashes = np.concatenate([hashes for _, hashes in problems])
     owners = np.concatenate([np.full(len(hashes), index, np.int32) for index, hashes in problems])
+    # Stable: the problems of an n-gram stay in the order of their indices.
     order = np.argsort(all_hashes, kind="stable")
     distinct, starts = np.unique(all_hashes[order], return_index=True)
     return NgramTable(n, short, distinct, np.append(starts, len(all_hashes)), owners[order])
@@ -155,6 +157,7 @@ class Problems:
         if self.config.decontaminate.fields == "row":
             text += f"\n{response_text(row) or ''}"
         row_images: frozenset[str] | None = None  # decoded only for a row whose text matches
+        # The plain index first: it is the stronger reason.
         for reason, index in ((PLAIN_MATCH, self.plain), (MASKED_MATCH, self.masked)):
             if index is None:
                 continue

@@ -46,7 +46,9 @@ def run_engines(work: Work, task: str) -> None:
         )
     if process.returncode:
         lines = log.read_text(errors="replace").splitlines()
+        # The process prints user errors on one line; without one the last lines have the traceback.
         errors = [line for line in lines if line.startswith("error: ")] or lines[-15:]
         tail = "\n".join(errors[-15:])
         raise EngineError(f"{task}: vLLM's process ended with code {process.returncode} ({log}): {tail}")
+    # A failure leaves the file behind, with which the process can be started again by hand.
     job.unlink()

@@ -33,7 +33,7 @@ class Journal:
         damaged = 0
         self._file.seek(0)
         for line in self._file:
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n"):  # an interruption cut the last write off
                 break
             key = _key(line)
             if key is None:
@@ -42,6 +42,7 @@ class Journal:
                 self._keys.append(key)
                 self._offsets.append(end)
             end += len(line)
+        # Otherwise the next result would be appended to half a line, and both would be lost.
         self._file.truncate(end)
         if damaged:
             say(f"warning: {path}: {damaged} damaged lines, which count as not there")
@@ -67,6 +68,7 @@ class Journal:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield every result in the order of the file."""
+        # A second file object: it sees only flushed results, and does not move the position of the first.
         self._file.flush()
         with self._path.open("rb") as file:
             yield from (json.loads(line) for line in file if _key(line) is not None)

@@ -49,7 +49,9 @@ def near_duplicates(signatures: np.ndarray, classes: np.ndarray, bands: int, thr
     width = permutations // bands
     pairs = [np.zeros((0, 2), np.int64)]
     for band in range(bands):
+        # A copy in memory: the signatures may be mapped from disk.
         columns = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width]).astype(np.uint64)
+        # Rows of other classes get other buckets, so that they are never compared.
         pairs += _similar_pairs(signatures, mix(_row_hashes(columns) ^ classes), threshold)
     leader = np.full(n, -1, np.int64)
     # In the order of the later row, so that it is settled whether a row stays before others are compared with it.

@@ -34,6 +34,7 @@ _SCRIPTS = {
     "zh": re.compile(r"[A-Za-z\u0370-\u03ff\u3400-\u9fff\uf900-\ufaff]"),
 }
 _HAN = re.compile(r"[\u3400-\u9fff]")
+# The most frequent function words: any English prose of some length has many of them.
 _ENGLISH = frozenset(
     "the of and to a in is that we so for it this are be as with on by have if or from then which an i not but can let"
     .split()
@@ -61,6 +62,7 @@ def truncated(config: PatternsConfig, think: bool, row: dict[str, Any], response
     """Refuse a thought that never ends, ends twice, is empty, or is followed by nothing."""
     if not (config.need_thought and think):
         return None
+    # The template opens the thought, so the response has no opening tag.
     thought, end, rest = response.partition(END_OF_THOUGHT)
     if not end:
         return "thought without end"
@@ -96,6 +98,7 @@ def foreign(config: PatternsConfig, think: bool, row: dict[str, Any], response: 
     if letters and 1 - native / len(letters) > config.max_foreign:
         return "foreign script"
     if config.language == "zh":
+        # Latin letters count as native, because formulas have them; so at least one Chinese character is required.
         return None if not letters or _HAN.search(response) else "other language"
     words = re.findall(r"[a-z]+", response.lower())
     if len(words) < _FEW_WORDS:

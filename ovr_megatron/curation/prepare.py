@@ -48,6 +48,7 @@ def prepare(config: PrepareConfig) -> Path:
         RewardError: nearly all rewards of a source failed.
     """
     folder = Path(config.dir)
+    # All checks come before the first stage: a stage may take hours.
     check_folder(folder, config.stages)
     check_models(config)
     folder.mkdir(parents=True, exist_ok=True)

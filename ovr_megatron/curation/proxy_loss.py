@@ -29,9 +29,11 @@ def run(work: Work) -> None:
                     errors[score["key"]] = score["error"]
                 else:
                     losses[score["key"]] = score["loss"]
+    # One string object for each source, not for each row.
     sources = np.array([sys.intern(row.get("source", "")) for row in work.rows()], dtype=object)
     bounds = {name: bound(losses[sources == name], work.config.proxy_loss) for name in sorted(set(sources))}
     work.extra["bounds"] = {name: value for name, value in bounds.items() if np.isfinite(value)}
+    # The rows are read again: bounds are known only after all losses.
     for index, row in enumerate(work.rows()):
         source = sources[index]
         loss = float(losses[index])

@@ -280,6 +280,7 @@ def stage_key(stage: PrepareStage, config: PrepareConfig, previous_key: str) -> 
     """Return the SHA-256 of everything on which the result of ``stage`` depends."""
     settings = as_json(stage.settings(config))
     inputs = as_json(stage.inputs(config))
+    # The previous key stands for everything before: a change in an early stage changes all later keys.
     parts = [ovr_megatron.__version__, stage.name, config.seed, settings, inputs, previous_key]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -287,6 +288,7 @@ def stage_key(stage: PrepareStage, config: PrepareConfig, previous_key: str) -> 
 def finished(folder: Path, key: str) -> Manifest | None:
     """Return the manifest of a stage that is complete (by the sizes of its files) and has this key, else None."""
     try:
+        # Without digests: reading all files again would take longer than some stages.
         manifest = check(folder, digests=False)
     except CheckpointError:
         return None

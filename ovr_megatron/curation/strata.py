@@ -41,6 +41,7 @@ def run_stratify(work: Work) -> None:
         values[index] = mapped.result
         draws[index] = _draw(mapped.line, work.config.seed)
         names.append(sys.intern(mapped.source))
+    # sources: int64[n], the index into labels of each row's source.
     labels, sources = np.unique(np.array(names, dtype=object), return_inverse=True)
     bins = np.zeros(work.count, np.int64)
     measure_of_source: dict[str, str] = {}
@@ -50,7 +51,8 @@ def run_stratify(work: Work) -> None:
         measure = config.measure if config.measure != "auto" else _first_complete(values[members])
         measure_of_source[name] = measure
         bins[members] = equal_bins(values[members, _MEASURES.index(measure)], config.bins)
-    ranks = _rank_within(sources * config.bins + bins, draws)
+    strata = sources * config.bins + bins  # an integer for each pair of source and bin
+    ranks = _rank_within(strata, draws)
     over = (ranks >= config.max_rows) if config.max_rows else np.zeros(work.count, bool)
     for index, line in enumerate(work.lines()):
         if over[index]:
@@ -116,12 +118,13 @@ def group_weights(sizes: np.ndarray, config: WeighConfig) -> np.ndarray:
 def run_weigh(work: Work) -> None:
     """Give every row the ``weight`` of its stratum."""
     sizes: Counter[str] = Counter()
+    # The rows are read twice: weights are known only after all rows have been counted.
     for mapped in work.map(stratum):
         sizes[mapped.result] += 1
     names = sorted(sizes)
     counts = np.array([sizes[name] for name in names])
     weights = dict(zip(names, group_weights(counts, work.config.weigh).tolist(), strict=True))
-    total = sum(weights[name] * sizes[name] for name in names)
+    total = sum(weights[name] * sizes[name] for name in names)  # differs from the number of rows by rounding only
     strata = {}
     for name in names:
         strata[name] = {

@@ -17,7 +17,9 @@ import numpy as np
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+# "10,000", also with LaTeX's spacing around the comma; no digit may follow the group of three.
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\\,|\{,\}|\\!,\\!|,\\!)(?=\d{3}(?!\d))")
+# Commands that change the look of a formula and not its meaning.
 _FORMATTING = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|limits|qquad|quad|text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|[bB]igg?[lr]?)"
     r"(?![a-zA-Z])|\\begin\{\w+\*?\}|\\end\{\w+\*?\}"
@@ -32,6 +34,7 @@ _MULTIPLIER = np.uint64(0x5851F42D4C957F2D)  # of the polynomial hash of an n-gr
 def normalise(text: str) -> str:
     """Fold case and Unicode variants, and remove thousands separators and LaTeX formatting."""
     text = unicodedata.normalize("NFKC", text).casefold()
+    # Most texts have no LaTeX; the look for a backslash saves them two substitutions.
     if "\\" in text:
         text = _FRACTION.sub(r"\\frac", _FORMATTING.sub(" ", text))
     return _THOUSANDS.sub("", text)
@@ -62,6 +65,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def word_hashes(items: Sequence[str]) -> np.ndarray:
     """Return uint64[n], one hash for each word."""
+    # CRC-32 is fast and the same in every process, unlike Python's hash; `mix` spreads its 32 bits over 64.
     return mix(np.fromiter((zlib.crc32(item.encode()) for item in items), np.uint64, len(items)))
 
 
@@ -71,6 +75,7 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     if count <= 0:
         return np.zeros(0, np.uint64)
     ngrams = np.zeros(count, np.uint64)
+    # A polynomial in the multiplier, modulo 2**64, so that the order of the words counts.
     for k in range(n):
         ngrams = ngrams * _MULTIPLIER + hashes[k : k + count]
     return mix(ngrams)

@@ -83,6 +83,7 @@ def write_groups(work: Work) -> list[WeightGroup]:
         files: dict[str, TextIO] = {}
         for line, row in zip(work.lines(), work.rows(), strict=True):
             name = row.get("stratum") or row.get("source", "")
+            # Files are numbered: a name of a stratum may hold characters that a path must not.
             if name not in files:
                 path = _group_path(work.folder, len(files))
                 path.parent.mkdir(exist_ok=True)

@@ -33,6 +33,7 @@ def run(work: Work) -> None:
             verdicts = _grade(pool, batch, reward.rules)
             rows = list(zip(batch, verdicts, strict=True))
             graded = [(row.get("source", ""), verdict) for row, verdict in rows if verdict is not None]
+            # Before the rows are written: it stops the stage if nearly all verdicts of a source failed.
             watch.add([count_verdicts(graded)])
             for row, verdict in rows:
                 _write(work, row, verdict)

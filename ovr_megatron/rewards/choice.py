@@ -14,10 +14,13 @@ MAX_REFERENCE = 300
 MAX_WORDS = 12
 """Words of a reference answer without options; a longer one is prose."""
 
+# Letters: alone ("A", "(a)", "Answer: B."), beside content after a bracket or dot ("(A) 5", "A: 5"), and beside content
+# that may as well belong to it ("A 5", "A = 5").
 _PREFIX = r"(?:(?:the )?(?:correct |final )?(?:answer|option|choice)(?: is)?:? ?)?"
 _LONE = re.compile(rf"{_PREFIX}[(\[]? ?([A-Za-z]) ?[)\]]?[.:]?", re.IGNORECASE)
 _STRONG = re.compile(rf"{_PREFIX}(?:[(\[] ?([A-Z]) ?[)\]]|([A-Z]) ?[.):\]]) ?[.:]? ?(.+)")
 _WEAK = re.compile(r"([A-Z]) ?[-,= ] ?(.+)")
+# A rest that goes on with further letters: ", B", "or (B)", "5 (B)".
 _HEDGE = re.compile(r"(?:,|/|&|and\b|or\b|[(\[] ?[A-Z] ?[)\]]|[A-Z]$)|.*[(\[] ?[A-Z] ?[)\]]")
 
 _PROOF = re.compile(r"\bproofs?\b|\bprove[ds]?\b|\bq\.?e\.?d\b|\\blacksquare|\\qed\b", re.IGNORECASE)
@@ -68,10 +71,11 @@ def right_option(answer: str, options: Sequence[str]) -> int | None:
 
     A capital letter within range is a letter, even if another option consists of it.
     """
-    named = named_letter(clean(answer), len(options))
+    letter = named_letter(clean(answer), len(options))
+    # By text first: equal texts decide even where an option is no number.
     matches = [index for index, option in enumerate(options) if key(option) == key(answer)]
-    if named and named.strong and not named.hedged and (named.capital or not matches):
-        return named.index
+    if letter and letter.strong and not letter.hedged and (letter.capital or not matches):
+        return letter.index
     if not matches:
         matches = [index for index, option in enumerate(options) if _same_quantity(answer, option)]
     return matches[0] if len(matches) == 1 else None
@@ -105,6 +109,7 @@ def verifiable(answer: str, options: Sequence[str] = ()) -> str | None:
         return "it is a proof"
     if _VAGUE.search(text.lower()):
         return "it does not name one value"
+    # Commands of LaTeX and single letters are no words.
     words = len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text))
     if not options and words > MAX_WORDS:
         return f"it is prose of {words} words"

@@ -68,18 +68,18 @@ def grade(request: GradeRequest) -> Verdict:
 
 def _among_options(box: str, options: Sequence[str], right: int) -> Reason:
     """Compare a box with the options: by letter, by the exact text, by letter and content, by value."""
-    named = named_letter(clean(box), len(options))
+    letter = named_letter(clean(box), len(options))
     exact = [index for index, option in enumerate(options) if key(option) == key(box)]
-    if named and not named.rest and (named.capital or not exact):
-        return Reason.LETTER if named.index == right else Reason.OTHER_OPTION
+    if letter and not letter.rest and (letter.capital or not exact):
+        return Reason.LETTER if letter.index == right else Reason.OTHER_OPTION
     if exact:
         return _by_content(right, exact)
-    if named and named.rest:
-        matches = [index for index, option in enumerate(options) if same_plainly(option, named.rest) in RIGHT]
-        if named.index not in matches and named.strong and (named.hedged or matches):
-            return Reason.SEVERAL_OPTIONS if named.hedged else Reason.CONTRADICTION
-        if named.index in matches or named.strong:
-            return Reason.LETTER if named.index == right else Reason.OTHER_OPTION
+    if letter and letter.rest:
+        matches = [index for index, option in enumerate(options) if same_plainly(option, letter.rest) in RIGHT]
+        if letter.index not in matches and letter.strong and (letter.hedged or matches):
+            return Reason.SEVERAL_OPTIONS if letter.hedged else Reason.CONTRADICTION
+        if letter.index in matches or letter.strong:
+            return Reason.LETTER if letter.index == right else Reason.OTHER_OPTION
     # The right option first: for most wrong answers one comparison by math-verify is enough.
     if compare(options[right], box) not in RIGHT:
         return Reason.DIFFERENT
@@ -96,12 +96,13 @@ def _open_answer(box: str, answer: str) -> Reason:
     """Compare a box with an answer that is a letter without options, or a value."""
     reference = named_letter(clean(answer), 26)
     if reference and not reference.rest and reference.capital:
-        named = named_letter(clean(box), 26)
-        if named and named.strong and not named.hedged:
-            return Reason.LETTER if named.index == reference.index else Reason.DIFFERENT
+        letter = named_letter(clean(box), 26)
+        if letter and letter.strong and not letter.hedged:
+            return Reason.LETTER if letter.index == reference.index else Reason.DIFFERENT
     return compare(answer, box)
 
 
+# Cached, since many responses to a prompt have the same answer, and options are compared twice.
 @lru_cache(maxsize=8192)
 def compare(reference: str, candidate: str) -> Reason:
     """Compare two written values; return `Reason.TEXT`, `NUMBER` or `MATH` if they are the same, else `DIFFERENT`."""
@@ -306,6 +307,7 @@ def _comparable(reference: str, candidate: str) -> bool:
     candidate_brackets = _BRACKETED.fullmatch(candidate)
     if reference_brackets and candidate_brackets and reference_brackets.groups() != candidate_brackets.groups():
         return False
+    # "(1, 2)" is no "1 or 2", though both have two items.
     for text, other in ((reference, candidate), (candidate, reference)):
         if text.startswith("(") and _ALTERNATIVE.search(other):
             return False
@@ -334,5 +336,6 @@ def _same_expression(reference: str, candidate: str) -> bool:
 @lru_cache(maxsize=8192)
 def _expression(text: str) -> list[Any]:
     """Parse a value; the first entry of the result is a SymPy expression, and an empty result is no expression."""
+    # "and" and "or" separate the values of a list.  Percent signs were compared before.
     text = _DIGITS_AND_COMMA.sub(", ", _CONNECTIVE.sub(", ", text.replace("%", "")))
     return parse(f"${text}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=None)

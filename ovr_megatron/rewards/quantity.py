@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from ovr_megatron.rewards.latex import clean
 
+# Lengths are bounded: a power or a fraction of a million digits would take minutes.
 _DIGITS = r"(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})"
 _POWER_OF_TEN = (
     r"(?: ?(?:\\cdot ?10\^(?:\{ ?(?P<power>[+-]?\d{1,3}) ?\}|(?P<digit>\d))|[eE](?P<exponent>[+-]?\d{1,3})))"
@@ -173,6 +174,7 @@ def _parse_unit(tail: str) -> Unit | None:
     power = 1  # of the next unit, from a word such as "square" before it
     previous = ""
     tail = re.sub(r"\bper\b|每", "/", tail).replace("\\cdot", " ").replace("\\mu ", "\\mu")
+    # The Chinese words for square and cubic have no space to the unit that they change.
     for part in re.findall(r"/|[^ /]+", re.sub("(平方|立方)", r" \1 ", tail)):
         if part == "/":
             sign = -1

@@ -27,6 +27,7 @@ RULE_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError),
     *(RuntimeError, StopIteration, SyntaxError, TypeError, ValueError),
 )
+# What may stand between the letters of an answer with several right options.
 _BETWEEN = re.compile(r"\bAND\b|[\s,;/&.()\[\]{}]")
 PLAIN = ("auto", "math", "exact", "choice", "letters", "numeric", "within")
 
@@ -127,10 +128,10 @@ def _choice(request: GradeRequest) -> Verdict:
     if right is None:
         reference = named_letter(clean(request.answer), count)
         right = reference.index if reference else None
-    named = named_letter(clean(box), count)
-    if named is None or named.hedged:
-        return Verdict(Reason.DIFFERENT if named is None else Reason.SEVERAL_OPTIONS, box)
-    return Verdict(Reason.LETTER if named.index == right else Reason.OTHER_OPTION, box)
+    letter = named_letter(clean(box), count)
+    if letter is None or letter.hedged:
+        return Verdict(Reason.DIFFERENT if letter is None else Reason.SEVERAL_OPTIONS, box)
+    return Verdict(Reason.LETTER if letter.index == right else Reason.OTHER_OPTION, box)
 
 
 def _letters(request: GradeRequest) -> Verdict:
@@ -197,6 +198,7 @@ def _user_rule(name: str) -> Rule:
 
     def grade_by_user(request: GradeRequest) -> Verdict:
         try:
+            # Any number will do, also a NumPy scalar or a bool.
             score = float(function(request.response, request.answer, request.options))
         except RULE_ERRORS as error:
             return Verdict(Reason.RAISED, f"{type(error).__name__}: {error}"[:MAX_ANSWER])

@@ -45,6 +45,7 @@ def serve(requests: Iterable[str], verdicts: TextIO, timeout_s: float) -> None:
     """Write a verdict for each line of ``requests``; ``timeout_s`` 0 sets no alarm."""
     for line in requests:
         raw = json.loads(line)
+        # Only while it grades: an idle worker may wait for the next request as long as it takes.
         set_alarms(timeout_s)
         options = tuple(raw.get("options") or ())
         request = GradeRequest(
