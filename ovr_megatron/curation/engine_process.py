@@ -233,11 +233,12 @@ def _grade(
             rule = rules.get(item.row.source, "auto")
             thinking = config.data.template == "think"
             requests.append(GradeRequest(text, item.row.answer or "", item.row.options, rule, thinking))
-    verdicts = list(batches(grader.grade(requests), config.difficulty.samples))
-    graded = list(zip(rows, verdicts, strict=True))
-    watch.add(count_verdicts((item.row.source, verdict) for verdict in group) for item, group in graded)
-    for item, group in graded:
-        replica.add(item.index, pass_rate(group, rules.get(item.row.source, "auto")))
+    by_row = batches(grader.grade(requests), config.difficulty.samples)
+    graded = list(zip(rows, by_row, strict=True))
+    # In one call, so that a source is judged by the whole batch and not by its first prompt.
+    watch.add([count_verdicts((item.row.source, verdict) for item, verdicts in graded for verdict in verdicts)])
+    for item, verdicts in graded:
+        replica.add(item.index, pass_rate(verdicts, rules.get(item.row.source, "auto")))
 
 
 def pass_rate(verdicts: Sequence[Verdict], rule: str) -> dict[str, object]:
