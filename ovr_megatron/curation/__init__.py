@@ -1,5 +1,6 @@
-"""From any mix of sources to a training set: duplicates, contamination, rules, proxy loss, answers, strata, weights.
+"""Prepare a training set from any mix of sources, in stages.
 
-Every stage reads the rows of the one before from a JSONL file and writes its own, with a report and a figure; none
-holds more of the rows in memory than one chunk, or a few numbers for each.
+The stages remove duplicates, contamination and rows that break rules, score responses under a small model, collect
+answers, stratify and weigh.  Every stage reads the rows of the previous one from a JSONL file and writes its own, with
+a report and a figure.  A stage holds in memory no more than one chunk of rows, or a few numbers for each row.
 """

@@ -1,4 +1,4 @@
-"""Stage 1: every source's rows in the project's form, their images in one folder under the hash of their content."""
+"""Stage 1: convert the rows of every source to the project's form and store their images by content hash."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.data.images import encoded_image
 from ovr_megatron.data.processing import converted_message
 from ovr_megatron.data.row_json import row_to_json
@@ -41,6 +41,7 @@ def run(work: Work) -> None:
     """
     store = ImageStore(Path(work.config.dir), work.config)
     limit = work.config.collect.limit
+    # All sources are opened and checked before the first row is read, which may be hours before the last.
     opened = [(source, open_source(source)) for source in work.config.data.sources]
     for source, rows in opened:
         if len(rows) >= ENDLESS and not limit:
@@ -48,35 +49,35 @@ def run(work: Work) -> None:
     counts = [min(limit or len(rows), len(rows)) for _, rows in opened]
     with Progress(sum(counts), "collect", "row", inner=True) as progress:
         for (source, rows), count in zip(opened, counts, strict=True):
-            before = work.tally.kept
+            kept_before = work.report.kept
             for index in range(count):
-                _take(work, store, source, rows, index)
+                _collect_row(work, store, source, rows, index)
                 progress.update()
-            if work.tally.kept == before:
-                work.emptied.append(source.path)
+            if work.report.kept == kept_before:
+                work.empty_sources.append(source.path)
 
 
-def _take(work: Work, store: ImageStore, config: SourceConfig, opened: RowSource, index: int) -> None:
-    label = config.name or config.path
+def _collect_row(work: Work, store: ImageStore, source: SourceConfig, rows: RowSource, index: int) -> None:
+    """Keep row ``index`` of a source with its images stored, or drop it if it cannot be used."""
+    label = source.name or source.path
     try:
-        row = opened[index]
+        row = rows[index]
         label = row.source
         stored = replace(row, messages=tuple(store.message(message) for message in row.messages))
     except RowError as error:
         if work.config.collect.on_error == "stop":
             raise
-        told = {"where": error.where, "error": str(error)}
-        work.drop(told, label, f"{error.field or 'file'}: cannot be used")
+        work.drop({"where": error.where, "error": str(error)}, label, f"{error.field or 'file'}: cannot be used")
         return
     if work.config.data.template == "think":
         stored = as_continuation(stored)
     if stored.response is not None:
-        work.tally.value("characters of a response", len(stored.response))
+        work.report.add_value("characters of a response", len(stored.response))
     work.keep(row_to_json(stored), label)
 
 
 def as_continuation(row: Row) -> Row:
-    """The row with its traces converted, and without a ``<think>`` that opens its response: the template opens it."""
+    """Convert the traces of a row, and cut off a ``<think>`` that opens its response: the template opens it."""
     messages = [converted_message(message) for message in row.messages]
     if row.response is not None:
         messages[-1] = replace(messages[-1], parts=(TextPart(continuation(messages[-1].text)),))
@@ -87,10 +88,11 @@ class ImageStore:
     """Copies images below ``root/images``, each once, and names them relative to ``root``."""
 
     def __init__(self, root: Path, config: PrepareConfig) -> None:
-        self._root, self._config = root, config.data
+        self._root = root
+        self._config = config.data
 
     def message(self, message: Message) -> Message:
-        """The same message with its images stored."""
+        """Store the images of a message, and return it with their names."""
         return replace(message, parts=tuple(self._part(part) for part in message.parts))
 
     def _part(self, part: Part) -> Part:
@@ -101,13 +103,14 @@ class ImageStore:
         return part
 
     def _image(self, part: ImagePart) -> ImagePart:
-        if part.image is not None:  # drawn by a puzzle
+        if part.image is not None:  # a puzzle has drawn it; there is no encoded file yet
             return self._image(replace(part, image=None, data=_png(part)))
         data = encoded_image(part, self._config)
         digest = hashlib.sha256(data).hexdigest()
         path = self._root / IMAGES / digest[:2] / digest
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
+            # A rename is atomic: an interruption leaves no half image under a content hash.
             partial = path.with_suffix(".partial")
             partial.write_bytes(data)
             partial.rename(path)
@@ -122,8 +125,13 @@ def _png(part: ImagePart) -> bytes:
 
 
 def inputs(config: PrepareConfig) -> list[Any]:
-    """The files of every source."""
+    """Return fingerprints of the files of every source."""
     return [[source.path, listing(source.path)] for source in config.data.sources]
 
 
-STAGE = Stage("collect", run, lambda config: [config.collect, config.data.sources, config.data.template], inputs)
+def settings(config: PrepareConfig) -> list[Any]:
+    """Return the settings on which the collected rows depend."""
+    return [config.collect, config.data.sources, config.data.template]
+
+
+STAGE = PrepareStage("collect", run, settings, inputs)

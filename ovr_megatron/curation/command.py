@@ -13,10 +13,10 @@ from ovr_megatron.runtime.terminal import printable
 
 
 def main() -> int:
-    """Prepare what the command line asks for; return the exit code."""
-    asked = read_command_line(PrepareConfig, "prepare_sft", __doc__, sys.argv[1:], plan=False)
-    # Here, so that a command line is judged before the libraries of the stages are loaded.
+    """Prepare the training set that the command line describes; return the exit code."""
+    command_line = read_command_line(PrepareConfig, "prepare_sft", __doc__, sys.argv[1:], plan=False)
+    # Imported here: a wrong command line is refused before the libraries of the stages are loaded, which takes seconds.
     from ovr_megatron.curation.prepare import prepare
 
-    print(printable(f"prepared: {prepare(asked.config)}"))
+    print(printable(f"prepared: {prepare(command_line.config)}"))
     return 0

@@ -1,8 +1,9 @@
-"""Evaluation problems out of the training set, by word n-grams: verbatim, re-cased, edited, or inside a longer prompt.
+"""Decontamination: drop rows that repeat an evaluation problem, by word n-grams.
 
-The share of a problem's different n-grams that a row has does not depend on what else the row says, so a problem is
-found in a longer prompt as well; an edited word costs n of them.  A problem with images is found only in a row that has
-one of its images, pixel for pixel: many share their question.
+A problem is recognised verbatim, re-cased, edited, or inside a longer prompt.  A row is compared by the share of a
+problem's distinct n-grams that it contains; this share does not depend on the row's other words, so a longer prompt
+hides nothing.  An edited word costs n n-grams.  A problem with images matches only a row that has one of its images,
+pixel for pixel: many problems with images share their question.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.curation.text import (
     content_text,
     image_names,
@@ -34,91 +35,102 @@ from ovr_megatron.data.images import load_image, load_media
 from ovr_megatron.data.schema import BOX_REQUEST, ENDLESS, LETTER_REQUEST, ImagePart
 from ovr_megatron.data.sources import open_source
 
-KEPT, MASKED = "evaluation problem", "evaluation problem with other numbers"
-
+PLAIN_MATCH = "evaluation problem"
+MASKED_MATCH = "evaluation problem with other numbers"
 
 _EDIT = 4  # an edited word must not cost more than about a quarter of a short problem's n-grams
 _SHORTEST = 4
 
 
 @dataclass(frozen=True)
-class Grams:
-    """The n-grams of all problems that are cut into n-grams of one length.
+class NgramTable:
+    """The n-grams of all problems that are cut into n-grams of the same length.
 
     Attributes:
         n: Words of an n-gram.
-        whole: Whether these are very short problems as a whole, which must make half of a prompt.
-        hashes: uint64[g], ascending and different.
-        starts: int64[g + 1]; problems with n-gram i are ``problems[starts[i] : starts[i + 1]]``.
-        problems: int32, numbers of problems.
+        short: Whether the problems have fewer than ``min_words`` words.  Such a problem is one n-gram, and matches only
+            a text of which it is at least half.
+        hashes: uint64[g], ascending and distinct.
+        starts: int64[g + 1]; n-gram i occurs in ``problems[starts[i] : starts[i + 1]]``.
+        problems: int32, indices of problems.
     """
 
     n: int
-    whole: bool
+    short: bool
     hashes: np.ndarray
     starts: np.ndarray
     problems: np.ndarray
 
 
 @dataclass(frozen=True)
-class Index:
-    """Evaluation problems ready to be looked for.
+class NgramIndex:
+    """An index from n-grams to evaluation problems.
 
     Attributes:
-        sizes: int64[p], different n-grams of each problem.
-        grams: By length of n-gram.
-        threshold: Share of a problem's n-grams that finds it.
+        sizes: int64[p], number of distinct n-grams of each problem.
+        tables: One table for each length of n-gram.
+        threshold: Share of a problem's n-grams that makes a match.
     """
 
     sizes: np.ndarray
-    grams: tuple[Grams, ...]
+    tables: tuple[NgramTable, ...]
     threshold: float
 
     def find(self, hashes: np.ndarray) -> list[tuple[float, int]]:
-        """Problems of which a text of word ``hashes`` has the threshold's share: (share, number), the largest first."""
-        best: list[tuple[float, int]] = []
-        for grams in self.grams:
-            if grams.whole and 2 * grams.n < len(hashes):
+        """Find the problems that match a text of word ``hashes``; return (share, index), the largest share first."""
+        matches: list[tuple[float, int]] = []
+        for table in self.tables:
+            if table.short and 2 * table.n < len(hashes):
                 continue
-            found = np.unique(ngram_hashes(hashes, grams.n))
-            places = np.searchsorted(grams.hashes, found)
-            places = places[grams.hashes[np.minimum(places, len(grams.hashes) - 1)] == found]
-            if not len(places):
+            positions = _positions(table.hashes, np.unique(ngram_hashes(hashes, table.n)))
+            if not len(positions):
                 continue
-            hit = np.concatenate([grams.problems[grams.starts[i] : grams.starts[i + 1]] for i in places])
-            problems, counts = np.unique(hit, return_counts=True)
+            occurrences = [table.problems[table.starts[i] : table.starts[i + 1]] for i in positions]
+            problems, counts = np.unique(np.concatenate(occurrences), return_counts=True)
+            # Hashes are distinct in the table and in the text, so counts are numbers of distinct n-grams.
             shares = counts / self.sizes[problems]
-            best += [(float(shares[i]), int(problems[i])) for i in np.flatnonzero(shares >= self.threshold)]
-        return sorted(best, reverse=True)
+            for i in np.flatnonzero(shares >= self.threshold):
+                matches.append((float(shares[i]), int(problems[i])))
+        return sorted(matches, reverse=True)
 
 
-def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> Index:
-    """Index problems by their questions; with ``masked`` all numbers are the same."""
-    sizes = np.ones(len(texts), np.int64)
+def _positions(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Return the positions in ``table``, ascending, of those of ``hashes`` that it contains."""
+    positions = np.searchsorted(table, hashes)
+    # A hash above all of the table's gets the position behind the last, which is no index.
+    candidates = table[np.minimum(positions, len(table) - 1)]
+    return positions[candidates == hashes]
+
+
+def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> NgramIndex:
+    """Index problems by their questions; with ``masked`` all numbers count as equal."""
+    sizes = np.ones(len(texts), np.int64)  # 1, not 0, for a problem that is left out: sizes are divisors
     by_length: dict[tuple[int, bool], list[tuple[int, np.ndarray]]] = {}
-    for number, text in enumerate(texts):
-        told = words(_prepared(text, masked))
-        whole = len(told) < config.min_words
-        if not told or (whole and masked):  # a handful of words with any numbers says nothing
+    for index, text in enumerate(texts):
+        text_words = words(_prepared(text, masked))
+        short = len(text_words) < config.min_words
+        if not text_words or (short and masked):  # a handful of words with any numbers identifies no problem
             continue
-        n = len(told) if whole else min(config.n, len(told), max(_SHORTEST, len(told) // _EDIT))
-        found = np.unique(ngram_hashes(word_hashes(told), n))
-        sizes[number] = len(found)
-        by_length.setdefault((n, whole), []).append((number, found))
-    threshold = config.masked_threshold if masked else config.threshold
-    return Index(sizes, tuple(_grams(*kind, items) for kind, items in sorted(by_length.items())), threshold)
+        n = len(text_words) if short else min(config.n, len(text_words), max(_SHORTEST, len(text_words) // _EDIT))
+        hashes = np.unique(ngram_hashes(word_hashes(text_words), n))
+        sizes[index] = len(hashes)
+        by_length.setdefault((n, short), []).append((index, hashes))
+    tables = tuple(_table(n, short, problems) for (n, short), problems in sorted(by_length.items()))
+    return NgramIndex(sizes, tables, config.masked_threshold if masked else config.threshold)
 
 
-def _grams(n: int, whole: bool, items: list[tuple[int, np.ndarray]]) -> Grams:
-    flat = np.concatenate([found for _, found in items])
-    owner = np.concatenate([np.full(len(found), number, np.int32) for number, found in items])
-    order = np.argsort(flat, kind="stable")
-    hashes, starts = np.unique(flat[order], return_index=True)
-    return Grams(n, whole, hashes, np.append(starts, len(flat)), owner[order])
+def _table(n: int, short: bool, problems: list[tuple[int, np.ndarray]]) -> NgramTable:
+    all_hashes = np.concatenate([hashes for _, hashes in problems])
+    owners = np.concatenate([np.full(len(hashes), index, np.int32) for index, hashes in problems])
+    # Stable: the problems of an n-gram stay in the order of their indices.
+    order = np.argsort(all_hashes, kind="stable")
+    distinct, starts = np.unique(all_hashes[order], return_index=True)
+    return NgramTable(n, short, distinct, np.append(starts, len(all_hashes)), owners[order])
 
 
 def _prepared(text: str, masked: bool) -> str:
-    return mask_numbers(normalise(text)) if masked else normalise(text)
+    normalised = normalise(text)
+    return mask_numbers(normalised) if masked else normalised
 
 
 @dataclass(frozen=True)
@@ -126,35 +138,37 @@ class Problems:
     """All evaluation problems.
 
     Attributes:
-        names: For the report.
+        names: Names for the report.
         images: Digests of the pixels of each problem's images; empty for a text problem.
         plain: Index of the questions.
         masked: Index of the questions with masked numbers.
-        config: What is compared, and where the rows' images are.
+        config: Settings of the comparison, and the folder of the rows' images.
     """
 
     names: list[str]
     images: list[frozenset[str]]
-    plain: Index
-    masked: Index | None
+    plain: NgramIndex
+    masked: NgramIndex | None
     config: PrepareConfig
 
     def contamination(self, row: dict[str, Any]) -> tuple[str, str, float] | None:
-        """Reason, name of the problem and share of its n-grams, or None for a clean row."""
+        """Return reason, name of the problem and share of its n-grams, or None for a clean row."""
         text = question(row)
         if self.config.decontaminate.fields == "row":
             text += f"\n{response_text(row) or ''}"
-        own: frozenset[str] | None = None
-        for reason, index in ((KEPT, self.plain), (MASKED, self.masked)):
+        row_images: frozenset[str] | None = None  # decoded only for a row whose text matches
+        # The plain index first: it is the stronger reason.
+        for reason, index in ((PLAIN_MATCH, self.plain), (MASKED_MATCH, self.masked)):
             if index is None:
                 continue
-            told = words(_prepared(text, index is self.masked))
-            for share, number in index.find(word_hashes(told)):
-                if self.images[number]:
-                    own = self._pixels(row) if own is None else own
-                    if not own & self.images[number]:
+            text_words = words(_prepared(text, index is self.masked))
+            for share, problem in index.find(word_hashes(text_words)):
+                if self.images[problem]:
+                    if row_images is None:
+                        row_images = self._pixels(row)
+                    if not row_images & self.images[problem]:
                         continue
-                return reason, self.names[number], round(share, 3)
+                return reason, self.names[problem], round(share, 3)
         return None
 
     def _pixels(self, row: dict[str, Any]) -> frozenset[str]:
@@ -164,13 +178,13 @@ class Problems:
 
 
 def question(row: dict[str, Any]) -> str:
-    """What the user says, without the request for a box that readers of foreign formats add."""
+    """Return the text of the user's messages, without the request for a box that readers of foreign formats add."""
     text = "\n".join(content_text(m["content"]) for m in row["messages"] if m["role"] == "user")
     return text.replace(BOX_REQUEST, "").replace(LETTER_REQUEST, "")
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """SHA-256 of size and pixels of an RGB image."""
+    """Return the SHA-256 of size and pixels of an RGB image."""
     return hashlib.sha256(f"{image.width}x{image.height}\0".encode() + image.tobytes()).hexdigest()
 
 
@@ -181,7 +195,9 @@ def load_problems(config: PrepareConfig) -> Problems:
         RowError: a set or a row of it cannot be read.
         ConfigError: a set is endless.
     """
-    names, texts, images = [], [], []
+    names = []
+    texts = []
+    images = []
     for name, text, pixels in _questions(config):
         names.append(name)
         texts.append(text)
@@ -192,36 +208,38 @@ def load_problems(config: PrepareConfig) -> Problems:
 
 
 def _questions(config: PrepareConfig) -> Iterator[tuple[str, str, frozenset[str]]]:
+    """Yield name, question and digests of the images of every evaluation problem."""
     for source in config.decontaminate.sources:
-        opened = open_source(source)
-        if len(opened) >= ENDLESS:
+        rows = open_source(source)
+        if len(rows) >= ENDLESS:
             raise ConfigError(f"decontaminate.sources: {source.path} never ends; for a puzzle set split=heldout")
-        for index in range(len(opened)):
-            row = opened[index]
+        for index in range(len(rows)):
+            row = rows[index]
             pictures, videos = load_media(row, config.data)
-            pixels = frozenset(map(pixel_digest, [*pictures, *(frame for video in videos for frame in video)]))
-            told = {"messages": [{"role": m.role, "content": m.text} for m in row.messages]}
-            yield f"{row.source}: {row.id}", question(told), pixels
+            frames = (frame for video in videos for frame in video)
+            pixels = frozenset(map(pixel_digest, [*pictures, *frames]))
+            messages = [{"role": message.role, "content": message.text} for message in row.messages]
+            yield f"{row.source}: {row.id}", question({"messages": messages}), pixels
 
 
 def run(work: Work) -> None:
     """Drop every row that repeats a problem."""
     problems = load_problems(work.config)
     work.extra["problems"] = len(problems.names)
-    found: dict[str, int] = {}
-    work.extra["problems_found"] = found
-    for judged in work.judge(partial(Problems.contamination, problems)):
-        if judged.result is None:
-            work.keep(judged.line, judged.source)
+    matches: dict[str, int] = {}
+    work.extra["problems_found"] = matches
+    for mapped in work.map(partial(Problems.contamination, problems)):
+        if mapped.result is None:
+            work.keep(mapped.line, mapped.source)
             continue
-        reason, problem, share = judged.result
-        found[problem] = found.get(problem, 0) + 1
-        work.drop(judged.line, judged.source, reason, problem=problem, share=share)
+        reason, problem, share = mapped.result
+        matches[problem] = matches.get(problem, 0) + 1
+        work.drop(mapped.line, mapped.source, reason, problem=problem, share=share)
 
 
 def inputs(config: PrepareConfig) -> list[Any]:
-    """The files of the evaluation sets."""
+    """Return fingerprints of the files of the evaluation sets."""
     return [[source.path, listing(source.path)] for source in config.decontaminate.sources]
 
 
-STAGE = Stage("decontaminate", run, lambda config: config.decontaminate, inputs)
+STAGE = PrepareStage("decontaminate", run, lambda config: config.decontaminate, inputs)

@@ -1,4 +1,4 @@
-"""Exact and near duplicates: of each group the first row stays.
+"""Exact and near duplicates: the first row of each group stays.
 
 Rows are exact duplicates if roles, texts (runs of white space count as one) and images are the same.  Near duplicates
 agree in most of their word n-grams (`ovr_megatron.curation.minhash`), have the same images, and the same numbers in the
@@ -16,7 +16,7 @@ import numpy as np
 
 from ovr_megatron.curation.minhash import near_duplicates, shingles_of, signature
 from ovr_megatron.curation.settings import DedupConfig
-from ovr_megatron.curation.stage import Stage, Work
+from ovr_megatron.curation.stage import PrepareStage, Work
 from ovr_megatron.curation.text import (
     content_text,
     hash_of,
@@ -29,72 +29,75 @@ from ovr_megatron.curation.text import (
     words,
 )
 
-EXACT, NEAR = "exact duplicate", "near duplicate"
+EXACT = "exact duplicate"
+NEAR = "near duplicate"
 SIGNATURES = "signatures.bin"
 
 
 def run(work: Work) -> None:
     """Hash every row, find the duplicates among the hashes, and write the others."""
     config = work.config.dedup
-    exact, classes = np.zeros(work.count, np.uint64), np.zeros(work.count, np.uint64)
-    width = config.permutations if config.near else 0
+    exact = np.zeros(work.count, np.uint64)
+    classes = np.zeros(work.count, np.uint64)
+    # On disk: the signatures of millions of rows need not fit into memory.
     file = work.folder / SIGNATURES
-    shape = (work.count, max(width, 1))
-    signatures: np.ndarray = np.memmap(file, np.uint32, "w+", shape=shape)
-    sources: list[str] = []  # one text object for each source, not for each row
-    for index, judged in enumerate(work.judge(partial(hashes, config))):
-        sources.append(sys.intern(judged.source))
-        exact[index], classes[index], found = judged.result
+    width = config.permutations if config.near else 1
+    signatures: np.ndarray = np.memmap(file, np.uint32, "w+", shape=(work.count, max(width, 1)))
+    sources: list[str] = []
+    for index, mapped in enumerate(work.map(partial(hashes, config))):
+        sources.append(sys.intern(mapped.source))  # one string object for each source, not for each row
+        exact[index], classes[index], row_signature = mapped.result
         if config.near:
-            signatures[index] = found
+            signatures[index] = row_signature
     first = first_equal(exact)
-    of = first.copy()
+    originals = first.copy()  # int64[n]: the row that each row duplicates, -1 for a row that stays
     if config.near:
         unique = np.flatnonzero(first < 0)
-        leaders = near_duplicates(
-            signatures if len(unique) == work.count else signatures[unique],
-            classes[unique],
-            config.bands,
-            config.threshold,
-        )
+        unique_signatures = signatures if len(unique) == work.count else signatures[unique]
+        leaders = near_duplicates(unique_signatures, classes[unique], config.bands, config.threshold)
         near = leaders >= 0
-        of[unique[near]] = unique[leaders[near]]
+        originals[unique[near]] = unique[leaders[near]]
     for index, (line, source) in enumerate(zip(work.lines(), sources, strict=True)):
-        if of[index] < 0:
+        if originals[index] < 0:
             work.keep(line, source)
         else:
-            work.drop(line, source, EXACT if first[index] >= 0 else NEAR, number=index, of=int(of[index]))
-    del signatures
+            reason = EXACT if first[index] >= 0 else NEAR
+            work.drop(line, source, reason, number=index, of=int(originals[index]))
+    del signatures  # unmaps the file
     file.unlink()
 
 
 def hashes(config: DedupConfig, row: dict[str, Any]) -> tuple[int, int, np.ndarray | None]:
-    """Of one row: the hash of all that makes it, the class in which it is compared, and its signature."""
+    """Return the hash of a row's content, the class within which it is compared, and its signature."""
     messages = row["messages"]
     if config.key == "prompt" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     images = " ".join(image_names(row))
-    told = "\0".join(f"{m['role']}\0{' '.join(content_text(m['content']).split())}" for m in messages)
-    digest = hashlib.blake2b(f"{images}\0{told}".encode(), digest_size=8).digest()
-    exact = int.from_bytes(digest, "big")
+    texts = []
+    for message in messages:
+        text = " ".join(content_text(message["content"]).split())
+        texts.append(f"{message['role']}\0{text}")
+    content = f"{images}\0" + "\0".join(texts)
+    exact = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
     if not config.near:
         return exact, 0, None
     prompt = normalise(prompt_text(row))
     text = prompt if config.key == "prompt" else prompt + "\n" + normalise(response_text(row) or "")
-    kind = [images, *(numbers(prompt) if config.same_numbers else [])]
+    comparison_class = [images, *(numbers(prompt) if config.same_numbers else [])]
     shingles = shingles_of(word_hashes(words(text)), config.shingle)
-    return exact, hash_of(kind), signature(shingles, config.permutations)
+    return exact, hash_of(comparison_class), signature(shingles, config.permutations)
 
 
 def first_equal(values: np.ndarray) -> np.ndarray:
-    """int64[n]: for each of ``values`` [n] the first place with the same value, -1 if that is its own."""
+    """Return int64[n]: for each of ``values`` [n] the first index with the same value, -1 where that is its own."""
     order = np.argsort(values, kind="stable")
     ranked = values[order]
     starts = np.concatenate([[True], ranked[1:] != ranked[:-1]]) if len(values) else np.zeros(0, bool)
+    # The sort is stable: the row at the start of a run of equal values is the first of them.
     first = order[starts][np.cumsum(starts) - 1]
     result = np.full(len(values), -1, np.int64)
     result[order] = np.where(order == first, -1, first)
     return result
 
 
-STAGE = Stage("dedup", run, lambda config: config.dedup, files=(SIGNATURES,))
+STAGE = PrepareStage("dedup", run, lambda config: config.dedup, files=(SIGNATURES,))

@@ -1,54 +1,59 @@
-"""Pass rate of every prompt under a model, by vLLM; prompts that are always or hardly ever answered go.
+"""Pass rate of every prompt under a model, by vLLM; prompts that are too easy or too hard are dropped.
 
 A prompt that all responses get right, or none, teaches nothing (Open-Reasoner-Zero and DAPO filter both ends).  The
-rate goes into the row as ``pass_rate``, and as ``difficulty`` (1 - rate).  Supervised rows pass.
+rate is written into the row as ``pass_rate``, and as ``difficulty`` (1 - rate).  Supervised rows pass.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 
 TRIES = "tries"
 
 
 def run(work: Work) -> None:
-    """Have every prompt answered and graded, then keep those between the bounds."""
+    """Generate and grade responses to every prompt, then keep the prompts between the bounds."""
     check_sources(work.config)
     run_engines(work, "attempt")
     config = work.config.difficulty
-    found = {}
+    results: dict[int, dict[str, Any]] = {}
     for path in sorted(work.folder.glob(f"{TRIES}.*.jsonl")):
         with Journal(path) as journal:
-            found.update({entry["key"]: entry for entry in journal})
+            results.update({result["key"]: result for result in journal})
     for index, row in enumerate(work.rows()):
-        source, entry = row.get("source", ""), found.get(index)
-        if entry is None:
+        source = row.get("source", "")
+        result = results.get(index)
+        if result is None:
             work.keep(row, source)
-        elif "error" in entry:
-            work.drop(row, source, "cannot be asked or graded", error=entry["error"])
+            continue
+        if "error" in result:
+            work.drop(row, source, "cannot be asked or graded", error=result["error"])
+            continue
+        rate = result["right"] / result["samples"]
+        work.report.add_value("pass rate", rate)
+        if rate < config.low:
+            work.drop(row, source, "too hard", pass_rate=round(rate, 4))
+        elif rate > config.high:
+            work.drop(row, source, "too easy", pass_rate=round(rate, 4))
         else:
-            rate = entry["right"] / entry["samples"]
-            work.tally.value("pass rate", rate)
-            if rate < config.low or rate > config.high:
-                reason = "too hard" if rate < config.low else "too easy"
-                work.drop(row, source, reason, pass_rate=round(rate, 4))
-            else:
-                work.keep({**row, "difficulty": round(1 - rate, 6)}, source, pass_rate=round(rate, 6))
+            work.keep({**row, "difficulty": round(1 - rate, 6)}, source, pass_rate=round(rate, 6))
 
 
 def inputs(config: PrepareConfig) -> object:
-    """The files of the model."""
+    """Return a fingerprint of the model's files."""
     return listing(config.difficulty.model or "")
 
 
 def settings(config: PrepareConfig) -> list[object]:
-    """What decides the outcome."""
+    """Return the settings on which the pass rates depend."""
     reward = config.reward
     return [config.difficulty, config.data, reward.rules, reward.timeout_s, reward.memory_mib, config.seed]
 
 
-STAGE = Stage("difficulty", run, settings, inputs, (*engine_files("attempt"), f"{TRIES}.*.jsonl"))
+STAGE = PrepareStage("difficulty", run, settings, inputs, (*engine_files("attempt"), f"{TRIES}.*.jsonl"))

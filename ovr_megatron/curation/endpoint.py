@@ -1,7 +1,7 @@
-"""Questions to an OpenAI-compatible endpoint: retries with back-off, a limit of concurrency, a budget.
+"""Client of an OpenAI-compatible chat endpoint: retries with back-off, bounded concurrency, a budget.
 
-The key is read from an environment variable and handed to the endpoint; it is cut out of every message of an error.
-An endpoint is trusted with nothing: its time, its size and its numbers are bounded, and its text is data.
+The key is read from an environment variable and sent to the endpoint only; it is removed from every error message.
+The endpoint is not trusted: the time and size of its replies and the numbers in them are bounded, its text is data.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from ovr_megatron.curation.settings import TeacherConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.terminal import printable
 
-_FATAL = (401, 402, 403, 404, 405)
-_REFUSED = (400, 413, 422)
-_SHOWN = 300  # characters of an answer that an error shows
-_FINISH = 40  # characters of the reason to end
-_TICK_S = 0.5  # until a request notices that all stops
-_ENVELOPE_BYTES = 1 << 20  # of an answer, beside its text
+_FATAL = (401, 402, 403, 404, 405)  # HTTP statuses that no later question would escape
+_REFUSED = (400, 413, 422)  # HTTP statuses that concern this question only
+_EXCERPT = 300  # characters of a reply that an error message shows
+_FINISH = 40  # characters of the finish reason that are kept
+_TICK_S = 0.5  # seconds until a waiting request notices that the client stops
+_ENVELOPE_BYTES = 1 << 20  # of a reply, beside its text
 _TOKEN_BYTES = 256  # of a token at most, escapes included
 
 
 class TeacherError(UserError, RuntimeError):
-    """The teacher cannot be asked: no key, no access, no such model, or nothing but failures."""
+    """The teacher cannot be reached or refuses: no key, no access, no such model, or nothing but failures."""
 
 
 class _TransientError(Exception):
-    """A failure that the next attempt may not have; ``wait_s`` is what the server asked for."""
+    """A failure that the next attempt may not have; ``wait_s`` is the wait that the server demands."""
 
     def __init__(self, problem: str, wait_s: float = 0.0) -> None:
         super().__init__(problem)
@@ -49,7 +49,7 @@ class _TransientError(Exception):
 
 @dataclass(frozen=True)
 class Question:
-    """One request: its key in the journal, and messages in OpenAI's form."""
+    """One request: its key in the journal, messages in OpenAI's form, and the sampling seed."""
 
     key: int
     messages: list[dict[str, Any]]
@@ -57,8 +57,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came of a question: a text with its reason to end, or the ``error`` that it got; ``tokens`` in all."""
+class Completion:
+    """Result of a question: a text with its finish reason, or an ``error``; ``tokens`` of prompt and response."""
 
     key: int
     text: str | None = None
@@ -66,12 +66,12 @@ class Answer:
     finish: str = ""
     tokens: int = 0
     error: str | None = None
-    final: bool = True  # whether asking again would be in vain
+    final: bool = True  # False: the same question may succeed later
 
 
 @dataclass(frozen=True)
-class _Reply:
-    """What the endpoint sent, whole."""
+class _HttpReply:
+    """A complete HTTP reply."""
 
     status: int
     headers: Mapping[str, str]
@@ -82,105 +82,120 @@ class Endpoint:
     """A chat endpoint within one run's budget.
 
     Attributes:
-        requests: Attempts so far, those of earlier runs that got an answer included.
+        requests: Attempts so far, including those of earlier runs that got an answer.
         tokens: Prompt and response tokens so far.
     """
 
     def __init__(self, config: TeacherConfig, requests: int = 0, tokens: int = 0, setting: str = "teacher.{}") -> None:
-        """Read the key; ``requests`` and ``tokens`` are what earlier runs have spent.
+        """Read the key; ``requests`` and ``tokens`` were spent by earlier runs.
 
-        ``setting`` is how the user wrote a setting, for messages.
+        ``setting`` is the pattern by which messages name a setting, as the user wrote it.
 
         Raises:
             ConfigError: the environment variable ``teacher.key_env`` is not set, or is no key.
         """
-        self._config, self._setting = config, setting
+        self._config = config
+        self._setting = setting
         self._key = os.environ.get(config.key_env or "", "").strip()
-        named = setting.format("key_env")
+        key_setting = f"{setting.format('key_env')}={config.key_env}"
         if config.key_env and not self._key:
-            raise ConfigError(f"{named}={config.key_env}: this environment variable is not set; export the key")
+            raise ConfigError(f"{key_setting}: this environment variable is not set; export the key")
         if not (self._key.isascii() and self._key.isprintable()):
-            raise ConfigError(f"{named}={config.key_env}: the key has characters that no header takes; export it anew")
+            raise ConfigError(f"{key_setting}: the key has characters that no header takes; export it anew")
         url = httpx.URL(config.base_url or "")
         self._url = url.copy_with(path=f"{url.path.rstrip('/')}/chat/completions")
-        self.requests, self.tokens = requests, tokens
+        self.requests = requests
+        self.tokens = tokens
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
-        # A redirect would carry the key elsewhere.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency)
+        # Redirects are not followed: they would carry the key to another host.
         self._client = httpx.Client(headers=headers, timeout=config.timeout_s, follow_redirects=False, limits=limits)
-        self._most_bytes = _ENVELOPE_BYTES + _TOKEN_BYTES * config.max_tokens
+        self._max_bytes = _ENVELOPE_BYTES + _TOKEN_BYTES * config.max_tokens
 
-    def ask(self, questions: Iterable[Question]) -> Iterator[Answer]:
-        """Answers as they come, in any order; questions that the budget does not reach have none.
+    def ask(self, questions: Iterable[Question]) -> Iterator[Completion]:
+        """Yield completions as they arrive, in any order; questions beyond the budget have none.
 
         Raises:
-            TeacherError: the endpoint refuses us altogether, or the last questions have all failed.
+            TeacherError: the endpoint refuses all questions, or the last ones have all failed.
         """
         failures = 0
-        waiting: set[Future[Answer | None]] = set()
+        pending: set[Future[Completion | None]] = set()
         pool = ThreadPoolExecutor(self._config.concurrency)
         try:
             for question in questions:
                 if self.exhausted:
                     break
-                waiting.add(pool.submit(self._persist, question))
-                if len(waiting) < 2 * self._config.concurrency:
+                pending.add(pool.submit(self._persist, question))
+                # Twice the concurrency: the threads stay busy, and few questions with their images are in memory.
+                if len(pending) < 2 * self._config.concurrency:
                     continue
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for answer in _answers(done):
-                    failures = self._failures(failures, answer)
-                    yield answer
-            for answer in _answers(wait(waiting).done if waiting else ()):
-                failures = self._failures(failures, answer)
-                yield answer
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for completion in _completions(done):
+                    failures = self._count_failures(failures, completion)
+                    yield completion
+            for completion in _completions(wait(pending).done if pending else ()):
+                failures = self._count_failures(failures, completion)
+                yield completion
         finally:
+            # Also when the caller stops early: without the event the threads would go on with their attempts.
             self._stopped.set()
             pool.shutdown(cancel_futures=True)
             self._client.close()
 
     @property
     def exhausted(self) -> bool:
-        """Whether the budget is spent."""
+        """Return whether the budget is spent."""
         config = self._config
         return bool(
             (config.max_requests and self.requests >= config.max_requests)
             or (config.max_total_tokens and self.tokens >= config.max_total_tokens)
         )
 
-    def _failures(self, before: int, answer: Answer) -> int:
-        failures = 0 if answer.final else before + 1
+    def _count_failures(self, previous: int, completion: Completion) -> int:
+        """Return the number of failures in a row, given that before ``completion``."""
+        failures = 0 if completion.final else previous + 1
         if failures > max(8, self._config.concurrency):
             raise TeacherError(
-                f"the last {failures} questions to {self._config.base_url} failed, {answer.error}; what was answered "
-                f"is kept; correct {self._setting.format('*')} or wait, and run again"
+                f"the last {failures} questions to {self._config.base_url} failed, {completion.error}; what was "
+                f"answered is kept; correct {self._setting.format('*')} or wait, and run again"
             )
         return failures
 
-    def _persist(self, question: Question) -> Answer | None:
-        """Ask until there is an answer, at most ``attempts`` times; None where the budget ended before."""
-        problem, config = "", self._config
+    def _persist(self, question: Question) -> Completion | None:
+        """Ask until there is an answer, at most ``attempts`` times; return None if the budget ended before."""
+        config = self._config
+        problem = ""
         for attempt in range(config.attempts):
-            with self._lock:
+            with self._lock:  # threads share the counts, and none may start an attempt beyond the budget
                 if self.exhausted or self._stopped.is_set():
                     return None
                 self.requests += 1
             try:
-                answer = self._once(question)
+                completion = self._attempt(question)
             except _TransientError as error:
                 problem = str(error)
-                pause = min(config.backoff_s * 2.0 ** min(attempt, 64), config.max_backoff_s)
-                self._stopped.wait(max(min(error.wait_s, config.max_backoff_s), pause * random.uniform(0.5, 1.0)))
+                backoff_s = min(config.backoff_s * 2.0 ** min(attempt, 64), config.max_backoff_s)
+                # Jitter, so that threads that failed together do not return together.
+                backoff_s *= random.uniform(0.5, 1.0)
+                demanded_s = min(error.wait_s, config.max_backoff_s)
+                self._stopped.wait(max(demanded_s, backoff_s))
                 continue
             with self._lock:
-                self.tokens += answer.tokens
-            return answer
-        return Answer(question.key, error=f"{config.attempts} attempts, the last: {problem}", final=False)
+                self.tokens += completion.tokens
+            return completion
+        return Completion(question.key, error=f"{config.attempts} attempts, the last: {problem}", final=False)
 
-    def _once(self, question: Question) -> Answer:
+    def _attempt(self, question: Question) -> Completion:
+        """Send a question once.
+
+        Raises:
+            _TransientError: another attempt may succeed.
+            TeacherError: no question would succeed.
+        """
         body = {
             "model": self._config.model or "",
             "messages": question.messages,
@@ -195,23 +210,23 @@ class Endpoint:
         problem = f"HTTP {reply.status}: {self._excerpt(reply.text)}"
         if reply.status in _FATAL or 300 <= reply.status < 400:
             self._stopped.set()
-            leads = " (it leads elsewhere: give that address)" if reply.status < 400 else ""
+            redirect = " (it leads elsewhere: give that address)" if reply.status < 400 else ""
+            settings = ", ".join(map(self._setting.format, ("base_url", "model")))
             raise TeacherError(
-                f"{self._config.base_url} refuses model {self._config.model!r}, {problem}{leads}; correct "
-                f"{', '.join(map(self._setting.format, ('base_url', 'model')))} or the key "
-                f"({self._setting.format('key_env')}={self._config.key_env})"
+                f"{self._config.base_url} refuses model {self._config.model!r}, {problem}{redirect}; correct "
+                f"{settings} or the key ({self._setting.format('key_env')}={self._config.key_env})"
             )
         if reply.status in _REFUSED:
-            return Answer(question.key, error=problem)
+            return Completion(question.key, error=problem)
         raise _TransientError(problem, retry_after(reply.headers.get("retry-after", "")))
 
-    def _within_time(self, request: bytes) -> _Reply:
+    def _within_time(self, request: bytes) -> _HttpReply:
         """Post ``request`` and return the reply, at the latest ``timeout_s`` seconds from now.
 
-        The client's own time-out counts from byte to byte, so that an endpoint which drips would hold it for ever.
-        Whoever is late goes on in a thread of its own, which nothing waits for.
+        The client's own time-out counts from byte to byte, so an endpoint that sends a byte now and then would hold it
+        for ever.  A late request goes on in its own daemon thread, for which nothing waits.
         """
-        replies: list[_Reply | Exception] = []
+        replies: list[_HttpReply | Exception] = []
 
         def post() -> None:
             try:
@@ -221,64 +236,69 @@ class Endpoint:
 
         thread = threading.Thread(target=post, daemon=True)
         thread.start()
-        until = time.monotonic() + self._config.timeout_s
-        while thread.is_alive() and time.monotonic() < until and not self._stopped.is_set():
-            thread.join(min(_TICK_S, max(until - time.monotonic(), 0.0)))
+        deadline = time.monotonic() + self._config.timeout_s
+        while thread.is_alive() and time.monotonic() < deadline and not self._stopped.is_set():
+            thread.join(min(_TICK_S, max(deadline - time.monotonic(), 0.0)))
         if not replies:
             raise _TransientError(f"no whole answer after {self._config.timeout_s:g} s")
-        if isinstance(replies[0], Exception):
-            raise _TransientError(f"{type(replies[0]).__name__}: {self._excerpt(str(replies[0]))}")
-        return replies[0]
+        [reply] = replies
+        if isinstance(reply, Exception):
+            raise _TransientError(f"{type(reply).__name__}: {self._excerpt(str(reply))}")
+        return reply
 
-    def _post(self, request: bytes, until: float) -> _Reply:
+    def _post(self, request: bytes, deadline: float) -> _HttpReply:
         with self._client.stream("POST", self._url, content=request) as response:
             data = bytearray()
             for chunk in response.iter_bytes():
                 data += chunk
-                if len(data) > self._most_bytes:
-                    raise httpx.ReadError(f"the answer is longer than {self._most_bytes:,} bytes")
-                if time.monotonic() > until:
+                if len(data) > self._max_bytes:
+                    raise httpx.ReadError(f"the answer is longer than {self._max_bytes:,} bytes")
+                if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the answer takes too long")
-        return _Reply(response.status_code, response.headers, data.decode("utf-8", "replace"))
+        return _HttpReply(response.status_code, response.headers, data.decode("utf-8", "replace"))
 
-    def _read(self, key: int, text: str, request_bytes: int) -> Answer:
+    def _read(self, key: int, text: str, request_bytes: int) -> Completion:
+        """Read a chat completion, any field of which may be missing or of another type."""
         try:
-            told = json.loads(text)
-            choice = told["choices"][0]
+            body = json.loads(text)
+            choice = body["choices"][0]
             message = choice["message"]
-            content, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
+            content = message.get("content")
+            thought = message.get("reasoning_content") or message.get("reasoning")
             if not isinstance(content, str) or not content.strip():
                 raise ValueError("the content is empty")
             thought = thought if isinstance(thought, str) else None
-            f"{content}{thought or ''}".encode()  # half a surrogate pair is no text
+            f"{content}{thought or ''}".encode()  # raises for half a surrogate pair, which no file could hold
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            shown = f"not a chat completion ({self._excerpt(repr(error))}): {self._excerpt(text)!r}"
-            raise _TransientError(shown) from None
-        tokens = self._tokens(told.get("usage"), text, request_bytes)
+            problem = f"not a chat completion ({self._excerpt(repr(error))}): {self._excerpt(text)!r}"
+            raise _TransientError(problem) from None
+        tokens = self._tokens(body.get("usage"), text, request_bytes)
         finish = choice.get("finish_reason")
-        return Answer(key, content, thought, finish[:_FINISH] if isinstance(finish, str) else "", tokens)
+        return Completion(key, content, thought, finish[:_FINISH] if isinstance(finish, str) else "", tokens)
 
     def _tokens(self, usage: Any, text: str, request_bytes: int) -> int:
-        """Tokens of a question and its answer as the endpoint counts them, within what their sizes allow."""
+        """Return the endpoint's count of the tokens of question and answer, bounded by their sizes in bytes."""
         total = usage.get("total_tokens") if isinstance(usage, dict) else None
         if not isinstance(total, int) or isinstance(total, bool) or total <= 0:
-            return len(text) // 4
+            return len(text) // 4  # an estimate: about four characters make a token
         return min(total, request_bytes + max(len(text.encode()), self._config.max_tokens))
 
     def _excerpt(self, text: str) -> str:
-        """The beginning of a foreign text, without the key and without control characters."""
-        return printable(text.replace(self._key, "***") if self._key else text)[:_SHOWN]
+        """Return the beginning of a foreign text, without the key and without control characters."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        return printable(text)[:_EXCERPT]
 
 
-def _answers(done: Iterable[Future[Answer | None]]) -> Iterator[Answer]:
+def _completions(done: Iterable[Future[Completion | None]]) -> Iterator[Completion]:
     for future in done:
-        answer = future.result()
-        if answer is not None:
-            yield answer
+        completion = future.result()
+        if completion is not None:
+            yield completion
 
 
 def retry_after(text: str) -> float:
-    """Return the seconds of a ``Retry-After`` header, a number or a date; 0 for none, or for what is neither."""
+    """Return the seconds of a ``Retry-After`` header, a number or a date; 0 for a text that is neither."""
     try:
         seconds = float(text)
     except ValueError:

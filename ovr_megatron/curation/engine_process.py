@@ -2,8 +2,8 @@
 
 Started by `ovr_megatron.curation.engines`.
 
-Replicas share the rows, row i going to replica i modulo their number, and each writes a journal of its own, from which
-an interrupted run goes on.
+Replicas share the rows: row i belongs to replica i modulo their number.  Each replica writes its own journal, from
+which an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,37 @@ from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import ROWS, batches
 from ovr_megatron.curation.teacher import has_video, question_key
 from ovr_megatron.curation.text import response_text
-from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row, parse_row
 from ovr_megatron.errors import UserError
-from ovr_megatron.rewards.failures import FailureWatch, counts
+from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import is_plain
 from ovr_megatron.rewards.verdict import GradeRequest, Verdict
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import Prompt
+from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.terminal import printable
+
+
+@dataclass(frozen=True)
+class IndexedRow:
+    """A row with its index in the file, as JSON and parsed."""
+
+    index: int
+    raw: dict[str, Any]
+    row: Row
 
 
 class Replica:
     """The engine of this process with its share of the rows.
 
     Attributes:
-        number: Of this replica.
-        count: Replicas in all.
-        journal: What this replica has found; only the first process of its group writes.
-        leads: Whether this process writes: the first of its tensor-parallel group.
+        index: Index of this replica.
+        count: Number of replicas.
+        journal: Results of this replica.
+        is_leader: Whether this process is the first of its tensor-parallel group, which alone writes.
     """
 
     def __init__(
@@ -53,166 +62,207 @@ class Replica:
     ) -> None:
         """Open ``journal``, and start vLLM with ``model`` and ``max_tokens`` of prompt and response together."""
         self.config = config
-        self.number, place = divmod(world.rank, config.rollout.tp)
-        self.count, self.leads = world.size // config.rollout.tp, place == 0
-        self.journal = Journal(journal.with_suffix(f".{self.number}.jsonl"))
-        dist.barrier()  # all of a tensor-parallel group must find the same results, before one of them adds to them
-        # Of a chat of several turns it is the last reply that a stage looks at.
+        self.index, rank_in_group = divmod(world.rank, config.rollout.tp)
+        self.count = world.size // config.rollout.tp
+        self.is_leader = rank_in_group == 0
+        self.journal = Journal(journal.with_suffix(f".{self.index}.jsonl"))
+        # All ranks of a tensor-parallel group must read the same results before the leader appends to them: they
+        # skip rows by what they read, and must generate for the same ones.
+        dist.barrier()
+        # Stages look only at the last reply of a conversation.
         self.processor = Processor(model, replace(config.data, learn="last"))
         self.engine = RolloutEngine(model, config.rollout, self.processor, dtype, max_tokens)
 
-    def rows(self, before: Path) -> Iterator[tuple[int, dict[str, Any], Row]]:
-        """This replica's rows with their numbers, as JSON and parsed."""
+    def rows(self, input_folder: Path) -> Iterator[IndexedRow]:
+        """Yield this replica's rows."""
         root = Path(self.config.dir)
-        with (before / ROWS).open(encoding="utf-8", newline="\n") as file:
+        with (input_folder / ROWS).open(encoding="utf-8", newline="\n") as file:
             for index, line in enumerate(file):
-                if index % self.count == self.number:
-                    raw = json.loads(line)
-                    # A prompt row needs an answer to be one; here it is only asked.
-                    yield index, raw, parse_row({"answer": "-", **raw}, f"{before / ROWS}:{index + 1}", root)
+                if index % self.count != self.index:
+                    continue
+                raw = json.loads(line)
+                # `parse_row` takes a prompt row without an answer for a mistake; here prompts need none.
+                row = parse_row({"answer": "-", **raw}, f"{input_folder / ROWS}:{index + 1}", root)
+                yield IndexedRow(index, raw, row)
 
     def add(self, key: int, result: dict[str, Any]) -> None:
-        """Note a result, once for all processes of the replica."""
-        if self.leads:
+        """Write a result, once for all processes of the replica."""
+        if self.is_leader:
             self.journal.add(key, result)
 
+    def encode_prompt(self, key: int, row: Row) -> Sample | None:
+        """Encode a prompt; write an error under ``key`` and return None if it is too long."""
+        try:
+            [sample] = self.processor.encode([row], generation=True)
+        except TooLongError as error:
+            self.add(key, {"error": f"{error.field}: {error.problem}"})
+            return None
+        return sample
 
-def score(config: PrepareConfig, before: Path, folder: Path, world: World) -> None:
-    """Write the mean loss of every response to ``scores.N.jsonl``, keyed by the number of the row."""
-    told = config.proxy_loss
-    assert told.model is not None, "the configuration was checked"
-    replica = Replica(config, world, folder / "scores", told.model, told.dtype, told.max_tokens + 1)
+
+def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
+    """Write the mean loss of every response to ``scores.N.jsonl``, by the index of the row."""
+    settings = config.proxy_loss
+    assert settings.model is not None, "the configuration was checked"
+    replica = Replica(config, world, folder / "scores", settings.model, settings.dtype, settings.max_tokens + 1)
     with replica.journal as journal:
-        todo = (item for item in replica.rows(before) if item[0] not in journal and not item[2].is_prompt)
-        for batch in batches(todo, told.batch):
-            prompts, lengths, numbers = [], [], []
-            for index, _, row in batch:
-                prompt, length, error = response_prompt(replica.processor, row, told.max_tokens)
+        rows = (item for item in replica.rows(input_folder) if item.index not in journal and not item.row.is_prompt)
+        for batch in batches(rows, settings.batch):
+            prompts = []
+            lengths = []
+            indices = []
+            for item in batch:
+                prompt, length, error = response_prompt(replica.processor, item.row, settings.max_tokens)
                 if error:
-                    replica.add(index, {"error": error})
+                    replica.add(item.index, {"error": error})
                 else:
                     prompts.append(prompt)
                     lengths.append(length)
-                    numbers.append(index)
-            for index, length, logprobs in zip(numbers, lengths, replica.engine.score(prompts), strict=True):
+                    indices.append(item.index)
+            for index, length, logprobs in zip(indices, lengths, replica.engine.score(prompts), strict=True):
                 replica.add(index, {"loss": -float(logprobs[-length:].mean()), "tokens": length})
 
 
 def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt, int, str | None]:
-    """Prompt and response as one prompt of at most ``limit`` tokens, how many are the response's, or why not."""
-    nothing = Prompt(())
+    """Join prompt and response to one prompt of at most ``limit`` tokens.
+
+    Returns:
+        the prompt, the number of its tokens that are the response's, and None or the reason why there is no prompt.
+    """
+    empty = Prompt(())
     try:
         [sample] = processor.encode([row], generation=False)
     except TooLongError as error:
-        return nothing, 0, f"{error.field}: {error.problem}"
+        return empty, 0, f"{error.field}: {error.problem}"
     response = sample.tokens[sample.loss_mask].tolist()
-    length = min(len(response), limit - (len(sample) - len(response)))
+    prompt_length = len(sample) - len(response)
+    length = min(len(response), limit - prompt_length)
     if length < 1:
-        return nothing, 0, f"the prompt fills proxy_loss.max_tokens={limit}"
+        return empty, 0, f"the prompt fills proxy_loss.max_tokens={limit}"
     return Prompt([*sample.prompt_tokens, *response[:length]], sample.images, sample.videos), length, None
 
 
-def answer(config: PrepareConfig, before: Path, folder: Path, world: World) -> None:
-    """Write the teacher's answers to ``journal.N.jsonl``, keyed as `question_key` says."""
-    told = config.teacher
-    assert told.model is not None, "the configuration was checked"
-    longest = config.data.max_prompt_tokens + told.max_tokens
-    replica = Replica(config, world, folder / "journal", told.model, told.dtype, longest)
-    with replica.journal as journal, Journal(folder / "journal.jsonl") as answered:
-        todo = (item for item in replica.rows(before) if response_text(item[1]) is None and not has_video(item[1]))
-        for batch in batches(_questions(todo, config, journal, answered), config.rollout.max_num_seqs):
-            prompts, keys = [], []
+def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
+    """Write the teacher's answers to ``journal.N.jsonl``, by the keys of `question_key`."""
+    settings = config.teacher
+    assert settings.model is not None, "the configuration was checked"
+    max_tokens = config.data.max_prompt_tokens + settings.max_tokens
+    replica = Replica(config, world, folder / "journal", settings.model, settings.dtype, max_tokens)
+    with replica.journal as journal, Journal(folder / "journal.jsonl") as earlier:
+        rows = (
+            item for item in replica.rows(input_folder) if response_text(item.raw) is None and not has_video(item.raw)
+        )
+        for batch in batches(_questions(rows, config, (journal, earlier)), config.rollout.max_num_seqs):
+            prompts = []
+            keys = []
             for key, row in batch:
-                try:
-                    [sample] = replica.processor.encode([row], generation=True)
-                except TooLongError as error:
-                    replica.add(key, {"error": f"{error.field}: {error.problem}"})
+                sample = replica.encode_prompt(key, row)
+                if sample is None:
                     continue
-                seeds = [key >> 34]
-                prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, told.max_tokens))
+                seeds = [key >> 34]  # 30 of the key's 64 bits
+                prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, settings.max_tokens))
                 keys.append(key)
-            for key, [found] in zip(keys, replica.engine.generate(prompts, told.temperature), strict=True):
-                text, finish = replica.processor.decode(found.tokens), "stop" if found.stopped else "length"
-                tokens = len(found.prompt_tokens) + len(found.tokens)
+            for key, [generation] in zip(keys, replica.engine.generate(prompts, settings.temperature), strict=True):
+                text = replica.processor.decode(generation.tokens)
+                finish = "stop" if generation.stopped else "length"
+                tokens = len(generation.prompt_tokens) + len(generation.tokens)
                 replica.add(key, {"text": text, "finish": finish, "tokens": tokens})
 
 
 def _questions(
-    rows: Iterator[tuple[int, dict[str, Any], Row]], config: PrepareConfig, *known: Journal
+    rows: Iterator[IndexedRow], config: PrepareConfig, journals: Sequence[Journal]
 ) -> Iterator[tuple[int, Row]]:
-    for _, raw, row in rows:
+    """Yield key and row of every sample that none of ``journals`` has."""
+    for item in rows:
         for sample in range(config.teacher.samples):
-            key = question_key(config.teacher, raw, sample)
-            if not any(key in journal for journal in known):
-                yield key, row
+            key = question_key(config.teacher, item.raw, sample)
+            if not any(key in journal for journal in journals):
+                yield key, item.row
 
 
-def attempt(config: PrepareConfig, before: Path, folder: Path, world: World) -> None:
-    """Write how many responses to every prompt are right to ``tries.N.jsonl``, keyed by the number of the row."""
-    told = config.difficulty
-    assert told.model is not None, "the configuration was checked"
-    longest = config.data.max_prompt_tokens + told.max_tokens
-    replica = Replica(config, world, folder / "tries", told.model, told.dtype, longest)
+def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
+    """Write how many responses to every prompt are right to ``tries.N.jsonl``, by the index of the row."""
+    settings = config.difficulty
+    assert settings.model is not None, "the configuration was checked"
+    max_tokens = config.data.max_prompt_tokens + settings.max_tokens
+    replica = Replica(config, world, folder / "tries", settings.model, settings.dtype, max_tokens)
     reward = config.reward
     grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
     watch = FailureWatch(reward.rules)
-    at_once = max(4 * config.rollout.max_num_seqs // told.samples, 1)  # a queue, so that few wait for a long one
+    # Four times what the engine runs at a time: the engine idles less while the longest response of a batch finishes.
+    batch_size = max(4 * config.rollout.max_num_seqs // settings.samples, 1)
     with replica.journal as journal, grader:
-        todo = (item for item in replica.rows(before) if item[0] not in journal and response_text(item[1]) is None)
-        for batch in batches(todo, at_once):
-            prompts, rows = [], []
-            for index, _, row in batch:
-                try:
-                    [sample] = replica.processor.encode([row], generation=True)
-                except TooLongError as error:
-                    replica.add(index, {"error": f"{error.field}: {error.problem}"})
+        rows = (
+            item for item in replica.rows(input_folder) if item.index not in journal and response_text(item.raw) is None
+        )
+        for batch in batches(rows, batch_size):
+            prompts = []
+            prompt_rows = []
+            for item in batch:
+                sample = replica.encode_prompt(item.index, item.row)
+                if sample is None:
                     continue
-                first = ((config.seed << 16) + index) * told.samples % (1 << 30)
-                seeds = range(first, first + told.samples)
-                prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, told.max_tokens))
-                rows.append((index, row))
-            answers = replica.engine.generate(prompts, told.temperature)
-            requests = [
-                GradeRequest(
-                    replica.processor.decode(found.tokens) if found.stopped else "",
-                    row.answer or "",
-                    row.options,
-                    reward.rules.get(row.source, "auto"),
-                    thinking=config.data.template == "think",
-                )
-                for (_, row), group in zip(rows, answers, strict=True)
-                for found in group
-            ]
-            verdicts = grader.grade(requests) if replica.leads else []
-            if replica.leads:
-                groups = list(batches(verdicts, told.samples))
-                watch.add(counts((row.source, v) for v in group) for (_, row), group in zip(rows, groups, strict=True))
-                for (index, row), group in zip(rows, groups, strict=True):
-                    replica.add(index, pass_rate(group, reward.rules.get(row.source, "auto")))
+                first_seed = ((config.seed << 16) + item.index) * settings.samples % (1 << 30)
+                seeds = range(first_seed, first_seed + settings.samples)
+                prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, settings.max_tokens))
+                prompt_rows.append(item)
+            groups = replica.engine.generate(prompts, settings.temperature)
+            if replica.is_leader:
+                _grade(replica, grader, watch, prompt_rows, groups)
+
+
+def _grade(
+    replica: Replica,
+    grader: GraderPool,
+    watch: FailureWatch,
+    rows: Sequence[IndexedRow],
+    groups: Sequence[Sequence[Generation]],
+) -> None:
+    """Grade the group of responses to each row, and write the pass rates.
+
+    Raises:
+        RewardError: nearly all verdicts of a source failed.
+    """
+    config = replica.config
+    rules = config.reward.rules
+    requests = []
+    for item, group in zip(rows, groups, strict=True):
+        for generation in group:
+            # A response that was cut off has no final answer, whatever stands in its last box.
+            text = replica.processor.decode(generation.tokens) if generation.stopped else ""
+            rule = rules.get(item.row.source, "auto")
+            thinking = config.data.template == "think"
+            requests.append(GradeRequest(text, item.row.answer or "", item.row.options, rule, thinking))
+    by_row = batches(grader.grade(requests), config.difficulty.samples)
+    graded = list(zip(rows, by_row, strict=True))
+    # In one call, so that a source is judged by the whole batch and not by its first prompt.
+    watch.add([count_verdicts((item.row.source, verdict) for item, verdicts in graded for verdict in verdicts)])
+    for item, verdicts in graded:
+        replica.add(item.index, pass_rate(verdicts, rules.get(item.row.source, "auto")))
 
 
 def pass_rate(verdicts: Sequence[Verdict], rule: str) -> dict[str, object]:
-    """Return how many of a prompt's ``verdicts`` by ``rule`` are right, of how many, or the error that all failed with.
+    """Return how many of a prompt's ``verdicts`` by ``rule`` are right, of how many, or the error if all failed.
 
-    As in training, an expression that no grader can finish is no right answer, but of a user's function that fails
-    nothing is known.
+    As in training, an expression that no grader can finish is a wrong answer, but a failure of a user's function says
+    nothing of the response.
     """
-    known = [verdict for verdict in verdicts if is_plain(rule) or not verdict.failed]
-    if not known:
+    valid = [verdict for verdict in verdicts if is_plain(rule) or not verdict.failed]
+    if not valid:
         return {"error": ": ".join(filter(None, (verdicts[0].reason, verdicts[0].box)))}
-    return {"right": sum(verdict.correct for verdict in known), "samples": len(known)}
+    return {"right": sum(verdict.correct for verdict in valid), "samples": len(valid)}
 
 
 TASKS = {"score": score, "answer": answer, "attempt": attempt}
 
 
-def main(task: str, job: str, before: str) -> None:
-    """Do ``task`` by the configuration in the file ``job`` with the rows in the folder ``before``."""
+def main(task: str, job: str, input_folder: str) -> None:
+    """Run ``task`` with the configuration in the file ``job`` on the rows in ``input_folder``."""
     try:
         config: PrepareConfig = build(PrepareConfig, OmegaConf.load(job))  # type: ignore[arg-type]
         parallel = ParallelConfig(tp=config.rollout.tp)
         world = distributed.start(parallel, config.seed, 0)
-        TASKS[task](config, Path(before), Path(job).parent, world)
+        TASKS[task](config, Path(input_folder), Path(job).parent, world)
         distributed.finish()
     except UserError as error:
         print(printable(f"error: {error}"), flush=True)

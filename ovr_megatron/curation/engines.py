@@ -1,4 +1,4 @@
-"""Work for vLLM: it runs in ``engines`` processes of its own, so that its memory is free afterwards."""
+"""Run vLLM in ``engines`` processes of its own, so that its memory is free afterwards."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ JOB = "job.yaml"
 
 
 class EngineError(UserError, RuntimeError):
-    """A process with vLLM failed; the message ends with what it last said."""
+    """A process with vLLM failed; the message ends with its last lines of output."""
 
 
 def engine_files(task: str) -> tuple[str, ...]:
-    """Return the names of what `run_engines` writes into a stage's folder."""
+    """Return the names of the files that `run_engines` writes into a stage's folder."""
     return (JOB, f"{task}.log")
 
 
 def run_engines(work: Work, task: str) -> None:
-    """Run ``task`` (score, answer) of `ovr_megatron.curation.engine_process` on the rows of ``work``.
+    """Run ``task`` (score, answer, attempt) of `ovr_megatron.curation.engine_process` on the rows of ``work``.
 
     Raises:
-        EngineError: a process failed; its last words and the place of its log.
+        EngineError: a process failed; shows its last lines and the path of its log.
     """
     job = work.folder / JOB
     configuration.save(work.config, job)
@@ -38,14 +38,17 @@ def run_engines(work: Work, task: str) -> None:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={work.config.engines}")
         command = [sys.executable, *launcher, "-m", MODULE]
     with log.open("wb") as file:
-        done = subprocess.run(
-            [*command, task, str(job), str(work.before)],
+        process = subprocess.run(
+            [*command, task, str(job), str(work.input_folder)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=child_environment(os.environ),
         )
-    if done.returncode:
+    if process.returncode:
         lines = log.read_text(errors="replace").splitlines()
-        told = [line for line in lines if line.startswith("error: ")] or lines[-15:]
-        raise EngineError(f"{task}: vLLM's process ended with code {done.returncode} ({log}): " + "\n".join(told[-15:]))
+        # The process prints user errors on one line; without one the last lines have the traceback.
+        errors = [line for line in lines if line.startswith("error: ")] or lines[-15:]
+        tail = "\n".join(errors[-15:])
+        raise EngineError(f"{task}: vLLM's process ended with code {process.returncode} ({log}): {tail}")
+    # A failure leaves the file behind, with which the process can be started again by hand.
     job.unlink()

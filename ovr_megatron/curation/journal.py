@@ -1,7 +1,7 @@
-"""An append-only file of results that cost much, so that an interruption loses none: one JSON object a line.
+"""An append-only file of expensive results, so that an interruption loses none: one JSON object a line.
 
-Each has a ``key``, a 64-bit number.  The index is two columns of numbers, sorted; a line that an interruption cut off
-is removed at the next opening, and a damaged one counts as not there.
+Each result has a ``key``, a 64-bit integer.  The index is two sorted columns of integers.  A line that an interruption
+cut off is removed when the file is next opened; a damaged line counts as missing.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from ovr_megatron.runtime.terminal import say
 
 
 class Journal:
-    """Results in one file, found by key; the last one of a key counts.  A context manager."""
+    """Results in one file by key; the last result of a key counts.  A context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Open ``path``, or make it; half a line at its end is cut off, and damaged lines are named and left out."""
+        """Open or create ``path``; cut off an incomplete line at its end, and skip damaged lines with a warning."""
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        self._keys, self._places = array("Q"), array("q")
-        end, damaged = 0, 0
+        self._keys = array("Q")
+        self._offsets = array("q")  # bytes from the start of the file, of the line of each key
+        end = 0
+        damaged = 0
         self._file.seek(0)
         for line in self._file:
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n"):  # an interruption cut the last write off
                 break
             key = _key(line)
             if key is None:
                 damaged += 1
             else:
                 self._keys.append(key)
-                self._places.append(end)
+                self._offsets.append(end)
             end += len(line)
+        # Otherwise the next result would be appended to half a line, and both would be lost.
         self._file.truncate(end)
         if damaged:
             say(f"warning: {path}: {damaged} damaged lines, which count as not there")
@@ -49,55 +52,62 @@ class Journal:
         """Return the journal itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the file."""
         self._file.close()
 
     def __len__(self) -> int:
         """Return the number of results at the last `reopen` or at the start."""
-        return len(self._sorted)
+        return len(self._sorted_keys)
 
     def __contains__(self, key: int) -> bool:
-        """Whether there was a result of ``key`` at the last `reopen` or at the start."""
-        return self._place(key) >= 0
+        """Return whether there was a result of ``key`` at the last `reopen` or at the start."""
+        return self._offset(key) >= 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Every result in the order of the file."""
+        """Yield every result in the order of the file."""
+        # A second file object: it sees only flushed results, and does not move the position of the first.
         self._file.flush()
         with self._path.open("rb") as file:
             yield from (json.loads(line) for line in file if _key(line) is not None)
 
     def __getitem__(self, key: int) -> dict[str, Any]:
-        """The last result of ``key``; raises `KeyError` if there is none."""
-        place = self._place(key)
-        if place < 0:
+        """Return the last result of ``key``; raises `KeyError` if there is none."""
+        offset = self._offset(key)
+        if offset < 0:
             raise KeyError(key)
-        self._file.seek(place)
+        self._file.seek(offset)
         return json.loads(self._file.readline())
 
     def add(self, key: int, result: Mapping[str, Any]) -> None:
-        """Append a result and hand it to the system; it is found after `reopen`."""
+        """Append a result and flush it to the operating system; lookups see it after `reopen`."""
         self._keys.append(key)
-        self._places.append(self._file.seek(0, 2))
+        self._offsets.append(self._file.seek(0, 2))
         self._file.write(json.dumps({"key": key, **result}, ensure_ascii=False).encode() + b"\n")
+        # What the system has survives the end of this process; a crash of the machine may lose it.
         self._file.flush()
 
     def reopen(self) -> None:
-        """Make all that was added findable."""
+        """Make all added results visible to lookups."""
         self._sort()
 
     def _sort(self) -> None:
         keys = np.frombuffer(self._keys, np.uint64) if self._keys else np.zeros(0, np.uint64)
-        order = np.argsort(keys, kind="stable")
-        self._sorted = keys[order]
-        self._offsets = np.array(self._places, np.int64)[order]
+        order = np.argsort(keys, kind="stable")  # stable: the last result of a key is the last of its run
+        self._sorted_keys = keys[order]
+        self._sorted_offsets = np.array(self._offsets, np.int64)[order]
 
-    def _place(self, key: int) -> int:
-        at = int(np.searchsorted(self._sorted, np.uint64(key), side="right")) - 1
-        return int(self._offsets[at]) if at >= 0 and int(self._sorted[at]) == key else -1
+    def _offset(self, key: int) -> int:
+        """Return the offset of the last result of ``key``, or -1."""
+        index = int(np.searchsorted(self._sorted_keys, np.uint64(key), side="right")) - 1
+        if index < 0 or int(self._sorted_keys[index]) != key:
+            return -1
+        return int(self._sorted_offsets[index])
 
 
 def _key(line: bytes) -> int | None:
-    """Return the key of a result, None for a line that is none."""
+    """Return the key of a result, None for a line that holds no result."""
     key = (json_object(line) or {}).get("key")
     return key if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 1 << 64 else None

@@ -1,6 +1,6 @@
 """Data preparation: ``tools/prepare_data.py --config-name prepare_sft dir=DIR 'data.sources=[{path: rows.jsonl}]'``.
 
-Runs the stages of the recipe in order; what is done with the same settings and inputs is not done again.
+Run the stages of the recipe in order; a stage that is complete with the same settings and inputs does not run again.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ from ovr_megatron.curation import (
     verify,
 )
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, alone, check_stage_folder, run_stages
+from ovr_megatron.curation.stage import PrepareStage, check_stage_folder, lock_folder, run_stages
 from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.rewards import rules
 
-STAGES: dict[str, Stage] = {
+STAGES: dict[str, PrepareStage] = {
     module.STAGE.name: module.STAGE
     for module in (collect, dedup, decontaminate, teacher, patterns, proxy_loss, verify, difficulty, tokenise)
 } | {stage.name: stage for stage in (strata.STRATIFY, strata.WEIGH)}
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Run the stages of ``config``; returns the folder of the last one.
+    """Run the stages of ``config``; return the folder of the last one.
 
     Raises:
-        RowError: a row or a source that cannot be used.
-        ConfigError: a setting that cannot work, a stage that keeps nothing, or another preparation in this folder.
-        TeacherError: the teacher cannot be asked.
+        RowError: a row or a source cannot be used.
+        ConfigError: a setting cannot work, a stage keeps nothing, or another preparation runs in this folder.
+        TeacherError: the teacher cannot be reached or refuses.
         EngineError: vLLM's process failed.
-        RuleError: a rule of ``reward.rules`` would not work, or is of a source that no row has.
+        RuleError: a rule of ``reward.rules`` would not work, or names a source that no row has.
         RewardError: nearly all rewards of a source failed.
     """
     folder = Path(config.dir)
+    # All checks come before the first stage: a stage may take hours.
     check_folder(folder, config.stages)
     check_models(config)
     folder.mkdir(parents=True, exist_ok=True)
     for name in config.reward.rules.values():
         rules.check(name)
-    with alone(folder):
+    with lock_folder(folder):
         configuration.save(config, folder / "config.yaml")
         last = run_stages([STAGES[name] for name in config.stages], config)
         summary = summarise(config)
@@ -74,15 +75,16 @@ def check_models(config: PrepareConfig) -> None:
         "difficulty": config.difficulty.model,
         "teacher": None if config.teacher.base_url else config.teacher.model,
     }
-    for folder in sorted({model for stage, model in models.items() if model and stage in config.stages}):
+    folders = {model for stage, model in models.items() if model and stage in config.stages}
+    for folder in sorted(folders):
         check_assets(folder)
 
 
 def check_folder(folder: Path, stages: Sequence[str]) -> None:
-    """Refuse a folder in which the preparation would overwrite what it did not write.
+    """Refuse a folder with files that the preparation would overwrite and no preparation has written.
 
     Raises:
-        ConfigError: names what is in the way.
+        ConfigError: names the file or folder that is in the way.
     """
     if not _is_preparation(folder):
         names = [name for name in ("config.yaml", "summary.json", "lock") if (folder / name).exists()]
@@ -93,7 +95,7 @@ def check_folder(folder: Path, stages: Sequence[str]) -> None:
 
 
 def _is_preparation(folder: Path) -> bool:
-    """Whether the configuration in ``folder`` is that of a preparation."""
+    """Return whether the configuration in ``folder`` is that of a preparation."""
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -102,9 +104,9 @@ def _is_preparation(folder: Path) -> bool:
 
 
 def summarise(config: PrepareConfig) -> list[dict[str, object]]:
-    """For each stage its name, rows in and kept, what was dropped by reason, and seconds."""
-    told = []
+    """Return name, rows in and kept, dropped rows by reason, and seconds of each stage."""
+    summary = []
     for name in config.stages:
         report = json.loads((Path(config.dir) / name / "report.json").read_text(encoding="utf-8"))
-        told.append({key: report[key] for key in ("stage", "rows_in", "kept", "dropped", "seconds")})
-    return told
+        summary.append({key: report[key] for key in ("stage", "rows_in", "kept", "dropped", "seconds")})
+    return summary

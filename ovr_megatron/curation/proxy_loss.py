@@ -1,4 +1,4 @@
-"""Loss of every response under a small model; per source the high tail goes (paper, section 3.1, curation step 2).
+"""Loss of every response under a small model; the high tail of each source is dropped (paper, 3.1, curation step 2).
 
 The mean is over the response's tokens, the end token included, from the prompt log-probabilities of vLLM.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, ProxyLossConfig
-from ovr_megatron.curation.stage import Stage, Work, listing
+from ovr_megatron.curation.stage import PrepareStage, Work, listing
 
 HIGH = "high loss"
 
@@ -20,50 +20,54 @@ HIGH = "high loss"
 def run(work: Work) -> None:
     """Score the responses, then cut each source's tail; prompt rows pass."""
     run_engines(work, "score")
-    losses = np.full(work.count, np.nan)
+    losses = np.full(work.count, np.nan)  # NaN: a prompt row, or one that could not be scored
     errors: dict[int, str] = {}
     for path in sorted(work.folder.glob("scores.*.jsonl")):
         with Journal(path) as journal:
-            for entry in journal:
-                if "error" in entry:
-                    errors[entry["key"]] = entry["error"]
+            for score in journal:
+                if "error" in score:
+                    errors[score["key"]] = score["error"]
                 else:
-                    losses[entry["key"]] = entry["loss"]
+                    losses[score["key"]] = score["loss"]
+    # One string object for each source, not for each row.
     sources = np.array([sys.intern(row.get("source", "")) for row in work.rows()], dtype=object)
     bounds = {name: bound(losses[sources == name], work.config.proxy_loss) for name in sorted(set(sources))}
     work.extra["bounds"] = {name: value for name, value in bounds.items() if np.isfinite(value)}
+    # The rows are read again: bounds are known only after all losses.
     for index, row in enumerate(work.rows()):
-        source, loss = sources[index], float(losses[index])
+        source = sources[index]
+        loss = float(losses[index])
         if index in errors:
             work.drop(row, source, "cannot be scored", error=errors[index])
-        elif np.isnan(loss):
+            continue
+        if np.isnan(loss):
             work.keep(row, source)
+            continue
+        work.report.add_value("mean loss of a response, nats per token", loss)
+        if loss > bounds[source]:
+            work.drop(row, source, HIGH, loss=round(loss, 4))
         else:
-            work.tally.value("mean loss of a response, nats per token", loss)
-            if loss > bounds[source]:
-                work.drop(row, source, HIGH, loss=round(loss, 4))
-            else:
-                work.keep(row, source, loss=round(loss, 6))
+            work.keep(row, source, loss=round(loss, 6))
 
 
 def bound(losses: np.ndarray, config: ProxyLossConfig) -> float:
-    """The loss above which a row of this source goes; infinite for a source of few rows."""
-    known = losses[~np.isnan(losses)]
-    if len(known) < config.min_rows:
+    """Return the loss above which a row of this source is dropped; infinite for a source of few rows."""
+    scored = losses[~np.isnan(losses)]
+    if len(scored) < config.min_rows:
         return float("inf")
     if config.cut == "quantile":
-        return float(np.quantile(known, config.quantile))
-    return float(known.mean() + config.z * known.std())
+        return float(np.quantile(scored, config.quantile))
+    return float(scored.mean() + config.z * scored.std())
 
 
 def inputs(config: PrepareConfig) -> object:
-    """The files of the proxy."""
+    """Return a fingerprint of the small model's files."""
     return listing(config.proxy_loss.model or "")
 
 
 def settings(config: PrepareConfig) -> list[object]:
-    """What decides the outcome."""
+    """Return the settings on which the losses depend."""
     return [config.proxy_loss, config.data]
 
 
-STAGE = Stage("proxy_loss", run, settings, inputs, (*engine_files("score"), "scores.*.jsonl"))
+STAGE = PrepareStage("proxy_loss", run, settings, inputs, (*engine_files("score"), "scores.*.jsonl"))

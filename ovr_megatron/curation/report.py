@@ -1,4 +1,4 @@
-"""What a stage kept and dropped, and why: counts, examples, and a figure, in the stage's folder."""
+"""Report of a stage: rows kept and dropped by reason, examples, and a figure, in the stage's folder."""
 
 from __future__ import annotations
 
@@ -15,95 +15,110 @@ from matplotlib.figure import Figure
 
 from ovr_megatron.curation.text import prompt_text, response_text
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # draws into files; needs no display
 
 EXAMPLES = 5  # of each reason
 _EXCERPT = 300  # characters of prompt and of response
-_SAMPLE = 100_000  # values of a measure that the figure looks at
+_SAMPLE = 100_000  # values of a measure that the figure shows at most
 _REASONS = 12  # bars of the figure
 
 
-class Tally:
-    """Counts rows by source and reason, keeps examples, and samples of measured values."""
+class StageReport:
+    """Counts of rows by source and reason, examples, and samples of measured values."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        self._start = time.perf_counter()
         self._kept: Counter[str] = Counter()
         self._dropped: dict[str, Counter[str]] = defaultdict(Counter)
         self._examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._values: dict[str, list[float]] = defaultdict(list)
-        self._seen: Counter[str] = Counter()
-        self._rng = np.random.default_rng(0)
+        self._value_counts: Counter[str] = Counter()
+        self._rng = np.random.default_rng(0)  # a fixed seed: the same rows give the same report
 
     @property
     def kept(self) -> int:
-        """Rows kept so far."""
+        """Number of rows kept so far."""
         return self._kept.total()
 
     @property
     def dropped(self) -> int:
-        """Rows dropped so far."""
+        """Number of rows dropped so far."""
         return sum(counts.total() for counts in self._dropped.values())
 
-    def emptied(self) -> list[str]:
-        """Sources of which every row was dropped, each with the number and the reason of most."""
+    def empty_sources(self) -> list[str]:
+        """Describe the sources of which every row was dropped: name, number of rows, most frequent reason."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for reason, by_source in self._dropped.items():
             for source, count in by_source.items():
                 counts[source][reason] = count
         sentences = []
-        for source in sorted(source for source in counts if not self._kept[source]):
-            reason = counts[source].most_common(1)[0][0]
+        for source in sorted(counts):
+            if self._kept[source]:
+                continue
+            [(reason, _)] = counts[source].most_common(1)
             sentences.append(f"{source} ({counts[source].total():,} rows, most for: {reason})")
         return sentences
 
-    def keep(self, source: str) -> None:
-        """Count a row that stays."""
+    def count_kept(self, source: str) -> None:
+        """Count a kept row."""
         self._kept[source] += 1
 
-    def drop(self, source: str, reason: str, row: str | Mapping[str, Any], told: Mapping[str, Any]) -> None:
-        """Count a row that goes; the first ones of each reason become examples."""
+    def count_dropped(self, source: str, reason: str, row: str | Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        """Count a dropped row; the first `EXAMPLES` of each reason become examples, with ``details``."""
         self._dropped[reason][source] += 1
         if len(self._examples[reason]) < EXAMPLES:
-            self._examples[reason].append({**excerpt(json.loads(row) if isinstance(row, str) else row), **told})
+            decoded = json.loads(row) if isinstance(row, str) else row
+            self._examples[reason].append({**excerpt(decoded), **details})
 
-    def value(self, measure: str, value: float) -> None:
-        """Note a measured value for the figure; of many a uniform sample is kept."""
-        self._seen[measure] += 1
+    def add_value(self, measure: str, value: float) -> None:
+        """Add a measured value for the figure; of more than `_SAMPLE` a uniform sample stays (reservoir sampling)."""
+        self._value_counts[measure] += 1
         values = self._values[measure]
         if len(values) < _SAMPLE:
             values.append(value)
-        elif (place := int(self._rng.integers(self._seen[measure]))) < _SAMPLE:
-            values[place] = value
+            return
+        index = int(self._rng.integers(self._value_counts[measure]))
+        if index < _SAMPLE:
+            values[index] = value
 
-    def write(self, folder: Path, name: str, told: Mapping[str, Any]) -> None:
-        """Write ``report.json`` and ``figure.png``; ``told`` joins the report."""
+    def write(self, folder: Path, name: str, extra: Mapping[str, Any]) -> None:
+        """Write ``report.json``, with the entries of ``extra`` at its end, and ``figure.png``."""
         reasons = sorted(self._dropped, key=lambda reason: -self._dropped[reason].total())
-        sources = sorted(set(self._kept).union(*self._dropped.values()))
         report = {
             "stage": name,
             "rows_in": self.kept + self.dropped,
             "kept": self.kept,
             "dropped": {reason: self._dropped[reason].total() for reason in reasons},
-            "by_source": {
-                source: {"kept": self._kept[source], "dropped": sum(c[source] for c in self._dropped.values())}
-                for source in sources
-            },
+            "by_source": self._counts_by_source(),
             "measures": {measure: _quantiles(values) for measure, values in self._values.items()},
             "examples": {reason: self._examples[reason] for reason in reasons},
-            "seconds": round(time.perf_counter() - self._began, 3),
-            **told,
+            "seconds": round(time.perf_counter() - self._start, 3),
+            **extra,
         }
         (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self._draw(folder / "figure.png", name, reasons)
 
+    def _counts_by_source(self) -> dict[str, dict[str, int]]:
+        sources = sorted(set(self._kept).union(*self._dropped.values()))
+        by_source = {}
+        for source in sources:
+            dropped = sum(counts[source] for counts in self._dropped.values())
+            by_source[source] = {"kept": self._kept[source], "dropped": dropped}
+        return by_source
+
     def _draw(self, path: Path, name: str, reasons: list[str]) -> None:
-        panels = 1 + len(self._values)
-        figure = Figure(figsize=(6.4, 1.2 + 0.28 * (2 + min(len(reasons), _REASONS)) + 2.4 * len(self._values)))
-        axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
-        shown = [(f"{reason} ", self._dropped[reason].total(), "tab:red") for reason in reasons[:_REASONS]]
-        bars = [("kept", self.kept, "tab:green"), *shown]
-        axes[0].barh([bar[0] for bar in bars], [bar[1] for bar in bars], color=[bar[2] for bar in bars])
+        """Draw bars of the kept rows and of the most frequent reasons, and a histogram of each measure."""
+        bars_height = 0.28 * (2 + min(len(reasons), _REASONS))
+        figure = Figure(figsize=(6.4, 1.2 + bars_height + 2.4 * len(self._values)))
+        axes = figure.subplots(1 + len(self._values), 1, squeeze=False)[:, 0]
+        labels = ["kept"]
+        counts = [self.kept]
+        colours = ["tab:green"]
+        for reason in reasons[:_REASONS]:
+            labels.append(f"{reason} ")
+            counts.append(self._dropped[reason].total())
+            colours.append("tab:red")
+        axes[0].barh(labels, counts, color=colours)
         axes[0].bar_label(axes[0].containers[0], fmt="{:,.0f}", padding=3)
         axes[0].invert_yaxis()
         axes[0].margins(x=0.15)
@@ -117,19 +132,29 @@ class Tally:
 
 
 def excerpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Name and beginning of a row: ``id``, ``source``, ``prompt``, ``response`` and ``answer``, as far as there."""
+    """Return the name and the beginning of a row: ``id``, ``source``, ``prompt``, ``response`` and ``answer``.
+
+    Empty ones are left out.  A row without messages is returned as it is.
+    """
     if "messages" not in row:
         return dict(row)
-    told = {"id": row.get("id"), "source": row.get("source"), "prompt": shorten(prompt_text(row))}
-    told |= {"response": shorten(response_text(row) or ""), "answer": row.get("answer")}
-    return {name: value for name, value in told.items() if value}
+    fields = {
+        "id": row.get("id"),
+        "source": row.get("source"),
+        "prompt": shorten(prompt_text(row)),
+        "response": shorten(response_text(row) or ""),
+        "answer": row.get("answer"),
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def shorten(text: str) -> str:
-    """The beginning and the end of a long text."""
-    return text if len(text) <= _EXCERPT else f"{text[: _EXCERPT // 2]} [...] {text[-_EXCERPT // 2 :]}"
+    """Return the beginning and the end of a long text."""
+    half = _EXCERPT // 2
+    return text if len(text) <= _EXCERPT else f"{text[:half]} [...] {text[-half:]}"
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:
-    at = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
-    return {f"{q:g}": float(value) for q, value in zip(at, np.quantile(values, at), strict=True)}
+    levels = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
+    quantiles = np.quantile(values, levels)
+    return {f"{level:g}": float(value) for level, value in zip(levels, quantiles, strict=True)}

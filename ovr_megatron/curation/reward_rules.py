@@ -1,4 +1,4 @@
-"""Rewards of a preparation: the rule by which a row is graded, here as in training (``reward.rules``)."""
+"""Check ``reward.rules``, by which rows are graded in preparation as in training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ def check_sources(config: PrepareConfig) -> None:
     """Refuse a rule of a source that no collected row has.
 
     Raises:
-        RuleError: names it, and the sources that there are.
+        RuleError: names the source of the rule, and the sources of the rows.
     """
     report = json.loads((Path(config.dir) / "collect/report.json").read_text(encoding="utf-8"))
     for source in config.reward.rules:
         if source not in report["by_source"]:
-            known = ", ".join(sorted(report["by_source"]))
-            raise RuleError(f"reward.rules has a rule for {source!r}, which is the source of no row; there are {known}")
+            sources = ", ".join(sorted(report["by_source"]))
+            raise RuleError(
+                f"reward.rules has a rule for {source!r}, which is the source of no row; there are {sources}"
+            )

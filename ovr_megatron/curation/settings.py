@@ -20,15 +20,20 @@ from ovr_megatron.config import (
 )
 
 _SECRET = re.compile("key|token|secret|passw|sig|auth", re.IGNORECASE)
-# The largest sensible values: of threads, of seconds (a week), of a 64-bit count.
+# Upper bounds: of threads, of seconds (a week), of counts that must fit into 64 bits.
 _POSITIVE = {"samples": 1 << 16, "max_tokens": 1 << 24, "concurrency": 4096, "attempts": 1000, "timeout_s": 604800}
-_FROM_ZERO = {"temperature": 100, "backoff_s": 604800, "max_backoff_s": 604800}
-_FROM_ZERO |= {"max_requests": 1 << 62, "max_total_tokens": 1 << 62}
+_FROM_ZERO = {
+    "temperature": 100,
+    "backoff_s": 604800,
+    "max_backoff_s": 604800,
+    "max_requests": 1 << 62,
+    "max_total_tokens": 1 << 62,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Reading the sources.  ``limit`` takes the first rows of each (0: all); ``on_error`` skip counts a bad row."""
+    """Reading the sources: at most ``limit`` rows of each (0: all); ``on_error`` skip drops and counts bad rows."""
 
     limit: int = 0
     on_error: str = "stop"
@@ -40,7 +45,7 @@ class CollectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DedupConfig:
-    """Duplicates of the whole ``row`` or of the ``prompt``; near ones by MinHash over ``shingle`` words.
+    """Duplicates by the whole ``row`` or by the ``prompt``; near duplicates by MinHash over ``shingle`` words.
 
     Two rows are near duplicates at an estimated Jaccard similarity of ``threshold``, and with ``same_numbers`` only if
     their prompts have the same numbers: a problem with other numbers is another problem.
@@ -66,11 +71,12 @@ class DedupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecontaminateConfig:
-    """Evaluation problems that must not come up: word n-grams of theirs that a row repeats.
+    """Evaluation problems that must not be trained on, recognised by the word n-grams that a row repeats.
 
-    A row goes if it has ``threshold`` of the n-grams of one problem; ``masked_threshold`` (0: off) is the same with
-    every number masked, which finds problems with exchanged numbers.  Problems shorter than 4 ``n`` words are cut into
-    shorter n-grams, those shorter than ``min_words`` must make half of the prompt.  ``fields``: ``prompt`` or ``row``.
+    A row is dropped if it has the share ``threshold`` of the n-grams of a problem.  ``masked_threshold`` (0: off) is
+    the same with every number masked, which finds problems with other numbers.  Problems of fewer than 4 ``n`` words
+    are cut into shorter n-grams; those of fewer than ``min_words`` words must be half of the prompt.  ``fields``:
+    ``prompt`` or ``row``.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -91,10 +97,10 @@ class DecontaminateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PatternsConfig:
-    """Rules on one row alone; see `ovr_megatron.curation.patterns` for each.
+    """Rules on a single row; see `ovr_megatron.curation.patterns` for each.
 
-    ``max_repetition`` bounds Open-Reasoner-Zero's repeatness of responses of at least ``repetition_min_characters``
-    (1: off); ``drop`` maps names of own rules to regular expressions over the response.
+    ``max_repetition`` (1: off) bounds Open-Reasoner-Zero's repeatness of responses of at least
+    ``repetition_min_characters``; ``drop`` maps names of the user's rules to regular expressions over the response.
     """
 
     need_box: bool = True
@@ -126,8 +132,8 @@ class PatternsConfig:
 class ProxyLossConfig:
     """Mean loss of the response under a small model; the high tail of each source is cut.
 
-    ``cut``: above the ``quantile`` of the source, or ``z`` standard deviations over its mean.  Sources of fewer than
-    ``min_rows`` rows lose none.  Rows are scored on their first ``max_tokens`` tokens.
+    ``cut``: above the ``quantile`` of the source, or ``z`` standard deviations above its mean.  Sources of fewer than
+    ``min_rows`` rows are not cut.  Rows are scored on their first ``max_tokens`` tokens.
     """
 
     model: str | None = None
@@ -148,7 +154,7 @@ class ProxyLossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyConfig:
-    """Pass rate of a prompt: ``samples`` responses of ``model`` at ``temperature``; kept from ``low`` to ``high``."""
+    """Pass rate of ``samples`` responses of ``model`` at ``temperature``; prompts from ``low`` to ``high`` are kept."""
 
     model: str | None = None
     dtype: str = "bfloat16"
@@ -172,17 +178,17 @@ class DifficultyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """The last box of the response against the row's answer; ``need_answer`` drops rows that have none."""
+    """Grading of responses against the row's answer; ``need_answer`` drops rows without an answer."""
 
     need_answer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class StratifyConfig:
-    """Strata: the source, cut into ``bins`` of equal size by difficulty; at most ``max_rows`` of each (0: all).
+    """Strata: ``bins`` of equal size of each source, by difficulty; at most ``max_rows`` rows of each (0: all).
 
-    ``measure`` auto takes the row's own ``difficulty`` where all rows of a source have one, else the proxy's loss, else
-    the length of the response.
+    ``measure`` auto takes the rows' ``difficulty`` if all rows of a source have one, else the proxy loss, else the
+    length of the response.
     """
 
     bins: int = 3
@@ -215,36 +221,36 @@ class WeighConfig:
 
 
 def check_endpoint(config: Any, setting: str) -> None:
-    """Refuse numbers of a `TeacherConfig`, or of another configuration with fields of its names, that cannot work.
+    """Refuse numbers out of range in a `TeacherConfig`, or in another configuration with fields of the same names.
 
     Raises:
-        ConfigError: names the setting, as ``setting`` spells it.
+        ConfigError: names the setting, spelled by the pattern ``setting``.
     """
-    for key, most in _POSITIVE.items():
+    for key, largest in _POSITIVE.items():
         value = getattr(config, key, 1)
-        require(0 < value <= most, f"{setting.format(key)}={value} must be positive and at most {most:,}")
-    for key, most in _FROM_ZERO.items():
+        require(0 < value <= largest, f"{setting.format(key)}={value} must be positive and at most {largest:,}")
+    for key, largest in _FROM_ZERO.items():
         value = getattr(config, key, 0)
-        require(0 <= value <= most, f"{setting.format(key)}={value} must be 0 or more and at most {most:,}")
+        require(0 <= value <= largest, f"{setting.format(key)}={value} must be 0 or more and at most {largest:,}")
 
 
 def check_url(url: str, name: str, has_key: bool, allow_http: bool, remedy: str) -> None:
-    """Refuse an address that would show a secret: in a file, as it is written into many, or on the wire.
+    """Refuse an address that would reveal a secret, in the files into which it is written or on the network.
 
     Args:
-        url: of an endpoint.
-        name: of the setting, for messages.
-        has_key: whether a key goes there.
-        allow_http: whether it may go unencrypted to another machine.
-        remedy: how to allow that.
+        url: address of an endpoint.
+        name: name of the setting, for messages.
+        has_key: whether a key is sent there.
+        allow_http: whether the key may go unencrypted to another machine.
+        remedy: setting that allows that, for messages.
 
     Raises:
-        ConfigError: never shows the secret.
+        ConfigError: names the setting; the message never shows the secret.
     """
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
-        parts.port  # noqa: B018 - raises for what is no number
+        parts.port  # noqa: B018 - raises for a port that is no number
     except ValueError as error:
         raise ConfigError(f"{name} is no address ({error}); give https://HOST/v1") from None
     require(parts.scheme in ("http", "https") and bool(host), f"{name} is no address; give https://HOST/v1")
@@ -267,12 +273,12 @@ def _is_local(host: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Who answers the prompt rows: an OpenAI-compatible endpoint (``base_url``), or a local ``model`` through vLLM.
+    """The teacher of the prompt rows: an OpenAI-compatible endpoint (``base_url``), or a local ``model`` in vLLM.
 
-    The key is read from the environment variable ``key_env`` and goes nowhere but into the request, over https unless
-    ``allow_http`` says otherwise.  ``timeout_s`` bounds a request from its first to its last byte, ``max_backoff_s``
-    every wait between two, also one that the endpoint asks for.  ``max_requests`` and ``max_total_tokens`` are the
-    budget of all runs in this folder (0: none).
+    The key is read from the environment variable ``key_env`` and written into the request only, over https unless
+    ``allow_http`` is set.  ``timeout_s`` bounds a request from its first to its last byte, and ``max_backoff_s`` every
+    wait between two requests, including one that the endpoint demands.  ``max_requests`` and ``max_total_tokens`` are
+    the budget of all runs in this folder (0: unlimited).
     """
 
     base_url: str | None = None
@@ -308,9 +314,9 @@ PREPARE_STAGES = tuple(
 class PrepareConfig:
     """Data preparation: ``stages`` in this order, each in its own folder below ``dir``.
 
-    ``model`` is the folder whose tokenizer writes the tokenised set; ``workers`` processes judge rows, ``engines``
-    processes run vLLM where a stage needs it (one for each GPU).  A stage that keeps no row of some source stops the
-    preparation, unless ``allow_empty``.
+    ``model`` is the folder whose tokenizer writes the tokenised set.  ``workers`` processes examine rows, and
+    ``engines`` processes, one for each GPU, run vLLM in stages that need it.  A stage that keeps no row of some source
+    stops the preparation, unless ``allow_empty``.
     """
 
     dir: str
@@ -339,7 +345,7 @@ class PrepareConfig:
             choice("stages[]", name, PREPARE_STAGES)
         require(self.stages[:1] == ["collect"], f"stages={self.stages} must begin with collect")
         require(len(set(self.stages)) == len(self.stages), f"stages={self.stages} names a stage twice")
-        order = {name: place for place, name in enumerate(self.stages)}
+        order = {name: index for index, name in enumerate(self.stages)}
         require(
             "weigh" not in order or order.get("stratify", len(order)) < order["weigh"],
             f"stages={self.stages}: weigh needs stratify before it",
@@ -348,11 +354,15 @@ class PrepareConfig:
         require(self.workers >= 1 and self.engines >= 1, "workers and engines must be at least 1")
         require(bool(self.data.sources), "data.sources is empty: give at least one, for example [{path: rows.jsonl}]")
         require("decontaminate" not in order or bool(self.decontaminate.sources), "decontaminate.sources is empty")
-        needed = {"proxy_loss": self.proxy_loss.model, "teacher": self.teacher.model, "tokenise": self.model}
-        needed["difficulty"] = self.difficulty.model
-        for name, value in needed.items():
+        models = {
+            "proxy_loss": self.proxy_loss.model,
+            "teacher": self.teacher.model,
+            "tokenise": self.model,
+            "difficulty": self.difficulty.model,
+        }
+        for name, model in models.items():
             key = "model" if name == "tokenise" else f"{name}.model"
-            require(name not in order or bool(value), f"stages has {name}: give {key}=...")
+            require(name not in order or bool(model), f"stages has {name}: give {key}=...")
 
 
 forbid_unknown_keys(globals())

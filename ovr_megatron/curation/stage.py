@@ -1,8 +1,8 @@
 """A stage of the preparation: its folder, its key, the rows that come in and go out, and the chain of stages.
 
-A folder holds ``rows.jsonl`` (the kept rows), ``report.json``, ``figure.png`` and ``manifest.json``, which is written
-last and holds the stage's key: a hash of its settings, of the files that it reads beside the rows, and of the key
-before it.  A stage whose manifest has the right key is done; any other is done anew.
+A folder holds ``rows.jsonl`` (the kept rows), ``report.json``, ``figure.png`` and ``manifest.json``.  The manifest is
+written last and holds the stage's key: a hash of its settings, of the files that it reads beside the rows, and of the
+key of the previous stage.  A stage whose manifest has the right key is complete; any other runs again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ovr_megatron.checkpoint.manifest import (
     write_manifest,
 )
 from ovr_megatron.config import ConfigError
-from ovr_megatron.curation.report import Tally
+from ovr_megatron.curation.report import StageReport
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.sources import local_path
 from ovr_megatron.runtime.progress import Progress
@@ -44,15 +44,16 @@ _REPORT = ("report.json", "figure.png")
 _FILES = (f"{MANIFEST}.partial", "started", ROWS, *_REPORT)
 _KEY = re.compile("[0-9a-f]{64}")
 _CHUNK = 256  # rows that go to a worker at a time
-_WAITING = 4  # chunks of each worker that may wait
+_CHUNKS_PER_WORKER = 4  # submitted and not yet collected; bounds the rows in memory
 
-Judge = Callable[[dict[str, Any]], Any]
+RowFunction = Callable[[dict[str, Any]], Any]
+ChunkResults = list[tuple[str, Any]]  # source and result of each row of a chunk
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A row as it stands in the file, its source, and what a judge said of it."""
+class MappedRow:
+    """A row as a line of the file, its source, and the result of the function that `Work.map` applied to it."""
 
     line: str
     source: str
@@ -60,15 +61,15 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage.
+class PrepareStage:
+    """One stage of the preparation.
 
     Attributes:
-        name: Of its folder and of its settings in the configuration.
-        run: Does the work; every row that comes in must be kept or dropped (but for `collect` and `teacher`).
-        settings: What of the configuration decides its outcome.
-        inputs: Files that it reads beside the rows, as `listing` gives them.
-        files: Patterns of what it writes into its folder beside the rows, the report and the journals.
+        name: Name of its folder and of its settings in the configuration.
+        run: Function that does the work; it must keep or drop every input row (but for `collect` and `teacher`).
+        settings: Function that selects the part of the configuration on which the stage's result depends.
+        inputs: Function that fingerprints, by `listing`, the files that the stage reads beside the rows.
+        files: Glob patterns of what it writes into its folder beside the rows, the report and the journals.
     """
 
     name: str
@@ -79,24 +80,28 @@ class Stage:
 
 
 class Work:
-    """What a running stage has: rows in, rows out, and the counts of its report.  A context manager.
+    """Input rows, output rows and report of a running stage.  A context manager.
 
     Attributes:
-        config: The whole configuration.
-        folder: The stage's own folder; files kept there over an interruption are the stage's own business.
-        before: The folder whose rows come in; None in the first stage.
-        count: Number of rows that come in; 0 in the first stage.
-        tally: Counts, examples and values for the report.
-        extra: What later stages and the report want to know, as JSON; goes into the manifest and the report.
-        emptied: Sources of which `collect` could use no row.
+        config: The configuration of all stages.
+        folder: The stage's own folder; a stage may leave files there from which an interrupted run goes on.
+        input_folder: The folder with the input rows; None in the first stage.
+        count: Number of input rows; 0 in the first stage.
+        report: Counts, examples and values for the report.
+        extra: Further entries of the manifest and the report, as JSON.
+        empty_sources: Sources of which `collect` could use no row.
     """
 
-    def __init__(self, name: str, config: PrepareConfig, before: Path | None, count: int) -> None:
-        """Open the files of the stage ``name``, into which ``count`` rows of ``before`` come."""
-        self.config, self.count, self.before = config, count, before
+    def __init__(self, name: str, config: PrepareConfig, input_folder: Path | None, count: int) -> None:
+        """Open the files of the stage ``name``, which reads ``count`` rows of ``input_folder``."""
+        self.config = config
+        self.count = count
+        self.input_folder = input_folder
         self.folder = Path(config.dir) / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tally, self.extra, self.emptied = Tally(), dict[str, Any](), list[str]()
+        self.report = StageReport()
+        self.extra: dict[str, Any] = {}
+        self.empty_sources: list[str] = []
         self._stack = ExitStack()
         self._out = self._stack.enter_context((self.folder / ROWS).open("w", encoding="utf-8"))
         self.progress = self._stack.enter_context(Progress(max(count, 1), name, "row", inner=True))
@@ -105,60 +110,67 @@ class Work:
         """Return the work itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the files."""
         self._stack.close()
 
     def lines(self) -> Iterator[str]:
-        """The rows that come in, one JSON text each."""
-        if self.before is None:
+        """Yield the input rows, one JSON text each."""
+        if self.input_folder is None:
             return
-        with (self.before / ROWS).open(encoding="utf-8", newline="\n") as file:
+        # newline="\n" turns off the translation of line ends: `keep` writes a line back byte for byte.
+        with (self.input_folder / ROWS).open(encoding="utf-8", newline="\n") as file:
             yield from file
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows that come in, decoded one at a time."""
+        """Yield the input rows, decoded one at a time."""
         return map(json.loads, self.lines())
 
-    def judge(self, judge: Judge) -> Iterator[Judged]:
-        """Apply ``judge``, which must be picklable, to every row that comes in, in ``config.workers`` processes.
+    def map(self, function: RowFunction) -> Iterator[MappedRow]:
+        """Apply ``function``, which must be picklable, to every input row, in ``config.workers`` processes.
 
-        Results come in the order of the rows; at most a few chunks are held.
+        Results come in the order of the rows; at most a few chunks are in memory.
         """
         chunks = batches(self.lines(), _CHUNK)
         if self.config.workers == 1 or self.count <= _CHUNK:
             for chunk in chunks:
-                yield from self._paired(chunk, judge_chunk(judge, chunk))
+                yield from self._mapped_rows(chunk, map_chunk(function, chunk))
             return
-        waiting: deque[tuple[tuple[str, ...], Future[list[tuple[str, Any]]]]] = deque()
-        pool = ProcessPoolExecutor(self.config.workers, get_context("spawn"), _install, (judge,))
+        pending: deque[tuple[tuple[str, ...], Future[ChunkResults]]] = deque()
+        # Spawned, not forked: this process has threads by now, and a forked child may inherit a lock that they hold.
+        pool = ProcessPoolExecutor(self.config.workers, get_context("spawn"), _install, (function,))
         try:
             for chunk in chunks:
-                waiting.append((chunk, pool.submit(_judge_installed, chunk)))
-                if len(waiting) >= _WAITING * self.config.workers:
-                    first, future = waiting.popleft()
-                    yield from self._paired(first, future.result())
-            for chunk, future in waiting:
-                yield from self._paired(chunk, future.result())
+                pending.append((chunk, pool.submit(_map_with_installed, chunk)))
+                if len(pending) >= _CHUNKS_PER_WORKER * self.config.workers:
+                    # Wait for the oldest chunk, not for any: results must come in the order of the rows.
+                    oldest, future = pending.popleft()
+                    yield from self._mapped_rows(oldest, future.result())
+            for chunk, future in pending:
+                yield from self._mapped_rows(chunk, future.result())
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _paired(self, chunk: tuple[str, ...], results: list[tuple[str, Any]]) -> Iterator[Judged]:
+    def _mapped_rows(self, chunk: tuple[str, ...], results: ChunkResults) -> Iterator[MappedRow]:
         for line, (source, result) in zip(chunk, results, strict=True):
-            yield Judged(line, source, result)
+            yield MappedRow(line, source, result)
         self.progress.update(len(chunk))
 
-    def keep(self, row: str | Mapping[str, Any], source: str, **added: Any) -> None:
-        """Write a row, a line as it came in or an object, with the fields ``added``."""
-        if added:
-            row = {**(json.loads(row) if isinstance(row, str) else row), **added}
+    def keep(self, row: str | Mapping[str, Any], source: str, **fields: Any) -> None:
+        """Write a row, given as an input line or as an object, with ``fields`` added to it."""
+        if fields:
+            decoded = json.loads(row) if isinstance(row, str) else row
+            row = {**decoded, **fields}
+        # A row without new fields is written as it was read, byte for byte.
         line = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n"
         self._out.write(line)
-        self.tally.keep(source)
+        self.report.count_kept(source)
 
-    def drop(self, row: str | Mapping[str, Any], source: str, reason: str, **told: Any) -> None:
-        """Count a row that goes, and keep it as an example if there are few of its reason; ``told`` explains."""
-        self.tally.drop(source, reason, row, told)
+    def drop(self, row: str | Mapping[str, Any], source: str, reason: str, **details: Any) -> None:
+        """Count a dropped row; the first few of each reason become examples, with ``details`` beside the row."""
+        self.report.count_dropped(source, reason, row, details)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
@@ -168,32 +180,33 @@ def batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
         yield batch
 
 
-def judge_chunk(judge: Judge, lines: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """Source of each row and what ``judge`` says of it; runs in a worker."""
+def map_chunk(function: RowFunction, lines: tuple[str, ...]) -> ChunkResults:
+    """Return the source of each row and the result of ``function`` on it; runs in a worker."""
     rows = map(json.loads, lines)
-    return [(row.get("source", ""), judge(row)) for row in rows]
+    return [(row.get("source", ""), function(row)) for row in rows]
 
 
-_installed: Judge
+_installed: RowFunction
 
 
-def _install(judge: Judge) -> None:
-    """Give a worker its judge once: an index of evaluation problems is large."""
+def _install(function: RowFunction) -> None:
+    """Give a worker its function once, not with every chunk: an index of evaluation problems is large."""
     global _installed
-    _installed = judge
+    _installed = function
 
 
-def _judge_installed(lines: tuple[str, ...]) -> list[tuple[str, Any]]:
-    return judge_chunk(_installed, lines)
+def _map_with_installed(lines: tuple[str, ...]) -> ChunkResults:
+    return map_chunk(_installed, lines)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock ``folder`` for this process.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds the lock.
     """
+    # The kernel releases a flock when its process ends, however it ends: no stale lock stays behind.
     with (folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,59 +217,78 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_stages(stages: list[Stage], config: PrepareConfig, say: Callable[[str], None] = print) -> Path:
-    """Run ``stages`` in order, leaving out what is done; returns the folder of the last one."""
-    before: Path | None = None
-    key, count = "", 0
+def run_stages(stages: list[PrepareStage], config: PrepareConfig, say: Callable[[str], None] = print) -> Path:
+    """Run ``stages`` in order and skip complete ones; returns the folder of the last."""
+    input_folder: Path | None = None
+    key = ""
+    count = 0
     for stage in stages:
         folder = Path(config.dir) / stage.name
         key = stage_key(stage, config, key)
         manifest = finished(folder, key)
         if manifest is None:
             clear(folder, key, stage.files)
-            manifest = _run(stage, config, before, count, key)
+            manifest = _run(stage, config, input_folder, count, key)
             say(_sentence(stage.name, manifest))
         else:
             say(_sentence(stage.name, manifest) + " (done before)")
-        before, count = folder, int(manifest.extra["kept"])
-    assert before is not None, "there is at least one stage"
-    return before
+        input_folder = folder
+        count = int(manifest.extra["kept"])
+    assert input_folder is not None, "there is at least one stage"
+    return input_folder
 
 
-def _run(stage: Stage, config: PrepareConfig, before: Path | None, count: int, key: str) -> Manifest:
-    with Work(stage.name, config, before, count) as work:
+def _run(stage: PrepareStage, config: PrepareConfig, input_folder: Path | None, count: int, key: str) -> Manifest:
+    with Work(stage.name, config, input_folder, count) as work:
         stage.run(work)
-    counted = work.tally.kept + work.tally.dropped
-    assert stage.name in ("collect", "teacher") or counted == count, f"{stage.name}: {counted} of {count} rows told"
+    report = work.report
+    counted = report.kept + report.dropped
+    if stage.name not in ("collect", "teacher"):
+        assert counted == count, f"{stage.name}: {counted} of {count} rows kept or dropped"
     settings = as_json(stage.settings(config))
-    work.tally.write(work.folder, stage.name, {"settings": settings, **work.extra})
-    if not work.tally.kept:
+    # Before the refusals below, which refer the user to the report.
+    report.write(work.folder, stage.name, {"settings": settings, **work.extra})
+    if not report.kept:
         raise ConfigError(
             f"{work.folder}: {stage.name} kept none of {counted} rows; report.json says why; loosen its settings"
         )
-    emptied = work.emptied if stage.name == "collect" else work.tally.emptied()
-    if emptied and not config.allow_empty:
+    empty_sources = work.empty_sources if stage.name == "collect" else report.empty_sources()
+    if empty_sources and not config.allow_empty:
         raise ConfigError(
-            f"{work.folder}: {stage.name} kept no row of {', '.join(emptied)}; report.json says why; loosen its "
+            f"{work.folder}: {stage.name} kept no row of {', '.join(empty_sources)}; report.json says why; loosen its "
             "settings, leave the source out, or set allow_empty=true"
         )
-    told = {"key": key, "kept": work.tally.kept, "dropped": work.tally.dropped, **work.extra}
-    own = (path for pattern in (ROWS, *_REPORT, *stage.files) for path in work.folder.glob(pattern))
-    files = (file for path in own for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-    records = {file.relative_to(work.folder).as_posix(): file_record(file) for file in files}
-    return write_manifest(work.folder, 0, told, records)
+    extra = {"key": key, "kept": report.kept, "dropped": report.dropped, **work.extra}
+    records = {}
+    for file in _files_of(work.folder, (ROWS, *_REPORT, *stage.files)):
+        records[file.relative_to(work.folder).as_posix()] = file_record(file)
+    # The manifest comes last: a stage that was interrupted before this line has none and runs again.
+    return write_manifest(work.folder, 0, extra, records)
 
 
-def stage_key(stage: Stage, config: PrepareConfig, before: str) -> str:
-    """SHA-256 of everything that decides the outcome of ``stage``."""
+def _files_of(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    """Yield the files that match ``patterns``, and those below the folders that do."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                yield path
+            else:
+                yield from (file for file in path.rglob("*") if file.is_file())
+
+
+def stage_key(stage: PrepareStage, config: PrepareConfig, previous_key: str) -> str:
+    """Return the SHA-256 of everything on which the result of ``stage`` depends."""
+    settings = as_json(stage.settings(config))
     inputs = as_json(stage.inputs(config))
-    told = [ovr_megatron.__version__, stage.name, config.seed, as_json(stage.settings(config)), inputs, before]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    # The previous key stands for everything before: a change in an early stage changes all later keys.
+    parts = [ovr_megatron.__version__, stage.name, config.seed, settings, inputs, previous_key]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def finished(folder: Path, key: str) -> Manifest | None:
-    """The manifest of a stage that is whole (by the sizes of its files) and has this key, else None."""
+    """Return the manifest of a stage that is complete (by the sizes of its files) and has this key, else None."""
     try:
+        # Without digests: reading all files again would take longer than some stages.
         manifest = check(folder, digests=False)
     except CheckpointError:
         return None
@@ -264,7 +296,7 @@ def finished(folder: Path, key: str) -> Manifest | None:
 
 
 def check_stage_folder(folder: Path) -> None:
-    """Refuse a folder that no stage of a preparation has written, unless it is empty or not there.
+    """Refuse a folder that no stage of a preparation has written, unless it is empty or missing.
 
     Raises:
         ConfigError: names the folder.
@@ -275,29 +307,37 @@ def check_stage_folder(folder: Path) -> None:
     if started.is_file() and _KEY.fullmatch(started.read_text(encoding="utf-8", errors="replace")):
         return
     try:
-        ours = "key" in read_manifest(folder).extra
+        has_key = "key" in read_manifest(folder).extra
     except CheckpointError:
-        ours = False
-    if not ours:
+        has_key = False
+    if not has_key:
         raise ConfigError(f"{folder} was not written by a preparation, so nothing is written into it; give another dir")
 
 
 def clear(folder: Path, key: str, files: Sequence[str]) -> None:
     """Make ready for a run: scores of an interrupted run with the same key stay, and so do journals.
 
-    Only what stages write is removed (`_FILES` and the patterns ``files``); what else lies there stays.
+    Only the files that stages write are removed (`_FILES` and the patterns ``files``); others stay.
     """
+    # The manifest goes first: without it the folder does not count as complete while files are being removed.
     (folder / MANIFEST).unlink(missing_ok=True)
     started = folder / "started"
     if not (started.is_file() and started.read_text() == key):
-        for path in (path for pattern in (*_FILES, *files) for path in folder.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for pattern in (*_FILES, *files):
+            for path in folder.glob(pattern):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     started.write_text(key)
 
 
 def listing(path: str) -> Any:
-    """What tells a changed file or folder: names, sizes and times of change; the name alone of what is no file."""
+    """Return a fingerprint of a path: name, size and mtime of each file below it.
+
+    A path that is not on this disk (a puzzle, a Hugging Face name) is returned as it is.
+    """
     root, _ = local_path(path)
     if root is None:
         return path
@@ -307,7 +347,7 @@ def listing(path: str) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses as objects, at any depth of lists and mappings."""
+    """Convert dataclasses to JSON objects, at any depth of lists and mappings."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, Mapping):
@@ -316,5 +356,6 @@ def as_json(value: Any) -> Any:
 
 
 def _sentence(name: str, manifest: Manifest) -> str:
-    kept, dropped = manifest.extra["kept"], manifest.extra["dropped"]
-    return f"{name}: {kept:,} rows kept, {dropped:,} dropped"
+    kept_rows = manifest.extra["kept"]
+    dropped_rows = manifest.extra["dropped"]
+    return f"{name}: {kept_rows:,} rows kept, {dropped_rows:,} dropped"

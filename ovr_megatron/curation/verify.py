@@ -1,23 +1,26 @@
-"""The final answer of every response against the row's, in killable graders; rows without an answer pass by default.
+"""Grade the final answer of every response against the row's answer, in killable graders.
 
-A row is graded as reinforcement learning grades its source (``reward.rules``).
+A row is graded as reinforcement learning grades its source (``reward.rules``).  Rows without an answer pass by default.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import Stage, Work, batches
+from ovr_megatron.curation.stage import PrepareStage, Work, batches
 from ovr_megatron.curation.text import response_text
-from ovr_megatron.rewards.failures import FailureWatch, counts
+from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GraderPool
-from ovr_megatron.rewards.verdict import GradeRequest
+from ovr_megatron.rewards.verdict import GradeRequest, Verdict
 
 _BATCH = 2048  # rows in memory at a time
 
 
 def run(work: Work) -> None:
-    """Grade, and keep what is right.
+    """Grade the responses, and keep the rows with a right one.
 
     Raises:
         RewardError: nearly all verdicts of a source failed.
@@ -27,32 +30,48 @@ def run(work: Work) -> None:
     watch = FailureWatch(reward.rules)
     with GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache) as pool:
         for batch in batches(work.rows(), _BATCH):
-            requests = {}
-            for number, row in enumerate(batch):
-                response, answer, source = response_text(row), row.get("answer"), row.get("source", "")
-                if response is not None and answer:
-                    rule = reward.rules.get(source, "auto")
-                    requests[number] = GradeRequest(str(response), str(answer), tuple(row.get("options", ())), rule)
-            verdicts = dict(zip(requests, pool.grade(list(requests.values())), strict=True))
-            watch.add([counts((batch[number].get("source", ""), verdict) for number, verdict in verdicts.items())])
-            for number, row in enumerate(batch):
-                source, verdict = row.get("source", ""), verdicts.get(number)
-                if verdict is None and work.config.verify.need_answer and response_text(row) is not None:
-                    work.drop(row, source, "no answer to compare with")
-                elif verdict is None:
-                    work.keep(row, source)
-                elif verdict.correct:
-                    work.keep(row, source, verdict=str(verdict.reason))
-                elif verdict.failed:
-                    work.drop(row, source, f"not graded: {verdict.reason}", error=verdict.box)
-                else:
-                    work.drop(row, source, f"wrong: {verdict.reason}", box=verdict.box)
+            verdicts = _grade(pool, batch, reward.rules)
+            rows = list(zip(batch, verdicts, strict=True))
+            graded = [(row.get("source", ""), verdict) for row, verdict in rows if verdict is not None]
+            # Before the rows are written: it stops the stage if nearly all verdicts of a source failed.
+            watch.add([count_verdicts(graded)])
+            for row, verdict in rows:
+                _write(work, row, verdict)
             work.progress.update(len(batch))
 
 
+def _grade(pool: GraderPool, batch: Sequence[dict[str, Any]], rules: Mapping[str, str]) -> list[Verdict | None]:
+    """Return the verdict on each row of a batch, None for a row without a response or an answer."""
+    requests = {}
+    for index, row in enumerate(batch):
+        response = response_text(row)
+        answer = row.get("answer")
+        if response is not None and answer:
+            rule = rules.get(row.get("source", ""), "auto")
+            requests[index] = GradeRequest(str(response), str(answer), tuple(row.get("options", ())), rule)
+    verdicts = dict(zip(requests, pool.grade(list(requests.values())), strict=True))
+    return [verdicts.get(index) for index in range(len(batch))]
+
+
+def _write(work: Work, row: dict[str, Any], verdict: Verdict | None) -> None:
+    """Keep or drop a row by its verdict."""
+    source = row.get("source", "")
+    if verdict is None:
+        if work.config.verify.need_answer and response_text(row) is not None:
+            work.drop(row, source, "no answer to compare with")
+        else:
+            work.keep(row, source)
+    elif verdict.correct:
+        work.keep(row, source, verdict=str(verdict.reason))
+    elif verdict.failed:
+        work.drop(row, source, f"not graded: {verdict.reason}", error=verdict.box)
+    else:
+        work.drop(row, source, f"wrong: {verdict.reason}", box=verdict.box)
+
+
 def settings(config: PrepareConfig) -> list[object]:
-    """Return what decides the outcome."""
+    """Return the settings on which the verdicts depend."""
     return [config.verify, config.reward.rules, config.reward.timeout_s, config.reward.memory_mib]
 
 
-STAGE = Stage("verify", run, settings)
+STAGE = PrepareStage("verify", run, settings)

@@ -14,7 +14,7 @@ from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, deal, seeds_of
-from ovr_megatron.rewards.failures import Count, FailureWatch, counts
+from ovr_megatron.rewards.failures import FailureWatch, VerdictCounts, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
 from ovr_megatron.rewards.rules import is_plain
 from ovr_megatron.rollout.engine import Generation, Prompt, RolloutEngine
@@ -242,8 +242,8 @@ class Rollouts:
 
     def _watch_failures(self, graded: Sequence[tuple[str, Verdict]]) -> None:
         """Count what failed on all ranks, a collective, so that all stop where one source has hardly any verdict."""
-        everyone: list[dict[str, Count]] = [{} for _ in range(self.world.size)]
-        dist.all_gather_object(everyone, counts(graded))
+        everyone: list[dict[str, VerdictCounts]] = [{} for _ in range(self.world.size)]
+        dist.all_gather_object(everyone, count_verdicts(graded))
         self.failures.add(everyone)
 
     def _note_tail(self, rollout: Rollout, spent: float, graded: float, failed: int) -> None:

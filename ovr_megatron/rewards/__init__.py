@@ -1,1 +1,1 @@
-r"""Rewards: the last ``\boxed{}`` of a response against a reference answer, graded in killable workers."""
+r"""Grade the last ``\boxed{}`` of a response against a reference answer, in killable workers."""

@@ -1,4 +1,4 @@
-"""Multiple choice: the letter that an answer names, and whether an answer can be checked at all."""
+"""Read the letter of a multiple-choice answer, and check whether an answer can be verified at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from ovr_megatron.rewards.quantity import conversion, number, split_unit
 MAX_REFERENCE = 300
 """Characters of a reference answer, cleaned; a longer one is prose."""
 MAX_WORDS = 12
+"""Words of a reference answer without options; a longer one is prose."""
 
+# Letters: alone ("A", "(a)", "Answer: B."), beside content after a bracket or dot ("(A) 5", "A: 5"), and beside content
+# that may as well belong to it ("A 5", "A = 5").
 _PREFIX = r"(?:(?:the )?(?:correct |final )?(?:answer|option|choice)(?: is)?:? ?)?"
 _LONE = re.compile(rf"{_PREFIX}[(\[]? ?([A-Za-z]) ?[)\]]?[.:]?", re.IGNORECASE)
 _STRONG = re.compile(rf"{_PREFIX}(?:[(\[] ?([A-Z]) ?[)\]]|([A-Z]) ?[.):\]]) ?[.:]? ?(.+)")
 _WEAK = re.compile(r"([A-Z]) ?[-,= ] ?(.+)")
+# A rest that goes on with further letters: ", B", "or (B)", "5 (B)".
 _HEDGE = re.compile(r"(?:,|/|&|and\b|or\b|[(\[] ?[A-Z] ?[)\]]|[A-Z]$)|.*[(\[] ?[A-Z] ?[)\]]")
 
 _PROOF = re.compile(r"\bproofs?\b|\bprove[ds]?\b|\bq\.?e\.?d\b|\\blacksquare|\\qed\b", re.IGNORECASE)
@@ -24,10 +28,14 @@ _VAGUE = re.compile(r"\banswers? (?:will |may )?var(?:y|ies)\b|\bsee (?:the )?(?
 
 
 @dataclass(frozen=True)
-class Named:
-    """An option named by its letter: ``index`` from 0, what was written after it, and how plainly it was named.
+class NamedOption:
+    """An option that a text names by its letter.
 
-    ``strong`` is false where only the content can show that the letter was one ("A 5").
+    Attributes:
+        index: Index of the option, from 0.
+        rest: Text after the letter.
+        capital: Whether the letter is a capital.
+        strong: False if only the content can show that the letter names an option ("A 5").
     """
 
     index: int
@@ -37,47 +45,57 @@ class Named:
 
     @property
     def hedged(self) -> bool:
-        """Whether what follows names further letters ("(A) or (B)")."""
+        """Return whether the rest names further letters ("(A) or (B)")."""
         return bool(self.rest) and _HEDGE.match(self.rest) is not None
 
 
-def named_letter(text: str, count: int) -> Named | None:
-    """The letter that cleaned ``text`` names among the first ``count``: "A", "(A)", "A.", "A: content"."""
-    match = _LONE.fullmatch(text)
-    if match:
-        named = Named(ord(match[1].upper()) - ord("A"), capital=match[1].isupper())
+def named_letter(text: str, count: int) -> NamedOption | None:
+    """Return the option that cleaned ``text`` names, of the first ``count``: "A", "(A)", "A.", "A: content"."""
+    if match := _LONE.fullmatch(text):
+        option = NamedOption(_index(match[1].upper()), capital=match[1].isupper())
     elif match := _STRONG.fullmatch(text):
-        named = Named(ord(match[1] or match[2]) - ord("A"), match[3])
+        option = NamedOption(_index(match[1] or match[2]), match[3])
     elif match := _WEAK.fullmatch(text):
-        named = Named(ord(match[1]) - ord("A"), match[2], strong=False)
+        option = NamedOption(_index(match[1]), match[2], strong=False)
     else:
         return None
-    return named if named.index < count else None
+    return option if option.index < count else None
+
+
+def _index(capital: str) -> int:
+    return ord(capital) - ord("A")
 
 
 def right_option(answer: str, options: Sequence[str]) -> int | None:
-    """Index of the option that a reference answer means, by its letter or by its content; None for neither.
+    """Return the index of the option that a reference answer means, by letter or content; None if it means none.
 
-    A capital letter within range is a letter, even where another option consists of it.
+    A capital letter within range is a letter, even if another option consists of it.
     """
-    named = named_letter(clean(answer), len(options))
-    same = [index for index, option in enumerate(options) if key(option) == key(answer)]
-    if named and named.strong and not named.hedged and (named.capital or not same):
-        return named.index
-    if not same:
-        same = [index for index, option in enumerate(options) if _same_quantity(answer, option)]
-    return same[0] if len(same) == 1 else None
+    letter = named_letter(clean(answer), len(options))
+    # By text first: equal texts decide even where an option is no number.
+    matches = [index for index, option in enumerate(options) if key(option) == key(answer)]
+    if letter and letter.strong and not letter.hedged and (letter.capital or not matches):
+        return letter.index
+    if not matches:
+        matches = [index for index, option in enumerate(options) if _same_quantity(answer, option)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _same_quantity(answer: str, option: str) -> bool:
-    """Whether both are numbers and equal, units included."""
-    (left, unit), (right, other) = split_unit(clean(answer)), split_unit(clean(option))
-    value, candidate, factor = number(left), number(right), conversion(unit, other)
-    return value is not None and candidate is not None and factor is not None and value == candidate * factor
+    """Return whether both are numbers and equal, units included."""
+    answer_text, answer_unit = split_unit(clean(answer))
+    option_text, option_unit = split_unit(clean(option))
+    answer_value = number(answer_text)
+    option_value = number(option_text)
+    factor = conversion(answer_unit, option_unit)
+    if answer_value is None or option_value is None or factor is None:
+        return False
+    return answer_value == option_value * factor
 
 
 def verifiable(answer: str, options: Sequence[str] = ()) -> str | None:
-    """Why ``answer`` has no form that a grader can verify ("it is empty", "it is a proof", ...), or None if it has."""
+    """Return why no grader can verify ``answer`` ("it is empty", "it is a proof", ...), or None if one can."""
+    # Before `clean`, which costs time; cleaning hardly shortens a text to a quarter.
     if len(answer) > 4 * MAX_REFERENCE:
         return f"it has {len(answer)} characters and a final answer at most {MAX_REFERENCE}"
     text = clean(answer)
@@ -91,6 +109,7 @@ def verifiable(answer: str, options: Sequence[str] = ()) -> str | None:
         return "it is a proof"
     if _VAGUE.search(text.lower()):
         return "it does not name one value"
+    # Commands of LaTeX and single letters are no words.
     words = len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text))
     if not options and words > MAX_WORDS:
         return f"it is prose of {words} words"

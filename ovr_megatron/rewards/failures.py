@@ -1,4 +1,4 @@
-"""How many verdicts of each source failed, and when there are so many that nothing can be learnt from the rest."""
+"""Count failed verdicts by source, and stop a run when too many fail to learn from the rest."""
 
 from __future__ import annotations
 
@@ -9,63 +9,64 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.verdict import Verdict
 
 NEARLY_ALL = 0.9
-"""Share of failed verdicts that stops a run: what is graded still is then no sample of the source."""
+"""Share of failed verdicts that stops a run: the responses that are still graded are then no sample of the source."""
 FEWEST = 8
-"""Verdicts of a source that are looked at together: a few hostile expressions in a row mean nothing."""
+"""Smallest number of verdicts of a source that is judged: a few hostile expressions in a row mean nothing."""
 
 
 class RewardError(UserError, RuntimeError):
-    """Nearly all verdicts of a source failed; says which source, its rule and what its graders said."""
+    """Nearly all verdicts of a source failed; the message has the source, its rule and an error of its graders."""
 
 
 @dataclass
-class Count:
-    """Verdicts of a source, those of them that failed, and how one of them did."""
+class VerdictCounts:
+    """Verdicts of a source, how many of them failed, and the error of one that failed."""
 
     verdicts: int = 0
     failed: int = 0
     example: str = ""
 
-    def add(self, other: Count) -> None:
-        """Add what another has counted."""
-        self.verdicts += other.verdicts
-        self.failed += other.failed
-        self.example = self.example or other.example
+    def add(self, counts: VerdictCounts) -> None:
+        """Add ``counts`` to these."""
+        self.verdicts += counts.verdicts
+        self.failed += counts.failed
+        self.example = self.example or counts.example
 
 
-def counts(graded: Iterable[tuple[str, Verdict]]) -> dict[str, Count]:
-    """Count verdicts, each with the source of its row, by source."""
-    by_source: dict[str, Count] = {}
+def count_verdicts(graded: Iterable[tuple[str, Verdict]]) -> dict[str, VerdictCounts]:
+    """Count (source of the row, verdict) pairs by source."""
+    by_source: dict[str, VerdictCounts] = {}
     for source, verdict in graded:
         example = ": ".join(filter(None, (verdict.reason.value, verdict.box))) if verdict.failed else ""
-        by_source.setdefault(source, Count()).add(Count(1, int(verdict.failed), example))
+        by_source.setdefault(source, VerdictCounts()).add(VerdictCounts(1, int(verdict.failed), example))
     return by_source
 
 
 @dataclass
 class FailureWatch:
-    """Verdicts of each source since there were last enough to judge by; ``rules`` are those of the sources."""
+    """Recent verdicts of each source, until there are enough to judge the source by; ``rules`` by source."""
 
     rules: Mapping[str, str]
-    recent: dict[str, Count] = field(default_factory=dict)
+    recent: dict[str, VerdictCounts] = field(default_factory=dict)
 
-    def add(self, parts: Iterable[Mapping[str, Count]]) -> None:
-        """Add what one rank or several have counted.
+    def add(self, parts: Iterable[Mapping[str, VerdictCounts]]) -> None:
+        """Add the counts of one rank or several.
 
         Raises:
             RewardError: at least `NEARLY_ALL` of `FEWEST` or more verdicts of a source failed.
         """
+        # All parts first: ranks that add the same parts stop together or not at all.
         for part in parts:
-            for source, count in part.items():
-                self.recent.setdefault(source, Count()).add(count)
-        for source, count in list(self.recent.items()):
-            if count.verdicts < FEWEST:
+            for source, counts in part.items():
+                self.recent.setdefault(source, VerdictCounts()).add(counts)
+        for source, counts in list(self.recent.items()):
+            if counts.verdicts < FEWEST:
                 continue
-            if count.failed >= NEARLY_ALL * count.verdicts:
+            if counts.failed >= NEARLY_ALL * counts.verdicts:
                 rule = self.rules.get(source, "auto")
                 raise RewardError(
-                    f"{count.failed} of {count.verdicts} rewards of source {source!r} failed, each in two workers "
-                    f"({count.example}); repair its rule {rule} (reward.rules), or raise reward.timeout_s or "
+                    f"{counts.failed} of {counts.verdicts} rewards of source {source!r} failed, each in two workers "
+                    f"({counts.example}); repair its rule {rule} (reward.rules), or raise reward.timeout_s or "
                     "reward.memory_mib if it needs more"
                 )
             del self.recent[source]

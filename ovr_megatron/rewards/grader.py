@@ -1,8 +1,8 @@
-r"""Response, reference answer and options -> verdict.  Pure, deterministic, and without a clock of its own.
+r"""Grade a response against a reference answer and options.  Pure, deterministic, and without a time limit.
 
-Only the last ``\boxed{}`` of the response counts.  Text and plain numbers are compared directly; what is left
-goes to math-verify, whose LaTeX parser builds SymPy expressions and can run for ever on a hostile one.  A
-caller that cannot trust its responses therefore goes through `ovr_megatron.rewards.pool.GraderPool`.
+Only the last ``\boxed{}`` of the response counts.  Text and plain numbers are compared directly, all else by
+math-verify, whose LaTeX parser builds SymPy expressions and can run for ever on a hostile one.  A caller that cannot
+trust its responses therefore uses `ovr_megatron.rewards.pool.GraderPool`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, 
 
 from ovr_megatron.rewards.choice import named_letter, right_option
 from ovr_megatron.rewards.latex import MAX_ANSWER, clean, joined, key, last_box, squeeze
-from ovr_megatron.rewards.precision import apart, evaluated
+from ovr_megatron.rewards.precision import differ, numeric_value
 from ovr_megatron.rewards.quantity import conversion, number, same_number, split_unit
 from ovr_megatron.rewards.verdict import RIGHT, GradeRequest, Reason, Verdict
 
-# Units are cut off before, by a table that knows metres from variables; only LaTeX is parsed, since math-verify
-# evaluates plain expressions as Python.
+# units=False: `split_unit` has cut off units by a table that knows metres from variables.  Only LaTeX is parsed:
+# math-verify evaluates plain expressions as Python code.
 _LATEX = LatexExtractionConfig(
     boxed_match_priority=-1,
     normalization_config=LatexNormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True),
@@ -47,7 +47,7 @@ _RELATION = re.compile(r"[<>]|\\(?:le|ge|in|ne|pm|mp|cup|cap|setminus|infty)(?![
 _JUXTAPOSED = re.compile(r"(?<!\\log_)\d \d|\) ?\d|(?<![\\a-zA-Z}\]^_])\{[^{}]*\} ?\{|\d ?\{ ?\d")
 _DIGITS_AND_COMMA = re.compile(r"(?<=\d),(?=\d)")  # to the parser 144,169 is one number
 ROUNDING = Fraction(1, 20)
-r"""Share by which an approximation that stands beside a value may differ from it: \pi \approx 3."""
+r"""Relative difference that is allowed between a value and an approximation beside it: \pi \approx 3."""
 _BRACKETED = re.compile(r"(\(|\[|\\\{)(?=.*,)[^()\[\]]*(\)|\]|\\\})")
 
 
@@ -67,79 +67,107 @@ def grade(request: GradeRequest) -> Verdict:
 
 
 def _among_options(box: str, options: Sequence[str], right: int) -> Reason:
-    named = named_letter(clean(box), len(options))
+    """Compare a box with the options: by letter, by the exact text, by letter and content, by value."""
+    letter = named_letter(clean(box), len(options))
     exact = [index for index, option in enumerate(options) if key(option) == key(box)]
-    if named and not named.rest and (named.capital or not exact):
-        return Reason.LETTER if named.index == right else Reason.OTHER_OPTION
+    if letter and not letter.rest and (letter.capital or not exact):
+        return Reason.LETTER if letter.index == right else Reason.OTHER_OPTION
     if exact:
-        return _unique(right, exact)
-    if named and named.rest:
-        content = [index for index, option in enumerate(options) if same_plainly(option, named.rest) in RIGHT]
-        if named.index not in content and named.strong and (named.hedged or content):
-            return Reason.SEVERAL_OPTIONS if named.hedged else Reason.CONTRADICTION
-        if named.index in content or named.strong:
-            return Reason.LETTER if named.index == right else Reason.OTHER_OPTION
+        return _by_content(right, exact)
+    if letter and letter.rest:
+        matches = [index for index, option in enumerate(options) if same_plainly(option, letter.rest) in RIGHT]
+        if letter.index not in matches and letter.strong and (letter.hedged or matches):
+            return Reason.SEVERAL_OPTIONS if letter.hedged else Reason.CONTRADICTION
+        if letter.index in matches or letter.strong:
+            return Reason.LETTER if letter.index == right else Reason.OTHER_OPTION
+    # The right option first: for most wrong answers one comparison by math-verify is enough.
     if compare(options[right], box) not in RIGHT:
         return Reason.DIFFERENT
-    return _unique(right, [index for index, option in enumerate(options) if compare(option, box) in RIGHT])
+    return _by_content(right, [index for index, option in enumerate(options) if compare(option, box) in RIGHT])
 
 
-def _unique(right: int, matching: list[int]) -> Reason:
-    if right not in matching:
+def _by_content(right: int, matches: list[int]) -> Reason:
+    if right not in matches:
         return Reason.OTHER_OPTION
-    return Reason.CONTENT if len(matching) == 1 else Reason.SEVERAL_OPTIONS
+    return Reason.CONTENT if len(matches) == 1 else Reason.SEVERAL_OPTIONS
 
 
 def _open_answer(box: str, answer: str) -> Reason:
+    """Compare a box with an answer that is a letter without options, or a value."""
     reference = named_letter(clean(answer), 26)
     if reference and not reference.rest and reference.capital:
-        named = named_letter(clean(box), 26)
-        if named and named.strong and not named.hedged:
-            return Reason.LETTER if named.index == reference.index else Reason.DIFFERENT
+        letter = named_letter(clean(box), 26)
+        if letter and letter.strong and not letter.hedged:
+            return Reason.LETTER if letter.index == reference.index else Reason.DIFFERENT
     return compare(answer, box)
 
 
+# Cached, since many responses to a prompt have the same answer, and options are compared twice.
 @lru_cache(maxsize=8192)
 def compare(reference: str, candidate: str) -> Reason:
-    """Compare two values as written: `Reason.TEXT`, `NUMBER` or `MATH` where they are the same, else `DIFFERENT`."""
+    """Compare two written values; return `Reason.TEXT`, `NUMBER` or `MATH` if they are the same, else `DIFFERENT`."""
     reason = same_plainly(reference, candidate)
     if reason is not None:
         return reason
     values = _values(reference, candidate)
     if values is None:
         return Reason.DIFFERENT
-    left, right, scale = values
-    if scale != 1 or not _comparable(left, right):
+    reference_value, candidate_value, scale = values
+    if scale != 1 or not _comparable(reference_value, candidate_value):
         return Reason.DIFFERENT
-    return Reason.MATH if _same_expression(left, right) else Reason.DIFFERENT
+    return Reason.MATH if _same_expression(reference_value, candidate_value) else Reason.DIFFERENT
 
 
 def same_plainly(reference: str, candidate: str) -> Reason | None:
-    """`compare` as far as text and plain numbers go; None where only mathematics can tell."""
+    """Compare two written values as texts and plain numbers; return None if only mathematics can decide."""
     if key(reference) == key(candidate):
         return Reason.TEXT if key(reference) else Reason.DIFFERENT
     values = _values(reference, candidate)
     if values is None:
         return Reason.DIFFERENT
-    left, right, scale = values
-    if _is_prose(left):
+    reference_value, candidate_value, scale = values
+    if _is_prose(reference_value):
         return Reason.TEXT if key(reference).casefold() == key(candidate).casefold() else Reason.DIFFERENT
-    if scale == 1 and squeeze(left) == squeeze(right):
+    if scale == 1 and squeeze(reference_value) == squeeze(candidate_value):
         return Reason.TEXT
-    a, b = number(left.removesuffix("%").strip()), number(right.removesuffix("%").strip())
-    if a is not None and b is not None:
-        decimal = _is_decimal(left) != _is_decimal(right)
-        signs = left.endswith("%"), right.endswith("%")
-        # A sign may be left out or added where the question asks for percent, but 0.5 is not 0.5 %.
-        same = same_number(a, b * scale, decimal) if signs[0] == signs[1] or abs(a) >= 1 else False
-        if not same and signs[0] != signs[1]:
-            same = same_number(a / 100 if signs[0] else a, b / 100 if signs[1] else b, decimal)
-        return Reason.NUMBER if same else Reason.DIFFERENT
-    based = _BASE.fullmatch(left), _BASE.fullmatch(right)
-    if any(based):
-        digits = [match[1] if match else text for match, text in zip(based, (left, right), strict=True)]
-        return Reason.NUMBER if digits[0] == digits[1] and not all(based) else Reason.DIFFERENT
-    return None
+    same = _same_plain_number(reference_value, candidate_value, scale)
+    if same is None:
+        same = _same_in_a_base(reference_value, candidate_value)
+    if same is None:
+        return None
+    return Reason.NUMBER if same else Reason.DIFFERENT
+
+
+def _same_plain_number(reference: str, candidate: str, scale: Fraction) -> bool | None:
+    """Return whether two plain numbers are the same, in percent or not; None if one is no plain number."""
+    reference_value = number(reference.removesuffix("%").strip())
+    candidate_value = number(candidate.removesuffix("%").strip())
+    if reference_value is None or candidate_value is None:
+        return None
+    decimal = _is_decimal(reference) != _is_decimal(candidate)
+    reference_percent = reference.endswith("%")
+    candidate_percent = candidate.endswith("%")
+    if reference_percent == candidate_percent:
+        return same_number(reference_value, candidate_value * scale, decimal)
+    # A percent sign may be left out or added where the question asks for percent, but 0.5 is not 0.5 %.
+    if abs(reference_value) >= 1 and same_number(reference_value, candidate_value * scale, decimal):
+        return True
+    reference_fraction = reference_value / 100 if reference_percent else reference_value
+    candidate_fraction = candidate_value / 100 if candidate_percent else candidate_value
+    return same_number(reference_fraction, candidate_fraction, decimal)
+
+
+def _same_in_a_base(reference: str, candidate: str) -> bool | None:
+    """Return whether digits with a base (``101_2``) and digits without one are the same; None if neither has a base."""
+    reference_match = _BASE.fullmatch(reference)
+    candidate_match = _BASE.fullmatch(candidate)
+    if reference_match is None and candidate_match is None:
+        return None
+    if reference_match and candidate_match:
+        return False  # `squeeze` has compared the texts before
+    reference_digits = reference_match[1] if reference_match else reference
+    candidate_digits = candidate_match[1] if candidate_match else candidate
+    return reference_digits == candidate_digits
 
 
 def _is_decimal(text: str) -> bool:
@@ -147,92 +175,118 @@ def _is_decimal(text: str) -> bool:
 
 
 def _values(reference: str, candidate: str) -> tuple[str, str, Fraction] | None:
-    """Both values without unit, name and approximation, and the factor from the candidate's unit to the reference's.
+    """Cut units, names and approximations off both values; return the values and the factor between their units.
 
-    None where the units measure different things, or where the candidate states several values.
+    The factor leads from the candidate's unit to the reference's.  None if the units measure different things, or if
+    the candidate states several values.
     """
     exact, _ = _approximated(clean(reference))
     stated = _stated(clean(candidate), "=" in exact)
     if stated is None:
         return None
-    left, unit = split_unit(exact)
-    right, other = split_unit(stated, attached=True)
-    scale = conversion(unit, other)
+    reference_value, reference_unit = split_unit(exact)
+    candidate_value, candidate_unit = split_unit(stated, attached=True)
+    scale = conversion(reference_unit, candidate_unit)
     if scale is None:
         return None
-    if number(left) is not None:
-        right = joined(right)
-    tuples = _as_tuples(left, right)
+    if number(reference_value) is not None:
+        candidate_value = joined(candidate_value)
+    tuples = _as_tuples(reference_value, candidate_value)
     if tuples is None:
         return None
-    left, right = tuples
-    names = [_ASSIGNMENT.match(text) or _TUPLE_NAMES.match(text) for text in (left, right)]
-    spelled = {match.group() for match in names if match}
-    # Of "y = 2x + 1" and "2x - y + 1 = 0" both are equations, of "y = 2x + 1" and "2x + 1" one has the name alone.
-    equations = [not match and "=" in text for match, text in zip(names, (left, right), strict=True)]
-    if len(spelled) == 1 and not any(equations):
-        left, right = (
-            text[match.end() :] if match and _in_order(match.group()) else text
-            for match, text in zip(names, (left, right), strict=True)
-        )
-    return left, right, scale
+    reference_value, candidate_value = _without_names(*tuples)
+    return reference_value, candidate_value, scale
+
+
+def _without_names(reference: str, candidate: str) -> tuple[str, str]:
+    """Cut off names such as "x =" or "(x, y) =", unless the sides have different names or a side is an equation.
+
+    Of "y = 2x + 1" and "2x - y + 1 = 0" both are equations; of "y = 2x + 1" and "2x + 1" one has a name.
+    """
+    names = []
+    has_equation = False
+    for text in (reference, candidate):
+        match = _ASSIGNMENT.match(text) or _TUPLE_NAMES.match(text)
+        names.append(match.group() if match else "")
+        has_equation = has_equation or (match is None and "=" in text)
+    spellings = {name for name in names if name}
+    if len(spellings) != 1 or has_equation:
+        return reference, candidate
+    reference_name, candidate_name = names
+    return _without_name(reference, reference_name), _without_name(candidate, candidate_name)
+
+
+def _without_name(text: str, name: str) -> str:
+    return text[len(name) :] if _in_order(name) else text
 
 
 def _approximated(text: str) -> tuple[str, list[str]]:
-    """What stands before the first sign of approximation, or after it where that is nothing or a name, and the rest."""
-    first, *rest = (part.strip() for part in text.split("\\approx"))
-    if rest and (not first or _NAME.fullmatch(first)):
-        first, *rest = rest
-    return first, rest
+    """Split at signs of approximation; return the value and its approximations.
+
+    The value is the first part, or the second one if the first is empty or a name.
+    """
+    value, *approximations = (part.strip() for part in text.split("\\approx"))
+    if approximations and (not value or _NAME.fullmatch(value)):
+        value, *approximations = approximations
+    return value, approximations
 
 
 def _stated(text: str, equation: bool) -> str | None:
-    r"""The value that a chain like "x = 2\sqrt{5} \approx 4.47" states; None where its members disagree.
+    r"""Return the value that a chain like "x = 2\sqrt{5} \approx 4.47" states; None if its members disagree.
 
-    Where the reference is an equation, "=" belongs to the value.
+    With ``equation`` the reference is an equation, and "=" belongs to the value.
     """
     value, approximations = _approximated(text)
     if "=" in value and not equation and "," not in value and not _CONNECTIVE.search(value):
-        *before, value = (part.strip() for part in value.split("="))
-        numbers = (part for part in before if part and not _SYMBOL.search(split_unit(part, attached=True)[0]))
-        if not all(compare(part, value) in RIGHT for part in numbers):
-            return None
-    if not all(_near(value, other) for other in approximations):
+        *earlier, value = (part.strip() for part in value.split("="))
+        for part in earlier:
+            is_symbolic = _SYMBOL.search(split_unit(part, attached=True)[0])
+            if part and not is_symbolic and compare(part, value) not in RIGHT:
+                return None
+    if not all(_near(value, approximation) for approximation in approximations):
         return None
     return value
 
 
 def _near(value: str, approximation: str) -> bool:
-    """Whether both are numbers and the one may be a rounding of the other, as percent, too."""
-    sides = [split_unit(text, attached=True)[0].removesuffix("%").strip() for text in (value, approximation)]
-    if not all(sides) or any(_is_prose(side) or _JUXTAPOSED.search(side) for side in sides):
-        return False
-    parsed = [expression[0] if (expression := _expression(side)) else None for side in sides]
-    exact, rounded = (evaluated(item) for item in parsed)
+    """Return whether both are numbers and one may be a rounding of the other, also as percent."""
+    sides = []
+    for text in (value, approximation):
+        side = split_unit(text, attached=True)[0].removesuffix("%").strip()
+        if not side or _is_prose(side) or _JUXTAPOSED.search(side):
+            return False
+        sides.append(side)
+    exact, rounded = (_value_of(side) for side in sides)
     if exact is None or rounded is None:
         return False
     return any(abs(exact * factor - rounded) <= ROUNDING * abs(rounded) for factor in (1, 100))
 
 
-def _as_tuples(left: str, right: str) -> tuple[str, str] | None:
+def _value_of(text: str) -> Any | None:
+    expressions = _expression(text)
+    return numeric_value(expressions[0]) if expressions else None
+
+
+def _as_tuples(reference: str, candidate: str) -> tuple[str, str] | None:
     """Write "x = 3, y = 4" as "(3, 4)", by the order of the names, where the other side is a tuple.
 
-    None where a name has two values.
+    None if a name has two values.
     """
-    sides = [left, right]
-    for place, other in ((0, right), (1, left)):
-        items = _CONNECTIVE.sub(",", sides[place]).split(",")
+    sides = [reference, candidate]
+    for index, other in ((0, candidate), (1, reference)):
+        items = _CONNECTIVE.sub(",", sides[index]).split(",")
         pairs = [match for item in items if (match := _PAIR.fullmatch(item.strip()))]
         if len(items) == 1 or len(pairs) != len(items) or not other.startswith("(") or "=" in other:
             continue
-        if len({match[1] for match in pairs}) != len(pairs):
+        values = {match[1]: match[2] for match in pairs}
+        if len(values) != len(pairs):
             return None
-        sides[place] = "(" + ", ".join(match[2] for match in sorted(pairs, key=lambda match: match[1])) + ")"
+        sides[index] = "(" + ", ".join(values[name] for name in sorted(values)) + ")"
     return sides[0], sides[1]
 
 
 def _in_order(name: str) -> bool:
-    """Whether the names of a tuple, as in "(x, y) =", stand in the order of the alphabet; true of a single name."""
+    """Return whether the names of a tuple, as in "(x, y) =", are in alphabetical order; true of a single name."""
     letters = re.findall(r"[A-Za-z]", name) if name.startswith("(") else []
     return letters == sorted(letters)
 
@@ -241,38 +295,47 @@ def _is_prose(text: str) -> bool:
     return bool(_PROSE.search(_ENVIRONMENT.sub("", text))) or not _MATHEMATICAL.search(text)
 
 
-def _comparable(left: str, right: str) -> bool:
-    """Whether mathematics may decide: no words, no number beside a number, the same brackets and signs, as many items.
+def _comparable(reference: str, candidate: str) -> bool:
+    """Return whether mathematics may decide whether two values are the same.
 
-    A pair of numbers is no choice between them.
+    Neither has words or a number beside a number, and both have the same brackets, as many percent signs and as many
+    items.  A pair of numbers is not comparable with a choice between numbers.
     """
-    if any(_is_prose(text) or _JUXTAPOSED.search(text) for text in (left, right)):
+    if any(_is_prose(text) or _JUXTAPOSED.search(text) for text in (reference, candidate)):
         return False
-    brackets = _BRACKETED.fullmatch(left), _BRACKETED.fullmatch(right)
-    if all(brackets) and brackets[0].groups() != brackets[1].groups():  # type: ignore[union-attr]
+    reference_brackets = _BRACKETED.fullmatch(reference)
+    candidate_brackets = _BRACKETED.fullmatch(candidate)
+    if reference_brackets and candidate_brackets and reference_brackets.groups() != candidate_brackets.groups():
         return False
-    for one, other in ((left, right), (right, left)):
-        if one.startswith("(") and _ALTERNATIVE.search(other):
+    # "(1, 2)" is no "1 or 2", though both have two items.
+    for text, other in ((reference, candidate), (candidate, reference)):
+        if text.startswith("(") and _ALTERNATIVE.search(other):
             return False
-    if left.count("%") != right.count("%"):
+    if reference.count("%") != candidate.count("%"):
         return False
-    related = _RELATION.search(left) or _RELATION.search(right)
-    return bool(related) or _items(left) == _items(right)
+    related = _RELATION.search(reference) or _RELATION.search(candidate)
+    return bool(related) or _items(reference) == _items(candidate)
 
 
 def _items(text: str) -> int:
     return len(re.findall("[,;]", _CONNECTIVE.sub(",", text))) + 1
 
 
-def _same_expression(left: str, right: str) -> bool:
-    ours, theirs = _expression(left), _expression(right)
-    if not verify(ours, theirs, timeout_seconds=None, allow_set_relation_comp=True):
+def _same_expression(reference: str, candidate: str) -> bool:
+    reference_parse = _expression(reference)
+    candidate_parse = _expression(candidate)
+    # No timeout here: math-verify's needs SIGALRM in the main thread.  The pool limits the time of its workers.
+    if not verify(reference_parse, candidate_parse, timeout_seconds=None, allow_set_relation_comp=True):
         return False
-    # math-verify takes numbers that differ by less than its absolute rounding for equal, 1.6e-19 for 0.
-    return not (ours and theirs and apart(ours[0], theirs[0]))
+    if not reference_parse or not candidate_parse:
+        return True
+    # math-verify takes numbers that differ by less than an absolute rounding for equal: 1.6e-19 for 0.
+    return not differ(reference_parse[0], candidate_parse[0])
 
 
 @lru_cache(maxsize=8192)
 def _expression(text: str) -> list[Any]:
+    """Parse a value; the first entry of the result is a SymPy expression, and an empty result is no expression."""
+    # "and" and "or" separate the values of a list.  Percent signs were compared before.
     text = _DIGITS_AND_COMMA.sub(", ", _CONNECTIVE.sub(", ", text.replace("%", "")))
     return parse(f"${text}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=None)

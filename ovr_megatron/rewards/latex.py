@@ -1,4 +1,4 @@
-r"""Answers as text: the last ``\boxed{}`` of a response, and one plain form for the many spellings of LaTeX.
+r"""Find the last ``\boxed{}`` of a response, and reduce the many spellings of LaTeX to one plain form.
 
 Everything here is string work in linear or bounded time; nothing is evaluated.
 """
@@ -10,11 +10,12 @@ import unicodedata
 from functools import lru_cache
 
 MAX_ANSWER = 1000
-"""Characters of a box that are looked at; a longer one is no final answer."""
+"""Characters of a box at most; a longer one is no final answer."""
 
-START_OF_THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
+START_OF_THOUGHT = "<think>"
+END_OF_THOUGHT = "</think>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
-# What TeX would box without braces is one character; people mean the number or the letter.
+# Without braces TeX boxes one character only; authors mean the number or the letter.
 _BARE = r"(?P<bare>(?>[+-]?(?:\d[\d.,]*|\.\d+)(?:/\d+)?)|[A-Z])(?!\s*[{^\\+\-*/=<>]|\w)"
 _BRACES = re.compile(
     rf"(?P<box>{_BOX.pattern}\s*\{{)|{_BOX.pattern}\s*{_BARE}|\\\\(?=[{{}}])|\\[{{}}]|(?P<open>\{{)|(?P<close>\}})"
@@ -26,7 +27,7 @@ _WRAPPER = re.compile(
 )
 _FUNCTIONS = r"arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp"
 _DEGREE = r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z]))"
-# Of an angle, degrees are a way of writing; of what a function is taken of, they are a factor.
+# The degree sign of an angle may be left out; in the argument of a function it is the factor pi / 180.
 _TRIGONOMETRIC = re.compile(r"(?<![a-zA-Z])(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _ANGLE = re.compile(rf"(\d+(?:\.\d+)?|\\?[a-zA-Z]+)\s*{_DEGREE}(?!\s*[CF](?![a-zA-Z]))")
 
@@ -39,7 +40,7 @@ _SYMBOLS = str.maketrans(
     }
 )  # fmt: skip
 
-# In order.  First what only dresses the answer, then one spelling for each operator.
+# Applied in this order: first formatting is removed, then each operator gets one spelling.
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -91,47 +92,50 @@ _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹]+")
 
 
 def last_box(response: str, thinking: bool = False) -> str | None:
-    r"""Content of the last ``\boxed{...}`` after the thought; None without one, or where the last one is never closed.
+    r"""Return the content of the last ``\boxed{...}`` after the thought.
 
-    Braces are balanced and escaped braces skipped.  For a box within a box the outer one counts.  ``\fbox{5}`` and
+    Braces are balanced and escaped braces skipped.  Of nested boxes the outer one counts.  ``\fbox{5}`` and
     ``\boxed 5`` are boxes, too.
 
     Args:
-        response: what the model wrote.
-        thinking: whether the prompt opened a thought; what stands before ``</think>`` is then no answer, as in
-            Open-Reasoner-Zero (``orz/ppo``), even where the response never ends it.
+        response: the response of a model.
+        thinking: whether the prompt opened a thought.  Text before ``</think>`` is then no answer, as in
+            Open-Reasoner-Zero (``orz/ppo``), even if the response never ends the thought.
+
+    Returns:
+        the content, or None if there is no box or the last one is never closed.
     """
     answer = response.rpartition(END_OF_THOUGHT)[2]
     if len(answer) == len(response) and (thinking or START_OF_THOUGHT in answer):
         return None
-    start = _BOX.search(answer)
-    if start is None:
+    first = _BOX.search(answer)
+    if first is None:
         return None
-    stack: list[int] = []
-    closed: list[tuple[int, int]] = []
-    last = -1
-    for token in _BRACES.finditer(answer, start.start()):
+    stack: list[int] = []  # for each open brace the start of the content of its box, or -1 for a brace of no box
+    boxes: list[tuple[int, int]] = []  # start and end of the content of each closed box
+    last_start = -1
+    for token in _BRACES.finditer(answer, first.start()):
         if token["bare"] is not None:
-            last, end = token.span("bare")
-            closed.append((last, end))
+            last_start = token.start("bare")
+            boxes.append(token.span("bare"))
         elif token["box"]:
-            last = token.end()
-            stack.append(last)
+            last_start = token.end()
+            stack.append(last_start)
         elif token["open"]:
             stack.append(-1)
         elif token["close"] and stack:
-            opened = stack.pop()
-            if opened >= 0:
-                closed.append((opened, token.start()))
-    around = [(opened, end) for opened, end in closed if 0 <= opened <= last <= end]
-    if not around:
+            content_start = stack.pop()
+            if content_start >= 0:
+                boxes.append((content_start, token.start()))
+    enclosing = [(start, end) for start, end in boxes if 0 <= start <= last_start <= end]
+    if not enclosing:
         return None
-    opened, end = min(around)
-    return answer[opened:end]
+    outer_start, outer_end = min(enclosing)
+    return answer[outer_start:outer_end]
 
 
 def closing(text: str, start: int) -> int:
-    """Index of the brace that closes the group whose content begins at ``start``, or -1."""
+    """Return the index of the brace that closes the group whose content begins at ``start``, or -1."""
     depth = 1
     for token in _BRACES.finditer(text, start):
         depth += bool(token["box"] or token["open"]) - bool(token["close"])
@@ -141,23 +145,26 @@ def closing(text: str, start: int) -> int:
 
 
 def _unwrap(text: str) -> str:
+    r"""Replace every ``\text{...}`` and the like by its content; a group that is never closed reaches to the end."""
     while wrapper := _WRAPPER.search(text):
         end = closing(text, wrapper.end())
-        inside, after = (text[wrapper.end() : end], text[end + 1 :]) if end >= 0 else (text[wrapper.end() :], "")
-        text = f"{text[: wrapper.start()]} {inside} {after}"
+        if end < 0:
+            end = len(text)
+        text = f"{text[: wrapper.start()]} {text[wrapper.end() : end]} {text[end + 1 :]}"
     return text
 
 
 @lru_cache(maxsize=8192)
 def clean(text: str) -> str:
-    r"""``text`` without what does not decide: ``\text{}`` and fonts, spacing, ``$``, degrees, thousands commas.
+    r"""Remove what does not change the value: ``\text{}`` and fonts, spacing, ``$``, degrees, thousands commas.
 
-    One spelling is left of each fraction, root, product sign and comparison.  Single spaces stay, because
-    they part a number from its unit.  Percent signs stay too: `ovr_megatron.rewards.quantity` reads them.
-    ``100,200`` may be two numbers or one, and stays; `joined` reads it as one.
+    Each fraction, root, product sign and comparison gets one spelling.  Single spaces stay, because they separate a
+    number from its unit.  Percent signs stay too: `ovr_megatron.rewards.quantity` reads them.  ``100,200`` may be two
+    numbers or one, and stays; `joined` reads it as one.
     """
     ambiguous = is_list_or_number(_DOLLARS.sub(r"\1", text.strip()).strip())
     text = _SUPERSCRIPT.sub(lambda power: f"^{{{power.group()}}}", text.translate(_SYMBOLS))
+    # Superscripts are rewritten before: NFKC makes plain digits of them.  Its fractions have U+2044 as their slash.
     text = _unwrap(unicodedata.normalize("NFKC", text).replace("\u2044", "/"))
     if _TRIGONOMETRIC.search(text):
         text = _ANGLE.sub(r"(\\frac{\1 \\pi}{180})", text)
@@ -172,17 +179,17 @@ def clean(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """`clean` without spaces, but for those between digits: equal keys mean the same text."""
+    """Return `clean` without spaces, except those between digits: equal keys mean the same text."""
     return squeeze(clean(text))
 
 
 def squeeze(text: str) -> str:
-    """Take the spaces out of cleaned ``text``; "1 2" stays two numbers."""
+    """Remove the spaces of cleaned ``text``; "1 2" stays two numbers."""
     return _SPACES.sub("", text)
 
 
 def is_list_or_number(text: str) -> bool:
-    """Whether ``text`` is digits in threes after commas, of which none begins with a 0, and nothing else."""
+    """Return whether ``text`` is only groups of three digits, joined by commas, of which none begins with a 0."""
     return _LIST_OR_NUMBER.fullmatch(text) is not None
 
 

@@ -1,7 +1,7 @@
-"""Graders in processes of their own, with a hard limit of CPU time per verdict.
+"""A pool of grader processes, with a hard limit of CPU time per verdict.
 
-A response comes from a policy that is free to write ``9^9^9^9``; SymPy has no safe word.  So each verdict is made
-in a worker process that is killed when its time is up and started again: a hostile expression costs one verdict.
+A response comes from a policy that is free to write ``9^9^9^9``, and SymPy cannot be interrupted.  So each verdict is
+made in a worker process that is killed and replaced when its time is up: a hostile expression costs one verdict.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.rewards.rules import cached_by
+from ovr_megatron.rewards.rules import cache_key
 from ovr_megatron.rewards.verdict import WALL_FACTOR, GradeRequest, Reason, Verdict
 from ovr_megatron.runtime.environment import child_environment
 
@@ -31,34 +31,44 @@ __all__ = ["GradeRequest", "GraderPool", "PoolError", "Reason", "Verdict"]
 START_LIMIT_S = 300.0
 """Seconds that a worker may take to import its libraries, on a busy node or a slow disk; not counted as grading."""
 START_ATTEMPTS = 3
-"""How often in a row a worker may die before it can grade: the node's memory may have been short for a moment."""
+"""Attempts in a row to start a worker: the node's memory may have been short for a moment."""
 TRIES = 2
-"""Workers that a request is given to, one after the other, until one comes to a verdict."""
+"""Workers that try a request, one after the other, until one comes to a verdict."""
 LEAST_WAIT_S = 0.02
-"""Seconds between looks at a worker's CPU time, which the kernel counts in steps of 0.01."""
+"""Seconds at least between readings of a worker's CPU time, which the kernel counts in steps of 0.01."""
 
 
 class PoolError(UserError, RuntimeError):
-    """The workers cannot run at all (not: one of them was killed over a response)."""
+    """The workers cannot run at all; that one of them is killed over a response is no error."""
 
 
 @dataclass
 class _Task:
-    """A request under its key, and how often it has been given to a worker that came to no verdict.
+    """A request to grade.
 
-    ``depends_on`` is what `cached_by` says of it; None where its verdict is not remembered.
+    Attributes:
+        key: The caller's key of the request.
+        request: The request.
+        cache_key: Key of the verdict in the cache; None if it is not cached.
+        tries: Number of workers that came to no verdict.
     """
 
     key: Hashable
     request: GradeRequest
-    depends_on: tuple | None
+    cache_key: tuple | None
     tries: int = 0
 
 
 class _Worker:
     """One grader process: starting, idle, or busy with ``task``.
 
-    ``attempt``: how many workers before it died before they could grade.  ``fresh``: it has not graded anything yet.
+    Attributes:
+        process: The process.
+        timeout_s: Limit of CPU time of a verdict.
+        attempt: Number of predecessors in a row that died before they could grade.
+        ready: Whether it can grade.
+        fresh: Whether it has not graded anything yet.
+        task: The request that it grades now.
     """
 
     def __init__(self, timeout_s: float, memory_mib: int, attempt: int = 0) -> None:
@@ -70,27 +80,31 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=child_environment(os.environ),
         )
-        self.timeout_s, self.attempt = timeout_s, attempt
+        self.timeout_s = timeout_s
+        self.attempt = attempt
         self.ready = False
         self.fresh = True
         self.task: _Task | None = None
-        self._began = time.monotonic()
-        self._cpu_before = 0.0
-        self._partial = b""
+        self._start_time = time.monotonic()  # of the process, then of each task
+        self._start_cpu = 0.0  # CPU time of the process at the start of the task
+        self._partial = b""  # output after the last complete line
 
     def send(self, task: _Task) -> None:
-        """Hand over one request; a worker that is gone shows it at the next `receive`."""
+        """Send a request to the worker; if the worker has died, the next `receive` returns None."""
         assert self.process.stdin is not None
-        self.task, self.fresh = task, False
-        self._began, self._cpu_before = time.monotonic(), self._cpu_seconds()
+        self.task = task
+        self.fresh = False
+        self._start_time = time.monotonic()
+        self._start_cpu = self._cpu_seconds()
         line = json.dumps(asdict(task.request))
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
 
     def receive(self) -> str | None:
-        """The next whole line, "" while it is incomplete, None when the process has ended."""
+        """Return the next complete line, "" while it is incomplete, None if the process has ended."""
         assert self.process.stdout is not None
+        # os.read returns the bytes that are there; the file object would wait for a full buffer.
         chunk = os.read(self.process.stdout.fileno(), 1 << 16)
         if not chunk:
             return None
@@ -102,34 +116,37 @@ class _Worker:
         return line.decode()
 
     def time_left(self) -> float | None:
-        """Seconds until the limit can be reached at the earliest, at most 0 when it is; None for an idle worker.
+        """Return the seconds until the limit can be reached at the earliest; None for an idle worker.
 
-        A verdict may take ``timeout_s`` of the worker's CPU time: on a node with more work than cores the clock
-        runs on while a worker waits for its turn.  `WALL_FACTOR` bounds what sleeps.
+        The result is 0 or less once the limit is reached.  A verdict may take ``timeout_s`` of the worker's CPU time:
+        on a node with more work than cores, wall time passes while a worker waits for its turn.  `WALL_FACTOR` bounds
+        the wall time of a worker that sleeps.
         """
-        elapsed = time.monotonic() - self._began
+        elapsed = time.monotonic() - self._start_time
         if not self.ready:
             return START_LIMIT_S - elapsed
         if self.task is None:
             return None
-        # The clock first: most verdicts take milliseconds, and then the kernel need not be asked.
+        # The clock first: most verdicts take milliseconds, so the kernel need not be asked for the CPU time.
         if elapsed < self.timeout_s:
             return self.timeout_s - elapsed
-        return min(self.timeout_s - (self._cpu_seconds() - self._cpu_before), WALL_FACTOR * self.timeout_s - elapsed)
+        cpu_left = self.timeout_s - (self._cpu_seconds() - self._start_cpu)
+        return min(cpu_left, WALL_FACTOR * self.timeout_s - elapsed)
 
     def _cpu_seconds(self) -> float:
-        """CPU time of the process and of its children that have ended, by ``/proc/PID/stat`` (proc(5), 14 to 17)."""
+        """Return the CPU time of the process and its ended children (``/proc/PID/stat``, proc(5), fields 14 to 17)."""
         text = Path(f"/proc/{self.process.pid}/stat").read_text()
+        # Field 2, the name in brackets, may hold spaces; field 3 is the first one behind it.
         ticks = text.rpartition(")")[2].split()[11:15]
         return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> int:
-        """End the process and give back its pipes; returns its exit status."""
+        """Kill the process and close its pipes; return its exit status."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.kill()
         status = self.process.wait()
         self.process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):  # from what was still buffered for the dead process
+        with contextlib.suppress(BrokenPipeError):  # closing flushes input that the dead process has not read
             self.process.stdin.close()
         return status
 
@@ -137,14 +154,13 @@ class _Worker:
 class GraderPool:
     """``workers`` grader processes; each verdict takes at most ``timeout_s`` of CPU time and ``memory_mib`` of memory.
 
-    A request whose grader dies, runs out of time or raises an error is given once more to a fresh worker; a verdict
-    that then still `failed` says that nothing is known of the response.
-    The processes start at once and import in the background; `grade` waits for them.  Use as a context manager.
-    Not safe for use from several threads at a time.
+    A request whose grader dies, runs out of time or raises an error is tried once more by a fresh worker; a verdict
+    that then still `failed` says nothing of the response.  The processes start at once and import in the background;
+    `grade` waits for them.  Use as a context manager.  Not safe for use from several threads at a time.
     """
 
     def __init__(self, workers: int = 2, timeout_s: float = 5.0, memory_mib: int = 1024, cache: int = 65536) -> None:
-        """Start the workers and return at once; ``cache`` verdicts are remembered.
+        """Start the workers and return at once; at most ``cache`` verdicts are cached.
 
         Raises:
             ValueError: fewer than one worker, or a limit that is not positive.
@@ -156,10 +172,11 @@ class GraderPool:
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._waiting: deque[_Task] = deque()
-        self._again: deque[_Task] = deque()  # as many as there are fresh workers, at most: each failure makes one
-        self._known: dict[tuple, Verdict] = {}
-        self._remembered: list[tuple[Hashable, Verdict]] = []
-        self._room = cache
+        # At most as many as there are fresh workers, since each failure makes one.
+        self._retries: deque[_Task] = deque()
+        self._cache: dict[tuple, Verdict] = {}
+        self._cache_size = cache
+        self._cached: list[tuple[Hashable, Verdict]] = []  # verdicts from the cache, not yet collected
         for _ in range(workers):
             self._start()
 
@@ -175,7 +192,7 @@ class GraderPool:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that run now."""
+        """Return the process ids of the present workers."""
         return [worker.process.pid for worker in self._workers]
 
     def close(self) -> None:
@@ -185,11 +202,11 @@ class GraderPool:
         self._selector.close()
 
     def grade(self, requests: Sequence[GradeRequest], progress: Callable[[int], None] | None = None) -> list[Verdict]:
-        """Grade ``requests``; verdicts in their order.
+        """Grade ``requests`` and return the verdicts in their order.
 
         Args:
             requests: responses with their references.
-            progress: called with the number of verdicts just made.
+            progress: called with the number of new verdicts.
 
         Returns:
             one verdict per request: `Reason.TIMEOUT` past the limit, `Reason.CRASH` where the worker died, and
@@ -200,108 +217,115 @@ class GraderPool:
         """
         verdicts: dict[Hashable, Verdict] = {}
         try:
-            for number, request in enumerate(requests):
-                self.submit(number, request)
+            for index, request in enumerate(requests):
+                self.submit(index, request)
             while self.pending:
-                done = self.collect()
-                verdicts.update(done)
-                if progress is not None and done:
-                    progress(len(done))
+                collected = self.collect()
+                verdicts.update(collected)
+                if progress is not None and collected:
+                    progress(len(collected))
         finally:
-            self.forget()  # only after an interruption is there anything left: its verdicts belong to no later call
-        return [verdicts[number] for number in range(len(requests))]
+            # Requests are left only after an interruption; their verdicts must not appear in a later call.
+            self.cancel()
+        return [verdicts[index] for index in range(len(requests))]
 
     @property
     def pending(self) -> int:
-        """Requests submitted whose verdicts were not yet collected."""
+        """Return the number of submitted requests whose verdicts have not been collected."""
         busy = sum(worker.task is not None for worker in self._workers)
-        return len(self._remembered) + len(self._waiting) + len(self._again) + busy
+        return len(self._cached) + len(self._waiting) + len(self._retries) + busy
 
     def submit(self, key: Hashable, request: GradeRequest) -> None:
-        """Have ``request`` graded; `collect` returns its verdict under ``key``.
+        """Submit a request; `collect` returns its verdict with ``key``.
 
         Raises:
             PoolError: the pool is closed.
         """
         if not self._workers:
             raise PoolError("the grader pool is closed; make a new one")
-        depends_on = cached_by(request) if self._room else None
-        if depends_on in self._known:
-            self._remembered.append((key, self._known[depends_on]))
+        verdict_key = cache_key(request) if self._cache_size else None
+        if verdict_key in self._cache:
+            self._cached.append((key, self._cache[verdict_key]))
             return
-        self._waiting.append(_Task(key, request, depends_on))
-        self._hand_out()
+        self._waiting.append(_Task(key, request, verdict_key))
+        self._dispatch()
 
     def collect(self, wait: bool = True) -> list[tuple[Hashable, Verdict]]:
-        """Verdicts that came since the last call, as (key, verdict); without ``wait`` those that are there now.
+        """Return the (key, verdict) pairs since the last call; without ``wait`` those that are there now.
 
         Waiting ends with the next event, which need not be a verdict.
 
         Raises:
             PoolError: workers do not start.
         """
-        done, self._remembered = self._remembered, []
-        limits = [left for worker in self._workers if (left := worker.time_left()) is not None]
-        patience = max(LEAST_WAIT_S, min(limits, default=0.0)) if wait and not done else 0.0
-        for event, _ in self._selector.select(patience):
-            done += self._hear(event.data)
+        collected = self._cached
+        self._cached = []
+        timeout = self._wait_s() if wait and not collected else 0.0
+        for event, _ in self._selector.select(timeout):
+            collected += self._receive(event.data)
+        # After the output: a verdict that came just in time counts.
         for worker in list(self._workers):
-            left = worker.time_left()
-            if left is not None and left <= 0:
-                done += self._lost(worker, Verdict(Reason.TIMEOUT))
-        self._hand_out()
-        return done
+            seconds = worker.time_left()
+            if seconds is not None and seconds <= 0:
+                collected += self._replace(worker, Verdict(Reason.TIMEOUT))
+        self._dispatch()
+        return collected
 
-    def forget(self) -> None:
-        """Drop what was submitted and not yet collected."""
+    def _wait_s(self) -> float:
+        """Return the seconds until the first worker can reach its limit, at least `LEAST_WAIT_S`."""
+        limits = [worker.time_left() for worker in self._workers]
+        return max(LEAST_WAIT_S, min((seconds for seconds in limits if seconds is not None), default=0.0))
+
+    def cancel(self) -> None:
+        """Drop all requests whose verdicts have not been collected."""
         self._waiting.clear()
-        self._again.clear()
-        self._remembered.clear()
+        self._retries.clear()
+        self._cached.clear()
         for worker in [worker for worker in self._workers if worker.task is not None]:
             self._stop(worker)
             self._start()
 
-    def _hear(self, worker: _Worker) -> list[tuple[Hashable, Verdict]]:
-        """Take what ``worker`` says, or that it is gone."""
+    def _receive(self, worker: _Worker) -> list[tuple[Hashable, Verdict]]:
+        """Read a worker's output; return its verdict, if there is a final one."""
         line = worker.receive()
         if line is None:
-            return self._lost(worker, Verdict(Reason.CRASH))
+            return self._replace(worker, Verdict(Reason.CRASH))
         if not line:
             return []
         if not worker.ready:
             worker.ready = True
             return []
-        task, raw = worker.task, json.loads(line)
+        raw = json.loads(line)
+        task = worker.task
         if task is None:
             return []
         verdict = Verdict(Reason(raw["reason"]), raw["box"], raw["score"])
         if verdict.failed and task.tries + 1 < TRIES:
-            return self._lost(worker, verdict)
+            return self._replace(worker, verdict)
         worker.task = None
-        if verdict.failed:
-            return [(task.key, verdict)]
-        if task.depends_on is not None and len(self._known) < self._room:
-            self._known[task.depends_on] = verdict
+        # A failure is not cached: the same request may succeed on a less busy node.
+        if not verdict.failed and task.cache_key is not None and len(self._cache) < self._cache_size:
+            self._cache[task.cache_key] = verdict
         return [(task.key, verdict)]
 
-    def _hand_out(self) -> None:
-        """Give idle workers something to do; requests that failed go to fresh ones, and before all others."""
+    def _dispatch(self) -> None:
+        """Send requests to idle workers: first retries, which only fresh workers get, then the waiting ones."""
         for worker in self._workers:
             if not worker.ready or worker.task is not None:
                 continue
-            if self._again and worker.fresh:
-                worker.send(self._again.popleft())
+            if self._retries and worker.fresh:
+                worker.send(self._retries.popleft())
             elif self._waiting:
                 worker.send(self._waiting.popleft())
 
-    def _lost(self, worker: _Worker, verdict: Verdict) -> list[tuple[Hashable, Verdict]]:
-        """Replace ``worker``, which failed; returns ``verdict`` on its task, unless that is tried once more.
+    def _replace(self, worker: _Worker, verdict: Verdict) -> list[tuple[Hashable, Verdict]]:
+        """Replace a worker that failed; return ``verdict`` on its task, unless the task is tried again.
 
         Raises:
             PoolError: workers do not start.
         """
         status = self._stop(worker)
-        if status in (-signal.SIGPROF, -signal.SIGALRM):  # its own alarm, while nobody looked
+        if status in (-signal.SIGPROF, -signal.SIGALRM):  # its own alarm came before this process looked
             verdict = Verdict(Reason.TIMEOUT)
         attempt = worker.attempt + 1 if not worker.ready else 0
         if attempt >= START_ATTEMPTS or (attempt and verdict.reason is Reason.TIMEOUT):
@@ -316,7 +340,7 @@ class GraderPool:
             return []
         task.tries += 1
         if task.tries < TRIES:
-            self._again.append(task)
+            self._retries.append(task)
             return []
         return [(task.key, verdict)]
 
@@ -327,7 +351,7 @@ class GraderPool:
         self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
     def _stop(self, worker: _Worker) -> int:
-        """End ``worker``; returns its exit status."""
+        """End ``worker``; return its exit status."""
         assert worker.process.stdout is not None
         self._selector.unregister(worker.process.stdout)
         self._workers.remove(worker)

@@ -1,4 +1,4 @@
-"""SymPy expressions compared in many digits, relative to their size."""
+"""Compare SymPy expressions in many digits, relative to their size."""
 
 from __future__ import annotations
 
@@ -10,44 +10,52 @@ from sympy.core.function import AppliedUndef
 
 DIGITS = 30
 EXACT = Rational(1, 10**25)
+"""Relative difference up to which exact numbers count as equal."""
 DECIMAL = Rational(1, 10**6)
-"""Relative differences of numbers that count as equal: of exact ones, and where one is written as a decimal."""
+"""The same if one of them is written as a decimal."""
 NOTHING = Rational(1, 10**60)
-"""What SymPy leaves of an expression that is zero; no constant of nature is as small."""
+"""Size below which a number counts as zero: SymPy may leave a remainder of zero, but no constant is as small."""
 
 
-def evaluated(item: Any) -> Any | None:
-    """The value of an expression in `DIGITS` digits, its symbols replaced by fixed numbers; None for what has none."""
+def numeric_value(item: Any) -> Any | None:
+    """Return the value of an expression in `DIGITS` digits, None for one without a value.
+
+    Fixed numbers replace its symbols, so that equal formulas get equal values.
+    """
     if not isinstance(item, Expr) or item.has(AppliedUndef):
         return None
     symbols = sorted(item.free_symbols, key=str)
-    value = item.subs({symbol: Rational(1234577 + 91193 * n, 1000003) for n, symbol in enumerate(symbols)})
-    value = value.evalf(DIGITS)
+    # Arbitrary fractions, one for each symbol by its name: no formula of interest has a special value there.
+    numbers = {symbol: Rational(1234577 + 91193 * n, 1000003) for n, symbol in enumerate(symbols)}
+    value = item.subs(numbers).evalf(DIGITS)
     return value if value.is_number and value.is_finite else None
 
 
-def apart(left: Any, right: Any) -> bool:
-    """Whether numbers at the same place of both differ by more than a rounding.
+def differ(reference: Any, candidate: Any) -> bool:
+    """Return whether corresponding numbers of both differ by more than a rounding.
 
-    Symbols stand for fixed numbers, so that coefficients are compared, too; False where the forms cannot be compared.
+    Fixed numbers replace symbols, so that coefficients are compared, too.  False if the forms cannot be compared.
     """
-    ours, theirs = _parts(left), _parts(right)
-    if ours is not None and theirs is not None:
-        return any(apart(a, b) for a, b in zip_longest(ours, theirs, fillvalue=Integer(0)))
-    if ours is not None or theirs is not None:
+    reference_parts = _parts(reference)
+    candidate_parts = _parts(candidate)
+    if reference_parts is not None and candidate_parts is not None:
+        pairs = zip_longest(reference_parts, candidate_parts, fillvalue=Integer(0))
+        return any(differ(reference_part, candidate_part) for reference_part, candidate_part in pairs)
+    if reference_parts is not None or candidate_parts is not None:
         return False
-    a, b = evaluated(left), evaluated(right)
-    if a is None or b is None:
+    reference_value = numeric_value(reference)
+    candidate_value = numeric_value(candidate)
+    if reference_value is None or candidate_value is None:
         return False
-    largest = max(abs(a), abs(b))
-    tolerance = DECIMAL if left.has(Float) or right.has(Float) else EXACT
-    return bool(largest > NOTHING and abs(a - b) > tolerance * largest)
+    largest = max(abs(reference_value), abs(candidate_value))
+    tolerance = DECIMAL if reference.has(Float) or candidate.has(Float) else EXACT
+    return bool(largest > NOTHING and abs(reference_value - candidate_value) > tolerance * largest)
 
 
 def _parts(item: Any) -> list[Basic] | None:
-    """Return the entries of a tuple, interval, set of numbers or matrix in order; None of anything else.
+    """Return the entries of a tuple, interval, set of numbers or matrix in order; None for anything else.
 
-    math-verify takes an open interval for a pair, so that both may stand beside each other.
+    math-verify reads an open interval as a pair, so that one may be compared with the other.
     """
     if isinstance(item, MatrixBase):
         return list(item.flat())

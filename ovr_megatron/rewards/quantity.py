@@ -1,4 +1,4 @@
-"""Plain numbers and their units, read from cleaned text without evaluating anything."""
+"""Read plain numbers and their units from cleaned text, without evaluating anything."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from ovr_megatron.rewards.latex import clean
 
+# Lengths are bounded: a power or a fraction of a million digits would take minutes.
 _DIGITS = r"(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})"
 _POWER_OF_TEN = (
     r"(?: ?(?:\\cdot ?10\^(?:\{ ?(?P<power>[+-]?\d{1,3}) ?\}|(?P<digit>\d))|[eE](?P<exponent>[+-]?\d{1,3})))"
@@ -23,7 +24,7 @@ _NUMBER = re.compile(
 _COUNTED = (
     "个 只 人 名 位 本 张 块 件 条 支 辆 棵 颗 次 种 岁 页 题 道 台 枝 朵 头 匹 架 袋 箱 瓶 杯 盒 组 步 枚 粒 株 套 分"
 )
-# dimension, as a product of powers of base dimensions -> scale in kg, m, s, A -> names; a plural "s" is understood.
+# Dimension, a product of powers of base dimensions -> scale in kg, m, s, A -> names.  A plural "s" is recognised.
 _TABLE: dict[str, dict[str, str]] = {
     "length": {
         "1/1000000000": "nm nanometer nanometre 纳米",
@@ -82,28 +83,49 @@ _TABLE: dict[str, dict[str, str]] = {
     "fahrenheit": {"1": "fahrenheit 华氏度"},
     "degree": {"1": "degree deg 度"},
     "radian": {"1": "rad radian 弧度"},
-    # Counted things, and the unit that a question leaves open: they go with every other.
+    # Counted things, and the unit that a question leaves open: they match every unit.
     "": {"1": f"unit 单位 {_COUNTED}"},
 }
 
 
+Dimensions = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A product of powers of known dimensions.  A counted noun ("jumps") has no dimensions.
+
+    Attributes:
+        dimensions: Pairs of dimension and exponent, sorted.
+        scale: Size in base units.
+    """
+
+    dimensions: Dimensions = ()
+    scale: Fraction = Fraction(1)
+
+
 def _dimensions(text: str) -> Dimensions:
+    """Parse a key of `_TABLE`, such as "mass length^2 time^-3"."""
     pairs = (part.partition("^") for part in text.split())
     return tuple(sorted((name, int(power or 1)) for name, _, power in pairs))
 
 
-_UNITS = {
-    name: (_dimensions(dimension), Fraction(scale))
-    for dimension, scales in _TABLE.items()
-    for scale, names in scales.items()
-    for name in names.split()
-}
+def _units_by_name() -> dict[str, Unit]:
+    units: dict[str, Unit] = {}
+    for dimensions, scales in _TABLE.items():
+        for scale, names in scales.items():
+            unit = Unit(_dimensions(dimensions), Fraction(scale))
+            units.update(dict.fromkeys(names.split(), unit))
+    return units
+
+
+_UNITS = _units_by_name()
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "平方": 2, "cubic": 3, "cu": 3, "cubed": 3, "立方": 3}
 
 _HAN = r"[\u4e00-\u9fff]+"
 _WORD = rf"(?:k?\\Omega|\\mu ?m|μm|[A-Za-z]+|{_HAN})(?:\^(?:\{{-?\d\}}|-?\d))?\.?"
 _TAIL = re.compile(rf"(?<![\\A-Za-z{{_^])({_WORD}(?:(?: ?/ ?| ?\\cdot ?| ){_WORD})*)$")
-# A counted noun may follow a number ("12 jumps"), but not one of these, which change what is said.
+# A counted noun may follow a number ("12 jumps"), but not one of these words, which change the statement.
 _NO_NOUN = re.compile(
     r"^[A-Za-z]{1,2}\b|\b(?:and|or|to|not|than|more|less|least|most|over|under|about|other|none|mod|versus|maybe|perhaps"
     r"|dozen|hundred|thousand|million|billion|trillion|squared?|cubed?|half|halves|quarters?|percent)\b"
@@ -113,24 +135,11 @@ _LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]|=")
 _LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2}")
 _VALUE = re.compile(r"\d|\\pi|\\infty")
 
-Dimensions = tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A product of powers of known dimensions, as (dimension, exponent) pairs, and its size in base units.
-
-    A counted noun ("jumps") has no dimensions.
-    """
-
-    dimensions: Dimensions = ()
-    scale: Fraction = Fraction(1)
-
 
 def number(text: str) -> Fraction | None:
-    r"""Return the value of a plain number, None for all else.
+    r"""Return the value of a plain number, None for any other text.
 
-    Plain are an integer, a decimal, ``a/b``, ``\frac{a}{b}``, a mixed number, ``1.2e3``, ``1.2\cdot 10^{3}``, and
+    Plain numbers are integers, decimals, ``a/b``, ``\frac{a}{b}``, mixed numbers, ``1.2e3``, ``1.2\cdot 10^{3}``, and
     ``0.1\overline{6}``.
     """
     match = _NUMBER.fullmatch(text)
@@ -144,49 +153,61 @@ def number(text: str) -> Fraction | None:
         return sign * Fraction(10) ** int(ten)
     if match["recurring"]:
         return sign * _recurring(match["before"], match["recurring"])
-    over, under = (Fraction(match[a] or match[b]) for a, b in (("a", "c"), ("b", "d")))
-    if under == 0:
+    numerator = Fraction(match["a"] or match["c"])
+    denominator = Fraction(match["b"] or match["d"])
+    if denominator == 0:
         return None
-    return sign * (Fraction(match["whole"] or match["whole2"] or 0) + over / under)
+    return sign * (Fraction(match["whole"] or match["whole2"] or 0) + numerator / denominator)
 
 
 def _recurring(before: str, period: str) -> Fraction:
-    """The value of a decimal whose last digits ``period`` come again and again after those ``before`` them."""
+    """Return the value of the decimal ``before``, followed by the digits of ``period`` again and again."""
     shift = len(before.partition(".")[2])
     return Fraction(f"0{before}") + Fraction(int(period), 10**shift * (10 ** len(period) - 1))
 
 
-def _known(tail: str) -> Unit | None:
+def _parse_unit(tail: str) -> Unit | None:
+    """Parse a unit such as "km/h" or "square metres"; None for a word that is no unit."""
     dimensions: dict[str, int] = {}
     scale = Fraction(1)
-    sign, power, last, known = 1, 1, "", False
+    sign = 1  # -1 after a "/"
+    power = 1  # of the next unit, from a word such as "square" before it
+    previous = ""
     tail = re.sub(r"\bper\b|每", "/", tail).replace("\\cdot", " ").replace("\\mu ", "\\mu")
+    # The Chinese words for square and cubic have no space to the unit that they change.
     for part in re.findall(r"/|[^ /]+", re.sub("(平方|立方)", r" \1 ", tail)):
         if part == "/":
             sign = -1
             continue
-        name, _, exponent = part.rstrip(".").partition("^")
-        if name in ("squared", "cubed") and last:
-            name, exponent, base = last, "", _POWERS[name] - 1
+        name, _, exponent_text = part.rstrip(".").partition("^")
+        if name in ("squared", "cubed") and previous:
+            # The unit before the word has been counted once already.
+            exponent = _POWERS[name] - 1
+            name = previous
         elif name in _POWERS:
             power = _POWERS[name]
             continue
         else:
-            base = power * int(exponent.strip("{}") or 1)
+            exponent = power * int(exponent_text.strip("{}") or 1)
         unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
         if unit is None:
             return None
-        for dimension, exponent_of in unit[0]:
-            dimensions[dimension] = dimensions.get(dimension, 0) + sign * base * exponent_of
-        scale *= unit[1] ** (sign * base)
-        power, last, known = 1, name, True
-    return Unit(tuple(sorted((name, power) for name, power in dimensions.items() if power)), scale) if known else None
+        exponent *= sign
+        for dimension, unit_exponent in unit.dimensions:
+            dimensions[dimension] = dimensions.get(dimension, 0) + exponent * unit_exponent
+        scale *= unit.scale**exponent
+        power = 1
+        previous = name
+    if not previous:
+        return None
+    pairs = [(dimension, exponent) for dimension, exponent in dimensions.items() if exponent]
+    return Unit(tuple(sorted(pairs)), scale)
 
 
 def conversion(reference: Unit | None, candidate: Unit | None) -> Fraction | None:
-    """The factor from the candidate's unit to the reference's; None where they measure different things.
+    """Return the factor from the candidate's unit to the reference's; None if they measure different things.
 
-    A unit that is left out, or a counted noun, goes with every other.
+    A unit that is left out, or a counted noun, matches every unit.
     """
     if not (reference and candidate and reference.dimensions and candidate.dimensions):
         return Fraction(1)
@@ -200,29 +221,41 @@ def split_unit(text: str, attached: bool = False) -> tuple[str, Unit | None]:
 
     Args:
         text: output of `ovr_megatron.rewards.latex.clean`.
-        attached: whether "8m" is eight metres; otherwise a lone letter is a unit only after a space, since
-            in a reference it may be a variable.
+        attached: whether "8m" is eight metres; otherwise a single letter is a unit only after a space, since in a
+            reference it may be a variable.
 
     Returns:
-        the rest and the unit; the whole text and None where nothing of the kind ends it.
+        the text without its unit, and the unit; the text as it is and None if it ends with no unit.
     """
     tail = _TAIL.search(text)
     if tail is None or tail.start() == 0:
         return text, None
-    words, value = tail[1], text[: tail.start()].rstrip()
-    unit = _known(words)
-    plain = number(value) is not None
-    # "s^2-2 s" and "V=\\frac{3}{2} W" end in a variable, "3\\pi m" in metres.
-    one_letter = len(words) == 1 and words.isascii()
-    lone = one_letter and not (text[tail.start() - 1] in " )" or (attached and plain))
-    letters = _LETTER.search(value) if one_letter else _LETTERS.search(value)
-    if unit and not lone and not letters and _VALUE.search(value):
+    words = tail[1]
+    value = text[: tail.start()].rstrip()
+    is_number = number(value) is not None
+    unit = _parse_unit(words)
+    separated = text[tail.start() - 1] in " )" or (attached and is_number)
+    if unit and _may_have_unit(value, words, separated):
         return value, unit
-    return (value, Unit()) if plain and not _NO_NOUN.search(words) else (text, None)
+    if is_number and not _NO_NOUN.search(words):
+        return value, Unit()
+    return text, None
+
+
+def _may_have_unit(value: str, words: str, separated: bool) -> bool:
+    r"""Return whether ``words`` behind ``value`` may be a unit, and not a variable.
+
+    "s^2-2 s" and "V=\frac{3}{2} W" end in a variable, "3\pi m" in metres.
+    """
+    one_letter = len(words) == 1 and words.isascii()
+    if one_letter and not separated:
+        return False
+    letters = _LETTER.search(value) if one_letter else _LETTERS.search(value)
+    return not letters and _VALUE.search(value) is not None
 
 
 def same_number(reference: Fraction, candidate: Fraction, decimal: bool) -> bool:
-    """Equal, or the one a decimal rounding of the other.
+    """Return whether two numbers are equal, or one is a decimal rounding of the other.
 
     Args:
         reference: one value.
@@ -238,6 +271,6 @@ def same_number(reference: Fraction, candidate: Fraction, decimal: bool) -> bool
 
 
 def has_unit(raw: str) -> bool:
-    """Whether the answer, as written, has a unit, a counted noun, a degree, percent or currency sign."""
+    """Return whether the answer, as written, has a unit, a counted noun, a degree, percent or currency sign."""
     signs = re.search(r"\\circ|\\degree|°|%|€|£|\\\$|\\textdollar", raw)
     return bool(signs) or split_unit(clean(raw), attached=True)[1] is not None

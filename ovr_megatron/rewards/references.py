@@ -1,4 +1,4 @@
-"""Reference answers of rows: whether the rule of a row's source can verify it."""
+"""Check whether the rule of a row's source can verify the row's reference answer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ovr_megatron.rewards.rules import is_plain
 
 
 def check_reference(row: Row, rules: Mapping[str, str]) -> None:
-    """Refuse a prompt row whose answer no grader could verify; a function of the user's takes any answer.
+    """Refuse a prompt row with an answer that no grader can verify; a user's function takes any answer.
 
     Args:
         row: A prompt row.
-        rules: The rule of each source, ``auto`` where there is none.
+        rules: The rule of each source; ``auto`` for a source without one.
 
     Raises:
-        RowError: says why.
+        RowError: names the row, the reason and the remedy.
     """
     problem = verifiable(row.answer or "", row.options)
     if problem and is_plain(rules.get(row.source, "auto")):

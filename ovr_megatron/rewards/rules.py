@@ -1,4 +1,4 @@
-"""What makes a response right: the rule of its source, by name or as a function of the user's."""
+"""Rules by which responses are graded: built-in ones by name, and functions of the user's."""
 
 from __future__ import annotations
 
@@ -22,82 +22,88 @@ from ovr_megatron.runtime.stop import USER_ERROR
 
 Rule = Callable[[GradeRequest], Verdict]
 TOLERANCE = Fraction(1, 100)
-MISTAKES = (
+# What a user's function may raise and be reported for.  Any other error ends the worker, which is reported, too.
+RULE_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError),
     *(RuntimeError, StopIteration, SyntaxError, TypeError, ValueError),
 )
+# What may stand between the letters of an answer with several right options.
 _BETWEEN = re.compile(r"\bAND\b|[\s,;/&.()\[\]{}]")
 PLAIN = ("auto", "math", "exact", "choice", "letters", "numeric", "within")
 
 
 class RuleError(UserError, ValueError):
-    """A rule that does not exist or cannot be imported; says what to write instead."""
+    """A rule does not exist or cannot be imported; the message has the remedy."""
 
 
 @lru_cache(maxsize=64)
 def rule(name: str) -> Rule:
-    """The rule of this name.
+    """Return the rule of this name.
 
-    ``auto``: options by letter or content where there are some, else text, number or math-verify.  ``math``: the same
+    ``auto``: options by letter or content if there are some, else text, number or math-verify.  ``math``: the same
     without options.  ``exact``: the same text.  ``choice``: the letter of the right option, nothing else.  ``letters``:
     the letters of all right options, in any order.  ``numeric`` or ``numeric:0.05``: a number within this share of the
-    reference, one part in a hundred if none is given.  ``within:0.001``: a number no further from the reference.
-    ``package.module:function``: the user's; it gets response, answer and options and returns a reward in 0..1.
+    reference, by default one part in a hundred.  ``within:0.001``: a number within this distance of the reference.
+    ``package.module:function``: a user's function of response, answer and options that returns a reward in 0..1.
 
     Raises:
-        RuleError: no such rule.
+        RuleError: there is no such rule.
     """
-    kind, _, rest = name.partition(":")
-    if kind in ("auto", "math") and not rest:
-        from ovr_megatron.rewards import grader  # SymPy takes a second to import, and a trainer checks names alone
+    kind, _, parameter = name.partition(":")
+    if kind in ("auto", "math") and not parameter:
+        from ovr_megatron.rewards import grader  # SymPy takes a second to import, and a trainer only checks names
 
-        return grader.grade if kind == "auto" else lambda r: grader.grade(replace(r, options=()))
-    if kind == "exact" and not rest:
+        if kind == "auto":
+            return grader.grade
+        return lambda request: grader.grade(replace(request, options=()))
+    if kind == "exact" and not parameter:
         return _exact
-    if kind == "choice" and not rest:
+    if kind == "choice" and not parameter:
         return _choice
-    if kind == "letters" and not rest:
+    if kind == "letters" and not parameter:
         return _letters
     if kind == "numeric":
-        return lambda request: _numeric(request, share=_tolerance(name, rest))
+        return lambda request: _numeric(request, share=_tolerance(name, parameter))
     if kind == "within":
-        return lambda request: _numeric(request, distance=_tolerance(name, rest))
-    return _own(name)
+        return lambda request: _numeric(request, distance=_tolerance(name, parameter))
+    return _user_rule(name)
 
 
 def check(name: str) -> None:
     """Refuse a rule that would not work.
 
-    A function of the user's is imported in a process with the graders' own search path, not in this one: what only the
+    A user's function is imported in a process with the graders' search path, not in this one: a module that only the
     current folder has would be found here and be missing there.
 
     Raises:
-        RuleError: says why.
+        RuleError: has the reason and the remedy.
     """
-    kind, _, rest = name.partition(":")
+    kind, _, parameter = name.partition(":")
     if kind in ("numeric", "within"):
-        _tolerance(name, rest)
+        _tolerance(name, parameter)
     elif name not in PLAIN:
         command = [sys.executable, "-m", __spec__.name, name]
-        done = subprocess.run(command, capture_output=True, text=True, env=child_environment(os.environ))
-        if done.returncode:
-            problem = (done.stdout if done.returncode == USER_ERROR else done.stderr).strip()
-            raise RuleError(problem.rpartition("\n")[2] or f"{name}: its import ended with code {done.returncode}")
+        process = subprocess.run(command, capture_output=True, text=True, env=child_environment(os.environ))
+        if process.returncode:
+            problem = (process.stdout if process.returncode == USER_ERROR else process.stderr).strip()
+            last_line = problem.rpartition("\n")[2]
+            raise RuleError(last_line or f"{name}: its import ended with code {process.returncode}")
 
 
 def is_plain(name: str) -> bool:
-    """Whether the rule is one of `PLAIN` and no function of the user's."""
+    """Return whether the rule is one of `PLAIN` and no function of the user's."""
     return name.partition(":")[0] in PLAIN
 
 
-def cached_by(request: GradeRequest) -> tuple | None:
-    """What a verdict depends on, to remember it by; None for a user's function, which may look at all of a response."""
+def cache_key(request: GradeRequest) -> tuple | None:
+    """Return all on which the verdict depends; None for a user's function, which may read the whole response."""
     if not is_plain(request.rule):
         return None
     return request.rule, request.answer, request.options, last_box(request.response, request.thinking)
 
 
 def _boxed(request: GradeRequest) -> Verdict | str:
+    """Return the content of the last box, or the verdict on a response without a usable one."""
     box = last_box(request.response, request.thinking)
     if box is None:
         return Verdict(Reason.NO_BOX)
@@ -122,77 +128,90 @@ def _choice(request: GradeRequest) -> Verdict:
     if right is None:
         reference = named_letter(clean(request.answer), count)
         right = reference.index if reference else None
-    named = named_letter(clean(box), count)
-    if named is None or named.hedged:
-        return Verdict(Reason.DIFFERENT if named is None else Reason.SEVERAL_OPTIONS, box)
-    return Verdict(Reason.LETTER if named.index == right else Reason.OTHER_OPTION, box)
+    letter = named_letter(clean(box), count)
+    if letter is None or letter.hedged:
+        return Verdict(Reason.DIFFERENT if letter is None else Reason.SEVERAL_OPTIONS, box)
+    return Verdict(Reason.LETTER if letter.index == right else Reason.OTHER_OPTION, box)
 
 
 def _letters(request: GradeRequest) -> Verdict:
     box = _boxed(request)
     if isinstance(box, Verdict):
         return box
-    wanted, text = _named(request.answer), clean(box)
-    one = named_letter(text, 26) if len(wanted) == 1 else None
-    given = {chr(ord("A") + one.index)} if one and one.strong and not one.hedged else _named(text)
-    return Verdict(Reason.LETTER if wanted and wanted == given else Reason.DIFFERENT, box)
+    text = clean(box)
+    reference = _letters_of(request.answer)
+    letters = _letters_of(text)
+    # A single right option may be named like any choice: "(b)", "B: content".
+    option = named_letter(text, 26) if len(reference) == 1 else None
+    if option and option.strong and not option.hedged:
+        letters = {chr(ord("A") + option.index)}
+    return Verdict(Reason.LETTER if reference and reference == letters else Reason.DIFFERENT, box)
 
 
-def _named(text: str) -> set[str]:
-    """The letters or digits of "B, D", "(b) and (d)", "B/D" or "BD"; none where one comes twice, as in words."""
-    found = _BETWEEN.sub("", clean(text).upper())
-    return set(found) if found.isalnum() and len(set(found)) == len(found) else set()
+def _letters_of(text: str) -> set[str]:
+    """Return the letters or digits of "B, D", "(b) and (d)", "B/D" or "BD"; none if one comes twice, as in words."""
+    letters = _BETWEEN.sub("", clean(text).upper())
+    return set(letters) if letters.isalnum() and len(set(letters)) == len(letters) else set()
 
 
 def _numeric(request: GradeRequest, share: Fraction = Fraction(0), distance: Fraction = Fraction(0)) -> Verdict:
     box = _boxed(request)
     if isinstance(box, Verdict):
         return box
-    wanted, unit = split_unit(clean(request.answer))
-    given, other = split_unit(clean(box), attached=True)
-    a, b, factor = number(joined(wanted)), number(joined(given)), conversion(unit, other)
-    if a is None or b is None or factor is None:
+    reference_text, reference_unit = split_unit(clean(request.answer))
+    text, unit = split_unit(clean(box), attached=True)
+    reference = number(joined(reference_text))
+    value = number(joined(text))
+    factor = conversion(reference_unit, unit)
+    if reference is None or value is None or factor is None:
         return Verdict(Reason.DIFFERENT, box)
-    b *= factor
-    return Verdict(Reason.NUMBER if abs(a - b) <= max(share * abs(a), distance) else Reason.DIFFERENT, box)
+    tolerance = max(share * abs(reference), distance)
+    same = abs(reference - value * factor) <= tolerance
+    return Verdict(Reason.NUMBER if same else Reason.DIFFERENT, box)
 
 
 def _tolerance(name: str, text: str) -> Fraction:
     try:
-        found = Fraction(text) if text else TOLERANCE
+        tolerance = Fraction(text) if text else TOLERANCE
     except (ValueError, ZeroDivisionError):
-        found = Fraction(-1)
-    if found < 0 or (found >= 1 and name.startswith("numeric")):
+        tolerance = Fraction(-1)
+    if tolerance < 0 or (tolerance >= 1 and name.startswith("numeric")):
         raise RuleError(f"{name}: the tolerance must be a number, as in within:0.001 or, below 1, numeric:0.05")
-    return found
+    return tolerance
 
 
-def _own(name: str) -> Rule:
-    module, colon, function = name.partition(":")
-    if not colon or not module or not function.isidentifier():
+def _user_rule(name: str) -> Rule:
+    """Import a user's function.
+
+    Raises:
+        RuleError: the name has another form, or there is no such function.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute.isidentifier():
         raise RuleError(f"{name!r} is no rule; choose one of {', '.join(PLAIN)}, or write package.module:function")
     try:
-        found = getattr(importlib.import_module(module), function)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise RuleError(f"{name}: {error}; is its folder in PYTHONPATH?") from error
-    if not callable(found):
+    if not callable(function):
         raise RuleError(f"{name} is no function")
 
-    def own(request: GradeRequest) -> Verdict:
+    def grade_by_user(request: GradeRequest) -> Verdict:
         try:
-            score = float(found(request.response, request.answer, request.options))
-        except MISTAKES as error:  # of the user's function; any other ends the worker, which is counted, too
+            # Any number will do, also a NumPy scalar or a bool.
+            score = float(function(request.response, request.answer, request.options))
+        except RULE_ERRORS as error:
             return Verdict(Reason.RAISED, f"{type(error).__name__}: {error}"[:MAX_ANSWER])
         if not 0 <= score <= 1:
             return Verdict(Reason.RAISED, f"a reward of {score}, which is not in 0..1")
-        return Verdict(Reason.OWN, None, score)
+        return Verdict(Reason.USER_RULE, None, score)
 
-    return own
+    return grade_by_user
 
 
-if __name__ == "__main__":  # for `check`
+if __name__ == "__main__":  # the process that `check` starts
     try:
-        _own(sys.argv[1])
+        _user_rule(sys.argv[1])
     except RuleError as error:
         print(error)
         sys.exit(USER_ERROR)

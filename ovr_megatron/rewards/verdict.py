@@ -1,4 +1,4 @@
-"""What goes into a grader and what comes out; free of SymPy, so that a trainer can hold it cheaply."""
+"""Requests to graders and their verdicts; free of SymPy, so that a trainer can import them cheaply."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 WALL_FACTOR = 12
-"""How many times its limit of CPU time a verdict may take by the clock: on a busy node, or in a rule that sleeps."""
+"""Limit of a verdict's wall time, in multiples of its CPU time: a node may be busy, and a rule may sleep."""
 
 
 class Reason(StrEnum):
-    """Why a verdict is what it is; `RIGHT` holds those that earn the reward."""
+    """The reason of a verdict; `RIGHT` has those that earn the reward."""
 
     LETTER = "letter of the right option"
     CONTENT = "content of the right option"
@@ -26,21 +26,25 @@ class Reason(StrEnum):
     DIFFERENT = "different"
     TIMEOUT = "timeout"
     CRASH = "grader crashed"
-    OWN = "own rule"
+    USER_RULE = "own rule"
     RAISED = "own rule raised an error"
 
 
 RIGHT = frozenset({Reason.LETTER, Reason.CONTENT, Reason.TEXT, Reason.NUMBER, Reason.MATH})
 FAILED = frozenset({Reason.TIMEOUT, Reason.CRASH, Reason.RAISED})
-"""Reasons that say something of the grader and nothing of the response."""
+"""Reasons that concern the grader and say nothing of the response."""
 
 
 @dataclass(frozen=True)
 class GradeRequest:
-    """A response, its reference answer (a letter, the content of an option, or a value) and the options, if any.
+    """A response to grade.
 
-    ``rule`` is one of `ovr_megatron.rewards.rules.rule`.  ``thinking``: the prompt opened a thought, so that only what
-    follows ``</think>`` is an answer.
+    Attributes:
+        response: The text of the response.
+        answer: The reference answer: a letter, the content of an option, or a value.
+        options: The options of a multiple-choice problem.
+        rule: The name of a rule, see `ovr_megatron.rewards.rules.rule`.
+        thinking: Whether the prompt opened a thought, so that only text after ``</think>`` is an answer.
     """
 
     response: str
@@ -52,10 +56,12 @@ class GradeRequest:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of one request; ``box`` is what was graded (None without a box).
+    """The result of a request.
 
-    ``score`` is set by a rule of the user's alone.  Of a user's rule that raised an error,
-    ``box`` says which.
+    Attributes:
+        reason: The reason of the verdict.
+        box: The graded content of the box, None without a box; the error if a user's rule raised one.
+        score: The reward by a user's rule, None for other rules.
     """
 
     reason: Reason
@@ -64,15 +70,15 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
-        """Whether the reason is one of `RIGHT`, or the user's rule gave the whole reward."""
+        """Return whether the reason is one of `RIGHT`, or the user's rule gave the full reward."""
         return self.reason in RIGHT or self.score == 1.0
 
     @property
     def failed(self) -> bool:
-        """Whether the grader came to no verdict; the reward of 0 then says nothing of the response."""
+        """Return whether the grader came to no verdict; the reward of 0 then says nothing of the response."""
         return self.reason in FAILED
 
     @property
     def reward(self) -> float:
-        """1.0 for a right answer, else 0.0 (recipe: no format reward), or the score of the user's rule."""
+        """Return 1.0 for a right answer, else 0.0 (recipe: no format reward), or the score of the user's rule."""
         return float(self.correct) if self.score is None else self.score

@@ -2,9 +2,9 @@
 
     python -m ovr_megatron.rewards.worker [--timeout-s S] [--memory-mib M]
 
-It says ``{"ready": true}`` once it can grade.  A request is ``{"response", "answer", "options", "rule", "thinking"}``,
-a verdict ``{"reason", "box", "score"}``.  Whoever holds the other end enforces the time limit by killing the process;
-as a second line the kernel ends it when a verdict takes twice that long, so that none outlives a dead parent.
+It writes ``{"ready": true}`` once it can grade.  A request is ``{"response", "answer", "options", "rule",
+"thinking"}``, a verdict ``{"reason", "box", "score"}``.  The parent enforces the time limit by killing the process.  As
+a second line of defence the kernel ends it when a verdict takes twice that long, so that no worker outlives its parent.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from ovr_megatron.rewards.verdict import WALL_FACTOR, GradeRequest
 
 
 def limit_memory(mebibytes: int) -> None:
-    """Bound the address space of this process; past it an allocation fails instead of swapping the machine."""
+    """Bound the address space of this process; beyond it an allocation fails, and the node does not swap."""
     size = mebibytes << 20
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps of killed workers
 
 
 def set_alarms(timeout_s: float) -> None:
     """End this process after twice ``timeout_s`` of its CPU time, or twice `WALL_FACTOR` times as long by the clock.
 
-    0 takes the alarms back.
+    0 cancels the alarms.
     """
     signal.setitimer(signal.ITIMER_PROF, 2 * timeout_s)
     signal.setitimer(signal.ITIMER_REAL, 2 * WALL_FACTOR * timeout_s)
 
 
 def serve(requests: Iterable[str], verdicts: TextIO, timeout_s: float) -> None:
-    """Answer each line of ``requests`` until the last; ``timeout_s`` 0 sets no alarm."""
+    """Write a verdict for each line of ``requests``; ``timeout_s`` 0 sets no alarm."""
     for line in requests:
         raw = json.loads(line)
+        # Only while it grades: an idle worker may wait for the next request as long as it takes.
         set_alarms(timeout_s)
         options = tuple(raw.get("options") or ())
         request = GradeRequest(
@@ -63,13 +64,16 @@ def main() -> None:
     parser.add_argument("--memory-mib", type=int, default=1024, help="address space of this process")
     args = parser.parse_args()
     limit_memory(args.memory_mib)
-    for number in (signal.SIGALRM, signal.SIGPROF):  # the default ends the process, even inside a long multiplication
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and Slurm's warning to every process of a step, are for
-        signal.signal(number, signal.SIG_IGN)  # the trainer, which closes stdin when it stops
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the missing clock that we keep outside
+    # The default action ends the process, even inside a long multiplication; a Python handler would wait for its end.
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, signal.SIG_DFL)
+    # Ctrl-C, and Slurm's warning to every process of a step, are for the trainer, which closes stdin when it stops.
+    for interruption in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(interruption, signal.SIG_IGN)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no timeout; the parent has one
+    # Verdicts go to a copy of stdout, and stdout to stderr: no output of a library may look like a verdict.
     verdicts = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that a library prints may look like a verdict
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     grade(GradeRequest(r"\boxed{x^{2}+\sqrt{2}}", r"\frac{x}{2}"))  # the first use of the parser takes a moment
     verdicts.write('{"ready": true}\n')
     verdicts.flush()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ovr_megatron.config import DataConfig, SourceConfig
-from ovr_megatron.curation.decontaminate import KEPT, MASKED, Problems, build_index, load_problems
+from ovr_megatron.curation.decontaminate import MASKED_MATCH, PLAIN_MATCH, Problems, build_index, load_problems
 from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig
 from ovr_megatron.curation.text import normalise, word_hashes, words
 from ovr_megatron.data.sources import open_source
@@ -55,13 +55,13 @@ def test_other_numbers_are_found_with_masked_numbers_only() -> None:
     problem = "A train leaves Boston at 60 miles per hour and another at 75; when do the two trains meet each other?"
     other = row(problem.replace("60", "4,500").replace("75", "82"))
     assert problems([problem]).contamination(other) is None
-    assert problems([problem], masked_threshold=0.9).contamination(other) == (MASKED, "0", 1.0)
+    assert problems([problem], masked_threshold=0.9).contamination(other) == (MASKED_MATCH, "0", 1.0)
 
 
 def test_very_short_problems_must_make_half_of_the_prompt() -> None:
     found = problems(["Compute $2^{10}$."])
     for text in ("compute 2^10", "Please solve: compute $2^10$."):
-        assert found.contamination(row(text)) == (KEPT, "0", 1.0)
+        assert found.contamination(row(text)) == (PLAIN_MATCH, "0", 1.0)
     assert found.contamination(row("Compute 2^10 in base 7 and add the digits of the result.")) is None
 
 
@@ -78,7 +78,7 @@ def test_a_problem_with_images_is_found_by_its_pixels(tmp_path: Path) -> None:
     reasons = []
     for name in ("same.bmp", "other.png"):
         reasons.append(found.contamination(row([{"type": "image", "image": name}, {"type": "text", "text": text}])))
-    assert [reason and reason[0] for reason in reasons] == [KEPT, None]
+    assert [reason and reason[0] for reason in reasons] == [PLAIN_MATCH, None]
     assert found.contamination(row(text)) is None
 
 

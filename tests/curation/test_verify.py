@@ -66,7 +66,7 @@ def test_a_row_is_graded_by_the_rule_of_its_source(tmp_path: Path) -> None:
 
 
 def test_the_pass_rate_of_what_could_be_graded() -> None:
-    right, wrong = Verdict(Reason.OWN, None, 1.0), Verdict(Reason.OWN, None, 0.0)
+    right, wrong = Verdict(Reason.USER_RULE, None, 1.0), Verdict(Reason.USER_RULE, None, 0.0)
     failed: dict[str, Any] = {"error": "own rule raised an error: KeyError"}
     raised = Verdict(Reason.RAISED, "KeyError")
     assert pass_rate([right, wrong, raised, raised], "mine:rule") == {"right": 1, "samples": 2}

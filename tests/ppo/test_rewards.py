@@ -10,7 +10,7 @@ from ovr_megatron.data.schema import Message, Row, TextPart
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.iteration import response_metrics
 from ovr_megatron.ppo.rollouts import Prompts, Rollout, _settle
-from ovr_megatron.rewards.failures import FEWEST, FailureWatch, RewardError, counts
+from ovr_megatron.rewards.failures import FEWEST, FailureWatch, RewardError, count_verdicts
 from ovr_megatron.rewards.verdict import Reason, Verdict
 
 RAISED = Verdict(Reason.RAISED, "KeyError: 'x'")
@@ -38,7 +38,7 @@ def test_only_a_function_of_the_users_that_fails_leaves_a_response_without_a_rew
     assert failed.verdict == "own rule raised an error: KeyError: 'x'"
     hostile = response(0, Verdict(Reason.TIMEOUT))
     assert (hostile.failed, hostile.rewarded, hostile.reward, hostile.verdict) == (True, True, 0.0, "timeout")
-    right = response(0, Verdict(Reason.OWN, None, 0.5), "mine:rule")
+    right = response(0, Verdict(Reason.USER_RULE, None, 0.5), "mine:rule")
     assert (right.failed, right.rewarded, right.reward) == (False, True, 0.5)
 
 
@@ -75,14 +75,14 @@ def test_what_has_no_reward_is_in_no_mean_and_no_source_overwrites_a_metric():
 def test_a_run_stops_where_nearly_all_rewards_of_a_source_fail():
     watch = FailureWatch({"mine": "mine:rule"})
     right = Verdict(Reason.TEXT)
-    watch.add([counts([("mine", RAISED)] * (FEWEST - 1) + [("math", right)] * 100)])
+    watch.add([count_verdicts([("mine", RAISED)] * (FEWEST - 1) + [("math", right)] * 100)])
     with pytest.raises(RewardError, match=r"8 of 8 rewards of source 'mine' failed.*KeyError: 'x'.*mine:rule"):
-        watch.add([counts([("mine", RAISED)])])
+        watch.add([count_verdicts([("mine", RAISED)])])
 
 
 def test_a_hostile_response_now_and_then_stops_nothing():
     watch = FailureWatch({})
     for _ in range(20):
-        rank = counts([("math", Verdict(Reason.TIMEOUT))] * 3 + [("math", Verdict(Reason.DIFFERENT))] * 5)
+        rank = count_verdicts([("math", Verdict(Reason.TIMEOUT))] * 3 + [("math", Verdict(Reason.DIFFERENT))] * 5)
         watch.add([rank, rank])
-    watch.add([counts([("rare", RAISED)])])
+    watch.add([count_verdicts([("rare", RAISED)])])

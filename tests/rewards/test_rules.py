@@ -5,7 +5,7 @@ import time
 import pytest
 
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason
-from ovr_megatron.rewards.rules import RuleError, cached_by, check, rule
+from ovr_megatron.rewards.rules import RuleError, cache_key, check, rule
 
 OWN = """
 def half(response, answer, options):
@@ -121,8 +121,8 @@ def test_verdicts_are_remembered_by_what_they_depend_on():
         [verdict] = pool.grade([first])
         pool.submit("x", second)
         assert verdict.correct and pool.collect(wait=False) == [("x", verdict)]
-    assert cached_by(second) == ("auto", r"2\sqrt{5}", (), r"\sqrt{20}")
-    assert cached_by(GradeRequest("x", "y", (), "my_rewards:half")) is None
+    assert cache_key(second) == ("auto", r"2\sqrt{5}", (), r"\sqrt{20}")
+    assert cache_key(GradeRequest("x", "y", (), "my_rewards:half")) is None
 
 
 def test_what_is_pending_can_be_forgotten_and_collected_without_waiting():
@@ -136,5 +136,5 @@ def test_what_is_pending_can_be_forgotten_and_collected_without_waiting():
             found += pool.collect(wait=False)
         assert sorted(key for key, _ in found) == [0, 1, 2]
         pool.submit(7, GradeRequest(r"\boxed{5}", "5"))
-        pool.forget()
+        pool.cancel()
         assert pool.pending == 0 and pool.collect(wait=False) == []
