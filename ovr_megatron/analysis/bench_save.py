@@ -26,7 +26,7 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder, WeightWriter, copy_companions
+from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder, WeightWriter, copy_hf_assets
 
 SIZES = TinySizes(hidden=1024, heads=8, kv_heads=2, ffn=4096, layers=4)
 
@@ -53,7 +53,7 @@ def first_rank(out: Path, engine: Engine, companions: Path, world: World) -> flo
     """The rival: the first rank takes every tensor and writes every file, then hashes them; returns the waiting."""
     began = time.perf_counter()
     if world.is_main:
-        copy_companions(companions, out / "policy", dtype=engine.config.params_dtype)
+        copy_hf_assets(companions, out / "policy", dtype=engine.config.params_dtype)
     for part in store.parts_of({"policy": engine}):
         if world.is_main:
             with WeightWriter(out / part.folder) as writer:

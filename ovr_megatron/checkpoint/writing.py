@@ -26,7 +26,7 @@ from ovr_megatron.checkpoint.manifest import FileRecord, file_record, write_mani
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.terminal import say
-from ovr_megatron.weights.folder import INDEX, copy_companions, cut, shard_names, write_index
+from ovr_megatron.weights.folder import INDEX, copy_hf_assets, cut, shard_names, write_index
 from ovr_megatron.weights.shard import PIECE, Pending, sync, write_shard
 
 Records = dict[str, FileRecord]
@@ -205,7 +205,7 @@ def _prepare(partial: Path, files: dict[str, list[Shard]], companions: Path, dty
     for folder, shards in files.items():
         (partial / folder).mkdir(parents=True)
         if "-" not in folder:
-            names += [f"{folder}/{name}" for name in copy_companions(companions, partial / folder, dtype=dtype)]
+            names += [f"{folder}/{name}" for name in copy_hf_assets(companions, partial / folder, dtype=dtype)]
         if len(shards) > 1:
             held = {Path(shard.path).name: shard.names for shard in shards}
             write_index(partial / folder / INDEX, held, sum(shard.nbytes for shard in shards))

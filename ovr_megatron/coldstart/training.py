@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.keeper import Ended, Keeper
 from ovr_megatron.checkpoint.store import Restored
 from ovr_megatron.config import ColdStartConfig
@@ -78,7 +78,7 @@ def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
         if origin:
             record_start(run, origin, world.size)
-        write_companions(run / "companions", processor)
+        write_hf_assets(run / "companions", processor)
         show_start(config, processor, engine, world, found)
     recorder = Recorder(config, engine, world, found)
     evaluation = build_evaluation(config, source, processor) if config.evaluation.every else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.keeper import Ended, Keeper
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
@@ -84,7 +84,7 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
         if origin:
             record_start(run, origin, world.size)
-        write_companions(run / "companions", processor)
+        write_hf_assets(run / "companions", processor)
         show_start(config, engines, world, (found.path, found.step) if found else None)
 
     peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(models.policy.config.params_dtype)
