@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ovr_megatron.checkpoint.generators import put_generator_states
+from ovr_megatron.checkpoint.generators import set_generator_states
 from ovr_megatron.checkpoint.manifest import CheckpointError, check, read_manifest, step_of
 from ovr_megatron.checkpoint.writing import RNG, DiskQueue, NonFiniteError, Part, Writing, begin, publish, remove
 from ovr_megatron.engine import Engine
@@ -283,7 +283,7 @@ def _problem(path: Path, share: tuple[int, int]) -> str | None:
 def restore_generators(found: Restored, world: World) -> None:
     """Put this rank's random generators where they were; in another number of ranks they are seeded anew."""
     if read_manifest(found.path).extra["ranks"] == world.size:
-        put_generator_states(load_file(found.path / _generators(world.rank)))
+        set_generator_states(load_file(found.path / _generators(world.rank)))
     else:
         seed_everything((world.seed * 1009 + world.dp_rank) * 1_000_003 + found.step)
 
