@@ -1,4 +1,4 @@
-"""Detect a run that has nothing left to do, before anything heavy is loaded, from its manifests and file sizes alone."""
+"""Detect a run that has nothing left to do from its manifests and file sizes, before anything heavy is loaded."""
 
 from __future__ import annotations
 

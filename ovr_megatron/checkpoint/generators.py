@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PYTHON_VERSION = 3  # of the state of `random`, the same since Python 3.2
-_NUMPY_GENERATOR = "MT19937"  # NumPy's global generator is never another one
+_PYTHON_VERSION = 3  # of the state that `random.getstate` returns
+_NUMPY_GENERATOR = "MT19937"  # the global one
 
 
 def generator_states() -> dict[str, Tensor]:
@@ -20,7 +20,7 @@ def generator_states() -> dict[str, Tensor]:
         "python": torch.tensor(words, dtype=torch.int64),
         # Empty or one value: the second number of a normal pair that `random.gauss` keeps for its next call.
         "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        # safetensors and torch have no complete support for uint32, so the words are widened.
+        # The words are uint32, for which torch has hardly an operation: they are widened.
         "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
         "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
         "numpy.gauss": torch.tensor([cached_gauss], dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""HF assets: the files beside the weights of a Hugging Face folder that are copied, as a reader of the model opens them.
+"""HF assets: those files beside the weights of a Hugging Face folder that a reader of the model opens. They are copied.
 
 Anything else in a folder (training states, logs, code, secrets) stays where it is.
 """
