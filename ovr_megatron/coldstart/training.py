@@ -172,15 +172,15 @@ class Recorder:
         metrics = self.engine.train(step_packs, objective)
         seconds = time.perf_counter() - began
         flops = self._flops(step_packs) if self.world.layout.leads_replica else 0.0
-        own = self.engine.own_time.seconds
-        mine = RankStep(data_seconds, own, flops, *memory_peaks(), documents=losses.documents())
-        everyone = gather(mine, self.world)
-        if self.log and everyone is not None:
+        compute_seconds = self.engine.compute_timer.seconds
+        rank_step = RankStep(data_seconds, compute_seconds, flops, *memory_peaks(), documents=losses.documents())
+        rank_steps = gather(rank_step, self.world)
+        if self.log and rank_steps is not None:
             tokens = sum(len(pack.tokens) for pack in step_packs) * self.world.dp_size
-            documents = merged(document for rank in everyone for document in rank.documents)
+            documents = merged(document for rank in rank_steps for document in rank.documents)
             self._record_spike(step, metrics, documents)
             if step % self.config.run.log_every == 0:
-                values = rank_metrics(everyone, seconds, tokens, self.peak_flops) | {"timing/save": save_seconds}
+                values = rank_metrics(rank_steps, seconds, tokens, self.peak_flops) | {"timing/save": save_seconds}
                 self.log.scalars(step, self._losses(metrics, documents, packs) | values)
         return metrics
 
