@@ -23,11 +23,11 @@ def exchange(outgoing: Mapping[int, Any]) -> list[Any]:
     received = {peer: torch.empty(length, dtype=torch.uint8) for peer, length in expected.items() if peer != rank}
 
     # All sends and receives are posted before any is waited for: in an order of pairs, ranks could wait in a circle.
-    works = [dist.isend(buffer, peer) for peer, buffer in buffers.items() if peer != rank]
-    works += [dist.irecv(buffer, peer) for peer, buffer in received.items()]
-    for work in works:
-        assert work is not None
-        work.wait()
+    requests = [dist.isend(buffer, peer) for peer, buffer in buffers.items() if peer != rank]
+    requests += [dist.irecv(buffer, peer) for peer, buffer in received.items()]
+    for request in requests:
+        assert request is not None
+        request.wait()
 
     if rank in buffers:
         received[rank] = buffers[rank]
