@@ -34,10 +34,10 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.spikes import SpikeWatch
+from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
@@ -57,7 +57,7 @@ def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
     return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
 
 
-def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -> RunResult:
+def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
     """Train to the last step, or until a signal comes, from the newest checkpoint if there is one."""
     run = Path(config.run.dir)
     checkpoints = CheckpointManager(config, world)
@@ -77,8 +77,8 @@ def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -
     if world.is_main:
         run_folder.record(config, run)
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
-        if origin:
-            record_start(run, origin, world.size)
+        if launch:
+            record_start(run, launch, world.size)
         write_hf_assets(run / "companions", processor)
         show_start(config, processor, engine, world, checkpoint)
     recorder = Recorder(config, engine, world, checkpoint)
@@ -232,12 +232,12 @@ class Recorder:
             self.log.close()
 
 
-def run(config: ColdStartConfig, origin: Origin | None = None) -> int:
+def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train, and say where the result lies; return the exit code."""
     settings = config.run
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
-        result = train(config, world, origin)
+        result = train(config, world, launch)
         if world.is_main:
             say(f"cold start: {result.path}", sys.stdout)
         distributed.finish()

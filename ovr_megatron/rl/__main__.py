@@ -28,9 +28,9 @@ def main() -> int:
     if report_finished(asked.config):
         return 0
     from ovr_megatron.rl.training import run
-    from ovr_megatron.runtime.origin import Origin
+    from ovr_megatron.runtime.starts import LaunchArgs
 
-    return run(asked.config, Origin(asked.recipe, asked.overrides))
+    return run(asked.config, LaunchArgs(asked.recipe, asked.overrides))
 
 
 def script() -> None:

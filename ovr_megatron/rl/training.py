@@ -36,9 +36,9 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
+from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from ovr_megatron.runtime.steps import matrix_rate, memory_peaks, peak_gib
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
@@ -46,7 +46,7 @@ from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
 
-def train(config: RLConfig, world: World, origin: Origin | None = None) -> RunResult:
+def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
     """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.
 
     With ``only=train`` the rollouts are those that ``rollouts_from`` holds, and no engine is started.
@@ -83,8 +83,8 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> RunRe
     if world.is_main:
         run_folder.record(config, run)
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
-        if origin:
-            record_start(run, origin, world.size)
+        if launch:
+            record_start(run, launch, world.size)
         write_hf_assets(run / "companions", processor)
         show_start(config, engines, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
 
@@ -362,7 +362,7 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
         say(f"warning: initial values spread by {spread:.1f}: see critic.head_init")
 
 
-def run(config: RLConfig, origin: Origin | None = None) -> int:
+def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train or roll out, and say where the result lies; return the exit code."""
     for name in config.reward.rules.values():
         rules.check(name)
@@ -372,7 +372,7 @@ def run(config: RLConfig, origin: Origin | None = None) -> int:
         if config.only in ("rollout", "rehearsal"):
             folder, code = (generate if config.only == "rollout" else rehearse)(config, world), 0
         else:
-            result = train(config, world, origin)
+            result = train(config, world, launch)
             folder, code = result.path, result.exit_code
         if world.is_main:
             say(f"rl: {folder}", sys.stdout)
