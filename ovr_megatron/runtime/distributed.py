@@ -217,8 +217,8 @@ def _open_store(rank: int, size: int, deadline: float) -> dist.Store:
     except RuntimeError as error:
         failure = "cannot listen at" if serves else "has no answer from the first rank at"
         raise JoinError(
-            f"rank {rank} on {local_host} {failure} {_address()} ({_first_line(error)}); see that the first rank runs on "
-            "that node, that the port is free there and that the nodes reach each other"
+            f"rank {rank} on {local_host} {failure} {_address()} ({_first_line(error)}); see that the first rank "
+            "runs on that node, that the port is free there and that the nodes reach each other"
         ) from error
 
 
