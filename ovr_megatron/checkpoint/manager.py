@@ -159,6 +159,7 @@ class CheckpointManager:
         if not self.world.is_main or not every or (step % every and not ending):
             return
         checkpoint = self.directory / f"step_{step:06d}"
+        # An export is a convenience: training goes on where it fails.
         try:
             with staged(self.run / "exports" / checkpoint.name, [checkpoint], replace=True) as partial:
                 shutil.copytree(checkpoint / "policy", partial, copy_function=_link, dirs_exist_ok=True)

@@ -257,7 +257,7 @@ def _candidates(directory: Path, stage: str | None) -> tuple[list[Path], list[st
     try:
         folders = sorted(path for path in directory.iterdir() if not path.name.startswith(".") and path.is_dir())
     except FileNotFoundError:
-        return [], []
+        return [], []  # a new run
     except OSError as error:
         return [], [f"{directory} cannot be read ({error.strerror})"]
     paths: list[tuple[int, Path]] = []
@@ -325,6 +325,7 @@ def restore_generators(checkpoint: ResumePoint, world: World) -> None:
     if read_manifest(checkpoint.path).extra["ranks"] == world.size:
         set_generator_states(load_file(checkpoint.path / _generators_path(world.rank)))
     else:
+        # By the step, so that the run does not draw the numbers of its first steps again.
         seed_everything((world.seed * 1009 + world.dp_rank) * 1_000_003 + checkpoint.step)
 
 
@@ -341,6 +342,7 @@ def restore(checkpoint: ResumePoint, engines: dict[str, Engine]) -> None:
                 f"{checkpoint.path} has no {name}; it was written by another stage, use another run.dir"
             )
         optimizer = optimizers[name]
+        # The files hold full tensors, and each engine takes the slices of its own layout.
         engine.load(WeightFolder(checkpoint.path / name))
         states = {kind: WeightFolder(checkpoint.path / f"{name}-{kind}") for kind in optimizer["parts"]}
         engine.load_optimizer_state(states, optimizer["steps"])

@@ -138,6 +138,7 @@ def plan_files(folders: Sequence[TensorFolder], world: World) -> dict[str, list[
 
     Of equal ranks those of different nodes come in turn, so that all nodes write at the same time.
     """
+    # Every rank plans alike, from the sizes and the ranks alone: nothing has to be sent.
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     order = sorted(range(world.size), key=lambda rank: (rank % ranks_per_node, rank))
     load = dict.fromkeys(order, 0)
