@@ -15,4 +15,4 @@ __version__ = "0.1.0"
 environment.apply(os.environ)
 environment.load_cudnn(os.environ)
 torchvision_on_cpu.let_torchvision_import()
-cpu.hush_megatron()
+cpu.silence_megatron()

@@ -31,9 +31,9 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.device import send
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.offload import Parking
+from ovr_megatron.runtime.offload import OffloadedTensors
 from ovr_megatron.runtime.schedule import learning_rate
-from ovr_megatron.runtime.steps import OwnTime
+from ovr_megatron.runtime.steps import ComputeTimer
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, LiveTensors
 from ovr_megatron.weights.slices import Held
@@ -89,7 +89,7 @@ class Engine:
         self.groups = self.layout.groups
         self.step_count = 0
         self.skipped, self.skipped_in_a_row = 0, 0
-        self.own_time = OwnTime()  # of the last `backward`, until the replicas meet
+        self.compute_timer = ComputeTimer()  # of the last `backward`, until the replicas synchronise
         with self.layout.active():
             self.config = language_config(shape, parallel, model)
             classes = choose_parts("transformer_engine" if model.fp8 != "none" else model.layers, DTYPES[model.dtype])
@@ -102,7 +102,11 @@ class Engine:
                 holding.parameter.requires_grad_(not is_frozen(holding.row.megatron, model))
             self.trained = {row.megatron for row in self.live.rows if not is_frozen(row.megatron, model)}
             self.models = self._data_parallel()
-        self._parked = {"weights": Parking(), "gradients": Parking(keep=False), "optimizer": Parking()}
+        self._offloaded = {
+            "weights": OffloadedTensors(),
+            "gradients": OffloadedTensors(keep=False),
+            "optimizer": OffloadedTensors(),
+        }
 
     def _data_parallel(self) -> list[DistributedDataParallel]:
         parallel = self.parallel
@@ -123,7 +127,7 @@ class Engine:
         return models
 
     def _meet(self, *args: Any, **kwargs: Any) -> None:
-        self.own_time.stop()
+        self.compute_timer.stop()
         finalize_model_grads(*args, **kwargs)
 
     def with_optimizer(self, config: OptimizerConfig, total_steps: int) -> Engine:
@@ -164,34 +168,34 @@ class Engine:
 
         Gradients are lost.
         """
-        if self._parked["weights"].is_empty:
+        if self._offloaded["weights"].is_empty:
             self._finish_gathers()
         weights = list(self._weight_tensors())
         shared = {tensor.untyped_storage().data_ptr() for tensor in weights}
-        state = (one for one in self.live.state_tensors() if one.untyped_storage().data_ptr() not in shared)
+        state = (item for item in self.live.state_tensors() if item.untyped_storage().data_ptr() not in shared)
         tensors = {"weights": weights, "gradients": self._gradient_tensors(), "optimizer": state}
         if not kinds or "weights" in kinds:
             for part in self.parts:
                 for module in part.modules():  # 8-bit copies that Transformer Engine makes anew from the weights
                     getattr(module, "_fp8_workspaces", {}).clear()
         for kind in kinds or tuple(tensors):
-            self._parked[kind].park(tensors[kind])
+            self._offloaded[kind].offload(tensors[kind])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # vLLM takes its memory from the device, not from torch
 
-    def bring(self, *kinds: str) -> None:
-        """Begin to take that memory again; who uses it waits for it."""
+    def onload(self, *kinds: str) -> None:
+        """Begin to copy the given kinds back to the device; a later use waits for them."""
         for kind in kinds:
-            self._parked[kind].bring()
+            self._offloaded[kind].onload()
 
     def _need(self, *kinds: str) -> None:
         for kind in kinds:
-            self._parked[kind].ready()
+            self._offloaded[kind].wait_onloaded()
 
     @contextmanager
     def _in_place(self, *kinds: str) -> Iterator[None]:
-        """Memory of these ``kinds`` is there within the block, and afterwards where it was before."""
-        waiting = [kind for kind in kinds if not self._parked[kind].is_empty]
+        """Onload the given kinds for the block, then restore where they were."""
+        waiting = [kind for kind in kinds if not self._offloaded[kind].is_empty]
         self._need(*kinds)
         yield
         if waiting:
@@ -377,11 +381,11 @@ class Engine:
             return model(pack), reduce
 
         self._need("weights", "gradients")
-        self.bring("optimizer")
+        self.onload("optimizer")
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self.own_time.start()
+        self.compute_timer.start()
         self._run(packs, forward_step, training=True)
         return self._means(counts, sums)
 

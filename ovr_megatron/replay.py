@@ -78,7 +78,7 @@ def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Li
     saved = archive.read(run, iteration, world)
     models, engines = build_models(config, source, processor, world)
     if iteration:
-        store.restore(store.at_step(run / "checkpoints", iteration, world), engines)
+        store.restore(store.checkpoint_at(run / "checkpoints", iteration, world), engines)
     skipped = SkippedRows() if config.data.on_error == "skip" else None  # they were listed by the run
     prompts = PromptStream(open_stream(config.data, config.run.seed, skipped), processor, config.reward.rules, skipped)
     outcome = learn(models, archive.restore(saved, prompts), iteration, Clock())

@@ -15,7 +15,7 @@ def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) 
     from ovr_megatron.data.hf_assets import check_assets, complete_folder
     from ovr_megatron.data.hf_files import left_out
     from ovr_megatron.model.shape import stretch_positions
-    from ovr_megatron.weights.folder import WeightFolder, copy_companions
+    from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
     from ovr_megatron.weights.transfer import check_finite, check_weights, copy_weights, staged
 
     shape = check_assets(hf)
@@ -23,7 +23,7 @@ def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) 
         check_weights(folder, shape)
         check_finite(folder)
         with staged(out, [hf], force) as partial:
-            copy_companions(complete_folder(hf), partial / "policy")
+            copy_hf_assets(complete_folder(hf), partial / "policy")
             if yarn is not None:
                 shape = stretch_positions(partial / "policy", yarn)
             copy_weights(folder, partial / "policy", workers=workers)

@@ -14,11 +14,11 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
     """Write the folder ``out``, which appears when it is whole, and say what it leaves out."""
     import torch
 
-    from ovr_megatron.checkpoint.companions import write_generation_config
+    from ovr_megatron.checkpoint.hf_assets import write_generation_config
     from ovr_megatron.checkpoint.manifest import CheckpointError, check
     from ovr_megatron.data.hf_assets import load_assets
     from ovr_megatron.model.shape import ModelShape
-    from ovr_megatron.weights.folder import WeightFolder, copy_companions
+    from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
     from ovr_megatron.weights.transfer import VALUE_HEAD, check_finite, check_weights, copy_weights, staged
 
     part = "critic" if critic else "policy"
@@ -33,7 +33,7 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
         check_weights(folder, shape, critic)
         check_finite(folder)
         with staged(out, [checkpoint], force) as partial:
-            copy_companions(checkpoint / part, partial, number_format)
+            copy_hf_assets(checkpoint / part, partial, number_format)
             if manifest.step:  # step 0 is the base model itself
                 write_generation_config(partial, assets.tokenizer.get_vocab())
             copy_weights(folder, partial, number_format, leave_out=[VALUE_HEAD], workers=workers)

@@ -26,7 +26,7 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder, WeightWriter, copy_companions
+from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder, WeightWriter, copy_hf_assets
 
 SIZES = TinySizes(hidden=1024, heads=8, kv_heads=2, ffn=4096, layers=4)
 
@@ -53,8 +53,8 @@ def first_rank(out: Path, engine: Engine, companions: Path, world: World) -> flo
     """The rival: the first rank takes every tensor and writes every file, then hashes them; returns the waiting."""
     began = time.perf_counter()
     if world.is_main:
-        copy_companions(companions, out / "policy", dtype=engine.config.params_dtype)
-    for part in store.parts_of({"policy": engine}):
+        copy_hf_assets(companions, out / "policy", dtype=engine.config.params_dtype)
+    for part in store.folders_of({"policy": engine}):
         if world.is_main:
             with WeightWriter(out / part.folder) as writer:
                 for name, tensor in part.tensors():
@@ -79,14 +79,14 @@ def background(out: Path, engine: Engine, companions: Path, world: World) -> flo
     """Every rank writes its share in the background; returns the waiting: for the copies, and to publish."""
     began = time.perf_counter()
     queue = DiskQueue(4 * SHARD_BYTES)
-    writing = store.start(out, 1, {"policy": engine}, companions, {}, world, queue)
+    save = store.start_save(out, 1, {"policy": engine}, companions, {}, world, queue)
     dist.barrier()
     waiting = time.perf_counter() - began
-    while writing.running:
+    while save.running:
         time.sleep(0.001)
     dist.barrier()
     began = time.perf_counter()
-    store.settle(writing, world)
+    store.finish_save(save, world)
     return waiting + time.perf_counter() - began
 
 
@@ -120,7 +120,7 @@ def main() -> None:
             shutil.rmtree(out)
         dist.barrier()
     if world.is_main:
-        written = sum(size for part in store.parts_of({"policy": engine}) for size in part.sizes.values())
+        written = sum(size for part in store.folders_of({"policy": engine}) for size in part.sizes.values())
         for name, (waiting, seconds) in best.items():
             print(json.dumps({"name": name, "bytes": written, "waiting": waiting, "seconds": seconds}), flush=True)
         shutil.rmtree(box[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 from ovr_megatron.analysis.experiment import Experiment
 from ovr_megatron.analysis.page import Html, folded, join, section, table, tag
-from ovr_megatron.runtime.origin import read_starts
+from ovr_megatron.runtime.starts import read_starts
 
 
 def origins(experiment: Experiment) -> Iterator[Html]:

@@ -1,4 +1,4 @@
-"""A run that has nothing left to do, told before anything heavy is loaded: manifests and sizes are all that is read."""
+"""Detect a run that has nothing left to do from its manifests and file sizes, before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ovr_megatron.checkpoint.manifest import CheckpointError, check, step_of
 from ovr_megatron.config import ColdStartConfig, RLConfig
 
 
-def tell_finished(config: ColdStartConfig | RLConfig) -> bool:
+def report_finished(config: ColdStartConfig | RLConfig) -> bool:
     """Print, on the first rank, that the run of ``config`` is finished; return False where work is left.
 
     The files of the last checkpoint are compared by their sizes, not read.
@@ -23,15 +23,18 @@ def tell_finished(config: ColdStartConfig | RLConfig) -> bool:
     path = last_checkpoint(Path(config.run.dir) / "checkpoints", steps)
     if path is None:
         return False
+    # torch is not loaded yet, so the rank comes from the launcher's environment.
     if os.environ.get("RANK", "0") == "0":
-        what = "iterations" if isinstance(config, RLConfig) else "steps"
-        print(f"finished: all {steps} {what} are done; for another run give another run.dir, to go on more {what}")
-        print(f"{'rl' if isinstance(config, RLConfig) else 'cold start'}: {path}", flush=True)
+        is_rl = isinstance(config, RLConfig)
+        unit = "iterations" if is_rl else "steps"
+        stage = "rl" if is_rl else "cold start"
+        print(f"finished: all {steps} {unit} are done; for another run give another run.dir, to go on more {unit}")
+        print(f"{stage}: {path}", flush=True)
     return True
 
 
 def last_checkpoint(directory: Path, steps: int) -> Path | None:
-    """Return a run's own checkpoint of at least ``steps`` steps that is whole by its sizes, None if there is none."""
+    """Return a run's own checkpoint of at least ``steps`` steps that is complete by its sizes, None without one."""
     for path in sorted(directory.glob("step_*"), reverse=True):
         step = step_of(path)
         if step is None or step < steps:
@@ -48,8 +51,8 @@ def last_checkpoint(directory: Path, steps: int) -> Path | None:
 def planned_steps(config: ColdStartConfig | RLConfig) -> int:
     """Return the number of steps or iterations, 0 where only the loop can say.
 
-    The steps of ``epochs`` stand in the run's ``config.yaml`` once it has begun, and are still those if nothing else
-    in it differs.
+    A run of ``epochs`` writes its number of steps to its ``config.yaml`` when it begins. The number still holds if
+    no other setting differs from the file.
     """
     if isinstance(config, RLConfig):
         return config.iterations if config.only == "all" else 0
@@ -58,7 +61,7 @@ def planned_steps(config: ColdStartConfig | RLConfig) -> int:
         return config.steps
     stored = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(stored, dict)
-    steps = stored.pop("steps", 0)
-    asked = dataclasses.asdict(config)
-    del asked["steps"]
-    return int(steps) if stored == asked else 0
+    stored_steps = stored.pop("steps", 0)
+    current = dataclasses.asdict(config)
+    del current["steps"]
+    return int(stored_steps) if stored == current else 0

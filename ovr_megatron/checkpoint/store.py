@@ -1,6 +1,6 @@
-"""Saving and resuming a run: weights, optimizers and cursors of a step in one folder.
+"""Save and resume a run: weights, optimizers and cursors of a step in one folder.
 
-A checkpoint does not know the layout that wrote it::
+A checkpoint does not depend on the layout that wrote it::
 
     step_000300/
       policy/                a Hugging Face folder: config, tokenizer, processor, weights
@@ -26,9 +26,19 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ovr_megatron.checkpoint.generators import put_generator_states
+from ovr_megatron.checkpoint.generators import set_generator_states
 from ovr_megatron.checkpoint.manifest import CheckpointError, check, read_manifest, step_of
-from ovr_megatron.checkpoint.writing import RNG, DiskQueue, NonFiniteError, Part, Writing, begin, publish, remove
+from ovr_megatron.checkpoint.writing import (
+    RNG,
+    DiskQueue,
+    NonFiniteError,
+    PendingSave,
+    Records,
+    TensorFolder,
+    publish,
+    remove,
+    start_writing,
+)
 from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
 from ovr_megatron.runtime.terminal import say
@@ -40,8 +50,14 @@ _REASONS = 3  # that a message spells out
 
 
 @dataclass(frozen=True)
-class Restored:
-    """Where a run goes on: the next step and the loop's state as it was saved."""
+class ResumePoint:
+    """A checkpoint that a run goes on from.
+
+    Attributes:
+        path: its folder.
+        step: steps or iterations done, so the index of the next one.
+        state: the loop's cursors as they were saved.
+    """
 
     path: Path
     step: int
@@ -85,125 +101,148 @@ def check_weights(path: str | Path, world: World, name: str = "policy") -> None:
         raise CheckpointError(reasons[0])
 
 
-def parts_of(engines: dict[str, Engine]) -> list[Part]:
-    """The folders that hold ``engines``: weights, then what the optimizer keeps."""
-    parts = []
+def folders_of(engines: dict[str, Engine]) -> list[TensorFolder]:
+    """Return the folders that hold ``engines``: weights, then the states of the optimizer."""
+    folders = []
     for name, engine in engines.items():
         itemsize = engine.config.params_dtype.itemsize
-        parts.append(Part(name, _sizes(engine.live.rows, itemsize), engine.weights))
+        folders.append(TensorFolder(name, _sizes(engine.live.rows, itemsize), engine.weights))
         for kind in engine.state_kinds:
             sizes = _sizes(engine.trained_rows, torch.float32.itemsize)
-            parts.append(Part(f"{name}-{kind}", sizes, partial(engine.optimizer_state, kind)))
-    return parts
+            folders.append(TensorFolder(f"{name}-{kind}", sizes, partial(engine.optimizer_state, kind)))
+    return folders
 
 
 def _sizes(rows: Sequence[Row], itemsize: int) -> dict[str, int]:
-    return {name: math.prod(size) * itemsize for row in rows for name, size in zip(row.hf, row.sizes, strict=True)}
+    """Return the bytes of each Hugging Face tensor of ``rows``."""
+    sizes: dict[str, int] = {}
+    for row in rows:
+        for name, shape in zip(row.hf, row.sizes, strict=True):
+            sizes[name] = math.prod(shape) * itemsize
+    return sizes
 
 
-def start(
+def start_save(
     directory: Path,
     step: int,
     engines: dict[str, Engine],
-    companions: Path,
+    hf_assets: Path,
     state: dict[str, Any],
     world: World,
     queue: DiskQueue,
     stage: str | None = None,
-) -> Writing:
-    """Copy the state of ``step`` and have it written below ``directory``, see `settle`; a collective.
+) -> PendingSave:
+    """Copy the state of ``step`` and write it below ``directory`` in the background, see `finish_save`.  A collective.
 
     Args:
         directory: the run's checkpoint folder.
         step: steps or iterations done.
         engines: by name, ``policy`` and perhaps ``critic``.
-        companions: the folder whose configuration, tokenizer and processor go along.
+        hf_assets: the folder whose configuration, tokenizer and processor go along.
         state: the loop's cursors, as JSON.
         world: this process.
         queue: writes this rank's share.
         stage: of the run, so that no other stage goes on from it.
     """
+    # Through JSON now: the loop goes on changing its own state, and what is no JSON fails here and not in the manifest.
     extra: dict[str, Any] = {"state": json.loads(json.dumps(state)), "ranks": world.size, "optimizers": {}}
-    extra |= {"stage": stage} if stage else {}
+    if stage:
+        extra["stage"] = stage
     for name, engine in engines.items():
         extra["optimizers"][name] = {
             "steps": engine.step_count,
             "parts": list(engine.state_kinds),
             "skipped": [engine.skipped, engine.skipped_in_a_row],
         }
-    writing = Writing(step, extra, directory / f".step_{step:06d}.partial", directory / f"step_{step:06d}")
-    begin(writing, parts_of(engines), companions, next(iter(engines.values())).config.params_dtype, world, queue)
-    return writing
+    pending = PendingSave(step, extra, directory / f".step_{step:06d}.partial", directory / f"step_{step:06d}")
+    dtype = next(iter(engines.values())).config.params_dtype
+    start_writing(pending, folders_of(engines), hf_assets, dtype, world, queue)
+    return pending
 
 
-def settle(writing: Writing, world: World) -> str | None:
-    """Wait for every rank's files and publish the checkpoint; what went wrong, or None.  A collective.
+def finish_save(pending: PendingSave, world: World) -> str | None:
+    """Wait for every rank's files and publish the checkpoint; return what went wrong, or None.  A collective.
 
-    Of a checkpoint that could not be written nothing is left.
+    Nothing is left of a checkpoint that could not be written.
 
     Raises:
         NonFiniteError: on every rank, if a tensor holds a value that is not finite; nothing is published.
     """
-    work = WorkBarrier(f"save/{writing.final}")
-    writing.wait(work.step)
-    work.wait()
-    error = writing.error()
-    mine = (error, {} if error else {name: record for job in writing.jobs for name, record in job.result().items()})
-    told: list[Any] | None = [None] * world.size if world.is_main else None
-    dist.gather_object(mine, told)
+    # Ranks may be minutes apart: the wait lasts for as long as any of them reports files.
+    barrier = WorkBarrier(f"save/{pending.final}")
+    pending.wait(barrier.step)
+    barrier.wait()
+    error = pending.error()
+    local_result = (error, {} if error else pending.records())
+    results: list[Any] | None = [None] * world.size if world.is_main else None
+    dist.gather_object(local_result, results)
     answer: list[NonFiniteError | str | None] = [None]
-    if told is not None:
-        problems = [problem for problem, _ in told if problem]
-        diverged = [problem for problem in problems if isinstance(problem, NonFiniteError)]
-        answer = [(diverged or problems)[0] if problems else _published(writing, told)]
+    if results is not None:
+        answer = [_publish_results(pending, results)]
         if answer[0]:
-            shutil.rmtree(writing.partial, ignore_errors=True)
+            shutil.rmtree(pending.partial, ignore_errors=True)
+    # Every rank hears of the failure of any, so that all of them stop or go on together.
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], NonFiniteError):
         raise answer[0]
     return answer[0]
 
 
-def _published(writing: Writing, told: list[Any]) -> str | None:
+def _publish_results(pending: PendingSave, results: list[Any]) -> NonFiniteError | str | None:
+    """Publish the checkpoint whose files all ranks have written; return the problem to report, if there is one.
+
+    ``results`` has a pair for each rank: its error and the records of its files.
+    """
+    problems = [problem for problem, _ in results if problem]
+    for problem in problems:
+        if isinstance(problem, NonFiniteError):
+            return problem
+    if problems:
+        return problems[0]
+    records: Records = {}
+    for _, rank_records in results:
+        records |= rank_records
     try:
-        publish(writing, {name: record for _, records in told for name, record in records.items()})
+        publish(pending, records)
     except OSError as error:
         return str(error)
     return None
 
 
 def save(
-    directory: Path, step: int, engines: dict[str, Engine], companions: Path, state: dict[str, Any], world: World
+    directory: Path, step: int, engines: dict[str, Engine], hf_assets: Path, state: dict[str, Any], world: World
 ) -> Path:
-    """`start` and `settle` in one; returns the folder.
+    """Write a checkpoint, wait for it, and return its folder.  A collective.
 
     Raises:
         CheckpointError: it could not be written.
     """
     queue = DiskQueue(2 * SHARD_BYTES)
-    writing = start(directory, step, engines, companions, state, world, queue)
-    problem = settle(writing, world)
+    pending = start_save(directory, step, engines, hf_assets, state, world, queue)
+    problem = finish_save(pending, world)
     queue.pool.shutdown()
     if problem:
         raise CheckpointError(f"the checkpoint of step {step} could not be written: {problem}")
-    return writing.final
+    return pending.final
 
 
 def prune(directory: Path, keep_last: int, keep_every: int = 0, newest_step: int | None = None) -> None:
     """Remove all checkpoints but the ``keep_last`` newest (0: all) and those of multiples of ``keep_every`` (0: none).
 
-    Folders of steps above ``newest_step`` are no whole checkpoints, or the run would be there: they do not count.
+    Folders of steps above ``newest_step`` are incomplete, or the run would have resumed there: they do not count.
     Folders with another name than ``step_N`` are not the run's and stay.
     """
-    steps = {step: path for path in directory.glob("step_*") if (step := step_of(path)) is not None}
-    counted = sorted(step for step in steps if newest_step is None or step <= newest_step)
-    for step in counted[:-keep_last] if keep_last else []:
+    if not keep_last:
+        return
+    folders = {step: path for path in directory.glob("step_*") if (step := step_of(path)) is not None}
+    counted = sorted(step for step in folders if newest_step is None or step <= newest_step)
+    for step in counted[:-keep_last]:
         if not keep_every or step % keep_every:
-            remove(steps[step])
+            remove(folders[step])
 
 
-def find(directory: Path, world: World, stage: str | None = None) -> Restored | None:
-    """Return the newest whole checkpoint below ``directory``, or None where no folder is there.  A collective.
+def find(directory: Path, world: World, stage: str | None = None) -> ResumePoint | None:
+    """Return the newest complete checkpoint below ``directory``, or None where no folder is there.  A collective.
 
     Folders that cannot be used are named and passed over.  Every byte is read to check the hashes; the ranks share
     the files.
@@ -216,19 +255,20 @@ def find(directory: Path, world: World, stage: str | None = None) -> Restored | 
     Raises:
         CheckpointError: there are folders, but none that the run can go on from.
     """
-    box: list[Any] = [_candidates(directory, stage) if world.is_main else None]
-    dist.broadcast_object_list(box, src=0)
-    paths, skipped = box[0]
-    restored = None
+    # One rank lists the folders: on a network disk others might see another list, and the loop below is collective.
+    broadcast: list[Any] = [_candidates(directory, stage) if world.is_main else None]
+    dist.broadcast_object_list(broadcast, src=0)
+    paths, skipped = broadcast[0]
+    checkpoint = None
     for path in paths:
         problems: list[str | None] = [None] * world.size
         dist.all_gather_object(problems, _problem(path, (world.rank, world.size)))
         reasons = [problem for problem in problems if problem]
         if not reasons:
-            restored = _restored(path, stage)
+            checkpoint = _resume_point(path, stage)
             break
         skipped.append(reasons[0])
-    if restored is None and skipped:
+    if checkpoint is None and skipped:
         raise CheckpointError(
             f"{directory} has {len(skipped)} folders and no checkpoint that this run can go on from: "
             f"{'; '.join(skipped[:_REASONS])}. Put a whole checkpoint there, choose another run.dir, or move these "
@@ -237,32 +277,32 @@ def find(directory: Path, world: World, stage: str | None = None) -> Restored | 
     if world.is_main:
         for reason in skipped:
             say(f"skipping a checkpoint: {reason}", sys.stdout)
-    return restored
+    return checkpoint
 
 
 def _candidates(directory: Path, stage: str | None) -> tuple[list[Path], list[str]]:
-    """Return the folders that may be checkpoints of this run, highest step first, and why the others are none.
+    """Return the folders that may be checkpoints of this run, highest step first, and the reasons against the others.
 
-    Hidden folders are unfinished ones, or on their way out.
+    Hidden folders are unfinished or about to be removed.
     """
     try:
         folders = sorted(path for path in directory.iterdir() if not path.name.startswith(".") and path.is_dir())
     except FileNotFoundError:
-        return [], []
+        return [], []  # a new run
     except OSError as error:
         return [], [f"{directory} cannot be read ({error.strerror})"]
     paths: list[tuple[int, Path]] = []
     skipped: list[str] = []
     for path in folders:
         try:
-            paths.append((_restored(path, stage).step, path))
+            paths.append((_resume_point(path, stage).step, path))
         except CheckpointError as error:
             skipped.append(str(error))
     return [path for _, path in sorted(paths, reverse=True)], skipped
 
 
-def _restored(path: Path, stage: str | None = None) -> Restored:
-    """Return where a run goes on from the checkpoint ``path``; its files are not looked at.
+def _resume_point(path: Path, stage: str | None = None) -> ResumePoint:
+    """Return the checkpoint ``path`` as a run resumes from it; its files are not looked at.
 
     Raises:
         CheckpointError: it is not called ``step_N``, or no run of ``stage`` has saved it under this name.
@@ -279,28 +319,28 @@ def _restored(path: Path, stage: str | None = None) -> Restored:
         raise CheckpointError(f"{path} is of step {manifest.step}; name it step_{manifest.step:06d}")
     if stage and extra.get("stage", stage) != stage:
         raise CheckpointError(f"{path} is of another stage ({extra['stage']}); begin a run from it with model.path")
-    missing = [rank for rank in range(extra["ranks"]) if _generators(rank) not in manifest.files]
-    if missing:
-        raise CheckpointError(f"{path} lacks {_generators(missing[0])}; use another checkpoint")
-    return Restored(path, manifest.step, extra["state"])
+    for rank in range(extra["ranks"]):
+        if _generators_path(rank) not in manifest.files:
+            raise CheckpointError(f"{path} lacks {_generators_path(rank)}; use another checkpoint")
+    return ResumePoint(path, manifest.step, extra["state"])
 
 
-def _generators(rank: int) -> str:
+def _generators_path(rank: int) -> str:
     return f"{RNG}/rank_{rank:05d}.safetensors"
 
 
-def at_step(directory: Path, step: int, world: World) -> Restored:
+def checkpoint_at(directory: Path, step: int, world: World) -> ResumePoint:
     """Return the checkpoint of ``step`` below ``directory``; its files are checked as in `find`.
 
     Raises:
-        CheckpointError: it is not there or not whole.
+        CheckpointError: it is not there or incomplete.
     """
     path = directory / f"step_{step:06d}"
     if not path.is_dir():
-        there = ", ".join(sorted(item.name for item in directory.glob("step_*"))) or "nothing"
-        raise CheckpointError(f"{directory} has no checkpoint of step {step}, but {there}")
+        present = ", ".join(sorted(folder.name for folder in directory.glob("step_*"))) or "nothing"
+        raise CheckpointError(f"{directory} has no checkpoint of step {step}, but {present}")
     check(path, share=(world.rank, world.size))
-    return _restored(path)
+    return _resume_point(path)
 
 
 def _problem(path: Path, share: tuple[int, int]) -> str | None:
@@ -311,25 +351,30 @@ def _problem(path: Path, share: tuple[int, int]) -> str | None:
     return None
 
 
-def restore_generators(found: Restored, world: World) -> None:
-    """Put this rank's random generators where they were; in another number of ranks they are seeded anew."""
-    if read_manifest(found.path).extra["ranks"] == world.size:
-        put_generator_states(load_file(found.path / _generators(world.rank)))
+def restore_generators(checkpoint: ResumePoint, world: World) -> None:
+    """Restore this rank's random generators; with another number of ranks they are seeded anew."""
+    if read_manifest(checkpoint.path).extra["ranks"] == world.size:
+        set_generator_states(load_file(checkpoint.path / _generators_path(world.rank)))
     else:
-        seed_everything((world.seed * 1009 + world.dp_rank) * 1_000_003 + found.step)
+        # By the step, so that the run does not draw the numbers of its first steps again.
+        seed_everything((world.seed * 1009 + world.dp_rank) * 1_000_003 + checkpoint.step)
 
 
-def restore(found: Restored, engines: dict[str, Engine]) -> None:
-    """Load weights and optimizers of ``found`` into ``engines``.
+def restore(checkpoint: ResumePoint, engines: dict[str, Engine]) -> None:
+    """Load weights and optimizers of ``checkpoint`` into ``engines``.
 
     Raises:
         CheckpointError: the checkpoint lacks one of the engines.
     """
-    optimizers = read_manifest(found.path).extra["optimizers"]
+    optimizers = read_manifest(checkpoint.path).extra["optimizers"]
     for name, engine in engines.items():
         if name not in optimizers:
-            raise CheckpointError(f"{found.path} has no {name}; it was written by another stage, use another run.dir")
-        engine.load(WeightFolder(found.path / name))
-        parts = {part: WeightFolder(found.path / f"{name}-{part}") for part in optimizers[name]["parts"]}
-        engine.load_optimizer_state(parts, optimizers[name]["steps"])
-        engine.skipped, engine.skipped_in_a_row = optimizers[name]["skipped"]
+            raise CheckpointError(
+                f"{checkpoint.path} has no {name}; it was written by another stage, use another run.dir"
+            )
+        optimizer = optimizers[name]
+        # The files hold full tensors, and each engine takes the slices of its own layout.
+        engine.load(WeightFolder(checkpoint.path / name))
+        states = {kind: WeightFolder(checkpoint.path / f"{name}-{kind}") for kind in optimizer["parts"]}
+        engine.load_optimizer_state(states, optimizer["steps"])
+        engine.skipped, engine.skipped_in_a_row = optimizer["skipped"]

@@ -1,7 +1,7 @@
-"""A checkpoint on its way to the disk: every rank copies its share of the tensors and writes it in the background.
+"""Write a checkpoint: every rank copies its share of the tensors and writes it in the background.
 
-The cut of the tensors into files depends on the model alone, and each file is one rank's, so that the bytes of a
-checkpoint know neither the layout nor the number of ranks.
+How tensors are cut into files depends on the model alone, and each file is written by one rank. So the bytes of a
+checkpoint depend neither on the layout nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ovr_megatron.checkpoint.manifest import FileRecord, file_record, write_mani
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.terminal import say
-from ovr_megatron.weights.folder import INDEX, copy_companions, cut, shard_names, write_index
+from ovr_megatron.weights.folder import INDEX, copy_hf_assets, cut, shard_names, write_index
 from ovr_megatron.weights.shard import PIECE, Pending, sync, write_shard
 
 Records = dict[str, FileRecord]
@@ -38,8 +38,14 @@ class NonFiniteError(ValueError):
 
 
 @dataclass(frozen=True)
-class Part:
-    """One folder of a checkpoint: names and bytes of its tensors in order, and the collective that gives them whole."""
+class TensorFolder:
+    """One folder of a checkpoint, with the tensors that go into it.
+
+    Attributes:
+        folder: its name, relative to the checkpoint.
+        sizes: bytes of each tensor by name, in the order of the files.
+        tensors: a collective that yields the full tensors in that order.
+    """
 
     folder: str
     sizes: dict[str, int]
@@ -57,8 +63,16 @@ class Shard:
 
 
 @dataclass
-class Writing:
-    """A checkpoint that this rank's share is being written of; `Future.result` gives the records of its files."""
+class PendingSave:
+    """A checkpoint that is being written, as seen by this rank.
+
+    Attributes:
+        step: the step that it is of.
+        extra: what the manifest holds beside the files.
+        partial: the hidden folder that is written to.
+        final: the folder's name once it is complete.
+        jobs: this rank's files; `Future.result` returns their records.
+    """
 
     step: int
     extra: dict[str, Any]
@@ -72,13 +86,13 @@ class Writing:
         return not all(job.done() for job in self.jobs)
 
     def wait(self, report: Callable[[], None]) -> None:
-        """Wait for this rank's files; ``report`` is called after each."""
+        """Wait for this rank's files and call ``report`` after each."""
         for job in self.jobs:
-            job.exception()
+            job.exception()  # waits as `result` does, and leaves the raising to `error`
             report()
 
     def error(self) -> NonFiniteError | str | None:
-        """What went wrong on this rank, once nothing is running; values that are not finite before all else."""
+        """Return what went wrong on this rank, once nothing is running; a value that is not finite comes first."""
         errors = [error for job in self.jobs if (error := job.exception()) is not None]
         for error in errors:
             if not isinstance(error, (OSError, NonFiniteError)):
@@ -88,100 +102,134 @@ class Writing:
                 return error
         return str(errors[0]) if errors else None
 
+    def records(self) -> Records:
+        """Return the records of this rank's files, once all of them are written."""
+        records: Records = {}
+        for job in self.jobs:
+            records |= job.result()
+        return records
+
 
 class DiskQueue:
-    """One thread that writes in order, from copies of at most ``limit`` bytes (one file, if that is larger)."""
+    """One thread that writes files in order, from copies of at most ``limit`` bytes (one file, if that is larger)."""
 
     def __init__(self, limit: int):
         self.limit = limit
         self.pool = ThreadPoolExecutor(1, "checkpoint")
-        self.held: list[tuple[int, Future[Records]]] = []
+        self.queued: list[tuple[int, Future[Records]]] = []
 
-    def room(self, nbytes: int) -> None:
-        """Wait until ``nbytes`` more may be held."""
-        self.held = [(size, job) for size, job in self.held if not job.done()]
-        while self.held and sum(size for size, _ in self.held) + nbytes > self.limit:
-            self.held.pop(0)[1].exception()  # it is in `Writing.jobs`, too, where an error is told
+    def wait_for_room(self, nbytes: int) -> None:
+        """Wait until copies of ``nbytes`` more fit within the limit."""
+        self.queued = [(size, job) for size, job in self.queued if not job.done()]
+        while self.queued and sum(size for size, _ in self.queued) + nbytes > self.limit:
+            _, oldest = self.queued.pop(0)
+            oldest.exception()  # only a wait: the job is in `PendingSave.jobs`, too, where its error is reported
             watchdog.touch()
 
     def submit(self, nbytes: int, job: Callable[[], Records]) -> Future[Records]:
-        """Have ``job`` run after those before it."""
+        """Run ``job``, which holds copies of ``nbytes``, after the jobs before it."""
         future = self.pool.submit(job)
-        self.held.append((nbytes, future))
+        self.queued.append((nbytes, future))
         return future
 
 
-def plan(parts: Sequence[Part], world: World) -> dict[str, list[Shard]]:
-    """The files of every part, each given to the rank that has least to write, nodes in turn."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    turn = sorted(range(world.size), key=lambda rank: (rank % per_node, rank))
-    load = dict.fromkeys(turn, 0)
+def plan_files(folders: Sequence[TensorFolder], world: World) -> dict[str, list[Shard]]:
+    """Return the files of every folder, each assigned to the rank that has the fewest bytes to write so far.
+
+    Of equal ranks those of different nodes come in turn, so that all nodes write at the same time.
+    """
+    # Every rank plans alike, from the sizes and the ranks alone: nothing has to be sent.
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    order = sorted(range(world.size), key=lambda rank: (rank % ranks_per_node, rank))
+    load = dict.fromkeys(order, 0)
     files: dict[str, list[Shard]] = {}
-    for part in parts:
-        names, sizes = list(part.sizes), list(part.sizes.values())
+    for folder in folders:
+        names = list(folder.sizes)
+        sizes = list(folder.sizes.values())
         ends = cut(sizes)
-        files[part.folder] = []
-        for name, (start, stop) in zip(shard_names(len(ends)), pairwise([0, *ends]), strict=True):
-            writer = min(turn, key=lambda rank: load[rank])
-            load[writer] += sum(sizes[start:stop])
-            path = f"{part.folder}/{name}"
-            files[part.folder].append(Shard(path, tuple(names[start:stop]), sum(sizes[start:stop]), writer))
+        shards = []
+        for file_name, (start, stop) in zip(shard_names(len(ends)), pairwise([0, *ends]), strict=True):
+            nbytes = sum(sizes[start:stop])
+            writer = min(order, key=load.__getitem__)
+            load[writer] += nbytes
+            shards.append(Shard(f"{folder.folder}/{file_name}", tuple(names[start:stop]), nbytes, writer))
+        files[folder.folder] = shards
     return files
 
 
-def begin(
-    writing: Writing, parts: Sequence[Part], companions: Path, dtype: torch.dtype, world: World, queue: DiskQueue
+def start_writing(
+    save: PendingSave,
+    folders: Sequence[TensorFolder],
+    hf_assets: Path,
+    dtype: torch.dtype,
+    world: World,
+    queue: DiskQueue,
 ) -> None:
-    """Copy this rank's share of ``parts`` and queue it; when it returns, the model may change.  A collective.
+    """Copy this rank's share of ``folders`` and queue it; when it returns, the model may change.  A collective.
 
     Args:
-        writing: gets the jobs.
-        parts: what to write; those whose name has no ``-`` are models and get the ``companions``.
-        companions: folder of configuration, tokenizer and processor.
-        dtype: number format of the models' weights.
+        save: gets the jobs.
+        folders: what to write; those whose name has no ``-`` are models and get the ``hf_assets``.
+        hf_assets: folder of configuration, tokenizer and processor.
+        dtype: dtype of the models' weights.
         world: this process.
         queue: writes.
     """
-    files = plan(parts, world)
+    files = plan_files(folders, world)
     if world.is_main:
-        writing.jobs.append(queue.submit(0, lambda: _prepare(writing.partial, files, companions, dtype)))
-        writing.jobs[-1].exception()
+        prepared = queue.submit(0, lambda: _prepare(save.partial, files, hf_assets, dtype))
+        save.jobs.append(prepared)
+        prepared.exception()
+    # No rank may write before the first one has made the folders.
     dist.barrier()
-    for part in parts:
-        tensors = part.tensors()
-        for shard in files[part.folder]:
-            mine = shard.writer == world.rank
-            if mine:
-                queue.room(shard.nbytes)
-            held = []
-            for name in shard.names:
-                found, tensor = next(tensors)
-                assert found == name, f"{found} comes where {name} was planned"
-                if mine:
-                    held.append(_copy(name, tensor))
-            watchdog.touch()
-            if mine:
-                writing.jobs.append(queue.submit(shard.nbytes, _Write(writing.partial, shard.path, held)))
-        assert next(tensors, None) is None, f"{part.folder} has more tensors than planned"
+    for folder in folders:
+        _queue_shards(save, folder, files[folder.folder], world, queue)
     states = [_copy(name, state) for name, state in generator_states().items()]
     path = f"{RNG}/rank_{world.rank:05d}.safetensors"
-    writing.jobs.append(queue.submit(0, _Write(writing.partial, path, states)))
+    save.jobs.append(queue.submit(0, _ShardJob(save.partial, path, states)))
+
+
+def _queue_shards(
+    save: PendingSave, folder: TensorFolder, shards: Sequence[Shard], world: World, queue: DiskQueue
+) -> None:
+    """Copy and queue this rank's shards of one folder.  A collective."""
+    tensors = folder.tensors()
+    for shard in shards:
+        is_writer = shard.writer == world.rank
+        if is_writer:
+            queue.wait_for_room(shard.nbytes)
+        copies = []
+        # Every rank goes through all tensors, as each one is gathered by a collective.
+        for expected in shard.names:
+            name, tensor = next(tensors)
+            assert name == expected, f"{name} comes where {expected} was planned"
+            if is_writer:
+                copies.append(_copy(name, tensor))
+        watchdog.touch()
+        if is_writer:
+            save.jobs.append(queue.submit(shard.nbytes, _ShardJob(save.partial, shard.path, copies)))
+    # Also runs the collective to its end.
+    assert next(tensors, None) is None, f"{folder.folder} has more tensors than planned"
 
 
 def _copy(name: str, tensor: Tensor) -> Pending:
+    """Copy a tensor to the host, so that training can go on while it is written."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     copy.copy_(tensor.detach())
     return Pending(name, copy.dtype, tuple(copy.shape), lambda: copy)
 
 
-class _Write:
-    """Writes one shard, unless a value of it is not finite, and forgets its tensors."""
+class _ShardJob:
+    """Writes one shard, unless a value of it is not finite, and then drops its tensors."""
 
     def __init__(self, directory: Path, path: str, tensors: list[Pending]):
-        self.directory, self.path, self.tensors = directory, path, tensors
+        self.directory = directory
+        self.path = path
+        self.tensors = tensors
 
     def __call__(self) -> Records:
-        digest, file = hashlib.sha256(), self.directory / self.path
+        digest = hashlib.sha256()
+        file = self.directory / self.path
         try:
             for tensor in self.tensors:
                 # In the thread that writes, as it costs less than the hash.
@@ -189,6 +237,7 @@ class _Write:
                     raise NonFiniteError(f"{self.path}: {tensor.name} has values that are not finite")
             write_shard(file, self.tensors, digest)
         finally:
+            # The future keeps an exception, whose traceback keeps this job: the copies must be freed all the same.
             self.tensors = []
         return {self.path: FileRecord(file.stat().st_size, digest.hexdigest())}
 
@@ -197,31 +246,35 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(PIECE))
 
 
-def _prepare(partial: Path, files: dict[str, list[Shard]], companions: Path, dtype: torch.dtype) -> Records:
-    """Make the folders and write what is small: companions and indices."""
-    shutil.rmtree(partial, ignore_errors=True)
+def _prepare(partial: Path, files: dict[str, list[Shard]], hf_assets: Path, dtype: torch.dtype) -> Records:
+    """Make the folders and write the small files: HF assets and indices."""
+    shutil.rmtree(partial, ignore_errors=True)  # left over by a save that failed
     names: list[str] = []
     (partial / RNG).mkdir(parents=True)
     for folder, shards in files.items():
         (partial / folder).mkdir(parents=True)
         if "-" not in folder:
-            names += [f"{folder}/{name}" for name in copy_companions(companions, partial / folder, dtype=dtype)]
+            copied = copy_hf_assets(hf_assets, partial / folder, dtype=dtype)
+            names += [f"{folder}/{name}" for name in copied]
         if len(shards) > 1:
-            held = {Path(shard.path).name: shard.names for shard in shards}
-            write_index(partial / folder / INDEX, held, sum(shard.nbytes for shard in shards))
+            tensors_by_file = {Path(shard.path).name: shard.names for shard in shards}
+            write_index(partial / folder / INDEX, tensors_by_file, sum(shard.nbytes for shard in shards))
             names.append(f"{folder}/{INDEX}")
     return {name: file_record(partial / name) for name in names}
 
 
-def publish(writing: Writing, records: Records) -> None:
-    """Write the manifest over the files of all ranks and give the checkpoint its name; on one rank."""
-    for path in (path for path in writing.partial.rglob("*") if path.is_dir()):
-        sync(path)
-    write_manifest(writing.partial, writing.step, writing.extra, records)
-    sync(writing.partial)
-    _set_aside(writing.final)
-    writing.partial.rename(writing.final)
-    sync(writing.final.parent)
+def publish(save: PendingSave, records: Records) -> None:
+    """Write the manifest over the files of all ranks and give the checkpoint its name; on one rank.
+
+    The order makes it atomic: files and folders reach the disk before the manifest, and the manifest before the name.
+    """
+    for folder in (path for path in save.partial.rglob("*") if path.is_dir()):
+        sync(folder)
+    write_manifest(save.partial, save.step, save.extra, records)
+    sync(save.partial)
+    _set_aside(save.final)
+    save.partial.rename(save.final)
+    sync(save.final.parent)  # a rename lasts once the folder above is on the disk
 
 
 def _set_aside(folder: Path) -> None:
@@ -230,14 +283,14 @@ def _set_aside(folder: Path) -> None:
     It is damaged, of a newer format, or was put there by somebody, who may want it.
     """
     if folder.exists():
-        names = (folder.with_name(f"{folder.name}.unusable{number or ''}") for number in itertools.count())
+        names = (folder.with_name(f"{folder.name}.unusable{count or ''}") for count in itertools.count())
         free = next(name for name in names if not name.exists())
         folder.rename(free)
         say(f"warning: {folder} could not be used and is now {free}; remove it by hand")
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, if it is there; it loses its name first, so that a kill leaves no half of it."""
+    """Remove a checkpoint, if it is there; it is renamed first, so that a kill leaves no half of it under its name."""
     if checkpoint.exists():
         doomed = checkpoint.with_name(f".{checkpoint.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)

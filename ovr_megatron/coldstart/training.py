@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.checkpoint.companions import write_companions
-from ovr_megatron.checkpoint.keeper import Ended, Keeper
-from ovr_megatron.checkpoint.store import Restored
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
+from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
+from ovr_megatron.checkpoint.store import ResumePoint
 from ovr_megatron.config import ColdStartConfig
 from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merged, worst
 from ovr_megatron.data.packing import Pack
@@ -34,10 +34,10 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.spikes import SpikeWatch
+from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
@@ -57,9 +57,10 @@ def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
     return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
 
 
-def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -> Ended:
+def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
     """Train to the last step, or until a signal comes, from the newest checkpoint if there is one."""
-    run, keeper = Path(config.run.dir), Keeper(config, world)
+    run = Path(config.run.dir)
+    checkpoints = CheckpointManager(config, world)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     packs, steps = open_packs(config, processor, world)
@@ -67,21 +68,21 @@ def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -
     engine = Engine(ModelShape.from_hf(source), config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
     engines = {"policy": engine}
-    found = keeper.resume(engines)
-    if found:
-        packs.load(found.state["packs"])
+    checkpoint = checkpoints.resume(engines)
+    if checkpoint:
+        packs.load(checkpoint.state["packs"])
     else:
         store.check_weights(config.model.path, world)
         engine.load(WeightFolder(source))
-    first = found.step if found else 0
+    first = checkpoint.step if checkpoint else 0
     if world.is_main:
         run_folder.record(config, run)
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
-        if origin:
-            record_start(run, origin, world.size)
-        write_companions(run / "companions", processor)
-        show_start(config, processor, engine, world, found)
-    recorder = Recorder(config, engine, world, found)
+        if launch:
+            record_start(run, launch, world.size)
+        write_hf_assets(run / "companions", processor)
+        show_start(config, processor, engine, world, checkpoint)
+    recorder = Recorder(config, engine, world, checkpoint)
     evaluation = build_evaluation(config, source, processor) if config.evaluation.every else None
 
     with Progress(config.steps, run.name, "step", world.is_main, first) as progress:
@@ -89,22 +90,23 @@ def train(config: ColdStartConfig, world: World, origin: Origin | None = None) -
             evaluation.engine.update(engine.held())
             recorder.evaluated(first - 1, evaluation.scores(first))
         for step in range(first, config.steps):
-            metrics = recorder.train(step, packs, keeper.seconds)
+            metrics = recorder.train(step, packs, checkpoints.save_seconds)
             progress.update(loss=f"{metrics['loss']:.4f}")
             done = step + 1
             if evaluation and evaluation.due(done, done == config.steps):
                 evaluation.engine.update(engine.held())
                 with suppress(StopRequested):  # the run leaves below, and its next start scores these weights
-                    recorder.evaluated(step, evaluation.scores(done, None if done == config.steps else keeper.stop))
+                    stop = None if done == config.steps else checkpoints.stop
+                    recorder.evaluated(step, evaluation.scores(done, stop))
             state = {"packs": packs.state(), "spikes": recorder.spikes.state()}
-            if keeper.after(done, done == config.steps, engines, state):
+            if checkpoints.end_step(done, done == config.steps, engines, state):
                 break
     recorder.close()
-    return keeper.ended()
+    return checkpoints.result()
 
 
 def show_start(
-    config: ColdStartConfig, processor: Processor, engine: Engine, world: World, found: Restored | None
+    config: ColdStartConfig, processor: Processor, engine: Engine, world: World, checkpoint: ResumePoint | None
 ) -> None:
     """Print what is about to be trained, on what, and from where."""
     tokens = config.packs_per_step * config.data.pack_tokens
@@ -113,7 +115,7 @@ def show_start(
         rows.append(("data", f"{config.data.tokenised}, {config.epochs} epochs unless steps are given"))
     else:
         rows += source_rows(config, config.steps * tokens / mean_length(config, processor))
-    rows += run_rows(config, {"model": engine}, world, (found.path, found.step) if found else None)
+    rows += run_rows(config, {"model": engine}, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
     print(show_heading(f"cold start in {config.run.dir}", rows), flush=True)
 
 
@@ -146,12 +148,13 @@ def build_evaluation(config: ColdStartConfig, source: Path, processor: Processor
 class Recorder:
     """Trains step by step and writes down what happened: metrics, the loss of each source, and spikes."""
 
-    def __init__(self, config: ColdStartConfig, engine: Engine, world: World, found: Restored | None):
+    def __init__(self, config: ColdStartConfig, engine: Engine, world: World, checkpoint: ResumePoint | None):
         self.config, self.engine, self.world = config, engine, world
         self.spikes = SpikeWatch(config.run.spike_deviations, config.run.spike_window)
-        if found:
-            self.spikes.load(found.state["spikes"])
-        self.log = RunLog(Path(config.run.dir), "train", found.step if found else 0) if world.is_main else None
+        if checkpoint:
+            self.spikes.load(checkpoint.state["spikes"])
+        first = checkpoint.step if checkpoint else 0
+        self.log = RunLog(Path(config.run.dir), "train", first) if world.is_main else None
         self.peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(engine.config.params_dtype)
 
     def train(self, step: int, packs: SupervisedPacks, save_seconds: float) -> dict[str, float]:
@@ -170,15 +173,15 @@ class Recorder:
         metrics = self.engine.train(step_packs, objective)
         seconds = time.perf_counter() - began
         flops = self._flops(step_packs) if self.world.layout.leads_replica else 0.0
-        own = self.engine.own_time.seconds
-        mine = RankStep(data_seconds, own, flops, *memory_peaks(), documents=losses.documents())
-        everyone = gather(mine, self.world)
-        if self.log and everyone is not None:
+        compute_seconds = self.engine.compute_timer.seconds
+        rank_step = RankStep(data_seconds, compute_seconds, flops, *memory_peaks(), documents=losses.documents())
+        rank_steps = gather(rank_step, self.world)
+        if self.log and rank_steps is not None:
             tokens = sum(len(pack.tokens) for pack in step_packs) * self.world.dp_size
-            documents = merged(document for rank in everyone for document in rank.documents)
+            documents = merged(document for rank in rank_steps for document in rank.documents)
             self._record_spike(step, metrics, documents)
             if step % self.config.run.log_every == 0:
-                values = rank_metrics(everyone, seconds, tokens, self.peak_flops) | {"timing/save": save_seconds}
+                values = rank_metrics(rank_steps, seconds, tokens, self.peak_flops) | {"timing/save": save_seconds}
                 self.log.scalars(step, self._losses(metrics, documents, packs) | values)
         return metrics
 
@@ -230,12 +233,12 @@ class Recorder:
             self.log.close()
 
 
-def run(config: ColdStartConfig, origin: Origin | None = None) -> int:
+def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train, and say where the result lies; return the exit code."""
     settings = config.run
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
-        result = train(config, world, origin)
+        result = train(config, world, launch)
         if world.is_main:
             say(f"cold start: {result.path}", sys.stdout)
         distributed.finish()

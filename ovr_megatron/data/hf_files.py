@@ -1,4 +1,4 @@
-"""The files beside the weights of a Hugging Face folder that are copied: those that a reader of the model opens.
+"""HF assets: those files beside the weights of a Hugging Face folder that a reader of the model opens. They are copied.
 
 Anything else in a folder (training states, logs, code, secrets) stays where it is.
 """
@@ -14,37 +14,37 @@ from ovr_megatron.errors import UserError
 GENERATION = "generation_config.json"
 BASE_GENERATION = "generation_config.base.json"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-COMPANIONS = (
+HF_ASSETS = (
     *("config.json", GENERATION, BASE_GENERATION),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *(PREPROCESSOR, "video_preprocessor_config.json", PROCESSOR),
     *("README.md", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
 )
-_BIG = 100_000_000  # bytes; the largest known companion, tokenizer.json, has 12 million
+_BIG = 100_000_000  # bytes; the largest known asset, tokenizer.json, has 12 million
 
 
 class AssetError(UserError, ValueError):
     """A file beside the weights that is missing, broken, of another model or no file; names it and the remedy."""
 
 
-def companions(directory: Path) -> list[str]:
-    """Every file of a folder that is one of `COMPANIONS`, relative to it, sorted."""
+def list_hf_assets(directory: Path) -> list[str]:
+    """Return every file of a folder that matches `HF_ASSETS`, relative to it, sorted."""
     # Listed and not globbed: a link that leads nowhere is there, too.
     paths = (*directory.iterdir(), *(directory / "additional_chat_templates").glob("*"))
     files = (path.relative_to(directory).as_posix() for path in paths if not path.is_dir())
-    return sorted(name for name in files if any(fnmatchcase(name, pattern) for pattern in COMPANIONS))
+    return sorted(name for name in files if any(fnmatchcase(name, pattern) for pattern in HF_ASSETS))
 
 
 def left_out(directory: Path) -> list[str]:
-    """Files of a folder that are neither companions nor weights and are not copied; hidden ones are not counted."""
+    """Files of a folder that are neither HF assets nor weights and are not copied; hidden ones are not counted."""
     names = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
     weights = ("*.safetensors", "*.safetensors.index.json")
-    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *weights)))
+    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in (*HF_ASSETS, *weights)))
 
 
 def copy_files(source: Path, out: Path) -> list[str]:
-    """Copy the companions of ``source`` to ``out``, which exists.
+    """Copy the HF assets of ``source`` to ``out``, which exists.
 
     Returns:
         Their names, relative to the folder.
@@ -52,7 +52,7 @@ def copy_files(source: Path, out: Path) -> list[str]:
     Raises:
         AssetError: one is a link that leaves the folder or leads nowhere, no file, or too large to be one.
     """
-    names = companions(source)
+    names = list_hf_assets(source)
     for name in names:
         check_link(source, name)
         path = source / name

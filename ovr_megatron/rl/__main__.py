@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from ovr_megatron.checkpoint.finished import tell_finished
+from ovr_megatron.checkpoint.finished import report_finished
 from ovr_megatron.config import RLConfig
 from ovr_megatron.launch import read_command_line, spelled_out
 from ovr_megatron.runtime.command import run_command
@@ -25,12 +25,12 @@ def main() -> int:
         from ovr_megatron.plan.report import dry_run
 
         return dry_run(asked.config, asked.recipe)
-    if tell_finished(asked.config):
+    if report_finished(asked.config):
         return 0
     from ovr_megatron.rl.training import run
-    from ovr_megatron.runtime.origin import Origin
+    from ovr_megatron.runtime.starts import LaunchArgs
 
-    return run(asked.config, Origin(asked.recipe, asked.overrides))
+    return run(asked.config, LaunchArgs(asked.recipe, asked.overrides))
 
 
 def script() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.checkpoint.companions import write_companions
-from ovr_megatron.checkpoint.keeper import Ended, Keeper
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
+from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import skipped_rows
@@ -36,9 +36,9 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
+from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from ovr_megatron.runtime.steps import matrix_rate, memory_peaks, peak_gib
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
@@ -46,12 +46,13 @@ from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
 
-def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended:
+def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
     """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.
 
     With ``only=train`` the rollouts are those that ``rollouts_from`` holds, and no engine is started.
     """
-    run, keeper = Path(config.run.dir), Keeper(config, world)
+    run = Path(config.run.dir)
+    checkpoints = CheckpointManager(config, world)
     source = store.weights_of(config.model.path)
     processor = Processor(source, config.data)
     check_lengths(config, processor.shape)
@@ -66,26 +67,26 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended
         raise ArchiveError(f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run")
     models, engines = build_models(config, source, processor, world)
     models.only(None)
-    found = keeper.resume(engines)
-    if found:
-        stream.load(found.state["prompts"])
+    checkpoint = checkpoints.resume(engines)
+    if checkpoint:
+        stream.load(checkpoint.state["prompts"])
     rollouts = None if config.only == "train" else build_rollouts(config, source, processor, models)
     if rollouts:
-        rollouts.stop = keeper.stop
+        rollouts.stop = checkpoints.stop
     evaluation = None
     if rollouts and config.evaluation.every:
         given = (config.evaluation, rollouts.engine, processor, config.rollout.tp, run, config.run.seed)
         evaluation = PeriodicEvaluation(*given)
-    first = found.step if found else 0
+    first = checkpoint.step if checkpoint else 0
     last = min(config.iterations, max(archived, default=-1) + 1) if config.only == "train" else config.iterations
     log = RunLog(run, "train", first) if world.is_main else None
     if world.is_main:
         run_folder.record(config, run)
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
-        if origin:
-            record_start(run, origin, world.size)
-        write_companions(run / "companions", processor)
-        show_start(config, engines, world, (found.path, found.step) if found else None)
+        if launch:
+            record_start(run, launch, world.size)
+        write_hf_assets(run / "companions", processor)
+        show_start(config, engines, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
 
     peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(models.policy.config.params_dtype)
     with (
@@ -105,12 +106,13 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended
                     outcome = iterate(models, rollouts, prompts.draw, iteration)
                 except StopRequested:
                     rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
-                    keeper.leave(iteration, engines, state)
+                    checkpoints.stop_early(iteration, engines, state)
                     break
             else:
                 saved = archive.read(Path(config.rollouts_from or ""), iteration, world)
                 outcome = learn(models, archive.restore(saved, prompts), iteration, Clock())
-            outcome.metrics |= {"data/dropped_prompts": prompts.dropped - dropped, "timing/save": keeper.seconds}
+            outcome.metrics["data/dropped_prompts"] = prompts.dropped - dropped
+            outcome.metrics["timing/save"] = checkpoints.save_seconds
             if skipped is not None:
                 outcome.metrics["data/skipped_rows"] = skipped.count
             for name, engine in engines.items():
@@ -128,7 +130,7 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended
             if evaluation and evaluation.due(done, done == config.iterations):
                 models.only(None)
                 with suppress(StopRequested):  # the run leaves below, and its next start scores these weights
-                    outcome.metrics |= evaluation.scores(done, None if done == last else keeper.stop)
+                    outcome.metrics |= evaluation.scores(done, None if done == last else checkpoints.stop)
             if log:
                 log.scalars(iteration, outcome.metrics)
                 for name, text in sample_texts(outcome.rollout.responses).items():
@@ -137,11 +139,11 @@ def train(config: RLConfig, world: World, origin: Origin | None = None) -> Ended
             shown = outcome.metrics
             progress.update(reward=f"{shown['reward/mean']:.3f}", length=f"{shown['response/length']:.0f}")
             state = {"prompts": stream.state(), "curriculum": outcome.metrics["curriculum/max_tokens"]}
-            if keeper.after(done, done == last, engines, state):
+            if checkpoints.end_step(done, done == last, engines, state):
                 break
     if log:
         log.close()
-    return keeper.ended()
+    return checkpoints.result()
 
 
 def show_start(config: RLConfig, engines: dict[str, Engine], world: World, resumed: tuple[Path, int] | None) -> None:
@@ -371,7 +373,7 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
         say(f"warning: initial values spread by {spread:.1f}: see critic.head_init")
 
 
-def run(config: RLConfig, origin: Origin | None = None) -> int:
+def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train or roll out, and say where the result lies; return the exit code."""
     for name in config.reward.rules.values():
         rules.check(name)
@@ -381,7 +383,7 @@ def run(config: RLConfig, origin: Origin | None = None) -> int:
         if config.only in ("rollout", "rehearsal"):
             folder, code = (generate if config.only == "rollout" else rehearse)(config, world), 0
         else:
-            result = train(config, world, origin)
+            result = train(config, world, launch)
             folder, code = result.path, result.exit_code
         if world.is_main:
             say(f"rl: {folder}", sys.stdout)

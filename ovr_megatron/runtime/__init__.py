@@ -1,1 +1,1 @@
-"""From ``torchrun``'s environment to process groups, devices, seeds, progress and logs."""
+"""Run a process under ``torchrun``: environment, process groups, devices, seeds, progress and logs."""

@@ -1,4 +1,4 @@
-"""Files to which whole records are appended while a run goes on, also over a disk that is full for a while."""
+"""Append complete records to files during a run, also while the disk is full for some time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WAITING_BYTES = 1 << 26
 
 
 class AppendedFile:
-    """Appends whole records to ``path``.
+    """Appends complete records to ``path``.
 
-    A record that cannot be written waits in memory, with those after it, until a later one finds room; of more than
-    `WAITING_BYTES` the oldest are lost.  Never does half a record stay in the file.
+    A record that cannot be written waits in memory, with those after it, until a later call can write them. Of more
+    than `WAITING_BYTES` the oldest are lost. The file never keeps a part of a record.
     """
 
     def __init__(self, path: Path):
@@ -30,7 +30,7 @@ class AppendedFile:
         self._write_waiting()
 
     def append(self, record: bytes) -> None:
-        """Write what waits and ``record``, or have it wait."""
+        """Write the waiting records and ``record``, or let it wait."""
         self.waiting.append(record)
         while len(self.waiting) > 1 and sum(map(len, self.waiting)) > WAITING_BYTES:
             self.waiting.popleft()
@@ -38,7 +38,7 @@ class AppendedFile:
         self._write_waiting()
 
     def close(self) -> None:
-        """Try once more to write what waits, say what is lost, and close the file."""
+        """Try once more to write the waiting records, report the lost ones, and close the file."""
         self._write_waiting()
         if self.waiting:
             say(f"warning: {self.path}: {len(self.waiting) + self.lost} records are lost: {self.problem}")
@@ -49,7 +49,7 @@ class AppendedFile:
         try:
             if self.file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = self.path.open("ab", buffering=0)  # what is written is the system's at once
+                self.file = self.path.open("ab", buffering=0)  # a kill of the process loses nothing that was written
                 self.size = self.file.seek(0, os.SEEK_END)
             while self.waiting:
                 self._write(self.file, self.waiting[0])
@@ -63,8 +63,10 @@ class AppendedFile:
             self.problem = error.strerror or str(error)
             return
         if self.problem is not None:
-            say(f"{self.path}: written again, {f'{self.lost} records are lost' if self.lost else 'nothing is missing'}")
-        self.problem, self.lost = None, 0
+            losses = f"{self.lost} records are lost" if self.lost else "nothing is missing"
+            say(f"{self.path}: written again, {losses}")
+        self.problem = None
+        self.lost = 0
 
     def _write(self, file: BinaryIO, record: bytes) -> None:
         rest = memoryview(record)
@@ -72,7 +74,7 @@ class AppendedFile:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError:
-            # A full disk takes what still fits; a file can be cut there without room.
+            # A full disk takes the part that still fits; to truncate a file needs no room.
             with contextlib.suppress(OSError):
                 os.ftruncate(file.fileno(), self.size)
             raise

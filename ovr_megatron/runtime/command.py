@@ -1,4 +1,4 @@
-"""How a command ends: with its exit code, and with one sentence where a user's mistake or a signal ended it."""
+"""End a command with its exit code, and with one sentence where a user's mistake or a signal ended it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.stop import USER_ERROR, JoinError
 from ovr_megatron.runtime.terminal import printable, say
 
-# A full disk, a quota, a limit of size, and what may not be written.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# A full disk, a quota, a limit of size, and a file that may not be written.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 SENTENCES_ARE_COLLECTED = "OVR_SENTENCES_ARE_COLLECTED"  # set by `ovr_megatron.torchrun`, which prints each one once
 
 
@@ -29,8 +29,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code.
 
     A `UserError`, or a disk that takes no more, ends with its sentence and code 2, a `JoinError` with its own and code
-    1, Ctrl-C with code 130, and a reader of the output that has left, as ``head`` does, with code 141; none of them
-    with a traceback.
+    1, Ctrl-C with code 130, and output whose reader has left, as ``head`` does, with code 141; none of them
+    prints a traceback.
     """
     try:
         try:
@@ -44,12 +44,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         if not reader_left(sys.stdout.fileno()):
-            raise  # of another pipe, to a worker
+            raise  # it was another pipe, to a worker
         # The interpreter flushes standard output once more when it ends; a pipe without a reader would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
         end_with_sentence(f"{error}; make room or allow writing there, then start the same command again")
         code = USER_ERROR
@@ -99,7 +99,7 @@ def reader_left(descriptor: int) -> bool:
 
 
 def report_to_launcher(sentence: str) -> bool:
-    """Leave ``sentence`` where ``torchrun`` looks for what ended a worker; return False without ``torchrun``."""
+    """Write ``sentence`` to ``torchrun``'s file for the error of a worker; return False without ``torchrun``."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return False

@@ -1,4 +1,4 @@
-"""What lets Megatron-Core and a CUDA build of torchvision run on a machine without a GPU.
+"""Patch torch and Megatron-Core to run on a machine without a GPU.
 
 This is the only file of the project that patches torch, torchvision or Megatron.  With a GPU, each function
 here does nothing.
@@ -27,14 +27,14 @@ _MODULES_WITH_LITERAL_CUDA = (
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like")
 
 
-def hush_megatron() -> None:
+def silence_megatron() -> None:
     """Drop Megatron's warnings of its defaults and of missing optional libraries (Transformer Engine, Apex)."""
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (are|is) not installed")
-    warnings.filterwarnings("ignore", message="full scope is deprecated")  # of a setting that is not in use
+    warnings.filterwarnings("ignore", message="full scope is deprecated")  # about a setting that is not used
 
 
 class _TorchOnCpu(types.ModuleType):
-    """A stand-in for the name ``torch`` in one Megatron module: tensors asked for on "cuda" are made on the CPU."""
+    """Stands in for the name ``torch`` in one Megatron module: tensors requested on "cuda" are made on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         import torch
@@ -62,7 +62,7 @@ def let_megatron_run() -> None:
     device = torch.device("cpu")
     torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]  # asked for from 0.19 on
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]  # called from 0.19 on
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
@@ -79,11 +79,11 @@ def let_megatron_run() -> None:
 
 
 class _FusedWeightGradient:
-    """What Megatron calls of Apex's extension: the gradient of a linear layer's weight, added where it accumulates."""
+    """Replaces Apex's extension: adds the gradient of a linear layer's weight to the buffer that accumulates it."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(total_input: Any, grad_output: Any, main_grad: Any) -> None:
-        """``main_grad`` [out, in] += ``grad_output`` [T, out]^T ``total_input`` [T, in]."""
+        """Compute ``main_grad`` [out, in] += ``grad_output`` [T, out]^T ``total_input`` [T, in]."""
         if grad_output.dtype == main_grad.dtype:
             main_grad.addmm_(grad_output.t(), total_input)
         else:
@@ -91,14 +91,17 @@ class _FusedWeightGradient:
 
 
 def _name_cpu_types_as_cuda(torch: Any) -> None:
-    """Megatron's optimizers compare ``tensor.type()`` with 'torch.cuda.FloatTensor': answer them, and only them, so."""
+    """Return the CUDA name of a tensor's type to Megatron's optimizers alone.
+
+    They compare ``tensor.type()`` with 'torch.cuda.FloatTensor' and refuse any other.
+    """
     original = torch.Tensor.type
 
     def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, *args, **kwargs)
+        name = original(self, *args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if not args and not kwargs and caller.startswith("megatron.core.optimizer"):
-            return answer.replace("torch.", "torch.cuda.", 1)
-        return answer
+            return name.replace("torch.", "torch.cuda.", 1)
+        return name
 
     torch.Tensor.type = type_

@@ -1,4 +1,4 @@
-"""The way of host tensors to the device."""
+"""Copy host tensors to the device without a wait of the host."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """``tensor`` on ``device``.
+    """Copy ``tensor`` to ``device`` and return the copy.
 
-    To a GPU it travels from pinned memory, in the order of the work there, and the host does not wait for it: a plain
-    copy waits until the device has done everything that it was given before.
+    The copy to a GPU comes from pinned memory, in the order of the work there, and the host does not wait for it. A
+    plain copy would wait until the device has done everything that was queued before.
     """
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

@@ -1,4 +1,4 @@
-"""From ``torchrun`` or ``srun`` to a device, process groups and seeds."""
+"""Join the ranks that ``torchrun`` or ``srun`` has started: device, process groups and seeds."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from ovr_megatron.runtime.layout import Layout
 from ovr_megatron.runtime.stop import JoinError
 
 HANG_TIMEOUT_S = 1800.0
-JOIN_S = 300.0  # ranks begin within minutes of each other, or one has not begun
+JOIN_S = 300.0  # ranks start within minutes of each other, or one of them has failed to start
 _RESOLVE_S = 30.0
-# Of the limit of a hang.  Where a collective and the watchdog could both end a rank the watchdog does, which says more;
-# before it, the wait for ranks that do not come, which says who.
-_JOIN_SHARE, _COLLECTIVE_SHARE = 0.8, 1.1
+_NAMED_RANKS = 8  # of those that are missing
+# Shares of the limit of a hang.  The wait for absent ranks ends before the watchdog, as its error names them; a
+# collective ends after the watchdog, whose message says more.
+_JOIN_SHARE = 0.8
+_COLLECTIVE_SHARE = 1.1
 _NO_LIMIT_S = 14 * 86400.0  # in milliseconds it still fits 32 bits
 
-_patient: list[dist.ProcessGroup] = []  # the group of `patient_group`
+_patient: list[dist.ProcessGroup] = []  # the group of `patient_group`, once it is made
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, its device, and the layouts of the models that live here.
+    """This process: its rank, its device, and the layouts of its models.
 
     Attributes:
-        layout: the layout by which data are dealt out, the policy's.
+        layout: the policy's layout, over which data are balanced.
         hang_timeout_s: seconds after which a collective of any of its groups fails; 0: never.
     """
 
@@ -52,7 +54,7 @@ class World:
     hang_timeout_s: float = HANG_TIMEOUT_S
 
     def arrange(self, parallel: ParallelConfig) -> Layout:
-        """The layout of ``parallel``, made on first use, which is a collective.
+        """Return the layout of ``parallel``, made on first use, which is a collective.
 
         Raises:
             ConfigError: the world size is not a multiple of the layout's ranks.
@@ -85,23 +87,23 @@ class World:
 
 
 def _sizes(parallel: ParallelConfig) -> tuple[int, ...]:
-    """What process groups depend on."""
+    """Return the sizes that process groups depend on."""
     return parallel.tp, parallel.pp, parallel.vpp, parallel.cp
 
 
 def _environment() -> tuple[int, int, int]:
-    """Rank, world size and local rank of what a launcher started (see `environment`), else of one process."""
+    """Return rank, world size and local rank from the launcher (see `environment`), else those of a single process."""
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_PORT", "0")
+        os.environ.setdefault("MASTER_PORT", "0")  # a single process takes any free port
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
 
 
 def start(parallel: ParallelConfig, seed: int, threads: int = 0, hang_timeout_s: float = HANG_TIMEOUT_S) -> World:
-    """Join the process group and lay the ranks out.
+    """Join the process group and make the layout of the models.
 
     Args:
         parallel: layout of the models.
@@ -126,12 +128,12 @@ def start(parallel: ParallelConfig, seed: int, threads: int = 0, hang_timeout_s:
 
 
 def time_limit(seconds: float) -> datetime.timedelta:
-    """Return the time-out of a process group where a hang is bounded by ``seconds``; 0: one that no run reaches."""
+    """Return the time-out of a process group for a hang limit of ``seconds``; for 0 one that no run reaches."""
     return datetime.timedelta(seconds=_COLLECTIVE_SHARE * seconds or _NO_LIMIT_S)
 
 
 def join(hang_timeout_s: float, join_timeout_s: float = JOIN_S) -> torch.device:
-    """Join the process group of all ranks; returns this rank's device.
+    """Join the process group of all ranks and return this rank's device.
 
     Args:
         hang_timeout_s: seconds after which a collective fails; 0: never.
@@ -151,12 +153,13 @@ def join(hang_timeout_s: float, join_timeout_s: float = JOIN_S) -> torch.device:
     limit_s = min(join_timeout_s, _JOIN_SHARE * hang_timeout_s or join_timeout_s)
     deadline = time.monotonic() + limit_s
     store = _open_store(rank, size, deadline)
-    _call_the_roll(store, rank, size, limit_s, deadline)
-    store.set_timeout(time_limit(hang_timeout_s))  # what groups exchange there when they are made
+    # Before the process group, whose own time-out would not say which rank is missing.
+    _wait_for_all_ranks(store, rank, size, limit_s, deadline)
+    store.set_timeout(time_limit(hang_timeout_s))  # groups that are made later exchange their addresses there
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=time_limit(hang_timeout_s))
         _patient[:] = [dist.new_group(backend="gloo", timeout=time_limit(0))]
-    except RuntimeError as error:  # gloo's are of no narrower type
+    except RuntimeError as error:  # Gloo raises no narrower type
         raise JoinError(
             f"rank {rank} on {socket.gethostname()} cannot work with the others over {_address()}: "
             f"{_first_line(error)}; name the network interface of the nodes with OVR_INTERFACE"
@@ -172,17 +175,18 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _left(deadline: float) -> datetime.timedelta:
+def _remaining(deadline: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
 
 
 def _open_store(rank: int, size: int, deadline: float) -> dist.Store:
-    """The keys and values of all ranks, which the first rank, or ``torchrun``, keeps.
+    """Connect to the key-value store of all ranks, which the first rank, or ``torchrun``, serves.
 
     Raises:
         JoinError: the address cannot be resolved, or nobody answers there.
     """
-    host, here = os.environ["MASTER_ADDR"], socket.gethostname()
+    host = os.environ["MASTER_ADDR"]
+    local_host = socket.gethostname()
     port = os.environ.get("MASTER_PORT", "")
     if not port.isdigit() or int(port) >= 1 << 16:
         raise JoinError(f"MASTER_PORT={port!r} is no port; set it to the same free port on all ranks")
@@ -194,49 +198,52 @@ def _open_store(rank: int, size: int, deadline: float) -> dist.Store:
         except OSError as error:
             if time.monotonic() > resolved_by:
                 raise JoinError(
-                    f"rank {rank} on {here} cannot resolve MASTER_ADDR={host} ({error.strerror}); set it to a name or "
-                    "an address of the first rank's node that all nodes know"
+                    f"rank {rank} on {local_host} cannot resolve MASTER_ADDR={host} ({error.strerror}); set it to a "
+                    "name or an address of the first rank's node that all nodes know"
                 ) from error
             time.sleep(1.0)
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and not served_by_torchrun
     try:
         return dist.TCPStore(
             host,
             int(port),
             world_size=size,
-            is_master=rank == 0 and not agents,
-            timeout=_left(deadline),
-            wait_for_workers=False,  # `_call_the_roll` knows who is missing
-            multi_tenant=not agents,
+            is_master=serves,
+            timeout=_remaining(deadline),
+            wait_for_workers=False,  # `_wait_for_all_ranks` knows who is missing
+            multi_tenant=not served_by_torchrun,
         )
     except RuntimeError as error:
-        what = "cannot listen at" if rank == 0 and not agents else "has no answer from the first rank at"
+        failure = "cannot listen at" if serves else "has no answer from the first rank at"
         raise JoinError(
-            f"rank {rank} on {here} {what} {_address()} ({_first_line(error)}); see that the first rank runs on that "
-            "node, that the port is free there and that the nodes reach each other"
+            f"rank {rank} on {local_host} {failure} {_address()} ({_first_line(error)}); see that the first rank "
+            "runs on that node, that the port is free there and that the nodes reach each other"
         ) from error
 
 
-def _call_the_roll(store: dist.Store, rank: int, size: int, limit_s: float, deadline: float) -> None:
-    """Wait until every rank is there.
+def _wait_for_all_ranks(store: dist.Store, rank: int, size: int, limit_s: float, deadline: float) -> None:
+    """Wait until every rank has registered in the store.
 
     Raises:
         JoinError: names those that are missing.
     """
-    roll = dist.PrefixStore("roll", store)
+    registry = dist.PrefixStore("roll", store)
     try:
-        roll.set(f"{rank}", socket.gethostname())
-        if roll.add("present", 1) == size:
-            roll.set("complete", "")
-        roll.wait(["complete"], _left(deadline))
+        registry.set(f"{rank}", socket.gethostname())
+        if registry.add("present", 1) == size:
+            registry.set("complete", "")
+        registry.wait(["complete"], _remaining(deadline))
     except RuntimeError as error:
         try:
-            missing = [other for other in range(size) if not roll.check([f"{other}"])]
+            missing = [peer for peer in range(size) if not registry.check([f"{peer}"])]
         except RuntimeError:
-            missing = [0]  # it keeps the store, and has left
+            missing = [0]  # it serves the store, and has ended
         if not missing:
             raise
-        names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        names = ", ".join(map(str, missing[:_NAMED_RANKS]))
+        if len(missing) > _NAMED_RANKS:
+            names += ", ..."
         raise JoinError(
             f"rank {names} of {size} did not start within {limit_s:g} s, seen from rank {rank} on "
             f"{socket.gethostname()} at {_address()}; see the log and the node of the missing rank, then start the "
@@ -245,12 +252,12 @@ def _call_the_roll(store: dist.Store, rank: int, size: int, limit_s: float, dead
 
 
 def patient_group() -> dist.ProcessGroup:
-    """All ranks on the CPU, without a time-out: see `ovr_megatron.runtime.work_barrier`."""
+    """Return the CPU group of all ranks without a time-out, see `ovr_megatron.runtime.work_barrier`."""
     return _patient[0] if _patient else dist.group.WORLD
 
 
 def share_timeout() -> None:
-    """Give every process group the time-out of the one of all ranks; vLLM makes groups with torch's own."""
+    """Give every process group the time-out of the group of all ranks; vLLM makes its own with torch's default."""
     limit = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not patient_group():
@@ -258,7 +265,7 @@ def share_timeout() -> None:
 
 
 def default_store(prefix: str) -> dist.Store:
-    """Keys and values that all ranks share, below ``prefix``."""
+    """Return the key-value store of all ranks, with ``prefix`` before every key."""
     return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
 
 
@@ -271,27 +278,31 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def keep_generators() -> Iterator[None]:
-    """Leave the global generators, thread count and default number format as they were, whatever runs inside."""
-    python, numpy, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    threads, dtype, set_threads = torch.get_num_threads(), torch.get_default_dtype(), torch.set_num_threads
+    """Restore the global generators, thread count and default dtype after the block."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    set_num_threads = torch.set_num_threads
     try:
         yield
     finally:
-        torch.set_num_threads = set_threads
+        torch.set_num_threads = set_num_threads  # vLLM replaces the function itself
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
 
 
 def is_main() -> bool:
-    """Whether this process is the first of the process group."""
+    """Return whether this process is the first of the process group."""
     return dist.get_rank() == 0
 
 
 def finish() -> None:
-    """Wait for the others and leave the process group; where vLLM was started, its own exit hook does the latter."""
+    """Wait for the other ranks and destroy the process group; where vLLM was started, its exit hook does the latter."""
     if dist.is_initialized():
         dist.barrier()
         if "vllm" not in sys.modules:

@@ -1,4 +1,4 @@
-"""Environment settings of a rank: one table, applied in one place, and never over what the user has set.
+"""Set the environment variables of a rank: one table, applied in one place, and never over what the user has set.
 
 `apply` runs when the package is imported, before torch, NCCL, Triton or vLLM read anything, in a process that
 ``torchrun`` or ``srun`` has started; any other process is left alone.  docs/slurm.md shows the table.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
 import re
 import sysconfig
@@ -18,7 +19,8 @@ from pathlib import Path
 
 Environment = MutableMapping[str, str]
 
-# The step's own numbers before the allocation's: in a shell inside an allocation the step is that shell alone.
+# Variables of the job step come before those of the allocation: in a shell inside an allocation the step is that
+# shell alone.
 _SLURM = {
     "RANK": ("SLURM_PROCID",),
     "WORLD_SIZE": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
@@ -28,8 +30,8 @@ _SLURM = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank stands, and what the user says of the cluster."""
+class RankContext:
+    """The position of a rank, and the user's environment, which describes the cluster."""
 
     local_rank: int
     local_size: int
@@ -37,52 +39,59 @@ class Place:
     cores: int
     environment: Environment
 
-    def given(self, name: str) -> str | None:
-        """The user's ``name``, or None where it is not set or empty."""
+    def user_value(self, name: str) -> str | None:
+        """Return the user's variable ``name``, or None where it is not set or empty."""
         return self.environment.get(name) or None
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One variable: its value at a `Place` (None: it stays unset), how the documentation puts it, and why."""
+class EnvVariable:
+    """One environment variable.
+
+    Attributes:
+        name: of the variable.
+        description: its value in words, for the documentation.
+        why: the reason for the value.
+        value: computes the value for a rank; None: the variable stays unset.
+    """
 
     name: str
-    shown: str
+    description: str
     why: str
-    value: Callable[[Place], str | None]
+    value: Callable[[RankContext], str | None]
 
 
-def _fixed(name: str, value: str, why: str) -> Setting:
-    return Setting(name, f"`{value}`", why, lambda place: value)
+def _fixed(name: str, value: str, why: str) -> EnvVariable:
+    return EnvVariable(name, f"`{value}`", why, lambda rank: value)
 
 
-def _from_user(name: str, source: str, why: str) -> Setting:
-    return Setting(name, f"`${source}`, where set", why, lambda place: place.given(source))
+def _from_user(name: str, source: str, why: str) -> EnvVariable:
+    return EnvVariable(name, f"`${source}`, where set", why, lambda rank: rank.user_value(source))
 
 
-def _cache(name: str, folder: str, why: str) -> Setting:
-    def value(place: Place) -> str:
-        return str(cache_root(place.environment) / f"rank_{place.local_rank}" / folder)
+def _cache(name: str, folder: str, why: str) -> EnvVariable:
+    def value(rank: RankContext) -> str:
+        return str(cache_root(rank.environment) / f"rank_{rank.local_rank}" / folder)
 
-    return Setting(name, f"`$OVR_CACHE/rank_N/{folder}`", why, value)
+    return EnvVariable(name, f"`$OVR_CACHE/rank_N/{folder}`", why, value)
 
 
 _CUDNN = Path(sysconfig.get_path("purelib")) / "nvidia" / "cudnn"
 _CACHE_WHY = "compiled kernels: on the node's own disk, and no two ranks write the same file"
 SETTINGS = (
     _fixed("CUDA_DEVICE_MAX_CONNECTIONS", "1", "tensor and context parallelism overlap traffic in launch order"),
-    Setting(
+    EnvVariable(
         "PYTORCH_CUDA_ALLOC_CONF",
         "`expandable_segments:True` where `OVR_STAGE=coldstart`",
         "packs of changing shape fragment less; in RL vLLM's own all-reduce cannot share such memory between ranks",
-        lambda place: "expandable_segments:True" if place.given("OVR_STAGE") == "coldstart" else None,
+        lambda rank: "expandable_segments:True" if rank.user_value("OVR_STAGE") == "coldstart" else None,
     ),
     _from_user("NCCL_SOCKET_IFNAME", "OVR_INTERFACE", "the interface for NCCL's bootstrap, as `ib0` or `=eth0`"),
-    Setting(
+    EnvVariable(
         "GLOO_SOCKET_IFNAME",
         "`$OVR_INTERFACE` without a leading `=`, where set",
         "the same for traffic between CPUs",
-        lambda place: (place.given("OVR_INTERFACE") or "").lstrip("=^") or None,
+        lambda rank: (rank.user_value("OVR_INTERFACE") or "").lstrip("=^") or None,
     ),
     _from_user("NCCL_IB_HCA", "OVR_HCA", "the InfiniBand adapters, as `mlx5_0,mlx5_1`; unset, NCCL takes all"),
     _fixed("NCCL_IB_TIMEOUT", "22", "17 s until a lost InfiniBand packet is sent again: a switch may restart"),
@@ -95,36 +104,36 @@ SETTINGS = (
     _cache("TORCHINDUCTOR_CACHE_DIR", "inductor", _CACHE_WHY),
     _cache("VLLM_CACHE_ROOT", "vllm", _CACHE_WHY),
     _cache("FLASHINFER_WORKSPACE_BASE", "flashinfer", _CACHE_WHY),
-    Setting(
+    EnvVariable(
         "CUDNN_PATH",
         "the folder `nvidia/cudnn` of Python's packages, where it is",
         "Transformer Engine loads the cuDNN that torch loads, not one of the system",
-        lambda place: str(_CUDNN) if _CUDNN.is_dir() else None,
+        lambda rank: str(_CUDNN) if _CUDNN.is_dir() else None,
     ),
-    Setting(
+    EnvVariable(
         "OMP_NUM_THREADS",
         "cores / ranks of the node, 1 to 8",
         "ranks do not fight for cores; `torchrun` sets 1 by itself",
-        lambda place: str(max(1, min(8, place.cores // place.local_size))),
+        lambda rank: str(max(1, min(8, rank.cores // rank.local_size))),
     ),
     _fixed("TOKENIZERS_PARALLELISM", "false", "tokenizer threads do not survive the fork of a data worker"),
-    Setting(
+    EnvVariable(
         "HF_HUB_OFFLINE",
         "`1` on several nodes",
         "compute nodes seldom reach the hub, and dozens of ranks would ask it the same",
-        lambda place: "1" if place.nodes > 1 else None,
+        lambda rank: "1" if rank.nodes > 1 else None,
     ),
 )
 
 
 def cache_root(environment: Environment) -> Path:
-    """``$OVR_CACHE``, else a folder of this user below the temporary one; made, private, if it is not there.
+    """Return ``$OVR_CACHE``, else a folder of this user below the temporary one; it is made, private, if absent.
 
     Raises:
         PermissionError: the folder belongs to somebody else, whose compiled code would run here.
     """
-    given = environment.get("OVR_CACHE")
-    root = Path(given) if given else Path(tempfile.gettempdir()) / f"ovr_megatron-{os.getuid()}"
+    user_cache = environment.get("OVR_CACHE")
+    root = Path(user_cache) if user_cache else Path(tempfile.gettempdir()) / f"ovr_megatron-{os.getuid()}"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if root.stat().st_uid != os.getuid():
         raise PermissionError(f"{root} belongs to another user; name a folder of your own with OVR_CACHE")
@@ -132,42 +141,52 @@ def cache_root(environment: Environment) -> Path:
 
 
 def name_rank(environment: Environment) -> None:
-    """Give ``torchrun``'s names to what ``srun`` says of this rank; what is set stays."""
+    """Set ``torchrun``'s variables from those of ``srun``; a variable that is set stays."""
     if "SLURM_STEP_ID" not in environment:
         return
-    for ours, theirs in _SLURM.items():
-        value = next((environment[name] for name in theirs if name in environment), None)
+    node = int(environment.get("SLURM_NODEID", "0"))
+    for name, slurm_names in _SLURM.items():
+        value = next((environment[slurm_name] for slurm_name in slurm_names if slurm_name in environment), None)
         if value is not None:
-            environment.setdefault(ours, _of_this_node(value, int(environment.get("SLURM_NODEID", "0"))))
+            environment.setdefault(name, _entry_of_node(value, node))
 
 
-def _of_this_node(value: str, node: int) -> str:
-    """Return the entry of the ``node``-th node in Slurm's list of a number a node: ``8(x2),4`` is 8, 8, 4."""
+def _entry_of_node(value: str, node: int) -> str:
+    """Return the entry of the ``node``-th node in a list of Slurm with one count a node: ``8(x2),4`` is 8, 8, 4."""
     counts: list[str] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", value):
         counts += [count] * int(times or 1)
     return counts[min(node, len(counts) - 1)]
 
 
-def find_place(environment: Environment) -> Place | None:
-    """Where this process stands, or None if neither ``torchrun`` nor ``srun`` has started it."""
+def read_rank(environment: Environment) -> RankContext | None:
+    """Return the position of this rank, or None if neither ``torchrun`` nor ``srun`` has started this process."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
-    world = int(environment["WORLD_SIZE"])
-    local_size = int(environment.get("LOCAL_WORLD_SIZE", world))
+    world_size = int(environment["WORLD_SIZE"])
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
+    nodes = math.ceil(world_size / local_size)
+    # Slurm may give the job fewer cores than the node has.
     cores = len(os.sched_getaffinity(0))
-    return Place(int(environment.get("LOCAL_RANK", "0")), local_size, -(-world // local_size), cores, environment)
+    return RankContext(local_rank, local_size, nodes, cores, environment)
 
 
 def apply(environment: Environment) -> dict[str, str]:
-    """Set each variable of `SETTINGS` that has a value here and is not set; returns those."""
+    """Set each variable of `SETTINGS` that has a value for this rank and is not set yet, and return those."""
     name_rank(environment)
-    place = find_place(environment)
+    rank = read_rank(environment)
     added: dict[str, str] = {}
-    for setting in SETTINGS if place else ():
-        assert place is not None
-        if setting.name not in environment and (value := setting.value(place)) is not None:
-            environment[setting.name] = added[setting.name] = value
+    if rank is None:
+        return added
+    for variable in SETTINGS:
+        # The value of a variable that is set is not computed: that of a cache would make its folder.
+        if variable.name in environment:
+            continue
+        value = variable.value(rank)
+        if value is not None:
+            environment[variable.name] = value
+            added[variable.name] = value
     return added
 
 
@@ -185,8 +204,11 @@ def load_cudnn(environment: Mapping[str, str]) -> list[Path]:
     folder = environment.get("CUDNN_PATH")
     if not folder or importlib.util.find_spec("transformer_engine") is None:
         return []
-    libraries = [path for name in ("lib", "lib64") for path in sorted(Path(folder, name).glob("libcudnn*.so.*"))]
+    libraries: list[Path] = []
+    for name in ("lib", "lib64"):
+        libraries += sorted(Path(folder, name).glob("libcudnn*.so.*"))
     for library in libraries:
+        # Global, so that the dynamic linker takes these when Transformer Engine's library asks for them by name.
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return libraries
 
@@ -203,6 +225,8 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def table() -> str:
-    """`SETTINGS` as a Markdown table."""
+    """Return `SETTINGS` as a Markdown table."""
     lines = ["| variable | value | why |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| `{item.name}` | {item.shown} | {item.why} |" for item in SETTINGS)])
+    for variable in SETTINGS:
+        lines.append(f"| `{variable.name}` | {variable.description} | {variable.why} |")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""TensorBoard events, written record by record as TensorBoard's own writer does, without its thread.
+"""Write TensorBoard events record by record, as TensorBoard's own writer does, without its thread.
 
 That thread ends at the first full disk, and half a record hides all that come after it.
 """
@@ -25,7 +25,7 @@ _files = itertools.count()
 
 
 class EventFile:
-    """One event file in ``folder``; events of steps from ``purge_step`` on that lie there already count no more."""
+    """One event file in ``folder``; TensorBoard drops the events that earlier files have from ``purge_step`` on."""
 
     def __init__(self, folder: Path, purge_step: int | None = None):
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"

@@ -1,4 +1,4 @@
-"""Python objects from rank to rank, straight to where they are wanted."""
+"""Exchange Python objects between ranks, point to point."""
 
 from __future__ import annotations
 
@@ -8,26 +8,45 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def exchange(outgoing: Mapping[int, Any]) -> list[Any]:
-    """Send ``outgoing[rank]`` to each rank that it names; returns what was sent to this one, by rank of the sender.
+    """Send ``outgoing[rank]`` to each rank that it names and return the objects for this one, by rank of the sender.
 
-    A collective of all ranks.  It goes through the host, and no rank holds what is not its own: a gather of a large
-    batch on every rank would not fit into a node.
+    A collective of all ranks, through the host. No rank holds objects of others: a gather of a large batch on every
+    rank would not fit into a node.
     """
-    rank, size = dist.get_rank(), dist.get_world_size()
-    payloads = {peer: pickle.dumps(thing) for peer, thing in outgoing.items()}
-    lengths = torch.tensor([len(payloads.get(peer, b"")) for peer in range(size)])
-    table = [torch.empty_like(lengths) for _ in range(size)]
-    dist.all_gather(table, lengths)
-    wanted = {peer: int(table[peer][rank]) for peer in range(size) if table[peer][rank] and peer != rank}
-    arriving = {peer: torch.empty(length, dtype=torch.uint8) for peer, length in wanted.items()}
-    leaving = {peer: torch.frombuffer(bytearray(data), dtype=torch.uint8) for peer, data in payloads.items()}
-    works = [dist.isend(data, peer) for peer, data in leaving.items() if peer != rank]
-    works += [dist.irecv(buffer, peer) for peer, buffer in arriving.items()]
-    for work in works:
-        assert work is not None
-        work.wait()
-    arriving |= {rank: leaving[rank]} if rank in leaving else {}
-    return [pickle.loads(arriving[peer].numpy().tobytes()) for peer in sorted(arriving)]
+    rank = dist.get_rank()
+    buffers = {peer: _to_bytes(payload) for peer, payload in outgoing.items()}
+    expected = _incoming_lengths({peer: len(buffer) for peer, buffer in buffers.items()})
+    received = {peer: torch.empty(length, dtype=torch.uint8) for peer, length in expected.items() if peer != rank}
+
+    # All sends and receives are posted before any is waited for: in an order of pairs, ranks could wait in a circle.
+    requests = [dist.isend(buffer, peer) for peer, buffer in buffers.items() if peer != rank]
+    requests += [dist.irecv(buffer, peer) for peer, buffer in received.items()]
+    for request in requests:
+        assert request is not None
+        request.wait()
+
+    if rank in buffers:
+        received[rank] = buffers[rank]
+    # In the order of ranks, so that the result does not depend on which message came first.
+    return [pickle.loads(received[peer].numpy().tobytes()) for peer in sorted(received)]
+
+
+def _to_bytes(payload: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(payload)), dtype=torch.uint8)
+
+
+def _incoming_lengths(lengths: Mapping[int, int]) -> dict[int, int]:
+    """Return the bytes that each peer sends to this rank, without the peers that send nothing.  A collective.
+
+    ``lengths`` has the bytes that this rank sends to each peer.
+    """
+    size = dist.get_world_size()
+    row = torch.tensor([lengths.get(peer, 0) for peer in range(size)])
+    table = [torch.empty_like(row) for _ in range(size)]
+    dist.all_gather(table, row)
+    column = [int(peer_row[dist.get_rank()]) for peer_row in table]
+    return {peer: length for peer, length in enumerate(column) if length}

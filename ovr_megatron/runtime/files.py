@@ -1,4 +1,4 @@
-"""Text files that are whole or not there."""
+"""Write text files atomically."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Write ``path`` at once for whoever reads it: under another name first, then renamed; returns it."""
+    """Write ``path`` atomically and return it: a reader sees the old text or the new one, never a part."""
+    # A rename within a folder replaces the file in one step.
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     return partial.replace(path)

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, as a run or a job appends them: a bad line costs that line only."""
+"""Read files of one JSON object a line, as a run or a job appends them: a damaged line costs that line only."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from ovr_megatron.runtime.terminal import say
 def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
     """Return the objects of a file in order.
 
-    A line that is no object, or lacks one of the keys ``needed``, is left out and named on stderr; the last line may
-    be one that is still being written, or was cut off by a crash, and is left out without a word.
+    A line that is no object, or lacks one of the keys ``needed``, is left out and named on stderr. Such a last
+    line without a line end is still being written, or was cut off by a crash, and is left out silently.
 
     Raises:
         OSError: the file cannot be read.
     """
     objects: list[dict[str, Any]] = []
-    bad: list[int] = []
+    damaged: list[int] = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, 1):
             value = json_object(line)
             if value is not None and all(key in value for key in needed):
                 objects.append(value)
             elif line.strip() and line.endswith(b"\n"):
-                bad.append(number)
-    if bad:
-        more = f" and {len(bad) - 1} more lines" if len(bad) > 1 else ""
-        say(f"warning: {path}:{bad[0]}{more}: damaged, left out; the other lines are used")
+                damaged.append(line_number)
+    if damaged:
+        more = f" and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
+        say(f"warning: {path}:{damaged[0]}{more}: damaged, left out; the other lines are used")
     return objects
 
 

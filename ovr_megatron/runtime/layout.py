@@ -1,4 +1,4 @@
-"""Layouts: how the ranks are arranged for one model, several of them side by side in the same processes."""
+"""Arrange the ranks for a model. Several layouts exist side by side in the same processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import parallel_state
@@ -21,21 +22,38 @@ def _globals() -> dict[str, Any]:
     return {name: getattr(parallel_state, name) for name in _GLOBALS}
 
 
+@dataclass(frozen=True)
+class _MegatronState:
+    """The global state of Megatron: variables of `parallel_state` and states of its tracked generators."""
+
+    variables: dict[str, Any]
+    generators: dict[str, Any]
+
+    @classmethod
+    def capture(cls) -> _MegatronState:
+        return cls(_globals(), get_cuda_rng_tracker().get_states())
+
+    def install(self) -> None:
+        vars(parallel_state).update(self.variables)
+        get_cuda_rng_tracker().set_states(self.generators)
+
+
 class Layout:
     """Process groups, and the global state that Megatron reads, of one arrangement of the ranks.
 
-    Megatron-Core 0.16 still reads `parallel_state` in its schedules, its optimizer and its layers; `active` puts
-    this layout's there for as long as an engine works.  Making one is a collective of all ranks, and ``timeout`` bounds
-    the collectives of its groups.
+    Megatron-Core 0.16 still reads the module `parallel_state` in its schedules, its optimizer and its layers; `active`
+    puts this layout's state there while an engine works.  The constructor is a collective of all ranks, and
+    ``timeout`` bounds the collectives of the groups.
     """
 
-    _untouched: dict[str, Any] | None = None
+    _initial: dict[str, Any] | None = None
 
     def __init__(self, parallel: ParallelConfig, seed: int, timeout: datetime.timedelta):
-        if Layout._untouched is None:
-            Layout._untouched = _globals()
-        before, tracked = _globals(), get_cuda_rng_tracker().get_states()
-        vars(parallel_state).update(Layout._untouched)
+        if Layout._initial is None:
+            Layout._initial = _globals()
+        previous = _MegatronState.capture()
+        # Megatron refuses to initialise twice, so it finds the state of a fresh process.
+        vars(parallel_state).update(Layout._initial)
         parallel_state.initialize_model_parallel(
             parallel.tp,
             parallel.pp,
@@ -46,22 +64,20 @@ class Layout:
         )
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         model_parallel_cuda_manual_seed(seed)
-        self._state, self._tracked = _globals(), get_cuda_rng_tracker().get_states()
-        vars(parallel_state).update(before)
-        get_cuda_rng_tracker().set_states(tracked)
+        self._state = _MegatronState.capture()
+        previous.install()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make this the layout that Megatron sees."""
-        before, tracked = _globals(), get_cuda_rng_tracker().get_states()
-        vars(parallel_state).update(self._state)
-        get_cuda_rng_tracker().set_states(self._tracked)
+        previous = _MegatronState.capture()
+        self._state.install()
         try:
             yield
         finally:
-            self._state, self._tracked = _globals(), get_cuda_rng_tracker().get_states()
-            vars(parallel_state).update(before)
-            get_cuda_rng_tracker().set_states(tracked)
+            # Captured anew, as the generators have advanced.
+            self._state = _MegatronState.capture()
+            previous.install()
 
     @property
     def is_last_stage(self) -> bool:

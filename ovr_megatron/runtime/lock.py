@@ -1,4 +1,4 @@
-"""One job on a run folder at a time: a lock that the kernel releases when its holder ends, however it ends."""
+"""Lock a run folder for one job, with a lock that the kernel releases when its holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunLockedError(UserError, RuntimeError):
     """Another job works on the run folder; names its host and process."""
 
 
-# Closing one, or any other descriptor of the file, gives the lock away.
+# Never closed: to close one of them, or any other descriptor of the file, releases the lock.
 _locked_files: list[IO[str]] = []
 
 
@@ -45,7 +45,7 @@ def lock_folder(folder: Path, is_main: bool, reads_only: bool = False) -> None:
             one that died with its node.
         OSError: on every rank, if the folder cannot be made or written to.
     """
-    answer: list[Any] = [None]
+    answer: list[Any] = [None]  # the other holder, an error, or None for success
     if is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,7 @@ def lock_folder(folder: Path, is_main: bool, reads_only: bool = False) -> None:
                 say(f"warning: {folder} cannot be locked ({error.strerror}); see that no job works there")
             else:
                 answer = [error]
+    # All ranks raise or none: the others would wait in the next collective.
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], OSError):
         raise answer[0]
@@ -63,13 +64,13 @@ def lock_folder(folder: Path, is_main: bool, reads_only: bool = False) -> None:
 
 
 def _take(path: Path) -> str | None:
-    """Take the lock; the holder if it cannot be had."""
+    """Take the lock and return None, or return its holder if it cannot be taken."""
     file = path.open("a+")
-    until = time.monotonic() + LEASE_S
-    while not _locked(file):
+    deadline = time.monotonic() + LEASE_S
+    while not _try_lock(file):
         file.seek(0)
         holder = file.read().strip() or "another process"
-        if _is_here(holder) or time.monotonic() > until:
+        if _is_on_this_host(holder) or time.monotonic() > deadline:
             file.close()
             return holder
         say(f"{path}: held by {holder}; waiting, as it may have died with its node")
@@ -82,11 +83,12 @@ def _take(path: Path) -> str | None:
     return None
 
 
-def _is_here(holder: str) -> bool:
+def _is_on_this_host(holder: str) -> bool:
     return f" on {socket.gethostname()} " in holder
 
 
-def _locked(file: IO[str]) -> bool:
+def _try_lock(file: IO[str]) -> bool:
+    """Return whether this process now has the lock; also where the file system has no locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Memory that a model gives back while another one works, and takes again.
+"""Offload a model's tensors to host memory while another model works, and onload them again.
 
-Storages are emptied in place, so every view of them, and there are many in Megatron's buffers, is whole again once they
-are filled.  On a GPU what is kept waits in pinned memory and travels on a stream of its own.
+Storages are emptied in place, so that every view of them, of which Megatron's buffers have many, is valid again once
+they are filled.  On a GPU the bytes are in pinned memory, and a stream of their own copies them.
 """
 
 from __future__ import annotations
@@ -14,96 +14,102 @@ from torch import Tensor
 _SMALL = 1 << 12  # bytes; counters and scales stay
 
 
-class Parking:
-    """Tensors that are either in place or waiting in host memory.
+class OffloadedTensors:
+    """Tensors that are either on their device or offloaded to host memory.
 
     Args:
-        keep: False for tensors whose values nobody wants again; they come back filled with zeros.
+        keep: False for tensors whose values are not needed again; they come back filled with zeros.
     """
 
     def __init__(self, keep: bool = True):
         self._keep = keep
-        self._waiting: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
-        self._hosts: dict[int, Tensor] = {}  # pinned memory is dear to make: kept from time to time
+        self._offloaded: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
+        self._buffers: dict[int, Tensor] = {}  # pinned memory is expensive to make: kept from one offload to the next
         self._stream: torch.cuda.Stream | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
 
     @property
     def is_empty(self) -> bool:
-        """Whether everything is in place."""
-        return not self._waiting
+        """Whether nothing is offloaded."""
+        return not self._offloaded
 
-    def park(self, tensors: Iterable[Tensor]) -> None:
-        """Free the memory of ``tensors``; storages that several share count once."""
-        if self._waiting:
+    def offload(self, tensors: Iterable[Tensor]) -> None:
+        """Free the device memory of ``tensors``; a storage that several of them share counts once."""
+        if self._offloaded:
             return
-        self.ready()
-        stream = self._own_stream()
-        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
-        chosen = [storage for storage in storages.values() if storage.nbytes() > _SMALL]
-        for place, storage in enumerate(chosen):
-            host = None
+        # An onload that is still running writes to these storages.
+        self.wait_onloaded()
+        stream = self._copy_stream()
+        storages = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() > _SMALL:
+                storages[storage.data_ptr()] = storage
+        for index, storage in enumerate(storages.values()):
+            buffer = None
             if self._keep:
-                host = self._host(place, storage)
+                buffer = self._host_buffer(index, storage)
                 with torch.cuda.stream(stream):
-                    host.copy_(_bytes(storage), non_blocking=True)
-            self._waiting.append((storage, storage.nbytes(), host))
+                    buffer.copy_(_bytes(storage), non_blocking=True)
+            self._offloaded.append((storage, storage.nbytes(), buffer))
+        # The host waits: memory that is freed may be reused at once, also by another library.
         if stream:
             stream.synchronize()
-        for storage in chosen:
+        for storage in storages.values():
             storage.resize_(0)
 
-    def bring(self) -> None:
-        """Begin to take the memory again; `ready` says when what was in it is there."""
-        if not self._waiting:
+    def onload(self) -> None:
+        """Allocate the memory again and begin to copy; `wait_onloaded` orders later work after the copies."""
+        if not self._offloaded:
             return
-        stream = self._own_stream()
-        for storage, size, _ in self._waiting:
+        stream = self._copy_stream()
+        for storage, size, _ in self._offloaded:
             storage.resize_(size)
+        # The allocator may hand out memory that work on the current stream still uses.
         if stream:
             stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for storage, _, host in self._waiting:
-                if host is None:
+            for storage, _, buffer in self._offloaded:
+                if buffer is None:
                     _bytes(storage).zero_()
                 else:
-                    _bytes(storage).copy_(host, non_blocking=True)
+                    _bytes(storage).copy_(buffer, non_blocking=True)
             if stream:
-                self._arrived = stream.record_event()
-        self._waiting = []
+                self._copied = stream.record_event()
+        self._offloaded = []
 
-    def ready(self) -> None:
-        """Bring what is away, and have the work that follows wait until it is there."""
-        self.bring()
-        if self._arrived:
-            torch.cuda.current_stream().wait_event(self._arrived)
-            self._arrived = None
+    def wait_onloaded(self) -> None:
+        """Onload, and make the work that follows on the current stream wait for the copies; the host does not wait."""
+        self.onload()
+        if self._copied:
+            torch.cuda.current_stream().wait_event(self._copied)
+            self._copied = None
 
-    def _own_stream(self) -> torch.cuda.Stream | None:
-        """A stream that begins where the current one is; None on a CPU."""
+    def _copy_stream(self) -> torch.cuda.Stream | None:
+        """Return the stream of the copies, ordered after the work of the current one; None on a CPU."""
         if not torch.cuda.is_available():
             return None
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         return self._stream
 
-    def _host(self, place: int, storage: torch.UntypedStorage) -> Tensor:
-        """Host memory for the ``place``-th storage; on a CPU it is given back with `bring`."""
+    def _host_buffer(self, index: int, storage: torch.UntypedStorage) -> Tensor:
+        """Return host memory for the ``index``-th storage, pinned and reused where there is a GPU."""
         if not torch.cuda.is_available():
             return torch.empty(storage.nbytes(), dtype=torch.uint8)
-        known = self._hosts.get(place)
-        if known is None or known.numel() != storage.nbytes():
-            if known is not None:
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(known.data_ptr()))
-            self._hosts[place] = _pinned(storage.nbytes())
-        return self._hosts[place]
+        buffer = self._buffers.get(index)
+        if buffer is None or buffer.numel() != storage.nbytes():
+            if buffer is not None:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+            self._buffers[index] = _pinned(storage.nbytes())
+        return self._buffers[index]
 
 
 def _pinned(size: int) -> Tensor:
-    """So many bytes of pinned memory; torch's own allocator would round them up to a power of two."""
-    host = torch.empty(size, dtype=torch.uint8)
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0))
-    return host
+    """Return ``size`` bytes of pinned memory; torch's own allocator would round them up to a power of two."""
+    buffer = torch.empty(size, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+    return buffer
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which folders these tools may replace: those whose own record names every file in them.
+"""Decide which folders these tools may replace: those whose own record names every file in them.
 
 A checkpoint has its ``manifest.json``; beside any other folder's files lies ``.ovr_megatron.json``::
 
@@ -19,7 +19,7 @@ _MANIFEST = "manifest.json"  # see `ovr_megatron.checkpoint.manifest`
 def write_record(folder: Path, *more: str) -> None:
     """Record every file below ``folder`` as written by these tools; with ``more``, add only these names.
 
-    A checkpoint needs no record beside its manifest, and a folder of somebody else gets none for ``more``.
+    A checkpoint needs no record beside its manifest, and with ``more`` a folder of other software gets none.
     """
     recorded = recorded_files(folder)
     if more:
@@ -31,13 +31,13 @@ def write_record(folder: Path, *more: str) -> None:
     else:
         names = _present(folder)
     text = json.dumps({"format": FORMAT, "files": sorted(names)}, indent=1) + "\n"
-    partial = folder / f"{RECORD}.partial"
+    partial = folder / f"{RECORD}.partial"  # renamed, so that a kill leaves the old record or the new one
     partial.write_text(text, encoding="utf-8")
     partial.replace(folder / RECORD)
 
 
 def recorded_files(folder: Path) -> frozenset[str] | None:
-    """Return the names that the folder's own record or manifest has, relative to it; None: it is not ours."""
+    """Return the file names in the folder's own record or manifest; None: these tools did not write the folder."""
     for name, kind in ((RECORD, list), (_MANIFEST, dict)):
         names = _names(folder / name, kind)
         if names is not None:
@@ -69,13 +69,15 @@ def refusal(folder: Path) -> str | None:
 
 
 def _present(folder: Path) -> frozenset[str]:
-    own = {RECORD, _MANIFEST} if _names(folder / _MANIFEST, dict) is not None else {RECORD}
+    """Return every file below ``folder`` but the records themselves."""
+    records = {RECORD, _MANIFEST} if _names(folder / _MANIFEST, dict) is not None else {RECORD}
+    # A link to a folder counts as a file: to replace the folder would remove it.
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return frozenset(path.relative_to(folder).as_posix() for path in paths) - own
+    return frozenset(path.relative_to(folder).as_posix() for path in paths) - records
 
 
 def _names(path: Path, kind: type) -> frozenset[str] | None:
-    """Return the names that the record at ``path`` lists; None where there is none of ours."""
+    """Return the file names of the record at ``path``; None where it is no record of these tools."""
     try:
         record: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What is looked at on every rank before a run starts: each check returns its problems, one sentence each.
+"""Check every rank before a run starts: each check returns its problems, one sentence each.
 
 Some checks are collectives: every rank of the process group calls them, in the same order.
 """
@@ -28,12 +28,13 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Facts:
-    """What must be equal on all nodes.
+    """Facts that must be equal on all nodes.
 
     Attributes:
         host: name of the node.
         packages: every installed distribution with its version.
-        code: digest of the package's own files; ``commit`` is git's name of it, where git is.
+        code: digest of the package's own files.
+        commit: git's name of the checkout, see `commit`.
         files: size in bytes of each input file, the number of entries of a folder.
     """
 
@@ -45,21 +46,24 @@ class Facts:
 
 
 def host_name() -> str:
-    """Slurm's name of this node, else the system's."""
+    """Return Slurm's name of this node, else the system's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def gather_facts(inputs: Iterable[Path]) -> Facts:
-    """The `Facts` of this rank; ``inputs`` that are absent are left out of them."""
-    packages = {item.metadata["Name"]: item.version for item in metadata.distributions()}
+    """Return the `Facts` of this rank, without the ``inputs`` that are absent."""
+    packages = {package.metadata["Name"]: package.version for package in metadata.distributions()}
     packages["CUDA"] = torch.version.cuda or "none"
-    sizes = {str(path): size_of(path) for path in inputs}
-    files = {name: size for name, size in sizes.items() if size is not None}
+    files = {}
+    for path in inputs:
+        size = size_of(path)
+        if size is not None:
+            files[str(path)] = size
     return Facts(host_name(), packages, code_digest(), commit(), files)
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a file, entries of a folder, None where neither can be seen from here."""
+    """Return the bytes of a file or the entries of a folder, None where neither can be seen from here."""
     try:
         return sum(1 for _ in path.iterdir()) if path.is_dir() else path.stat().st_size
     except OSError:
@@ -67,7 +71,7 @@ def size_of(path: Path) -> int | None:
 
 
 def code_digest() -> str:
-    """SHA-256 over names and contents of the package's files."""
+    """Return the SHA-256 over names and contents of the package's files."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*")):
         if path.suffix in (".py", ".yaml", ".jinja"):
@@ -76,7 +80,7 @@ def code_digest() -> str:
 
 
 def commit() -> str:
-    """Git's short name of the checkout, ``+`` where files were changed; "unknown" without git."""
+    """Return git's short name of the checkout, with ``+`` where files were changed; "unknown" without git."""
     command = ["git", "-C", str(_PACKAGE), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -86,35 +90,40 @@ def commit() -> str:
 
 
 def differences(facts: Sequence[Facts]) -> list[str]:
-    """Where the nodes differ, each time against the version that most ranks have."""
+    """Return a sentence for each difference of a node, against the value that most nodes have."""
     problems = []
-    names = sorted({name for item in facts for name in item.packages})
-    for name in names:
-        odd, usual = _odd({item.host: item.packages.get(name, "not installed") for item in facts})
-        problems += [f"{host}: {name} is {value}, on the other nodes {usual}" for host, value in odd]
-    commits = {item.host: item.commit for item in facts}
-    odd, _ = _odd({item.host: item.code for item in facts})
-    for host, _value in odd:
-        others = next(item.commit for item in facts if item.host not in dict(odd))
-        problems.append(f"{host}: the code differs (commit {commits[host]}, on the other nodes {others})")
-    for name in sorted({name for item in facts for name in item.files}):
-        odd, usual = _odd({item.host: str(item.files[name]) for item in facts if name in item.files})
-        problems += [f"{host}: {name} has size {value}, on the other nodes {usual}" for host, value in odd]
+    for name in sorted(set().union(*(rank.packages for rank in facts))):
+        versions = {rank.host: rank.packages.get(name, "not installed") for rank in facts}
+        outliers, usual = _outliers(versions)
+        problems += [f"{host}: {name} is {value}, on the other nodes {usual}" for host, value in outliers]
+
+    commits = {rank.host: rank.commit for rank in facts}
+    outliers, _ = _outliers({rank.host: rank.code for rank in facts})
+    outlier_hosts = {host for host, _ in outliers}
+    for host, _ in outliers:
+        usual_commit = next(rank.commit for rank in facts if rank.host not in outlier_hosts)
+        problems.append(f"{host}: the code differs (commit {commits[host]}, on the other nodes {usual_commit})")
+
+    for name in sorted(set().union(*(rank.files for rank in facts))):
+        sizes = {rank.host: str(rank.files[name]) for rank in facts if name in rank.files}
+        outliers, usual = _outliers(sizes)
+        problems += [f"{host}: {name} has size {value}, on the other nodes {usual}" for host, value in outliers]
     return problems
 
 
-def _odd(values: dict[str, str]) -> tuple[list[tuple[str, str]], str]:
-    """Hosts whose value is not the most frequent one, and that one."""
+def _outliers(values: dict[str, str]) -> tuple[list[tuple[str, str]], str]:
+    """Return the hosts that differ from the most frequent value, each with its own, and the most frequent value."""
     usual = Counter(values.values()).most_common(1)[0][0]
-    return [(host, value) for host, value in sorted(values.items()) if value != usual], usual
+    outliers = [(host, value) for host, value in sorted(values.items()) if value != usual]
+    return outliers, usual
 
 
 def check_gpus(local_rank: int, local_size: int) -> list[str]:
-    """Every rank of the node has a GPU, and nobody else uses this rank's."""
+    """Check that every rank of the node has a GPU, and that no other process uses this rank's."""
     count = torch.cuda.device_count()
     if count < local_size:
-        built = f"torch {torch.__version__} sees {count} GPUs, and {local_size} ranks were started on this node"
-        return [f"{built}; start fewer ranks, or set OVR_GPUS=0 for a run without GPUs"]
+        counts = f"torch {torch.__version__} sees {count} GPUs, and {local_size} ranks were started on this node"
+        return [f"{counts}; start fewer ranks, or set OVR_GPUS=0 for a run without GPUs"]
     free, total = torch.cuda.mem_get_info(local_rank)
     if free < 0.9 * total:
         used = f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
@@ -123,9 +132,9 @@ def check_gpus(local_rank: int, local_size: int) -> list[str]:
 
 
 def check_cudnn() -> list[str]:
-    """One cuDNN is loaded in this process: with two the first attention fails, at best.
+    """Check that one cuDNN is loaded in this process: with two the first attention fails, at best.
 
-    To be called when torch, and Transformer Engine where it is used, have loaded theirs.
+    Call it once torch, and Transformer Engine where it is used, have loaded theirs.
     """
     folders = cudnn_folders(Path("/proc/self/maps").read_text())
     if len(folders) < 2:
@@ -143,9 +152,9 @@ def cudnn_folders(maps: str) -> set[str]:
 
 
 def bus_bandwidth(device: torch.device, megabytes: int, rounds: int = 5) -> float:
-    """GB/s of an all-reduce over all ranks, as NCCL's tests count them: 2 (n - 1) / n x bytes / seconds.  A collective.
+    """Measure the GB/s of an all-reduce over all ranks as NCCL's tests do: 2 (n - 1) / n x bytes / s.  A collective.
 
-    The best of ``rounds``: a slow first one is the connections being made.
+    The best of ``rounds`` counts: the first is slow, as it makes the connections.
     """
     ranks = dist.get_world_size()
     tensor = torch.zeros(megabytes * 1_000_000 // 4, device=device)
@@ -157,13 +166,14 @@ def bus_bandwidth(device: torch.device, megabytes: int, rounds: int = 5) -> floa
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
+    # The all-reduce is done when its last rank is.
     slowest = torch.tensor(best)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return 2 * (ranks - 1) / ranks * tensor.nbytes / slowest.item() / 1e9
 
 
 def check_readable(path: Path) -> list[str]:
-    """A file whose first and last bytes, or a folder whose entries, can be read from here."""
+    """Check that the first and last bytes of a file, or the entries of a folder, can be read from here."""
     try:
         if path.is_dir():
             return [] if any(path.iterdir()) else [f"{path} is an empty folder"]
@@ -178,13 +188,13 @@ def check_readable(path: Path) -> list[str]:
 
 
 def write_rate(folder: Path, megabytes: int) -> float:
-    """MB/s at which this rank writes a file to ``folder``, to the disk; the file is removed.
+    """Measure the MB/s at which this rank writes a file to the disk of ``folder``; the file is removed.
 
     Raises:
         OSError: it cannot be written.
     """
     path = folder / f".preflight-{host_name()}-{os.getpid()}"
-    block = os.urandom(1_000_000)
+    block = os.urandom(1_000_000)  # random, as some file systems compress
     began = time.perf_counter()
     try:
         with path.open("wb") as file:
@@ -198,40 +208,42 @@ def write_rate(folder: Path, megabytes: int) -> float:
 
 
 def check_space(folder: Path, needed: int) -> list[str]:
-    """``needed`` bytes are free in ``folder``."""
+    """Check that ``needed`` bytes are free in ``folder``."""
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return []
-    have, want = f"{free / 1e9:.1f} GB", f"{needed / 1e9:.1f} GB"
-    return [f"{folder} has {have} free, and the run's checkpoints take {want}; free some, or lower run.keep_last"]
+    return [
+        f"{folder} has {free / 1e9:.1f} GB free, and the run's checkpoints take {needed / 1e9:.1f} GB; free some, or "
+        "lower run.keep_last"
+    ]
 
 
 def check_shared(folder: Path) -> list[str]:
-    """What the first rank writes to ``folder``, this rank finds there.  A collective."""
-    box = [secrets.token_hex(8)]
-    dist.broadcast_object_list(box, src=0)
-    path = folder / f".preflight-{box[0]}"
+    """Check that this rank sees a file that the first rank writes to ``folder``.  A collective."""
+    token = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token, src=0)
+    path = folder / f".preflight-{token[0]}"
     if dist.get_rank() == 0:
-        path.write_text(box[0])
-    dist.barrier()
+        path.write_text(token[0])
+    dist.barrier()  # the file is written before any rank looks
     deadline = time.monotonic() + 2  # a network mount may lag
-    while not (found := path.exists()) and time.monotonic() < deadline:
+    while not (is_visible := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    dist.barrier()
+    dist.barrier()  # every rank has looked before the file is removed
     if dist.get_rank() == 0:
         path.unlink()
-    return (
-        [] if found else [f"{folder} is not the folder that the first node sees; put run.dir on a shared file system"]
-    )
+    if is_visible:
+        return []
+    return [f"{folder} is not the folder that the first node sees; put run.dir on a shared file system"]
 
 
 def gather(problems: list[str]) -> list[str]:
-    """The problems of all ranks, each once, with the nodes that have it.  A collective; all ranks get the answer."""
-    everything: list[tuple[str, list[str]]] = [("", [])] * dist.get_world_size()
-    dist.all_gather_object(everything, (host_name(), problems))
+    """Return the problems of all ranks on all ranks, each once, with the nodes that have it.  A collective."""
+    gathered: list[tuple[str, list[str]]] = [("", [])] * dist.get_world_size()
+    dist.all_gather_object(gathered, (host_name(), problems))
     hosts: defaultdict[str, list[str]] = defaultdict(list)
-    for host, found in everything:
-        for problem in found:
+    for host, rank_problems in gathered:
+        for problem in rank_problems:
             if host not in hosts[problem]:
                 hosts[problem].append(host)
     return [f"{', '.join(names)}: {problem}" for problem, names in hosts.items()]

@@ -1,4 +1,4 @@
-"""The folder of a run: one job at a time, of one stage, and every configuration that it was started with."""
+"""Guard the folder of a run: one job at a time, of one stage; and record each configuration that it started with."""
 
 from __future__ import annotations
 
@@ -19,14 +19,28 @@ from ovr_megatron.runtime.lock import lock_folder
 from ovr_megatron.runtime.terminal import say
 
 SETTINGS = "config.yaml"
-COLD_START, PPO, ROLLOUTS = "cold start", "PPO", "rollouts alone"
-LEARNING, REHEARSAL, REPLAY = "PPO from stored rollouts", "rehearsal of PPO", "replay of an iteration"
+COLD_START = "cold start"
+PPO = "PPO"
+ROLLOUTS = "rollouts alone"
+LEARNING = "PPO from stored rollouts"
+REHEARSAL = "rehearsal of PPO"
+REPLAY = "replay of an iteration"
 _MODES = {"all": PPO, "rollout": ROLLOUTS, "train": LEARNING, "rehearsal": REHEARSAL}
-# Whose folders a job may enter that keeps nothing, or nothing but a report.
-_GUESTS = {REHEARSAL: (PPO, ROLLOUTS, LEARNING), REPLAY: (PPO, LEARNING)}
-# Written by a run itself, below its folder.
-_OWN = ("checkpoints", "evaluation", "exports", "rollouts", "metrics", "companions", "tensorboard", "data", "logs")
-_SHOWN = 80  # characters of a value that changed
+# Stages that store nothing, or a report alone, and the stages whose folders they may use besides their own.
+_ALSO_ALLOWED = {REHEARSAL: (PPO, ROLLOUTS, LEARNING), REPLAY: (PPO, LEARNING)}
+# Folders that a run itself writes, below its own.
+_RUN_SUBFOLDERS = (
+    "checkpoints",
+    "evaluation",
+    "exports",
+    "rollouts",
+    "metrics",
+    "companions",
+    "tensorboard",
+    "data",
+    "logs",
+)
+_MAX_VALUE = 80  # characters of a value that changed
 
 
 def stage_of(settings: Mapping[str, Any]) -> str | None:
@@ -49,10 +63,11 @@ def enter(run: Path, stage: str, is_main: bool) -> None:
         ConfigError: it is a folder of another stage, or of no run.
     """
     lock_folder(run, is_main, reads_only=stage == REPLAY)
-    box = [_problem(run, stage) if is_main else None]
-    dist.broadcast_object_list(box, src=0)
-    if box[0]:
-        raise ConfigError(box[0])
+    # The first rank decides, so that all ranks raise or none: the others would wait in the next collective.
+    problem = [_problem(run, stage) if is_main else None]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise ConfigError(problem[0])
 
 
 def _problem(run: Path, stage: str) -> str | None:
@@ -65,20 +80,20 @@ def _problem(run: Path, stage: str) -> str | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         return f"{path} cannot be read ({reason}); put the run's own back, or choose another run.dir"
-    there = stage_of(settings)
-    if there is None:
+    folder_stage = stage_of(settings)
+    if folder_stage is None:
         return f"{path} is not the configuration of a run; choose another run.dir"
-    if there != stage and there not in _GUESTS.get(stage, ()):
-        return f"{run} is the folder of another job ({there}, this one is {stage}); choose another run.dir"
+    if folder_stage != stage and folder_stage not in _ALSO_ALLOWED.get(stage, ()):
+        return f"{run} is the folder of another job ({folder_stage}, this one is {stage}); choose another run.dir"
     return None
 
 
 def run_folder_of(path: Path) -> Path:
-    """Return the folder whose lock a job needs that writes below ``path``: the run's, where the run writes, too."""
+    """Return the folder to lock for a job that writes below ``path``: the run's, if the run writes there, too."""
     path = path.resolve()
     for folder in (path, *path.parents):
-        inside = path.relative_to(folder).parts
-        if (not inside or inside[0] in _OWN) and (folder / SETTINGS).is_file():
+        parts = path.relative_to(folder).parts
+        if (not parts or parts[0] in _RUN_SUBFOLDERS) and (folder / SETTINGS).is_file():
             return folder
     return path
 
@@ -86,14 +101,16 @@ def run_folder_of(path: Path) -> Path:
 def record(config: Any, run: Path) -> None:
     """Write the resolved ``config`` to ``config.yaml``; a former one that differs stays as ``config.N.yaml``.
 
-    What differs is said, but for ``run.dir``: a folder may be moved.  The first rank calls it once the run has resumed.
+    The differences are printed, but for ``run.dir``: a folder may be moved.  The first rank calls it once the run has
+    resumed.
     """
-    path, text = run / SETTINGS, configuration.as_yaml(config)
+    path = run / SETTINGS
+    text = configuration.as_yaml(config)
     changes: list[str] = []
     if path.exists():
         changes = list(_changes(_read(path), yaml.safe_load(text)))
     if changes:
-        names = (run / f"config.{number}.yaml" for number in itertools.count(1))
+        names = (run / f"config.{index}.yaml" for index in itertools.count(1))
         former = next(name for name in names if not name.exists())
         write_whole(former, path.read_text(encoding="utf-8"))
         differences = "; ".join(changes)
@@ -111,21 +128,24 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     """Yield ``key before -> after`` for every setting that differs, also those that one side does not have."""
-    old, new = dict(_flat(before)), dict(_flat(after))
+    old = dict(_flatten(before))
+    new = dict(_flatten(after))
     for key in dict.fromkeys([*old, *new]):
-        one, other = (_shown(values[key]) if key in values else "none" for values in (old, new))
         if old.get(key) != new.get(key) and key != "run.dir":
-            yield f"{key} {one} -> {other}"
+            old_text = _shorten(old[key]) if key in old else "none"
+            new_text = _shorten(new[key]) if key in new else "none"
+            yield f"{key} {old_text} -> {new_text}"
 
 
-def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each setting with its dotted key."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{above}{key}", value
+            yield f"{prefix}{key}", value
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."

@@ -1,4 +1,4 @@
-"""Records of a run by step: metrics as JSON lines and TensorBoard events, and what else is kept line by line."""
+"""Record the steps of a run: metrics as JSON lines and TensorBoard events, spikes as JSON lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = "layers.txt"
 
 
 def record_layers(run: Path, layers: str, cautions: Sequence[str]) -> None:
-    """Say whose ``layers`` train, and what is not exact with them; the first stays in ``RUN/layers.txt``."""
+    """Print the implementation of the ``layers`` and its ``cautions``; write the former to ``RUN/layers.txt``."""
     say(f"layers: {layers}", sys.stdout)
     for caution in cautions:
         say(f"note: {caution}")
@@ -28,15 +28,18 @@ def record_layers(run: Path, layers: str, cautions: Sequence[str]) -> None:
 
 
 class StepLines:
-    """A JSON line for each record; a run that resumes at a step drops those from there on, so nothing is doubled."""
+    """Appends a JSON line for each record.
+
+    A run that resumes at a step removes the lines from that step on, so that no step has two.
+    """
 
     def __init__(self, path: Path, resume_at: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            earlier = (line for line in read_metrics(path) if line["step"] < resume_at)
+            earlier = [line for line in read_metrics(path) if line["step"] < resume_at]
             text = "".join(json.dumps(line) + "\n" for line in earlier)
             if text.encode() != path.read_bytes():
-                write_whole(path, text)  # whoever is killed here has the old lines or the new ones
+                write_whole(path, text)  # a kill here leaves the old lines or the new ones, never a part
         self.file = AppendedFile(path)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
@@ -62,7 +65,8 @@ class RunLog:
         self.events.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Record ``text`` under ``name`` in TensorBoard as it stands: an indented line is code in Markdown."""
+        """Record ``text`` under ``name`` in TensorBoard verbatim."""
+        # TensorBoard renders Markdown, where an indented line is code.
         code = "".join(f"    {line}\n" for line in text.splitlines())
         self.events.summary(step, text_summary(name, code))
 

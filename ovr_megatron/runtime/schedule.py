@@ -8,19 +8,20 @@ from ovr_megatron.config import OptimizerConfig
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
-    """Rate of optimizer step ``step`` (from 0) of ``total``: linear warm-up, then what ``schedule`` names.
+    """Return the rate of optimizer step ``step`` (from 0) of ``total``: linear warm-up, then ``config.schedule``.
 
     ``wsd`` (warm-up, stable, decay; MiniCPM, arXiv 2404.06395) is constant but for a linear decay over the last
     ``decay_share`` of ``total``.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
-    decay = config.decay_share * total
-    left = {
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+    decay_steps = config.decay_share * total
+    # Of the way from the lowest rate up to `lr`.
+    scale = {
         "constant": 1.0,
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "linear": 1 - done,
-        "wsd": min(1.0, max(0.0, (total - step) / decay)),
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "wsd": min(1.0, max(0.0, (total - step) / decay_steps)),
     }[config.schedule]
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * scale)

@@ -1,4 +1,4 @@
-"""What every rank knows of a step, put together on the first: rates, waiting, stragglers, memory."""
+"""Gather each rank's figures of a step and turn them into metrics: rates, waiting, stragglers, memory."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank's step.
+    """One rank's figures of a step.
 
     Attributes:
-        data_seconds: until its packs were there.
-        own_seconds: forward and backward passes until the replicas meet, see `OwnTime`.
-        flops: of its replica, on the replica's first rank, else 0.
-        peak_bytes: most memory of its device in use at once (of the process, on a CPU).
-        host_bytes: most host memory of its process.
-        documents: what the loop wants to know besides.
+        data_seconds: wait for its packs.
+        compute_seconds: forward and backward passes until the replicas synchronise, see `ComputeTimer`.
+        flops: FLOP of its replica, on the replica's first rank, else 0.
+        peak_bytes: peak memory of its device (of the process, on a CPU).
+        host_bytes: peak host memory of its process.
+        documents: losses of its documents, which the loop merges.
     """
 
     data_seconds: float
-    own_seconds: float
+    compute_seconds: float
     flops: float
     peak_bytes: int
     host_bytes: int
     documents: tuple[Any, ...] = ()
 
 
-class OwnTime:
-    """Seconds between `start` and `stop`, on the device where there is one, without waiting for it there."""
+class ComputeTimer:
+    """Measures the seconds between `start` and `stop`, on a GPU by events, for which the host does not wait."""
 
     def __init__(self) -> None:
         self.on_device = torch.cuda.is_available()
         self.marks: list[Any] = []
 
     def start(self) -> None:
-        """Begin."""
+        """Record the start time."""
         self.marks = [self._now()]
 
     def stop(self) -> None:
-        """End; called again, end later."""
+        """Record the end time. A later call overwrites it."""
         self.marks[1:] = [self._now()]
 
     @property
     def seconds(self) -> float:
-        """What was measured; to be asked for after the device has caught up, as it has when a step is done."""
+        """The measured seconds; the device must have caught up, as it has at the end of a step."""
         begin, end = self.marks
         return begin.elapsed_time(end) / 1e3 if self.on_device else end - begin
 
@@ -68,7 +68,7 @@ class OwnTime:
 
 
 def memory_peaks() -> tuple[int, int]:
-    """Peak bytes of the device since the last call, and of this process on the host since it began."""
+    """Return peak bytes of the device since the last call, and of this process on the host since it began."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if not torch.cuda.is_available():
         return host, host
@@ -78,26 +78,26 @@ def memory_peaks() -> tuple[int, int]:
 
 
 def peak_gib() -> float:
-    """Largest `memory_peaks` of a device over all ranks, in GiB; a collective."""
+    """Return the largest `memory_peaks` of a device over all ranks, in GiB.  A collective."""
     peak = torch.tensor(memory_peaks()[0] / _GIB)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return float(peak)
 
 
-def gather(mine: RankStep, world: World) -> list[RankStep] | None:
-    """Every rank's step, on the first rank; a collective."""
+def gather(rank_step: RankStep, world: World) -> list[RankStep] | None:
+    """Return every rank's figures on the first rank, None on the others.  A collective."""
     steps: list[Any] | None = [None] * world.size if world.is_main else None
-    dist.gather_object(mine, steps)
+    dist.gather_object(rank_step, steps)
     return steps
 
 
 def rank_metrics(steps: Sequence[RankStep], seconds: float, tokens: int, peak_flops: float) -> dict[str, float]:
-    """Metrics of a step that took ``seconds`` for ``tokens``, on devices of ``peak_flops`` FLOP/s.
+    """Return the metrics of a step that took ``seconds`` for ``tokens``, on devices of ``peak_flops`` FLOP/s.
 
-    MFU is model FLOP (`ovr_megatron.model.flops`) over what the devices could have done.
+    MFU is model FLOP (`ovr_megatron.model.flops`) over the peak FLOP of the devices in that time.
     """
-    own = [step.own_seconds for step in steps]
-    slowest = max(range(len(own)), key=own.__getitem__)
+    compute = [step.compute_seconds for step in steps]
+    slowest = max(range(len(compute)), key=compute.__getitem__)
     flops = sum(step.flops for step in steps) / seconds / len(steps)
     return {
         "perf/tokens_per_second": tokens / seconds,
@@ -106,8 +106,8 @@ def rank_metrics(steps: Sequence[RankStep], seconds: float, tokens: int, peak_fl
         "perf/mfu": flops / peak_flops,
         "timing/step": seconds,
         "timing/data_wait": max(step.data_seconds for step in steps),
-        "timing/rank_median": statistics.median(own),
-        "timing/rank_max": own[slowest],
+        "timing/rank_median": statistics.median(compute),
+        "timing/rank_max": compute[slowest],
         "timing/rank_slowest": slowest,
         "memory/peak_gib": max(step.peak_bytes for step in steps) / _GIB,
         "memory/host_peak_gib": max(step.host_bytes for step in steps) / _GIB,
@@ -115,11 +115,12 @@ def rank_metrics(steps: Sequence[RankStep], seconds: float, tokens: int, peak_fl
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
-    """FLOP per second of a matrix product in ``dtype`` on this device."""
+    """Measure the FLOP per second of a matrix product in ``dtype`` on this device."""
     device, size, repeats = ("cuda", 8192, 20) if torch.cuda.is_available() else ("cpu", 512, 5)
-    generator = torch.Generator(device)  # the run's own is left alone
-    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-    for _ in range(3):
+    generator = torch.Generator(device)  # the global one decides the run's numbers and is left alone
+    a = torch.randn(size, size, device=device, generator=generator).to(dtype)
+    b = torch.randn(size, size, device=device, generator=generator).to(dtype)
+    for _ in range(3):  # the first products load kernels and raise the clock
         a @ b
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Stopping in order: a signal lets the step in progress end, then the run saves and leaves."""
+"""Stop in order: a signal lets the step in progress end, then the run saves and ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, the same command goes 
 
 
 class Stop(enum.IntEnum):
-    """What a run has been asked for; the greater wins."""
+    """The stop request of a run; of several the greatest counts."""
 
     NO = 0
     LEAVE = 1
@@ -38,8 +38,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = Stop.NO
-        for number in _MEANING:
-            signal.signal(number, self._remember)
+        for signal_number in _MEANING:
+            signal.signal(signal_number, self._remember)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = max(self.received, _MEANING[signal.Signals(number)])
+    # Runs between two instructions of the interrupted code: it only sets a flag, which the loop reads at a safe point.
+    def _remember(self, signal_number: int, frame: FrameType | None) -> None:
+        self.received = max(self.received, _MEANING[signal.Signals(signal_number)])

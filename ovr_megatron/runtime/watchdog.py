@@ -1,6 +1,6 @@
-"""A run that makes no progress ends by itself, says so, and leaves the stacks of every rank behind.
+"""End a run that makes no progress, with a message and the stacks of every rank.
 
-Progress is an engine step, a pack, a file of weights: whoever does such a piece of work calls `touch`.  So one limit
+Progress is an engine step, a pack, a file of weights: the code that does such work calls `touch`.  So one limit
 fits a run whose iteration takes seconds and one whose iteration takes hours.
 """
 
@@ -29,9 +29,9 @@ def touch() -> None:
 class Watchdog:
     """Ends this process with code 1 when nobody has called `touch` for ``timeout_s`` seconds (0: never).
 
-    A thread says on stderr where the process stands and writes all Python stacks to ``RUN/logs/stacks_rank_N.txt``.
-    It needs the interpreter's lock.  Where a library holds that for ever, a timer of `faulthandler`, which needs no
-    lock, writes the stacks to stderr and ends the process a tenth of the limit later.
+    A thread prints the line that the process stands at and writes all Python stacks to
+    ``RUN/logs/stacks_rank_N.txt``.  It needs the interpreter's lock.  Where a library never releases that, a timer of
+    `faulthandler`, which needs no lock, writes the stacks to stderr and ends the process a tenth of the limit later.
     """
 
     def __init__(self, run: Path, timeout_s: float):
@@ -47,6 +47,7 @@ class Watchdog:
         if not self.timeout_s or now < self._deadline - (1 - _RENEW_SHARE) * self.timeout_s:
             return
         self._deadline = now + self.timeout_s
+        # Later than the thread, whose message says more: this one is for a process whose thread cannot run.
         faulthandler.dump_traceback_later(1.1 * self.timeout_s + 1, file=_STDERR, exit=True)
 
     def _watch(self) -> None:
@@ -55,7 +56,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        where = _innermost(sys._current_frames().get(threading.main_thread().ident or 0))
+        line = _innermost(sys._current_frames().get(threading.main_thread().ident or 0))
         host = socket.gethostname()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +69,11 @@ class Watchdog:
             stacks = f"its stacks could not be written to {self.path} ({error.strerror})"
         print(
             f"hang: rank {self.rank} on {host} has made no progress for run.hang_timeout_s={self.timeout_s:g} s, "
-            f"at {where}; {stacks}; it ends with code 1, and the same command goes on from the last checkpoint",
+            f"at {line}; {stacks}; it ends with code 1, and the same command goes on from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
+        # Not sys.exit: the main thread hangs, and exit handlers could wait for it.
         os._exit(1)
 
     def __enter__(self) -> Watchdog:
@@ -82,7 +84,9 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         global _active
         if self.timeout_s:
             _active = None

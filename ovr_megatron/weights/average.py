@@ -13,7 +13,7 @@ from torch import Tensor
 from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, copy_companions
+from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, copy_hf_assets
 from ovr_megatron.weights.transfer import HEAD, check_finite, check_weights, staged
 
 _PIECE = 1 << 22  # numbers that are summed at once
@@ -46,7 +46,7 @@ def average(directories: Sequence[Path], out: Path, replace: bool = False) -> No
             _check_alike(folders[0], shapes[0], folder, shape)
         names = [name for name in folders[0].names() if not (shapes[0].tied and name == HEAD)]
         partial = stack.enter_context(staged(out, directories, replace))
-        copy_companions(sources[0], partial)
+        copy_hf_assets(sources[0], partial)
         progress = stack.enter_context(Progress(len(names), f"mean of {len(folders)} models", "tensor"))
         writer = stack.enter_context(WeightWriter(partial))
         for name in names:

@@ -148,7 +148,7 @@ def _model_files(directory: Path) -> list[str]:
     return [name for name in names if name != "adapter_model.safetensors"]
 
 
-def copy_companions(source: Path, out: Path, dtype: torch.dtype | None = None) -> list[str]:
+def copy_hf_assets(source: Path, out: Path, dtype: torch.dtype | None = None) -> list[str]:
     """Copy the known files beside the weights: config, tokenizer, processor, chat template, generation config.
 
     With ``dtype``, ``config.json`` names it as the dtype of the weights.

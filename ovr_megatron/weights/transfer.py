@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ovr_megatron.data.hf_files import companions
+from ovr_megatron.data.hf_files import list_hf_assets
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.ownership import refusal, write_record
 from ovr_megatron.runtime.progress import Progress
@@ -135,7 +135,7 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: i
                 if difference:
                     found.append(difference)
                 progress.update(1)
-    for file in sorted(set(companions(ours) + companions(theirs)).difference(ignore)):
+    for file in sorted(set(list_hf_assets(ours) + list_hf_assets(theirs)).difference(ignore)):
         for here, there in ((ours, theirs), (theirs, ours)):
             if not (there / file).exists():
                 found.append(f"{file}: only in {here}")

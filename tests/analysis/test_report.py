@@ -21,8 +21,8 @@ from ovr_megatron.analysis.samples import moments, pick, read_picture
 from ovr_megatron.evaluation.judges import JudgeConfig
 from ovr_megatron.evaluation.judging import judge
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.runtime.origin import Origin, record_start
 from ovr_megatron.runtime.preflight import commit
+from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from tools import report as command
 
 VOID = {"meta", "img", "source", "input"}
@@ -221,8 +221,8 @@ def test_where_no_behaviour_was_counted_one_sentence_says_so(experiment_dir, rol
 
 
 def test_the_page_names_what_started_each_run(experiment_dir, rollouts):
-    record_start(experiment_dir / "rl", Origin("tiny_rl", ["run.seed=1"]), 2)
-    record_start(experiment_dir / "rl", Origin("tiny_rl", ["run.seed=2", "iterations=60"]), 2)
+    record_start(experiment_dir / "rl", LaunchArgs("tiny_rl", ["run.seed=1"]), 2)
+    record_start(experiment_dir / "rl", LaunchArgs("tiny_rl", ["run.seed=2", "iterations=60"]), 2)
     page = Page(render(read_experiment(experiment_dir)))
     assert "tiny_rl run.seed=2 iterations=60" in page.text and "tiny_rl run.seed=1" in page.text
     assert commit() in page.text and f"torch {torch.__version__}" in page.text and "2 x " in page.text

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ovr_megatron.checkpoint import writing
-from ovr_megatron.checkpoint.keeper import Keeper
+from ovr_megatron.checkpoint.manager import CheckpointManager
 from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.coldstart import training as coldstart
 from ovr_megatron.config import ColdStartConfig, RLConfig, build, defaults
@@ -215,11 +215,11 @@ def no_room(rank: int, log: Path, begin: int, end: int) -> None:
 def poison_weights(rank: int) -> None:
     """A weight becomes infinite after step 3, at whose end there is a save."""
 
-    def poison(keeper: Keeper, done: int, final: bool, engines: dict[str, Engine], *rest: Any) -> None:
+    def poison(checkpoints: CheckpointManager, done: int, final: bool, engines: dict[str, Engine], *rest: Any) -> None:
         if done == 4:
             engines["policy"].live.holdings[0].parameter.data.view(-1)[0] = float("inf")
 
-    wrap(Keeper, "after", poison)
+    wrap(CheckpointManager, "end_step", poison)
 
 
 def bad_gradient(rank: int, steps: range) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ovr_megatron.checkpoint.finished import planned_steps, tell_finished
+from ovr_megatron.checkpoint.finished import planned_steps, report_finished
 from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.config import ColdStartConfig, ModelConfig, RLConfig, RunConfig, StageConfig, save
 
@@ -23,17 +23,17 @@ def config(tmp_path):
 
 
 def test_a_run_is_finished_at_its_last_whole_checkpoint(config, tmp_path, capsys):
-    assert not tell_finished(config)
+    assert not report_finished(config)
     checkpoint(tmp_path, 2)
-    assert not tell_finished(config)
+    assert not report_finished(config)
     last = checkpoint(tmp_path, 4)
-    assert tell_finished(config)
+    assert report_finished(config)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "finished: all 4 steps are done; for another run give another run.dir, to go on more steps"
     assert second == f"cold start: {last}"
-    assert not tell_finished(replace(config, steps=5))
+    assert not report_finished(replace(config, steps=5))
     (last / "policy/model.safetensors").write_bytes(b"half")
-    assert not tell_finished(config), "a checkpoint that was cut off is none"
+    assert not report_finished(config), "a checkpoint that was cut off is none"
 
 
 def test_the_steps_of_epochs_are_those_that_the_run_wrote_down(config, tmp_path):
@@ -48,5 +48,5 @@ def test_half_of_the_system_is_never_finished_by_a_checkpoint(tmp_path):
     stages = [StageConfig(until=900, max_tokens=9000)]
     config = RLConfig(run=RunConfig(dir=str(tmp_path)), model=ModelConfig(path="m"), curriculum=stages, iterations=3)
     checkpoint(tmp_path, 3)
-    assert tell_finished(config)
-    assert not tell_finished(replace(config, only="rollout"))
+    assert report_finished(config)
+    assert not report_finished(replace(config, only="rollout"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ovr_megatron.checkpoint.generators import generator_states, put_generator_states
+from ovr_megatron.checkpoint.generators import generator_states, set_generator_states
 
 
 def draw() -> list[float]:
@@ -24,5 +24,5 @@ def test_the_same_numbers_come_again(tmp_path, warm: bool) -> None:
     save_file(generator_states(), tmp_path / "states.safetensors")
     first = [draw() for _ in range(3)]
     assert [draw() for _ in range(3)] != first
-    put_generator_states(load_file(tmp_path / "states.safetensors"))
+    set_generator_states(load_file(tmp_path / "states.safetensors"))
     assert [draw() for _ in range(3)] == first

@@ -24,7 +24,7 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.weights.folder import WeightWriter, copy_companions
+from ovr_megatron.weights.folder import WeightWriter, copy_hf_assets
 from tests.gpu.test_model import build
 
 PUZZLES = ("puzzle:digits?form=text&task=sum&answered=0", "puzzle:digits?form=image&task=sum&answered=0")
@@ -125,7 +125,7 @@ def test_an_update_reaches_the_engine(both: Both, tmp_path: Path) -> None:
     with WeightWriter(tmp_path / "export") as writer:
         for name, tensor in both.trainer.weights():
             writer.add(name, tensor)
-    copy_companions(both.folder, tmp_path / "export")
+    copy_hf_assets(both.folder, tmp_path / "export")
     command = [sys.executable, "-m", "tests.gpu.rollout", str(tmp_path / "export")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
@@ -193,7 +193,7 @@ def packed_equals_separate(folder: Path) -> dict[str, float]:
 def resumed(folder: Path, out: Path) -> dict[str, list[list[float]]]:
     """Losses of four steps after a checkpoint, where it was written and in other layouts."""
     if world.is_main:
-        write_companions(out / "companions", Processor(folder, DataConfig()))
+        write_hf_assets(out / "companions", Processor(folder, DataConfig()))
     losses: dict[str, list[list[float]]] = {}
     for name, parallel in {
         "tp=2 pp=2": ParallelConfig(tp=2, pp=2, distributed_optimizer=True, overlap=True),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import ColdStartConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
@@ -116,7 +116,7 @@ def test_a_checkpoint_takes_the_planned_bytes(tmp_path: Path, models: Path, dtyp
         Engine(shape, model, ParallelConfig(), world).with_optimizer(config.optimizer, 1).load(WeightFolder(folder))
     )
     engine.train([text_and_images(shape, (16,), ())], loss)
-    write_companions(tmp_path / "companions", Processor(folder, DataConfig()))
+    write_hf_assets(tmp_path / "companions", Processor(folder, DataConfig()))
     saved = store.save(tmp_path / "checkpoints", 1, {"policy": engine}, tmp_path / "companions", {}, world)
     written = 0
     for part in saved.glob("policy*"):

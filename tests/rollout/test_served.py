@@ -13,7 +13,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.sampling_params import SamplingParams
 
-from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.positions import Visual, mrope_positions
 from ovr_megatron.data.processing import Processor
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_vllm_samples_the_trained_distribution_by_default(folder: Path, tmp_path: Path) -> None:
     assert ModelConfig(model=str(folder)).get_diff_sampling_param()["top_k"] == 1
-    write_companions(tmp_path, Processor(folder, DataConfig()))
+    write_hf_assets(tmp_path, Processor(folder, DataConfig()))
     served = ModelConfig(model=str(tmp_path))
     plain = SamplingParams()
     assert repr(SamplingParams(**served.get_diff_sampling_param())) == repr(plain)

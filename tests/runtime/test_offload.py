@@ -10,7 +10,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime import distributed
-from ovr_megatron.runtime.offload import Parking
+from ovr_megatron.runtime.offload import OffloadedTensors
 from ovr_megatron.weights.folder import WeightFolder
 from tests.plan.engines import PACKS, loss, storage_bytes, text_and_images
 
@@ -18,14 +18,14 @@ from tests.plan.engines import PACKS, loss, storage_bytes, text_and_images
 def test_views_see_what_was_there() -> None:
     whole = torch.arange(4096.0)
     view, small, lost = whole[1000:2000].view(10, 100), torch.ones(3), torch.ones(4096)
-    kept, dropped = Parking(), Parking(keep=False)
-    kept.park([whole, view, small])
-    dropped.park([lost])
+    kept, dropped = OffloadedTensors(), OffloadedTensors(keep=False)
+    kept.offload([whole, view, small])
+    dropped.offload([lost])
     assert whole.untyped_storage().nbytes() == lost.untyped_storage().nbytes() == 0
     assert not kept.is_empty and small.sum() == 3
-    kept.park([whole])  # has no memory to give
-    kept.ready()
-    dropped.ready()
+    kept.offload([whole])  # has no memory to give
+    kept.wait_onloaded()
+    dropped.wait_onloaded()
     assert kept.is_empty and torch.equal(whole, torch.arange(4096.0)) and view[0, 0] == 1000
     assert not lost.any()
 

@@ -15,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.model.tiny import make_tiny_model
@@ -55,7 +55,7 @@ def main() -> None:
     """Export, serve, ask."""
     with tempfile.TemporaryDirectory() as folder:
         base, export = make_tiny_model(Path(folder) / "base"), Path(folder) / "export"
-        write_companions(export, Processor(base, DataConfig()))
+        write_hf_assets(export, Processor(base, DataConfig()))
         (base / "model.safetensors").rename(export / "model.safetensors")
         port = free_port()
         command = [

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ovr_megatron.data.hf_files import AssetError
-from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, copy_companions
+from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, copy_hf_assets
 
 INDEX = "model.safetensors.index.json"
 
@@ -195,14 +195,14 @@ def test_unknown_tensor(tmp_path, tensors):
         folder.tensor("model.layers.9.x")
 
 
-def test_only_known_companions_are_copied(tmp_path):
+def test_only_known_hf_assets_are_copied(tmp_path):
     source, out = tmp_path / "a", tmp_path / "b"
     kept = ["config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "generation_config.json", "LICENSE"]
     left = [INDEX, "pytorch_model.bin", ".git/HEAD", "extra/x.txt", "modeling.py", "training_args.bin", ".env"]
     for name in [*kept, *left, "model.safetensors", "id_rsa", "config.json.bak", "model-00001.partial"]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(f"{name} é")
-    assert sorted(copy_companions(source, out)) == sorted(kept)
+    assert sorted(copy_hf_assets(source, out)) == sorted(kept)
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(kept)
     assert all((out / name).read_bytes() == (source / name).read_bytes() for name in kept)
 
@@ -214,7 +214,7 @@ def test_a_link_that_leaves_the_folder_is_not_copied(tmp_path, name):
     (tmp_path / "secret").write_text("key")
     (source / name).symlink_to("../secret")
     with pytest.raises(AssetError, match=rf"{name} is a link that leaves the folder, to {tmp_path}/secret"):
-        copy_companions(source, tmp_path / "b")
+        copy_hf_assets(source, tmp_path / "b")
     assert list((tmp_path / "b").iterdir()) == []
 
 
@@ -228,15 +228,15 @@ def test_links_within_the_folder_and_those_of_the_cache_of_hugging_face_are_foll
     (source / "LICENSE").write_text("text")
     (source / "NOTICE").symlink_to("LICENSE")
     (tmp_path / "link").symlink_to(source)
-    assert copy_companions(tmp_path / "link", tmp_path / "b") == ["LICENSE", "NOTICE", "vocab.json"]
+    assert copy_hf_assets(tmp_path / "link", tmp_path / "b") == ["LICENSE", "NOTICE", "vocab.json"]
     assert [(tmp_path / "b" / name).read_text() for name in ("vocab.json", "NOTICE")] == ["blob", "text"]
     (source / "merges.txt").symlink_to("../../refs")
     with pytest.raises(AssetError, match="leaves the folder"):
-        copy_companions(source, tmp_path / "c")
+        copy_hf_assets(source, tmp_path / "c")
     (source / "merges.txt").unlink()
     (source / "merges.txt").symlink_to("nowhere")
     with pytest.raises(AssetError, match="no file"):
-        copy_companions(source, tmp_path / "c")
+        copy_hf_assets(source, tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -253,12 +253,12 @@ def test_links_within_the_folder_and_those_of_the_cache_of_hugging_face_are_foll
 def test_the_config_names_the_new_number_format(tmp_path, config, expected):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    copy_companions(tmp_path / "a", tmp_path / "b", torch.float32)
+    copy_hf_assets(tmp_path / "a", tmp_path / "b", torch.float32)
     assert json.loads((tmp_path / "b" / "config.json").read_text()) == expected
 
 
 def test_a_config_that_names_the_format_already_keeps_its_bytes(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_bytes(b'{ "torch_dtype":"float32"}')
-    copy_companions(tmp_path / "a", tmp_path / "b", torch.float32)
+    copy_hf_assets(tmp_path / "a", tmp_path / "b", torch.float32)
     assert (tmp_path / "b" / "config.json").read_bytes() == b'{ "torch_dtype":"float32"}'

@@ -1,4 +1,4 @@
-"""What started a run, a line a start in ``RUN/starts.jsonl``: recipe and overrides, commit, versions, machine."""
+"""Record each start of a run as a line of ``RUN/starts.jsonl``: recipe, overrides, commit, versions and machine."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ _PACKAGES = ("ovr-megatron", "torch", "megatron-core", "transformer-engine", "tr
 
 
 @dataclass(frozen=True)
-class Origin:
+class LaunchArgs:
     """Recipe and overrides of a command line."""
 
     recipe: str
     overrides: Sequence[str]
 
 
-def record_start(run: Path, origin: Origin, processes: int) -> None:
+def record_start(run: Path, launch: LaunchArgs, processes: int) -> None:
     """Append a line to ``RUN/starts.jsonl``."""
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name(0)
+    else:
+        device = platform.processor() or platform.machine()
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "recipe": origin.recipe,
-        "overrides": list(origin.overrides),
+        "recipe": launch.recipe,
+        "overrides": list(launch.overrides),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": f"{platform.node()}, {processes} x {device}",
@@ -44,17 +47,18 @@ def record_start(run: Path, origin: Origin, processes: int) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    """Return the versions of those packages that are installed."""
+    versions = {}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """Return the starts of a run, in order; none of a run that was not started from a command line."""
+    """Return the starts of a run in order, an empty list for a run that was not started from a command line."""
     path = run / STARTS
     if not path.is_file():
         return []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.checkpoint.companions import write_companions
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
@@ -29,7 +29,7 @@ def test_transformers_generates_the_trained_distribution_of_an_export(base: Path
     export = tmp_path / "export"
     processor = Processor(base, DataConfig())
     for _ in range(2):  # a run that is resumed writes them again
-        write_companions(export, processor)
+        write_hf_assets(export, processor)
     shutil.copy(base / "model.safetensors", export)
     settings = GenerationConfig.from_pretrained(export)
     assert (settings.do_sample, settings.temperature, settings.top_p, settings.top_k) == (True, 1.0, 1.0, 0)
@@ -45,15 +45,15 @@ def test_transformers_generates_the_trained_distribution_of_an_export(base: Path
 
 def test_the_base_models_generation_config_stays_beside_it(base: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "cold", tmp_path / "rl"
-    write_companions(first, Processor(base, DataConfig()))
-    write_companions(second, Processor(first, DataConfig()))
+    write_hf_assets(first, Processor(base, DataConfig()))
+    write_hf_assets(second, Processor(first, DataConfig()))
     assert (second / "generation_config.base.json").read_text() == BASE
     assert (second / "generation_config.json").read_text() == (first / "generation_config.json").read_text() != BASE
 
 
 @pytest.mark.parametrize("rule", ["grid", "extent"])
 def test_the_rule_after_a_video_goes_with_the_export(base: Path, tmp_path: Path, rule: str) -> None:
-    write_companions(tmp_path / "export", Processor(base, DataConfig(after_video=rule)))
+    write_hf_assets(tmp_path / "export", Processor(base, DataConfig(after_video=rule)))
     assert json.loads((tmp_path / "export" / "config.json").read_text())["after_video"] == rule
     assert Processor(tmp_path / "export", DataConfig()).after_video == rule
     assert Processor(tmp_path / "export", DataConfig(after_video="grid")).after_video == "grid"
