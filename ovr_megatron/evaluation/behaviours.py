@@ -188,6 +188,7 @@ def transfer(visual: Sequence[int | None], linguistic: Sequence[int | None], see
     visual_total, linguistic_total = occurs.sum(0)
     if not linguistic_total:
         return Rate(None, None, None)
+    # Both rates are of the same resampled traces: they vary together.
     draws = np.random.default_rng(seed).integers(0, len(occurs), (RESAMPLES, len(occurs)))
     visual_sums = occurs[draws, 0].sum(1)
     linguistic_sums = occurs[draws, 1].sum(1)
@@ -209,6 +210,7 @@ def kappa(first: Sequence[int | None], second: Sequence[int | None]) -> float | 
     agreement = sum(a == b for a, b in pairs) / n
     first_yes = sum(a for a, _ in pairs) / n
     second_yes = sum(b for _, b in pairs) / n
+    # Agreement of two independent judges with these shares of yes.
     chance = first_yes * second_yes + (1 - first_yes) * (1 - second_yes)
     return None if chance == 1 else (agreement - chance) / (1 - chance)
 

@@ -167,6 +167,7 @@ def response_limit(model: Path, args: argparse.Namespace) -> int:
     A model so short that a prompt of the default limit takes more than a quarter of it leaves three quarters.
     """
     shape = ModelShape.from_hf(model)
+    # Not `data_config`, which needs this limit for the longest prompt.
     prompt_tokens = args.max_prompt_tokens or min(DataConfig.max_prompt_tokens, shape.max_positions // 4)
     return shape.response_limit(args.max_tokens or 0, prompt_tokens)
 

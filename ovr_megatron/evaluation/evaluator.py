@@ -161,6 +161,7 @@ def evaluate(
     if responses is None:
         return None
 
+    # Only the verdicts can have changed, and only if the rows or the graders have.
     if previous_result and [_as_read_back(response) for response in responses] == previous_responses:
         if previous_result | score(responses, problems.official) == previous_result:
             return previous_result
@@ -225,12 +226,10 @@ def _generate(
     samples: list[int | None] = [None, *range(settings.samples)]
     rows = {index: problems.rows[index] for index in indices}
     lengths = context.processor.lengths(list(rows.values()), generation=True)
-    fitting = {index for index, length in zip(indices, lengths, strict=True) if isinstance(length, int)}
-    missing: dict[int, list[int | None]] = {}  # by problem
-    for index in indices:
-        missing_samples = [sample for sample in samples if (index, sample) not in cache]
-        if index in fitting and missing_samples:
-            missing[index] = missing_samples
+    # A prompt over the limit has an error in place of a length.
+    too_long = {index for index, length in zip(indices, lengths, strict=True) if not isinstance(length, int)}
+    fitting = [index for index in indices if index not in too_long]
+    missing = _missing_samples(cache, fitting, samples)
     progress(len(fitting) * len(samples) - sum(map(len, missing.values())))
 
     # Images are decoded for the problems that need the engine only, and once for both passes.
@@ -245,23 +244,31 @@ def _generate(
         progress(len(generations))
 
     # Two passes, because the engine takes one temperature for all prompts.
-    for is_greedy in (True, False):
-        requests: dict[int, list[int | None]] = {}
-        for index, missing_samples in missing.items():
-            selected = [sample for sample in missing_samples if (sample is None) == is_greedy]
-            if selected:
-                requests[index] = selected
-        temperature = 0.0 if is_greedy else settings.temperature
-        _run_engine(context, encoded, requests, temperature, settings, store, between)
+    greedy_requests = _missing_samples(cache, fitting, [None])
+    _run_engine(context, encoded, greedy_requests, 0.0, settings, store, between)
+    sampled_requests = _missing_samples(cache, fitting, samples[1:])
+    _run_engine(context, encoded, sampled_requests, settings.temperature, settings, store, between)
 
     for index, row in rows.items():
         blank = _without_response(index, row, *problems.metric_of(row, settings.metric))
         for sample in samples:
-            if index in fitting:
-                yield replace(blank, sample=sample, **cache[index, sample])
-            else:
+            if index in too_long:
                 progress(1)
                 yield replace(blank, sample=sample, reason="prompt too long")
+            else:
+                yield replace(blank, sample=sample, **cache[index, sample])
+
+
+def _missing_samples(
+    cache: ResponseCache, indices: Sequence[int], samples: Sequence[int | None]
+) -> dict[int, list[int | None]]:
+    """Return by problem the samples that are not cached; problems without any are left out."""
+    missing: dict[int, list[int | None]] = {}
+    for index in indices:
+        missing_samples = [sample for sample in samples if (index, sample) not in cache]
+        if missing_samples:
+            missing[index] = missing_samples
+    return missing
 
 
 def _run_engine(
@@ -280,6 +287,7 @@ def _run_engine(
     for index in indices:
         # All seeds of the problem, so that a sample has the same seed however many are missing.
         seeds = seeds_of(settings.seed, 0, index, settings.samples)
+        # A greedy response draws nothing; its seed does not matter.
         request_seeds = [0 if sample is None else seeds[sample] for sample in requests[index]]
         prompts.append(_make_prompt(encoded[index], request_seeds, settings))
 
@@ -309,7 +317,7 @@ def grade(grader: GraderPool, responses: Sequence[GradedResponse]) -> list[Grade
     positions: list[int] = []  # of the responses that the graders get
     requests: list[GradeRequest] = []
     for position, response in enumerate(responses):
-        if response.response is None:
+        if response.response is None:  # a prompt over the limit: wrong without a verdict
             continue
         if response.metric == "exact":
             is_same = response.response.strip() == response.reference.strip()

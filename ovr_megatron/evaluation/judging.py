@@ -54,6 +54,7 @@ def judge_behaviours(
         raise ConfigError("the files hold no response")
     out.mkdir(parents=True, exist_ok=True)
 
+    # All checkpoints in one call: a local engine starts once, and an endpoint is never idle between them.
     counts = _count(first_judge, traces, out)
     result: dict[str, Any] = {
         "judge": first_judge.judge,
@@ -63,19 +64,24 @@ def judge_behaviours(
     }
     start = 0
     for name, checkpoint_traces in checkpoints.items():
-        rows = range(start, start + len(checkpoint_traces))
-        summary = summarise(_select(counts.by_behaviour, rows))
-        result["checkpoints"][name] = summary | {"file": files[name].name}
-        start = rows.stop
+        end = start + len(checkpoint_traces)
+        checkpoint_counts = _select(counts.by_behaviour, range(start, end))
+        result["checkpoints"][name] = summarise(checkpoint_counts) | {"file": files[name].name}
+        start = end
 
     # A fixed seed: the next run has the same sample, whose answers and annotations are on disk.
     sample_rows = sorted(random.Random(0).sample(range(len(traces)), min(sample, len(traces))))
     for judge in other_judges:
         judge_counts = _count(judge, [traces[row] for row in sample_rows], out)
-        comparison = compare_counts(_select(counts.by_behaviour, sample_rows), judge_counts.by_behaviour)
-        result["second"] = {"judge": judge.judge, "missing": dict(judge_counts.missing)} | comparison
+        first_counts = _select(counts.by_behaviour, sample_rows)
+        result["second"] = {
+            "judge": judge.judge,
+            "missing": dict(judge_counts.missing),
+            **compare_counts(first_counts, judge_counts.by_behaviour),
+        }
     if annotate:
         write_annotations(out / ANNOTATIONS, [(owners[row], traces[row]) for row in sample_rows])
+    # Also without --annotate: people may have filled in the file of an earlier run.
     if (out / ANNOTATIONS).exists():
         keys = [(owner, trace.id) for owner, trace in zip(owners, traces, strict=True)]
         result["people"] = compare_counts(*read_annotations(out / ANNOTATIONS, keys, counts.by_behaviour))
@@ -89,12 +95,11 @@ def _count(judge: JudgeConfig, traces: Sequence[Trace], folder: Path) -> Counts:
         return count_behaviours(traces, judge, folder, progress.update)
 
 
-def _select(counts: BehaviourCounts, rows: Iterable[int]) -> BehaviourCounts:
+def _select(counts: BehaviourCounts, rows: Sequence[int]) -> BehaviourCounts:
     """Return the counts of some traces, by their index."""
-    indices = list(rows)
     selected: BehaviourCounts = {}
     for behaviour, values in counts.items():
-        selected[behaviour] = [values[index] for index in indices]
+        selected[behaviour] = [values[row] for row in rows]
     return selected
 
 
@@ -159,7 +164,7 @@ def read_annotations(
     for number, line in enumerate(_read_lines(path), 1):
         count = line.get("count")
         name = line.get("behaviour")
-        row = rows.get((line.get("checkpoint"), line.get("id")))
+        row = rows.get((line.get("checkpoint"), line.get("id")))  # None: a trace of another run
         if name not in BEHAVIOURS or not (count is None or (isinstance(count, int) and count >= 0)):
             raise ConfigError(f"{path}:{number}: behaviour {name!r} with count {count!r}; give a count of 0 or more")
         if count is not None and row is not None:

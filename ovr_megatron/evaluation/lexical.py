@@ -46,10 +46,11 @@ _LOOK = _any(
 _WRONG = _any("wrong", "incorrect", "not right", "mistaken", "off", "impossible", "a mistake", "an error", "a dead end")
 _GOAL = _any("goal", "target", "answer", "end", "conclusion", "result", "wanted", "desired", "sought")
 
+# Patterns of phrases, by linguistic behaviour. Each is matched at word boundaries, in any case.
 CUES = {
     "backtracking": (
         _any("wait", "hold on", "hang on", "oops", "whoops", "scra(?:tch|p) that", "on second thought", "never ?mind"),
-        r"(?:no|nope),? (?:that|this|it)(?:'s| is| was| can't| cannot| doesn't| does not| won't)",
+        r"(?:no|nope),? (?:that|this|it)(?:'s| is| was| can't| cannot| doesn't| does not| won't)",  # "no, this won't"
         rf"(?:that|this|it|which|something|the \w+) (?:is|was|were|must be|might be|may be|seems|looks) {_WRONG}",
         r"(?:cannot|can't) be (?:right|correct)",
         _any("misread\\w*", "miscount\\w*", "misjudg\\w*", "misinterpret\\w*", "mixed up", "overlooked", "my mistake"),
@@ -61,39 +62,43 @@ CUES = {
     ),
     "subgoal_setting": (
         r"step (?:1|one|2|two)",
-        r"(?:break|split|divid|decompos|partition)\w* (?:\w+ ){0,4}?(?:in|into|by)",
+        r"(?:break|split|divid|decompos|partition)\w* (?:\w+ ){0,4}?(?:in|into|by)",  # "split the figure into"
         _any(
             "(?:my|the|a) (?:plan|strategy|roadmap|agenda)", "here's how I(?:'ll| will)", "sub-?(?:goal|problem|task)s?"
         ),
         r"(?:first|next|second|third|intermediate|final) (?:goal|task|target|stage|milestone|objective)s?",
         r"(?:two|three|four|several) (?:parts|steps|stages|pieces|tasks|targets|cases)",
-        r"(\w+) by \1",
+        r"(\w+) by \1",  # "row by row"
         r"first,? (?:I|we|let me|let's|find|get|compute|determine|figure)[^.]*(?:then|after|next|second|finally)",
         _any("from top to bottom:", "from left to right:", "in turn", "by cases"),
     ),
     "verification": (
+        # Not "checker", "check mark" and "checkout".
         r"(?:check(?!er| mark|out)|double[- ]check|re-?check|cross[- ]check|verif|confirm|validat)\w*",
         r"(?:re-?comput|recalculat|recount)\w*",
-        r"(?:plug|substitut|put)\w* (?:\w+ ){0,4}?back",
+        r"(?:plug|substitut|put)\w* (?:\w+ ){0,4}?back",  # "putting 4 back"
         r"(?:to be|to make) (?:sure|certain|safe)",
         _any(
             "as required", "that matches", "which matches", "tallies", "supports the (?:result|answer)", "a quick test"
         ),
-        r"indeed,? .*=",
+        r"indeed,? .*=",  # "indeed, 3 + 5 = 8"
     ),
     "backward_chaining": (
         _any("work(?:ing|ed)? (?:\\w+ )?back(?:wards?)?", "in reverse", "backwards?", "reverse the"),
+        # "to end with 24, the numbers before it must be"
         r"(?:to|in order to) (?:get|reach|obtain|have|end|arrive|make|prove|show|conclude|land|finish|win|know)"
         r"[^.;]{1,90}"
         r"(?:need|must|have to|has to|require|enough)\w*",
-        rf"(?:start|begin)\w* (?:from|with|at) (?:the|what) (?:\w+ )?{_GOAL}",
+        rf"(?:start|begin)\w* (?:from|with|at) (?:the|what) (?:\w+ )?{_GOAL}",  # "start from the final result"
         rf"(?:the|our|my) (?:{_GOAL}|desired \w+|wanted \w+) (?:is|must be|should be)",
+        # "for the sum to be even, both must"
         r"for (?:that|this|it|which|\w+(?: \w+){0,4}) to (?:be|hold|work|happen|equal)[^.]*(?:must|need|has to)\w*",
         r"if the (?:answer|result|final \w+) (?:is|were|was|is to be)[^.]*(?:must|need|would)\w*",
         _any("what is sought", "is the target", "it would be enough", "(?:calls for|requires)[^.]*so"),
         rf"so (?:I|we)(?:'ll| will)? {_LOOK} (?:for|in|the)",
     ),
 }
+# Patterns that the sentence or a neighbour has to contain as well, by visual behaviour.
 VISUAL_CUES = {
     "visual_reflection": (
         _IMAGE,
@@ -131,7 +136,7 @@ def acts(reasoning: str) -> list[Act]:
     for linguistic, visual in PAIRS:
         hits = [_matches(sentence, _CUES[linguistic]) for sentence in sentences]
         occurrences += _runs(linguistic, hits, spans)
-        if any(hits):
+        if any(hits):  # a visual behaviour is its linguistic counterpart, about the image
             has_cue = [_matches(sentence, _VISUAL_CUES[visual]) for sentence in sentences]
             visual_hits = []
             for index, hit in enumerate(hits):

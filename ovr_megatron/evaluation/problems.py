@@ -72,7 +72,7 @@ class ProblemSet:
         """
         metric, reference = reference_of(row, metric)
         if self.benchmark and metric == "boxed":
-            rules = self.benchmark.rules
+            rules = self.benchmark.rules  # "" stands for all sources that have no rule of their own
             metric = rules.get(row.source) or rules.get("") or metric
         return metric, reference
 
@@ -101,6 +101,7 @@ def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
     rows: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     if len(rows) >= ENDLESS and not limit:
         raise ConfigError(f"{source.path} never ends; give a limit, or for a puzzle split=heldout")
+    # A benchmark may be a part of the published set; only the rows themselves say which part they belong to.
     if benchmark and benchmark.only_source:
         rows = Subset(rows, [index for index in range(len(rows)) if rows[index].source == benchmark.only_source])
         if not len(rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ def rule_of(metric: str) -> str:
 def reference_of(row: Row, metric: str) -> tuple[str, str]:
     """Return how a row is graded, ``boxed`` or ``exact``, and its reference.
 
-    ``auto`` stands for ``exact`` where the row's assistant text is the answer itself, such as a caption, else ``boxed``.
+    ``auto`` stands for ``exact`` where the row's assistant text is itself the answer, as a caption, else ``boxed``.
 
     Raises:
         RowError: the row has nothing to compare with.
@@ -147,15 +147,24 @@ def _sampled_scores(responses: Sequence[GradedResponse]) -> dict[str, Any]:
     for response in _ensure_votes(responses):
         groups.setdefault(response.index, []).append(response)
     samples = len(responses) // len(groups)
-    correct_counts = [sum(response.correct for response in group) for group in groups.values()]
-    sizes = [len(group) for group in groups.values()]
-    passes = {}
-    for k in k_values(samples):
-        chances = (pass_at_k(size, correct, k) for size, correct in zip(sizes, correct_counts, strict=True))
-        passes[str(k)] = accuracy_interval(sum(chances), len(groups))
-    majority = accuracy_interval(sum(map(majority_is_right, groups.values())), len(groups))
-    # The mean of pass@1 over the problems is the mean over all samples, avg@k.
-    return {"samples": samples, "average": passes["1"], "pass": passes, "majority": majority, **_counts(responses)}
+    passes = {str(k): _pass_accuracy(groups.values(), k) for k in k_values(samples)}
+    majority_chances = [majority_is_right(group) for group in groups.values()]
+    return {
+        "samples": samples,
+        "average": passes["1"],  # pass@1 averaged over the problems is the mean over all samples, avg@k
+        "pass": passes,
+        "majority": accuracy_interval(sum(majority_chances), len(groups)),
+        **_counts(responses),
+    }
+
+
+def _pass_accuracy(groups: Collection[Sequence[GradedResponse]], k: int) -> dict[str, float]:
+    """Return pass@k over problems, from the samples of each."""
+    chances = []
+    for group in groups:
+        correct = sum(response.correct for response in group)
+        chances.append(pass_at_k(len(group), correct, k))
+    return accuracy_interval(sum(chances), len(groups))
 
 
 def majority_is_right(group: Sequence[GradedResponse]) -> float:
@@ -172,7 +181,7 @@ def majority_is_right(group: Sequence[GradedResponse]) -> float:
             votes[right_answer] += 1
         elif answer:
             votes[answer] += 1
-    highest = max(votes.values(), default=0)
+    highest = max(votes.values(), default=0)  # 0: no response has an answer
     winners = [answer for answer, count in votes.items() if count == highest]
     return 1 / len(winners) if right_answer in winners else 0.0
 
@@ -193,26 +202,37 @@ def add_votes(grader: GraderPool, responses: Sequence[GradedResponse]) -> list[G
                 answers.append(answer)
 
     votes: dict[tuple[int, str], str] = {}  # by problem and answer
-    # Each round compares every problem's first answer with its others, all problems in one call of the graders.
     while remaining:
-        comparisons: list[tuple[int, str, str]] = []
+        votes |= _vote_for_first(grader, problems, remaining)
+        next_remaining: dict[int, list[str]] = {}
         for index, answers in remaining.items():
-            first = answers[0]
-            votes[index, first] = first
-            if problems[index].metric != "exact":
-                comparisons += [(index, first, answer) for answer in answers[1:]]
-        requests = [_comparison(problems[index], first, answer) for index, first, answer in comparisons]
-        verdicts = grader.grade(requests) if requests else []
-        for (index, first, answer), verdict in zip(comparisons, verdicts, strict=True):
-            if verdict.correct:
-                votes[index, answer] = first
-        next_round: dict[int, list[str]] = {}
-        for index, answers in remaining.items():
-            answers_left = [answer for answer in answers if (index, answer) not in votes]
-            if answers_left:
-                next_round[index] = answers_left
-        remaining = next_round
+            unequal_answers = [answer for answer in answers if (index, answer) not in votes]
+            if unequal_answers:
+                next_remaining[index] = unequal_answers
+        remaining = next_remaining
     return [_with_vote(response, votes) for response in responses]
+
+
+def _vote_for_first(
+    grader: GraderPool, problems: Mapping[int, GradedResponse], remaining: Mapping[int, Sequence[str]]
+) -> dict[tuple[int, str], str]:
+    """Return the votes, by problem and answer, of each problem's first answer and those that count as the same."""
+    votes: dict[tuple[int, str], str] = {}
+    compared: list[tuple[int, str]] = []
+    requests: list[GradeRequest] = []
+    for index, (first, *other_answers) in remaining.items():
+        votes[index, first] = first
+        if problems[index].metric == "exact":  # different texts are different answers
+            continue
+        for answer in other_answers:
+            compared.append((index, answer))
+            requests.append(_comparison(problems[index], first, answer))
+    # One call for all problems, so that all workers of the pool have work.
+    verdicts = grader.grade(requests) if requests else []
+    for (index, answer), verdict in zip(compared, verdicts, strict=True):
+        if verdict.correct:
+            votes[index, answer] = remaining[index][0]
+    return votes
 
 
 def _with_vote(response: GradedResponse, votes: Mapping[tuple[int, str], str]) -> GradedResponse:
@@ -230,6 +250,7 @@ def _ensure_votes(responses: Sequence[GradedResponse]) -> Sequence[GradedRespons
     """Return ``responses`` with votes; add those that responses of an older file, or of other code, lack."""
     answers: set[tuple[int, str]] = set()  # wrong answers without a vote, by problem
     for response in responses:
+        # Right responses are one answer in any case.
         if response.sample is not None and response.vote is None and not response.correct:
             if answer := answer_of(response):
                 answers.add((response.index, answer))
@@ -242,7 +263,7 @@ def _ensure_votes(responses: Sequence[GradedResponse]) -> Sequence[GradedRespons
 
 def answer_of(response: GradedResponse) -> str:
     """Return the answer of a response, its last box or for ``exact`` its text; empty if it has none."""
-    text = response.response or ""
+    text = response.response or ""  # None for a prompt over the limit
     return text.strip() if response.metric == "exact" else last_box(text) or ""
 
 

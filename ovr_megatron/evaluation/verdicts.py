@@ -26,6 +26,7 @@ _VERDICT = re.compile(r"<verdict>\s*(right|wrong)\s*</verdict>", re.IGNORECASE)
 def format_question(response: GradedResponse) -> str:
     """Return the question for the judge; tags mark the texts as data, whatever instructions they hold."""
     options = "".join(f"\n({chr(ord('A') + index)}) {option}" for index, option in enumerate(response.options))
+    # The end of the answer, without the thought before it: a judge's context is limited.
     final_part = (response.response or "").rpartition("</think>")[2].strip()[-_JUDGED_CHARACTERS:]
     return f"""You will compare the final answer of a response with the right answer to a problem.
 
@@ -68,6 +69,7 @@ def judge_responses(scores: Path, config: JudgeConfig) -> dict[str, Any]:
     """
     result = _read_result(scores)
     responses = read_responses(scores.with_name(f"{result['set']}.responses.jsonl"))
+    # A damaged file of responses would give scores of fewer problems.
     greedy = sum(response.sample is None for response in responses)
     if greedy != result["problems"]:
         raise ConfigError(f"{scores}: {result['problems']} problems, but {greedy} responses; evaluate the model again")
