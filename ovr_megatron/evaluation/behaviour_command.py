@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     budget = budget_of(args)
     judges = [JudgeConfig(judge=args.judge, key_env=args.key_env, **budget)]
-    if args.second:
+    if args.second:  # with its own key, and within the same limits
         judges.append(JudgeConfig(judge=args.second, key_env=args.second_key_env, **budget))
     files = parse_files(args.responses)
     result = judge_behaviours(files, judges, args.out, args.limit, args.sample, args.annotate)

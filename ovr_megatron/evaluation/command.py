@@ -16,6 +16,7 @@ from typing import Any
 
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.evaluation.benchmarks import format_benchmarks
+from ovr_megatron.evaluation.scoring import format_accuracy
 from ovr_megatron.model.shape import LONGEST_RESPONSE, ModelShape
 from ovr_megatron.runtime.command import run_command
 from ovr_megatron.runtime.terminal import printable
@@ -203,20 +204,18 @@ def dtype_of(model: Path) -> str:
 
 def result_line(result: dict[str, Any], out: Path) -> str:
     """Return the scores of a set as one line for the terminal."""
-    greedy = result["greedy"]
-    sampled = result["sampled"]
-    accuracy = f"{100 * greedy['accuracy']:.1f} % ({100 * greedy['low']:.1f} to {100 * greedy['high']:.1f})"
-    line = f"{result['set']}: {accuracy} of {result['problems']}"
+    line = f"{result['set']}: {format_accuracy(result['greedy'])} of {result['problems']}"
     for title, score in result.get("official", {}).items():
         line += f", {title} {100 * score['accuracy']:.1f} %"
-    if sampled:
+    if sampled := result["sampled"]:
         line += f", avg@{sampled['samples']} {100 * sampled['average']['accuracy']:.1f} %"
         for k, share in sampled["pass"].items():
             line += f", pass@{k} {100 * share['accuracy']:.1f} %"
     line += cut_off(result) + without_verdict(result)
     if result["dropped"]:
         line += f", {result['dropped']} prompts too long"
-    return f"{line}; {result['tokens_per_second']:,.0f} tokens/s; {out / result['set']}.json"
+    speed = f"{result['tokens_per_second']:,.0f} tokens/s"
+    return f"{line}; {speed}; {out / result['set']}.json"
 
 
 def cut_off(result: dict[str, Any]) -> str:

@@ -72,19 +72,14 @@ def judge_behaviours(
     # A fixed seed: the next run has the same sample, whose answers and annotations are on disk.
     sample_rows = sorted(random.Random(0).sample(range(len(traces)), min(sample, len(traces))))
     for judge in other_judges:
-        judge_counts = _count(judge, [traces[row] for row in sample_rows], out)
-        first_counts = _select(counts.by_behaviour, sample_rows)
-        result["second"] = {
-            "judge": judge.judge,
-            "missing": dict(judge_counts.missing),
-            **compare_counts(first_counts, judge_counts.by_behaviour),
-        }
+        result["second"] = _compare_judge(judge, traces, sample_rows, counts.by_behaviour, out)
     if annotate:
         write_annotations(out / ANNOTATIONS, [(owners[row], traces[row]) for row in sample_rows])
-    # Also without --annotate: people may have filled in the file of an earlier run.
+    # Also without `annotate`: people may have filled in the file of an earlier run.
     if (out / ANNOTATIONS).exists():
         keys = [(owner, trace.id) for owner, trace in zip(owners, traces, strict=True)]
-        result["people"] = compare_counts(*read_annotations(out / ANNOTATIONS, keys, counts.by_behaviour))
+        judge_counts, people_counts = read_annotations(out / ANNOTATIONS, keys, counts.by_behaviour)
+        result["people"] = compare_counts(judge_counts, people_counts)
     _write_counts(out / PER_TRACE, owners, traces, counts.by_behaviour)
     write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
     return result
@@ -93,6 +88,18 @@ def judge_behaviours(
 def _count(judge: JudgeConfig, traces: Sequence[Trace], folder: Path) -> Counts:
     with Progress(len(traces) * len(BEHAVIOURS), judge.judge, "question") as progress:
         return count_behaviours(traces, judge, folder, progress.update)
+
+
+def _compare_judge(
+    judge: JudgeConfig, traces: Sequence[Trace], rows: Sequence[int], counts: BehaviourCounts, folder: Path
+) -> dict[str, Any]:
+    """Have another judge count in the traces ``rows``, and return its agreement with the first judge's ``counts``."""
+    judge_counts = _count(judge, [traces[row] for row in rows], folder)
+    return {
+        "judge": judge.judge,
+        "missing": dict(judge_counts.missing),
+        **compare_counts(_select(counts, rows), judge_counts.by_behaviour),
+    }
 
 
 def _select(counts: BehaviourCounts, rows: Sequence[int]) -> BehaviourCounts:
@@ -121,7 +128,9 @@ def compare_counts(first: BehaviourCounts, second: BehaviourCounts) -> dict[str,
         all_first += first[behaviour]
         all_second += second[behaviour]
     kappas["all"] = kappa(all_first, all_second)
-    compared = sum(a is not None and b is not None for a, b in zip(all_first, all_second, strict=True))
+    compared = 0
+    for first_count, second_count in zip(all_first, all_second, strict=True):
+        compared += first_count is not None and second_count is not None
     return {"kappa": kappas, "compared": compared}
 
 
@@ -165,7 +174,8 @@ def read_annotations(
         count = line.get("count")
         name = line.get("behaviour")
         row = rows.get((line.get("checkpoint"), line.get("id")))  # None: a trace of another run
-        if name not in BEHAVIOURS or not (count is None or (isinstance(count, int) and count >= 0)):
+        is_count = count is None or (isinstance(count, int) and count >= 0)
+        if name not in BEHAVIOURS or not is_count:
             raise ConfigError(f"{path}:{number}: behaviour {name!r} with count {count!r}; give a count of 0 or more")
         if count is not None and row is not None:
             judge_counts[name].append(counts[name][row])
@@ -203,7 +213,8 @@ def format_table(result: Mapping[str, Any]) -> str:
             agreement = "nothing to compare" if value is None else f"{value:.2f}"
             lines.append(f"kappa with {judge}: {agreement} ({result[key]['compared']} compared)")
     if result["missing"]:
-        lines.append("without a count: " + ", ".join(f"{count} {why}" for why, count in result["missing"].items()))
+        missing = [f"{count} {why}" for why, count in result["missing"].items()]
+        lines.append(f"without a count: {', '.join(missing)}")
     return "\n".join(lines)
 
 
@@ -214,4 +225,7 @@ def _table_line(title: str, cells: Iterable[str]) -> str:
 def _percent(rate: Mapping[str, Any] | None, key: str) -> str:
     if not rate or rate[key] is None:
         return "-"
-    return f"{100 * rate[key]:.1f} % ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"
+    value = 100 * rate[key]
+    low = 100 * rate["low"]
+    high = 100 * rate["high"]
+    return f"{value:.1f} % ({low:.1f}-{high:.1f})"

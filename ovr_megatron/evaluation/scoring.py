@@ -131,15 +131,14 @@ def _greedy_and_sampled(responses: Sequence[GradedResponse]) -> dict[str, Any]:
     greedy = [response for response in responses if response.sample is None]
     sampled = [response for response in responses if response.sample is not None]
     correct = sum(response.correct for response in greedy)
-    return {
-        "greedy": {
-            **accuracy_interval(correct, len(greedy)),
-            "correct": correct,
-            "problems": len(greedy),
-            **_counts(greedy),
-        },
-        "sampled": _sampled_scores(sampled) if sampled else None,
+    greedy_scores = {
+        **accuracy_interval(correct, len(greedy)),
+        "correct": correct,
+        "problems": len(greedy),
+        **_counts(greedy),
     }
+    sampled_scores = _sampled_scores(sampled) if sampled else None
+    return {"greedy": greedy_scores, "sampled": sampled_scores}
 
 
 def _sampled_scores(responses: Sequence[GradedResponse]) -> dict[str, Any]:
@@ -279,12 +278,24 @@ def accuracy_interval(correct: float, total: int) -> dict[str, float]:
     return {"accuracy": share.value, "low": share.low, "high": share.high}
 
 
+def format_accuracy(scores: Mapping[str, Any]) -> str:
+    """Return an accuracy and its interval in percent, as text."""
+    accuracy = 100 * scores["accuracy"]
+    low = 100 * scores["low"]
+    high = 100 * scores["high"]
+    return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"
+
+
 def _counts(responses: Sequence[GradedResponse]) -> dict[str, float | None]:
     """Count failed verdicts; compute the mean length and the share that stopped, without dropped prompts."""
     failed = sum(response.failed for response in responses)
     answered = [response for response in responses if response.response is not None]
     if not answered:
         return {"failed": failed, "tokens": None, "stopped": None}
-    tokens = sum(response.tokens for response in answered) / len(answered)
-    stopped = sum(response.stopped for response in answered) / len(answered)
-    return {"failed": failed, "tokens": tokens, "stopped": stopped}
+    tokens = sum(response.tokens for response in answered)
+    stopped = sum(response.stopped for response in answered)
+    return {
+        "failed": failed,
+        "tokens": tokens / len(answered),
+        "stopped": stopped / len(answered),
+    }

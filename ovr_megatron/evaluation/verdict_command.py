@@ -28,6 +28,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ovr_megatron.evaluation.verdicts import judge_responses, summary_line
 
     config = JudgeConfig(judge=args.judge, key_env=args.key_env, **budget_of(args))
-    for path in args.scores:
+    for path in args.scores:  # a set is printed when it is done, since a judge may take hours
         summary = judge_responses(path, config)
         print(printable(summary_line(path.stem, summary)), flush=True)

@@ -14,7 +14,7 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import kappa
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS
 from ovr_megatron.evaluation.judges import JudgeConfig, ask_judge, key_of
-from ovr_megatron.evaluation.scoring import GradedResponse, score
+from ovr_megatron.evaluation.scoring import GradedResponse, format_accuracy, score
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
 
@@ -164,14 +164,14 @@ def read_responses(path: Path) -> list[GradedResponse]:
 
 def summary_line(name: str, summary: Mapping[str, Any]) -> str:
     """Return the judge's accuracy and the agreement with the rules as one line for the terminal."""
-    greedy = summary["greedy"]
-    accuracy = f"{100 * greedy['accuracy']:.1f} % ({100 * greedy['low']:.1f} to {100 * greedy['high']:.1f})"
     agreement = f"{summary['same']} of {summary['compared']} verdicts as the rules'"
     if summary["kappa"] is not None:
         agreement += f", kappa {summary['kappa']:.2f}"
+    accuracy = format_accuracy(summary["greedy"])
     line = f"{name}: {accuracy} by {summary['judge']}; {agreement}"
     if summary["missing"]:
-        line += "; without a verdict: " + ", ".join(f"{count} {why}" for why, count in summary["missing"].items())
+        missing = [f"{count} {why}" for why, count in summary["missing"].items()]
+        line += f"; without a verdict: {', '.join(missing)}"
     return line
 
 
