@@ -198,8 +198,9 @@ def paper_score(name: str, title: str, result: Mapping[str, Any]) -> Mapping[str
     once the judge was asked about every response.
     """
     judged = result.get("judged")
-    is_judged = judged and not {"not asked", "failed"} & set(judged["missing"])
-    scores = judged if is_judged else result
+    scores = result
+    if judged and not {"not asked", "failed"} & set(judged["missing"]):
+        scores = judged
     if title in BENCHMARKS[name].official:
         return scores.get("official", {}).get(title)
     if BENCHMARKS[name].samples and scores["sampled"]:

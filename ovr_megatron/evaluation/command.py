@@ -184,7 +184,9 @@ def image_budget(model: Path) -> dict[str, int]:
     image_config = file_config.get("image_processor", file_config) if isinstance(file_config, dict) else {}
     if not isinstance(image_config, dict):
         image_config = {}
-    size = image_config.get("size") if isinstance(image_config.get("size"), dict) else {}
+    size: Any = image_config.get("size")
+    if not isinstance(size, dict):
+        size = {}
     low = image_config.get("min_pixels") or size.get("shortest_edge") or DataConfig.min_pixels
     high = image_config.get("max_pixels") or size.get("longest_edge") or DataConfig.max_pixels
     for pixels in (low, high):

@@ -161,7 +161,7 @@ def evaluate(
     if responses is None:
         return None
 
-    # Only the verdicts can have changed, and only if the rows or the graders have.
+    # A finished evaluation is graded anew, since rows or graders may have changed. If nothing did, nothing is written.
     if previous_result and [_as_read_back(response) for response in responses] == previous_responses:
         if previous_result | score(responses, problems.official) == previous_result:
             return previous_result
