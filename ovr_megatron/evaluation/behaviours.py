@@ -151,7 +151,7 @@ def read_traces(path: Path, limit: int = 0) -> list[Trace]:
     traces: list[Trace] = []
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+            for line_number, line in enumerate(lines, 1):
                 if limit and len(traces) == limit:
                     break
                 fields = json.loads(line)
@@ -161,12 +161,12 @@ def read_traces(path: Path, limit: int = 0) -> list[Trace]:
                 if is_evaluation and fields.get("sample") is not None:
                     continue
                 problem = fields["question"] if is_evaluation else fields["prompt"]
-                traces.append(Trace(str(fields.get("id", number)), problem, fields["response"]))
+                traces.append(Trace(str(fields.get("id", line_number)), problem, fields["response"]))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a file of responses") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}:{number}: is no response ({error!r}); give NAME.responses.jsonl of tools/evaluate.py, or rollouts"
+            f"{path}:{line_number}: is no response ({error!r}); give NAME.responses.jsonl of tools/evaluate.py, or rollouts"
         ) from None
     return traces
 

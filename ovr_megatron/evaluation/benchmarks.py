@@ -173,9 +173,19 @@ _SCORED_BY_RULES = (
     ),
 )
 _RUN_BY_VLMEVALKIT = (
-    _vlmevalkit("charxiv_reasoning", "CharXiv, reasoning", "CharXiv_reasoning_val", True, {"CharXiv, reasoning": 44.5}),
     _vlmevalkit(
-        "charxiv_descriptive", "CharXiv, descriptive", "CharXiv_descriptive_val", True, {"CharXiv, descriptive": 73.6}
+        "charxiv_reasoning",
+        "CharXiv, reasoning",
+        "CharXiv_reasoning_val",
+        model_judge=True,
+        paper={"CharXiv, reasoning": 44.5},
+    ),
+    _vlmevalkit(
+        "charxiv_descriptive",
+        "CharXiv, descriptive",
+        "CharXiv_descriptive_val",
+        model_judge=True,
+        paper={"CharXiv, descriptive": 73.6},
     ),
     _vlmevalkit("mmbench", "MMBench", "MMBench_DEV_EN_V11"),
     _vlmevalkit("blink", "BLINK", "BLINK"),
@@ -185,7 +195,7 @@ _RUN_BY_VLMEVALKIT = (
     _vlmevalkit("realworldqa", "RealWorldQA", "RealWorldQA"),
     _vlmevalkit("phyx", "PhyX", "PhyX_mini_MC"),
     _vlmevalkit("mme", "MME", "MME"),
-    _vlmevalkit("mmvet", "MM-Vet", "MMVet", True),
+    _vlmevalkit("mmvet", "MM-Vet", "MMVet", model_judge=True),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (*_SCORED_BY_RULES, *_RUN_BY_VLMEVALKIT)}
 

@@ -170,13 +170,15 @@ def read_annotations(
     rows: dict[Any, int] = {key: row for row, key in enumerate(keys)}
     judge_counts: BehaviourCounts = {name: [] for name in BEHAVIOURS}
     people_counts: BehaviourCounts = {name: [] for name in BEHAVIOURS}
-    for number, line in enumerate(_read_lines(path), 1):
+    for line_number, line in enumerate(_read_lines(path), 1):
         count = line.get("count")
         name = line.get("behaviour")
         row = rows.get((line.get("checkpoint"), line.get("id")))  # None: a trace of another run
         is_count = count is None or (isinstance(count, int) and count >= 0)
         if name not in BEHAVIOURS or not is_count:
-            raise ConfigError(f"{path}:{number}: behaviour {name!r} with count {count!r}; give a count of 0 or more")
+            raise ConfigError(
+                f"{path}:{line_number}: behaviour {name!r} with count {count!r}; give a count of 0 or more"
+            )
         if count is not None and row is not None:
             judge_counts[name].append(counts[name][row])
             people_counts[name].append(count)
@@ -187,11 +189,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     objects = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             objects.append(json.loads(line))
         except ValueError as error:
-            raise ConfigError(f"{path}:{number}: is no JSON ({error}); correct the line") from None
+            raise ConfigError(f"{path}:{line_number}: is no JSON ({error}); correct the line") from None
     return objects
 
 
