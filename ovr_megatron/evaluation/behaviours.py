@@ -166,7 +166,8 @@ def read_traces(path: Path, limit: int = 0) -> list[Trace]:
         raise ConfigError(f"{path}: cannot be read ({error}); give a file of responses") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}:{line_number}: is no response ({error!r}); give NAME.responses.jsonl of tools/evaluate.py, or rollouts"
+            f"{path}:{line_number}: is no response ({error!r}); "
+            "give NAME.responses.jsonl of tools/evaluate.py, or rollouts"
         ) from None
     return traces
 
