@@ -1,1 +1,1 @@
-"""Models on problem sets: asked by vLLM, graded, scored with intervals; after training and during it."""
+"""Evaluate models on problem sets, during and after training: generate by vLLM, grade, score with intervals."""

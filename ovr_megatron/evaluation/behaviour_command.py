@@ -31,22 +31,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # Here, so that --help does not wait for the libraries of a judge.
     from ovr_megatron.evaluation.judges import JudgeConfig
-    from ovr_megatron.evaluation.judging import judge, show
+    from ovr_megatron.evaluation.judging import format_table, judge_behaviours
 
     budget = budget_of(args)
     judges = [JudgeConfig(judge=args.judge, key_env=args.key_env, **budget)]
-    if args.second:
+    if args.second:  # with its own key, and within the same limits
         judges.append(JudgeConfig(judge=args.second, key_env=args.second_key_env, **budget))
-    result = judge(named(args.responses), judges, args.out, args.limit, args.sample, args.annotate)
-    print(printable(show(result)))
+    files = parse_files(args.responses)
+    result = judge_behaviours(files, judges, args.out, args.limit, args.sample, args.annotate)
+    print(printable(format_table(result)))
     print(args.out / "behaviours.json", flush=True)
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every judge that is a model."""
+    """Add the arguments that every judge model has."""
     parser.add_argument("--key-env", metavar="VAR", help="environment variable with the endpoint's key")
-    told = "send the key to another machine without encryption"
-    parser.add_argument("--allow-http", action="store_true", help=told)
+    http_help = "send the key to another machine without encryption"
+    parser.add_argument("--allow-http", action="store_true", help=http_help)
     parser.add_argument("--max-tokens", type=whole_number(1), default=1024, help="of a judge's answer")
     parser.add_argument(
         "--max-requests", type=whole_number(0), default=0, help="budget of all runs in the folder (0: none)"
@@ -57,23 +58,23 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 
 
 def budget_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Limits of a judge as `JudgeConfig` takes them."""
+    """Return the limits of a judge as keywords of `JudgeConfig`."""
     names = ("allow_http", "max_tokens", "max_requests", "max_total_tokens")
     return {name: getattr(args, name) for name in names}
 
 
-def named(given: Sequence[str]) -> dict[str, Path]:
-    """Files by name of the checkpoint.
+def parse_files(arguments: Sequence[str]) -> dict[str, Path]:
+    """Parse ``NAME=FILE`` arguments to files by name of the checkpoint.
 
     Raises:
-        ConfigError: no name, or one twice.
+        ConfigError: an argument has no name, or two have the same.
     """
-    found: dict[str, Path] = {}
-    for pair in given:
-        name, equals, path = pair.partition("=")
+    files: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
         if not equals or not name:
-            raise ConfigError(f"{pair}: give NAME=FILE, such as rl=runs/eval/mathvision.responses.jsonl")
-        if name in found:
+            raise ConfigError(f"{argument}: give NAME=FILE, such as rl=runs/eval/mathvision.responses.jsonl")
+        if name in files:
             raise ConfigError(f"{name} is given twice; name one of the files otherwise")
-        found[name] = Path(path)
-    return found
+        files[name] = Path(path)
+    return files

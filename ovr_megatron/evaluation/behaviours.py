@@ -1,7 +1,7 @@
-"""Cognitive behaviours in reasoning traces, and how far they carry over to vision (paper, section 5, figure 5).
+"""Cognitive behaviours in reasoning traces, and how far they transfer to vision (paper, section 5, figure 5).
 
-Four linguistic behaviours, each with a visual counterpart.  A judge reads a trace and says how often it has one; from
-the counts come emergence rates (the share of traces that have it at all) and transfer rates (visual over linguistic).
+There are four linguistic behaviours, each with a visual counterpart.  A judge counts them in a trace.  The counts give
+emergence rates (the share of traces with at least one occurrence) and transfer rates (visual over linguistic).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.statistics import Share, wilson
 
-VERSION = 1  # of the judge's prompt: another text is another question
-RESAMPLES = 2000
+VERSION = 1  # of the question: a changed question must not reuse answers
+RESAMPLES = 2000  # of the bootstrap
 _COUNT = re.compile(r"<count>\s*(\d{1,4})\s*</count>", re.IGNORECASE)
-# Of Chinese and Japanese, whose words stand together, every character.
+# Chinese and Japanese are written without spaces: there every character counts as a word.
 _WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+")
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """One behaviour: what a judge is told of it."""
+    """One behaviour, as the judge's question describes it."""
 
     name: str
     title: str
@@ -37,7 +37,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Trace:
-    """A problem and what a model thought about it; ``id`` is the problem's."""
+    """The text of a problem and a model's reasoning about it; ``id`` is the problem's."""
 
     id: str
     problem: str
@@ -46,7 +46,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Rate:
-    """A ratio with its bootstrap interval; ``value`` is missing where the denominator is 0."""
+    """A ratio with its bootstrap interval; all None where the denominator is 0."""
 
     value: float | None
     low: float | None
@@ -106,11 +106,11 @@ VISUAL = (
     ),
 )
 BEHAVIOURS = {behaviour.name: behaviour for behaviour in (*LINGUISTIC, *VISUAL)}
-PAIRS = tuple((ours.name, theirs.name) for ours, theirs in zip(LINGUISTIC, VISUAL, strict=True))
+PAIRS = tuple((linguistic.name, visual.name) for linguistic, visual in zip(LINGUISTIC, VISUAL, strict=True))
 
 
-def question(behaviour: Behaviour, trace: Trace) -> str:
-    """What a judge is asked; the trace stands between marks, and is data however it reads."""
+def format_question(behaviour: Behaviour, trace: Trace) -> str:
+    """Return the question for the judge; tags mark the trace as data, whatever instructions it holds."""
     return f"""You will read how somebody reasoned about a problem, and count one kind of behaviour in it.
 
 The behaviour: {behaviour.title}. {behaviour.definition}
@@ -129,93 +129,112 @@ does not count. Answer with the number alone, as <count>N</count>; <count>0</cou
 
 
 def read_count(answer: str, trace: Trace) -> int | None:
-    """The number in the last ``<count>N</count>``; None for an answer that has none, which nobody guesses at.
+    """Return the number in the last ``<count>N</count>``; None if there is none: a count is never guessed.
 
-    Nor does a number count that is larger than the words of the trace: a separate act takes one at least.
+    A number larger than the number of words in the trace counts as none: a separate act takes at least one word.
     """
     numbers = _COUNT.findall(answer)
-    return int(numbers[-1]) if numbers and int(numbers[-1]) <= len(_WORD.findall(trace.reasoning)) else None
+    if not numbers:
+        return None
+    count = int(numbers[-1])
+    return count if count <= len(_WORD.findall(trace.reasoning)) else None
 
 
 def read_traces(path: Path, limit: int = 0) -> list[Trace]:
-    """Traces of a file of responses: of ``tools/evaluate.py``, or of an iteration's rollouts; 0 takes all.
+    """Read the first ``limit`` traces of a file of responses, 0 for all.
 
-    Of an evaluation only the greedy responses count.
+    The file is one of ``tools/evaluate.py``, of which only the greedy responses count, or of an iteration's rollouts.
 
     Raises:
-        ConfigError: the file is not there, or a line is no response.
+        ConfigError: the file does not exist, or a line is no response.
     """
     traces: list[Trace] = []
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+            for line_number, line in enumerate(lines, 1):
                 if limit and len(traces) == limit:
                     break
-                told = json.loads(line)
-                if told.get("response") is None or ("question" in told and told.get("sample") is not None):
+                fields = json.loads(line)
+                if fields.get("response") is None:
                     continue
-                problem = told["question"] if "question" in told else told["prompt"]
-                traces.append(Trace(str(told.get("id", number)), problem, told["response"]))
+                is_evaluation = "question" in fields  # rollouts have a prompt instead
+                if is_evaluation and fields.get("sample") is not None:
+                    continue
+                problem = fields["question"] if is_evaluation else fields["prompt"]
+                traces.append(Trace(str(fields.get("id", line_number)), problem, fields["response"]))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a file of responses") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}:{number}: is no response ({error!r}); give NAME.responses.jsonl of tools/evaluate.py, or rollouts"
+            f"{path}:{line_number}: is no response ({error!r}); "
+            "give NAME.responses.jsonl of tools/evaluate.py, or rollouts"
         ) from None
     return traces
 
 
 def emergence(counts: Sequence[int]) -> Share | None:
-    """Share of traces with at least one occurrence (CBR), with Wilson's interval; None of no traces."""
+    """Return the share of traces with at least one occurrence (CBR), with Wilson's interval; None without traces."""
     return wilson(sum(count > 0 for count in counts), len(counts)) if counts else None
 
 
 def transfer(visual: Sequence[int | None], linguistic: Sequence[int | None], seed: int = 0) -> Rate:
-    """Behaviour transfer rate: CBR(visual) / CBR(linguistic) over the same traces, with a 95 % bootstrap interval.
+    """Return the behaviour transfer rate, CBR(visual) / CBR(linguistic) of the same traces.
 
-    Traces of which one of the two counts is missing are left out of both.
+    Its 95 % interval is a percentile bootstrap over traces.  Traces without one of the two counts are left out.
     """
-    pairs = [(a > 0, b > 0) for a, b in zip(visual, linguistic, strict=True) if a is not None and b is not None]
+    pairs = _occurrence_pairs(visual, linguistic)
     if not pairs:
         return Rate(None, None, None)
-    found = np.array(pairs, dtype=float)
-    below = found[:, 1].sum()
-    if not below:
+    occurs = np.array(pairs, dtype=float)  # [traces, 2], 0 or 1
+    visual_total, linguistic_total = occurs.sum(0)
+    if not linguistic_total:
         return Rate(None, None, None)
-    draws = np.random.default_rng(seed).integers(0, len(found), (RESAMPLES, len(found)))
-    above, under = (found[draws, column].sum(1) for column in (0, 1))
-    ratios = above[under > 0] / under[under > 0]
+    # Both rates are of the same resampled traces: they vary together.
+    draws = np.random.default_rng(seed).integers(0, len(occurs), (RESAMPLES, len(occurs)))
+    visual_sums = occurs[draws, 0].sum(1)
+    linguistic_sums = occurs[draws, 1].sum(1)
+    is_defined = linguistic_sums > 0  # a resample without the linguistic behaviour has no rate
+    ratios = visual_sums[is_defined] / linguistic_sums[is_defined]
     low, high = np.quantile(ratios, [0.025, 0.975])
-    return Rate(float(found[:, 0].sum() / below), float(low), float(high))
+    return Rate(float(visual_total / linguistic_total), float(low), float(high))
 
 
-def kappa(one: Sequence[int | None], other: Sequence[int | None]) -> float | None:
-    """Cohen's kappa of two judges on whether a behaviour occurs; traces that one has not judged are left out.
+def kappa(first: Sequence[int | None], second: Sequence[int | None]) -> float | None:
+    """Return Cohen's kappa of two judges on whether a behaviour occurs; traces without one of the counts are left out.
 
-    None where there is nothing to compare, or where both say the same of every trace: chance alone agrees then.
+    None if there is nothing to compare, or if both judges say the same of every trace: chance agreement is then 1.
     """
-    pairs = [(a > 0, b > 0) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    pairs = _occurrence_pairs(first, second)
     if not pairs:
         return None
     n = len(pairs)
-    agree = sum(a == b for a, b in pairs) / n
-    yes_one, yes_other = sum(a for a, _ in pairs) / n, sum(b for _, b in pairs) / n
-    chance = yes_one * yes_other + (1 - yes_one) * (1 - yes_other)
-    return None if chance == 1 else (agree - chance) / (1 - chance)
+    agreement = sum(a == b for a, b in pairs) / n
+    first_yes = sum(a for a, _ in pairs) / n
+    second_yes = sum(b for _, b in pairs) / n
+    # Agreement of two independent judges with these shares of yes.
+    chance = first_yes * second_yes + (1 - first_yes) * (1 - second_yes)
+    return None if chance == 1 else (agreement - chance) / (1 - chance)
+
+
+def _occurrence_pairs(first: Sequence[int | None], second: Sequence[int | None]) -> list[tuple[bool, bool]]:
+    """Return for every trace with both counts whether each is positive."""
+    return [(a > 0, b > 0) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
 
 
 def summarise(counts: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:
-    """Rates of one checkpoint from the counts of every behaviour, None where a judge's answer was malformed."""
-    told: dict[str, Any] = {"traces": max(map(len, counts.values()), default=0), "behaviours": {}, "transfer": {}}
-    for name, found in counts.items():
-        known = [count for count in found if count is not None]
-        share = emergence(known)
-        told["behaviours"][name] = {
+    """Return the rates of a checkpoint from the counts of every behaviour, None where the judge gave no count."""
+    behaviours: dict[str, Any] = {}
+    for name, judged_counts in counts.items():
+        valid_counts = [count for count in judged_counts if count is not None]
+        share = emergence(valid_counts)
+        behaviours[name] = {
             "emergence": share and {"rate": share.value, "low": share.low, "high": share.high, "traces": share.total},
-            "per_trace": sum(known) / len(known) if known else None,
-            "malformed": len(found) - len(known),
+            "per_trace": sum(valid_counts) / len(valid_counts) if valid_counts else None,
+            "malformed": len(judged_counts) - len(valid_counts),
         }
+    transfers: dict[str, Any] = {}
     for linguistic, visual in PAIRS:
         if linguistic in counts and visual in counts:
-            told["transfer"][linguistic] = vars(transfer(counts[visual], counts[linguistic]))
-    return told
+            transfers[linguistic] = vars(transfer(counts[visual], counts[linguistic]))
+    traces = max(map(len, counts.values()), default=0)
+    return {"traces": traces, "behaviours": behaviours, "transfer": transfers}

@@ -1,6 +1,6 @@
-"""A model on problem sets: greedy and sampled responses by vLLM, graded, scored and kept.
+"""Evaluate a model on problem sets: greedy and sampled responses by vLLM, graded, scored and written to files.
 
-Under ``torchrun`` the engine's replicas share the problems and the first rank writes.
+Under ``torchrun`` the engine's replicas share the problems, and the first rank writes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ovr_megatron.config import DataConfig, RolloutConfig, SourceConfig
 from ovr_megatron.curation.stage import listing
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row
-from ovr_megatron.evaluation.kept import Kept, check_results, finished_before
 from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
-from ovr_megatron.evaluation.scoring import BOXED, Graded, score, with_votes
+from ovr_megatron.evaluation.response_cache import ResponseCache, check_results, read_finished
+from ovr_megatron.evaluation.scoring import GradedResponse, add_votes, rule_of, score
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -33,14 +33,23 @@ from ovr_megatron.runtime.stop import StopRequest, StopRequested
 from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.work_barrier import WorkBarrier
 
-CHUNK = 512  # problems whose images are held at a time
+CHUNK = 512  # problems whose images are in memory at a time
+
+OnGenerations = Callable[[int, Sequence[int | None], Sequence[Generation]], None]
+"""Called with the index of a problem, its samples, and a generation for each sample."""
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What answers and grades, for any number of problem sets: ``tp`` neighbouring ranks hold one engine.
+class EvalContext:
+    """The model, engine and graders that evaluate any number of problem sets.
 
-    With ``stop`` an evaluation is left when a signal comes, on any rank.
+    Attributes:
+        model: Name of the model in the results.
+        engine: vLLM on this rank.
+        processor: Turns rows into prompts and tokens into text.
+        grader: Processes that grade.
+        tp: Neighbouring ranks that hold one engine.
+        stop: An evaluation ends early when any rank receives a signal; None ignores signals.
     """
 
     model: str
@@ -52,11 +61,26 @@ class Bench:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes."""
+        """Return whether this process writes."""
         return dist.get_rank() == 0
 
+    @property
+    def replica(self) -> int:
+        """Return the index of this rank's engine among the replicas."""
+        return dist.get_rank() // self.tp
 
-def run(
+    @property
+    def replicas(self) -> int:
+        """Return the number of engines."""
+        return dist.get_world_size() // self.tp
+
+    @property
+    def is_leader(self) -> bool:
+        """Return whether this rank is the first of its engine; the others hold the same responses."""
+        return dist.get_rank() % self.tp == 0
+
+
+def evaluate_sets(
     model: Path,
     sets: Mapping[str, str],
     limit: int,
@@ -68,186 +92,285 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Evaluate the folder ``model`` on every set, path by name, with one start of vLLM; a collective.
 
-    ``torch.distributed`` must be initialised; vLLM is gone when the last result has been taken.
+    ``torch.distributed`` must be initialised; vLLM ends when the last result has been taken.
 
     Yields:
         The result of each set, on the first rank only.
     """
     check_results(out, sets)
-    problems = [open_problems(SourceConfig(path=path, name=name), limit) for name, path in sets.items()]
+    problem_sets = [open_problems(SourceConfig(path=path, name=name), limit) for name, path in sets.items()]
     processor = Processor(model, data)
     engine = RolloutEngine(model, rollout, processor, dtype, data.max_prompt_tokens + settings.max_tokens)
     with GraderPool() as grader:
-        bench = Bench(str(model), engine, processor, grader, rollout.tp)
-        for each in problems:
-            chosen = each.settings(settings)
-            weights = [entry for entry in listing(str(model)) if not entry[0].endswith(".md")]  # the card changes alone
-            told = [weights, dtype, listing(each.path), each.count, asdict(chosen), _budget(data), rollout.stop]
-            mark = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:12]
-            if result := evaluate(bench, each, chosen, out, mark):
+        context = EvalContext(str(model), engine, processor, grader, rollout.tp)
+        for problems in problem_sets:
+            set_settings = problems.resolve_settings(settings)
+            mark = _fingerprint(model, problems, set_settings, data, rollout, dtype)
+            if result := evaluate(context, problems, set_settings, out, mark):
                 yield result
 
 
-def evaluate(
-    bench: Bench, problems: ProblemSet, settings: Settings, out: Path, mark: str | None = None
-) -> dict[str, Any] | None:
-    """Ask every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
+def _fingerprint(
+    model: Path, problems: ProblemSet, settings: Settings, data: DataConfig, rollout: RolloutConfig, dtype: str
+) -> str:
+    """Return a hash of all that decides about the responses; equal hashes share cached responses."""
+    # A new model card does not change the responses.
+    weights = [entry for entry in listing(str(model)) if not entry[0].endswith(".md")]
+    fields = [
+        weights,
+        dtype,
+        listing(problems.path),
+        problems.count,
+        asdict(settings),
+        _data_budget(data),
+        rollout.stop,
+    ]
+    return hashlib.sha256(json.dumps(fields, default=str).encode()).hexdigest()[:12]
 
-    With ``mark``, which stands for model, problems and settings, every response is kept as it comes; an evaluation of
-    the same mark that was interrupted goes on where it was, and of one that is done nothing is asked again, only
-    graded; files stay as they are where that changes nothing.
+
+def evaluate(
+    context: EvalContext, problems: ProblemSet, settings: Settings, out: Path, mark: str | None = None
+) -> dict[str, Any] | None:
+    """Answer and grade every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
+
+    ``mark`` stands for model, problems and settings.  With it, every response is written to a cache as soon as it is
+    complete.  An interrupted evaluation of the same mark continues from its cache.  A finished one generates nothing
+    and is only graded again; its files are rewritten only if that changes them.
 
     Returns:
-        What is in ``NAME.json``: the scores of `ovr_megatron.evaluation.scoring.score` with ``set``, ``model``,
+        The content of ``NAME.json``: the scores of `ovr_megatron.evaluation.scoring.score` with ``set``, ``model``,
         ``source``, ``benchmark`` (its name, or None), ``settings``, ``rules``, the first problem's ``prompt`` as the
         model sees it (None if it is too long), ``seconds`` and ``tokens_per_second``.  None on all ranks but the first.
 
     Raises:
-        RowError: a row that cannot be used.
+        RowError: a row cannot be used.
         StopRequested: on all ranks, as one was asked to stop; nothing is written.
     """
-    assert settings.samples is not None
-    began = time.perf_counter()
-    replica, follower = divmod(dist.get_rank(), bench.tp)
-    mine = range(replica, problems.count, dist.get_world_size() // bench.tp)
-    graded: list[Graded] = []
-    finished = finished_before(out, problems.name, mark) if mark else None
-    kept = Kept(out / f".{problems.name}.{mark}" if mark else None, replica, follower == 0)
-    kept.take(finished[1] if finished else ())
-    work = WorkBarrier(f"evaluation/{out}/{problems.name}", bench.stop)
-
-    def between() -> bool:
-        return work.engine_step(bench.engine.agree)
-
-    with kept, Progress(len(mine) * (1 + settings.samples), problems.name, "response", bench.is_main) as progress:
-        with suppress(StopRequested):  # the other ranks hear of it in the barrier
-            for start in range(0, len(mine), CHUNK):
-                chunk = mine[start : start + CHUNK]
-                answered = list(_answer(bench, problems, chunk, settings, kept, progress.update, between))
-                graded += answered if follower else grade(bench.grader, answered)
+    start_time = time.perf_counter()
+    finished = read_finished(out, problems.name, mark) if mark else None
+    previous_result, previous_responses = finished or (None, [])
+    stem = out / f".{problems.name}.{mark}" if mark else None
+    cache = ResponseCache(stem, context.replica, context.is_leader)
+    cache.add_finished(previous_responses)
+    work = WorkBarrier(f"evaluation/{out}/{problems.name}", context.stop)
+    local_responses = _generate_and_grade(context, problems, settings, cache, work)
+    # Replicas take very different times: this barrier waits as long as any of them makes steps, which the gather below
+    # would not. It raises StopRequested on all ranks.
     work.wait()
-    everything: list[list[Graded]] | None = [[] for _ in range(dist.get_world_size())] if bench.is_main else None
-    dist.gather_object([] if follower else graded, everything)
-    if everything is None:
+    responses = _gather(context, local_responses)
+    if responses is None:
         return None
-    responses = sorted((r for part in everything for r in part), key=lambda r: r.order)
-    official = problems.known.official if problems.known else None
-    if (
-        finished
-        and [_plain(r) for r in responses] == finished[1]
-        and finished[0] | score(responses, official) == finished[0]
-    ):
-        return finished[0]
-    seconds = finished[0]["seconds"] if finished else time.perf_counter() - began
-    result = {
-        "set": problems.name,
-        "model": bench.model,
-        "source": problems.path,
-        "benchmark": problems.known.name if problems.known else None,
-        **score(responses, official),
-        "settings": asdict(settings) | _budget(bench.processor.config),
-        "rules": dict(problems.known.rules) if problems.known else {},
-        "prompt": _first_prompt(bench.processor, problems),
-        "seconds": seconds,
-        "tokens_per_second": sum(response.tokens for response in responses) / seconds,
-        "mark": mark,
-    }
+
+    # A finished evaluation is graded anew, since rows or graders may have changed. If nothing did, nothing is written.
+    if previous_result and [_as_read_back(response) for response in responses] == previous_responses:
+        if previous_result | score(responses, problems.official) == previous_result:
+            return previous_result
+    seconds = previous_result["seconds"] if previous_result else time.perf_counter() - start_time
+    result = _result(context, problems, settings, responses, seconds) | {"mark": mark}
     try:
         _write(out, problems.name, result, responses)
     except OSError as error:
         if mark:
             raise
-        # While a run trains, the scores go into its metrics, too.
+        # A periodic evaluation has no mark. Its scores are in the metrics of the run as well, so training continues.
         say(f"warning: the responses to {problems.name} are not kept ({error}); training goes on")
-    for left_over in out.glob(f".{problems.name}.*.answers.jsonl"):  # of other settings, too
-        left_over.unlink()
+    # Not earlier: until now only the caches held the responses. Caches of other settings are deleted as well.
+    for journal in out.glob(f".{problems.name}.*.answers.jsonl"):
+        journal.unlink()
     return result
 
 
-def _plain(response: Graded) -> dict[str, Any]:
-    """A response as it is read back from its file."""
-    return json.loads(json.dumps(response.to_json()))
+def _generate_and_grade(
+    context: EvalContext, problems: ProblemSet, settings: Settings, cache: ResponseCache, work: WorkBarrier
+) -> list[GradedResponse]:
+    """Answer this replica's share of the problems, and grade the responses on its leader; close the cache."""
+    assert settings.samples is not None
+    indices = range(context.replica, problems.count, context.replicas)
+    graded: list[GradedResponse] = []
+
+    def between() -> bool:
+        return work.engine_step(context.engine.agree)
+
+    with cache, Progress(len(indices) * (1 + settings.samples), problems.name, "response", context.is_main) as progress:
+        with suppress(StopRequested):  # the barrier that follows raises it on all ranks
+            for start in range(0, len(indices), CHUNK):
+                chunk = indices[start : start + CHUNK]
+                responses = list(_generate(context, problems, chunk, settings, cache, progress.update, between))
+                graded += grade(context.grader, responses) if context.is_leader else responses
+    return graded
 
 
-def _answer(
-    bench: Bench,
+def _generate(
+    context: EvalContext,
     problems: ProblemSet,
     indices: Sequence[int],
     settings: Settings,
-    kept: Kept,
+    cache: ResponseCache,
     progress: Callable[[int], None],
     between: Callable[[], bool],
-) -> Iterator[Graded]:
-    """Responses to the problems ``indices``, not yet graded; a prompt over the limit gives wrong ones.
+) -> Iterator[GradedResponse]:
+    """Yield the responses to the problems ``indices``, not graded yet; generate those that are not cached.
 
-    ``progress`` is called with the number of responses that are there, ``between`` between two steps of the engine.
+    A problem whose prompt is over the length limit gets responses without text, which count as wrong.
+
+    Args:
+        context: Engine and processor.
+        problems: The problem set.
+        indices: Different problems of the set.
+        settings: Settings of the set.
+        cache: Generated responses are added to it.
+        progress: Called with the number of responses that are complete.
+        between: Called between two steps of the engine; it stops when this returns True.
     """
     assert settings.samples is not None
-    rows = [problems.rows[index] for index in indices]
-    lengths = bench.processor.lengths(rows, generation=True)
-    fits = [at for at, length in enumerate(lengths) if isinstance(length, int)]
-    wanted: dict[int, list[int | None]] = {at: [None, *range(settings.samples)] for at in fits}
-    todo = [at for at in fits if any((indices[at], sample) not in kept for sample in wanted[at])]
-    progress(sum((indices[at], sample) in kept for at in todo for sample in wanted[at]))
-    progress(len(wanted) * (1 + settings.samples) - len(todo) * (1 + settings.samples))
-    samples = dict(zip(todo, bench.processor.encode([rows[at] for at in todo], generation=True), strict=True))
-    for greedy in (True, False):
-        asked: list[tuple[int, list[int | None]]] = []
-        for at in todo:
-            group = [number for number in wanted[at] if (number is None) == greedy]
-            if missing := [number for number in group if (indices[at], number) not in kept]:
-                asked.append((at, missing))
+    samples: list[int | None] = [None, *range(settings.samples)]
+    rows = {index: problems.rows[index] for index in indices}
+    lengths = context.processor.lengths(list(rows.values()), generation=True)
+    # A prompt over the limit has an error in place of a length.
+    too_long = {index for index, length in zip(indices, lengths, strict=True) if not isinstance(length, int)}
+    fitting = [index for index in indices if index not in too_long]
+    missing = _missing_samples(cache, fitting, samples)
+    progress(len(fitting) * len(samples) - sum(map(len, missing.values())))
 
-        def finished(number: int, found: list[Generation], asked: list = asked) -> None:
-            at, several = asked[number]
-            for sample, one in zip(several, found, strict=True):
-                text = bench.processor.decode(one.tokens)
-                kept.add(indices[at], sample, {"response": text, "tokens": len(one.tokens), "stopped": one.stopped})
-            progress(len(found))
+    # Images are decoded for the problems that need the engine only, and once for both passes.
+    encoded_samples = context.processor.encode([rows[index] for index in missing], generation=True)
+    encoded = dict(zip(missing, encoded_samples, strict=True))
 
-        prompts = []
-        for at, several in asked:
-            seeds = seeds_of(settings.seed, 0, indices[at], settings.samples)
-            prompts.append(_prompt(samples[at], [0 if s is None else seeds[s] for s in several], settings))
-        if prompts:
-            bench.engine.generate(prompts, 0.0 if greedy else settings.temperature, finished, between)
-    for at, (index, row) in enumerate(zip(indices, rows, strict=True)):
-        blank = _ungraded(index, row, *problems.metric(row, settings.metric))
-        for sample in (None, *range(settings.samples)):
-            if at in wanted:
-                yield replace(blank, sample=sample, **kept[index, sample])
-            else:
+    def store(index: int, requested: Sequence[int | None], generations: Sequence[Generation]) -> None:
+        for sample, generation in zip(requested, generations, strict=True):
+            text = context.processor.decode(generation.tokens)
+            response = {"response": text, "tokens": len(generation.tokens), "stopped": generation.stopped}
+            cache.add(index, sample, response)
+        progress(len(generations))
+
+    # Two passes, because the engine takes one temperature for all prompts.
+    greedy_requests = _missing_samples(cache, fitting, [None])
+    _run_engine(context, encoded, greedy_requests, 0.0, settings, store, between)
+    sampled_requests = _missing_samples(cache, fitting, samples[1:])
+    _run_engine(context, encoded, sampled_requests, settings.temperature, settings, store, between)
+
+    for index, row in rows.items():
+        blank = _without_response(index, row, *problems.metric_of(row, settings.metric))
+        for sample in samples:
+            if index in too_long:
                 progress(1)
                 yield replace(blank, sample=sample, reason="prompt too long")
+            else:
+                yield replace(blank, sample=sample, **cache[index, sample])
 
 
-def _prompt(sample: Sample, seeds: Sequence[int], settings: Settings) -> Prompt:
+def _missing_samples(
+    cache: ResponseCache, indices: Sequence[int], samples: Sequence[int | None]
+) -> dict[int, list[int | None]]:
+    """Return by problem the samples that are not cached; problems without any are left out."""
+    missing: dict[int, list[int | None]] = {}
+    for index in indices:
+        missing_samples = [sample for sample in samples if (index, sample) not in cache]
+        if missing_samples:
+            missing[index] = missing_samples
+    return missing
+
+
+def _run_engine(
+    context: EvalContext,
+    encoded: Mapping[int, Sample],
+    requests: Mapping[int, Sequence[int | None]],
+    temperature: float,
+    settings: Settings,
+    on_generations: OnGenerations,
+    between: Callable[[], bool],
+) -> None:
+    """Generate the requested samples of each problem."""
+    assert settings.samples is not None
+    indices = list(requests)
+    prompts = []
+    for index in indices:
+        # All seeds of the problem, so that a sample has the same seed however many are missing.
+        seeds = seeds_of(settings.seed, 0, index, settings.samples)
+        # A greedy response draws nothing; its seed does not matter.
+        request_seeds = [0 if sample is None else seeds[sample] for sample in requests[index]]
+        prompts.append(_make_prompt(encoded[index], request_seeds, settings))
+
+    def on_finished(position: int, generations: list[Generation]) -> None:
+        index = indices[position]
+        on_generations(index, requests[index], generations)
+
+    if prompts:
+        context.engine.generate(prompts, temperature, on_finished, between)
+
+
+def _make_prompt(sample: Sample, seeds: Sequence[int], settings: Settings) -> Prompt:
     return Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, settings.max_tokens)
 
 
-def _ungraded(index: int, row: Row, metric: str, reference: str) -> Graded:
+def _without_response(index: int, row: Row, metric: str, reference: str) -> GradedResponse:
     question = "\n".join(message.text for message in row.prompt)
-    return Graded(index, None, row.id, row.source, question, reference, row.options, metric)
+    return GradedResponse(index, None, row.id, row.source, question, reference, row.options, metric)
 
 
-def grade(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
+def grade(grader: GraderPool, responses: Sequence[GradedResponse]) -> list[GradedResponse]:
     """Return the responses with their verdicts and votes.
 
     Unlike for the reward, a box in a response that was cut off counts.
     """
     graded = list(responses)
-    boxed = [at for at, r in enumerate(responses) if r.response is not None and r.metric != "exact"]
-    requests = [
-        GradeRequest(r.response or "", r.reference, r.options, BOXED.get(r.metric, r.metric))
-        for r in (responses[at] for at in boxed)
-    ]
-    for at, verdict in zip(boxed, grader.grade(requests), strict=True):
-        graded[at] = replace(responses[at], correct=verdict.correct, reason=str(verdict.reason))
-    for at, r in enumerate(responses):
-        if r.response is not None and r.metric == "exact":
-            same = r.response.strip() == r.reference.strip()
-            graded[at] = replace(r, correct=same, reason="same text" if same else "different")
-    return with_votes(grader, graded)
+    positions: list[int] = []  # of the responses that the graders get
+    requests: list[GradeRequest] = []
+    for position, response in enumerate(responses):
+        if response.response is None:  # a prompt over the limit: wrong without a verdict
+            continue
+        if response.metric == "exact":
+            is_same = response.response.strip() == response.reference.strip()
+            reason = "same text" if is_same else "different"
+            graded[position] = replace(response, correct=is_same, reason=reason)
+        else:
+            positions.append(position)
+            rule = rule_of(response.metric)
+            requests.append(GradeRequest(response.response, response.reference, response.options, rule))
+    for position, verdict in zip(positions, grader.grade(requests), strict=True):
+        graded[position] = replace(responses[position], correct=verdict.correct, reason=str(verdict.reason))
+    return add_votes(grader, graded)
+
+
+def _gather(context: EvalContext, responses: list[GradedResponse]) -> list[GradedResponse] | None:
+    """Gather the responses of all replicas in the order of the file; None on all ranks but the first."""
+    gathered: list[Any] | None = [None] * dist.get_world_size() if context.is_main else None
+    # The ranks of an engine hold the same responses, so its leader alone sends them.
+    dist.gather_object(responses if context.is_leader else [], gathered)
+    if gathered is None:
+        return None
+    all_responses: list[GradedResponse] = []
+    for rank_responses in gathered:
+        all_responses += rank_responses
+    return sorted(all_responses, key=lambda response: response.order)
+
+
+def _result(
+    context: EvalContext,
+    problems: ProblemSet,
+    settings: Settings,
+    responses: Sequence[GradedResponse],
+    seconds: float,
+) -> dict[str, Any]:
+    """Return the content of ``NAME.json`` but for the mark."""
+    benchmark = problems.benchmark
+    return {
+        "set": problems.name,
+        "model": context.model,
+        "source": problems.path,
+        "benchmark": benchmark.name if benchmark else None,
+        **score(responses, problems.official),
+        "settings": asdict(settings) | _data_budget(context.processor.config),
+        "rules": dict(benchmark.rules) if benchmark else {},
+        "prompt": _first_prompt(context.processor, problems),
+        "seconds": seconds,
+        "tokens_per_second": sum(response.tokens for response in responses) / seconds,
+    }
+
+
+def _as_read_back(response: GradedResponse) -> dict[str, Any]:
+    """Return a response as it would be read from its file."""
+    return json.loads(json.dumps(response.to_json()))
 
 
 def _first_prompt(processor: Processor, problems: ProblemSet) -> str | None:
@@ -258,16 +381,19 @@ def _first_prompt(processor: Processor, problems: ProblemSet) -> str | None:
     return processor.decode(sample.prompt_tokens, skip_special_tokens=False)
 
 
-def _budget(config: DataConfig) -> dict[str, Any]:
+def _data_budget(config: DataConfig) -> dict[str, Any]:
+    """Return the settings that decide how a row becomes a prompt."""
     names = ("template", "min_pixels", "max_pixels", "max_images", "max_frames", "max_prompt_tokens")
     return {name: getattr(config, name) for name in names}
 
 
-def _write(out: Path, name: str, result: dict[str, Any], responses: Sequence[Graded]) -> None:
-    """Write the responses, then the scores; at no moment do old scores, or a judge's, stand beside new responses."""
+def _write(out: Path, name: str, result: dict[str, Any], responses: Sequence[GradedResponse]) -> None:
+    """Write the responses, then the scores."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in (f"{name}.json", f"{name}.verdicts.jsonl"):
-        (out / old).unlink(missing_ok=True)
+    # First remove the scores and a judge's verdicts, which belong to the old responses: an interruption between the
+    # writes then leaves responses without scores, never scores of other responses.
+    for old_name in (f"{name}.json", f"{name}.verdicts.jsonl"):
+        (out / old_name).unlink(missing_ok=True)
     lines = (json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in responses)
     write_whole(out / f"{name}.responses.jsonl", "".join(lines))
     write_whole(out / f"{name}.json", json.dumps(result, indent=2) + "\n")

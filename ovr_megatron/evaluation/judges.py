@@ -1,7 +1,7 @@
-"""Who judges: an OpenAI-compatible endpoint, a local model through vLLM, or for behaviours the wording of the text.
+"""Ask a judge: an OpenAI-compatible endpoint, a local model through vLLM, or for behaviours the wording of the text.
 
-Answers are kept in ``judge.jsonl`` as they come, under a hash of judge and question: a judge that
-dies, or a budget that ends, costs what was not asked yet, and nothing is asked twice.
+Every answer is appended to ``judge.jsonl`` at once, under a hash of judge and question.  A judge that dies, or a budget
+that ends, costs only the questions that were not asked yet, and no question is asked twice.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ from ovr_megatron.curation.stage import batches
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import parse_row
 from ovr_megatron.evaluation import lexical
-from ovr_megatron.evaluation.behaviours import BEHAVIOURS, VERSION, Behaviour, Trace, question, read_count
+from ovr_megatron.evaluation.behaviours import BEHAVIOURS, VERSION, Behaviour, Trace, format_question, read_count
 from ovr_megatron.evaluation.command import dtype_of
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 
-LEXICAL, VLLM = "lexical", "vllm:"
+LEXICAL = "lexical"
+VLLM = "vllm:"
 JOURNAL = "judge.jsonl"
-_AT_ONCE = 256
-_SHOWN = 500  # characters of an answer that are kept
+_BATCH = 256  # questions in one call of the local engine
+_STORED_CHARACTERS = 500  # of the end of an answer, where the verdict is
 
-Ask = tuple[int, str]  # key and prompt
-Told = Callable[[int, dict[str, Any]], None]
+KeyedQuestion = tuple[int, str]
+"""Key of a question in the journal, and its text."""
+OnResult = Callable[[int, dict[str, Any]], None]
+"""Called with the key of a question and the judge's result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """A judge: ``lexical``, ``vllm:FOLDER`` or ``URL#MODEL``; the rest is for the latter two.
+    """A judge: ``lexical``, ``vllm:FOLDER`` or ``URL#MODEL``; the other fields are for the latter two.
 
-    ``key_env`` names the environment variable with the key, which goes over https unless ``allow_http``;
+    ``key_env`` names the environment variable with the key, which is sent over https only unless ``allow_http``;
     ``max_requests`` and ``max_total_tokens`` are the budget of all runs that share a folder (0: none).
     """
 
@@ -69,99 +72,128 @@ class JudgeConfig:
 
     @property
     def is_lexical(self) -> bool:
-        """Whether wording decides: an approximation."""
+        """Return whether the judge counts by wording, which is an approximation."""
         return self.judge == LEXICAL
 
 
 @dataclass
 class Counts:
-    """Counts of every trace by behaviour, None where there is none, and why not."""
+    """Counts of behaviours in traces.
+
+    Attributes:
+        by_behaviour: The counts of every trace, in order; None without a count.
+        missing: Number of missing counts by reason.
+    """
 
     by_behaviour: dict[str, list[int | None]]
     missing: Counter[str] = field(default_factory=Counter)
 
 
-def count(traces: Sequence[Trace], config: JudgeConfig, folder: Path, progress: Callable[[int], None]) -> Counts:
-    """Have every trace judged for every behaviour.
+def count_behaviours(
+    traces: Sequence[Trace], config: JudgeConfig, folder: Path, progress: Callable[[int], None]
+) -> Counts:
+    """Have every behaviour counted in every trace.
+
+    Args:
+        traces: The traces.
+        config: The judge.
+        folder: Folder of the journal.
+        progress: Called with the number of counts that are complete.
 
     Raises:
         ConfigError: the judge cannot be opened, or its key is not set.
-        TeacherError: the endpoint refuses us, or nothing but failures; what was answered is kept.
+        TeacherError: the endpoint refuses us, or nothing but failures; the answers so far are on disk.
     """
     counts = Counts({name: [None] * len(traces) for name in BEHAVIOURS})
     if config.is_lexical:
-        for at, trace in enumerate(traces):
-            for name, found in lexical.count(trace.reasoning).items():
-                counts.by_behaviour[name][at] = found
+        for index, trace in enumerate(traces):
+            for name, occurrences in lexical.count(trace.reasoning).items():
+                counts.by_behaviour[name][index] = occurrences
             progress(len(BEHAVIOURS))
         return counts
-    asked = {_key(config, b, trace): (b, trace) for trace in traces for b in BEHAVIOURS.values()}
-    progress(len(traces) * len(BEHAVIOURS) - len(asked))
-    answers = ask([(key, question(*what)) for key, what in asked.items()], config, folder, progress)
-    for at, trace in enumerate(traces):
+    questions: dict[int, str] = {}
+    for trace in traces:
+        for behaviour in BEHAVIOURS.values():
+            questions[_key(config, behaviour, trace)] = format_question(behaviour, trace)
+    # Equal traces have one key and are asked once.
+    progress(len(traces) * len(BEHAVIOURS) - len(questions))
+    answers = ask_judge(list(questions.items()), config, folder, progress)
+    for index, trace in enumerate(traces):
         for name, behaviour in BEHAVIOURS.items():
             answer = answers[_key(config, behaviour, trace)]
-            number = read_count(answer.text, trace)
-            counts.by_behaviour[name][at] = number
-            if number is None:
+            count = read_count(answer.text, trace)
+            counts.by_behaviour[name][index] = count
+            if count is None:
                 counts.missing[answer.missing or "malformed"] += 1
     return counts
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a judge said; without an answer ``missing`` says why: refused, failed or not asked."""
+class JudgeAnswer:
+    """Text of a judge's answer; without one ``missing`` says why: refused, failed or not asked."""
 
     text: str = ""
     missing: str | None = None
 
 
-def ask(
-    questions: Sequence[Ask], config: JudgeConfig, folder: Path, progress: Callable[[int], None]
-) -> dict[int, Answer]:
-    """Put every question to a judge that is a model, those that are not answered in ``folder`` already.
+def ask_judge(
+    questions: Sequence[KeyedQuestion], config: JudgeConfig, folder: Path, progress: Callable[[int], None]
+) -> dict[int, JudgeAnswer]:
+    """Send the questions that have no answer in the journal of ``folder`` to the judge model.
+
+    Returns:
+        The answers to all questions, by key.
 
     Raises:
-        ConfigError: the judge is none, cannot be opened, or its key is not set.
-        TeacherError: the endpoint refuses us, or nothing but failures; what was answered is kept.
+        ConfigError: the judge is no model, cannot be opened, or its key is not set.
+        TeacherError: the endpoint refuses us, or nothing but failures; the answers so far are on disk.
     """
     if config.is_lexical:
         raise ConfigError("judge lexical counts words and answers no question; give vllm:FOLDER or URL#MODEL")
     with Journal(folder / JOURNAL) as journal:
-        todo = [(key, text) for key, text in questions if key not in journal]
-        progress(len(questions) - len(todo))
+        unanswered = [(key, text) for key, text in questions if key not in journal]
+        progress(len(questions) - len(unanswered))
         failed: set[int] = set()
 
-        def told(key: int, result: dict[str, Any]) -> None:
+        def on_result(key: int, result: dict[str, Any]) -> None:
+            # A failure is not final: it stays out of the journal, and the next run asks again.
             if result.pop("final", True):
                 journal.add(key, result)
             else:
                 failed.add(key)
             progress(1)
 
-        if todo:
-            put = _ask_vllm if config.judge.startswith(VLLM) else _ask_endpoint
-            put(todo, config, journal, told)
-        journal.reopen()
-        return {key: _answer(journal[key] if key in journal else None, key in failed) for key, _ in questions}
+        if unanswered:
+            send = _ask_vllm if config.judge.startswith(VLLM) else _ask_endpoint
+            send(unanswered, config, journal, on_result)
+        journal.reopen()  # lookups do not see added answers before
+        answers: dict[int, JudgeAnswer] = {}
+        for key, _ in questions:
+            answers[key] = _answer_from(journal[key] if key in journal else None, key in failed)
+        return answers
 
 
-def _answer(entry: dict[str, Any] | None, failed: bool) -> Answer:
+def _answer_from(entry: dict[str, Any] | None, failed: bool) -> JudgeAnswer:
+    """Return the answer of a journal's entry, None for a question without one."""
     if entry is None:
-        return Answer(missing="failed" if failed else "not asked")
-    return Answer(missing="refused") if entry.get("error") else Answer(entry.get("text") or "")
+        return JudgeAnswer(missing="failed" if failed else "not asked")
+    if entry.get("error"):
+        return JudgeAnswer(missing="refused")
+    return JudgeAnswer(entry.get("text") or "")
 
 
-def key_of(*told: object) -> int:
-    """A number of 64 bits that stands for a question and for whom it is put to."""
-    return int.from_bytes(hashlib.blake2b(json.dumps(told).encode(), digest_size=8).digest(), "big")
+def key_of(*fields: object) -> int:
+    """Return a 64-bit hash of a question and its judge."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(fields).encode(), digest_size=8).digest(), "big")
 
 
 def _key(config: JudgeConfig, behaviour: Behaviour, trace: Trace) -> int:
     return key_of(VERSION, config.judge, config.max_tokens, behaviour.name, trace.problem, trace.reasoning)
 
 
-def _ask_endpoint(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, told: Told) -> None:
+def _ask_endpoint(
+    questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: Journal, on_result: OnResult
+) -> None:
     base_url, _, model = config.judge.rpartition("#")
     settings = TeacherConfig(
         base_url=base_url,
@@ -178,39 +210,44 @@ def _ask_endpoint(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, to
         max_requests=config.max_requests,
         max_total_tokens=config.max_total_tokens,
     )
-    spent = sum(int(entry.get("tokens", 0)) for entry in journal)
-    endpoint = Endpoint(settings, len(journal), spent, setting="judge {}")
-    questions = (Question(key, [{"role": "user", "content": text}], 0) for key, text in todo)
-    for answer in endpoint.ask(questions):
-        text = answer.text and answer.text[-_SHOWN:]
-        told(answer.key, {"text": text, "error": answer.error, "tokens": answer.tokens, "final": answer.final})
+    # The journal holds the requests of earlier runs, which share the budget.
+    spent_tokens = sum(int(entry.get("tokens", 0)) for entry in journal)
+    endpoint = Endpoint(settings, len(journal), spent_tokens, setting="judge {}")
+    endpoint_questions = (Question(key, [{"role": "user", "content": text}], 0) for key, text in questions)
+    for answer in endpoint.ask(endpoint_questions):
+        text = answer.text and answer.text[-_STORED_CHARACTERS:]
+        result = {"text": text, "error": answer.error, "tokens": answer.tokens, "final": answer.final}
+        on_result(answer.key, result)
 
 
-def _ask_vllm(todo: Sequence[Ask], config: JudgeConfig, journal: Journal, told: Told) -> None:
-    processor, engine = _local(Path(config.judge.removeprefix(VLLM)), config.max_tokens)
-    for chunk in batches(iter(todo), _AT_ONCE):
-        prompts, keys = [], []
-        for key, text in chunk:
+def _ask_vllm(questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: Journal, on_result: OnResult) -> None:
+    processor, engine = _start_engine(Path(config.judge.removeprefix(VLLM)), config.max_tokens)
+    for batch in batches(iter(questions), _BATCH):
+        prompts: list[Prompt] = []
+        keys: list[int] = []
+        for key, text in batch:
+            # The data format wants an answer, which generation leaves out.
             row = parse_row({"messages": [{"role": "user", "content": text}], "answer": "-"}, "a question", Path())
             try:
                 [sample] = processor.encode([row], generation=True)
             except TooLongError as error:
-                told(key, {"error": f"{error.field}: {error.problem}"})
+                on_result(key, {"error": f"{error.field}: {error.problem}"})
                 continue
             prompts.append(Prompt(sample.prompt_tokens, seeds=[0], max_tokens=config.max_tokens))
             keys.append(key)
-        for key, [found] in zip(keys, engine.generate(prompts, 0.0), strict=True):
-            told(key, {"text": processor.decode(found.tokens)[-_SHOWN:], "tokens": len(found.tokens)})
+        for key, [generation] in zip(keys, engine.generate(prompts, 0.0), strict=True):
+            text = processor.decode(generation.tokens)[-_STORED_CHARACTERS:]
+            on_result(key, {"text": text, "tokens": len(generation.tokens)})
 
 
 @cache
-def _local(folder: Path, max_tokens: int) -> tuple[Processor, RolloutEngine]:
-    """A local model, started once: vLLM holds its memory until the process ends."""
+def _start_engine(folder: Path, max_tokens: int) -> tuple[Processor, RolloutEngine]:
+    """Start a local model, once in a process: vLLM holds its memory until the process ends."""
     shape = ModelShape.from_hf(folder)
-    longest = shape.max_positions - max_tokens
-    if longest < 1:
+    max_prompt_tokens = shape.max_positions - max_tokens
+    if max_prompt_tokens < 1:
         raise ConfigError(f"{folder} takes {shape.max_positions} tokens, no room beside an answer of {max_tokens}")
-    processor = Processor(folder, DataConfig(template="model", max_prompt_tokens=longest))
+    processor = Processor(folder, DataConfig(template="model", max_prompt_tokens=max_prompt_tokens))
     distributed.start(ParallelConfig(), seed=0)
     rollout = RolloutConfig(gpu_memory_utilization=0.85)
     return processor, RolloutEngine(folder, rollout, processor, dtype_of(folder), shape.max_positions)

@@ -1,168 +1,233 @@
-"""Every checkpoint's responses judged, summed up and compared: with another judge, and with people."""
+"""Count behaviours in the responses of checkpoints, and compare the counts with another judge's and with people's."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS, Trace, kappa, read_traces, summarise
-from ovr_megatron.evaluation.judges import Counts, JudgeConfig, count
+from ovr_megatron.evaluation.judges import Counts, JudgeConfig, count_behaviours
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
 
-RESULT, PER_TRACE, ANNOTATIONS = "behaviours.json", "counts.jsonl", "annotations.jsonl"
+RESULT = "behaviours.json"
+PER_TRACE = "counts.jsonl"
+ANNOTATIONS = "annotations.jsonl"
+
+BehaviourCounts = dict[str, list[int | None]]
+"""Counts by behaviour, one for each trace; None without a count."""
 
 
-def judge(
+def judge_behaviours(
     files: Mapping[str, Path], judges: Sequence[JudgeConfig], out: Path, limit: int, sample: int, annotate: bool
 ) -> dict[str, Any]:
-    """Have the responses of every checkpoint judged; write ``behaviours.json`` and ``counts.jsonl`` to ``out``.
+    """Have behaviours counted in the responses of every checkpoint; write ``behaviours.json`` and ``counts.jsonl``.
 
     Args:
-        files: responses by name of the checkpoint.
-        judges: who judges, and maybe a second judge of a sample.
-        out: folder to write, or to go on with.
-        limit: first traces of each file, 0 for all.
-        sample: traces that the second judge, or people, see.
-        annotate: whether to write ``annotations.jsonl`` for people to fill in; counts in it are compared in any case.
+        files: Responses by name of the checkpoint.
+        judges: The judge, and optionally further judges, which count in a sample.
+        out: Folder to write, or to continue.
+        limit: Number of first traces of each file, 0 for all.
+        sample: Number of traces for the further judges and for people.
+        annotate: Whether to write ``annotations.jsonl`` for people to fill in; counts in it are compared in any case.
 
     Returns:
-        What is in ``behaviours.json``.
+        The content of ``behaviours.json``.
 
     Raises:
-        ConfigError: no responses, a judge that cannot be opened, or an annotation that is none.
+        ConfigError: there are no responses, a judge cannot be opened, or an annotation is damaged.
         TeacherError: an endpoint refuses us, or nothing but failures.
     """
-    first, *others = judges
+    first_judge, *other_judges = judges
     checkpoints = {name: read_traces(path, limit) for name, path in files.items()}
-    traces = [trace for found in checkpoints.values() for trace in found]
+    traces: list[Trace] = []
+    owners: list[str] = []  # the checkpoint of each trace
+    for name, checkpoint_traces in checkpoints.items():
+        traces += checkpoint_traces
+        owners += [name] * len(checkpoint_traces)
     if not traces:
         raise ConfigError("the files hold no response")
     out.mkdir(parents=True, exist_ok=True)
 
-    def ask(config: JudgeConfig, of: list[Trace]) -> Counts:
-        with Progress(len(of) * len(BEHAVIOURS), config.judge, "question") as progress:
-            return count(of, config, out, progress.update)
-
-    counts = ask(first, traces)
+    # All checkpoints in one call: a local engine starts once, and an endpoint is never idle between them.
+    counts = _count(first_judge, traces, out)
     result: dict[str, Any] = {
-        "judge": first.judge,
-        "approximation": first.is_lexical,
+        "judge": first_judge.judge,
+        "approximation": first_judge.is_lexical,
         "missing": dict(counts.missing),
         "checkpoints": {},
     }
-    lines, begin = [], 0
-    for name, found in checkpoints.items():
-        own = {b: values[begin : begin + len(found)] for b, values in counts.by_behaviour.items()}
-        result["checkpoints"][name] = summarise(own) | {"file": files[name].name}
-        for at, trace in enumerate(found):
-            lines.append({"checkpoint": name, "id": trace.id, "counts": {b: values[at] for b, values in own.items()}})
-        begin += len(found)
-    chosen = sorted(random.Random(0).sample(range(len(traces)), min(sample, len(traces))))
-    for second in others:
-        other = ask(second, [traces[at] for at in chosen])
-        mine = {b: [values[at] for at in chosen] for b, values in counts.by_behaviour.items()}
-        result["second"] = {"judge": second.judge, "missing": dict(other.missing)}
-        result["second"] |= agreement(mine, other.by_behaviour)
-    owners = [name for name, found in checkpoints.items() for _ in found]
+    start = 0
+    for name, checkpoint_traces in checkpoints.items():
+        end = start + len(checkpoint_traces)
+        checkpoint_counts = _select(counts.by_behaviour, range(start, end))
+        result["checkpoints"][name] = summarise(checkpoint_counts) | {"file": files[name].name}
+        start = end
+
+    # A fixed seed: the next run has the same sample, whose answers and annotations are on disk.
+    sample_rows = sorted(random.Random(0).sample(range(len(traces)), min(sample, len(traces))))
+    for judge in other_judges:
+        result["second"] = _compare_judge(judge, traces, sample_rows, counts.by_behaviour, out)
     if annotate:
-        write_annotations(out / ANNOTATIONS, [(owners[at], traces[at]) for at in chosen])
+        write_annotations(out / ANNOTATIONS, [(owners[row], traces[row]) for row in sample_rows])
+    # Also without `annotate`: people may have filled in the file of an earlier run.
     if (out / ANNOTATIONS).exists():
         keys = [(owner, trace.id) for owner, trace in zip(owners, traces, strict=True)]
-        result["people"] = agreement(*annotated(out / ANNOTATIONS, keys, counts.by_behaviour))
-    write_whole(out / PER_TRACE, "".join(json.dumps(line) + "\n" for line in lines))
+        judge_counts, people_counts = read_annotations(out / ANNOTATIONS, keys, counts.by_behaviour)
+        result["people"] = compare_counts(judge_counts, people_counts)
+    _write_counts(out / PER_TRACE, owners, traces, counts.by_behaviour)
     write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def agreement(one: dict[str, list[int | None]], other: dict[str, list[int | None]]) -> dict[str, Any]:
-    """Cohen's kappa by behaviour and over all, on whether it occurs, and how many were compared."""
-    told: dict[str, Any] = {"kappa": {name: kappa(one[name], other[name]) for name in one}}
-    flat = [[count for name in one for count in counts[name]] for counts in (one, other)]
-    told["kappa"]["all"] = kappa(*flat)
-    return told | {"compared": sum(a is not None and b is not None for a, b in zip(*flat, strict=True))}
+def _count(judge: JudgeConfig, traces: Sequence[Trace], folder: Path) -> Counts:
+    with Progress(len(traces) * len(BEHAVIOURS), judge.judge, "question") as progress:
+        return count_behaviours(traces, judge, folder, progress.update)
 
 
-def write_annotations(path: Path, chosen: Sequence[tuple[str, Trace]]) -> None:
-    """A line for every trace and behaviour, its ``count`` to be filled in; what is filled in already stays."""
-    known = {(line["checkpoint"], line["id"], line["behaviour"]): line["count"] for line in _lines(path)}
-    lines = [
-        {
-            "checkpoint": owner,
-            "id": trace.id,
-            "behaviour": behaviour.name,
-            "count": known.get((owner, trace.id, behaviour.name)),
-            "definition": behaviour.definition,
-            **asdict(trace),
-        }
-        for owner, trace in chosen
-        for behaviour in BEHAVIOURS.values()
-    ]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+def _compare_judge(
+    judge: JudgeConfig, traces: Sequence[Trace], rows: Sequence[int], counts: BehaviourCounts, folder: Path
+) -> dict[str, Any]:
+    """Have another judge count in the traces ``rows``, and return its agreement with the first judge's ``counts``."""
+    judge_counts = _count(judge, [traces[row] for row in rows], folder)
+    return {
+        "judge": judge.judge,
+        "missing": dict(judge_counts.missing),
+        **compare_counts(_select(counts, rows), judge_counts.by_behaviour),
+    }
 
 
-def annotated(
-    path: Path, keys: Sequence[tuple[str, str]], counts: dict[str, list[int | None]]
-) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
-    """The judge's and people's counts where people have given one.
+def _select(counts: BehaviourCounts, rows: Sequence[int]) -> BehaviourCounts:
+    """Return the counts of some traces, by their index."""
+    selected: BehaviourCounts = {}
+    for behaviour, values in counts.items():
+        selected[behaviour] = [values[row] for row in rows]
+    return selected
+
+
+def _write_counts(path: Path, owners: Sequence[str], traces: Sequence[Trace], counts: BehaviourCounts) -> None:
+    lines = []
+    for index, (owner, trace) in enumerate(zip(owners, traces, strict=True)):
+        trace_counts = {behaviour: values[index] for behaviour, values in counts.items()}
+        lines.append(json.dumps({"checkpoint": owner, "id": trace.id, "counts": trace_counts}) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def compare_counts(first: BehaviourCounts, second: BehaviourCounts) -> dict[str, Any]:
+    """Return Cohen's kappa on whether a behaviour occurs, by behaviour and over all, and how many were compared."""
+    kappas: dict[str, float | None] = {}
+    all_first: list[int | None] = []
+    all_second: list[int | None] = []
+    for behaviour in first:
+        kappas[behaviour] = kappa(first[behaviour], second[behaviour])
+        all_first += first[behaviour]
+        all_second += second[behaviour]
+    kappas["all"] = kappa(all_first, all_second)
+    compared = 0
+    for first_count, second_count in zip(all_first, all_second, strict=True):
+        compared += first_count is not None and second_count is not None
+    return {"kappa": kappas, "compared": compared}
+
+
+def write_annotations(path: Path, sample: Sequence[tuple[str, Trace]]) -> None:
+    """Write a line for every trace and behaviour, its ``count`` to be filled in; keep counts that are filled in."""
+    filled_in: dict[tuple[str, str, str], Any] = {}
+    for line in _read_lines(path):
+        filled_in[line["checkpoint"], line["id"], line["behaviour"]] = line["count"]
+    lines = []
+    for owner, trace in sample:
+        for behaviour in BEHAVIOURS.values():
+            line = {
+                "checkpoint": owner,
+                "id": trace.id,
+                "behaviour": behaviour.name,
+                "count": filled_in.get((owner, trace.id, behaviour.name)),
+                "definition": behaviour.definition,
+                **asdict(trace),
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def read_annotations(
+    path: Path, keys: Sequence[tuple[str, str]], counts: BehaviourCounts
+) -> tuple[BehaviourCounts, BehaviourCounts]:
+    """Return the judge's and people's counts where people have filled one in.
+
+    Args:
+        path: The annotations.
+        keys: Checkpoint and id of every trace.
+        counts: The judge's counts of every trace.
 
     Raises:
-        ConfigError: a line is none of ours, or its count is no number.
+        ConfigError: a line has an unknown behaviour, or its count is no number.
     """
-    places = {key: at for at, key in enumerate(keys)}
-    ours: dict[str, list[int | None]] = {name: [] for name in BEHAVIOURS}
-    people: dict[str, list[int | None]] = {name: [] for name in BEHAVIOURS}
-    for number, line in enumerate(_lines(path), 1):
-        given, name = line.get("count"), line.get("behaviour")
-        at = places.get((line.get("checkpoint"), line.get("id")))  # type: ignore[arg-type]
-        if name not in BEHAVIOURS or not (given is None or (isinstance(given, int) and given >= 0)):
-            raise ConfigError(f"{path}:{number}: behaviour {name!r} with count {given!r}; give a count of 0 or more")
-        if given is not None and at is not None:
-            ours[name].append(counts[name][at])
-            people[name].append(given)
-    return ours, people
+    rows: dict[Any, int] = {key: row for row, key in enumerate(keys)}
+    judge_counts: BehaviourCounts = {name: [] for name in BEHAVIOURS}
+    people_counts: BehaviourCounts = {name: [] for name in BEHAVIOURS}
+    for line_number, line in enumerate(_read_lines(path), 1):
+        count = line.get("count")
+        name = line.get("behaviour")
+        row = rows.get((line.get("checkpoint"), line.get("id")))  # None: a trace of another run
+        is_count = count is None or (isinstance(count, int) and count >= 0)
+        if name not in BEHAVIOURS or not is_count:
+            raise ConfigError(
+                f"{path}:{line_number}: behaviour {name!r} with count {count!r}; give a count of 0 or more"
+            )
+        if count is not None and row is not None:
+            judge_counts[name].append(counts[name][row])
+            people_counts[name].append(count)
+    return judge_counts, people_counts
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    objects = []
+    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(json.loads(line))
+            objects.append(json.loads(line))
         except ValueError as error:
-            raise ConfigError(f"{path}:{number}: is no JSON ({error}); correct the line") from None
-    return found
+            raise ConfigError(f"{path}:{line_number}: is no JSON ({error}); correct the line") from None
+    return objects
 
 
-def show(result: dict[str, Any]) -> str:
-    """The rates as a table of text."""
+def format_table(result: Mapping[str, Any]) -> str:
+    """Return the rates and agreements of a result as a table of text."""
     checkpoints = result["checkpoints"]
     note = ", an approximation by wording" if result["approximation"] else ""
-    lines = [f"judge: {result['judge']}{note}", f"{'emergence':30}" + "".join(f"{name:>22}" for name in checkpoints)]
+    lines = [f"judge: {result['judge']}{note}", _table_line("emergence", checkpoints)]
     for name, behaviour in BEHAVIOURS.items():
-        cells = (_percent(found["behaviours"][name]["emergence"], "rate") for found in checkpoints.values())
-        lines.append(f"{behaviour.title:30}" + "".join(f"{cell:>22}" for cell in cells))
+        cells = [_percent(summary["behaviours"][name]["emergence"], "rate") for summary in checkpoints.values()]
+        lines.append(_table_line(behaviour.title, cells))
     lines.append("transfer (visual / linguistic)")
     for linguistic, _ in PAIRS:
-        cells = (_percent(found["transfer"][linguistic], "value") for found in checkpoints.values())
-        lines.append(f"{BEHAVIOURS[linguistic].title:30}" + "".join(f"{cell:>22}" for cell in cells))
-    for key, whose in (("second", "the second judge"), ("people", "people")):
+        cells = [_percent(summary["transfer"][linguistic], "value") for summary in checkpoints.values()]
+        lines.append(_table_line(BEHAVIOURS[linguistic].title, cells))
+    for key, judge in (("second", "the second judge"), ("people", "people")):
         if key in result:
             value = result[key]["kappa"]["all"]
-            shown = "nothing to compare" if value is None else f"{value:.2f}"
-            lines.append(f"kappa with {whose}: {shown} ({result[key]['compared']} compared)")
+            agreement = "nothing to compare" if value is None else f"{value:.2f}"
+            lines.append(f"kappa with {judge}: {agreement} ({result[key]['compared']} compared)")
     if result["missing"]:
-        lines.append("without a count: " + ", ".join(f"{n} {why}" for why, n in result["missing"].items()))
+        missing = [f"{count} {why}" for why, count in result["missing"].items()]
+        lines.append(f"without a count: {', '.join(missing)}")
     return "\n".join(lines)
 
 
-def _percent(found: dict[str, Any] | None, key: str) -> str:
-    if not found or found[key] is None:
+def _table_line(title: str, cells: Iterable[str]) -> str:
+    return f"{title:30}" + "".join(f"{cell:>22}" for cell in cells)
+
+
+def _percent(rate: Mapping[str, Any] | None, key: str) -> str:
+    if not rate or rate[key] is None:
         return "-"
-    return f"{100 * found[key]:.1f} % ({100 * found['low']:.1f}-{100 * found['high']:.1f})"
+    value = 100 * rate[key]
+    low = 100 * rate["low"]
+    high = 100 * rate["high"]
+    return f"{value:.1f} % ({low:.1f}-{high:.1f})"

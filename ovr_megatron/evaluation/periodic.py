@@ -1,14 +1,15 @@
-"""Evaluation while a stage trains: every few steps the live weights answer the chosen problem sets (figure 4)."""
+"""Evaluate the live weights on problem sets every few steps of training (paper, figure 4)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from ovr_megatron.config import EvaluationConfig
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.evaluation.evaluator import Bench, evaluate
+from ovr_megatron.evaluation.evaluator import EvalContext, evaluate
 from ovr_megatron.evaluation.problems import Settings, open_problems
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -16,9 +17,9 @@ from ovr_megatron.runtime.stop import StopRequest
 
 
 class PeriodicEvaluation:
-    """Asks every set of ``config.sources`` when a step is due.
+    """Evaluates every set of ``config.sources`` at the steps that are due.
 
-    Scores and responses lie in ``RUN/evaluation/step_NNNNNN/``, in the form of `evaluate`.
+    Scores and responses are written to ``RUN/evaluation/step_NNNNNN/``, in the format of `evaluate`.
     """
 
     def __init__(
@@ -34,44 +35,49 @@ class PeriodicEvaluation:
         """Open the problem sets.
 
         Args:
-            config: what is asked, and when.
-            engine: vLLM on this rank; it must have the live weights whenever `after` is called.
-            processor: the trainer's.
-            tp: ranks that hold one engine.
-            run: the run folder.
-            seed: of the samples.
-            keep: the engine's next use needs its weights; otherwise it is updated first.
+            config: The problem sets, and every how many steps they are due.
+            engine: vLLM on this rank; it must have the live weights whenever `scores` is called.
+            processor: The trainer's processor.
+            tp: Ranks that hold one engine.
+            run: The run folder.
+            seed: Seed of the samples.
+            keep: Whether the engine's weights are used again before the next update.
 
         Raises:
             ConfigError: a set is endless and ``evaluation.limit`` is 0.
             RowError: a set cannot be opened.
         """
-        self.config, self.engine, self.processor, self.tp, self.run = config, engine, processor, tp, run
+        self.config = config
+        self.engine = engine
+        self.processor = processor
+        self.tp = tp
+        self.run = run
         self.keep = keep
-        longest = processor.shape.response_limit(config.max_tokens, processor.config.max_prompt_tokens)
-        self.settings = Settings(samples=config.samples, max_tokens=longest, seed=seed)
+        max_tokens = processor.shape.response_limit(config.max_tokens, processor.config.max_prompt_tokens)
+        self.settings = Settings(samples=config.samples, max_tokens=max_tokens, seed=seed)
         self.sets = [open_problems(source, config.limit) for source in config.sources]
 
     def due(self, done: int, last: bool) -> bool:
-        """Whether the weights after ``done`` steps are to be scored."""
+        """Return whether the weights after ``done`` steps are to be scored."""
         return done % self.config.every == 0 or last
 
     def is_missing(self, done: int) -> bool:
-        """Whether the weights after ``done`` steps are to be scored and were not, as the run left meanwhile.
+        """Return whether the weights after ``done`` steps were due, but the run ended before they were scored.
 
         A collective.
         """
-        out = self.run / "evaluation" / f"step_{done:06d}"
-        box = [not all((out / f"{problems.name}.json").exists() for problems in self.sets)]
+        folder = self._folder(done)
+        # The first rank looks for all: the others may not see its files yet, and all must take the same path.
+        box = [not all((folder / f"{problems.name}.json").exists() for problems in self.sets)]
         dist.broadcast_object_list(box, src=0)
         return done > 0 and self.due(done, last=False) and box[0]
 
     def scores(self, done: int, stop: StopRequest | None = None) -> dict[str, float]:
-        """Scores of the weights after ``done`` steps; a collective.
+        """Score the weights after ``done`` steps; a collective.
 
         Args:
-            done: steps done.
-            stop: leave when a signal comes.
+            done: Steps done.
+            stop: End early when a signal comes.
 
         Returns:
             ``evaluation/NAME``, the greedy accuracy, ``.../cut_off``, the share of responses that reached the limit
@@ -81,21 +87,31 @@ class PeriodicEvaluation:
         Raises:
             StopRequested: on all ranks, as one was asked to stop.
         """
-        out, found = self.run / "evaluation" / f"step_{done:06d}", dict[str, float]()
+        metrics: dict[str, float] = {}
         try:
             with GraderPool(self.config.workers) as grader:
-                bench = Bench(f"{self.run} after {done} steps", self.engine, self.processor, grader, self.tp, stop)
+                model = f"{self.run} after {done} steps"
+                context = EvalContext(model, self.engine, self.processor, grader, self.tp, stop)
                 for problems in self.sets:
-                    if result := evaluate(bench, problems, self.settings, out):
-                        found[f"evaluation/{problems.name}"] = result["greedy"]["accuracy"]
-                        if (stopped := result["greedy"]["stopped"]) is not None:
-                            found[f"evaluation/{problems.name}/cut_off"] = 1 - stopped
-                        found[f"evaluation/{problems.name}/failed"] = float(result["greedy"]["failed"])
-                        passed = result["sampled"]["pass"] if result["sampled"] else {}
-                        found |= {
-                            f"evaluation/{problems.name}/pass@{k}": share["accuracy"] for k, share in passed.items()
-                        }
+                    if result := evaluate(context, problems, self.settings, self._folder(done)):
+                        metrics |= _metrics(f"evaluation/{problems.name}", result)
         finally:
-            # It forgets: a run that resumes here has nothing cached either. A checkpoint may need its memory.
+            # The engine drops its caches: a run that resumes at this step starts with empty ones as well, and must
+            # generate the same. A checkpoint may need the memory of weights that are not used again.
             self.engine.sleep(deep=not self.keep)
-        return found
+        return metrics
+
+    def _folder(self, done: int) -> Path:
+        return self.run / "evaluation" / f"step_{done:06d}"
+
+
+def _metrics(prefix: str, result: dict[str, Any]) -> dict[str, float]:
+    greedy = result["greedy"]
+    metrics = {prefix: greedy["accuracy"]}
+    if greedy["stopped"] is not None:  # None: every prompt was too long
+        metrics[f"{prefix}/cut_off"] = 1 - greedy["stopped"]
+    metrics[f"{prefix}/failed"] = float(greedy["failed"])
+    if result["sampled"]:
+        for k, share in result["sampled"]["pass"].items():
+            metrics[f"{prefix}/pass@{k}"] = share["accuracy"]
+    return metrics

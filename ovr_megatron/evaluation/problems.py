@@ -1,8 +1,8 @@
-"""What is asked and how: problem sets, the benchmarks' by name, and the settings of an evaluation."""
+"""Open problem sets, a benchmark by its name, and hold the settings of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,20 @@ from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.data.schema import ENDLESS, Row, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, OURS, Benchmark
-from ovr_megatron.evaluation.scoring import reference_of
+from ovr_megatron.evaluation.scoring import OfficialScore, reference_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How problems are asked and graded.
+    """How responses are generated and graded.
 
     Attributes:
-        samples: Sampled responses for pass@k, beside the greedy one; 0 for none, None for as many as the set asks for.
-        temperature: Of the samples.
-        max_tokens: Longest response.
+        samples: Sampled responses of each problem for pass@k, beside the greedy one; None for the number that the
+            benchmark asks for.
+        temperature: Temperature of the samples.
+        max_tokens: Longest response, in tokens.
         metric: ``boxed``, ``exact``, or ``auto`` (`ovr_megatron.evaluation.scoring.reference_of`).
-        seed: Of the samples.
+        seed: Seed of the samples.
     """
 
     samples: int | None = 0
@@ -37,55 +38,74 @@ class Settings:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The first ``count`` rows of a source; ``name`` becomes the name of the files.
+    """The first ``count`` rows of a source.
 
-    ``known`` is the benchmark of this name, whose rules and scores then hold, wherever the rows are from.
+    Attributes:
+        name: Name of the set and of its files.
+        path: Path of the source.
+        rows: Its rows.
+        count: Number of problems.
+        benchmark: The benchmark of this name; its rules and scores hold wherever the rows are from.
     """
 
     name: str
     path: str
     rows: RowSource | Sequence[Row]
     count: int
-    known: Benchmark | None = None
+    benchmark: Benchmark | None = None
 
-    def settings(self, wanted: Settings) -> Settings:
-        """The same with a number of samples."""
-        own = self.known.samples if self.known else 0
-        return wanted if wanted.samples is not None else replace(wanted, samples=own)
+    @property
+    def official(self) -> Mapping[str, OfficialScore] | None:
+        """Return the benchmark's own scores by title."""
+        return self.benchmark.official if self.benchmark else None
 
-    def metric(self, row: Row, wanted: str) -> tuple[str, str]:
-        """How a row is graded, and against what (`ovr_megatron.evaluation.scoring.reference_of`)."""
-        metric, reference = reference_of(row, wanted)
-        rules = self.known.rules if self.known and metric == "boxed" else {}
-        return rules.get(row.source) or rules.get("") or metric, reference
+    def resolve_settings(self, settings: Settings) -> Settings:
+        """Return ``settings`` with the benchmark's number of samples where they have none."""
+        if settings.samples is not None:
+            return settings
+        return replace(settings, samples=self.benchmark.samples if self.benchmark else 0)
+
+    def metric_of(self, row: Row, metric: str) -> tuple[str, str]:
+        """Return the metric of a row and its reference (`ovr_megatron.evaluation.scoring.reference_of`).
+
+        A box is graded by the benchmark's rule for the row's source, else by its rule for all sources, if it has one.
+        """
+        metric, reference = reference_of(row, metric)
+        if self.benchmark and metric == "boxed":
+            rules = self.benchmark.rules  # "" stands for all sources that have no rule of their own
+            metric = rules.get(row.source) or rules.get("") or metric
+        return metric, reference
 
 
 def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
-    """Open ``source``, which has a name, as a problem set; ``limit`` takes its first rows only, 0 all of them.
+    """Open ``source``, which has a name, as a problem set of its first ``limit`` rows, or of all for 0.
 
-    A path that is the name of a benchmark stands for the place where it is published.
+    A path that is the name of a benchmark, and no file, stands for where the benchmark is published.
 
     Raises:
         ConfigError: the source is endless and there is no limit, or another harness runs the benchmark.
         RowError: the source cannot be opened.
     """
     assert source.name
-    known = BENCHMARKS.get(source.name)
+    benchmark = BENCHMARKS.get(source.name)
     paths: tuple[str, ...] = (source.path,)
     if source.path in BENCHMARKS and not Path(source.path).exists():
-        known = BENCHMARKS[source.path]
-        if known.harness != OURS:
+        benchmark = BENCHMARKS[source.path]
+        if benchmark.harness != OURS:
             raise ConfigError(
-                f"{known.title} is run by {known.harness} (its name there: {known.command}); see the docs"
+                f"{benchmark.title} is run by {benchmark.harness} (its name there: {benchmark.command}); see the docs"
             )
-        paths = known.paths
-    # A name would stand for the rows' own sources.
-    opened = [open_source(replace(source, path=path, name=None)) for path in paths]
-    rows: Any = opened[0] if len(opened) == 1 else ConcatDataset(opened)
+        paths = benchmark.paths
+    # Without the name: it would replace the sources of the rows, by which a benchmark chooses rules and rows.
+    parts = [open_source(replace(source, path=path, name=None)) for path in paths]
+    rows: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     if len(rows) >= ENDLESS and not limit:
         raise ConfigError(f"{source.path} never ends; give a limit, or for a puzzle split=heldout")
-    if known and known.only:
-        rows = Subset(rows, [at for at in range(len(rows)) if rows[at].source == known.only])
+    # A benchmark may be a part of the published set; only the rows themselves say which part they belong to.
+    if benchmark and benchmark.only_source:
+        rows = Subset(rows, [index for index in range(len(rows)) if rows[index].source == benchmark.only_source])
         if not len(rows):
-            raise ConfigError(f"{source.path}: no row is of the source {known.only!r}, which {known.title} is about")
-    return ProblemSet(source.name, source.path, rows, min(limit or len(rows), len(rows)), known)
+            raise ConfigError(
+                f"{source.path}: no row is of the source {benchmark.only_source!r}, which {benchmark.title} is about"
+            )
+    return ProblemSet(source.name, source.path, rows, min(limit or len(rows), len(rows)), benchmark)

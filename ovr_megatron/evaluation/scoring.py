@@ -1,9 +1,9 @@
-"""From graded responses to scores: greedy accuracy, avg@k, pass@k and maj@k, over all problems and by source."""
+"""Score graded responses: greedy accuracy, avg@k, pass@k and maj@k, over all problems and by source."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,18 +14,28 @@ from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rewards.verdict import FAILED
 
 METRICS = ("auto", "boxed", "exact")
-BOXED = {"boxed": "auto"}
-"""Metrics by their rule where that has another name."""
 
 
 @dataclass(frozen=True)
-class Graded:
-    r"""One response to problem number ``index``; ``sample`` is None for the greedy one.
+class GradedResponse:
+    r"""A response to a problem, with its verdict.
 
-    ``metric`` is ``boxed`` (the last ``\boxed{}`` is right), ``exact`` (the whole text is the reference), or the rule
-    by which the box is right (`ovr_megatron.rewards.rules.rule`).
-    ``response`` is None for a prompt over the length limit: it is not asked, and counts as wrong.
-    ``vote`` is the answer that a sampled response votes for (`with_votes`).
+    Attributes:
+        index: Index of the problem in its set.
+        sample: Index of the sample, None for the greedy response.
+        id: Id of the problem.
+        source: Source of the problem.
+        question: Text of the prompt.
+        reference: What the response is compared with.
+        options: Options of a multiple-choice problem.
+        metric: ``boxed`` (the last ``\boxed{}`` is right), ``exact`` (the response is the reference), or the rule by
+            which the box is right (`ovr_megatron.rewards.rules.rule`).
+        response: None for a prompt over the length limit, which gets no response and counts as wrong.
+        tokens: Length of the response.
+        stopped: Whether it ended before the limit of its length.
+        correct: Whether it is right.
+        reason: Reason of the verdict.
+        vote: The answer that a sampled response votes for (`add_votes`).
     """
 
     index: int
@@ -45,27 +55,32 @@ class Graded:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts by problem, the greedy response first."""
+        """Return a sort key: by problem, the greedy response first."""
         return self.index, -1 if self.sample is None else self.sample
 
     @property
     def failed(self) -> bool:
-        """Whether no grader came to a verdict, so that the response counts as wrong though it may be right."""
+        """Return whether no grader came to a verdict: the response counts as wrong, though it may be right."""
         return self.reason in FAILED
 
     def to_json(self) -> dict[str, Any]:
-        """The response as one line of ``SET.responses.jsonl``."""
+        """Return the response as the object of its line in ``SET.responses.jsonl``."""
         return asdict(self)
 
 
-Official = Callable[[Sequence[Graded]], dict[str, float] | None]
-"""From the greedy responses to a score, None where they are not all of a benchmark's that it needs."""
+OfficialScore = Callable[[Sequence[GradedResponse]], dict[str, float] | None]
+"""Computes a benchmark's own score from the greedy responses; None if some of those that it needs are missing."""
+
+
+def rule_of(metric: str) -> str:
+    """Return the rule that grades the box of a response (`ovr_megatron.rewards.rules.rule`)."""
+    return "auto" if metric == "boxed" else metric
 
 
 def reference_of(row: Row, metric: str) -> tuple[str, str]:
-    """How a row is graded, ``boxed`` or ``exact``, and against what.
+    """Return how a row is graded, ``boxed`` or ``exact``, and its reference.
 
-    ``auto`` takes ``exact`` for a row whose assistant text is itself the answer, such as a caption, else ``boxed``.
+    ``auto`` stands for ``exact`` where the row's assistant text is itself the answer, as a caption, else ``boxed``.
 
     Raises:
         RowError: the row has nothing to compare with.
@@ -80,12 +95,12 @@ def reference_of(row: Row, metric: str) -> tuple[str, str]:
     return metric, reference
 
 
-def score(responses: Sequence[Graded], official: Mapping[str, Official] | None = None) -> dict[str, Any]:
-    """Scores of all ``responses``, and under ``sources`` those of each source.
+def score(responses: Sequence[GradedResponse], official: Mapping[str, OfficialScore] | None = None) -> dict[str, Any]:
+    """Compute the scores of all ``responses``, and under ``sources`` those of each source.
 
     Args:
-        responses: of every problem the greedy one, and as many samples of each.
-        official: a benchmark's own scores by title, made of the greedy responses.
+        responses: The greedy response of every problem, and equally many samples of each.
+        official: A benchmark's own scores by title.
 
     Returns:
         ``problems`` and ``dropped`` (prompts over the limit); ``greedy`` with ``accuracy``, its 95 % interval
@@ -93,127 +108,194 @@ def score(responses: Sequence[Graded], official: Mapping[str, Official] | None =
         ``tokens`` and the share that ``stopped``; ``sampled``, None without samples, with ``samples``, ``failed``,
         ``tokens``, ``stopped`` and, each an accuracy with its interval,
         ``average`` (avg@k over all samples), ``pass`` for each k, and ``majority`` (maj@k over all samples);
-        ``official``, each an accuracy with its interval, those alone whose responses are all there.
+        ``official`` with the benchmark's own scores whose responses are complete, each an accuracy with its interval.
     """
     greedy = [response for response in responses if response.sample is None]
-    sources = sorted({response.source for response in responses})
+    by_source: dict[str, list[GradedResponse]] = {}
+    for response in responses:
+        by_source.setdefault(response.source, []).append(response)
+    official_scores = {}
+    for title, official_score in (official or {}).items():
+        if value := official_score(greedy):
+            official_scores[title] = value
     return {
         "problems": len(greedy),
         "dropped": sum(response.response is None for response in greedy),
-        **_part(responses),
-        "sources": {name: _part([r for r in responses if r.source == name]) for name in sources},
-        "official": {title: found for title, formula in (official or {}).items() if (found := formula(greedy))},
+        **_greedy_and_sampled(responses),
+        "sources": {source: _greedy_and_sampled(by_source[source]) for source in sorted(by_source)},
+        "official": official_scores,
     }
 
 
-def _part(responses: Sequence[Graded]) -> dict[str, Any]:
+def _greedy_and_sampled(responses: Sequence[GradedResponse]) -> dict[str, Any]:
     greedy = [response for response in responses if response.sample is None]
-    drawn = [response for response in responses if response.sample is not None]
+    sampled = [response for response in responses if response.sample is not None]
     correct = sum(response.correct for response in greedy)
-    found = {**share(correct, len(greedy)), "correct": correct, "problems": len(greedy), **_counts(greedy)}
-    return {"greedy": found, "sampled": _sampled(drawn) if drawn else None}
+    greedy_scores = {
+        **accuracy_interval(correct, len(greedy)),
+        "correct": correct,
+        "problems": len(greedy),
+        **_counts(greedy),
+    }
+    sampled_scores = _sampled_scores(sampled) if sampled else None
+    return {"greedy": greedy_scores, "sampled": sampled_scores}
 
 
-def _sampled(drawn: Sequence[Graded]) -> dict[str, Any]:
-    problems: dict[int, list[Graded]] = {}
-    for response in _voted(drawn):
-        problems.setdefault(response.index, []).append(response)
-    samples = len(drawn) // len(problems)
-    right = [(len(group), sum(response.correct for response in group)) for group in problems.values()]
-    passed = {str(k): share(sum(pass_at_k(*counts, k) for counts in right), len(problems)) for k in ks(samples)}
-    majority = share(sum(map(majority_is_right, problems.values())), len(problems))
-    return {"samples": samples, "average": passed["1"], "pass": passed, "majority": majority, **_counts(drawn)}
+def _sampled_scores(responses: Sequence[GradedResponse]) -> dict[str, Any]:
+    groups: dict[int, list[GradedResponse]] = {}  # by problem
+    for response in _ensure_votes(responses):
+        groups.setdefault(response.index, []).append(response)
+    samples = len(responses) // len(groups)
+    passes = {str(k): _pass_accuracy(groups.values(), k) for k in k_values(samples)}
+    majority_chances = [majority_is_right(group) for group in groups.values()]
+    return {
+        "samples": samples,
+        "average": passes["1"],  # pass@1 averaged over the problems is the mean over all samples, avg@k
+        "pass": passes,
+        "majority": accuracy_interval(sum(majority_chances), len(groups)),
+        **_counts(responses),
+    }
 
 
-def majority_is_right(group: Sequence[Graded]) -> float:
-    """Chance that the most frequent answer of a problem's responses is right (maj@k), a tie broken by lot.
+def _pass_accuracy(groups: Collection[Sequence[GradedResponse]], k: int) -> dict[str, float]:
+    """Return pass@k over problems, from the samples of each."""
+    chances = []
+    for group in groups:
+        correct = sum(response.correct for response in group)
+        chances.append(pass_at_k(len(group), correct, k))
+    return accuracy_interval(sum(chances), len(groups))
 
-    Right answers are one answer however they are written, and so are wrong ones that the grader counts as the same.
-    A response without an answer has no vote.
+
+def majority_is_right(group: Sequence[GradedResponse]) -> float:
+    """Return the chance that the most frequent answer of a problem's responses is right (maj@k); ties are random.
+
+    All right answers are one answer, however they are written, and so are wrong ones that the grader counts as the
+    same.  A response without an answer has no vote.
     """
+    right_answer = None  # stands for all right answers; a wrong one stands for itself
     votes: Counter[str | None] = Counter()
-    for response in _voted(group):
+    for response in _ensure_votes(group):
         answer = response.vote or answer_of(response)
-        if response.correct or answer:
-            votes[None if response.correct else answer] += 1
-    most = max(votes.values(), default=0)
-    ahead = [answer for answer, count in votes.items() if count == most]
-    return 1 / len(ahead) if None in ahead else 0.0
+        if response.correct:
+            votes[right_answer] += 1
+        elif answer:
+            votes[answer] += 1
+    highest = max(votes.values(), default=0)  # 0: no response has an answer
+    winners = [answer for answer, count in votes.items() if count == highest]
+    return 1 / len(winners) if right_answer in winners else 0.0
 
 
-def with_votes(grader: GraderPool, responses: Sequence[Graded]) -> list[Graded]:
-    """Return ``responses``, each sampled one that has an answer with its ``vote``.
+def add_votes(grader: GraderPool, responses: Sequence[GradedResponse]) -> list[GradedResponse]:
+    """Return ``responses`` with the ``vote`` of each sampled response that has an answer.
 
-    The vote is the answer as it was first written in a response to the problem that the problem's rule counts as the
-    same.  An answer that no grader can compare is one of its own.
+    The vote is the first answer to the problem that the problem's rule counts as the same as the response's.  An answer
+    that no grader can compare votes for itself.
     """
-    waiting: dict[int, list[str]] = {}  # by problem its distinct answers that have no vote yet
-    problems: dict[int, Graded] = {}
-    for r in responses:
-        if r.sample is not None and (answer := answer_of(r)):
-            problems[r.index] = r
-            known = waiting.setdefault(r.index, [])
-            if answer not in known:
-                known.append(answer)
+    remaining: dict[int, list[str]] = {}  # by problem its distinct answers without a vote
+    problems: dict[int, GradedResponse] = {}  # a response to each problem, for its rule and options
+    for response in responses:
+        if response.sample is not None and (answer := answer_of(response)):
+            problems[response.index] = response
+            answers = remaining.setdefault(response.index, [])
+            if answer not in answers:
+                answers.append(answer)
+
+    votes: dict[tuple[int, str], str] = {}  # by problem and answer
+    while remaining:
+        votes |= _vote_for_first(grader, problems, remaining)
+        next_remaining: dict[int, list[str]] = {}
+        for index, answers in remaining.items():
+            unequal_answers = [answer for answer in answers if (index, answer) not in votes]
+            if unequal_answers:
+                next_remaining[index] = unequal_answers
+        remaining = next_remaining
+    return [_with_vote(response, votes) for response in responses]
+
+
+def _vote_for_first(
+    grader: GraderPool, problems: Mapping[int, GradedResponse], remaining: Mapping[int, Sequence[str]]
+) -> dict[tuple[int, str], str]:
+    """Return the votes, by problem and answer, of each problem's first answer and those that count as the same."""
     votes: dict[tuple[int, str], str] = {}
-    while waiting:
-        votes |= {(index, answers[0]): answers[0] for index, answers in waiting.items()}
-        pairs = [
-            (index, answers[0], answer)
-            for index, answers in waiting.items()
-            for answer in answers[1:]
-            if problems[index].metric != "exact"
-        ]
-        requests = [_comparison(problems[index], first, answer) for index, first, answer in pairs]
-        verdicts = grader.grade(requests) if requests else []
-        votes |= {
-            (index, answer): first
-            for (index, first, answer), verdict in zip(pairs, verdicts, strict=True)
-            if verdict.correct
-        }
-        rest = {index: [a for a in answers if (index, a) not in votes] for index, answers in waiting.items()}
-        waiting = {index: answers for index, answers in rest.items() if answers}
-    return [replace(r, vote=votes.get((r.index, answer_of(r)))) if r.sample is not None else r for r in responses]
+    compared: list[tuple[int, str]] = []
+    requests: list[GradeRequest] = []
+    for index, (first, *other_answers) in remaining.items():
+        votes[index, first] = first
+        if problems[index].metric == "exact":  # different texts are different answers
+            continue
+        for answer in other_answers:
+            compared.append((index, answer))
+            requests.append(_comparison(problems[index], first, answer))
+    # One call for all problems, so that all workers of the pool have work.
+    verdicts = grader.grade(requests) if requests else []
+    for (index, answer), verdict in zip(compared, verdicts, strict=True):
+        if verdict.correct:
+            votes[index, answer] = remaining[index][0]
+    return votes
 
 
-def _comparison(problem: Graded, first: str, answer: str) -> GradeRequest:
-    """Ask whether ``answer`` would be right if ``first`` were."""
-    return GradeRequest(f"\\boxed{{{answer}}}", first, problem.options, BOXED.get(problem.metric, problem.metric))
+def _with_vote(response: GradedResponse, votes: Mapping[tuple[int, str], str]) -> GradedResponse:
+    if response.sample is None:
+        return response
+    return replace(response, vote=votes.get((response.index, answer_of(response))))
 
 
-def _voted(responses: Sequence[Graded]) -> Sequence[Graded]:
-    """Return ``responses`` with their votes; those of an older file, or made by hand, get them here."""
-    texts = {(r.index, answer_of(r)) for r in responses if r.sample is not None and r.vote is None and not r.correct}
-    texts = {text for text in texts if text[1]}
-    if len(texts) == len({index for index, _ in texts}):  # no problem has two wrong answers to compare
+def _comparison(problem: GradedResponse, first: str, answer: str) -> GradeRequest:
+    """Return the request whether ``answer`` would be right if ``first`` were the reference."""
+    return GradeRequest(f"\\boxed{{{answer}}}", first, problem.options, rule_of(problem.metric))
+
+
+def _ensure_votes(responses: Sequence[GradedResponse]) -> Sequence[GradedResponse]:
+    """Return ``responses`` with votes; add those that responses of an older file, or of other code, lack."""
+    answers: set[tuple[int, str]] = set()  # wrong answers without a vote, by problem
+    for response in responses:
+        # Right responses are one answer in any case.
+        if response.sample is not None and response.vote is None and not response.correct:
+            if answer := answer_of(response):
+                answers.add((response.index, answer))
+    has_comparisons = len(answers) > len({index for index, _ in answers})
+    if not has_comparisons:  # no problem has two different wrong answers, so grader processes need not start
         return responses
     with GraderPool(1) as grader:
-        return with_votes(grader, responses)
+        return add_votes(grader, responses)
 
 
-def answer_of(response: Graded) -> str:
-    """Return what a response gives as its answer: its box, or for ``exact`` its text; empty where it has none."""
-    text = response.response or ""
+def answer_of(response: GradedResponse) -> str:
+    """Return the answer of a response, its last box or for ``exact`` its text; empty if it has none."""
+    text = response.response or ""  # None for a prompt over the limit
     return text.strip() if response.metric == "exact" else last_box(text) or ""
 
 
-def ks(samples: int) -> list[int]:
-    """The k of pass@k that are reported: powers of two below ``samples``, and ``samples``."""
-    return [2**power for power in range(samples.bit_length()) if 2**power < samples] + [samples]
+def k_values(samples: int) -> list[int]:
+    """Return the k for which pass@k is reported: powers of two below ``samples``, and ``samples``."""
+    powers = [2**exponent for exponent in range(samples.bit_length())]
+    return [power for power in powers if power < samples] + [samples]
 
 
-def share(correct: float, total: int) -> dict[str, float]:
-    """A share as ``accuracy`` with its 95 % interval ``low`` to ``high``."""
-    found = wilson(min(correct, total), total)
-    return {"accuracy": found.value, "low": found.low, "high": found.high}
+def accuracy_interval(correct: float, total: int) -> dict[str, float]:
+    """Return the share ``correct / total`` as ``accuracy``, with its 95 % interval ``low`` to ``high``."""
+    share = wilson(min(correct, total), total)
+    return {"accuracy": share.value, "low": share.low, "high": share.high}
 
 
-def _counts(responses: Sequence[Graded]) -> dict[str, float | None]:
-    """Count failed verdicts; give the mean length and the share that stopped of what was answered at all."""
+def format_accuracy(scores: Mapping[str, Any]) -> str:
+    """Return an accuracy and its interval in percent, as text."""
+    accuracy = 100 * scores["accuracy"]
+    low = 100 * scores["low"]
+    high = 100 * scores["high"]
+    return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _counts(responses: Sequence[GradedResponse]) -> dict[str, float | None]:
+    """Count failed verdicts; compute the mean length and the share that stopped, without dropped prompts."""
     failed = sum(response.failed for response in responses)
     answered = [response for response in responses if response.response is not None]
     if not answered:
         return {"failed": failed, "tokens": None, "stopped": None}
-    tokens = sum(response.tokens for response in answered) / len(answered)
-    stopped = sum(response.stopped for response in answered) / len(answered)
-    return {"failed": failed, "tokens": tokens, "stopped": stopped}
+    tokens = sum(response.tokens for response in answered)
+    stopped = sum(response.stopped for response in answered)
+    return {
+        "failed": failed,
+        "tokens": tokens / len(answered),
+        "stopped": stopped / len(answered),
+    }

@@ -25,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # Here, so that --help does not wait for the libraries of a judge.
     from ovr_megatron.evaluation.judges import JudgeConfig
-    from ovr_megatron.evaluation.verdicts import judge, sentence
+    from ovr_megatron.evaluation.verdicts import judge_responses, summary_line
 
     config = JudgeConfig(judge=args.judge, key_env=args.key_env, **budget_of(args))
-    for path in args.scores:
-        print(printable(sentence(path.stem, judge(path, config))), flush=True)
+    for path in args.scores:  # a set is printed when it is done, since a judge may take hours
+        summary = judge_responses(path, config)
+        print(printable(summary_line(path.stem, summary)), flush=True)

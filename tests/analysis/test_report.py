@@ -19,7 +19,7 @@ from ovr_megatron.analysis.page import Html, tag
 from ovr_megatron.analysis.report import duration, render, write_report
 from ovr_megatron.analysis.samples import moments, pick, read_picture
 from ovr_megatron.evaluation.judges import JudgeConfig
-from ovr_megatron.evaluation.judging import judge
+from ovr_megatron.evaluation.judging import judge_behaviours
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime.preflight import commit
 from ovr_megatron.runtime.starts import LaunchArgs, record_start
@@ -201,7 +201,7 @@ def test_behaviours_are_drawn_and_stand_beside_the_papers_rates(experiment_dir, 
         rows = [{"id": str(i), "sample": None, "question": "Q?", "response": text} for i, text in enumerate(texts)]
         files[name] = tmp_path / f"{name}.responses.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    judge(files, [JudgeConfig()], experiment_dir / "behaviours", 0, 0, False)
+    judge_behaviours(files, [JudgeConfig()], experiment_dir / "behaviours", 0, 0, False)
     page = Page(render(read_experiment(experiment_dir)))
     assert "Cognitive behaviours" in page.text and "2.5, 8.2, 17.3 %" in page.text
     assert "6 traces of each model, judged by wording, an approximation." in page.text
@@ -213,7 +213,7 @@ def test_behaviours_are_drawn_and_stand_beside_the_papers_rates(experiment_dir, 
 def test_where_no_behaviour_was_counted_one_sentence_says_so(experiment_dir, rollouts, tmp_path):
     path = tmp_path / "rl.responses.jsonl"
     path.write_text(3 * (json.dumps({"id": "0", "sample": None, "question": "Q?", "response": "So it is 4."}) + "\n"))
-    judge({"rl": path}, [JudgeConfig()], experiment_dir / "behaviours", 0, 0, False)
+    judge_behaviours({"rl": path}, [JudgeConfig()], experiment_dir / "behaviours", 0, 0, False)
     page = Page(render(read_experiment(experiment_dir)))
     assert "Nothing was counted: none of the 3 traces of each model, judged by wording" in page.text
     assert "Transfer rate" not in page.text

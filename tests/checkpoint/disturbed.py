@@ -153,7 +153,7 @@ def warn_in_generation(rank: int, number: signal.Signals, victim: int, step: int
 
 def warn_in_evaluation(rank: int) -> None:
     if rank == 1:
-        at(evaluator, "_answer", 0, 1, lambda *args: os.kill(os.getpid(), signal.SIGUSR1))
+        at(evaluator, "_generate", 0, 1, lambda *args: os.kill(os.getpid(), signal.SIGUSR1))
 
 
 def warn_in_update(rank: int, number: signal.Signals, victim: int, step: int) -> None:

@@ -13,8 +13,8 @@ from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.row_json import row_to_json
 from ovr_megatron.data.schema import Message, TextPart
 from ovr_megatron.evaluation import evaluator
-from ovr_megatron.evaluation.command import data_config, dtype_of, parser
-from ovr_megatron.evaluation.evaluator import Bench, evaluate
+from ovr_megatron.evaluation.command import build_parser, data_config, dtype_of
+from ovr_megatron.evaluation.evaluator import EvalContext, evaluate
 from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -37,9 +37,9 @@ def write_known(path: Path, problems: ProblemSet, responses: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long | {"source": "other"}]))
 
 
-def interrupted(bench: Bench, known: ProblemSet, out: Path) -> list[int]:
+def interrupted(context: EvalContext, known: ProblemSet, out: Path) -> list[int]:
     """Stop between greedy and sampled responses, lose some of what was kept, go on; how often each run asked."""
-    made, asked = evaluator._prompt, [0, 0]
+    made, asked = evaluator._make_prompt, [0, 0]
     settings = Settings(max_tokens=12, samples=4)
 
     def stop(sample: Sample, seeds: list[int], settings: Settings) -> Prompt:
@@ -48,9 +48,9 @@ def interrupted(bench: Bench, known: ProblemSet, out: Path) -> list[int]:
         asked[0] += 1
         return made(sample, seeds, settings)
 
-    evaluator._prompt = stop
+    evaluator._make_prompt = stop
     try:
-        evaluate(bench, known, settings, out, "mark")
+        evaluate(context, known, settings, out, "mark")
     except KeyboardInterrupt:
         [path] = out.glob(".known.mark.0.answers.jsonl")
         lines = path.read_text().splitlines(keepends=True)
@@ -61,42 +61,42 @@ def interrupted(bench: Bench, known: ProblemSet, out: Path) -> list[int]:
         asked[1] += 1
         return made(sample, seeds, settings)
 
-    evaluator._prompt = count
-    evaluate(bench, known, settings, out, "mark")
-    made_again(bench, known, settings, out)
-    evaluator._prompt = made
+    evaluator._make_prompt = count
+    evaluate(context, known, settings, out, "mark")
+    made_again(context, known, settings, out)
+    evaluator._make_prompt = made
     return asked
 
 
-def made_again(bench: Bench, known: ProblemSet, settings: Settings, out: Path) -> None:
+def made_again(context: EvalContext, known: ProblemSet, settings: Settings, out: Path) -> None:
     """A finished evaluation is not touched; where its rows have other answers it is graded anew, and nothing asked."""
     before = (out / "known.json").stat().st_mtime_ns
-    evaluate(bench, known, settings, out, "mark")
+    evaluate(context, known, settings, out, "mark")
     assert (out / "known.json").stat().st_mtime_ns == before
     (out / "known.verdicts.jsonl").write_text("of a judge\n")
     rows = [known.rows[index] for index in range(known.count)]
     wrong = [replace(row, messages=(*row.prompt, Message("assistant", (TextPart("never said"),)))) for row in rows]
-    found = evaluate(bench, replace(known, rows=wrong), settings, out, "mark")
+    found = evaluate(context, replace(known, rows=wrong), settings, out, "mark")
     assert found and found["greedy"]["correct"] == 0 and not (out / "known.verdicts.jsonl").exists()
-    again = evaluate(bench, known, settings, out, "mark")
+    again = evaluate(context, known, settings, out, "mark")
     assert again and again["greedy"]["correct"] == 4
 
 
 def main(model: Path, out: Path) -> None:
     options = [f"--{key.replace('_', '-')}={value}" for key, value in LIMITS.items()]
-    data = data_config(model, parser().parse_args(["--model", str(model), "--data", "-", "--out", "-", *options]))
+    data = data_config(model, build_parser().parse_args(["--model", str(model), "--data", "-", "--out", "-", *options]))
     processor = Processor(model, data)
     length = sum(LIMITS.values())
     engine = RolloutEngine(model, RolloutConfig(max_num_seqs=32), processor, dtype_of(model), length)
     with GraderPool(1) as grader:
-        bench = Bench(str(model), engine, processor, grader)
+        context = EvalContext(str(model), engine, processor, grader)
         first = open_problems(SourceConfig(path=PUZZLES, name="first"))
-        evaluate(bench, first, Settings(max_tokens=12), out)
+        evaluate(context, first, Settings(max_tokens=12), out)
         write_known(out / "known.jsonl", first, out / "first.responses.jsonl")
         known = open_problems(SourceConfig(path=str(out / "known.jsonl"), name="known"))
         for folder in (out, out / "again"):
-            evaluate(bench, known, Settings(max_tokens=12, samples=4), folder)
-        (out / "asked.json").write_text(json.dumps(interrupted(bench, known, out / "resumed")))
+            evaluate(context, known, Settings(max_tokens=12, samples=4), folder)
+        (out / "asked.json").write_text(json.dumps(interrupted(context, known, out / "resumed")))
     (out / "banned.json").write_text(json.dumps(engine.banned))
 
 

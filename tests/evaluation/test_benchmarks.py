@@ -9,21 +9,21 @@ from ovr_megatron.data.formats import READERS
 from ovr_megatron.evaluation.benchmarks import (
     BENCHMARKS,
     OURS,
+    format_benchmarks,
     four_dimensions,
     mean_of_settings,
     paper_score,
-    table,
     worst_case,
 )
 from ovr_megatron.evaluation.evaluator import grade
 from ovr_megatron.evaluation.problems import Settings, open_problems
-from ovr_megatron.evaluation.scoring import Graded, score
+from ovr_megatron.evaluation.scoring import GradedResponse, score
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import check
 
 
 def graded(id, correct, source="all"):
-    return Graded(0, None, id, source, "?", "8", (), "boxed", response="..", correct=correct)
+    return GradedResponse(0, None, id, source, "?", "8", (), "boxed", response="..", correct=correct)
 
 
 def variants(*right):
@@ -84,13 +84,13 @@ def test_the_paper_is_compared_with_the_score_that_it_gives():
     assert paper_score("dynamath", title, found | {"judged": judged | {"missing": {"refused": 1}}})["accuracy"] == 1.0
     half = found | {"judged": judged | {"missing": {"not asked": 7}}}
     assert paper_score("dynamath", title, half)["accuracy"] == 0.5, "the judge is not through"
-    drawn = [Graded(0, n, "1", "all", "?", "8", (), "boxed", "..", correct=n < 3) for n in range(4)]
+    drawn = [GradedResponse(0, n, "1", "all", "?", "8", (), "boxed", "..", correct=n < 3) for n in range(4)]
     assert paper_score("aime2024", "AIME 2024", score([graded("1", False), *drawn]))["accuracy"] == 0.75
     assert paper_score("math500", "MATH500", score([graded("1", True)]))["accuracy"] == 1.0
 
 
 def test_the_table_names_what_runs_every_set():
-    lines = table().splitlines()[1:]
+    lines = format_benchmarks().splitlines()[1:]
     assert len(lines) == len(BENCHMARKS) == 25
     for line, benchmark in zip(lines, BENCHMARKS.values(), strict=True):
         assert line.startswith(benchmark.name) and (benchmark.paths or benchmark.command) and benchmark.harness in line
@@ -111,14 +111,14 @@ def test_a_copy_of_a_benchmark_keeps_its_rules(tmp_path):
         for n, (kind, answer) in enumerate(kinds)
     ]
     problems = open_problems(SourceConfig(name="dynamath", path=write(tmp_path / "rows.jsonl", rows)))
-    assert problems.known is BENCHMARKS["dynamath"]
-    metrics = [problems.metric(problems.rows[at], "auto") for at in range(3)]
+    assert problems.benchmark is BENCHMARKS["dynamath"]
+    metrics = [problems.metric_of(problems.rows[at], "auto") for at in range(3)]
     assert metrics == [("within:0.001", "2.0944"), ("boxed", "Sep"), ("boxed", "B")]
     other = open_problems(SourceConfig(name="other", path=str(tmp_path / "rows.jsonl")))
-    assert other.metric(other.rows[0], "auto") == ("boxed", "2.0944")
+    assert other.metric_of(other.rows[0], "auto") == ("boxed", "2.0944")
     given = [("\\boxed{2.095}", 0), ("\\boxed{2.097}", 0), ("\\boxed{sep}", 1), ("\\boxed{b}", 2)]
     asked = [
-        Graded(at, None, "", kinds[at][0], "Q?", metrics[at][1], (), metrics[at][0], response=response)
+        GradedResponse(at, None, "", kinds[at][0], "Q?", metrics[at][1], (), metrics[at][0], response=response)
         for response, at in given
     ]
     with GraderPool(1) as grader:
@@ -155,9 +155,10 @@ def test_a_benchmark_by_its_name_is_opened_where_it_is_published(monkeypatch):
     assert [problems.rows[at].answer for at in range(2)] == ["1", "2"]
     with pytest.raises(IndexError):
         problems.rows[2]
-    assert open_problems(SourceConfig(name="aime2024", path="aime2024")).settings(Settings(samples=None)).samples == 16
-    assert problems.settings(Settings(samples=None)).samples == 0
-    assert problems.settings(Settings(samples=3)).samples == 3
+    aime = open_problems(SourceConfig(name="aime2024", path="aime2024"))
+    assert aime.resolve_settings(Settings(samples=None)).samples == 16
+    assert problems.resolve_settings(Settings(samples=None)).samples == 0
+    assert problems.resolve_settings(Settings(samples=3)).samples == 3
     with pytest.raises(ConfigError, match=r"MME is run by VLMEvalKit \(its name there: MME\)"):
         open_problems(SourceConfig(name="mme", path="mme"))
     assert all(bool(b.paths) == (b.harness == OURS) for b in BENCHMARKS.values())

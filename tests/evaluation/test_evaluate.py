@@ -12,18 +12,18 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from ovr_megatron.config import ConfigError, EvaluationConfig, SourceConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.evaluation.command import (
+    build_parser,
     cut_off,
     data_config,
     dtype_of,
     image_budget,
     main,
-    named,
-    parser,
+    parse_sets,
     response_limit,
 )
 from ovr_megatron.evaluation.evaluator import grade
 from ovr_megatron.evaluation.problems import open_problems
-from ovr_megatron.evaluation.scoring import Graded
+from ovr_megatron.evaluation.scoring import GradedResponse
 from ovr_megatron.evaluation.statistics import wilson
 from ovr_megatron.model.presets import write_config
 from ovr_megatron.model.shape import ModelShape
@@ -115,7 +115,7 @@ def test_an_interrupted_evaluation_goes_on_without_a_lost_or_doubled_response(ou
 
 def test_responses_are_graded_by_box_or_by_text():
     def response(metric, text):
-        return Graded(0, None, "", "", "", "8", (), metric, text)
+        return GradedResponse(0, None, "", "", "", "8", (), metric, text)
 
     asked = [
         response("boxed", "3+5, so \\boxed{8}"),
@@ -133,17 +133,17 @@ def test_responses_are_graded_by_box_or_by_text():
 
 def test_problem_sets_have_names():
     sources = ["visual=puzzle:digits?task=sum", "puzzle:digits?task=pick&split=heldout", "data/math500.json"]
-    assert named(sources) == {
+    assert parse_sets(sources) == {
         "visual": "puzzle:digits?task=sum",
         "digits_task_pick_split_heldout": "puzzle:digits?task=pick&split=heldout",
         "math500": "data/math500.json",
     }
     with pytest.raises(ConfigError, match=r"two problem sets are called math500; .*OTHER=b/math500\.json"):
-        named(["a/math500.json", "b/math500.json"])
+        parse_sets(["a/math500.json", "b/math500.json"])
 
 
 def arguments(model, *more):
-    return parser().parse_args(["--model", str(model), "--data", "x", "--out", "y", *more])
+    return build_parser().parse_args(["--model", str(model), "--data", "x", "--out", "y", *more])
 
 
 def test_the_image_budget_is_the_folders_unless_it_is_given(model, tmp_path):

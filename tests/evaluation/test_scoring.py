@@ -7,7 +7,7 @@ import pytest
 from ovr_megatron.data.schema import Message, Row, RowError, TextPart
 from ovr_megatron.evaluation.command import without_verdict
 from ovr_megatron.evaluation.evaluator import grade as grade_responses
-from ovr_megatron.evaluation.scoring import Graded, ks, majority_is_right, reference_of, score, with_votes
+from ovr_megatron.evaluation.scoring import GradedResponse, add_votes, k_values, majority_is_right, reference_of, score
 from ovr_megatron.rewards.grader import grade
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 
@@ -24,7 +24,7 @@ def graded(index, source, greedy, *drawn, tokens=10):
     verdicts = [greedy, *drawn]
     for number, right in enumerate(verdicts):
         asked = {} if right is None else {"response": "...", "tokens": tokens, "stopped": True, "correct": right}
-        yield Graded(index, number - 1 if number else None, f"{index}", source, "?", "8", (), "boxed", **asked)
+        yield GradedResponse(index, number - 1 if number else None, f"{index}", source, "?", "8", (), "boxed", **asked)
 
 
 def test_a_caption_is_compared_as_text_and_a_solution_by_its_box():
@@ -75,7 +75,7 @@ def test_scores_by_hand():
 )
 def test_the_majority_by_hand(answers, chance):
     group = [
-        Graded(0, number, "0", "a", "?", "8", (), "boxed", "So" if answer == "-" else f"\\boxed{{{answer}}}",
+        GradedResponse(0, number, "0", "a", "?", "8", (), "boxed", "So" if answer == "-" else f"\\boxed{{{answer}}}",
                correct=answer.startswith("8"))
         for number, answer in enumerate(answers.split())
     ]  # fmt: skip
@@ -100,10 +100,10 @@ def test_answers_are_grouped_as_the_grader_would():
             text = f"so \\boxed{{{box}}}"
             right = grade(GradeRequest(text, reference, options)).correct
             groups.append(
-                Graded(index, sample, "q", "s", "?", reference, options, "boxed", text, 5, True, correct=right)
+                GradedResponse(index, sample, "q", "s", "?", reference, options, "boxed", text, 5, True, correct=right)
             )
     with GraderPool(1) as grader:
-        groups = with_votes(grader, groups)
+        groups = add_votes(grader, groups)
     chances = [majority_is_right([r for r in groups if r.index == index]) for index in range(len(cases))]
     assert chances == [chance for *_, chance in cases]
 
@@ -113,7 +113,9 @@ def test_a_response_without_a_verdict_is_counted(tmp_path, monkeypatch):
     (tmp_path / "broken_rule.py").write_text("def reward(response, answer, options):\n    raise ValueError('broken')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     metrics = ("broken_rule:reward", "boxed")
-    asked = [Graded(0, None, "0", "a", "?", "8", (), metric, r"\boxed{8}", 3, stopped=True) for metric in metrics]
+    asked = [
+        GradedResponse(0, None, "0", "a", "?", "8", (), metric, r"\boxed{8}", 3, stopped=True) for metric in metrics
+    ]
     with GraderPool(1) as grader:
         graded_responses = grade_responses(grader, asked)
     scores = score([*graded_responses, replace(graded_responses[0], sample=0)])
@@ -137,7 +139,8 @@ def test_nothing_sampled_is_said_to_be_so():
 
 
 def test_reported_k_rise_to_the_number_of_samples():
-    assert [ks(samples) for samples in (1, 2, 3, 8, 12)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
+    expected = [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
+    assert [k_values(samples) for samples in (1, 2, 3, 8, 12)] == expected
 
 
 def test_responses_sort_by_problem_with_the_greedy_one_first():

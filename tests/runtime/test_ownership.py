@@ -11,7 +11,7 @@ from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.settings import DedupConfig, PrepareConfig
-from ovr_megatron.evaluation.kept import check_results
+from ovr_megatron.evaluation.response_cache import check_results
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.weights.folder import WeightError
 from ovr_megatron.weights.transfer import staged

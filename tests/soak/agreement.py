@@ -23,7 +23,7 @@ from pathlib import Path
 from ovr_megatron.data.formats import READERS
 from ovr_megatron.data.schema import Row
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, worst_case
-from ovr_megatron.evaluation.scoring import Graded
+from ovr_megatron.evaluation.scoring import GradedResponse
 from ovr_megatron.rewards.latex import last_box
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 
@@ -119,7 +119,9 @@ def dynamath(root: Path) -> None:
     for path in sorted(root.glob("*/*-result.csv")):
         rows = [row for row in csv.DictReader(path.open()) if re.fullmatch(r"Q\d+", row["Question ID"] or "")]
         graded = [
-            Graded(0, None, row["Question ID"], "", "", "", (), "", correct=row[f"Variant {n}"].strip() == "correct")
+            GradedResponse(
+                0, None, row["Question ID"], "", "", "", (), "", correct=row[f"Variant {n}"].strip() == "correct"
+            )
             for row in rows
             for n in range(1, 11)
         ]
