@@ -250,7 +250,7 @@ def find(directory: Path, world: World, stage: str | None = None) -> ResumePoint
     Args:
         directory: the run's checkpoint folder.
         world: this process.
-        stage: of the run, see `start`; a checkpoint of another one is not used.
+        stage: of the run, see `start_save`; a checkpoint of another one is not used.
 
     Raises:
         CheckpointError: there are folders, but none that the run can go on from.

@@ -266,7 +266,8 @@ def _prepare(partial: Path, files: dict[str, list[Shard]], hf_assets: Path, dtyp
 def publish(save: PendingSave, records: Records) -> None:
     """Write the manifest over the files of all ranks and give the checkpoint its name; on one rank.
 
-    The order makes it atomic: files and folders reach the disk before the manifest, and the manifest before the name.
+    The order makes it atomic: weights, indices and folders reach the disk before the manifest, and the manifest before
+    the name.
     """
     for folder in (path for path in save.partial.rglob("*") if path.is_dir()):
         sync(folder)

@@ -1,4 +1,4 @@
-"""HF assets: those files beside the weights of a Hugging Face folder that a reader of the model opens. They are copied.
+"""Copy HF assets: the files beside the weights of a Hugging Face folder that a reader of the model opens.
 
 Anything else in a folder (training states, logs, code, secrets) stays where it is.
 """

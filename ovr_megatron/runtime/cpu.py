@@ -91,7 +91,7 @@ class _FusedWeightGradient:
 
 
 def _name_cpu_types_as_cuda(torch: Any) -> None:
-    """Return the CUDA name of a tensor's type to Megatron's optimizers alone.
+    """Make ``Tensor.type()`` answer Megatron's optimizers, and only them, with the CUDA name.
 
     They compare ``tensor.type()`` with 'torch.cuda.FloatTensor' and refuse any other.
     """

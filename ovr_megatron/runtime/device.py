@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy ``tensor`` to ``device`` and return the copy.
+    """Return ``tensor`` on ``device``, copied if it is not there.
 
     The copy to a GPU comes from pinned memory, in the order of the work there, and the host does not wait for it. A
     plain copy would wait until the device has done everything that was queued before.

@@ -27,9 +27,9 @@ def touch() -> None:
 
 
 class Watchdog:
-    """Ends this process with code 1 when nobody has called `touch` for ``timeout_s`` seconds (0: never).
+    """End this process with code 1 when nobody has called `touch` for ``timeout_s`` seconds (0: never).
 
-    A thread prints the line that the process stands at and writes all Python stacks to
+    A thread prints the line that the process stands at to stderr and writes all Python stacks to
     ``RUN/logs/stacks_rank_N.txt``.  It needs the interpreter's lock.  Where a library never releases that, a timer of
     `faulthandler`, which needs no lock, writes the stacks to stderr and ends the process a tenth of the limit later.
     """
