@@ -153,7 +153,7 @@ class CheckpointManager:
         return RunResult(path, code)
 
     def _export(self, ending: bool) -> None:
-        """Export the policy of the newest checkpoint as a Hugging Face folder, by hard links where the disk has them (`_link`)."""
+        """Export the newest policy as a Hugging Face folder, by hard links where the disk has them (`_link`)."""
         every = self.config.export_every
         step = self.last_step
         if not self.world.is_main or not every or (step % every and not ending):

@@ -22,7 +22,7 @@ def exchange(outgoing: Mapping[int, Any]) -> list[Any]:
     expected = _incoming_lengths({peer: len(buffer) for peer, buffer in buffers.items()})
     received = {peer: torch.empty(length, dtype=torch.uint8) for peer, length in expected.items() if peer != rank}
 
-    # All sends and receives are posted before any is waited for: waiting for one before posting the next could deadlock.
+    # All are posted before any is waited for: waiting for one transfer before posting the next could deadlock.
     requests = [dist.isend(buffer, peer) for peer, buffer in buffers.items() if peer != rank]
     requests += [dist.irecv(buffer, peer) for peer, buffer in received.items()]
     for request in requests:

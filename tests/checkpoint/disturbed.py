@@ -357,6 +357,10 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["usr1"] = Run(out / "signals", partial(warn, number=signal.SIGUSR1, victim=1, step=0)).codes()
     codes["term"] = Run(out / "signals", partial(warn, number=signal.SIGTERM, victim=0, step=2)).codes()
     codes["signals"] = Run(out / "signals").codes()
+    # It mostly sleeps, so the next runs are made beside it.
+    slow = Run(
+        out / "slow", partial(slow_steps, steps=50, seconds=1.0), "run.hang_timeout_s=20", "iterations=2", stage="rl"
+    )
     codes["left"] = left_in_generation(out)
     ready, go = out / "ready", out / "go"
     first = Run(out / "locked", partial(wait_for, ready=ready, go=go))
@@ -365,12 +369,14 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["second"] = Run(out / "locked", name="_second").codes()
     go.touch()
     codes["first"] = first.codes()
-    codes["hang_in_start"] = Run(out / "hang_in_start", hang_in_start, "run.hang_timeout_s=8").codes()
-    slow = partial(slow_steps, steps=50, seconds=1.0)
-    codes["slow"] = Run(out / "slow", slow, "run.hang_timeout_s=20", "iterations=2", stage="rl").codes()
-    codes["absent"] = Run(out / "absent", None, "run.hang_timeout_s=5", ranks=1).codes()
-    codes["elsewhere"] = Run(out / "elsewhere", elsewhere, "run.hang_timeout_s=5").codes()
-    codes["hang"] = Run(out / "hang", hang, "run.hang_timeout_s=15").codes()
+    codes["slow"] = slow.codes()
+    waiting = {
+        "hang": Run(out / "hang", hang, "run.hang_timeout_s=15"),
+        "hang_in_start": Run(out / "hang_in_start", hang_in_start, "run.hang_timeout_s=8"),
+        "absent": Run(out / "absent", None, "run.hang_timeout_s=5", ranks=1),
+        "elsewhere": Run(out / "elsewhere", elsewhere, "run.hang_timeout_s=5"),
+    }
+    codes |= {name: run.codes() for name, run in waiting.items()}
     codes["full"] = Run(out / "full", full_disk).codes()
     codes["full_stop"] = Run(out / "full_stop", full_disk, "run.stop_on_failed_save=true").codes()
     codes |= without_room(out)

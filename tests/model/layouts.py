@@ -56,7 +56,7 @@ LAYOUTS = (
     "zero=1,pp=2",
     "zero=1,cp=2",
 )
-STEPS = 10
+STEPS = 4
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=1.0, weight_decay=0.1)
 # Left out of the one-process column: bfloat16 is compared with float32.
 VARIANTS = {
@@ -154,7 +154,7 @@ def matrix(folder: Path, critic: bool) -> dict[str, dict[str, float]]:
         if with_drift:
             found_after = trained(engine)
             agree = replicas_agree(engine)
-            table[layout] |= {"ten steps": drift(start, after, found_after), "replicas agree": agree}
+            table[layout] |= {"steps": drift(start, after, found_after), "replicas agree": agree}
     if with_drift:
         for name, (parallel, model) in VARIANTS.items():
             engine = build(folder, parallel, critic, **model)

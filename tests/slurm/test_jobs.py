@@ -87,28 +87,33 @@ def attempts(run: Path) -> list[dict[str, str]]:
     return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
 
+class BashRun:
+    """A stage that bash runs on this machine, while the jobs wait for Slurm."""
+
+    def __init__(self, script: Path, arguments: list[str], environment: dict[str, str]):
+        self.output = Path(f"{arguments[0].removeprefix('run.dir=')}.out")
+        self.process = subprocess.Popen(
+            ["bash", script, *arguments],
+            env=shell_environment() | environment | {"OVR_RANKS": "2"},
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def finish(self) -> None:
+        """Wait for the end, which must be a success."""
+        try:
+            code = self.process.wait(timeout=2 * LIMIT_S)
+        finally:
+            self.process.kill()
+        assert code == 0, self.output.read_text()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``alone`` was run by bash and not disturbed, ``job`` by Slurm, which preempted it and lost one of its nodes."""
     folder = tmp_path_factory.mktemp("slurm")
     model = make_tiny_model(folder / "model", seed=5)
     script = ROOT / "slurm/coldstart_64gpu.sh"
-    alone = subprocess.run(
-        ["bash", script, *arguments(folder / "alone")],
-        env=shell_environment() | settings(model) | {"OVR_RANKS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=2 * LIMIT_S,
-    )
-    assert alone.returncode == 0, alone.stdout + alone.stderr
-    alone = subprocess.run(
-        ["bash", ROOT / "slurm/rl.sh", *rl_arguments(folder / "rl_alone")],
-        env=shell_environment() | rl_settings(model) | {"OVR_RANKS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=2 * LIMIT_S,
-    )
-    assert alone.returncode == 0, alone.stdout + alone.stderr
     with Cluster(folder / "cluster", nodes=4) as cluster:
         run = folder / "job"
         scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=job.out"]
@@ -136,9 +141,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reached = checkpointed(run)
         wait(lambda: checkpointed(run) > reached, "the requeued job")
         cluster.kill_node(cluster.hosts(job)[-1])
+        # Slurm takes most of a minute to give up the node and to start the job again.
+        rl_alone = BashRun(ROOT / "slurm/rl.sh", rl_arguments(folder / "rl_alone"), rl_settings(model))
         wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the job")
         (run / "state").write_text(json.dumps(cluster.job(job)))
         (run / "output").write_text((cluster.folder / "job.out").read_text())
+        rl_alone.finish()
 
         run, disturbance = folder / "rl", folder / "disturbance"
         others = rl_settings(model) | python_of(disturbance) | {"OVR_WARNING_S": "5"}  # it is --signal that warns
@@ -147,27 +155,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "absent").mkdir()
         others = settings(model) | python_of(folder / "nobody") | {"OVR_WAIT_S": "2", "OVR_MAX_FAILURES": "0"}
         (folder / "nobody/absent").touch()
-        alone = cluster.submit(
+        absent = cluster.submit(
             *["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=1", "--output=absent.out"],
             *[script, *arguments(folder / "absent"), "run.hang_timeout_s=20"],
             **others,
         )
         wait(lambda: steps_seen(run) >= 3, "the first iterations")
         (disturbance / "brake").touch()
+        alone = BashRun(script, arguments(folder / "alone"), settings(model))
         short = cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+50")
         assert short.returncode == 0, short.stderr
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         wait(lambda: bool(attempts(run)) or cluster.job(job)["JobState"] in ended, "the PPO job to leave")
-        cluster.run(
-            "scontrol", "update", f"JobId={job}", "TimeLimit=60"
-        )  # EndTime has changed it for the next attempt, too
+        # EndTime has changed the limit of the next attempt, too.
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
         (disturbance / "brake").unlink()
         wait(lambda: cluster.job(job)["JobState"] in ended, "the end of the PPO job")
-        wait(lambda: cluster.job(alone)["JobState"] in ended, "the end of the job that lacks a rank")
+        wait(lambda: cluster.job(absent)["JobState"] in ended, "the end of the job that lacks a rank")
         (folder / "absent/output").write_text((cluster.folder / "absent.out").read_text())
-        (folder / "absent/state").write_text(json.dumps(cluster.job(alone)))
+        (folder / "absent/state").write_text(json.dumps(cluster.job(absent)))
         (run / "state").write_text(json.dumps(cluster.job(job)))
         (run / "output").write_text((cluster.folder / "rl.out").read_text())
+        alone.finish()
     return folder
 
 
