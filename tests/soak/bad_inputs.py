@@ -1,6 +1,6 @@
 """Give every command inputs that cannot work and count what it answers with.
 
-    python tests/soak/bad_inputs.py [--area NAME ...] [--every N] [--only TEXT] [--show]
+    python tests/soak/bad_inputs.py [--area NAME ...] [--every N] [--only TEXT] [--show] [--out FILE]
 
 A case is one command line with the files that it reads.  The right answer is exit code 2 and a sentence that names what
 is wrong; anything else is counted as a traceback, a hang, a wrong acceptance or a wrong sentence.  The commands run as
@@ -22,7 +22,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th case (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name or command has this text")
     parser.add_argument("--show", action="store_true", help="print the sentence of each case")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON Lines: area, name and answer of each case")
     args = parser.parse_args()
     cases = [case for case in all_cases() if not args.area or case.area in args.area]
     cases = [case for case in cases if args.only in f"{case.name} {' '.join(case.command)}"][:: args.every]
@@ -197,6 +198,9 @@ def main() -> None:
         for number, case in enumerate(cases):
             answer = run(case, sound, work / "case")
             counts[case.area][answer.outcome] += 1
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps({"area": case.area, "name": case.name, **asdict(answer)}) + "\n")
             if args.show or answer.outcome != "refused":
                 place = f"{answer.outcome:9} {number:3} {case.area}: {case.name}"
                 print(f"{place} (code {answer.code}, {answer.seconds:.1f} s)")
