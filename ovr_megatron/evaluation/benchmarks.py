@@ -49,7 +49,7 @@ class Benchmark:
 
 
 def worst_case(responses: Sequence[GradedResponse]) -> dict[str, float] | None:
-    """Return the share of questions of whose ten variants, which have one id, all are right (DynaMath).
+    """Return the share of the questions all of whose ten variants, which share an id, are right (DynaMath).
 
     None if a variant is missing.
     """

@@ -30,10 +30,10 @@ def judge_behaviours(
 
     Args:
         files: Responses by name of the checkpoint.
-        judges: The judge, and optionally further judges, which count in a sample.
+        judges: The judge, and optionally a second one, which counts in a sample.
         out: Folder to write, or to continue.
         limit: Number of first traces of each file, 0 for all.
-        sample: Number of traces for the further judges and for people.
+        sample: Number of traces for the second judge and for people.
         annotate: Whether to write ``annotations.jsonl`` for people to fill in; counts in it are compared in any case.
 
     Returns:
@@ -54,7 +54,7 @@ def judge_behaviours(
         raise ConfigError("the files hold no response")
     out.mkdir(parents=True, exist_ok=True)
 
-    # All checkpoints in one call: a local engine starts once, and an endpoint is never idle between them.
+    # All checkpoints in one call: equal traces are asked once, and an endpoint is not idle between checkpoints.
     counts = _count(first_judge, traces, out)
     result: dict[str, Any] = {
         "judge": first_judge.judge,

@@ -21,8 +21,8 @@ class Settings:
     """How responses are generated and graded.
 
     Attributes:
-        samples: Sampled responses of each problem for pass@k, beside the greedy one; None for the number that the
-            benchmark asks for.
+        samples: Sampled responses of each problem for pass@k, beside the greedy one: 0 for none,
+            None for the number that the benchmark asks for (0 without a benchmark).
         temperature: Temperature of the samples.
         max_tokens: Longest response, in tokens.
         metric: ``boxed``, ``exact``, or ``auto`` (`ovr_megatron.evaluation.scoring.reference_of`).

@@ -64,12 +64,12 @@ def judge_responses(scores: Path, config: JudgeConfig) -> dict[str, Any]:
         and ``compared`` responses.
 
     Raises:
-        ConfigError: there is no such evaluation, its responses are incomplete, or the judge cannot be opened.
+        ConfigError: there is no such evaluation, its responses do not match its scores, or the judge cannot be opened.
         TeacherError: an endpoint refuses us, or nothing but failures; the answers so far are on disk.
     """
     result = _read_result(scores)
     responses = read_responses(scores.with_name(f"{result['set']}.responses.jsonl"))
-    # A damaged file of responses would give scores of fewer problems.
+    # Responses of another evaluation, or a truncated file, would be scored as this one.
     greedy = sum(response.sample is None for response in responses)
     if greedy != result["problems"]:
         raise ConfigError(f"{scores}: {result['problems']} problems, but {greedy} responses; evaluate the model again")
