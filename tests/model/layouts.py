@@ -25,6 +25,7 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import (
     ODD_LENGTHS,
+    Document,
     Reference,
     compare,
     documents,
@@ -56,6 +57,12 @@ LAYOUTS = (
     "zero=1,pp=2",
     "zero=1,cp=2",
 )
+# Folder of the model: layout, and whether it is a critic.
+OTHER_SHAPES = {
+    "8 heads of 32": ("tp=2,sp=1", False),
+    "one vision layer": ("tp=2,sp=1", True),
+    "odd sizes": ("cp=2", False),
+}
 STEPS = 4
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=1.0, weight_decay=0.1)
 # Left out of the one-process column: bfloat16 is compared with float32.
@@ -121,9 +128,14 @@ def replicas_agree(engine: Engine) -> bool:
     return bool(agree)
 
 
-def row(engine: Engine, theirs: Reference | None, one: dict[str, Tensor] | None) -> dict[str, float]:
+def row(
+    engine: Engine,
+    theirs: Reference | None,
+    one: dict[str, Tensor] | None,
+    samples: list[Document] | None = None,
+) -> dict[str, float]:
     """The layout's errors against Transformers and against one process."""
-    report = compare(engine, found, theirs, packed=True)
+    report = compare(engine, samples or found, theirs, packed=True)
     ours = cpu(engine.gradients())
     if theirs is None:
         return {}
@@ -148,7 +160,9 @@ def matrix(folder: Path, critic: bool) -> dict[str, dict[str, float]]:
     table = {"dp=4": row(single, theirs, one)}
     with_drift = not critic and folder.name == "untied"
     after = trained(single, everything=True) if with_drift else {}
-    for layout in LAYOUTS:
+    # A tied policy differs in pipelines only, where the last stage has a copy of the embedding.
+    pipelines_only = folder.name == "tied" and not critic
+    for layout in (name for name in LAYOUTS if "pp" in name or not pipelines_only):
         engine = build(folder, parse_layout(layout)[0], critic)
         table[layout] = row(engine, theirs, one)
         if with_drift:
@@ -175,6 +189,17 @@ def two_layouts(folder: Path) -> dict[str, dict[str, float]]:
     for engine in engines.values():
         engine.scores(packs_of(engine, everything=True))
     return {name: row(engine, theirs[name], None) for name, engine in engines.items()}
+
+
+def other_shapes(models: Path) -> dict[str, dict[str, float]]:
+    """Models of other sizes, each in one layout."""
+    table = {}
+    for name, (layout, critic) in OTHER_SHAPES.items():
+        folder = models / name
+        samples = documents(ModelShape.from_hf(folder))
+        theirs = reference(folder, samples, torch.float32, critic) if world.is_main else None
+        table[f"{name}, {layout}"] = row(build(folder, parse_layout(layout)[0], critic), theirs, None, samples)
+    return table
 
 
 def packed_equals_separate(folder: Path) -> dict[str, float]:
@@ -228,6 +253,7 @@ if __name__ == "__main__":
             for name, critic in (("untied", False), ("tied", False), ("tied", True))
         },
         "side by side": two_layouts(models / "untied"),
+        "other shapes": other_shapes(models),
         "packed": packed_equals_separate(models / "untied"),
         "resumed": resumed(models / "tied", out / "checkpoints"),
     }
