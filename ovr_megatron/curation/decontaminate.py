@@ -104,7 +104,7 @@ def _positions(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
 
 def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> NgramIndex:
     """Index problems by their questions; with ``masked`` all numbers count as equal."""
-    sizes = np.ones(len(texts), np.int64)  # 1, not 0, for a problem that is left out: sizes are divisors
+    sizes = np.ones(len(texts), np.int64)  # those left out keep 1, which nothing reads
     by_length: dict[tuple[int, bool], list[tuple[int, np.ndarray]]] = {}
     for index, text in enumerate(texts):
         text_words = words(_prepared(text, masked))

@@ -26,7 +26,7 @@ from ovr_megatron.curation.settings import TeacherConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.terminal import printable
 
-_FATAL = (401, 402, 403, 404, 405)  # HTTP statuses that no later question would escape
+_FATAL = (401, 402, 403, 404, 405)  # HTTP statuses after which every other question would fail, too
 _REFUSED = (400, 413, 422)  # HTTP statuses that concern this question only
 _EXCERPT = 300  # characters of a reply that an error message shows
 _FINISH = 40  # characters of the finish reason that are kept

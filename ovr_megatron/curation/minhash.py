@@ -90,7 +90,10 @@ def _similar_pairs(signatures: np.ndarray, buckets: np.ndarray, threshold: float
 
 
 def similar(signatures: np.ndarray, left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:
-    """Return bool[p]: whether the signatures of rows ``left`` [p] and ``right`` [p] agree in ``threshold`` columns."""
+    """Return bool[p]: whether the signatures of rows ``left`` [p] and ``right`` [p] agree.
+
+    They do where at least the share ``threshold`` of their columns is equal.
+    """
     result = np.zeros(len(left), bool)
     for start in range(0, len(left), _PAIRS):
         block = slice(start, start + _PAIRS)

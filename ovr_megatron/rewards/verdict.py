@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 WALL_FACTOR = 12
-"""Limit of a verdict's wall time, in multiples of its CPU time: a node may be busy, and a rule may sleep."""
+"""Limit of a verdict's wall time, in multiples of its limit of CPU time: a node may be busy, and a rule may sleep."""
 
 
 class Reason(StrEnum):
