@@ -16,9 +16,9 @@ from ovr_megatron.analysis.figures import (
     accuracy_figure,
     draw,
     dynamics_figure,
-    evaluated,
     evaluation_figure,
     loss_figure,
+    periodic_evaluations,
     sources,
     sources_figure,
     switches,
@@ -77,7 +77,7 @@ def test_accuracy_while_training_is_drawn_where_there_is_any(experiment_dir):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     experiment = read_experiment(experiment_dir)
     assert "evaluation" in [chart.name for chart in draw(experiment, LIGHT)]
-    ((stage, keys),) = evaluated(experiment)
+    ((stage, keys),) = periodic_evaluations(experiment)
     assert (stage.name, keys) == ("rl", ["evaluation/visual"])
     (line,) = evaluation_figure([(stage, keys)], LIGHT).axes[0].lines
     assert list(line.get_xdata()) == [10, 20, 30, 40, 50, 60]
