@@ -339,7 +339,7 @@ def _render_section(index: Mapping[str, Any]) -> Html:
 
 
 def _sources(index: Mapping[str, Any]) -> list[str]:
-    sources = set()
+    sources: set[str] = set()
     for entry in index.values():
         sources.update(source for source, *_ in entry["rows"])
     return sorted(sources)
