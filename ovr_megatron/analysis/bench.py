@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES
+from ovr_megatron.analysis.subprocess_bench import BenchRow
 from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
@@ -44,7 +44,6 @@ class Case:
     shape: str
     implementation: str  # ours or transformers
     lengths: tuple[int, ...]
-    what: str = "text"
     recompute: str = "none"
     freeze_language: bool = False
     freeze_vision: bool = True
@@ -63,6 +62,7 @@ def natural_lengths(total: int, mean: int, seed: int = 0) -> tuple[int, ...]:
     generator = np.random.default_rng(seed)
     lengths: list[int] = []
     while sum(lengths) < total:
+        # The mean of a log-normal is exp(mu + sigma^2 / 2). At most half of the total: at least two documents.
         length = generator.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA)
         lengths.append(int(min(max(length, 4), total / 2)))
     return tuple(lengths)
@@ -84,11 +84,11 @@ def make_cases(shapes: Sequence[str], tokens: int, mean: int) -> list[tuple[str,
     return rows
 
 
-def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> Iterator[dict[str, Any]]:
+def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> Iterator[BenchRow]:
     """Measure row after row, rivals in turn; ``ratio`` is the rival's seconds over ours."""
     for name, case, rival in rows:
         best = _measure_in_turns([case] if rival is None else [case, rival], rounds)
-        row: dict[str, Any] = {"name": name, "tokens": sum(case.lengths), "documents": len(case.lengths)}
+        row: BenchRow = {"name": name, "tokens": sum(case.lengths), "documents": len(case.lengths)}
         row |= _rates(case, best[case])
         if rival is not None:
             row |= {
@@ -111,9 +111,9 @@ def _measure_in_turns(cases: Sequence[Case], rounds: int) -> dict[Case, Measurem
     return best
 
 
-def _rates(case: Case, measurement: Measurement) -> dict[str, Any]:
+def _rates(case: Case, measurement: Measurement) -> BenchRow:
     seconds = measurement.seconds
-    rates: dict[str, Any] = {
+    rates: BenchRow = {
         "seconds": seconds,
         "tokens_per_second": sum(case.lengths) / seconds,
         "peak_bytes": measurement.peak_bytes,
@@ -134,11 +134,13 @@ FLOP_FORMULA = (
 def model_flops(case: Case) -> float:
     """Return the FLOP of one forward and backward by `FLOP_FORMULA`."""
     sizes = LAYER_SHAPES[case.shape]
-    head = sizes.hidden // sizes.heads
-    attention = 2 * sizes.hidden**2 + 2 * sizes.hidden * sizes.kv_heads * head
-    weights = sizes.layers * (attention + 3 * sizes.hidden * sizes.ffn) + VOCABULARY * sizes.hidden
+    width = sizes.hidden
+    head_size = width // sizes.heads
+    attention = 2 * width**2 + 2 * width * sizes.kv_heads * head_size  # query and output, key and value
+    mlp = 3 * width * sizes.ffn  # gate, up and down
+    weights = sizes.layers * (attention + mlp) + VOCABULARY * width
     squares = sum(length**2 for length in case.lengths)
-    return 6.0 * weights * sum(case.lengths) + 6.0 * sizes.layers * sizes.hidden * squares
+    return 6.0 * weights * sum(case.lengths) + 6.0 * sizes.layers * width * squares
 
 
 def measure_in_subprocess(case: Case) -> Measurement:
@@ -231,6 +233,7 @@ def text_pack(lengths: Sequence[int]) -> Pack:
     generator = torch.Generator().manual_seed(0)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     tokens = torch.randint(0, 256, (int(bounds[-1]),), generator=generator)
+    # The target of a token is the next one; the last of a document has none.
     labels = tokens.roll(-1)
     labels[bounds[1:] - 1] = IGNORED
     return Pack(
@@ -247,7 +250,7 @@ def text_pack(lengths: Sequence[int]) -> Pack:
 HEADER = f"{'':32}{'tokens/s':>10}{'peak MB':>9}{'rival s':>9}{'ours s':>9}{'ratio':>7}{'rival MB':>10}"
 
 
-def format_row(row: dict[str, Any]) -> str:
+def format_row(row: BenchRow) -> str:
     """Return a row as text, below `HEADER`."""
     text = f"{row['name']:32}{row['tokens_per_second']:10,.0f}{row['peak_bytes'] / 1e6:9,.0f}"
     if "rival" in row:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovr_megatron.analysis.subprocess_bench import BenchRow
 from ovr_megatron.model.heads import BANNED, token_scores
 
 TEMPERATURE = 0.9
@@ -26,7 +27,7 @@ TILES = "tiles"
 VARIANTS = (NAIVE, NAIVE_ENTROPY, TILES)
 
 
-def run(rounds: int) -> list[dict[str, Any]]:
+def run(rounds: int) -> list[BenchRow]:
     """Measure the head at the vocabulary of Qwen2.5-VL-7B; no GPU holds the logits of 65536 tokens in full."""
     if not torch.cuda.is_available():
         return measure_head(2048, 152064, 256, "float32", "cpu", rounds)
@@ -34,19 +35,19 @@ def run(rounds: int) -> list[dict[str, Any]]:
     return rows + measure_head(65536, 152064, 3584, "bfloat16", "cuda", rounds, (TILES,))
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[BenchRow]) -> str:
     """Return the rows as a table of text."""
     lines = [f"{'':28}{'tokens':>8}{'vocab':>8}{'width':>7}{'dtype':>10}{'seconds':>9}{'cpu s':>8}{'extra MB':>10}"]
     for row in rows:
-        line = f"{row['variant']:28}{row['tokens']:8}{row['vocab']:8}{row['width']:7}{row['dtype']:>10}"
-        line += f"{row['seconds']:9.3f}{row['cpu_seconds']:8.3f}{row['extra_bytes'] / 1e6:10,.0f}"
+        line = f"{row['variant']:28}{row['tokens']:8}{row['vocab']:8}{row['width']:7}"
+        line += f"{row['dtype']:>10}{row['seconds']:9.3f}{row['cpu_seconds']:8.3f}{row['extra_bytes'] / 1e6:10,.0f}"
         lines.append(line)
     return "\n".join(lines)
 
 
 def measure_head(
     tokens: int, vocab: int, width: int, dtype: str, device: str, repeats: int, variants: Sequence[str] = VARIANTS
-) -> list[dict[str, Any]]:
+) -> list[BenchRow]:
     """Measure time and memory of the loss of ``tokens`` rows and its gradients, for each of ``variants``.
 
     This needs a process group of this process alone: the one that is there, or one that is started here and ended.
@@ -86,7 +87,9 @@ def measure_head(
     case = {"tokens": tokens, "vocab": vocab, "width": width, "dtype": dtype, "device": device}
     rows = []
     for variant in variants:
-        row = {"variant": variant, **case, "seconds": min(seconds[variant]), "cpu_seconds": min(cpu_seconds[variant])}
+        row: BenchRow = {"variant": variant, **case}
+        row["seconds"] = min(seconds[variant])
+        row["cpu_seconds"] = min(cpu_seconds[variant])
         row["extra_bytes"] = gpu_bytes.get(variant) or extra_bytes(variant, tokens, vocab, width, dtype)
         rows.append(row)
     return rows
@@ -133,7 +136,8 @@ def _run_variant(
 def _resident_bytes(field: str) -> int:
     """Return the resident memory of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
     with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+        kilobytes = next(line.split()[1] for line in lines if line.startswith(field))
+    return int(kilobytes) * 1024
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure how fast, how full and in how much memory an epoch is packed: ours beside NeMo's first fit.
 
-As a program, ``python -m ovr_megatron.analysis.bench_packing WHO SAMPLES`` measures one packer, in a new process, so
+As a program, ``python -m ovr_megatron.analysis.bench_packing PACKER SAMPLES`` measures one packer, in a new process, so
 that its peak is not that of an earlier one.  NeMo's packer compares each length with every open pack and takes long:
 it gets fewer lengths.
 """
@@ -15,10 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ovr_megatron.analysis.subprocess_bench import BenchRow
 from ovr_megatron.data.epochs import plan_epoch
 
 PACK_TOKENS = 65536
@@ -31,19 +31,21 @@ _NEMO_MODULE = "nemo.utils.sequence_packing_utils"
 
 def natural_lengths(count: int, seed: int = 0) -> np.ndarray:
     """Draw int32[count] log-normal lengths with mean `MEAN`, at most a pack."""
-    lengths = np.random.default_rng(seed).lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, count)
+    generator = np.random.default_rng(seed)
+    # The mean of a log-normal is exp(mu + sigma^2 / 2).
+    lengths = generator.lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, count)
     return lengths.clip(16, PACK_TOKENS).astype(np.int32)
 
 
-def run(samples: int, rival_samples: int, rounds: int) -> list[dict[str, Any]]:
+def run(samples: int, rival_samples: int, rounds: int) -> list[BenchRow]:
     """Measure ours on ``samples`` lengths, and ours beside NeMo's on ``rival_samples``; the best of ``rounds`` counts.
 
     Each packer is one thread.  ``ratio`` is the rival's CPU seconds over ours, so that other load of the machine does
     not count.
     """
     rivals = [f"nemo {name}" for name in NEMO] if importlib.util.find_spec("nemo") else []
-    cases = [(OURS, samples), *((who, rival_samples) for who in (OURS, *rivals))]
-    best: dict[tuple[str, int], dict[str, Any]] = {}
+    cases = [(OURS, samples), *((packer, rival_samples) for packer in (OURS, *rivals))]
+    best: dict[tuple[str, int], BenchRow] = {}
     for _ in range(rounds):
         for case in cases:
             row = _measure_in_subprocess(*case)
@@ -56,7 +58,7 @@ def run(samples: int, rival_samples: int, rounds: int) -> list[dict[str, Any]]:
     return list(best.values())
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[BenchRow]) -> str:
     """Return the rows as a table of text."""
     columns = (
         ("lengths", 10),
@@ -71,8 +73,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [" " * 27 + "".join(f"{title:>{width}}" for title, width in columns)]
     for row in rows:
         line = f"{row['who']:27}{row['samples']:10,}{row['seconds']:9.2f}{row['cpu_seconds']:8.2f}"
-        line += f"{row['samples'] / row['cpu_seconds']:12,.0f}"
-        line += f"{row['packs']:8,}{row['fill']:8.2%}{row['extra_bytes'] / 1e6:9,.0f}{row['peak_bytes'] / 1e6:7,.0f}"
+        line += f"{row['samples'] / row['cpu_seconds']:12,.0f}{row['packs']:8,}{row['fill']:8.2%}"
+        line += f"{row['extra_bytes'] / 1e6:9,.0f}{row['peak_bytes'] / 1e6:7,.0f}"
         if "ratio" in row:
             line += f"  {row['ratio']:,.0f} times ours"
         lines.append(line)
@@ -83,10 +85,10 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def measure(who: str, samples: int) -> dict[str, Any]:
+def measure(packer: str, samples: int) -> BenchRow:
     """Measure one packing in this process; ``extra_bytes`` is the peak beyond the libraries' and the lengths'."""
     # The rival is imported here: its libraries are no part of the measurement.
-    pack = _pack if who == OURS else _nemo_packer(who.removeprefix("nemo "))
+    pack = _pack if packer == OURS else _nemo_packer(packer.removeprefix("nemo "))
     lengths = natural_lengths(samples)
     peak_before = _peak_bytes()
     wall_start = time.perf_counter()
@@ -95,7 +97,7 @@ def measure(who: str, samples: int) -> dict[str, Any]:
     seconds = time.perf_counter() - wall_start
     cpu_seconds = time.process_time() - cpu_start
     return {
-        "who": who,
+        "who": packer,
         "samples": samples,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -122,12 +124,12 @@ def _nemo_packer(algorithm: str) -> Callable[[np.ndarray], int]:
     return pack
 
 
-def _measure_in_subprocess(who: str, samples: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "ovr_megatron.analysis.bench_packing", who, str(samples)]
+def _measure_in_subprocess(packer: str, samples: int) -> BenchRow:
+    command = [sys.executable, "-m", "ovr_megatron.analysis.bench_packing", packer, str(samples)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{who}, {samples}: {result.stderr[-3000:]}")
-    row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        raise RuntimeError(f"{packer}, {samples}: {result.stderr[-3000:]}")
+    row: BenchRow = json.loads(result.stdout.splitlines()[-1])
     return row
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
@@ -19,8 +18,9 @@ from ovr_megatron.analysis import (
     bench_vision,
 )
 from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES
+from ovr_megatron.analysis.subprocess_bench import BenchRow
 
-Rows = list[dict[str, Any]]
+Rows = list[BenchRow]
 Benchmark = Callable[[argparse.Namespace], Rows]
 
 
@@ -45,7 +45,7 @@ def _run_step(arguments: argparse.Namespace) -> Rows:
     return rows
 
 
-def _print_each(measurements: Iterable[dict[str, Any]], format_row: Callable[[dict[str, Any]], str]) -> Rows:
+def _print_each(measurements: Iterable[BenchRow], format_row: Callable[[BenchRow], str]) -> Rows:
     rows = []
     for row in measurements:
         print(format_row(row), flush=True)

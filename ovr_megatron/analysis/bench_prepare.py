@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 import psutil
 
+from ovr_megatron.analysis.subprocess_bench import BenchRow
 from ovr_megatron.config import DataConfig, SourceConfig
 from ovr_megatron.curation.decontaminate import load_problems
 from ovr_megatron.curation.dedup import first_equal, hashes
@@ -96,8 +97,8 @@ RIVAL = "datasets.map"
 _PREPARE: dict[str, Callable[[PrepareConfig], int]] = {OURS: prepare_rows, RIVAL: map_rows}
 
 
-def measure(who: str, rows: str, out: str, workers: int) -> dict[str, Any]:
-    """Prepare ``rows`` in the way that ``who`` names, in this process.
+def measure(method: str, rows: str, out: str, workers: int) -> BenchRow:
+    """Prepare the file ``rows`` by ``method``, `OURS` or `RIVAL`, in this process.
 
     Returns:
         ``kept`` rows, ``seconds``, ``cpu_seconds``, and ``peak_bytes`` beyond the libraries', the last two with the
@@ -118,12 +119,12 @@ def measure(who: str, rows: str, out: str, workers: int) -> dict[str, Any]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
-    kept = _PREPARE[who](make_config(Path(rows), Path(out), workers))
+    rows_kept = _PREPARE[method](make_config(Path(rows), Path(out), workers))
     seconds = time.perf_counter() - start
     ended.set()
     watcher.join()
     return {
-        "kept": kept,
+        "kept": rows_kept,
         "seconds": seconds,
         "cpu_seconds": _cpu_seconds() - cpu_before,
         "peak_bytes": max(peak, _private_bytes(process)) - bytes_before,
@@ -148,44 +149,46 @@ def _private_bytes(process: psutil.Process) -> int:
     return total
 
 
-def run(count: int, workers: int, rounds: int) -> list[dict[str, Any]]:
+def run(count: int, workers: int, rounds: int) -> list[BenchRow]:
     """Measure both in turns; the best of ``rounds`` counts; ``ratio`` is the rival's seconds over ours."""
-    best: dict[str, dict[str, Any]] = {}
+    best: dict[str, BenchRow] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "rows.jsonl"
         write_puzzles(file, count)
         for turn in range(rounds):
-            for who in _PREPARE:
+            for method in _PREPARE:
                 # A new folder each time: `datasets` would find its results of the last turn in the old one.
-                result = _measure_in_subprocess(who, file, folder / f"{who}{turn}", workers)
-                if who not in best or result["seconds"] < best[who]["seconds"]:
-                    best[who] = result
+                result = _measure_in_subprocess(method, file, folder / f"{method}{turn}", workers)
+                if method not in best or result["seconds"] < best[method]["seconds"]:
+                    best[method] = result
     rows = []
-    for who, result in best.items():
-        row = {"name": who, "rows": count, "workers": workers, "rows_per_second": count / result["seconds"], **result}
-        if who == OURS:
+    for method, result in best.items():
+        row: BenchRow = {"name": method, "rows": count, "workers": workers}
+        row["rows_per_second"] = count / result["seconds"]
+        row |= result
+        if method == OURS:
             row["ratio"] = best[RIVAL]["seconds"] / result["seconds"]
             row["cpu_ratio"] = best[RIVAL]["cpu_seconds"] / result["cpu_seconds"]
         rows.append(row)
     return rows
 
 
-def _measure_in_subprocess(who: str, rows: Path, out: Path, workers: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", __name__, who, str(rows), str(out), str(workers)]
+def _measure_in_subprocess(method: str, rows: Path, out: Path, workers: int) -> BenchRow:
+    command = [sys.executable, "-m", __name__, method, str(rows), str(out), str(workers)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        raise RuntimeError(f"{who}: {process.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+        raise RuntimeError(f"{method}: {process.stderr[-3000:]}")
+    result: BenchRow = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[BenchRow]) -> str:
     """Return the rows as a table of text."""
     lines = [f"{'':14}{'rows':>9}{'kept':>9}{'rows/s':>9}{'seconds':>9}{'CPU s':>8}{'peak MB':>9}{'ratio':>7}"]
     for row in rows:
-        line = f"{row['name']:14}{row['rows']:9,}{row['kept']:9,}{row['rows_per_second']:9,.0f}{row['seconds']:9.1f}"
-        line += f"{row['cpu_seconds']:8.1f}{row['peak_bytes'] / 1e6:9,.0f}"
+        line = f"{row['name']:14}{row['rows']:9,}{row['kept']:9,}{row['rows_per_second']:9,.0f}"
+        line += f"{row['seconds']:9.1f}{row['cpu_seconds']:8.1f}{row['peak_bytes'] / 1e6:9,.0f}"
         if "ratio" in row:
             line += f"{row['ratio']:7.2f}"
         lines.append(line)
@@ -193,4 +196,5 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))
+    method, rows_file, out_folder, workers = sys.argv[1:5]
+    print(json.dumps(measure(method, rows_file, out_folder, int(workers))))

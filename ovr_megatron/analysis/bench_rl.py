@@ -26,7 +26,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ovr_megatron.analysis.published import randomise_engine, write_model
-from ovr_megatron.analysis.subprocess_bench import MeasurementError, run_in_subprocess
+from ovr_megatron.analysis.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
 from ovr_megatron.config import RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
@@ -58,7 +58,7 @@ GRADED_ANSWERS = [
 ]
 
 
-def run(rounds: int, only: str = "", verdicts: int = 8192) -> list[dict[str, Any]]:
+def run(rounds: int, only: str = "", verdicts: int = 8192) -> list[BenchRow]:
     """Run every measurement, each part in a new process, and return a row with ``name`` and ``seconds`` for each.
 
     Args:
@@ -70,7 +70,7 @@ def run(rounds: int, only: str = "", verdicts: int = 8192) -> list[dict[str, Any
     model = "3B" if on_gpu else "tiny"
     parts = [("iteration", model), ("plain", model)]
     parts += [("sync", name) for name in (("3B", "7B") if on_gpu else ("wide",))]
-    rows: list[dict[str, Any]] = []
+    rows: list[BenchRow] = []
     for part, name in parts:
         if only in part:
             try:
@@ -86,7 +86,7 @@ def run(rounds: int, only: str = "", verdicts: int = 8192) -> list[dict[str, Any
     return rows
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[BenchRow]) -> str:
     """Return the rows as a table of text."""
     lines = [f"{'':32}{'seconds':>10}{'share':>8}{'tokens/s':>10}{'MB':>8}{'GB/s':>7}{'a second':>10}{'ratio':>8}"]
     for row in rows:
@@ -105,7 +105,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def measure_grading(count: int) -> dict[str, Any]:
+def measure_grading(count: int) -> BenchRow:
     """Measure ``count`` verdicts by two workers without a cache of verdicts."""
     answers = GRADED_ANSWERS * (count // len(GRADED_ANSWERS) + 1)
     requests = [GradeRequest(text, answer) for text, answer in answers]
@@ -156,7 +156,7 @@ def _start(config: RLConfig) -> tuple[Models, Rollouts]:
     return models, build_rollouts(config, folder, processor, models)
 
 
-def _measure_iteration(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]:
+def _measure_iteration(folder: Path, model: str, rounds: int) -> list[BenchRow]:
     """Return the phases of the best of ``rounds`` iterations, including the writing of its rollouts."""
     config = _make_config(folder, model)
     models, rollouts = _start(config)
@@ -195,7 +195,7 @@ def _measure_iteration(folder: Path, model: str, rounds: int) -> list[dict[str, 
     return [*rows, {"name": "sync and the rest", "seconds": overhead, "share": overhead / total}]
 
 
-def _measure_plain_vllm(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]:
+def _measure_plain_vllm(folder: Path, model: str, rounds: int) -> list[BenchRow]:
     """Measure vLLM with our arguments and none of our code inside, on the prompts of the same iterations."""
     from vllm import SamplingParams
 
@@ -267,7 +267,7 @@ def _start_plain_vllm(folder: Path, config: RLConfig, processor: Processor) -> A
     )
 
 
-def _measure_sync(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]:
+def _measure_sync(folder: Path, model: str, rounds: int) -> list[BenchRow]:
     """Measure new weights into an engine beside one copy of the same bytes, and on a GPU sleep and waking up."""
     config = _make_config(folder, model)
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
@@ -282,7 +282,7 @@ def _measure_sync(folder: Path, model: str, rounds: int) -> list[dict[str, Any]]
     size = sum(tensor.nbytes for tensor in source)
     update_seconds = _least_seconds(rounds, lambda: engine.update(shards))
     copy_seconds = _copy_seconds(rounds, source)
-    rows: list[dict[str, Any]] = [
+    rows: list[BenchRow] = [
         {
             "name": f"{model}, weights to vLLM",
             "seconds": update_seconds,

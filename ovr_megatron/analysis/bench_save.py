@@ -13,10 +13,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
+from ovr_megatron.analysis.subprocess_bench import BenchRow
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.checkpoint.writing import DiskQueue
@@ -31,7 +31,7 @@ from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder, WeightWriter,
 SIZES = TinySizes(hidden=1024, heads=8, kv_heads=2, ffn=4096, layers=4)
 
 
-def run(rounds: int) -> list[dict[str, Any]]:
+def run(rounds: int) -> list[BenchRow]:
     """Start the two processes and return the rows that they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run([*command, "-m", __name__, str(rounds)], capture_output=True, text=True)
@@ -40,7 +40,7 @@ def run(rounds: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[BenchRow]) -> str:
     """Return the rows as a table of text; ``ratio`` is the first row's waiting over the row's."""
     lines = [f"{'':22}{'MB':>7}{'waiting s':>11}{'in all s':>10}{'ratio':>7}"]
     for row in rows:

@@ -27,7 +27,7 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.analysis.bench import natural_lengths, text_pack
 from ovr_megatron.analysis.published import randomise, randomise_engine, read_shape, write_model
-from ovr_megatron.analysis.subprocess_bench import MeasurementError, run_in_subprocess
+from ovr_megatron.analysis.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
 from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
@@ -51,7 +51,7 @@ COMPILED = "Transformers, compiled"
 class StepCase:
     """One measurement: ``shape`` is a preset or ``tiny``, ``layers`` of it (0: all), ``lengths`` of the documents."""
 
-    who: str
+    who: str  # OURS, PLAIN or COMPILED; the field is a key of the rows
     shape: str
     layers: int
     lengths: tuple[int, ...]
@@ -67,9 +67,7 @@ class StepCase:
         return f"{self.shape}{depth}, {self.who}, {precision}, recompute {self.recompute}"
 
 
-def run(
-    shapes: Sequence[str], rounds: int, fp8: str, only: str = "", trace: Path | None = None
-) -> Iterator[dict[str, Any]]:
+def run(shapes: Sequence[str], rounds: int, fp8: str, only: str = "", trace: Path | None = None) -> Iterator[BenchRow]:
     """Measure every case of the table; a rival's failure, or one of ours, is a row that says so.
 
     Args:
@@ -107,7 +105,10 @@ def fit_layers(case: StepCase) -> StepCase:
     all_layers = read_shape(case.shape).layers
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory
     layers = all_layers
-    while layers > 1 and planned_bytes(replace(case, layers=layers)) + CONTEXT + MARGIN * gpu_bytes > gpu_bytes:
+    while layers > 1:
+        needed_bytes = planned_bytes(replace(case, layers=layers)) + CONTEXT + MARGIN * gpu_bytes
+        if needed_bytes <= gpu_bytes:
+            break
         layers -= 1
     return replace(case, layers=0 if layers == all_layers else layers)
 
@@ -129,14 +130,15 @@ def make_model_config(case: StepCase) -> ModelConfig:
     return ModelConfig(path=case.shape, freeze_vision=True, freeze_merger=True, **settings)  # type: ignore[arg-type]
 
 
-def measure_best(case: StepCase, rounds: int, trace: Path | None = None) -> dict[str, Any]:
+def measure_best(case: StepCase, rounds: int, trace: Path | None = None) -> BenchRow:
     """Measure ``case`` in ``rounds`` processes, and return the row of the best; ``failed`` says why a process ended."""
-    row: dict[str, Any] = {"name": case.name, **asdict(case), "tokens": sum(case.lengths)}
+    row: BenchRow = {"name": case.name, **asdict(case), "tokens": sum(case.lengths)}
     row["documents"] = len(case.lengths)
     row["lengths"] = None
     for _ in range(rounds):
         try:
-            (result,) = run_in_subprocess(__name__, json.dumps(asdict(case)), *([trace] if trace else []))
+            arguments = [json.dumps(asdict(case)), *([trace] if trace else [])]
+            (result,) = run_in_subprocess(__name__, *arguments)
         except MeasurementError as error:
             return row | {"failed": str(error)}
         if result["seconds"] < row.get("seconds", float("inf")):
@@ -144,7 +146,7 @@ def measure_best(case: StepCase, rounds: int, trace: Path | None = None) -> dict
     return row
 
 
-def measure(case: StepCase, trace: Path | None, repeats: int = 3, at_least: float = 3.0) -> dict[str, Any]:
+def measure(case: StepCase, trace: Path | None, repeats: int = 3, at_least: float = 3.0) -> BenchRow:
     """Measure seconds, FLOP/s and peak bytes of one forward and backward in this process, after one that warms up.
 
     If ``trace`` names a folder, one more is traced into it: see `profile`.
@@ -175,7 +177,7 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def profile(run_once: Callable[[], object], folder: Path, name: str) -> dict[str, Any]:
+def profile(run_once: Callable[[], object], folder: Path, name: str) -> BenchRow:
     """Trace ``run_once`` into ``folder``.
 
     Returns:
@@ -256,7 +258,7 @@ def _build_transformers(case: StepCase) -> Callable[[], object]:
     return run_once
 
 
-def format_row(row: dict[str, Any]) -> str:
+def format_row(row: BenchRow) -> str:
     """Return a row as a line below `HEADER`."""
     if "failed" in row:
         return f"{row['name']:68} failed: {row['failed']}"

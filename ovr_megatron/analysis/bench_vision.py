@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from ovr_megatron.analysis.published import randomise, randomise_engine, read_shape, write_model
-from ovr_megatron.analysis.subprocess_bench import MeasurementError, run_in_subprocess
+from ovr_megatron.analysis.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine
@@ -46,7 +45,7 @@ REPEATS = 16  # of the images on a GPU: 68,608 patches
 MIN_SECONDS = 3.0  # of measured rounds on one device
 
 
-def run(rounds: int) -> list[dict[str, Any]]:
+def run(rounds: int) -> list[BenchRow]:
     """Measure our tower and Transformers', and without a GPU the layouts on two ranks; each in a new process."""
     ours = _best_of("ours", rounds)
     rival = _best_of("Transformers", rounds)
@@ -61,7 +60,7 @@ def run(rounds: int) -> list[dict[str, Any]]:
     return [ours, rival, one_rank, *two_ranks]
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[BenchRow]) -> str:
     """Return the rows as a table of text; ``ratio``: the seconds of Transformers, or of one rank, over this row's."""
     lines = [f"{'':20}{'seconds':>9}{'patches/s':>11}{'ratio':>7}{'parameters a rank':>20}"]
     for row in rows:
@@ -74,20 +73,20 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _best_of(who: str, rounds: int) -> dict[str, Any]:
+def _best_of(implementation: str, rounds: int) -> BenchRow:
     """Return the row of the fastest of ``rounds`` processes, or one that says why a process failed."""
-    best: dict[str, Any] = {}
+    best: BenchRow = {}
     for _ in range(rounds):
         try:
-            (row,) = run_in_subprocess(__name__, who)
+            (row,) = run_in_subprocess(__name__, implementation)
         except MeasurementError as error:
-            return {"name": who, "failed": str(error)}
+            return {"name": implementation, "failed": str(error)}
         if row["seconds"] < best.get("seconds", float("inf")):
             best = row
     return best
 
 
-def measure_alone(who: str) -> dict[str, Any]:
+def measure_alone(implementation: str) -> BenchRow:
     """Measure a tower's forward and backward: the 7B model's in bfloat16 on a GPU, else a small one in float32."""
     on_gpu = torch.cuda.is_available()
     name = "7B" if on_gpu else "tiny"
@@ -95,7 +94,7 @@ def measure_alone(who: str) -> dict[str, Any]:
     sides = SIDES * REPEATS if on_gpu else SIDES
     world = distributed.start(ParallelConfig(), seed=1, threads=0 if on_gpu else 1)
     pack = image_pack(2, 1176, sides)
-    build = _build_ours if who == "ours" else _build_transformers
+    build = _build_ours if implementation == "ours" else _build_transformers
     model, forward = build(world, pack, name, dtype)
     seconds: list[float] = []
     while len(seconds) < 4 or sum(seconds[1:]) < MIN_SECONDS:  # the first round warms up
@@ -107,7 +106,7 @@ def measure_alone(who: str) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         model.zero_grad()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"name": who, "seconds": min(seconds[1:]), "patches": len(pack.patches), "parameters": parameters}
+    return {"name": implementation, "seconds": min(seconds[1:]), "patches": len(pack.patches), "parameters": parameters}
 
 
 def _build_ours(world: World, pack: Pack, name: str, dtype: str) -> Tower:

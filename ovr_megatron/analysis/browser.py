@@ -169,7 +169,7 @@ def _write_scripts(name: str, folder: Path, items: Sequence[Mapping[str, Any]]) 
     names = []
     for index, batch in enumerate(_batches(items, RESPONSES_PER_FILE)):
         script = f"{name}_{index}"
-        texts = json.dumps([item["shown"] for item in batch], separators=(",", ":"))
+        texts = json.dumps([item["content"] for item in batch], separators=(",", ":"))
         # `ovrShow` is a function of browser.js, which waits for the texts under this name.
         write_whole(folder / f"{script}.js", f"ovrShow({json.dumps(script)},{texts})\n")
         names.append(script)
@@ -242,7 +242,7 @@ def _item(
     details: dict[str, Any],
     judge_counts: Mapping[str, int | None],
 ) -> dict[str, Any]:
-    """Return ``facts``, the entry of a response in the index, and ``shown``, its text and ``details``.
+    """Return ``facts``, the entry of a response in the index, and ``content``, its text and ``details``.
 
     The text is marked by wording in any case; which behaviours the response counts for, the judge decides if it has
     read the response.
@@ -251,7 +251,7 @@ def _item(
     characters_cut = len(text) - MAX_CHARACTERS
     text = text[:MAX_CHARACTERS]
     acts = lexical.acts(text)
-    shown = _pieces(text, tokens, acts) | {"cut": characters_cut if characters_cut > 0 else None} | details
+    content = _pieces(text, tokens, acts) | {"cut": characters_cut if characters_cut > 0 else None} | details
     if judge_counts:
         behaviours = {name for name, count in judge_counts.items() if count}
     else:
@@ -259,7 +259,7 @@ def _item(
     bits = sum(bit for name, bit in _BITS.items() if name in behaviours)
     return {
         "facts": [row["source"], reward, row["tokens"], bits],
-        "shown": {key: value for key, value in shown.items() if value is not None},
+        "content": {key: value for key, value in content.items() if value is not None},
     }
 
 
@@ -272,30 +272,32 @@ def _pieces(text: str, tokens: Sequence[Token], acts: Sequence[lexical.Act]) -> 
         their shades from -3 to 3.
     """
     if not tokens:
-        cuts = sorted({0, len(text), *(act.begin for act in acts), *(act.end for act in acts)})
-        parts = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
+        cuts = {0, len(text)}
+        for act in acts:
+            cuts |= {act.begin, act.end}
+        parts = [text[begin:end] for begin, end in itertools.pairwise(sorted(cuts))]
         return {"x": parts} | _behaviour_bits(parts, acts)
-    shown = _tokens_within(tokens, len(text))
+    tokens = _tokens_within(tokens, len(text))
     pieces: dict[str, Any] = {
-        "x": [token.text for token in shown],
-        "p": [round(100 * exp(token.logprob), 1) for token in shown],
+        "x": [token.text for token in tokens],
+        "p": [round(100 * exp(token.logprob), 1) for token in tokens],
     }
-    if any(token.advantage is not None for token in shown):
-        pieces["a"] = [None if token.advantage is None else round(token.advantage, 3) for token in shown]
-        pieces["s"] = shade(shown)
+    if any(token.advantage is not None for token in tokens):
+        pieces["a"] = [None if token.advantage is None else round(token.advantage, 3) for token in tokens]
+        pieces["s"] = shade(tokens)
     return pieces | _behaviour_bits(pieces["x"], acts)
 
 
 def _tokens_within(tokens: Sequence[Token], characters: int) -> list[Token]:
     """Return the first tokens, as many as lie within so many characters altogether."""
-    shown: list[Token] = []
+    within: list[Token] = []
     length = 0
     for token in tokens:
         length += len(token.text)
         if length > characters:
             break
-        shown.append(token)
-    return shown
+        within.append(token)
+    return within
 
 
 def _behaviour_bits(parts: Sequence[str], acts: Sequence[lexical.Act]) -> dict[str, Any]:
@@ -311,9 +313,9 @@ def _behaviour_bits(parts: Sequence[str], acts: Sequence[lexical.Act]) -> dict[s
 
 def _render_section(index: Mapping[str, Any]) -> Html:
     sources = _sources(index)
-    shown = sum(len(entry["rows"]) for entry in index.values())
+    count = sum(len(entry["rows"]) for entry in index.values())
     total = sum(entry["total"] for entry in index.values())
-    sample = f"{shown:,} of {total:,} responses, evenly sampled" if shown < total else f"All {total:,} responses"
+    sample = f"{count:,} of {total:,} responses, evenly sampled" if count < total else f"All {total:,} responses"
     note = (
         f"{sample}. Their texts are in {FOLDER}/ beside this page and are loaded when they are shown. Behaviours are "
         "found by wording, an approximation, unless a judge has counted them."
@@ -351,7 +353,7 @@ def _page_index(index: Mapping[str, Any], sources: Sequence[str]) -> dict[str, A
     files = []
     for entry in index.values():
         file = {key: entry[key] for key in ("group", "title", "files")}
-        file["rows"] = [[source_index[source], *rest] for source, *rest in entry["rows"]]
+        file["rows"] = [[source_index[source], *facts] for source, *facts in entry["rows"]]
         files.append(file)
     return {
         "folder": FOLDER,
@@ -380,8 +382,8 @@ def _render_filters(index: Mapping[str, Any], sources: Sequence[str]) -> Html:
 
 def _choice(title: str, name: str, default: str, options: Sequence[str]) -> Html:
     """Return a list to choose from; ``default`` stands for no choice."""
-    rest = (tag("option", option, value=option) for option in options)
-    return tag("label", title, tag("select", tag("option", default, value=""), *rest, id=f"browse-{name}"))
+    choices = (tag("option", option, value=option) for option in options)
+    return tag("label", title, tag("select", tag("option", default, value=""), *choices, id=f"browse-{name}"))
 
 
 def _number_field(title: str, name: str) -> Html:

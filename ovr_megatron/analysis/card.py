@@ -128,7 +128,9 @@ def _render_scores(experiment: Experiment) -> Iterator[str]:
 
 
 def _score_cell(score: dict[str, Any] | None) -> str:
-    return f"{score['accuracy']:.1%} ({score['low']:.1%} to {score['high']:.1%})" if score else "not run"
+    if not score:
+        return "not run"
+    return f"{score['accuracy']:.1%} ({score['low']:.1%} to {score['high']:.1%})"
 
 
 def _render_commands(experiment: Experiment, model: str) -> Iterator[str]:

@@ -110,6 +110,7 @@ class Chart:
 
 def draw(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Chart]:
     """Draw every figure for which the folder holds numbers, in the order of the recipe; ``width`` in inches."""
+    # Matplotlib reads most settings while it draws. Without pyplot, which would hold every figure open.
     with matplotlib.rc_context(theme.settings):
         return [Chart(name, caption, figure, theme) for name, caption, figure in _figures(experiment, theme, width)]
 
@@ -126,9 +127,8 @@ def _figures(experiment: Experiment, theme: Theme, width: float) -> Iterator[tup
         caption = "PPO: mean reward and response length. Dashed: the curriculum allows longer sequences from here on."
         yield "rl_dynamics", caption, dynamics_figure(stage, theme, width)
     if stage and sources(stage):
-        shown = len(sources(stage))
         total = len(_all_sources(stage))
-        selection = f" The first {shown} of {total}." if total > shown else ""
+        selection = f" The first {MAX_SOURCES} of {total}." if total > MAX_SOURCES else ""
         caption = f"PPO by source: mean reward and response length, moving averages.{selection}"
         yield "rl_sources", caption, sources_figure(stage, theme, width)
     if stage and any(stage.values(key) for key, _, _ in _HEALTH):
@@ -253,6 +253,7 @@ def health_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=theme.muted)
             continue
         _curve(axes, steps, values, theme.models[2], form, smooth=key != "rollout/mismatch_max")
+        # The mismatch spans orders of magnitude; a moving average would hide its peaks.
         if key == "rollout/mismatch_max" and min(values) > 0:
             axes.set_yscale("log")
     return figure
@@ -283,7 +284,7 @@ def evaluation_figure(evaluations: Sequence[tuple[Stage, list[str]]], theme: The
             axes.plot([step + 1 for step in steps], values, marker="o", markersize=4, color=colour, label=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(0, 1.02)  # a marker at 100 % is not cut
         axes.legend(loc="best")
     return figure
 
@@ -295,7 +296,7 @@ def accuracy_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -
     axes = figure.add_subplot(title="Accuracy on held-out problems")
     scores = {model: [experiment.score(model, name) for name in sets] for model in MODELS}
     _draw_bars(axes, theme, list(sets.values()), scores)
-    axes.set_ylim(0, 1.08)
+    axes.set_ylim(0, 1.08)  # room for the numbers above the bars
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     _draw_models_legend(figure, theme, width)
     return figure

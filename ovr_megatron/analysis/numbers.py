@@ -9,7 +9,7 @@ from typing import Any
 
 from ovr_megatron.analysis.experiment import Experiment
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -26,14 +26,16 @@ def write_numbers(experiment: Experiment) -> list[Path]:
     return paths
 
 
-def _tables(experiment: Experiment) -> dict[str, list[Row]]:
-    tables: dict[str, list[Row]] = {name: stage.metrics for name, stage in experiment.stages.items()}
+def _tables(experiment: Experiment) -> dict[str, list[TableRow]]:
+    tables: dict[str, list[TableRow]] = {}
+    for name, stage in experiment.stages.items():
+        tables[name] = stage.metrics
     tables["scores"] = list(_score_rows(experiment))
     tables["behaviours"] = list(_behaviour_rows(experiment))
     return tables
 
 
-def _write_table(path: Path, rows: list[Row]) -> None:
+def _write_table(path: Path, rows: list[TableRow]) -> None:
     # Rows may have different keys, for example metrics that were logged in some steps only: a column for each of them.
     columns: dict[str, None] = {}
     for row in rows:
@@ -45,7 +47,7 @@ def _write_table(path: Path, rows: list[Row]) -> None:
             table.writerow({key: _cell(value) for key, value in row.items()})
 
 
-def _score_rows(experiment: Experiment) -> Iterator[Row]:
+def _score_rows(experiment: Experiment) -> Iterator[TableRow]:
     """Yield a row for each score: of a whole problem set with an empty ``source``, then of each of its sources."""
     for model, evaluations in experiment.scores.items():
         for set_name, evaluation in evaluations.items():
@@ -56,7 +58,7 @@ def _score_rows(experiment: Experiment) -> Iterator[Row]:
                         yield names | _flatten(scores[kind])
 
 
-def _behaviour_rows(experiment: Experiment) -> Iterator[Row]:
+def _behaviour_rows(experiment: Experiment) -> Iterator[TableRow]:
     for model, checkpoint in experiment.behaviours.get("checkpoints", {}).items():
         for name, counts in checkpoint["behaviours"].items():
             row = {"model": model, "behaviour": name} | _flatten(counts["emergence"] or {})
@@ -70,9 +72,12 @@ def _cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
 
 
-def _flatten(tree: Row, prefix: str = "") -> Row:
+def _flatten(tree: TableRow, prefix: str = "") -> TableRow:
     """Return a nested dictionary as one row, with the keys of each level joined by ``_``."""
-    row: Row = {}
+    row: TableRow = {}
     for key, value in tree.items():
-        row |= _flatten(value, f"{prefix}{key}_") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            row |= _flatten(value, f"{prefix}{key}_")
+        else:
+            row[f"{prefix}{key}"] = value
     return row

@@ -21,7 +21,8 @@ def render_origins(experiment: Experiment) -> Iterator[Html]:
         path = stage.dir.relative_to(experiment.dir) / "config.yaml"
         title = join([stage.title, tag("a", "configuration", href=path.as_posix())])
         rows.append([title, *_cells(starts[-1])])
-        earlier += [[f"{stage.title}, {start['time']}", *_cells(start)] for start in starts[:-1]]
+        for start in starts[:-1]:
+            earlier.append([f"{stage.title}, {start['time']}", *_cells(start)])
     if rows:
         head = ["Stage", "Recipe and overrides", "Commit", "Versions", "Machine"]
         folded = details("Earlier starts", table(head, earlier)) if earlier else None
@@ -30,4 +31,5 @@ def render_origins(experiment: Experiment) -> Iterator[Html]:
 
 def _cells(start: dict[str, Any]) -> list[object]:
     versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
-    return [" ".join([start["recipe"], *start["overrides"]]), start["commit"], versions, start["machine"]]
+    recipe = " ".join([start["recipe"], *start["overrides"]])
+    return [recipe, start["commit"], versions, start["machine"]]

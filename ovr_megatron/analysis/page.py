@@ -24,8 +24,10 @@ def tag(name: str, /, *content: Content, **attributes: str | None) -> Html:
 
     A trailing underscore of an attribute's name is dropped (``class_``); an attribute that is None is left out.
     """
-    pairs = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
-    opening = name + "".join(f' {key}="{html.escape(value)}"' for key, value in pairs)
+    opening = name
+    for key, value in attributes.items():
+        if value is not None:
+            opening += f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
     # Void elements of HTML have neither content nor a closing tag.
     if name in ("img", "source", "meta", "input"):
         return Html(f"<{opening}>")

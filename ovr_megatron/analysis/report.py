@@ -45,6 +45,7 @@ def render(experiment: Experiment, refresh: int = 0) -> str:
     """
     summary = summarise(experiment)
     title = experiment.dir.resolve().name
+    # Two of the figures have sections of their own; the others, in their order, make up the training's.
     charts = _render_charts(experiment)
     return document(
         f"{title} - Open Vision Reasoner",
@@ -110,8 +111,9 @@ def _render_charts(experiment: Experiment) -> dict[str, Html]:
         for width, theme in itertools.product((figures.WIDE, figures.NARROW), figures.THEMES)
     ]
     rendered = {}
-    for chart, *others in zip(wide_light, *other_looks, strict=True):
-        image = picture([chart.png, *(other.png for other in others)], chart.caption)
+    for same_chart in zip(wide_light, *other_looks, strict=True):
+        chart = same_chart[0]
+        image = picture([look.png for look in same_chart], chart.caption)
         rendered[chart.name] = tag("figure", image, tag("figcaption", chart.caption))
     return rendered
 
@@ -246,7 +248,7 @@ def _render_commands(measured: Mapping[str, Mapping[str, float]]) -> Iterator[Ht
 
 
 def _stage_row(stage: Stage) -> list[object]:
-    done = f"{stage.done}" + (f" of {stage.total}" if stage.total else "") + f" {stage.unit}"
+    progress = f"{stage.done} of {stage.total} {stage.unit}" if stage.total else f"{stage.done} {stage.unit}"
     rates: list[object] = []
     for key, verb in (
         ("perf/tokens_per_second", "trained"),
@@ -259,7 +261,7 @@ def _stage_row(stage: Stage) -> list[object]:
     for key, title, form in (("loss/train", "loss", "{:.4f}"), ("reward/mean", "mean reward", "{:.3f}")):
         if values := stage.values(key):
             last.append(join([form.format(values[-1]), tag("small", title)]))
-    return [stage.title, done, join(rates) if rates else NOTHING, join(last) if last else NOTHING]
+    return [stage.title, progress, join(rates) if rates else NOTHING, join(last) if last else NOTHING]
 
 
 def _render_phases(stage: Stage) -> Iterator[Html]:
@@ -281,17 +283,17 @@ def _render_phases(stage: Stage) -> Iterator[Html]:
 
 def _render_rollouts(experiment: Experiment) -> Iterator[Html]:
     stage = experiment.stages.get("rl")
-    shown = moments(stage.dir) if stage else []
-    if not stage or not shown:
+    samples = moments(stage.dir) if stage else []
+    if not stage or not samples:
         return
-    count = sum(len(moment.rollouts) for moment in shown)
+    count = sum(len(moment.rollouts) for moment in samples)
     note = f"{count} of all rollouts; the others are in {stage.name}/rollouts, one file an iteration."
-    if any(any(moment.tokens) for moment in shown):
+    if any(any(moment.tokens) for moment in samples):
         note += (
             " Green tokens were made more likely and red ones less, the darker the more; a dotted line marks those of a"
             f" probability under {exp(LOW_LOGPROB):.0%} (point at one for its numbers)."
         )
-    rendered = (_render_moment(stage, moment) for moment in shown)
+    rendered = (_render_moment(stage, moment) for moment in samples)
     yield section("What the model says", tag("p", note, class_="note"), *rendered)
 
 
@@ -303,13 +305,14 @@ def _render_moment(stage: Stage, moment: Moment) -> Html:
 
 def _render_rollout(stage: Stage, rollout: dict[str, Any], tokens: Sequence[Token]) -> Html:
     name = rollout.get("image")
-    shown = read_picture(stage.dir, name) if name else None
+    prompt_image = read_picture(stage.dir, name) if name else None
     kind = "text"
     image = None
-    if shown:
-        small = shown.width <= 112
+    if prompt_image:
+        # The puzzles' images are this small: drawn larger, without smoothing, and beside the text.
+        small = prompt_image.width <= 112
         kind = "image" if small else "photo"
-        image = tag("img", src=data_uri(shown.png), alt="Image of the prompt", class_="small" if small else None)
+        image = tag("img", src=data_uri(prompt_image.png), alt="Image of the prompt", class_="small" if small else None)
     elif name:
         image = tag("p", f"The image {name} is missing.", class_="note")
     right = rollout["reward"] > 0
@@ -339,13 +342,13 @@ def _render_tokens(tokens: Sequence[Token]) -> Html | None:
         return None
     pieces = []
     for token, level in zip(tokens, shade(tokens), strict=True):
-        numbers = f"probability {exp(token.logprob):.3f}"
+        title = f"probability {exp(token.logprob):.3f}"
         looks = ["unlikely"] if token.logprob < LOW_LOGPROB else []
         if token.advantage is not None:
-            numbers = f"advantage {token.advantage:+.3f}, {numbers}"
+            title = f"advantage {token.advantage:+.3f}, {title}"
             if level:
                 looks.append(f"{'up' if level > 0 else 'down'}{abs(level)}")
-        pieces.append(tag("span", token.text, class_=" ".join(looks) or None, title=numbers))
+        pieces.append(tag("span", token.text, class_=" ".join(looks) or None, title=title))
     return join(pieces)
 
 

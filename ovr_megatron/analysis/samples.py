@@ -173,6 +173,7 @@ def read_picture(run: Path, name: str) -> Picture | None:
             image.thumbnail((MAX_SIDE, MAX_SIDE))
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, "PNG")
+    # Pillow raises `SyntaxError` for some damaged PNGs, and refuses images that would take too much memory.
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
         return None
     return Picture(buffer.getvalue(), image.width)

@@ -1,4 +1,4 @@
-"""Run a measurement in a process of its own and collect the JSON rows that it prints."""
+"""Run a measurement in a new process and collect the JSON rows that it prints."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+BenchRow = dict[str, Any]
+"""A row of a benchmark's table and of its JSON file: ``name``, ``seconds`` and whatever else was measured."""
+
 
 class MeasurementError(RuntimeError):
     """A measurement that failed, with the line that says why."""
 
 
-def run_in_subprocess(module: str, *arguments: object, launcher: Sequence[str] = ()) -> list[dict[str, Any]]:
+def run_in_subprocess(module: str, *arguments: object, launcher: Sequence[str] = ()) -> list[BenchRow]:
     """Run ``module`` as a program and return the JSON objects among the lines of its output.
 
     Args:
