@@ -69,6 +69,7 @@ def measure_head(
         # The first run starts libraries and compiles kernels.
         for variant in variants:
             _run_variant(variant, *inputs)
+    # In turns, so that a busy moment of the machine does not hit a single variant.
     for variant in tuple(variants) * repeats:
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -66,6 +66,7 @@ def prepare_rows(config: PrepareConfig) -> int:
 def map_rows(config: PrepareConfig) -> int:
     """Prepare the rows as the rival does, with one ``map`` and one ``select``, and return how many are kept."""
     datasets.disable_progress_bars()
+    # An empty cache: a result of an earlier run must not be found.
     datasets.config.HF_DATASETS_CACHE = Path(config.dir)
     problems = load_problems(config)
 

@@ -78,7 +78,7 @@ def run(rounds: int, only: str = "", verdicts: int = 8192) -> list[BenchRow]:
             except MeasurementError as error:
                 rows.append({"name": f"{name}, {part}", "failed": str(error)})
     generation = {row["name"]: row for row in rows if "tokens_per_second" in row}
-    if len(generation) == 2:
+    if len(generation) == 2:  # neither was left out or failed
         plain_rate = generation["plain vLLM"]["tokens_per_second"]
         generation["generate"]["ratio"] = generation["generate"]["tokens_per_second"] / plain_rate
     if only in "verdicts":
@@ -181,6 +181,7 @@ def _measure_iteration(folder: Path, model: str, rounds: int) -> list[BenchRow]:
                 arrays,
                 models.world,
             )
+            # The phases as the iteration itself measures them; what they leave is "the rest".
             seconds = {name: outcome.metrics[f"timing/{name}"] for name in PHASES}
             seconds["iteration"] = time.perf_counter() - start
             if iteration and seconds["iteration"] < best.get("iteration", float("inf")):
@@ -273,7 +274,7 @@ def _measure_sync(folder: Path, model: str, rounds: int) -> list[BenchRow]:
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     processor = Processor(folder / "model", config.data)
     policy = randomise_engine(Engine(processor.shape, config.model, config.parallel, world))
-    policy.offload("gradients")
+    policy.offload("gradients")  # an update does not need them
     free_before = _free_bytes()
     rollout = replace(config.rollout, gpu_memory_utilization=0.3)
     engine = RolloutEngine(folder / "model", rollout, processor, config.model.dtype, TOKENS, empty=True)

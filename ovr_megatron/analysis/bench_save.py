@@ -91,9 +91,10 @@ def save_in_background(out: Path, engine: Engine, hf_assets: Path, world: World)
     save = store.start_save(out, 1, {"policy": engine}, hf_assets, {}, world, queue)
     dist.barrier()
     waiting = time.perf_counter() - start
+    # Training would go on here.
     while save.running:
         time.sleep(0.001)
-    # A rank that is done before the others waits here, outside of both measurements: in training it would go on.
+    # Outside of both measurements: a rank that is done first must not count its wait for the other.
     dist.barrier()
     start = time.perf_counter()
     store.finish_save(save, world)
@@ -121,8 +122,9 @@ def main() -> None:
     dist.barrier()  # the model is on disk from here on
     engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder)), ParallelConfig(), world)
     engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(folder))
-    engine.load_optimizer_state({}, 1)
+    engine.load_optimizer_state({}, 1)  # no state is read, but its tensors are there to be saved
     best: dict[str, tuple[float, float]] = {}
+    # In turns, so that a busy moment of the disk does not hit a single method.
     for name in [*METHODS] * int(sys.argv[1]):
         dist.barrier()
         start = time.perf_counter()

@@ -153,6 +153,7 @@ def image_pack(merge: int, patch_dim: int, sides: Sequence[tuple[int, int]]) -> 
     grid = torch.tensor([(1, height, width) for height, width in sides])
     patches = int(grid.prod(-1).sum())
     features = patches // merge**2
+    # Only the tower runs: of the language model's inputs just the lengths have to fit.
     return Pack(
         tokens=torch.zeros(features, dtype=torch.int64),
         labels=torch.full((features,), IGNORED),

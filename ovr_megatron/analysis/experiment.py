@@ -17,6 +17,7 @@ import yaml
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.runlog import read_metrics
 
+# Names as in the folder, and titles as people read them; all in the order of the recipe.
 STAGES = {"base": "Base model", "cold_start": "Cold start", "rl": "RL"}
 MODELS = {"base": "Base", "cold_start": "Cold start", "rl": "RL", "average": "Average"}
 SETS = {"visual": "Visual puzzles", "text": "Text puzzles", "caption": "Captions"}
@@ -43,7 +44,7 @@ class Stage:
     @property
     def done(self) -> int:
         """Number of steps or iterations that are logged."""
-        return int(self.metrics[-1]["step"]) + 1 if self.metrics else 0
+        return int(self.metrics[-1]["step"]) + 1 if self.metrics else 0  # steps count from 0
 
     @property
     def total(self) -> int:
@@ -88,8 +89,9 @@ class Experiment:
     def sets(self) -> dict[str, str]:
         """Name and title of every problem set that some model was evaluated on, the miniature's own first."""
         names: set[str] = set().union(*self.scores.values())
-        ordered = [name for name in SETS if name in names] + sorted(names - set(SETS))
-        return {name: SETS.get(name, name) for name in ordered}
+        miniature_sets = [name for name in SETS if name in names]
+        other_sets = sorted(names - set(SETS))
+        return {name: SETS.get(name, name) for name in miniature_sets + other_sets}
 
     @property
     def exported(self) -> Path | None:

@@ -221,12 +221,14 @@ def sources_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
         (rewards, _BY_SOURCE, "RL: mean reward by source"),
         (lengths, "response/length/source/", "RL: mean response length in tokens"),
     )
+    # Ten colours for at most `MAX_SOURCES` lines.
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for axes, group, title in panels:
         axes.set_title(title)
         for source, colour in zip(sources(stage), colours, strict=False):
             steps, values = stage.series(group + source)
-            axes.plot(steps, moving_average(values, max(1, len(values) // 20)), color=colour, label=source)
+            window = max(1, len(values) // 20)
+            axes.plot(steps, moving_average(values, window), color=colour, label=source)
     lengths.set_xlabel("Iteration")
     lengths.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     lines, labels = rewards.get_legend_handles_labels()
@@ -281,7 +283,9 @@ def evaluation_figure(evaluations: Sequence[tuple[Stage, list[str]]], theme: The
             steps, values = stage.series(key)
             label = key.partition("/")[2]
             colour = theme.models[(index + 1) % len(theme.models)]
-            axes.plot([step + 1 for step in steps], values, marker="o", markersize=4, color=colour, label=label)
+            # Steps count from 0: an evaluation logged with step 99 is one of the weights after 100 steps.
+            steps_done = [step + 1 for step in steps]
+            axes.plot(steps_done, values, marker="o", markersize=4, color=colour, label=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         axes.set_ylim(0, 1.02)  # a marker at 100 % is not cut
@@ -354,11 +358,12 @@ def _draw_bars(axes: Axes, theme: Theme, groups: Sequence[str], scores: Mapping[
     for index, (model, title) in enumerate(MODELS.items()):
         offset = (index - (len(MODELS) - 1) / 2) * step
         positions = [group + offset for group in range(len(groups))]
-        bars = [(x, score) for x, score in zip(positions, scores[model], strict=True) if isinstance(score, dict)]
+        # A group without a value has a word in the place of its bar.
+        bars = {x: score for x, score in zip(positions, scores[model], strict=True) if isinstance(score, dict)}
         axes.bar(
-            [x for x, _ in bars],
-            [score["accuracy"] for _, score in bars],
-            yerr=_errors([score for _, score in bars]),
+            list(bars),
+            [score["accuracy"] for score in bars.values()],
+            yerr=_errors(list(bars.values())),
             width=step * 0.9,
             color=theme.models[index],
             label=title,
@@ -402,6 +407,8 @@ def _curve(
     strong = moving_average(values, window)
     if window > 1:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.4)
+    # A line through a single point would not be seen.
     axes.plot(steps, strong, color=colour, marker="o" if len(values) == 1 else None)
-    label = {"xy": (steps[-1], strong[-1]), "xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(form.format(strong[-1]), **label, color=colour, fontweight="bold", annotation_clip=False)
+    # The label lies beside the axes, where Matplotlib would clip it.
+    position = {"xy": (steps[-1], strong[-1]), "xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(form.format(strong[-1]), **position, color=colour, fontweight="bold", annotation_clip=False)

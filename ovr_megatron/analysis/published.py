@@ -33,7 +33,7 @@ def write_model(name: str, folder: Path, layers: int = 0) -> Path:
         layers: how many of them the language model has; 0: all.
     """
     make_tiny_model(folder, sizes=SMALL.get(name, TinySizes(max_positions=128000)))
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").unlink()  # the miniature's weights fit no other configuration
     path = folder / "config.json"
     config = json.loads(path.read_text())
     if name in PRESETS:
@@ -67,5 +67,6 @@ def randomise_engine(engine: Engine) -> Engine:
     for part in engine.parts:
         randomise(part.parameters())
     if hasattr(engine, "optimizer"):
+        # Its float32 copies were taken from the weights before.
         engine.optimizer.reload_model_params()
     return engine

@@ -22,6 +22,7 @@ from ovr_megatron.runtime.files import write_whole
 
 MAX_CHARACTERS = 6000  # of one response in the page
 PAPER_TRANSFER = {"backtracking": "2.5, 8.2, 17.3 %"}  # of base, cold start and RL on MathVision testmini
+# Titles of the phases of an iteration, by the metrics of their seconds.
 PHASES = {
     "timing/generate": "Generate",
     "timing/value": "Value and log-probabilities",
@@ -272,12 +273,14 @@ def _render_phases(stage: Stage) -> Iterator[Html]:
     phases["Rest (data, grading, saving)"] = max(0.0, iteration - sum(phases.values()))
     shares = {title: seconds / iteration if iteration else 0.0 for title, seconds in phases.items()}
     yield tag("h3", f"An RL iteration: {iteration:.2f} s on average")
-    bars = (tag("i", class_=f"p{i}", style=f"flex:{share:.4f}") for i, share in enumerate(shares.values()))
+    bars = []
+    rows = []
+    for index, (title, share) in enumerate(shares.items()):
+        # The style sheet has a colour for each phase, p0 to p4.
+        bars.append(tag("i", class_=f"p{index}", style=f"flex:{share:.4f}"))
+        key = tag("span", class_=f"key p{index}")
+        rows.append([join([key, title]), f"{phases[title]:.2f} s", percent(share)])
     yield tag("div", *bars, class_="phases", role="img", aria_label="Shares of the phases of an iteration")
-    rows = (
-        [join([tag("span", class_=f"key p{i}"), title]), f"{phases[title]:.2f} s", percent(share)]
-        for i, (title, share) in enumerate(shares.items())
-    )
     yield table(["Phase", "Mean", "Share"], rows)
 
 

@@ -90,6 +90,7 @@ def pick(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dic
     for rollout in rollouts:
         if rollout.get("image") or rollout["source"] not in sources_with_images:
             kinds.setdefault((not rollout["reward"], rollout["source"]), []).append(rollout)
+    # False sorts before True: the right ones come first, and by source among them.
     queues = [kinds[kind] for kind in sorted(kinds)]
     selected: list[dict[str, Any]] = []
     while queues and len(selected) < count:
@@ -98,7 +99,7 @@ def pick(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dic
         unseen = (index for index, rollout in enumerate(queue) if _problem(rollout) not in problems)
         selected.append(queue.pop(next(unseen, 0)))
         if queue:
-            queues.append(queue)
+            queues.append(queue)  # at the end, so that the kinds take turns
     return selected
 
 
