@@ -57,7 +57,7 @@ class Measurement:
     peak_bytes: int
 
 
-def natural_lengths(total: int, mean: int, seed: int = 0) -> tuple[int, ...]:
+def sample_lengths(total: int, mean: int, seed: int = 0) -> tuple[int, ...]:
     """Draw lengths of a log-normal with this mean until they fill ``total`` tokens."""
     generator = np.random.default_rng(seed)
     lengths: list[int] = []
@@ -73,7 +73,7 @@ def make_cases(shapes: Sequence[str], tokens: int, mean: int) -> list[tuple[str,
     equal = (mean,) * (tokens // mean)
     rows: list[tuple[str, Case, Case | None]] = []
     for shape in shapes:
-        for name, lengths in (("equal lengths", equal), ("natural lengths", natural_lengths(tokens, mean))):
+        for name, lengths in (("equal lengths", equal), ("natural lengths", sample_lengths(tokens, mean))):
             ours = Case(shape, "ours", lengths)
             rows.append((f"{shape}, {name}", ours, replace(ours, implementation="transformers")))
         plain = Case(shape, "ours", equal)
@@ -119,7 +119,7 @@ def _rates(case: Case, measurement: Measurement) -> BenchRow:
         "peak_bytes": measurement.peak_bytes,
     }
     if torch.cuda.is_available():
-        rate = model_flops(case) / seconds
+        rate = count_flops(case) / seconds
         reachable = matrix_rate(torch.bfloat16)
         rates |= {"tflops": rate / 1e12, "matrix_tflops": reachable / 1e12, "mfu": rate / reachable}
     return rates
@@ -131,7 +131,7 @@ FLOP_FORMULA = (
 )
 
 
-def model_flops(case: Case) -> float:
+def count_flops(case: Case) -> float:
     """Return the FLOP of one forward and backward by `FLOP_FORMULA`."""
     sizes = LAYER_SHAPES[case.shape]
     width = sizes.hidden
@@ -199,7 +199,7 @@ def _build_ours(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], ob
     )
     engine = Engine(ModelShape.from_hf(folder), model, ParallelConfig(), world)
     engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(folder))
-    pack = text_pack(case.lengths)
+    pack = make_text_pack(case.lengths)
     return lambda: engine.backward([pack], cross_entropy)
 
 
@@ -228,7 +228,7 @@ def _build_transformers(case: Case, folder: Path, dtype: torch.dtype) -> Callabl
     return run_once
 
 
-def text_pack(lengths: Sequence[int]) -> Pack:
+def make_text_pack(lengths: Sequence[int]) -> Pack:
     """Return a pack of random text documents, with the next token as the target of each token but the last."""
     generator = torch.Generator().manual_seed(0)
     bounds = torch.tensor([0, *lengths]).cumsum(0)

@@ -29,7 +29,7 @@ NEMO = ("first_fit_decreasing", "first_fit_shuffle")
 _NEMO_MODULE = "nemo.utils.sequence_packing_utils"
 
 
-def natural_lengths(count: int, seed: int = 0) -> np.ndarray:
+def sample_lengths(count: int, seed: int = 0) -> np.ndarray:
     """Draw int32[count] log-normal lengths with mean `MEAN`, at most a pack."""
     generator = np.random.default_rng(seed)
     # The mean of a log-normal is exp(mu + sigma^2 / 2).
@@ -89,7 +89,7 @@ def measure(packer: str, samples: int) -> BenchRow:
     """Measure one packing in this process; ``extra_bytes`` is the peak beyond the libraries' and the lengths'."""
     # The rival is imported here: its libraries are no part of the measurement.
     pack = _pack if packer == OURS else _nemo_packer(packer.removeprefix("nemo "))
-    lengths = natural_lengths(samples)
+    lengths = sample_lengths(samples)
     peak_before = _peak_bytes()
     wall_start = time.perf_counter()
     cpu_start = time.process_time()

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.analysis.bench import natural_lengths, text_pack
+from ovr_megatron.analysis.bench import sample_lengths, make_text_pack
 from ovr_megatron.analysis.published import randomise, randomise_engine, read_shape, write_model
 from ovr_megatron.analysis.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
 from ovr_megatron.coldstart.training import cross_entropy
@@ -86,7 +86,7 @@ def run(shapes: Sequence[str], rounds: int, fp8: str, only: str = "", trace: Pat
 def _make_cases(shape: str, fp8: str) -> list[StepCase]:
     """Return our cases, then the rival's: of each of its two kinds without recomputation and with all of it."""
     on_gpu = torch.cuda.is_available()
-    lengths = natural_lengths(65536, MEAN_LENGTH) if on_gpu else natural_lengths(1024, 64)
+    lengths = sample_lengths(65536, MEAN_LENGTH) if on_gpu else sample_lengths(1024, 64)
     plain = StepCase(OURS, shape, 0, lengths, "bfloat16" if on_gpu else "float32")
     by_recompute = {recompute: fit_layers(replace(plain, recompute=recompute)) for recompute in RECOMPUTE}
     cases = list(by_recompute.values())
@@ -215,7 +215,7 @@ def _build_ours(case: StepCase) -> Callable[[], object]:
     shape = read_shape(case.shape, case.layers)
     engine = Engine(shape, make_model_config(case), ParallelConfig(), world).with_optimizer(OptimizerConfig(), 1)
     randomise_engine(engine)
-    pack = text_pack(case.lengths)
+    pack = make_text_pack(case.lengths)
     # The optimizer makes its state in the first step: the peak must hold it, and not that step itself.
     engine.train([pack], cross_entropy)
     if torch.cuda.is_available():

@@ -93,7 +93,7 @@ def measure_alone(implementation: str) -> BenchRow:
     dtype = "bfloat16" if on_gpu else "float32"
     sides = SIDES * REPEATS if on_gpu else SIDES
     world = distributed.start(ParallelConfig(), seed=1, threads=0 if on_gpu else 1)
-    pack = image_pack(2, 1176, sides)
+    pack = make_image_pack(2, 1176, sides)
     build = _build_ours if implementation == "ours" else _build_transformers
     model, forward = build(world, pack, name, dtype)
     seconds: list[float] = []
@@ -136,7 +136,7 @@ def measure(world: World, folder: Path, parallel: ParallelConfig, rounds: int) -
     """Return the best seconds of the tower's forward and backward over a pack, and its parameters on this rank."""
     engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder)), parallel, world)
     part = engine.load(WeightFolder(folder)).parts[0]
-    pack = image_pack(engine.shape.vision.merge, engine.shape.vision.patch_dim, SIDES)
+    pack = make_image_pack(engine.shape.vision.merge, engine.shape.vision.patch_dim, SIDES)
     best = float("inf")
     for _ in range(rounds + 1):
         # Both ranks start together, and the slower one counts.
@@ -148,7 +148,7 @@ def measure(world: World, folder: Path, parallel: ParallelConfig, rounds: int) -
     return best, sum(parameter.numel() for parameter in part.vision.parameters())
 
 
-def image_pack(merge: int, patch_dim: int, sides: Sequence[tuple[int, int]]) -> Pack:
+def make_image_pack(merge: int, patch_dim: int, sides: Sequence[tuple[int, int]]) -> Pack:
     """Return a pack of images of random pixels, one after the other."""
     grid = torch.tensor([(1, height, width) for height, width in sides])
     patches = int(grid.prod(-1).sum())

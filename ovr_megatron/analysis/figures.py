@@ -108,7 +108,7 @@ class Chart:
         return buffer.getvalue()
 
 
-def draw(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Chart]:
+def draw_figures(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Chart]:
     """Draw every figure for which the folder holds numbers, in the order of the recipe; ``width`` in inches."""
     # Matplotlib reads most settings while it draws. Without pyplot, which would hold every figure open.
     with matplotlib.rc_context(theme.settings):
@@ -121,28 +121,28 @@ def _figures(experiment: Experiment, theme: Theme, width: float) -> Iterator[tup
         stage = experiment.stages.get(name)
         if stage and stage.values("loss/train"):
             caption = f"{stage.title}: cross entropy of the target tokens; faint: each step, strong: moving average."
-            yield f"{name}_loss", caption, loss_figure(stage, theme, width)
+            yield f"{name}_loss", caption, draw_loss(stage, theme, width)
     stage = experiment.stages.get("rl")
     if stage and stage.values("reward/mean"):
         caption = "PPO: mean reward and response length. Dashed: the curriculum allows longer sequences from here on."
-        yield "rl_dynamics", caption, dynamics_figure(stage, theme, width)
-    if stage and sources(stage):
+        yield "rl_dynamics", caption, draw_dynamics(stage, theme, width)
+    if stage and list_sources(stage):
         total = len(_all_sources(stage))
         selection = f" The first {MAX_SOURCES} of {total}." if total > MAX_SOURCES else ""
         caption = f"PPO by source: mean reward and response length, moving averages.{selection}"
-        yield "rl_sources", caption, sources_figure(stage, theme, width)
+        yield "rl_sources", caption, draw_sources(stage, theme, width)
     if stage and any(stage.values(key) for key, _, _ in _HEALTH):
         caption = "PPO under the hood. Mismatch: largest difference of rollout and trainer log-probabilities."
-        yield "rl_health", caption, health_figure(stage, theme, width)
-    if evaluations := periodic_evaluations(experiment):
+        yield "rl_health", caption, draw_health(stage, theme, width)
+    if evaluations := list_periodic_evaluations(experiment):
         caption = "Greedy accuracy of the live weights on the chosen problem sets while a stage trains."
-        yield "evaluation", caption, evaluation_figure(evaluations, theme, width)
+        yield "evaluation", caption, draw_evaluations(evaluations, theme, width)
     if experiment.sets:
         caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
-        yield "accuracy", caption, accuracy_figure(experiment, theme, width)
+        yield "accuracy", caption, draw_accuracy(experiment, theme, width)
     if experiment.shows_behaviours:
         caption = "Traces that show each behaviour, and how far the visual ones follow the linguistic ones."
-        yield "behaviours", caption, behaviour_figure(experiment, theme, width)
+        yield "behaviours", caption, draw_behaviours(experiment, theme, width)
 
 
 def write_figures(experiment: Experiment) -> list[Path]:
@@ -150,7 +150,7 @@ def write_figures(experiment: Experiment) -> list[Path]:
     folder = experiment.dir / "figures"
     folder.mkdir(exist_ok=True)
     paths = []
-    for chart in draw(experiment, LIGHT):
+    for chart in draw_figures(experiment, LIGHT):
         for form, data in (("png", chart.png), ("pdf", chart.pdf)):
             path = folder / f"{chart.name}.{form}"
             path.write_bytes(data)
@@ -158,7 +158,7 @@ def write_figures(experiment: Experiment) -> list[Path]:
     return paths
 
 
-def loss_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+def draw_loss(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     """Draw the loss by optimizer step (paper, figure 3a)."""
     figure = Figure(figsize=(width, 3.0), layout="constrained")
     axes = figure.add_subplot(title=f"{stage.title}: loss", xlabel="Step")
@@ -168,7 +168,7 @@ def loss_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     return figure
 
 
-def dynamics_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+def draw_dynamics(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     """Draw mean reward above mean response length by iteration, with the curriculum's switches (paper, figure 3b)."""
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     reward, length = figure.subplots(2, 1, sharex=True)
@@ -177,7 +177,7 @@ def dynamics_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     reward.set_title("RL: mean reward", pad=22)  # room for the switches' labels
     length.set_title("RL: mean response length in tokens")
     length.set_xlabel("Iteration")
-    for step, before, after in switches(stage):
+    for step, before, after in list_switches(stage):
         for axes in (reward, length):
             axes.axvline(step, color=theme.muted, linestyle=(0, (4, 3)), linewidth=1, gid="switch")
         position = {"xy": (step, 1), "xycoords": reward.get_xaxis_transform(), "textcoords": "offset points"}
@@ -186,7 +186,7 @@ def dynamics_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     return figure
 
 
-def switches(stage: Stage) -> list[tuple[int, int, int]]:
+def list_switches(stage: Stage) -> list[tuple[int, int, int]]:
     """Return where the curriculum changed: first iteration of the new limit, limit before, limit after."""
     steps, limits = stage.series("curriculum/max_tokens")
     changes = zip(steps[1:], limits, limits[1:], strict=False)
@@ -196,7 +196,7 @@ def switches(stage: Stage) -> list[tuple[int, int, int]]:
 _BY_SOURCE = "reward/source/"
 
 
-def sources(stage: Stage) -> list[str]:
+def list_sources(stage: Stage) -> list[str]:
     """Return the sources whose rewards the RL logged one by one, the first `MAX_SOURCES` of them."""
     return _all_sources(stage)[:MAX_SOURCES]
 
@@ -210,7 +210,7 @@ def _metric_keys(stage: Stage) -> set[str]:
     return set[str]().union(*stage.metrics)
 
 
-def sources_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+def draw_sources(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     """Draw reward above response length, a line for each source.
 
     This is the paper's figure 6: for perception the reward grows while the length does not.
@@ -225,7 +225,7 @@ def sources_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for axes, group, title in panels:
         axes.set_title(title)
-        for source, colour in zip(sources(stage), colours, strict=False):
+        for source, colour in zip(list_sources(stage), colours, strict=False):
             steps, values = stage.series(group + source)
             window = max(1, len(values) // 20)
             axes.plot(steps, moving_average(values, window), color=colour, label=source)
@@ -244,7 +244,7 @@ _HEALTH = (
 )
 
 
-def health_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+def draw_health(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     """Draw the metrics that show whether a PPO run is healthy, by iteration."""
     rows, columns = (2, 2) if width == WIDE else (4, 1)
     figure = Figure(figsize=(width, 2.1 * rows), layout="constrained")
@@ -261,7 +261,7 @@ def health_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     return figure
 
 
-def periodic_evaluations(experiment: Experiment) -> list[tuple[Stage, list[str]]]:
+def list_periodic_evaluations(experiment: Experiment) -> list[tuple[Stage, list[str]]]:
     """Return the stages that evaluated while they trained, and the keys of the accuracies in their metrics."""
     evaluations = []
     for stage in experiment.stages.values():
@@ -272,7 +272,7 @@ def periodic_evaluations(experiment: Experiment) -> list[tuple[Stage, list[str]]
     return evaluations
 
 
-def evaluation_figure(evaluations: Sequence[tuple[Stage, list[str]]], theme: Theme, width: float = WIDE) -> Figure:
+def draw_evaluations(evaluations: Sequence[tuple[Stage, list[str]]], theme: Theme, width: float = WIDE) -> Figure:
     """Draw accuracy by step, a row for each stage and a line for each problem set (paper, figure 4)."""
     figure = Figure(figsize=(width, 2.6 * len(evaluations)), layout="constrained")
     rows = figure.subplots(len(evaluations), 1, squeeze=False)[:, 0]
@@ -293,7 +293,7 @@ def evaluation_figure(evaluations: Sequence[tuple[Stage, list[str]]], theme: The
     return figure
 
 
-def accuracy_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
+def draw_accuracy(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
     """Draw the accuracy of each model on each problem set, with confidence intervals."""
     sets = experiment.sets
     figure = Figure(figsize=(width, 3.6), layout="constrained")
@@ -306,7 +306,7 @@ def accuracy_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -
     return figure
 
 
-def behaviour_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
+def draw_behaviours(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
     """Draw the emergence rate of each behaviour and the transfer rate of each pair, with 95 % intervals.
 
     This is the paper's figure 5.

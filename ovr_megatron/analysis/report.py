@@ -14,7 +14,7 @@ from ovr_megatron.analysis.browser import render_browser
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.origins import render_origins
 from ovr_megatron.analysis.page import Html, data_uri, details, document, join, picture, section, table, tag
-from ovr_megatron.analysis.samples import LOW_LOGPROB, MAX_TOKENS, Moment, Token, moments, read_picture, shade
+from ovr_megatron.analysis.samples import LOW_LOGPROB, MAX_TOKENS, Moment, Token, pick_moments, read_picture, shade
 from ovr_megatron.analysis.summary import summarise
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, paper_score
@@ -108,7 +108,7 @@ def _render_tile(name: str, value: str, kind: str = "tile") -> Html:
 def _render_charts(experiment: Experiment) -> dict[str, Html]:
     """Return each figure by name, as a picture in the four looks that `picture` takes, in their order."""
     wide_light, *other_looks = [
-        figures.draw(experiment, theme, width)
+        figures.draw_figures(experiment, theme, width)
         for width, theme in itertools.product((figures.WIDE, figures.NARROW), figures.THEMES)
     ]
     rendered = {}
@@ -286,7 +286,7 @@ def _render_phases(stage: Stage) -> Iterator[Html]:
 
 def _render_rollouts(experiment: Experiment) -> Iterator[Html]:
     stage = experiment.stages.get("rl")
-    samples = moments(stage.dir) if stage else []
+    samples = pick_moments(stage.dir) if stage else []
     if not stage or not samples:
         return
     count = sum(len(moment.rollouts) for moment in samples)

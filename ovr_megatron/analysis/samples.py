@@ -55,7 +55,7 @@ class Moment:
     tokens: list[list[Token]]
 
 
-def moments(run: Path) -> list[Moment]:
+def pick_moments(run: Path) -> list[Moment]:
     """Pick rollouts of the first, the middle and the last iteration of the RL run folder ``run``.
 
     Only three files are read, whatever the length of the run.
@@ -64,7 +64,7 @@ def moments(run: Path) -> list[Moment]:
     result = []
     for index, name in _moment_names(len(files)).items():
         iteration = int(files[index].stem)
-        rollouts = pick(read_json_lines(files[index]))
+        rollouts = pick_rollouts(read_json_lines(files[index]))
         result.append(Moment(name, iteration, rollouts, read_tokens(run, iteration, rollouts)))
     return result
 
@@ -80,7 +80,7 @@ def _moment_names(count: int) -> dict[int, str]:
     return names
 
 
-def pick(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dict[str, Any]]:
+def pick_rollouts(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dict[str, Any]]:
     """Choose ``count`` rollouts: each source in turn, right and wrong ones, of different prompts where possible.
 
     Of a source whose prompts have images only those rollouts are taken whose image is in the run folder.
