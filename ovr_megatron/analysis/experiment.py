@@ -80,9 +80,13 @@ class Experiment:
     measured: dict[str, dict[str, float]]
     behaviours: dict[str, Any]
 
+    def evaluation(self, model: str, problem_set: str) -> dict[str, Any] | None:
+        """Return the evaluation of ``model`` on ``problem_set``, None if there is none."""
+        return self.scores.get(model, {}).get(problem_set)
+
     def score(self, model: str, problem_set: str) -> dict[str, Any] | None:
         """Return the greedy result of ``model`` on ``problem_set``, None if it was not evaluated."""
-        evaluation = self.scores.get(model, {}).get(problem_set)
+        evaluation = self.evaluation(model, problem_set)
         return evaluation["greedy"] if evaluation else None
 
     @property

@@ -143,8 +143,8 @@ def _render_accuracy(experiment: Experiment, chart: Html | None) -> Iterator[Htm
 def _paper_rows(experiment: Experiment) -> Iterator[list[object]]:
     for name, benchmark in BENCHMARKS.items():
         for title, value in benchmark.paper.items():
-            results = [experiment.scores.get(model, {}).get(name) for model in MODELS]
-            scores = [paper_score(name, title, result) if result else None for result in results]
+            evaluations = [experiment.evaluation(model, name) for model in MODELS]
+            scores = [paper_score(name, title, evaluation) if evaluation else None for evaluation in evaluations]
             yield [title, *map(_cell, scores), f"{value:.1f} %"]
 
 
@@ -202,15 +202,18 @@ def _sampled_rows(experiment: Experiment) -> Iterator[list[object]]:
     for name, title in experiment.sets.items():
         pass_rates = []
         for model in MODELS:
-            sampled = (experiment.scores.get(model, {}).get(name) or {}).get("sampled") or {}
+            evaluation = experiment.evaluation(model, name) or {}
+            sampled = evaluation.get("sampled") or {}
             pass_rates.append(sampled.get("pass", {}))
         for k in sorted(map(int, set().union(*pass_rates))):
-            yield [f"{title}, pass@{k}", *(_cell(rates.get(str(k))) for rates in pass_rates)]
+            cells = [_cell(rates.get(str(k))) for rates in pass_rates]
+            yield [f"{title}, pass@{k}", *cells]
 
 
 def _source_rows(experiment: Experiment) -> Iterator[list[object]]:
     for name, title in experiment.sets.items():
-        scores = [(experiment.scores.get(model, {}).get(name) or {}).get("sources", {}) for model in MODELS]
+        evaluations = [experiment.evaluation(model, name) or {} for model in MODELS]
+        scores = [evaluation.get("sources", {}) for evaluation in evaluations]
         sources = sorted(set().union(*scores))
         if len(sources) > 1:  # a single source is the whole set
             for source in sources:
