@@ -55,12 +55,12 @@ def main() -> None:
         parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")
 
     # Here, so that --help does not wait for torch and what is measured.
-    from ovr_megatron.analysis.bench_parts import BENCHMARKS, card
+    from ovr_megatron.analysis.bench_parts import BENCHMARKS, gpu_name
 
     if arguments.what != "gpu":
         _write(arguments.json, BENCHMARKS[arguments.what](arguments))
         return
-    found: dict[str, Any] = {"card": card(), "torch": metadata.version("torch")}
+    found: dict[str, Any] = {"card": gpu_name(), "torch": metadata.version("torch")}
     print(f"{found['card']}, torch {found['torch']}")
     for part in arguments.parts:  # each in a process of its own, which leaves the GPU empty
         print(f"\n{part}", flush=True)

@@ -1,7 +1,7 @@
-"""Our model beside Transformers': seconds, tokens per second and peak memory of forward and backward.
+"""Measure our model beside Transformers': seconds, tokens per second and peak memory of forward and backward.
 
-Every measurement has a process of its own, so that a peak is its own; rivals take turns and the best of their rounds
-counts.  Random weights, float32 on a CPU, bfloat16 on a GPU.
+Each measurement runs in a new process, so that its peak does not include those before.  Rivals take turns, and the best
+of their rounds counts.  Weights are random, float32 on a CPU and bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES
+from ovr_megatron.analysis.subprocess_bench import BenchRow
 from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
@@ -39,77 +39,90 @@ VOCABULARY = 448  # of `make_tiny_model`
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement."""
+    """One measurement: a pack of documents of ``lengths`` tokens through the layers of a shape."""
 
     shape: str
-    who: str  # ours or transformers
+    implementation: str  # ours or transformers
     lengths: tuple[int, ...]
-    what: str = "text"
     recompute: str = "none"
     freeze_language: bool = False
     freeze_vision: bool = True
 
 
 @dataclass
-class Outcome:
-    """What a process measured: the best of its rounds, and its peak memory beyond the libraries'."""
+class Measurement:
+    """Seconds of the fastest round of a process, and its peak memory beyond the libraries'."""
 
     seconds: float
     peak_bytes: int
 
 
-def natural_lengths(total: int, mean: int, seed: int = 0) -> tuple[int, ...]:
-    """Lengths of a log-normal with this mean, drawn until they fill ``total`` tokens."""
+def sample_lengths(total: int, mean: int, seed: int = 0) -> tuple[int, ...]:
+    """Draw lengths of a log-normal with this mean until they fill ``total`` tokens."""
     generator = np.random.default_rng(seed)
     lengths: list[int] = []
     while sum(lengths) < total:
-        drawn = generator.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA)
-        lengths.append(int(min(max(drawn, 4), total / 2)))
+        # The mean of a log-normal is exp(mu + sigma^2 / 2). At most half of the total: at least two documents.
+        length = generator.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA)
+        lengths.append(int(min(max(length, 4), total / 2)))
     return tuple(lengths)
 
 
-def cases(shapes: Sequence[str], tokens: int, mean: int) -> list[tuple[str, Case, Case | None]]:
-    """Rows of the table: a name, our case, and the rival's case or ours without the option."""
+def make_cases(shapes: Sequence[str], tokens: int, mean: int) -> list[tuple[str, Case, Case | None]]:
+    """Return for each row of the table a name, our case, and the rival's case or ours without the option."""
     equal = (mean,) * (tokens // mean)
     rows: list[tuple[str, Case, Case | None]] = []
     for shape in shapes:
-        for name, lengths in (("equal lengths", equal), ("natural lengths", natural_lengths(tokens, mean))):
+        for name, lengths in (("equal lengths", equal), ("natural lengths", sample_lengths(tokens, mean))):
             ours = Case(shape, "ours", lengths)
-            rows.append((f"{shape}, {name}", ours, replace(ours, who="transformers")))
+            rows.append((f"{shape}, {name}", ours, replace(ours, implementation="transformers")))
         plain = Case(shape, "ours", equal)
         rows.append((f"{shape}, recompute selective", replace(plain, recompute="selective"), plain))
         rows.append((f"{shape}, recompute full", replace(plain, recompute="full"), plain))
-        rows.append(
-            (f"{shape}, frozen language model", replace(plain, freeze_language=True, freeze_vision=False), plain)
-        )
+        frozen = replace(plain, freeze_language=True, freeze_vision=False)
+        rows.append((f"{shape}, frozen language model", frozen, plain))
     return rows
 
 
-def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> Iterator[dict[str, Any]]:
+def run_table(rows: Sequence[tuple[str, Case, Case | None]], rounds: int) -> Iterator[BenchRow]:
     """Measure row after row, rivals in turn; ``ratio`` is the rival's seconds over ours."""
     for name, case, rival in rows:
-        best: dict[Case, Outcome] = {}
-        for _ in range(rounds):
-            for one in (case, rival):
-                if one is not None:
-                    outcome = measure_apart(one)
-                    known = best.get(one, outcome)
-                    best[one] = Outcome(min(known.seconds, outcome.seconds), min(known.peak_bytes, outcome.peak_bytes))
-        tokens = sum(case.lengths)
-        row: dict[str, Any] = {"name": name, "tokens": tokens, "documents": len(case.lengths)}
-        row |= {"seconds": best[case].seconds, "tokens_per_second": tokens / best[case].seconds}
-        row["peak_bytes"] = best[case].peak_bytes
-        if torch.cuda.is_available():
-            rate, reachable = model_flops(case) / best[case].seconds, matrix_rate(torch.bfloat16)
-            row |= {"tflops": rate / 1e12, "matrix_tflops": reachable / 1e12, "mfu": rate / reachable}
+        best = _measure_in_turns([case] if rival is None else [case, rival], rounds)
+        row: BenchRow = {"name": name, "tokens": sum(case.lengths), "documents": len(case.lengths)}
+        row |= _rates(case, best[case])
         if rival is not None:
             row |= {
-                "rival": "Transformers, padded batch" if rival.who == "transformers" else "ours without it",
+                "rival": "Transformers, padded batch" if rival.implementation == "transformers" else "ours without it",
                 "rival_seconds": best[rival].seconds,
                 "rival_peak_bytes": best[rival].peak_bytes,
                 "ratio": best[rival].seconds / best[case].seconds,
             }
         yield row
+
+
+def _measure_in_turns(cases: Sequence[Case], rounds: int) -> dict[Case, Measurement]:
+    """Measure ``cases`` one after the other, ``rounds`` times, and return the least time and memory of each."""
+    best: dict[Case, Measurement] = {}
+    for _ in range(rounds):
+        for case in cases:
+            new = measure_in_subprocess(case)
+            old = best.get(case, new)
+            best[case] = Measurement(min(old.seconds, new.seconds), min(old.peak_bytes, new.peak_bytes))
+    return best
+
+
+def _rates(case: Case, measurement: Measurement) -> BenchRow:
+    seconds = measurement.seconds
+    rates: BenchRow = {
+        "seconds": seconds,
+        "tokens_per_second": sum(case.lengths) / seconds,
+        "peak_bytes": measurement.peak_bytes,
+    }
+    if torch.cuda.is_available():
+        rate = count_flops(case) / seconds
+        reachable = matrix_rate(torch.bfloat16)
+        rates |= {"tflops": rate / 1e12, "matrix_tflops": reachable / 1e12, "mfu": rate / reachable}
+    return rates
 
 
 FLOP_FORMULA = (
@@ -118,48 +131,53 @@ FLOP_FORMULA = (
 )
 
 
-def model_flops(case: Case) -> float:
-    """FLOP of one forward and backward by `FLOP_FORMULA`."""
+def count_flops(case: Case) -> float:
+    """Return the FLOP of one forward and backward by `FLOP_FORMULA`."""
     sizes = LAYER_SHAPES[case.shape]
-    head = sizes.hidden // sizes.heads
-    attention = 2 * sizes.hidden**2 + 2 * sizes.hidden * sizes.kv_heads * head
-    weights = sizes.layers * (attention + 3 * sizes.hidden * sizes.ffn) + VOCABULARY * sizes.hidden
+    width = sizes.hidden
+    head_size = width // sizes.heads
+    attention = 2 * width**2 + 2 * width * sizes.kv_heads * head_size  # query and output, key and value
+    mlp = 3 * width * sizes.ffn  # gate, up and down
+    weights = sizes.layers * (attention + mlp) + VOCABULARY * width
     squares = sum(length**2 for length in case.lengths)
-    return 6.0 * weights * sum(case.lengths) + 6.0 * sizes.layers * sizes.hidden * squares
+    return 6.0 * weights * sum(case.lengths) + 6.0 * sizes.layers * width * squares
 
 
-def measure_apart(case: Case) -> Outcome:
-    """Measure ``case`` in a process of its own."""
+def measure_in_subprocess(case: Case) -> Measurement:
+    """Measure ``case`` in a new process."""
     command = [sys.executable, "-m", "ovr_megatron.analysis.bench", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{case}: {done.stderr[-3000:]}")
-    return Outcome(**json.loads(done.stdout.splitlines()[-1]))
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{case}: {result.stderr[-3000:]}")
+    return Measurement(**json.loads(result.stdout.splitlines()[-1]))
 
 
-def measure(case: Case, repeats: int = 3, at_least: float = 3.0) -> Outcome:
-    """Seconds and peak bytes of one forward and backward of ``case`` in this process.
+def measure(case: Case, repeats: int = 3, at_least: float = 3.0) -> Measurement:
+    """Measure one forward and backward of ``case`` in this process.
 
-    The least of ``repeats`` runs after a first one, or of as many as fit in ``at_least`` seconds.
+    The first of ``repeats`` runs warms up, and the fastest of the others counts.  Short runs are repeated until they
+    have taken ``at_least`` seconds together.
     """
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    before = _peak_bytes(on_gpu)
+    peak_before = _peak_bytes(on_gpu)
     with tempfile.TemporaryDirectory() as name:
         folder = make_tiny_model(Path(name), tied=False, seed=1, sizes=LAYER_SHAPES[case.shape], dtype=dtype)
-        work = (_ours if case.who == "ours" else _theirs)(case, folder, dtype)
+        build = _build_ours if case.implementation == "ours" else _build_transformers
+        run_once = build(case, folder, dtype)
     seconds: list[float] = []
     while len(seconds) < repeats or sum(seconds) < at_least:
         began = time.perf_counter()
-        work()
+        run_once()
         if on_gpu:
+            # Kernels run after the call has returned: without a wait only their launch would be measured.
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return Outcome(min(seconds[1:]), _peak_bytes(on_gpu) - before)
+    return Measurement(min(seconds[1:]), _peak_bytes(on_gpu) - peak_before)
 
 
 def _peak_bytes(on_gpu: bool) -> int:
-    """Peak memory so far: of the allocator on a GPU, else of the process."""
+    """Return the peak memory so far: of the allocator on a GPU, else of the process."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -168,7 +186,8 @@ def _peak_bytes(on_gpu: bool) -> int:
     return 0
 
 
-def _ours(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], object]:
+def _build_ours(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], object]:
+    """Return a function that runs our forward and backward once."""
     world = distributed.start(ParallelConfig(), seed=1, threads=1 if not torch.cuda.is_available() else 0)
     model = ModelConfig(
         path=str(folder),
@@ -180,11 +199,12 @@ def _ours(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], object]:
     )
     engine = Engine(ModelShape.from_hf(folder), model, ParallelConfig(), world)
     engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(folder))
-    pack = text_pack(case.lengths)
+    pack = make_text_pack(case.lengths)
     return lambda: engine.backward([pack], cross_entropy)
 
 
-def _theirs(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], object]:
+def _build_transformers(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], object]:
+    """Return a function that runs Transformers' forward and backward once, documents padded to the longest."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,24 +213,27 @@ def _theirs(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], object
     model.model.visual.requires_grad_(False)
     longest = max(case.lengths)
     mask = torch.arange(longest)[None] < torch.tensor(case.lengths)[:, None]
-    ids = torch.where(mask, torch.randint(0, 256, mask.shape, generator=torch.Generator().manual_seed(0)), 0)
-    labels = torch.where(mask, ids, IGNORED)[:, 1:].contiguous()
-    inputs = {"input_ids": ids.to(device), "labels": labels.to(device)}
-    padding = None if bool(mask.all()) else mask.long().to(device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.where(mask, torch.randint(0, 256, mask.shape, generator=generator), 0)
+    labels = torch.where(mask, ids, IGNORED)[:, 1:].contiguous().to(device)
+    ids = ids.to(device)
+    # Without padding no mask: the attention kernel for plain causal attention is faster than the one with a mask.
+    attention_mask = None if bool(mask.all()) else mask.long().to(device)
 
-    def work() -> None:
+    def run_once() -> None:
         model.zero_grad(set_to_none=True)
-        out = model(input_ids=inputs["input_ids"], attention_mask=padding, use_cache=False).logits[:, :-1]
-        F.cross_entropy(out.float().flatten(0, 1), inputs["labels"].flatten(), ignore_index=IGNORED).backward()
+        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+        F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED).backward()
 
-    return work
+    return run_once
 
 
-def text_pack(lengths: Sequence[int]) -> Pack:
-    """Documents of random text in one pack, every next token a target."""
+def make_text_pack(lengths: Sequence[int]) -> Pack:
+    """Return a pack of random text documents, with the next token as the target of each token but the last."""
     generator = torch.Generator().manual_seed(0)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     tokens = torch.randint(0, 256, (int(bounds[-1]),), generator=generator)
+    # The target of a token is the next one; the last of a document has none.
     labels = tokens.roll(-1)
     labels[bounds[1:] - 1] = IGNORED
     return Pack(
@@ -227,17 +250,18 @@ def text_pack(lengths: Sequence[int]) -> Pack:
 HEADER = f"{'':32}{'tokens/s':>10}{'peak MB':>9}{'rival s':>9}{'ours s':>9}{'ratio':>7}{'rival MB':>10}"
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row as text, below `HEADER`."""
-    found = f"{row['name']:32}{row['tokens_per_second']:10,.0f}{row['peak_bytes'] / 1e6:9,.0f}"
+def format_row(row: BenchRow) -> str:
+    """Return a row as text, below `HEADER`."""
+    text = f"{row['name']:32}{row['tokens_per_second']:10,.0f}{row['peak_bytes'] / 1e6:9,.0f}"
     if "rival" in row:
-        found += f"{row['rival_seconds']:9.3f}{row['seconds']:9.3f}{row['ratio']:7.2f}"
-        found += f"{row['rival_peak_bytes'] / 1e6:10,.0f}  {row['rival']}"
+        text += f"{row['rival_seconds']:9.3f}{row['seconds']:9.3f}{row['ratio']:7.2f}"
+        text += f"{row['rival_peak_bytes'] / 1e6:10,.0f}  {row['rival']}"
     if "mfu" in row:
-        found += f"  {row['tflops']:.0f} of {row['matrix_tflops']:.0f} TFLOP/s = {row['mfu']:.1%}"
-    return found
+        text += f"  {row['tflops']:.0f} of {row['matrix_tflops']:.0f} TFLOP/s = {row['mfu']:.1%}"
+    return text
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    print(json.dumps(asdict(measure(Case(**given | {"lengths": tuple(given["lengths"])})))))
+    fields = json.loads(sys.argv[1])
+    fields["lengths"] = tuple(fields["lengths"])  # JSON has no tuples
+    print(json.dumps(asdict(measure(Case(**fields)))))

@@ -1,7 +1,8 @@
-"""How fast, how full and in how much memory an epoch is packed: ours beside NeMo's first fit.
+"""Measure how fast, how full and in how much memory an epoch is packed: ours beside NeMo's first fit.
 
-As a program, ``python -m ovr_megatron.analysis.bench_packing WHO SAMPLES`` measures one packer, in a process of its own
-for a peak of its own.  NeMo's packer compares each length with every pack that is open, so it gets fewer of them.
+As a program, ``python -m ovr_megatron.analysis.bench_packing PACKER SAMPLES`` measures one packer, in a new process, so
+that its peak is not that of an earlier one.  NeMo's packer compares each length with every open pack and takes long:
+it gets fewer lengths.
 """
 
 from __future__ import annotations
@@ -14,100 +15,126 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ovr_megatron.analysis.subprocess_bench import BenchRow
 from ovr_megatron.data.epochs import plan_epoch
 
-PACK_TOKENS, MEAN, SIGMA = 65536, 3700, 1.0  # tokens of a pack; log-normal lengths of a cold-start sample
+PACK_TOKENS = 65536
+MEAN = 3700  # tokens of a cold-start sample, whose lengths are log-normal
+SIGMA = 1.0
 OURS = "ours"
 NEMO = ("first_fit_decreasing", "first_fit_shuffle")
 _NEMO_MODULE = "nemo.utils.sequence_packing_utils"
 
 
-def natural_lengths(count: int, seed: int = 0) -> np.ndarray:
-    """int32[count], log-normal lengths with mean 3.7k, at most a pack."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, count)
-    return drawn.clip(16, PACK_TOKENS).astype(np.int32)
+def sample_lengths(count: int, seed: int = 0) -> np.ndarray:
+    """Draw int32[count] log-normal lengths with mean `MEAN`, at most a pack."""
+    generator = np.random.default_rng(seed)
+    # The mean of a log-normal is exp(mu + sigma^2 / 2).
+    lengths = generator.lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, count)
+    return lengths.clip(16, PACK_TOKENS).astype(np.int32)
 
 
-def rows(samples: int, rival_samples: int, rounds: int) -> list[dict[str, Any]]:
-    """Measure ours on ``samples`` lengths, and ours beside NeMo's on ``rival_samples``; the best of ``rounds``.
+def run(samples: int, rival_samples: int, rounds: int) -> list[BenchRow]:
+    """Measure ours on ``samples`` lengths, and ours beside NeMo's on ``rival_samples``; the best of ``rounds`` counts.
 
-    All are one thread; ``ratio`` is the rival's CPU seconds over ours, so that what else the machine does stays out.
+    Each packer is one thread.  ``ratio`` is the rival's CPU seconds over ours, so that other load of the machine does
+    not count.
     """
     rivals = [f"nemo {name}" for name in NEMO] if importlib.util.find_spec("nemo") else []
-    cases = [(OURS, samples), *((who, rival_samples) for who in (OURS, *rivals))]
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    cases = [(OURS, samples), *((packer, rival_samples) for packer in (OURS, *rivals))]
+    best: dict[tuple[str, int], BenchRow] = {}
     for _ in range(rounds):
         for case in cases:
-            row = _measure_apart(*case)
-            if case not in found or row["cpu_seconds"] < found[case]["cpu_seconds"]:
-                found[case] = row
-    ours = found[OURS, rival_samples]["cpu_seconds"]
-    return [row | ({"ratio": row["cpu_seconds"] / ours} if row["who"] != OURS else {}) for row in found.values()]
+            row = _measure_in_subprocess(*case)
+            if case not in best or row["cpu_seconds"] < best[case]["cpu_seconds"]:
+                best[case] = row
+    our_seconds = best[OURS, rival_samples]["cpu_seconds"]
+    for row in best.values():
+        if row["who"] != OURS:
+            row["ratio"] = row["cpu_seconds"] / our_seconds
+    return list(best.values())
 
 
-def show(found: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table of text."""
-    heads = [("lengths", 10), ("seconds", 9), ("CPU s", 8), ("per CPU s", 12), ("packs", 8), ("fill", 8)]
-    lines = [" " * 27 + "".join(f"{name:>{width}}" for name, width in [*heads, ("extra MB", 9), ("MB", 7)])]
-    for row in found:
+def format_table(rows: Sequence[BenchRow]) -> str:
+    """Return the rows as a table of text."""
+    columns = (
+        ("lengths", 10),
+        ("seconds", 9),
+        ("CPU s", 8),
+        ("per CPU s", 12),
+        ("packs", 8),
+        ("fill", 8),
+        ("extra MB", 9),
+        ("MB", 7),
+    )
+    lines = [" " * 27 + "".join(f"{title:>{width}}" for title, width in columns)]
+    for row in rows:
         line = f"{row['who']:27}{row['samples']:10,}{row['seconds']:9.2f}{row['cpu_seconds']:8.2f}"
-        line += f"{row['samples'] / row['cpu_seconds']:12,.0f}"
-        line += f"{row['packs']:8,}{row['fill']:8.2%}{row['extra_bytes'] / 1e6:9,.0f}{row['peak_bytes'] / 1e6:7,.0f}"
-        lines.append(line + (f"  {row['ratio']:,.0f} times ours" if "ratio" in row else ""))
-    if len({row["who"] for row in found}) == 1:
+        line += f"{row['samples'] / row['cpu_seconds']:12,.0f}{row['packs']:8,}{row['fill']:8.2%}"
+        line += f"{row['extra_bytes'] / 1e6:9,.0f}{row['peak_bytes'] / 1e6:7,.0f}"
+        if "ratio" in row:
+            line += f"  {row['ratio']:,.0f} times ours"
+        lines.append(line)
+    if len({row["who"] for row in rows}) == 1:
         lines.append(
             "nemo cannot be imported, so there is no rival here: pip install nemo-toolkit (setup.cfg, extra nemo)"
         )
     return "\n".join(lines)
 
 
-def measure(who: str, samples: int) -> dict[str, Any]:
-    """Seconds, packs, fill and bytes of one packing; ``extra_bytes`` is the peak beyond libraries and lengths."""
-    work = _ours if who == OURS else _nemo(who.removeprefix("nemo "))
-    lengths = natural_lengths(samples)
-    before, began, cpu_began = _peak_bytes(), time.perf_counter(), time.process_time()
-    packs = work(lengths)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+def measure(packer: str, samples: int) -> BenchRow:
+    """Measure one packing in this process; ``extra_bytes`` is the peak beyond the libraries' and the lengths'."""
+    # The rival is imported here: its libraries are no part of the measurement.
+    pack = _pack if packer == OURS else _nemo_packer(packer.removeprefix("nemo "))
+    lengths = sample_lengths(samples)
+    peak_before = _peak_bytes()
+    wall_start = time.perf_counter()
+    cpu_start = time.process_time()
+    packs = pack(lengths)
+    seconds = time.perf_counter() - wall_start
+    cpu_seconds = time.process_time() - cpu_start
     return {
-        "who": who,
+        "who": packer,
         "samples": samples,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "packs": packs,
         "fill": float(lengths.sum(dtype=np.int64)) / packs / PACK_TOKENS,
-        "extra_bytes": _peak_bytes() - before,
+        "extra_bytes": _peak_bytes() - peak_before,
         "peak_bytes": _peak_bytes(),
     }
 
 
-def _ours(lengths: np.ndarray) -> int:
+def _pack(lengths: np.ndarray) -> int:
+    """Pack ``lengths`` with our packer, and return the number of packs."""
     return len(plan_epoch(lengths, [np.arange(len(lengths))], [1.0], PACK_TOKENS, seed=1, epoch=0))
 
 
-def _nemo(algorithm: str) -> Callable[[np.ndarray], int]:
+def _nemo_packer(algorithm: str) -> Callable[[np.ndarray], int]:
+    """Return a function that packs lengths with NeMo's ``algorithm``, and returns the number of packs."""
     packing = importlib.import_module(_NEMO_MODULE)
 
-    def work(lengths: np.ndarray) -> int:
+    def pack(lengths: np.ndarray) -> int:
         histogram = np.bincount(lengths, minlength=PACK_TOKENS + 1).tolist()
         return len(packing.create_packing_strategy(histogram, PACK_TOKENS, algorithm)[0])
 
-    return work
+    return pack
 
 
-def _measure_apart(who: str, samples: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "ovr_megatron.analysis.bench_packing", who, str(samples)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{who}, {samples}: {done.stderr[-3000:]}")
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def _measure_in_subprocess(packer: str, samples: int) -> BenchRow:
+    command = [sys.executable, "-m", "ovr_megatron.analysis.bench_packing", packer, str(samples)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{packer}, {samples}: {result.stderr[-3000:]}")
+    row: BenchRow = json.loads(result.stdout.splitlines()[-1])
     return row
 
 
 def _peak_bytes() -> int:
+    """Return the peak resident memory of this process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 

@@ -1,4 +1,4 @@
-"""Shapes that `tools/bench.py` measures.  Free of torch, so that a command line can name them."""
+"""Name the shapes that `tools/bench.py` measures.  This module is free of torch, so that --help is quick."""
 
 from ovr_megatron.model.presets import PRESETS
 from ovr_megatron.model.tiny_sizes import TinySizes

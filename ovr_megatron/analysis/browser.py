@@ -1,7 +1,10 @@
-"""Responses to leaf through: an index of them inside the page, their texts in files beside it, loaded when shown.
+"""Render the part of the report in which a reader filters single responses and leafs through them.
 
-However long a run was, the page opens at once: of every iteration's rollouts and every evaluation's responses an even
-sample is taken, `MOST` in all.  The files are scripts, since a page that was opened from disk may load nothing else.
+The page holds an index of the responses; their texts are in files beside it and are loaded when they are shown.  So
+the page opens at once, however long a run was: of every iteration's rollouts and of every evaluation's responses an
+even sample is taken, about `MAX_RESPONSES` in all.
+
+The files are scripts, because a browser lets a page that was opened from disk load no other kind of file.
 """
 
 from __future__ import annotations
@@ -20,245 +23,305 @@ from urllib.parse import quote
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.page import Html, section, tag
-from ovr_megatron.analysis.samples import LOW, MAX_TOKENS, Token, shade, tokens
+from ovr_megatron.analysis.samples import LOW_LOGPROB, MAX_TOKENS, Token, read_tokens, shade
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.json_lines import read_json_lines
 
 FOLDER = "report_files"
-MOST = 20_000  # responses in the page, four fifths of them rollouts
-FEWEST = 8  # of an iteration; of very long runs not every iteration is shown
-PER_FILE = 50
+MAX_RESPONSES = 20_000  # in the page
+MAX_ROLLOUTS = MAX_RESPONSES * 4 // 5  # the rest are responses of evaluations
+MIN_PER_ITERATION = 8  # rollouts; of very long runs some iterations are left out instead
+RESPONSES_PER_FILE = 50
 MAX_CHARACTERS = 20_000  # of one response
-_FORM = 1  # of the files
+_FORMAT_VERSION = 1  # of the files; raise it whenever `_item` writes something else
 _SCRIPT = Path(__file__).with_name("browser.js")
-_BITS = {name: 1 << at for at, name in enumerate(BEHAVIOURS)}
+_BITS = {name: 1 << index for index, name in enumerate(BEHAVIOURS)}
+_BUTTONS = {"back": "Back", "next": "Next"}
 
 
 @dataclass(frozen=True)
-class Origin:
-    """A file of responses: what to call it, which group of the page it belongs to, and how many to take of it.
+class ResponseFile:
+    """A file of responses: its name, the page's group that it belongs to, and how many of its rows to show.
 
-    ``items`` makes what the page has of the chosen of all its rows; ``depends`` is what else they are made from.
+    ``make_items(rows, indices)`` returns the index entry and the text of each row at ``indices``.  ``fingerprint``
+    stands for whatever else these are made from, besides the file itself.
     """
 
     path: Path
     name: str
     group: str
     title: str
-    most: int
-    items: Callable[[Sequence[dict[str, Any]], Sequence[int]], list[dict[str, Any]]]
-    depends: str = ""
+    max_responses: int
+    make_items: Callable[[Sequence[dict[str, Any]], Sequence[int]], list[dict[str, Any]]]
+    fingerprint: str = ""
 
 
-def browser(experiment: Experiment) -> Html | None:
-    """The section of the page, None where there is nothing to show; writes the files that are not there yet."""
+def render_browser(experiment: Experiment) -> Html | None:
+    """Return the section of the page, or None if there are no responses.
+
+    Files of responses that are missing or outdated are written, and those that the page no longer uses are removed.
+    """
     folder = experiment.dir / FOLDER
-    known = _read_index(folder / "index.json")
-    index = {origin.name: _entry(origin, folder, known.get(origin.name)) for origin in _origins(experiment)}
-    index = {name: entry for name, entry in index.items() if entry["rows"]}
+    old_index = _read_index(folder / "index.json")
+    index = {}
+    for file in _response_files(experiment):
+        entry = _index_entry(file, folder, old_index.get(file.name))
+        if entry["rows"]:
+            index[file.name] = entry
     if not index:
         return None
-    kept = {name for entry in index.values() for name in entry["files"]}
-    written = {name for entry in known.values() for name in entry["files"]}
-    for name in written - kept:
+    for name in _script_names(old_index) - _script_names(index):
+        # The index is read from disk: `.name` keeps a name with folders in it from removing a file elsewhere.
         (folder / Path(f"{name}.js").name).unlink(missing_ok=True)
+    # Last, so that an index never names files that are not complete.
     write_whole(folder / "index.json", json.dumps(index))
-    return _section(index)
+    return _render_section(index)
 
 
-def _origins(experiment: Experiment) -> Iterator[Origin]:
+def _response_files(experiment: Experiment) -> Iterator[ResponseFile]:
+    yield from _rollout_files(experiment)
+    yield from _evaluation_files(experiment)
+
+
+def _rollout_files(experiment: Experiment) -> Iterator[ResponseFile]:
     stage = experiment.stages.get("rl")
-    files = sorted((stage.dir / "rollouts").glob("*.jsonl")) if stage else []
-    if stage and files:
-        places = MOST * 4 // 5
-        most = max(FEWEST, places // max(stage.total, len(files)))
-        for path in (files[at] for at in even(len(files), places // most)):
-            items = partial(_rollouts, stage, experiment.dir, int(path.stem))
-            title = f"{stage.title}, iteration {int(path.stem)}"
-            yield Origin(path, f"rollouts_{path.stem}", "Rollouts", title, most, items)
-    answered = sorted((experiment.dir / "eval").glob("*/*.responses.jsonl"))
-    most = MOST // 5 // max(1, len(answered))
-    for path in answered:
-        model, name = path.parent.name, path.name.removesuffix(".responses.jsonl")
-        title = f"{MODELS.get(model, model)} on {experiment.sets.get(name, name)}"
-        judged = _judged(experiment, model, path.name)
-        depends = hashlib.sha256(json.dumps(judged).encode()).hexdigest()[:12]
-        yield Origin(path, f"{model}@{name}", title, title, most, partial(_answers, judged), depends)
+    paths = sorted((stage.dir / "rollouts").glob("*.jsonl")) if stage else []
+    if not stage or not paths:
+        return
+    # By the planned number of iterations: the samples of earlier iterations stay as they are while the run goes on.
+    per_iteration = max(MIN_PER_ITERATION, MAX_ROLLOUTS // max(stage.total, len(paths)))
+    for index in even_indices(len(paths), MAX_ROLLOUTS // per_iteration):
+        path = paths[index]
+        iteration = int(path.stem)
+        make_items = partial(_rollout_items, stage, experiment.dir, iteration)
+        title = f"{stage.title}, iteration {iteration}"
+        yield ResponseFile(path, f"rollouts_{path.stem}", "Rollouts", title, per_iteration, make_items)
 
 
-def _judged(experiment: Experiment, model: str, file: str) -> list[dict[str, int | None]]:
-    """What a judge counted in the greedy responses of ``model``, in their order; nothing where wording decided."""
-    found = experiment.behaviours
-    if not found or found["approximation"] or found["checkpoints"].get(model, {}).get("file") != file:
+def _evaluation_files(experiment: Experiment) -> Iterator[ResponseFile]:
+    paths = sorted((experiment.dir / "eval").glob("*/*.responses.jsonl"))
+    per_file = MAX_RESPONSES // 5 // max(1, len(paths))
+    for path in paths:
+        model = path.parent.name
+        set_name = path.name.removesuffix(".responses.jsonl")
+        title = f"{MODELS.get(model, model)} on {experiment.sets.get(set_name, set_name)}"
+        judge_counts = _judge_counts(experiment, model, path.name)
+        fingerprint = hashlib.sha256(json.dumps(judge_counts).encode()).hexdigest()[:12]
+        make_items = partial(_evaluation_items, judge_counts)
+        yield ResponseFile(path, f"{model}@{set_name}", title, title, per_file, make_items, fingerprint)
+
+
+def _judge_counts(experiment: Experiment, model: str, file_name: str) -> list[dict[str, int | None]]:
+    """Return the judge's counts of behaviours in the greedy responses of ``model``, in the order of the responses.
+
+    The list is empty if no judge has read this file.
+    """
+    behaviours = experiment.behaviours
+    if not behaviours or behaviours["approximation"]:
+        return []
+    if behaviours["checkpoints"].get(model, {}).get("file") != file_name:
         return []
     lines = read_json_lines(experiment.dir / "behaviours/counts.jsonl")
     return [line["counts"] for line in lines if line["checkpoint"] == model]
 
 
 def _read_index(path: Path) -> dict[str, Any]:
+    # A missing or damaged index only means that every file is written again.
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _entry(origin: Origin, folder: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the page has to know of a file of responses; its texts are written unless ``known`` fits it."""
-    state = origin.path.stat()
-    mark = [_FORM, state.st_size, state.st_mtime_ns, origin.most, origin.title, origin.depends]
-    if known and known["mark"] == mark and all((folder / f"{name}.js").is_file() for name in known["files"]):
-        return dict(known)
-    rows = read_json_lines(origin.path)
-    chosen = origin.items(rows, even(len(rows), origin.most))
-    names = []
+def _script_names(index: Mapping[str, Any]) -> set[str]:
+    names: set[str] = set()
+    for entry in index.values():
+        names.update(entry["files"])
+    return names
+
+
+def _index_entry(file: ResponseFile, folder: Path, old_entry: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the page's index holds of ``file``; its texts are written unless those of ``old_entry`` are current.
+
+    Size and time of change stand for the content of ``file``, which is not read where they are unchanged.
+    """
+    state = file.path.stat()
+    mark = [_FORMAT_VERSION, state.st_size, state.st_mtime_ns, file.max_responses, file.title, file.fingerprint]
+    if old_entry and old_entry["mark"] == mark and _scripts_exist(folder, old_entry["files"]):
+        return dict(old_entry)
+    rows = read_json_lines(file.path)
+    items = file.make_items(rows, even_indices(len(rows), file.max_responses))
     folder.mkdir(exist_ok=True)
-    for at, begin in enumerate(range(0, len(chosen), PER_FILE)):
-        names.append(f"{origin.name}_{at}")
-        told = json.dumps([item["shown"] for item in chosen[begin : begin + PER_FILE]], separators=(",", ":"))
-        write_whole(folder / f"{names[-1]}.js", f"ovrShow({json.dumps(names[-1])},{told})\n")
-    facts = [item["facts"] for item in chosen]
-    entry = {"group": origin.group, "title": origin.title, "total": len(rows), "files": names, "rows": facts}
+    names = _write_scripts(file.name, folder, items)
+    facts = [item["facts"] for item in items]
+    entry = {"group": file.group, "title": file.title, "total": len(rows), "files": names, "rows": facts}
     return {"mark": mark} | entry
 
 
-def even(count: int, most: int) -> list[int]:
-    """At most ``most`` of the numbers below ``count``, evenly spaced."""
-    most = min(count, most)
-    return [at * count // most for at in range(most)]
+def _scripts_exist(folder: Path, names: Sequence[str]) -> bool:
+    return all((folder / f"{name}.js").is_file() for name in names)
 
 
-def _rollouts(
-    stage: Stage, root: Path, iteration: int, everything: Sequence[dict[str, Any]], chosen: Sequence[int]
+def _write_scripts(name: str, folder: Path, items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write the texts of ``items``, `RESPONSES_PER_FILE` a script, and return the names of the scripts."""
+    names = []
+    for index, batch in enumerate(_batches(items, RESPONSES_PER_FILE)):
+        script = f"{name}_{index}"
+        texts = json.dumps([item["content"] for item in batch], separators=(",", ":"))
+        # `ovrShow` is a function of browser.js, which waits for the texts under this name.
+        write_whole(folder / f"{script}.js", f"ovrShow({json.dumps(script)},{texts})\n")
+        names.append(script)
+    return names
+
+
+def _batches(items: Sequence[Mapping[str, Any]], size: int) -> Iterator[Sequence[Mapping[str, Any]]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]
+
+
+def even_indices(count: int, limit: int) -> list[int]:
+    """Return at most ``limit`` of the indices below ``count``, evenly spaced."""
+    limit = min(count, limit)
+    return [index * count // limit for index in range(limit)]
+
+
+def _rollout_items(
+    stage: Stage, root: Path, iteration: int, rollouts: Sequence[dict[str, Any]], indices: Sequence[int]
 ) -> list[dict[str, Any]]:
-    rows = [everything[at] for at in chosen]
-    short = [row for row in rows if row["tokens"] <= MAX_TOKENS]
-    spelled = iter(tokens(stage.dir, iteration, short))
-    found = []
+    rows = [rollouts[index] for index in indices]
+    # Long responses are shown as text: a page with an element for each of their tokens is slow.
+    short_rows = [row for row in rows if row["tokens"] <= MAX_TOKENS]
+    tokens_of_short = iter(read_tokens(stage.dir, iteration, short_rows))
+    items = []
     for row in rows:
-        pieces = next(spelled) if row["tokens"] <= MAX_TOKENS else []
+        tokens = next(tokens_of_short) if row["tokens"] <= MAX_TOKENS else []
         image = row.get("image")
-        item = {
+        details = {
             "prompt": row["prompt"],
             "answer": row["answer"],
             "verdict": row.get("verdict"),
             "stopped": row["stopped"],
             "advantage": row.get("advantage_mean"),
-            "image": _inside(stage.dir, image, root) if image else None,
+            "image": _image_address(stage.dir, image, root) if image else None,
         }
-        found.append(_item(row, row["reward"], row["response"], pieces, item, {}))
-    return found
+        items.append(_item(row, row["reward"], row["response"], tokens, details, {}))
+    return items
 
 
-def _inside(run: Path, name: str, root: Path) -> str | None:
-    """Address of an image of the run folder, seen from the page; None for one that lies elsewhere."""
+def _image_address(run: Path, name: str, root: Path) -> str | None:
+    """Return the address of the image ``name`` of the run folder, relative to the page in ``root``.
+
+    None if the image lies outside the run folder.
+    """
     path = (run / name).resolve()
     return quote(os.path.relpath(path, root.resolve())) if path.is_relative_to(run.resolve()) else None
 
 
-def _answers(
-    judged: Sequence[Mapping[str, int | None]], rows: Sequence[dict[str, Any]], chosen: Sequence[int]
+def _evaluation_items(
+    judge_counts: Sequence[Mapping[str, int | None]], rows: Sequence[dict[str, Any]], indices: Sequence[int]
 ) -> list[dict[str, Any]]:
-    greedy = [at for at, row in enumerate(rows) if row["sample"] is None and row["response"] is not None]
-    counts = dict(zip(greedy, judged, strict=False))  # a judge may have seen the first ones only
-    found = []
-    for at in chosen:
-        row = rows[at]
-        item = {name: row[name] for name in ("id", "sample", "stopped")}
-        item |= {"prompt": row["question"], "answer": row["reference"], "verdict": row["reason"]}
-        found.append(_item(row, float(row["correct"]), row["response"] or "", [], item, counts.get(at, {})))
-    return found
+    greedy = [index for index, row in enumerate(rows) if row["sample"] is None and row["response"] is not None]
+    counts_by_row = dict(zip(greedy, judge_counts, strict=False))  # a judge may have read only the first ones
+    items = []
+    for index in indices:
+        row = rows[index]
+        details = {name: row[name] for name in ("id", "sample", "stopped")}
+        details |= {"prompt": row["question"], "answer": row["reference"], "verdict": row["reason"]}
+        counts = counts_by_row.get(index, {})
+        items.append(_item(row, float(row["correct"]), row["response"] or "", [], details, counts))
+    return items
 
 
 def _item(
     row: Mapping[str, Any],
     reward: float,
     response: str,
-    spelled: Sequence[Token],
-    item: dict[str, Any],
-    counts: Mapping[str, int | None],
+    tokens: Sequence[Token],
+    details: dict[str, Any],
+    judge_counts: Mapping[str, int | None],
 ) -> dict[str, Any]:
-    """What the index has of a response, and what is shown of it."""
-    text = "".join(token.text for token in spelled) if spelled else response
-    cut = len(text) - MAX_CHARACTERS
-    acts = lexical.acts(text[:MAX_CHARACTERS])
-    shown = _pieces(text[:MAX_CHARACTERS], spelled, acts) | {"cut": cut if cut > 0 else None} | item
-    occurs = {act.behaviour for act in acts} if not counts else {name for name, n in counts.items() if n}
-    bits = sum(bit for name, bit in _BITS.items() if name in occurs)
+    """Return ``facts``, the entry of a response in the index, and ``content``, its text and ``details``.
+
+    The text is marked by wording in any case; which behaviours the response counts for, the judge decides if it has
+    read the response.
+    """
+    text = "".join(token.text for token in tokens) if tokens else response
+    characters_cut = len(text) - MAX_CHARACTERS
+    text = text[:MAX_CHARACTERS]
+    acts = lexical.acts(text)
+    content = _pieces(text, tokens, acts) | {"cut": characters_cut if characters_cut > 0 else None} | details
+    if judge_counts:
+        behaviours = {name for name, count in judge_counts.items() if count}
+    else:
+        behaviours = {act.behaviour for act in acts}
+    bits = sum(bit for name, bit in _BITS.items() if name in behaviours)
     return {
         "facts": [row["source"], reward, row["tokens"], bits],
-        "shown": {key: value for key, value in shown.items() if value is not None},
+        "content": {key: value for key, value in content.items() if value is not None},
     }
 
 
-def _pieces(text: str, spelled: Sequence[Token], acts: Sequence[lexical.Act]) -> dict[str, Any]:
-    """The text in pieces: tokens where they are known, else as the acts cut it.
+def _pieces(text: str, tokens: Sequence[Token], acts: Sequence[lexical.Act]) -> dict[str, Any]:
+    """Split ``text`` into its tokens, or, if there are none, at the ends of ``acts``.
 
-    ``x`` the pieces, ``b`` the bits of the behaviours that each shows; of tokens ``p`` percent of probability, ``a``
-    the advantage and ``s`` its shade, -3 to 3.
+    Returns:
+        ``x`` the pieces; ``b`` the bits of the behaviours that each shows, if any does.  Of tokens also ``p``, their
+        probabilities in percent, and if anything was learnt from the response, ``a``, their advantages, and ``s``,
+        their shades from -3 to 3.
     """
-    if not spelled:
-        cuts = sorted({0, len(text), *(act.begin for act in acts), *(act.end for act in acts)})
-        parts = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
-        return {"x": parts} | _bits(parts, acts)
-    shown: list[Token] = []
-    length = 0
-    for token in spelled:
-        length += len(token.text)
-        if length > len(text):
-            break
-        shown.append(token)
-    found: dict[str, Any] = {"x": [token.text for token in shown], "p": [round(100 * exp(t.logprob), 1) for t in shown]}
-    if any(token.advantage is not None for token in shown):
-        found["a"] = [None if t.advantage is None else round(t.advantage, 3) for t in shown]
-        found["s"] = shade(shown)
-    return found | _bits(found["x"], acts)
-
-
-def _bits(parts: Sequence[str], acts: Sequence[lexical.Act]) -> dict[str, Any]:
-    found, begin = [], 0
-    for part in parts:
-        middle = begin + len(part) / 2
-        found.append(sum(_BITS[act.behaviour] for act in acts if act.begin <= middle < act.end))
-        begin += len(part)
-    return {"b": found} if any(found) else {}
-
-
-def _section(index: Mapping[str, Any]) -> Html:
-    sources = sorted({fact[0] for entry in index.values() for fact in entry["rows"]})
-    places = {source: at for at, source in enumerate(sources)}
-    told = {
-        "folder": FOLDER,
-        "perFile": PER_FILE,
-        "low": round(100 * exp(LOW)),
-        "sources": sources,
-        "behaviours": [behaviour.title for behaviour in BEHAVIOURS.values()],
-        "files": [
-            {key: entry[key] for key in ("group", "title", "files")}
-            | {"rows": [[places[source], *rest] for source, *rest in entry["rows"]]}
-            for entry in index.values()
-        ],
+    if not tokens:
+        cuts = {0, len(text)}
+        for act in acts:
+            cuts |= {act.begin, act.end}
+        parts = [text[begin:end] for begin, end in itertools.pairwise(sorted(cuts))]
+        return {"x": parts} | _behaviour_bits(parts, acts)
+    tokens = _tokens_within(tokens, len(text))
+    pieces: dict[str, Any] = {
+        "x": [token.text for token in tokens],
+        "p": [round(100 * exp(token.logprob), 1) for token in tokens],
     }
-    shown, total = (sum(counts) for counts in zip(*((len(e["rows"]), e["total"]) for e in index.values()), strict=True))
-    groups = list(dict.fromkeys(entry["group"] for entry in index.values()))
-    part = f"{shown:,} of {total:,} responses, evenly sampled" if shown < total else f"All {total:,} responses"
+    if any(token.advantage is not None for token in tokens):
+        pieces["a"] = [None if token.advantage is None else round(token.advantage, 3) for token in tokens]
+        pieces["s"] = shade(tokens)
+    return pieces | _behaviour_bits(pieces["x"], acts)
+
+
+def _tokens_within(tokens: Sequence[Token], characters: int) -> list[Token]:
+    """Return the first tokens, as many as lie within so many characters altogether."""
+    within: list[Token] = []
+    length = 0
+    for token in tokens:
+        length += len(token.text)
+        if length > characters:
+            break
+        within.append(token)
+    return within
+
+
+def _behaviour_bits(parts: Sequence[str], acts: Sequence[lexical.Act]) -> dict[str, Any]:
+    bits = []
+    begin = 0
+    for part in parts:
+        # A token that crosses the end of an act belongs to it if its middle does.
+        middle = begin + len(part) / 2
+        bits.append(sum(_BITS[act.behaviour] for act in acts if act.begin <= middle < act.end))
+        begin += len(part)
+    return {"b": bits} if any(bits) else {}
+
+
+def _render_section(index: Mapping[str, Any]) -> Html:
+    sources = _sources(index)
+    count = sum(len(entry["rows"]) for entry in index.values())
+    total = sum(entry["total"] for entry in index.values())
+    sample = f"{count:,} of {total:,} responses, evenly sampled" if count < total else f"All {total:,} responses"
     note = (
-        f"{part}. Their texts are in {FOLDER}/ beside this page and are loaded when they are shown. Behaviours are "
+        f"{sample}. Their texts are in {FOLDER}/ beside this page and are loaded when they are shown. Behaviours are "
         "found by wording, an approximation, unless a judge has counted them."
     )
-    data = json.dumps(told, separators=(",", ":")).replace("<", "\\u003c")
-    controls = tag(
-        "div",
-        _choice("From", "from", "Everything", groups),
-        _choice("Source", "source", "All", sources),
-        _choice("Verdict", "verdict", "All", ["Right", "Wrong"]),
-        _choice("Behaviour", "behaviour", "All", [behaviour.title for behaviour in BEHAVIOURS.values()]),
-        _number("Tokens, at least", "least"),
-        _number("Tokens, at most", "most"),
-        _choice("Order", "order", "First to last", ["Last to first", "Longest first", "Shortest first"]),
-        class_="filters",
-    )
+    # In a script element "</script>" and "<!--" would end the data, whatever the quotes around them.
+    data = json.dumps(_page_index(index, sources), separators=(",", ":")).replace("<", "\\u003c")
     buttons = [tag("button", text, id=f"browse-{name}", type="button") for name, text in _BUTTONS.items()]
     return section(
         "Browse the responses",
@@ -266,7 +329,7 @@ def _section(index: Mapping[str, Any]) -> Html:
         tag("noscript", tag("p", "This part needs JavaScript.", class_="note")),
         tag(
             "div",
-            controls,
+            _render_filters(index, sources),
             tag("p", tag("span", id="browse-count", role="status"), *buttons, class_="pager"),
             tag("div", id="browse-list"),
             id="browser",
@@ -277,13 +340,51 @@ def _section(index: Mapping[str, Any]) -> Html:
     )
 
 
-_BUTTONS = {"back": "Back", "next": "Next"}
+def _sources(index: Mapping[str, Any]) -> list[str]:
+    sources: set[str] = set()
+    for entry in index.values():
+        sources.update(source for source, *_ in entry["rows"])
+    return sorted(sources)
 
 
-def _choice(title: str, name: str, every: str, options: Sequence[str]) -> Html:
-    found = (tag("option", option, value=option) for option in options)
-    return tag("label", title, tag("select", tag("option", every, value=""), *found, id=f"browse-{name}"))
+def _page_index(index: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
+    """Return the index as browser.js reads it: the row of a response names its source by its index in ``sources``."""
+    source_index = {source: position for position, source in enumerate(sources)}
+    files = []
+    for entry in index.values():
+        file = {key: entry[key] for key in ("group", "title", "files")}
+        file["rows"] = [[source_index[source], *facts] for source, *facts in entry["rows"]]
+        files.append(file)
+    return {
+        "folder": FOLDER,
+        "perFile": RESPONSES_PER_FILE,
+        "low": round(100 * exp(LOW_LOGPROB)),
+        "sources": sources,
+        "behaviours": [behaviour.title for behaviour in BEHAVIOURS.values()],
+        "files": files,
+    }
 
 
-def _number(title: str, name: str) -> Html:
+def _render_filters(index: Mapping[str, Any], sources: Sequence[str]) -> Html:
+    groups = list(dict.fromkeys(entry["group"] for entry in index.values()))
+    return tag(
+        "div",
+        _choice("From", "from", "Everything", groups),
+        _choice("Source", "source", "All", sources),
+        _choice("Verdict", "verdict", "All", ["Right", "Wrong"]),
+        _choice("Behaviour", "behaviour", "All", [behaviour.title for behaviour in BEHAVIOURS.values()]),
+        _number_field("Tokens, at least", "least"),
+        _number_field("Tokens, at most", "most"),
+        _choice("Order", "order", "First to last", ["Last to first", "Longest first", "Shortest first"]),
+        class_="filters",
+    )
+
+
+def _choice(title: str, name: str, default: str, options: Sequence[str]) -> Html:
+    """Return a list to choose from; ``default`` stands for no choice."""
+    choices = (tag("option", option, value=option) for option in options)
+    return tag("label", title, tag("select", tag("option", default, value=""), *choices, id=f"browse-{name}"))
+
+
+def _number_field(title: str, name: str) -> Html:
     return tag("label", title, tag("input", id=f"browse-{name}", type="number", min="0", inputmode="numeric"))

@@ -1,4 +1,4 @@
-"""The paper's figures from an experiment's folder: losses, dynamics of the RL, accuracies, behaviours.
+"""Draw the paper's figures from an experiment's folder: losses, dynamics of the RL, accuracies, behaviours.
 
 Each is drawn once per theme: light ones go to ``figures/`` as PNG and PDF, both into the report.
 """
@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
-from ovr_megatron.evaluation.behaviours import LINGUISTIC, VISUAL
+from ovr_megatron.evaluation.behaviours import LINGUISTIC, VISUAL, Behaviour
 from ovr_megatron.evaluation.statistics import moving_average
 
 WIDE, NARROW = 6.4, 3.9  # inches: for a page, for a phone
@@ -28,7 +28,7 @@ MAX_SOURCES = 8  # lines of a figure
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one look; ``models`` in the order of `MODELS`."""
+    """Colours of one look; those of ``models`` in the order of `MODELS`."""
 
     name: str
     paper: str
@@ -78,12 +78,12 @@ THEMES = (LIGHT, DARK)
 
 
 Bar = dict[str, Any] | str | None
-"""``accuracy``, ``low`` and ``high``; or what to say instead, "not run" where there is nothing."""
+"""Values ``accuracy``, ``low`` and ``high``; or a word to write instead of a bar, "not run" for None."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn figure, and what it shows in words."""
+    """A drawn figure with its caption."""
 
     name: str
     caption: str
@@ -98,66 +98,68 @@ class Chart:
     @property
     def pdf(self) -> bytes:
         """The figure for print."""
-        return self._file("pdf", metadata={"CreationDate": None})
+        return self._file("pdf", metadata={"CreationDate": None})  # the same bytes for the same numbers
 
-    def _file(self, form: str, **how: Any) -> bytes:
+    def _file(self, form: str, **options: Any) -> bytes:
         buffer = io.BytesIO()
+        # Matplotlib reads some settings, such as the background, only while it saves.
         with matplotlib.rc_context(self.theme.settings):
-            self.figure.savefig(buffer, format=form, **how)
+            self.figure.savefig(buffer, format=form, **options)
         return buffer.getvalue()
 
 
-def draw(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Chart]:
-    """Every figure for which the folder holds numbers, in the order of the recipe; ``width`` in inches."""
+def draw_figures(experiment: Experiment, theme: Theme, width: float = WIDE) -> list[Chart]:
+    """Draw every figure for which the folder holds numbers, in the order of the recipe; ``width`` in inches."""
+    # Matplotlib reads most settings while it draws. Without pyplot, which would hold every figure open.
     with matplotlib.rc_context(theme.settings):
-        return [Chart(name, told, figure, theme) for name, told, figure in _drawn(experiment, theme, width)]
+        return [Chart(name, caption, figure, theme) for name, caption, figure in _figures(experiment, theme, width)]
 
 
-def _drawn(experiment: Experiment, theme: Theme, width: float) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure."""
+def _figures(experiment: Experiment, theme: Theme, width: float) -> Iterator[tuple[str, str, Figure]]:
+    """Yield name, caption and figure of each."""
     for name in ("base", "cold_start"):
         stage = experiment.stages.get(name)
         if stage and stage.values("loss/train"):
             caption = f"{stage.title}: cross entropy of the target tokens; faint: each step, strong: moving average."
-            yield f"{name}_loss", caption, loss_figure(stage, theme, width)
+            yield f"{name}_loss", caption, draw_loss(stage, theme, width)
     stage = experiment.stages.get("rl")
     if stage and stage.values("reward/mean"):
         caption = "PPO: mean reward and response length. Dashed: the curriculum allows longer sequences from here on."
-        yield "rl_dynamics", caption, dynamics_figure(stage, theme, width)
-    if stage and sources(stage):
-        some = (
-            f" The first {len(sources(stage))} of {len(_sources(stage))}." if len(_sources(stage)) > MAX_SOURCES else ""
-        )
-        caption = f"PPO by source: mean reward and response length, moving averages.{some}"
-        yield "rl_sources", caption, sources_figure(stage, theme, width)
+        yield "rl_dynamics", caption, draw_dynamics(stage, theme, width)
+    if stage and list_sources(stage):
+        total = len(_all_sources(stage))
+        selection = f" The first {MAX_SOURCES} of {total}." if total > MAX_SOURCES else ""
+        caption = f"PPO by source: mean reward and response length, moving averages.{selection}"
+        yield "rl_sources", caption, draw_sources(stage, theme, width)
     if stage and any(stage.values(key) for key, _, _ in _HEALTH):
         caption = "PPO under the hood. Mismatch: largest difference of rollout and trainer log-probabilities."
-        yield "rl_health", caption, health_figure(stage, theme, width)
-    if asked := evaluated(experiment):
+        yield "rl_health", caption, draw_health(stage, theme, width)
+    if evaluations := list_periodic_evaluations(experiment):
         caption = "Greedy accuracy of the live weights on the chosen problem sets while a stage trains."
-        yield "evaluation", caption, evaluation_figure(asked, theme, width)
+        yield "evaluation", caption, draw_evaluations(evaluations, theme, width)
     if experiment.sets:
         caption = "Greedy accuracy on held-out problems, with Wilson's 95 % interval."
-        yield "accuracy", caption, accuracy_figure(experiment, theme, width)
+        yield "accuracy", caption, draw_accuracy(experiment, theme, width)
     if experiment.shows_behaviours:
         caption = "Traces that show each behaviour, and how far the visual ones follow the linguistic ones."
-        yield "behaviours", caption, behaviour_figure(experiment, theme, width)
+        yield "behaviours", caption, draw_behaviours(experiment, theme, width)
 
 
 def write_figures(experiment: Experiment) -> list[Path]:
-    """Write ``figures/NAME.png`` and ``.pdf`` in the light theme; returns the paths."""
+    """Write ``figures/NAME.png`` and ``.pdf`` in the light theme, and return the paths."""
     folder = experiment.dir / "figures"
     folder.mkdir(exist_ok=True)
     paths = []
-    for chart in draw(experiment, LIGHT):
+    for chart in draw_figures(experiment, LIGHT):
         for form, data in (("png", chart.png), ("pdf", chart.pdf)):
-            paths.append(folder / f"{chart.name}.{form}")
-            paths[-1].write_bytes(data)
+            path = folder / f"{chart.name}.{form}"
+            path.write_bytes(data)
+            paths.append(path)
     return paths
 
 
-def loss_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
-    """Loss by optimizer step (paper, figure 3a)."""
+def draw_loss(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+    """Draw the loss by optimizer step (paper, figure 3a)."""
     figure = Figure(figsize=(width, 3.0), layout="constrained")
     axes = figure.add_subplot(title=f"{stage.title}: loss", xlabel="Step")
     steps, losses = stage.series("loss/train")
@@ -166,8 +168,8 @@ def loss_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     return figure
 
 
-def dynamics_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
-    """Mean reward above mean response length by iteration, curriculum switches marked (paper, figure 3b)."""
+def draw_dynamics(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+    """Draw mean reward above mean response length by iteration, with the curriculum's switches (paper, figure 3b)."""
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     reward, length = figure.subplots(2, 1, sharex=True)
     _curve(reward, *stage.series("reward/mean"), theme.models[2], "{:.2f}")
@@ -175,17 +177,17 @@ def dynamics_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     reward.set_title("RL: mean reward", pad=22)  # room for the switches' labels
     length.set_title("RL: mean response length in tokens")
     length.set_xlabel("Iteration")
-    for step, before, after in switches(stage):
+    for step, before, after in list_switches(stage):
         for axes in (reward, length):
             axes.axvline(step, color=theme.muted, linestyle=(0, (4, 3)), linewidth=1, gid="switch")
-        place = {"xy": (step, 1), "xycoords": reward.get_xaxis_transform(), "textcoords": "offset points"}
+        position = {"xy": (step, 1), "xycoords": reward.get_xaxis_transform(), "textcoords": "offset points"}
         text = f"{before:,} to {after:,} tokens"
-        reward.annotate(text, **place, xytext=(0, 3), ha="center", va="bottom", fontsize=8, color=theme.muted)
+        reward.annotate(text, **position, xytext=(0, 3), ha="center", va="bottom", fontsize=8, color=theme.muted)
     return figure
 
 
-def switches(stage: Stage) -> list[tuple[int, int, int]]:
-    """Where the curriculum changed: first iteration of the new limit, limit before, limit after."""
+def list_switches(stage: Stage) -> list[tuple[int, int, int]]:
+    """Return where the curriculum changed: first iteration of the new limit, limit before, limit after."""
     steps, limits = stage.series("curriculum/max_tokens")
     changes = zip(steps[1:], limits, limits[1:], strict=False)
     return [(step, int(before), int(after)) for step, before, after in changes if before != after]
@@ -194,32 +196,42 @@ def switches(stage: Stage) -> list[tuple[int, int, int]]:
 _BY_SOURCE = "reward/source/"
 
 
-def sources(stage: Stage) -> list[str]:
-    """Sources whose rewards the RL logged one by one, the first `MAX_SOURCES` of them."""
-    return _sources(stage)[:MAX_SOURCES]
+def list_sources(stage: Stage) -> list[str]:
+    """Return the sources whose rewards the RL logged one by one, the first `MAX_SOURCES` of them."""
+    return _all_sources(stage)[:MAX_SOURCES]
 
 
-def _sources(stage: Stage) -> list[str]:
-    keys = {key for row in stage.metrics for key in row if key.startswith(_BY_SOURCE)}
-    return sorted(key.removeprefix(_BY_SOURCE) for key in keys)
+def _all_sources(stage: Stage) -> list[str]:
+    return sorted(key.removeprefix(_BY_SOURCE) for key in _metric_keys(stage) if key.startswith(_BY_SOURCE))
 
 
-def sources_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
-    """Reward above response length, a line for each source (paper, figure 6: perception gains, and grows no longer)."""
+def _metric_keys(stage: Stage) -> set[str]:
+    """Return the names of all metrics that any step logged."""
+    return set[str]().union(*stage.metrics)
+
+
+def draw_sources(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+    """Draw reward above response length, a line for each source.
+
+    This is the paper's figure 6: for perception the reward grows while the length does not.
+    """
     figure = Figure(figsize=(width, 5.0), layout="constrained")
-    parts = figure.subplots(2, 1, sharex=True)
-    named = sources(stage)
-    length = "RL: mean response length in tokens"
-    told = ((_BY_SOURCE, "RL: mean reward by source"), ("response/length/source/", length))
+    rewards, lengths = figure.subplots(2, 1, sharex=True)
+    panels = (
+        (rewards, _BY_SOURCE, "RL: mean reward by source"),
+        (lengths, "response/length/source/", "RL: mean response length in tokens"),
+    )
+    # Ten colours for at most `MAX_SOURCES` lines.
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    for axes, (group, title) in zip(parts, told, strict=True):
+    for axes, group, title in panels:
         axes.set_title(title)
-        for source, colour in zip(named, colours, strict=False):
+        for source, colour in zip(list_sources(stage), colours, strict=False):
             steps, values = stage.series(group + source)
-            axes.plot(steps, moving_average(values, max(1, len(values) // 20)), color=colour, label=source)
-    parts[1].set_xlabel("Iteration")
-    parts[1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    lines, labels = parts[0].get_legend_handles_labels()
+            window = max(1, len(values) // 20)
+            axes.plot(steps, moving_average(values, window), color=colour, label=source)
+    lengths.set_xlabel("Iteration")
+    lengths.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    lines, labels = rewards.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=4 if width == WIDE else 2)
     return figure
 
@@ -232,8 +244,8 @@ _HEALTH = (
 )
 
 
-def health_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
-    """What tells a healthy PPO run from a sick one, by iteration."""
+def draw_health(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
+    """Draw the metrics that show whether a PPO run is healthy, by iteration."""
     rows, columns = (2, 2) if width == WIDE else (4, 1)
     figure = Figure(figsize=(width, 2.1 * rows), layout="constrained")
     for axes, (key, title, form) in zip(figure.subplots(rows, columns, sharex=True).flat, _HEALTH, strict=True):
@@ -243,98 +255,126 @@ def health_figure(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=theme.muted)
             continue
         _curve(axes, steps, values, theme.models[2], form, smooth=key != "rollout/mismatch_max")
+        # The mismatch spans orders of magnitude; a moving average would hide its peaks.
         if key == "rollout/mismatch_max" and min(values) > 0:
             axes.set_yscale("log")
     return figure
 
 
-def evaluated(experiment: Experiment) -> list[tuple[Stage, list[str]]]:
-    """Stages that evaluated while they trained, and the keys of the accuracies in their metrics."""
-    found = []
+def list_periodic_evaluations(experiment: Experiment) -> list[tuple[Stage, list[str]]]:
+    """Return the stages that evaluated while they trained, and the keys of the accuracies in their metrics."""
+    evaluations = []
     for stage in experiment.stages.values():
-        keys = {key for row in stage.metrics for key in row if key.startswith("evaluation/") and key.count("/") == 1}
+        # An accuracy is "evaluation/SET"; deeper keys are details of it.
+        keys = [key for key in _metric_keys(stage) if key.startswith("evaluation/") and key.count("/") == 1]
         if keys:
-            found.append((stage, sorted(keys)))
-    return found
+            evaluations.append((stage, sorted(keys)))
+    return evaluations
 
 
-def evaluation_figure(asked: Sequence[tuple[Stage, list[str]]], theme: Theme, width: float = WIDE) -> Figure:
-    """Accuracy by step, a row for each stage and a line for each problem set (paper, figure 4)."""
-    figure = Figure(figsize=(width, 2.6 * len(asked)), layout="constrained")
-    rows = figure.subplots(len(asked), 1, squeeze=False)[:, 0]
-    for axes, (stage, keys) in zip(rows, asked, strict=True):
+def draw_evaluations(evaluations: Sequence[tuple[Stage, list[str]]], theme: Theme, width: float = WIDE) -> Figure:
+    """Draw accuracy by step, a row for each stage and a line for each problem set (paper, figure 4)."""
+    figure = Figure(figsize=(width, 2.6 * len(evaluations)), layout="constrained")
+    rows = figure.subplots(len(evaluations), 1, squeeze=False)[:, 0]
+    for axes, (stage, keys) in zip(rows, evaluations, strict=True):
         axes.set_title(f"{stage.title}: accuracy while it trains")
         axes.set_xlabel("Iteration" if stage.name == "rl" else "Step")
-        for number, key in enumerate(keys):
+        for index, key in enumerate(keys):
             steps, values = stage.series(key)
-            label, colour = key.partition("/")[2], theme.models[(number + 1) % len(theme.models)]
-            axes.plot([step + 1 for step in steps], values, marker="o", markersize=4, color=colour, label=label)
+            label = key.partition("/")[2]
+            colour = theme.models[(index + 1) % len(theme.models)]
+            # Steps count from 0: an evaluation logged with step 99 is one of the weights after 100 steps.
+            steps_done = [step + 1 for step in steps]
+            axes.plot(steps_done, values, marker="o", markersize=4, color=colour, label=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(0, 1.02)  # a marker at 100 % is not cut
         axes.legend(loc="best")
     return figure
 
 
-def accuracy_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
-    """Accuracy of each model on each problem set, with confidence intervals."""
+def draw_accuracy(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
+    """Draw the accuracy of each model on each problem set, with confidence intervals."""
     sets = experiment.sets
     figure = Figure(figsize=(width, 3.6), layout="constrained")
     axes = figure.add_subplot(title="Accuracy on held-out problems")
     scores = {model: [experiment.score(model, name) for name in sets] for model in MODELS}
-    _bars(axes, theme, list(sets.values()), scores)
-    axes.set_ylim(0, 1.08)
+    _draw_bars(axes, theme, list(sets.values()), scores)
+    axes.set_ylim(0, 1.08)  # room for the numbers above the bars
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    _models_legend(figure, theme, width)
+    _draw_models_legend(figure, theme, width)
     return figure
 
 
-def behaviour_figure(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
-    """Emergence rate of each behaviour and transfer rate of each pair (the paper's figure 5), with 95 % intervals."""
-    found = experiment.behaviours["checkpoints"]
+def draw_behaviours(experiment: Experiment, theme: Theme, width: float = WIDE) -> Figure:
+    """Draw the emergence rate of each behaviour and the transfer rate of each pair, with 95 % intervals.
+
+    This is the paper's figure 5.
+    """
+    checkpoints = experiment.behaviours["checkpoints"]
     figure = Figure(figsize=(width, 7.4), layout="constrained")
-    parts = figure.subplots(3, 1)
-    for axes, title, behaviours in zip(parts, ("Linguistic", "Visual"), (LINGUISTIC, VISUAL), strict=False):
-        rates: dict[str, list[Bar]] = {}
-        for model in MODELS:
-            told = found.get(model, {}).get("behaviours", {})
-            shares = [told.get(behaviour.name, {}).get("emergence") for behaviour in behaviours]
-            rates[model] = [share and {**share, "accuracy": share["rate"]} for share in shares]
-        _bars(axes, theme, [behaviour.title.replace(" ", "\n", 1) for behaviour in behaviours], rates)
+    linguistic_axes, visual_axes, transfer_axes = figure.subplots(3, 1)
+    panels = ((linguistic_axes, "Linguistic", LINGUISTIC), (visual_axes, "Visual", VISUAL))
+    for axes, title, behaviours in panels:
+        rates = {model: _emergence_bars(checkpoints.get(model, {}), behaviours) for model in MODELS}
+        _draw_bars(axes, theme, _titles(behaviours), rates)
         axes.set_title(f"{title} behaviours: share of traces")
-    transfer: dict[str, list[Bar]] = {}
-    for model in MODELS:
-        told = found.get(model, {}).get("transfer", {})
-        ratios = [told.get(behaviour.name) for behaviour in LINGUISTIC]
-        shown = [{**r, "accuracy": r["value"]} if r and r["value"] is not None else None for r in ratios]
-        transfer[model] = [bar or ("none" if r else None) for bar, r in zip(shown, ratios, strict=True)]
-    _bars(parts[2], theme, [behaviour.title.replace(" ", "\n", 1) for behaviour in LINGUISTIC], transfer)
-    parts[2].set_title("Transfer: visual over linguistic")
-    _models_legend(figure, theme, width)
+    transfer = {model: _transfer_bars(checkpoints.get(model, {})) for model in MODELS}
+    _draw_bars(transfer_axes, theme, _titles(LINGUISTIC), transfer)
+    transfer_axes.set_title("Transfer: visual over linguistic")
+    _draw_models_legend(figure, theme, width)
     return figure
 
 
-def _bars(axes: Axes, theme: Theme, groups: Sequence[str], scores: Mapping[str, Sequence[Bar]]) -> None:
-    """A group of bars for each of ``groups``, one of them for each of `MODELS`, with intervals and numbers."""
+def _titles(behaviours: Sequence[Behaviour]) -> list[str]:
+    """Return the titles, broken after their first word."""
+    return [behaviour.title.replace(" ", "\n", 1) for behaviour in behaviours]
+
+
+def _emergence_bars(checkpoint: Mapping[str, Any], behaviours: Sequence[Behaviour]) -> list[Bar]:
+    counts = checkpoint.get("behaviours", {})
+    shares = [counts.get(behaviour.name, {}).get("emergence") for behaviour in behaviours]
+    return [share and {**share, "accuracy": share["rate"]} for share in shares]
+
+
+def _transfer_bars(checkpoint: Mapping[str, Any]) -> list[Bar]:
+    """Return a bar for each pair; "none" where the linguistic behaviour never occurred, so that there is no ratio."""
+    transfer = checkpoint.get("transfer", {})
+    bars: list[Bar] = []
+    for behaviour in LINGUISTIC:
+        ratio = transfer.get(behaviour.name)
+        if not ratio:
+            bars.append(None)
+        elif ratio["value"] is None:
+            bars.append("none")
+        else:
+            bars.append({**ratio, "accuracy": ratio["value"]})
+    return bars
+
+
+def _draw_bars(axes: Axes, theme: Theme, groups: Sequence[str], scores: Mapping[str, Sequence[Bar]]) -> None:
+    """Draw a group of bars for each of ``groups``, with a bar for each of `MODELS`, its interval and its value."""
     step = 0.82 / len(MODELS)
     for index, (model, title) in enumerate(MODELS.items()):
-        places = [place + (index - (len(MODELS) - 1) / 2) * step for place in range(len(groups))]
-        bars = [(at, score) for at, score in zip(places, scores[model], strict=True) if isinstance(score, dict)]
+        offset = (index - (len(MODELS) - 1) / 2) * step
+        positions = [group + offset for group in range(len(groups))]
+        # A group without a value has a word in the place of its bar.
+        bars = {x: score for x, score in zip(positions, scores[model], strict=True) if isinstance(score, dict)}
         axes.bar(
-            [at for at, _ in bars],
-            [score["accuracy"] for _, score in bars],
-            yerr=_errors([score for _, score in bars]),
+            list(bars),
+            [score["accuracy"] for score in bars.values()],
+            yerr=_errors(list(bars.values())),
             width=step * 0.9,
             color=theme.models[index],
             label=title,
             error_kw={"ecolor": theme.ink, "elinewidth": 1, "capsize": 2, "alpha": 0.7},
         )
-        for at, score in zip(places, scores[model], strict=True):
-            place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+        label: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+        for x, score in zip(positions, scores[model], strict=True):
             if isinstance(score, dict):
-                axes.annotate(f"{100 * score['accuracy']:.0f}", (at, score["high"]), (0, 3), **place)
+                axes.annotate(f"{100 * score['accuracy']:.0f}", (x, score["high"]), (0, 3), **label)
             else:
-                axes.annotate(score or "not run", (at, 0.0), (0, 3), **place, rotation=90, color=theme.muted)
+                axes.annotate(score or "not run", (x, 0.0), (0, 3), **label, rotation=90, color=theme.muted)
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0, labelcolor=theme.ink)
     axes.set_xlim(-0.5, len(groups) - 0.5)
@@ -342,21 +382,24 @@ def _bars(axes: Axes, theme: Theme, groups: Sequence[str], scores: Mapping[str, 
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
-def _models_legend(figure: Figure, theme: Theme, width: float) -> None:
+def _draw_models_legend(figure: Figure, theme: Theme, width: float) -> None:
     keys = [Patch(color=colour, label=title) for colour, title in zip(theme.models, MODELS.values(), strict=True)]
     columns = 4 if width == WIDE else 2
     figure.legend(handles=keys, loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
 
 
 def _errors(scores: Sequence[dict[str, float]]) -> list[list[float]]:
+    """Return the lengths of the error bars below and above the values."""
+    # A value may lie just outside of its interval, by rounding; Matplotlib refuses negative lengths.
     below = [max(0.0, score["accuracy"] - score["low"]) for score in scores]
-    return [below, [max(0.0, score["high"] - score["accuracy"]) for score in scores]]
+    above = [max(0.0, score["high"] - score["accuracy"]) for score in scores]
+    return [below, above]
 
 
 def _curve(
     axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, form: str, smooth: bool = True
 ) -> None:
-    """Plot ``values``, faint with a strong moving average over a twentieth of the run, and name the last one."""
+    """Plot ``values``, faint, with a strong moving average over a twentieth of the run, and label the last mean."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if not values:
         return
@@ -364,6 +407,8 @@ def _curve(
     strong = moving_average(values, window)
     if window > 1:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.4)
+    # A line through a single point would not be seen.
     axes.plot(steps, strong, color=colour, marker="o" if len(values) == 1 else None)
-    label = {"xy": (steps[-1], strong[-1]), "xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(form.format(strong[-1]), **label, color=colour, fontweight="bold", annotation_clip=False)
+    # The label lies beside the axes, where Matplotlib would clip it.
+    position = {"xy": (steps[-1], strong[-1]), "xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(form.format(strong[-1]), **position, color=colour, fontweight="bold", annotation_clip=False)

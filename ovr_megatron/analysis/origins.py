@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: recipe, overrides, commit, versions and machine of each start of each stage."""
+"""Render where a run's numbers come from: recipe, overrides, commit, versions and machine of each start of a stage."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovr_megatron.analysis.experiment import Experiment
-from ovr_megatron.analysis.page import Html, folded, join, section, table, tag
+from ovr_megatron.analysis.page import Html, details, join, section, table, tag
 from ovr_megatron.runtime.starts import read_starts
 
 
-def origins(experiment: Experiment) -> Iterator[Html]:
-    """A row for each stage, with a link to its configuration and its earlier starts folded below."""
-    rows, earlier = [], []
+def render_origins(experiment: Experiment) -> Iterator[Html]:
+    """Yield the section, if any start was recorded: the last start of each stage, earlier ones folded below."""
+    rows: list[list[object]] = []
+    earlier: list[list[object]] = []
     for stage in experiment.stages.values():
         starts = read_starts(stage.dir)
         if not starts:
             continue
         path = stage.dir.relative_to(experiment.dir) / "config.yaml"
-        rows.append([join([stage.title, tag("a", "configuration", href=path.as_posix())]), *_cells(starts[-1])])
-        earlier += [[f"{stage.title}, {start['time']}", *_cells(start)] for start in starts[:-1]]
+        title = join([stage.title, tag("a", "configuration", href=path.as_posix())])
+        rows.append([title, *_cells(starts[-1])])
+        for start in starts[:-1]:
+            earlier.append([f"{stage.title}, {start['time']}", *_cells(start)])
     if rows:
         head = ["Stage", "Recipe and overrides", "Commit", "Versions", "Machine"]
-        more = folded("Earlier starts", table(head, earlier)) if earlier else None
-        yield section("Where the numbers come from", table(head, rows), more)
+        folded = details("Earlier starts", table(head, earlier)) if earlier else None
+        yield section("Where the numbers come from", table(head, rows), folded)
 
 
 def _cells(start: dict[str, Any]) -> list[object]:
     versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
-    return [" ".join([start["recipe"], *start["overrides"]]), start["commit"], versions, start["machine"]]
+    recipe = " ".join([start["recipe"], *start["overrides"]])
+    return [recipe, start["commit"], versions, start["machine"]]

@@ -1,4 +1,4 @@
-"""HTML by construction: every text that is not `Html` is escaped on its way into a page.
+"""Build HTML: every text that is not `Html` is escaped on its way into a page.
 
 A page brings its own style sheet, and loads nothing from the network.
 """
@@ -9,7 +9,7 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
-Content = object  # Html stays as it is, None vanishes, all else becomes text
+Content = object  # Html is taken as it is, None is left out, anything else is escaped text
 NARROW, DARK = "(max-width: 640px)", "(prefers-color-scheme: dark)"
 
 
@@ -20,16 +20,22 @@ class Html(str):
 
 
 def tag(name: str, /, *content: Content, **attributes: str | None) -> Html:
-    """``<name attributes>content</name>``; a trailing underscore of an attribute is dropped, None leaves it out."""
-    pairs = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
-    opening = name + "".join(f' {key}="{html.escape(value)}"' for key, value in pairs)
+    """Return ``<name attributes>content</name>``.
+
+    A trailing underscore of an attribute's name is dropped (``class_``); an attribute that is None is left out.
+    """
+    opening = name
+    for key, value in attributes.items():
+        if value is not None:
+            opening += f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
+    # Void elements of HTML have neither content nor a closing tag.
     if name in ("img", "source", "meta", "input"):
         return Html(f"<{opening}>")
     return Html(f"<{opening}>{join(content)}</{name}>")
 
 
 def join(content: Iterable[Content]) -> Html:
-    """One piece after the other, escaped where they are not markup."""
+    """Join pieces, and escape those that are not markup."""
     return Html("".join(_markup(piece) for piece in content))
 
 
@@ -40,37 +46,50 @@ def _markup(piece: Content) -> str:
 
 
 def data_uri(data: bytes, kind: str = "image/png") -> str:
-    """``data`` as an address, so that a picture travels inside the page."""
+    """Return ``data`` as an address, so that a picture travels inside the page."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def picture(looks: Sequence[bytes], alt: str) -> Html:
-    """A PNG that fits the reader's screen and theme; ``looks``: wide light, wide dark, narrow light, narrow dark."""
-    light, dark, *narrow = map(data_uri, looks)
-    choices = zip((narrow[1], narrow[0], dark), (f"{NARROW} and {DARK}", NARROW, DARK), strict=True)
-    sources = (tag("source", srcset=address, media=media) for address, media in choices)
-    return tag("picture", *sources, tag("img", src=light, alt=alt))
+    """Return a PNG that fits the reader's screen and theme.
+
+    ``looks`` are four pictures: wide light, wide dark, narrow light, narrow dark.
+    """
+    light, dark, narrow_light, narrow_dark = map(data_uri, looks)
+    # A browser takes the first source that fits: the strictest condition comes first.
+    return tag(
+        "picture",
+        tag("source", srcset=narrow_dark, media=f"{NARROW} and {DARK}"),
+        tag("source", srcset=narrow_light, media=NARROW),
+        tag("source", srcset=dark, media=DARK),
+        tag("img", src=light, alt=alt),
+    )
 
 
 def section(title: str, *content: Content) -> Html:
-    """A card with a heading."""
+    """Return a card with a heading."""
     return tag("section", tag("h2", title), *content)
 
 
 def table(head: Sequence[Content], rows: Iterable[Sequence[Content]]) -> Html:
-    """A table that scrolls by itself where it is too wide; the first cell of each row names it."""
+    """Return a table that scrolls by itself where it is too wide; the first cell of each row is its heading."""
     top = tag("tr", *(tag("th", cell, scope="col") for cell in head))
-    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
+    body = map(_table_row, rows)
     return tag("div", tag("table", tag("thead", top), tag("tbody", *body)), class_="scroll", tabindex="0")
 
 
-def folded(title: str, *content: Content) -> Html:
-    """Content behind a line to click."""
+def _table_row(cells: Sequence[Content]) -> Html:
+    title, *values = cells
+    return tag("tr", tag("th", title, scope="row"), *(tag("td", value) for value in values))
+
+
+def details(title: str, *content: Content) -> Html:
+    """Return content that is folded behind a line to click."""
     return tag("details", tag("summary", title), *content)
 
 
 def document(title: str, *content: Content, refresh: int = 0) -> str:
-    """A whole page, which a browser loads again every ``refresh`` seconds unless that is 0."""
+    """Return a page, which a browser loads again every ``refresh`` seconds unless that is 0."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

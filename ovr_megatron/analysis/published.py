@@ -1,6 +1,6 @@
-"""Models of the published sizes with random weights, for measurements: nothing is read from a disk or a hub.
+"""Make models of the published sizes with random weights, for measurements: no weights are read or downloaded.
 
-Their tokenizer is the miniature's: what is sampled are its few hundred ids, out of the whole vocabulary.
+Their tokenizer is the miniature's: sampled ids are its few hundred, out of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -25,40 +25,48 @@ SMALL = {
 
 
 def write_model(name: str, folder: Path, layers: int = 0) -> Path:
-    """Configuration, tokenizer and processor of ``name``, of `SMALL` or a preset, with so many layers (0: all).
+    """Write configuration, tokenizer and processor of a model into ``folder``, and no weights.
 
-    Returns:
-        ``folder``, without any weights in it.
+    Args:
+        name: of `SMALL` or a preset.
+        folder: is made, and returned.
+        layers: how many of them the language model has; 0: all.
     """
     make_tiny_model(folder, sizes=SMALL.get(name, TinySizes(max_positions=128000)))
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").unlink()  # the miniature's weights fit no other configuration
     path = folder / "config.json"
     config = json.loads(path.read_text())
     if name in PRESETS:
-        ids = {key: value for key, value in config.items() if key.endswith("token_id")}
-        config = PRESETS[name] | ids
+        # The ids of special tokens belong to the tokenizer, which is the miniature's.
+        token_ids = {key: value for key, value in config.items() if key.endswith("token_id")}
+        config = PRESETS[name] | token_ids
     if layers:
         config |= {"num_hidden_layers": layers, "max_window_layers": layers}
     path.write_text(json.dumps(config))
     return folder
 
 
-def shape_of(name: str, layers: int = 0) -> ModelShape:
-    """Sizes of such a model."""
+def read_shape(name: str, layers: int = 0) -> ModelShape:
+    """Return the shape of the model that `write_model` writes with these arguments."""
     with tempfile.TemporaryDirectory() as folder:
         return ModelShape.from_hf(write_model(name, Path(folder), layers))
 
 
 @torch.no_grad()
 def randomise(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Numbers as training begins with them; what lies in fresh memory may be none."""
+    """Fill ``parameters`` with values as training begins with them: fresh memory may hold NaN or infinities."""
     for parameter in parameters:
-        parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 0.02)
+        else:
+            parameter.fill_(1.0)
 
 
-def fill(engine: Engine) -> Engine:
-    """`randomise` the weights of ``engine`` and its optimizer's copies of them."""
-    randomise(parameter for part in engine.parts for parameter in part.parameters())
+def randomise_engine(engine: Engine) -> Engine:
+    """`randomise` the weights of ``engine`` and its optimizer's copies of them, and return ``engine``."""
+    for part in engine.parts:
+        randomise(part.parameters())
     if hasattr(engine, "optimizer"):
+        # Its float32 copies were taken from the weights before.
         engine.optimizer.reload_model_params()
     return engine

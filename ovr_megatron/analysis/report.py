@@ -1,7 +1,8 @@
-"""One self-contained HTML page per experiment: what was trained, how it went, what the model says."""
+"""Write one self-contained HTML page per experiment: what was trained, how it went, what the model says."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import exp
 from pathlib import Path
@@ -9,11 +10,11 @@ from statistics import median
 from typing import Any
 
 from ovr_megatron.analysis import figures
-from ovr_megatron.analysis.browser import browser
+from ovr_megatron.analysis.browser import render_browser
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
-from ovr_megatron.analysis.origins import origins
-from ovr_megatron.analysis.page import Html, data_uri, document, folded, join, picture, section, table, tag
-from ovr_megatron.analysis.samples import LOW, MAX_TOKENS, Moment, Token, moments, read_picture, shade
+from ovr_megatron.analysis.origins import render_origins
+from ovr_megatron.analysis.page import Html, data_uri, details, document, join, picture, section, table, tag
+from ovr_megatron.analysis.samples import LOW_LOGPROB, MAX_TOKENS, Moment, Token, pick_moments, read_picture, shade
 from ovr_megatron.analysis.summary import summarise
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, paper_score
@@ -21,6 +22,7 @@ from ovr_megatron.runtime.files import write_whole
 
 MAX_CHARACTERS = 6000  # of one response in the page
 PAPER_TRANSFER = {"backtracking": "2.5, 8.2, 17.3 %"}  # of base, cold start and RL on MathVision testmini
+# Titles of the phases of an iteration, by the metrics of their seconds.
 PHASES = {
     "timing/generate": "Generate",
     "timing/value": "Value and log-probabilities",
@@ -31,86 +33,93 @@ NOTHING = "\N{EN DASH}"
 
 
 def write_report(experiment: Experiment, refresh: int = 0) -> Path:
-    """Write ``report.html`` into the experiment's folder, at once for who reads it, and return its path."""
+    """Write ``report.html`` into the experiment's folder and return its path; a reader never sees half of a page."""
     return write_whole(experiment.dir / "report.html", render(experiment, refresh))
 
 
 def render(experiment: Experiment, refresh: int = 0) -> str:
-    """The page as text; every part that the folder does not have yet is said to be missing.
+    """Return the page as text; it names every part that the folder does not have yet.
 
     Args:
-        experiment: what was read of the folder.
+        experiment: the folder's content.
         refresh: seconds after which a browser loads the page again; 0: never.
     """
     summary = summarise(experiment)
     title = experiment.dir.resolve().name
-    charts = _charts(experiment)
+    # Two of the figures have sections of their own; the others, in their order, make up the training's.
+    charts = _render_charts(experiment)
     return document(
         f"{title} - Open Vision Reasoner",
         tag("p", "Open Vision Reasoner on Megatron-Core", class_="note"),
         tag("h1", title),
-        tag("p", _lead(summary), class_="lead"),
-        _missing(experiment.missing),
-        tag("div", *_tiles(summary), class_="tiles"),
-        *_accuracy(experiment, charts.pop("accuracy", None)),
-        *_behaviours(experiment, charts.pop("behaviours", None)),
+        tag("p", _lead_text(summary), class_="lead"),
+        _render_missing(experiment.missing),
+        tag("div", *_render_tiles(summary), class_="tiles"),
+        *_render_accuracy(experiment, charts.pop("accuracy", None)),
+        *_render_behaviours(experiment, charts.pop("behaviours", None)),
         section("Training", *charts.values()) if charts else None,
-        *_timing(experiment),
-        *_rollouts(experiment),
-        browser(experiment),
-        *origins(experiment),
-        *_settings(experiment),
-        _footer(experiment),
+        *_render_timing(experiment),
+        *_render_rollouts(experiment),
+        render_browser(experiment),
+        *render_origins(experiment),
+        *_render_settings(experiment),
+        _render_footer(experiment),
         refresh=refresh,
     )
 
 
-def _lead(summary: dict[str, Any]) -> str:
-    accuracy, reward = summary["accuracy"], summary["reward"]
-    parts = []
+def _lead_text(summary: dict[str, Any]) -> str:
+    accuracy = summary["accuracy"]
+    reward = summary["reward"]
+    sentences = []
     if accuracy["cold_start"] is not None and accuracy["rl"] is not None:
         gain = 100 * (accuracy["rl"] - accuracy["cold_start"])
-        told = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
-        parts.append(f"On {accuracy['problems']} held-out visual puzzles RL ends {told} the cold start.")
+        difference = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
+        sentences.append(f"On {accuracy['problems']} held-out visual puzzles RL ends {difference} the cold start.")
     if reward["first10"] is not None:
-        first, last = reward["first10"], reward["last10"]
-        parts.append(f"The mean reward went from {first:.3f} (first ten iterations) to {last:.3f} (last ten).")
-    return " ".join(parts) or "Nothing to compare yet."
+        means = f"from {reward['first10']:.3f} (first ten iterations) to {reward['last10']:.3f} (last ten)"
+        sentences.append(f"The mean reward went {means}.")
+    return " ".join(sentences) or "Nothing to compare yet."
 
 
-def _missing(parts: list[str]) -> Html | None:
-    if not parts:
+def _render_missing(sentences: list[str]) -> Html | None:
+    if not sentences:
         return None
-    items = (tag("li", part) for part in parts)
+    items = (tag("li", sentence) for sentence in sentences)
     return tag("div", tag("strong", "Not complete yet"), tag("ul", *items), class_="missing")
 
 
-def _tiles(summary: dict[str, Any]) -> Iterator[Html]:
+def _render_tiles(summary: dict[str, Any]) -> Iterator[Html]:
     for model, title in MODELS.items():
         value = summary["accuracy"][model]
-        yield _tile(f"{title}, visual puzzles", percent(value), f"tile {model}")
+        yield _render_tile(f"{title}, visual puzzles", percent(value), f"tile {model}")
     reward = summary["reward"]["last10"]
-    yield _tile("Reward, last ten iterations", NOTHING if reward is None else f"{reward:.3f}")
+    yield _render_tile("Reward, last ten iterations", NOTHING if reward is None else f"{reward:.3f}")
     mismatch = summary["mismatch"]["max"]
-    yield _tile("Largest mismatch, log-prob", NOTHING if mismatch is None else f"{mismatch:.1e}")
-    yield _tile("Wall time", duration(summary["wall_seconds"]))
-    yield _tile("Peak memory", gigabytes(summary["peak_memory_bytes"]))
+    yield _render_tile("Largest mismatch, log-prob", NOTHING if mismatch is None else f"{mismatch:.1e}")
+    yield _render_tile("Wall time", duration(summary["wall_seconds"]))
+    yield _render_tile("Peak memory", gigabytes(summary["peak_memory_bytes"]))
 
 
-def _tile(name: str, value: str, kind: str = "tile") -> Html:
+def _render_tile(name: str, value: str, kind: str = "tile") -> Html:
     return tag("div", tag("b", value), tag("span", name), class_=kind)
 
 
-def _charts(experiment: Experiment) -> dict[str, Html]:
-    looks = ((theme, width) for width in (figures.WIDE, figures.NARROW) for theme in figures.THEMES)
-    drawn = zip(*(figures.draw(experiment, theme, width) for theme, width in looks), strict=True)
-    return {
-        same[0].name: tag("figure", picture([c.png for c in same], same[0].caption), tag("figcaption", same[0].caption))
-        for same in drawn
-    }
+def _render_charts(experiment: Experiment) -> dict[str, Html]:
+    """Return each figure by name, as a picture in the four looks that `picture` takes, in their order."""
+    wide_light, *other_looks = [
+        figures.draw_figures(experiment, theme, width)
+        for width, theme in itertools.product((figures.WIDE, figures.NARROW), figures.THEMES)
+    ]
+    rendered = {}
+    for same_chart in zip(wide_light, *other_looks, strict=True):
+        chart = same_chart[0]
+        image = picture([look.png for look in same_chart], chart.caption)
+        rendered[chart.name] = tag("figure", image, tag("figcaption", chart.caption))
+    return rendered
 
 
-def _accuracy(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
+def _render_accuracy(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
     if not experiment.sets:
         return
     sampled = list(_sampled_rows(experiment))
@@ -119,54 +128,67 @@ def _accuracy(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
         "Accuracy",
         chart,
         table(["Greedy", *MODELS.values()], _greedy_rows(experiment)),
-        folded("Pass@k", table(["", *MODELS.values()], sampled)) if sampled else None,
-        folded("By source, greedy", table(["", *MODELS.values()], by_source)) if by_source else None,
+        details("Pass@k", table(["", *MODELS.values()], sampled)) if sampled else None,
+        details("By source, greedy", table(["", *MODELS.values()], by_source)) if by_source else None,
     )
     if any(name in experiment.sets for name in BENCHMARKS):
         note = "As the benchmark scores it, by a judge where one was asked. What was not run here is shown as a dash."
         yield section(
             "Beside the paper",
             tag("p", note, class_="note"),
-            table(["", *MODELS.values(), "Paper"], _paper(experiment)),
+            table(["", *MODELS.values(), "Paper"], _paper_rows(experiment)),
         )
 
 
-def _paper(experiment: Experiment) -> Iterator[list[object]]:
+def _paper_rows(experiment: Experiment) -> Iterator[list[object]]:
     for name, benchmark in BENCHMARKS.items():
         for title, value in benchmark.paper.items():
-            results = [experiment.scores.get(model, {}).get(name) for model in MODELS]
-            yield [title, *(_cell(paper_score(name, title, r) if r else None) for r in results), f"{value:.1f} %"]
+            evaluations = [experiment.evaluation(model, name) for model in MODELS]
+            scores = [paper_score(name, title, evaluation) if evaluation else None for evaluation in evaluations]
+            yield [title, *map(_cell, scores), f"{value:.1f} %"]
 
 
-def _behaviours(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
-    """Figure 5, the transfer rates beside the paper's, and who judged."""
-    found = experiment.behaviours
-    if not found:
+def _render_behaviours(experiment: Experiment, chart: Html | None) -> Iterator[Html]:
+    """Yield the paper's figure 5, the transfer rates beside the paper's, and who judged."""
+    behaviours = experiment.behaviours
+    if not behaviours:
         return
-    traces = max(part["traces"] for part in found["checkpoints"].values())
-    judge = "by wording, an approximation" if found["approximation"] else f"by {found['judge']}"
-    missing = ", ".join(f"{count} {why}" for why, count in found["missing"].items())
-    told = f"{traces} traces of each model, judged {judge}" + (f"; without a count: {missing}" if missing else "") + "."
-    if not experiment.shows_behaviours:
-        told = f"Nothing was counted: none of the {told.removesuffix('.')} shows a behaviour."
-        yield section("Cognitive behaviours", tag("p", told, class_="note"))
-        return
-    rows = []
+    if experiment.shows_behaviours:
+        yield section(
+            "Cognitive behaviours",
+            tag("p", _judged_traces(behaviours), class_="note"),
+            chart,
+            table(["Transfer rate", *MODELS.values(), "Paper: base, cold start, RL"], _transfer_rows(behaviours)),
+        )
+    else:
+        traces = _judged_traces(behaviours).removesuffix(".")
+        note = f"Nothing was counted: none of the {traces} shows a behaviour."
+        yield section("Cognitive behaviours", tag("p", note, class_="note"))
+
+
+def _judged_traces(behaviours: Mapping[str, Any]) -> str:
+    """Return how many traces were judged, by whom, and how many of them have no count."""
+    traces = max(checkpoint["traces"] for checkpoint in behaviours["checkpoints"].values())
+    judge = "by wording, an approximation" if behaviours["approximation"] else f"by {behaviours['judge']}"
+    missing = ", ".join(f"{count} {reason}" for reason, count in behaviours["missing"].items())
+    return f"{traces} traces of each model, judged {judge}" + (f"; without a count: {missing}" if missing else "") + "."
+
+
+def _transfer_rows(behaviours: Mapping[str, Any]) -> Iterator[list[object]]:
     for linguistic, visual in PAIRS:
         cells = []
         for model in MODELS:
-            rate = found["checkpoints"].get(model, {}).get("transfer", {}).get(linguistic) or {}
-            shown = rate.get("value") is not None
-            spread = f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f}" if shown else ""
-            cells.append(join([percent(rate["value"]), tag("small", spread)]) if shown else NOTHING)
+            transfer = behaviours["checkpoints"].get(model, {}).get("transfer", {})
+            cells.append(_transfer_cell(transfer.get(linguistic) or {}))
         title = f"{BEHAVIOURS[linguistic].title} to {BEHAVIOURS[visual].title.lower()}"
-        rows.append([title, *cells, PAPER_TRANSFER.get(linguistic, NOTHING)])
-    yield section(
-        "Cognitive behaviours",
-        tag("p", told, class_="note"),
-        chart,
-        table(["Transfer rate", *MODELS.values(), "Paper: base, cold start, RL"], rows),
-    )
+        yield [title, *cells, PAPER_TRANSFER.get(linguistic, NOTHING)]
+
+
+def _transfer_cell(rate: Mapping[str, Any]) -> Html | str:
+    if rate.get("value") is None:
+        return NOTHING
+    interval = f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f}"
+    return join([percent(rate["value"]), tag("small", interval)])
 
 
 def _greedy_rows(experiment: Experiment) -> Iterator[list[object]]:
@@ -178,17 +200,25 @@ def _greedy_rows(experiment: Experiment) -> Iterator[list[object]]:
 
 def _sampled_rows(experiment: Experiment) -> Iterator[list[object]]:
     for name, title in experiment.sets.items():
-        found = [(experiment.scores.get(model, {}).get(name) or {}).get("sampled") or {} for model in MODELS]
-        for k in sorted({int(k) for sampled in found for k in sampled.get("pass", {})}):
-            yield [f"{title}, pass@{k}", *(_cell(sampled.get("pass", {}).get(str(k))) for sampled in found)]
+        pass_rates = []
+        for model in MODELS:
+            evaluation = experiment.evaluation(model, name) or {}
+            sampled = evaluation.get("sampled") or {}
+            pass_rates.append(sampled.get("pass", {}))
+        for k in sorted(map(int, set().union(*pass_rates))):
+            cells = [_cell(rates.get(str(k))) for rates in pass_rates]
+            yield [f"{title}, pass@{k}", *cells]
 
 
 def _source_rows(experiment: Experiment) -> Iterator[list[object]]:
     for name, title in experiment.sets.items():
-        found = [(experiment.scores.get(model, {}).get(name) or {}).get("sources", {}) for model in MODELS]
-        names = sorted({source for sources in found for source in sources})
-        for source in names if len(names) > 1 else ():
-            yield [f"{title}: {source}", *(_cell(sources.get(source, {}).get("greedy")) for sources in found)]
+        evaluations = [experiment.evaluation(model, name) or {} for model in MODELS]
+        scores = [evaluation.get("sources", {}) for evaluation in evaluations]
+        sources = sorted(set().union(*scores))
+        if len(sources) > 1:  # a single source is the whole set
+            for source in sources:
+                cells = [_cell(by_source.get(source, {}).get("greedy")) for by_source in scores]
+                yield [f"{title}: {source}", *cells]
 
 
 def _cell(score: Mapping[str, Any] | None) -> Html | str:
@@ -199,90 +229,102 @@ def _cell(score: Mapping[str, Any] | None) -> Html | str:
     return join([percent(score["accuracy"]), tag("small", interval), length])
 
 
-def _timing(experiment: Experiment) -> Iterator[Html]:
+def _render_timing(experiment: Experiment) -> Iterator[Html]:
     stages = [stage for stage in experiment.stages.values() if stage.metrics]
     if not stages and not experiment.measured:
         return
-    head = ["Stage", "Done", "Tokens/s", "Last value"]
-    measured = ([name, duration(m.get("wall_seconds")), gigabytes(m.get("peak_memory_bytes"))] for name, m in
-                experiment.measured.items())  # fmt: skip
     rl = experiment.stages.get("rl")
     yield section(
         "Time and throughput",
-        table(head, map(_stage_row, stages)) if stages else None,
-        *(_phases(rl) if rl and rl.values("timing/iteration") else ()),
-        *((tag("h3", "Commands"), table(["", "Wall time", "Peak memory"], measured)) if experiment.measured else ()),
+        table(["Stage", "Done", "Tokens/s", "Last value"], map(_stage_row, stages)) if stages else None,
+        *(_render_phases(rl) if rl and rl.values("timing/iteration") else ()),
+        *(_render_commands(experiment.measured) if experiment.measured else ()),
     )
 
 
+def _render_commands(measured: Mapping[str, Mapping[str, float]]) -> Iterator[Html]:
+    yield tag("h3", "Commands")
+    rows = (
+        [name, duration(command.get("wall_seconds")), gigabytes(command.get("peak_memory_bytes"))]
+        for name, command in measured.items()
+    )
+    yield table(["", "Wall time", "Peak memory"], rows)
+
+
 def _stage_row(stage: Stage) -> list[object]:
-    done = f"{stage.done}" + (f" of {stage.total}" if stage.total else "") + f" {stage.unit}"
-    rates = []
-    for key, what in (
+    progress = f"{stage.done} of {stage.total} {stage.unit}" if stage.total else f"{stage.done} {stage.unit}"
+    rates: list[object] = []
+    for key, verb in (
         ("perf/tokens_per_second", "trained"),
         ("perf/generate_tokens_per_second", "generated"),
         ("perf/train_tokens_per_second", "trained"),
     ):
         if values := stage.values(key):
-            rates += [f"{median(values):,.0f}", tag("small", f"{what}, median")]
-    last = [
-        join([form.format(stage.values(key)[-1]), tag("small", what)])
-        for key, what, form in (("loss/train", "loss", "{:.4f}"), ("reward/mean", "mean reward", "{:.3f}"))
-        if stage.values(key)
-    ]
-    return [stage.title, done, join(rates) if rates else NOTHING, join(last) if last else NOTHING]
+            rates += [f"{median(values):,.0f}", tag("small", f"{verb}, median")]
+    last = []
+    for key, title, form in (("loss/train", "loss", "{:.4f}"), ("reward/mean", "mean reward", "{:.3f}")):
+        if values := stage.values(key):
+            last.append(join([form.format(values[-1]), tag("small", title)]))
+    return [stage.title, progress, join(rates) if rates else NOTHING, join(last) if last else NOTHING]
 
 
-def _phases(stage: Stage) -> Iterator[Html]:
-    """Where the time of an iteration goes: means over the run, as a bar and as a table."""
-    whole = _average(stage.values("timing/iteration"))
-    parts = {title: _average(stage.values(key)) for key, title in PHASES.items() if stage.values(key)}
-    parts["Rest (data, grading, saving)"] = max(0.0, whole - sum(parts.values()))
-    shares = {title: seconds / whole if whole else 0.0 for title, seconds in parts.items()}
-    yield tag("h3", f"An RL iteration: {whole:.2f} s on average")
-    bars = (tag("i", class_=f"p{i}", style=f"flex:{share:.4f}") for i, share in enumerate(shares.values()))
+def _render_phases(stage: Stage) -> Iterator[Html]:
+    """Yield where the time of an iteration goes: means over the run, as a bar and as a table."""
+    iteration = _average(stage.values("timing/iteration"))
+    phases = {title: _average(stage.values(key)) for key, title in PHASES.items() if stage.values(key)}
+    # Phases may have been logged in fewer iterations than the total: their means can then exceed its mean.
+    phases["Rest (data, grading, saving)"] = max(0.0, iteration - sum(phases.values()))
+    shares = {title: seconds / iteration if iteration else 0.0 for title, seconds in phases.items()}
+    yield tag("h3", f"An RL iteration: {iteration:.2f} s on average")
+    bars = []
+    rows = []
+    for index, (title, share) in enumerate(shares.items()):
+        # The style sheet has a colour for each phase, p0 to p4.
+        bars.append(tag("i", class_=f"p{index}", style=f"flex:{share:.4f}"))
+        key = tag("span", class_=f"key p{index}")
+        rows.append([join([key, title]), f"{phases[title]:.2f} s", percent(share)])
     yield tag("div", *bars, class_="phases", role="img", aria_label="Shares of the phases of an iteration")
-    rows = (
-        [join([tag("span", class_=f"key p{i}"), title]), f"{parts[title]:.2f} s", percent(share)]
-        for i, (title, share) in enumerate(shares.items())
-    )
     yield table(["Phase", "Mean", "Share"], rows)
 
 
-def _rollouts(experiment: Experiment) -> Iterator[Html]:
+def _render_rollouts(experiment: Experiment) -> Iterator[Html]:
     stage = experiment.stages.get("rl")
-    found = moments(stage.dir) if stage else []
-    if not stage or not found:
+    samples = pick_moments(stage.dir) if stage else []
+    if not stage or not samples:
         return
-    shown = sum(len(moment.rollouts) for moment in found)
-    note = f"{shown} of all rollouts; the others are in {stage.name}/rollouts, one file an iteration."
-    if any(tokens for moment in found for tokens in moment.tokens):
+    count = sum(len(moment.rollouts) for moment in samples)
+    note = f"{count} of all rollouts; the others are in {stage.name}/rollouts, one file an iteration."
+    if any(any(moment.tokens) for moment in samples):
         note += (
             " Green tokens were made more likely and red ones less, the darker the more; a dotted line marks those of a"
+            f" probability under {exp(LOW_LOGPROB):.0%} (point at one for its numbers)."
         )
-        note += f" probability under {exp(LOW):.0%} (point at one for its numbers)."
-    yield section("What the model says", tag("p", note, class_="note"), *(_moment(stage, moment) for moment in found))
+    rendered = (_render_moment(stage, moment) for moment in samples)
+    yield section("What the model says", tag("p", note, class_="note"), *rendered)
 
 
-def _moment(stage: Stage, moment: Moment) -> Html:
+def _render_moment(stage: Stage, moment: Moment) -> Html:
     heading = tag("h3", f"{moment.name}: iteration {moment.iteration}")
     pairs = zip(moment.rollouts, moment.tokens, strict=True)
-    return join([heading, *(_rollout(stage, rollout, tokens) for rollout, tokens in pairs)])
+    return join([heading, *(_render_rollout(stage, rollout, tokens) for rollout, tokens in pairs)])
 
 
-def _rollout(stage: Stage, rollout: dict[str, Any], tokens: Sequence[Token]) -> Html:
+def _render_rollout(stage: Stage, rollout: dict[str, Any], tokens: Sequence[Token]) -> Html:
     name = rollout.get("image")
-    found = read_picture(stage.dir, name) if name else None
-    kind, image = "text", None
-    if found:
-        small = found.width <= 112
+    prompt_image = read_picture(stage.dir, name) if name else None
+    kind = "text"
+    image = None
+    if prompt_image:
+        # The puzzles' images are this small: drawn larger, without smoothing, and beside the text.
+        small = prompt_image.width <= 112
         kind = "image" if small else "photo"
-        image = tag("img", src=data_uri(found.png), alt="Image of the prompt", class_="small" if small else None)
+        image = tag("img", src=data_uri(prompt_image.png), alt="Image of the prompt", class_="small" if small else None)
     elif name:
         image = tag("p", f"The image {name} is missing.", class_="note")
     right = rollout["reward"] > 0
     facts = [f"{rollout['tokens']} tokens", rollout["source"], f"answer {rollout['answer']}"]
-    facts += [] if rollout["stopped"] else ["cut off"]
+    if not rollout["stopped"]:
+        facts.append("cut off")
     badge = tag("span", f"reward {rollout['reward']:g}", class_=f"badge {'right' if right else 'wrong'}")
     return tag(
         "div",
@@ -290,43 +332,46 @@ def _rollout(stage: Stage, rollout: dict[str, Any], tokens: Sequence[Token]) -> 
         tag(
             "div",
             tag("pre", _shorten(rollout["prompt"])),
-            tag("pre", _tokens(tokens) or _shorten(rollout["response"]), class_="response", tabindex="0"),
+            tag("pre", _render_tokens(tokens) or _shorten(rollout["response"]), class_="response", tabindex="0"),
             tag("p", badge, " · ".join(facts), class_="note"),
         ),
         class_=f"rollout {kind}",
     )
 
 
-def _tokens(tokens: Sequence[Token]) -> Html | None:
-    """A response with its tokens shaded by advantage, the unlikely ones underlined; what is said of each as a title.
+def _render_tokens(tokens: Sequence[Token]) -> Html | None:
+    """Return a response with its tokens shaded by advantage and the unlikely ones underlined.
 
-    None where there are too many tokens, or none.
+    The title of each token has its numbers.  None where there are no tokens, or too many for a page.
     """
     if not tokens or len(tokens) > MAX_TOKENS:
         return None
     pieces = []
     for token, level in zip(tokens, shade(tokens), strict=True):
-        told = f"probability {exp(token.logprob):.3f}"
-        looks = ["unlikely"] if token.logprob < LOW else []
+        title = f"probability {exp(token.logprob):.3f}"
+        looks = ["unlikely"] if token.logprob < LOW_LOGPROB else []
         if token.advantage is not None:
-            told = f"advantage {token.advantage:+.3f}, {told}"
-            looks += [f"{'up' if level > 0 else 'down'}{abs(level)}"] if level else []
-        pieces.append(tag("span", token.text, class_=" ".join(looks) or None, title=told))
+            title = f"advantage {token.advantage:+.3f}, {title}"
+            if level:
+                looks.append(f"{'up' if level > 0 else 'down'}{abs(level)}")
+        pieces.append(tag("span", token.text, class_=" ".join(looks) or None, title=title))
     return join(pieces)
 
 
-def _settings(experiment: Experiment) -> Iterator[Html]:
-    texts = {stage.title: stage.dir / "config.yaml" for stage in experiment.stages.values()}
-    found = [folded(title, tag("pre", path.read_text())) for title, path in texts.items() if path.is_file()]
-    evaluated = next((score for sets in experiment.scores.values() for score in sets.values()), None)
-    if evaluated:
-        lines = "\n".join(f"{key}: {value}" for key, value in evaluated["settings"].items())
-        found.append(folded("Evaluation", tag("pre", lines)))
-    if found:
-        yield section("Settings", *found)
+def _render_settings(experiment: Experiment) -> Iterator[Html]:
+    paths = {stage.title: stage.dir / "config.yaml" for stage in experiment.stages.values()}
+    blocks = [details(title, tag("pre", path.read_text())) for title, path in paths.items() if path.is_file()]
+    evaluations = itertools.chain.from_iterable(scores.values() for scores in experiment.scores.values())
+    # The first one stands for all: the recipe evaluates every model with the same settings.
+    evaluation = next(evaluations, None)
+    if evaluation:
+        lines = "\n".join(f"{key}: {value}" for key, value in evaluation["settings"].items())
+        blocks.append(details("Evaluation", tag("pre", lines)))
+    if blocks:
+        yield section("Settings", *blocks)
 
 
-def _footer(experiment: Experiment) -> Html:
+def _render_footer(experiment: Experiment) -> Html:
     folder = str(experiment.dir.resolve())
     exported = experiment.exported
     lines = [tag("p", "Curves: ", tag("code", f"tensorboard --logdir {folder}"))]
@@ -336,12 +381,12 @@ def _footer(experiment: Experiment) -> Html:
 
 
 def percent(value: float | None) -> str:
-    """``87.2 %``, or a dash."""
+    """Return ``87.2 %``, or a dash."""
     return NOTHING if value is None else f"{100 * value:.1f} %"
 
 
 def duration(seconds: float | None) -> str:
-    """``45 s``, ``14 min`` or ``2 h 5 min``, or a dash."""
+    """Return ``45 s``, ``14 min`` or ``2 h 5 min``, or a dash."""
     if seconds is None:
         return NOTHING
     if seconds < 120:
@@ -351,7 +396,7 @@ def duration(seconds: float | None) -> str:
 
 
 def gigabytes(size: float | None) -> str:
-    """``5.1 GB``, or a dash."""
+    """Return ``5.1 GB``, or a dash."""
     return NOTHING if size is None else f"{size / 1e9:.1f} GB"
 
 

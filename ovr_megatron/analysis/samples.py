@@ -1,9 +1,9 @@
-"""A handful of rollouts to read: early, middle and late ones, with and without an image, right and wrong."""
+"""Choose a handful of rollouts to read: early, middle and late ones, with and without an image, right and wrong."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -17,7 +17,7 @@ from ovr_megatron.runtime.json_lines import read_json_lines
 
 PER_ITERATION = 4
 MAX_TOKENS = 2000  # of one response that is shown token by token
-LOW = log(0.1)  # a token under this log-probability is marked
+LOW_LOGPROB = log(0.1)  # a token below it is marked as unlikely
 MAX_SIDE = 512  # pixels of an embedded image
 
 
@@ -31,9 +31,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a response, or several where one alone is no text, with the last one's log-probability and advantage.
+    """A token of a response, with its log-probability and advantage.
 
-    ``advantage`` is missing where nothing was learnt from the response.
+    Several tokens stand together where the bytes of a single one are no text; the numbers are then the last one's.
+    ``advantage`` is None if nothing was learnt from the response.
     """
 
     text: str
@@ -43,9 +44,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Moment:
-    """Some rollouts of one iteration; ``name`` says where in the run it lies.
+    """Some rollouts of one iteration; ``name`` says where in the run the iteration lies.
 
-    ``tokens`` has those of each rollout, none where the run has not kept them.
+    ``tokens`` holds the tokens of each rollout, an empty list where the run folder does not have them.
     """
 
     name: str
@@ -54,82 +55,108 @@ class Moment:
     tokens: list[list[Token]]
 
 
-def moments(run: Path) -> list[Moment]:
+def pick_moments(run: Path) -> list[Moment]:
     """Pick rollouts of the first, the middle and the last iteration of the RL run folder ``run``.
 
     Only three files are read, whatever the length of the run.
     """
     files = sorted((run / "rollouts").glob("*.jsonl"))
-    names = {0: "Early"} | ({len(files) // 2: "Middle"} if len(files) > 2 else {}) | {len(files) - 1: "Late"}
-    if len(files) < 2:
-        names = dict.fromkeys(range(len(files)), "So far")
-    found = []
-    for at, name in names.items():
-        chosen = pick(read_json_lines(files[at]))
-        found.append(Moment(name, int(files[at].stem), chosen, tokens(run, int(files[at].stem), chosen)))
-    return found
+    result = []
+    for index, name in _moment_names(len(files)).items():
+        iteration = int(files[index].stem)
+        rollouts = pick_rollouts(read_json_lines(files[index]))
+        result.append(Moment(name, iteration, rollouts, read_tokens(run, iteration, rollouts)))
+    return result
 
 
-def pick(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dict[str, Any]]:
-    """Choose ``count`` rollouts: each source in turn, right and wrong ones, of other prompts where possible.
+def _moment_names(count: int) -> dict[int, str]:
+    """Return which of ``count`` iterations to show, and the name of each."""
+    if count < 2:
+        return dict.fromkeys(range(count), "So far")
+    names = {0: "Early"}
+    if count > 2:
+        names[count // 2] = "Middle"
+    names[count - 1] = "Late"
+    return names
 
-    Of a source whose prompts have images only those are taken whose image the run has kept.
+
+def pick_rollouts(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dict[str, Any]]:
+    """Choose ``count`` rollouts: each source in turn, right and wrong ones, of different prompts where possible.
+
+    Of a source whose prompts have images only those rollouts are taken whose image is in the run folder.
     """
-    pictured = {rollout["source"] for rollout in rollouts if rollout.get("image")}
+    sources_with_images = {rollout["source"] for rollout in rollouts if rollout.get("image")}
     kinds: dict[tuple[bool, str], list[dict[str, Any]]] = {}
     for rollout in rollouts:
-        if rollout.get("image") or rollout["source"] not in pictured:
+        if rollout.get("image") or rollout["source"] not in sources_with_images:
             kinds.setdefault((not rollout["reward"], rollout["source"]), []).append(rollout)
+    # False sorts before True: the right ones come first, and by source among them.
     queues = [kinds[kind] for kind in sorted(kinds)]
-    chosen: list[dict[str, Any]] = []
-    while queues and len(chosen) < count:
+    selected: list[dict[str, Any]] = []
+    while queues and len(selected) < count:
         queue = queues.pop(0)
-        asked = {_problem(rollout) for rollout in chosen}
-        chosen.append(queue.pop(next((i for i, rollout in enumerate(queue) if _problem(rollout) not in asked), 0)))
-        queues += [queue] if queue else []
-    return chosen
+        problems = {_problem(rollout) for rollout in selected}
+        unseen = (index for index, rollout in enumerate(queue) if _problem(rollout) not in problems)
+        selected.append(queue.pop(next(unseen, 0)))
+        if queue:
+            queues.append(queue)  # at the end, so that the kinds take turns
+    return selected
 
 
-def tokens(run: Path, iteration: int, rollouts: Sequence[dict[str, Any]]) -> list[list[Token]]:
-    """The tokens of each of ``rollouts``; only their part of the iteration's files is read."""
+def read_tokens(run: Path, iteration: int, rollouts: Sequence[dict[str, Any]]) -> list[list[Token]]:
+    """Read the tokens of each of ``rollouts``, an empty list where the run folder does not have them.
+
+    Only the part of the iteration's files that belongs to the rollouts is read.
+    """
     vocabulary = run / "companions/tokenizer.json"
-    found: dict[tuple[Any, Any], list[Token]] = {}
+    keys = [(rollout.get("number"), rollout.get("sample")) for rollout in rollouts]
+    tokens: dict[tuple[Any, Any], list[Token]] = {}
     if vocabulary.is_file():
         tokenizer = Tokenizer.from_file(str(vocabulary))
-        wanted = {(rollout.get("number"), rollout.get("sample")) for rollout in rollouts}
         for path in (run / "rollouts" / f"{iteration:06d}").glob("*.safetensors"):
             try:
-                with safe_open(path, "numpy") as file:
-                    end = 0
-                    for prompt, sample, length in file.get_tensor("index").tolist():
-                        begin, end = end, end + length
-                        if (prompt, sample) in wanted:
-                            names = [name for name in ("tokens", "logprobs", "advantages") if name in file.keys()]
-                            parts = [file.get_slice(name)[begin:end].tolist() for name in names]
-                            found[prompt, sample] = _spell(tokenizer, *parts)
+                for key, token_columns in _read_columns(path, set(keys)):
+                    tokens[key] = _decode(tokenizer, *token_columns)
             except (OSError, SafetensorError):
-                continue  # is being written, or was cut off
-    return [found.get((rollout.get("number"), rollout.get("sample")), []) for rollout in rollouts]
+                continue  # the file is being written, or was cut off
+    return [tokens.get(key, []) for key in keys]
 
 
-def _spell(
+def _read_columns(path: Path, keys: Set[tuple[Any, Any]]) -> Iterator[tuple[tuple[Any, Any], list[list[Any]]]]:
+    """Yield the key of each rollout of the file that is in ``keys``, and its columns.
+
+    These are the ids of its tokens, their log-probabilities and, where the file has them, their advantages.
+    """
+    with safe_open(path, "numpy") as file:
+        # The rollouts lie one after the other in each column; the index has prompt, sample and length of each.
+        names = [name for name in ("tokens", "logprobs", "advantages") if name in file.keys()]
+        end = 0
+        for prompt, sample, length in file.get_tensor("index").tolist():
+            begin = end
+            end = begin + length
+            if (prompt, sample) in keys:
+                yield (prompt, sample), [file.get_slice(name)[begin:end].tolist() for name in names]
+
+
+def _decode(
     tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float], advantages: Sequence[float] | None = None
 ) -> list[Token]:
-    """Tokens as text; bytes that are no character of their own go with those that follow."""
-    spelled: list[Token] = []
+    """Return the tokens as text; one whose bytes are not a character goes together with those that follow."""
+    decoded: list[Token] = []
     pending: list[int] = []
-    for place, token in enumerate(ids):
-        pending.append(token)
+    for index, token_id in enumerate(ids):
+        pending.append(token_id)
         text = tokenizer.decode(pending, skip_special_tokens=False)
-        if not text.endswith("\ufffd") or len(pending) == 4 or place == len(ids) - 1:
-            advantage = advantages[place] if advantages else None
-            spelled.append(Token(text, logprobs[place], advantage))
+        # No character of UTF-8 has more than four bytes: after four tokens these are no character at all.
+        if not text.endswith("\ufffd") or len(pending) == 4 or index == len(ids) - 1:
+            advantage = advantages[index] if advantages else None
+            decoded.append(Token(text, logprobs[index], advantage))
             pending = []
-    return spelled
+    return decoded
 
 
 def shade(tokens: Sequence[Token]) -> list[int]:
-    """Each token's share of the largest advantage in the response, from -3 to 3."""
+    """Return each token's share of the largest advantage in the response, as a whole number from -3 to 3."""
     largest = max((abs(token.advantage or 0.0) for token in tokens), default=0.0)
     return [round(3 * (token.advantage or 0.0) / largest) if largest else 0 for token in tokens]
 
@@ -137,7 +164,7 @@ def shade(tokens: Sequence[Token]) -> list[int]:
 def read_picture(run: Path, name: str) -> Picture | None:
     """Return the image ``name`` of the run folder, at most `MAX_SIDE` pixels wide or high.
 
-    None if it is missing, unreadable, or outside the run folder.
+    None if it is missing, unreadable, or outside the run folder: ``name`` comes from a file, not from us.
     """
     path = (run / name).resolve()
     if not path.is_relative_to(run.resolve()):
@@ -147,10 +174,12 @@ def read_picture(run: Path, name: str) -> Picture | None:
             image.thumbnail((MAX_SIDE, MAX_SIDE))
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, "PNG")
+    # Pillow raises `SyntaxError` for some damaged PNGs, and refuses images that would take too much memory.
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
         return None
     return Picture(buffer.getvalue(), image.width)
 
 
 def _problem(rollout: dict[str, Any]) -> tuple[str, str | None]:
+    """Return what two rollouts of one problem have in common."""
     return rollout["prompt"], rollout.get("image")

@@ -1,4 +1,4 @@
-"""``summary.json``: the few numbers by which an experiment is judged."""
+"""Write ``summary.json``: the few numbers by which an experiment is judged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENDS = 10  # iterations at either end of the reward curve
 
 
 def summarise(experiment: Experiment) -> dict[str, Any]:
-    """The numbers; None stands for what the folder does not hold yet.
+    """Return the numbers; None stands for those that the folder does not hold yet.
 
     Returns:
         ``accuracy`` (visual puzzles), ``accuracy_text`` and ``accuracy_caption``: greedy fractions of ``base``,
@@ -32,8 +32,8 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
         "accuracy_caption": _accuracy(experiment, "caption"),
         "reward": {"first10": mean_of_first(rewards, ENDS), "last10": mean_of_last(rewards, ENDS)},
         "mismatch": {"max": max(mismatches, default=None)},
-        "wall_seconds": sum(m["wall_seconds"] for m in measured) if measured else None,
-        "peak_memory_bytes": max((m["peak_memory_bytes"] for m in measured), default=None),
+        "wall_seconds": sum(command["wall_seconds"] for command in measured) if measured else None,
+        "peak_memory_bytes": max((command["peak_memory_bytes"] for command in measured), default=None),
         "exported_model": str(experiment.exported) if experiment.exported else None,
     }
 
@@ -46,7 +46,8 @@ def write_summary(experiment: Experiment) -> Path:
 
 
 def _accuracy(experiment: Experiment, problem_set: str) -> dict[str, float | int | None]:
-    """Accuracy of each model, and the number of problems that each of them was asked."""
+    """Return the accuracy of each model, and the least number of problems that any of them was evaluated on."""
     scores = {model: experiment.score(model, problem_set) for model in MODELS}
     problems = min((score["problems"] for score in scores.values() if score), default=None)
-    return {model: score["accuracy"] if score else None for model, score in scores.items()} | {"problems": problems}
+    accuracy = {model: score["accuracy"] if score else None for model, score in scores.items()}
+    return accuracy | {"problems": problems}

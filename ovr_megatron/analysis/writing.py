@@ -1,4 +1,4 @@
-"""Everything that is written of an experiment: figures, their numbers, summary, report and model card."""
+"""Write figures, their numbers, summary, report and model card of an experiment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ovr_megatron.runtime.terminal import printable
 
 
 def write_everything(run_dir: Path, refresh: int = 0) -> None:
-    """Write figures, summary and report, and print where they lie and what is missing.
+    """Write figures, numbers, summary, report and the card of an exported model; print their paths and what is missing.
 
     Raises:
         ExperimentError: the folder holds no run, or a file of it cannot be read.
@@ -28,5 +28,5 @@ def write_everything(run_dir: Path, refresh: int = 0) -> None:
     print(f"report:  {write_report(experiment, refresh)}", flush=True)
     if experiment.exported:
         print(f"card:    {write_card(experiment, experiment.exported)}")
-    for part in experiment.missing:
-        print(printable(f"missing: {part}"))
+    for sentence in experiment.missing:
+        print(printable(f"missing: {sentence}"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr_megatron.analysis.browser import _origins, even
+from ovr_megatron.analysis.browser import _response_files, even_indices
 from ovr_megatron.analysis.experiment import read_experiment
 from ovr_megatron.analysis.report import write_report
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS
@@ -212,11 +212,11 @@ def test_of_a_very_long_run_not_every_iteration_is_shown(bare_dir):
     text = (rollouts / "000000.jsonl").read_text()
     for iteration in range(60, 2500):
         (rollouts / f"{iteration:06d}.jsonl").write_text(text)
-    origins = [origin for origin in _origins(read_experiment(bare_dir)) if origin.group == "Rollouts"]
-    assert sum(origin.most for origin in origins) <= 16_000 and len(origins) == 2000
+    files = [file for file in _response_files(read_experiment(bare_dir)) if file.group == "Rollouts"]
+    assert sum(file.max_responses for file in files) <= 16_000 and len(files) == 2000
 
 
 def test_an_even_sample():
-    assert even(5, 9) == [0, 1, 2, 3, 4]
-    assert even(10, 4) == [0, 2, 5, 7]
-    assert even(0, 3) == []
+    assert even_indices(5, 9) == [0, 1, 2, 3, 4]
+    assert even_indices(10, 4) == [0, 2, 5, 7]
+    assert even_indices(0, 3) == []

@@ -2,7 +2,7 @@
 
 import yaml
 
-from ovr_megatron.analysis.card import card, write_card
+from ovr_megatron.analysis.card import render_card, write_card
 from ovr_megatron.analysis.experiment import read_experiment
 
 
@@ -27,7 +27,7 @@ def test_the_card_tells_recipe_data_and_scores(experiment_dir):
     experiment = read_experiment(experiment_dir)
     path = write_card(experiment, experiment.exported)
     text = path.read_text()
-    assert path == experiment.exported / "README.md" and text == card(experiment, experiment.exported.name)
+    assert path == experiment.exported / "README.md" and text == render_card(experiment, experiment.exported.name)
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["library_name"] == "transformers" and "open-vision-reasoner" in front["tags"]
     assert "somebody" not in text
@@ -44,4 +44,4 @@ def test_the_card_tells_recipe_data_and_scores(experiment_dir):
 def test_what_was_not_run_is_said(experiment_dir):
     for path in (experiment_dir / "eval/rl").glob("*.json"):
         path.unlink()
-    assert "| not run |" in card(read_experiment(experiment_dir), "average")
+    assert "| not run |" in render_card(read_experiment(experiment_dir), "average")

@@ -13,15 +13,15 @@ from ovr_megatron.analysis.figures import (
     LIGHT,
     NARROW,
     WIDE,
-    accuracy_figure,
-    draw,
-    dynamics_figure,
-    evaluated,
-    evaluation_figure,
-    loss_figure,
-    sources,
-    sources_figure,
-    switches,
+    draw_accuracy,
+    draw_dynamics,
+    draw_evaluations,
+    draw_figures,
+    draw_loss,
+    draw_sources,
+    list_periodic_evaluations,
+    list_sources,
+    list_switches,
     write_figures,
 )
 from ovr_megatron.analysis.numbers import write_numbers
@@ -53,8 +53,8 @@ def test_every_figure_is_written_as_png_and_pdf_and_its_numbers_as_csv(experimen
 
 def test_reward_and_length_by_source(experiment):
     stage = experiment.stages["rl"]
-    assert sources(stage) == ["text", "visual"]
-    reward, length = sources_figure(stage, LIGHT).axes
+    assert list_sources(stage) == ["text", "visual"]
+    reward, length = draw_sources(stage, LIGHT).axes
     assert [line.get_label() for line in reward.get_lines()] == ["text", "visual"]
     assert [len(line.get_ydata()) for line in length.get_lines()] == [60, 60]
 
@@ -63,7 +63,7 @@ def test_looks_differ_in_colour_and_width(experiment_dir):
     for part in ("base", "cold_start", "rl"):
         shutil.rmtree(experiment_dir / part)
     experiment = read_experiment(experiment_dir)
-    light, dark, narrow = (draw(experiment, *look)[-1].png for look in ((LIGHT,), (DARK,), (LIGHT, NARROW)))
+    light, dark, narrow = (draw_figures(experiment, *look)[-1].png for look in ((LIGHT,), (DARK,), (LIGHT, NARROW)))
     images = [PIL.Image.open(io.BytesIO(png)).convert("RGB") for png in (light, dark, narrow)]
     assert [image.getpixel((2, 2)) for image in images] == [(255, 255, 255), (27, 30, 36), (255, 255, 255)]
     assert images[2].width / images[0].width == pytest.approx(NARROW / WIDE, abs=0.01)
@@ -76,17 +76,17 @@ def test_accuracy_while_training_is_drawn_where_there_is_any(experiment_dir):
         line["evaluation/visual"], line["evaluation/visual/pass@2"] = line["step"] / 100, 1.0
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     experiment = read_experiment(experiment_dir)
-    assert "evaluation" in [chart.name for chart in draw(experiment, LIGHT)]
-    ((stage, keys),) = evaluated(experiment)
+    assert "evaluation" in [chart.name for chart in draw_figures(experiment, LIGHT)]
+    ((stage, keys),) = list_periodic_evaluations(experiment)
     assert (stage.name, keys) == ("rl", ["evaluation/visual"])
-    (line,) = evaluation_figure([(stage, keys)], LIGHT).axes[0].lines
+    (line,) = draw_evaluations([(stage, keys)], LIGHT).axes[0].lines
     assert list(line.get_xdata()) == [10, 20, 30, 40, 50, 60]
     assert list(line.get_ydata()) == [0.09, 0.19, 0.29, 0.39, 0.49, 0.59]
 
 
 def test_loss_is_drawn_by_step_as_logged(experiment):
     stage = experiment.stages["cold_start"]
-    axes = loss_figure(stage, LIGHT).axes[0]
+    axes = draw_loss(stage, LIGHT).axes[0]
     faint = axes.lines[0]
     assert list(faint.get_xdata()) == list(range(80))
     assert list(faint.get_ydata()) == [line["loss/train"] for line in stage.metrics]
@@ -94,8 +94,8 @@ def test_loss_is_drawn_by_step_as_logged(experiment):
 
 
 def test_curriculum_switches_are_vertical_lines_in_both_panels(experiment):
-    assert switches(experiment.stages["rl"]) == [(30, 96, 128)]
-    figure = dynamics_figure(experiment.stages["rl"], LIGHT)
+    assert list_switches(experiment.stages["rl"]) == [(30, 96, 128)]
+    figure = draw_dynamics(experiment.stages["rl"], LIGHT)
     assert len(figure.axes) == 2
     for axes in figure.axes:
         marks = [line for line in axes.lines if line.get_gid() == "switch"]
@@ -104,7 +104,7 @@ def test_curriculum_switches_are_vertical_lines_in_both_panels(experiment):
 
 
 def test_bars_are_the_accuracies_with_their_intervals(experiment):
-    axes = accuracy_figure(experiment, LIGHT).axes[0]
+    axes = draw_accuracy(experiment, LIGHT).axes[0]
     bars = {container.get_label(): container for container in axes.containers if hasattr(container, "patches")}
     assert list(bars) == ["Base", "Cold start", "RL", "Average"]
     assert [bar.get_height() for bar in bars["RL"].patches] == [0.882, 0.938, 0.754]
@@ -119,7 +119,7 @@ def test_bars_are_the_accuracies_with_their_intervals(experiment):
 
 def test_a_model_that_was_not_evaluated_is_marked(experiment_dir):
     shutil.rmtree(experiment_dir / "eval" / "average")
-    figure = accuracy_figure(read_experiment(experiment_dir), LIGHT)
+    figure = draw_accuracy(read_experiment(experiment_dir), LIGHT)
     assert [text.get_text() for text in figure.axes[0].texts].count("not run") == 3
     assert [to_hex(patch.get_facecolor()) for patch in figure.legends[0].get_patches()] == list(LIGHT.models)
 
@@ -129,4 +129,7 @@ def test_a_run_that_is_going_gives_the_figures_it_can(experiment_dir):
         shutil.rmtree(experiment_dir / part)
     metrics = experiment_dir / "cold_start" / "metrics" / "train.jsonl"
     metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
-    assert [chart.name for chart in draw(read_experiment(experiment_dir), LIGHT)] == ["base_loss", "cold_start_loss"]
+    assert [chart.name for chart in draw_figures(read_experiment(experiment_dir), LIGHT)] == [
+        "base_loss",
+        "cold_start_loss",
+    ]

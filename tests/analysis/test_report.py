@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from ovr_megatron.analysis.experiment import ExperimentError, read_experiment
 from ovr_megatron.analysis.page import Html, tag
 from ovr_megatron.analysis.report import duration, render, write_report
-from ovr_megatron.analysis.samples import moments, pick, read_picture
+from ovr_megatron.analysis.samples import pick_moments, pick_rollouts, read_picture
 from ovr_megatron.evaluation.judges import JudgeConfig
 from ovr_megatron.evaluation.judging import judge_behaviours
 from ovr_megatron.model.tiny import make_tiny_model
@@ -171,7 +171,7 @@ def test_tokens_are_shaded_by_advantage_and_unlikely_ones_marked(experiment_dir,
     }
     save_file(numbers, folder / "0.safetensors")
     (folder / "1.safetensors").write_bytes(b"cut off")
-    *_, late = moments(run)
+    *_, late = pick_moments(run)
     assert all("".join(token.text for token in told) == text for told in late.tokens)
     told = late.tokens[0]
     assert [round(math.exp(token.logprob), 2) for token in told][:2] == [0.5, 0.03]
@@ -243,7 +243,7 @@ def test_runs_are_found_under_any_name(experiment_dir):
 
 
 def test_samples_show_every_source_right_and_wrong_with_images(finished_dir):
-    found = moments(finished_dir / "rl")
+    found = pick_moments(finished_dir / "rl")
     assert [(moment.name, moment.iteration) for moment in found] == [("Early", 0), ("Middle", 30), ("Late", 59)]
     for moment in found:
         kinds = [(r["source"], r["reward"], bool(r["image"])) for r in moment.rollouts]
@@ -254,8 +254,8 @@ def test_samples_show_every_source_right_and_wrong_with_images(finished_dir):
 def test_prompts_whose_image_was_not_kept_are_not_shown():
     images = [None, None, "a.png", None]
     rollouts = [{"prompt": str(i), "image": image, "reward": 1.0, "source": "v"} for i, image in enumerate(images)]
-    assert [rollout["prompt"] for rollout in pick(rollouts)] == ["2"]
-    assert pick([]) == []
+    assert [rollout["prompt"] for rollout in pick_rollouts(rollouts)] == ["2"]
+    assert pick_rollouts([]) == []
 
 
 def test_a_run_that_is_going_is_reported_with_what_is_missing(experiment_dir, capsys):

@@ -223,7 +223,7 @@ def test_measurement_has_a_row_for_every_variant(monkeypatch: pytest.MonkeyPatch
     rows = bench_head.measure_head(64, 300, 8, "float32", "cpu", repeats=1)
     assert [row["variant"] for row in rows] == list(bench_head.VARIANTS)
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["extra_bytes"] == 5 for row in rows)
-    assert len(bench_head.show(rows).splitlines()) == 1 + len(rows)
+    assert len(bench_head.format_table(rows).splitlines()) == 1 + len(rows)
     assert dist.is_initialized() == before
 
 

@@ -1,0 +1,43 @@
+"""Run a measurement in a new process and collect the JSON rows that it prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+BenchRow = dict[str, Any]
+"""A row of a benchmark's table and of its JSON file: ``name``, ``seconds`` and whatever else was measured."""
+
+
+class MeasurementError(RuntimeError):
+    """A measurement that failed, with the line that says why."""
+
+
+def run_in_subprocess(module: str, *arguments: object, launcher: Sequence[str] = ()) -> list[BenchRow]:
+    """Run ``module`` as a program and return the JSON objects among the lines of its output.
+
+    Args:
+        module: importable.
+        arguments: of the program.
+        launcher: arguments of the interpreter that start the program, such as ``-m torch.distributed.run ...``.
+
+    Raises:
+        MeasurementError: the program failed.
+    """
+    command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise MeasurementError(_exception_line(result.stderr))
+    # Libraries print to standard output, too: only lines that begin an object are rows.
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def _exception_line(errors: str) -> str:
+    """Return the last line of ``errors`` that names an exception, or else the last one; at most 200 characters."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no message"]
+    exceptions = [line for line in lines if re.match(r"(\[rank\d+\]: *)?[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (exceptions or lines)[-1][:200]
