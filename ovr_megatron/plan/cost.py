@@ -17,7 +17,7 @@ from ovr_megatron.config import ColdStartConfig, RLConfig
 from ovr_megatron.plan.flops import TokenFlops, token_flops
 from ovr_megatron.plan.hardware import Gpu
 from ovr_megatron.plan.memory import cache_bytes_per_token, engine_memory
-from ovr_megatron.plan.parameters import NUMBER_BYTES, count_parameters, model_state
+from ovr_megatron.plan.parameters import DTYPE_BYTES, count_parameters, model_state
 from ovr_megatron.plan.setting import Setting, Span
 
 EFFICIENCY = 0.6  # of the peak rate, reached by large matrix products and attention alone
@@ -79,7 +79,7 @@ def _sync_seconds(setting: Setting) -> float:
     config, gpu = setting.config, setting.gpu
     assert isinstance(config, RLConfig)
     parallel = config.parallel
-    share = sum(count_parameters(setting.shape).values()) * NUMBER_BYTES[config.model.dtype] / config.rollout.tp
+    share = sum(count_parameters(setting.shape).values()) * DTYPE_BYTES[config.model.dtype] / config.rollout.tp
     others = share * (1 - 1 / (parallel.tp * parallel.pp))
     span = parallel.tp if parallel.pp == 1 else setting.world  # stages are the outermost dimension of the ranks
     return 2 * share / gpu.bandwidth + others / _rate(gpu, span)
@@ -117,7 +117,7 @@ def _training(
 def _traffic(setting: Setting, tokens: float, passes: int) -> dict[str, float]:
     """Seconds of elementwise work and of traffic within a replica, for ``tokens`` on each replica."""
     shape, gpu, parallel = setting.shape, setting.gpu, setting.config.parallel
-    number = NUMBER_BYTES[setting.config.model.dtype]
+    number = DTYPE_BYTES[setting.config.model.dtype]
     rows, layers = tokens / parallel.cp, shape.layers / parallel.pp
     thin = rows / parallel.tp if parallel.sequence_parallel else rows
     stream, wide = thin * shape.hidden * number, rows * shape.ffn / parallel.tp * number
@@ -149,7 +149,7 @@ def _step(setting: Setting, critic: bool) -> tuple[float, float]:
     """Seconds of the data-parallel traffic and of Adam in one optimizer step of the first stage."""
     config, gpu, ranks = setting.config, setting.gpu, setting.dp * setting.config.parallel.cp
     state = model_state(setting.shape, config.model, config.parallel, setting.dp, critic=critic)
-    gathered = NUMBER_BYTES[config.model.dtype] if config.parallel.distributed_optimizer else 4
+    gathered = DTYPE_BYTES[config.model.dtype] if config.parallel.distributed_optimizer else 4
     volume = state.trained * (4 + gathered) * (ranks - 1) / ranks
     owned = state.trained / ranks if config.parallel.distributed_optimizer else state.trained
     return volume / _rate(gpu, setting.world), owned * _OPTIMIZER_PASS / gpu.bandwidth

@@ -12,9 +12,9 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.activations import Activations, activations
 from ovr_megatron.plan.hardware import Gpu
 from ovr_megatron.plan.parameters import (
+    DTYPE_BYTES,
     MASTER_BYTES,
     MOMENT_BYTES,
-    NUMBER_BYTES,
     ModelState,
     count_parameters,
     model_state,
@@ -193,7 +193,7 @@ def engine_memory(rollout: RolloutConfig, shape: ModelShape, gpu: Gpu, dtype: st
     The work is that of a full batch of text and, on top, what vLLM tries out when it starts: the vision tower on as
     many images as a batch has room for, and their features.
     """
-    number = NUMBER_BYTES[dtype]
+    number = DTYPE_BYTES[dtype]
     vision = shape.vision
     patches = _ENGINE_BATCH * vision.merge**2
     images = patches * (_TOWER_ROWS * vision.hidden + 2 * vision.ffn // rollout.tp) * number
@@ -217,7 +217,7 @@ def _graphs(rollout: RolloutConfig) -> dict[str, int]:
 def cache_bytes_per_token(shape: ModelShape, rollout: RolloutConfig, dtype: str) -> int:
     """Keys and values of a token on one rank of the engine."""
     heads = max(shape.kv_heads // rollout.tp, 1)
-    return 2 * shape.layers * heads * shape.head_dim * NUMBER_BYTES[dtype]
+    return 2 * shape.layers * heads * shape.head_dim * DTYPE_BYTES[dtype]
 
 
 def checkpoint_bytes(setting: Setting) -> int:
@@ -227,7 +227,7 @@ def checkpoint_bytes(setting: Setting) -> int:
     one = ParallelConfig()
     states = [model_state(setting.shape, model, one, 1, critic=critic) for critic in kinds]
     adam = MOMENT_BYTES + MASTER_BYTES[model.dtype]
-    return sum(s.parameters * NUMBER_BYTES[model.dtype] + s.trained * adam for s in states)
+    return sum(s.parameters * DTYPE_BYTES[model.dtype] + s.trained * adam for s in states)
 
 
 def room_for_patches(setting: Setting) -> int | None:

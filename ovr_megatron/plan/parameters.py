@@ -17,7 +17,7 @@ from ovr_megatron.engine import is_frozen
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.weights.table import Row, cut_dim, padded_vocab, rows
 
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4  # the engine reduces gradients in float32
 MOMENT_BYTES = 8  # two of Adam's moments in float32
 MASTER_BYTES = {"float32": 0, "bfloat16": 4}
@@ -221,7 +221,7 @@ def model_state(
         optimizer_rank: its number among the ``dp x cp`` ranks that share an optimizer.
         critic: a value head in place of the language-model head.
     """
-    ranks, width = dp * parallel.cp, NUMBER_BYTES[model.dtype]
+    ranks, width = dp * parallel.cp, DTYPE_BYTES[model.dtype]
     held = weights = buffered = owned = trained = 0
     for number, part in enumerate(rank_parameters(shape, model, parallel, critic, stage)):
         here = sum(p.numbers for p in part if p.trained)
