@@ -25,7 +25,7 @@ from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack, blank_pack
 from ovr_megatron.errors import UserError
 from ovr_megatron.model.heads import init_value_head
-from ovr_megatron.model.layers import choose_parts
+from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import watchdog
@@ -98,7 +98,7 @@ class Engine:
         with self.layout.active():
             self.config = language_config(shape, parallel, model)
             layers = "transformer_engine" if model.fp8 != "none" else model.layers
-            classes = choose_parts(layers, DTYPES[model.dtype])
+            classes = choose_layer_classes(layers, DTYPES[model.dtype])
             self.parts = [
                 Qwen25VL(shape, self.config, parallel, self.groups, classes, critic, part).to(world.device)
                 for part in range(parallel.vpp)

@@ -152,10 +152,9 @@ class PackedDotProductAttention(MegatronModule):
             rows = x if group.is_pack else x[index.flatten()]
             return rows.view(*index.shape, *x.shape[1:]).transpose(1, 2)
 
-        query_BNLH = batch(query, group.queries)
-        key_BGKH = batch(key, group.keys)
-        value_BGKH = batch(value, group.keys)
-        out = attend(query_BNLH, key_BGKH, value_BGKH, self.causal, self.scale)
+        out = attend(
+            batch(query, group.queries), batch(key, group.keys), batch(value, group.keys), self.causal, self.scale
+        )
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
