@@ -66,6 +66,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
+        # Megatron sums the gradients of marked parameters over the tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,6 +83,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight = torch.nn.Parameter(
             torch.ones(input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
+        # As in `RMSNorm`: each tensor-parallel rank sees its own rows only.
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +170,8 @@ def choose_layer_classes(layers: str, dtype: torch.dtype) -> LayerClasses:
     try:
         from megatron.core.extensions import transformer_engine as te
     except ImportError as error:
-        te, reason = None, str(error)
+        te = None
+        reason = str(error)
     else:
         reason = "it is not installed" if not getattr(te, "HAVE_TE", False) else ""
     if reason:

@@ -74,10 +74,8 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False)
     }
     for name, count in counts.items():
         if count % tp:
-            divisors = [size for size in range(1, tp) if not any(other % size for other in counts.values())]
-            raise ConfigError(
-                f"parallel.tp={tp} does not divide the model's {count} {name}; use at most tp={max(divisors)}"
-            )
+            largest = max(size for size in range(1, tp) if math.gcd(*counts.values()) % size == 0)
+            raise ConfigError(f"parallel.tp={tp} does not divide the model's {count} {name}; use at most tp={largest}")
     _check_stages(shape.layers, parallel)
     if fp8:
         _check_fp8_sizes(shape, tp)
@@ -156,8 +154,8 @@ def _transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **sizes: A
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False,
-        calculate_per_token_loss=True,
+        perform_initialization=False,  # weights are loaded
+        calculate_per_token_loss=True,  # gradients are divided by the rows of the step, not of a micro-batch
         gradient_accumulation_fusion=parallel_layers._grad_accum_fusion_available,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -270,8 +268,8 @@ class Qwen25VL(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=shape.tied and not critic,
-            position_embedding_type="none",
-            scatter_embedding_sequence_parallel=False,
+            position_embedding_type="none",  # M-RoPE's angles are passed to the layers
+            scatter_embedding_sequence_parallel=False,  # image features are put in first, see `_embed`
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
@@ -288,6 +286,7 @@ class Qwen25VL(GPTModel):
         self.critic = critic
         frequencies, self.rotary_scaling = inverse_frequencies(shape)
         self.register_buffer("inv_freq", frequencies, persistent=False)
+        # For each rotary pair the row of the position ids that it rotates by: time, height or width.
         rows = torch.repeat_interleave(torch.arange(3), torch.tensor(shape.mrope_section))
         self.register_buffer("position_row", rows, persistent=False)
         self.banned: Tensor
@@ -295,7 +294,7 @@ class Qwen25VL(GPTModel):
         self.temperature = 1.0
 
     def _padding_rows(self) -> Tensor:
-        """Bool [V of this rank]: rows that only exist to make the vocabulary divisible."""
+        """Return a mask, bool [V of this rank], of the rows that pad the vocabulary to a multiple of the ranks."""
         rows = -(-self.shape.vocab // self.pg_collection.tp.size())
         first = rows * self.pg_collection.tp.rank()
         return torch.arange(first, first + rows) >= self.shape.vocab
@@ -379,7 +378,8 @@ class Qwen25VL(GPTModel):
         patches = pack.grid_thw.prod(-1).tolist()
         shares = share_images(patches, group.size())
         unit = self.shape.vision.merge**2
-        longest = max(sum(patches[image] for image in share) // unit for share in shares)
+        rank_patches = [sum(patches[image] for image in share) for share in shares]
+        longest = max(rank_patches) // unit
         local_images = shares[group.rank()]
         if local_images:
             patches_by_image = pack.patches.split(patches)
@@ -399,8 +399,9 @@ class Qwen25VL(GPTModel):
         for rank, share in enumerate(shares):
             start = rank * width
             for image in share:
-                rows[image] = torch.arange(start, start + patches[image] // unit)
-                start += patches[image] // unit
+                end = start + patches[image] // unit
+                rows[image] = torch.arange(start, end)
+                start = end
         return torch.cat([rows[image] for image in range(len(patches))])
 
     def _blank(self) -> tuple[Tensor, Tensor]:

@@ -184,6 +184,7 @@ class VisionTower(MegatronModule):
             segments = frames if index in self.shape.full_attention_layers else windows
             hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=table, packed_seq_params=segments)
         features = self.merger(hidden).squeeze(1)
+        # The inverse of the window order.
         restored = torch.empty_like(feature_order)
         restored[feature_order] = torch.arange(len(feature_order))
         return features[send(restored, device)]

@@ -29,7 +29,8 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.parameters import DTYPE_BYTES, stage_layers
 from ovr_megatron.weights.table import padded_vocab
 
-_FLOAT, _INDEX = 4, 8
+_FLOAT = 4  # bytes
+_INDEX = 8
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _forward_only(flops: TokenFlops) -> TokenFlops:
 
 
 def _sync_seconds(scenario: Scenario) -> float:
-    """Seconds to write an engine's share of the weights once and to receive what its rank lacks of it."""
+    """Return the seconds to write an engine's share of the weights once and to receive what its rank lacks of it."""
     config = scenario.config
     gpu = scenario.gpu
     assert isinstance(config, RLConfig)
@@ -107,7 +107,10 @@ def bubble(scenario: Scenario, span: Span, share: int = 1) -> float:
 def _training(
     scenario: Scenario, span: Span, flops: TokenFlops, steps: int, critic: bool, backward: bool = True
 ) -> dict[str, float]:
-    """Seconds of passes over all tokens of an iteration, in ``steps`` optimizer steps (none without ``backward``)."""
+    """Return the seconds of passes over all tokens of an iteration, in ``steps`` optimizer steps.
+
+    Without ``backward`` there is no optimizer step: ``steps`` only cuts the tokens into packs.
+    """
     gpu = scenario.gpu
     config = scenario.config
     parallel = config.parallel
@@ -134,7 +137,7 @@ def _training(
 
 
 def _replica_traffic(scenario: Scenario, tokens: float, passes: int) -> dict[str, float]:
-    """Seconds of elementwise work and of traffic within a replica, for ``tokens`` on each replica."""
+    """Return the seconds of elementwise work and of traffic within a replica, for ``tokens`` on each replica."""
     shape = scenario.shape
     gpu = scenario.gpu
     parallel = scenario.config.parallel
@@ -167,12 +170,12 @@ def _replica_traffic(scenario: Scenario, tokens: float, passes: int) -> dict[str
 
 
 def _link_rate(gpu: Gpu, ranks_apart: int) -> float:
-    """Bytes a second between ranks that lie within ``ranks_apart`` neighbouring ones."""
+    """Return the bytes a second between ranks that lie within ``ranks_apart`` neighbouring ones."""
     return WIRE * (gpu.link if ranks_apart <= gpu.per_node else gpu.network)
 
 
 def _optimizer_step(scenario: Scenario, critic: bool) -> tuple[float, float]:
-    """Seconds of the data-parallel traffic and of Adam in one optimizer step of the first stage."""
+    """Return the seconds of the data-parallel traffic and of Adam in one optimizer step of the first stage."""
     config = scenario.config
     parallel = config.parallel
     gpu = scenario.gpu

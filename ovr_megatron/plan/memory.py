@@ -264,13 +264,13 @@ def room_for_patches(scenario: Scenario) -> int | None:
 
     None: the vision tower stores nothing, so that any number of patches fits.
     """
-    # Memory grows linearly once the tower is the fullest part: the line through two large numbers of patches.
-    many = 1 << 20
-    bytes_with_many = _peak_with_patches(scenario, many)
-    if _peak_with_patches(scenario, 0) == bytes_with_many:
+    # With many patches memory grows linearly: the line goes through the peaks at a million and half a million.
+    million = 1 << 20
+    peak = _peak_with_patches(scenario, million)
+    if _peak_with_patches(scenario, 0) == peak:
         return None
-    rate = (bytes_with_many - _peak_with_patches(scenario, many // 2)) / (many // 2)
-    return max(0, math.floor((scenario.gpu.memory - bytes_with_many) / rate) + many)
+    bytes_per_patch = (peak - _peak_with_patches(scenario, million // 2)) / (million // 2)
+    return max(0, math.floor((scenario.gpu.memory - peak) / bytes_per_patch) + million)
 
 
 def _peak_with_patches(scenario: Scenario, patches: int) -> int:
