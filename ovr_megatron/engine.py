@@ -25,7 +25,7 @@ from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack, blank_pack
 from ovr_megatron.errors import UserError
 from ovr_megatron.model.heads import init_value_head
-from ovr_megatron.model.layers import choose_parts
+from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import watchdog
@@ -45,7 +45,7 @@ VALUE_HEAD = "value_head.weight"
 
 @dataclass(frozen=True)
 class LossSum:
-    """A pack's loss summed over its rows, the number of rows, and further sums to log."""
+    """The loss of a pack summed over its rows, the number of rows, and further sums to log."""
 
     total: Tensor
     count: int
@@ -53,14 +53,14 @@ class LossSum:
 
 
 class DivergenceError(UserError, ArithmeticError):
-    """Too many steps in a row whose gradients are of no use; says what to do."""
+    """Too many steps in a row were skipped for their gradients; says what to do."""
 
 
 Loss = Callable[[Scores, Pack], LossSum]
 
 
 def is_frozen(name: str, model: ModelConfig) -> bool:
-    """Whether the parameter of this (global) Megatron name is one that ``model`` does not train."""
+    """Whether ``model`` freezes the parameter of this (global) Megatron name."""
     if name.startswith("vision.merger."):
         return model.freeze_merger
     return model.freeze_vision if name.startswith("vision.") else model.freeze_language
@@ -71,7 +71,7 @@ class Engine:
 
     Args:
         shape: the model's sizes.
-        model: number format, recomputation, frozen parts.
+        model: dtype, recomputation, frozen parts.
         parallel: this model's own layout; engines of different layouts live side by side.
         world: the processes.
         critic: a value head in place of the language-model head.
@@ -84,15 +84,21 @@ class Engine:
         self, shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, world: World, critic: bool = False
     ):
         check_layout(shape, parallel, model.fp8 != "none")
-        self.shape, self.world, self.critic, self.parallel, self.fp8 = shape, world, critic, parallel, model.fp8
+        self.shape = shape
+        self.world = world
+        self.critic = critic
+        self.parallel = parallel
+        self.fp8 = model.fp8
         self.layout = world.arrange(parallel)
         self.groups = self.layout.groups
         self.step_count = 0
-        self.skipped, self.skipped_in_a_row = 0, 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
         self.compute_timer = ComputeTimer()  # of the last `backward`, until the replicas synchronise
         with self.layout.active():
             self.config = language_config(shape, parallel, model)
-            classes = choose_parts("transformer_engine" if model.fp8 != "none" else model.layers, DTYPES[model.dtype])
+            layers = "transformer_engine" if model.fp8 != "none" else model.layers
+            classes = choose_layer_classes(layers, DTYPES[model.dtype])
             self.parts = [
                 Qwen25VL(shape, self.config, parallel, self.groups, classes, critic, part).to(world.device)
                 for part in range(parallel.vpp)
@@ -117,22 +123,26 @@ class Engine:
             use_distributed_optimizer=parallel.distributed_optimizer,
         )
         models = [
-            DistributedDataParallel(self.config, config, part, disable_bucketing=number > 0)
-            for number, part in enumerate(self.parts)
+            # As in Megatron's own training, only the buffer of a stage's first part is cut into buckets.
+            DistributedDataParallel(self.config, config, part, disable_bucketing=index > 0)
+            for index, part in enumerate(self.parts)
         ]
-        self.config.finalize_model_grads_func = self._meet
+        self.config.finalize_model_grads_func = self._finalize_gradients
         if parallel.overlap:
-            syncs = [model.no_sync for model in models]
-            self.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+            # The schedule enters these for every micro-batch but the last, whose backward pass reduces gradients.
+            contexts = [model.no_sync for model in models]
+            self.config.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
         return models
 
-    def _meet(self, *args: Any, **kwargs: Any) -> None:
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        # What follows waits for the slowest replica, which is no computing time of this rank.
         self.compute_timer.stop()
         finalize_model_grads(*args, **kwargs)
 
     def with_optimizer(self, config: OptimizerConfig, total_steps: int) -> Engine:
         """Attach AdamW and its schedule over ``total_steps`` optimizer steps; norms and biases do not decay."""
-        self.optimizer_config, self.total_steps = config, total_steps
+        self.optimizer_config = config
+        self.total_steps = total_steps
         dtype = self.config.params_dtype
         with self.layout.active():
             self.optimizer = get_megatron_optimizer(
@@ -157,49 +167,56 @@ class Engine:
         return self
 
     def sample_from(self, banned: Sequence[int], temperature: float) -> None:
-        """Score what a rollout samples from: ``banned`` ids excluded, logits divided by ``temperature``."""
+        """Score by the distribution that a rollout samples from: no ``banned`` ids, logits over ``temperature``."""
         for part in self.parts:
             part.sample_from(banned, temperature)
 
     # Memory ----------------------------------------------------------------------------------------------
 
     def offload(self, *kinds: str) -> None:
-        """Give back the memory of ``weights``, ``gradients`` and ``optimizer`` (all by default) until it is used again.
+        """Offload ``weights``, ``gradients`` and ``optimizer`` (all by default) until their next use.
 
-        Gradients are lost.
+        Gradients are lost: their memory is freed without a copy.
         """
-        if self._offloaded["weights"].is_empty:
+        if self._offloaded["weights"].is_empty:  # a gather in flight would write into memory that is given away
             self._finish_gathers()
         weights = list(self._weight_tensors())
-        shared = {tensor.untyped_storage().data_ptr() for tensor in weights}
-        state = (item for item in self.live.state_tensors() if item.untyped_storage().data_ptr() not in shared)
+        # The weights that the optimizer updates may be views of the model's: those go with the weights.
+        weight_storages = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        state = (
+            tensor for tensor in self.live.state_tensors() if tensor.untyped_storage().data_ptr() not in weight_storages
+        )
         tensors = {"weights": weights, "gradients": self._gradient_tensors(), "optimizer": state}
         if not kinds or "weights" in kinds:
-            for part in self.parts:
-                for module in part.modules():  # 8-bit copies that Transformer Engine makes anew from the weights
-                    getattr(module, "_fp8_workspaces", {}).clear()
+            self._drop_fp8_copies()
         for kind in kinds or tuple(tensors):
             self._offloaded[kind].offload(tensors[kind])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # vLLM takes its memory from the device, not from torch
 
+    def _drop_fp8_copies(self) -> None:
+        """Free the 8-bit copies of the weights, which Transformer Engine makes anew in the next forward pass."""
+        for part in self.parts:
+            for module in part.modules():
+                getattr(module, "_fp8_workspaces", {}).clear()
+
     def onload(self, *kinds: str) -> None:
-        """Begin to copy the given kinds back to the device; a later use waits for them."""
+        """Begin to copy these kinds back to the device; a later use waits for the copies."""
         for kind in kinds:
             self._offloaded[kind].onload()
 
-    def _need(self, *kinds: str) -> None:
+    def _wait_onloaded(self, *kinds: str) -> None:
         for kind in kinds:
             self._offloaded[kind].wait_onloaded()
 
     @contextmanager
-    def _in_place(self, *kinds: str) -> Iterator[None]:
-        """Onload the given kinds for the block, then restore where they were."""
-        waiting = [kind for kind in kinds if not self._offloaded[kind].is_empty]
-        self._need(*kinds)
+    def _onloaded(self, *kinds: str) -> Iterator[None]:
+        """Onload these kinds for the block, then restore where they were."""
+        offloaded = [kind for kind in kinds if not self._offloaded[kind].is_empty]
+        self._wait_onloaded(*kinds)
         yield
-        if waiting:
-            self.offload(*waiting)
+        if offloaded:
+            self.offload(*offloaded)
 
     def _weight_tensors(self) -> Iterator[Tensor]:
         for part in self.parts:
@@ -212,70 +229,74 @@ class Engine:
     # Weights ---------------------------------------------------------------------------------------------
 
     def load(self, folder: WeightFolder, head_init: str = "orz", seed: int = 0) -> Engine:
-        """Copy the weights of a Hugging Face folder in; a critic whose folder has no value head gets a fresh one.
+        """Copy the weights of a Hugging Face folder in; a critic whose folder has no value head gets a new one.
 
         Args:
-            folder: either generation of names.
+            folder: in either generation of Hugging Face names.
             head_init: how a missing value head is filled, see `init_value_head`.
             seed: of the missing value head.
         """
         has_head = VALUE_HEAD in folder
         check_weights(folder, self.shape, critic=self.critic and has_head)
-        with self._in_place("weights", "optimizer"):
+        with self._onloaded("weights", "optimizer"):
             for holding in self.live.holdings:
                 watchdog.touch()
                 if holding.row.megatron == VALUE_HEAD and not has_head:
                     init_value_head(holding.parameter, head_init, torch.Generator().manual_seed(seed))
-                else:
-                    self.live.put(holding, [folder.tensor(name) for name in holding.row.hf], holding.parameter)
-                    require_finite(holding.parameter.detach(), " and ".join(holding.row.hf), folder.directory)
+                    continue
+                tensors = [folder.tensor(name) for name in holding.row.hf]
+                self.live.put(holding, tensors, holding.parameter)
+                require_finite(holding.parameter.detach(), " and ".join(holding.row.hf), folder.directory)
             if hasattr(self, "optimizer"):
                 self.optimizer.reload_model_params()
         return self
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole, under the hub's names.  A collective: every rank iterates to the end.
+        """Yield every weight as a full tensor under its Hugging Face name.  A collective: all ranks iterate to the end.
 
-        A tensor may be the model's own memory, which of an offloaded model goes away at the end: copy what is to stay.
+        A tensor may be the model's own memory, which an offloaded model frees at the end: copy what is to stay.
         """
-        with self._in_place("weights"):
+        with self._onloaded("weights"):
             self._finish_gathers()
             yield from self.live.whole(self.live.rows, "weight", self.config.params_dtype)
 
     def held(self) -> list[Held]:
-        """The weights of this rank as they lie, for `RolloutEngine.update`; every rank calls it."""
-        self._need("weights")
+        """Return this rank's shards of the weights, not copied, for `RolloutEngine.update`.  A collective."""
+        self._wait_onloaded("weights")
         self._finish_gathers()
         return self.live.held(self.trained)
 
     @property
-    def _gathers_late(self) -> bool:
+    def _gathers_in_forward(self) -> bool:
         """Whether a step's new weights are gathered in the next forward pass."""
         return self.parallel.overlap and self.parallel.distributed_optimizer
 
     def _finish_gathers(self) -> None:
-        """Have the last step's weights on every rank.
+        """Gather the last step's weights on every rank now.
 
-        Forward hooks would gather them in the order of the layers that run, and without gradients a rank that has no
-        image skips the tower.
+        Left to forward hooks, a rank gathers in the order of the layers that it runs.  Without gradients a rank that
+        has no image skips the tower, and the ranks' collectives would no longer match.
         """
-        if self._gathers_late:
+        if self._gathers_in_forward:
             with self.layout.active():
                 for model in self.models:
                     model.start_param_sync(force_sync=True)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Gradients of the last `backward` of what is trained, whole, under the hub's names.  A collective."""
+        """Yield the gradients of the last `backward` as full tensors under Hugging Face names.  A collective."""
         return self.live.whole(self.trained_rows, "gradient", torch.float32)
 
     def optimizer_state(self, which: str) -> Iterator[tuple[str, Tensor]]:
-        """One of `MOMENTS`, or ``master`` (float32 copies of bfloat16 weights), whole, under the hub's names."""
-        with self._in_place("weights", "optimizer"):  # the optimizer's own weights may be views of the model's
+        """Yield one of `MOMENTS`, or ``master`` (float32 copies of bfloat16 weights), as full tensors.
+
+        Names are those of Hugging Face.  A collective.
+        """
+        with self._onloaded("weights", "optimizer"):  # the optimizer's own weights may be views of the model's
             yield from self.live.whole(self.trained_rows, which, torch.float32)
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
-        """What `optimizer_state` can give: nothing before the first step."""
+        """Return the kinds of `optimizer_state` that there are: none before the first step."""
         if not self.step_count:
             return ()
         return MOMENTS if self.config.params_dtype == torch.float32 else (*MOMENTS, "master")
@@ -287,81 +308,89 @@ class Engine:
 
     @property
     def trained_rows(self) -> list[Row]:
-        """Rows of the table that this engine trains."""
+        """Return the rows of the table that this engine trains."""
         return [row for row in self.live.rows if row.megatron in self.trained]
 
     def load_optimizer_state(self, folders: dict[str, WeightFolder], step: int) -> None:
-        """Inverse of `optimizer_state` for every entry, after ``step`` optimizer steps."""
+        """Copy in what `optimizer_state` gave after ``step`` optimizer steps; ``folders`` by kind."""
         self.step_count = step
-        with self._in_place("weights", "optimizer"):
+        with self._onloaded("weights", "optimizer"):
             self.live.start_state(step)
             for holding in self.live.holdings:
                 watchdog.touch()
                 if holding.row.megatron not in self.trained:
                     continue
-                for which in self.state_kinds:
-                    if which not in folders:  # no master weights in a float32 checkpoint, for example
+                for kind in self.state_kinds:
+                    if kind not in folders:  # no master weights in a float32 checkpoint, for example
                         continue
-                    folder = folders[which]
-                    self.live.put_state(holding, which, [folder.tensor(name) for name in holding.row.hf])
+                    tensors = [folders[kind].tensor(name) for name in holding.row.hf]
+                    self.live.put_state(holding, kind, tensors)
 
     # Steps -----------------------------------------------------------------------------------------------
 
     def scores(self, packs: Sequence[Pack]) -> list[Scores]:
-        """Log-probabilities or values of each pack's scored rows, in order, without gradients, on every rank."""
-        found = self._without_gradients(packs, logits=False)
+        """Return log-probabilities or values of each pack's scored rows, in order, without gradients, on every rank."""
+        outputs = self._without_gradients(packs, logits=False)
         names = ("values",) if self.critic else ("logprobs", "entropy")
         scored = []
-        for i, pack in enumerate(packs):
+        for index, pack in enumerate(packs):
             aligned = self._aligned(pack)
-            mine, local = None, None
-            if found:
-                mine, local = found[i].rows, torch.stack([getattr(found[i], name) for name in names])
-            everything = self._complete(len(aligned.tokens), mine, local, len(names))
-            (kept,) = (aligned.labels != IGNORED).nonzero(as_tuple=True)
-            (labelled,) = (pack.labels != IGNORED).nonzero(as_tuple=True)
-            columns = everything[:, send(kept, everything.device)]
-            scored.append(Scores(labelled, **dict(zip(names, columns, strict=True))))
+            local_rows = None
+            local = None
+            if outputs:
+                local_rows = outputs[index].rows
+                local = torch.stack([getattr(outputs[index], name) for name in names])
+            columns = self._collect_columns(len(aligned.tokens), local_rows, local, len(names))
+            # Alignment adds rows without labels, so the labelled rows of both packs correspond, in order.
+            (aligned_rows,) = (aligned.labels != IGNORED).nonzero(as_tuple=True)
+            (rows,) = (pack.labels != IGNORED).nonzero(as_tuple=True)
+            scored_columns = columns[:, send(aligned_rows, columns.device)]
+            scored.append(Scores(rows, **dict(zip(names, scored_columns, strict=True))))
         return scored
 
     def logits(self, pack: Pack) -> Tensor:
-        """Logits [T, vocabulary] of every row of a pack, on every rank; for verification."""
-        found = self._without_gradients([pack], logits=True)
+        """Return the logits [T, vocabulary] of every row of a pack, on every rank; for verification."""
+        outputs = self._without_gradients([pack], logits=True)
         aligned = self._aligned(pack)
-        rows = self.parts[-1]._rows(aligned)
-        local = found[0].float().t() if found else None
-        everything = self._complete(len(aligned.tokens), rows if found else None, local, self.shape.vocab)
-        kept = torch.cat(
-            [
-                torch.arange(start, start + length)
-                for start, length in zip(aligned.bounds.tolist(), pack.cu_seqlens.diff().tolist(), strict=False)
-            ]
-        )
-        return everything.t()[send(kept, everything.device)]
+        local_rows = self.parts[-1]._rows(aligned) if outputs else None
+        local = outputs[0].float().t() if outputs else None
+        columns = self._collect_columns(len(aligned.tokens), local_rows, local, self.shape.vocab)
+        # Leave out the rows that alignment added at the end of each document.
+        starts = aligned.bounds.tolist()
+        lengths = pack.cu_seqlens.diff().tolist()
+        documents = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+        return columns.t()[send(torch.cat(documents), columns.device)]
 
     @torch.no_grad()
     def _without_gradients(self, packs: Sequence[Pack], logits: bool) -> list[Any]:
-        """What the last stage returns for each pack; an empty list on other stages."""
+        """Return the last stage's outputs for each pack; on other stages the list is empty."""
 
         def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable]:
             return model(next(iterator), logits=logits), lambda out, non_loss_data: out
 
-        return self._run(packs, forward_step, training=False)[: len(packs)]
+        return self._run(packs, forward_step, training=False)[: len(packs)]  # without the packs that fill the pipeline
 
-    def _complete(self, rows: int, mine: Tensor | None, local: Tensor | None, width: int) -> Tensor:
-        """Put the context-parallel ranks' columns ``local`` [width, n] together: [width, rows], on every stage."""
-        everything = torch.zeros(width, rows, device=self.world.device)
+    def _collect_columns(self, total_rows: int, rows: Tensor | None, local: Tensor | None, width: int) -> Tensor:
+        """Collect the context-parallel ranks' columns ``local`` [width, n] into [width, total_rows] on every stage.
+
+        Args:
+            total_rows: of the aligned pack.
+            rows: int64 [n], the rows of ``local``; None on all stages but the last.
+            local: None on all stages but the last.
+            width: values of a row.
+        """
+        columns = torch.zeros(width, total_rows, device=self.world.device)
         if local is not None:
-            assert mine is not None
-            everything[:, send(mine, everything.device)] = local
-            if self.groups.cp.size() > 1:
-                dist.all_reduce(everything, group=self.groups.cp)
+            assert rows is not None
+            columns[:, send(rows, columns.device)] = local
+            if self.groups.cp.size() > 1:  # ranks hold disjoint rows and zeros elsewhere: the sum puts them together
+                dist.all_reduce(columns, group=self.groups.cp)
         if self.groups.pp.size() > 1:
-            dist.broadcast(everything, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
-        return everything
+            dist.broadcast(columns, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+        return columns
 
     def backward(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
-        """Gradients of the mean of ``loss`` over all rows of the step; returns the means of its sums.
+        """Compute gradients of the mean of ``loss`` over all rows of the step; return the means of its sums.
 
         Under context parallelism ``loss`` sees a rank's rows of the pack, under pipeline parallelism only the
         last stage calls it.
@@ -380,7 +409,7 @@ class Engine:
 
             return model(pack), reduce
 
-        self._need("weights", "gradients")
+        self._wait_onloaded("weights", "gradients")
         self.onload("optimizer")
         for model in self.models:
             model.zero_grad_buffer()
@@ -390,8 +419,8 @@ class Engine:
         return self._means(counts, sums)
 
     def _run(self, packs: Sequence[Pack], forward_step: Callable, training: bool) -> list[Any]:
-        """Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""
-        self._need("weights")
+        """Run Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""
+        self._wait_onloaded("weights")
         if not training:
             self._finish_gathers()
         for part in self.parts:
@@ -399,8 +428,9 @@ class Engine:
                 part.train(training)
         aligned = [self._aligned(pack) for pack in packs]
         if self.parallel.vpp > 1:
-            rows = alignment(self.parallel, self.fp8)[1]
-            aligned += [blank_pack(aligned[0].extras, rows)] * (-len(aligned) % self.parallel.pp)
+            _, pack_rows = alignment(self.parallel, self.fp8)
+            missing = -len(aligned) % self.parallel.pp  # interleaving takes a multiple of ``pp`` micro-batches
+            aligned += [blank_pack(aligned[0].extras, pack_rows)] * missing
         iterators = [iter(aligned) for _ in self.parts]
 
         def watched_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable]:
@@ -423,23 +453,28 @@ class Engine:
         return pack.aligned(*alignment(self.parallel, self.fp8))
 
     def _means(self, counts: list[int], sums: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Means over the rows of the step, on every rank; both lists are empty on all stages but the last."""
+        """Return means over the rows of the step, on every rank; both lists are empty on all stages but the last."""
         means: dict[str, float] = {}
         if self.layout.is_last_stage:
             names = list(sums[0])
-            total = torch.stack([torch.stack([entry[name].double() for name in names]) for entry in sums]).sum(0)
-            total = torch.cat((total, send(torch.tensor([sum(counts)], dtype=total.dtype), total.device)))
-            dist.all_reduce(total, group=self.groups.dp_cp)
-            *values, count = total.tolist()
-            means = {name: value / max(count, 1) for name, value in zip(names, values, strict=True)} | {"count": count}
+            pack_sums = []
+            for entry in sums:
+                pack_sums.append(torch.stack([entry[name].double() for name in names]))
+            totals = torch.stack(pack_sums).sum(0)
+            # The count travels with the sums: one collective, and one wait for the device below.
+            totals = torch.cat((totals, send(torch.tensor([sum(counts)], dtype=totals.dtype), totals.device)))
+            dist.all_reduce(totals, group=self.groups.dp_cp)
+            *values, count = totals.tolist()
+            means = {name: value / max(count, 1) for name, value in zip(names, values, strict=True)}
+            means["count"] = count
         if self.groups.pp.size() > 1:
-            box = [means]
-            dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
-            means = box[0]
+            objects = [means]
+            dist.broadcast_object_list(objects, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+            means = objects[0]
         return means
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on the gradients of the last `backward`; returns its rate and the gradient's norm.
+        """Take an optimizer step on the gradients of the last `backward`; return its rate and the gradient's norm.
 
         A step with gradients that are not finite, or over ``optimizer.skip_above``, is skipped on every rank.
 
@@ -447,7 +482,7 @@ class Engine:
             DivergenceError: ``optimizer.stop_after_skipped`` steps in a row were skipped.
         """
         rate = learning_rate(self.step_count, self.total_steps, self.optimizer_config)
-        self._need("optimizer")
+        self._wait_onloaded("optimizer")
         for group in self.optimizer.param_groups:  # Megatron leaves both to its own scheduler, which is not used
             group["lr"] = rate
             group["weight_decay"] = self.optimizer_config.weight_decay * group["wd_mult"]  # 0 for norms and biases
@@ -456,28 +491,32 @@ class Engine:
             norm = float(self.optimizer.get_grad_norm())
             if self._skips(norm):
                 return {"lr": rate, "grad_norm": norm, "skipped": 1.0}
-            done, norm, _ = self.optimizer.step()
-        if self._gathers_late:  # a forward pass between backward and step would pass for the gather of the new weights
+            succeeded, norm, _ = self.optimizer.step()
+        if self._gathers_in_forward:
+            # A forward pass between backward and step has marked the buckets as gathered: the new weights are not.
             for model in self.models:
                 for bucket in model.bucket_groups:
                     bucket.param_gather_dispatched = False
-        assert done, "only a gradient scaler, which there is none of, refuses a step"
+        assert succeeded, "only a gradient scaler, which there is none of, refuses a step"
         self.step_count += 1
         self.skipped_in_a_row = 0
         return {"lr": rate, "grad_norm": float(norm), "skipped": 0.0}
 
     def _skips(self, norm: float) -> bool:
-        """Whether any rank finds the gradients unfit for a step; counts it.
+        """Whether any rank finds the gradients unfit for a step; a skipped step is counted.
 
         Raises:
             DivergenceError: too many of them in a row.
         """
         limit = self.optimizer_config.skip_above or math.inf
-        flag = torch.tensor(int(not norm <= limit or math.isinf(norm)))
+        is_unfit = not norm <= limit or math.isinf(norm)  # `not <=`: NaN is unfit, too
+        # The ranks decide together: a step is a collective, which all of them take or none.
+        flag = torch.tensor(int(is_unfit))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         if not flag:
             return False
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.skipped += 1
+        self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.optimizer_config.stop_after_skipped:
             raise DivergenceError(
                 f"{self.skipped_in_a_row} steps in a row were skipped after optimizer step {self.step_count} (gradient "
@@ -487,5 +526,5 @@ class Engine:
         return True
 
     def train(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
-        """`backward` and `step`."""
+        """Run `backward` and `step`; return the metrics of both."""
         return self.backward(packs, loss) | self.step()

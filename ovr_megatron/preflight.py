@@ -18,7 +18,7 @@ from ovr_megatron.data.sources import SUFFIXES, local_path
 from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.data_checks import check_sample
 from ovr_megatron.errors import UserError
-from ovr_megatron.model.layers import choose_parts
+from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.qwen25vl import DTYPES
 from ovr_megatron.plan import deadlines, report
 from ovr_megatron.runtime import cpu, distributed, preflight
@@ -161,7 +161,7 @@ def check_layers(config: Config) -> list[str]:
     if config.model.layers != "auto" or config.model.dtype == "float32":  # in float32 ours are taken in any case
         return []
     try:
-        choose_parts("transformer_engine", DTYPES[config.model.dtype])
+        choose_layer_classes("transformer_engine", DTYPES[config.model.dtype])
     except ConfigError as error:
         reason = str(error).removeprefix("model.layers=").partition(";")[0]
         return [f"{reason}; install it, or say model.layers=local to train several times more slowly without it"]

@@ -11,7 +11,7 @@ import torch
 from ovr_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.layers import choose_parts, layers_in_use
+from ovr_megatron.model.layers import choose_layer_classes, layers_in_use
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.batch import Batch
@@ -166,10 +166,10 @@ def test_float32_is_multiplied_by_our_layers(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", stand_in)
     monkeypatch.setattr("megatron.core.extensions.transformer_engine", stand_in)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_parts("auto", torch.bfloat16).norm is stand_in.TENorm
-    assert choose_parts("auto", torch.float32) == choose_parts("local", torch.float32)
+    assert choose_layer_classes("auto", torch.bfloat16).norm is stand_in.TENorm
+    assert choose_layer_classes("auto", torch.float32) == choose_layer_classes("local", torch.float32)
     with pytest.raises(ConfigError, match=r"model\.layers=transformer_engine with model\.dtype=float32"):
-        choose_parts("transformer_engine", torch.float32)
+        choose_layer_classes("transformer_engine", torch.float32)
     assert "TF32" in layers_in_use(ModelConfig(path="x", dtype="float32"))
 
 

@@ -1,4 +1,4 @@
-"""Self-attention over packs: absolute rotary positions given from outside, documents kept apart by ``cu_seqlens``.
+"""Self-attention over packs: the caller gives the rotary positions, and ``cu_seqlens`` separates the documents.
 
 Shapes: T rows of the pack on this rank, N query heads and G key-value heads of this rank, H head size.
 """
@@ -17,16 +17,16 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from ovr_megatron.model import kernels
-from ovr_megatron.model.segments import Group, Segments
+from ovr_megatron.model.segments import DocumentGroup, Segments
 
 
 def rotary_table(angles: Tensor, dtype: torch.dtype = torch.float32, scaling: float = 1.0) -> Tensor:
-    """Cosines and sines of ``angles`` [T, H/2] as one float32 tensor [T, 1, 1, 2H], rotate-half convention.
+    """Return cosines and sines of ``angles`` [T, H/2] as one float32 tensor [T, 1, 1, 2H], rotate-half convention.
 
     Args:
         angles: float32 [T, H/2].
-        dtype: of the parameters.  The numbers are rounded to it, as vLLM keeps them (`RotaryEmbeddingBase`) and, for
-            the language model, Transformers: a model is trained with the cosines that it is served with.
+        dtype: of the parameters.  The table is rounded to it, as vLLM stores it (`RotaryEmbeddingBase`) and, for the
+            language model, Transformers: a model is trained with the cosines that it is served with.
         scaling: factor of cosines and sines, before they are rounded.
     """
     full = torch.cat((angles, angles), dim=-1)
@@ -58,7 +58,8 @@ def _turn(x: Tensor, table: Tensor, sign: float) -> Tensor:
     if x.is_cuda:
         return kernels.rotate(x, table, sign)
     half = x.size(-1) // 2
-    cos, sin = table[..., :half], table[..., 2 * half : 3 * half]
+    cos = table[..., :half]
+    sin = table[..., 2 * half : 3 * half]
     first, second = x.float().chunk(2, dim=-1)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
@@ -129,25 +130,26 @@ class PackedDotProductAttention(MegatronModule):
         packed_seq_params: Segments,
         attention_bias: None = None,
     ) -> Tensor:
-        """Attention output [T, N * H] of this rank's T rows."""
+        """Return the attention output [T, N * H] of this rank's T rows."""
         if self.cp_group is not None:
+            # One collective for keys and values; its backward pass reduces and scatters their gradients.
             both = gather_from_sequence_parallel_region(torch.cat((key_TGH, value_TGH), 1), group=self.cp_group)
             key_TGH, value_TGH = both.chunk(2, dim=1)
-        shared = query_TNH.size(1) // key_TGH.size(1)
-        if shared > 1 and (
-            query_TNH.is_cuda or self.cp_group is not None
-        ):  # torch's kernels for these want equal heads
-            key_TGH = key_TGH.repeat_interleave(shared, dim=1)
-            value_TGH = value_TGH.repeat_interleave(shared, dim=1)
+        queries_per_key = query_TNH.size(1) // key_TGH.size(1)
+        # torch's kernels for a GPU and for prefix attention want equal heads.
+        needs_equal_heads = query_TNH.is_cuda or self.cp_group is not None
+        if queries_per_key > 1 and needs_equal_heads:
+            key_TGH = key_TGH.repeat_interleave(queries_per_key, dim=1)
+            value_TGH = value_TGH.repeat_interleave(queries_per_key, dim=1)
         grouping = packed_seq_params.grouping
         parts = [self._attend(query_TNH, key_TGH, value_TGH, group) for group in grouping.groups]
         if grouping.inverse is None:
             return parts[0]
         return torch.cat(parts)[grouping.inverse]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: Group) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: DocumentGroup) -> Tensor:
         def batch(x: Tensor, index: Tensor) -> Tensor:
-            rows = x if group.whole else x[index.flatten()]
+            rows = x if group.is_pack else x[index.flatten()]
             return rows.view(*index.shape, *x.shape[1:]).transpose(1, 2)
 
         out = attend(
@@ -157,7 +159,7 @@ class PackedDotProductAttention(MegatronModule):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None) -> Tensor:
-    """Attention output [B, N, L, H] of ``query`` [B, N, L, H] over ``key`` and ``value`` [B, N, K, H].
+    """Return the attention output [B, N, L, H] of ``query`` [B, N, L, H] over ``key`` and ``value`` [B, N, K, H].
 
     Causal: the last query sees all K keys, the one before it all but the last, and so on.  No mask is built.  On a CPU
     with as many keys as queries, ``key`` and ``value`` may have fewer heads, each shared by neighbouring query heads.
@@ -178,11 +180,11 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        before = key.size(2) - query.size(2)
-        past, past_norm = _flash(query, key[:, :, :before], value[:, :, :before], False, scale)
-        own, own_norm = _flash(query, key[:, :, before:], value[:, :, before:], True, scale)
-        norm = torch.logaddexp(past_norm, own_norm)
-        out = past * (past_norm - norm).exp()[..., None] + own * (own_norm - norm).exp()[..., None]
+        prefix_rows = key.size(2) - query.size(2)
+        prefix_out, prefix_norm = _flash(query, key[:, :, :prefix_rows], value[:, :, :prefix_rows], False, scale)
+        causal_out, causal_norm = _flash(query, key[:, :, prefix_rows:], value[:, :, prefix_rows:], True, scale)
+        norm = torch.logaddexp(prefix_norm, causal_norm)
+        out = prefix_out * (prefix_norm - norm).exp()[..., None] + causal_out * (causal_norm - norm).exp()[..., None]
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, norm)
         ctx.scale = scale
@@ -191,16 +193,16 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, norm = ctx.saved_tensors
-        before = key.size(2) - query.size(2)
-        saved = (query, out, norm, grad.contiguous(), ctx.scale)
-        d_past, *past = _flash_backward(key[:, :, :before], value[:, :, :before], False, *saved)
-        d_own, *own = _flash_backward(key[:, :, before:], value[:, :, before:], True, *saved)
-        d_key, d_value = (torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
-        return d_past + d_own, d_key, d_value, None
+        prefix_rows = key.size(2) - query.size(2)
+        shared = (query, out, norm, grad.contiguous(), ctx.scale)
+        d_query_prefix, *d_prefix = _flash_backward(key[:, :, :prefix_rows], value[:, :, :prefix_rows], False, *shared)
+        d_query_causal, *d_causal = _flash_backward(key[:, :, prefix_rows:], value[:, :, prefix_rows:], True, *shared)
+        d_key, d_value = (torch.cat(pair, dim=2) for pair in zip(d_prefix, d_causal, strict=True))
+        return d_query_prefix + d_query_causal, d_key, d_value, None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Output in float32 and log-sum-exp [B, N, L], by torch's fused kernel."""
+    """Return the output in float32 and the log-sum-exp [B, N, L], by torch's fused kernel."""
     if query.is_cuda:
         out, norm, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, 0.0, causal, scale=scale
@@ -220,7 +222,7 @@ def _flash_backward(
     grad: Tensor,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, given the merged output and log-sum-exp."""
+    """Return the gradients of query, key and value from the merged output and log-sum-exp."""
     if query.is_cuda:
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
         width = -(-query.size(2) // 32) * 32  # the kernel reads its log-sum-exp in rows of this multiple

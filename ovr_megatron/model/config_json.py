@@ -1,4 +1,4 @@
-"""``config.json`` of a Qwen2.5-VL folder: its fields, their bounds, and the claims that this project does not compute.
+"""``config.json`` of a Qwen2.5-VL folder: its fields, their bounds, and the features that this project refuses.
 
 No torch, no Megatron.  The defaults are those of Transformers, since a folder may leave out what equals them.
 """
@@ -82,7 +82,7 @@ class VisionFields(_Fields):
 
 
 class OuterFields(_Fields):
-    """What stands on the outer level in both layouts."""
+    """Fields of the outer level in both layouts."""
 
     image_token_id: Index
     video_token_id: Index
@@ -180,7 +180,8 @@ def check_numbers(text: TextFields, vision: VisionFields, outer: OuterFields, he
 
 
 def _text_problems(text: TextFields, head_dim: int) -> Iterator[str]:
-    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    heads = text.num_attention_heads
+    groups = text.num_key_value_heads
     if text.head_dim is None and text.hidden_size % heads:
         yield f"hidden_size {text.hidden_size} is not a multiple of num_attention_heads {heads}"
     if heads % groups:

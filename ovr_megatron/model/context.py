@@ -1,4 +1,4 @@
-"""Context parallelism over packs: which rows of a pack each rank holds.
+"""Context parallelism over packs: the rows of a pack that each rank holds.
 
 Every document is cut into 2 x cp chunks; rank r holds chunk r and chunk 2 cp - 1 - r, so that each rank attends to
 as much as any other under the causal mask.  It is the order that Transformer Engine expects.
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def rank_rows(bounds: Sequence[int], cp: int, rank: int) -> Tensor:
-    """The rows of the pack that context-parallel ``rank`` of ``cp`` holds, in its order: int64 [T / cp].
+    """Return the rows of the pack that context-parallel ``rank`` of ``cp`` holds, in its order: int64 [T / cp].
 
-    It is the one index for tokens, positions, labels, features and everything that lies beside them.
+    Tokens, positions, labels, features and extras are all cut by this index.
 
     Args:
         bounds: [D + 1], where documents begin; every document's rows are a multiple of 2 cp.
@@ -25,32 +25,32 @@ def rank_rows(bounds: Sequence[int], cp: int, rank: int) -> Tensor:
     """
     if cp == 1:
         return torch.arange(bounds[-1])
-    parts = []
+    chunks = []
     for start, end in pairwise(bounds):
-        chunk = (end - start) // (2 * cp)
-        for number in (rank, 2 * cp - 1 - rank):
-            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
-    return torch.cat(parts)
+        size = (end - start) // (2 * cp)
+        for chunk in (rank, 2 * cp - 1 - rank):
+            chunks.append(torch.arange(start + chunk * size, start + (chunk + 1) * size))
+    return torch.cat(chunks)
 
 
 def gathered_rows(bounds: Sequence[int], cp: int) -> Tensor:
-    """For each row of the pack, where it lies when the ranks' rows are put one rank after the other: int64 [T]."""
-    order = torch.cat([rank_rows(bounds, cp, rank) for rank in range(cp)])
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    return place
+    """Return for each row of the pack its row in the ranks' rows, gathered in the order of ranks: int64 [T]."""
+    pack_rows = torch.cat([rank_rows(bounds, cp, rank) for rank in range(cp)])
+    gathered = torch.empty_like(pack_rows)
+    gathered[pack_rows] = torch.arange(len(pack_rows))
+    return gathered
 
 
 def share_images(patches: Sequence[int], ranks: int) -> list[list[int]]:
-    """Images (or videos) dealt to ``ranks`` so that their patches are balanced: largest first to the least loaded.
+    """Balance images (or videos) over ``ranks`` by their ``patches``: largest first to the least loaded rank.
 
     Returns:
-        For each rank the numbers of its images, rising.
+        For each rank the indices of its images, rising.
     """
-    load = [0] * ranks
+    loads = [0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    for image in sorted(range(len(patches)), key=lambda i: -patches[i]):
-        rank = load.index(min(load))
-        load[rank] += patches[image]
+    for image in sorted(range(len(patches)), key=lambda image: -patches[image]):
+        rank = loads.index(min(loads))
+        loads[rank] += patches[image]
         shares[rank].append(image)
     return [sorted(share) for share in shares]

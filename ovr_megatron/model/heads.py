@@ -18,17 +18,17 @@ from torch import Tensor
 from ovr_megatron.model import kernels
 
 BANNED = -1.0e30
-# Bytes of one float32 tile of logits: a CPU wants it in its cache, a GPU as large as its matrix units need.
+# Bytes of one float32 tile of logits: on a CPU it fits the cache, on a GPU it is as large as the matrix units need.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
-# Of all logits, counted in float32, which up to here are kept for backward instead of being computed again.
+# Bytes of all logits in float32 up to which they are kept for backward instead of being recomputed.
 _KEPT_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
-    """Float32 ``left @ right`` [n, m] of two matrices of one dtype.
+    """Return float32 ``left @ right`` [n, m] of two matrices of one dtype.
 
-    Logits of 20 to 30 rounded to bfloat16 lie 0.125 apart, and a log-probability is as wrong; vLLM is asked to
-    multiply in the same way (`rollout/engine.py`).  A GPU takes bfloat16 operands at their own speed and adds up in
+    Logits of 20 to 30 rounded to bfloat16 lie 0.125 apart, and a log-probability has the same error; vLLM multiplies
+    in the same way (`rollout/engine.py`).  A GPU multiplies bfloat16 operands at their own speed and accumulates in
     float32 anyway.
     """
     if left.dtype == torch.float32:
@@ -43,32 +43,36 @@ def _blocks(count: int, size: int) -> Iterator[slice]:
 
 
 def tile_sides(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
-    """Sides of a tile, tokens and vocabulary rows; powers of two, or at least whole cache lines, where they can be."""
-    numbers = _TILE_BYTES[device.type] // 4
-    high = min(tokens, 1 << (numbers.bit_length() - 1) // 2)
-    wide = numbers // high
-    return high, min(rows, wide // 64 * 64 or wide)
+    """Return the sides of a tile, tokens and vocabulary rows.
+
+    They are powers of two, or at least multiples of a cache line, where the sizes allow it.
+    """
+    elements = _TILE_BYTES[device.type] // 4
+    square_side = 1 << (elements.bit_length() - 1) // 2
+    tile_tokens = min(tokens, square_side)
+    tile_rows = elements // tile_tokens
+    return tile_tokens, min(rows, tile_rows // 64 * 64 or tile_rows)
 
 
 def keeps_logits(tokens: int, rows: int, device: torch.device) -> bool:
-    """Whether the logits of so many tokens and vocabulary rows are kept for backward."""
+    """Whether the logits of ``tokens`` and vocabulary ``rows`` are kept for backward."""
     return 4 * tokens * rows <= _KEPT_BYTES[device.type]
 
 
 def _shifted(tile: Tensor, scale: float, shift: Tensor, keep: bool = False) -> Tensor:
-    """``scale * tile - shift`` [t, v], over the tile unless that is to ``keep`` its numbers.  ``shift`` is [t]."""
+    """Return ``scale * tile - shift`` [t, v], written over the tile unless ``keep``.  ``shift`` is [t]."""
     return torch.add(-shift[:, None], tile, alpha=scale, out=None if keep else tile)
 
 
 def _rebased(total: Tensor, weighted: Tensor, peak: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """From sums of e^x and of x e^x, x relative to ``peak``, the sums relative to ``top``; all [t]."""
-    step = peak - top
-    factor = step.exp()
-    return total * factor, (weighted + step * total) * factor
+    """Return sums of e^x and of x e^x with x relative to ``top`` from those relative to ``peak``; all [t]."""
+    shift = peak - top
+    factor = shift.exp()
+    return total * factor, (weighted + shift * total) * factor
 
 
 def _labels_within(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Labels as columns [t, 1] of a tile (an arbitrary column where they lie outside) and those that lie inside."""
+    """Return the labels as columns [t, 1] of a tile, any column for those outside of it, and a mask of those inside."""
     inside = (labels >= 0) & (labels < columns)
     return torch.where(inside, labels, 0)[:, None], inside
 
@@ -84,7 +88,7 @@ def _add_tile(
     scale: float,
     keep: bool,
 ) -> None:
-    """What `kernels.add_tile` does; the tile keeps its numbers only where it is to ``keep`` them."""
+    """Add a tile to each token's statistics, see `kernels.add_tile`; the tile is overwritten unless ``keep``."""
     if tile.is_cuda:
         kernels.add_tile(tile, banned, labels, peak, total, weighted, target, scale)
         return
@@ -94,9 +98,9 @@ def _add_tile(
     top = torch.maximum(peak, tile.amax(-1) * scale)
     x = _shifted(tile, scale, top, keep)
     weights = x.exp()
-    before = _rebased(total, weighted, peak, top)
-    total.copy_(before[0] + weights.sum(-1))
-    weighted.copy_(before[1] + weights.mul_(x).sum(-1))
+    total_before, weighted_before = _rebased(total, weighted, peak, top)
+    total.copy_(total_before + weights.sum(-1))
+    weighted.copy_(weighted_before + weights.mul_(x).sum(-1))
     peak.copy_(top)
 
 
@@ -111,10 +115,11 @@ def _tile_gradient(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What `kernels.tile_gradient` does."""
+    """Return the gradient of a tile, see `kernels.tile_gradient`."""
     if tile.is_cuda:
         return kernels.tile_gradient(tile, banned, labels, norm, entropy, d_logprob, d_entropy, scale, dtype)
     x = _shifted(tile, scale, norm)
+    # With p = e^x:  d tile = -p (d logprob + (x + entropy) d entropy), and d logprob more at the label.
     if d_entropy is None:
         d_tile = x.exp_().mul_(-d_logprob[:, None])
     else:
@@ -139,9 +144,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _VocabParallelScores(torch.autograd.Function):
-    """The outer loop is over the vocabulary: a block of the weight's gradient is whole before the next one begins.
+    """Log-probabilities and entropies of a vocabulary-parallel head.
 
-    So nothing of the size of the weight is held but the gradient that is returned.
+    The outer loop is over the vocabulary, so a block of the weight's gradient is complete before the next begins:
+    nothing of the size of the weight is allocated but the gradient that is returned.
     """
 
     @staticmethod
@@ -158,44 +164,56 @@ class _VocabParallelScores(torch.autograd.Function):
         local = labels - group.rank() * len(weight)
         total, weighted, target = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
         peak = torch.full_like(total, BANNED)
-        keeps = keeps_logits(len(hidden), len(weight), hidden.device)
-        kept: list[Tensor] = []
+        keep = keeps_logits(len(hidden), len(weight), hidden.device)
+        tiles: list[Tensor] = []
         for columns in _blocks(len(weight), rows):
             for part in _blocks(len(hidden), tokens):
                 tile = float_product(hidden[part], weight[columns].t())
                 statistics = peak[part], total[part], weighted[part], target[part]
-                _add_tile(tile, banned[columns], local[part] - columns.start, *statistics, scale, keeps)
-                if keeps:
-                    kept.append(tile)
+                _add_tile(tile, banned[columns], local[part] - columns.start, *statistics, scale, keep)
+                if keep:
+                    tiles.append(tile)
+        # Two collectives: the largest logit of all ranks, then the three sums, which are relative to it.
         top = peak.clone()
         _all_reduce(top, group, dist.ReduceOp.MAX)
         sums = torch.stack((*_rebased(total, weighted, peak, top), target))
         _all_reduce(sums, group)
         total, weighted, target = sums
         norm = top + total.log()
-        logprob, entropy = target - norm, total.log() - weighted / total
-        ctx.save_for_backward(hidden, weight, local, banned, norm, entropy, *kept)
-        ctx.set_materialize_grads(False)
-        ctx.scale, ctx.group = scale, group
+        logprob = target - norm
+        entropy = total.log() - weighted / total
+        ctx.save_for_backward(hidden, weight, local, banned, norm, entropy, *tiles)
+        ctx.set_materialize_grads(False)  # without a gradient of the entropy its term is left out
+        ctx.scale = scale
+        ctx.group = group
         return logprob, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, banned, norm, entropy, *kept = ctx.saved_tensors
+        hidden, weight, local, banned, norm, entropy, *tiles = ctx.saved_tensors
         d_logprob, d_entropy = (None if grad is None else grad * ctx.scale for grad in grads)
         if d_logprob is None:
             d_logprob = torch.zeros_like(norm)
         tokens, rows = tile_sides(len(hidden), len(weight), hidden.device)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
-        d_weight = torch.empty_like(weight) if wants_weight else None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        d_weight = torch.empty_like(weight) if needs_weight else None
         for columns in _blocks(len(weight), rows):
-            d_block = torch.zeros_like(weight[columns], dtype=torch.float32) if wants_weight else None
+            d_block = torch.zeros_like(weight[columns], dtype=torch.float32) if needs_weight else None
             for part in _blocks(len(hidden), tokens):
-                tile = kept.pop(0) if kept else float_product(hidden[part], weight[columns].t())
-                per_token = norm[part], entropy[part], d_logprob[part], None if d_entropy is None else d_entropy[part]
-                labels = local[part] - columns.start
-                d_tile = _tile_gradient(tile, banned[columns], labels, *per_token, ctx.scale, hidden.dtype)
+                # A stored tile is overwritten with its gradient: backward reads it once.
+                tile = tiles.pop(0) if tiles else float_product(hidden[part], weight[columns].t())
+                d_tile = _tile_gradient(
+                    tile,
+                    banned[columns],
+                    local[part] - columns.start,
+                    norm[part],
+                    entropy[part],
+                    d_logprob[part],
+                    None if d_entropy is None else d_entropy[part],
+                    ctx.scale,
+                    hidden.dtype,
+                )
                 if d_hidden is not None:
                     _add_product(d_hidden[part], d_tile, weight[columns])
                 if d_block is not None:
@@ -203,6 +221,7 @@ class _VocabParallelScores(torch.autograd.Function):
             if d_weight is not None:
                 d_weight[columns] = d_block
         if d_hidden is not None:
+            # Each rank has the gradient through its own vocabulary rows.
             d_hidden = d_hidden.to(hidden.dtype)
             _all_reduce(d_hidden, ctx.group)
         return d_hidden, d_weight, None, None, None, None
@@ -211,10 +230,10 @@ class _VocabParallelScores(torch.autograd.Function):
 def token_scores(
     hidden: Tensor, weight: Tensor, labels: Tensor, banned: Tensor, temperature: float, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label and entropy of its distribution.
+    """Return the log-probability of each label and the entropy of its distribution.
 
-    The distribution is softmax(hidden W^T / temperature) over the ids that are not banned, which is what the
-    rollout samples from.  Logits are float32 (`float_product`); their gradients are rounded to the dtype of ``hidden``
+    The distribution is softmax(hidden W^T / temperature) over the ids that are not banned, the one that the rollout
+    samples from.  Logits are float32 (`float_product`); their gradients are rounded to the dtype of ``hidden``
     for the products that follow.
 
     Args:
@@ -228,9 +247,9 @@ def token_scores(
     Returns:
         Float32 log-probabilities [n] and entropies [n], the same on every rank of the group.
     """
-    if len(hidden) == 0:
-        nothing = (hidden.sum() + 0.0 * weight.sum()).float().expand(0)
-        return nothing, nothing
+    if len(hidden) == 0:  # hidden states and weight stay in the graph, so that backward runs on this rank, too
+        empty = (hidden.sum() + 0.0 * weight.sum()).float().expand(0)
+        return empty, empty
     return _VocabParallelScores.apply(hidden, weight, labels, banned, 1.0 / temperature, group)
 
 

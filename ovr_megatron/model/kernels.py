@@ -1,8 +1,8 @@
-"""What the model does between its matrix products on a GPU: each step once through memory, in Triton.
+"""Triton kernels for the operations between matrix products on a GPU: each passes once over its memory.
 
-The same arithmetic stands in torch beside each use, for the CPU.  Shapes: T rows, N heads of H numbers, F perceptron
-columns, a tile [t, v] of logits over t tokens and v rows of the vocabulary.  All of it is computed in float32 and
-rounded once, whatever the tensors hold.
+The callers have the same arithmetic in torch, for the CPU.  Shapes: T rows, N heads of size H, F MLP columns, a tile
+[t, v] of logits over t tokens and v rows of the vocabulary.  Everything is computed in float32 and rounded once,
+whatever the dtype of the tensors.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn
-    gates, ups = gate_up + row * 2 * ffn + column, gate_up + row * 2 * ffn + ffn + column
+    gates = gate_up + row * 2 * ffn + column
+    ups = gate_up + row * 2 * ffn + ffn + column
     gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
     upstream = tl.load(grad + row * ffn + column, mask=inside, other=0.0).to(tl.float32)
-    share = 1.0 / (1.0 + tl.exp(-gate))
-    d_gate = upstream * up * share * (1.0 + gate * (1.0 - share))
-    d_up = upstream * gate * share
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    d_gate = upstream * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    d_up = upstream * gate * sigmoid
     tl.store(gates, d_gate.to(gate_up.dtype.element_ty), mask=inside)
     tl.store(ups, d_up.to(gate_up.dtype.element_ty), mask=inside)
 
@@ -61,16 +62,17 @@ def _rotate(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (column < half)
     cos = tl.load(table + row * 4 * half + column, mask=column < half, other=0.0)
     sin = tl.load(table + row * 4 * half + 2 * half + column, mask=column < half, other=0.0) * SIGN
-    at = x + row * row_stride + head * head_stride + column
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-    to = out + (row * heads + head) * 2 * half + column
-    tl.store(to, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
-    tl.store(to + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
+    source = x + row * row_stride + head * head_stride + column
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    target = out + (row * heads + head) * 2 * half + column
+    tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -90,7 +92,8 @@ def _add_tile(  # type: ignore[no-untyped-def]
     logits = tile + row * columns
     # Each lane has a maximum, a sum of e^x and one of x e^x of its own, x relative to that maximum.
     top = tl.full([BLOCK], BANNED, tl.float32)
-    sums, products = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
@@ -98,13 +101,18 @@ def _add_tile(  # type: ignore[no-untyped-def]
         x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32) * scale
         x = tl.where(forbidden != 0, BANNED, x)
         higher = tl.maximum(top, x)
-        factor, weight = tl.exp(top - higher), tl.exp(x - higher)
+        factor = tl.exp(top - higher)
+        weight = tl.exp(x - higher)
         products = (products + (top - higher) * sums) * factor + weight * (x - higher)
         sums = sums * factor + weight
         top = higher
-    old_top, old_sum, old_products = tl.load(peak + row), tl.load(total + row), tl.load(weighted + row)
+    # The lanes are brought to the maximum of the row, the tiles before this one included, and added up.
+    old_top = tl.load(peak + row)
+    old_sum = tl.load(total + row)
+    old_products = tl.load(weighted + row)
     new_top = tl.maximum(tl.max(top, 0), old_top)
-    factor, old_factor = tl.exp(top - new_top), tl.exp(old_top - new_top)
+    factor = tl.exp(top - new_top)
+    old_factor = tl.exp(old_top - new_top)
     products = (products + (top - new_top) * sums) * factor
     tl.store(peak + row, new_top)
     tl.store(total + row, tl.sum(sums * factor, 0) + old_sum * old_factor)
@@ -146,7 +154,7 @@ def _tile_gradient(  # type: ignore[no-untyped-def]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of ``gate_up`` [..., 2F], contiguous: [..., F]."""
+    """Return silu(gate) * up [..., F] of ``gate_up`` [..., 2F], contiguous."""
     assert gate_up.is_contiguous()
     ffn = gate_up.size(-1) // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], ffn)
@@ -155,14 +163,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of ``gate_up`` [..., 2F], written over it, from that of the output, ``grad`` [..., F]."""
+    """Return the gradient of ``gate_up`` [..., 2F], written over it, from that of the output, ``grad`` [..., F]."""
     grad = grad.contiguous()
     _swiglu_backward[_grid(grad)](gate_up, grad, grad.size(-1), BLOCK=_BLOCK)
     return gate_up
 
 
 def rotate(x: Tensor, table: Tensor, sign: float) -> Tensor:
-    """The pairs (x_i, x_{i + H/2}) of ``x`` [T, 1, N, H], turned by the angles of ``table`` [T, 1, 1, 2H]."""
+    """Rotate the pairs (x_i, x_{i + H/2}) of ``x`` [T, 1, N, H] by the angles of ``table`` [T, 1, 1, 2H]."""
     rows, _, heads, size = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     assert table.is_contiguous()
@@ -182,16 +190,16 @@ def add_tile(
     target: Tensor,
     scale: float,
 ) -> None:
-    """Take a tile of logits into each token's statistics, all float32 [t], in place.
+    """Add a tile of logits to each token's statistics, all float32 [t], in place.
 
     Args:
         tile: [t, v], contiguous.
         banned: bool [v].
-        labels: int64 [t], columns of the tile; those of other tiles lie outside.
+        labels: int64 [t], columns of the tile; a label of another tile lies outside.
         peak: the largest x = ``scale`` * logit so far.
         total: sum of e^(x - peak).
         weighted: sum of (x - peak) e^(x - peak).
-        target: x of the label, where it has been met.
+        target: x of the label, once its tile has been added.
         scale: inverse temperature.
     """
     statistics = peak, total, weighted, target
@@ -211,7 +219,7 @@ def tile_gradient(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of a tile of scaled logits [t, v], written over the logits where it has their dtype.
+    """Return the gradient of a tile of scaled logits [t, v], written over the logits where it has their dtype.
 
     Args:
         tile: [t, v], contiguous.
@@ -220,7 +228,7 @@ def tile_gradient(
         norm: logarithm of the sum of e^x over the whole vocabulary [t].
         entropy: of the whole distribution [t].
         d_logprob: gradient of each label's log-probability [t].
-        d_entropy: gradient of each entropy [t]; None: it is not wanted.
+        d_entropy: gradient of each entropy [t]; None: none flows through it.
         scale: inverse temperature.
         dtype: of the gradient.
     """
@@ -242,5 +250,5 @@ def tile_gradient(
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:
-    """One program for each block of each row of ``rows`` [..., F]."""
+    """Return a grid of one program for each block of each row of ``rows`` [..., F]."""
     return rows.numel() // rows.size(-1), triton.cdiv(rows.size(-1), _BLOCK)

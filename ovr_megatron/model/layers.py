@@ -1,6 +1,6 @@
-"""Transformer layer specifications: which class implements each part, with Transformer Engine or without.
+"""Transformer layer specifications: the class that implements each part, with Transformer Engine or without.
 
-Parameter names are Transformer Engine's in both cases, so a checkpoint does not know which one wrote it.
+Parameter names are Transformer Engine's in both cases, so checkpoints of both have the same names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ovr_megatron.model.attention import PackedDotProductAttention, PackedSelfAt
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, statistics in float32 (as Transformers computes it)."""
+    """Normalise by the root mean square of the last dimension, statistics in float32 (as Transformers does)."""
     if x.is_cuda:  # torch has a fused kernel there
         return weight * torch.nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)
@@ -38,20 +38,22 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        x_float = x.float()
+        # mean(x^2) = |x|^2 / D, without a tensor of the squares.
+        scale = torch.linalg.vector_norm(x_float, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return (x_float * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         normed = x.float() * scale
-        wide, factor = grad.float(), weight.float()
-        product = wide * normed
+        grad_float = grad.float()
+        weight_float = weight.float()
+        product = grad_float * normed
         d_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        mean = (product @ factor).unsqueeze(-1).div_(x.size(-1))
-        d_x = torch.mul(wide, factor, out=product).addcmul_(normed, mean, value=-1.0).mul_(scale)
+        mean = (product @ weight_float).unsqueeze(-1).div_(x.size(-1))
+        d_x = torch.mul(grad_float, weight_float, out=product).addcmul_(normed, mean, value=-1.0).mul_(scale)
         return d_x.to(x.dtype), d_weight, None
 
 
@@ -64,6 +66,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
+        # Megatron sums the gradients of marked parameters over the tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,6 +83,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight = torch.nn.Parameter(
             torch.ones(input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
+        # As in `RMSNorm`: each tensor-parallel rank sees its own rows only.
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -88,20 +92,22 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
 
 class SwiGLU(torch.nn.Module):
-    """The perceptron's gate silu(a) * b, whose backward writes the gradient of (a, b) over them.
+    """The MLP's gate silu(a) * b, whose backward writes the gradient of (a, b) over them.
 
-    On a GPU nothing else is kept; on a CPU, where an exponential costs more than its memory, silu(a) is.
+    On a GPU nothing else is stored; on a CPU silu(a) is, since an exponential costs more there than its memory.
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        """[..., 2F], a before b, -> [..., F]."""
+        """Return [..., F] of ``gate_up`` [..., 2F], a before b."""
         return _SwiGLU.apply(gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):
+    """The function of `SwiGLU`; on a CPU it is torch, on a GPU one kernel a pass."""
+
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         if gate_up.is_cuda:
@@ -114,11 +120,12 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gate_up, *kept = ctx.saved_tensors  # the gradient takes the place of what was kept: backward reads it once
+        # The gradient is written over the stored tensor: backward reads it once.
+        gate_up, *activations = ctx.saved_tensors
         if gate_up.is_cuda:
             return kernels.swiglu_backward(gate_up, grad)
         gate, up = gate_up.chunk(2, dim=-1)
-        (activated,) = kept
+        (activated,) = activations
         up.mul_(grad)
         torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
         torch.mul(activated, grad, out=up)
@@ -126,8 +133,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The classes that a transformer layer is made of."""
+class LayerClasses:
+    """The classes of a transformer layer's modules."""
 
     norm: Any
     norm_linear: Any
@@ -135,11 +142,12 @@ class Parts:
     core_attention: Any
 
 
-def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
+def choose_layer_classes(layers: str, dtype: torch.dtype) -> LayerClasses:
     """Return Transformer Engine's classes or ours.
 
-    In float32 ours are taken: Transformer Engine has cuBLAS multiply float32 in TF32, with 10 bits of mantissa,
-    whatever torch is told (``common/gemm/cublaslt_gemm.cu``), and its attention over packs is for 16-bit numbers only.
+    In float32 ours are taken: Transformer Engine has cuBLAS multiply float32 in TF32, with 10 bits of mantissa and
+    whatever torch's settings are (``common/gemm/cublaslt_gemm.cu``), and its attention over packs takes 16-bit dtypes
+    only.
 
     Args:
         layers: ``auto`` (Transformer Engine where it is installed and there is a GPU), ``local`` or
@@ -149,7 +157,7 @@ def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
     Raises:
         ConfigError: Transformer Engine is asked for and cannot be had, or in float32.
     """
-    ours = Parts(RMSNorm, NormColumnParallelLinear, RowParallelLinear, PackedDotProductAttention)
+    ours = LayerClasses(RMSNorm, NormColumnParallelLinear, RowParallelLinear, PackedDotProductAttention)
     if layers == "local" or (layers == "auto" and not torch.cuda.is_available()):
         return ours
     if dtype == torch.float32:
@@ -162,7 +170,8 @@ def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
     try:
         from megatron.core.extensions import transformer_engine as te
     except ImportError as error:
-        te, reason = None, str(error)
+        te = None
+        reason = str(error)
     else:
         reason = "it is not installed" if not getattr(te, "HAVE_TE", False) else ""
     if reason:
@@ -174,18 +183,18 @@ def choose_parts(layers: str, dtype: torch.dtype) -> Parts:
         )
     if not torch.cuda.is_available():
         raise ConfigError("model.layers=transformer_engine needs a GPU; set model.layers=auto")
-    attention = _informed(te.TEDotProductAttention)
-    return Parts(te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, attention)
+    attention = _without_device_wait(te.TEDotProductAttention)
+    return LayerClasses(te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, attention)
 
 
 def layers_in_use(model: ModelConfig) -> str:
-    """Say whose layers an engine of ``model`` has on this machine, and where they are not the fast ones, why.
+    """Return in words whose layers an engine of ``model`` has on this machine, and why if not Transformer Engine's.
 
     Raises:
-        ConfigError: as `choose_parts`.
+        ConfigError: as `choose_layer_classes`.
     """
     layers = "transformer_engine" if model.fp8 != "none" else model.layers
-    if choose_parts(layers, getattr(torch, model.dtype)).norm is not RMSNorm:
+    if choose_layer_classes(layers, getattr(torch, model.dtype)).norm is not RMSNorm:
         return f"Transformer Engine {metadata.version('transformer_engine')}"
     if not torch.cuda.is_available() or layers == "local":
         return "this project's own"
@@ -195,34 +204,37 @@ def layers_in_use(model: ModelConfig) -> str:
 
 
 def cautions(model: ModelConfig, rollout: bool) -> list[str]:
-    """Say what is not exact with the 8-bit settings of ``model``; ``rollout``: a policy of it generates in vLLM."""
-    found = []
+    """List what is not exact with the 8-bit settings of ``model``; ``rollout``: its policy generates in vLLM."""
+    sentences = []
     if model.fp8 == "delayed":
-        found.append(
+        sentences.append(
             "model.fp8=delayed: no checkpoint holds the scaling history, so that a resumed run begins a new one and "
             "differs from an undisturbed run; model.fp8=current and block have no such state"
         )
     if model.fp8 != "none" and rollout:
-        found.append(
+        sentences.append(
             f"model.fp8={model.fp8}: vLLM generates in {model.dtype}, so that its log-probabilities and the trainer's "
             "differ more than rounding; watch rollout/mismatch_mean"
         )
-    return found
+    return sentences
 
 
-def _informed(attention: Any) -> Any:
-    """Transformer Engine's attention, told by `Segments` what it would otherwise wait for the device to know."""
+def _without_device_wait(attention: Any) -> Any:
+    """Return Transformer Engine's attention with ``pad_between_seqs`` from `Segments`.
 
-    class InformedAttention(attention):  # type: ignore[misc]
+    Without it the attention would ask the device, and wait for the answer, in every layer.
+    """
+
+    class PackedTEAttention(attention):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.kept_packed_seq_params.add("pad_between_seqs")
 
-    return InformedAttention
+    return PackedTEAttention
 
 
-def layer_spec(causal: bool, parts: Parts) -> ModuleSpec:
-    """Specification of one transformer layer: causal for the language model, bidirectional for the vision tower."""
+def layer_spec(causal: bool, classes: LayerClasses) -> ModuleSpec:
+    """Return the specification of a transformer layer: causal for language, bidirectional for the vision tower."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -230,9 +242,9 @@ def layer_spec(causal: bool, parts: Parts) -> ModuleSpec:
                 module=PackedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.padding_causal if causal else AttnMaskType.padding},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=parts.norm_linear,
-                    core_attention=parts.core_attention,
-                    linear_proj=parts.row_linear,
+                    linear_qkv=classes.norm_linear,
+                    core_attention=classes.core_attention,
+                    linear_proj=classes.row_linear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
@@ -241,7 +253,7 @@ def layer_spec(causal: bool, parts: Parts) -> ModuleSpec:
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=parts.norm_linear, linear_fc2=parts.row_linear, activation_func=SwiGLU
+                    linear_fc1=classes.norm_linear, linear_fc2=classes.row_linear, activation_func=SwiGLU
                 ),
             ),
             mlp_bda=get_bias_dropout_add,

@@ -1,4 +1,4 @@
-"""The sizes of the published Qwen2.5-VL models, as the hub's ``config.json`` states them.  No torch, no Megatron."""
+"""The sizes of the published Qwen2.5-VL models, from their ``config.json`` on Hugging Face.  No torch, no Megatron."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIZES = {
 def _config(
     layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, tied: bool, vision_ffn: int
 ) -> dict[str, Any]:
-    """The hub's flat layout: sizes of the language model on the top level."""
+    """Return the flat layout of Transformers 4: sizes of the language model on the top level."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -72,7 +72,7 @@ PRESETS = {name: _config(*sizes) for name, sizes in _SIZES.items()}
 
 
 def write_config(name: str, directory: str | Path) -> Path:
-    """Write ``config.json`` of the model ``name`` (3B, 7B, 32B, 72B) to ``directory``; returns its path.
+    """Write ``config.json`` of the model ``name`` (3B, 7B, 32B, 72B) to ``directory``; return its path.
 
     Raises:
         ValueError: no model of that name.

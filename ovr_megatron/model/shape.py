@@ -48,7 +48,7 @@ class VisionShape:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one patch: channels x temporal patch x patch x patch."""
+        """Return the elements of one patch: channels x temporal patch x patch x patch."""
         return self.in_channels * self.temporal_patch * self.patch**2
 
 
@@ -99,7 +99,7 @@ class ModelShape:
 
     @property
     def trained_positions(self) -> int:
-        """Positions before YaRN."""
+        """Return the positions without YaRN."""
         return self.yarn.original_positions if self.yarn else min(self.max_positions, TRAINED_POSITIONS)
 
     def check_length(self, tokens: int, setting: str) -> None:
@@ -115,17 +115,17 @@ class ModelShape:
                 f"give the model more with YaRN: tools/convert_from_hf.py --yarn {factor}"
             )
 
-    def response_limit(self, wanted: int, prompt_tokens: int) -> int:
-        """Return ``wanted``, or for 0 what the positions leave beside a prompt, at most `LONGEST_RESPONSE` tokens."""
-        return wanted or max(1, min(LONGEST_RESPONSE, self.max_positions - prompt_tokens))
+    def response_limit(self, max_tokens: int, prompt_tokens: int) -> int:
+        """Return ``max_tokens``, or for 0 the positions that a prompt leaves, at most `LONGEST_RESPONSE` tokens."""
+        return max_tokens or max(1, min(LONGEST_RESPONSE, self.max_positions - prompt_tokens))
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> ModelShape:
-        """Read ``config.json`` of ``directory``; both the flat layout of Transformers 4 and the nested one of 5.
+        """Read ``config.json`` of ``directory`` in the flat layout of Transformers 4 or the nested one of 5.
 
         Raises:
-            ShapeError: the file is missing, is not JSON, is of another model, lacks a field, or asks for what is not
-                computed here.
+            ShapeError: the file is missing, is not JSON, is of another model, lacks a field, or asks for a feature
+                that is not computed here.
         """
         raw, path = read_config(directory)
         nested = raw.get("text_config") is not None
@@ -188,7 +188,10 @@ def _vision_shape(vision: VisionFields) -> VisionShape:
 
 
 def _read_tied(raw: dict[str, Any], text: dict[str, Any], path: Path) -> bool:
-    """Older exports keep the flag on the outer level only, newer ones write it on both: outer wins."""
+    """Return whether input and output embedding are tied.
+
+    Older exports have the flag on the outer level only, newer ones on both: the outer one wins.
+    """
     tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     if not isinstance(tied, bool):
         raise ShapeError(f"{path}: field 'tie_word_embeddings' is {tied!r}; it can be true or false")
@@ -196,7 +199,7 @@ def _read_tied(raw: dict[str, Any], text: dict[str, Any], path: Path) -> bool:
 
 
 def _read_yarn(rope: dict[str, Any], positions: int, path: Path) -> Yarn | None:
-    """YaRN as the rotary part of ``config.json`` asks for it; Transformers and vLLM read the same fields."""
+    """Return the YaRN of the rotary part of ``config.json``; Transformers and vLLM read the same fields."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("default", "mrope"):
         return None
@@ -208,7 +211,8 @@ def _read_yarn(rope: dict[str, Any], positions: int, path: Path) -> Yarn | None:
     if "factor" not in rope:
         raise ShapeError(f"{path}: field 'factor' is missing")
     original = rope.get("original_max_position_embeddings", positions)
-    for name, value in {**options, "factor": rope["factor"], "original_max_position_embeddings": original}.items():
+    numbers = {**options, "factor": rope["factor"], "original_max_position_embeddings": original}
+    for name, value in numbers.items():
         if not is_number(value) or value <= 0 or (name == "factor" and value < 1):
             raise ShapeError(f"{path}: field {name!r} of YaRN is {value!r}; give a number above 0, for 'factor' from 1")
     options.setdefault("attention_factor", 0.1 * math.log(rope["factor"]) + 1.0)
@@ -216,9 +220,9 @@ def _read_yarn(rope: dict[str, Any], positions: int, path: Path) -> Yarn | None:
 
 
 def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
-    """Write YaRN with ``factor`` into ``config.json`` of ``directory``; what it says of YaRN already is replaced.
+    """Write YaRN with ``factor`` into ``config.json`` of ``directory``, over any YaRN in it.
 
-    Everything that reads the folder has it from then on: this project, Transformers, vLLM, and what is exported.
+    From then on it is read by this project, Transformers and vLLM, and exports have it, too.
 
     Raises:
         ConfigError: ``factor`` stretches nothing.
@@ -241,6 +245,7 @@ def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
 
 
 def _stretched(rope: dict[str, Any], factor: float, original: int) -> dict[str, Any]:
-    kept = {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
+    """Return the rotary part with YaRN, its type under the field names that it has."""
+    angles = {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
     kinds = [name for name in ("type", "rope_type") if name in rope] or ["rope_type"]
-    return kept | dict.fromkeys(kinds, "yarn") | {"factor": factor, "original_max_position_embeddings": original}
+    return angles | dict.fromkeys(kinds, "yarn") | {"factor": factor, "original_max_position_embeddings": original}

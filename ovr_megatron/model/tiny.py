@@ -1,8 +1,8 @@
-"""A small random Qwen2.5-VL folder as the hub lays it out: the model of the miniature and of the tests.
+"""A small random Qwen2.5-VL in a Hugging Face folder: the model of the miniature and of the tests.
 
-Nothing is downloaded.  The folder holds what a real one holds (config, weights, byte-level tokenizer with
+Nothing is downloaded.  The folder has all files of a real one (config, weights, byte-level tokenizer with
 Qwen's special tokens, processor, chat template, generation config), so that Transformers, vLLM and this
-package take it for one.
+package read it like one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make_tiny_model(
         corpus: Texts that the byte-level BPE is trained on; default: a few lines with the puzzles' words.
         perturb: Move norms and biases off their trivial 1 and 0, so that a test sees each of them.
         std: Standard deviation of the matrices.
-        dtype: Number format of the stored weights.
+        dtype: Dtype of the stored weights.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -92,7 +92,7 @@ def _write_processor(out: Path) -> None:
 
 
 def _config(sizes: TinySizes, ids: dict[str, int], tied: bool, std: float, dtype: torch.dtype) -> dict[str, Any]:
-    """The hub's flat layout: sizes of the language model on the top level."""
+    """Return the flat layout of Transformers 4: sizes of the language model on the top level."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -114,7 +114,7 @@ def _config(sizes: TinySizes, ids: dict[str, int], tied: bool, std: float, dtype
         "use_cache": True,
         "tie_word_embeddings": tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        # Like the hub's models: a multiple of 64, so some ids lie past the tokenizer.
+        # Like the published models: a multiple of 64, so some ids lie past the tokenizer.
         "vocab_size": (max(ids.values()) // 64 + 1) * 64,
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
@@ -145,8 +145,9 @@ def _config(sizes: TinySizes, ids: dict[str, int], tied: bool, std: float, dtype
 
 
 def _shapes(sizes: TinySizes, vocab: int, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The hub's parameter names with their shapes, in a fixed order."""
-    width, wide = sizes.vision_hidden, sizes.vision_ffn
+    """Yield Hugging Face parameter names with their shapes, in a fixed order."""
+    width = sizes.vision_hidden
+    ffn = sizes.vision_ffn
     yield "visual.patch_embed.proj.weight", (width, 3, 2, 14, 14)
     for i in range(sizes.vision_depth):
         block = f"visual.blocks.{i}"
@@ -154,22 +155,23 @@ def _shapes(sizes: TinySizes, vocab: int, tied: bool) -> Iterator[tuple[str, tup
         yield f"{block}.norm2.weight", (width,)
         yield from _linear(f"{block}.attn.qkv", 3 * width, width)
         yield from _linear(f"{block}.attn.proj", width, width)
-        yield from _linear(f"{block}.mlp.gate_proj", wide, width)
-        yield from _linear(f"{block}.mlp.up_proj", wide, width)
-        yield from _linear(f"{block}.mlp.down_proj", width, wide)
+        yield from _linear(f"{block}.mlp.gate_proj", ffn, width)
+        yield from _linear(f"{block}.mlp.up_proj", ffn, width)
+        yield from _linear(f"{block}.mlp.down_proj", width, ffn)
     yield "visual.merger.ln_q.weight", (width,)
     yield from _linear("visual.merger.mlp.0", 4 * width, 4 * width)
     yield from _linear("visual.merger.mlp.2", sizes.hidden, 4 * width)
 
-    hidden, kv = sizes.hidden, sizes.kv_heads * (sizes.hidden // sizes.heads)
+    hidden = sizes.hidden
+    kv_width = sizes.kv_heads * (sizes.hidden // sizes.heads)
     yield "model.embed_tokens.weight", (vocab, hidden)
     for i in range(sizes.layers):
         layer = f"model.layers.{i}"
         yield f"{layer}.input_layernorm.weight", (hidden,)
         yield f"{layer}.post_attention_layernorm.weight", (hidden,)
         yield from _linear(f"{layer}.self_attn.q_proj", hidden, hidden)
-        yield from _linear(f"{layer}.self_attn.k_proj", kv, hidden)
-        yield from _linear(f"{layer}.self_attn.v_proj", kv, hidden)
+        yield from _linear(f"{layer}.self_attn.k_proj", kv_width, hidden)
+        yield from _linear(f"{layer}.self_attn.v_proj", kv_width, hidden)
         yield f"{layer}.self_attn.o_proj.weight", (hidden, hidden)
         yield f"{layer}.mlp.gate_proj.weight", (sizes.ffn, hidden)
         yield f"{layer}.mlp.up_proj.weight", (sizes.ffn, hidden)

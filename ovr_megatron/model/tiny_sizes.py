@@ -36,7 +36,7 @@ class TinySizes:
 
     @property
     def mrope_section(self) -> list[int]:
-        """Rotary pairs of the time, height and width rows, in the hub models' ratio of 2 : 3 : 3."""
+        """Return the rotary pairs of the time, height and width rows, in the published ratio of 2 : 3 : 3."""
         pairs = self.hidden // self.heads // 2
         side = 3 * pairs // 8
         return [pairs - 2 * side, side, side]

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-# In the hub's order; those of the second group are added tokens but not special ones.
+# In Qwen's order; those of the second group are added tokens but not special ones.
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
@@ -85,7 +85,7 @@ def write_tokenizer(out: Path, corpus: Iterable[str], bpe_vocab: int, max_length
     special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
     tokenizer.add_tokens(special + [AddedToken(token, normalized=False) for token in ADDED_TOKENS])
     added = (*SPECIAL_TOKENS, *ADDED_TOKENS)
-    ids = {token: found for token in added if (found := tokenizer.token_to_id(token)) is not None}
+    ids = {token: index for token in added if (index := tokenizer.token_to_id(token)) is not None}
 
     tokenizer.save(str(out / "tokenizer.json"))
     _write_vocabulary(out, learned)
@@ -94,7 +94,7 @@ def write_tokenizer(out: Path, corpus: Iterable[str], bpe_vocab: int, max_length
 
 
 def _write_vocabulary(out: Path, learned: dict[str, Any]) -> None:
-    """``vocab.json`` and ``merges.txt``: what tokenizers written in Python read."""
+    """Write ``vocab.json`` and ``merges.txt``, which tokenizers written in Python read."""
     _write_json(out / "vocab.json", learned["vocab"])
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
     (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

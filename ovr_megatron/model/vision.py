@@ -6,8 +6,10 @@ Patches arrive as the image processor lays them out: the m x m patches of a feat
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ovr_megatron.model.attention import rotary_table
-from ovr_megatron.model.layers import Parts, layer_spec
+from ovr_megatron.model.layers import LayerClasses, layer_spec
 from ovr_megatron.model.segments import Segments
 from ovr_megatron.model.shape import VisionShape
 from ovr_megatron.runtime.device import send
@@ -28,7 +30,7 @@ from ovr_megatron.runtime.device import send
 
 @dataclass(frozen=True)
 class GridLayout:
-    """How the patches of one image or video are visited.
+    """The order of the patches of one image or video.
 
     Attributes:
         order: int64 [P], for each row in window order its row in processor order.
@@ -47,41 +49,40 @@ class GridLayout:
 
 @lru_cache(maxsize=1024)
 def grid_layout(grid: tuple[int, int, int], merge: int, window: int) -> GridLayout:
-    """Layout of a ``grid`` (frames, height, width in patches); ``window`` is counted in features."""
+    """Return the layout of a ``grid`` (frames, height, width in patches); ``window`` is counted in features."""
     frames, height, width = grid
     frame, row, column = np.meshgrid(
         np.arange(frames), np.arange(height // merge), np.arange(width // merge), indexing="ij"
     )
     windows_wide = -(-(width // merge) // window)
     windows_high = -(-(height // merge) // window)
-    window_of = ((frame * windows_high + row // window) * windows_wide + column // window).ravel()
-    feature_order = np.argsort(window_of, kind="stable")
-    _, features = np.unique(window_of, return_counts=True)
+    window_row = frame * windows_high + row // window
+    window_index = (window_row * windows_wide + column // window).ravel()
+    feature_order = np.argsort(window_index, kind="stable")
+    _, features_per_window = np.unique(window_index, return_counts=True)
 
     unit = merge * merge
     inner_row, inner_column = np.divmod(np.arange(unit), merge)
-    position = np.stack(
-        (
-            row.reshape(-1, 1) * merge + inner_row,
-            column.reshape(-1, 1) * merge + inner_column,
-        ),
-        axis=-1,
-    )
+    patch_row = row.reshape(-1, 1) * merge + inner_row
+    patch_column = column.reshape(-1, 1) * merge + inner_column
+    position = np.stack((patch_row, patch_column), axis=-1)
     return GridLayout(
         order=(feature_order[:, None] * unit + np.arange(unit)).ravel(),
         feature_order=feature_order,
         position=position[feature_order].reshape(-1, 2),
-        window_lengths=tuple(int(n) * unit for n in features),
+        window_lengths=tuple(int(count) * unit for count in features_per_window),
         frame_lengths=(height * width,) * frames,
     )
 
 
-def _boundaries(lengths: list[int]) -> Tensor:
+def _bounds(lengths_by_image: Iterable[Sequence[int]]) -> Tensor:
+    """Return the bounds, int32 on the host, of segments of these lengths, one image after the other."""
+    lengths = chain.from_iterable(lengths_by_image)
     return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
 
 
 class PatchMerger(MegatronModule):
-    """Norm, then each m x m block of patches through a two-layer perceptron to the language width."""
+    """Norm, then a two-layer MLP that maps each m x m block of patches to the language model's width."""
 
     def __init__(
         self,
@@ -89,10 +90,10 @@ class PatchMerger(MegatronModule):
         merge: int,
         out_size: int,
         tp_group: torch.distributed.ProcessGroup,
-        parts: Parts,
+        classes: LayerClasses,
     ):
         super().__init__(config=config)
-        self.norm = parts.norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+        self.norm = classes.norm(config, config.hidden_size, eps=config.layernorm_epsilon)
         self.width = config.hidden_size * merge * merge
         self.linear_fc1 = ColumnParallelLinear(
             self.width,
@@ -114,13 +115,16 @@ class PatchMerger(MegatronModule):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[P, 1, hidden] -> [F, 1, D]."""
+        """Return features [F, 1, D] of ``hidden`` [P, 1, width of the tower]."""
         blocks = self.norm(hidden).view(-1, 1, self.width)
-        return self.linear_fc2(F.gelu(self.linear_fc1(blocks)[0]))[0]
+        inner, _ = self.linear_fc1(blocks)
+        inner = F.gelu(inner)
+        features, _ = self.linear_fc2(inner)
+        return features
 
 
 class VisionTower(MegatronModule):
-    """Patches to language-model features: window attention, full attention on some layers, merger.
+    """The vision tower: window attention, full attention in some layers, and the merger to language features.
 
     Layers, attention and merger are sharded over the tensor-parallel group; the patch embedding is replicated.
     """
@@ -131,7 +135,7 @@ class VisionTower(MegatronModule):
         out_size: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
-        parts: Parts,
+        classes: LayerClasses,
     ):
         super().__init__(config=config)
         self.shape = shape
@@ -144,17 +148,20 @@ class VisionTower(MegatronModule):
         )
         self.layers = torch.nn.ModuleList(
             build_module(
-                layer_spec(causal=False, parts=parts), config=config, layer_number=i + 1, pg_collection=pg_collection
+                layer_spec(causal=False, classes=classes),
+                config=config,
+                layer_number=i + 1,
+                pg_collection=pg_collection,
             )
             for i in range(shape.depth)
         )
-        self.merger = PatchMerger(config, shape.merge, out_size, pg_collection.tp, parts)
-        head = shape.hidden // shape.heads
-        exponents = torch.arange(0, head // 2, 2, dtype=torch.float32) / (head // 2)
+        self.merger = PatchMerger(config, shape.merge, out_size, pg_collection.tp, classes)
+        head_dim = shape.hidden // shape.heads
+        exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2)
         self.register_buffer("inv_freq", 1.0 / 10000.0**exponents, persistent=False)
 
     def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
-        """Features [F, D] in the order of the images.
+        """Return features [F, D] in the order of the images.
 
         Args:
             patches: [P, patch_dim] on the device, in processor order, images one after the other.
@@ -167,27 +174,31 @@ class VisionTower(MegatronModule):
         positions = send(torch.from_numpy(np.concatenate([layout.position for layout in layouts])), device)
         angles = (positions[:, :, None].float() * self.inv_freq).flatten(1)
         table = rotary_table(angles, self.config.params_dtype)
-        windows, frames = (
-            Segments.build(_boundaries([n for x in layouts for n in getattr(x, name)]), exact=True, device=device)
-            for name in ("window_lengths", "frame_lengths")
-        )
+        # Full attention sees one frame, window attention one window.
+        windows = Segments.build(_bounds(layout.window_lengths for layout in layouts), exact=True, device=device)
+        frames = Segments.build(_bounds(layout.frame_lengths for layout in layouts), exact=True, device=device)
 
-        hidden = self.patch_embed(patches.to(self.patch_embed.weight.dtype))[send(order, device)].unsqueeze(1)
-        for i, layer in enumerate(self.layers):
-            segments = frames if i in self.shape.full_attention_layers else windows
+        hidden = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
+        hidden = hidden[send(order, device)].unsqueeze(1)
+        for index, layer in enumerate(self.layers):
+            segments = frames if index in self.shape.full_attention_layers else windows
             hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=table, packed_seq_params=segments)
         features = self.merger(hidden).squeeze(1)
+        # The inverse of the window order.
         restored = torch.empty_like(feature_order)
         restored[feature_order] = torch.arange(len(feature_order))
         return features[send(restored, device)]
 
 
 def _concatenate(layouts: list[GridLayout]) -> tuple[Tensor, Tensor]:
-    """Orders of all grids of a pack as two index tensors [P] and [F]."""
-    orders, features, patches_before, features_before = [], [], 0, 0
+    """Concatenate the orders of all grids of a pack to two index tensors [P] and [F]."""
+    patch_orders = []
+    feature_orders = []
+    patches = 0  # of the grids before
+    features = 0
     for layout in layouts:
-        orders.append(layout.order + patches_before)
-        features.append(layout.feature_order + features_before)
-        patches_before += len(layout.order)
-        features_before += len(layout.feature_order)
-    return torch.from_numpy(np.concatenate(orders)), torch.from_numpy(np.concatenate(features))
+        patch_orders.append(layout.order + patches)
+        feature_orders.append(layout.feature_order + features)
+        patches += len(layout.order)
+        features += len(layout.feature_order)
+    return torch.from_numpy(np.concatenate(patch_orders)), torch.from_numpy(np.concatenate(feature_orders))

@@ -1,4 +1,4 @@
-"""The seconds of the plan beside the limits of a job: its warning, its time limit, and what counts as a hang."""
+"""Checks of the plan's seconds against a job's limits: its warning, its time limit, and the watchdog's timeout."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-CAUTION = 1.5  # the plan's seconds are those of a good day, see `ovr_megatron.plan.cost`
+CAUTION = 1.5  # the plan's seconds assume that nothing disturbs the run, see `ovr_megatron.plan.cost`
 START_S = 600.0  # imports, weights, vLLM's compilation
 PACKS_OF_A_HANG = 10  # a rank without progress for so many packs hangs
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the launcher says of the job: seconds between warning and end, and until the end; None: no time limit."""
+    """The launcher's limits of the job: seconds between warning and end, and until the end; None: no time limit."""
 
     warning_s: float
     limit_s: float | None
@@ -27,15 +27,15 @@ def read_limits(environment: Mapping[str, str]) -> Limits:
 
 
 def committed_seconds(span: Mapping[str, Any]) -> float:
-    """Seconds of a step of ``span`` (of `ovr_megatron.plan.report.plan`) that a run that is told to stop must end.
+    """Return the seconds of a step of ``span`` that a run must complete before it can stop.
 
-    Generation can be left, with nothing lost but its responses.
+    ``span`` is of `ovr_megatron.plan.report.plan`.  Generation can be abandoned: only its responses are lost.
     """
     return span["seconds"] - span["parts"].get("generate", 0.0)
 
 
 def problems(plan: Mapping[str, Any], limits: Limits, hang_timeout_s: float, write_rate: float) -> list[str]:
-    """Limits that the plan's steps do not fit into, one sentence each.
+    """List the limits that the plan's steps do not fit into, one sentence each.
 
     Args:
         plan: of `ovr_megatron.plan.report.plan`.
@@ -43,28 +43,30 @@ def problems(plan: Mapping[str, Any], limits: Limits, hang_timeout_s: float, wri
         hang_timeout_s: ``run.hang_timeout_s``; 0: none.
         write_rate: bytes a second that all nodes together write to the run folder.
     """
-    found = []
+    sentences = []
     spans = plan["spans"]
-    pack = max(committed_seconds(span) / span["micro_batches"] for span in spans)
-    if 0 < hang_timeout_s < PACKS_OF_A_HANG * pack:
-        found.append(
-            f"run.hang_timeout_s={hang_timeout_s:g} would end a healthy run: a pack takes {pack:.0f} s by the plan; "
-            f"use at least {math.ceil(PACKS_OF_A_HANG * pack)}"
+    pack_seconds = max(committed_seconds(span) / span["micro_batches"] for span in spans)
+    hang_seconds = PACKS_OF_A_HANG * pack_seconds
+    if 0 < hang_timeout_s < hang_seconds:
+        sentences.append(
+            f"run.hang_timeout_s={hang_timeout_s:g} would end a healthy run: a pack takes {pack_seconds:.0f} s by the "
+            f"plan; use at least {math.ceil(hang_seconds)}"
         )
     if limits.limit_s is None:
-        return found
+        return sentences
     save = plan["checkpoint_bytes"] / write_rate
     committed = CAUTION * max(map(committed_seconds, spans)) + save
     if limits.warning_s < committed:
-        found.append(
+        sentences.append(
             f"the job is warned {limits.warning_s:.0f} s before its time limit, and what cannot be left of a step "
             f"takes {committed:.0f} s ({CAUTION:g} times the plan's, and {save:.0f} s of saving): submit it with "
             f"OVR_WARNING_S={math.ceil(committed / 600) * 600}"
         )
-    needed = START_S + CAUTION * max(span["seconds"] for span in spans) + max(limits.warning_s, committed)
+    longest_step = CAUTION * max(span["seconds"] for span in spans)
+    needed = START_S + longest_step + max(limits.warning_s, committed)
     if limits.limit_s < needed:
-        found.append(
+        sentences.append(
             f"the job ends in {limits.limit_s:.0f} s, and to start, end one step and be warned takes {needed:.0f} s by "
             "the plan: submit it with a longer --time"
         )
-    return found
+    return sentences

@@ -20,23 +20,34 @@ FLOP of training = 3 x forward where a part trains, 2 x where gradients only pas
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOP for each token of the training data: without gradients, in training, and computed again for it."""
+    """FLOP for each token of the training data: without gradients, in training, and recomputed in training."""
 
     forward: float
     training: float
-    again: float
+    recomputed: float
 
 
 def token_flops(shape: ModelShape, model: ModelConfig, load: Workload, critic: bool = False) -> TokenFlops:
-    """FLOP a token by `FORMULA`; images count by the patches that ``load`` has for each of its tokens."""
+    """Return the FLOP of a token by `FORMULA`; images count by the patches that ``load`` has for each of its tokens."""
     matrices = 2.0 * language_weights(shape, critic)
     attention = attention_forward(shape, load.squares)
     head = 2.0 * shape.hidden * (1 if critic else shape.vocab)
-    perceptrons = 6.0 * shape.layers * shape.hidden * shape.ffn
-    tower, merger = (load.patches / load.tokens * n for n in patch_forward(shape, FRAME))
-    into_vision = bool(tower) and not (model.freeze_vision and model.freeze_merger)
-    training = matrices * (2.0 if model.freeze_language and into_vision else 3.0) + 3.0 * attention
-    training += tower * (1 if model.freeze_vision else 3)
-    training += merger * (3 if not model.freeze_merger else 1 if model.freeze_vision else 2)
-    again = {"none": 0.0, "selective": perceptrons, "full": matrices - head + attention}[model.recompute]
-    return TokenFlops(matrices + attention + tower + merger, training, again)
+    mlps = 6.0 * shape.layers * shape.hidden * shape.ffn
+    patches_per_token = load.patches / load.tokens
+    tower_patch, merger_patch = patch_forward(shape, FRAME)
+    tower = patches_per_token * tower_patch
+    merger = patches_per_token * merger_patch
+
+    # Gradients pass through a frozen language model where a part of the vision tower below it trains.
+    reaches_vision = bool(tower) and not (model.freeze_vision and model.freeze_merger)
+    matrix_passes = 2.0 if model.freeze_language and reaches_vision else 3.0
+    tower_passes = 1 if model.freeze_vision else 3
+    if not model.freeze_merger:
+        merger_passes = 3
+    else:
+        merger_passes = 1 if model.freeze_vision else 2
+    training = matrices * matrix_passes + 3.0 * attention
+    training += tower * tower_passes
+    training += merger * merger_passes
+    recomputed = {"none": 0.0, "selective": mlps, "full": matrices - head + attention}[model.recompute]
+    return TokenFlops(matrices + attention + tower + merger, training, recomputed)

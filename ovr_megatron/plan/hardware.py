@@ -1,4 +1,4 @@
-"""What a GPU offers: memory as the driver reports it, and peak rates from NVIDIA's data sheets (dense, no sparsity)."""
+"""The GPUs: memory as the driver reports it, and peak rates from NVIDIA's data sheets (dense, no sparsity)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name.
+    """Return the GPU of this name.
 
     Raises:
         ConfigError: it is not in the table.

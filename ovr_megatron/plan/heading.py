@@ -1,4 +1,4 @@
-"""What a run is about to do, in one block that it prints before its first step."""
+"""The heading of a run: what it is about to do, in one block that it prints before its first step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ def show_heading(title: str, rows: Sequence[tuple[str, str]]) -> str:
     A text is one line: what a file or a setting brings into it cannot break the block or steer the terminal.
     """
     width = max(len(name) for name, _ in rows)
-    lines = [f"  {name:{width}}  {printable(text).replace(chr(10), ' ')}" for name, text in rows]
-    return "\n".join([title, *lines])
+    lines = [title]
+    for name, text in rows:
+        one_line = printable(text).replace("\n", " ")
+        lines.append(f"  {name:{width}}  {one_line}")
+    return "\n".join(lines)
 
 
 def run_rows(
     config: ColdStartConfig | RLConfig, engines: Mapping[str, Engine], world: World, resumed: tuple[Path, int] | None
 ) -> Rows:
-    """Return what both stages say: models and layouts, devices, precision and layers, data, start or resume.
+    """Return the rows of both stages: models and layouts, devices, precision and layers, start or resume.
 
     Args:
         config: with the steps that will be taken.
@@ -42,11 +45,18 @@ def run_rows(
         resumed: the checkpoint that the run goes on from, and its step; None for a fresh start.
     """
     rows = [(name, describe_model(engine)) for name, engine in engines.items()]
-    total, unit = (config.iterations, "iteration") if isinstance(config, RLConfig) else (config.steps, "step")
-    kind = torch.cuda.get_device_properties(0).name if world.device.type == "cuda" else "CPU"
-    rows.append(("device", f"{world.size} x {kind}, {describe_numbers(config, next(iter(engines.values())))}"))
+    if isinstance(config, RLConfig):
+        total = config.iterations
+        unit = "iteration"
+    else:
+        total = config.steps
+        unit = "step"
+    gpu = torch.cuda.get_device_properties(0).name if world.device.type == "cuda" else "CPU"
+    first_engine = next(iter(engines.values()))
+    rows.append(("device", f"{world.size} x {gpu}, {describe_precision(config, first_engine)}"))
     if resumed:
-        rows.append(("resumes", f"after {unit} {resumed[1]:,} of {total:,}, from {resumed[0]}"))
+        checkpoint, step = resumed
+        rows.append(("resumes", f"after {unit} {step:,} of {total:,}, from {checkpoint}"))
     else:
         rows.append(("starts", f"from the weights of {config.model.path}; {total:,} {unit}s to do"))
     return rows
@@ -54,28 +64,32 @@ def run_rows(
 
 def describe_model(engine: Engine) -> str:
     """Return how many parameters train, and the layout."""
-    trained, everything = count(engine.trained_rows), count(engine.live.rows)
+    trained = count(engine.trained_rows)
+    total = count(engine.live.rows)
     layout = search.name(engine.parallel, "")
     replicas = engine.groups.dp.size()
-    share = "all" if trained == everything else f"{trained:,}"
-    return f"{share} of {everything:,} parameters train; layout {layout}, {replicas} data-parallel"
+    share = "all" if trained == total else f"{trained:,}"
+    return f"{share} of {total:,} parameters train; layout {layout}, {replicas} data-parallel"
 
 
 def count(rows: Sequence[Row]) -> int:
     """Return the number of weights in ``rows`` of the table."""
-    return sum(math.prod(size) for row in rows for size in row.sizes)
+    return sum(sum(map(math.prod, row.sizes)) for row in rows)
 
 
-def describe_numbers(config: ColdStartConfig | RLConfig, engine: Engine) -> str:
+def describe_precision(config: ColdStartConfig | RLConfig, engine: Engine) -> str:
     """Return precision, layers and recomputation."""
-    modules = (module for part in engine.parts for module in part.modules())
-    fused = any("transformer_engine" in type(module).__module__ for module in modules)
+    fused = any(_has_transformer_engine(part) for part in engine.parts)
     version = metadata.version("transformer-engine") if fused else ""
     layers = f"Transformer Engine {version}" if fused else "layers of this project"
     fp8 = "" if config.model.fp8 == "none" else f" with FP8 {config.model.fp8}"
     return f"{config.model.dtype}{fp8}, {layers}, recompute {config.model.recompute}"
 
 
+def _has_transformer_engine(part: torch.nn.Module) -> bool:
+    return any("transformer_engine" in type(module).__module__ for module in part.modules())
+
+
 def source_rows(config: ColdStartConfig | RLConfig, samples: float) -> Rows:
-    """Return a row for each finite source: how often ``samples`` draws see it."""
+    """Return a row for each finite source: how often ``samples`` draws repeat it."""
     return [("source", line) for line in show_uses(source_uses(config.data, samples))]

@@ -12,15 +12,15 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.activations import Activations, activations
 from ovr_megatron.plan.hardware import Gpu
 from ovr_megatron.plan.parameters import (
+    DTYPE_BYTES,
     MASTER_BYTES,
     MOMENT_BYTES,
-    NUMBER_BYTES,
     ModelState,
     count_parameters,
     model_state,
     rank_parameters,
 )
-from ovr_megatron.plan.setting import Setting, Span
+from ovr_megatron.plan.scenario import Scenario, Span
 
 _GIB = 1 << 30
 CONTEXT = int(1.5 * _GIB)  # CUDA context, libraries' kernels and workspaces
@@ -28,12 +28,12 @@ GROUP = _GIB // 4  # NCCL's buffers for each process group of more than one rank
 MARGIN = 0.05  # of the GPU's memory, for fragmentation
 GRAPHS = _GIB  # vLLM's captured graphs, which stay while it sleeps unless models are offloaded
 _ENGINE_BATCH = 16384  # tokens that vLLM works on at once
-_TOWER_ROWS = 6  # rows of the tower's width that a patch has at once in one of its layers, beside the MLP's two
+_TOWER_ROWS = 6  # rows of the tower's width that a patch has at once in one of its layers, besides the MLP's two
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What the fullest rank holds in one phase."""
+    """Memory of the fullest rank in one phase, by item."""
 
     name: str
     stage: int
@@ -41,89 +41,106 @@ class Phase:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Return the bytes of all items."""
         return sum(self.items.values())
 
 
-def phases(setting: Setting) -> list[Phase]:
-    """Every phase, each on the pipeline stage that needs most in it."""
-    per_stage = [_of_stage(setting, stage) for stage in _stages(setting.config.parallel)]
-    return [max(together, key=lambda phase: phase.total) for together in zip(*per_stage, strict=True)]
+def phases(scenario: Scenario) -> list[Phase]:
+    """Return every phase, each on the pipeline stage that needs most in it."""
+    per_stage = [_stage_phases(scenario, stage) for stage in _candidate_stages(scenario.config.parallel)]
+    by_phase = zip(*per_stage, strict=True)
+    return [max(stages, key=lambda phase: phase.total) for stages in by_phase]
 
 
-def _stages(parallel: ParallelConfig) -> list[int]:
-    """Stages that can be the fullest: the first two and the last."""
+def _candidate_stages(parallel: ParallelConfig) -> list[int]:
+    """Return the stages that can be the fullest: the first two and the last."""
     return sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})
 
 
-def _of_stage(setting: Setting, stage: int) -> list[Phase]:
-    config, shape = setting.config, setting.shape
-    always = _always(setting)
-    state = _state(shape, config.model, config.parallel, setting.dp, stage, False)
+def _stage_phases(scenario: Scenario, stage: int) -> list[Phase]:
+    config = scenario.config
+    shape = scenario.shape
+    overhead = _overhead(scenario)
+    state = _state(shape, config.model, config.parallel, scenario.dp, stage, False)
     if isinstance(config, ColdStartConfig):
-        train = _training(setting, stage, False, 1)
-        whole = 2 * shape.vocab * shape.hidden  # the largest tensor is put together from its shards
-        save = {**_model("", state), "whole tensors": whole * 4}
-        found = {"train": train, "save": save}
+        largest_tensor = 2 * shape.vocab * shape.hidden  # elements: it is put together from its shards
+        items_by_phase = {
+            "train": _training(scenario, stage, state),
+            "save": {**_state_items(state), "whole tensors": largest_tensor * 4},
+        }
     else:
-        found = _of_iteration(setting, stage, state)
-    return [Phase(name, stage, {**items, **always}) for name, items in found.items()]
+        items_by_phase = _IterationPhases(scenario, stage, state).items_by_phase()
+    return [Phase(name, stage, {**items, **overhead}) for name, items in items_by_phase.items()]
 
 
-def _of_iteration(setting: Setting, stage: int, state: ModelState) -> dict[str, dict[str, int]]:
-    """The phases of PPO and its relatives; ``state`` is the policy's."""
-    config, shape = setting.config, setting.shape
-    assert isinstance(config, RLConfig)
-    algorithm = config.algorithm
-    models = {"policy": state}
-    if algorithm.has_critic:
-        critic = setting.of_critic
-        layout = critic.config.parallel
-        at = stage if layout.pp == config.parallel.pp else 0  # of another pipeline the first, which has the tower
-        models["critic"] = _state(shape, config.model, layout, critic.dp, at, True)
+class _IterationPhases:
+    """The phases of one iteration of PPO and its relatives on one pipeline stage; ``policy`` is the policy's state."""
 
-    copies = {"policy": fp8_bytes(shape, config.model, config.parallel, stage, False)}
-    copies["reference"] = copies["policy"]
-    if algorithm.has_critic:
-        copies["critic"] = fp8_bytes(shape, config.model, layout, at, True)
+    def __init__(self, scenario: Scenario, stage: int, policy: ModelState):
+        config = scenario.config
+        assert isinstance(config, RLConfig)
+        self.scenario = scenario
+        self.config = config
+        self.stage = stage
+        self.models = {"policy": policy}
+        fp8_policy = fp8_bytes(scenario.shape, config.model, config.parallel, stage, False)
+        self.fp8_copies = {"policy": fp8_policy, "reference": fp8_policy}
+        if config.algorithm.has_critic:
+            self.critic = scenario.critic_scenario
+            layout = self.critic.config.parallel
+            # Of a pipeline of another length the first stage is taken: it has the tower.
+            self.critic_stage = stage if layout.pp == config.parallel.pp else 0
+            self.models["critic"] = _state(
+                scenario.shape, config.model, layout, self.critic.dp, self.critic_stage, True
+            )
+            self.fp8_copies["critic"] = fp8_bytes(scenario.shape, config.model, layout, self.critic_stage, True)
 
-    def held(*working: str, trains: bool = False) -> dict[str, int]:
-        """What the models have on the GPU while those of ``working`` have something to do."""
-        if not config.offload:
-            found = {name: model.total for name, model in models.items()}
-            found |= {"reference": state.weights} if algorithm.kl_coefficient else {}
-            return found | _eight_bit(copies, tuple(found))
-        there = models | ({"reference": state} if algorithm.kl_coefficient else {})
-        found = {name: there[name].total if trains else there[name].weights for name in working}
-        return found | _eight_bit(copies, working)
+    def items_by_phase(self) -> dict[str, dict[str, int]]:
+        config = self.config
+        scenario = self.scenario
+        algorithm = config.algorithm
+        engine = engine_memory(config.rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
+        asleep = {} if config.offload else _graphs(config.rollout)
+        phases = {"generate": self._resident() | engine}
+        if algorithm.has_critic:
+            values = _forward_items(self.critic, self.critic_stage, True)
+            update = _backward_items(self.critic, self.critic_stage, True, algorithm.critic_steps)
+            phases["value"] = self._resident("critic") | values | asleep
+            phases["update critic"] = self._resident("critic", trains=True) | update | asleep
+        if algorithm.scoring_passes:
+            scoring = _forward_items(scenario, self.stage, False)
+            phases["log-probabilities"] = self._resident("policy") | scoring | asleep
+        update = _backward_items(scenario, self.stage, False, algorithm.policy_steps)
+        phases["update policy"] = self._resident("policy", trains=True) | update | asleep
+        model_ranks = config.parallel.tp * config.parallel.pp
+        buckets = int(2 * config.rollout.bucket_mib * 2**20) if model_ranks > 1 else 0
+        weights = {"vLLM weights": engine["vLLM weights"]}
+        # Waking vLLM's weights wakes its graphs, too.
+        phases["sync"] = self._resident("policy") | weights | _graphs(config.rollout) | {"buckets": buckets}
+        return phases
 
-    engine = engine_memory(config.rollout, shape, setting.gpu, config.model.dtype, config.offload)
-    asleep = {} if config.offload else _graphs(config.rollout)
-    found = {"generate": held() | engine}
-    if algorithm.has_critic:
-        values = max((_activations(critic, span, at, True, 1) for span in setting.spans), key=lambda a: a.forward)
-        found["value"] = held("critic") | {"activations": values.forward} | asleep
-        found["update critic"] = held("critic", trains=True) | _work(critic, at, True, algorithm.critic_steps) | asleep
-    if algorithm.scoring_passes:
-        scores = max((_activations(setting, span, stage, False, 1) for span in setting.spans), key=lambda a: a.forward)
-        found["log-probabilities"] = held("policy") | {"activations": scores.forward} | asleep
-    work = _work(setting, stage, False, algorithm.policy_steps)
-    found["update policy"] = held("policy", trains=True) | work | asleep
-    parts = config.parallel.tp * config.parallel.pp
-    buckets = int(2 * config.rollout.bucket_mib * 2**20) if parts > 1 else 0
-    weights = {"vLLM weights": engine["vLLM weights"]}
-    # What wakes vLLM's weights wakes its graphs, too.
-    found["sync"] = held("policy") | weights | _graphs(config.rollout) | {"buckets": buckets}
-    return found
+    def _resident(self, *working: str, trains: bool = False) -> dict[str, int]:
+        """Return what the models have on the GPU while those of ``working`` run (forward only unless ``trains``)."""
+        policy = self.models["policy"]
+        has_reference = bool(self.config.algorithm.kl_coefficient)
+        if not self.config.offload:
+            resident = {name: state.total for name, state in self.models.items()}
+            if has_reference:
+                resident["reference"] = policy.weights
+            return resident | _fp8_items(self.fp8_copies, tuple(resident))
+        states = self.models | ({"reference": policy} if has_reference else {})
+        resident = {name: states[name].total if trains else states[name].weights for name in working}
+        return resident | _fp8_items(self.fp8_copies, working)
 
 
-def _always(setting: Setting) -> dict[str, int]:
-    parallel = setting.config.parallel
-    sizes = (parallel.tp, parallel.pp, parallel.cp, setting.dp, setting.dp * parallel.cp, setting.world)
-    groups = sum(size > 1 for size in sizes)
-    if isinstance(setting.config, RLConfig):
-        groups += setting.config.rollout.tp > 1
-    margin = int(MARGIN * setting.gpu.memory)
+def _overhead(scenario: Scenario) -> dict[str, int]:
+    """Return what every phase has besides models and activations."""
+    parallel = scenario.config.parallel
+    group_sizes = (parallel.tp, parallel.pp, parallel.cp, scenario.dp, scenario.dp * parallel.cp, scenario.world)
+    groups = sum(size > 1 for size in group_sizes)
+    if isinstance(scenario.config, RLConfig):
+        groups += scenario.config.rollout.tp > 1
+    margin = int(MARGIN * scenario.gpu.memory)
     return {"CUDA context": CONTEXT, "NCCL buffers": groups * GROUP, "fragmentation margin": margin}
 
 
@@ -137,76 +154,86 @@ def _cached_state(
 def _state(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, dp: int, stage: int, critic: bool
 ) -> ModelState:
+    # Recomputation changes no parameter: without it in the key, a search meets the same state three times as often.
     return _cached_state(shape, replace(model, recompute="none"), parallel, dp, stage, critic)
 
 
-def _model(prefix: str, state: ModelState) -> dict[str, int]:
-    parts = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
-    return {f"{prefix}{name}": size for name, size in parts.items()}
+def _state_items(state: ModelState) -> dict[str, int]:
+    return {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
 
 
-def _activations(setting: Setting, span: Span, stage: int, critic: bool, share: int) -> Activations:
-    config = setting.config
-    packs = setting.micro_batches(span, share)
-    return activations(setting.shape, config.model, config.parallel, setting.pack(span), packs, stage, critic)
+def _activations(scenario: Scenario, span: Span, stage: int, critic: bool, share: int) -> Activations:
+    config = scenario.config
+    packs = scenario.micro_batches(span, share)
+    return activations(scenario.shape, config.model, config.parallel, scenario.pack(span), packs, stage, critic)
 
 
-def _work(setting: Setting, stage: int, critic: bool, share: int) -> dict[str, int]:
-    found = [_activations(setting, span, stage, critic, share) for span in setting.spans]
-    most = max(found, key=lambda a: a.peak)
+def _forward_items(scenario: Scenario, stage: int, critic: bool) -> dict[str, int]:
+    """Return the activations of a pass without gradients, those of the span that needs most."""
+    return {"activations": max(_activations(scenario, span, stage, critic, 1).forward for span in scenario.spans)}
+
+
+def _backward_items(scenario: Scenario, stage: int, critic: bool, share: int) -> dict[str, int]:
+    """Return the activations of a forward and backward pass, those of the span that needs most."""
+    by_span = [_activations(scenario, span, stage, critic, share) for span in scenario.spans]
+    largest = max(by_span, key=lambda span_activations: span_activations.peak)
     return {
-        "activations kept": most.saved - most.vision,
-        "vision kept": most.vision,
-        "layer or head at work": most.working,
+        "activations kept": largest.saved - largest.vision,
+        "vision kept": largest.vision,
+        "layer or head at work": largest.working,
     }
 
 
-def _training(setting: Setting, stage: int, critic: bool, share: int) -> dict[str, int]:
-    config = setting.config
-    state = _state(setting.shape, config.model, config.parallel, setting.dp, stage, critic)
-    copies = {"model": fp8_bytes(setting.shape, config.model, config.parallel, stage, critic)}
-    return _model("", state) | _eight_bit(copies, ("model",)) | _work(setting, stage, critic, share)
+def _training(scenario: Scenario, stage: int, state: ModelState) -> dict[str, int]:
+    config = scenario.config
+    copies = {"model": fp8_bytes(scenario.shape, config.model, config.parallel, stage, False)}
+    return _state_items(state) | _fp8_items(copies, ("model",)) | _backward_items(scenario, stage, False, 1)
 
 
 def fp8_bytes(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, stage: int, critic: bool) -> int:
-    """Bytes of the 8-bit copies of the layers' matrices that Transformer Engine keeps from the first pass on.
+    """Return the bytes of the 8-bit copies of the layers' matrices, which Transformer Engine keeps from the first pass.
 
     Two of each on Hopper, row by row and transposed (`_fp8_workspaces` of its modules); their scales are not counted.
     """
     if model.fp8 == "none":
         return 0
-    parts = rank_parameters(shape, model, parallel, critic, stage)
-    decoder = [p for part in parts for p in part if p.name.startswith("decoder.layers.")]
-    matrices = [p.numbers for p in decoder if p.name.endswith(".weight")]
-    left = 1 - 2 * model.fp8_bf16_layers / shape.layers if parallel.pp == 1 else 1  # which stage has them is not asked
-    return int(2 * sum(matrices) * left)
+    elements = 0
+    for part in rank_parameters(shape, model, parallel, critic, stage):
+        for parameter in part:
+            if parameter.name.startswith("decoder.layers.") and parameter.name.endswith(".weight"):
+                elements += parameter.numel
+    # Layers at both ends may stay in bfloat16.  In a pipeline it is not asked which stage has them.
+    fp8_share = 1 - 2 * model.fp8_bf16_layers / shape.layers if parallel.pp == 1 else 1
+    return int(2 * elements * fp8_share)
 
 
-def _eight_bit(copies: dict[str, int], names: Sequence[str]) -> dict[str, int]:
+def _fp8_items(copies: dict[str, int], names: Sequence[str]) -> dict[str, int]:
     size = sum(copies[name] for name in names)
     return {"FP8 copies": size} if size else {}
 
 
 def engine_memory(rollout: RolloutConfig, shape: ModelShape, gpu: Gpu, dtype: str, offload: bool) -> dict[str, int]:
-    """VLLM's memory while it generates: its share of the GPU holds weights, work, captured graphs and the cache.
+    """Return vLLM's memory while it generates: its share of the GPU holds weights, work, captured graphs and the cache.
 
     The work is that of a full batch of text and, on top, what vLLM tries out when it starts: the vision tower on as
     many images as a batch has room for, and their features.
     """
-    number = NUMBER_BYTES[dtype]
+    dtype_bytes = DTYPE_BYTES[dtype]
     vision = shape.vision
     patches = _ENGINE_BATCH * vision.merge**2
-    images = patches * (_TOWER_ROWS * vision.hidden + 2 * vision.ffn // rollout.tp) * number
-    images += _ENGINE_BATCH * shape.hidden * number
-    weights = sum(count_parameters(shape).values()) * number // rollout.tp
-    batch = _ENGINE_BATCH * (2 * shape.ffn // rollout.tp + 4 * shape.hidden) * number
-    batch += 3 * rollout.max_num_seqs * shape.vocab * 4
+    patch_elements = _TOWER_ROWS * vision.hidden + 2 * vision.ffn // rollout.tp
+    images = patches * patch_elements * dtype_bytes
+    images += _ENGINE_BATCH * shape.hidden * dtype_bytes
+    weights = sum(count_parameters(shape).values()) * dtype_bytes // rollout.tp
+    token_elements = 2 * shape.ffn // rollout.tp + 4 * shape.hidden
+    batch = _ENGINE_BATCH * token_elements * dtype_bytes
+    batch += 3 * rollout.max_num_seqs * shape.vocab * 4  # float32 logits and what sampling copies of them
     graphs = _graphs(rollout)
     if rollout.kv_cache_gib:
         cache = int(rollout.kv_cache_gib * _GIB)
     else:
-        share = int(rollout.memory_share(offload) * gpu.memory)
-        cache = share - weights - max(batch, images) - CONTEXT - sum(graphs.values())
+        budget = int(rollout.memory_share(offload) * gpu.memory)
+        cache = budget - weights - max(batch, images) - CONTEXT - sum(graphs.values())
     return {"vLLM weights": weights, "vLLM cache": cache, "vLLM at work": max(batch, images)} | graphs
 
 
@@ -215,33 +242,42 @@ def _graphs(rollout: RolloutConfig) -> dict[str, int]:
 
 
 def cache_bytes_per_token(shape: ModelShape, rollout: RolloutConfig, dtype: str) -> int:
-    """Keys and values of a token on one rank of the engine."""
+    """Return the bytes of a token's keys and values on one rank of the engine."""
     heads = max(shape.kv_heads // rollout.tp, 1)
-    return 2 * shape.layers * heads * shape.head_dim * NUMBER_BYTES[dtype]
+    return 2 * shape.layers * heads * shape.head_dim * DTYPE_BYTES[dtype]
 
 
-def checkpoint_bytes(setting: Setting) -> int:
-    """Tensors of one checkpoint on disk: weights, moments and master weights of every model of the recipe."""
-    model = setting.config.model
-    kinds = (False, True) if isinstance(setting.config, RLConfig) else (False,)
-    one = ParallelConfig()
-    states = [model_state(setting.shape, model, one, 1, critic=critic) for critic in kinds]
-    adam = MOMENT_BYTES + MASTER_BYTES[model.dtype]
-    return sum(s.parameters * NUMBER_BYTES[model.dtype] + s.trained * adam for s in states)
+def checkpoint_bytes(scenario: Scenario) -> int:
+    """Return the bytes of one checkpoint on disk: weights, moments and master weights of every model of the recipe."""
+    model = scenario.config.model
+    kinds = (False, True) if isinstance(scenario.config, RLConfig) else (False,)
+    adam_bytes = MOMENT_BYTES + MASTER_BYTES[model.dtype]
+    size = 0
+    for critic in kinds:
+        state = model_state(scenario.shape, model, ParallelConfig(), 1, critic=critic)
+        size += state.parameters * DTYPE_BYTES[model.dtype] + state.trained * adam_bytes
+    return size
 
 
-def room_for_patches(setting: Setting) -> int | None:
-    """Patches that a pack may bring before the fullest phase passes the GPU's memory; None: the tower keeps nothing."""
-    with_few, with_many = (_with_patches(setting, count) for count in (0, 1 << 20))
-    if with_few == with_many:
+def room_for_patches(scenario: Scenario) -> int | None:
+    """Return the patches that a pack may bring before the fullest phase passes the GPU's memory.
+
+    None: the vision tower stores nothing, so that any number of patches fits.
+    """
+    # With many patches memory grows linearly: the line goes through the peaks at a million and half a million.
+    million = 1 << 20
+    peak = _peak_with_patches(scenario, million)
+    if _peak_with_patches(scenario, 0) == peak:
         return None
-    rate = (with_many - _with_patches(setting, 1 << 19)) / (1 << 19)
-    return max(0, math.floor((setting.gpu.memory - with_many) / rate) + (1 << 20))
+    bytes_per_patch = (peak - _peak_with_patches(scenario, million // 2)) / (million // 2)
+    return max(0, math.floor((scenario.gpu.memory - peak) / bytes_per_patch) + million)
 
 
-def _with_patches(setting: Setting, patches: int) -> int:
-    tokens = setting.config.data.pack_tokens
-    spans = tuple(
-        replace(span, load=replace(span.load, patches=patches * span.load.tokens / tokens)) for span in setting.spans
-    )
-    return max(phase.total for phase in phases(replace(setting, spans=spans)))
+def _peak_with_patches(scenario: Scenario, patches: int) -> int:
+    """Return the bytes of the fullest phase with so many ``patches`` in every pack."""
+    pack_tokens = scenario.config.data.pack_tokens
+    spans = []
+    for span in scenario.spans:
+        load = replace(span.load, patches=patches * span.load.tokens / pack_tokens)
+        spans.append(replace(span, load=load))
+    return max(phase.total for phase in phases(replace(scenario, spans=tuple(spans))))

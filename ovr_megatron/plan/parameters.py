@@ -2,7 +2,7 @@
 
 The rules are those of Megatron-Core 0.16.1 (`distributed/param_and_grad_buffer.py`, `optimizer/distrib_optimizer.py`):
 float32 gradients lie in contiguous buffers cut into buckets; the distributed optimizer pads every parameter's start to
-64 numbers and every bucket to a multiple of its ranks and of 128, and a rank owns an equal slice of every bucket.
+64 elements and every bucket to a multiple of its ranks and of 128, and a rank owns an equal slice of every bucket.
 """
 
 from __future__ import annotations
@@ -17,46 +17,50 @@ from ovr_megatron.engine import is_frozen
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.weights.table import Row, cut_dim, padded_vocab, rows
 
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4  # the engine reduces gradients in float32
-MOMENT_BYTES = 8  # two of Adam's moments in float32
+MOMENT_BYTES = 8  # Adam's two moments in float32
 MASTER_BYTES = {"float32": 0, "bfloat16": 4}
-_PARAMETER_START, _BUCKET_START = 64, 128
-_BUCKET_NUMBERS, _BUCKET_NUMBERS_PER_RANK = 40_000_000, 1_000_000
+_PARAMETER_ALIGNMENT = 64  # elements
+_BUCKET_ALIGNMENT = 128
+_BUCKET_NUMEL = 40_000_000
+_BUCKET_NUMEL_PER_RANK = 1_000_000
 # Modules register their parameters in this order; buffers are filled from the last to the first.
 _ORDER = ("embedding.", "decoder.layers.", "decoder.final_layernorm.", "output_layer.", "vision.", "value_head.")
 _WITHIN_LAYER = ("linear_proj.", "linear_qkv.", "linear_fc1.", "linear_fc2.")
 _WITHIN_MODULE = ("layer_norm_weight", "bias", "weight")
-_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"
+_HEAD = "output_layer.weight"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter as a rank holds it; ``alone``: Megatron gives it a bucket of its own."""
+    """One parameter as a rank holds it; ``own_bucket``: Megatron gives it a bucket of its own."""
 
     name: str
-    numbers: int
+    numel: int
     trained: bool
-    alone: bool = False
+    own_bucket: bool = False
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A slice of a gradient buffer: its size with padding, and where the parameters in it begin and end."""
+    """A slice of a gradient buffer: its elements with padding, and where the parameters in it begin and end."""
 
-    numbers: int
+    numel: int
     spans: tuple[tuple[int, int], ...]
 
     def owned(self, rank: int, ranks: int) -> int:
-        """Numbers of parameters, without padding, in the slice of optimizer ``rank`` of ``ranks``."""
-        size = self.numbers // ranks
-        first, last = rank * size, (rank + 1) * size
-        return sum(max(0, min(end, last) - max(start, first)) for start, end in self.spans)
+        """Count the elements of parameters, without padding, in the slice of optimizer ``rank`` of ``ranks``."""
+        size = self.numel // ranks
+        slice_start = rank * size
+        slice_end = slice_start + size
+        return sum(max(0, min(end, slice_end) - max(start, slice_start)) for start, end in self.spans)
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """What one rank holds of a model at rest, in bytes, and the number of its parameters.
+    """Bytes of a model on one rank between steps, and the number of its parameters there.
 
     ``weights`` includes the padding of the buffer that the distributed optimizer keeps them in.  ``optimizer`` is
     Adam's two moments and, beside bfloat16 weights, a float32 master copy; its step counters are not counted.
@@ -70,19 +74,19 @@ class ModelState:
 
     @property
     def total(self) -> int:
-        """Bytes of all three."""
+        """Return the bytes of weights, gradients and optimizer."""
         return self.weights + self.gradients + self.optimizer
 
 
 def count_parameters(shape: ModelShape, critic: bool = False) -> dict[str, int]:
-    """Parameters of the whole model by part; a tied head counts once, in the embedding."""
+    """Count the parameters of the whole model by part; a tied head counts once, in the embedding."""
     counts = dict.fromkeys(("vision", "merger", "embedding", "layers", "head"), 0)
     for row in rows(shape, critic):
-        counts[_part(row.megatron)] += _numbers(row)
+        counts[_part_of_model(row.megatron)] += _count_elements(row)
     return counts
 
 
-def _part(name: str) -> str:
+def _part_of_model(name: str) -> str:
     if name.startswith("vision."):
         return "merger" if name.startswith("vision.merger.") else "vision"
     if name.startswith("embedding."):
@@ -90,16 +94,17 @@ def _part(name: str) -> str:
     return "head" if name in (_HEAD, "value_head.weight") else "layers"
 
 
-def _numbers(row: Row) -> int:
+def _count_elements(row: Row) -> int:
     return sum(map(math.prod, row.sizes))
 
 
 def stage_layers(layers: int, parallel: ParallelConfig) -> list[int]:
-    """Language-model layers of each pipeline stage; the layout is one that `check_layout` accepts."""
-    first, last = parallel.first_stage_layers, parallel.last_stage_layers
-    stages = parallel.pp - bool(first) - bool(last)
-    between = (layers - first - last) // stages if stages else 0
-    counts = [between] * parallel.pp
+    """Count the language-model layers of each pipeline stage of a layout that `check_layout` accepts."""
+    first = parallel.first_stage_layers
+    last = parallel.last_stage_layers
+    even_stages = parallel.pp - bool(first) - bool(last)
+    layers_per_even_stage = (layers - first - last) // even_stages if even_stages else 0
+    counts = [layers_per_even_stage] * parallel.pp
     counts[0] = first or counts[0]
     counts[-1] = last or counts[-1]
     return counts
@@ -108,62 +113,69 @@ def stage_layers(layers: int, parallel: ParallelConfig) -> list[int]:
 def rank_parameters(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, critic: bool, stage: int
 ) -> list[list[Parameter]]:
-    """Parameters of pipeline ``stage``, one list for each of its interleaved parts, in Megatron's order."""
+    """Return the parameters of pipeline ``stage``, one list for each of its interleaved parts, in Megatron's order."""
     layers = stage_layers(shape.layers, parallel)[stage] // parallel.vpp
-    found = _ordered(shape, critic)
-    shared = shape.tied and not critic and parallel.pp > 1
+    ordered_rows = _ordered_rows(shape, critic)
+    shares_embedding = shape.tied and not critic and parallel.pp > 1
     parts = []
-    for part in range(parallel.vpp):
-        first = stage == 0 and part == 0
-        last = stage == parallel.pp - 1 and part == parallel.vpp - 1
-        held: list[Parameter] = []
-        for row in found:
-            name = row.megatron
-            if name.startswith("decoder.layers."):
-                wanted = int(name.split(".")[2]) < layers
-            elif name.startswith(("decoder.final", "output_layer.", "value_head.")):
-                wanted = last
-            else:
-                wanted = first
-            if wanted:
-                held.append(_held(row, shape, model, parallel.tp, alone=shared and name == _EMBEDDING))
-        if shared and last:  # the last stage's copy of the embedding stands where the head would
-            embedding = next(row for row in found if row.megatron == _EMBEDDING)
-            held.append(_held(embedding, shape, model, parallel.tp, alone=True))
-        parts.append(held)
+    for part_index in range(parallel.vpp):
+        is_first = stage == 0 and part_index == 0
+        is_last = stage == parallel.pp - 1 and part_index == parallel.vpp - 1
+        part: list[Parameter] = []
+        for row in ordered_rows:
+            if _is_in_part(row.megatron, layers, is_first, is_last):
+                own_bucket = shares_embedding and row.megatron == _EMBEDDING
+                part.append(_rank_parameter(row, shape, model, parallel.tp, own_bucket))
+        if shares_embedding and is_last:  # the last stage's copy of the embedding stands where the head would
+            embedding = next(row for row in ordered_rows if row.megatron == _EMBEDDING)
+            part.append(_rank_parameter(embedding, shape, model, parallel.tp, own_bucket=True))
+        parts.append(part)
     return parts
 
 
+def _is_in_part(name: str, layers: int, is_first: bool, is_last: bool) -> bool:
+    """Whether a part of ``layers`` layers has the parameter ``name``.
+
+    Every part is described by the first layers of the model, since all layers have the same sizes.
+    """
+    if name.startswith("decoder.layers."):
+        return int(name.split(".")[2]) < layers
+    if name.startswith(("decoder.final", "output_layer.", "value_head.")):
+        return is_last
+    return is_first
+
+
 @lru_cache(maxsize=8)
-def _ordered(shape: ModelShape, critic: bool) -> list[Row]:
-    return sorted(rows(shape, critic), key=_place)
+def _ordered_rows(shape: ModelShape, critic: bool) -> list[Row]:
+    return sorted(rows(shape, critic), key=_registration_order)
 
 
-def _place(row: Row) -> tuple[int, ...]:
-    """Sorts rows as the modules register their parameters."""
+def _registration_order(row: Row) -> tuple[int, ...]:
+    """Return a key that sorts rows as the modules register their parameters."""
     name = row.megatron
-    order = next(i for i, prefix in enumerate(_ORDER) if name.startswith(prefix))
+    module = next(i for i, prefix in enumerate(_ORDER) if name.startswith(prefix))
     layer = int(name.split(".")[2]) if ".layers." in name else -1
-    inside = next((i for i, module in enumerate(_WITHIN_LAYER) if module in name), -1)
-    inner = next(i for i, end in enumerate(_WITHIN_MODULE) if name.endswith(end))
+    within_layer = next((i for i, linear in enumerate(_WITHIN_LAYER) if linear in name), -1)
+    within_module = next(i for i, end in enumerate(_WITHIN_MODULE) if name.endswith(end))
     if "patch_embed" in name:
-        group = 0
+        tower_group = 0
     else:
-        group = 2 if "merger" in name else 1
-    return order, group, layer, inside, (2, 1, 0)[inner]
+        tower_group = 2 if "merger" in name else 1
+    return module, tower_group, layer, within_layer, (2, 1, 0)[within_module]
 
 
-def _held(row: Row, shape: ModelShape, model: ModelConfig, tp: int, alone: bool) -> Parameter:
-    numbers = _numbers(row)
+def _rank_parameter(row: Row, shape: ModelShape, model: ModelConfig, tp: int, own_bucket: bool) -> Parameter:
+    """Return the tensor-parallel share of ``row``."""
+    numel = _count_elements(row)
     if row.kind == "vocabulary":
-        numbers = padded_vocab(shape, tp) * row.sizes[0][1]
+        numel = padded_vocab(shape, tp) * row.sizes[0][1]
     if cut_dim(row) is not None:
-        numbers //= tp
-    return Parameter(row.megatron, numbers, not is_frozen(row.megatron, model), alone)
+        numel //= tp
+    return Parameter(row.megatron, numel, not is_frozen(row.megatron, model), own_bucket)
 
 
 def buckets(parameters: Sequence[Parameter], parallel: ParallelConfig, dp: int, first: bool) -> Iterator[Bucket]:
-    """Buckets of the gradient buffer of one part.
+    """Cut the gradient buffer of one part into Megatron's buckets.
 
     Args:
         parameters: of the part, trained or not.
@@ -171,34 +183,36 @@ def buckets(parameters: Sequence[Parameter], parallel: ParallelConfig, dp: int, 
         dp: data-parallel replicas.
         first: the first part of the first stage, the only one whose buffer is cut for overlap.
     """
-    padded = parallel.distributed_optimizer
-    most = max(_BUCKET_NUMBERS, _BUCKET_NUMBERS_PER_RANK * dp) if parallel.overlap and first else None
-    unit = math.lcm(dp * parallel.cp, _BUCKET_START)
+    is_padded = parallel.distributed_optimizer
+    limit = max(_BUCKET_NUMEL, _BUCKET_NUMEL_PER_RANK * dp) if parallel.overlap and first else None
+    bucket_unit = math.lcm(dp * parallel.cp, _BUCKET_ALIGNMENT)
     spans: list[tuple[int, int]] = []
     end = 0
 
-    def close() -> Bucket:
-        return Bucket(_up(end, unit) if padded else end, tuple(spans))
+    def close_bucket() -> Bucket:
+        return Bucket(_round_up(end, bucket_unit) if is_padded else end, tuple(spans))
 
     for parameter in reversed(parameters):
         if not parameter.trained:
             continue
-        alone = parameter.alone and padded
-        if alone and spans:
-            yield close()
-            spans, end = [], 0
-        start = _up(end, _PARAMETER_START) if padded else end
-        end = start + parameter.numbers
+        own_bucket = parameter.own_bucket and is_padded
+        if own_bucket and spans:
+            yield close_bucket()
+            spans = []
+            end = 0
+        start = _round_up(end, _PARAMETER_ALIGNMENT) if is_padded else end
+        end = start + parameter.numel
         spans.append((start, end))
-        if alone or (most is not None and end >= most):
-            yield close()
-            spans, end = [], 0
+        if own_bucket or (limit is not None and end >= limit):
+            yield close_bucket()
+            spans = []
+            end = 0
     if spans:
-        yield close()
+        yield close_bucket()
 
 
-def _up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def model_state(
@@ -210,35 +224,39 @@ def model_state(
     optimizer_rank: int = 0,
     critic: bool = False,
 ) -> ModelState:
-    """Bytes that one rank holds of a model and its optimizer between steps.
+    """Count the bytes of a model and its optimizer on one rank between steps.
 
     Args:
         shape: sizes.
-        model: number format and what trains.
+        model: dtype and what trains.
         parallel: layout, checked by `check_layout`.
         dp: data-parallel replicas.
         stage: pipeline stage of the rank.
-        optimizer_rank: its number among the ``dp x cp`` ranks that share an optimizer.
+        optimizer_rank: rank among the ``dp x cp`` ranks that share an optimizer.
         critic: a value head in place of the language-model head.
     """
-    ranks, width = dp * parallel.cp, NUMBER_BYTES[model.dtype]
-    held = weights = buffered = owned = trained = 0
-    for number, part in enumerate(rank_parameters(shape, model, parallel, critic, stage)):
-        here = sum(p.numbers for p in part if p.trained)
-        cut = list(buckets(part, parallel, dp, stage == 0 and number == 0))
-        size = sum(bucket.numbers for bucket in cut)
-        held += sum(p.numbers for p in part)
-        trained += here
-        buffered += size
-        weights += sum(p.numbers for p in part if not p.trained) + size
+    optimizer_ranks = dp * parallel.cp
+    parameters = 0
+    trained = 0
+    frozen = 0
+    buffered = 0  # elements of the gradient buffers, padding included
+    owned = 0  # elements that this rank's optimizer updates
+    for part_index, part in enumerate(rank_parameters(shape, model, parallel, critic, stage)):
+        part_trained = sum(parameter.numel for parameter in part if parameter.trained)
+        part_numel = sum(parameter.numel for parameter in part)
+        part_buckets = list(buckets(part, parallel, dp, stage == 0 and part_index == 0))
+        parameters += part_numel
+        trained += part_trained
+        frozen += part_numel - part_trained
+        buffered += sum(bucket.numel for bucket in part_buckets)
         if parallel.distributed_optimizer:
-            owned += sum(bucket.owned(optimizer_rank, ranks) for bucket in cut)
+            owned += sum(bucket.owned(optimizer_rank, optimizer_ranks) for bucket in part_buckets)
         else:
-            owned += here
+            owned += part_trained
     return ModelState(
-        parameters=held,
+        parameters=parameters,
         trained=trained,
-        weights=weights * width,
+        weights=(frozen + buffered) * DTYPE_BYTES[model.dtype],
         gradients=buffered * GRADIENT_BYTES,
         optimizer=owned * (MOMENT_BYTES + MASTER_BYTES[model.dtype]),
     )

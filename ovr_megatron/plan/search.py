@@ -1,4 +1,4 @@
-"""Every layout of a recipe on its GPUs: which fit, fastest first by `cost`, and why the others cannot be."""
+"""A search over the layouts of a recipe on its GPUs: those that fit, fastest first by `cost`, and why others do not."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from itertools import product
 
 from ovr_megatron.config import ConfigError, ParallelConfig
 from ovr_megatron.plan import cost, memory
-from ovr_megatron.plan.setting import Setting
+from ovr_megatron.plan.scenario import Scenario
 
-_TENSOR, _PIPELINE, _PARTS, _CONTEXT = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4, 8)
+_TP_SIZES = (1, 2, 4, 8)
+_PP_SIZES = (1, 2, 4, 8)
+_VPP_SIZES = (1, 2, 4)
+_CP_SIZES = (1, 2, 4, 8)
 _RECOMPUTE = ("none", "selective", "full")
 _GIB = 1 << 30
 
@@ -26,18 +29,22 @@ class Candidate:
     reason: str = ""
 
 
-def candidates(setting: Setting) -> list[Candidate]:
-    """All layouts, those that fit first, fastest first."""
-    found = [_judge(setting, *choice) for choice in _choices(setting.world)]
-    return sorted(found, key=lambda c: (bool(c.reason), c.hours, c.bytes))
+def candidates(scenario: Scenario) -> list[Candidate]:
+    """Return all layouts, those that fit first, fastest first."""
+    layouts = [_assess(scenario, parallel, recompute) for parallel, recompute in _layouts(scenario.world)]
+    return sorted(layouts, key=lambda candidate: (bool(candidate.reason), candidate.hours, candidate.bytes))
 
 
-def _choices(world: int) -> Iterator[tuple[ParallelConfig, str]]:
-    """Sizes of at most the world; sequence parallelism wherever tensors are cut; overlap with the sharded optimizer."""
-    for tp, pp, vpp, cp, sharded in product(_TENSOR, _PIPELINE, _PARTS, _CONTEXT, (True, False)):
+def _layouts(world: int) -> Iterator[tuple[ParallelConfig, str]]:
+    """Yield layouts of at most ``world`` ranks with each kind of recomputation.
+
+    Sequence parallelism is tried wherever tensors are cut; overlap goes with the distributed optimizer.
+    """
+    for tp, pp, vpp, cp, sharded in product(_TP_SIZES, _PP_SIZES, _VPP_SIZES, _CP_SIZES, (True, False)):
         if tp * pp * cp > world or (vpp > 1 and pp == 1):
             continue
-        for sequence, recompute in product((True, False) if tp > 1 else (False,), _RECOMPUTE):
+        sequence_parallel = (True, False) if tp > 1 else (False,)
+        for sequence, recompute in product(sequence_parallel, _RECOMPUTE):
             yield (
                 ParallelConfig(
                     tp=tp,
@@ -52,36 +59,37 @@ def _choices(world: int) -> Iterator[tuple[ParallelConfig, str]]:
             )
 
 
-def _judge(setting: Setting, parallel: ParallelConfig, recompute: str) -> Candidate:
+def _assess(scenario: Scenario, parallel: ParallelConfig, recompute: str) -> Candidate:
+    """Return the candidate of one layout: its memory and hours, or the reason that rules it out."""
     try:
-        changed = setting.changed(parallel=parallel, model=replace(setting.config.model, recompute=recompute))
-        changed.check()
+        variant = scenario.with_settings(parallel=parallel, model=replace(scenario.config.model, recompute=recompute))
+        variant.check()
     except ConfigError as error:
         return Candidate(parallel, recompute, reason=str(error))
-    fullest = max(memory.phases(changed), key=lambda phase: phase.total)
-    if fullest.total > setting.gpu.memory:
-        needs = f"{fullest.total / _GIB:.0f} of {setting.gpu.memory / _GIB:.0f} GiB"
+    fullest = max(memory.phases(variant), key=lambda phase: phase.total)
+    if fullest.total > scenario.gpu.memory:
+        needs = f"{fullest.total / _GIB:.0f} of {scenario.gpu.memory / _GIB:.0f} GiB"
         return Candidate(
             parallel, recompute, fullest.total, reason=f"out of memory: phase {fullest.name} needs {needs}"
         )
-    return Candidate(parallel, recompute, fullest.total, hours(changed))
+    return Candidate(parallel, recompute, fullest.total, hours(variant))
 
 
-def hours(setting: Setting) -> float:
-    """Hours of the whole run by the cost model."""
-    return sum(span.steps * cost.seconds(setting, span).total for span in setting.spans) / 3600
+def hours(scenario: Scenario) -> float:
+    """Return the hours of the whole run by the cost model."""
+    return sum(span.steps * cost.seconds(scenario, span).total for span in scenario.spans) / 3600
 
 
 def name(parallel: ParallelConfig, recompute: str) -> str:
-    """A layout in the words of the recipe."""
-    sizes = [f"{key}={getattr(parallel, key)}" for key in ("tp", "pp", "vpp", "cp") if getattr(parallel, key) > 1]
-    flags = [
-        word
-        for word, on in (
-            ("sp", parallel.sequence_parallel),
-            ("distributed optimizer", parallel.distributed_optimizer),
-            ("overlap", parallel.overlap),
-        )
-        if on
-    ]
-    return " ".join([*(sizes or ["one rank"]), *flags, *([f"recompute {recompute}"] if recompute else [])])
+    """Return a layout in the words of the recipe."""
+    words = [f"{key}={getattr(parallel, key)}" for key in ("tp", "pp", "vpp", "cp") if getattr(parallel, key) > 1]
+    words = words or ["one rank"]
+    if parallel.sequence_parallel:
+        words.append("sp")
+    if parallel.distributed_optimizer:
+        words.append("distributed optimizer")
+    if parallel.overlap:
+        words.append("overlap")
+    if recompute:
+        words.append(f"recompute {recompute}")
+    return " ".join(words)

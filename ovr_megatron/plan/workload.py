@@ -1,4 +1,4 @@
-"""How long the samples are: measured on a finite part of the data, or what the recipe states."""
+"""Lengths of the samples: measured on a finite part of the data, or assumed from the mean that the recipe states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.tokenised import read_records, read_tokenised_manifest
 from ovr_megatron.model.shape import ModelShape
 
-SAMPLE = 256
+SAMPLE_ROWS = 256
+_ENCODED_ROWS = 16  # rows whose pixels are processed at once
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,19 @@ class Workload:
     """Lengths of the samples.
 
     Attributes:
-        tokens: Mean length of a sample; of a prompt where ``told`` is of prompts.
+        tokens: Mean length of a sample; of a prompt where ``basis`` is of prompts.
         squares: Sum of squared lengths over the sum of lengths: the length that attention sees.
         patches: Mean patches of a sample's images.
-        told: Where the numbers come from.
+        basis: Where the figures come from, in words.
     """
 
     tokens: float
     squares: float
     patches: float
-    told: str
+    basis: str
 
 
-def measure(model_dir: str, data: DataConfig, seed: int, generation: bool, rows: int = SAMPLE) -> Workload:
+def measure(model_dir: str, data: DataConfig, seed: int, generation: bool, rows: int = SAMPLE_ROWS) -> Workload:
     """Draw ``rows`` rows of the sources and measure them with the model's own tokenizer and image processor.
 
     Args:
@@ -51,54 +52,74 @@ def measure(model_dir: str, data: DataConfig, seed: int, generation: bool, rows:
     """
     processor = Processor(model_dir, data)
     drawn = list(islice(open_stream(data, seed), rows))
-    found = processor.lengths(drawn, generation)
-    fitting = [(row, n) for row, n in zip(drawn, found, strict=True) if isinstance(n, int) and n <= data.pack_tokens]
+    results = processor.lengths(drawn, generation)
+    fitting: list[Row] = []
+    lengths: list[int] = []
+    refusals: list[int | Exception] = []  # an error, or a length over the limit
+    for row, result in zip(drawn, results, strict=True):
+        if isinstance(result, int) and result <= data.pack_tokens:
+            fitting.append(row)
+            lengths.append(result)
+        else:
+            refusals.append(result)
     if not fitting:
-        refused = next(n for n in found if not isinstance(n, int) or n > data.pack_tokens)
-        raise (
-            refused if isinstance(refused, Exception) else ValueError(f"no sample fits into {data.pack_tokens} tokens")
-        )
-    lengths = [length for _, length in fitting]
-    patches = _patches([row for row, _ in fitting], processor, generation)
-    told = f"{len(fitting)} of {len(drawn)} rows measured" + (" (prompts)" if generation else "")
+        reason = refusals[0]
+        raise reason if isinstance(reason, Exception) else ValueError(f"no sample fits into {data.pack_tokens} tokens")
+    basis = f"{len(fitting)} of {len(drawn)} rows measured" + (" (prompts)" if generation else "")
     return Workload(
         tokens=sum(lengths) / len(lengths),
         squares=sum(n * n for n in lengths) / sum(lengths),
-        patches=patches / len(lengths),
-        told=told,
+        patches=_count_patches(fitting, processor, generation) / len(lengths),
+        basis=basis,
     )
 
 
-def of_tokenised(folder: str, limit: int) -> tuple[Workload, float]:
-    """The samples of a tokenised set that fit into ``limit`` tokens, and how many an epoch has of them.
+def read_tokenised_workload(folder: str, limit: int) -> tuple[Workload, float]:
+    """Return the lengths of a tokenised set's samples that fit into ``limit`` tokens, and how many an epoch draws.
+
+    A sample counts as often as its source's weight says.
 
     Raises:
         RowError: the folder is no tokenised set.
     """
-    manifest, records = read_tokenised_manifest(folder), read_records(folder)
+    manifest = read_tokenised_manifest(folder)
+    records = read_records(folder)
     fitting = records[records["length"] <= limit]
     lengths = fitting["length"].astype(np.float64)
     weights = np.array([source.weight for source in manifest.sources])[fitting["source"]]
-    total = float((weights * lengths).sum())
-    told = f"all {len(fitting):,} samples of the set"
-    count = float(weights.sum())
-    return Workload(total / count, float((weights * lengths**2).sum()) / total, 0.0, told), count
+    tokens = float((weights * lengths).sum())
+    samples = float(weights.sum())
+    workload = Workload(
+        tokens=tokens / samples,
+        squares=float((weights * lengths**2).sum()) / tokens,
+        patches=0.0,
+        basis=f"all {len(fitting):,} samples of the set",
+    )
+    return workload, samples
 
 
-def _patches(rows: Sequence[Row], processor: Processor, generation: bool) -> int:
-    """Patches of all images of ``rows``; pixels are processed, a few rows at a time."""
-    pictured = [r for r in rows if any(not isinstance(part, TextPart) for m in r.prompt for part in m.parts)]
-    total = 0
-    for start in range(0, len(pictured), 16):
-        total += sum(len(sample.patches) for sample in processor.encode(pictured[start : start + 16], generation))
-    return total
+def _count_patches(rows: Sequence[Row], processor: Processor, generation: bool) -> int:
+    """Count the patches of all images of ``rows``; pixels are processed, a few rows at a time."""
+    with_images = [row for row in rows if _has_image(row)]
+    patches = 0
+    for start in range(0, len(with_images), _ENCODED_ROWS):
+        samples = processor.encode(with_images[start : start + _ENCODED_ROWS], generation)
+        patches += sum(len(sample.patches) for sample in samples)
+    return patches
 
 
-def stated(tokens: int, limit: int, patches: float = 0.0) -> Workload:
-    """Samples of which only the mean length is known: as if lengths fell off exponentially, up to ``limit``."""
+def _has_image(row: Row) -> bool:
+    for message in row.prompt:
+        if not all(isinstance(part, TextPart) for part in message.parts):
+            return True
+    return False
+
+
+def assume_workload(tokens: int, limit: int, patches: float = 0.0) -> Workload:
+    """Return lengths of a mean of ``tokens``, as if they fell off exponentially, up to ``limit``."""
     return Workload(tokens, min(2.0 * tokens, float(limit)), patches, f"stated mean of {tokens:,} tokens")
 
 
 def image_patches(data: DataConfig, shape: ModelShape, share: float = 0.25) -> float:
-    """Patches of an image of ``share`` of the image budget."""
+    """Return the patches of an image of ``share`` of the image budget."""
     return share * data.max_pixels / shape.vision.patch**2

@@ -230,7 +230,7 @@ def bad_gradient(rank: int, steps: range) -> None:
             trained = [h.parameter for h in engine.live.holdings if h.row.megatron in engine.trained]
             trained[0].main_grad.fill_(float("nan"))
 
-    wrap(Engine, "_meet", poison)
+    wrap(Engine, "_finalize_gradients", poison)
 
 
 def wait_for(rank: int, ready: Path, go: Path) -> None:

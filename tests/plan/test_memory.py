@@ -22,7 +22,7 @@ from ovr_megatron.plan import memory
 from ovr_megatron.plan.activations import Kernels, PackShape, activations
 from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.parameters import buckets, model_state, rank_parameters
-from ovr_megatron.plan.setting import setting
+from ovr_megatron.plan.scenario import build_scenario
 from ovr_megatron.runtime import distributed
 from ovr_megatron.weights.folder import WeightFolder
 from tests.plan.engines import PACKS, loss, text_and_images
@@ -88,7 +88,7 @@ def test_activations_are_within_a_tenth_of_what_is_alive(models: Path, measured:
 
 
 def test_buckets_of_a_large_model(models: Path) -> None:
-    """With overlap Megatron cuts a buffer of more than 40 million numbers."""
+    """With overlap Megatron cuts a buffer of more than 40 million elements."""
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
     shape = replace(
         ModelShape.from_hf(models / "untied"),
@@ -101,8 +101,8 @@ def test_buckets_of_a_large_model(models: Path) -> None:
     planned = list(buckets(part, parallel, 1, True))
     real = [end - start for start, end in buffer.bucket_indices]
     assert len(real) > 1
-    assert [bucket.numbers for bucket in planned] == real
-    assert sum(bucket.owned(0, 1) for bucket in planned) == sum(p.numbers for p in part)
+    assert [bucket.numel for bucket in planned] == real
+    assert sum(bucket.owned(0, 1) for bucket in planned) == sum(p.numel for p in part)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,4 +122,4 @@ def test_a_checkpoint_takes_the_planned_bytes(tmp_path: Path, models: Path, dtyp
     for part in saved.glob("policy*"):
         tensors = WeightFolder(part)
         written += sum(tensors.tensor(name).nbytes for name in tensors.names())
-    assert written == memory.checkpoint_bytes(setting(config, shape, find_gpu("h100"), 1, None))
+    assert written == memory.checkpoint_bytes(build_scenario(config, shape, find_gpu("h100"), 1, None))

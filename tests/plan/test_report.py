@@ -23,8 +23,8 @@ from ovr_megatron.plan import cost, search
 from ovr_megatron.plan.flops import FRAME, token_flops
 from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.report import Options, plan, processes, read_shape, show
-from ovr_megatron.plan.setting import Setting, setting
-from ovr_megatron.plan.workload import Workload, measure, stated
+from ovr_megatron.plan.scenario import Scenario, build_scenario
+from ovr_megatron.plan.workload import Workload, assume_workload, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES_7B = ("cold_start_7b_64gpu", "rl_7b_64gpu")
@@ -36,9 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("plan") / "model", tied=False, seed=1, sizes=sizes)
 
 
-def of_7b(recipe: str, *overrides: str) -> Setting:
+def of_7b(recipe: str, *overrides: str) -> Scenario:
     config = compose(recipe, overrides)
-    return setting(config, read_shape("7B")[0], find_gpu("h100"), 64, None)
+    return build_scenario(config, read_shape("7B")[0], find_gpu("h100"), 64, None)
 
 
 def counted(model: torch.nn.Module, **inputs: torch.Tensor) -> int:
@@ -85,7 +85,7 @@ def test_lengths_and_patches_are_measured_on_the_data(folder: Path) -> None:
     assert min(lengths) <= found.tokens <= max(lengths)
     assert found.patches == len(samples[0].patches) > 0
     assert found.tokens <= found.squares <= max(lengths)
-    assert "8 of 8 rows" in found.told
+    assert "8 of 8 rows" in found.basis
 
 
 def test_a_finite_source_is_measured_whole(folder: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_layouts_are_listed_fastest_first_with_reasons_for_the_others() -> None:
 def test_bubble_of_a_pipeline() -> None:
     work = of_7b("cold_start_7b_64gpu", "parallel.pp=4", "parallel.cp=1", "parallel.tp=2")
     assert cost.bubble(work, work.spans[0]) == 3 / (640 / 8)
-    interleaved = work.changed(parallel=replace(work.config.parallel, vpp=7))
+    interleaved = work.with_settings(parallel=replace(work.config.parallel, vpp=7))
     assert cost.bubble(interleaved, work.spans[0]) == pytest.approx(3 / (7 * 640 / 8))
 
 
@@ -183,8 +183,8 @@ def test_processes_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stated_lengths_end_at_the_limit() -> None:
-    assert stated(3700, 65536).squares == 7400
-    assert stated(40000, 49152).squares == 49152
+    assert assume_workload(3700, 65536).squares == 7400
+    assert assume_workload(40000, 49152).squares == 49152
 
 
 def test_what_is_measured_replaces_what_is_stated(folder: Path) -> None:

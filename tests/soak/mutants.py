@@ -166,7 +166,12 @@ MUTANTS = [
         "if iteration >= models",
         "if iteration >= 0 * models",
     ),
-    Mutant("the trainer bans nothing", "model/qwen25vl.py", "self.banned[mine] = True", "self.banned[mine] = False"),
+    Mutant(
+        "the trainer bans nothing",
+        "model/qwen25vl.py",
+        "self.banned[local_ids] = True",
+        "self.banned[local_ids] = False",
+    ),
     Mutant("the engine bans nothing", "rollout/engine.py", "model.follow(self.banned,", "model.follow([],"),
     Mutant(
         "old log-probabilities are recomputed",

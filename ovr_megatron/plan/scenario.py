@@ -1,0 +1,172 @@
+"""The scenario that is planned: a recipe on so many GPUs of a kind, with the lengths of its samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
+from ovr_megatron.model.qwen25vl import check_layout
+from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.plan.activations import PackShape
+from ovr_megatron.plan.hardware import Gpu
+from ovr_megatron.plan.workload import Workload, assume_workload, image_patches, measure, read_tokenised_workload
+
+# Documents of like length make a padded batch where Transformer Engine is not there: at most 1.5 times their rows.
+_BATCHED = 1.1
+_COLD_START_MEAN = 4  # a sample takes a quarter of a pack where no length is measured or stated
+_RL_MEAN = 3
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps or iterations that have samples of the same lengths, and their limit."""
+
+    steps: int
+    load: Workload
+    limit: int
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A recipe, the model's sizes, the GPUs, and the work."""
+
+    config: ColdStartConfig | RLConfig
+    shape: ModelShape
+    gpu: Gpu
+    world: int
+    spans: tuple[Span, ...]
+
+    @property
+    def critic_scenario(self) -> Scenario:
+        """Return the same scenario with the critic's layout in the place of the policy's."""
+        config = self.config
+        if isinstance(config, ColdStartConfig) or config.critic.parallel is None:
+            return self
+        return replace(self, config=replace(config, parallel=config.critic.parallel))
+
+    def check(self) -> None:
+        """Refuse what a run would refuse.
+
+        Raises:
+            ConfigError: names the setting and the remedy.
+        """
+        config = self.config
+        check_layout(self.shape, config.parallel, config.model.fp8 != "none")
+        dp = config.parallel.data_parallel(self.world)
+        if isinstance(config, ColdStartConfig):
+            _check_packs(config, dp)
+            return
+        algorithm = config.algorithm
+        critic = self.critic_scenario
+        check_layout(self.shape, critic.config.parallel, config.model.fp8 != "none")
+        replicas_by_steps = {algorithm.policy_steps: dp}
+        if algorithm.has_critic:
+            replicas_by_steps |= {algorithm.critic_steps: critic.dp}
+        for steps, replicas in replicas_by_steps.items():
+            if config.prompts < replicas or config.prompts * config.responses < steps:
+                raise ConfigError(
+                    f"prompts={config.prompts} x responses={config.responses} are too few for {replicas} replicas and "
+                    f"the {steps} steps of an iteration; raise prompts"
+                )
+        if self.world % config.rollout.tp:
+            raise ConfigError(f"rollout.tp={config.rollout.tp} does not divide the {self.world} processes; change one")
+
+    @cached_property
+    def dp(self) -> int:
+        """Return the number of data-parallel replicas."""
+        return self.config.parallel.data_parallel(self.world)
+
+    def with_settings(self, **settings: object) -> Scenario:
+        """Return the same work with other settings of the recipe."""
+        return replace(self, config=replace(self.config, **settings))  # type: ignore[arg-type]
+
+    def tokens(self, span: Span) -> float:
+        """Return the tokens of all replicas in one step or iteration."""
+        if isinstance(self.config, ColdStartConfig):
+            return float(self.config.packs_per_step * self.config.data.pack_tokens)
+        return self.config.prompts * self.config.responses * span.load.tokens
+
+    def micro_batches(self, span: Span, share: int = 1) -> int:
+        """Return the packs of a replica in a step on one ``share``-th of the iteration's tokens."""
+        if isinstance(self.config, ColdStartConfig):
+            return max(1, self.config.packs_per_step // self.dp)
+        tokens_per_round = self.config.data.pack_tokens * self.dp * share
+        return max(1, -(-int(self.tokens(span)) // tokens_per_round))
+
+    def pack(self, span: Span) -> PackShape:
+        """Return a full pack of this span's samples, every token scored."""
+        tokens = self.config.data.pack_tokens
+        patches = round(tokens * span.load.patches / span.load.tokens)
+        return PackShape(tokens, tokens, patches, _BATCHED)
+
+
+def _check_packs(config: ColdStartConfig, dp: int) -> None:
+    if config.packs_per_step % dp:
+        raise ConfigError(
+            f"packs_per_step={config.packs_per_step} cannot be shared by {dp} replicas; make it a multiple"
+        )
+    if config.parallel.vpp > 1 and config.packs_per_step // dp < config.parallel.pp:
+        raise ConfigError(f"fewer packs a replica ({config.packs_per_step // dp}) than stages of vpp; use vpp=1")
+
+
+def build_scenario(
+    config: ColdStartConfig | RLConfig, shape: ModelShape, gpu: Gpu, world: int, model_dir: str | None
+) -> Scenario:
+    """Build the scenario; lengths are measured where there are sources and a tokenizer in ``model_dir``, else assumed.
+
+    Raises:
+        ConfigError: as `Scenario.check`, and of `measure`.
+    """
+    data = config.data
+    prompts = isinstance(config, RLConfig)
+    measured = measure(model_dir, data, config.run.seed, prompts) if model_dir and data.sources else None
+    if isinstance(config, ColdStartConfig):
+        spans = [_cold_start_span(config, measured)]
+    else:
+        spans = _rl_spans(config, shape, measured)
+    scenario = Scenario(config, shape, gpu, world, tuple(spans))
+    scenario.check()
+    return scenario
+
+
+def _cold_start_span(config: ColdStartConfig, measured: Workload | None) -> Span:
+    """Return all steps of the cold start: those of the recipe, or as many as the epochs fill packs."""
+    data = config.data
+    samples = float(data.expected_samples)
+    if data.tokenised:
+        load, samples = read_tokenised_workload(data.tokenised, data.pack_tokens)
+    else:
+        mean_tokens = data.mean_tokens or data.pack_tokens // _COLD_START_MEAN
+        load = measured or assume_workload(mean_tokens, data.pack_tokens)
+    steps = config.steps
+    if not steps:
+        if not samples:
+            raise ConfigError("steps=0: give data.tokenised=DIR, data.expected_samples or steps")
+        steps = math.ceil(config.epochs * samples * load.tokens / (config.packs_per_step * data.pack_tokens))
+    return Span(steps, load, data.pack_tokens)
+
+
+def _rl_spans(config: RLConfig, shape: ModelShape, measured: Workload | None) -> list[Span]:
+    """Return a span for each stage of the curriculum that begins before the last iteration.
+
+    Of ``measured`` only the images count: it measures prompts, and the responses do not exist yet.
+    """
+    if measured:
+        patches = measured.patches
+        images = f"images measured: {measured.basis}"
+    else:
+        patches = image_patches(config.data, shape)
+        images = "an image of a quarter of data.max_pixels each"
+    spans: list[Span] = []
+    first_iteration = 0
+    for stage in config.curriculum:
+        steps = min(stage.until, config.iterations) - first_iteration
+        if steps <= 0:
+            continue
+        mean_tokens = stage.mean_tokens or stage.max_tokens // _RL_MEAN
+        load = assume_workload(mean_tokens, stage.max_tokens, patches)
+        spans.append(Span(steps, replace(load, basis=f"{load.basis}; {images}"), stage.max_tokens))
+        first_iteration += steps
+    return spans
