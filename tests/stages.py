@@ -95,7 +95,6 @@ if __name__ == "__main__":
     model = out / "model"
     if tp == 1:
         cold_start(out / "cold", model, tp)
-        cold_start(out / "cold_again", model, tp)
         copy_without_last(out / "cold", out / "cold_resumed")
         cold_start(out / "cold_resumed", model, tp)
         tokenised_cold_start(out / "epochs", model)
@@ -109,7 +108,6 @@ if __name__ == "__main__":
             evaluate(out / "cold_evaluated/checkpoints" / step, out / "cold_evaluated/fresh" / step)
         ppo(out / "rl", model, tp, 1)
         ppo(out / "rl_evaluated", model, tp, 1, *EVALUATION)
-        ppo(out / "rl_again", model, tp, 1)
         copy_without_last(out / "rl", out / "rl_resumed")
         ppo(out / "rl_resumed", model, tp, 1)
         ppo(out / "rl_cp2", model, tp, 1, "parallel.cp=2")

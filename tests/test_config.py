@@ -211,6 +211,7 @@ def test_values_of_environment_variables_stay_out_of_files(tmp_path: Path, monke
         build(RLConfig, OmegaConf.merge(values, {"run": {"seed": "${oc.env:OVR_TEST_ABSENT}"}}))
 
 
+@settings(max_examples=30)
 @given(strategies.text("ab/ ü=('),{}[]\"#$!~*?:;&|<>%@\n", min_size=1, max_size=12))
 def test_a_path_may_hold_any_character(text: str) -> None:
     """Not at its ends, where white space and quotes belong to the command line."""
