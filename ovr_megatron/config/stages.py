@@ -83,7 +83,8 @@ class RLConfig:
             f"algorithm.overlong_buffer={self.algorithm.overlong_buffer} must be under the shortest limit of the "
             f"curriculum, {shortest}",
         )
-        # Delayed scaling reduces its factors over all ranks after every pack; here ranks train different numbers of them.
+        # Delayed scaling reduces its factors over all ranks after every pack, and in reinforcement learning ranks have
+        # different numbers of packs.
         require(
             self.model.fp8 != "delayed",
             "model.fp8=delayed: ranks that train different numbers of packs would wait for each other; "
