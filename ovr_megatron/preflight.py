@@ -140,7 +140,8 @@ def run_checks(config: Config) -> tuple[list[str], dict[str, float]]:
         if main_rank and bus_rate < floors.bus:
             problems.append(
                 f"the all-reduce over {ranks} ranks runs at {bus_rate:.2f} GB/s, under "
-                f"OVR_MIN_BUS_GBPS={floors.bus:g}; see that NCCL takes the fast network (OVR_INTERFACE, OVR_HCA), or leave a slow node out"
+                f"OVR_MIN_BUS_GBPS={floors.bus:g}; see that NCCL takes the fast network "
+                "(OVR_INTERFACE, OVR_HCA), or leave a slow node out"
             )
     return preflight.gather(problems), measured
 

@@ -24,11 +24,11 @@ def main() -> int:
 
     config = replay.load(args.run, args.overrides)
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
-    lines = replay.replay(config, args.run, args.iteration, world)
+    values = replay.replay(config, args.run, args.iteration, world)
     bound = replay.BOUND[config.model.dtype]
-    differs = any(not line.difference <= bound for line in lines)
+    differs = any(not value.difference <= bound for value in values)  # so written, a NaN differs
     if world.is_main:
-        print(replay.show(lines))
+        print(replay.show(values))
         print(f"{'differs' if differs else 'the same'} (bound {bound:g} of the largest value)")
     distributed.finish()
     return 1 if differs else 0
