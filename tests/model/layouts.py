@@ -27,8 +27,8 @@ from ovr_megatron.verify import (
     ODD_LENGTHS,
     Reference,
     compare,
-    documents,
     gradient_differences,
+    make_documents,
     make_packs,
     objective,
     reference,
@@ -221,7 +221,7 @@ def resumed(folder: Path, out: Path) -> dict[str, list[list[float]]]:
 if __name__ == "__main__":
     models, out = Path(sys.argv[1]), Path(sys.argv[2])
     world = distributed.start(ParallelConfig(), seed=0, threads=1)
-    found = documents(ModelShape.from_hf(models / "tied"), texts=ODD_LENGTHS)
+    found = make_documents(ModelShape.from_hf(models / "tied"), texts=ODD_LENGTHS)
     results = {
         "matrix": {
             f"{name} {'critic' if critic else 'policy'}": matrix(models / name, critic)
