@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the run's configuration")
     args = parser.parse_args()
 
-    # Here, so that --help does not wait for torch and Megatron.
+    # Imported here, so that --help does not wait for torch and Megatron.
     from ovr_megatron import replay
     from ovr_megatron.runtime import distributed
 
