@@ -59,7 +59,7 @@ def read_command_line(
     parser = argparse.ArgumentParser(
         prog=program_name(Path(sys.argv[0])),
         description=description,
-        add_help=False,
+        add_help=False,  # --help prints the recipe's settings, too, see below
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,6 +70,7 @@ def read_command_line(
     if plan:
         add("--dry-run", action="store_true", help="print the plan of exactly this command line, and leave")
     add("-h", "--help", action="store_true", help="print this and every setting of the recipe, and leave")
+    # Intermixed: options and overrides may come in any order.
     options = parser.parse_intermixed_args(arguments)
     path = recipe_path(options.config_name, options.config_dir)
     values = compose_values(schema, path, options.overrides)

@@ -122,6 +122,7 @@ def _compare_array(name: str, saved: ArraysByResponse, replayed: ArraysByRespons
         sums += torch.tensor([before.sum(), after.sum(), len(after)], dtype=torch.float64)
         response_peaks = torch.tensor([np.abs(after - before).max(initial=0), np.abs(before).max(initial=0)])
         peaks = torch.maximum(peaks, response_peaks.double())
+    # Every rank takes part, also one without responses to compare.
     dist.all_reduce(sums)
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
     saved_sum, replayed_sum, count = sums.tolist()

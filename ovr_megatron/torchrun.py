@@ -21,8 +21,9 @@ from ovr_megatron.runtime.terminal import printable
 
 def launch() -> int:
     """Start the ranks and wait for them; return the exit code of the first that failed, or 0."""
+    # torchrun logs the end of every rank; the messages below say it once.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    os.environ[SENTENCES_ARE_COLLECTED] = "1"
+    os.environ[SENTENCES_ARE_COLLECTED] = "1"  # ranks leave their error in torchrun's error file and print nothing
     try:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))
     except ChildFailedError as error:

@@ -207,6 +207,7 @@ def reference(directory: Path, documents: list[Document], dtype: torch.dtype, cr
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     shape = ModelShape.from_hf(directory)
     head = torch.nn.Linear(shape.hidden, 1, bias=False, dtype=dtype)
+    # `Engine.load` draws a critic's head from the same seed.
     init_value_head(head.weight, "orz", torch.Generator().manual_seed(0))
     target_count = sum(len(document.tokens) - 1 for document in documents)
     outputs = []
@@ -306,6 +307,7 @@ def compare(engine: Engine, documents: list[Document], theirs: Reference | None,
         outputs = [engine.logits(pack).cpu() for pack in scored_packs]
         lengths = [len(document.tokens) for document in documents]
     report.loss = engine.backward(packs[dp_rank::dp_size], objective)["loss"]
+    # Gathering the gradients is a collective: ranks without the reference leave after it.
     gradients = {name: gradient.cpu() for name, gradient in engine.gradients()}
     if theirs is None:
         return report

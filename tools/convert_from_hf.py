@@ -20,6 +20,7 @@ def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) 
 
     shape = check_assets(hf)
     with WeightFolder(hf) as folder:
+        # All checks come before anything is written.
         check_weights(folder, shape)
         check_finite(folder)
         with staged(out, [hf], force) as partial:

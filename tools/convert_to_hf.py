@@ -30,6 +30,7 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
     assets = load_assets(checkpoint / part, shape)
     export_dtype = getattr(torch, dtype) if dtype else None
     with WeightFolder(checkpoint / part) as folder:
+        # All checks come before anything is written.
         check_weights(folder, shape, critic)
         check_finite(folder)
         with staged(out, [checkpoint], force) as partial:

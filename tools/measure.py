@@ -50,7 +50,7 @@ class PeakMemory(threading.Thread):
         """Sample; the first time at once."""
         while True:
             self.peak = max(self.peak, tree_memory(self.pid))
-            if self.ended.wait(self.every):
+            if self.ended.wait(self.every):  # not a sleep: `stop` ends the wait at once
                 return
 
     def stop(self) -> int:
@@ -69,6 +69,7 @@ def measure(command: list[str], every: float) -> tuple[int, float, int]:
     process = subprocess.Popen(command)
     sampler = PeakMemory(process.pid, every)
     sampler.start()
+    # The command decides how it ends; its status and peak memory are recorded then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signal_number, frame: process.send_signal(signal_number))
     status = process.wait()

@@ -127,6 +127,7 @@ def show_start(
 def mean_length(config: ColdStartConfig, processor: Processor) -> float:
     """Return the mean number of tokens of the first samples; the length of a pack if none of them can be used."""
     lengths = []
+    # A stream of its own: the samples measured here are not taken from the training packs.
     stream = open_stream(config.data, config.run.seed, SkippedRows(None))
     for row in islice(stream, LENGTHS_MEASURED):
         try:
@@ -196,6 +197,7 @@ class StepTrainer:
         flops = self._flops(step_packs) if self.world.layout.leads_replica else 0.0
         compute_seconds = self.engine.compute_timer.seconds
         rank_step = RankStep(data_seconds, compute_seconds, flops, *memory_peaks(), documents=losses.documents())
+        # A collective: every rank takes part, and the main rank alone gets the result and logs it.
         rank_steps = gather(rank_step, self.world)
         if self.log and rank_steps is not None:
             tokens = sum(len(pack.tokens) for pack in step_packs) * self.world.dp_size
