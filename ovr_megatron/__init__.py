@@ -1,9 +1,9 @@
 """Open Vision Reasoner on Megatron-Core: linguistic cold start, multimodal PPO, evaluation.
 
-Importing the package is cheap: neither torch, Megatron nor vLLM is loaded before a room that needs it is.
-Its side effects: a machine without a GPU can import a torchvision that was built for one, a rank that ``torchrun`` or
-``srun`` started gets the settings of `ovr_megatron.runtime.environment`, and where Transformer Engine is installed,
-the cuDNN that it needs is loaded.
+Importing the package is cheap: torch, Megatron and vLLM are loaded only with a room that needs them.
+The import has side effects: a machine without a GPU can import a torchvision that was built for one, a rank that
+``torchrun`` or ``srun`` started gets the settings of `ovr_megatron.runtime.environment`, and where Transformer Engine
+is installed, the cuDNN that it needs is loaded.
 """
 
 import os
@@ -12,6 +12,7 @@ from ovr_megatron.runtime import cpu, environment, torchvision_on_cpu
 
 __version__ = "0.1.0"
 
+# First of all: torch, NCCL, Triton and vLLM read these variables when they are imported.
 environment.apply(os.environ)
 environment.load_cudnn(os.environ)
 torchvision_on_cpu.let_torchvision_import()

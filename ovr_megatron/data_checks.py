@@ -1,4 +1,4 @@
-"""Looking at the rows of a source before they are used: which cannot be, and why."""
+"""Check the rows of a source before a run uses them, and report the rows that it could not use."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.terminal import printable
 
 Check = Callable[[Row], object]
-GENERATED_ROWS = 1000  # looked at of a source that never ends
+GENERATED_ROWS = 1000  # checked of a source that never ends
 
 
 def checks_of(config: ColdStartConfig | RLConfig, processor: Processor | None) -> list[Check]:
-    """What a stage demands of a row: intact media within the limits, an answer it can verify, and lengths.
+    """Return the checks of a stage: intact media within the limits, a verifiable answer (RL), and lengths.
 
     Args:
         config: A stage's configuration.
-        processor: Of its model; None leaves the lengths out.
+        processor: Processor of its model; None leaves the lengths out.
     """
-    rl = isinstance(config, RLConfig)
+    is_rl = isinstance(config, RLConfig)
     checks: list[Check] = [partial(load_media, config=config.data)]
     if isinstance(config, RLConfig):
         checks.append(partial(check_reference, rules=config.reward.rules))
     if processor is not None:
-        limit = 0 if rl else config.data.pack_tokens
-        checks.append(partial(_check_length, processor=processor, generation=rl, limit=limit))
+        limit = 0 if is_rl else config.data.pack_tokens
+        checks.append(partial(_check_length, processor=processor, generation=is_rl, limit=limit))
     return checks
 
 
@@ -50,22 +50,24 @@ def bad_rows(source: RowSource, indices: Sequence[int], checks: Sequence[Check])
 
 
 def spread(length: int, count: int) -> range:
-    """Return ``count`` indices that are spread evenly over ``length`` rows; all of them where there are fewer."""
-    return range(0, length, max(1, -(-length // count)))
+    """Return at most ``count`` indices that are spread evenly over ``length`` rows; all where there are fewer rows."""
+    step = max(1, -(-length // count))  # rounded up
+    return range(0, length, step)
 
 
 def check_sample(config: ColdStartConfig | RLConfig, processor: Processor, rows: int) -> list[str]:
-    """Look at some rows of each source; return one sentence for each source that the run would stop at.
+    """Check some rows of each source; return one sentence for each source that the run would stop at.
 
     Args:
         config: A stage's configuration.
-        processor: Of its model.
-        rows: Of each source.
+        processor: Processor of its model.
+        rows: Rows to check of each source.
     """
     problems = []
     checks = checks_of(config, processor)
+    skip_errors = config.data.on_error == "skip"
     for settings in config.data.sources:
-        if problem := _sample_problem(settings, rows, checks, config.data.on_error == "skip"):
+        if problem := _sample_problem(settings, rows, checks, skip_errors):
             problems.append(problem)
     return problems
 
@@ -75,7 +77,7 @@ def report_bad_rows(config: ColdStartConfig | RLConfig, rows: int = 0) -> int:
 
     Args:
         config: A stage's configuration; lengths are measured where its ``model.path`` is a folder.
-        rows: Rows to look at of each source, spread over it; 0 for all.
+        rows: Rows to check of each source, spread over it; 0 for all.
 
     Raises:
         RowError: a source cannot be opened.
@@ -90,9 +92,13 @@ def report_bad_rows(config: ColdStartConfig | RLConfig, rows: int = 0) -> int:
 
 
 def _report_source(settings: SourceConfig, checks: Sequence[Check], rows: int) -> int:
+    """Print the errors of one source and a line of totals; return the number of rows that cannot be used."""
     source = open_source(settings)
     endless = len(source) >= ENDLESS
-    indices = range(rows or GENERATED_ROWS) if endless else spread(len(source), rows or len(source))
+    if endless:
+        indices = range(rows or GENERATED_ROWS)
+    else:
+        indices = spread(len(source), rows or len(source))
     bad = 0
     with Progress(len(indices), settings.path, "row", inner=True) as progress:
         for index in indices:
@@ -105,23 +111,25 @@ def _report_source(settings: SourceConfig, checks: Sequence[Check], rows: int) -
     return bad
 
 
-def _sample_problem(settings: SourceConfig, rows: int, checks: Sequence[Check], skip: bool) -> str | None:
+def _sample_problem(settings: SourceConfig, rows: int, checks: Sequence[Check], skip_errors: bool) -> str | None:
+    """Return the sentence of a source that the run would stop at, None if a sample of its rows lets it go on."""
     try:
         source = open_source(settings)
     except RowError as error:
         return str(error)
     indices = spread(len(source), rows)
     errors = list(bad_rows(source, indices, checks))
-    # What is too long is dropped and counted, so only a source of nothing else stops the run.
-    stopping = [] if skip else [error for error in errors if not isinstance(error, TooLongError)]
-    if not stopping and len(errors) < len(indices):
+    # A row that is too long is dropped and counted, so it stops the run only if no other row is left.
+    fatal = [] if skip_errors else [error for error in errors if not isinstance(error, TooLongError)]
+    if not fatal and len(errors) < len(indices):
         return None
-    count, first = len(stopping or errors), (stopping or errors)[0]
-    return f"{count} of {len(indices)} rows looked at cannot be used (tools/check_data.py lists all): {first}"
+    reported = fatal or errors
+    count = f"{len(reported)} of {len(indices)}"
+    return f"{count} rows looked at cannot be used (tools/check_data.py lists all): {reported[0]}"
 
 
 def _check_length(row: Row, processor: Processor, generation: bool, limit: int) -> None:
-    """Raise `TooLongError` for a row over a limit; ``limit`` (0: none) is that of a pack."""
+    """Raise `TooLongError` for a row over the processor's limit, or over ``limit`` tokens of a pack (0: no limit)."""
     (length,) = processor.lengths([row], generation)
     if isinstance(length, TooLongError):
         raise length

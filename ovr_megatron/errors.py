@@ -1,4 +1,4 @@
-"""Errors that a user can put right: one family, so that a command needs no list of its libraries' errors."""
+"""`UserError`, the base of all errors that a user can put right: a command catches this class alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of settings: all those of a schema, and the nearest ones to a name that it does not have."""
+"""List the names of the settings of a schema, and find the nearest to a name that it does not have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
-_MOST = 3  # names that are proposed
+_MOST_PROPOSALS = 3
+# Similarity of `difflib`, from 0 to 1: of entire dotted names, and of their last parts.
+_SIMILAR_NAME = 0.75
+_SIMILAR_LAST_PART = 0.6
 
 
 def setting_names(schema: type) -> Iterator[str]:
@@ -22,8 +25,9 @@ def setting_names(schema: type) -> Iterator[str]:
     hints: dict[str, Any] = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         yield field.name
-        for kind, mark in _inner_types(hints[field.name]):
-            yield from (f"{field.name}{mark}.{name}" for name in setting_names(kind))
+        for inner_schema, mark in _inner_schemas(hints[field.name]):
+            for name in setting_names(inner_schema):
+                yield f"{field.name}{mark}.{name}"
 
 
 def mapping_names(schema: type) -> Iterator[str]:
@@ -32,45 +36,55 @@ def mapping_names(schema: type) -> Iterator[str]:
     for field in dataclasses.fields(schema):
         if typing.get_origin(hints[field.name]) is dict:
             yield field.name
-        for kind, mark in _inner_types(hints[field.name]):
-            yield from (f"{field.name}{mark}.{name}" for name in mapping_names(kind))
+        for inner_schema, mark in _inner_schemas(hints[field.name]):
+            for name in mapping_names(inner_schema):
+                yield f"{field.name}{mark}.{name}"
 
 
 def with_new_keys(schema: type, overrides: Sequence[str]) -> list[str]:
-    """Return ``overrides`` so that those of mappings may add keys, for which Hydra wants ``++`` before the name."""
+    """Return ``overrides`` with ``++`` before those of mappings: only then Hydra lets them add keys."""
     mappings = [re.escape(name) for name in mapping_names(schema)]
-    opened = re.compile(rf"(?:{'|'.join(mappings)})(?:\.[^=]*)?=") if mappings else None
-    return [f"++{item}" if opened and opened.match(item) else item for item in overrides]
+    if not mappings:
+        return list(overrides)
+    of_mapping = re.compile(rf"(?:{'|'.join(mappings)})(?:\.[^=]*)?=")
+    return [f"++{override}" if of_mapping.match(override) else override for override in overrides]
 
 
 def text_names(schema: type) -> Iterator[str]:
-    """Yield the dotted names of the settings of ``schema`` that are text, as ``run.dir``; those in lists aside."""
+    """Yield the dotted names of the settings of ``schema`` that are text, as ``run.dir``, except those in lists."""
     hints: dict[str, Any] = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
         if hint is str or set(typing.get_args(hint)) == {str, NoneType}:
             yield field.name
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from (f"{field.name}.{name}" for name in text_names(hint))
+            for name in text_names(hint):
+                yield f"{field.name}.{name}"
 
 
 def with_plain_text(schema: type, overrides: Sequence[str]) -> list[str]:
-    """Return ``overrides``, those of text settings so that Hydra takes the value as it stands.
+    """Return ``overrides`` with the values of text settings quoted, so that Hydra takes them literally.
 
-    A path may hold what Hydra's grammar reserves, as in ``run.dir=/data/it's (a=b), [x]``.  A value that the grammar
-    reads as text, quoted or escaped by the user or not, is left alone, and so is an interpolation.
+    A path may hold characters that Hydra's grammar reserves, as in ``run.dir=/data/it's (a=b), [x]``.  A value that the
+    grammar reads as text, quoted or escaped by the user or not, is left alone, and so is an interpolation.
     """
-    texts = set(text_names(schema))
+    text_settings = set(text_names(schema))
     parser = OverridesParser.create()
     plain = []
     for override in overrides:
         name, _, value = override.partition("=")
-        if name.lstrip("+") in texts and not _is_text(parser, override):
-            # In a quoted value of Hydra's a backslash counts only before a quote, where it has to be doubled.
-            escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+        if name.lstrip("+") in text_settings and not _is_text(parser, override):
+            # In a quoted value Hydra reads backslashes as escapes only before a quote, so only there they are doubled.
+            escaped = re.sub(r"(\\*)('|$)", _escaped_quote, value)
             override = f"{name}='{escaped}'"
         plain.append(override)
     return plain
+
+
+def _escaped_quote(match: re.Match[str]) -> str:
+    """Double the backslashes of ``match`` and escape the quote after them; at the end of the value there is none."""
+    backslashes = 2 * match[1]
+    return backslashes + "\\'" if match[2] else backslashes
 
 
 def _is_text(parser: OverridesParser, override: str) -> bool:
@@ -82,34 +96,38 @@ def _is_text(parser: OverridesParser, override: str) -> bool:
     return value is None or isinstance(value, str | QuotedString)
 
 
-def _inner_types(hint: Any) -> Iterator[tuple[type, str]]:
-    """Yield the dataclasses of a type hint, those in a list with the mark ``[]``."""
+def _inner_schemas(hint: Any) -> Iterator[tuple[type, str]]:
+    """Yield the dataclasses in a type hint, each with the mark ``[]`` for every list around it."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint, ""
     for argument in typing.get_args(hint):
         mark = "[]" if typing.get_origin(hint) is list else ""
-        yield from ((kind, mark + inner) for kind, inner in _inner_types(argument))
+        for inner_schema, inner_mark in _inner_schemas(argument):
+            yield inner_schema, mark + inner_mark
 
 
 def unknown_setting(schema: type, name: str) -> str:
-    """Return the sentence for a ``name`` that ``schema`` does not have, with the names that were probably meant.
+    """Return the error message for a ``name`` that ``schema`` does not have, with the names that were probably meant.
 
     Args:
         schema: root dataclass of the configuration.
         name: dotted; the index of a list may be in it, as in ``data.sources.0.pth``.
     """
-    nearest = nearest_names(re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "[]", name), list(setting_names(schema)))
+    without_indices = re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "[]", name)
+    nearest = nearest_names(without_indices, list(setting_names(schema)))
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists all settings"
     return f"there is no setting {name}; {remedy}"
 
 
-def nearest_names(name: str, known: list[str]) -> list[str]:
-    """Return at most three of the ``known`` dotted names: those that end in ``name``, or the most similar one."""
-    endings = [other for other in known if other.endswith(f".{name}")]
+def nearest_names(name: str, candidates: list[str]) -> list[str]:
+    """Return at most three dotted names of ``candidates``: those that end in ``name``, or the most similar one."""
+    endings = [candidate for candidate in candidates if candidate.endswith(f".{name}")]
     if endings:
-        return endings[:_MOST]
-    if similar := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        return endings[:_MOST_PROPOSALS]
+    if similar := difflib.get_close_matches(name, candidates, n=1, cutoff=_SIMILAR_NAME):
         return similar
-    last = name.rpartition(".")[2]
-    by_last = {other.rpartition(".")[2]: other for other in reversed(known)}
-    return [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    # Of several candidates with one last part, the first of the schema wins: later entries overwrite earlier ones.
+    by_last_part = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
+    last_part = name.rpartition(".")[2]
+    matches = difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=_SIMILAR_LAST_PART)
+    return [by_last_part[match] for match in matches]

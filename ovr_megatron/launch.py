@@ -1,4 +1,4 @@
-"""From a command line to a checked configuration: Hydra composes, the dataclasses judge, errors become one sentence.
+"""Turn a command line into a checked configuration: Hydra composes, the dataclasses check, errors are one sentence.
 
 Nothing heavy is imported here: help, a mistyped key and a finished run are answered before torch is loaded.
 """
@@ -24,13 +24,16 @@ from ovr_megatron.keys import unknown_setting, with_new_keys, with_plain_text
 from ovr_megatron.model.presets import PRESETS
 
 RECIPES = Path(__file__).parent / "recipes"
-LAYOUT_KEYS = ("tp", "pp", "vpp", "cp", "dp", "sp", "zero")
-_UNKNOWN = re.compile(r"Could not override '(.+?)'\.", re.DOTALL)
+LAYOUT_SIZES = ("tp", "pp", "vpp", "cp", "dp")
+LAYOUT_SWITCHES = ("sp", "zero")  # 0 or 1
+LAYOUT_KEYS = (*LAYOUT_SIZES, *LAYOUT_SWITCHES)
+# Hydra's message for an override of a key that the schema does not have.
+_UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'\.", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A checked configuration, its recipe and overrides, and whether only its plan is asked for."""
+    """A checked configuration, its recipe and overrides; ``dry_run``: print its plan and start nothing."""
 
     config: Any
     recipe: str
@@ -41,7 +44,7 @@ class CommandLine:
 def read_command_line(
     schema: type, recipe: str, description: str | None, arguments: Sequence[str], plan: bool = True
 ) -> CommandLine:
-    """Return what a command line asks for, checked; with ``--help`` print every setting and leave.
+    """Parse and check a command line; with ``--help`` print every setting and leave.
 
     Args:
         schema: root dataclass; its defaults stand below every recipe under the name ``schema``.
@@ -56,7 +59,7 @@ def read_command_line(
     parser = argparse.ArgumentParser(
         prog=program_name(Path(sys.argv[0])),
         description=description,
-        add_help=False,
+        add_help=False,  # --help prints the recipe's settings, too, see below
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,20 +70,24 @@ def read_command_line(
     if plan:
         add("--dry-run", action="store_true", help="print the plan of exactly this command line, and leave")
     add("-h", "--help", action="store_true", help="print this and every setting of the recipe, and leave")
-    asked = parser.parse_intermixed_args(arguments)
-    path = recipe_path(asked.config_name, asked.config_dir)
-    values = compose_values(schema, path, asked.overrides)
-    if asked.help:
+    # Intermixed: options and overrides may come in any order.
+    options = parser.parse_intermixed_args(arguments)
+    path = recipe_path(options.config_name, options.config_dir)
+    values = compose_values(schema, path, options.overrides)
+    if options.help:
         print(f"{parser.format_help()}\nsettings of {path.stem}:\n{OmegaConf.to_yaml(values)}")
         parser.exit()
-    dry_run = plan and asked.dry_run
-    config = build(schema, fill_in(values, path.stem) if dry_run else values)
-    return CommandLine(config, path.stem, tuple(asked.overrides), dry_run)
+    dry_run = plan and options.dry_run
+    if dry_run:
+        values = fill_in(values, path.stem)
+    return CommandLine(build(schema, values), path.stem, tuple(options.overrides), dry_run)
 
 
 def program_name(path: Path) -> str:
-    """Return how a command is called: the name of its file, or ``python -m`` of its package."""
-    return f"python -m {Path(__file__).parent.name}.{path.parent.name}" if path.stem == "__main__" else path.name
+    """Return the name that a command shows in its help: that of its file, or ``python -m`` and its package."""
+    if path.stem == "__main__":
+        return f"python -m {Path(__file__).parent.name}.{path.parent.name}"
+    return path.name
 
 
 def recipe_path(name: str, folder: Path = RECIPES) -> Path:
@@ -91,8 +98,8 @@ def recipe_path(name: str, folder: Path = RECIPES) -> Path:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(item.stem for item in folder.glob("*.yaml"))) or "none"
-        raise ConfigError(f"{name} is no recipe; give the path of a YAML file, or of those in {folder} one: {known}")
+        recipes = ", ".join(sorted(recipe.stem for recipe in folder.glob("*.yaml"))) or "none"
+        raise ConfigError(f"{name} is no recipe; give the path of a YAML file, or of those in {folder} one: {recipes}")
     return path.resolve()
 
 
@@ -102,19 +109,20 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
     Raises:
         ConfigError: the file or an override cannot be read, or a key is unknown.
     """
+    # Recipes name `schema` in their defaults list, so that Hydra refuses keys that it does not have.
     ConfigStore.instance().store(name="schema", node=defaults(schema))
     try:
+        hydra_overrides = with_new_keys(schema, with_plain_text(schema, overrides))
         with hydra.initialize_config_dir(str(path.parent), version_base=None):
-            values = hydra.compose(path.stem, with_new_keys(schema, with_plain_text(schema, overrides)))
+            values = hydra.compose(path.stem, hydra_overrides)
         OmegaConf.missing_keys(values)  # follows every ${interpolation}, so that an unknown one is refused here
         return values
     except (HydraException, OmegaConfBaseException) as error:
-        if unknown := _UNKNOWN.match(str(error)):
+        if unknown := _UNKNOWN_KEY.match(str(error)):
             raise ConfigError(unknown_setting(schema, unknown[1])) from None
         if isinstance(error, OverrideParseException):
-            raise ConfigError(
-                f"{str(error.override).lstrip('+')!r} cannot be read; write a setting as KEY=VALUE"
-            ) from None
+            override = str(error.override).lstrip("+")
+            raise ConfigError(f"{override!r} cannot be read; write a setting as KEY=VALUE") from None
         cause = error.__cause__ or error
         key = getattr(cause, "full_key", None)
         where = f"{path.stem}: {key}" if key else path.stem
@@ -122,7 +130,7 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
 
 
 def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig:
-    """Return the checked configuration of a recipe, for a plan: what only a run needs may be missing.
+    """Return the checked configuration of a recipe, for a plan: ``run.dir`` and ``model.path`` may be missing.
 
     Args:
         recipe: a name under ``recipes/``, or the path of a YAML file.
@@ -137,9 +145,9 @@ def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig
 
 
 def fill_in(values: DictConfig, recipe: str) -> DictConfig:
-    """Give ``run.dir`` and ``model.path``, where they are missing, what a plan can do with.
+    """Set ``run.dir`` and ``model.path``, where they are missing, to values that a plan can work with.
 
-    The model is the preset that the recipe's name says: ``cold_start_7b_64gpu`` is of 7B.
+    The model is the preset in the recipe's name: ``cold_start_7b_64gpu`` names 7B.
     """
     presets = [preset for preset in PRESETS if preset.lower() in recipe.split("_")]
     missing = OmegaConf.missing_keys(values)
@@ -151,35 +159,48 @@ def fill_in(values: DictConfig, recipe: str) -> DictConfig:
 
 
 def parse_layout(text: str) -> tuple[ParallelConfig, int]:
-    """Read ``tp=2,sp=1,dp=2`` as a layout and its data-parallel size.
+    """Parse ``tp=2,sp=1,dp=2`` as a layout and its data-parallel size.
 
     ``sp=1`` is sequence parallelism, ``zero=1`` the distributed optimizer with its traffic overlapped.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown or repeated key, a size that is no number, or an impossible layout.
     """
-    values = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    if len(values) != len([part for part in text.split(",") if part]) or set(values) - set(LAYOUT_KEYS):
+    assignments = [part for part in text.split(",") if part]
+    values = dict(part.split("=", 1) for part in assignments if "=" in part)
+    if len(values) != len(assignments) or set(values) - set(LAYOUT_KEYS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2,sp=1 with {LAYOUT_KEYS}")
     if not all(value.isdigit() for value in values.values()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a layout: sizes are numbers")
-    sizes = {key: int(values.get(key, 0 if key in ("sp", "zero") else 1)) for key in LAYOUT_KEYS}
-    zero = bool(sizes["zero"])
-    cut = {key: sizes[key] for key in ("tp", "pp", "vpp", "cp")}
+    sizes = {key: int(values.get(key, 1)) for key in LAYOUT_SIZES}
+    switches = {key: bool(int(values.get(key, 0))) for key in LAYOUT_SWITCHES}
     try:
-        layout = ParallelConfig(**cut, sequence_parallel=bool(sizes["sp"]), distributed_optimizer=zero, overlap=zero)
+        layout = ParallelConfig(
+            tp=sizes["tp"],
+            pp=sizes["pp"],
+            vpp=sizes["vpp"],
+            cp=sizes["cp"],
+            sequence_parallel=switches["sp"],
+            distributed_optimizer=switches["zero"],
+            overlap=switches["zero"],
+        )
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return layout, sizes["dp"]
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """The command line with ``--rollout-only``, ``--rehearse`` and ``--train-only FOLDER`` as settings."""
-    found, rest = [], iter(arguments)
-    for argument in rest:
+    """Return the command line with ``--rollout-only``, ``--rehearse`` and ``--train-only FOLDER`` as settings."""
+    settings = []
+    remaining = iter(arguments)
+    for argument in remaining:
         if argument == "--rollout-only":
-            found.append("only=rollout")
+            settings.append("only=rollout")
         elif argument == "--rehearse":
-            found.append("only=rehearsal")
+            settings.append("only=rehearsal")
         elif argument == "--train-only":
-            found += ["only=train", f"rollouts_from={next(rest, '')}"]
+            folder = next(remaining, "")
+            settings += ["only=train", f"rollouts_from={folder}"]
         else:
-            found.append(argument)
-    return found
+            settings.append(argument)
+    return settings

@@ -1,4 +1,4 @@
-"""The checks of `tools/preflight.py`: every node looked at before a run starts, one process a rank."""
+"""Check every node before a run starts, with one process a rank: the checks of `tools/preflight.py`."""
 
 from __future__ import annotations
 
@@ -27,103 +27,130 @@ from ovr_megatron.runtime.terminal import printable
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.transfer import check_weights
 
-TIME_LIMIT_S = 240  # of a collective; the launcher's limit for the whole, OVR_PREFLIGHT_S, is above it
+TIME_LIMIT_S = 240  # of a collective; the launcher's limit of all checks together, OVR_PREFLIGHT_S, is above it
 SAMPLE_ROWS = 32  # of each source
 Config = ColdStartConfig | RLConfig
 
 
-def inputs(config: Config) -> tuple[list[Path], list[str]]:
-    """Files and folders that the run reads, and problems of those that are named and absent."""
-    found, problems = [weights_of(config.model.path)], []
+def list_inputs(config: Config) -> tuple[list[Path], list[str]]:
+    """Return the files and folders that the run reads, and a problem if it has no data."""
+    paths = [weights_of(config.model.path)]
+    problems = []
     for source in config.data.sources:
         if source.path.startswith("puzzle:"):
             continue
         path = local_path(source.path)[0]
         if path is None and (source.path.endswith(SUFFIXES) or os.environ.get("HF_HUB_OFFLINE") == "1"):
-            path = Path(source.path).expanduser()  # anything else is a name on the hub
+            path = Path(source.path).expanduser()  # any other source is the name of a Hugging Face data set
         if path is not None:
-            found.append(path)
+            paths.append(path)
     if config.data.exclude:
-        found.append(Path(config.data.exclude))
+        paths.append(Path(config.data.exclude))
     if config.data.tokenised:
-        found.append(Path(config.data.tokenised))
+        paths.append(Path(config.data.tokenised))
     elif not config.data.sources:
         problems.append("there are no data; give OVR_DATA=PATH, data.tokenised=DIR or 'data.sources=[{path: FILE}]'")
-    return found, problems
+    return paths, problems
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of the checkpoints that the run keeps, one more while it writes; 0 where the model cannot be read.
+    """Return the bytes of the checkpoints that the run keeps, and of one more while it is written.
 
-    Adam's moments and, of bfloat16 weights, the float32 master copy lie beside the weights; RL has two models.
+    It is 0 where the model cannot be read.
     """
-    weights = sum(path.stat().st_size for path in weights_of(config.model.path).glob("*.safetensors"))
-    rl = isinstance(config, RLConfig)
-    steps = config.iterations if isinstance(config, RLConfig) else config.steps
-    kept = config.run.keep_last or -(-steps // config.run.save_every)
-    each = weights * (7 if config.model.dtype == "bfloat16" else 3) * (2 if rl else 1)
-    return each * (kept + 1)
+    weight_bytes = sum(path.stat().st_size for path in weights_of(config.model.path).glob("*.safetensors"))
+    # A checkpoint has Adam's two moments beside the weights.  With bfloat16 weights they and the master copy are
+    # float32, twice as large as the weights.
+    model_bytes = weight_bytes * (1 + 2 * 3 if config.model.dtype == "bfloat16" else 1 + 2)
+    if isinstance(config, RLConfig):
+        models = 2  # policy and critic
+        steps = config.iterations
+    else:
+        models = 1
+        steps = config.steps
+    checkpoints = config.run.keep_last or -(-steps // config.run.save_every)
+    return model_bytes * models * (checkpoints + 1)
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Rates under which a run is refused: all-reduce in GB/s of the bus, run.dir in MB/s of each node."""
+    """Rates under which a run is refused: an all-reduce in GB/s of the bus, run.dir in MB/s of each node."""
 
     bus: float
     write: float
 
 
 def read_floors() -> Floors:
-    """The floors of the environment; by default what Ethernet of 100 Gbit/s or one old disk would give, on GPUs.
+    """Read the floors of the environment.
 
     Raises:
-        ConfigError: one is no number.
+        ConfigError: a floor is no number.
     """
-    values = []
-    for name, default in (("OVR_MIN_BUS_GBPS", 10), ("OVR_MIN_WRITE_MBPS", 100)):
-        given = os.environ.get(name)
-        try:
-            values.append(float(given) if given else default if torch.cuda.is_available() else 0)
-        except ValueError:
-            raise ConfigError(f"{name}={given!r} must be a number") from None
-    return Floors(*values)
+    # The defaults are the rates of 100 Gbit/s Ethernet and of one old disk.
+    return Floors(bus=_read_floor("OVR_MIN_BUS_GBPS", 10), write=_read_floor("OVR_MIN_WRITE_MBPS", 100))
 
 
-def look(config: Config) -> tuple[list[str], dict[str, float]]:
-    """Every check, on this rank; problems of all ranks, and what was measured.  A collective."""
-    run, floors = Path(config.run.dir), read_floors()
-    read, problems = inputs(config)
-    device = distributed.join(config.run.hang_timeout_s and min(config.run.hang_timeout_s, TIME_LIMIT_S), TIME_LIMIT_S)
-    local_rank, ranks = int(os.environ["LOCAL_RANK"]), dist.get_world_size()
+def _read_floor(name: str, default: float) -> float:
+    """Return the floor in the variable ``name``; where it is not set, ``default`` with a GPU and 0 without."""
+    text = os.environ.get(name)
+    if not text:
+        return default if torch.cuda.is_available() else 0
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} must be a number") from None
+
+
+def run_checks(config: Config) -> tuple[list[str], dict[str, float]]:
+    """Run every check on this rank; return the problems of all ranks, and the measured rates.  A collective."""
+    run = Path(config.run.dir)
+    floors = read_floors()
+    paths, problems = list_inputs(config)
+    hang_timeout_s = config.run.hang_timeout_s and min(config.run.hang_timeout_s, TIME_LIMIT_S)  # 0: no bound
+    device = distributed.join(hang_timeout_s, TIME_LIMIT_S)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    ranks = dist.get_world_size()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    main_rank, with_gpus = dist.get_rank() == 0, os.environ.get("OVR_GPUS") != "0"
+    main_rank = dist.get_rank() == 0
+    with_gpus = os.environ.get("OVR_GPUS") != "0"
+
+    # Ranks must not return early on a problem of their own: the collectives below wait for every rank.
     facts: list[preflight.Facts | None] = [None] * ranks
-    dist.all_gather_object(facts, preflight.gather_facts(read))
+    dist.all_gather_object(facts, preflight.gather_facts(paths))
     if main_rank:
-        problems += fitting(config, ranks) + preflight.differences([item for item in facts if item])
+        problems += check_layout(config, ranks)
+        problems += preflight.differences([rank_facts for rank_facts in facts if rank_facts])
     if with_gpus:
         problems += preflight.check_gpus(local_rank, local_size)
         problems += check_layers(config) + preflight.check_cudnn()
     if local_rank == 0:
         problems += check_model(config, main_rank)
-        problems += [problem for path in read for problem in preflight.check_readable(path)]
+        for path in paths:
+            problems += preflight.check_readable(path)
+
     measured: dict[str, float] = {}
     problems += check_folder(run, local_rank, checkpoint_bytes(config), floors, measured)
     if main_rank and with_gpus:
-        rate = measured.get("write MB/s", math.inf) * 1e6 * -(-ranks // local_size)
-        problems += check_plan(config, ranks, rate)
+        nodes = -(-ranks // local_size)
+        write_rate = measured.get("write MB/s", math.inf) * 1e6 * nodes
+        problems += check_plan(config, ranks, write_rate)
     if ranks > 1 and (device.type == "cuda" or not with_gpus):
-        measured["all-reduce GB/s"] = rate = preflight.bus_bandwidth(device, 256 if with_gpus else 8)
-        if main_rank and rate < floors.bus:
+        bus_rate = preflight.bus_bandwidth(device, 256 if with_gpus else 8)
+        measured["all-reduce GB/s"] = bus_rate
+        if main_rank and bus_rate < floors.bus:
             problems.append(
-                f"the all-reduce over {ranks} ranks runs at {rate:.2f} GB/s, under OVR_MIN_BUS_GBPS={floors.bus:g}; "
-                "see that NCCL takes the fast network (OVR_INTERFACE, OVR_HCA), or leave a slow node out"
+                f"the all-reduce over {ranks} ranks runs at {bus_rate:.2f} GB/s, under "
+                f"OVR_MIN_BUS_GBPS={floors.bus:g}; see that NCCL takes the fast network "
+                "(OVR_INTERFACE, OVR_HCA), or leave a slow node out"
             )
     return preflight.gather(problems), measured
 
 
 def check_model(config: Config, with_rows: bool) -> list[str]:
-    """Open what the run will open: tokenizer, processor, template, weights' names, the set or rows of each source."""
+    """Open tokenizer, processor, template, weights and the tokenised set, and check some rows of each source.
+
+    The tensors' names and shapes are checked, not their values; rows only ``with_rows``.
+    """
     source = weights_of(config.model.path)
     if not source.is_dir():
         return []  # `preflight.check_readable` says so
@@ -139,26 +166,36 @@ def check_model(config: Config, with_rows: bool) -> list[str]:
 
 
 def check_folder(run: Path, local_rank: int, needed: int, floors: Floors, measured: dict[str, float]) -> list[str]:
-    """Run.dir can be written, fast enough, has room, and is one folder.  A collective."""
+    """Check that run.dir can be written, fast enough, has room, and is one folder on all nodes.  A collective.
+
+    Args:
+        run: The run folder; it is made.
+        local_rank: Rank within the node; the first rank of each node measures.
+        needed: Bytes that the run will write.
+        floors: Rates under which the run is refused.
+        measured: Takes the rate of writing.
+    """
     problems: list[str] = []
     unusable: list[str] = []
     try:
         run.mkdir(parents=True, exist_ok=True)
         if local_rank == 0:
-            measured["write MB/s"] = rate = preflight.write_rate(run, 64)
+            rate = preflight.write_rate(run, 64)
+            measured["write MB/s"] = rate
             if rate < floors.write:
                 problems.append(f"{run} is written at {rate:.0f} MB/s, under OVR_MIN_WRITE_MBPS={floors.write:g}")
             problems += preflight.check_space(run, needed)
     except OSError as error:
         unusable = [f"{run} cannot be written ({error.strerror}); give another run.dir"]
+    # All ranks learn of it: `check_shared` is a collective that a rank without the folder cannot take part in.
     if preflight.gather(unusable):
         return problems + unusable
     return problems + preflight.check_shared(run)
 
 
 def check_layers(config: Config) -> list[str]:
-    """Whether Transformer Engine is there, which ``model.layers=auto`` would otherwise do without in silence."""
-    if config.model.layers != "auto" or config.model.dtype == "float32":  # in float32 ours are taken in any case
+    """Check that Transformer Engine can be used: without it ``model.layers=auto`` takes our layers in silence."""
+    if config.model.layers != "auto" or config.model.dtype == "float32":  # float32 always takes our layers
         return []
     try:
         choose_layer_classes("transformer_engine", DTYPES[config.model.dtype])
@@ -169,45 +206,57 @@ def check_layers(config: Config) -> list[str]:
 
 
 def check_plan(config: Config, ranks: int, write_rate: float) -> list[str]:
-    """Whether the plan's largest phase goes into this rank's GPU, and its seconds into the job's limits.
+    """Check that the plan's largest phase fits into this rank's GPU, and its seconds into the job's limits.
 
-    Nothing where there is no GPU.  ``write_rate`` is that of all nodes together, in bytes a second.
+    Without a GPU nothing is checked.
+
+    Args:
+        config: A stage's configuration.
+        ranks: Number of ranks of the run.
+        write_rate: Bytes per second that all nodes together write to run.dir.
     """
     if not torch.cuda.is_available():
         return []
     try:
-        found = report.plan(config, report.Options(ranks, search=False))
+        plan = report.plan(config, report.Options(ranks, search=False))
     except UserError as error:
         return [str(error)]
     problems = []
     if isinstance(config, ColdStartConfig) or config.only in ("all", "train"):
         limits = deadlines.read_limits(os.environ)
-        problems += deadlines.problems(found, limits, config.run.hang_timeout_s, write_rate)
-    worst = max(found["phases"], key=lambda phase: phase["total"])
-    have = torch.cuda.mem_get_info()[1]
-    if worst["total"] > have:
-        need = f"{worst['total'] / 2**30:.1f} GiB of the {have / 2**30:.1f} of a GPU"
-        problems.append(f"the plan takes {need} (phase {worst['name']}); `tools/plan.py` lists layouts that fit")
+        problems += deadlines.problems(plan, limits, config.run.hang_timeout_s, write_rate)
+    largest = max(plan["phases"], key=lambda phase: phase["total"])
+    gpu_bytes = torch.cuda.mem_get_info()[1]
+    if largest["total"] > gpu_bytes:
+        memory = f"{largest['total'] / 2**30:.1f} GiB of the {gpu_bytes / 2**30:.1f} of a GPU"
+        problems.append(f"the plan takes {memory} (phase {largest['name']}); `tools/plan.py` lists layouts that fit")
     return problems
 
 
-def fitting(config: Config, ranks: int) -> list[str]:
-    """Whether the layout goes into this many ranks."""
+def check_layout(config: Config, ranks: int) -> list[str]:
+    """Check that the layout divides the ranks, and that the data-parallel replicas divide the batch."""
     try:
         replicas = config.parallel.data_parallel(ranks)
-        share = config.packs_per_step if isinstance(config, ColdStartConfig) else config.prompts
-        what = "packs_per_step" if isinstance(config, ColdStartConfig) else "prompts"
     except ConfigError as error:
         return [str(error)]
-    return [] if share % replicas == 0 else [f"{what}={share} cannot be dealt to {replicas} data-parallel replicas"]
+    batch_key = "packs_per_step" if isinstance(config, ColdStartConfig) else "prompts"
+    batch_size = getattr(config, batch_key)
+    if batch_size % replicas:
+        return [f"{batch_key}={batch_size} cannot be dealt to {replicas} data-parallel replicas"]
+    return []
 
 
 def check(config: Config, began: float) -> int:
-    """Look, and print the figures or a sentence for each problem; return the exit code, 2 where there is a problem."""
+    """Run the checks; print the figures or a sentence for each problem; return the exit code, 2 for a problem.
+
+    Args:
+        config: A stage's configuration.
+        began: `time.monotonic` at the start of the command.
+    """
     main_rank = os.environ.get("RANK", "0") == "0"
     cpu.let_megatron_run()
     try:
-        problems, measured = look(config)
+        problems, measured = run_checks(config)
     except ConfigError as error:
         if main_rank:
             print(printable(f"preflight: {error}"), flush=True)
@@ -216,9 +265,9 @@ def check(config: Config, began: float) -> int:
         print(f"preflight: {error}", flush=True)
         return 3
     except dist.DistError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0]
-        problem = f"{preflight.host_name()} cannot work with the others over {where}: {reason}"
+        problem = f"{preflight.host_name()} cannot work with the others over {address}: {reason}"
         print(printable(f"preflight: {problem}"), flush=True)
         return 3
     if main_rank:
@@ -226,7 +275,9 @@ def check(config: Config, began: float) -> int:
             print(printable(f"preflight: {problem}"))
         figures = ", ".join(f"{name} {value:.2f}" for name, value in measured.items())
         verdict = "refused" if problems else "ok"
-        print(f"preflight: {verdict}: {dist.get_world_size()} ranks, {torch.cuda.device_count()} GPUs a node, "
-              f"{figures}, commit {preflight.commit()}, {time.monotonic() - began:.1f} s", flush=True)  # fmt: skip
+        machines = f"{dist.get_world_size()} ranks, {torch.cuda.device_count()} GPUs a node"
+        commit = preflight.commit()
+        seconds = time.monotonic() - began
+        print(f"preflight: {verdict}: {machines}, {figures}, commit {commit}, {seconds:.1f} s", flush=True)
     distributed.finish()
     return 2 if problems else 0

@@ -1,4 +1,4 @@
-"""A saved iteration once more, in any layout: log-probabilities, values, advantages and steps beside the saved ones.
+"""Repeat a saved PPO iteration in any layout; compare log-probabilities, values, advantages and steps with the saved.
 
 ``tools/replay.py RUN ITERATION [parallel.tp=2 ...]`` needs the rollouts of that iteration and the checkpoint that it
 began from (none for iteration 0).  It changes nothing in the run folder.
@@ -33,12 +33,15 @@ METRICS = (
     *("critic/loss", "critic/grad_norm", "critic/explained_variance", "critic/value_std"),
     *("policy/loss", "policy/entropy", "policy/grad_norm", "policy/reference_kl", "rollout/mismatch_mean"),
 )
+# Largest difference that counts as rounding, relative to the largest saved value.
 BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
+SMALLEST_SCALE = 1e-6  # of the saved value that a difference is divided by
+ArraysByResponse = dict[tuple[int, int], dict[str, np.ndarray]]  # by (prompt, sample), then by name
 
 
 @dataclass(frozen=True)
-class Line:
-    """One number or array: the saved mean, the mean now, and the largest difference over the largest saved value."""
+class ReplayedValue:
+    """One metric or array: the saved mean, the mean now, and the largest difference over the largest saved value."""
 
     name: str
     saved: float
@@ -47,7 +50,7 @@ class Line:
 
 
 def load(run: Path, overrides: Sequence[str]) -> RLConfig:
-    """The configuration of ``run`` with ``key=value`` on top.
+    """Load the configuration of ``run``, changed by ``overrides`` of the form ``key=value``.
 
     Raises:
         ConfigError: no run folder, or a key or value that cannot work.
@@ -64,8 +67,10 @@ def load(run: Path, overrides: Sequence[str]) -> RLConfig:
     return config
 
 
-def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Line]:
-    """Learn from the rollouts of ``iteration`` as the run did; returns what was saved beside what came out.
+def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[ReplayedValue]:
+    """Learn from the rollouts of ``iteration`` as the run did; return each saved value beside the replayed one.
+
+    A collective.
 
     Raises:
         CheckpointError: the iteration's checkpoint was not kept (``run.keep_every``) or is damaged.
@@ -81,44 +86,60 @@ def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Li
         store.restore(store.checkpoint_at(run / "checkpoints", iteration, world), engines)
     skipped = SkippedRows() if config.data.on_error == "skip" else None  # they were listed by the run
     prompts = PromptStream(open_stream(config.data, config.run.seed, skipped), processor, config.reward.rules, skipped)
-    outcome = learn(models, archive.restore(saved, prompts), iteration, Clock())
-    own = outcome.experience
-    everything = [archive.read_all(run, iteration), {}]
+    result = learn(models, archive.restore(saved, prompts), iteration, Clock())
+    experience = result.experience
+    names = [name for name in archive.ARRAYS if getattr(experience, name) is not None]
+    saved_arrays = archive.read_all(run, iteration)
+    replayed_arrays: ArraysByResponse = {}
+    # The ranks of a replica hold the same responses: its leader alone adds them to the sums over all ranks.
     if models.policy.layout.leads_replica:
-        for at, r in enumerate(own.responses):
-            given = {name: getattr(own, name) for name in archive.ARRAYS}
-            everything[1][r.prompt, r.sample] = {n: np.asarray(v[at]) for n, v in given.items() if v is not None}
-    lines = [_compared(name, *everything) for name in archive.ARRAYS if getattr(own, name) is not None]
-    logged = _logged(run, iteration)
+        for index, response in enumerate(experience.responses):
+            arrays = {name: np.asarray(getattr(experience, name)[index]) for name in names}
+            replayed_arrays[response.prompt, response.sample] = arrays
+    values = [_compare_array(name, saved_arrays, replayed_arrays) for name in names]
+    logged = _read_logged_metrics(run, iteration)
     for name in METRICS:
-        if name in logged and name in outcome.metrics:
-            before, after = logged[name], outcome.metrics[name]
-            lines.append(Line(name, before, after, abs(after - before) / max(abs(before), 1e-6)))
-    return lines
+        if name in logged and name in result.metrics:
+            before = logged[name]
+            after = result.metrics[name]
+            values.append(ReplayedValue(name, before, after, abs(after - before) / max(abs(before), SMALLEST_SCALE)))
+    return values
 
 
-def _compared(name: str, saved: dict, now: dict) -> Line:
-    """The array ``name`` over all responses of all ranks."""
-    sums = torch.zeros(3, dtype=torch.float64)  # of the saved, of those now, number
-    peaks = torch.zeros(2, dtype=torch.float64)  # of the difference, of the saved
-    for key, arrays in now.items():
-        before, after = saved[key][name], arrays[name]
+def _compare_array(name: str, saved: ArraysByResponse, replayed: ArraysByResponse) -> ReplayedValue:
+    """Compare the array ``name`` over all responses of all ranks.  A collective.
+
+    Args:
+        name: of the array.
+        saved: arrays of the responses of all ranks.
+        replayed: arrays of this rank's responses; empty on ranks that lead no replica.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # of the saved values, of the replayed ones, and their number
+    peaks = torch.zeros(2, dtype=torch.float64)  # of the differences, and of the saved values
+    for key, arrays in replayed.items():
+        before = saved[key][name]
+        after = arrays[name]
         sums += torch.tensor([before.sum(), after.sum(), len(after)], dtype=torch.float64)
-        found = torch.tensor([np.abs(after - before).max(initial=0), np.abs(before).max(initial=0)])
-        peaks = torch.maximum(peaks, found.double())
+        response_peaks = torch.tensor([np.abs(after - before).max(initial=0), np.abs(before).max(initial=0)])
+        peaks = torch.maximum(peaks, response_peaks.double())
+    # Every rank takes part, also one without responses to compare.
     dist.all_reduce(sums)
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
-    before, after, count = sums.tolist()
-    return Line(name, before / count, after / count, float(peaks[0] / max(float(peaks[1]), 1e-6)))
+    saved_sum, replayed_sum, count = sums.tolist()
+    difference = float(peaks[0] / max(float(peaks[1]), SMALLEST_SCALE))
+    return ReplayedValue(name, saved_sum / count, replayed_sum / count, difference)
 
 
-def _logged(run: Path, iteration: int) -> dict[str, float]:
-    lines = read_metrics(run / "metrics" / "train.jsonl")
-    return next((line for line in lines if line["step"] == iteration), {})
+def _read_logged_metrics(run: Path, iteration: int) -> dict[str, float]:
+    """Return the metrics that the run logged of ``iteration``, or none."""
+    for metrics in read_metrics(run / "metrics" / "train.jsonl"):
+        if metrics["step"] == iteration:
+            return metrics
+    return {}
 
 
-def show(lines: Sequence[Line]) -> str:
-    """A table of ``lines``."""
+def show(values: Sequence[ReplayedValue]) -> str:
+    """Format ``values`` as a table."""
     rows = [f"{'':28}{'saved':>14}{'now':>14}{'difference':>14}"]
-    rows += [f"{line.name:28}{line.saved:14.6g}{line.now:14.6g}{line.difference:14.2e}" for line in lines]
+    rows += [f"{value.name:28}{value.saved:14.6g}{value.now:14.6g}{value.difference:14.2e}" for value in values]
     return "\n".join(rows)

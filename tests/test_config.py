@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 from omegaconf import DictConfig, OmegaConf
 
 from ovr_megatron import config as configuration
@@ -191,9 +191,9 @@ def test_values_of_environment_variables_stay_out_of_files(tmp_path: Path, monke
     """Neither the saved configuration nor a message shows what a variable holds; loaded again it is the same."""
     monkeypatch.setenv("OVR_TEST_SECRET", "hunter2")
     monkeypatch.setenv("OVR_TEST_SEED", "17")
-    settings = ["run.dir=/runs/${oc.env:OVR_TEST_SECRET}", "run.seed=${oc.env:OVR_TEST_SEED}"]
-    settings += ["data.sources=[{path: 'a.jsonl'}, {path: '${oc.env:OVR_TEST_SECRET}/b.jsonl'}]"]
-    values = OmegaConf.merge(defaults(RLConfig), OmegaConf.from_dotlist([*settings, "model.path=m", *CURRICULUM]))
+    overrides = ["run.dir=/runs/${oc.env:OVR_TEST_SECRET}", "run.seed=${oc.env:OVR_TEST_SEED}"]
+    overrides += ["data.sources=[{path: 'a.jsonl'}, {path: '${oc.env:OVR_TEST_SECRET}/b.jsonl'}]"]
+    values = OmegaConf.merge(defaults(RLConfig), OmegaConf.from_dotlist([*overrides, "model.path=m", *CURRICULUM]))
     config = build(RLConfig, values)
     assert (config.run.dir, config.run.seed, config.data.sources[1].path) == ("/runs/hunter2", 17, "hunter2/b.jsonl")
     save(config, tmp_path / "config.yaml")

@@ -17,7 +17,7 @@ from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.batch import Batch
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.verify import documents, make_packs, objective
+from ovr_megatron.verify import make_documents, make_packs, objective
 from ovr_megatron.weights.folder import WeightFolder
 
 
@@ -42,7 +42,7 @@ def test_a_frozen_part_costs_no_gradient_and_no_state(folder: Path, world: World
     frozen = [h.parameter for h in engine.live.holdings if h.row.megatron not in engine.trained]
     trained = [h.parameter for h in engine.live.holdings if h.row.megatron in engine.trained]
     assert frozen and trained
-    engine.train(make_packs(documents(engine.shape), engine.shape, True, False, 1), objective)
+    engine.train(make_packs(make_documents(engine.shape), engine.shape, True, False, 1), objective)
     assert not any(hasattr(parameter, "main_grad") or parameter.grad is not None for parameter in frozen)
     buffered = sum(buffer.numel_unpadded for buffer in engine.models[0].buffers)
     assert buffered == sum(parameter.numel() for parameter in trained)
@@ -53,7 +53,7 @@ def test_a_frozen_part_costs_no_gradient_and_no_state(folder: Path, world: World
 def test_what_is_frozen_stays_and_what_trains_moves(folder: Path, world: World) -> None:
     engine = build(folder, world, freeze_vision=True, freeze_merger=True)
     before = {name: tensor.clone() for name, tensor in engine.weights()}
-    engine.train(make_packs(documents(engine.shape), engine.shape, True, False, 1), objective)
+    engine.train(make_packs(make_documents(engine.shape), engine.shape, True, False, 1), objective)
     for name, tensor in engine.weights():
         assert torch.equal(tensor, before[name]) == name.startswith("visual."), name
 
@@ -68,7 +68,7 @@ def test_steps_are_those_of_adamw(folder: Path, world: World, critic: bool) -> N
     rates = [0.005, 0.01, 0.01, 0.01 * (0.1 + 0.9 * 3 / 4)]  # six steps in all, two of them warm-up
     engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder)), ParallelConfig(), world, critic)
     engine.with_optimizer(settings, 6).load(WeightFolder(folder))
-    packs = make_packs(documents(engine.shape), engine.shape, True, critic, 1)
+    packs = make_packs(make_documents(engine.shape), engine.shape, True, critic, 1)
     reference = {name: torch.nn.Parameter(tensor.double()) for name, tensor in engine.weights()}
     groups = [
         {"params": [p for p in reference.values() if p.dim() > 1], "weight_decay": 0.2},
@@ -95,7 +95,7 @@ def test_a_pack_without_images_runs_the_tower_on_one_feature_only(folder: Path, 
     seen: list[int] = []
     engine.parts[0].vision.patch_embed.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
     packs = make_packs(
-        [d for d in documents(engine.shape, texts=(300,)) if not len(d.patches)], engine.shape, True, False, 1
+        [d for d in make_documents(engine.shape, texts=(300,)) if not len(d.patches)], engine.shape, True, False, 1
     )
     engine.backward(packs, objective)
     assert seen == [engine.shape.vision.merge**2]
@@ -107,7 +107,7 @@ def test_a_pack_without_images_runs_the_tower_on_one_feature_only(folder: Path, 
 
 def test_a_pack_without_labels_counts_nothing(folder: Path, world: World) -> None:
     engine = build(folder, world)
-    packs = make_packs(documents(engine.shape), engine.shape, False, False, 1)
+    packs = make_packs(make_documents(engine.shape), engine.shape, False, False, 1)
     alone = engine.backward(packs[:1], objective)
     packs[1].labels.fill_(IGNORED)
     assert engine.backward(packs[:2], objective) == alone
@@ -117,7 +117,7 @@ def test_a_rank_may_have_nothing_to_learn_from(folder: Path, world: World) -> No
     """Its pack of no responses takes part in every pass, and adds nothing to sums or gradients."""
     engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder)), ParallelConfig(), world, critic=True)
     engine.with_optimizer(OptimizerConfig(lr=1e-3, warmup_steps=0), 10).load(WeightFolder(folder))
-    packs = make_packs(documents(engine.shape), engine.shape, True, True, 1)[:1]
+    packs = make_packs(make_documents(engine.shape), engine.shape, True, True, 1)[:1]
     (blank,) = Batch([], [], 100, [], 8).packs([[]], **{name: [] for name in packs[0].extras})
     (scores,) = engine.scores([blank])
     assert scores.values is not None and len(scores.values) == 0
@@ -134,7 +134,7 @@ def test_a_critic_of_bfloat16_has_float32_values(folder: Path, world: World) -> 
     hidden: list[torch.Tensor] = []
     head = engine.parts[0].value_head
     head.register_forward_hook(lambda module, inputs, output: hidden.append(inputs[0]))
-    packs = make_packs(documents(engine.shape), engine.shape, True, True, 1)
+    packs = make_packs(make_documents(engine.shape), engine.shape, True, True, 1)
     (scores, *_) = engine.scores(packs[:1])
     assert scores.values is not None and len(scores.values) > 100
     expected = hidden[0].double() @ head.weight.detach().double()[0]

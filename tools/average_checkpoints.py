@@ -10,7 +10,7 @@ from ovr_megatron.runtime.terminal import printable
 
 
 def combine(directories: list[Path], out: Path, force: bool) -> None:
-    """Write the mean to ``out``: a checkpoint if all ``directories`` are, else a Hugging Face folder."""
+    """Write the mean to ``out``: a checkpoint if all ``directories`` are checkpoints, else a Hugging Face folder."""
     from ovr_megatron.checkpoint.manifest import MANIFEST, check, write_manifest
     from ovr_megatron.weights.average import average
     from ovr_megatron.weights.transfer import staged
@@ -21,10 +21,11 @@ def combine(directories: list[Path], out: Path, force: bool) -> None:
         average(directories, out, force)
         print(f"{out}: Hugging Face folder, mean of {len(directories)} models")
         return
+    step = max(manifest.step for manifest in manifests)
+    sources = [str(directory.resolve()) for directory in directories]
     with staged(out, directories, force) as partial:
         average(directories, partial / "policy")
-        step = max(manifest.step for manifest in manifests)
-        write_manifest(partial, step, extra={"average_of": [str(directory.resolve()) for directory in directories]})
+        write_manifest(partial, step, extra={"average_of": sources})
     print(f"{out}: checkpoint, mean of the policies of {len(directories)} checkpoints")
 
 

@@ -3,7 +3,7 @@
 gpu: on a GPU, every part of a day's work at the published sizes: step, vision, head and rl, one after the other.
 model: forward and backward of our model beside Transformers', at layer shapes of the tiny, the 3B and the 7B model.
 step: a cold-start pack of 65,536 tokens at the 3B and the 7B shape on a GPU, beside Transformers and beside the plan.
-vision: the tower beside Transformers', and on two ranks, cut over them or with the images dealt out.
+vision: the tower beside Transformers', and on two ranks, cut over them or with the images balanced over them.
 prepare: data preparation beside a plain datasets.map.
 head: log-probabilities over a large vocabulary in chunks, beside the whole logits.
 packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's packing where `nemo` can be imported.
@@ -54,33 +54,33 @@ def main() -> None:
     if unknown:
         parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")
 
-    # Here, so that --help does not wait for torch and what is measured.
+    # Imported here, so that --help does not wait for torch and the benchmarks.
     from ovr_megatron.analysis.bench_parts import BENCHMARKS, gpu_name
 
     if arguments.what != "gpu":
-        _write(arguments.json, BENCHMARKS[arguments.what](arguments))
+        _write_json(arguments.json, BENCHMARKS[arguments.what](arguments))
         return
-    found: dict[str, Any] = {"card": gpu_name(), "torch": metadata.version("torch")}
-    print(f"{found['card']}, torch {found['torch']}")
-    for part in arguments.parts:  # each in a process of its own, which leaves the GPU empty
+    results: dict[str, Any] = {"card": gpu_name(), "torch": metadata.version("torch")}
+    print(f"{results['card']}, torch {results['torch']}")
+    for part in arguments.parts:  # each in its own process, which leaves the GPU empty
         print(f"\n{part}", flush=True)
-        found[part] = _apart(part)
-        _write(arguments.json, found)
+        results[part] = _run_in_subprocess(part)
+        _write_json(arguments.json, results)
 
 
-def _apart(part: str) -> Any:
-    """The rows of ``part``, measured with the options that were given to the whole; or that there are none."""
-    given = sys.argv[1:]
-    given.remove("gpu")
+def _run_in_subprocess(part: str) -> Any:
+    """Measure ``part`` with the options of this command; return its rows, or its exit status if it wrote none."""
+    options = sys.argv[1:]
+    options.remove("gpu")
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        done = subprocess.run([sys.executable, __file__, part, *given, "--json", str(rows)])
-        return json.loads(rows.read_text()) if rows.exists() else {"failed": f"exit status {done.returncode}"}
+        path = Path(folder) / "rows.json"
+        process = subprocess.run([sys.executable, __file__, part, *options, "--json", str(path)])
+        return json.loads(path.read_text()) if path.exists() else {"failed": f"exit status {process.returncode}"}
 
 
-def _write(path: Path | None, found: Any) -> None:
+def _write_json(path: Path | None, results: Any) -> None:
     if path:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ovr_megatron.runtime.command import run_command, whole_number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, look and report; return the exit code."""
+    """Parse the command line and check the rows; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rows < 0:
         raise ConfigError(f"--rows={arguments.rows} must be 0 (all) or a number of rows")
 
-    # Here, so that a command line is judged before Transformers and datasets are loaded.
+    # Imported here, so that a command line is checked before Transformers and datasets are loaded.
     from ovr_megatron.data_checks import report_bad_rows
 
     return 2 if report_bad_rows(config, arguments.rows) else 0

@@ -10,7 +10,7 @@ from ovr_megatron.runtime.terminal import printable
 
 
 def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) -> None:
-    """Write ``out/policy``, with YaRN if asked, and the manifest; ``out`` appears when it is whole."""
+    """Write ``out/policy``, stretched ``yarn`` times, and the manifest; ``out`` appears when it is complete."""
     from ovr_megatron.checkpoint.manifest import write_manifest
     from ovr_megatron.data.hf_assets import check_assets, complete_folder
     from ovr_megatron.data.hf_files import left_out
@@ -20,6 +20,7 @@ def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) 
 
     shape = check_assets(hf)
     with WeightFolder(hf) as folder:
+        # All checks come before anything is written.
         check_weights(folder, shape)
         check_finite(folder)
         with staged(out, [hf], force) as partial:
@@ -28,9 +29,10 @@ def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) 
                 shape = stretch_positions(partial / "policy", yarn)
             copy_weights(folder, partial / "policy", workers=workers)
             manifest = write_manifest(partial, step=0, extra={"converted_from": str(hf.resolve())})
-    print(f"{out}: checkpoint of step 0, {sum(file.bytes for file in manifest.files.values()):,} bytes")
-    if others := left_out(hf):
-        print(f"not copied, as they are no part of the model: {', '.join(others)}")
+    total_bytes = sum(file.bytes for file in manifest.files.values())
+    print(f"{out}: checkpoint of step 0, {total_bytes:,} bytes")
+    if other_files := left_out(hf):
+        print(f"not copied, as they are no part of the model: {', '.join(other_files)}")
     if yarn is not None:
         print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")
 
@@ -41,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face folder (safetensors)")
     parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="checkpoint folder to write")
     parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="shards at a time (default: 1)")
-    yarn = "stretch the positions so many times with YaRN; trainer, vLLM and export read it from config.json"
-    parser.add_argument("--yarn", type=float, metavar="FACTOR", help=yarn)
+    yarn_help = "stretch the positions so many times with YaRN; trainer, vLLM and export read it from config.json"
+    parser.add_argument("--yarn", type=float, metavar="FACTOR", help=yarn_help)
     parser.add_argument("--force", action="store_true", help="replace what such a tool has written there")
     args = parser.parse_args(argv)
     try:

@@ -11,7 +11,7 @@ from ovr_megatron.runtime.terminal import printable
 
 
 def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, workers: int, force: bool) -> None:
-    """Write the folder ``out``, which appears when it is whole, and say what it leaves out."""
+    """Write the folder ``out``, which appears when it is complete; print which parts of the checkpoint are left out."""
     import torch
 
     from ovr_megatron.checkpoint.hf_assets import write_generation_config
@@ -24,19 +24,20 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
     part = "critic" if critic else "policy"
     manifest = check(checkpoint, under=part)
     if not (checkpoint / part).is_dir():
-        held = ", ".join(sorted({name.split("/")[0] for name in manifest.files}))
-        raise CheckpointError(f"{checkpoint} has no {part}, only {held}; use another checkpoint")
+        parts = ", ".join(sorted({name.split("/")[0] for name in manifest.files}))
+        raise CheckpointError(f"{checkpoint} has no {part}, only {parts}; use another checkpoint")
     shape = ModelShape.from_hf(checkpoint / part)
     assets = load_assets(checkpoint / part, shape)
-    number_format = getattr(torch, dtype) if dtype else None
+    export_dtype = getattr(torch, dtype) if dtype else None
     with WeightFolder(checkpoint / part) as folder:
+        # All checks come before anything is written.
         check_weights(folder, shape, critic)
         check_finite(folder)
         with staged(out, [checkpoint], force) as partial:
-            copy_hf_assets(checkpoint / part, partial, number_format)
+            copy_hf_assets(checkpoint / part, partial, export_dtype)
             if manifest.step:  # step 0 is the base model itself
                 write_generation_config(partial, assets.tokenizer.get_vocab())
-            copy_weights(folder, partial, number_format, leave_out=[VALUE_HEAD], workers=workers)
+            copy_weights(folder, partial, export_dtype, leave_out=[VALUE_HEAD], workers=workers)
     print(f"{out}: {part} of step {manifest.step}")
     left_out = sorted({name.split("/")[0] for name in manifest.files} - {part})
     if critic:
@@ -47,14 +48,18 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
 
 
 def verify(out: Path, hf: Path, critic: bool, workers: int) -> bool:
-    """Compare with the folder ``hf``: tensors bit by bit, other files byte by byte; print what differs."""
+    """Compare with the folder ``hf``, tensors bit by bit, other files byte by byte; print and return the result.
+
+    Returns:
+        Whether both folders are equal.
+    """
     from ovr_megatron.weights.transfer import HEAD, VALUE_HEAD, differences
 
-    found = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [], workers=workers)
-    for line in found[:20]:
-        print(printable(f"differs: {line}"))
-    print(f"{len(found)} differences from {hf}" if found else f"equal to {hf}, bit by bit")
-    return not found
+    problems = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [], workers=workers)
+    for problem in problems[:20]:
+        print(printable(f"differs: {problem}"))
+    print(f"{len(problems)} differences from {hf}" if problems else f"equal to {hf}, bit by bit")
+    return not problems
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
     parser.add_argument("--verify", type=Path, metavar="HF_DIR", help="compare the result with this folder, bit by bit")
     parser.add_argument("--critic", action="store_true", help="export the critic, without its value head")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="number format (default: as it is stored)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype (default: as it is stored)")
     parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="shards at a time (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace what such a tool has written there")
     args = parser.parse_args(argv)

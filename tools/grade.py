@@ -35,7 +35,7 @@ class GradeFileError(ValueError):
 
 @dataclass(frozen=True)
 class GradedRow:
-    """One row of the file: what to grade, and what another script said (None where the row does not tell)."""
+    """One row of the file: the request to the grader, and another script's verdict, None where the row has none."""
 
     request: GradeRequest
     correct: bool | None
@@ -54,8 +54,10 @@ def read_rows(path: Path) -> list[GradedRow]:
         raise GradeFileError(f"{path}: {error.strerror}; give a JSONL file") from None
     except UnicodeDecodeError as error:
         raise GradeFileError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
-    lines = enumerate(text.split("\n"), start=1)
-    rows = [_read_row(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    rows = []
+    for line_number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            rows.append(_read_row(line, f"{path}:{line_number}"))
     if not rows:
         raise GradeFileError(f"{path}: no rows; give one JSON object a line")
     return rows
@@ -69,25 +71,30 @@ def _read_row(line: str, where: str) -> GradedRow:
         raise GradeFileError(f"{where}: {problem}; write one JSON object a line") from None
     if not isinstance(raw, dict):
         raise GradeFileError(f"{where}: a {type(raw).__name__}, not an object; write one JSON object a line")
-    response, answer, options = raw.get("response"), raw.get("answer"), raw.get("options") or []
+    response = raw.get("response")
+    answer = raw.get("answer")
+    options = raw.get("options") or []
     if not isinstance(response, str):
-        raise GradeFileError(f"{where}:response: {_found(raw, 'response')}; give the text of the response")
+        raise GradeFileError(f"{where}:response: {_describe(raw, 'response')}; give the text of the response")
     if not _is_value(answer):
-        raise GradeFileError(f"{where}:answer: {_found(raw, 'answer')}; give the reference as a text or a number")
+        raise GradeFileError(f"{where}:answer: {_describe(raw, 'answer')}; give the reference as a text or a number")
     if not isinstance(options, list) or not all(_is_value(option) for option in options):
-        raise GradeFileError(f"{where}:options: {_found(raw, 'options')}; give a list of texts or numbers, or none")
+        raise GradeFileError(f"{where}:options: {_describe(raw, 'options')}; give a list of texts or numbers, or none")
     correct = raw.get("correct")
     if correct is not None and not isinstance(correct, bool):
-        raise GradeFileError(f"{where}:correct: {_found(raw, 'correct')}; give true or false, or leave it out")
+        raise GradeFileError(f"{where}:correct: {_describe(raw, 'correct')}; give true or false, or leave it out")
     return GradedRow(GradeRequest(response, str(answer), tuple(map(str, options))), correct, raw)
 
 
 def _is_value(value: Any) -> bool:
+    """Return whether ``value`` is a text or number that can be an answer or an option."""
     return isinstance(value, str | int | float) and not isinstance(value, bool) and bool(str(value).strip())
 
 
-def _found(raw: dict[str, Any], field: str) -> str:
-    return f"{str(raw[field])[:60]!r} is a {type(raw[field]).__name__}" if raw.get(field) is not None else "missing"
+def _describe(raw: dict[str, Any], field: str) -> str:
+    """Return the value and type of ``field`` for an error message."""
+    value = raw.get(field)
+    return "missing" if value is None else f"{str(value)[:60]!r} is a {type(value).__name__}"
 
 
 def explain(row: GradedRow, verdict: Verdict) -> str:
@@ -104,42 +111,43 @@ def explain(row: GradedRow, verdict: Verdict) -> str:
         return SIDES
     if row.correct or not verdict.correct or verdict.box is None:
         return UNEXPLAINED
-    named = named_letter(clean(verdict.box), len(request.options))
     if verdict.reason is Reason.LETTER:
-        return CONTENT if named is not None and named.rest else UNEXPLAINED
+        letter = named_letter(clean(verdict.box), len(request.options))
+        return CONTENT if letter is not None and letter.rest else UNEXPLAINED
     if has_unit(verdict.box) or has_unit(request.answer):
         return UNIT
     return CONTENT if verdict.reason is Reason.CONTENT else UNEXPLAINED
 
 
 def summarise(rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Counts, accuracy and reasons; ``agreement`` and ``disagreements`` by group where rows have ``correct``."""
-    right = sum(verdict.correct for verdict in verdicts)
+    """Return counts, accuracy and reasons; where rows have ``correct`` also agreement, and disagreements by group."""
+    correct_count = sum(verdict.correct for verdict in verdicts)
     summary: dict[str, Any] = {
         "rows": len(rows),
-        "correct": right,
-        "accuracy": right / len(rows),
+        "correct": correct_count,
+        "accuracy": correct_count / len(rows),
         "reasons": dict(Counter(verdict.reason.value for verdict in verdicts).most_common()),
     }
-    judged = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
-    if judged:
+    compared = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
+    if compared:
         groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row, verdict in judged:
+        for row, verdict in compared:
             if row.correct != verdict.correct:
-                groups[explain(row, verdict)].append(_shown(row, verdict))
+                groups[explain(row, verdict)].append(_disagreement(row, verdict))
         disagreements = sum(map(len, groups.values()))
-        summary["compared"] = len(judged)
-        summary["agreement"] = 1 - disagreements / len(judged)
+        summary["compared"] = len(compared)
+        summary["agreement"] = 1 - disagreements / len(compared)
         summary["disagreements"] = dict(sorted(groups.items(), key=lambda group: -len(group[1])))
     return summary
 
 
-def _shown(row: GradedRow, verdict: Verdict) -> dict[str, Any]:
-    shown = {"id": row.raw.get("id"), "answer": row.request.answer, "box": verdict.box, "reason": verdict.reason.value}
-    named = named_letter(clean(row.request.answer), len(row.request.options))
-    if named is not None:
-        shown["option"] = row.request.options[named.index]
-    return {**shown, "correct": verdict.correct, "file": row.correct}
+def _disagreement(row: GradedRow, verdict: Verdict) -> dict[str, Any]:
+    """Return the summary's entry of a row on which the two verdicts differ."""
+    entry = {"id": row.raw.get("id"), "answer": row.request.answer, "box": verdict.box, "reason": verdict.reason.value}
+    letter = named_letter(clean(row.request.answer), len(row.request.options))
+    if letter is not None:
+        entry["option"] = row.request.options[letter.index]
+    return {**entry, "correct": verdict.correct, "file": row.correct}
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -152,11 +160,13 @@ def print_summary(summary: dict[str, Any]) -> None:
     groups = summary["disagreements"]
     total = sum(map(len, groups.values()))
     print(f"agreement  {summary['agreement']:.4f}  ({total} of {summary['compared']} differ)")
-    for group, shown in groups.items():
-        print(printable(f"  {len(shown):6d}  {group}"))
-        for row in shown:
-            right = row["answer"] + (f" = {row['option']}" if "option" in row else "")
-            line = f"          id {row['id']}: box {row['box']!r}, reference {right!r}, file says {row['file']}"
+    for group, entries in groups.items():
+        print(printable(f"  {len(entries):6d}  {group}"))
+        for entry in entries:
+            answer = entry["answer"]
+            if "option" in entry:
+                answer += f" = {entry['option']}"
+            line = f"          id {entry['id']}: box {entry['box']!r}, reference {answer!r}, file says {entry['file']}"
             print(printable(line))
 
 
@@ -164,8 +174,8 @@ def write_verdicts(path: Path, rows: Sequence[GradedRow], verdicts: Sequence[Ver
     """Write each row with ``verdict`` = {correct, reason, box} added, one a line."""
     with path.open("w", encoding="utf-8") as out:
         for row, verdict in zip(rows, verdicts, strict=True):
-            added = {"correct": verdict.correct, "reason": verdict.reason.value, "box": verdict.box}
-            out.write(json.dumps({**row.raw, "verdict": added}) + "\n")
+            entry = {"correct": verdict.correct, "reason": verdict.reason.value, "box": verdict.box}
+            out.write(json.dumps({**row.raw, "verdict": entry}) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         parser.exit(2, f"make_tiny_model: {args.out} exists and is not empty; remove it or choose another folder\n")
 
-    # Here, so that --help does not wait for torch.
+    # Imported here, so that --help does not wait for torch.
     import torch
 
     from ovr_megatron.model.tiny import make_tiny_model
@@ -35,12 +35,14 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         with staged(args.out, []) as partial:
+            sizes = TinySizes(**{size.name: getattr(args, size.name) for size in fields(TinySizes)})
+            corpus = args.corpus.read_text(encoding="utf-8").splitlines(keepends=True) if args.corpus else None
             make_tiny_model(
                 partial,
                 tied=args.tied,
                 seed=args.seed,
-                sizes=TinySizes(**{size.name: getattr(args, size.name) for size in fields(TinySizes)}),
-                corpus=args.corpus.read_text(encoding="utf-8").splitlines(keepends=True) if args.corpus else None,
+                sizes=sizes,
+                corpus=corpus,
                 perturb=args.perturb,
                 std=args.std,
                 dtype=getattr(torch, args.dtype),

@@ -21,7 +21,7 @@ from ovr_megatron.runtime.command import number, run_command
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes of PSS of process ``pid`` and its descendants; processes that vanish while we look count nothing."""
+    """Return the bytes of PSS of process ``pid`` and its descendants; a process that ends meanwhile counts nothing."""
     try:
         root = psutil.Process(pid)
         processes = [root, *root.children(recursive=True)]
@@ -37,18 +37,20 @@ def tree_memory(pid: int) -> int:
 
 
 class PeakMemory(threading.Thread):
-    """Samples the memory of a process tree every ``every`` seconds until it is stopped; ``peak`` is in bytes."""
+    """Sample the memory of a process tree every ``every`` seconds until `stop`; ``peak`` is in bytes."""
 
     def __init__(self, pid: int, every: float = 1.0) -> None:
         super().__init__(daemon=True)
-        self.pid, self.every, self.peak = pid, every, 0
+        self.pid = pid
+        self.every = every
+        self.peak = 0
         self.ended = threading.Event()
 
     def run(self) -> None:
         """Sample; the first time at once."""
         while True:
             self.peak = max(self.peak, tree_memory(self.pid))
-            if self.ended.wait(self.every):
+            if self.ended.wait(self.every):  # not a sleep: `stop` ends the wait at once
                 return
 
     def stop(self) -> int:
@@ -59,26 +61,28 @@ class PeakMemory(threading.Thread):
 
 
 def measure(command: list[str], every: float) -> tuple[int, float, int]:
-    """Run ``command``; returns its exit status as a shell gives it, its seconds, and its peak memory in bytes.
+    """Run ``command``; return its exit status as in a shell, its seconds, and its peak memory in bytes.
 
-    Ctrl-C reaches the command from the terminal; SIGTERM is passed on.  We wait for it to end in its own way.
+    Ctrl-C reaches the command from the terminal, and SIGTERM is passed on; then we wait until the command has ended.
     """
     began = time.monotonic()
     process = subprocess.Popen(command)
     sampler = PeakMemory(process.pid, every)
     sampler.start()
+    # The command decides how it ends; its status and peak memory are recorded then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    signal.signal(signal.SIGTERM, lambda signal_number, frame: process.send_signal(signal_number))
     status = process.wait()
     seconds = time.monotonic() - began
     return (128 - status if status < 0 else status), seconds, sampler.stop()
 
 
 def record(path: Path, seconds: float, peak: int, add: bool) -> None:
-    """Write the two numbers; ``add`` adds the time to the one in the file and keeps the higher peak."""
+    """Write time and peak; ``add`` adds the time in the file and keeps the higher peak."""
     if add and path.is_file():
         before = json.loads(path.read_text())
-        seconds, peak = seconds + before["wall_seconds"], max(peak, before["peak_memory_bytes"])
+        seconds += before["wall_seconds"]
+        peak = max(peak, before["peak_memory_bytes"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"wall_seconds": round(seconds, 3), "peak_memory_bytes": peak}) + "\n")
 

@@ -16,7 +16,7 @@ from ovr_megatron.runtime.command import number, run_command, whole_number
 
 
 def main() -> int:
-    """Parse, plan and print."""
+    """Parse the command line and print the plan; return the exit code, 1 if the recipe does not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")
@@ -30,13 +30,13 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     config = compose(arguments.recipe, arguments.overrides)
 
-    # Here, so that a command line is judged before torch and Megatron are loaded.
+    # Imported here, so that a command line is checked before torch and Megatron are loaded.
     from ovr_megatron.plan.report import Options, plan, processes, show
 
     world = arguments.world or processes(Path(arguments.recipe).stem, config.parallel)
-    found = plan(config, Options(world, arguments.gpu, arguments.mfu, not arguments.no_search))
-    print(json.dumps(found) if arguments.json else show(found))
-    return 0 if found["fits"] else 1
+    summary = plan(config, Options(world, arguments.gpu, arguments.mfu, not arguments.no_search))
+    print(json.dumps(summary) if arguments.json else show(summary))
+    return 0 if summary["fits"] else 1
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ STAGES = {"coldstart": (ColdStartConfig, "cold_start_7b_64gpu"), "rl": (RLConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, look, and report; return the exit code."""
+    """Parse the command line and run the checks; return the exit code."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", default="coldstart", choices=STAGES)
@@ -31,20 +31,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config-name", metavar="RECIPE", help="as for the stage itself")
     parser.add_argument("--settings", action="store_true", help="print the table of environment settings")
     words = spelled_out(sys.argv[1:] if argv is None else argv)
+    # The command line is that of the stage, whose option --dry-run means nothing here.
     arguments = parser.parse_intermixed_args([word for word in words if word != "--dry-run"])
     if arguments.settings:
         print(environment.table())
         return 0
-    schema, default = STAGES[arguments.stage]
+    schema, default_recipe = STAGES[arguments.stage]
     try:
-        values = compose_values(schema, recipe_path(arguments.config_name or default), arguments.overrides)
+        values = compose_values(schema, recipe_path(arguments.config_name or default_recipe), arguments.overrides)
         config = build(schema, values)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(printable(f"preflight: {error}"), flush=True)
         return 2
 
-    # Here, so that a command line is judged before torch is loaded.
+    # Imported here, so that a command line is checked before torch is loaded.
     from ovr_megatron.preflight import check
 
     return check(config, began)

@@ -18,17 +18,17 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the run's configuration")
     args = parser.parse_args()
 
-    # Here, so that --help does not wait for torch and Megatron.
+    # Imported here, so that --help does not wait for torch and Megatron.
     from ovr_megatron import replay
     from ovr_megatron.runtime import distributed
 
     config = replay.load(args.run, args.overrides)
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
-    lines = replay.replay(config, args.run, args.iteration, world)
+    values = replay.replay(config, args.run, args.iteration, world)
     bound = replay.BOUND[config.model.dtype]
-    differs = any(not line.difference <= bound for line in lines)
+    differs = any(not value.difference <= bound for value in values)  # so written, a NaN differs
     if world.is_main:
-        print(replay.show(lines))
+        print(replay.show(values))
         print(f"{'differs' if differs else 'the same'} (bound {bound:g} of the largest value)")
     distributed.finish()
     return 1 if differs else 0

@@ -15,11 +15,11 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line and write everything."""
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of an experiment, or of a single run")
-    told = "write them again every so many seconds until Ctrl-C; an open page follows"
-    parser.add_argument("--every", type=whole_number(0), default=0, metavar="SECONDS", help=told)
+    every_help = "write them again every so many seconds until Ctrl-C; an open page follows"
+    parser.add_argument("--every", type=whole_number(0), default=0, metavar="SECONDS", help=every_help)
     args = parser.parse_args(argv)
 
-    # Here, so that --help does not wait for torch and Matplotlib.
+    # Imported here, so that --help does not wait for torch and Matplotlib.
     from ovr_megatron.analysis.writing import write_everything
 
     while True:
@@ -28,9 +28,8 @@ def main(argv: list[str] | None = None) -> None:
         except UserError as error:
             if not args.every:
                 raise
-            print(
-                printable(f"not now: {error}"), flush=True
-            )  # a run that has not begun, or a file that is just being written
+            # A run that has not begun, or a file that is just being written: the next round may work.
+            print(printable(f"not now: {error}"), flush=True)
         if not args.every:
             return
         try:

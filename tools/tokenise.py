@@ -20,20 +20,20 @@ from ovr_megatron.runtime.command import run_command, whole_number
 from ovr_megatron.runtime.terminal import printable
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Write or verify a set and print what it holds."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write or verify a set and print its manifest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, help="Hugging Face folder with tokenizer and template")
     parser.add_argument("--workers", type=whole_number(1), default=1, help="processes that tokenise")
     parser.add_argument("--verify", action="store_true", help="read the set at FOLDER, write nothing")
     parser.add_argument("settings", nargs="*", metavar="data.KEY=VALUE")
-    arguments = parser.parse_intermixed_args(given)
+    arguments = parser.parse_intermixed_args(argv)
     if not arguments.verify and not arguments.model:
         parser.error("--model is missing")
     config = settings(arguments.settings)
 
-    # Here, so that a command line is judged before Transformers and datasets are loaded.
+    # Imported here, so that a command line is checked before Transformers and datasets are loaded.
     from ovr_megatron.data.tokenised import verify_tokenised
     from ovr_megatron.data.tokenising import show, tokenise
 
@@ -45,7 +45,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def settings(pairs: list[str]) -> DataConfig:
-    """``data.KEY=VALUE`` pairs as a checked configuration."""
+    """Build the checked configuration of ``data.KEY=VALUE`` pairs."""
     for pair in pairs:
         if not pair.startswith("data.") or "=" not in pair:
             raise ConfigError(f"{pair!r} is not known; settings have the form data.KEY=VALUE")

@@ -16,7 +16,7 @@ from ovr_megatron.runtime.command import run_command
 
 
 def main() -> int:
-    """Parse, and run here or in as many processes as the layout asks for."""
+    """Parse the command line and verify, here or in as many processes as the layout has ranks; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Qwen2.5-VL folder, the reference")
     parser.add_argument("--checkpoint", type=Path, help="take our weights from this checkpoint instead")
@@ -28,19 +28,20 @@ def main() -> int:
     )
     parser.add_argument("--packed", action="store_true", help="several documents of odd lengths in a pack")
     parser.add_argument("--critic", action="store_true", help="compare a value network instead of a policy")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="number format of both models")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="dtype of both models")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args()
     layout, replicas = arguments.layout
     processes = layout.ranks * replicas
     if processes > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
-        start = [sys.executable, "-m", "ovr_megatron.torchrun", "--standalone", f"--nproc-per-node={processes}"]
-        return subprocess.run([*start, __file__, *sys.argv[1:]]).returncode
+        launcher = [sys.executable, "-m", "ovr_megatron.torchrun", "--standalone", f"--nproc-per-node={processes}"]
+        return subprocess.run([*launcher, __file__, *sys.argv[1:]]).returncode
 
-    # Here, so that --help does not wait for torch and Transformers.
+    # Imported here, so that --help does not wait for torch and Transformers.
     from ovr_megatron import verify
 
-    arguments.layout, arguments.dtype = layout, verify.DTYPE_NAMES[arguments.dtype]
+    arguments.layout = layout
+    arguments.dtype = verify.DTYPE_NAMES[arguments.dtype]
     return verify.main(arguments)
 
 

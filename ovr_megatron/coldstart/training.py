@@ -1,8 +1,9 @@
-"""The loop of the cold start: supervised training on packed samples (paper, section 3.1)."""
+"""Train the cold start: supervised training on packed samples (paper, section 3.1)."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
@@ -47,25 +48,25 @@ from ovr_megatron.weights.folder import WeightFolder
 if TYPE_CHECKING:
     from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 
-SPIKE_DOCUMENTS = 16  # that a record names
-LENGTHS_MEASURED = 64  # rows whose mean length the epochs are told by
+SPIKE_DOCUMENTS = 16  # documents that the record of a spike names
+LENGTHS_MEASURED = 64  # rows whose mean length estimates the epochs in the heading
 
 
 def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
-    """Negative log-likelihood of the labelled tokens, every token of the step weighing the same."""
+    """Return the negative log-likelihood of the labelled tokens, summed: every token of a step weighs the same."""
     assert scores.logprobs is not None
     return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
 
 
 def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
-    """Train to the last step, or until a signal comes, from the newest checkpoint if there is one."""
+    """Train to the last step, or until a signal comes, from the newest checkpoint if there is one.  A collective."""
     run = Path(config.run.dir)
     checkpoints = CheckpointManager(config, world)
-    source = store.weights_of(config.model.path)
-    processor = Processor(source, config.data)
+    model_folder = store.weights_of(config.model.path)
+    processor = Processor(model_folder, config.data)
     packs, steps = open_packs(config, processor, world)
-    config = dataclasses.replace(config, steps=steps)
-    engine = Engine(ModelShape.from_hf(source), config.model, config.parallel, world)
+    config = dataclasses.replace(config, steps=steps)  # with steps=0 those of the epochs
+    engine = Engine(ModelShape.from_hf(model_folder), config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
     engines = {"policy": engine}
     checkpoint = checkpoints.resume(engines)
@@ -73,8 +74,8 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
         packs.load(checkpoint.state["packs"])
     else:
         store.check_weights(config.model.path, world)
-        engine.load(WeightFolder(source))
-    first = checkpoint.step if checkpoint else 0
+        engine.load(WeightFolder(model_folder))
+    first_step = checkpoint.step if checkpoint else 0
     if world.is_main:
         run_folder.record(config, run)
         record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
@@ -82,47 +83,53 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
             record_start(run, launch, world.size)
         write_hf_assets(run / "companions", processor)
         show_start(config, processor, engine, world, checkpoint)
-    recorder = Recorder(config, engine, world, checkpoint)
-    evaluation = build_evaluation(config, source, processor) if config.evaluation.every else None
+    trainer = StepTrainer(config, engine, world, checkpoint)
+    evaluation = build_evaluation(config, model_folder, processor) if config.evaluation.every else None
 
-    with Progress(config.steps, run.name, "step", world.is_main, first) as progress:
-        if evaluation and evaluation.is_missing(first):
+    with Progress(config.steps, run.name, "step", world.is_main, first_step) as progress:
+        # An earlier start may have saved this checkpoint and ended before it was scored.
+        if evaluation and evaluation.is_missing(first_step):
             evaluation.engine.update(engine.held())
-            recorder.evaluated(first - 1, evaluation.scores(first))
-        for step in range(first, config.steps):
-            metrics = recorder.train(step, packs, checkpoints.save_seconds)
+            trainer.record_scores(first_step - 1, evaluation.scores(first_step))
+        for step in range(first_step, config.steps):
+            metrics = trainer.train(step, packs, checkpoints.save_seconds)
             progress.update(loss=f"{metrics['loss']:.4f}")
-            done = step + 1
-            if evaluation and evaluation.due(done, done == config.steps):
+            steps_done = step + 1
+            is_last = steps_done == config.steps
+            if evaluation and evaluation.due(steps_done, is_last):
                 evaluation.engine.update(engine.held())
-                with suppress(StopRequested):  # the run leaves below, and its next start scores these weights
-                    stop = None if done == config.steps else checkpoints.stop
-                    recorder.evaluated(step, evaluation.scores(done, stop))
-            state = {"packs": packs.state(), "spikes": recorder.spikes.state()}
-            if checkpoints.end_step(done, done == config.steps, engines, state):
+                with suppress(StopRequested):  # `end_step` ends the run, and its next start scores these weights
+                    stop = None if is_last else checkpoints.stop
+                    trainer.record_scores(step, evaluation.scores(steps_done, stop))
+            state = {"packs": packs.state(), "spikes": trainer.spikes.state()}
+            if checkpoints.end_step(steps_done, is_last, engines, state):
                 break
-    recorder.close()
+    trainer.close()
     return checkpoints.result()
 
 
 def show_start(
     config: ColdStartConfig, processor: Processor, engine: Engine, world: World, checkpoint: ResumePoint | None
 ) -> None:
-    """Print what is about to be trained, on what, and from where."""
-    tokens = config.packs_per_step * config.data.pack_tokens
-    rows = [("batch", f"{config.packs_per_step} packs of {config.data.pack_tokens:,} = {tokens:,} tokens a step")]
+    """Print the heading of the run: batch, data, model, and the checkpoint that it goes on from."""
+    step_tokens = config.packs_per_step * config.data.pack_tokens
+    batch = f"{config.packs_per_step} packs of {config.data.pack_tokens:,} = {step_tokens:,} tokens a step"
+    rows = [("batch", batch)]
     if config.data.tokenised:
         rows.append(("data", f"{config.data.tokenised}, {config.epochs} epochs unless steps are given"))
     else:
-        rows += source_rows(config, config.steps * tokens / mean_length(config, processor))
+        sample_count = config.steps * step_tokens / mean_length(config, processor)
+        rows += source_rows(config, sample_count)
     rows += run_rows(config, {"model": engine}, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
     print(show_heading(f"cold start in {config.run.dir}", rows), flush=True)
 
 
 def mean_length(config: ColdStartConfig, processor: Processor) -> float:
-    """Return the mean tokens of the first samples; the length of a pack where none of them can be used."""
+    """Return the mean number of tokens of the first samples; the length of a pack if none of them can be used."""
     lengths = []
-    for row in islice(open_stream(config.data, config.run.seed, SkippedRows(None)), LENGTHS_MEASURED):
+    # A stream of its own: the samples measured here are not taken from the training packs.
+    stream = open_stream(config.data, config.run.seed, SkippedRows(None))
+    for row in islice(stream, LENGTHS_MEASURED):
         try:
             lengths += [length for length in processor.lengths([row], False) if isinstance(length, int)]
         except RowError:
@@ -130,35 +137,50 @@ def mean_length(config: ColdStartConfig, processor: Processor) -> float:
     return statistics.mean(lengths) if lengths else float(config.data.pack_tokens)
 
 
-def build_evaluation(config: ColdStartConfig, source: Path, processor: Processor) -> PeriodicEvaluation:
-    """VLLM on this rank, asleep between the evaluations."""
-    # Here, so that a run without evaluation does not wait for vLLM.
+def build_evaluation(config: ColdStartConfig, model_folder: Path, processor: Processor) -> PeriodicEvaluation:
+    """Start vLLM on this rank; it sleeps between the evaluations."""
+    # Imported here, so that a run without evaluation does not wait for vLLM.
     from ovr_megatron.evaluation.periodic import PeriodicEvaluation
     from ovr_megatron.rollout.engine import RolloutEngine
 
     prompt_tokens = config.data.max_prompt_tokens
-    length = prompt_tokens + processor.shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
-    processor.shape.check_length(length, "data.max_prompt_tokens with evaluation.max_tokens")
-    rollout = RolloutEngine(source, config.rollout, processor, config.model.dtype, length, empty=True)
+    max_length = prompt_tokens + processor.shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
+    processor.shape.check_length(max_length, "data.max_prompt_tokens with evaluation.max_tokens")
+    rollout = RolloutEngine(model_folder, config.rollout, processor, config.model.dtype, max_length, empty=True)
     rollout.sleep(deep=True)
-    run, seed = Path(config.run.dir), config.run.seed
-    return PeriodicEvaluation(config.evaluation, rollout, processor, config.rollout.tp, run, seed, keep=False)
+    return PeriodicEvaluation(
+        config.evaluation, rollout, processor, config.rollout.tp, Path(config.run.dir), config.run.seed, keep=False
+    )
 
 
-class Recorder:
-    """Trains step by step and writes down what happened: metrics, the loss of each source, and spikes."""
+class StepTrainer:
+    """Train step by step; record metrics, the loss of each source, and spikes of the loss.
+
+    Attributes:
+        spikes: watches the loss; its state is part of a checkpoint.
+        log: writes the metrics, on the main rank only.
+        peak_flops: FLOP per second of a device that the MFU refers to.
+    """
 
     def __init__(self, config: ColdStartConfig, engine: Engine, world: World, checkpoint: ResumePoint | None):
-        self.config, self.engine, self.world = config, engine, world
+        self.config = config
+        self.engine = engine
+        self.world = world
         self.spikes = SpikeWatch(config.run.spike_deviations, config.run.spike_window)
         if checkpoint:
             self.spikes.load(checkpoint.state["spikes"])
-        first = checkpoint.step if checkpoint else 0
-        self.log = RunLog(Path(config.run.dir), "train", first) if world.is_main else None
+        first_step = checkpoint.step if checkpoint else 0
+        self.log = RunLog(Path(config.run.dir), "train", first_step) if world.is_main else None
         self.peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(engine.config.params_dtype)
 
     def train(self, step: int, packs: SupervisedPacks, save_seconds: float) -> dict[str, float]:
-        """Step ``step`` on the next packs; returns what the engine says of it.  A collective."""
+        """Train step ``step`` on the next packs; return the engine's metrics.  A collective.
+
+        Args:
+            step: counted from 0.
+            packs: stream of this rank's packs.
+            save_seconds: seconds that saving held the previous step up, for the metrics.
+        """
         began = time.perf_counter()
         step_packs = next(packs)
         data_seconds = time.perf_counter() - began
@@ -166,7 +188,7 @@ class Recorder:
 
         def objective(scores: Scores, pack: Pack) -> LossSum:
             loss = cross_entropy(scores, pack)
-            if not self.world.groups.tp.rank():
+            if not self.world.groups.tp.rank():  # tensor-parallel ranks have the same log-probabilities
                 losses.add(pack, scores.rows, -cast(Tensor, scores.logprobs))
             return loss
 
@@ -175,66 +197,77 @@ class Recorder:
         flops = self._flops(step_packs) if self.world.layout.leads_replica else 0.0
         compute_seconds = self.engine.compute_timer.seconds
         rank_step = RankStep(data_seconds, compute_seconds, flops, *memory_peaks(), documents=losses.documents())
+        # A collective: every rank takes part, and the main rank alone gets the result and logs it.
         rank_steps = gather(rank_step, self.world)
         if self.log and rank_steps is not None:
             tokens = sum(len(pack.tokens) for pack in step_packs) * self.world.dp_size
-            documents = merged(document for rank in rank_steps for document in rank.documents)
+            rank_documents = itertools.chain.from_iterable(rank.documents for rank in rank_steps)
+            documents = merged(rank_documents)
             self._record_spike(step, metrics, documents)
             if step % self.config.run.log_every == 0:
-                values = rank_metrics(rank_steps, seconds, tokens, self.peak_flops) | {"timing/save": save_seconds}
-                self.log.scalars(step, self._losses(metrics, documents, packs) | values)
+                values = self._step_metrics(metrics, documents, packs)
+                values |= rank_metrics(rank_steps, seconds, tokens, self.peak_flops)
+                self.log.scalars(step, values | {"timing/save": save_seconds})
         return metrics
 
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
-        """Write the scores of the weights after ``step`` down with it."""
+    def record_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Log the ``scores`` of the weights after ``step`` under that step."""
         if self.log:
             self.log.scalars(step, scores)
 
-    def _losses(
+    def _step_metrics(
         self, metrics: dict[str, float], documents: list[DocumentLoss], packs: SupervisedPacks
     ) -> dict[str, float]:
-        sources = by_source(documents)
-        every, learned = packs.replies
-        replies = {"data/replies": every, "data/learned_replies": learned} if every else {}  # not known of a set
-        return {
-            "loss/train": metrics["loss"],
-            **({f"loss/source/{name}": loss for name, loss in sources.items()} if len(sources) > 1 else {}),
+        """Return the logged metrics of loss, optimizer and data."""
+        values = {"loss/train": metrics["loss"]}
+        source_losses = by_source(documents)
+        if len(source_losses) > 1:
+            for source, loss in source_losses.items():
+                values[f"loss/source/{source}"] = loss
+        values |= {
             "optimizer/lr": metrics["lr"],
             "optimizer/grad_norm": metrics["grad_norm"],
             "optimizer/skipped": self.engine.skipped,
             "data/tokens": metrics["count"],
             "data/fill": packs.fill,
             "data/dropped": packs.dropped,
-            **replies,
         }
+        replies, learned_replies = packs.replies
+        if replies:  # a tokenised set does not know them
+            values |= {"data/replies": replies, "data/learned_replies": learned_replies}
+        return values
 
     def _record_spike(self, step: int, metrics: dict[str, float], documents: list[DocumentLoss]) -> None:
-        """Name the documents of a step whose loss stands out or that was skipped."""
-        score = self.spikes.judge(metrics["loss"])
-        if self.log and (score is not None or metrics["skipped"]):
+        """Record the documents of a step that was skipped or whose loss is an outlier."""
+        deviations = self.spikes.judge(metrics["loss"])
+        if self.log and (deviations is not None or metrics["skipped"]):
             record = {
                 "reason": "skipped" if metrics["skipped"] else "loss",
                 "loss": metrics["loss"],
-                "deviations": score,
+                "deviations": deviations,
                 "grad_norm": metrics["grad_norm"],
                 "documents": worst(documents, SPIKE_DOCUMENTS),
             }
             self.log.spikes.write(step, record)
 
     def _flops(self, packs: Sequence[Pack]) -> float:
-        lengths = [length for pack in packs for length in pack.cu_seqlens.diff().tolist()]
-        grids = [grid for pack in packs for grid in pack.grid_thw.tolist()]
+        """Return the FLOP of forward and backward passes over ``packs``."""
+        lengths: list[int] = []
+        grids: list[list[int]] = []
+        for pack in packs:
+            lengths += pack.cu_seqlens.diff().tolist()
+            grids += pack.grid_thw.tolist()
         model = self.config.model
         return training_flops(self.engine.shape, lengths, grids, not model.freeze_language, not model.freeze_vision)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files of the log."""
         if self.log:
             self.log.close()
 
 
 def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
-    """Join the process group, train, and say where the result lies; return the exit code."""
+    """Join the process group, train, and print the path of the result; return the exit code."""
     settings = config.run
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)

@@ -208,7 +208,7 @@ def no_room(rank: int, log: Path, begin: int, end: int) -> None:
         if step in (begin, end):
             limit(0 if step == begin else resource.RLIM_INFINITY)
 
-    wrap(coldstart.Recorder, "train", before)
+    wrap(coldstart.StepTrainer, "train", before)
     wrap(rollouts.Rollouts, "collect", before)
 
 
@@ -279,7 +279,7 @@ class Run:
             os.dup2(file, 2)
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            wrap(coldstart.Recorder, "train", lambda recorder, step, *rest: moment.update(step=step))
+            wrap(coldstart.StepTrainer, "train", lambda trainer, step, *rest: moment.update(step=step))
             if disturb:
                 disturb(rank)
             wrap(rl, "iterate", lambda models, rollouts, draw, iteration: moment.update(step=iteration))

@@ -20,7 +20,7 @@ from ovr_megatron.model.heads import token_scores
 from ovr_megatron.model.qwen25vl import DTYPES
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.verify import ODD_LENGTHS, compare, documents, reference
+from ovr_megatron.verify import ODD_LENGTHS, compare, make_documents, reference
 from ovr_megatron.weights.folder import WeightFolder
 
 FP8_STEPS = 200
@@ -39,7 +39,7 @@ def build(folder: Path, world: World, critic: bool = False, **model: object) -> 
 @pytest.mark.parametrize("critic", [False, True], ids=["policy", "critic"])
 def test_parity(folders: dict[str, Path], world: World, layers: str, dtype: str, name: str, critic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    found = documents(ModelShape.from_hf(folders[name]), texts=ODD_LENGTHS)
+    found = make_documents(ModelShape.from_hf(folders[name]), texts=ODD_LENGTHS)
     engine = build(folders[name], world, critic, layers=layers, dtype=dtype)
     theirs = reference(folders[name], found, DTYPES[dtype], critic)
     report = compare(engine, found, theirs, packed=True)

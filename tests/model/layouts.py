@@ -28,8 +28,8 @@ from ovr_megatron.verify import (
     Document,
     Reference,
     compare,
-    documents,
     gradient_differences,
+    make_documents,
     make_packs,
     objective,
     reference,
@@ -196,7 +196,7 @@ def other_shapes(models: Path) -> dict[str, dict[str, float]]:
     table = {}
     for name, (layout, critic) in OTHER_SHAPES.items():
         folder = models / name
-        samples = documents(ModelShape.from_hf(folder))
+        samples = make_documents(ModelShape.from_hf(folder))
         theirs = reference(folder, samples, torch.float32, critic) if world.is_main else None
         table[f"{name}, {layout}"] = row(build(folder, parse_layout(layout)[0], critic), theirs, None, samples)
     return table
@@ -246,7 +246,7 @@ def resumed(folder: Path, out: Path) -> dict[str, list[list[float]]]:
 if __name__ == "__main__":
     models, out = Path(sys.argv[1]), Path(sys.argv[2])
     world = distributed.start(ParallelConfig(), seed=0, threads=1)
-    found = documents(ModelShape.from_hf(models / "tied"), texts=ODD_LENGTHS)
+    found = make_documents(ModelShape.from_hf(models / "tied"), texts=ODD_LENGTHS)
     results = {
         "matrix": {
             f"{name} {'critic' if critic else 'policy'}": matrix(models / name, critic)

@@ -1,0 +1,49 @@
+"""Settings: schema, defaults and validation; those of data preparation are in ``curation/settings.py``.
+
+The YAML files under ``recipes/`` hold values only; each is merged onto one of the root
+dataclasses (here `ColdStartConfig` and `RLConfig`), so an unknown key or a value of the
+wrong type stops the run before anything is loaded.  All dataclasses are frozen.
+"""
+
+from __future__ import annotations
+
+from ovr_megatron.config.algorithm import ESTIMATORS, AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
+from ovr_megatron.config.building import build, check_numbers, defaults, forbid_unknown_keys
+from ovr_megatron.config.checks import ConfigError, choice, require
+from ovr_megatron.config.data import FORMATS, DataConfig, SourceConfig
+from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config.rollout import EvaluationConfig, RolloutConfig
+from ovr_megatron.config.run import RunConfig
+from ovr_megatron.config.stages import ColdStartConfig, RLConfig
+from ovr_megatron.config.writing import as_yaml, save
+
+__all__ = [
+    "ESTIMATORS",
+    "FORMATS",
+    "AlgorithmConfig",
+    "ColdStartConfig",
+    "ConfigError",
+    "CriticConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RLConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SourceConfig",
+    "StageConfig",
+    "as_yaml",
+    "build",
+    "check_numbers",
+    "choice",
+    "defaults",
+    "forbid_unknown_keys",
+    "require",
+    "save",
+]
+
+# `build` refuses unknown keys in every dataclass above; pydantic would otherwise drop them in silence.
+forbid_unknown_keys(globals())
