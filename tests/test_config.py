@@ -149,6 +149,9 @@ REFUSED = [
         "curriculum[0].max_tokens=8192 leaves no room for a response to a prompt of data.max_prompt_tokens=8192",
     ),
     ("iterations=901", "curriculum ends at iteration 900 but iterations=901; raise the last 'until'"),
+    ("model={freeze_vision: true, freeze_merger: true, freeze_language: true}", "leave nothing to train"),
+    ("data.sources=[{path: ''}]", "data.sources[0].path is empty"),
+    ("critic.path=''", "critic.path is empty"),
 ]
 
 

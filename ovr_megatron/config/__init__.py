@@ -8,7 +8,7 @@ wrong type stops the run before anything is loaded.  All dataclasses are frozen.
 from __future__ import annotations
 
 from ovr_megatron.config.algorithm import ESTIMATORS, AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
-from ovr_megatron.config.building import build, check_numbers, defaults, forbid_unknown_keys
+from ovr_megatron.config.building import build, defaults, forbid_unknown_keys
 from ovr_megatron.config.checks import ConfigError, choice, require
 from ovr_megatron.config.data import FORMATS, DataConfig, SourceConfig
 from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
@@ -37,7 +37,6 @@ __all__ = [
     "StageConfig",
     "as_yaml",
     "build",
-    "check_numbers",
     "choice",
     "defaults",
     "forbid_unknown_keys",

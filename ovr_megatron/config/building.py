@@ -15,7 +15,7 @@ from ovr_megatron.config.checks import ConfigError, require
 from ovr_megatron.config.writing import remember_environment, text_as_written
 from ovr_megatron.keys import unknown_setting
 
-# Exceptions of `check_numbers`: a reward may be below 0, and these counts have no size that must fit into memory.
+# Exceptions of `_check_values`: a reward may be below 0, and these counts have no size that must fit into memory.
 SIGNED = ("wrong_reward",)
 UNBOUNDED = ("seed", "expected_samples", "max_requests", "max_total_tokens")
 LARGEST = 2**31 - 1
@@ -71,12 +71,12 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
         # The message shows ${oc.env:NAME}, not the variable's value, which may be a secret.
         text = text_as_written(tuple(map(str, first["loc"])), first["input"])
         raise ConfigError(f"{key}: {first['msg']} (got {text!r})") from error
-    check_numbers(settings)
+    _check_values(settings)
     return settings
 
 
-def check_numbers(settings: Any, prefix: str = "") -> None:
-    """Refuse numbers that no setting can have: not finite, negative, or a count that no machine can hold.
+def _check_values(settings: Any, prefix: str = "") -> None:
+    """Refuse what no setting can be: an empty text, or a number that is not finite, negative or too large a count.
 
     Bounds of single settings stand in the ``__post_init__`` of their schema.
 
@@ -85,7 +85,7 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
     """
     if isinstance(settings, (list, tuple)):
         for index, element in enumerate(settings):
-            check_numbers(element, f"{prefix.rstrip('.')}[{index}].")
+            _check_values(element, f"{prefix.rstrip('.')}[{index}].")
         return
     if not dataclasses.is_dataclass(settings):
         return
@@ -97,8 +97,10 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
             require(value >= 0 or field.name in SIGNED, f"{key}={value} must be 0 or more")
             bounded = isinstance(value, int) and field.name not in UNBOUNDED
             require(not bounded or value <= LARGEST, f"{key}={value} must be at most {LARGEST}")
+        elif isinstance(value, str):
+            require(value != "", f"{key} is empty; give a value, or null where it may be left out")
         else:
-            check_numbers(value, f"{key}.")
+            _check_values(value, f"{key}.")
 
 
 def forbid_unknown_keys(names: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ class ColdStartConfig:
             "steps=0 with data.sources: only the epochs of data.tokenised=DIR have an end; give steps",
         )
         require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
+        _check_trains(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
+        _check_trains(self.model)
         require(
             self.responses > 1 or not (self.algorithm.in_groups or self.algorithm.dynamic_sampling),
             f"responses={self.responses}: algorithm.estimator={self.algorithm.estimator} and dynamic_sampling compare "
@@ -124,6 +126,15 @@ class RLConfig:
         It does not follow the curriculum: a divisor that jumps with the limit would change the step size.
         """
         return self.algorithm.reduction_tokens or max(stage.max_tokens for stage in self.curriculum)
+
+
+def _check_trains(model: ModelConfig) -> None:
+    """Raise `ConfigError` if nothing of the model trains."""
+    require(
+        not (model.freeze_vision and model.freeze_merger and model.freeze_language),
+        "model.freeze_vision, model.freeze_merger and model.freeze_language leave nothing to train; "
+        "set one of them to false",
+    )
 
 
 def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:

@@ -81,13 +81,14 @@ def check_models(config: PrepareConfig) -> None:
 
 
 def check_folder(folder: Path, stages: Sequence[str]) -> None:
-    """Refuse a folder with files that the preparation would overwrite and no preparation has written.
+    """Refuse the folder of a model or a run, or one with files that the preparation would overwrite.
 
     Raises:
         ConfigError: names the file or folder that is in the way.
     """
     if not _is_preparation(folder):
-        names = [name for name in ("config.yaml", "summary.json", "lock") if (folder / name).exists()]
+        foreign = ("config.yaml", "summary.json", "lock", "config.json", "manifest.json", "checkpoints")
+        names = [name for name in foreign if (folder / name).exists()]
         if names:
             raise ConfigError(f"dir={folder} has {names[0]}, which no preparation has written; give a new folder")
     for name in stages:

@@ -61,8 +61,8 @@ def continuation(reply: str) -> str:
 
 def problem_of(text: str) -> str | None:
     """Why a `continuation` is no thought with an answer after it, or None if it is one."""
-    thought, closed, _ = text.partition(END_OF_THOUGHT)
-    if THINK in thought:
+    thought, closed, answer = text.partition(END_OF_THOUGHT)
+    if THINK in thought or answer.lstrip().startswith(THINK):
         return f"has {THINK} after its beginning"
     return None if closed else f"has no {END_OF_THOUGHT}, so that all of it would be learned as a thought"
 

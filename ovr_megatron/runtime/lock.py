@@ -26,6 +26,10 @@ class RunLockedError(UserError, RuntimeError):
     """Another job works on the run folder; names its host and process."""
 
 
+class RunFolderError(UserError):
+    """The run folder cannot be made or written to; names it and the reason."""
+
+
 # Never closed: to close one of them, or any other descriptor of the file, releases the lock.
 _locked_files: list[IO[str]] = []
 
@@ -43,7 +47,7 @@ def lock_folder(folder: Path, is_main: bool, reads_only: bool = False) -> None:
     Raises:
         RunLockedError: on every rank, if another process holds it; one on another host is waited for, as it may be
             one that died with its node.
-        OSError: on every rank, if the folder cannot be made or written to.
+        RunFolderError: on every rank, if the folder cannot be made or written to.
     """
     answer: list[Any] = [None]  # the other holder, an error, or None for success
     if is_main:
@@ -58,7 +62,8 @@ def lock_folder(folder: Path, is_main: bool, reads_only: bool = False) -> None:
     # All ranks raise or none: the others would wait in the next collective.
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], OSError):
-        raise answer[0]
+        reason = answer[0].strerror
+        raise RunFolderError(f"{folder} cannot be made or written to ({reason}); choose another folder")
     if answer[0]:
         raise RunLockedError(f"{folder} is in use by {answer[0]}; wait for it, stop it, or choose another folder")
 

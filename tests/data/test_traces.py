@@ -42,6 +42,7 @@ def test_what_the_template_opened_is_taken_off_once() -> None:
 def test_a_thought_that_does_not_fit_is_named() -> None:
     assert problem_of("Hm.</think>6") is None
     assert problem_of("Hm.</think>Write <think> in HTML.") is None
+    assert "has <think> after its beginning" in str(problem_of("Hm.</think>\n<think>Well.</think>6"))
     assert "has no </think>" in str(problem_of("Hm."))
     assert "has <think>" in str(problem_of("Well. <think>Hm.</think>6"))
 

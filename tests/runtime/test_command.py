@@ -25,6 +25,14 @@ def test_a_mistake_is_one_sentence_and_code_2(capsys, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "run.seed=x is no number"
 
 
+def test_a_file_in_the_place_of_a_folder_is_one_sentence(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/folder"):
+        with pytest.raises(SystemExit, match="2"):
+            run_command(path.mkdir)
+        assert f"'{path}'; give another path" in capsys.readouterr().err
+
+
 def test_a_fault_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)

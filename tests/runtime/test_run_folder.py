@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.runtime import distributed, run_folder
+from ovr_megatron.runtime.lock import RunFolderError
 from ovr_megatron.runtime.run_folder import COLD_START, LEARNING, PPO, REHEARSAL, REPLAY, ROLLOUTS
 
 
@@ -54,6 +55,13 @@ def test_a_configuration_that_is_no_run_s_is_refused(tmp_path: Path, text: str) 
     with pytest.raises(ConfigError, match=r"config\.yaml .*choose another run\.dir"):
         run_folder.enter(tmp_path, PPO, is_main=True)
     assert (tmp_path / "config.yaml").read_text() == text
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(RunFolderError, match=rf"{folder} cannot be made or written to \(.*; choose another folder"):
+            run_folder.enter(folder, PPO, is_main=True)
 
 
 def test_every_former_configuration_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

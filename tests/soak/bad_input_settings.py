@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 
@@ -91,6 +92,9 @@ COLD_START_CASES = {
     "a model that is a file": ("model.path={rows}", "rows.jsonl"),
     "a model folder that is empty": ("model.path={tmp}", "config.json"),
     "an empty model path": ("model.path=", "model.path"),
+    "an empty run folder": ("run.dir=", "run.dir"),
+    "an empty path of a source": ("data.sources=[{path: ''}]", "path"),
+    "an empty tokenised set": ("data.tokenised=''", "data.tokenised"),
     "no sources": ("data.sources=[]", "data.sources"),
     "a source without a path": ("data.sources=[{weight: 1}]", "path"),
     "an unknown field of a source": ("data.sources=[{path: {rows}, wieght: 2}]", "wieght"),
@@ -141,6 +145,8 @@ RL_CASES = {
     "a numeric rule without a number": ("reward.rules={image: 'numeric:wide'}", "numeric"),
     "an unknown initialisation": ("critic.head_init=zeros", "head_init"),
     "a critic that is not there": ("critic.path={tmp}/absent", "absent"),
+    "an empty path of a critic": ("critic.path=", "critic.path"),
+    "everything frozen": ("model.freeze_vision=true model.freeze_merger=true model.freeze_language=true", "freeze"),
     "a critic's layout that does not divide": ("critic.parallel={tp: 3}", "tp=3"),
     "a reference that is not there": ("algorithm.kl_coefficient=0.1 algorithm.reference={tmp}/absent", "absent"),
     "training from nothing": ("only=train", "rollouts_from"),
@@ -175,13 +181,14 @@ PREPARE_CASES = {
     "a source that is not there": ("data.sources=[{path: {tmp}/absent.jsonl}]", "absent.jsonl"),
     "a folder that is not ours": ("dir={model}", "model"),
     "a folder that is a file": ("dir={rows}", "rows.jsonl"),
+    "an empty folder": ("dir=", "dir"),
 }
 
 
 def handwritten(table: dict[str, tuple[str, str]], command: tuple[str, ...], area: str) -> Iterator[Case]:
     """Yield the cases of one of the tables above; several overrides stand in one text, apart by spaces."""
     for name, (overrides, says) in table.items():
-        words = overrides.split(" ") if all("=" in word for word in overrides.split(" ")) else [overrides]
+        words = re.split(r" (?=[\w.]+=)", overrides)
         yield Case(area, name, (*command, *(word.strip("'") for word in words)), says)
 
 
