@@ -51,6 +51,11 @@ def write(name: str, content: str | bytes) -> Edit:
     return edit
 
 
+def template(text: str) -> Edit:
+    """Return an edit that replaces the chat template in the file that Transformers' processor prefers."""
+    return write("chat_template.json", json.dumps({"chat_template": text}))
+
+
 def remove(*patterns: str) -> Edit:
     """Return an edit that removes files."""
 
@@ -150,7 +155,12 @@ MODELS: dict[str, tuple[Edit, str]] = {
     "key-value heads that do not divide": (config(text_config__num_key_value_heads=3), "heads"),
     "another activation": (config(text_config__hidden_act="relu"), "hidden_act"),
     "a sliding window": (
-        config(text_config__use_sliding_window=True, text_config__sliding_window=64, text_config__layer_types=None),
+        config(
+            text_config__use_sliding_window=True,
+            text_config__sliding_window=64,
+            text_config__max_window_layers=0,
+            text_config__layer_types=None,
+        ),
         "sliding",
     ),
     "no positions": (config(text_config__max_position_embeddings=0), "max_position_embeddings"),
@@ -176,9 +186,9 @@ MODELS: dict[str, tuple[Edit, str]] = {
     "no tokenizer": (remove("tokenizer*", "vocab*", "merges*"), "tokenizer"),
     "a tokenizer that is no JSON": (write("tokenizer.json", "{"), "tokenizer"),
     "a tokenizer of another kind": (write("tokenizer.json", "{}"), "tokenizer"),
-    "a template that is no template": (write("chat_template.jinja", "{% for %}"), "template"),
-    "a template that says nothing": (write("chat_template.jinja", ""), "template"),
-    "a template that raises": (write("chat_template.jinja", "{{ raise_exception('no') }}"), "template"),
+    "a template that is no template": (template("{% for %}"), "template"),
+    "a template that says nothing": (template(" "), "template"),
+    "a template that raises": (template("{{ raise_exception('no') }}"), "template"),
     "image settings that are no JSON": (write("preprocessor_config.json", "{"), "preprocessor_config.json"),
     "image settings of another model": (
         write("preprocessor_config.json", json.dumps({"image_processor_type": "CLIPImageProcessor"})),
