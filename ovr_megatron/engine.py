@@ -36,7 +36,7 @@ from ovr_megatron.runtime.schedule import learning_rate
 from ovr_megatron.runtime.steps import ComputeTimer
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, LiveTensors
-from ovr_megatron.weights.slices import Held
+from ovr_megatron.weights.slices import LocalShard
 from ovr_megatron.weights.table import Row, rows
 from ovr_megatron.weights.transfer import check_weights, require_finite
 
@@ -242,7 +242,7 @@ class Engine:
             self._finish_gathers()
             yield from self.live.whole(self.live.rows, "weight", self.config.params_dtype)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[LocalShard]:
         """The weights of this rank as they lie, for `RolloutEngine.update`; every rank calls it."""
         self._need("weights")
         self._finish_gathers()

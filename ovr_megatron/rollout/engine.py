@@ -41,7 +41,7 @@ from ovr_megatron.rollout.sampling import (
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.distributed import keep_generators, share_timeout
 from ovr_megatron.runtime.stop import StopRequested
-from ovr_megatron.weights.slices import Held
+from ovr_megatron.weights.slices import LocalShard
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -147,7 +147,7 @@ class RolloutEngine:
         share_timeout()
         self._can_sleep = settings.get("enable_sleep_mode", False)
 
-    def update(self, held: Sequence[Held]) -> Traffic:
+    def update(self, held: Sequence[LocalShard]) -> Traffic:
         """Take over the weights that the ranks hold together, and forget what the old ones computed.  A collective.
 
         The first update, and that after a deep sleep, fills every parameter, others those that are trained.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.weights.slices import Held, Run, runs_of
+from ovr_megatron.weights.slices import LocalShard, RowRange, row_ranges
 from ovr_megatron.weights.table import Row, cut_dim, from_hf, join, split, to_hf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -126,18 +126,18 @@ class LiveTensors:
         dist.all_reduce(whole, group=self.groups.dp_cp)
         return whole.view(parameter.shape)
 
-    def held(self, trained: Collection[str]) -> list[Held]:
+    def held(self, trained: Collection[str]) -> list[LocalShard]:
         """What this rank has of every row, a copy of a tied embedding too, in place; ``trained`` names rows."""
         return [
-            Held(holding.parameter.detach(), cut_dim(holding.row), runs, holding.row.megatron in trained)
-            for holding, runs in zip(self.holdings, self._runs, strict=True)
+            LocalShard(holding.parameter.detach(), cut_dim(holding.row), ranges, holding.row.megatron in trained)
+            for holding, ranges in zip(self.holdings, self._ranges, strict=True)
         ]
 
     @cached_property
-    def _runs(self) -> list[tuple[Run, ...]]:
-        """Of every holding."""
+    def _ranges(self) -> list[tuple[RowRange, ...]]:
+        """The row ranges of every holding."""
         tp = self.groups.tp
-        return [runs_of(holding.row, tp.size(), tp.rank(), self.shape) for holding in self.holdings]
+        return [row_ranges(holding.row, tp.size(), tp.rank(), self.shape) for holding in self.holdings]
 
     # In --------------------------------------------------------------------------------------------------
 
