@@ -62,7 +62,7 @@ _started: list[LLM] = []
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Restore the state of the process after the block: generators, threads, affinity and environment variables.
+    """Restore the process after the block: generators, threads, affinity, default dtype and environment variables.
 
     vLLM seeds the global generators, draws from them, replaces ``torch.set_num_threads`` and sets variables, among
     them ``LD_PRELOAD`` and ``LOCAL_WORLD_SIZE``, that child processes and the trainer would inherit.
@@ -374,7 +374,8 @@ class _PendingPrompts:
 
     def add(self, index: int, prompt: Prompt, request_ids: Sequence[str]) -> None:
         """Record that prompt ``index`` went to vLLM as ``request_ids``."""
-        public_ids = [request_id.partition("-")[0] for request_id in request_ids]  # vLLM appends letters within itself
+        # vLLM appends letters to the ids that it uses inside; its outputs carry the ids without them.
+        public_ids = [request_id.partition("-")[0] for request_id in request_ids]
         self._prompt_of_request.update(dict.fromkeys(public_ids, index))
         self._generations[index] = {request_id: [] for request_id in public_ids}
         self._seed_counts[index] = len(prompt.seeds)
