@@ -36,7 +36,7 @@ from ovr_megatron.runtime.schedule import learning_rate
 from ovr_megatron.runtime.steps import ComputeTimer
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, LiveTensors
-from ovr_megatron.weights.slices import Held
+from ovr_megatron.weights.slices import LocalShard
 from ovr_megatron.weights.table import Row, rows
 from ovr_megatron.weights.transfer import check_weights, require_finite
 
@@ -260,7 +260,7 @@ class Engine:
             self._finish_gathers()
             yield from self.live.whole(self.live.rows, "weight", self.config.params_dtype)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[LocalShard]:
         """Return this rank's shards of the weights, not copied, for `RolloutEngine.update`.  A collective."""
         self._wait_onloaded("weights")
         self._finish_gathers()

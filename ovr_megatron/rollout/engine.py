@@ -1,7 +1,7 @@
-"""vLLM as part of the trainer's process: start, take live weights, generate, sleep.
+"""Run vLLM within the trainer's process: start it, update its weights, generate, let it sleep.
 
-One engine runs on every rank (``external_launcher``): groups of ``rollout.tp`` neighbouring ranks hold one copy
-of the model, must be given the same prompts and return the same responses.
+One engine runs on every rank (``external_launcher``): ``rollout.tp`` neighbouring ranks form a tensor-parallel group,
+which holds one copy of the model, needs the same prompts on all of its ranks and returns the same responses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ovr_megatron.rollout.sampling import (
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.distributed import keep_generators, share_timeout
 from ovr_megatron.runtime.stop import StopRequested
-from ovr_megatron.weights.slices import Held
+from ovr_megatron.weights.slices import LocalShard
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -62,13 +62,14 @@ _started: list[LLM] = []
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave the process as it was: generators, threads, affinity, number format and environment variables.
+    """Restore the process after the block: generators, threads, affinity, default dtype and environment variables.
 
     vLLM seeds the global generators, draws from them, replaces ``torch.set_num_threads`` and sets variables, among
     them ``LD_PRELOAD`` and ``LOCAL_WORLD_SIZE``, that child processes and the trainer would inherit.
     """
-    before, affinity = dict(os.environ), os.sched_getaffinity(0)
-    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    environment = dict(os.environ)
+    affinity = os.sched_getaffinity(0)
+    cuda_generator = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     # On a CPU vLLM compiles one comparison of its sampler, which takes seconds and wants a C++ compiler.
     compiling = nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
     os.environ.update(_ENVIRONMENT)
@@ -76,12 +77,12 @@ def undisturbed() -> Iterator[None]:
         with keep_generators(), compiling, warnings.catch_warnings(action="ignore", category=FutureWarning):
             yield
     finally:
-        for name in set(os.environ) - set(before):
+        for name in set(os.environ) - set(environment):
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update(environment)
         os.sched_setaffinity(0, affinity)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu)
+        if cuda_generator is not None:
+            torch.cuda.set_rng_state(cuda_generator)
 
 
 class RolloutEngine:
@@ -128,7 +129,7 @@ class RolloutEngine:
         self.banned = banned_tokens(processor.shape, processor.tokenizer)
         self._end_ids = end_tokens(processor.tokenizer)
         self._stop = list(config.stop)
-        self._room = config.max_num_seqs
+        self._max_num_seqs = config.max_num_seqs
         self._asleep: set[str] = set()
         self._empty = empty
         settings = _settings(config, processor, dtype, max_model_len, offload)
@@ -147,19 +148,19 @@ class RolloutEngine:
         share_timeout()
         self._can_sleep = settings.get("enable_sleep_mode", False)
 
-    def update(self, held: Sequence[Held]) -> Traffic:
-        """Take over the weights that the ranks hold together, and forget what the old ones computed.  A collective.
+    def update(self, shards: Sequence[LocalShard]) -> Traffic:
+        """Copy the trainer's weights into vLLM and drop the caches of the old ones.  A collective.
 
-        The first update, and that after a deep sleep, fills every parameter, others those that are trained.
+        The first update and the one after a deep sleep fill every parameter, the others only those that are trained.
 
         Raises:
-            TransferError: no rank holds what a parameter needs.
+            TransferError: no rank holds rows that a parameter needs.
         """
         with undisturbed():
             self._wake("weights")
             if self._empty:
                 self._llm.collective_rpc(clear_positions)
-            traffic = self._reshard.update(held, everything=self._empty)
+            traffic = self._reshard.update(shards, everything=self._empty)
             self._empty = False
             self._reset_caches()
         return traffic
@@ -168,45 +169,43 @@ class RolloutEngine:
         self,
         prompts: Sequence[Prompt],
         temperature: float,
-        finished: Callable[[int, list[Generation]], None] | None = None,
-        between: Callable[[], bool] | None = None,
+        on_result: Callable[[int, list[Generation]], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[list[Generation]]:
         """Answer every prompt once for each of its seeds.
 
         Args:
             prompts: The same on all ranks of a tensor-parallel group.
             temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
-            finished: Called with a prompt's number and its responses when they are there.
-            between: As of `answer`.
+            on_result: Called with a prompt's number and its responses when they are there.
+            should_stop: As of `answer`.
 
         Returns:
             For each prompt the responses in the order of its seeds.
 
         Raises:
             RolloutError: vLLM gave a request up.
-            StopRequested: ``between`` returned True.
+            StopRequested: ``should_stop`` returned True.
         """
         responses: list[list[Generation]] = [[] for _ in prompts]
-
-        given = enumerate(prompts)
+        numbered_prompts = enumerate(prompts)
+        stopped = False
 
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
-            return list(given)
+            return list(numbered_prompts)  # all of them the first time, none later
 
-        def take_back(number: int, found: list[Generation]) -> None:
-            responses[number] = found
-            if finished:
-                finished(number, found)
-
-        stopped = False
+        def store(index: int, prompt_responses: list[Generation]) -> None:
+            responses[index] = prompt_responses
+            if on_result:
+                on_result(index, prompt_responses)
 
         def between_steps() -> bool:
             nonlocal stopped
-            stopped = bool(between and between())
+            stopped = bool(should_stop and should_stop())
             return stopped
 
-        for number, problem in self.answer(take, take_back, temperature, between_steps):
-            raise RolloutError(f"prompt {number} of {len(prompts)} was not answered: {problem}")
+        for index, problem in self.answer(take, store, temperature, between_steps):
+            raise RolloutError(f"prompt {index} of {len(prompts)} was not answered: {problem}")
         if stopped:
             raise StopRequested
         return responses
@@ -214,72 +213,72 @@ class RolloutEngine:
     def answer(
         self,
         take: Callable[[int], Sequence[tuple[int, Prompt]]],
-        finished: Callable[[int, list[Generation]], None],
+        on_result: Callable[[int, list[Generation]], None],
         temperature: float,
-        between: Callable[[], bool] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[tuple[int, str]]:
         """Answer the prompts that ``take`` gives until it has no more, each once for each of its seeds.
 
         Args:
             take: Called with the number of unfinished responses before each step in which these leave room for more;
                 returns numbered prompts, the same on all ranks of a tensor-parallel group.
-            finished: Called with a prompt's number and its responses in the order of its seeds.
+            on_result: Called with a prompt's number and its responses in the order of its seeds.
             temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
-            between: Called between two steps; where it returns True, the same at the same step on all ranks of a
+            should_stop: Called between two steps; where it returns True, the same at the same step on all ranks of a
                 tensor-parallel group, the unfinished prompts are given up and nothing is said of them.
 
         Returns:
-            The prompts that vLLM gave up or did not take, and why; for these `finished` is not called.
+            The prompts that vLLM gave up or did not take, and why; for these `on_result` is not called.
         """
         failed: list[tuple[int, str]] = []
         with undisturbed():
             self._wake_to_work()
-            waiting = _Waiting()
-            given = True
-            while given or waiting:
-                given = False
+            waiting = _PendingPrompts()
+            has_more = True
+            while has_more or waiting:
+                has_more = False
                 if self.room_left(waiting.responses):
-                    for number, prompt in take(waiting.responses):
-                        given = True
+                    for index, prompt in take(waiting.responses):
+                        has_more = True
                         try:
-                            waiting.add(number, prompt, self._enqueue(prompt, temperature))
+                            waiting.add(index, prompt, self._enqueue(prompt, temperature))
                         except (VLLMValidationError, ValueError) as error:  # a request that vLLM does not take
-                            failed.append((number, str(error)))
+                            failed.append((index, str(error)))
                 if self._llm.llm_engine.has_unfinished_requests():
                     for output in self._llm.llm_engine.step():
                         if output.finished:
-                            waiting.give(output, finished, failed)
+                            waiting.finish(output, on_result, failed)
                 watchdog.touch()
-                if between and between():
-                    self._give_up(waiting)
+                if should_stop and should_stop():
+                    self._abort(waiting)
                     break
         return failed
 
-    def _give_up(self, waiting: _Waiting) -> None:
-        """Abort what vLLM still works on.
+    def _abort(self, waiting: _PendingPrompts) -> None:
+        """Abort the requests that vLLM has not finished.
 
         The steps that follow end what asynchronous scheduling has under way and have the model forget the requests;
         without them sleep would find blocks of the cache in use.
         """
-        self._llm.llm_engine.abort_request(waiting.names())
+        self._llm.llm_engine.abort_request(waiting.request_ids())
         core = self._llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
         while core.batch_queue or core.scheduler.has_requests():
             self._llm.llm_engine.step()
 
     def room_left(self, outstanding: int) -> bool:
-        """Whether vLLM could work on more responses than these."""
-        return outstanding < self._room
+        """Return whether vLLM can work on more responses than the ``outstanding`` ones."""
+        return outstanding < self._max_num_seqs
 
     def agree(self, decide: Callable[[], int]) -> int:
-        """What the first rank of this engine decides, on all of its ranks."""
+        """Broadcast the first rank's decision within the tensor-parallel group.  A collective of the group."""
         if self._group is None:
             return decide()
-        box = torch.tensor(decide() if self._group.rank() == 0 else 0)
-        dist.broadcast(box, group=self._group, group_src=0)
-        return int(box)
+        decision = torch.tensor(decide() if self._group.rank() == 0 else 0)
+        dist.broadcast(decision, group=self._group, group_src=0)
+        return int(decision)
 
     def score(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        """Log-probability of every token of each prompt but its first; nothing is sampled that counts.
+        """Compute the log-probability of every token of each prompt but its first; sampled tokens are discarded.
 
         Args:
             prompts: The same on all ranks of a tensor-parallel group; ``seeds`` and ``max_tokens`` do not matter.
@@ -295,20 +294,21 @@ class RolloutEngine:
             if prompts:
                 inputs = [_request(prompt) for prompt in prompts]
                 self._llm.enqueue(inputs, [SCORING] * len(inputs), use_tqdm=False)  # type: ignore[arg-type]
-            finished: dict[int, np.ndarray] = {}
+            logprobs: dict[int, np.ndarray] = {}
             while self._llm.llm_engine.has_unfinished_requests():
-                done = (output for output in self._llm.llm_engine.step() if output.finished)
-                finished.update((int(output.request_id), prompt_logprobs(output)) for output in done)
+                for output in self._llm.llm_engine.step():
+                    if output.finished:
+                        logprobs[int(output.request_id)] = prompt_logprobs(output)
                 watchdog.touch()
-        return [finished[request_id] for request_id in sorted(finished)]  # vLLM numbers requests in order
+        return [logprobs[request_id] for request_id in sorted(logprobs)]  # vLLM numbers requests in order
 
     def _enqueue(self, prompt: Prompt, temperature: float) -> list[str]:
-        """Hand the prompt to vLLM; returns the requests' names in the order of their seeds."""
+        """Hand the prompt to vLLM and return the ids of its requests in the order of their seeds."""
         params = sampling_params(prompt, temperature, self._end_ids, self._stop)
         return self._llm.enqueue([_request(prompt)] * len(params), params, use_tqdm=False)  # type: ignore[list-item]
 
     def sleep(self, deep: bool = False) -> None:
-        """Forget what was computed, and give the GPU back to the trainer until the next `update` or `generate`.
+        """Drop the caches and free the GPU for the trainer until the next `update` or `generate`.
 
         The weights move to the host, or with ``deep`` nowhere: then an `update` must come first.
         """
@@ -327,13 +327,13 @@ class RolloutEngine:
         self._wake("weights", "kv_cache")
 
     def _wake(self, *parts: str) -> None:
-        wanted = [part for part in parts if part in self._asleep]
-        if wanted:
-            self._llm.wake_up(tags=wanted)
-            self._asleep -= set(wanted)
+        sleeping_parts = [part for part in parts if part in self._asleep]
+        if sleeping_parts:
+            self._llm.wake_up(tags=sleeping_parts)
+            self._asleep -= set(sleeping_parts)
 
     def _reset_caches(self) -> None:
-        """Forget keys and values and image features: vLLM keeps all of them over an update."""
+        """Drop keys and values and image features: vLLM keeps all of them over an update."""
         if not self._llm.reset_prefix_cache():
             raise RolloutError("vLLM kept its prefix cache: requests are still running")
         self._llm.llm_engine.reset_encoder_cache()
@@ -351,55 +351,66 @@ def clear_positions(worker: Any) -> None:
         state.positions.zero_()
 
 
-class _Waiting:
-    """Prompts that vLLM works on; those with seeds that are not consecutive as several requests."""
+class _PendingPrompts:
+    """Prompts that vLLM works on; one whose seeds are not consecutive is several requests.
+
+    Attributes:
+        responses: Number of responses that the pending prompts ask for together.
+    """
 
     def __init__(self) -> None:
         self.responses = 0
-        self._numbers: dict[str, int] = {}
-        self._parts: dict[int, dict[str, list[Generation]]] = {}
-        self._wanted: dict[int, int] = {}
+        self._prompt_of_request: dict[str, int] = {}
+        self._generations: dict[int, dict[str, list[Generation]]] = {}  # of each prompt, by request
+        self._seed_counts: dict[int, int] = {}
 
     def __bool__(self) -> bool:
-        """Whether any is left."""
-        return bool(self._wanted)
+        """Whether any prompt is pending."""
+        return bool(self._seed_counts)
 
-    def names(self) -> list[str]:
+    def request_ids(self) -> list[str]:
         """Return the requests that vLLM has not finished."""
-        return list(self._numbers)
+        return list(self._prompt_of_request)
 
-    def add(self, number: int, prompt: Prompt, names: Sequence[str]) -> None:
-        """Note that prompt ``number`` went to vLLM as the requests ``names``."""
-        outer = [name.partition("-")[0] for name in names]  # vLLM appends letters of its own to the name inside
-        self._numbers.update(dict.fromkeys(outer, number))
-        self._parts[number] = {name: [] for name in outer}
-        self._wanted[number] = len(prompt.seeds)
+    def add(self, index: int, prompt: Prompt, request_ids: Sequence[str]) -> None:
+        """Record that prompt ``index`` went to vLLM as ``request_ids``."""
+        # vLLM appends letters to the ids that it uses inside; its outputs carry the ids without them.
+        public_ids = [request_id.partition("-")[0] for request_id in request_ids]
+        self._prompt_of_request.update(dict.fromkeys(public_ids, index))
+        self._generations[index] = {request_id: [] for request_id in public_ids}
+        self._seed_counts[index] = len(prompt.seeds)
         self.responses += len(prompt.seeds)
 
-    def give(
+    def finish(
         self,
         output: RequestOutput,
-        finished: Callable[[int, list[Generation]], None],
+        on_result: Callable[[int, list[Generation]], None],
         failed: list[tuple[int, str]],
     ) -> None:
-        """Take a finished request; hand its prompt on if it was the last of it."""
-        number = self._numbers.pop(output.request_id)
-        if number not in self._wanted:
+        """Store a finished request; call ``on_result`` with the responses of its prompt if it was the last of them.
+
+        Of a prompt with several requests the first failure goes to ``failed``; its other requests are then ignored.
+        """
+        index = self._prompt_of_request.pop(output.request_id)
+        if index not in self._seed_counts:
             return
-        parts = self._parts[number]
+        by_request = self._generations[index]
         try:
-            parts[output.request_id] = generations(output)
+            by_request[output.request_id] = generations(output)
         except RolloutError as error:
-            failed.append((number, str(error)))
-            self.responses -= self._wanted.pop(number)
+            failed.append((index, str(error)))
+            self.responses -= self._seed_counts.pop(index)
             return
-        if all(parts.values()):
-            self.responses -= self._wanted.pop(number)
-            finished(number, [found for part in self._parts.pop(number).values() for found in part])
+        if all(by_request.values()):
+            self.responses -= self._seed_counts.pop(index)
+            responses: list[Generation] = []
+            for request_generations in self._generations.pop(index).values():
+                responses += request_generations
+            on_result(index, responses)
 
 
 def _request(prompt: Prompt) -> dict[str, Any]:
-    """A prompt in vLLM's form."""
+    """Return a prompt in vLLM's form."""
     media = {"image": list(prompt.images), "video": list(prompt.videos)}
     media = {kind: items for kind, items in media.items() if items}
     return {"prompt_token_ids": list(prompt.tokens)} | ({"multi_modal_data": media} if media else {})
@@ -408,7 +419,7 @@ def _request(prompt: Prompt) -> dict[str, Any]:
 def _settings(
     config: RolloutConfig, processor: Processor, dtype: str, max_model_len: int, offload: bool = False
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`."""
+    """Return the arguments of `vllm.LLM`."""
     data = processor.config
     settings = {
         "dtype": dtype,
@@ -453,9 +464,12 @@ def _settings(
 
 
 def _cache_bytes(config: RolloutConfig, shape: ModelShape, dtype: str, max_model_len: int) -> int:
-    """Keys and values for all sequences at full length, but at most 256 MiB, or two sequences if that is more."""
-    bytes_per_number = 4 if dtype == "float32" else 2
-    per_token = 2 * shape.layers * max(shape.kv_heads // config.tp, 1) * shape.head_dim * bytes_per_number
+    """Return the bytes of the cache on a CPU.
+
+    It takes all sequences at full length, but at most 256 MiB, or two sequences if that is more.
+    """
+    element_bytes = 4 if dtype == "float32" else 2
+    per_token = 2 * shape.layers * max(shape.kv_heads // config.tp, 1) * shape.head_dim * element_bytes
     length = -(-max_model_len // _CPU_BLOCK_TOKENS) * _CPU_BLOCK_TOKENS
-    wanted = min(config.max_num_seqs * length * per_token, _CPU_CACHE_BYTES)
-    return max(wanted, 2 * (length + _CPU_BLOCK_TOKENS) * per_token)
+    cache_bytes = min(config.max_num_seqs * length * per_token, _CPU_CACHE_BYTES)
+    return max(cache_bytes, 2 * (length + _CPU_BLOCK_TOKENS) * per_token)

@@ -1,11 +1,12 @@
-"""The trainer's weights into vLLM's parameters, slice by slice.
+"""Re-shard the trainer's weights into vLLM's parameters.
 
-Trainer and engine share the processes.  A plan, made once from what every rank holds and what its engine wants, says
-which rows go where; an update follows it in steps of a set size: while the slices of one step travel, those of the
-last are put in place.  What a rank has itself is copied straight into vLLM's parameter.
+Trainer and engine share the processes.  A plan, made once from the shards of every rank's trainer and the parameters of
+its engine, lists the transfers; an update follows it in steps of at most ``bucket_bytes``: while the messages of one
+step travel, the rows of the step before are copied into the parameters.  Rows that a rank holds itself are copied
+straight into vLLM's parameter.
 
 On a CPU vLLM multiplies with packed copies of its weights, and most weights exist only in that form.  Such a weight is
-put together in passing memory, or taken from the trainer as it is where both agree, and packed.
+assembled in a temporary buffer, or borrowed from the trainer where both have the same layout, and packed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from ovr_megatron.rollout.sampling import RolloutError
-from ovr_megatron.weights.slices import Held, Part, Piece, Run, SliceError, Step, plan, rows_of
+from ovr_megatron.weights.slices import (
+    LocalShard,
+    RowRange,
+    ShardLayout,
+    SliceError,
+    Transfer,
+    TransferStep,
+    plan,
+    rows_of,
+)
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -38,13 +48,17 @@ class TransferError(RolloutError):
 
 
 @dataclass
-class Wanted:
+class TargetParam:
     """A parameter of vLLM on this rank.
 
     Attributes:
-        name: vLLM's.
-        shape: Its sizes here, also where vLLM keeps only a packed copy.
-        packs: Layers that multiply with a packed copy of it.
+        name: vLLM's name.
+        module: The module that holds it.
+        attribute: Its name in the module.
+        shape: Its shape on this rank, also where vLLM keeps only a packed copy.
+        dim: The sharded dimension; None if its ranges are those of the flattened parameter.
+        ranges: The rows of Hugging Face tensors that it consists of.
+        packing_modules: Layers that multiply with a packed copy of it.
     """
 
     name: str
@@ -52,25 +66,25 @@ class Wanted:
     attribute: str
     shape: tuple[int, ...]
     dim: int | None
-    runs: tuple[Run, ...]
-    packs: list[nn.Module]
+    ranges: tuple[RowRange, ...]
+    packing_modules: list[nn.Module]
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter itself; without elements where only the packed copy exists."""
         return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
 
-    def described(self) -> Part:
-        """What other ranks must know."""
-        return Part(self.dim, 0, self.parameter.dtype, True, self.runs)
+    def layout(self) -> ShardLayout:
+        """Return the description that other ranks plan with."""
+        return ShardLayout(self.dim, 0, self.parameter.dtype, True, self.ranges)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one update moved on this rank.
+    """Bytes and seconds of one update on this rank.
 
     Attributes:
-        copied: Bytes that this rank had itself.
+        copied: Bytes copied from this rank's own shards.
         received: Bytes from other ranks.
         seconds: Wall time.
         floor: Seconds that the same bytes take as plain copies and messages, at the rates measured with the plan.
@@ -82,7 +96,7 @@ class Traffic:
     floor: float
 
     def metrics(self) -> dict[str, float]:
-        """For the log."""
+        """Return the metrics to log."""
         return {
             "sync/copied_mb": self.copied / 1e6,
             "sync/received_mb": self.received / 1e6,
@@ -92,7 +106,7 @@ class Traffic:
 
 
 class Reshard:
-    """Fills the parameters of this rank's vLLM.
+    """Copies the trainer's weights into the parameters of this rank's vLLM.
 
     Args:
         model: vLLM's model.
@@ -101,297 +115,346 @@ class Reshard:
     """
 
     def __init__(self, model: nn.Module, bucket_bytes: int, check: bool = False):
-        self._wanted = list(wanted_by(model))
-        self._bucket_bytes, self._check = bucket_bytes, check
+        self._targets = list(target_params(model))
+        self._bucket_bytes = bucket_bytes
+        self._check = check
         self._device = next(model.parameters()).device
         self._group = dist.new_group()
-        self._held: list[Part] | None = None
-        self._plans: list[list[Step]] = []
+        self._planned_layouts: list[ShardLayout] | None = None
+        self._plans: list[list[TransferStep]] = []  # of all parameters, of those that are trained
         self._is_filled = False
-        self._rates = (float("inf"), float("inf"))
+        self._copy_rate = float("inf")  # bytes a second
+        self._link_rate = float("inf")
 
     @torch.no_grad()
-    def update(self, held: Sequence[Held], everything: bool = False) -> Traffic:
-        """Fill every parameter, later only those that are trained unless ``everything`` is asked for.  A collective.
+    def update(self, shards: Sequence[LocalShard], everything: bool = False) -> Traffic:
+        """Fill every parameter the first time or with ``everything``, later only those that are trained.  A collective.
 
         Raises:
-            TransferError: no rank has what is wanted; a slice arrived changed.
+            TransferError: no rank holds rows that a parameter needs; a slice arrived changed.
         """
         began = time.perf_counter()
-        described = [one.described() for one in held]
-        if self._is_new(described):
-            self._make_plans(described)
+        layouts = [shard.layout() for shard in shards]
+        if self._layouts_changed(layouts):
+            self._make_plans(layouts)
             self._measure()
             began = time.perf_counter()
         steps = self._plans[self._is_filled and not everything]
-        _Update(self, steps, held).run()
+        _Update(self, steps, shards).run()
         self._is_filled = True
-        copied = sum(piece.nbytes for step in steps for piece in step.copies)
-        received = sum(piece.nbytes for step in steps for piece in step.receives)
+        copied = sum(transfer.nbytes for step in steps for transfer in step.copies)
+        received = sum(transfer.nbytes for step in steps for transfer in step.receives)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        floor = copied / self._rates[0] + received / self._rates[1]
+        floor = copied / self._copy_rate + received / self._link_rate
         return Traffic(copied, received, time.perf_counter() - began, floor)
 
-    def _is_new(self, described: list[Part]) -> bool:
-        """Whether on any rank the trainer holds something else than the plans are made for."""
-        differs = torch.tensor(int(described != self._held), device=self._device)
+    def _layouts_changed(self, layouts: list[ShardLayout]) -> bool:
+        """Return whether the trainer's layouts differ from the planned ones on any rank.  A collective.
+
+        All ranks must plan together: one rank that planned alone would wait for the others in `_make_plans`.
+        """
+        differs = torch.tensor(int(layouts != self._planned_layouts), device=self._device)
         dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=self._group)
         return bool(differs.item())
 
-    def _make_plans(self, described: list[Part]) -> None:
-        """One for all parameters, one for those that are trained."""
-        everyone: list[tuple[list[Part], list[Part]]] = [([], [])] * dist.get_world_size()
-        mine = (described, [one.described() for one in self._wanted])
-        dist.all_gather_object(everyone, mine, group=self._group)
-        helds, wanteds = zip(*everyone, strict=True)
+    def _make_plans(self, layouts: list[ShardLayout]) -> None:
+        """Plan the update of all parameters and that of the trained ones.  A collective."""
+        by_rank: list[tuple[list[ShardLayout], list[ShardLayout]]] = [([], [])] * dist.get_world_size()
+        local_layouts = (layouts, [target.layout() for target in self._targets])
+        dist.all_gather_object(by_rank, local_layouts, group=self._group)
+        sources, targets = zip(*by_rank, strict=True)
         try:
             self._plans = [
-                plan(helds, wanteds, dist.get_rank(), self._bucket_bytes, trained_only)
+                plan(sources, targets, dist.get_rank(), self._bucket_bytes, trained_only)
                 for trained_only in (False, True)
             ]
         except SliceError as error:
             raise TransferError(f"the engine's weights cannot be updated: {error}") from error
-        self._held, self._is_filled = described, False
+        self._planned_layouts = layouts
+        self._is_filled = False
 
     def _measure(self) -> None:
-        """Bytes a second of a plain copy, and on the slowest rank of the largest step's messages alone."""
-        volumes = [sum(p.nbytes for p in step.receives + step.sends) for step in self._plans[0]]
-        box = torch.tensor(volumes, dtype=torch.int64, device=self._device)
-        dist.all_reduce(box, group=self._group)
-        step = self._plans[0][int(box.argmax())]
+        """Measure the bytes a second of a plain copy and, on the slowest rank, of the largest step's messages."""
+        volumes = [sum(t.nbytes for t in step.receives + step.sends) for step in self._plans[0]]
+        total_volumes = torch.tensor(volumes, dtype=torch.int64, device=self._device)
+        # The sum is the same on all ranks, so that all of them choose the same step and exchange its messages.
+        dist.all_reduce(total_volumes, group=self._group)
+        step = self._plans[0][int(total_volumes.argmax())]
         size = max(min(self._bucket_bytes, 64 << 20), 1 << 20)
-        ours, theirs = (torch.zeros(size, dtype=torch.uint8, device=self._device) for _ in range(2))
-        copy_rate = size / self._fastest(lambda: theirs.copy_(ours))
+        source = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        target = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        copy_rate = size / self._fastest(lambda: target.copy_(source))
         link_rate = float("inf")
-        if box.any():
-            messages = _Messages(step, torch.empty(_room(step), dtype=torch.uint8, device=self._device), self._group)
+        if total_volumes.any():
+            bucket = torch.empty(_padded_bytes(step), dtype=torch.uint8, device=self._device)
+            messages = _Messages(step, bucket, self._group)
             seconds = self._fastest(lambda: messages.start().wait())
-            rate = torch.tensor(messages.moved / seconds if messages.moved else link_rate, device=self._device)
+            rate = torch.tensor(messages.nbytes / seconds if messages.nbytes else link_rate, device=self._device)
             dist.all_reduce(rate, op=dist.ReduceOp.MIN, group=self._group)
             link_rate = float(rate)
-        self._rates = (copy_rate, link_rate)
+        self._copy_rate = copy_rate
+        self._link_rate = link_rate
 
     def _fastest(self, act: Callable[[], object]) -> float:
-        """Seconds of the best of three times."""
-        found = []
+        """Return the seconds of the fastest of three calls."""
+        durations = []
         for _ in range(3):
             began = time.perf_counter()
             act()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            found.append(time.perf_counter() - began)
-        return max(min(found), 1e-9)
+            durations.append(time.perf_counter() - began)
+        return max(min(durations), 1e-9)
 
 
 class _Messages:
-    """The bytes of a step on their way: first what is sent, then what comes, one message for each other rank."""
+    """The messages of a step, one to and one from each other rank; all sends come first in the bucket.
 
-    def __init__(self, step: Step, bucket: Tensor, group: dist.ProcessGroup):
+    Attributes:
+        outgoing: Transfers to pack, each with its part of the bucket.
+        incoming: Transfers to unpack, each with its part of the bucket.
+        nbytes: Bytes sent and received, without padding.
+    """
+
+    def __init__(self, step: TransferStep, bucket: Tensor, group: dist.ProcessGroup):
         self._group = group
-        self.places: list[tuple[Piece, Tensor]] = []  # a piece to pack, and where
-        self.arrivals: list[tuple[Piece, Tensor]] = []
+        self._bucket = bucket
+        self._end = 0
         self._operations: list[tuple[object, Tensor, int]] = []
         self._running: list[dist.Work] = []
-        end = 0
-        for pieces, target in ((step.sends, True), (step.receives, False)):
-            for other in sorted({piece.target if target else piece.source for piece in pieces}):
-                first = end
-                for piece in pieces:
-                    if (piece.target if target else piece.source) == other:
-                        place = bucket[end : end + piece.nbytes].view(piece.dtype)
-                        (self.places if target else self.arrivals).append((piece, place))
-                        end += piece.room
-                self._operations.append((dist.isend if target else dist.irecv, bucket[first:end], other))
-        self.moved = sum(piece.nbytes for piece in step.sends + step.receives)
+        self.outgoing = self._add_messages(dist.isend, step.sends, [t.target for t in step.sends])
+        self.incoming = self._add_messages(dist.irecv, step.receives, [t.source for t in step.receives])
+        self.nbytes = sum(transfer.nbytes for transfer in step.sends + step.receives)
+
+    def _add_messages(
+        self, operation: object, transfers: Sequence[Transfer], peers: Sequence[int]
+    ) -> list[tuple[Transfer, Tensor]]:
+        """Lay the transfers out in the bucket, those of one peer side by side, and add a message for each peer."""
+        buffers: list[tuple[Transfer, Tensor]] = []
+        # Both ends keep the order of the plan within a message: it carries no description of its rows.
+        for peer in sorted(set(peers)):
+            first = self._end
+            for transfer, transfer_peer in zip(transfers, peers, strict=True):
+                if transfer_peer == peer:
+                    buffer = self._bucket[self._end : self._end + transfer.nbytes].view(transfer.dtype)
+                    buffers.append((transfer, buffer))
+                    self._end += transfer.padded_bytes
+            self._operations.append((operation, self._bucket[first : self._end], peer))
+        return buffers
 
     def start(self) -> _Messages:
-        """Let them go."""
+        """Start all sends and receives of the step."""
         if self._operations:
-            operations = [dist.P2POp(kind, box, other, self._group) for kind, box, other in self._operations]
+            # One batch: NCCL then runs them as one group, where single ones in unlike orders could wait for each other.
+            operations = [dist.P2POp(kind, buffer, peer, self._group) for kind, buffer, peer in self._operations]
             self._running = dist.batch_isend_irecv(operations)
         return self
 
     def wait(self) -> None:
-        """Until all have come."""
-        for one in self._running:
-            one.wait()
+        """Wait until all messages have been sent and received."""
+        for work in self._running:
+            work.wait()
 
 
-def _room(step: Step) -> int:
-    """Bytes of a step's bucket."""
-    return sum(piece.room for piece in step.sends + step.receives)
+def _padded_bytes(step: TransferStep) -> int:
+    """Return the bytes of a step's bucket."""
+    return sum(transfer.padded_bytes for transfer in step.sends + step.receives)
 
 
 class _Update:
-    """One run through the steps."""
+    """One run through the steps of a plan."""
 
-    def __init__(self, reshard: Reshard, steps: list[Step], held: Sequence[Held]):
-        self._steps, self._held, self._wanted = steps, held, reshard._wanted
-        self._group, self._device, self._check = reshard._group, reshard._device, reshard._check
-        self._building: dict[int, Tensor] = {}  # weights that are packed once they are whole
-        self._scratch: list[Tensor] = []
-        self._sums: tuple[dict[tuple[int, ...], int], dict[tuple[int, ...], int]] = ({}, {})  # at both ends
+    def __init__(self, reshard: Reshard, steps: list[TransferStep], shards: Sequence[LocalShard]):
+        self._steps = steps
+        self._shards = shards
+        self._targets = reshard._targets
+        self._group = reshard._group
+        self._device = reshard._device
+        self._check = reshard._check
+        self._assembling: dict[int, Tensor] = {}  # weights that are packed once all of their rows are there
+        self._free_buffers: list[Tensor] = []
+        self._sent_checksums: dict[tuple[int, ...], int] = {}
+        self._stored_checksums: dict[tuple[int, ...], int] = {}
 
     def run(self) -> None:
-        """Send step n + 1 while step n is put in place."""
-        rooms = [max((_room(step) for step in self._steps[parity::2]), default=0) for parity in (0, 1)]
-        buckets = [torch.empty(room, dtype=torch.uint8, device=self._device) for room in rooms]
-        flying: tuple[Step, _Messages] | None = None
-        for number, step in enumerate(self._steps):
-            messages = _Messages(step, buckets[number % 2], self._group)
-            for piece, place in messages.places:
-                source = self._source(piece)
-                place.view(source.shape).copy_(source)
-                self._note(0, piece, source)
+        """Send step n + 1 while the rows of step n are copied into the parameters."""
+        # Two buckets in turn: a bucket is packed again only after the step that used it last has been waited for.
+        sizes = [max((_padded_bytes(step) for step in self._steps[parity::2]), default=0) for parity in (0, 1)]
+        buckets = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+        in_flight: tuple[TransferStep, _Messages] | None = None
+        for index, step in enumerate(self._steps):
+            messages = _Messages(step, buckets[index % 2], self._group)
+            for transfer, buffer in messages.outgoing:
+                rows = self._source_rows(transfer)
+                buffer.view(rows.shape).copy_(rows)
+                self._record_checksum(self._sent_checksums, transfer, rows)
             messages.start()
-            if flying:
-                self._land(*flying)
-            flying = step, messages
-        if flying:
-            self._land(*flying)
+            if in_flight:
+                self._copy_into_params(*in_flight)
+            in_flight = step, messages
+        if in_flight:
+            self._copy_into_params(*in_flight)
         if self._check:
-            self._compare()
+            self._compare_checksums()
 
-    def _source(self, piece: Piece) -> Tensor:
-        held = self._held[piece.held]
-        return rows_of(held.parameter, held.dim, piece.begin, piece.length)
+    def _source_rows(self, transfer: Transfer) -> Tensor:
+        """Return a view of the rows that a transfer reads from this rank's shard."""
+        shard = self._shards[transfer.source_index]
+        return rows_of(shard.parameter, shard.dim, transfer.source_offset, transfer.length)
 
-    def _land(self, step: Step, messages: _Messages) -> None:
-        """Put what has come, and what was here, in place."""
-        lent = self._lent(step)
-        for piece in step.copies:
-            if piece.wanted not in lent:
-                source = self._source(piece)
-                place = self._place(piece)
-                place.copy_(source.view(place.shape))
-                self._note(0, piece, source)
-                self._note(1, piece, place)
+    def _copy_into_params(self, step: TransferStep, messages: _Messages) -> None:
+        """Copy local and received rows into vLLM's parameters, and pack those that are complete."""
+        borrowed = self._borrowed_params(step)
+        # Local rows come before the wait: they are copied while the messages are still under way.
+        for transfer in step.copies:
+            if transfer.target_index not in borrowed:
+                source = self._source_rows(transfer)
+                target = self._target_rows(transfer)
+                target.copy_(source.view(target.shape))
+                self._record_checksum(self._sent_checksums, transfer, source)
+                self._record_checksum(self._stored_checksums, transfer, target)
         messages.wait()
-        for piece, box in messages.arrivals:
-            place = self._place(piece)
-            place.copy_(box.view(place.shape))
-            self._note(1, piece, place)
-        for number in step.complete:
-            self._finish(self._wanted[number], lent.get(number, self._building.get(number)))
-            if number in self._building:
-                self._scratch.append(self._building.pop(number))
+        for transfer, buffer in messages.incoming:
+            target = self._target_rows(transfer)
+            target.copy_(buffer.view(target.shape))
+            self._record_checksum(self._stored_checksums, transfer, target)
+        for index in step.complete:
+            self._pack(self._targets[index], borrowed.get(index, self._assembling.get(index)))
+            if index in self._assembling:
+                self._free_buffers.append(self._assembling.pop(index))
 
-    def _lent(self, step: Step) -> dict[int, Tensor]:
-        """Weights to pack that the trainer holds exactly as vLLM wants them."""
-        found = {}
-        for piece in step.copies:
-            wanted, parameter = self._wanted[piece.wanted], self._held[piece.held].parameter
+    def _borrowed_params(self, step: TransferStep) -> dict[int, Tensor]:
+        """Return, by target, the trainer's parameters that vLLM can pack as they are, without a copy."""
+        borrowed = {}
+        for transfer in step.copies:
+            target = self._targets[transfer.target_index]
+            parameter = self._shards[transfer.source_index].parameter
             if (
-                wanted.packs
-                and not wanted.parameter.numel()
-                and (piece.begin, piece.at) == (0, 0)
-                and tuple(parameter.shape) == wanted.shape
-                and piece.length == (parameter.shape[wanted.dim] if wanted.dim is not None else parameter.numel())
-                and parameter.dtype == wanted.parameter.dtype
+                target.packing_modules
+                and not target.parameter.numel()
+                and (transfer.source_offset, transfer.target_offset) == (0, 0)
+                and tuple(parameter.shape) == target.shape
+                and transfer.length == (parameter.shape[target.dim] if target.dim is not None else parameter.numel())
+                and parameter.dtype == target.parameter.dtype
             ):
-                found[piece.wanted] = parameter
-        return found
+                borrowed[transfer.target_index] = parameter
+        return borrowed
 
-    def _place(self, piece: Piece) -> Tensor:
-        """Where the rows of a piece belong."""
-        wanted = self._wanted[piece.wanted]
-        target: Tensor = wanted.parameter.data
-        if not target.numel():
-            if piece.wanted not in self._building:
-                self._building[piece.wanted] = self._passing(wanted)
-            target = self._building[piece.wanted]
-        return rows_of(target, wanted.dim, piece.at, piece.length)
+    def _target_rows(self, transfer: Transfer) -> Tensor:
+        """Return a view of the rows that a transfer fills: of the parameter, or of the buffer it is assembled in."""
+        target = self._targets[transfer.target_index]
+        tensor: Tensor = target.parameter.data
+        if not tensor.numel():
+            if transfer.target_index not in self._assembling:
+                self._assembling[transfer.target_index] = self._assembly_buffer(target)
+            tensor = self._assembling[transfer.target_index]
+        return rows_of(tensor, target.dim, transfer.target_offset, transfer.length)
 
-    def _passing(self, wanted: Wanted) -> Tensor:
-        """Memory for a weight until it is packed; the same for weight after weight."""
-        numbers, dtype = torch.Size(wanted.shape).numel(), wanted.parameter.dtype
-        for i, free in enumerate(self._scratch):
-            if free.untyped_storage().nbytes() >= numbers * dtype.itemsize:
-                whole = torch.empty(0, dtype=dtype, device=self._device).set_(self._scratch.pop(i).untyped_storage())
-                return whole[:numbers].view(wanted.shape)
-        return torch.empty(wanted.shape, dtype=dtype, device=self._device)
+    def _assembly_buffer(self, target: TargetParam) -> Tensor:
+        """Return memory for a weight until it is packed; the storage of an earlier weight if that is large enough."""
+        element_count = torch.Size(target.shape).numel()
+        dtype = target.parameter.dtype
+        for i, free_buffer in enumerate(self._free_buffers):
+            if free_buffer.untyped_storage().nbytes() >= element_count * dtype.itemsize:
+                storage = self._free_buffers.pop(i).untyped_storage()
+                flat = torch.empty(0, dtype=dtype, device=self._device).set_(storage)
+                return flat[:element_count].view(target.shape)
+        return torch.empty(target.shape, dtype=dtype, device=self._device)
 
-    def _finish(self, wanted: Wanted, whole: Tensor | None) -> None:
-        """Pack a weight anew where vLLM multiplies with a packed copy."""
-        if not wanted.packs:
+    def _pack(self, target: TargetParam, weight: Tensor | None) -> None:
+        """Renew the packed copies of a parameter; ``weight`` has its values where vLLM keeps no other copy."""
+        if not target.packing_modules:
             return
-        if whole is not None:
-            setattr(wanted.module, wanted.attribute, nn.Parameter(whole, requires_grad=False))
-        for module in wanted.packs:
+        if weight is not None:
+            setattr(target.module, target.attribute, nn.Parameter(weight, requires_grad=False))
+        for module in target.packing_modules:
             module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
-        if whole is not None and wanted.parameter.numel():
-            raise TransferError(f"vLLM kept {wanted.name}, which it used to replace by its packed copy")
+        # Otherwise the parameter would alias the trainer's weight or a buffer that the next weight is assembled in.
+        if weight is not None and target.parameter.numel():
+            raise TransferError(f"vLLM kept {target.name}, which it used to replace by its packed copy")
 
-    def _note(self, end: int, piece: Piece, rows: Tensor) -> None:
+    def _record_checksum(self, checksums: dict[tuple[int, ...], int], transfer: Transfer, rows: Tensor) -> None:
+        """Record the CRC-32 of a transfer's rows in the source's dtype, if updates are checked."""
         if self._check:
-            copy = rows.to(piece.dtype, copy=True).flatten()  # numpy would pin the parameter's own storage
-            self._sums[end][piece[:7]] = zlib.crc32(copy.view(torch.uint8).cpu().numpy())
+            copy = rows.to(transfer.dtype, copy=True).flatten()  # numpy would pin the parameter's own storage
+            checksums[transfer[:7]] = zlib.crc32(copy.view(torch.uint8).cpu().numpy())
 
-    def _compare(self) -> None:
-        """Every slice where it was taken and where it was put.  A collective."""
-        sent: list[dict[tuple[int, ...], int]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(sent, self._sums[0], group=self._group)
-        for key, found in self._sums[1].items():
-            if sent[key[0]].get(key) != found:
-                name = self._wanted[key[4]].name
-                raise TransferError(f"{name}: rows from rank {key[0]} arrived changed (checksum {found:08x})")
+    def _compare_checksums(self) -> None:
+        """Compare every slice at its source and its target.  A collective.
+
+        Raises:
+            TransferError: a slice of this rank differs from its source.
+        """
+        sent_by_rank: list[dict[tuple[int, ...], int]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(sent_by_rank, self._sent_checksums, group=self._group)
+        for key, checksum in self._stored_checksums.items():
+            source, target_index = key[0], key[4]
+            if sent_by_rank[source].get(key) != checksum:
+                name = self._targets[target_index].name
+                raise TransferError(f"{name}: rows from rank {source} arrived changed (checksum {checksum:08x})")
 
 
-def wanted_by(model: nn.Module) -> Iterator[Wanted]:
-    """Every parameter of vLLM's Qwen2.5-VL on this rank, and the rows of the hub's tensors that it is made of.
+def target_params(model: nn.Module) -> Iterator[TargetParam]:
+    """Yield every parameter of vLLM's Qwen2.5-VL on this rank with its rows of Hugging Face tensors.
 
     The source of each rule is the class in vLLM's ``model_executor/layers`` that it names.
     """
-    found: dict[int, Wanted] = {}
+    targets: dict[int, TargetParam] = {}  # by identity: a tied parameter has several names
     for prefix, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in found:
-                shape, dim, runs = _layout(f"{prefix}.{attribute}", module, parameter)
-                found[id(parameter)] = Wanted(f"{prefix}.{attribute}", module, attribute, shape, dim, runs, [])
+            if id(parameter) not in targets:
+                name = f"{prefix}.{attribute}"
+                shape, dim, ranges = _layout(name, module, parameter)
+                targets[id(parameter)] = TargetParam(name, module, attribute, shape, dim, ranges, [])
             if attribute == "weight" and hasattr(module, "cpu_linear"):
-                found[id(parameter)].packs.append(module)
-    yield from found.values()
+                targets[id(parameter)].packing_modules.append(module)
+    yield from targets.values()
 
 
 def _layout(
     name: str, module: nn.Module, parameter: nn.Parameter
-) -> tuple[tuple[int, ...], int | None, tuple[Run, ...]]:
-    """Sizes here, dimension of cutting, and runs."""
-    hub = name.removeprefix("language_model.")
-    fused = next((whole for whole in _FUSED if whole in hub), None)
-    names = [hub.replace(fused, part) for part in _FUSED[fused]] if fused else [hub]
+) -> tuple[tuple[int, ...], int | None, tuple[RowRange, ...]]:
+    """Return a parameter's shape on this rank, its sharded dimension and its row ranges."""
+    hf_name = name.removeprefix("language_model.")
+    fused = next((fused_name for fused_name in _FUSED if fused_name in hf_name), None)
+    names = [hf_name.replace(fused, part) for part in _FUSED[fused]] if fused else [hf_name]
     shape = tuple(parameter.shape)
     is_matrix = name.endswith(".weight")
-    if isinstance(module, LinearBase) and is_matrix:  # a weight that is packed only has no sizes of its own
+    if isinstance(module, LinearBase) and is_matrix:  # a weight that exists only in packed form has no shape of its own
         shape = (module.output_size_per_partition, module.input_size_per_partition)  # type: ignore[assignment]
     if isinstance(module, QKVParallelLinear):
-        return shape, 0, tuple(_qkv_runs(names, module))
+        return shape, 0, tuple(_qkv_ranges(names, module))
     if isinstance(module, MergedColumnParallelLinear):
         sizes = [size // module.tp_size for size in module.output_sizes]
-        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-        cuts = zip(names, sizes, firsts, strict=True)
-        return shape, 0, tuple(Run(part, module.tp_rank * size, first, size) for part, size, first in cuts)
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        parts = zip(names, sizes, offsets, strict=True)
+        return shape, 0, tuple(RowRange(part, module.tp_rank * size, offset, size) for part, size, offset in parts)
     if isinstance(module, ColumnParallelLinear):
-        return shape, 0, (Run(hub, module.tp_rank * shape[0], 0, shape[0]),)
+        return shape, 0, (RowRange(hf_name, module.tp_rank * shape[0], 0, shape[0]),)
     if isinstance(module, RowParallelLinear) and is_matrix:
-        return shape, 1, (Run(hub, module.tp_rank * shape[1], 0, shape[1]),)
+        return shape, 1, (RowRange(hf_name, module.tp_rank * shape[1], 0, shape[1]),)
     if isinstance(module, VocabParallelEmbedding):
         rows = module.shard_indices
         first, end = rows.org_vocab_start_index, rows.org_vocab_end_index
-        return shape, 0, (Run(hub, first, 0, end - first),)
-    return shape, None, (Run(hub, 0, 0, torch.Size(shape).numel()),)
+        return shape, 0, (RowRange(hf_name, first, 0, end - first),)
+    return shape, None, (RowRange(hf_name, 0, 0, torch.Size(shape).numel()),)
 
 
-def _qkv_runs(names: Sequence[str], module: QKVParallelLinear) -> Iterator[Run]:
-    """Query, key and value rows; three tensors of the hub, or one in which they follow each other (vision)."""
+def _qkv_ranges(names: Sequence[str], module: QKVParallelLinear) -> Iterator[RowRange]:
+    """Yield the query, key and value rows of three Hugging Face tensors, or of one that stacks them (vision)."""
+    is_stacked = len(names) == 1
     heads = (module.num_heads, module.num_kv_heads, module.num_kv_heads)
     totals = (module.total_num_heads, module.total_num_kv_heads, module.total_num_kv_heads)
     kv_rank = module.tp_rank // module.num_kv_head_replicas
-    at = before = 0
-    for i, (count, total, rank) in enumerate(zip(heads, totals, (module.tp_rank, kv_rank, kv_rank), strict=True)):
+    ranks = (module.tp_rank, kv_rank, kv_rank)
+    offset = 0  # in vLLM's parameter
+    stacked_offset = 0  # in the stacked tensor
+    for i, (count, total, rank) in enumerate(zip(heads, totals, ranks, strict=True)):
         size = count * module.head_size
-        inside = 0 if len(names) == 3 else before
-        yield Run(names[i] if len(names) == 3 else names[0], inside + rank * size, at, size)
-        at += size
-        before += total * module.head_size
+        if is_stacked:
+            yield RowRange(names[0], stacked_offset + rank * size, offset, size)
+        else:
+            yield RowRange(names[i], rank * size, offset, size)
+        offset += size
+        stacked_offset += total * module.head_size

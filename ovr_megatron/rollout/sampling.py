@@ -66,7 +66,7 @@ class Generation:
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
-    """Ids that end a response: ``<|im_end|>`` and ``<|endoftext|>``.
+    """Return the ids that end a response: ``<|im_end|>`` and ``<|endoftext|>``.
 
     Raises:
         RolloutError: the tokenizer has no such token.
@@ -79,10 +79,10 @@ def end_tokens(tokenizer: Any) -> list[int]:
 
 
 def banned_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
-    """Ids below ``shape.vocab`` that are never sampled, ascending.
+    """Return the ids below ``shape.vocab`` that are never sampled, ascending.
 
-    The placeholders of images and videos, every other added special token except the end tokens, and ids that
-    the tokenizer does not know.
+    They are the placeholders of images and videos, every other added special token except the end tokens, and ids
+    that the tokenizer does not know.
 
     Raises:
         RolloutError: the tokenizer lacks an end token.
@@ -97,7 +97,7 @@ def banned_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
 def sampling_params(
     prompt: Prompt, temperature: float, end_ids: Sequence[int], stop: Sequence[str]
 ) -> list[SamplingParams]:
-    """One request for each run of consecutive seeds; vLLM gives sample i of a request the seed ``seed + i``.
+    """Return one request for each run of consecutive seeds; vLLM gives sample i of a request the seed ``seed + i``.
 
     Nothing is left to the model folder or to vLLM's idea of the end of a text.
     """
@@ -122,18 +122,18 @@ def sampling_params(
 
 
 def _runs(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs of consecutive seeds, as (first, length)."""
+    """Return the maximal runs of consecutive seeds, as (first, length)."""
     cuts = [0, *(k for k in range(1, len(seeds)) if seeds[k] != seeds[k - 1] + 1), len(seeds)]
     return ((seeds[a], b - a) for a, b in pairwise(cuts) if b > a)
 
 
 def generations(output: RequestOutput) -> list[Generation]:
-    """Responses of one finished request, in the order of its samples.
+    """Return the responses of one finished request, in the order of its samples.
 
     Raises:
         RolloutError: vLLM gave a request up.
     """
-    found = []
+    responses = []
     for sample in output.outputs:
         if sample.finish_reason not in ("stop", "length"):
             raise RolloutError(
@@ -143,18 +143,23 @@ def generations(output: RequestOutput) -> list[Generation]:
         tokens = list(sample.token_ids)
         assert sample.logprobs is not None and sample.logprobs.token_ids == tokens, "log-probabilities of other tokens"
         logprobs = np.array(sample.logprobs.logprobs, np.float32)
-        found.append(Generation(tokens, logprobs, sample.finish_reason == "stop", list(output.prompt_token_ids or [])))
-    return found
+        prompt_tokens = list(output.prompt_token_ids or [])
+        responses.append(Generation(tokens, logprobs, sample.finish_reason == "stop", prompt_tokens))
+    return responses
 
 
 def prompt_logprobs(output: RequestOutput) -> np.ndarray:
-    """float32[n - 1]: log-probabilities of the prompt's tokens but the first, of one finished request of `SCORING`.
+    """Return the log-probabilities of a prompt's tokens but the first, from a finished request of `SCORING`.
+
+    Returns:
+        float32[n - 1] of a prompt of n tokens.
 
     Raises:
         RolloutError: vLLM gave the request up.
     """
-    found, tokens = output.prompt_logprobs, output.prompt_token_ids or []
-    if found is None:
+    logprobs = output.prompt_logprobs
+    tokens = output.prompt_token_ids or []
+    if logprobs is None:
         raise RolloutError(f"vLLM gave no log-probabilities of a prompt of {len(tokens)} tokens; its log says why")
-    assert isinstance(found, FlatLogprobs) and found.token_ids == tokens[1:], "log-probabilities of other tokens"
-    return np.array(found.logprobs, np.float32)
+    assert isinstance(logprobs, FlatLogprobs) and logprobs.token_ids == tokens[1:], "log-probabilities of other tokens"
+    return np.array(logprobs.logprobs, np.float32)

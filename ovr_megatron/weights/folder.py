@@ -1,8 +1,8 @@
-"""Hugging Face folders of safetensors, read and written as a stream of tensors.
+"""Read and write Hugging Face folders of safetensors as a stream of tensors.
 
 Reading maps the files into memory; `write_folder` holds a piece of a tensor, `WeightWriter` one shard, so that a
-folder of any size passes through a small process.  Both generations of Hugging Face names are read; the hub's names
-are written.
+folder of any size passes through a small process.  Both generations of Hugging Face names are read; those of the
+published checkpoints are written.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class WeightFolder:
         self._open_files = ExitStack()
         for file, expected in _shards(self.directory).items():
             shard = self._open(self.directory / file)
-            held = list(shard.keys())
-            absent = sorted(set(expected) - set(held))
+            stored_names = list(shard.keys())
+            absent = sorted(set(expected) - set(stored_names))
             if absent:
                 raise WeightError(
                     f"{self.directory / file}: lacks {some(absent)}, which {INDEX} says it holds; get both files again"
                 )
-            for stored in held:
+            for stored in stored_names:
                 name = table.canonical(stored)
                 if name in self._stored:
                     raise WeightError(f"{self.directory / file}: {stored} is stored a second time; remove one of them")
@@ -80,19 +80,19 @@ class WeightFolder:
         return name in self._stored
 
     def names(self) -> list[str]:
-        """Hub names of all tensors, in the order of the files."""
+        """Return the Hugging Face names of all tensors, in the order of the files."""
         return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of a tensor, without reading it."""
+        """Return the shape of a tensor without reading it."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Number format of a tensor as safetensors writes it (``F32``, ``BF16``), without reading it."""
+        """Return the dtype of a tensor as safetensors writes it (``F32``, ``BF16``), without reading it."""
         return self._slice(name).get_dtype()
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, mapped from its file: pages are read when they are used.  Do not write to it."""
+        """Return the tensor, mapped from its file: pages are read when they are used.  Do not write to it."""
         shard, stored = self._find(name)
         return shard.get_tensor(stored)
 
@@ -107,7 +107,7 @@ class WeightFolder:
 
 
 def _shards(directory: Path) -> dict[str, list[str]]:
-    """The files of a folder, with the names that the index expects in each."""
+    """Return the files of a folder, with the names that the index expects in each."""
     index = directory / INDEX
     if index.exists():
         try:
@@ -138,7 +138,7 @@ def _shards(directory: Path) -> dict[str, list[str]]:
 
 
 def _model_files(directory: Path) -> list[str]:
-    """The safetensors files of a folder but those that are known to be no part of the model, which are named."""
+    """Return the safetensors files of a folder without those known to be no part of the model, and print these."""
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if SINGLE in names:
         for name in names:
@@ -171,7 +171,7 @@ def copy_hf_assets(source: Path, out: Path, dtype: torch.dtype | None = None) ->
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with ``dtype`` as its number format, which Transformers 4 calls torch_dtype and 5 dtype."""
+    """Return the config with ``dtype`` as its dtype, which Transformers 4 calls torch_dtype and 5 dtype."""
     named = _replaced(config, dtype)
     return named if named.keys() & _DTYPE_KEYS else {**named, "torch_dtype": dtype}
 
@@ -196,27 +196,28 @@ class WeightWriter:
     def __init__(self, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.directory = Path(directory)
         self.shard_bytes = shard_bytes
-        self._held: list[Pending] = []
+        self._pending: list[Pending] = []  # tensors of the next shard
         self._shards: list[list[str]] = []
         self._names: set[str] = set()
         self._total_bytes = 0
         _prepare(self.directory)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor under its hub name.  It is held, and must not change, until its shard is full."""
+        """Add one tensor under its Hugging Face name.  It is held, and must not change, until its shard is full."""
         if name in self._names:
             raise WeightError(f"{self.directory}: {name} is written twice")
         tensor = tensor.detach().cpu().contiguous()
-        if self._held and sum(held.nbytes for held in self._held) + tensor.nbytes > self.shard_bytes:
+        pending_bytes = sum(pending.nbytes for pending in self._pending)
+        if self._pending and pending_bytes + tensor.nbytes > self.shard_bytes:
             self._flush()
-        self._held.append(Pending(name, tensor.dtype, tuple(tensor.shape), lambda: tensor))
+        self._pending.append(Pending(name, tensor.dtype, tuple(tensor.shape), lambda: tensor))
         self._names.add(name)
         self._total_bytes += tensor.nbytes
 
     def _flush(self) -> None:
-        self._shards.append([held.name for held in self._held])
-        write_shard(_partial(self.directory, len(self._shards)), self._held)
-        self._held = []
+        self._shards.append([pending.name for pending in self._pending])
+        write_shard(_partial(self.directory, len(self._shards)), self._pending)
+        self._pending = []
 
     def __enter__(self) -> WeightWriter:
         return self
@@ -237,7 +238,7 @@ def write_folder(
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write what a `WeightWriter` writes of the same tensors, ``workers`` shards at a time, piece by piece.
+    """Write the files that a `WeightWriter` writes of the same tensors, ``workers`` shards at a time, piece by piece.
 
     Raises:
         WeightError: the folder has weights already, or a tensor comes twice.
@@ -247,7 +248,7 @@ def write_folder(
     cuts = cut([tensor.nbytes for tensor in tensors], shard_bytes)
     shards = [list(tensors[start:stop]) for start, stop in pairwise([0, *cuts])]
     _prepare(directory)
-    paths = [_partial(directory, number) for number in range(1, len(shards) + 1)]
+    paths = [_partial(directory, shard_index) for shard_index in range(1, len(shards) + 1)]
     try:
         with ThreadPoolExecutor(workers) as pool, Progress(len(tensors), what, "tensor") as progress:
             for shard, _ in zip(shards, pool.map(write_shard, paths, shards), strict=True):
@@ -258,8 +259,9 @@ def write_folder(
         _discard(directory)
 
 
-def _partial(directory: Path, number: int) -> Path:
-    return directory / f"model-{number:05d}.partial"
+def _partial(directory: Path, shard_index: int) -> Path:
+    """Return the temporary path of a shard; ``shard_index`` counts from 1."""
+    return directory / f"model-{shard_index:05d}.partial"
 
 
 def _prepare(directory: Path) -> None:
@@ -276,10 +278,10 @@ def _discard(directory: Path) -> None:
 
 
 def _publish(directory: Path, shards: Sequence[Sequence[str]], total_bytes: int) -> None:
-    """Give the shards their names, the index last."""
+    """Rename the shards to their names, the index last: a folder without it is not read as several shards."""
     names = shard_names(len(shards))
-    for number, name in enumerate(names, start=1):
-        _partial(directory, number).rename(directory / name)
+    for shard_index, name in enumerate(names, start=1):
+        _partial(directory, shard_index).rename(directory / name)
     if len(shards) > 1:
         partial = directory / f"{INDEX}.partial"
         write_index(partial, dict(zip(names, shards, strict=True)), total_bytes)
@@ -288,29 +290,31 @@ def _publish(directory: Path, shards: Sequence[Sequence[str]], total_bytes: int)
 
 
 def cut(sizes: Sequence[int], shard_bytes: int = SHARD_BYTES) -> list[int]:
-    """Where shards of at most ``shard_bytes`` end when tensors of these ``sizes`` (bytes) are put in them in order."""
+    """Return the ends of shards of at most ``shard_bytes`` that take tensors of ``sizes`` (bytes) in order."""
     ends: list[int] = []
-    held = 0
+    current_bytes = 0
     for index, size in enumerate(sizes):
-        if held and held + size > shard_bytes:
+        if current_bytes and current_bytes + size > shard_bytes:
             ends.append(index)
-            held = 0
-        held += size
+            current_bytes = 0
+        current_bytes += size
     return [*ends, len(sizes)]
 
 
 def shard_names(count: int) -> list[str]:
-    """Hugging Face's names of ``count`` shards."""
+    """Return Hugging Face's names of ``count`` shards."""
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
 
 
 def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: int) -> None:
     """Write Hugging Face's index of ``shards``, the tensors of each file, and wait until the disk has it."""
-    weight_map = {tensor: name for name, held in shards.items() for tensor in held}
+    weight_map: dict[str, str] = {}
+    for file, tensors in shards.items():
+        weight_map |= dict.fromkeys(tensors, file)
     path.write_text(json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n")
     sync(path)
 
 
 def some(names: list[str]) -> str:
-    """The first names of a list that may be long, and how many more there are."""
+    """Return the first names of a list that may be long, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""The tensors of a model that lives on many ranks, whole and under the hub's names, and back in.
+"""Read and write a sharded model as full tensors under Hugging Face names.
 
 A rank holds the rows of its pipeline stage, cut over the tensor-parallel ranks; gradients and Adam's moments may
 in turn be cut over the data-parallel ranks (the distributed optimizer).
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.weights.slices import Held, Run, runs_of
+from ovr_megatron.weights.slices import LocalShard, RowRange, row_ranges
 from ovr_megatron.weights.table import Row, cut_dim, from_hf, join, split, to_hf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,7 +47,9 @@ class LiveTensors:
     def __init__(
         self, rows: Sequence[Row], parts: Iterable[nn.Module], shape: ModelShape, groups: ProcessGroupCollection
     ):
-        self.rows, self.shape, self.groups = list(rows), shape, groups
+        self.rows = list(rows)
+        self.shape = shape
+        self.groups = groups
         self.optimizers: list[Any] = []
         named = {row.megatron: row for row in rows}
         self.holdings: list[Holding] = []
@@ -61,31 +63,33 @@ class LiveTensors:
         for holding in self.holdings:
             # Megatron marks shards only where it fills them with random numbers; the gradient norm needs the mark.
             holding.parameter.tensor_model_parallel = cut_dim(holding.row) is not None  # type: ignore[attr-defined]
-        self._mine = {h.row.megatron: h.parameter for h in self.holdings if not h.is_copy}
+        self._parameters = {h.row.megatron: h.parameter for h in self.holdings if not h.is_copy}
         self._stage = self._find_stages()
 
     def _find_stages(self) -> dict[str, int]:
-        """The pipeline stage of every row."""
-        held: list[list[str]] = [[] for _ in range(self.groups.pp.size())]
-        dist.all_gather_object(held, list(self._mine), group=self.groups.pp)
-        stages = {name: stage for stage, names in enumerate(held) for name in names}
+        """Return the pipeline stage of every row.  A collective."""
+        names_by_stage: list[list[str]] = [[] for _ in range(self.groups.pp.size())]
+        dist.all_gather_object(names_by_stage, list(self._parameters), group=self.groups.pp)
+        stages: dict[str, int] = {}
+        for stage, names in enumerate(names_by_stage):
+            stages |= dict.fromkeys(names, stage)
         missing = [row.megatron for row in self.rows if row.megatron not in stages]
         assert not missing, f"no stage holds {missing}"
         return stages
 
     def attach(self, optimizer: Any) -> None:
-        """Know the optimizer whose state is to be read and written."""
+        """Set the optimizer whose state is read and written."""
         self.optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
 
     # Out -------------------------------------------------------------------------------------------------
 
     def whole(self, rows: Sequence[Row], which: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors of ``rows`` on every rank, under the hub's names.  A collective.
+        """Yield the full tensors of ``rows`` on every rank, under Hugging Face names.  A collective.
 
         Args:
             rows: in the same order on every rank.
             which: ``weight``, ``gradient``, ``exp_avg``, ``exp_avg_sq`` or ``master``.
-            dtype: number format of what ``which`` names.
+            dtype: dtype of what ``which`` names; ranks of other stages allocate by it.
         """
         for row in rows:
             shard = self._shard(row, which, dtype)
@@ -96,15 +100,15 @@ class LiveTensors:
             yield from zip(row.hf, to_hf(row, join(row, shards, self.shape), self.shape), strict=True)
 
     def _shard(self, row: Row, which: str, dtype: torch.dtype) -> Tensor:
-        """This tensor-parallel rank's part of a row, on every pipeline stage."""
+        """Return this tensor-parallel rank's shard of a row, on every pipeline stage.  A collective."""
         stage = self._stage[row.megatron]
         if self.groups.pp.rank() == stage:
-            found = self._read(self._mine[row.megatron], which).contiguous()
+            shard = self._read(self._parameters[row.megatron], which).contiguous()
         else:
-            found = torch.empty(self._shard_shape(row), dtype=dtype, device=torch.cuda.current_device())
+            shard = torch.empty(self._shard_shape(row), dtype=dtype, device=torch.cuda.current_device())
         if self.groups.pp.size() > 1:
-            dist.broadcast(found, group=self.groups.pp, group_src=stage)
-        return found
+            dist.broadcast(shard, group=self.groups.pp, group_src=stage)
+        return shard
 
     def _shard_shape(self, row: Row) -> torch.Size:
         empty = [torch.empty(size, device="meta") for size in row.sizes]
@@ -114,35 +118,39 @@ class LiveTensors:
     def _read(self, parameter: Parameter, which: str) -> Tensor:
         if which == "weight":
             return parameter.detach()
-        piece = self._piece(parameter)
-        if piece is None:
+        local_range = self._local_range(parameter)
+        if local_range is None:
             return self._state(parameter, which) if which != "gradient" else parameter.main_grad  # type: ignore[attr-defined]
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if piece.stop > piece.start:
+        # The ranges of the data-parallel ranks are disjoint: the sum of tensors that are zero elsewhere joins them.
+        full_state = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if local_range.stop > local_range.start:
             if which == "gradient":
-                whole[piece] = parameter.main_grad.flatten()[piece].float()  # type: ignore[attr-defined]
+                full_state[local_range] = parameter.main_grad.flatten()[local_range].float()  # type: ignore[attr-defined]
             else:
-                whole[piece] = self._state(parameter, which).flatten()
-        dist.all_reduce(whole, group=self.groups.dp_cp)
-        return whole.view(parameter.shape)
+                full_state[local_range] = self._state(parameter, which).flatten()
+        dist.all_reduce(full_state, group=self.groups.dp_cp)
+        return full_state.view(parameter.shape)
 
-    def held(self, trained: Collection[str]) -> list[Held]:
-        """What this rank has of every row, a copy of a tied embedding too, in place; ``trained`` names rows."""
+    def held(self, trained: Collection[str]) -> list[LocalShard]:
+        """Return this rank's shard of every row, without copying; a copy of a tied embedding too.
+
+        ``trained`` names the rows that are trained.
+        """
         return [
-            Held(holding.parameter.detach(), cut_dim(holding.row), runs, holding.row.megatron in trained)
-            for holding, runs in zip(self.holdings, self._runs, strict=True)
+            LocalShard(holding.parameter.detach(), cut_dim(holding.row), ranges, holding.row.megatron in trained)
+            for holding, ranges in zip(self.holdings, self._ranges, strict=True)
         ]
 
     @cached_property
-    def _runs(self) -> list[tuple[Run, ...]]:
-        """Of every holding."""
+    def _ranges(self) -> list[tuple[RowRange, ...]]:
+        """Return the row ranges of every holding."""
         tp = self.groups.tp
-        return [runs_of(holding.row, tp.size(), tp.rank(), self.shape) for holding in self.holdings]
+        return [row_ranges(holding.row, tp.size(), tp.rank(), self.shape) for holding in self.holdings]
 
     # In --------------------------------------------------------------------------------------------------
 
     def put(self, holding: Holding, tensors: Sequence[Tensor], into: Tensor) -> None:
-        """Copy this rank's part of a row, given whole under the hub's names, into ``into``."""
+        """Copy this rank's part of the full ``tensors`` of a row into ``into``."""
         with torch.no_grad():
             into.copy_(self._part(holding.row, tensors))
 
@@ -162,7 +170,7 @@ class LiveTensors:
                         adam.state[key]["step"] = torch.tensor(float(step))
 
     def state_tensors(self) -> Iterator[Tensor]:
-        """What the optimizers keep of their own: moments, and the weights that they update (maybe the model's)."""
+        """Yield the optimizers' own tensors: moments, and the weights that they update (maybe the model's)."""
         for wrapped in self.optimizers:
             adam = getattr(wrapped, "optimizer", None)
             for group in adam.param_groups if adam is not None else ():
@@ -171,10 +179,11 @@ class LiveTensors:
                 yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def put_state(self, holding: Holding, which: str, tensors: Sequence[Tensor]) -> None:
-        """Copy this rank's part of one of `MOMENTS` or ``master`` in, given whole under the hub's names."""
-        part, piece = self._part(holding.row, tensors), self._piece(holding.parameter)
-        if piece is not None:
-            part = part.flatten()[piece]
+        """Copy this rank's part of one of `MOMENTS` or ``master`` from the full ``tensors`` of a row."""
+        part = self._part(holding.row, tensors)
+        local_range = self._local_range(holding.parameter)
+        if local_range is not None:
+            part = part.flatten()[local_range]
             if not part.numel():
                 return
         with torch.no_grad():
@@ -183,14 +192,14 @@ class LiveTensors:
 
     # Where Megatron keeps it -----------------------------------------------------------------------------
 
-    def _piece(self, parameter: Parameter) -> slice | None:
-        """The part of the flat parameter whose state this rank keeps; None if it keeps all."""
+    def _local_range(self, parameter: Parameter) -> slice | None:
+        """Return the range of the flat parameter whose state this rank keeps; None if it keeps all."""
         if not hasattr(self.optimizers[0], "model_param_gbuf_map"):
             return None
         for wrapped in self.optimizers:
             if parameter in wrapped.model_param_gbuf_map:
-                found = wrapped._get_model_param_range_map(parameter)["param"]
-                return slice(found.start, found.end)
+                param_range = wrapped._get_model_param_range_map(parameter)["param"]
+                return slice(param_range.start, param_range.end)
         return slice(0, 0)
 
     def _state(self, parameter: Parameter, which: str) -> Tensor:
@@ -210,9 +219,9 @@ class LiveTensors:
 
 
 def _global_name(name: str, first_layer: int) -> str:
-    """The name in the whole model of a parameter of one pipeline stage."""
+    """Return the name in the full model of a parameter of one pipeline stage."""
     prefix = "decoder.layers."
     if not name.startswith(prefix):
         return name
-    number, rest = name.removeprefix(prefix).split(".", 1)
-    return f"{prefix}{int(number) + first_layer}.{rest}"
+    layer, rest = name.removeprefix(prefix).split(".", 1)
+    return f"{prefix}{int(layer) + first_layer}.{rest}"

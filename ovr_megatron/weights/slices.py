@@ -1,7 +1,7 @@
-"""Which part of which Hugging Face tensor a rank holds, and who sends what to whom so that others get theirs.
+"""Plan the transfers of weights between ranks that shard the same Hugging Face tensors differently.
 
-Trainer and engine cut the same tensors differently.  Both describe what they hold as runs of consecutive rows of
-Hugging Face tensors; the intersections of the runs are what has to move.
+Trainer and engine both describe their parameters as ranges of consecutive rows of Hugging Face tensors; the
+intersections of these ranges are the transfers.
 """
 
 from __future__ import annotations
@@ -18,228 +18,270 @@ from torch import Tensor
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.weights.table import Row, cut_dim, from_hf, split
 
-_ALIGNMENT = 16  # of a piece in a bucket, in bytes
+_ALIGNMENT = 16  # bytes; a view of any dtype needs its transfer to begin at a multiple of its item size
 
 
 class SliceError(ValueError):
-    """A part of a tensor that is wanted and that no rank holds, or that is cut along another dimension."""
+    """A range that a rank needs and no rank holds, or that its holder shards along another dimension."""
 
 
-class Run(NamedTuple):
-    """Rows ``start`` to ``start + length`` of a Hugging Face tensor, which stand from ``at`` on in a parameter."""
+class RowRange(NamedTuple):
+    """Rows ``start`` to ``start + length`` of a Hugging Face tensor, stored from row ``offset`` of a parameter."""
 
     tensor: str
     start: int
-    at: int
+    offset: int
     length: int
 
 
 @dataclass(frozen=True)
-class Held:
-    """A parameter of this rank and the runs along ``dim`` that it is made of (None: of the flattened parameter)."""
+class LocalShard:
+    """A parameter of this rank and its row ranges along ``dim`` (None: ranges of the flattened parameter)."""
 
     parameter: Tensor
     dim: int | None
-    runs: tuple[Run, ...]
+    ranges: tuple[RowRange, ...]
     trained: bool = True
 
-    def described(self) -> Part:
-        """What other ranks must know."""
-        flat = self.parameter.numel() if self.dim is None else self.parameter.shape[self.dim]
-        return Part(self.dim, self.parameter.nbytes // max(flat, 1), self.parameter.dtype, self.trained, self.runs)
+    def layout(self) -> ShardLayout:
+        """Return the description that other ranks plan with."""
+        row_count = self.parameter.numel() if self.dim is None else self.parameter.shape[self.dim]
+        row_bytes = self.parameter.nbytes // max(row_count, 1)
+        return ShardLayout(self.dim, row_bytes, self.parameter.dtype, self.trained, self.ranges)
 
 
-class Part(NamedTuple):
-    """A parameter of some rank: its dimension of cutting, bytes per row of it, format and runs."""
+class ShardLayout(NamedTuple):
+    """A parameter of some rank without its data: sharded dimension, bytes per row, dtype and row ranges."""
 
     dim: int | None
     row_bytes: int
     dtype: torch.dtype
     trained: bool
-    runs: tuple[Run, ...]
+    ranges: tuple[RowRange, ...]
 
 
-class Piece(NamedTuple):
-    """``length`` rows that rank ``source`` has from ``begin`` on, and rank ``target`` wants from ``at`` on.
+class Transfer(NamedTuple):
+    """``length`` rows from ``source_offset`` on rank ``source`` to ``target_offset`` on rank ``target``.
 
-    ``held`` and ``wanted`` number the parameters of the two.
+    ``source_index`` and ``target_index`` are the positions of the parameters in the lists of the two ranks.
+    The order of the fields is the order in which the transfers of a parameter travel.
     """
 
     source: int
-    held: int
-    begin: int
+    source_index: int
+    source_offset: int
     target: int
-    wanted: int
-    at: int
+    target_index: int
+    target_offset: int
     length: int
     row_bytes: int
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes as the source holds them."""
+        """Bytes of the rows in the source's dtype."""
         return self.length * self.row_bytes
 
     @property
-    def room(self) -> int:
-        """Bytes in a bucket."""
+    def padded_bytes(self) -> int:
+        """Bytes that the transfer takes in a bucket."""
         return -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass
-class Step:
-    """What this rank sends, receives and copies for itself in one bucket, and which parameters are then whole."""
+class TransferStep:
+    """The transfers of one bucket on this rank.
 
-    sends: list[Piece] = field(default_factory=list)
-    receives: list[Piece] = field(default_factory=list)
-    copies: list[Piece] = field(default_factory=list)
+    Attributes:
+        sends: Transfers to other ranks.
+        receives: Transfers from other ranks.
+        copies: Transfers within this rank; they take no space in the bucket.
+        complete: Indices of the parameters that have all of their rows after this step.
+    """
+
+    sends: list[Transfer] = field(default_factory=list)
+    receives: list[Transfer] = field(default_factory=list)
+    copies: list[Transfer] = field(default_factory=list)
     complete: list[int] = field(default_factory=list)
 
 
-def runs_of(row: Row, tp: int, rank: int, shape: ModelShape) -> tuple[Run, ...]:
-    """The runs that tensor-parallel ``rank`` of ``tp`` holds of a Megatron parameter, padding left out.
+def row_ranges(row: Row, tp: int, rank: int, shape: ModelShape) -> tuple[RowRange, ...]:
+    """Return the ranges of a Megatron parameter on tensor-parallel ``rank`` of ``tp``, without its padding rows.
 
-    Found by sending numbered rows through the table, so that there is one description of the layout.
+    They are read off numbered rows that went through the table, so that the layout is described in one place only.
     """
     dim = cut_dim(row)
     if dim is None:
         (name,), (size,) = row.hf, row.sizes
-        return (Run(name, 0, 0, torch.Size(size).numel()),)
+        return (RowRange(name, 0, 0, torch.Size(size).numel()),)
     lengths = [size[dim] for size in row.sizes]
-    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
     numbered = [
-        torch.arange(first + 1, first + length + 1).unsqueeze(1 - dim)  # 0 is padding
-        for first, length in zip(firsts, lengths, strict=True)
+        torch.arange(start + 1, start + length + 1).unsqueeze(1 - dim)  # 0 is padding
+        for start, length in zip(starts, lengths, strict=True)
     ]
     local = split(row, from_hf(row, numbered, shape), tp, rank, shape).flatten()
     breaks = (local.diff() != 1).nonzero().flatten() + 1
     bounds = [0, *breaks.tolist(), len(local)]
-    runs = []
+    ranges = []
     for begin, end in pairwise(bounds):
-        number = int(local[begin]) - 1
-        while begin < end and number >= 0:
-            which = max(i for i, first in enumerate(firsts) if first <= number)
-            length = min(end - begin, firsts[which] + lengths[which] - number)
-            runs.append(Run(row.hf[which], number - firsts[which], begin, length))
-            begin, number = begin + length, number + length
-    return tuple(runs)
+        offset = begin
+        source_row = int(local[begin]) - 1
+        # Consecutive rows may go on from one Hugging Face tensor to the next: a range ends with its tensor.
+        while offset < end and source_row >= 0:
+            tensor = max(i for i, start in enumerate(starts) if start <= source_row)
+            length = min(end - offset, starts[tensor] + lengths[tensor] - source_row)
+            ranges.append(RowRange(row.hf[tensor], source_row - starts[tensor], offset, length))
+            offset += length
+            source_row += length
+    return tuple(ranges)
 
 
 def rows_of(tensor: Tensor, dim: int | None, first: int, length: int) -> Tensor:
-    """A view of the rows along ``dim`` of a parameter."""
+    """Return a view of the rows along ``dim`` of a parameter (None: of the flattened parameter)."""
     return tensor.view(-1)[first : first + length] if dim is None else tensor.narrow(dim, first, length)
 
 
 class Owners:
-    """Who holds which part of every Hugging Face tensor."""
+    """Index of the ranks that hold each range of every Hugging Face tensor.
 
-    def __init__(self, held: Sequence[Sequence[Part]]):
-        self.held = held
-        found: dict[str, dict[tuple[int, int], dict[int, tuple[int, int]]]] = {}
-        for rank, parts in enumerate(held):
-            for number, part in enumerate(parts):
-                for run in part.runs:
-                    by_rank = found.setdefault(run.tensor, {}).setdefault((run.start, run.start + run.length), {})
-                    by_rank.setdefault(rank, (number, run.at))
-        self._intervals = {name: sorted(intervals.items()) for name, intervals in found.items()}
-        self._ranks = {
-            (name, interval): sorted(by_rank) for name, items in found.items() for interval, by_rank in items.items()
-        }
+    Args:
+        layouts: Of each rank, the parameters that it holds.
+    """
 
-    def pieces(self, wanted: Part, number: int, target: int) -> Iterator[Piece]:
-        """The pieces that make parameter ``number`` of rank ``target`` whole, each from the nearest rank that has it.
+    def __init__(self, layouts: Sequence[Sequence[ShardLayout]]):
+        self.layouts = layouts
+        # Tensor, interval of its rows, rank: index of the rank's parameter and offset of the interval in it.
+        locations: dict[str, dict[tuple[int, int], dict[int, tuple[int, int]]]] = {}
+        for rank, rank_layouts in enumerate(layouts):
+            for index, layout in enumerate(rank_layouts):
+                for rows in layout.ranges:
+                    by_interval = locations.setdefault(rows.tensor, {})
+                    by_rank = by_interval.setdefault((rows.start, rows.start + rows.length), {})
+                    by_rank.setdefault(rank, (index, rows.offset))
+        self._intervals = {name: sorted(by_interval.items()) for name, by_interval in locations.items()}
+        self._ranks: dict[tuple[str, tuple[int, int]], list[int]] = {}
+        for name, by_interval in locations.items():
+            for interval, by_rank in by_interval.items():
+                self._ranks[name, interval] = sorted(by_rank)
+
+    def transfers(self, layout: ShardLayout, index: int, target: int) -> Iterator[Transfer]:
+        """Yield the transfers that fill parameter ``index`` of rank ``target``, each from the nearest rank.
 
         Raises:
-            SliceError: nobody has it, or not cut along the same dimension.
+            SliceError: no rank holds the rows, or the holder shards them along another dimension.
         """
-        for run in wanted.runs:
-            position, end = run.start, run.start + run.length
+        for rows in layout.ranges:
+            position = rows.start
+            end = rows.start + rows.length
             while position < end:
-                source, held, begin, stop = self._nearest(run.tensor, position, target)
-                part = self.held[source][held]
-                if part.dim != wanted.dim:
-                    raise SliceError(f"{run.tensor} is cut along {part.dim} on rank {source}, not along {wanted.dim}")
+                source, source_index, source_offset, stop = self._nearest(rows.tensor, position, target)
+                held = self.layouts[source][source_index]
+                if held.dim != layout.dim:
+                    raise SliceError(f"{rows.tensor} is cut along {held.dim} on rank {source}, not along {layout.dim}")
                 length = min(stop, end) - position
-                at = run.at + position - run.start
-                yield Piece(source, held, begin, target, number, at, length, part.row_bytes, part.dtype)
+                yield Transfer(
+                    source=source,
+                    source_index=source_index,
+                    source_offset=source_offset,
+                    target=target,
+                    target_index=index,
+                    target_offset=rows.offset + position - rows.start,
+                    length=length,
+                    row_bytes=held.row_bytes,
+                    dtype=held.dtype,
+                )
                 position += length
 
     def _nearest(self, name: str, position: int, target: int) -> tuple[int, int, int, int]:
-        """Rank, number of its parameter, place there, and end of the interval that begins before ``position``."""
+        """Return rank, parameter index, offset of row ``position`` in it, and end of the interval around the row."""
         best: tuple[int, int, int, int] | None = None
         for (start, stop), by_rank in self._intervals.get(name, ()):
             if start <= position < stop:
                 rank = _closest(self._ranks[name, (start, stop)], target)
                 if best is None or abs(rank - target) < abs(best[0] - target):
-                    held, at = by_rank[rank]
-                    best = rank, held, at + position - start, stop
+                    index, offset = by_rank[rank]
+                    best = rank, index, offset + position - start, stop
         if best is None:
             raise SliceError(f"no rank holds row {position} of {name}")
         return best
 
 
 def _closest(ranks: Sequence[int], target: int) -> int:
-    place = bisect_left(ranks, target)
-    return min(ranks[max(place - 1, 0) : place + 1], key=lambda rank: abs(rank - target))
+    """Return the rank of the sorted ``ranks`` that is nearest to ``target``, the lower of two."""
+    right = bisect_left(ranks, target)
+    return min(ranks[max(right - 1, 0) : right + 1], key=lambda rank: abs(rank - target))
 
 
 def plan(
-    held: Sequence[Sequence[Part]],
-    wanted: Sequence[Sequence[Part]],
+    sources: Sequence[Sequence[ShardLayout]],
+    targets: Sequence[Sequence[ShardLayout]],
     rank: int,
     bucket_bytes: int,
     trained_only: bool = False,
-) -> list[Step]:
-    """What ``rank`` does, step by step; every rank finds the same steps.
+) -> list[TransferStep]:
+    """Plan the transfers of ``rank`` step by step; the steps have the same transfers on every rank.
 
     Args:
-        held: of each rank, the parameters that it holds.
-        wanted: of each rank, the parameters that are to be filled; the same ones in the same order on every rank.
+        sources: of each rank, the parameters that it holds.
+        targets: of each rank, the parameters that are to be filled; the same ones in the same order on every rank.
         rank: whose plan this is.
         bucket_bytes: most bytes that a rank sends and receives in a step, or one row; its own copies do not count.
         trained_only: leave out parameters that none of the sources trains.
 
     Raises:
-        SliceError: a wanted part that nobody holds.
+        SliceError: no rank holds rows that a target needs.
     """
-    owners = Owners(held)
-    steps = [Step()]
-    rooms = [0] * len(held)
-    for number in range(len(wanted[0])):
-        pieces = [p for target, parts in enumerate(wanted) for p in owners.pieces(parts[number], number, target)]
-        if trained_only and not any(held[piece.source][piece.held].trained for piece in pieces):
+    owners = Owners(sources)
+    steps = [TransferStep()]
+    loads = [0] * len(sources)  # bytes of each rank in the last step
+    for index in range(len(targets[0])):
+        transfers: list[Transfer] = []
+        for target, layouts in enumerate(targets):
+            transfers += owners.transfers(layouts[index], index, target)
+        if trained_only and not any(sources[t.source][t.source_index].trained for t in transfers):
             continue
-        remote = [part for piece in pieces if piece.source != piece.target for part in _cut(piece, bucket_bytes // 2)]
-        for piece in sorted(remote):  # what several want is sent in the same step
-            load = rooms[piece.source], rooms[piece.target]
-            if max(load) and max(load) + piece.room > bucket_bytes:
-                steps.append(Step())
-                rooms = [0] * len(held)
-            rooms[piece.source] += piece.room
-            rooms[piece.target] += piece.room
-            if piece.source == rank:
-                steps[-1].sends.append(piece)
-            if piece.target == rank:
-                steps[-1].receives.append(piece)
-        steps[-1].copies += _merged(piece for piece in pieces if piece.source == piece.target == rank)
-        steps[-1].complete.append(number)
+        remote: list[Transfer] = []
+        for transfer in transfers:
+            if transfer.source != transfer.target:
+                remote += _cut(transfer, bucket_bytes // 2)
+        # Sorted by source and row, so that rows that several ranks need are sent in the same step.  Every rank counts
+        # the loads of all ranks and so begins a new step at the same transfer: messages pair up without negotiation.
+        for transfer in sorted(remote):
+            load = max(loads[transfer.source], loads[transfer.target])
+            if load and load + transfer.padded_bytes > bucket_bytes:
+                steps.append(TransferStep())
+                loads = [0] * len(sources)
+            loads[transfer.source] += transfer.padded_bytes
+            loads[transfer.target] += transfer.padded_bytes
+            if transfer.source == rank:
+                steps[-1].sends.append(transfer)
+            if transfer.target == rank:
+                steps[-1].receives.append(transfer)
+        steps[-1].copies += _merged(t for t in transfers if t.source == t.target == rank)
+        steps[-1].complete.append(index)
     return steps
 
 
-def _cut(piece: Piece, most: int) -> Iterator[Piece]:
-    """The piece in parts of at most ``most`` bytes, or a row."""
-    rows = max(most // piece.row_bytes, 1)
-    for first in range(0, piece.length, rows):
-        yield piece._replace(begin=piece.begin + first, at=piece.at + first, length=min(rows, piece.length - first))
+def _cut(transfer: Transfer, max_bytes: int) -> Iterator[Transfer]:
+    """Split a transfer into transfers of at most ``max_bytes``, or of one row."""
+    max_rows = max(max_bytes // transfer.row_bytes, 1)
+    for first in range(0, transfer.length, max_rows):
+        yield transfer._replace(
+            source_offset=transfer.source_offset + first,
+            target_offset=transfer.target_offset + first,
+            length=min(max_rows, transfer.length - first),
+        )
 
 
-def _merged(pieces: Iterable[Piece]) -> list[Piece]:
-    """Pieces that go on where the last one ends, joined to it."""
-    joined: list[Piece] = []
-    for piece in pieces:
+def _merged(transfers: Iterable[Transfer]) -> list[Transfer]:
+    """Join each transfer to the one before it where both its source and its target rows continue there."""
+    joined: list[Transfer] = []
+    for transfer in transfers:
+        begin = (transfer.source_index, transfer.source_offset, transfer.target_offset)
         last = joined[-1] if joined else None
-        if last and (last.held, last.begin + last.length, last.at + last.length) == (piece.held, piece.begin, piece.at):
-            joined[-1] = last._replace(length=last.length + piece.length)
+        if last and (last.source_index, last.source_offset + last.length, last.target_offset + last.length) == begin:
+            joined[-1] = last._replace(length=last.length + transfer.length)
         else:
-            joined.append(piece)
+            joined.append(transfer)
     return joined

@@ -1,4 +1,4 @@
-"""Whole folders of weights: checked against the model, copied, compared, and put in place at once."""
+"""Check folders of weights against the model, copy and compare them, and publish a folder in one step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def check_weights(folder: WeightFolder, shape: ModelShape, critic: bool = False)
     Raises:
         WeightError: names the tensor, and both shapes where they differ.
     """
-    expected = {name: size for row in table.rows(shape, critic) for name, size in zip(row.hf, row.sizes, strict=True)}
+    expected: dict[str, tuple[int, ...]] = {}
+    for row in table.rows(shape, critic):
+        expected |= zip(row.hf, row.sizes, strict=True)
     names = set(folder.names())
     doubled = shape.tied and not critic and HEAD in names
     if doubled:
@@ -117,12 +119,12 @@ def copy_weights(
 
 
 def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: int = 1) -> list[str]:
-    """What differs between two Hugging Face folders: each tensor bit by bit, and each other file byte by byte.
+    """List the differences of two Hugging Face folders: each tensor bit by bit, and each other file byte by byte.
 
     ``lm_head.weight`` may be stored on one side only if the model is tied.  Hidden files and the names in
     ``ignore`` (tensors or files) are not compared.  ``workers`` threads compare a tensor each.
     """
-    found: list[str] = []
+    lines: list[str] = []
     with WeightFolder(ours) as a, WeightFolder(theirs) as b:
         names = sorted((set(a.names()) | set(b.names())).difference(ignore))
         optional = {HEAD} if ModelShape.from_hf(ours).tied else set()
@@ -133,23 +135,24 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: i
         ):
             for difference in pool.map(compare, names):
                 if difference:
-                    found.append(difference)
+                    lines.append(difference)
                 progress.update(1)
     for file in sorted(set(list_hf_assets(ours) + list_hf_assets(theirs)).difference(ignore)):
         for here, there in ((ours, theirs), (theirs, ours)):
             if not (there / file).exists():
-                found.append(f"{file}: only in {here}")
+                lines.append(f"{file}: only in {here}")
         if (ours / file).exists() and (theirs / file).exists():
             if (ours / file).read_bytes() != (theirs / file).read_bytes():
-                found.append(f"{file}: the files differ")
-    return found
+                lines.append(f"{file}: the files differ")
+    return lines
 
 
 def _difference(a: WeightFolder, b: WeightFolder, optional: set[str], name: str) -> str | None:
     holders = [folder.directory for folder in (a, b) if name in folder]
     if len(holders) == 1:
         return None if name in optional else f"{name}: only in {holders[0]}"
-    x, y = a.tensor(name), b.tensor(name)
+    x = a.tensor(name)
+    y = b.tensor(name)
     if x.dtype != y.dtype or x.shape != y.shape:
         return f"{name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"
     if same_bits(x, y):
@@ -159,26 +162,27 @@ def _difference(a: WeightFolder, b: WeightFolder, optional: set[str], name: str)
 
 
 def _disagreement(x: Tensor, y: Tensor) -> tuple[int, float]:
-    """How many values of two tensors of one format and size differ in a bit, and the largest difference."""
-    count, largest = 0, [0.0]
+    """Return how many values of two tensors of one dtype and shape differ in a bit, and the largest difference."""
+    count = 0
+    largest_by_piece = [0.0]
     for a, b in zip(x.flatten().split(PIECE), y.flatten().split(PIECE), strict=True):
-        other = (as_bytes(a) != as_bytes(b)).view(len(a), -1).any(1)
-        if other.any():
-            count += int(other.sum())
-            largest.append((a[other].double() - b[other].double()).abs().max().item())
-    return count, torch.tensor(largest).max().item()  # a NaN stays one
+        differs = (as_bytes(a) != as_bytes(b)).view(len(a), -1).any(1)
+        if differs.any():
+            count += int(differs.sum())
+            largest_by_piece.append((a[differs].double() - b[differs].double()).abs().max().item())
+    return count, torch.tensor(largest_by_piece).max().item()  # a NaN stays one
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same format, sizes and bits (a NaN equals itself, 0 is not -0)."""
+    """Return whether two tensors have the same dtype, shape and bits (a NaN equals itself, 0 is not -0)."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
 
 
 @contextmanager
 def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes ``out`` when the block ends without an error and the disk has it.
+    """Yield a temporary folder that becomes ``out`` when the block ends without an error and the disk has it.
 
-    Whoever is killed leaves a hidden folder, which the next one removes, and what ``out`` was before.
+    It lies beside ``out``.  A killed process leaves it, hidden, and ``out`` as it was; the next call removes it.
 
     ``replace`` allows an ``out`` whose own record names every file in it (`ovr_megatron.runtime.ownership`); anything
     else is never removed.
@@ -190,7 +194,8 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
     for source in sources:
         if out.is_relative_to(source.resolve()) or source.resolve().is_relative_to(out):
             raise WeightError(f"{out} and {source} lie in each other; choose another folder to write")
-    unfinished, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    unfinished = out.with_name(f".{out.name}.partial")
+    old = out.with_name(f".{out.name}.old")
     if old.exists() and not out.exists():  # killed in the moment between the two names
         old.rename(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -205,6 +210,7 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
     try:
         yield unfinished
         write_record(unfinished)
+        # Every byte is on the disk before the folder has its name: a crash never leaves a named folder half written.
         for path in (*unfinished.rglob("*"), unfinished):
             sync(path)
         if out.exists():

@@ -17,7 +17,7 @@ from ovr_megatron.data.schema import Row, parse_row
 from ovr_megatron.model.shape import ModelShape, stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.rollout.sampling import Generation, Prompt
-from ovr_megatron.weights.slices import Held, runs_of
+from ovr_megatron.weights.slices import LocalShard, row_ranges
 from ovr_megatron.weights.table import cut_dim, from_hf, rows
 
 STD = 0.1  # wide enough that the banned ids would take a good share of the probability
@@ -30,11 +30,11 @@ class Reference:
         self.folder = folder
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[LocalShard]:
         """All weights on one rank."""
         shape, tensors = ModelShape.from_hf(self.folder), load_file(self.folder / "model.safetensors")
         fused = ((row, from_hf(row, [tensors[name] for name in row.hf], shape)) for row in rows(shape))
-        return [Held(parameter, cut_dim(row), runs_of(row, 1, 0, shape)) for row, parameter in fused]
+        return [LocalShard(parameter, cut_dim(row), row_ranges(row, 1, 0, shape)) for row, parameter in fused]
 
     @torch.no_grad()
     def logprobs(self, sample: Sample, response: list[int], banned: list[int], temperature: float) -> Tensor:

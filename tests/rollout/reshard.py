@@ -61,14 +61,14 @@ def main(folder: Path) -> None:
             other = engine.generate(job["prompts"], 1.0)
             traffic = engine.update(trainer.load(WeightFolder(new)).held())
             again = engine.generate(job["prompts"], 1.0)
-            largest = max(sum(p.room for p in step.sends + step.receives) for step in engine._reshard._plans[0])
+            largest = max(sum(p.padded_bytes for p in step.sends + step.receives) for step in engine._reshard._plans[0])
             steps = len(engine._reshard._plans[0])
             report[f"{tied} {name}"] = (same(other, expected), same(again, expected), traffic, largest, steps)
         frozen = ModelConfig(path=str(new), freeze_vision=True)
         trainer = Engine(ModelShape.from_hf(new), frozen, ParallelConfig(pp=2), world).load(WeightFolder(new))
         whole, later = engine.update(trainer.held()), engine.update(trainer.held())
         engine.sleep(deep=True)
-        for parameter in engine._reshard._wanted:  # on a GPU the sleep itself would take them
+        for parameter in engine._reshard._targets:  # on a GPU the sleep itself would take them
             parameter.parameter.data.fill_(float("nan"))
         woken = engine.update(trainer.held())
         report[f"{tied} frozen"] = (whole, later, woken, same(engine.generate(job["prompts"], 1.0), expected))
@@ -90,12 +90,12 @@ def update_bfloat16(job: dict[str, Any], old: Path, new: Path, world: World) -> 
     engine.update(trainer.load(WeightFolder(old)).held())
     other = engine.generate(job["prompts"], 1.0)
     engine.sleep(deep=True)
-    for parameter in engine._reshard._wanted:  # on a GPU the sleep itself would take them
+    for parameter in engine._reshard._targets:  # on a GPU the sleep itself would take them
         parameter.parameter.data.fill_(float("nan"))
     traffic = engine.update(trainer.load(WeightFolder(new)).held())
     again = engine.generate(job["prompts"], 1.0)
     steps = engine._reshard._plans[0]
-    largest = max(sum(p.room for p in step.sends + step.receives) for step in steps)
+    largest = max(sum(p.padded_bytes for p in step.sends + step.receives) for step in steps)
     return same(other, expected), same(again, expected), traffic, largest, len(steps)
 
 

@@ -215,7 +215,7 @@ def test_engine_keeps_a_copy_of_the_weights(engine, references, samples, ask):
 def test_incomplete_update_is_refused_and_changes_nothing(engine, references, samples, ask):
     before = engine.generate(ask(samples, [3]), 1.0)
     held = references[1].held()
-    incomplete = [one for one in held if one.runs[0].tensor != "model.layers.2.mlp.down_proj.weight"]
+    incomplete = [one for one in held if one.ranges[0].tensor != "model.layers.2.mlp.down_proj.weight"]
     assert len(incomplete) == len(held) - 1
     for _ in range(2):  # the second time is no better than the first
         with pytest.raises(TransferError, match=r"no rank holds row 0 of model\.layers\.2\.mlp\.down_proj"):

@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "the engine keeps its first weights",
         "rollout/engine.py",
-        "traffic = self._reshard.update(held, everything=self._empty)",
-        "traffic = self._first = getattr(self, '_first', None) or self._reshard.update(held, everything=self._empty)",
+        "traffic = self._reshard.update(shards, everything=self._empty)",
+        "traffic = self._first = getattr(self, '_first', None) or self._reshard.update(shards, everything=self._empty)",
     ),
     Mutant("a second epoch is left out", "ppo/update.py", "for _ in range(config.policy_epochs)", "for _ in range(1)"),
     Mutant("gradients are not clipped", "engine.py", "clip_grad=config.clip_grad", "clip_grad=0.0"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr_megatron.weights.slices import Held, Part, Run, SliceError, plan, rows_of, runs_of
+from ovr_megatron.weights.slices import LocalShard, RowRange, ShardLayout, SliceError, plan, row_ranges, rows_of
 from ovr_megatron.weights.table import cut_dim, from_hf, padded_vocab, rows, split
 from tests.weights.test_table import random_tensors, small_shape
 
@@ -14,15 +14,16 @@ def test_runs_by_hand() -> None:
     shape = small_shape(heads=4, kv_heads=2, head_dim=4, vocab=11)
     named = {row.megatron.removeprefix("decoder.layers.1."): row for row in rows(shape)}
     q, k, v = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv")
-    assert runs_of(named["self_attention.linear_qkv.weight"], 2, 1, shape) == (
-        Run(q, 8, 0, 8),
-        Run(k, 4, 8, 4),
-        Run(v, 4, 12, 4),
+    assert row_ranges(named["self_attention.linear_qkv.weight"], 2, 1, shape) == (
+        RowRange(q, 8, 0, 8),
+        RowRange(k, 4, 8, 4),
+        RowRange(v, 4, 12, 4),
     )
-    assert len(runs_of(named["self_attention.linear_qkv.weight"], 1, 0, shape)) == 6
-    assert runs_of(named["output_layer.weight"], 2, 1, shape) == (Run("lm_head.weight", 6, 0, 5),)  # a padded row less
+    assert len(row_ranges(named["self_attention.linear_qkv.weight"], 1, 0, shape)) == 6
+    without_padding = (RowRange("lm_head.weight", 6, 0, 5),)
+    assert row_ranges(named["output_layer.weight"], 2, 1, shape) == without_padding
     down = "model.layers.1.mlp.down_proj.weight"
-    assert runs_of(named["mlp.linear_fc2.weight"], 2, 1, shape) == (Run(down, 3, 0, 3),)
+    assert row_ranges(named["mlp.linear_fc2.weight"], 2, 1, shape) == (RowRange(down, 3, 0, 3),)
 
 
 LAYOUT = st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2, 3]))
@@ -39,24 +40,26 @@ def test_every_rank_gets_what_it_wants(ours, theirs, bucket, trained_only) -> No
     ranks = max(tp * pp, engine_tp * replicas)
     ranks += -ranks % (tp * pp)
     ranks = ranks if ranks % engine_tp == 0 else ranks * engine_tp
-    held: list[list[Held]] = []
+    held: list[list[LocalShard]] = []
     for rank in range(ranks):
         stage = rank // tp % pp
         mine = [row for i, row in enumerate(table) if i % pp == stage]
         parameters = [split(row, whole[row.megatron], tp, rank % tp, shape).contiguous() for row in mine]
         held.append(
             [
-                Held(parameter, cut_dim(row), runs_of(row, tp, rank % tp, shape), row.megatron.startswith("decoder"))
+                LocalShard(
+                    parameter, cut_dim(row), row_ranges(row, tp, rank % tp, shape), row.megatron.startswith("decoder")
+                )
                 for row, parameter in zip(mine, parameters, strict=True)
             ]
         )
-    parts = [[one.described() for one in mine] for mine in held]
+    parts = [[one.layout() for one in mine] for mine in held]
     expected, wanted = [], []
     for rank in range(ranks):
         own = rank % engine_tp
         expected.append([split(row, whole[row.megatron], engine_tp, own, shape).contiguous() for row in table])
         wanted.append(
-            [Part(cut_dim(row), 0, torch.float32, True, runs_of(row, engine_tp, own, shape)) for row in table]
+            [ShardLayout(cut_dim(row), 0, torch.float32, True, row_ranges(row, engine_tp, own, shape)) for row in table]
         )
     plans = [plan(parts, wanted, rank, bucket, trained_only) for rank in range(ranks)]
     assert len({len(steps) for steps in plans}) == 1
@@ -68,11 +71,11 @@ def test_every_rank_gets_what_it_wants(ours, theirs, bucket, trained_only) -> No
         for rank, step in enumerate(steps):
             assert all(piece.target == rank for piece in step.receives + step.copies)
             moved = step.sends + step.receives
-            assert sum(piece.room for piece in moved) <= bucket or len(moved) == 1
+            assert sum(piece.padded_bytes for piece in moved) <= bucket or len(moved) == 1
             for piece in step.receives + step.copies:
-                source = held[piece.source][piece.held]
-                into = rows_of(found[rank][piece.wanted], source.dim, piece.at, piece.length)
-                into.copy_(rows_of(source.parameter, source.dim, piece.begin, piece.length))
+                source = held[piece.source][piece.source_index]
+                into = rows_of(found[rank][piece.target_index], source.dim, piece.target_offset, piece.length)
+                into.copy_(rows_of(source.parameter, source.dim, piece.source_offset, piece.length))
     for mine, theirs_ in zip(found, expected, strict=True):
         for row, a, b in zip(table, mine, theirs_, strict=True):
             if not trained_only or row.megatron.startswith("decoder"):
@@ -83,15 +86,15 @@ def test_every_rank_gets_what_it_wants(ours, theirs, bucket, trained_only) -> No
 
 
 def test_what_nobody_holds() -> None:
-    part = Part(0, 4, torch.float32, True, (Run("a", 0, 0, 3),))
+    part = ShardLayout(0, 4, torch.float32, True, (RowRange("a", 0, 0, 3),))
     with pytest.raises(SliceError, match="no rank holds row 3 of a"):
-        plan([[part]], [[part._replace(runs=(Run("a", 2, 0, 4),))]], 0, 100)
+        plan([[part]], [[part._replace(ranges=(RowRange("a", 2, 0, 4),))]], 0, 100)
     with pytest.raises(SliceError, match="cut along 0 on rank 0, not along 1"):
         plan([[part]], [[part._replace(dim=1)]], 0, 100)
 
 
 def test_the_nearest_rank_sends() -> None:
-    part = Part(0, 4, torch.float32, True, (Run("a", 0, 0, 3),))
+    part = ShardLayout(0, 4, torch.float32, True, (RowRange("a", 0, 0, 3),))
     held = [[part], [], [], [part], []]
     wanted = [[part]] * 5
     sources = [[p.source for s in plan(held, wanted, r, 100) for p in s.receives + s.copies] for r in range(5)]
