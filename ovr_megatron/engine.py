@@ -37,7 +37,7 @@ from ovr_megatron.runtime.steps import ComputeTimer
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, LiveTensors
 from ovr_megatron.weights.slices import LocalShard
-from ovr_megatron.weights.table import Row, rows
+from ovr_megatron.weights.table import TensorRow, rows
 from ovr_megatron.weights.transfer import check_weights, require_finite
 
 VALUE_HEAD = "value_head.weight"
@@ -307,7 +307,7 @@ class Engine:
         return len(self.trained_rows) == len(self.live.rows)
 
     @property
-    def trained_rows(self) -> list[Row]:
+    def trained_rows(self) -> list[TensorRow]:
         """Return the rows of the table that this engine trains."""
         return [row for row in self.live.rows if row.megatron in self.trained]
 

@@ -44,7 +44,7 @@ from ovr_megatron.runtime.distributed import World, seed_everything
 from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.work_barrier import WorkBarrier
 from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder
-from ovr_megatron.weights.table import Row
+from ovr_megatron.weights.table import TensorRow
 
 _REASONS = 3  # that a message spells out
 
@@ -113,7 +113,7 @@ def folders_of(engines: dict[str, Engine]) -> list[TensorFolder]:
     return folders
 
 
-def _sizes(rows: Sequence[Row], itemsize: int) -> dict[str, int]:
+def _sizes(rows: Sequence[TensorRow], itemsize: int) -> dict[str, int]:
     """Return the bytes of each Hugging Face tensor of ``rows``."""
     sizes: dict[str, int] = {}
     for row in rows:

@@ -15,7 +15,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.plan import search
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.terminal import printable
-from ovr_megatron.weights.table import Row
+from ovr_megatron.weights.table import TensorRow
 
 Rows = list[tuple[str, str]]
 
@@ -72,7 +72,7 @@ def describe_model(engine: Engine) -> str:
     return f"{share} of {total:,} parameters train; layout {layout}, {replicas} data-parallel"
 
 
-def count(rows: Sequence[Row]) -> int:
+def count(rows: Sequence[TensorRow]) -> int:
     """Return the number of weights in ``rows`` of the table."""
     return sum(sum(map(math.prod, row.sizes)) for row in rows)
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.engine import is_frozen
 from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.weights.table import Row, cut_dim, padded_vocab, rows
+from ovr_megatron.weights.table import TensorRow, cut_dim, padded_vocab, rows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4  # the engine reduces gradients in float32
@@ -94,7 +94,7 @@ def _part_of_model(name: str) -> str:
     return "head" if name in (_HEAD, "value_head.weight") else "layers"
 
 
-def _count_elements(row: Row) -> int:
+def _count_elements(row: TensorRow) -> int:
     return sum(map(math.prod, row.sizes))
 
 
@@ -146,11 +146,11 @@ def _is_in_part(name: str, layers: int, is_first: bool, is_last: bool) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _ordered_rows(shape: ModelShape, critic: bool) -> list[Row]:
+def _ordered_rows(shape: ModelShape, critic: bool) -> list[TensorRow]:
     return sorted(rows(shape, critic), key=_registration_order)
 
 
-def _registration_order(row: Row) -> tuple[int, ...]:
+def _registration_order(row: TensorRow) -> tuple[int, ...]:
     """Return a key that sorts rows as the modules register their parameters."""
     name = row.megatron
     module = next(i for i, prefix in enumerate(_ORDER) if name.startswith(prefix))
@@ -164,7 +164,7 @@ def _registration_order(row: Row) -> tuple[int, ...]:
     return module, tower_group, layer, within_layer, (2, 1, 0)[within_module]
 
 
-def _rank_parameter(row: Row, shape: ModelShape, model: ModelConfig, tp: int, own_bucket: bool) -> Parameter:
+def _rank_parameter(row: TensorRow, shape: ModelShape, model: ModelConfig, tp: int, own_bucket: bool) -> Parameter:
     """Return the tensor-parallel share of ``row``."""
     numel = _count_elements(row)
     if row.kind == "vocabulary":

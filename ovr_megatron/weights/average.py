@@ -71,17 +71,17 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def _check_alike(first: WeightFolder, first_shape: ModelShape, other: WeightFolder, other_shape: ModelShape) -> None:
-    a, b = dataclasses.asdict(first_shape), dataclasses.asdict(other_shape)
+def _check_alike(first: WeightFolder, first_shape: ModelShape, second: WeightFolder, second_shape: ModelShape) -> None:
+    a, b = dataclasses.asdict(first_shape), dataclasses.asdict(second_shape)
     if different := [key for key in a if a[key] != b[key]]:
         key = different[0]
         raise WeightError(
-            f"{other.directory} is of another model than {first.directory}: {key} is {b[key]} instead of {a[key]}; "
+            f"{second.directory} is of another model than {first.directory}: {key} is {b[key]} instead of {a[key]}; "
             "average checkpoints of one run"
         )
     for name in first.names():
-        if name in other and other.dtype(name) != first.dtype(name):
+        if name in second and second.dtype(name) != first.dtype(name):
             raise WeightError(
-                f"{other.directory}: {name} is {other.dtype(name)}, but {first.dtype(name)} in {first.directory}; "
+                f"{second.directory}: {name} is {second.dtype(name)}, but {first.dtype(name)} in {first.directory}; "
                 "convert them to one format first"
             )

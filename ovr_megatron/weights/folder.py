@@ -164,16 +164,16 @@ def copy_hf_assets(source: Path, out: Path, dtype: torch.dtype | None = None) ->
     if dtype is not None:
         path = out / "config.json"
         config = json.loads(path.read_text())
-        named = _with_dtype(config, str(dtype).removeprefix("torch."))
-        if named != config:
-            path.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")
+        new_config = _with_dtype(config, str(dtype).removeprefix("torch."))
+        if new_config != config:
+            path.write_text(json.dumps(new_config, indent=2, ensure_ascii=False) + "\n")
     return copied
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Return the config with ``dtype`` as its dtype, which Transformers 4 calls torch_dtype and 5 dtype."""
-    named = _replaced(config, dtype)
-    return named if named.keys() & _DTYPE_KEYS else {**named, "torch_dtype": dtype}
+    new_config = _replaced(config, dtype)
+    return new_config if new_config.keys() & _DTYPE_KEYS else {**new_config, "torch_dtype": dtype}
 
 
 def _replaced(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.weights.slices import LocalShard, RowRange, row_ranges
-from ovr_megatron.weights.table import Row, cut_dim, from_hf, join, split, to_hf
+from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, join, split, to_hf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -29,7 +29,7 @@ _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 class Holding:
     """A parameter of this rank and the row of the table that it is a part of."""
 
-    row: Row
+    row: TensorRow
     parameter: Parameter
     is_copy: bool = False  # the last stage's copy of a tied embedding
 
@@ -45,21 +45,21 @@ class LiveTensors:
     """
 
     def __init__(
-        self, rows: Sequence[Row], parts: Iterable[nn.Module], shape: ModelShape, groups: ProcessGroupCollection
+        self, rows: Sequence[TensorRow], parts: Iterable[nn.Module], shape: ModelShape, groups: ProcessGroupCollection
     ):
         self.rows = list(rows)
         self.shape = shape
         self.groups = groups
         self.optimizers: list[Any] = []
-        named = {row.megatron: row for row in rows}
+        rows_by_name = {row.megatron: row for row in rows}
         self.holdings: list[Holding] = []
         for part in parts:
             for local, parameter in part.named_parameters():
                 name = _global_name(local, part.first_layer)
-                if name == _HEAD and name not in named:
-                    self.holdings.append(Holding(named[_EMBEDDING], parameter, is_copy=True))
+                if name == _HEAD and name not in rows_by_name:
+                    self.holdings.append(Holding(rows_by_name[_EMBEDDING], parameter, is_copy=True))
                 else:
-                    self.holdings.append(Holding(named[name], parameter))
+                    self.holdings.append(Holding(rows_by_name[name], parameter))
         for holding in self.holdings:
             # Megatron marks shards only where it fills them with random numbers; the gradient norm needs the mark.
             holding.parameter.tensor_model_parallel = cut_dim(holding.row) is not None  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ class LiveTensors:
 
     # Out -------------------------------------------------------------------------------------------------
 
-    def whole(self, rows: Sequence[Row], which: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def whole(self, rows: Sequence[TensorRow], which: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the full tensors of ``rows`` on every rank, under Hugging Face names.  A collective.
 
         Args:
@@ -99,7 +99,7 @@ class LiveTensors:
                 dist.all_gather(shards, shard, group=self.groups.tp)
             yield from zip(row.hf, to_hf(row, join(row, shards, self.shape), self.shape), strict=True)
 
-    def _shard(self, row: Row, which: str, dtype: torch.dtype) -> Tensor:
+    def _shard(self, row: TensorRow, which: str, dtype: torch.dtype) -> Tensor:
         """Return this tensor-parallel rank's shard of a row, on every pipeline stage.  A collective."""
         stage = self._stage[row.megatron]
         if self.groups.pp.rank() == stage:
@@ -110,7 +110,7 @@ class LiveTensors:
             dist.broadcast(shard, group=self.groups.pp, group_src=stage)
         return shard
 
-    def _shard_shape(self, row: Row) -> torch.Size:
+    def _shard_shape(self, row: TensorRow) -> torch.Size:
         empty = [torch.empty(size, device="meta") for size in row.sizes]
         tp = self.groups.tp
         return split(row, from_hf(row, empty, self.shape), tp.size(), tp.rank(), self.shape).shape
@@ -154,7 +154,7 @@ class LiveTensors:
         with torch.no_grad():
             into.copy_(self._part(holding.row, tensors))
 
-    def _part(self, row: Row, tensors: Sequence[Tensor]) -> Tensor:
+    def _part(self, row: TensorRow, tensors: Sequence[Tensor]) -> Tensor:
         tp = self.groups.tp
         return split(row, from_hf(row, tensors, self.shape), tp.size(), tp.rank(), self.shape)
 

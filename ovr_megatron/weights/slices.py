@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.weights.table import Row, cut_dim, from_hf, split
+from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, split
 
 _ALIGNMENT = 16  # bytes; a view of any dtype needs its transfer to begin at a multiple of its item size
 
@@ -105,7 +105,7 @@ class TransferStep:
     complete: list[int] = field(default_factory=list)
 
 
-def row_ranges(row: Row, tp: int, rank: int, shape: ModelShape) -> tuple[RowRange, ...]:
+def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[RowRange, ...]:
     """Return the ranges of a Megatron parameter on tensor-parallel ``rank`` of ``tp``, without its padding rows.
 
     They are read off numbered rows that went through the table, so that the layout is described in one place only.
@@ -176,9 +176,11 @@ class Owners:
             end = rows.start + rows.length
             while position < end:
                 source, source_index, source_offset, stop = self._nearest(rows.tensor, position, target)
-                held = self.layouts[source][source_index]
-                if held.dim != layout.dim:
-                    raise SliceError(f"{rows.tensor} is cut along {held.dim} on rank {source}, not along {layout.dim}")
+                source_layout = self.layouts[source][source_index]
+                if source_layout.dim != layout.dim:
+                    raise SliceError(
+                        f"{rows.tensor} is cut along {source_layout.dim} on rank {source}, not along {layout.dim}"
+                    )
                 length = min(stop, end) - position
                 yield Transfer(
                     source=source,
@@ -188,8 +190,8 @@ class Owners:
                     target_index=index,
                     target_offset=rows.offset + position - rows.start,
                     length=length,
-                    row_bytes=held.row_bytes,
-                    dtype=held.dtype,
+                    row_bytes=source_layout.row_bytes,
+                    dtype=source_layout.dtype,
                 )
                 position += length
 

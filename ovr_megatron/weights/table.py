@@ -120,7 +120,7 @@ class LayoutError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One Megatron parameter: the Hugging Face tensors it holds, how they are fused and cut, and their sizes."""
 
     megatron: str
@@ -137,7 +137,7 @@ def canonical(name: str) -> str:
     return name
 
 
-def rows(shape: ModelShape, critic: bool = False) -> list[Row]:
+def rows(shape: ModelShape, critic: bool = False) -> list[TensorRow]:
     """Every parameter of the model, layers expanded.
 
     A policy has ``output_layer.weight`` unless its embedding is tied; a critic has ``value_head.weight`` instead.
@@ -152,7 +152,7 @@ def rows(shape: ModelShape, critic: bool = False) -> list[Row]:
         depth = shape.vision.depth if megatron.startswith("vision.") else shape.layers
         dims = tuple(tuple(sizes[letter] for letter in term.split()) for term in terms)
         for i in range(depth if "{i}" in megatron else 1):
-            expanded.append(Row(megatron.format(i=i), tuple(name.format(i=i) for name in hf), kind, dims))
+            expanded.append(TensorRow(megatron.format(i=i), tuple(name.format(i=i) for name in hf), kind, dims))
     return expanded
 
 
@@ -180,12 +180,12 @@ def padded_vocab(shape: ModelShape, tp: int) -> int:
     return math.ceil(shape.vocab / tp) * tp
 
 
-def cut_dim(row: Row) -> int | None:
+def cut_dim(row: TensorRow) -> int | None:
     """The dimension that tensor-parallel ranks cut, or None where every rank holds the whole parameter."""
     return _KINDS[row.kind].dim
 
 
-def from_hf(row: Row, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+def from_hf(row: TensorRow, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     """The whole Megatron parameter (vocabulary not padded) of the Hugging Face tensors, in the order of ``row.hf``.
 
     The result may share memory with the input.
@@ -193,12 +193,12 @@ def from_hf(row: Row, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     return _KINDS[row.kind].fuse(tensors, shape)
 
 
-def to_hf(row: Row, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+def to_hf(row: TensorRow, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     """The Hugging Face tensors, in the order of ``row.hf``, of a whole Megatron parameter; inverse of `from_hf`."""
     return _KINDS[row.kind].unfuse(tensor, shape)
 
 
-def split(row: Row, tensor: Tensor, tp: int, rank: int, shape: ModelShape) -> Tensor:
+def split(row: TensorRow, tensor: Tensor, tp: int, rank: int, shape: ModelShape) -> Tensor:
     """The part of a whole parameter that tensor-parallel ``rank`` of ``tp`` holds; vocabulary rows padded with zeros.
 
     Raises:
@@ -218,7 +218,7 @@ def split(row: Row, tensor: Tensor, tp: int, rank: int, shape: ModelShape) -> Te
     return cut.select(kind.dim + 1, rank).flatten(kind.dim, kind.dim + 1)
 
 
-def _units(row: Row, tensor: Tensor, shape: ModelShape) -> tuple[int, str]:
+def _units(row: TensorRow, tensor: Tensor, shape: ModelShape) -> tuple[int, str]:
     """What a rank must hold a whole number of: how many there are, and their name."""
     if row.kind == "qkv":
         return shape.kv_heads, "key-value heads"
@@ -229,14 +229,14 @@ def _units(row: Row, tensor: Tensor, shape: ModelShape) -> tuple[int, str]:
     return tensor.shape[kind.dim] // kind.blocks, "features"
 
 
-def join(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """The whole parameter of the parts of all ranks, padding removed; inverse of `split`."""
+def join(row: TensorRow, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """Return the entire parameter of the parts of all ranks, padding removed; inverse of `split`."""
     kind = _KINDS[row.kind]
     if kind.dim is None or len(shards) == 1:
         return shards[0]
     parts = [shard.unflatten(kind.dim, (kind.blocks, -1)) for shard in shards]
-    whole = torch.stack(parts, dim=kind.dim + 1).flatten(kind.dim, kind.dim + 2)
-    return whole[: shape.vocab] if row.kind == "vocabulary" else whole
+    joined = torch.stack(parts, dim=kind.dim + 1).flatten(kind.dim, kind.dim + 2)
+    return joined[: shape.vocab] if row.kind == "vocabulary" else joined
 
 
 def _same(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:

@@ -138,9 +138,9 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: i
                     lines.append(difference)
                 progress.update(1)
     for file in sorted(set(list_hf_assets(ours) + list_hf_assets(theirs)).difference(ignore)):
-        for here, there in ((ours, theirs), (theirs, ours)):
-            if not (there / file).exists():
-                lines.append(f"{file}: only in {here}")
+        for folder, counterpart in ((ours, theirs), (theirs, ours)):
+            if not (counterpart / file).exists():
+                lines.append(f"{file}: only in {folder}")
         if (ours / file).exists() and (theirs / file).exists():
             if (ours / file).read_bytes() != (theirs / file).read_bytes():
                 lines.append(f"{file}: the files differ")

@@ -60,7 +60,7 @@ EVERYTHING = (
     *("critic.optimizer.beta2=0.9", "critic.optimizer.eps=1e-6", "critic.optimizer.clip_grad=0.7"),
     *("critic.optimizer.weight_decay=0.2", "algorithm.critic_warmup_iterations=1", "algorithm.critic_steps=5"),
     *("algorithm.policy_epochs=2", "algorithm.policy_steps=2", "algorithm.gamma=0.98", "algorithm.lam=0.9"),
-    *("algorithm.clip=0.02", "algorithm.clip_high=0.05", "algorithm.value_clip=0.05", "algorithm.reduction=sequence"),
+    *("algorithm.clip=0.02", "algorithm.clip_high=0.05", "algorithm.value_clip=0.01", "algorithm.reduction=sequence"),
     *("algorithm.kl_coefficient=0.05", "algorithm.kl_form=k3", "algorithm.entropy_bonus=0.02"),
     *("algorithm.importance_cap=0.5", "algorithm.dynamic_sampling=2", "algorithm.overlong_buffer=24"),
     "algorithm.wrong_reward=-0.5",
