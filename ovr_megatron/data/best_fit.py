@@ -1,4 +1,4 @@
-"""Which document goes into which pack, and which pack to which replica: numbers in, numbers out."""
+"""Assign documents to packs by best fit, and balance packs over replicas: functions of lengths and costs alone."""
 
 from __future__ import annotations
 
@@ -7,37 +7,41 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_BITS = 8  # rooms share a word of 2^8 bits
+_BITS = 8  # sizes of free space share a word of 2^8 bits
 
 
 class PackError(ValueError):
     """Documents that do not fit into a pack."""
 
 
-class _Rooms:
+class _FreeSpace:
     """Packs by their free tokens; two levels of bits find the least free space that suffices in constant time."""
 
     def __init__(self, pack_tokens: int) -> None:
-        self._words = [0] * ((pack_tokens >> _BITS) + 1)  # bit f of the whole: some pack has f free tokens
+        self._words = [0] * ((pack_tokens >> _BITS) + 1)  # bit f of all words in a row: some pack has f free tokens
         self._filled = 0  # bit w: word w is not zero
         self._packs: dict[int, list[int]] = {}  # free tokens -> heap of packs
 
     def take(self, length: int) -> tuple[int, int] | None:
-        """Remove the fullest pack with room for ``length``, of equals the one opened first: (free tokens, pack)."""
+        """Remove the fullest pack with room for ``length``, of equals the first opened.
+
+        Returns:
+            Its free tokens and its index, or None if no open pack has room.
+        """
         free = self._least(length)
         if free < 0:
             return None
         heap = self._packs[free]
-        number = heapq.heappop(heap)
+        pack = heapq.heappop(heap)
         if not heap:
             word = free >> _BITS
             self._words[word] ^= 1 << (free & 255)
             if not self._words[word]:
                 self._filled ^= 1 << word
-        return free, number
+        return free, pack
 
-    def put(self, free: int, number: int) -> None:
-        """Let pack ``number`` have ``free`` tokens of room."""
+    def put(self, free: int, pack: int) -> None:
+        """Record that ``pack`` has ``free`` tokens of free space."""
         heap = self._packs.get(free)
         if heap is None:
             heap = self._packs[free] = []
@@ -45,9 +49,10 @@ class _Rooms:
             word = free >> _BITS
             self._words[word] |= 1 << (free & 255)
             self._filled |= 1 << word
-        heapq.heappush(heap, number)
+        heapq.heappush(heap, pack)
 
     def _least(self, length: int) -> int:
+        """Return the least free space of a pack that is at least ``length``, or -1."""
         word = length >> _BITS
         if rest := self._words[word] >> (length & 255):
             return length + _lowest_bit(rest)
@@ -74,32 +79,35 @@ def assign_packs(lengths: Sequence[int] | np.ndarray, pack_tokens: int) -> np.nd
     if (over := np.flatnonzero(lengths > pack_tokens)).size:
         index = int(over[0])
         raise PackError(f"sample {index} has {lengths[index]} tokens and does not fit into a pack of {pack_tokens}")
-    rooms, packs = _Rooms(pack_tokens), 0
+    free_space = _FreeSpace(pack_tokens)
+    opened = 0
     assigned = np.empty(len(lengths), np.int32)
     for index, length in enumerate(lengths.tolist()):
-        found = rooms.take(length)
-        if found is None:
-            found, packs = (pack_tokens, packs), packs + 1
-        free, assigned[index] = found
+        fit = free_space.take(length)
+        if fit is None:
+            fit = (pack_tokens, opened)
+            opened += 1
+        free, pack = fit
+        assigned[index] = pack
         if free > length:
-            rooms.put(free - length, found[1])
+            free_space.put(free - length, pack)
     return assigned
 
 
 def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
-    """`assign_packs` as the indices of each pack's documents, in the order of ``lengths``."""
+    """Return `assign_packs` as the indices of each pack's documents, in the order of ``lengths``."""
     packs: list[list[int]] = []
-    for index, number in enumerate(assign_packs(lengths, pack_tokens).tolist()):
-        if number == len(packs):
+    for index, pack in enumerate(assign_packs(lengths, pack_tokens).tolist()):
+        if pack == len(packs):
             packs.append([])
-        packs[number].append(index)
+        packs[pack].append(index)
     return packs
 
 
-def deal(costs: Sequence[float] | np.ndarray, replicas: int) -> list[list[int]]:
-    """Share packs among replicas: as many for each, and sums of cost alike.
+def balance(costs: Sequence[float] | np.ndarray, replicas: int) -> list[list[int]]:
+    """Balance packs over replicas: an equal count for each, and about equal sums of cost.
 
-    In order of cost, dearest first, each pack goes to the replica with the least so far that may take one more
+    In order of cost, most expensive first, each pack goes to the replica with the least so far that may take one more
     (Graham's longest processing time first, with a bound on the count).
 
     Args:
@@ -107,16 +115,17 @@ def deal(costs: Sequence[float] | np.ndarray, replicas: int) -> list[list[int]]:
         replicas: Number of data-parallel replicas.
 
     Returns:
-        For each replica the packs that it takes, dearest first.
+        For each replica the packs that it takes, most expensive first.
     """
     costs = np.asarray(costs, np.float64)
     assert len(costs) % replicas == 0, (len(costs), replicas)
-    each = len(costs) // replicas
+    packs_per_replica = len(costs) // replicas
     shares: list[list[int]] = [[] for _ in range(replicas)]
     open_replicas = [(0.0, replica) for replica in range(replicas)]
-    for number in np.argsort(-costs, kind="stable").tolist():
+    # Stable, so that packs of equal cost go to the same replicas on every rank and machine.
+    for pack in np.argsort(-costs, kind="stable").tolist():
         load, replica = heapq.heappop(open_replicas)
-        shares[replica].append(number)
-        if len(shares[replica]) < each:
-            heapq.heappush(open_replicas, (load + costs[number], replica))
+        shares[replica].append(pack)
+        if len(shares[replica]) < packs_per_replica:
+            heapq.heappush(open_replicas, (load + costs[pack], replica))
     return shares

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ovr_megatron.config import ConfigError, DataConfig
-from ovr_megatron.data.best_fit import assign_packs, deal
+from ovr_megatron.data.best_fit import assign_packs, balance
 from ovr_megatron.data.packing import Pack, pack
 from ovr_megatron.data.processing import TooLongError
 from ovr_megatron.data.skipped import SkippedRows
@@ -164,7 +164,7 @@ class EpochStream:
         plan = [self._next_members() for _ in range(self.packs_per_step)]
         lengths = [self._set.lengths[members].astype(np.int64) for members in plan]
         self.fill = sum(int(each.sum()) for each in lengths) / (self.packs_per_step * self.pack_tokens)
-        shares = deal([int((each**2).sum()) for each in lengths], self._dp_size)
+        shares = balance([int((each**2).sum()) for each in lengths], self._dp_size)
         return [pack([self._set[int(i)] for i in plan[number]]) for number in shares[self._dp_rank]]
 
     def steps(self, epochs: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,17 +26,18 @@ def fingerprint(row: Row, config: DataConfig | None = None) -> str:
         text = " ".join(message.text.split())
         digest.update(f"{message.role}\0{text}\0".encode())
     images, videos = load_media(row, config or DataConfig())
-    for image in images + [frame for video in videos for frame in video]:
+    # All images before all frames: another order changes the fingerprints that files hold.
+    for image in itertools.chain(images, *videos):
         digest.update(f"{image.width}x{image.height}\0".encode() + image.tobytes())
     return digest.hexdigest()
 
 
 def write_fingerprints(rows: Iterable[Row], path: Path, config: DataConfig | None = None) -> int:
-    """Write the fingerprints of ``rows`` to ``path``, one a line, sorted; returns how many differ."""
-    found = sorted({fingerprint(row, config) for row in rows})
+    """Write the fingerprints of ``rows`` to ``path``, one a line, sorted, and return how many differ."""
+    fingerprints = sorted({fingerprint(row, config) for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{item}\n" for item in found))
-    return len(found)
+    path.write_text("".join(f"{item}\n" for item in fingerprints))
+    return len(fingerprints)
 
 
 def read_fingerprints(path: Path) -> frozenset[str]:
@@ -46,10 +48,12 @@ def read_fingerprints(path: Path) -> frozenset[str]:
     """
     if not path.is_file():
         raise ConfigError(f"data.exclude={path}: there is no such file; write it with write_fingerprints or unset it")
-    found = set()
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    fingerprints = set()
+    for line_number, line in enumerate(path.read_text().splitlines(), start=1):
         item = line.strip().lower()
-        if item and not _SHA256.fullmatch(item):
-            raise ConfigError(f"{path}:{number}: {item[:40]!r} is not a SHA-256; write one fingerprint a line")
-        found.add(item)
-    return frozenset(found - {""})
+        if not item:
+            continue
+        if not _SHA256.fullmatch(item):
+            raise ConfigError(f"{path}:{line_number}: {item[:40]!r} is not a SHA-256; write one fingerprint a line")
+        fingerprints.add(item)
+    return frozenset(fingerprints)

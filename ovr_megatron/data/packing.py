@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.data.best_fit import PackError, deal, plan_packs
+from ovr_megatron.data.best_fit import PackError, balance, plan_packs
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
@@ -263,7 +263,7 @@ class PackStream:
             self._draw()
         lengths = [item.length for item in self._waiting]
         plan = plan_packs(lengths, self.pack_tokens)[: self.packs_per_step]
-        shares = deal([sum(lengths[i] ** 2 for i in members) for members in plan], self._dp_size)
+        shares = balance([sum(lengths[i] ** 2 for i in members) for members in plan], self._dp_size)
         self.fill = sum(lengths[i] for members in plan for i in members) / (self.packs_per_step * self.pack_tokens)
         packs = [
             pack(self._processor.encode([self._waiting[i].row for i in members], generation=False))

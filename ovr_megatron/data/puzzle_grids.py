@@ -1,4 +1,4 @@
-"""Grids of coloured digits or shapes, told as a picture or as words."""
+"""Generate problems on grids of coloured digits or shapes, posed as a picture or as words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Cells = tuple[tuple[str, str], ...]  # (colour, figure) of each cell, row by row
 
 @functools.cache
 def _stamp(figure: str) -> Image.Image:
-    """The figure as a mask of one cell."""
+    """Draw the figure as a mask of one cell."""
     mask = Image.new("L", (CELL, CELL))
     draw = ImageDraw.Draw(mask)
     if figure == "circle":
@@ -40,40 +40,54 @@ def _stamp(figure: str) -> Image.Image:
 
 
 def render(cells: Cells, columns: int, rng: Random) -> Image.Image:
-    """Paint ``cells`` on grey, 28 x 28 pixels each, with jitter of place and colour."""
+    """Paint ``cells`` on grey, 28 x 28 pixels each, with jitter of position and colour."""
     image = Image.new("RGB", (columns * CELL, len(cells) // columns * CELL), GREY)
     for i, (colour, figure) in enumerate(cells):
         row, column = divmod(i, columns)
-        corner = (column * CELL + rng.randint(-JITTER, JITTER), row * CELL + rng.randint(-JITTER, JITTER))
-        shade = tuple(min(255, max(0, value + rng.randint(-SHADE, SHADE))) for value in COLOURS[colour])
-        image.paste(shade, corner, _stamp(figure))
+        # The order of the draws (x, y, red, green, blue) is part of the problem: another gives another picture.
+        x = column * CELL + rng.randint(-JITTER, JITTER)
+        y = row * CELL + rng.randint(-JITTER, JITTER)
+        shade = tuple(_clamp(value + rng.randint(-SHADE, SHADE)) for value in COLOURS[colour])
+        image.paste(shade, (x, y), _stamp(figure))
     return image
+
+
+def _clamp(value: int) -> int:
+    return min(255, max(0, value))
 
 
 def _ask(cells: Cells, words: str, question: str, rng: Random, params: Params) -> tuple[Part, ...]:
     if params["form"] == "text":
         return (TextPart(f"{words}\n{question}"),)
-    return ImagePart(image=render(cells, params["cols"], rng)), TextPart(f"\n{question}")
+    image = render(cells, params["cols"], rng)
+    return ImagePart(image=image), TextPart(f"\n{question}")
 
 
 def _draw_cells(figures: Sequence[str], rng: Random, params: Params) -> Cells:
     colours = list(COLOURS)[: params["colours"]]
-    return tuple((rng.choice(colours), rng.choice(figures)) for _ in range(params["rows"] * params["cols"]))
+    size = params["rows"] * params["cols"]
+    return tuple((rng.choice(colours), rng.choice(figures)) for _ in range(size))
 
 
 def _add(numbers: Sequence[int], rng: Random, slip: float) -> str:
-    """``Add 3+5=8, 8+2=10.``, with probability ``slip`` one step wrong and corrected; empty for one number."""
+    """Write ``Add 3+5=8, 8+2=10. ``: empty for one number.
+
+    With probability ``slip`` one step is wrong and corrected at once.
+    """
     totals = list(itertools.accumulate(numbers))
     steps = [f"{a}+{b}={total}" for a, b, total in zip(totals, numbers[1:], totals[1:], strict=False)]
-    if steps and rng.random() < slip:
+    if not steps:
+        return ""
+    if rng.random() < slip:
         i = rng.randrange(len(steps))
-        sides = steps[i].split("=")[0]
-        steps[i] = f"{sides}={_wrong(totals[i + 1], rng)}. Wait, {steps[i]}"
-    return f"Add {', '.join(steps)}. " if steps else ""
+        terms = steps[i].split("=")[0]
+        steps[i] = f"{terms}={_off_by_one(totals[i + 1], rng)}. Wait, {steps[i]}"
+    return f"Add {', '.join(steps)}. "
 
 
-def _wrong(number: int, rng: Random) -> int:
-    return number + rng.choice((-1, 1) if number else (1,))
+def _off_by_one(total: int, rng: Random) -> int:
+    # Drawn for 0 as well, where only 1 is a wrong answer: the stream of random numbers stays the same.
+    return total + rng.choice((-1, 1) if total else (1,))
 
 
 def _check(answer: int, rng: Random, share: float) -> str:
@@ -81,60 +95,78 @@ def _check(answer: int, rng: Random, share: float) -> str:
 
 
 def draw_digits(rng: Random, params: Params) -> Cells:
-    """A grid of coloured digits 1 to ``high``."""
-    return _draw_cells([str(digit) for digit in range(1, params["high"] + 1)], rng, params)
+    """Draw a grid of coloured digits 1 to ``high``."""
+    digits = [str(digit) for digit in range(1, params["high"] + 1)]
+    return _draw_cells(digits, rng, params)
 
 
-def tell_digits(cells: Cells, rng: Random, params: Params) -> Puzzle:
-    """``sum`` is the puzzle: add the digits of a colour that occurs.  The other tasks teach its steps one by one."""
+def pose_digits(cells: Cells, rng: Random, params: Params) -> Puzzle:
+    """Pose a task on a grid of digits.
+
+    ``sum`` is the puzzle: add the digits of a colour that occurs.  The other tasks teach its steps separately.
+    """
     if params["task"] in ("arith", "box"):
-        return _tell_arithmetic(rng, params)
-    colour = rng.choice([name for name in COLOURS if name in dict(cells)])
-    numbers = [int(digit) for name, digit in cells if name == colour]
-    words = " ".join(name + digit for name, digit in cells)
-    listing, taking = f"List: {words}.", f"Take {colour}:{','.join(map(str, numbers))}."
-    name = f"Name the {colour} digits."
+        return _pose_arithmetic(rng, params)
+    colours = [colour for colour in COLOURS if colour in dict(cells)]
+    target = rng.choice(colours)
+    numbers = [int(digit) for colour, digit in cells if colour == target]
+    words = " ".join(colour + digit for colour, digit in cells)
+    listing = f"List: {words}."
+    selection = f"Take {target}:{','.join(map(str, numbers))}."
     answer = sum(numbers)
-    thinking = f"{listing} {taking} {_add(numbers, rng, params['slip'])}{_check(answer, rng, params['check'])}"
+    # Drawn for the tasks that do not show it as well: the jitter of the picture comes from the same stream after it.
+    addition = _add(numbers, rng, params["slip"])
+    check = _check(answer, rng, params["check"])
+    thinking = f"{listing} {selection} {addition}{check}"
     question, response, verifiable = {
-        "sum": (f"Add the {colour} digits.", box(thinking, answer), str(answer)),
+        "sum": (f"Add the {target} digits.", box(thinking, answer), str(answer)),
         "caption": ("Describe.", listing, listing),
-        "pick": (name, taking, taking),
-        "both": (f"Describe. {name}", f"{listing} {taking}", f"{listing} {taking}"),
+        "pick": (f"Name the {target} digits.", selection, selection),
+        "both": (f"Describe. Name the {target} digits.", f"{listing} {selection}", f"{listing} {selection}"),
     }[params["task"]]
     return Puzzle(_ask(cells, words, question, rng, params), response, verifiable)
 
 
-def _tell_arithmetic(rng: Random, params: Params) -> Puzzle:
-    """Bare addition (``arith``), or a number to put in a box, at times after a wrong one (``box``)."""
-    size, high = params["rows"] * params["cols"], params["high"]
+def _pose_arithmetic(rng: Random, params: Params) -> Puzzle:
+    """Pose a bare addition (``arith``), or a number to put in a box, at times after a wrong number (``box``)."""
+    size = params["rows"] * params["cols"]
+    high = params["high"]
+    thinking = ""
     if params["task"] == "box":
         answer = rng.randint(0, high * size)
-        question, thinking = f"Box {answer}", f"So {_wrong(answer, rng)}. Wait, " if rng.random() < BOX_SLIP else ""
+        question = f"Box {answer}"
+        if rng.random() < BOX_SLIP:
+            thinking = f"So {_off_by_one(answer, rng)}. Wait, "
     else:
-        numbers = [rng.randint(1, high) for _ in range(rng.randint(1, size))]
+        count = rng.randint(1, size)
+        numbers = [rng.randint(1, high) for _ in range(count)]
         answer = sum(numbers)
-        question, thinking = f"Sum {','.join(map(str, numbers))}", _add(numbers, rng, slip=0)
-        thinking += _check(answer, rng, params["check"])
+        question = f"Sum {','.join(map(str, numbers))}"
+        thinking = _add(numbers, rng, slip=0) + _check(answer, rng, params["check"])
     return Puzzle((TextPart(question),), box(thinking, answer), str(answer))
 
 
 def draw_shapes(rng: Random, params: Params) -> Cells:
-    """A grid of coloured shapes."""
+    """Draw a grid of coloured shapes."""
     return _draw_cells(SHAPES, rng, params)
 
 
-def tell_shapes(cells: Cells, rng: Random, params: Params) -> Puzzle:
-    """Count the shapes of one colour and form, row by row."""
-    wanted = rng.choice(cells)
-    size = params["cols"]
-    rows = [cells[i : i + size] for i in range(0, len(cells), size)]
+def pose_shapes(cells: Cells, rng: Random, params: Params) -> Puzzle:
+    """Ask for the number of shapes of one colour and form, counted row by row."""
+    target = rng.choice(cells)
+    columns = params["cols"]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     lines = [", ".join(" ".join(cell) for cell in row) for row in rows]
-    counts = [row.count(wanted) for row in rows]
-    goals = "".join(f"Row {i}: {line}, so {n}. " for i, (line, n) in enumerate(zip(lines, counts, strict=True), 1))
+    counts = [row.count(target) for row in rows]
+    goals = ""
+    for i, (line, count) in enumerate(zip(lines, counts, strict=True), start=1):
+        goals += f"Row {i}: {line}, so {count}. "
     answer = sum(counts)
-    thinking = goals + _add(counts, rng, params["slip"]) + _check(answer, rng, params["check"])
-    parts = _ask(cells, "\n".join(lines), f"How many {' '.join(wanted)}s?", rng, params)
+    addition = _add(counts, rng, params["slip"])
+    check = _check(answer, rng, params["check"])
+    thinking = goals + addition + check
+    question = f"How many {' '.join(target)}s?"
+    parts = _ask(cells, "\n".join(lines), question, rng, params)
     return Puzzle(parts, box(thinking, answer), str(answer))
 
 
@@ -148,5 +180,5 @@ _PARAMETERS: dict[str, Number | tuple[str, ...]] = {
 }
 _TASKS = ("sum", "caption", "pick", "both", "arith", "box")
 
-DIGITS = Kind(draw_digits, tell_digits, _PARAMETERS | {"task": _TASKS, "high": Number(5, 1, 9)})
-SHAPES_COUNT = Kind(draw_shapes, tell_shapes, _PARAMETERS | {"cols": Number(3, 1, 16)})
+DIGITS = Kind(draw_digits, pose_digits, _PARAMETERS | {"task": _TASKS, "high": Number(5, 1, 9)})
+SHAPES_COUNT = Kind(draw_shapes, pose_shapes, _PARAMETERS | {"cols": Number(3, 1, 16)})

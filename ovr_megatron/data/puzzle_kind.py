@@ -1,4 +1,4 @@
-"""What a kind of generated problem is made of."""
+"""Define the types that a kind of generated problem consists of."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Kind:
-    """How to draw a problem, how to tell it, and its parameters: a `Number`, or choices with the default first."""
+    """Functions that draw and pose a problem, and its parameters: a `Number`, or choices with the default first."""
 
     draw: Callable[[Random, Params], Hashable]
-    tell: Callable[[Any, Random, Params], Puzzle]
+    pose: Callable[[Any, Random, Params], Puzzle]
     parameters: Mapping[str, Number | tuple[str, ...]]
 
 

@@ -1,4 +1,4 @@
-"""Text logic whose traces show backward chaining, subgoals, backtracking and verification, each of them always."""
+"""Generate text logic whose traces always show backward chaining, subgoals, backtracking and verification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ovr_megatron.data.schema import BOX_REQUEST, TextPart
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn")
 
-MAX_FAILED = 2  # failed walks that a countdown trace tells
+MAX_FAILED = 2  # failed walks in a countdown trace
 Order = tuple[str, ...]
 Clue = tuple[str, str, str]  # (relation, who, whom)
 RELATIONS = {
@@ -27,142 +27,191 @@ MUTUAL = ("beside", "apart")
 def _holds(clue: Clue, order: Order) -> bool:
     relation, who, whom = clue
     distance = order.index(whom) - order.index(who)
-    return {"left": distance > 0, "beside": abs(distance) == 1, "apart": abs(distance) > 1}[relation]
+    if relation == "left":
+        return distance > 0
+    if relation == "beside":
+        return abs(distance) == 1
+    assert relation == "apart", relation
+    return abs(distance) > 1
 
 
 @functools.cache
 def _orders(people: int) -> tuple[Order, ...]:
+    """Return every order of the first ``people`` names."""
     return tuple(itertools.permutations(NAMES[:people]))
 
 
 @functools.cache
 def _fit(clue: Clue, people: int) -> int:
-    """The orders that fit ``clue``, as bits."""
+    """Return the orders that fit ``clue`` as a bit set: bit i stands for order i of `_orders`."""
     return sum(1 << i for i, order in enumerate(_orders(people)) if _holds(clue, order))
 
 
 def _fit_all(clues: Iterable[Clue], people: int) -> int:
-    every = (1 << len(_orders(people))) - 1
-    return functools.reduce(operator.and_, (_fit(clue, people) for clue in clues), every)
+    """Return the orders that fit all ``clues`` as a bit set."""
+    all_orders = (1 << len(_orders(people))) - 1
+    return functools.reduce(operator.and_, (_fit(clue, people) for clue in clues), all_orders)
+
+
+def _list_clues(people: int) -> list[Clue]:
+    """List every clue about two of ``people`` persons."""
+    clues: list[Clue] = []
+    for a, b in itertools.permutations(NAMES[:people], 2):
+        for relation in RELATIONS:
+            # A mutual relation has one direction only: a held-out problem must not return with its names swapped.
+            if a < b or relation not in MUTUAL:
+                clues.append((relation, a, b))
+    return clues
 
 
 def draw_ordering(rng: Random, params: Params) -> tuple[Order, tuple[Clue, ...]]:
-    """People in a row, and the clues that together leave this order; without any one of them there are more."""
+    """Draw an order of people and a minimal set of clues that leaves no other order."""
     people = params["people"]
-    number = rng.randrange(len(_orders(people)))
-    only = 1 << number
-    pairs = itertools.permutations(NAMES[:people], 2)
-    # A mutual relation is told one way round only: a held-out problem must not return with its names swapped.
-    told = [(relation, a, b) for a, b in pairs for relation in RELATIONS if a < b or relation not in MUTUAL]
-    true = [clue for clue in told if _fit(clue, people) & only]
-    rng.shuffle(true)
-    clues, left = list[Clue](), _fit_all((), people)
-    while left != only:
-        clue = true.pop()
-        if left & _fit(clue, people) != left:
+    index = rng.randrange(len(_orders(people)))
+    solution = 1 << index
+    true_clues = [clue for clue in _list_clues(people) if _fit(clue, people) & solution]
+    rng.shuffle(true_clues)
+    clues: list[Clue] = []
+    remaining = _fit_all((), people)
+    while remaining != solution:
+        clue = true_clues.pop()
+        narrowed = remaining & _fit(clue, people)
+        if narrowed != remaining:
             clues.append(clue)
-            left &= _fit(clue, people)
+            remaining = narrowed
+    # A clue may have become superfluous through later ones.
     for clue in list(clues):
-        others = [other for other in clues if other != clue]
-        if _fit_all(others, people) == only:
-            clues = others
-    return _orders(people)[number], tuple(sorted(clues))
+        without_clue = [other_clue for other_clue in clues if other_clue != clue]
+        if _fit_all(without_clue, people) == solution:
+            clues = without_clue
+    return _orders(people)[index], tuple(sorted(clues))
 
 
-def tell_ordering(problem: tuple[Order, tuple[Clue, ...]], rng: Random, params: Params) -> Puzzle:
-    """Find the place of one person: fit all clues but the last, then try what is left."""
-    order, clues = problem[0], rng.sample(problem[1], len(problem[1]))
-    wanted, last = rng.choice(order), len(clues)
-    place = order.index(wanted) + 1
-    said = " ".join(f"({i}) {RELATIONS[relation].format(a, b)}." for i, (relation, a, b) in enumerate(clues, 1))
-    question = f"{', '.join(sorted(order))} stand in a row. {said} At which place from the left does {wanted} stand?"
-    left = _fit_all(clues[:-1], len(order))
-    rows = [row for i, row in enumerate(_orders(len(order))) if left >> i & 1]
-    failed = "".join(f"Try {', '.join(row)}: ({last}) fails. Wait, go back. " for row in rows if row != order)
-    checked = ", ".join(f"({i}) holds" for i in range(1, last + 1))
-    thinking = (
-        f"I want the place of {wanted}, so I work back: for it I need a row that fits every clue. "
-        f"First goal: rows that fit all clues but ({last}). There are {len(rows)}. Next goal: test them. {failed}"
-        f"Try {', '.join(order)}: ({last}) holds. Let me check: {checked}. {wanted} is at place {place}. "
+def pose_ordering(problem: tuple[Order, tuple[Clue, ...]], rng: Random, params: Params) -> Puzzle:
+    """Ask for the position of one person.  The trace fits all clues but the last and tries the rows that remain."""
+    order, sorted_clues = problem
+    clues = rng.sample(sorted_clues, len(sorted_clues))
+    person = rng.choice(order)
+    position = order.index(person) + 1
+    last = len(clues)
+    sentences = [f"({i}) {RELATIONS[relation].format(a, b)}." for i, (relation, a, b) in enumerate(clues, start=1)]
+    question = (
+        f"{', '.join(sorted(order))} stand in a row. {' '.join(sentences)} "
+        f"At which place from the left does {person} stand?"
     )
-    return Puzzle((TextPart(f"{question} {BOX_REQUEST}"),), box(thinking, place), str(place))
+    remaining = _fit_all(clues[:-1], len(order))
+    rows = [row for i, row in enumerate(_orders(len(order))) if remaining >> i & 1]
+    failures = "".join(f"Try {', '.join(row)}: ({last}) fails. Wait, go back. " for row in rows if row != order)
+    verification = ", ".join(f"({i}) holds" for i in range(1, last + 1))
+    thinking = (
+        f"I want the place of {person}, so I work back: for it I need a row that fits every clue. "
+        f"First goal: rows that fit all clues but ({last}). There are {len(rows)}. Next goal: test them. {failures}"
+        f"Try {', '.join(order)}: ({last}) holds. Let me check: {verification}. {person} is at place {position}. "
+    )
+    return Puzzle((TextPart(f"{question} {BOX_REQUEST}"),), box(thinking, position), str(position))
 
 
-Step = tuple[str, int]  # (operation, number)
+Operation = tuple[str, int]  # (operator, operand)
 
 
-def _undo(step: Step, value: int) -> int | None:
-    """The positive number that ``step`` turns into ``value``, None if there is none."""
-    operation, number = step
-    if operation == "*":
-        return value // number if value % number == 0 else None
-    before = value - number if operation == "+" else value + number
+def _apply(operation: Operation, value: int) -> int:
+    sign, operand = operation
+    if sign == "+":
+        return value + operand
+    if sign == "-":
+        return value - operand
+    return value * operand
+
+
+def _undo(operation: Operation, value: int) -> int | None:
+    """Return the positive number that ``operation`` turns into ``value``, None if there is none."""
+    sign, operand = operation
+    if sign == "*":
+        return value // operand if value % operand == 0 else None
+    before = value - operand if sign == "+" else value + operand
     return before if before > 0 else None
 
 
-def _work_back(order: Sequence[Step], target: int) -> list[int | None]:
-    """The numbers before the last step, the one before it, and so on; ends with None where a step cannot be undone."""
+def _work_back(order: Sequence[Operation], target: int) -> list[int | None]:
+    """Return the numbers before the last step, before the second last, and so on.
+
+    The list ends with None where a step cannot be undone.
+    """
     values: list[int | None] = []
     value: int | None = target
-    for step in reversed(order):
-        value = _undo(step, value) if value is not None else None
+    for operation in reversed(order):
+        value = _undo(operation, value) if value is not None else None
         values.append(value)
         if value is None:
             break
     return values
 
 
-def draw_countdown(rng: Random, params: Params) -> tuple[int, tuple[Step, ...], int]:
-    """A start, steps and a target that some orders of the steps reach, all with one number before the last step."""
+def draw_countdown(rng: Random, params: Params) -> tuple[int, tuple[Operation, ...], int]:
+    """Draw a start, steps and a target.
+
+    Some orders of the steps reach the target and some fail. All that reach it have the same number before the last
+    step, so that the answer is unique.
+    """
     while True:
         start = rng.randint(2, 9)
         steps = tuple((rng.choice("+-*"), rng.randint(2, 9)) for _ in range(params["steps"]))
-        value: int = start
-        for operation, number in steps:
-            value = {"+": value + number, "-": value - number, "*": value * number}[operation]
-        if not 0 < value < 200:
+        target: int = start
+        for operation in steps:
+            target = _apply(operation, target)
+        if not 0 < target < 200:
             continue
-        walks = [_work_back(order, value) for order in itertools.permutations(steps)]
-        reaching = {walk[0] for walk in walks if walk[-1] == start}
-        if len(reaching) == 1 and any(walk[-1] != start for walk in walks):
-            return start, tuple(sorted(steps)), value
+        walks = [_work_back(order, target) for order in itertools.permutations(steps)]
+        answers = {walk[0] for walk in walks if walk[-1] == start}
+        if len(answers) == 1 and any(walk[-1] != start for walk in walks):
+            return start, tuple(sorted(steps)), target
 
 
-def tell_countdown(problem: tuple[int, tuple[Step, ...], int], rng: Random, params: Params) -> Puzzle:
-    """Find the number before the last step by working back from the target."""
+def pose_countdown(problem: tuple[int, tuple[Operation, ...], int], rng: Random, params: Params) -> Puzzle:
+    """Ask for the number before the last step.  The trace works back from the target."""
     start, steps, target = problem
     orders = list(itertools.permutations(steps))
     rng.shuffle(orders)
-    reaching = [order for order in orders if _work_back(order, target)[-1] == start]
-    failing = [order for order in orders if order not in reaching]
-    listed = ", ".join(operation + str(number) for operation, number in steps)
+    solutions = [order for order in orders if _work_back(order, target)[-1] == start]
+    failures = [order for order in orders if order not in solutions]
+    listing = ", ".join(sign + str(operand) for sign, operand in steps)
     question = (
-        f"Start at {start}. Use each of the steps {listed} once, in some order, to reach {target}. "
+        f"Start at {start}. Use each of the steps {listing} once, in some order, to reach {target}. "
         f"Every number on the way must be positive. Which number stands before the last step? {BOX_REQUEST}"
     )
-    walks = dict.fromkeys(_told_walk(order, start, target) for order in failing)
-    told = "".join(f"{walk} Wait, go back. " for walk in list(walks)[:MAX_FAILED])
-    good = reaching[0]
-    numbers = [*reversed(_work_back(good, target)), target]
-    forward = ", ".join(f"{a}{op}{n}={b}" for a, (op, n), b in zip(numbers, good, numbers[1:], strict=False))
+    # Different orders can fail with the same words: each text occurs once, in the shuffled order.
+    walks = dict.fromkeys(_describe_walk(order, start, target) for order in failures)
+    backtracking = "".join(f"{walk} Wait, go back. " for walk in list(walks)[:MAX_FAILED])
+    solution = solutions[0]
+    numbers = [*reversed(_work_back(solution, target)), target]
+    equations = [
+        f"{before}{sign}{operand}={after}"
+        for before, (sign, operand), after in zip(numbers, solution, numbers[1:], strict=False)
+    ]
     thinking = (
         f"I want {target}, so I work back from it. First goal: the last step. Next goal: the steps before. "
-        f"{told}{_told_walk(good, start, target)} Let me check: {forward}. "
+        f"{backtracking}{_describe_walk(solution, start, target)} Let me check: {', '.join(equations)}. "
     )
     answer = numbers[-2]
     assert answer is not None, "a reaching order can be undone"
     return Puzzle((TextPart(question),), box(thinking, answer), str(answer))
 
 
-def _told_walk(order: Sequence[Step], start: int, target: int) -> str:
+def _describe_walk(order: Sequence[Operation], start: int, target: int) -> str:
+    """Describe in words how ``order`` is undone, and whether it leads back to ``start``."""
     walk = _work_back(order, target)
-    told = [
-        f"undo {operation}{number}: {'impossible' if value is None else value}"
-        for (operation, number), value in zip(reversed(order), walk, strict=False)
+    undone = [
+        f"undo {sign}{operand}: {'impossible' if value is None else value}"
+        for (sign, operand), value in zip(reversed(order), walk, strict=False)
     ]
-    end = "" if walk[-1] is None else ", the start" if walk[-1] == start else f", not {start}"
-    return f"Try to {', '.join(told)}{end}."
+    if walk[-1] is None:
+        ending = ""
+    elif walk[-1] == start:
+        ending = ", the start"
+    else:
+        ending = f", not {start}"
+    return f"Try to {', '.join(undone)}{ending}."
 
 
-ORDERING = Kind(draw_ordering, tell_ordering, {"people": Number(5, 4, len(NAMES))})
-COUNTDOWN = Kind(draw_countdown, tell_countdown, {"steps": Number(3, 3, 4)})
+ORDERING = Kind(draw_ordering, pose_ordering, {"people": Number(5, 4, len(NAMES))})
+COUNTDOWN = Kind(draw_countdown, pose_countdown, {"steps": Number(3, 3, 4)})

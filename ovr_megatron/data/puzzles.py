@@ -1,6 +1,6 @@
 """Generated problems with reasoning traces and verifiable answers: ``puzzle:KIND?parameter=value&...``.
 
-Row ``i`` is a function of the kind, its parameters and ``i`` alone.  A kind draws a problem and then tells
+Row ``i`` is a function of the kind, its parameters and ``i`` alone.  A kind draws a problem and then poses
 it, as a text or as a picture.  One problem in sixteen, chosen by its hash, is held out: the train split of
 no task and no form ever shows it.
 """
@@ -41,10 +41,14 @@ class PuzzleSource:
 
     def __init__(self, path: str, kind: str, params: Params, name: str | None = None) -> None:
         """Use `open_puzzle`, which checks ``params``; ``name`` labels the rows."""
-        self._path, self._kind, self._params = path, KINDS[kind], params
-        self._label = name or "/".join(["puzzle:" + kind] + [params[key] for key in ("task", "form") if key in params])
-        told = sorted((key, value) for key, value in params.items() if key not in ("form", "answered", "count"))
-        self._seed = f"{kind}{told}"
+        self._path = path
+        self._kind = KINDS[kind]
+        self._params = params
+        variants = [params[key] for key in ("task", "form") if key in params]
+        self._label = name or "/".join(["puzzle:" + kind, *variants])
+        # The form, the response and the size of the held-out set do not change which problems are drawn.
+        seeding = sorted((key, value) for key, value in params.items() if key not in ("form", "answered", "count"))
+        self._seed = f"{kind}{seeding}"
         self._held_out = self._draw_held_out(kind) if params["split"] == "heldout" else None
 
     def __len__(self) -> int:
@@ -56,8 +60,11 @@ class PuzzleSource:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         rng = Random(f"{self._seed}#{index}")
-        problem = self._draw(rng, held_out=False) if self._held_out is None else self._held_out[index]
-        puzzle = self._kind.tell(problem, rng, self._params)
+        if self._held_out is None:
+            problem = self._draw(rng, held_out=False)
+        else:
+            problem = self._held_out[index]
+        puzzle = self._kind.pose(problem, rng, self._params)
         messages = [Message("user", puzzle.parts)]
         if self._params["answered"]:
             messages.append(Message("assistant", (TextPart(puzzle.response),)))
@@ -73,13 +80,15 @@ class PuzzleSource:
 
     def _draw_held_out(self, kind: str) -> Sequence[Hashable]:
         """Draw ``count`` distinct held-out problems; every task and form of a kind sees the same ones."""
-        rng, found = Random(f"{kind}#{self._params['seed']}"), dict[Hashable, None]()
-        for _ in range(20 * self._params["count"]):
-            found[self._draw(rng, held_out=True)] = None
-            if len(found) == self._params["count"]:
-                return tuple(found)
-        remedy = f"set count={len(found)} or less, or widen the other parameters"
-        raise ConfigError(f"{self._path}: only {len(found)} held-out problems found; {remedy}")
+        rng = Random(f"{kind}#{self._params['seed']}")
+        count = self._params["count"]
+        problems: dict[Hashable, None] = {}  # a set that keeps the order of drawing
+        for _ in range(20 * count):
+            problems[self._draw(rng, held_out=True)] = None
+            if len(problems) == count:
+                return tuple(problems)
+        remedy = f"set count={len(problems)} or less, or widen the other parameters"
+        raise ConfigError(f"{self._path}: only {len(problems)} held-out problems found; {remedy}")
 
 
 def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
@@ -91,33 +100,37 @@ def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
     kind, _, query = path.removeprefix("puzzle:").partition("?")
     if kind not in KINDS:
         raise ConfigError(f"{path}: no such kind of puzzle; choose one of {', '.join(KINDS)}")
-    known = GENERAL | dict(KINDS[kind].parameters)
-    params: dict[str, Any] = {k: v[0] if isinstance(v, tuple) else v.default for k, v in known.items()}
+    specs = GENERAL | dict(KINDS[kind].parameters)
+    params: dict[str, Any] = {}
+    for key, spec in specs.items():
+        params[key] = spec[0] if isinstance(spec, tuple) else spec.default
     try:
-        given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+        settings = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}; write puzzle:KIND?parameter=value&parameter=value") from error
-    for key, text in given:
-        if key not in known:
-            raise ConfigError(f"{path}: parameter {key!r} is unknown; {kind} takes {', '.join(known)}")
-        params[key] = _value(path, key, text, known[key])
+    for key, text in settings:
+        if key not in specs:
+            raise ConfigError(f"{path}: parameter {key!r} is unknown; {kind} takes {', '.join(specs)}")
+        params[key] = _parse_value(path, key, text, specs[key])
     return PuzzleSource(path, kind, params, name)
 
 
 def is_held_out(problem: Hashable) -> bool:
-    """True for the one problem in `HELD_OUT_SHARE` that no train split shows."""
-    return int.from_bytes(hashlib.sha256(repr(problem).encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
+    """Return whether a problem is the one in `HELD_OUT_SHARE` that no train split shows."""
+    # SHA-256 and not `hash`, which Python salts anew in each process.
+    digest = hashlib.sha256(repr(problem).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
 
 
-def _value(path: str, key: str, text: str, known: Number | tuple[str, ...]) -> Any:
-    if isinstance(known, tuple):
-        if text not in known:
-            raise ConfigError(f"{path}: {key}={text!r} is unknown; choose one of {', '.join(known)}")
+def _parse_value(path: str, key: str, text: str, spec: Number | tuple[str, ...]) -> Any:
+    if isinstance(spec, tuple):
+        if text not in spec:
+            raise ConfigError(f"{path}: {key}={text!r} is unknown; choose one of {', '.join(spec)}")
         return text
     try:
-        value = type(known.default)(text)
+        value = type(spec.default)(text)
     except ValueError as error:
         raise ConfigError(f"{path}: {key}={text!r} is not a number") from error
-    if not known.low <= value <= known.high:
-        raise ConfigError(f"{path}: {key}={text} must lie in {known.low}..{known.high}")
+    if not spec.low <= value <= spec.high:
+        raise ConfigError(f"{path}: {key}={text} must lie in {spec.low}..{spec.high}")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +30,9 @@ def prompt_row(
     *,
     request: str | None = None,
     pictures: Mapping[str, Part] | None = None,
-    **known: Any,
+    **fields: Any,
 ) -> Row:
-    """A prompt row from the parts of a question.
+    """Build a prompt row from the parts of a question.
 
     Args:
         parts: the question.
@@ -40,27 +41,30 @@ def prompt_row(
         where: ``file:line``.
         request: what to say at the end; default: for a letter with ``options``, else for a box.
         pictures: parts that stand for marks in question and options.
-        known: further fields of the row.
+        fields: further fields of the row.
 
     Raises:
         RowError: the answer is none, or none of the options.
     """
-    asked = list_options(options) + "\n" + (request or (LETTER_REQUEST if options else BOX_REQUEST))
+    if not request:
+        request = LETTER_REQUEST if options else BOX_REQUEST
+    ending = f"{list_options(options)}\n{request}"
     if parts and isinstance(parts[-1], TextPart):
-        parts = (*parts[:-1], TextPart(parts[-1].text + asked))
+        parts = (*parts[:-1], TextPart(parts[-1].text + ending))
     else:
-        parts = (*parts, TextPart(asked))
+        parts = (*parts, TextPart(ending))
     if pictures:
-        parts = tuple(piece for part in parts for piece in _set_in(part, pictures))
-    known["id"] = known.get("id") or Path(where).name
-    message, told = Message("user", parts), parse_text(answer, where, "answer")
-    row = Row((message,), answer=told, options=tuple(options), where=where, **known)
+        parts = tuple(itertools.chain.from_iterable(_insert_pictures(part, pictures) for part in parts))
+    fields["id"] = fields.get("id") or Path(where).name
+    message = Message("user", parts)
+    reference = parse_text(answer, where, "answer")
+    row = Row((message,), answer=reference, options=tuple(options), where=where, **fields)
     check_answer(row)
     return row
 
 
-def _set_in(part: Part, pictures: Mapping[str, Part]) -> Iterator[Part]:
-    """The pieces of a text, the pictures in the places of their marks."""
+def _insert_pictures(part: Part, pictures: Mapping[str, Part]) -> Iterator[Part]:
+    """Split a text at its marks and yield the pieces, with the pictures in place of the marks."""
     if not isinstance(part, TextPart):
         yield part
         return
@@ -69,12 +73,12 @@ def _set_in(part: Part, pictures: Mapping[str, Part]) -> Iterator[Part]:
 
 
 def texts(text: str) -> tuple[Part, ...]:
-    """The text as parts, none if it is blank."""
+    """Return the text as parts: none if it is blank."""
     return (TextPart(text),) if text.strip() else ()
 
 
 def list_options(options: Sequence[str]) -> str:
-    """One line per option; an option that is only its own letter stands in the picture."""
+    """List one option a line; an option that is only its own letter stands in the picture."""
     lines = []
     for i, option in enumerate(options):
         letter = option_letter(i)
@@ -83,7 +87,7 @@ def list_options(options: Sequence[str]) -> str:
 
 
 def field_of(raw: Any, key: str, where: str) -> Any:
-    """The value of a field; a question must be a text.
+    """Return the value of a field; a question must be a text.
 
     Raises:
         RowError: it is missing.
@@ -97,12 +101,12 @@ def field_of(raw: Any, key: str, where: str) -> Any:
 
 
 def options_of(raw: Mapping[str, Any], where: str, key: str = "options") -> list[str]:
-    """Contents of the choices, none if there is no such field.
+    """Return the contents of the choices: none if there is no such field.
 
     Raises:
         RowError: the field is no list of texts.
     """
-    found = raw.get(key) or []
-    if not isinstance(found, list):
-        raise RowError(where, key, f"is {type(found).__name__} {found!r:.60}", "give a list of texts")
-    return [parse_text(option, where, f"{key}[{i}]") for i, option in enumerate(found)]
+    options = raw.get(key) or []
+    if not isinstance(options, list):
+        raise RowError(where, key, f"is {type(options).__name__} {options!r:.60}", "give a list of texts")
+    return [parse_text(option, where, f"{key}[{i}]") for i, option in enumerate(options)]

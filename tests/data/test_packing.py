@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovr_megatron.config import ConfigError, DataConfig
-from ovr_megatron.data.best_fit import PackError, deal
+from ovr_megatron.data.best_fit import PackError, balance
 from ovr_megatron.data.packing import CHUNK, PackStream, pack
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart
@@ -165,7 +165,7 @@ def test_replicas_share_the_packs_of_one_plan(processor):
     for _ in range(3):
         packs, shares = next(whole), [next(replica) for replica in replicas]
         costs = [int(np.square(np.diff(p.cu_seqlens)).sum()) for p in packs]
-        for replica, numbers in enumerate(deal(costs, 2)):
+        for replica, numbers in enumerate(balance(costs, 2)):
             assert same([packs[number] for number in numbers], shares[replica])
     assert replicas[0].state() == replicas[1].state() == whole.state()
 

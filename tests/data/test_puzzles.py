@@ -266,13 +266,13 @@ def drawn(query: str, numbers: range, monkeypatch: pytest.MonkeyPatch) -> set[An
     kind = KINDS[query.split("?")[0]]
     seen = []
 
-    def tell(problem: Any, rng: Random, params: Any) -> Puzzle:
+    def pose(problem: Any, rng: Random, params: Any) -> Puzzle:
         seen.append(problem)
-        return kind.tell(problem, rng, params)
+        return kind.pose(problem, rng, params)
 
     source = puzzle(query)
     with monkeypatch.context() as patch:
-        patch.setattr(source, "_kind", Kind(kind.draw, tell, kind.parameters))
+        patch.setattr(source, "_kind", Kind(kind.draw, pose, kind.parameters))
         for i in numbers:
             source[i]
     return set(seen)
