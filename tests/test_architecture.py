@@ -41,6 +41,14 @@ WITHOUT_TORCH = (f"{PACKAGE}.rewards.worker", f"{PACKAGE}.model.shape", f"{PACKA
 COMMANDS = re.compile(r"tools\.\w+|.*\.(__main__|\w*command)")
 HEAVY = (*PATCHED_LIBRARIES, "vllm", "transformers", "datasets", "matplotlib")
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "misc"}
+# Participles and pronouns, which name no thing, and the largest share of them among the names of a room.
+EMPTY_NAMES = set(
+    "found told mine given at own everyone everything together chosen whole wanted kept left here there others other "
+    "one several shown known asked each some many most least held named works thing besides apart beside".split()
+)
+EMPTY_SHARE = 0.005
+DENSE_ROOMS = {"data", "ppo", "rl"}  # names and comprehensions there are still to be rewritten
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 @dataclass(frozen=True)
@@ -261,6 +269,47 @@ def names_that_say_nothing(modules: dict[str, Module]) -> Iterator[str]:
             yield f"{module.file}: name it after what it does"
 
 
+def empty_names(modules: dict[str, Module]) -> Iterator[str]:
+    names: dict[str, list[tuple[str, str]]] = {}
+    for module in modules.values():
+        for node in ast.walk(module.tree):
+            name = ""
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                name = node.id
+            elif isinstance(node, ast.arg):
+                name = node.arg
+            if name not in ("", "self", "cls", "_"):
+                names.setdefault(module.room, []).append((name, f"{module.file}:{node.lineno}"))
+    for room, pairs in names.items():
+        if room in DENSE_ROOMS:
+            continue
+        empty = [f"{place} {name}" for name, place in pairs if name in EMPTY_NAMES]
+        if len(empty) > EMPTY_SHARE * len(pairs):
+            yield f"{room}: {len(empty)} of {len(pairs)} names say nothing: {', '.join(empty)}"
+
+
+def nested_comprehensions(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.room in DENSE_ROOMS:
+            continue
+        for node in ast.walk(module.tree):
+            if isinstance(node, COMPREHENSIONS) and node.lineno != node.end_lineno:
+                inner = (child for part in ast.iter_child_nodes(node) for child in ast.walk(part))
+                if len(node.generators) > 1 or any(isinstance(child, COMPREHENSIONS) for child in inner):
+                    yield f"{module.file}:{node.lineno}: a comprehension within one; make it a loop or two named steps"
+
+
+def classes_of_one_name(modules: dict[str, Module]) -> Iterator[str]:
+    places: dict[str, list[str]] = {}
+    for module in modules.values():
+        for node in module.tree.body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{module.file}:{node.lineno}")
+    for name, lines in places.items():
+        if len(lines) > 1:
+            yield f"{name} is the name of several classes: {', '.join(lines)}"
+
+
 Rule = Callable[[dict[str, Module]], Iterator[str]]
 RULES: tuple[Rule, ...] = (
     wrong_order,
@@ -271,6 +320,9 @@ RULES: tuple[Rule, ...] = (
     forbidden_code,
     hidden_imports,
     names_that_say_nothing,
+    empty_names,
+    nested_comprehensions,
+    classes_of_one_name,
 )
 
 
@@ -400,6 +452,10 @@ VIOLATIONS = [
     ),
     (hidden_imports, "ovr_megatron/rl.py", "def f():\n    import ovr_megatron.config", "inside f()"),
     (names_that_say_nothing, "ovr_megatron/data/utils.py", "", "utils.py"),
+    (empty_names, "ovr_megatron/model/layers.py", "found = 1\ndef f(mine): pass", "2 of 2 names say nothing"),
+    (nested_comprehensions, "ovr_megatron/model/layers.py", "x = [\n a\n for b in c\n for a in b\n]", "layers.py:1"),
+    (nested_comprehensions, "ovr_megatron/model/layers.py", "x = [[\n a for a in b] for b in c]", "layers.py:1"),
+    (classes_of_one_name, "ovr_megatron/rl.py", "class A: pass\nclass A: pass", "A is the name of several classes"),
 ]
 
 

@@ -96,9 +96,14 @@ def evaluate_sets(
 
     Yields:
         The result of each set, on the first rank only.
+
+    Raises:
+        RowError: a row cannot be used, or has nothing to compare a response with.
     """
     check_results(out, sets)
     problem_sets = [open_problems(SourceConfig(path=path, name=name), limit) for name, path in sets.items()]
+    for problems in problem_sets:
+        problems.check_references(settings.metric)
     processor = Processor(model, data)
     engine = RolloutEngine(model, rollout, processor, dtype, data.max_prompt_tokens + settings.max_tokens)
     with GraderPool() as grader:

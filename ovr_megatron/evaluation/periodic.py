@@ -56,6 +56,8 @@ class PeriodicEvaluation:
         max_tokens = processor.shape.response_limit(config.max_tokens, processor.config.max_prompt_tokens)
         self.settings = Settings(samples=config.samples, max_tokens=max_tokens, seed=seed)
         self.sets = [open_problems(source, config.limit) for source in config.sources]
+        for problems in self.sets:
+            problems.check_references(self.settings.metric)
 
     def due(self, done: int, last: bool) -> bool:
         """Return whether the weights after ``done`` steps are to be scored."""

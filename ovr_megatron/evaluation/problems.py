@@ -76,6 +76,15 @@ class ProblemSet:
             metric = rules.get(row.source) or rules.get("") or metric
         return metric, reference
 
+    def check_references(self, metric: str) -> None:
+        """Check that every problem has something to compare a response with, before any is generated.
+
+        Raises:
+            RowError: a row has no reference, or cannot be used.
+        """
+        for index in range(self.count):
+            self.metric_of(self.rows[index], metric)
+
 
 def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:
     """Open ``source``, which has a name, as a problem set of its first ``limit`` rows, or of all for 0.

@@ -200,5 +200,11 @@ def test_mistakes_are_told_before_anything_starts(model, tmp_path, capsys):
         open_problems(SourceConfig(path="puzzle:digits?task=sum", name="endless"))
     assert open_problems(SourceConfig(path="puzzle:digits?task=sum", name="some"), limit=5).count == 5
     assert open_problems(SourceConfig(path=PUZZLES, name="few"), limit=50).count == 8
+    reply = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "So \\boxed{5}."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": reply}) + "\n")
+    problems = open_problems(SourceConfig(path=str(tmp_path / "rows.jsonl"), name="replies"))
+    problems.check_references("exact")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: answer: is missing; .*--metric exact"):
+        problems.check_references("boxed")
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         main(["--model", str(tmp_path), "--data", "x", "--out", str(tmp_path)])
