@@ -262,7 +262,7 @@ def test_a_prompt_row_is_the_same_row_without_its_response(query: str) -> None:
 
 
 def drawn(query: str, numbers: range, monkeypatch: pytest.MonkeyPatch) -> set[Any]:
-    """The problems behind the rows, as the teller of the kind gets them."""
+    """The problems behind the rows, as the function that poses the kind gets them."""
     kind = KINDS[query.split("?")[0]]
     seen = []
 
