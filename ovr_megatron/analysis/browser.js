@@ -108,6 +108,7 @@
   let latest = 0;
   async function show() {
     const mine = ++latest;
+    at("list").setAttribute("aria-busy", "true"); // until the texts are there
     const some = found.slice(first, first + PAGE);
     const last = Math.min(first + PAGE, found.length);
     at("count").textContent = found.length
@@ -126,7 +127,9 @@
       const item = items[one[1] % index.perFile];
       return item ? card(one, item) : make("p", "note", "The report was written anew: load this page again.");
     }));
-    if (mine === latest) at("list").replaceChildren(...cards);
+    if (mine !== latest) return;
+    at("list").replaceChildren(...cards);
+    at("list").setAttribute("aria-busy", "false");
   }
 
   function remember() {

@@ -34,7 +34,7 @@ def main() -> None:
         page.screenshot(path=out / "report.png")
         section = page.locator("section", has=page.locator("#browser"))
         section.scroll_into_view_if_needed()
-        page.wait_for_timeout(500)  # its texts are being loaded
+        page.wait_for_selector("#browse-list[aria-busy=false]", state="attached")  # its texts come from files
         box = section.bounding_box()
         place = page.evaluate("window.scrollY")
         clip = {"x": box["x"], "y": box["y"] + place, "width": box["width"], "height": min(box["height"], 1100)}

@@ -44,8 +44,11 @@ class Opened:
     def count(self):
         return self.page.inner_text("#browse-count")
 
+    def settle(self):
+        self.page.wait_for_selector("#browse-list[aria-busy=false]", state="attached")  # texts come from files
+
     def cards(self):
-        self.page.wait_for_timeout(100)  # texts come from files
+        self.settle()
         return self.page.locator("#browse-list .rollout").all_inner_texts()
 
 
@@ -149,7 +152,7 @@ def test_texts_that_are_not_there_are_named(bare_dir, chromium):
         path.unlink()
     page = Opened(chromium, report)
     page.choose("from", "RL on visual")
-    page.page.wait_for_timeout(100)
+    page.settle()
     assert "keep the folder report_files beside this page" in page.page.inner_text("#browse-list")
 
 
