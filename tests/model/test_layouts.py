@@ -32,6 +32,7 @@ OTHER_SIZES = {
 
 def make_odd_model(folder: Path) -> None:
     """Patches of 10 pixels merged 3 x 3, one frame each, windows of 2 features, full attention first, odd sections."""
+    folder.mkdir()
     ids = write_tokenizer(folder, CORPUS, bpe_vocab=290, max_length=512)
     config = Qwen2_5_VLConfig(
         text_config={
