@@ -2,7 +2,7 @@
 # What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
 # Transformers, an export served by vLLM, twenty kills of each stage, 200,000 rows from sources to a checkpoint, all inputs
 # that cannot work, all faults put into PPO's loop, and PPO, GRPO and RLOO on three seeds of the miniature. The results of
-# the last run stand in docs/layouts.md, running.md, data.md and algorithms.md.
+# the last run stand in docs/layouts.md, running.md, data.md, faults.md and algorithms.md.
 #
 #   bash tests/soak.sh
 set -euo pipefail
@@ -19,6 +19,6 @@ done
 .venv/bin/python tests/soak/serve.py
 .venv/bin/python tests/soak/kills.py
 .venv/bin/python tests/soak/prepared.py
-.venv/bin/python tests/soak/bad_inputs.py
 .venv/bin/python tests/soak/mutants.py
 .venv/bin/python tests/soak/algorithms.py --run "${SOAK_DIR:-runs/soak}/algorithms" --out docs/images
+.venv/bin/python tests/soak/bad_inputs.py

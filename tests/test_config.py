@@ -152,6 +152,8 @@ REFUSED = [
     ("model={freeze_vision: true, freeze_merger: true, freeze_language: true}", "leave nothing to train"),
     ("data.sources=[{path: ''}]", "data.sources[0].path is empty"),
     ("critic.path=''", "critic.path is empty"),
+    ("rollout.stop=['a', '']", "rollout.stop[1] is empty"),
+    ("reward.rules={image: ''}", "reward.rules.image is empty"),
 ]
 
 

@@ -83,9 +83,16 @@ def _check_values(settings: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: names the key and its value.
     """
+    if isinstance(settings, str):
+        require(settings != "", f"{prefix.rstrip('.')} is empty; give a value, or null where it may be left out")
+        return
     if isinstance(settings, (list, tuple)):
         for index, element in enumerate(settings):
             _check_values(element, f"{prefix.rstrip('.')}[{index}].")
+        return
+    if isinstance(settings, dict):
+        for name, element in settings.items():
+            _check_values(element, f"{prefix}{name}.")
         return
     if not dataclasses.is_dataclass(settings):
         return
@@ -97,8 +104,6 @@ def _check_values(settings: Any, prefix: str = "") -> None:
             require(value >= 0 or field.name in SIGNED, f"{key}={value} must be 0 or more")
             bounded = isinstance(value, int) and field.name not in UNBOUNDED
             require(not bounded or value <= LARGEST, f"{key}={value} must be at most {LARGEST}")
-        elif isinstance(value, str):
-            require(value != "", f"{key} is empty; give a value, or null where it may be left out")
         else:
             _check_values(value, f"{key}.")
 

@@ -1,4 +1,4 @@
-"""`ConfigError`, and the two checks that the ``__post_init__`` of every schema is made of."""
+"""`ConfigError`, and the two checks that every ``__post_init__`` of a schema uses."""
 
 from __future__ import annotations
 

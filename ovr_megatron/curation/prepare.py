@@ -87,7 +87,7 @@ def check_folder(folder: Path, stages: Sequence[str]) -> None:
         ConfigError: names the file or folder that is in the way.
     """
     if not _is_preparation(folder):
-        foreign = ("config.yaml", "summary.json", "lock", "config.json", "manifest.json", "checkpoints")
+        foreign = ("config.yaml", "summary.json", "lock", "config.json", "manifest.json")
         names = [name for name in foreign if (folder / name).exists()]
         if names:
             raise ConfigError(f"dir={folder} has {names[0]}, which no preparation has written; give a new folder")

@@ -219,7 +219,7 @@ class Processor:
         """The text of an assistant message from where the generation prompt ends.
 
         Raises:
-            RowError: the generation prompt opens a thought, and the text does not close it.
+            RowError: the generation prompt opens a thought, and the text does not close it, or opens another.
         """
         reply, policy = row.messages[index].text, self.config.without_thought
         if not self._chat.opens_thought:

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-pixels", type=whole_number(0), metavar="N", help="image budget (default: the folder's)")
     add("--max-pixels", type=whole_number(0), metavar="N", help="image budget (default: the folder's)")
     add("--max-images", type=whole_number(0), default=8, metavar="N", help="images of one prompt (default: 8)")
-    add("--dtype", choices=("float32", "bfloat16"), help="number format (default: the folder's)")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype (default: the folder's)")
     add(
         "--tp",
         type=whole_number(1),

@@ -23,14 +23,14 @@ from ovr_megatron.runtime.terminal import printable, say
 # A full disk, a quota, a limit of size, and a file that may not be written.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 # A path with a file in the place of a folder, or a folder in the place of a file, and one that is too long.
-_PATH_ERRORS = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 SENTENCES_ARE_COLLECTED = "OVR_SENTENCES_ARE_COLLECTED"  # set by `ovr_megatron.torchrun`, which prints each one once
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code.
 
-    A `UserError`, a disk that takes no more, or a path that cannot be, ends with its sentence and code 2, a
+    A `UserError`, a disk that takes no more, or a path that cannot exist, ends with its sentence and code 2, a
     `JoinError` with its own and code 1, Ctrl-C with code 130, and output whose reader has left, as ``head`` does,
     with code 141; none of them prints a traceback.
     """
@@ -53,7 +53,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if error.errno in _DISK_ERRORS:
             end_with_sentence(f"{error}; make room or allow writing there, then start the same command again")
-        elif error.errno in _PATH_ERRORS:
+        elif error.errno in _PATH_ERRORS or (isinstance(error, FileExistsError) and os.path.isfile(error.filename)):
             end_with_sentence(f"{error}; give another path")
         else:
             raise

@@ -19,6 +19,8 @@ from ovr_megatron.runtime.terminal import say
 # A file server keeps the lock of a node that died until its lease runs out, on NFS 4 after 90 s.
 LEASE_S = 100.0
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+# The path itself cannot be used. Anything else may pass, such as a fault of the file server or a full disk.
+_PATH_ERRORS = (*_READ_ONLY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -47,7 +49,8 @@ def lock_folder(folder: Path, is_main: bool, reads_only: bool = False) -> None:
     Raises:
         RunLockedError: on every rank, if another process holds it; one on another host is waited for, as it may be
             one that died with its node.
-        RunFolderError: on every rank, if the folder cannot be made or written to.
+        RunFolderError: on every rank, if a folder of this path cannot be made or written to.
+        OSError: on every rank, for any other fault of the disk.
     """
     answer: list[Any] = [None]  # the other holder, an error, or None for success
     if is_main:
@@ -62,6 +65,8 @@ def lock_folder(folder: Path, is_main: bool, reads_only: bool = False) -> None:
     # All ranks raise or none: the others would wait in the next collective.
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], OSError):
+        if answer[0].errno not in _PATH_ERRORS:
+            raise answer[0]
         reason = answer[0].strerror
         raise RunFolderError(f"{folder} cannot be made or written to ({reason}); choose another folder")
     if answer[0]:

@@ -31,7 +31,7 @@ def average(directories: Sequence[Path], out: Path, replace: bool = False) -> No
     whole; memory holds one shard.  A tied model is written without ``lm_head.weight``.
 
     Raises:
-        WeightError: no directory, models of different shapes or number formats, weights that `check_weights`
+        WeightError: no directory, models of different shapes or dtypes, weights that `check_weights`
             refuses, or an ``out`` that `staged` refuses.
     """
     if not directories:

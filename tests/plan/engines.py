@@ -1,7 +1,7 @@
 """What engines really hold, for tests/plan/test_memory.py: 4 processes of ``-m tests.plan.engines MODELS OUT``.
 
-Every layout of the parity matrix is built and makes one optimizer step; then the live bytes of forward and backward
-passes are counted for several shapes, layouts and kinds of recomputation.
+Every layout of the parity matrix is built, some also for tied models, and makes one optimizer step; then the live bytes
+of forward and backward passes are counted for several shapes, layouts and kinds of recomputation.
 """
 
 import json

@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -101,11 +103,14 @@ class BashRun:
 
     def finish(self) -> None:
         """Wait for the end, which must be a success."""
-        try:
-            code = self.process.wait(timeout=2 * LIMIT_S)
-        finally:
+        assert self.process.wait(timeout=2 * LIMIT_S) == 0, self.output.read_text()
+
+    def stop(self) -> None:
+        """Kill what is left of it; its ranks are in a session of their own."""
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
             self.process.kill()
-        assert code == 0, self.output.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +119,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
     model = make_tiny_model(folder / "model", seed=5)
     script = ROOT / "slurm/coldstart_64gpu.sh"
-    with Cluster(folder / "cluster", nodes=4) as cluster:
+    with ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(folder / "cluster", nodes=4))
         run = folder / "job"
         scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=job.out"]
         job = cluster.submit(*scale, script, *arguments(run), **settings(model))
@@ -143,6 +149,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cluster.kill_node(cluster.hosts(job)[-1])
         # Slurm takes most of a minute to give up the node and to start the job again.
         rl_alone = BashRun(ROOT / "slurm/rl.sh", rl_arguments(folder / "rl_alone"), rl_settings(model))
+        stack.callback(rl_alone.stop)
         wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the job")
         (run / "state").write_text(json.dumps(cluster.job(job)))
         (run / "output").write_text((cluster.folder / "job.out").read_text())
@@ -162,11 +169,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         wait(lambda: steps_seen(run) >= 3, "the first iterations")
         (disturbance / "brake").touch()
-        alone = BashRun(script, arguments(folder / "alone"), settings(model))
         short = cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+50")
         assert short.returncode == 0, short.stderr
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         wait(lambda: bool(attempts(run)) or cluster.job(job)["JobState"] in ended, "the PPO job to leave")
+        alone = BashRun(script, arguments(folder / "alone"), settings(model))
+        stack.callback(alone.stop)
         # EndTime has changed the limit of the next attempt, too.
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
         (disturbance / "brake").unlink()

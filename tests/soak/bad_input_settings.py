@@ -93,7 +93,7 @@ COLD_START_CASES = {
     "a model folder that is empty": ("model.path={tmp}", "config.json"),
     "an empty model path": ("model.path=", "model.path"),
     "an empty run folder": ("run.dir=", "run.dir"),
-    "an empty path of a source": ("data.sources=[{path: ''}]", "path"),
+    "an empty path of a source": ("data.sources=[{path: ''}]", "data.sources[0].path"),
     "an empty tokenised set": ("data.tokenised=''", "data.tokenised"),
     "no sources": ("data.sources=[]", "data.sources"),
     "a source without a path": ("data.sources=[{weight: 1}]", "path"),
@@ -159,6 +159,7 @@ RL_CASES = {
     "memory above all there is": ("rollout.gpu_memory_utilization=1.5", "gpu_memory_utilization"),
     "a supervised source": ("data.sources=[{path: {rows}}]", "answer"),
     "stop strings that are a number": ("rollout.stop=3", "stop"),
+    "an empty stop string": ("rollout.stop=['']", "rollout.stop[0]"),
 }
 
 PREPARE_CASES = {
@@ -169,6 +170,7 @@ PREPARE_CASES = {
     "weighing without strata": ("stages=[collect,weigh]", "stratify"),
     "tokenising in the middle": ("stages=[collect,tokenise,dedup]", "tokenise"),
     "a pattern that is none": ("'patterns.drop={apology: \"(\"}'", "patterns.drop"),
+    "a pattern of nothing": ("patterns.drop={apology: ''}", "patterns.drop.apology"),
     "an unknown language": ("patterns.language=tlh", "language"),
     "bands that do not divide": ("dedup.bands=7", "bands"),
     "a threshold above 1": ("dedup.threshold=2", "threshold"),
@@ -181,7 +183,7 @@ PREPARE_CASES = {
     "a source that is not there": ("data.sources=[{path: {tmp}/absent.jsonl}]", "absent.jsonl"),
     "a folder that is not ours": ("dir={model}", "model"),
     "a folder that is a file": ("dir={rows}", "rows.jsonl"),
-    "an empty folder": ("dir=", "dir"),
+    "an empty folder": ("dir=", "dir is empty"),
 }
 
 
