@@ -160,11 +160,9 @@ def matrix(folder: Path, critic: bool) -> dict[str, dict[str, float]]:
     table = {"dp=4": row(single, theirs, one)}
     with_drift = not critic and folder.name == "untied"
     after = trained(single, everything=True) if with_drift else {}
-    # Tied weights are a copy on the last stage of a pipeline, and one parameter with two gradients elsewhere.
-    is_tied_policy = folder.name == "tied" and not critic
-    for layout in LAYOUTS:
-        if is_tied_policy and "pp" not in layout and layout not in ("tp=2,sp=1", "zero=1"):
-            continue
+    # A tied policy differs in pipelines only, where the last stage has a copy of the embedding.
+    pipelines_only = folder.name == "tied" and not critic
+    for layout in (name for name in LAYOUTS if "pp" in name or not pipelines_only):
         engine = build(folder, parse_layout(layout)[0], critic)
         table[layout] = row(engine, theirs, one)
         if with_drift:
