@@ -361,6 +361,9 @@ def scenarios(out: Path) -> dict[str, Any]:
     slow = Run(
         out / "slow", partial(slow_steps, steps=50, seconds=1.0), "run.hang_timeout_s=20", "iterations=2", stage="rl"
     )
+    until = time.monotonic() + DEADLINE_S
+    while not (out / "slow/metrics/train.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.1)
     codes["left"] = left_in_generation(out)
     ready, go = out / "ready", out / "go"
     first = Run(out / "locked", partial(wait_for, ready=ready, go=go))
@@ -372,7 +375,7 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["slow"] = slow.codes()
     waiting = {
         "hang": Run(out / "hang", hang, "run.hang_timeout_s=15"),
-        "hang_in_start": Run(out / "hang_in_start", hang_in_start, "run.hang_timeout_s=8"),
+        "hang_in_start": Run(out / "hang_in_start", hang_in_start, "run.hang_timeout_s=15"),
         "absent": Run(out / "absent", None, "run.hang_timeout_s=5", ranks=1),
         "elsewhere": Run(out / "elsewhere", elsewhere, "run.hang_timeout_s=5"),
     }
