@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ovr_megatron.config import ConfigError
+from ovr_megatron.curation.prepare import check_folder
 from ovr_megatron.model.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +32,14 @@ def prepare(out: Path, model: Path, *settings: str) -> str:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.json", "manifest.json", "summary.json"])
+def test_the_folder_of_a_model_or_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    check_folder(tmp_path, ["collect"])
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"has {name}, which no preparation has written; give a new folder"):
+        check_folder(tmp_path, ["collect"])
 
 
 @pytest.mark.skipif(not MATH500.is_file(), reason=f"{MATH500} is not there")
