@@ -141,6 +141,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, direc
             f"{directory}: {len(beyond)} ids of the tokenizer lie past the model's vocabulary of {shape.vocab}, the "
             f"first is {index} ({token!r}); tokenizer and config.json do not belong together, get both again"
         )
+    # Plain text first: with a damaged vocabulary the checks of special tokens would name the wrong cause.
     _check_round_trip(tokenizer, _PROBE, directory)
     for token in _REQUIRED:
         if token not in vocabulary:
@@ -245,7 +246,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@functools.cache
+@functools.cache  # one stand-in a process, however many parts of it ask
 def complete_folder(directory: Path) -> Path:
     """Return ``directory``, or a temporary stand-in where the image processor is missing or has its early name.
 
@@ -267,6 +268,7 @@ def complete_folder(directory: Path) -> Path:
         atexit.register(shutil.rmtree, stand_in, ignore_errors=True)
         copy_files(directory, stand_in)
         for path in (*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")):
+            # The resolved file: in Hugging Face's cache the path is itself a link, relative to its folder.
             (stand_in / path.name).symlink_to(path.resolve())
         # The folder's own settings count, all but the early name.
         complete = {**IMAGE_PROCESSOR, **settings, "image_processor_type": IMAGE_PROCESSOR["image_processor_type"]}
@@ -274,7 +276,7 @@ def complete_folder(directory: Path) -> Path:
             (stand_in / PREPROCESSOR).write_text(json.dumps(complete, indent=2) + "\n")
         else:
             (stand_in / PROCESSOR).write_text(json.dumps({**processor, "image_processor": complete}, indent=2) + "\n")
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":  # once a run, before torch knows its ranks
         problem = "does not describe an image processor"
         if type_name:
             problem = f"names {type_name}, which Transformers does not know"

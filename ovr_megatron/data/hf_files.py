@@ -68,7 +68,7 @@ def copy_files(source: Path, out: Path) -> list[str]:
             raise AssetError(f"{path} has {path.stat().st_size:,} bytes; it is not what its name says, remove it")
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, out / name)
+        shutil.copyfile(source / name, out / name)  # contents alone: a read-only source must not lock the copy
     return names
 
 

@@ -220,6 +220,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        # On white, the paper of most figures: a conversion alone would show the colour behind transparent pixels.
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
     return image.convert("RGB")

@@ -121,7 +121,7 @@ def place_media(messages: tuple[Message, ...], media: ColumnMedia, where: str, t
     for mark, parts in ((IMAGE_MARK, media.images), (VIDEO_MARK, media.videos)):
         count = text.count(mark)
         if count == len(parts):
-            media_by_mark[mark] = iter(parts)
+            media_by_mark[mark] = iter(parts)  # one iterator for all messages: marks are counted over the chat
         elif count == 0:
             leading += parts
         else:

@@ -81,6 +81,7 @@ class Pack:
         padded[-1] += -padded.sum() % total
         if (padded == lengths).all():
             return self
+        # Row i of the pack becomes row i + (padding of the documents before its own).
         bounds = np.cumsum([0, *padded])
         shift = np.repeat(bounds[:-1] - self.cu_seqlens.numpy()[:-1], lengths)
         rows = torch.from_numpy(np.arange(len(self.tokens)) + shift)
@@ -161,6 +162,7 @@ def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
 def _labels(sample: Sample) -> np.ndarray:
     """Return int64[S]: the next token where it is a target, else `IGNORED`."""
     labels = np.full(len(sample), IGNORED, np.int64)
+    # The last token predicts nothing: the next one is of another document.
     labels[:-1] = np.where(sample.loss_mask[1:], sample.tokens[1:], IGNORED)
     return labels
 
@@ -278,6 +280,7 @@ class PackStream:
         plan = plan_packs(lengths, self.pack_tokens)[: self.packs_per_step]
         planned = set(itertools.chain.from_iterable(plan))
         self.fill = sum(lengths[i] for i in planned) / (self.packs_per_step * self.pack_tokens)
+        # Every rank has the same lengths and so computes the same plan and shares, without a collective.
         costs = [_attention_cost(lengths, members) for members in plan]
         packs = []
         for index in balance(costs, self._dp_size)[self._dp_rank]:
@@ -291,6 +294,7 @@ class PackStream:
     def state(self) -> dict[str, Any]:
         """Return the position as JSON: a position of the rows, and which of the rows drawn since still wait."""
         start, rows = self._snapshots[0] if self._snapshots else (self._drawn, self._stream.state())
+        # Relative to the snapshot: a resumed run counts its draws from there.
         return {
             "rows": copy.deepcopy(rows),
             "drawn": self._drawn - start,
@@ -306,10 +310,11 @@ class PackStream:
         self._drawn = 0
         while self._drawn < state["drawn"]:
             self._draw(keep=set(state["waiting"]))
-        self.dropped = state["dropped"]
+        self.dropped = state["dropped"]  # last: drawing again counts rows that were counted before
 
     def _draw(self, keep: set[int] | None = None) -> None:
         """Draw a chunk of rows and append those that fit to the waiting rows; with ``keep``, only these draws."""
+        # Before the chunk: a resumed run draws the rows that still wait again from here.
         self._snapshots.append((self._drawn, copy.deepcopy(self._stream.state())))
         drawn = [(draw, next(self._stream)) for draw in range(self._drawn, self._drawn + CHUNK)]
         self._drawn += CHUNK

@@ -68,7 +68,7 @@ def mrope_positions(
         blocks.append(block)
         if after_video == "grid":
             _, h, w = segment.grid
-            start += max(h, w) // merge
+            start += max(h, w) // merge  # whatever its time row has reached
         else:
             start = int(block.max()) + 1
     return np.concatenate(blocks, axis=1)

@@ -139,6 +139,7 @@ class ChatTemplate:
             is_reply = isinstance(piece, _Reply)
             if is_reply and list(pieces[i + 1 : i + 2]) != [self.end_token]:
                 raise TemplateError(f"the chat template does not end an earlier reply with {END}; {_LAST_ONLY}")
+            # The template's special token is an id already; a text takes the next ids.
             piece_ids = [piece] if isinstance(piece, int) else next(ids)
             tokens += piece_ids
             learned += [is_reply or after_reply] * len(piece_ids)

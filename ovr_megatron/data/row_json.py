@@ -23,6 +23,7 @@ def row_to_json(row: Row) -> dict[str, Any]:
         "difficulty": row.difficulty,
         "id": row.id,
     }
+    # Fields at their defaults are left out, so that files stay small and comparable.
     return {key: value for key, value in fields.items() if value not in (None, [], "")}
 
 

@@ -307,6 +307,7 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
         return ImagePart(data=data, where=where, field=field)
     if isinstance(data, str):
         try:
+            # Validated: without it, characters outside the alphabet would be skipped.
             return ImagePart(data=base64.b64decode(data, validate=True), where=where, field=field)
         except binascii.Error as error:
             raise RowError(where, field, f"'bytes' is not base64 ({error})", "encode the image file anew") from error
@@ -386,7 +387,7 @@ def parse_text(value: Any, where: str, field: str) -> str:
     """Return a text, or a number as text; raise `RowError` for anything else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):  # a bool is an int
         return str(value)
     raise RowError(where, field, f"is {_describe(value)}", "give a text")
 

@@ -125,7 +125,7 @@ def _detect(table: Table) -> str:
     for index in range(min(len(table), _DETECTION_ROWS)):
         try:
             return detect(table.raw(index), table.where(index))
-        except RowError as error:  # it is raised again when the row is read
+        except RowError as error:  # raised again when the row is read, where it may be skipped
             first_error = first_error or error
     assert first_error is not None, "tables have at least one row"
     raise first_error
@@ -138,6 +138,7 @@ class LineTable:
         """Map the file at ``path``."""
         self._path = path
         self.label = _label(path)
+        # Escaped: a path may have brackets.  "utf-8-sig" drops a byte order mark.
         self._lines = _load(str(path), "text", data_files=[glob.escape(str(path))], encoding="utf-8-sig")
         filled = pc.not_equal(pc.utf8_trim_whitespace(self._lines.data.column("text")), "").to_numpy()
         self._line_numbers = np.flatnonzero(filled)  # from 0, of lines that are not blank
@@ -318,7 +319,7 @@ def _load(where: str, builder: str, split: str = "train", **options: Any) -> dat
     try:
         return datasets.load_dataset(builder, split=split, **options)
     except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
+        cause = error.__cause__ or error  # the library wraps the error of the file or the cache
         _check_cache(cause)
         if isinstance(cause, UnicodeDecodeError):
             where, remedy = f"{where}:{_undecodable_line(Path(where))}", "convert the file to UTF-8"

@@ -81,7 +81,7 @@ class RowStream:
                 where = row.where
                 self.excluded += 1
             except RowError as error:
-                if self._skipped is None:
+                if self._skipped is None:  # data.on_error=stop
                     raise
                 where = error.where
                 self._skipped.add(error)
@@ -123,6 +123,7 @@ class RowStream:
         taken = self._taken[source]
         size = len(self._sources[source])
         if size >= ENDLESS:
+            # Generated rows are new ones at every index: no shuffle is needed.
             return (random.Random(f"{self._seed}/{source}").randrange(size) + taken) % size
         epoch, position = divmod(taken, size)
         if self._orders.get(source, (-1, []))[0] != epoch:

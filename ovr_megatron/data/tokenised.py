@@ -146,6 +146,7 @@ class TokenisedWriter:
         self.folder = Path(folder)
         if self.folder.exists():
             raise ConfigError(f"{self.folder} exists already; remove it or name another folder")
+        # Beside the final folder and so on its file system: the rename is atomic.
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._tokenisation = Tokenisation.of(processor)
         self._sources: list[TokenisedSource] = []
@@ -201,7 +202,7 @@ class TokenisedWriter:
             raise ConfigError(f"{self.folder}: no row of {len(self._sources)} sources can be used; correct them")
         files = {name: file.close() for name, file in self._files.items()}
         manifest = TokenisedManifest(self._tokenisation, tuple(self._sources), files, self._largest_token)
-        # Every file is on the disk before the rename makes the set visible: after a crash it is complete or not there.
+        # Every file is on the disk before the rename makes the set visible: after a crash it is complete or absent.
         with (self._partial / MANIFEST).open("w") as file:
             json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
             file.flush()
@@ -262,11 +263,13 @@ class TokenisedSet:
         self._vocab = processor.shape.vocab
         if (self.manifest.largest_token or 0) >= self._vocab:
             raise ConfigError(_vocabulary_message(self.folder, self.manifest.largest_token, self._vocab))
+        # A cut-off file is noticed here; its tokens are compared with their checksums when they are read.
         for name in (TOKENS, SAMPLES):
             _check_size(self.folder / name, self.manifest.files[name]["bytes"])
         records = read_records(folder)
         if hashlib.sha256(records.tobytes()).hexdigest() != self.manifest.files[SAMPLES]["sha256"]:
             raise RowError(str(self.folder / SAMPLES), "", "was changed: its SHA-256 is another one", _AGAIN)
+        # Mapped and not read: the processes of a machine share its pages.
         self._tokens = np.memmap(self.folder / TOKENS, TOKEN, mode="r")
         self._records = records
         self._patch_dim = processor.shape.vision.patch_dim
@@ -302,6 +305,7 @@ class TokenisedSet:
         prompt = int(record["prompt"])
         if (largest := tokens.max(initial=0)) >= self._vocab:
             raise ConfigError(_vocabulary_message(self.folder, int(largest), self._vocab))
+        # Text alone: the three rows of positions are equal, and there is no patch.
         return Sample(
             tokens=tokens,
             loss_mask=(np.arange(len(tokens)) >= prompt) & (stored < CONTEXT),

@@ -152,6 +152,7 @@ def tokenise(config: DataConfig, model: str | Path, folder: str | Path, workers:
             results = _tokenise_in_processes(chunks, model, config, workers, stack)
         else:
             results = map(tokeniser, chunks)
+        # Samples name their source by its index, so every source is begun, in order.
         current = -1
         for result in results:
             while current < result.chunk.source:
@@ -171,6 +172,7 @@ def _tokenise_in_processes(
     """Yield the chunks' results in order; a bounded number of chunks is under way, so that memory is bounded, too."""
     context = multiprocessing.get_context("spawn")  # tokenizers has threads, which a fork would lose
     pool = stack.enter_context(ProcessPoolExecutor(workers, context, _start_worker, (model, config)))
+    # After an error, the chunks in the queue are dropped.
     stack.callback(pool.shutdown, wait=False, cancel_futures=True)
     pending: deque[Future[Tokenised]] = deque()
     for chunk in chunks:
@@ -181,6 +183,7 @@ def _tokenise_in_processes(
         yield pending.popleft().result()
 
 
+# A worker process loads its tokeniser once; only chunks travel to it.
 _worker: Callable[[Chunk], Tokenised]
 
 
@@ -208,6 +211,7 @@ def _join_samples(samples: Sequence[Sample], rows: Sequence[int], replies: tuple
     prompts = []
     for sample in samples:
         prompt = int(np.argmax(sample.loss_mask))  # index of the first target
+        # Tokens before it need no bit: the record's prompt length says that they are none.
         is_plain = sample.loss_mask | (np.arange(len(sample)) < prompt)
         tokens.append(np.where(is_plain, sample.tokens, sample.tokens | int(CONTEXT)))
         prompts.append(prompt)

@@ -59,6 +59,7 @@ def convert_instruction(text: str) -> str:
 def continuation(reply: str) -> str:
     """Return what follows an opened ``<think>`` and its line break: the reply without an opening of its own."""
     text = reply.lstrip()
+    # One line break alone: the template writes one, further ones are the model's.
     return text.removeprefix(THINK).removeprefix("\n") if text.startswith(THINK) else reply
 
 
