@@ -47,7 +47,7 @@ EMPTY_NAMES = set(
     "one several shown known asked each some many most least held named works thing besides apart beside".split()
 )
 EMPTY_SHARE = 0.005
-DENSE_ROOMS = {"data", "ppo", "rl"}  # names and comprehensions there are still to be rewritten
+DENSE_ROOMS = {"ppo", "rl"}  # names and comprehensions there are still to be rewritten
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
