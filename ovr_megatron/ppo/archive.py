@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ovr_megatron.errors import UserError
+from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.maths import Ragged
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Prompts, Rollout
 from ovr_megatron.runtime.distributed import World

@@ -13,9 +13,21 @@ import torch.distributed as dist
 from ovr_megatron.config import AlgorithmConfig, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.ppo import maths
+from ovr_megatron.ppo.advantages import (
+    Ragged,
+    discounted_sums,
+    generalised_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    mean_and_std,
+    moments,
+    normalise,
+    overlong_penalty,
+    scaled_reward,
+    token_rewards,
+)
 from ovr_megatron.ppo.batch import Batch, Response
-from ovr_megatron.ppo.maths import Ragged
+from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.rollouts import Rollout, share
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import exchange
@@ -85,12 +97,11 @@ def evaluate(
         if in_reward:
             assert experience.old is not None
             penalties = [
-                algorithm.kl_coefficient
-                * maths.kl_estimate(torch.tensor(a), torch.tensor(b), algorithm.kl_form).numpy()
+                algorithm.kl_coefficient * kl_estimate(torch.tensor(a), torch.tensor(b), algorithm.kl_form).numpy()
                 for a, b in zip(experience.old, experience.reference, strict=True)
             ]
     scores = [shaped_reward(r, rollout, algorithm) for r in responses]
-    rewards = maths.token_rewards(scores, batch.lengths, penalties)
+    rewards = token_rewards(scores, batch.lengths, penalties)
     groups = [r.prompt for r in responses]
     study = None
     if algorithm.estimator == "gae":
@@ -98,7 +109,7 @@ def evaluate(
     else:
         raw = advantages_without_values(algorithm, rewards, groups)
     if algorithm.estimator in ("gae", "reinforce_pp"):
-        raw = maths.normalise(raw, *maths.mean_and_std(summed(maths.moments(raw), world.layout)))
+        raw = normalise(raw, *mean_and_std(summed(moments(raw), world.layout)))
     experience.advantages = raw
     return experience, study
 
@@ -122,7 +133,7 @@ def _with_critic(
         rewards = [known[_key(r)] for r in responses]
     layout = batch.layout(range(len(batch)))
     values = batch.unpack([scores.values for scores in critic.scores(batch.packs(layout))], layout)
-    advantages, returns = maths.generalised_advantages(rewards, values, algorithm.gamma, algorithm.lam)
+    advantages, returns = generalised_advantages(rewards, values, algorithm.gamma, algorithm.lam)
     study = Study(batch, values, returns)
     if shared:
         return study, values, advantages
@@ -141,17 +152,17 @@ def advantages_without_values(algorithm: AlgorithmConfig, rewards: Ragged, group
         groups: number of the prompt of each response.
     """
     if algorithm.estimator == "rloo":
-        return maths.leave_one_out_advantages(rewards, groups)
+        return leave_one_out_advantages(rewards, groups)
     if algorithm.estimator == "reinforce_pp":
-        return maths.discounted(rewards, algorithm.gamma)
-    return maths.group_advantages(rewards, groups, divide=algorithm.estimator == "grpo")
+        return discounted_sums(rewards, algorithm.gamma)
+    return group_advantages(rewards, groups, divide=algorithm.estimator == "grpo")
 
 
 def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConfig) -> float:
     """Return what the estimator takes for a response: its scaled verdict less the overlong penalty."""
     limit = rollout.limit - len(rollout.prompts.sample(response.prompt))
-    reward = maths.scaled_reward(response.reward, algorithm.wrong_reward)
-    return reward + maths.overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
+    reward = scaled_reward(response.reward, algorithm.wrong_reward)
+    return reward + overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
 
 
 def own_share(models: Models, rollout: Rollout, engine: Engine) -> tuple[list[Response], Batch]:

@@ -9,7 +9,7 @@ from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import LossSum
 from ovr_megatron.model.qwen25vl import Scores
-from ovr_megatron.ppo import maths
+from ovr_megatron.ppo.losses import kl_estimate, policy_loss, truncated_importance, value_loss
 from ovr_megatron.ppo.mismatch import Mismatch
 
 
@@ -33,18 +33,18 @@ class PolicyObjective:
         old = scores.beside(pack, "old_logprobs") if "old_logprobs" in pack.extras else now
         high = config.clip_high or config.clip
         advantages = scores.beside(pack, "advantages")
-        losses, clipped = maths.policy_loss(scores.logprobs, old, advantages, config.clip, high)
+        losses, clipped = policy_loss(scores.logprobs, old, advantages, config.clip, high)
         sums = {
             "entropy": scores.entropy.detach().sum(),
             "clip_fraction": clipped.float().sum(),
-            "rollout_kl": maths.kl_estimate(rollout, old, "k3").sum(),
+            "rollout_kl": kl_estimate(rollout, old, "k3").sum(),
         }
         if config.importance_cap:
-            weight = maths.truncated_importance(old, rollout, config.importance_cap)
+            weight = truncated_importance(old, rollout, config.importance_cap)
             losses = losses * weight
             sums["importance"] = weight.sum()
         if "reference_logprobs" in pack.extras:
-            divergence = maths.kl_estimate(scores.logprobs, scores.beside(pack, "reference_logprobs"), config.kl_form)
+            divergence = kl_estimate(scores.logprobs, scores.beside(pack, "reference_logprobs"), config.kl_form)
             sums["reference_kl"] = divergence.detach().sum()
             if config.kl_in == "loss":
                 losses = losses + config.kl_coefficient * divergence
@@ -64,13 +64,13 @@ class ValueObjective:
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
         """Loss of one pack."""
         assert scores.values is not None
-        losses = maths.value_loss(
+        losses = value_loss(
             scores.values, scores.beside(pack, "returns"), scores.beside(pack, "values"), self.config.value_clip
         )
         return weighed(losses, scores, pack, {})
 
 
 def weighed(losses: Tensor, scores: Scores, pack: Pack, sums: dict[str, Tensor]) -> LossSum:
-    """Sum of the tokens' losses, each times the pack's ``weights`` where it has some (`maths.token_weights`)."""
+    """Sum of the tokens' losses, each times the pack's ``weights`` where it has some (`losses.token_weights`)."""
     weights = scores.beside(pack, "weights") if "weights" in pack.extras else torch.ones_like(losses)
     return LossSum((losses * weights).sum(), len(scores.rows), sums)

@@ -8,8 +8,9 @@ from functools import partial
 import numpy as np
 
 from ovr_megatron.data.packing import Pack
-from ovr_megatron.ppo import maths
+from ovr_megatron.ppo.advantages import explained_variance, mean_and_std, moments
 from ovr_megatron.ppo.experience import Experience, Models, Study, summed
+from ovr_megatron.ppo.losses import token_weights
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 
@@ -25,9 +26,9 @@ def update_critic(models: Models, study: Study) -> dict[str, float]:
     objective = ValueObjective(config)
     turns = range(min(config.critic_steps, study.batch.total))
     found = mean_of([critic.train(critic_packs(models, study, turn), objective) for turn in turns])
-    spread = maths.mean_and_std(total(maths.moments(study.values)))[1]
+    spread = mean_and_std(total(moments(study.values)))[1]
     errors = [a - b for a, b in zip(study.returns, study.values, strict=True)]
-    explained = maths.explained_variance(total(maths.moments(errors)), total(maths.moments(study.returns)))
+    explained = explained_variance(total(moments(errors)), total(moments(study.returns)))
     return {
         "critic/loss": found["loss"],
         "critic/grad_norm": found["grad_norm"],
@@ -43,7 +44,7 @@ def critic_packs(models: Models, study: Study, turn: int) -> list[Pack]:
     layout = study.batch.layout(study.batch.part(turn, config.critic_steps))
     total = partial(summed, layout=critic.layout)
     divisor = models.config.reduction_tokens
-    weights = maths.token_weights(config.reduction, study.batch.lengths, layout, divisor, total)
+    weights = token_weights(config.reduction, study.batch.lengths, layout, divisor, total)
     return study.batch.packs(layout, returns=study.returns, values=study.values, weights=weights)
 
 
@@ -65,7 +66,7 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
             modalities=modalities,
             old_logprobs=experience.old if config.policy_updates > 1 else None,
             reference_logprobs=experience.reference,
-            weights=maths.token_weights(config.reduction, batch.lengths, layout, models.config.reduction_tokens, total),
+            weights=token_weights(config.reduction, batch.lengths, layout, models.config.reduction_tokens, total),
         )
         steps.append(policy.train(packs, objective))
     found = mean_of(steps)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr_megatron.data.packing import IGNORED
-from ovr_megatron.ppo import maths
 from ovr_megatron.ppo.batch import Batch, deal
+from ovr_megatron.ppo.losses import token_weights
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=9), st.integers(1, 5), st.integers(1, 6), st.integers(1, 4))
@@ -41,5 +41,5 @@ def test_a_rank_without_responses_has_one_pack_that_counts_nothing() -> None:
     assert (pack.labels == IGNORED).all() and pack.extras.keys() == {"advantages"}
     assert batch.unpack([torch.zeros(0)], layout) == []
     sums = []
-    maths.token_weights("pack", [], layout, 1, lambda own: sums.append(own) or np.ones(3))
+    token_weights("pack", [], layout, 1, lambda own: sums.append(own) or np.ones(3))
     np.testing.assert_array_equal(sums[0], 0)
