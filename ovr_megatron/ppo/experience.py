@@ -85,7 +85,7 @@ def evaluate(
     """Log-probabilities where they are needed, values, and advantages; no model changes."""
     algorithm, world = models.config.algorithm, models.world
     experience = Experience(responses, batch, [])
-    layout = batch.layout(range(len(batch)))
+    layout = batch.group_into_packs(range(len(batch)))
     penalties = None
     in_reward = models.reference is not None and algorithm.kl_in == "reward"
     if algorithm.policy_updates > 1 or in_reward:
@@ -131,7 +131,7 @@ def _with_critic(
         responses, batch = own_share(models, rollout, critic)
         known = _across(known, models.policy, responses, critic)
         rewards = [known[_key(r)] for r in responses]
-    layout = batch.layout(range(len(batch)))
+    layout = batch.group_into_packs(range(len(batch)))
     values = batch.unpack([scores.values for scores in critic.scores(batch.packs(layout))], layout)
     advantages, returns = generalised_advantages(rewards, values, algorithm.gamma, algorithm.lam)
     study = Study(batch, values, returns)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row
-from ovr_megatron.ppo.batch import Response, deal, seeds_of
+from ovr_megatron.ppo.batch import Response, balance_prompts, seeds_of
 from ovr_megatron.rewards.failures import FailureWatch, VerdictCounts, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
 from ovr_megatron.rewards.rules import is_plain
@@ -324,7 +324,7 @@ def share(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Response]:
     All responses to a prompt go to the same ranks, and every rank gets equally many tokens as nearly as whole prompts
     allow.
     """
-    owner = deal(rollout.kept, dp_size)
+    owner = balance_prompts(rollout.kept, dp_size)
     places: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(places, dp_rank)
     mine = [r for r in rollout.responses if r.prompt in owner]

@@ -41,7 +41,7 @@ def critic_packs(models: Models, study: Study, turn: int) -> list[Pack]:
     """Packs of the critic's step ``turn``, its targets and the weights of its tokens inside."""
     config, critic = models.config.algorithm, models.critic
     assert critic is not None
-    layout = study.batch.layout(study.batch.part(turn, config.critic_steps))
+    layout = study.batch.group_into_packs(study.batch.minibatch(turn, config.critic_steps))
     total = partial(summed, layout=critic.layout)
     divisor = models.config.reduction_tokens
     weights = token_weights(config.reduction, study.batch.lengths, layout, divisor, total)
@@ -57,7 +57,7 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
     steps = []
     turns = range(min(config.policy_steps, batch.total))
     for turn in (turn for _ in range(config.policy_epochs) for turn in turns):
-        layout = batch.layout(batch.part(turn, config.policy_steps))
+        layout = batch.group_into_packs(batch.minibatch(turn, config.policy_steps))
         total = partial(summed, layout=policy.layout)
         packs = batch.packs(
             layout,

@@ -15,7 +15,7 @@ from ovr_megatron.ppo.advantages import (
     overlong_penalty,
     token_rewards,
 )
-from ovr_megatron.ppo.batch import deal
+from ovr_megatron.ppo.batch import balance_prompts
 from ovr_megatron.ppo.losses import kl_estimate, token_weights, truncated_importance
 
 SEEDS = st.integers(0, 2**31)
@@ -150,7 +150,7 @@ def test_weights_leave_out_what_is_in_no_pack() -> None:
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 8))
 def test_prompts_are_dealt_evenly(costs: list[int], ranks: int) -> None:
-    owner = deal(dict(enumerate(costs)), ranks)
+    owner = balance_prompts(dict(enumerate(costs)), ranks)
     numbers = [list(owner.values()).count(r) for r in range(ranks)]
     sums = [sum(c for i, c in enumerate(costs) if owner[i] == r) for r in range(ranks)]
     assert sorted(owner) == list(range(len(costs)))

@@ -52,14 +52,14 @@ MUTANTS = [
     Mutant(
         "every step of the critic takes the whole batch",
         "ppo/update.py",
-        "study.batch.part(turn, config.critic_steps)",
+        "study.batch.minibatch(turn, config.critic_steps)",
         "range(len(study.batch))",
     ),
     Mutant(
         "every step of the policy takes the whole batch",
         "ppo/update.py",
-        "batch.layout(batch.part(turn, config.policy_steps))",
-        "batch.layout(range(len(batch)))",
+        "batch.group_into_packs(batch.minibatch(turn, config.policy_steps))",
+        "batch.group_into_packs(range(len(batch)))",
     ),
     Mutant("clipping is off", "ppo/losses.py", "ratio.clamp(1 - low, 1 + high) * advantages", "ratio * advantages"),
     Mutant("clip_high is ignored", "ppo/objectives.py", "high = config.clip_high or config.clip", "high = config.clip"),
