@@ -81,7 +81,7 @@ def write(
     folder = run / "rollouts" / f"{iteration:06d}"
     summary = {
         "limit": rollout.limit,
-        "kept": [[i, tokens] for i, tokens in rollout.kept.items()],
+        "kept": [[i, tokens] for i, tokens in rollout.train_prompts.items()],
         "stream": dict(stream),
         "drawn": len(rollout.prompts.rows),
     }
@@ -129,7 +129,7 @@ def _write_part(
 ) -> None:
     """Write this rank's numbers and lines."""
     present = {name: values for name, values in arrays.items() if values is not None}
-    left = [r for r in rollout.responses if r.prompt not in rollout.kept]
+    left = [r for r in rollout.responses if r.prompt not in rollout.train_prompts]
     if responses:
         _write_numbers(part.with_suffix(".safetensors"), responses, present)
     if responses or left:

@@ -28,7 +28,7 @@ from ovr_megatron.ppo.advantages import (
 )
 from ovr_megatron.ppo.batch import Batch, Response
 from ovr_megatron.ppo.losses import kl_estimate
-from ovr_megatron.ppo.rollouts import Rollout, share
+from ovr_megatron.ppo.rollouts import Rollout, exchange_responses
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import exchange
 from ovr_megatron.runtime.layout import Layout
@@ -167,9 +167,9 @@ def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConf
 
 def own_share(models: Models, rollout: Rollout, engine: Engine) -> tuple[list[Response], Batch]:
     """The responses that ``engine`` trains on on this rank, and their batch."""
-    responses = share(rollout, engine.groups.dp.rank(), engine.groups.dp.size())
+    responses = exchange_responses(rollout, engine.groups.dp.rank(), engine.groups.dp.size())
     samples = [models.processor.response_sample(rollout.prompts.sample(r.prompt), r.tokens) for r in responses]
-    order, group = {prompt: i for i, prompt in enumerate(sorted(rollout.kept))}, models.config.responses
+    order, group = {prompt: i for i, prompt in enumerate(sorted(rollout.train_prompts))}, models.config.responses
     numbers = [order[r.prompt] * group + r.sample for r in responses]
     lengths = [len(r.tokens) for r in responses]
     return responses, Batch(samples, lengths, models.config.data.pack_tokens, numbers, len(order) * group)

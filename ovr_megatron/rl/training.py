@@ -185,7 +185,7 @@ def generate(config: RLConfig, world: World) -> Path:
         for iteration in range(first, config.iterations):
             before = stream.state()
             rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
-            kept = [r for r in rollout.responses if r.prompt in rollout.kept]
+            kept = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
             if problem := archive.write(run, iteration, rollout, before, kept, {}, world):
                 raise ArchiveError(
                     f"the rollouts of iteration {iteration} could not be written: {problem}. Those of {iteration} "

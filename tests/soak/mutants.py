@@ -46,8 +46,8 @@ MUTANTS = [
     Mutant(
         "the engine forgets the temperature",
         "ppo/rollouts.py",
-        "finished, config.rollout.temperature",
-        "finished, 1.0",
+        "on_result, config.rollout.temperature",
+        "on_result, 1.0",
     ),
     Mutant(
         "every step of the critic takes the whole batch",
@@ -208,8 +208,8 @@ MUTANTS = [
     Mutant(
         "dynamic sampling takes prompts as they come",
         "ppo/rollouts.py",
-        "order = unequal + [i for i in tokens if i not in set(unequal)] if",
-        "order = tokens if",
+        "order = unequal + [i for i in tokens if i not in set(unequal)]",
+        "order = list(tokens)",
     ),
 ]
 
