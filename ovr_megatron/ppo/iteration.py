@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Batch
 from ovr_megatron.ppo.curriculum import max_tokens
-from ovr_megatron.ppo.experience import Experience, Models, evaluate, own_share, summed
+from ovr_megatron.ppo.experience import Experience, Models, build_local_batch, compute_experience, sum_over_dp
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.ppo.update import update_critic, update_policy
 from ovr_megatron.runtime.distributed import World
@@ -33,12 +33,12 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
     """Run iteration ``iteration`` (from 0); ``draw`` gives the next prompts, the same on every rank."""
     clock = Clock()
     with clock("generate"):
-        models.only(None)
+        models.offload_except(None)
         rollout = rollouts.collect(draw, iteration, max_tokens(models.config.curriculum, iteration))
         rollouts.engine.sleep(deep=models.policy.trains_everything)  # else the frozen part would have to come again
     outcome = learn(models, rollout, iteration, clock)
     with clock("sync"):
-        models.only(models.policy)
+        models.offload_except(models.policy)
         if models.config.offload:
             models.policy.offload("gradients", "optimizer")
         traffic = rollouts.engine.update(models.policy.held())
@@ -49,15 +49,15 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
 def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Outcome:
     """An iteration from graded responses on, but for the engine's new weights."""
     with clock("value"):
-        responses, batch = own_share(models, rollout, models.policy)
-        experience, study = evaluate(models, rollout, responses, batch)
+        responses, batch = build_local_batch(models, rollout, models.policy)
+        experience, critic_batch = compute_experience(models, rollout, responses, batch)
     metrics: dict[str, float] = {}
     with clock("update"):
-        if study is not None:
-            models.only(models.critic)
-            metrics |= update_critic(models, study)
+        if critic_batch is not None:
+            models.offload_except(models.critic)
+            metrics |= update_critic(models, critic_batch)
         if iteration >= models.config.algorithm.critic_warmup_iterations:
-            models.only(models.policy)
+            models.offload_except(models.policy)
             metrics |= update_policy(models, experience)
     metrics = {
         "curriculum/max_tokens": rollout.limit,
@@ -88,7 +88,7 @@ class Clock:
 
     def metrics(self, batch: Batch, world: World) -> dict[str, float]:
         """``timing/`` in seconds and ``perf/`` in tokens per second over all ranks."""
-        generated, trained = summed(np.array([sum(batch.lengths), sum(map(len, batch.samples))]), world.layout)
+        generated, trained = sum_over_dp(np.array([sum(batch.lengths), sum(map(len, batch.samples))]), world.layout)
         metrics = {f"timing/{phase}": seconds for phase, seconds in self.seconds.items()} | {
             "timing/iteration": time.perf_counter() - self.began,
             "perf/train_tokens_per_second": trained / (self.seconds["value"] + self.seconds["update"]),

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.experience import Experience, Models, summed
+from ovr_megatron.ppo.experience import Experience, Models, sum_over_dp
 from ovr_megatron.ppo.rollouts import Rollout
 
 PERCENTILES = (50, 90, 99)
@@ -56,7 +56,7 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
     if models.critic is not None:
         head = (6.0 if not model.freeze_language else 4.0) * shape.hidden * (shape.vocab - 1) * sum(lengths)
         flops += (once - head) * (1 + 1 / 3)
-    return float(summed(np.array([flops]), models.world.layout)[0])
+    return float(sum_over_dp(np.array([flops]), models.world.layout)[0])
 
 
 def mfu_metrics(

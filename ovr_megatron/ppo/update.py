@@ -9,26 +9,26 @@ import numpy as np
 
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.ppo.advantages import explained_variance, mean_and_std, moments
-from ovr_megatron.ppo.experience import Experience, Models, Study, summed
+from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_over_dp
 from ovr_megatron.ppo.losses import token_weights
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 
 
-def update_critic(models: Models, study: Study) -> dict[str, float]:
+def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]:
     """Take ``critic_steps`` steps, each on its part of the responses and divided by its own tokens over all ranks.
 
     There are fewer steps where an iteration has fewer responses than that.
     """
     config, critic = models.config.algorithm, models.critic
     assert critic is not None
-    total = partial(summed, layout=critic.layout)
+    total = partial(sum_over_dp, layout=critic.layout)
     objective = ValueObjective(config)
-    turns = range(min(config.critic_steps, study.batch.total))
-    found = mean_of([critic.train(critic_packs(models, study, turn), objective) for turn in turns])
-    spread = mean_and_std(total(moments(study.values)))[1]
-    errors = [a - b for a, b in zip(study.returns, study.values, strict=True)]
-    explained = explained_variance(total(moments(errors)), total(moments(study.returns)))
+    turns = range(min(config.critic_steps, critic_batch.batch.total))
+    found = mean_of([critic.train(critic_packs(models, critic_batch, turn), objective) for turn in turns])
+    spread = mean_and_std(total(moments(critic_batch.values)))[1]
+    errors = [a - b for a, b in zip(critic_batch.returns, critic_batch.values, strict=True)]
+    explained = explained_variance(total(moments(errors)), total(moments(critic_batch.returns)))
     return {
         "critic/loss": found["loss"],
         "critic/grad_norm": found["grad_norm"],
@@ -37,15 +37,15 @@ def update_critic(models: Models, study: Study) -> dict[str, float]:
     }
 
 
-def critic_packs(models: Models, study: Study, turn: int) -> list[Pack]:
+def critic_packs(models: Models, critic_batch: CriticBatch, turn: int) -> list[Pack]:
     """Packs of the critic's step ``turn``, its targets and the weights of its tokens inside."""
     config, critic = models.config.algorithm, models.critic
     assert critic is not None
-    layout = study.batch.group_into_packs(study.batch.minibatch(turn, config.critic_steps))
-    total = partial(summed, layout=critic.layout)
+    layout = critic_batch.batch.group_into_packs(critic_batch.batch.minibatch(turn, config.critic_steps))
+    total = partial(sum_over_dp, layout=critic.layout)
     divisor = models.config.reduction_tokens
-    weights = token_weights(config.reduction, study.batch.lengths, layout, divisor, total)
-    return study.batch.packs(layout, returns=study.returns, values=study.values, weights=weights)
+    weights = token_weights(config.reduction, critic_batch.batch.lengths, layout, divisor, total)
+    return critic_batch.batch.packs(layout, returns=critic_batch.returns, values=critic_batch.values, weights=weights)
 
 
 def update_policy(models: Models, experience: Experience) -> dict[str, float]:
@@ -58,7 +58,7 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
     turns = range(min(config.policy_steps, batch.total))
     for turn in (turn for _ in range(config.policy_epochs) for turn in turns):
         layout = batch.group_into_packs(batch.minibatch(turn, config.policy_steps))
-        total = partial(summed, layout=policy.layout)
+        total = partial(sum_over_dp, layout=policy.layout)
         packs = batch.packs(
             layout,
             advantages=experience.advantages,

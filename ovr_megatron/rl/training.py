@@ -66,7 +66,7 @@ def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> R
     if config.rollouts_from and not archived:
         raise ArchiveError(f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run")
     models, engines = build_models(config, source, processor, world)
-    models.only(None)
+    models.offload_except(None)
     checkpoint = checkpoints.resume(engines)
     if checkpoint:
         stream.load(checkpoint.state["prompts"])
@@ -94,7 +94,7 @@ def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> R
         Progress(last, run.name, "iteration", world.is_main, first) as progress,
     ):
         if evaluation and evaluation.is_missing(first):
-            models.only(None)
+            models.offload_except(None)
             scores = evaluation.scores(first)
             if log:
                 log.scalars(first - 1, scores)
@@ -128,7 +128,7 @@ def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> R
                 say(f"warning: the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
             done = iteration + 1
             if evaluation and evaluation.due(done, done == config.iterations):
-                models.only(None)
+                models.offload_except(None)
                 with suppress(StopRequested):  # the run leaves below, and its next start scores these weights
                     outcome.metrics |= evaluation.scores(done, None if done == last else checkpoints.stop)
             if log:
@@ -215,7 +215,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
     skipped = skipped_rows(config.data, run, world.is_main)
     prompts = PromptStream(open_stream(config.data, config.run.seed, skipped), processor, config.reward.rules, skipped)
     models, _ = build_models(config, source, processor, world)
-    models.only(None)
+    models.offload_except(None)
     rollouts = build_rollouts(config, source, processor, models)
     rollouts.endless = True
     told: list[dict[str, Any]] = []

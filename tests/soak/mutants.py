@@ -52,8 +52,8 @@ MUTANTS = [
     Mutant(
         "every step of the critic takes the whole batch",
         "ppo/update.py",
-        "study.batch.minibatch(turn, config.critic_steps)",
-        "range(len(study.batch))",
+        "critic_batch.batch.minibatch(turn, config.critic_steps)",
+        "range(len(critic_batch.batch))",
     ),
     Mutant(
         "every step of the policy takes the whole batch",
@@ -68,7 +68,7 @@ MUTANTS = [
     Mutant(
         "each rank normalises on its own",
         "ppo/experience.py",
-        "mean_and_std(summed(moments(raw), world.layout))",
+        "mean_and_std(sum_over_dp(moments(raw), models.world.layout))",
         "mean_and_std(moments(raw))",
         ranks=2,
     ),
@@ -185,8 +185,9 @@ MUTANTS = [
     Mutant(
         "values and advantages come after the critic's update",
         "ppo/iteration.py",
-        "metrics |= update_critic(models, study)",
-        "metrics |= update_critic(models, study); experience, _ = evaluate(models, rollout, responses, batch)",
+        "metrics |= update_critic(models, critic_batch)",
+        "metrics |= update_critic(models, critic_batch); "
+        "experience, _ = compute_experience(models, rollout, responses, batch)",
     ),
     Mutant(
         "the engine keeps its first weights",
