@@ -52,14 +52,14 @@ MUTANTS = [
     Mutant(
         "every step of the critic takes the whole batch",
         "ppo/update.py",
-        "critic_batch.batch.minibatch(turn, config.critic_steps)",
-        "range(len(critic_batch.batch))",
+        "batch.minibatch(step, config.critic_steps)",
+        "range(len(batch))",
     ),
     Mutant(
         "every step of the policy takes the whole batch",
         "ppo/update.py",
-        "batch.group_into_packs(batch.minibatch(turn, config.policy_steps))",
-        "batch.group_into_packs(range(len(batch)))",
+        "batch.minibatch(step, config.policy_steps)",
+        "range(len(batch))",
     ),
     Mutant("clipping is off", "ppo/losses.py", "ratio.clamp(1 - low, 1 + high) * advantages", "ratio * advantages"),
     Mutant("clip_high is ignored", "ppo/objectives.py", "high = config.clip_high or config.clip", "high = config.clip"),
