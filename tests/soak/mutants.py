@@ -203,8 +203,8 @@ MUTANTS = [
     Mutant(
         "prompts that were given up earn 0",
         "ppo/iteration.py",
-        "rewarded, answered = float(r.rewarded), float(bool(r.tokens))",
-        "rewarded, answered = 1.0, 1.0",
+        "rewarded = float(r.rewarded)\n        answered = float(bool(r.tokens))",
+        "rewarded = 1.0\n        answered = 1.0",
     ),
     Mutant(
         "dynamic sampling takes prompts as they come",
