@@ -217,13 +217,12 @@ class Rollouts:
                 counters.show(bar, at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
-        if self.leads:
-            for prompt, problem in failed:
-                for k in range(config.responses):
-                    responses[prompt, k] = _failed_response(prompt, k, problem)
+        failed_prompts = failed if self.leads else []  # the followers of an engine have the same list
+        for prompt, problem in failed_prompts:
+            for k in range(config.responses):
+                responses[prompt, k] = _failed_response(prompt, k, problem)
         self._watch_failures(graded)
-        failed_prompts = len(failed) if self.leads else 0  # the followers of an engine have the same list
-        self._record_idle_time(rollout, generate_s, time.perf_counter() - began, failed_prompts)
+        self._record_idle_time(rollout, generate_s, time.perf_counter() - began, len(failed_prompts))
         # By prompt and sample, so that the order does not depend on which response ended first.
         return [responses[key] for key in sorted(responses)]
 

@@ -103,7 +103,7 @@ MUTANTS = [
         "the reference is the first policy whatever is set",
         "rl/training.py",
         "folder = store.weights_of(config.algorithm.reference)",
-        "folder = source",
+        "folder = model_folder",
     ),
     Mutant(
         "the entropy has the wrong sign",
@@ -165,7 +165,7 @@ MUTANTS = [
     Mutant(
         "the schedule counts the critic's warm-up",
         "rl/training.py",
-        "learning * algorithm.policy_updates",
+        "policy_iterations * algorithm.policy_updates",
         "config.iterations * algorithm.policy_updates",
     ),
     Mutant(
