@@ -178,6 +178,7 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
         lines = _read_lines(run / "rollouts" / f"{iteration:06d}.jsonl")
         responses: list[Response] = []
         arrays: dict[str, Ragged] = {}
+        # Any rank may read any file: responses are exchanged again before anything trains on them.
         for path in sorted(folder.glob("*.safetensors"))[world.rank :: world.size]:
             _read_responses(path, lines, responses, arrays)
     except (OSError, KeyError, ValueError, SafetensorError) as error:

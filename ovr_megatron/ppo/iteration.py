@@ -117,7 +117,7 @@ def response_metrics(rollout: Rollout) -> dict[str, float]:
         sums[0] += entry
         sums[1 + sources.index(rows[r.prompt].source)] += entry
     total = torch.from_numpy(sums)
-    dist.all_reduce(total)
+    dist.all_reduce(total)  # over all ranks: only the leaders of engines have responses
     metrics: dict[str, float] = {}
     for source, entry in zip([None, *sources], total.tolist(), strict=True):
         rewarded, reward, answered, length, stopped, failed = entry

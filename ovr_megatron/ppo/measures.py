@@ -26,7 +26,7 @@ def spread_metrics(rollout: Rollout) -> dict[str, float]:
     """
     local_responses = [(r.prompt, r.reward, len(r.tokens)) for r in rollout.responses if r.tokens]
     ranks: list[list[tuple[int, float, int]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, local_responses)
+    dist.all_gather_object(ranks, local_responses)  # not reduced: a percentile needs every length
     responses = list(chain.from_iterable(ranks))
     if not responses:
         return {}

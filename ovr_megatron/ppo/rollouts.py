@@ -158,11 +158,12 @@ class Rollouts:
                 total_tokens = sum(prompt_tokens + len(r.tokens) for r in group)
                 local_groups[prompt] = GroupRewards(total_tokens, len({r.reward for r in group}) > 1)
         ranks: list[dict[int, GroupRewards]] = [{} for _ in range(self.world.size)]
+        # Every rank takes part, also the followers of an engine, which have no responses.
         dist.all_gather_object(ranks, local_groups if self.leads else {})
         groups: dict[int, GroupRewards] = {}
         for rank_groups in ranks:
             groups |= rank_groups
-        return dict(sorted(groups.items()))
+        return dict(sorted(groups.items()))  # the same order for any number of ranks
 
     def _generate(self, rollout: Rollout, indices: Sequence[int], iteration: int, name: str) -> list[Response]:
         """Generate this engine's share of the prompts ``indices`` and grade it.  A collective.
@@ -181,7 +182,6 @@ class Rollouts:
         counters = RolloutCounters(f"counters/{name}")
         barrier = WorkBarrier(name, self.stop)
         graded: list[tuple[str, Verdict]] = []
-        total = len(indices) * config.responses
 
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
             batch = queue(outstanding)
@@ -189,7 +189,7 @@ class Rollouts:
             return [(i, self._engine_prompt(prompts.sample(i), iteration, i, rollout.limit)) for i in batch]
 
         def on_result(prompt: int, generations: list[Generation]) -> None:
-            if not self.leads:
+            if not self.leads:  # the ranks of an engine have the same responses
                 return
             for k, generation in enumerate(generations):
                 text = self.processor.decode(generation.tokens)
@@ -198,6 +198,7 @@ class Rollouts:
                 self._submit(response, prompts.rows[prompt])
             counters.add(len(generations), sum(len(generation.tokens) for generation in generations))
 
+        total = len(indices) * config.responses
         with Progress(total, f"generating {iteration}", "response", self.world.is_main, inner=True) as bar:
 
             def between_steps() -> bool:
@@ -210,6 +211,7 @@ class Rollouts:
 
             failed = self.engine.answer(take, on_result, config.rollout.temperature, between_steps)
             generate_s = time.perf_counter() - began
+            # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
             while self.leads and self.grader.pending and not barrier.stop_asked():
                 graded += self._write_verdicts(responses, prompts.rows, self.grader.collect(), counters)
                 barrier.step()
@@ -218,9 +220,7 @@ class Rollouts:
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
         failed_prompts = failed if self.leads else []  # the followers of an engine have the same list
-        for prompt, problem in failed_prompts:
-            for k in range(config.responses):
-                responses[prompt, k] = _failed_response(prompt, k, problem)
+        responses |= _failed_responses(failed_prompts, config.responses)
         self._watch_failures(graded)
         self._record_idle_time(rollout, generate_s, time.perf_counter() - began, len(failed_prompts))
         # By prompt and sample, so that the order does not depend on which response ended first.
@@ -321,10 +321,16 @@ class Rollouts:
             rollout.metrics[key] = rollout.metrics.get(key, 0.0) + value
 
 
-def _failed_response(prompt: int, sample: int, problem: str) -> Response:
-    """Return a response without tokens and reward, for a prompt that the engine gave up."""
-    no_logprobs = np.zeros(0, np.float32)
-    return Response(prompt, sample, [], no_logprobs, False, "", verdict=f"failed: {problem}", rewarded=False)
+def _failed_responses(failed: Sequence[tuple[int, str]], count: int) -> dict[tuple[int, int], Response]:
+    """Return ``count`` responses without tokens and reward for each prompt (and problem) that the engine gave up."""
+    responses = {}
+    for prompt, problem in failed:
+        for sample in range(count):
+            no_logprobs = np.zeros(0, np.float32)
+            responses[prompt, sample] = Response(
+                prompt, sample, [], no_logprobs, False, "", verdict=f"failed: {problem}", rewarded=False
+            )
+    return responses
 
 
 def _write_verdict(response: Response, verdict: Verdict, rule: str) -> float:
@@ -393,6 +399,7 @@ def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Res
         dp_rank: of this rank, in the layout of the model that trains.
         dp_size: data-parallel size of that layout.
     """
+    # By prompt and not by response: group baselines compare the responses to a prompt on one rank.
     dp_rank_of_prompt = balance_prompts(rollout.train_prompts, dp_size)
     dp_ranks: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(dp_ranks, dp_rank)

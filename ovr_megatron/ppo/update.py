@@ -68,12 +68,13 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
     modalities = token_modalities(batch.samples, batch.lengths)
     step_metrics = []
     for _ in range(config.policy_epochs):
+        # As many on every rank, also on one that has no responses in a step.
         for step in range(min(config.policy_steps, batch.total)):
             packs = policy_packs(models, experience, modalities, step)
             step_metrics.append(models.policy.train(packs, objective))
     means = mean_over_steps(step_metrics)
     metrics = {f"policy/{key}": means[key] for key in ("loss", "entropy", "clip_fraction", "grad_norm")}
-    metrics |= objective.mismatch.metrics()
+    metrics |= objective.mismatch.metrics()  # after the last step, as it waits for the device
     metrics["rollout/kl"] = means["rollout_kl"]
     for key, name in {"importance": "rollout/importance", "reference_kl": "policy/reference_kl"}.items():
         if key in means:
