@@ -47,7 +47,6 @@ EMPTY_NAMES = set(
     "one several shown known asked each some many most least held named works thing besides apart beside".split()
 )
 EMPTY_SHARE = 0.005
-DENSE_ROOMS = {"data", "ppo", "rl"}  # names and comprehensions there are still to be rewritten
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -281,8 +280,6 @@ def empty_names(modules: dict[str, Module]) -> Iterator[str]:
             if name not in ("", "self", "cls", "_"):
                 names.setdefault(module.room, []).append((name, f"{module.file}:{node.lineno}"))
     for room, pairs in names.items():
-        if room in DENSE_ROOMS:
-            continue
         empty = [f"{place} {name}" for name, place in pairs if name in EMPTY_NAMES]
         if len(empty) > EMPTY_SHARE * len(pairs):
             yield f"{room}: {len(empty)} of {len(pairs)} names say nothing: {', '.join(empty)}"
@@ -290,8 +287,6 @@ def empty_names(modules: dict[str, Module]) -> Iterator[str]:
 
 def nested_comprehensions(modules: dict[str, Module]) -> Iterator[str]:
     for module in modules.values():
-        if module.room in DENSE_ROOMS:
-            continue
         for node in ast.walk(module.tree):
             if isinstance(node, COMPREHENSIONS) and node.lineno != node.end_lineno:
                 inner = (child for part in ast.iter_child_nodes(node) for child in ast.walk(part))

@@ -13,7 +13,7 @@ def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) 
     """Write ``out/policy``, stretched ``yarn`` times, and the manifest; ``out`` appears when it is complete."""
     from ovr_megatron.checkpoint.manifest import write_manifest
     from ovr_megatron.data.hf_assets import check_assets, complete_folder
-    from ovr_megatron.data.hf_files import left_out
+    from ovr_megatron.data.hf_files import list_other_files
     from ovr_megatron.model.shape import stretch_positions
     from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
     from ovr_megatron.weights.transfer import check_finite, check_weights, copy_weights, staged
@@ -31,7 +31,7 @@ def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) 
             manifest = write_manifest(partial, step=0, extra={"converted_from": str(hf.resolve())})
     total_bytes = sum(file.bytes for file in manifest.files.values())
     print(f"{out}: checkpoint of step 0, {total_bytes:,} bytes")
-    if other_files := left_out(hf):
+    if other_files := list_other_files(hf):
         print(f"not copied, as they are no part of the model: {', '.join(other_files)}")
     if yarn is not None:
         print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")

@@ -20,7 +20,7 @@ from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.checkpoint.store import ResumePoint
 from ovr_megatron.config import ColdStartConfig
-from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merged, worst
+from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merge_parts, worst
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError
@@ -202,7 +202,7 @@ class StepTrainer:
         if self.log and rank_steps is not None:
             tokens = sum(len(pack.tokens) for pack in step_packs) * self.world.dp_size
             rank_documents = itertools.chain.from_iterable(rank.documents for rank in rank_steps)
-            documents = merged(rank_documents)
+            documents = merge_parts(rank_documents)
             self._record_spike(step, metrics, documents)
             if step % self.config.run.log_every == 0:
                 values = self._step_metrics(metrics, documents, packs)

@@ -48,13 +48,15 @@ def read_math(raw: Any, where: str, image_root: Path) -> Row:
 
 def read_gpqa(raw: Any, where: str, image_root: Path) -> Row:
     """Read GPQA: one right and three wrong answers; their order is drawn from the question, always the same."""
-    question, right = _text(raw, "Question", where), _text(raw, "Correct Answer", where).strip()
-    options = [right, *(_text(raw, f"Incorrect Answer {number}", where).strip() for number in (1, 2, 3))]
+    question = _text(raw, "Question", where)
+    fields = ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
+    options = [_text(raw, field, where).strip() for field in fields]
+    # Seeded by the text as published: other seeds would shuffle the options of every question anew.
     order = random.Random(question).sample(range(4), 4)
     return prompt_row(
         (TextPart(question.strip()),),
         option_letter(order.index(0)),
-        [options[at] for at in order],
+        [options[index] for index in order],
         where,
         id=_id(raw, "Record ID"),
         source=str(raw.get("High-level domain") or ""),
@@ -65,9 +67,15 @@ def read_mmlu(raw: Any, where: str, image_root: Path) -> Row:
     """Read MMLU: ``question``, ``choices``, ``answer`` (number from 0), ``subject``; ScienceQA's ``hint`` before it."""
     options = options_of(raw, where, "choices")
     hint = parse_text(raw.get("hint") or "", where, "hint").strip()
-    question = TextPart(f"{hint}\n{field_of(raw, 'question', where)}" if hint else field_of(raw, "question", where))
+    question = field_of(raw, "question", where)
+    if hint:
+        question = f"{hint}\n{question}"
     return prompt_row(
-        (question,), _letter(raw, "answer", len(options), where), options, where, source=str(raw.get("subject") or "")
+        (TextPart(question),),
+        _letter(raw, "answer", len(options), where),
+        options,
+        where,
+        source=str(raw.get("subject") or ""),
     )
 
 
@@ -87,14 +95,19 @@ def read_mmlu_pro(raw: Any, where: str, image_root: Path) -> Row:
 def read_mathvista(raw: Any, where: str, image_root: Path) -> Row:
     """Read MathVista: ``choices`` or a number, rounded to ``precision`` decimals, maybe in a ``unit``."""
     options = options_of(raw, where, "choices")
-    kind, unit, precision = raw.get("answer_type"), raw.get("unit"), raw.get("precision")
+    answer_type = raw.get("answer_type")
+    unit = raw.get("unit")
+    precision = raw.get("precision")
     request = None
     if not options:
-        form = {"integer": "an integer", "list": "a list such as [1, 2, 3]"}.get(str(kind), "a number")
-        if kind == "float" and precision is not None:
+        form = {"integer": "an integer", "list": "a list such as [1, 2, 3]"}.get(str(answer_type), "a number")
+        if answer_type == "float" and precision is not None:
             form = f"a number with {int(precision)} decimal{'s' if precision > 1 else ''}"
-        request = f"Put your final answer, {form}{f', in {unit}' if unit else ''}, in \\boxed{{}}."
-    known = raw.get("metadata")
+        if unit:
+            form = f"{form}, in {unit}"
+        request = f"Put your final answer, {form}, in \\boxed{{}}."
+    metadata = raw.get("metadata")
+    task = metadata.get("task") if isinstance(metadata, Mapping) else None
     return prompt_row(
         (_image(raw, where, image_root), TextPart(field_of(raw, "question", where))),
         field_of(raw, "answer", where),
@@ -102,7 +115,7 @@ def read_mathvista(raw: Any, where: str, image_root: Path) -> Row:
         where,
         request=request,
         id=_id(raw, "pid"),
-        source=str((known.get("task") if isinstance(known, Mapping) else None) or ""),
+        source=str(task or ""),
     )
 
 
@@ -110,14 +123,16 @@ def read_mathverse(raw: Any, where: str, image_root: Path) -> Row:
     """Read MathVerse; ``problem_version`` is the source, of which "Vision Only" has its question in the picture."""
     question = str(raw.get("question") or "").strip() or PICTURED
     answer = parse_text(field_of(raw, "answer", where), where, "answer").strip()
+    is_choice = raw.get("question_type") == "multi-choice"
     bare = answer.strip("()")
-    letter = raw.get("question_type") == "multi-choice"
+    if is_choice and len(bare) == 1:
+        answer = bare
     return prompt_row(
         (_image(raw, where, image_root), TextPart(question)),
-        bare if letter and len(bare) == 1 else answer,
+        answer,
         (),
         where,
-        request=LETTER_REQUEST if letter else None,
+        request=LETTER_REQUEST if is_choice else None,
         id=_id(raw, "sample_index"),
         source=str(field_of(raw, "problem_version", where)),
     )
@@ -125,31 +140,37 @@ def read_mathverse(raw: Any, where: str, image_root: Path) -> Row:
 
 def read_dynamath(raw: Any, where: str, image_root: Path) -> Row:
     """Read DynaMath: ten variants of each of 501 questions share its ``id``; ``answer_type`` is the source."""
-    key = "ground_truth" if "ground_truth" in raw else "answer"
-    kind = str(field_of(raw, "answer_type", where))
-    forms = {"float": "Put your final answer, a number with three decimals, in \\boxed{}."}
-    if kind == "multiple choice":  # listed in the question
-        forms[kind] = LETTER_REQUEST
+    answer_field = "ground_truth" if "ground_truth" in raw else "answer"
+    answer_type = str(field_of(raw, "answer_type", where))
+    requests = {
+        "float": "Put your final answer, a number with three decimals, in \\boxed{}.",
+        "multiple choice": LETTER_REQUEST,  # the options are listed in the question
+    }
     return prompt_row(
         (_image(raw, where, image_root), TextPart(field_of(raw, "question", where))),
-        field_of(raw, key, where),
+        field_of(raw, answer_field, where),
         (),
         where,
-        request=forms.get(kind),
+        request=requests.get(answer_type),
         id=_id(raw, "id"),
-        source=kind,
+        source=answer_type,
     )
 
 
 def read_wemath(raw: Any, where: str, image_root: Path) -> Row:
     """Read We-Math: ``ID`` joins the steps of a problem, ``key`` says which step it is; both are in the row's id."""
-    given = field_of(raw, "option", where)
-    marks = list(_WE_MATH_OPTION.finditer(given))
-    ends = [mark.start() for mark in marks[1:]] + [len(given)]
-    options = [given[mark.end() : end].strip(" ;") for mark, end in zip(marks, ends, strict=True)]
-    question, request = field_of(raw, "question", where), None
-    if not marks or [mark[1] for mark in marks] != [option_letter(at) for at in range(len(marks))]:
-        question, options, request = f"{question}\n{given}", [], LETTER_REQUEST  # a few are written otherwise
+    listing = field_of(raw, "option", where)
+    marks = list(_WE_MATH_OPTION.finditer(listing))
+    ends = [mark.start() for mark in marks[1:]] + [len(listing)]
+    options = [listing[mark.end() : end].strip(" ;") for mark, end in zip(marks, ends, strict=True)]
+    question = field_of(raw, "question", where)
+    request = None
+    letters = [mark[1] for mark in marks]
+    if not letters or letters != [option_letter(i) for i in range(len(letters))]:
+        # A few list their options in another form: it stays as it is, behind the question.
+        question = f"{question}\n{listing}"
+        options = []
+        request = LETTER_REQUEST
     key = field_of(raw, "key", where)
     return prompt_row(
         (_image(raw, where, image_root, "image_path"), TextPart(question)),
@@ -164,15 +185,21 @@ def read_wemath(raw: Any, where: str, image_root: Path) -> Row:
 
 def read_logicvista(raw: Any, where: str, image_root: Path) -> Row:
     """Read LogicVista: letters of options in the picture, several of them in some questions; one has no answer."""
-    skills = raw.get("skill")
-    key = "image" if raw.get("image") is not None else "imagename"
+    image_field = "image" if raw.get("image") is not None else "imagename"
+    question = str(raw.get("question") or "").strip() or PICTURED
+    answer = str(raw.get("answer") or "").strip() or "no answer is known"
+    skill = raw.get("skill")
+    if isinstance(skill, list) and skill:
+        skill = skill[0]
+    else:
+        skill = skill or ""
     return prompt_row(
-        (_image(raw, where, image_root, key), TextPart(str(raw.get("question") or "").strip() or PICTURED)),
-        str(raw.get("answer") or "").strip() or "no answer is known",
+        (_image(raw, where, image_root, image_field), TextPart(question)),
+        answer,
         (),
         where,
         request="Put the letter of the right option, or the letters of all right ones, in \\boxed{}.",
-        source=str(skills[0] if isinstance(skills, list) and skills else skills or ""),
+        source=str(skill),
     )
 
 
@@ -181,35 +208,35 @@ def read_mmmu_pro(raw: Any, where: str, image_root: Path) -> Row:
 
     "standard": pictures where question and options name them; "vision": the whole question is a picture.
     """
-    given = field_of(raw, "options", where)
-    try:
-        options = ast.literal_eval(given) if isinstance(given, str) else given
-    except (ValueError, SyntaxError):
-        options = given
+    options = field_of(raw, "options", where)
+    if isinstance(options, str):
+        try:
+            options = ast.literal_eval(options)
+        except (ValueError, SyntaxError):
+            pass  # `options_of` refuses the text
     if isinstance(options, list) and len(options) == 1 and isinstance(options[0], list):
         options = options[0]  # one question of the set has its options a level deeper
     options = options_of({"options": options}, where)
     answer = field_of(raw, "answer", where)
-    vision = raw.get("image") is not None
-    known: dict[str, Any] = {"id": _id(raw, "id"), "source": "vision" if vision else "standard"}
-    if vision:
+    is_vision = raw.get("image") is not None
+    labels: dict[str, Any] = {"id": _id(raw, "id"), "source": "vision" if is_vision else "standard"}
+    if is_vision:
         parts = (_image(raw, where, image_root), TextPart(PICTURED))
         count = len(options)
-        row = prompt_row(parts, answer, (), where, request=LETTER_REQUEST, **known)
+        row = prompt_row(parts, answer, (), where, request=LETTER_REQUEST, **labels)
         if len(str(answer)) != 1 or not 0 <= ord(str(answer)) - ord("A") < count:
             raise RowError(where, "answer", f"{answer!r} is none of the {count} options", "give a letter")
         return row
     question = field_of(raw, "question", where)
-    named = dict.fromkeys(_MMMU_MARK.findall(" ".join([question, *options])))
-    pictures = {
-        f"<image {number}>": parse_image(field_of(raw, f"image_{number}", where), where, f"image_{number}", image_root)
-        for number in named
-    }
-    return prompt_row((TextPart(question),), answer, options, where, pictures=pictures, **known)
+    pictures = {}
+    for digit in dict.fromkeys(_MMMU_MARK.findall(" ".join([question, *options]))):  # each picture once, in order
+        field = f"image_{digit}"
+        pictures[f"<image {digit}>"] = parse_image(field_of(raw, field, where), where, field, image_root)
+    return prompt_row((TextPart(question),), answer, options, where, pictures=pictures, **labels)
 
 
-def _of_objects(reader: Reader) -> Reader:
-    """The same reader, which refuses what is no object."""
+def _refuse_other_types(reader: Reader) -> Reader:
+    """Return the reader with a check that the row is an object."""
 
     def read(raw: Any, where: str, image_root: Path) -> Row:
         if not isinstance(raw, Mapping):
@@ -231,7 +258,7 @@ _READERS: dict[str, Reader] = {
     "logicvista": read_logicvista,
     "mmmu_pro": read_mmmu_pro,
 }
-BENCHMARK_READERS = {name: _of_objects(reader) for name, reader in _READERS.items()}
+BENCHMARK_READERS = {name: _refuse_other_types(reader) for name, reader in _READERS.items()}
 
 
 def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
@@ -242,7 +269,7 @@ def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _image(raw: Mapping[str, Any], where: str, root: Path, key: str = "image") -> Part:
-    """The picture of a row: decoded by the hub where it is, else the file that it names."""
+    """Return the picture of a row: the one that ``datasets`` has decoded where there is one, else the file named."""
     key = next((name for name in ("decoded_image", key, "image") if raw.get(name) is not None), key)
     return parse_image(field_of(raw, key, where), where, key, root)
 

@@ -26,8 +26,9 @@ def read_verl(raw: Any, where: str, image_root: Path) -> Row:
         if raw.get(name) is not None:
             turns = [*turns, *_turns(raw[name], "assistant")]
     messages = parse_messages(turns, where, "prompt", image_root, roles=_ROLES)
-    reward, extra = raw.get("reward_model"), raw.get("extra_info")
+    reward = raw.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, Mapping) else None
+    extra = raw.get("extra_info")
     index = extra.get("index") if isinstance(extra, Mapping) else None
     if truth is None:
         answer = parse_answer(raw, where, prompt=messages[-1].role == "user")
@@ -51,29 +52,32 @@ def read_llava(raw: Any, where: str, image_root: Path) -> Row:
 
 
 def read_alpaca(raw: Any, where: str, image_root: Path) -> Row:
-    """Read one row of Alpaca: ``instruction`` and ``input`` ask, ``output`` replies, ``history`` is pairs before."""
-    instruction, more = raw.get("instruction"), raw.get("input")
-    asked = f"{instruction}\n{more}" if isinstance(more, str) and more.strip() else instruction
-    return _pair_row(raw, asked, raw.get("output"), where, "instruction", image_root)
+    """Read one row of Alpaca: ``instruction`` and ``input`` ask, ``output`` replies, ``history`` has earlier pairs."""
+    question = raw.get("instruction")
+    context = raw.get("input")
+    if isinstance(context, str) and context.strip():
+        question = f"{question}\n{context}"
+    return _pair_row(raw, question, raw.get("output"), where, "instruction", image_root)
 
 
 def read_query(raw: Any, where: str, image_root: Path) -> Row:
-    """Read one row of ms-swift's older form: ``query`` asks, ``response`` replies, ``history`` is pairs before."""
+    """Read one row of ms-swift's older form: ``query`` asks, ``response`` replies, ``history`` has earlier pairs."""
     return _pair_row(raw, raw.get("query"), raw.get("response"), where, "query", image_root)
 
 
-def _pair_row(raw: Any, asked: Any, reply: Any, where: str, field: str, image_root: Path) -> Row:
+def _pair_row(raw: Any, question: Any, reply: Any, where: str, field: str, image_root: Path) -> Row:
     """Read a question and a reply, and the pairs of ``history`` before them."""
     turns: list[Any] = []
     for i, pair in enumerate(raw.get("history") or ()):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise RowError(where, f"history[{i}]", f"is {str(pair)[:60]!r}", "give a pair: a question and its reply")
         turns += _turns(pair[0], "user") + _turns(pair[1], "assistant")
-    turns += _turns(asked, "user") + ([] if reply is None else _turns(reply, "assistant"))
+    turns += _turns(question, "user") + _turns(reply, "assistant")
     return _chat_row(raw, turns, where, field, image_root, ("role", "content"))
 
 
 def _chat_row(raw: Any, turns: Any, where: str, field: str, image_root: Path, keys: tuple[str, str]) -> Row:
+    """Read ``turns``, the value of ``field``, and the columns beside them."""
     messages = parse_messages(turns, where, field, image_root, keys, _ROLES)
     row = Row(
         messages,
@@ -87,7 +91,7 @@ def _chat_row(raw: Any, turns: Any, where: str, field: str, image_root: Path, ke
 
 
 def _turns(value: Any, role: str) -> list[Any]:
-    """A text as one turn of ``role``; turns as they are."""
+    """Return a text as one turn of ``role``, turns as they are, and nothing for None."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return list(value)
     return [] if value is None else [{"role": role, "content": value}]

@@ -1,4 +1,4 @@
-"""Each document's own loss in a step: which source learns what, and which documents make a loss stand out."""
+"""Losses of the documents of a step: the mean loss of each source, and the documents that make a loss an outlier."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ from ovr_megatron.runtime.device import send
 
 @dataclass(frozen=True)
 class DocumentLoss:
-    """Sum of the losses of a document's targets; ``place`` tells apart the documents of a step."""
+    """The sum of the losses of a document's targets.
 
-    place: tuple[int, int, int]
+    Attributes:
+        key: Data-parallel rank, index of the pack in the step, index in the pack: unique in a step.
+        origin: The row of the document.
+        total: Sum of the losses.
+        targets: Number of targets.
+    """
+
+    key: tuple[int, int, int]
     origin: Origin
     total: float
     targets: int
 
     @property
     def mean(self) -> float:
-        """Loss of a target."""
+        """Mean loss of a target."""
         return self.total / max(self.targets, 1)
 
 
@@ -33,37 +40,46 @@ class DocumentLosses:
 
     def __init__(self, replica: int):
         self.replica = replica
+        # Of each pack, its origins and float64[2, D]: sums of losses, and numbers of targets.
         self.sums: list[tuple[tuple[Origin, ...], Tensor]] = []
 
     def add(self, pack: Pack, rows: Tensor, losses: Tensor) -> None:
-        """Count the ``losses`` [n] of the targets predicted at ``rows`` [n], on the host, of the pack."""
+        """Add the losses of a pack.
+
+        Args:
+            pack: The pack, on the host.
+            rows: int[n], the rows that predict a target, on the host.
+            losses: [n], the losses there, on any device.
+        """
         documents = send(torch.searchsorted(pack.bounds[1:].to(rows.dtype), rows, right=True), losses.device)
+        # In float64: a document of 100,000 targets must not lose the small losses.  The sums stay on the device.
         sums = torch.zeros(2, len(pack.cu_seqlens) - 1, dtype=torch.float64, device=losses.device)
         values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         self.sums.append((pack.origins, sums.index_add_(1, documents, values)))
 
     def documents(self) -> tuple[DocumentLoss, ...]:
-        """What this rank saw of each document that has a name."""
-        return tuple(
-            DocumentLoss((self.replica, number, index), origin, total, int(targets))
-            for number, (origins, sums) in enumerate(self.sums)
-            for index, (origin, total, targets) in enumerate(zip(origins, *sums.tolist(), strict=False))
-        )
+        """Return this rank's part of each document that has an origin; it waits for the device."""
+        documents = []
+        for pack_index, (origins, sums) in enumerate(self.sums):
+            totals, targets = sums.tolist()
+            # Not strict: a pack of padding has documents and no origins.
+            for index, (origin, total, count) in enumerate(zip(origins, totals, targets, strict=False)):
+                documents.append(DocumentLoss((self.replica, pack_index, index), origin, total, int(count)))
+        return tuple(documents)
 
 
-def merged(documents: Iterable[DocumentLoss]) -> list[DocumentLoss]:
-    """Documents of which several ranks hold parts (context parallelism), put together; those with targets only."""
-    whole: dict[tuple[int, int, int], DocumentLoss] = {}
-    for part in documents:
-        known = whole.get(part.place)
-        whole[part.place] = (
-            replace(part, total=known.total + part.total, targets=known.targets + part.targets) if known else part
-        )
-    return [document for document in whole.values() if document.targets]
+def merge_parts(parts: Iterable[DocumentLoss]) -> list[DocumentLoss]:
+    """Add up the parts of each document over the ranks (context parallelism) and return documents with targets."""
+    documents: dict[tuple[int, int, int], DocumentLoss] = {}
+    for part in parts:
+        if earlier := documents.get(part.key):
+            part = replace(part, total=earlier.total + part.total, targets=earlier.targets + part.targets)
+        documents[part.key] = part
+    return [document for document in documents.values() if document.targets]
 
 
 def by_source(documents: Sequence[DocumentLoss]) -> dict[str, float]:
-    """Mean loss of a target in each source."""
+    """Return the mean loss of a target in each source."""
     sums: dict[str, list[float]] = {}
     for document in documents:
         entry = sums.setdefault(document.origin.source or "unnamed", [0.0, 0.0])
@@ -73,6 +89,7 @@ def by_source(documents: Sequence[DocumentLoss]) -> dict[str, float]:
 
 
 def worst(documents: Sequence[DocumentLoss], count: int) -> list[dict[str, Any]]:
-    """The ``count`` documents of the highest loss, as JSON; those that are not a number first."""
+    """Return the ``count`` documents of the highest loss as JSON objects; a loss that is not a number comes first."""
+    # NaN is not equal to itself, so that False sorts it before every number.
     ordered = sorted(documents, key=lambda document: (document.mean == document.mean, -document.mean))
     return [asdict(d.origin) | {"loss": d.mean, "targets": d.targets} for d in ordered[:count]]

@@ -1,9 +1,9 @@
-"""Epochs over a tokenised set: which samples, in which packs, in which order; a function of seed and epoch alone.
+"""Plan epochs over a tokenised set: the samples, their packs and the order, a function of seed and epoch alone.
 
-An epoch has every sample of a source of weight w floor(w) times, and of the fraction a part that goes round: with
-weight 0.2, five epochs have every sample once.  The copies are shuffled, packed by best fit in that order over the
-whole epoch, and the packs are shuffled.  Steps take ``packs_per_step`` packs each; what an epoch has beyond its last
-whole step begins the first step of the next epoch, so no pack is left out and none is padded.
+An epoch has every sample of a source of weight w floor(w) times, and for the fraction of w a share of the samples that
+moves on from epoch to epoch: with weight 0.2, five epochs have every sample once.  The copies are shuffled, packed by
+best fit in that order over the whole epoch, and the packs are shuffled.  Steps take ``packs_per_step`` packs each; the
+packs after the last full step of an epoch begin the first step of the next, so no pack is left out and none is padded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ovr_megatron.data.processing import TooLongError
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.tokenised import TokenisedSet
 
-_SAMPLES, _PARTS, _PACKS = range(3)  # what is shuffled: each has a stream of random numbers of its own
+# Each shuffle has a stream of random numbers of its own: of the copies, of a source's fraction, of the packs.
+_SAMPLES, _FRACTIONS, _PACKS = range(3)
 
 
 @dataclass(frozen=True)
@@ -33,41 +34,43 @@ class EpochPlan:
     bounds: np.ndarray
 
     def __len__(self) -> int:
-        """Number of packs."""
+        """Return the number of packs."""
         return len(self.bounds) - 1
 
-    def __getitem__(self, number: int) -> np.ndarray:
-        """The samples of pack ``number``."""
-        return self.members[self.bounds[number] : self.bounds[number + 1]]
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the samples of pack ``index``."""
+        return self.members[self.bounds[index] : self.bounds[index + 1]]
 
 
 def random_order(count: int, *key: int) -> np.ndarray:
-    """A permutation of ``count`` numbers, a function of ``key`` alone.
+    """Return a permutation of ``count`` numbers, a function of ``key`` alone.
 
-    It sorts raw bits, which NumPy promises never to change (NEP 19); its own ``permutation`` it may.
+    It sorts raw bits, which NumPy promises never to change (NEP 19); ``Generator.permutation`` may change.
     """
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(bits, kind="stable")
 
 
 def choose_samples(groups: Sequence[np.ndarray], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """The samples of an epoch, with their copies, source by source.
+    """Return the samples of an epoch, with their copies, source by source.
 
     Args:
-        groups: Numbers of each source's samples.
-        weights: How often an epoch has them, as decimal numbers: 0.1 is a tenth.
-        seed: Decides the order in which a fraction goes round.
+        groups: Indices of each source's samples.
+        weights: How often an epoch has each sample of a source, as decimal numbers: 0.1 is a tenth.
+        seed: Decides the order in which epochs take the samples of a fraction.
         epoch: Counted from 0.
     """
-    chosen = []
-    for number, (group, weight) in enumerate(zip(groups, weights, strict=True)):
-        whole, part = divmod(Fraction(str(weight)), 1)
-        chosen += [group] * int(whole)
-        start, end = (int(part * len(group) * turn) for turn in (epoch, epoch + 1))
+    samples = []
+    for source, (group, weight) in enumerate(zip(groups, weights, strict=True)):
+        # Exact, from the decimal digits: the float 0.3 is a little less, and rounding down would lose a sample.
+        copies, fraction = divmod(Fraction(str(weight)), 1)
+        samples += [group] * int(copies)
+        start = int(fraction * len(group) * epoch)
+        end = int(fraction * len(group) * (epoch + 1))
         if end > start:
-            round_ = random_order(len(group), seed, _PARTS, number)
-            chosen.append(group[round_[np.arange(start, end) % len(group)]])
-    return np.concatenate([np.zeros(0, np.int64), *chosen])
+            order = random_order(len(group), seed, _FRACTIONS, source)
+            samples.append(group[order[np.arange(start, end) % len(group)]])
+    return np.concatenate([np.zeros(0, np.int64), *samples])
 
 
 def plan_epoch(
@@ -88,14 +91,14 @@ def plan_epoch(
         seed: The run's seed.
         epoch: Counted from 0.
     """
-    chosen = choose_samples(groups, weights, seed, epoch)
-    chosen = chosen[random_order(len(chosen), seed, _SAMPLES, epoch)]
-    assigned = assign_packs(lengths[chosen], pack_tokens)
+    samples = choose_samples(groups, weights, seed, epoch)
+    samples = samples[random_order(len(samples), seed, _SAMPLES, epoch)]
+    assigned = assign_packs(lengths[samples], pack_tokens)
     packs = int(assigned.max()) + 1 if len(assigned) else 0
-    place = np.argsort(random_order(packs, seed, _PACKS, epoch))  # of each pack in the order of the epoch
-    placed = place[assigned]
-    members = chosen[np.argsort(placed, kind="stable")]
-    return EpochPlan(members, np.cumsum([0, *np.bincount(placed, minlength=packs)]))
+    position = np.argsort(random_order(packs, seed, _PACKS, epoch))  # of each pack in the epoch
+    sample_pack = position[assigned]
+    members = samples[np.argsort(sample_pack, kind="stable")]  # stable: a pack's samples stay in shuffled order
+    return EpochPlan(members, np.cumsum([0, *np.bincount(sample_pack, minlength=packs)]))
 
 
 class EpochStream:
@@ -106,7 +109,7 @@ class EpochStream:
     Attributes:
         dropped: Samples left out because they are too long.
         fill: Share of the last step's pack space that tokens took.
-        replies: Not known here, zeros: the set's manifest counts the replies of each source.
+        replies: Zeros, since a set does not hold them by sample: its manifest counts the replies of each source.
         epoch: Epoch of the next pack, counted from 0.
     """
 
@@ -142,15 +145,21 @@ class EpochStream:
                 f"packs_per_step={packs_per_step} cannot be shared by {dp_size} data-parallel replicas; "
                 f"make it a multiple of {dp_size}"
             )
-        self.pack_tokens, self.packs_per_step = config.pack_tokens, packs_per_step
-        self.fill, self.epoch, self.replies = 0.0, 0, (0, 0)
-        self._set, self._seed = tokenised, seed
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self.pack_tokens = config.pack_tokens
+        self.packs_per_step = packs_per_step
+        self.fill = 0.0
+        self.epoch = 0
+        self.replies = (0, 0)
+        self._set = tokenised
+        self._seed = seed
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
         self._weights = [source.weight for source in tokenised.manifest.sources]
-        fits = _fitting(tokenised, config, max_positions, skipped)
+        fits = _fits_limits(tokenised, config, max_positions, skipped)
         self.dropped = int(len(fits) - fits.sum())
         self._groups = [np.flatnonzero(fits & (tokenised.sources == k)) for k in range(len(self._weights))]
-        self._pack, self._plan = 0, (-1, EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64)))
+        self._pack = 0  # of the epoch, the next to be taken
+        self._plan = (-1, EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64)))  # the last planned epoch
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self
@@ -162,13 +171,17 @@ class EpochStream:
             RowError: the set was changed since it was written.
         """
         plan = [self._next_members() for _ in range(self.packs_per_step)]
+        # In int64: the squares of lengths over 46,340 do not fit into int32.
         lengths = [self._set.lengths[members].astype(np.int64) for members in plan]
-        self.fill = sum(int(each.sum()) for each in lengths) / (self.packs_per_step * self.pack_tokens)
-        shares = balance([int((each**2).sum()) for each in lengths], self._dp_size)
-        return [pack([self._set[int(i)] for i in plan[number]]) for number in shares[self._dp_rank]]
+        self.fill = sum(int(tokens.sum()) for tokens in lengths) / (self.packs_per_step * self.pack_tokens)
+        costs = [int((tokens**2).sum()) for tokens in lengths]
+        packs = []
+        for index in balance(costs, self._dp_size)[self._dp_rank]:
+            packs.append(pack([self._set[int(sample)] for sample in plan[index]]))
+        return packs
 
     def steps(self, epochs: int) -> int:
-        """Steps that see ``epochs`` epochs whole; the last is filled up from the epoch after.
+        """Return the number of steps that take all packs of ``epochs`` epochs; the epoch after fills up the last step.
 
         Each epoch is planned for it: seconds for millions of samples.
         """
@@ -185,16 +198,17 @@ class EpochStream:
         Raises:
             ConfigError: the position is that of another set or seed, or of packs of another size.
         """
-        for key, now in self._identity().items():
-            if state.get(key) != now:
+        for key, current in self._identity().items():
+            if state.get(key) != current:
                 raise ConfigError(
-                    f"data.tokenised: the checkpoint was written with {key} {state.get(key)}, this run has {now}; "
+                    f"data.tokenised: the checkpoint was written with {key} {state.get(key)}, this run has {current}; "
                     "use the same set, seed and limits, or another run.dir"
                 )
-        self.epoch, self._pack = state["epoch"], state["pack"]
+        self.epoch = state["epoch"]
+        self._pack = state["pack"]
 
     def _identity(self) -> dict[str, Any]:
-        """What decides the order."""
+        """Return the values on which the order depends."""
         return {
             "seed": self._seed,
             "set": self._set.manifest.digest,
@@ -204,22 +218,30 @@ class EpochStream:
         }
 
     def _next_members(self) -> np.ndarray:
+        """Return the samples of the next pack, of the next epoch where this one has no more."""
         while self._pack >= len(self._planned(self.epoch)):
-            self.epoch, self._pack = self.epoch + 1, 0
+            self.epoch += 1
+            self._pack = 0
         self._pack += 1
         return self._planned(self.epoch)[self._pack - 1]
 
     def _planned(self, epoch: int) -> EpochPlan:
+        """Plan an epoch; the last plan is cached."""
         if self._plan[0] != epoch:
             arguments = (self._set.lengths, self._groups, self._weights, self.pack_tokens, self._seed)
             self._plan = (epoch, plan_epoch(*arguments, epoch))
         return self._plan[1]
 
 
-def _fitting(
+def _fits_limits(
     tokenised: TokenisedSet, config: DataConfig, max_positions: int | None, skipped: SkippedRows | None
 ) -> np.ndarray:
-    """bool[N], the samples within every limit."""
+    """Return bool[N], the samples within every limit, and list the others in ``skipped``.
+
+    Raises:
+        TooLongError: a sample is over a limit and ``data.on_error`` is ``stop``.
+        ConfigError: no sample is within the limits.
+    """
     limits = [
         ("data.pack_tokens", tokenised.lengths, config.pack_tokens),
         ("data.max_prompt_tokens", tokenised.prompts, config.max_prompt_tokens),

@@ -20,7 +20,7 @@ from ovr_megatron.data.media import (
     VIDEO_COLUMNS,
     ColumnMedia,
     parse_columns,
-    place,
+    place_media,
     refuse_marks,
     refuse_unread,
 )
@@ -52,17 +52,20 @@ def read_orz(raw: Any, where: str, image_root: Path) -> Row:
     if isinstance(raw, Mapping) and "0" in raw:
         raw = [raw["0"], raw.get("1")]
     if isinstance(raw, Mapping):
-        prompt, answer, field = raw.get("prompt"), raw.get("final_answer"), "final_answer"
-        asked = prompt[0] if isinstance(prompt, Sequence) and len(prompt) == 1 else None
+        prompt = raw.get("prompt")
+        turn = prompt[0] if isinstance(prompt, Sequence) and len(prompt) == 1 else None
+        answer_field = "final_answer"
+        answer = raw.get("final_answer")
     else:
-        asked, told = raw if isinstance(raw, Sequence) and len(raw) == 2 else (None, None)
-        truth = told.get("ground_truth") if isinstance(told, Mapping) else None
-        answer, field = truth.get("value") if isinstance(truth, Mapping) else None, "ground_truth.value"
-    question = asked.get("value") if isinstance(asked, Mapping) else None
+        turn, reply = raw if isinstance(raw, Sequence) and len(raw) == 2 else (None, None)
+        truth = reply.get("ground_truth") if isinstance(reply, Mapping) else None
+        answer_field = "ground_truth.value"
+        answer = truth.get("value") if isinstance(truth, Mapping) else None
+    question = turn.get("value") if isinstance(turn, Mapping) else None
     if not isinstance(question, str) or not question.strip():
         raise RowError(where, "prompt", "has no question", "give exactly one turn {'from': 'user', 'value': text}")
     if answer is None:
-        raise RowError(where, field, "is missing", "give the final answer or remove the row")
+        raise RowError(where, answer_field, "is missing", "give the final answer or remove the row")
     return prompt_row((TextPart(question),), answer, (), where)
 
 
@@ -95,7 +98,8 @@ def read_puzzlevqa(raw: Any, where: str, image_root: Path) -> Row:
     """Read one PuzzleVQA problem: ``image``, ``question``, ``options``, and as ``answer`` the content of one option."""
     image = parse_image(field_of(raw, "image", where), where, "image", image_root)
     field_of(raw, "options", where)
-    options, answer = options_of(raw, where), parse_text(field_of(raw, "answer", where), where, "answer")
+    options = options_of(raw, where)
+    answer = parse_text(field_of(raw, "answer", where), where, "answer")
     if answer not in options:
         remedy = f"give one of {', '.join(options)}"
         raise RowError(where, "answer", f"{answer!r} is none of the options", remedy)
@@ -146,40 +150,53 @@ _UNREAD_IN_TURNS = ("tools", "tool_calls", "function_call", "functions", "reason
 
 
 def read_row(form: Format, raw: Any, where: str, image_root: Path) -> Row:
-    """Read one decoded object: its chat or question, the media of its columns, and what is said beside the chat.
+    """Read one decoded object: its chat or question, and the media, system message and thought of its columns.
 
     Raises:
-        RowError: the row cannot be used; a column with a medium, a mark of one or a part of the chat is not read.
+        RowError: the row cannot be used; a column with a medium, a mark of a medium or a part of the chat is not read.
     """
     fields = raw if isinstance(raw, Mapping) else {}
     refuse_unread(fields, form.media or {*IMAGE_COLUMNS, *VIDEO_COLUMNS}, where)
     _refuse_unread_chat(fields, raw, form, where)
     row = form.read(raw, where, image_root)
     media = ColumnMedia() if form.media else parse_columns(fields, where, image_root)
-    messages = place(row.messages, media, where, form.text)
+    messages = place_media(row.messages, media, where, form.text)
     refuse_marks(messages, where, form.text)
     return replace(row, messages=_with_columns(messages, fields, where))
 
 
 def _refuse_unread_chat(fields: Mapping[str, Any], raw: Any, form: Format, where: str) -> None:
     """Raise `RowError` for tools, a history that the format does not read, and media or thoughts inside turns."""
-    for name in ("tools", "functions", *(() if form.read in (read_alpaca, read_query) else ("history",))):
+    unread_columns = ["tools", "functions"]
+    if form.read not in (read_alpaca, read_query):
+        unread_columns.append("history")
+    for name in unread_columns:
         value = fields.get(name)
         if isinstance(value, (str, Sequence)) and value not in ("", "[]") and len(value):
             raise RowError(where, name, "is not read", "remove the row, or the field if the chat does without it")
-    for name, turns in [*((name, fields.get(name)) for name in _LISTS), ("", raw)]:
-        for i, turn in enumerate(turns if isinstance(turns, (list, tuple)) else ()):
-            if isinstance(turn, Mapping):
-                prefix = f"{name}[{i}]."
-                refuse_unread(turn, _READ_IN_TURNS, where, prefix)
-                for unread in filter(turn.get, _UNREAD_IN_TURNS):
-                    remedy = "write a thought as 'reasoning_content', or remove the row"
-                    raise RowError(where, prefix + unread, "is not read", remedy)
+    for name in _LISTS:
+        _refuse_unread_turns(fields.get(name), name, where)
+    _refuse_unread_turns(raw, "", where)  # a row of Open-Reasoner-Zero may itself be a list of turns
+
+
+def _refuse_unread_turns(turns: Any, name: str, where: str) -> None:
+    """Raise `RowError` for media, tools or thoughts in fields of a turn that no format reads."""
+    if not isinstance(turns, (list, tuple)):
+        return
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            continue
+        prefix = f"{name}[{i}]."
+        refuse_unread(turn, _READ_IN_TURNS, where, prefix)
+        for unread in filter(turn.get, _UNREAD_IN_TURNS):
+            remedy = "write a thought as 'reasoning_content', or remove the row"
+            raise RowError(where, prefix + unread, "is not read", remedy)
 
 
 def _with_columns(messages: tuple[Message, ...], fields: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    """The chat with the system message and the thought of its reply that stand in columns beside it."""
-    system, thought = fields.get("system"), fields.get("reasoning_content")
+    """Return the chat with the system message and the thought of its reply that stand in columns beside it."""
+    system = fields.get("system")
+    thought = fields.get("reasoning_content")
     if isinstance(system, str) and system.strip():
         if messages[0].role != "system":
             messages = (Message("system", (TextPart(system),)), *messages)
@@ -197,7 +214,7 @@ def _with_columns(messages: tuple[Message, ...], fields: Mapping[str, Any], wher
 READERS: dict[str, Reader] = {name: partial(read_row, form) for name, form in _FORMATS.items()}
 
 
-_SIGNS = {  # fields by which a row is known, the more telling ones first
+_SIGNS = {  # fields that a format is detected by; the first match counts, so the more specific ones come first
     "mathvista": {"pid", "question", "answer_type"},
     "mathverse": {"problem_version"},
     "dynamath": {"question", "answer_type"},

@@ -1,7 +1,7 @@
-"""What Transformers reads of a model folder beside the weights: tokenizer, processors, chat template.
+"""Load the files of a model folder that Transformers reads beside the weights: tokenizer, processors, chat template.
 
-This is the one place that loads them.  Whatever Transformers, tokenizers or Jinja raise becomes one sentence that
-names the folder and the file, and a tokenizer that does not fit the model is refused before it makes a token.
+No other module loads them.  Every error of Transformers, tokenizers or Jinja becomes one sentence that names the
+folder and the file, and a tokenizer that does not fit the model is refused before it makes a token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from ovr_megatron.data.hf_files import PREPROCESSOR, PROCESSOR, AssetError, copy_files
 from ovr_megatron.model.shape import ModelShape
 
-# The numbers of every published Qwen2.5-VL.
+# The values of every published Qwen2.5-VL.
 IMAGE_PROCESSOR = {
     "processor_class": "Qwen2_5_VLProcessor",
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -41,7 +41,7 @@ _RENAMED = ("Qwen2_5_VLImageProcessor", "Qwen2_5_VLImageProcessorFast")
 _PROBE = "Solve 3x + 41 = 59, then\n\n\tcheck: \\boxed{6} für 你好 😀"
 _REQUIRED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _MARK = re.compile(r"<\|[a-z_]+\|>")
-_REASON = 160  # characters of a library's own words
+_REASON_CHARACTERS = 160  # of a library's message
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class HfAssets:
 
 @contextmanager
 def one_sentence(what: str, remedy: str) -> Iterator[None]:
-    """Turn any error of the block into an `AssetError` that says that ``what`` is the matter, why, and the remedy.
+    """Turn any error of the block into an `AssetError` of ``what``, the library's reason and the remedy.
 
-    The libraries behind it raise nearly every class of error for a broken file, tokenizers even ``Exception`` itself,
-    so no narrower list is complete.
+    Transformers, tokenizers and Jinja raise nearly every class of error for a broken file, tokenizers even
+    ``Exception`` itself, so no narrower list is complete.
     """
     try:
         yield
@@ -77,14 +77,14 @@ def one_sentence(what: str, remedy: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of a library's message, bounded and printable, with the error's class."""
+    """Return the first line of a library's message, bounded and printable, with the error's class."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = "".join(letter if letter.isprintable() else "?" for letter in f"{type(error).__name__}: {line}")
-    return text if len(text) <= _REASON else text[:_REASON] + "..."
+    return text if len(text) <= _REASON_CHARACTERS else text[:_REASON_CHARACTERS] + "..."
 
 
 def load_assets(directory: str | Path, shape: ModelShape) -> HfAssets:
-    """Load what ``directory`` describes and check that it belongs to the model of ``shape``.
+    """Load the assets of ``directory`` and check that they belong to the model of ``shape``.
 
     Raises:
         AssetError: a file is missing, cannot be read, or does not fit the model.
@@ -126,7 +126,7 @@ def check_assets(directory: str | Path) -> ModelShape:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, directory: str | Path) -> None:
-    """Check ids against the vocabulary of the model, and a text with every special token there and back.
+    """Check ids against the model's vocabulary, and that a text with every special token decodes to itself.
 
     Raises:
         AssetError: names the token or the text.
@@ -141,6 +141,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, direc
             f"{directory}: {len(beyond)} ids of the tokenizer lie past the model's vocabulary of {shape.vocab}, the "
             f"first is {index} ({token!r}); tokenizer and config.json do not belong together, get both again"
         )
+    # Plain text first: with a damaged vocabulary the checks of special tokens would name the wrong cause.
     _check_round_trip(tokenizer, _PROBE, directory)
     for token in _REQUIRED:
         if token not in vocabulary:
@@ -167,12 +168,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, direc
 
 
 def _check_round_trip(tokenizer: PreTrainedTokenizerBase, text: str, directory: str | Path) -> list[int]:
-    """The ids of ``text``, which their decoding gives back."""
+    """Return the ids of ``text``; raise `AssetError` unless they decode to ``text``."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if back != text:
+    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if decoded != text:
         raise AssetError(
-            f"{directory}: the tokenizer does not give a text back: {text[:24]!r} becomes {back[:24]!r}; its "
+            f"{directory}: the tokenizer does not give a text back: {text[:24]!r} becomes {decoded[:24]!r}; its "
             "vocabulary files are missing or damaged, get tokenizer.json (or vocab.json and merges.txt) again"
         )
     return ids
@@ -193,14 +194,14 @@ def check_template(template: str, special: dict[str, int], directory: str | Path
 
 
 def _check_pixels(processor: Any, shape: ModelShape, directory: str | Path) -> None:
-    """The patches that a processor cuts are those that the tower takes."""
+    """Raise `AssetError` unless the processor cuts the patches that the vision tower takes."""
     vision = shape.vision
     if not type(processor).__name__.startswith("Qwen2VL"):
         raise AssetError(
             f"{directory}: pictures would go through {type(processor).__name__}; set image_processor_type in "
             f"{PREPROCESSOR} to Qwen2VLImageProcessor"
         )
-    sizes = {
+    settings = {
         "patch_size": vision.patch,
         "merge_size": vision.merge,
         "temporal_patch_size": vision.temporal_patch,
@@ -208,7 +209,7 @@ def _check_pixels(processor: Any, shape: ModelShape, directory: str | Path) -> N
         "do_rescale": True,
         "do_normalize": True,
     }
-    for name, expected in sizes.items():
+    for name, expected in settings.items():
         value = getattr(processor, name, None)
         if value != expected:
             raise AssetError(
@@ -224,14 +225,14 @@ def _check_pixels(processor: Any, shape: ModelShape, directory: str | Path) -> N
 
 
 def _check_json(folder: Path) -> None:
-    """Every JSON file that Transformers will read holds an object: its own messages do not name the file."""
+    """Raise `AssetError` unless every JSON file holds an object: Transformers' own messages do not name the file."""
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
     for name in (*names, PREPROCESSOR, PROCESSOR, "video_preprocessor_config.json", "chat_template.json"):
         _read_json(folder / name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; nothing where there is no file.
+    """Return the object in a JSON file; an empty one where there is no file.
 
     Raises:
         AssetError: it cannot be read or holds something else.
@@ -245,38 +246,40 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@functools.cache
+@functools.cache  # one stand-in a process, however many parts of it ask
 def complete_folder(directory: Path) -> Path:
     """Return ``directory``, or a temporary stand-in where the image processor is missing or has its early name.
 
-    The stand-in has links to the weights and copies of everything else, with the file filled in; Transformers, vLLM
-    and what is exported read it in place of the folder, which is not changed.  It goes when the process ends.
+    The stand-in has links to the weights and copies of everything else, with the missing file written; Transformers,
+    vLLM and exports read it in place of the folder, which is not changed.  It is removed when the process ends.
 
     Raises:
         AssetError: a file cannot be read or written.
     """
-    preprocessor, processor = _read_json(directory / PREPROCESSOR), _read_json(directory / PROCESSOR)
+    preprocessor = _read_json(directory / PREPROCESSOR)
+    processor = _read_json(directory / PROCESSOR)
     nested = processor.get("image_processor")
-    stated = preprocessor or (nested if isinstance(nested, dict) else {})
-    kind = stated.get("image_processor_type", stated.get("feature_extractor_type"))
-    if (stated and kind not in _RENAMED) or not (directory / "config.json").is_file():
+    settings = preprocessor or (nested if isinstance(nested, dict) else {})
+    type_name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+    if (settings and type_name not in _RENAMED) or not (directory / "config.json").is_file():
         return directory
     with one_sentence(f"{directory}: no stand-in for it can be made", "see that TMPDIR has room"):
         stand_in = Path(tempfile.mkdtemp(prefix="ovr-model-"))
         atexit.register(shutil.rmtree, stand_in, ignore_errors=True)
         copy_files(directory, stand_in)
         for path in (*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")):
+            # The resolved file: in Hugging Face's cache the path is itself a link, relative to its folder.
             (stand_in / path.name).symlink_to(path.resolve())
-        filled = {**IMAGE_PROCESSOR, **stated, "image_processor_type": IMAGE_PROCESSOR["image_processor_type"]}
+        # The folder's own settings count, all but the early name.
+        complete = {**IMAGE_PROCESSOR, **settings, "image_processor_type": IMAGE_PROCESSOR["image_processor_type"]}
         if preprocessor or not nested:
-            (stand_in / PREPROCESSOR).write_text(json.dumps(filled, indent=2) + "\n")
+            (stand_in / PREPROCESSOR).write_text(json.dumps(complete, indent=2) + "\n")
         else:
-            (stand_in / PROCESSOR).write_text(json.dumps({**processor, "image_processor": filled}, indent=2) + "\n")
-    if os.environ.get("RANK", "0") == "0":
-        lack = f"names {kind}, which Transformers does not know" if kind else "does not describe an image processor"
-        print(
-            f"notice: {directory} {lack}; Qwen2VLImageProcessor with Qwen2.5-VL's numbers is used",
-            file=sys.stderr,
-            flush=True,
-        )
+            (stand_in / PROCESSOR).write_text(json.dumps({**processor, "image_processor": complete}, indent=2) + "\n")
+    if os.environ.get("RANK", "0") == "0":  # once a run, before torch knows its ranks
+        problem = "does not describe an image processor"
+        if type_name:
+            problem = f"names {type_name}, which Transformers does not know"
+        notice = f"notice: {directory} {problem}; Qwen2VLImageProcessor with Qwen2.5-VL's numbers is used"
+        print(notice, file=sys.stderr, flush=True)
     return stand_in

@@ -6,6 +6,7 @@ Anything else in a folder (training states, logs, code, secrets) stays where it 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from ovr_megatron.errors import UserError
 
 GENERATION = "generation_config.json"
 BASE_GENERATION = "generation_config.base.json"
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 HF_ASSETS = (
     *("config.json", GENERATION, BASE_GENERATION),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -21,7 +23,8 @@ HF_ASSETS = (
     *(PREPROCESSOR, "video_preprocessor_config.json", PROCESSOR),
     *("README.md", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
 )
-_BIG = 100_000_000  # bytes; the largest known asset, tokenizer.json, has 12 million
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_MAX_BYTES = 100_000_000  # the largest known asset, tokenizer.json, has 12 million
 
 
 class AssetError(UserError, ValueError):
@@ -32,15 +35,19 @@ def list_hf_assets(directory: Path) -> list[str]:
     """Return every file of a folder that matches `HF_ASSETS`, relative to it, sorted."""
     # Listed and not globbed: a link that leads nowhere is there, too.
     paths = (*directory.iterdir(), *(directory / "additional_chat_templates").glob("*"))
-    files = (path.relative_to(directory).as_posix() for path in paths if not path.is_dir())
-    return sorted(name for name in files if any(fnmatchcase(name, pattern) for pattern in HF_ASSETS))
+    names = (path.relative_to(directory).as_posix() for path in paths if not path.is_dir())
+    return sorted(name for name in names if _matches(name, HF_ASSETS))
 
 
-def left_out(directory: Path) -> list[str]:
-    """Files of a folder that are neither HF assets nor weights and are not copied; hidden ones are not counted."""
+def list_other_files(directory: Path) -> list[str]:
+    """Return the files of a folder that are neither HF assets nor weights, and are not copied; hidden files aside."""
     names = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
-    weights = ("*.safetensors", "*.safetensors.index.json")
-    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in (*HF_ASSETS, *weights)))
+    return sorted(name for name in names if not _matches(name, (*HF_ASSETS, *_WEIGHTS)))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    # The same on every system: `fnmatch` would ignore case where the file system does.
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def copy_files(source: Path, out: Path) -> list[str]:
@@ -53,14 +60,15 @@ def copy_files(source: Path, out: Path) -> list[str]:
         AssetError: one is a link that leaves the folder or leads nowhere, no file, or too large to be one.
     """
     names = list_hf_assets(source)
+    # All checks before the first copy: a refused folder leaves nothing behind.
     for name in names:
         check_link(source, name)
         path = source / name
-        if path.stat().st_size > _BIG:
+        if path.stat().st_size > _MAX_BYTES:
             raise AssetError(f"{path} has {path.stat().st_size:,} bytes; it is not what its name says, remove it")
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, out / name)
+        shutil.copyfile(source / name, out / name)  # contents alone: a read-only source must not lock the copy
     return names
 
 
@@ -72,7 +80,8 @@ def check_link(directory: Path, name: str) -> None:
     Raises:
         AssetError: names the link and where it leads.
     """
-    path, home = directory / name, directory.resolve()
+    path = directory / name
+    home = directory.resolve()
     target = path.resolve()
     is_cache = home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")
     if not (target.is_relative_to(home) or is_cache):

@@ -1,4 +1,4 @@
-"""Opening images: inside their root, within limits, as RGB.
+"""Open images: inside their root, within limits, as RGB.
 
 Every image of the project comes through `load_image`, so that the trainer, the rollout engine and the
 evaluation see the same pixels and the same limits.
@@ -7,6 +7,7 @@ evaluation see the same pixels and the same limits.
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from ovr_megatron.config import DataConfig
-from ovr_megatron.data.schema import ImagePart, Row, RowError, VideoPart
+from ovr_megatron.data.schema import ImagePart, Part, Row, RowError, VideoPart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 200  # the Qwen2.5-VL image processor refuses more elongated pictures
@@ -32,7 +33,7 @@ _TRANSPOSITIONS = {  # by EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
 def load_image(part: ImagePart, config: DataConfig) -> Image.Image:
@@ -42,9 +43,11 @@ def load_image(part: ImagePart, config: DataConfig) -> Image.Image:
         RowError: the file is missing, outside its root, no image, corrupt, or over ``max_image_bytes``,
             ``max_image_pixels`` or an aspect ratio of 200.
     """
-    with _errors_named(part):
+    with _name_errors(part):
         image = _open(part, config)
-        return _to_rgb(image if part.image is not None else _upright(image))
+        if part.image is None:
+            image = _apply_orientation(image)
+        return _to_rgb(image)
 
 
 def image_size(part: ImagePart, config: DataConfig) -> tuple[int, int]:
@@ -53,16 +56,19 @@ def image_size(part: ImagePart, config: DataConfig) -> tuple[int, int]:
     Raises:
         RowError: as `load_image`, but for damage behind the header.
     """
-    with _errors_named(part):
+    with _name_errors(part):
         image = _open(part, config)
         width, height = image.size
-        upright = part.image is not None or image.format == "TIFF"  # its size is that of the turned picture
-        return (width, height) if upright or _orientation(image) not in _TURNED else (height, width)
+        # Pillow gives a TIFF the size of the turned picture; a picture in memory is not turned.
+        is_upright = part.image is not None or image.format == "TIFF"
+        if not is_upright and _read_orientation(image) in _SIDEWAYS:
+            return height, width
+        return width, height
 
 
 @contextmanager
-def _errors_named(part: ImagePart) -> Iterator[None]:
-    """Turn what Pillow raises into a `RowError` that names the row of ``part``."""
+def _name_errors(part: ImagePart) -> Iterator[None]:
+    """Turn Pillow's errors into a `RowError` that names the row of ``part``."""
     try:
         yield
     except RowError:
@@ -73,7 +79,7 @@ def _errors_named(part: ImagePart) -> Iterator[None]:
 
 
 def _open(part: ImagePart, config: DataConfig) -> Image.Image:
-    """The image of ``part``, checked by its header and not yet decoded."""
+    """Return the image of ``part``, checked by its header and not yet decoded."""
     image = part.image
     if image is None:
         data = encoded_image(part, config)
@@ -82,7 +88,7 @@ def _open(part: ImagePart, config: DataConfig) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except ValueError:  # a comment that is too large when unpacked
-            image = Image.open(io.BytesIO(_without_comments(data)), formats=FORMATS)
+            image = Image.open(io.BytesIO(_strip_png_texts(data)), formats=FORMATS)
     _check_size(image, part, config)
     if image.mode in ("F", "I") and image.format != "PNG":
         remedy = "convert it to 8 bits a channel, since the range of its values is not known"
@@ -91,7 +97,7 @@ def _open(part: ImagePart, config: DataConfig) -> Image.Image:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of every chunk of a PNG, in order."""
+    """Yield name, start and end of every chunk of a PNG, in order."""
     start = len(_PNG)
     while start + 12 <= len(data):
         (size,) = struct.unpack_from(">I", data, start)
@@ -100,33 +106,38 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         start = end
 
 
-def _without_comments(data: bytes) -> bytes:
-    """The file without the texts that a PNG may carry; other files as they are."""
+def _strip_png_texts(data: bytes) -> bytes:
+    """Return the file without the texts that a PNG may carry; other files as they are."""
     if not data.startswith(_PNG):
         return data
     return _PNG + b"".join(data[start:end] for name, start, end in _png_chunks(data) if name not in _PNG_TEXTS)
 
 
-def _may_turn(name: bytes, content: bytes) -> bool:
-    """Whether a chunk of a PNG may hold an orientation: EXIF, also as a text, or XMP."""
-    return name == b"eXIf" or (name in _PNG_TEXTS and content.startswith((b"Raw profile type exif", b"XML:com.adobe")))
+def _may_have_orientation(data: bytes) -> bool:
+    """Return whether a chunk of a PNG may hold an orientation: EXIF, also as a text, or XMP."""
+    for name, start, end in _png_chunks(data):
+        content = data[start + 8 : min(end, start + 40)]
+        if name == b"eXIf":
+            return True
+        if name in _PNG_TEXTS and content.startswith((b"Raw profile type exif", b"XML:com.adobe")):
+            return True
+    return False
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none; a PNG is decoded only if the field may stand behind its pixels."""
+def _read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where there is none; a PNG is decoded only if it may stand behind the pixels."""
     file = getattr(image, "fp", None)  # closed when the pixels were read
     if image.format == "PNG" and isinstance(file, io.BytesIO) and "exif" not in image.info:
-        data = file.getvalue()
-        if not any(_may_turn(name, data[start + 8 : min(end, start + 40)]) for name, start, end in _png_chunks(data)):
+        if not _may_have_orientation(file.getvalue()):
             return 1
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; other EXIF fields, which may be damaged, are not looked at."""
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Return the image turned by its EXIF orientation; no other EXIF field, which may be damaged, is read."""
     image.load()  # a TIFF turns itself
-    turn = _TRANSPOSITIONS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    transposition = _TRANSPOSITIONS.get(_read_orientation(image))
+    return image if transposition is None else image.transpose(transposition)
 
 
 def load_media(row: Row, config: DataConfig) -> tuple[list[Image.Image], list[list[Image.Image]]]:
@@ -138,17 +149,19 @@ def load_media(row: Row, config: DataConfig) -> tuple[list[Image.Image], list[li
     Raises:
         RowError: as `load_image`, or more than ``max_images`` images or ``max_frames`` frames in a video.
     """
-    parts = [part for message in row.messages for part in message.parts]
-    images = [part for part in parts if isinstance(part, ImagePart)]
-    videos = [part for part in parts if isinstance(part, VideoPart)]
     check_counts(row, config)
-    opened = [load_image(part, config) for part in images]
-    return opened, [[load_image(frame, config) for frame in video.frames] for video in videos]
+    parts = _all_parts(row)
+    images = [load_image(part, config) for part in parts if isinstance(part, ImagePart)]
+    videos = []
+    for part in parts:
+        if isinstance(part, VideoPart):
+            videos.append([load_image(frame, config) for frame in part.frames])
+    return images, videos
 
 
 def check_counts(row: Row, config: DataConfig) -> None:
     """Raise `RowError` for more than ``max_images`` images or ``max_frames`` frames in a video."""
-    parts = [part for message in row.messages for part in message.parts]
+    parts = _all_parts(row)
     images = sum(isinstance(part, ImagePart) for part in parts)
     _check_count(row, "images", images, "max_images", config.max_images)
     for video in parts:
@@ -156,8 +169,12 @@ def check_counts(row: Row, config: DataConfig) -> None:
             _check_count(row, "frames in a video", len(video.frames), "max_frames", config.max_frames)
 
 
+def _all_parts(row: Row) -> list[Part]:
+    return list(itertools.chain.from_iterable(message.parts for message in row.messages))
+
+
 def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
-    """The image file of a part that is not a picture in memory, not yet decoded.
+    """Return the image file of a part that is not a picture in memory, not yet decoded.
 
     Raises:
         RowError: the file is missing, outside its root, or over ``max_image_bytes``.
@@ -170,7 +187,7 @@ def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
 
 def _read(part: ImagePart, config: DataConfig) -> bytes:
     assert part.path is not None, "an ImagePart has a path, an image or data"
-    path = _inside_root(part, part.path)
+    path = _resolve_in_root(part, part.path)
     size = path.stat().st_size
     if size > config.max_image_bytes:
         raise _too_large(part, f"has {size:,} bytes", "max_image_bytes", config.max_image_bytes)
@@ -180,7 +197,8 @@ def _read(part: ImagePart, config: DataConfig) -> bytes:
         raise _error(part, f"cannot be read ({error.strerror})", "check the permissions of the file") from error
 
 
-def _inside_root(part: ImagePart, path: Path) -> Path:
+def _resolve_in_root(part: ImagePart, path: Path) -> Path:
+    """Return ``path`` without links; raise `RowError` if it is no file below the root of ``part``."""
     try:
         resolved = path.resolve()
         outside = part.root is not None and not resolved.is_relative_to(part.root.resolve())
@@ -198,10 +216,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I"):  # 16 bits; a PNG's may come as 32
+    if image.mode.startswith("I"):  # 16 bits; a PNG's may come as 32.  "L" would clip at 255.
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        # On white, the paper of most figures: a conversion alone would show the colour behind transparent pixels.
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Media in columns beside a text: each is placed where its mark stands, and none is dropped without a word.
+"""Media in columns beside a text: each is placed where its mark stands, and none is dropped without an error.
 
 ``images`` and ``videos`` (or ``image`` and ``video``) stand beside a chat or a question whose text says ``<image>`` and
 ``<video>`` where they belong, as EasyR1, ms-swift, LLaMA-Factory and LLaVA write them.
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,10 @@ from ovr_megatron.data.schema import (
     parse_video,
 )
 
-IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
-IMAGE_COLUMNS, VIDEO_COLUMNS = ("images", "image"), ("videos", "video")
+IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
+IMAGE_COLUMNS = ("images", "image")
+VIDEO_COLUMNS = ("videos", "video")
 
 # Qwen's own tokens around one placeholder, as some sets write them into the text.
 _QWEN_MARKS = (
@@ -55,13 +58,16 @@ class ColumnMedia:
 
 
 def is_medium(name: str, value: Any) -> bool:
-    """Whether a field holds an image, a video or audio, by its form, or by its name where it holds a text."""
+    """Return whether a field holds an image, a video or audio: by its form, or by its name where it holds a text."""
     if isinstance(value, (bytes, PIL.Image.Image)):
         return True
     if isinstance(value, Mapping):
-        filled = {key for key, item in value.items() if item is not None}
-        embedded = bool(filled) and filled <= {"bytes", "path"}
-        return embedded or {"array", "sampling_rate"} <= filled or (bool(filled) and _is_medium_name(name))
+        keys = {key for key, item in value.items() if item is not None}
+        if not keys:
+            return False
+        is_file = keys <= {"bytes", "path"}
+        is_audio = {"array", "sampling_rate"} <= keys
+        return is_file or is_audio or _is_medium_name(name)
     if isinstance(value, str):
         if not value.strip() or _LABELS.fullmatch(name):
             return False
@@ -85,37 +91,37 @@ def parse_columns(raw: Mapping[str, Any], where: str, image_root: Path) -> Colum
     Raises:
         RowError: both names of a column are filled, or a value cannot be read.
     """
-    field, values = _column(raw, IMAGE_COLUMNS, where)
-    images = [parse_image(value, where, f"{field}[{i}]", image_root) for i, value in enumerate(values)]
-    video_field, values = _column(raw, VIDEO_COLUMNS, where)
+    image_field, values = _read_column(raw, IMAGE_COLUMNS, where)
+    images = [parse_image(value, where, f"{image_field}[{i}]", image_root) for i, value in enumerate(values)]
+    video_field, values = _read_column(raw, VIDEO_COLUMNS, where)
     if video_field == "video" and len(values) > 1 and isinstance(values[0], (str, Mapping)):
         values = [values]  # the frames of one video
-    videos = [
-        parse_video(value, raw.get("fps"), where, f"{video_field}[{i}]", image_root) for i, value in enumerate(values)
-    ]
-    return ColumnMedia(images, videos, field or video_field)
+    videos = []
+    for i, value in enumerate(values):
+        videos.append(parse_video(value, raw.get("fps"), where, f"{video_field}[{i}]", image_root))
+    return ColumnMedia(images, videos, image_field or video_field)
 
 
-def place(messages: tuple[Message, ...], media: ColumnMedia, where: str, text_field: str) -> tuple[Message, ...]:
-    """Put media where the marks of the user's texts stand; before the first of them where nothing marks their kind.
+def place_media(messages: tuple[Message, ...], media: ColumnMedia, where: str, text_field: str) -> tuple[Message, ...]:
+    """Put media at the marks of the user's texts; media without marks of their kind go before the first user's text.
 
     Args:
         messages: A chat of text parts.
-        media: What to place.
+        media: The images and videos to place.
         where: ``file:line``.
         text_field: The field that holds the text, for errors.
 
     Raises:
-        RowError: there are marks, and not one for each medium.
+        RowError: the numbers of marks and media differ, or the chat has media of its own.
     """
     messages = tuple(_with_plain_marks(message) for message in messages)
     text = "\n".join(message.text for message in messages if message.role == "user")
-    waiting: dict[str, Iterator[Part]] = {}
+    media_by_mark: dict[str, Iterator[Part]] = {}
     leading: list[Part] = []
     for mark, parts in ((IMAGE_MARK, media.images), (VIDEO_MARK, media.videos)):
         count = text.count(mark)
         if count == len(parts):
-            waiting[mark] = iter(parts)
+            media_by_mark[mark] = iter(parts)  # one iterator for all messages: marks are counted over the chat
         elif count == 0:
             leading += parts
         else:
@@ -123,10 +129,11 @@ def place(messages: tuple[Message, ...], media: ColumnMedia, where: str, text_fi
             raise RowError(where, text_field, problem, "give one for each mark, or no marks at all")
     if not media.images and not media.videos:
         return messages
-    if any(not isinstance(part, TextPart) for message in messages for part in message.parts):
+    chat_parts = itertools.chain.from_iterable(message.parts for message in messages)
+    if not all(isinstance(part, TextPart) for part in chat_parts):
         problem = "has images or videos beside a chat that has some of its own"
         raise RowError(where, media.field, problem, "give them either in the column or in the content")
-    return tuple(_filled(message, waiting, leading) for message in messages)
+    return tuple(_insert_media(message, media_by_mark, leading) for message in messages)
 
 
 def refuse_marks(messages: Sequence[Message], where: str, text_field: str) -> None:
@@ -141,25 +148,30 @@ def _is_medium_name(name: str) -> bool:
     return _MEDIUM_NAME.fullmatch(name) is not None
 
 
-def _column(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[str, Sequence[Any]]:
-    """Name and values of the column that is filled, of the two that mean the same; no values where none is."""
-    columns = {name: _values(raw.get(name)) for name in names}
+def _read_column(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[str, Sequence[Any]]:
+    """Return name and values of the filled column of two that mean the same; an empty name where neither is filled."""
+    columns = {name: _column_values(raw.get(name)) for name in names}
     filled = [name for name, values in columns.items() if values]
+    if not filled:
+        return "", []
     if len(filled) > 1:
         raise RowError(where, filled[1], f"stands beside {filled[0]!r}", "give one of the two columns")
-    return (filled[0], columns[filled[0]]) if filled else ("", [])
+    return filled[0], columns[filled[0]]
 
 
-def _values(column: Any) -> Sequence[Any]:
+def _column_values(column: Any) -> Sequence[Any]:
+    """Return the media of a column as a list: a list as it is, a single medium as a list of one."""
     if isinstance(column, Sequence) and not isinstance(column, (str, bytes)):
         return column
-    empty = column is None or column == ""
-    empty |= isinstance(column, Mapping) and all(value is None for value in column.values())
-    return [] if empty else [column]
+    if column is None or column == "":
+        return []
+    if isinstance(column, Mapping) and all(value is None for value in column.values()):
+        return []
+    return [column]
 
 
 def _with_plain_marks(message: Message) -> Message:
-    """The message with `IMAGE_MARK` and `VIDEO_MARK` in place of Qwen's tokens for them."""
+    """Return the message with `IMAGE_MARK` and `VIDEO_MARK` in place of Qwen's tokens for them."""
     if message.role != "user" or "<|vision_start|>" not in message.text:
         return message
     parts: list[Part] = []
@@ -173,18 +185,18 @@ def _with_plain_marks(message: Message) -> Message:
     return replace(message, parts=tuple(parts))
 
 
-def _filled(message: Message, waiting: Mapping[str, Iterator[Part]], leading: list[Part]) -> Message:
-    """A user's message with its media in place; ``leading`` goes to the first one, and is emptied."""
+def _insert_media(message: Message, media_by_mark: Mapping[str, Iterator[Part]], leading: list[Part]) -> Message:
+    """Return a user's message with its media inserted; ``leading`` goes to the first such message and is emptied."""
     if message.role != "user":
         return message
     parts = list(leading)
     leading.clear()
-    marks = re.compile(f"({'|'.join(waiting)})")
+    marks = re.compile(f"({'|'.join(media_by_mark)})")  # in a group, so that `split` returns the marks, too
     for part in message.parts:
         assert isinstance(part, TextPart), "a chat with columns has texts only"
-        for piece in marks.split(part.text) if waiting else [part.text]:
-            if piece in waiting:
-                parts.append(next(waiting[piece]))
+        for piece in marks.split(part.text) if media_by_mark else [part.text]:
+            if piece in media_by_mark:
+                parts.append(next(media_by_mark[piece]))
             elif piece.strip():
                 parts.append(TextPart(piece))
     return replace(message, parts=tuple(parts))

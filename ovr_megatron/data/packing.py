@@ -1,8 +1,9 @@
-"""From samples to packs: documents one after the other, without padding, and a stream of them that resumes."""
+"""Turn samples into packs: documents one after the other, without padding, and a stream of packs that resumes."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -20,12 +21,12 @@ from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 IGNORED = -100  # label of a token that predicts nothing
 CHUNK = 64  # rows that are drawn and tokenised together
 BARREN = 16  # chunks without one row that fits, after which the stream gives up
-LOOKAHEAD = 2  # packs that wait beyond a step's own, so that its own can be filled well
+LOOKAHEAD = 2  # packs of waiting rows beyond those of a step, so that best fit has a choice
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a document comes from, for records and metrics."""
+    """The row that a document was made of, for records and metrics."""
 
     where: str
     id: str
@@ -46,7 +47,7 @@ class Pack:
         placement: int64[F], index in ``tokens`` of each feature, F = P / merge^2.
         extras: More arrays [T] in line with ``labels``: what belongs to a target stands where it is predicted.
         cu_seqlens_padded: int32[D + 1], where the documents' rows begin, alignment tails included.
-        origins: Where each document comes from; empty where nobody asks.
+        origins: The row of each document; empty where no record needs it.
     """
 
     tokens: Tensor
@@ -66,10 +67,10 @@ class Pack:
         return self.cu_seqlens if self.cu_seqlens_padded is None else self.cu_seqlens_padded
 
     def aligned(self, document: int, total: int) -> Pack:
-        """Return the pack with every document's rows a multiple of ``document`` and all rows one of ``total``.
+        """Return the pack with every document's rows a multiple of ``document`` and all rows a multiple of ``total``.
 
-        What is added carries no label, no feature and no position of its own; the last document takes what the
-        whole pack lacks.
+        Added rows carry no label, no feature and no position; the last document takes the rows that ``total`` asks
+        for.
 
         Args:
             document: 1 where documents may have any length.
@@ -80,25 +81,26 @@ class Pack:
         padded[-1] += -padded.sum() % total
         if (padded == lengths).all():
             return self
+        # Row i of the pack becomes row i + (padding of the documents before its own).
         bounds = np.cumsum([0, *padded])
         shift = np.repeat(bounds[:-1] - self.cu_seqlens.numpy()[:-1], lengths)
         rows = torch.from_numpy(np.arange(len(self.tokens)) + shift)
         size = int(bounds[-1])
 
-        def spread(values: Tensor, fill: int = 0) -> Tensor:
+        def pad(values: Tensor, fill: int = 0) -> Tensor:
             out = values.new_full((*values.shape[:-1], size), fill)
             out[..., rows] = values
             return out
 
         return Pack(
-            tokens=spread(self.tokens),
-            labels=spread(self.labels, IGNORED),
-            position_ids=spread(self.position_ids),
+            tokens=pad(self.tokens),
+            labels=pad(self.labels, IGNORED),
+            position_ids=pad(self.position_ids),
             cu_seqlens=self.cu_seqlens,
             patches=self.patches,
             grid_thw=self.grid_thw,
             placement=rows[self.placement],
-            extras={name: spread(values) for name, values in self.extras.items()},
+            extras={name: pad(values) for name, values in self.extras.items()},
             cu_seqlens_padded=torch.from_numpy(bounds.astype(np.int32)),
             origins=self.origins,
         )
@@ -129,13 +131,13 @@ def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] |
         "placement": np.concatenate([sample.placement + start for sample, start in zip(samples, starts, strict=False)]),
     }
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    rows = list(extras or ())
-    spread = {
-        name: np.concatenate([_spread(name, row[name], label) for row, label in zip(rows, labels, strict=True)])
-        for name in (rows[0] if rows else ())
-    }
+    extra_tensors = {}
+    if extras:
+        for name in extras[0]:
+            aligned = [_align_extra(name, extra[name], label) for extra, label in zip(extras, labels, strict=True)]
+            extra_tensors[name] = torch.from_numpy(np.concatenate(aligned))
     origins = tuple(Origin(sample.row.where, sample.row.id, sample.row.source) for sample in samples)
-    return Pack(**tensors, origins=origins, extras={name: torch.from_numpy(value) for name, value in spread.items()})
+    return Pack(**tensors, origins=origins, extras=extra_tensors)
 
 
 def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
@@ -158,12 +160,15 @@ def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
 
 
 def _labels(sample: Sample) -> np.ndarray:
+    """Return int64[S]: the next token where it is a target, else `IGNORED`."""
     labels = np.full(len(sample), IGNORED, np.int64)
+    # The last token predicts nothing: the next one is of another document.
     labels[:-1] = np.where(sample.loss_mask[1:], sample.tokens[1:], IGNORED)
     return labels
 
 
-def _spread(name: str, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _align_extra(name: str, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the values in line with ``labels``; of one value per target, zeros stand in between."""
     values = np.asarray(values)
     targets = labels != IGNORED
     if len(values) == len(labels):
@@ -172,20 +177,21 @@ def _spread(name: str, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
         raise PackError(
             f"extra {name!r} has {len(values)} numbers for a sample of {len(labels)} tokens and {targets.sum()} targets"
         )
-    placed = np.zeros(len(labels), values.dtype)
-    placed[targets] = values
-    return placed
+    aligned = np.zeros(len(labels), values.dtype)
+    aligned[targets] = values
+    return aligned
 
 
 def count_replies(rows: Sequence[Row], learn: str) -> tuple[int, int]:
     """Count the assistant messages of ``rows``, and those that ``data.learn`` and their weights make targets."""
-    every = learned = 0
+    total = 0
+    learned = 0
     for row in rows:
         replies = [message for message in row.messages if message.role == "assistant"]
         targets = sum(message.learn for message in replies)
-        every += len(replies)
+        total += len(replies)
         learned += targets if learn == "all" else min(targets, 1)
-    return every, learned
+    return total, learned
 
 
 class ResumableRows(Protocol):
@@ -202,7 +208,9 @@ class ResumableRows(Protocol):
 
 
 @dataclass(frozen=True)
-class _Waiting:
+class _WaitingRow:
+    """A row of ``length`` tokens that is in no pack yet; ``draw`` counts the rows that were drawn before it."""
+
     draw: int
     row: Row
     length: int
@@ -211,9 +219,9 @@ class _Waiting:
 class PackStream:
     """Supervised packs, step by step, from an endless stream of rows.
 
-    Every rank draws and measures every row and so finds the same plan; it processes the pixels of its own
+    Every rank draws and measures every row and so makes the same plan; it processes the pixels of its own
     packs only.  Rows that have waited longest are packed first.  A row over ``data.max_prompt_tokens`` or
-    ``pack_tokens`` is dropped and counted in ``dropped``; so is one that cannot be used, where there is a list for it.
+    ``pack_tokens`` is dropped and counted in ``dropped``; so is an unusable row where there is a list for it.
 
     Attributes:
         dropped: Rows dropped so far.
@@ -231,7 +239,7 @@ class PackStream:
         dp_size: int = 1,
         skipped: SkippedRows | None = None,
     ) -> None:
-        """Set up; nothing is drawn yet.  ``skipped`` lists rows that are left out; None stops at a bad one.
+        """Set up; nothing is drawn yet.  ``skipped`` lists rows that are left out; None stops at a bad row.
 
         Raises:
             ConfigError: ``packs_per_step`` is not a multiple of ``dp_size``.
@@ -241,12 +249,19 @@ class PackStream:
                 f"packs_per_step={packs_per_step} cannot be shared by {dp_size} data-parallel replicas; "
                 f"make it a multiple of {dp_size}"
             )
-        self.pack_tokens, self.packs_per_step = pack_tokens, packs_per_step
-        self.dropped, self.fill, self.replies = 0, 0.0, (0, 0)
-        self._stream, self._processor = stream, processor
-        self._dp_rank, self._dp_size, self._skipped = dp_rank, dp_size, skipped
-        self._waiting: list[_Waiting] = []
-        self._drawn, self._barren = 0, 0
+        self.pack_tokens = pack_tokens
+        self.packs_per_step = packs_per_step
+        self.dropped = 0
+        self.fill = 0.0
+        self.replies = (0, 0)
+        self._stream = stream
+        self._processor = processor
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._skipped = skipped
+        self._waiting: list[_WaitingRow] = []
+        self._drawn = 0  # rows
+        self._barren = 0  # chunks since the last row that fits
         self._snapshots: list[tuple[int, dict[str, Any]]] = []  # (rows drawn, position), before each chunk
 
     def __iter__(self) -> Iterator[list[Pack]]:
@@ -258,26 +273,28 @@ class PackStream:
         Raises:
             RowError: a row cannot be used, or very many rows in a row are too long.
         """
-        wanted = (self.packs_per_step + LOOKAHEAD) * self.pack_tokens
-        while sum(item.length for item in self._waiting) < wanted:
+        needed_tokens = (self.packs_per_step + LOOKAHEAD) * self.pack_tokens
+        while sum(item.length for item in self._waiting) < needed_tokens:
             self._draw()
         lengths = [item.length for item in self._waiting]
         plan = plan_packs(lengths, self.pack_tokens)[: self.packs_per_step]
-        shares = balance([sum(lengths[i] ** 2 for i in members) for members in plan], self._dp_size)
-        self.fill = sum(lengths[i] for members in plan for i in members) / (self.packs_per_step * self.pack_tokens)
-        packs = [
-            pack(self._processor.encode([self._waiting[i].row for i in members], generation=False))
-            for members in (plan[number] for number in shares[self._dp_rank])
-        ]
-        taken = {i for members in plan for i in members}
-        self.replies = count_replies([self._waiting[i].row for i in taken], self._processor.config.learn)
-        self._waiting = [item for i, item in enumerate(self._waiting) if i not in taken]
+        planned = set(itertools.chain.from_iterable(plan))
+        self.fill = sum(lengths[i] for i in planned) / (self.packs_per_step * self.pack_tokens)
+        # Every rank has the same lengths and so computes the same plan and shares, without a collective.
+        costs = [_attention_cost(lengths, members) for members in plan]
+        packs = []
+        for index in balance(costs, self._dp_size)[self._dp_rank]:
+            rows = [self._waiting[i].row for i in plan[index]]
+            packs.append(pack(self._processor.encode(rows, generation=False)))
+        self.replies = count_replies([self._waiting[i].row for i in planned], self._processor.config.learn)
+        self._waiting = [item for i, item in enumerate(self._waiting) if i not in planned]
         self._forget_snapshots()
         return packs
 
     def state(self) -> dict[str, Any]:
-        """Return the position as JSON: a position of the rows, and which of those drawn since still wait."""
+        """Return the position as JSON: a position of the rows, and which of the rows drawn since still wait."""
         start, rows = self._snapshots[0] if self._snapshots else (self._drawn, self._stream.state())
+        # Relative to the snapshot: a resumed run counts its draws from there.
         return {
             "rows": copy.deepcopy(rows),
             "drawn": self._drawn - start,
@@ -286,25 +303,28 @@ class PackStream:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go to a position: draw again what was drawn since, and keep what still waited."""
+        """Go to a position: draw the rows since it again, and keep those that still waited."""
         self._stream.load(copy.deepcopy(state["rows"]))
-        self._waiting, self._snapshots, self._drawn = [], [], 0
+        self._waiting = []
+        self._snapshots = []
+        self._drawn = 0
         while self._drawn < state["drawn"]:
             self._draw(keep=set(state["waiting"]))
-        self.dropped = state["dropped"]
+        self.dropped = state["dropped"]  # last: drawing again counts rows that were counted before
 
     def _draw(self, keep: set[int] | None = None) -> None:
-        """Draw a chunk of rows and let those wait that fit; of them only the draws in ``keep``, if given."""
+        """Draw a chunk of rows and append those that fit to the waiting rows; with ``keep``, only these draws."""
+        # Before the chunk: a resumed run draws the rows that still wait again from here.
         self._snapshots.append((self._drawn, copy.deepcopy(self._stream.state())))
         drawn = [(draw, next(self._stream)) for draw in range(self._drawn, self._drawn + CHUNK)]
         self._drawn += CHUNK
-        drawn = [(draw, row) for draw, row in drawn if keep is None or draw in keep]
+        if keep is not None:
+            drawn = [(draw, row) for draw, row in drawn if draw in keep]
         lengths = self._measure([row for _, row in drawn])
-        fitting = [
-            _Waiting(draw, row, length)
-            for (draw, row), length in zip(drawn, lengths, strict=True)
-            if isinstance(length, int)
-        ]
+        fitting = []
+        for (draw, row), length in zip(drawn, lengths, strict=True):
+            if isinstance(length, int):
+                fitting.append(_WaitingRow(draw, row, length))
         self._waiting += fitting
         self.dropped += len(drawn) - len(fitting)
         self._barren = 0 if fitting else self._barren + 1
@@ -312,7 +332,7 @@ class PackStream:
             self._give_up(drawn[-1][1], lengths[-1])
 
     def _measure(self, rows: list[Row]) -> list[int | RowError]:
-        """Tokens of each row, or why it is left out."""
+        """Return the tokens of each row, or the error that leaves it out."""
         lengths = lengths_or_errors(self._processor, rows, generation=False, skipped=self._skipped)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             if isinstance(length, int) and length > self.pack_tokens:
@@ -330,7 +350,12 @@ class PackStream:
         raise TooLongError(row.where, "messages", problem, remedy)
 
     def _forget_snapshots(self) -> None:
-        """Keep those from which the oldest waiting row can be drawn again."""
+        """Forget the snapshots before the one from which the oldest waiting row can be drawn again."""
         oldest = self._waiting[0].draw if self._waiting else self._drawn
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= oldest:
             self._snapshots.pop(0)
+
+
+def _attention_cost(lengths: Sequence[int], members: Sequence[int]) -> int:
+    """Return the sum of squared lengths of a pack's documents."""
+    return sum(lengths[i] ** 2 for i in members)

@@ -1,4 +1,4 @@
-"""Pictures to patches under one image budget, through the processors of the model folder."""
+"""Turn pictures into patches under one image budget, through the processors of the model folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class PixelProcessor:
 
     def __init__(self, image_processor: Any, video_processor: Any, vision: VisionShape, config: DataConfig) -> None:
         """Set the budget on both Hugging Face processors, which are changed in place."""
-        self._image_processor, self._video_processor, self._vision = image_processor, video_processor, vision
+        self._image_processor = image_processor
+        self._video_processor = video_processor
+        self._vision = vision
         self._budget = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
         size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
         self.mm_processor_kwargs: dict[str, Any] = {"size": size}
@@ -54,17 +56,20 @@ class PixelProcessor:
         Returns:
             float32[patches, patch_dim] of each image, and of each video.
         """
-        still, moving = iter([]), iter([])  # type: ignore[var-annotated]
+        image_patches: Iterator[np.ndarray] = iter(())
+        video_patches: Iterator[np.ndarray] = iter(())
         if images:
-            found = self._image_processor(images=list(images), return_tensors="pt")
-            still = _split(found["pixel_values"], found["image_grid_thw"])
+            outputs = self._image_processor(images=list(images), return_tensors="pt")
+            image_patches = _split(outputs["pixel_values"], outputs["image_grid_thw"])
         if videos:
-            pixels = [pixels for pixels, _ in videos]
-            found = self._video_processor(videos=pixels, do_sample_frames=False, return_tensors="pt")
-            moving = _split(found["pixel_values_videos"], found["video_grid_thw"])
-        return still, moving
+            frames = [pixels for pixels, _ in videos]
+            # The frames are the sample: the processor must not draw others from them.
+            outputs = self._video_processor(videos=frames, do_sample_frames=False, return_tensors="pt")
+            video_patches = _split(outputs["pixel_values_videos"], outputs["video_grid_thw"])
+        return image_patches, video_patches
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of patches of a picture, resized as Transformers does."""
         patch = self._vision.patch
         height, width = smart_resize(height, width, factor=patch * self._vision.merge, **self._budget)
         return height // patch, width // patch
@@ -76,8 +81,9 @@ def frame_size(sizes: Sequence[tuple[int, int]], row: Row) -> tuple[int, int]:
     Raises:
         RowError: they are not of one size.
     """
-    if len(set(sizes)) > 1:
-        listing = ", ".join(f"{width} x {height}" for width, height in sorted(set(sizes)))
+    distinct = sorted(set(sizes))
+    if len(distinct) > 1:
+        listing = ", ".join(f"{width} x {height}" for width, height in distinct)
         raise RowError(row.where, "video", f"has frames of different sizes ({listing})", "make all frames one size")
     return sizes[0]
 
@@ -101,4 +107,6 @@ def stack_frames(frames: Sequence[Image.Image], part: VideoPart, row: Row) -> Vi
 
 
 def _split(patches: torch.Tensor, grids: torch.Tensor) -> Iterator[np.ndarray]:
-    return iter(np.split(patches.numpy(), np.cumsum(grids.prod(dim=1).numpy())[:-1]))
+    """Split float32[P, patch_dim] into the patches of each grid of int64[n, 3]."""
+    ends = np.cumsum(grids.prod(dim=1).numpy())
+    return iter(np.split(patches.numpy(), ends[:-1]))

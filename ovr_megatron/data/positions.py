@@ -36,11 +36,11 @@ class Visual:
 def mrope_positions(
     segments: Sequence[int | Visual], merge: int, tokens_per_second: float, after_video: str = "grid"
 ) -> np.ndarray:
-    """Positions of a document that consists of ``segments`` in order.
+    """Compute the positions of a document that consists of ``segments`` in order.
 
     Text counts up in all three rows.  A visual that starts at position p has p + floor(slice x seconds x
     tokens_per_second) in the time row (p for an image) and p + its row and p + its column, in merged
-    patches, in the others.  Where the text goes on after it is not agreed upon for videos:
+    patches, in the others.  Libraries disagree on the position at which text continues after a video:
 
     - ``grid``: at p + max(height, width).  `Qwen2_5_VLModel.get_rope_index` of Transformers 5.3 and later.
     - ``extent``: one past the largest position, time included.  Transformers 4 and vLLM.
@@ -57,33 +57,40 @@ def mrope_positions(
         int64[3, S].
     """
     assert after_video in AFTER_VIDEO, after_video
-    start, blocks = 0, [np.zeros((3, 0), np.int64)]
+    start = 0
+    blocks: list[np.ndarray] = [np.zeros((3, 0), np.int64)]
     for segment in segments:
-        if isinstance(segment, Visual):
-            block = start + _visual(segment, merge, tokens_per_second, after_video)
-            _, h, w = segment.grid
-            start = start + max(h, w) // merge if after_video == "grid" else int(block.max()) + 1
-        else:
-            block = np.broadcast_to(np.arange(start, start + segment), (3, segment))
+        if not isinstance(segment, Visual):
+            blocks.append(np.broadcast_to(np.arange(start, start + segment), (3, segment)))
             start += segment
+            continue
+        block = start + _visual_offsets(segment, merge, tokens_per_second, after_video)
         blocks.append(block)
+        if after_video == "grid":
+            _, h, w = segment.grid
+            start += max(h, w) // merge  # whatever its time row has reached
+        else:
+            start = int(block.max()) + 1
     return np.concatenate(blocks, axis=1)
 
 
-def _visual(visual: Visual, merge: int, tokens_per_second: float, after_video: str) -> np.ndarray:
-    """Offsets from its start, int64[3, features]: rows vary slowest in time, fastest in width."""
+def _visual_offsets(visual: Visual, merge: int, tokens_per_second: float, after_video: str) -> np.ndarray:
+    """Return the offsets from a visual's start, int64[3, features]: tokens vary slowest in time, fastest in width."""
     t, h, w = visual.grid
     block = np.indices((t, h // merge, w // merge), dtype=np.int64)
     if visual.seconds is not None:
         # The seconds reach both libraries as float32; Transformers goes on in float32, vLLM in float64.
-        number = np.dtype(np.float32 if after_video == "grid" else np.float64)
-        step = np.array([visual.seconds], np.float32).astype(number) * np.array([tokens_per_second], number)
-        block[0] = (np.arange(t, dtype=number) * step).astype(np.int64)[:, None, None]
+        dtype = np.dtype(np.float32 if after_video == "grid" else np.float64)
+        seconds = np.array([visual.seconds], np.float32).astype(dtype)
+        step = seconds * np.array([tokens_per_second], dtype)
+        # The product is cut off only here: rounding the step would add up over the slices.
+        times = (np.arange(t, dtype=dtype) * step).astype(np.int64)
+        block[0] = times[:, None, None]
     return block.reshape(3, -1)
 
 
 def continue_positions(position_ids: np.ndarray, tokens: int) -> np.ndarray:
-    """Positions of ``tokens`` more text tokens after a document that ends in text: int64[3, tokens]."""
+    """Return the positions of ``tokens`` more text tokens after a document that ends in text: int64[3, tokens]."""
     assert position_ids.shape[1] and (position_ids[:, -1] == position_ids[0, -1]).all(), "must end in text"
     start = position_ids[0, -1] + 1
     return np.tile(np.arange(start, start + tokens), (3, 1))

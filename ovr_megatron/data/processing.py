@@ -1,11 +1,12 @@
-"""From rows to samples: tokens, training targets, patches and positions.
+"""Turn rows into samples: tokens, training targets, patches and positions.
 
-One `Processor` serves every use: supervised samples, prompts for the rollout engine, and what the engine
-answered.  It is the only place where an image becomes tokens.
+One `Processor` serves every use: supervised samples, prompts for the rollout engine, and the engine's responses.
+It is the only place where an image becomes tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ TEMPLATE_NOTICE = (
     "data.template=think: chats are written with this project's template in place of the model folder's own, and "
     "replies begin after an opened <think>; data.template=model takes the folder's"
 )
-NO_THOUGHT = f"\n{END_OF_THOUGHT}\n\n"  # what closes an opened thought at once
+NO_THOUGHT = f"\n{END_OF_THOUGHT}\n\n"  # closes an opened thought at once
 
 
 class TooLongError(RowError):
@@ -49,7 +50,7 @@ class Sample:
         images: Pictures for the engine.
         videos: Videos for the engine.
         prompt_tokens: The engine's prompt: one placeholder for each image or video, no response.
-        row: Where it comes from.
+        row: The row that the sample was made of.
     """
 
     tokens: np.ndarray
@@ -85,7 +86,7 @@ class Processor:
         tokenizer: The folder's Hugging Face tokenizer.
         shape: The folder's model shape.
         chat_template: Jinja source in use.
-        template_notice: One sentence where it is another than the folder's own, else empty.
+        template_notice: One sentence where ``chat_template`` is not the folder's own, else empty.
         end_token: Id of ``<|im_end|>``, which closes a response.
         mm_processor_kwargs: The image budget in the form that vLLM's argument of this name takes.
         after_video: How positions go on after a video, see `mrope_positions`: ``data.after_video``, else what the
@@ -109,9 +110,12 @@ class Processor:
         self.after_video = config.after_video or self.shape.after_video or SERVED_AFTER_VIDEO
         self.folder = complete_folder(Path(model_dir))
         assets = load_assets(self.folder, self.shape)
-        self.tokenizer, own = assets.tokenizer, assets.chat_template
-        self.chat_template = THINK_TEMPLATE.read_text(encoding="utf-8") if config.template == "think" else own
-        self.template_notice = TEMPLATE_NOTICE if own and own != self.chat_template else ""
+        self.tokenizer = assets.tokenizer
+        folder_template = assets.chat_template
+        self.chat_template = folder_template
+        if config.template == "think":
+            self.chat_template = THINK_TEMPLATE.read_text(encoding="utf-8")
+        self.template_notice = TEMPLATE_NOTICE if folder_template and folder_template != self.chat_template else ""
         if not self.chat_template:
             raise TemplateError(f"{model_dir} has no chat template; set data.template=think or add one to the folder")
         self._chat = ChatTemplate(self.tokenizer, self.chat_template)
@@ -135,18 +139,16 @@ class Processor:
             RowError: an image cannot be used, ``data.max_images`` or ``data.max_frames`` is passed, or a row to
                 learn from has no assistant message, or one that does not fit the template's opened thought.
         """
-        drafts = self._drafts(rows, generation)
+        drafts = self._build_drafts(rows, generation)
+        # All lengths before any pixel: a row that is too long costs no decoding.
         for draft in drafts:
-            if error := self._too_long(draft):
+            if error := self._length_error(draft):
                 raise error
         media = [load_media(draft.row, self.config) for draft in drafts]
         images = [pictures for pictures, _ in media]
-        videos = [
-            [stack_frames(frames, part, draft.row) for frames, part in zip(every, _videos(draft.row), strict=True)]
-            for (_, every), draft in zip(media, drafts, strict=True)
-        ]
-        patches = self._patches(drafts, images, videos)
-        return [self._sample(*item) for item in zip(drafts, images, videos, patches, strict=True)]
+        videos = [_stack_videos(frames, draft.row) for (_, frames), draft in zip(media, drafts, strict=True)]
+        patches = self._process_pixels(drafts, images, videos)
+        return [self._build_sample(*item) for item in zip(drafts, images, videos, patches, strict=True)]
 
     def lengths(self, rows: Sequence[Row], generation: bool, decode: bool = False) -> list[int | TooLongError]:
         """Return the tokens of each row's sample, exactly; of an image only the header is read.
@@ -156,15 +158,16 @@ class Processor:
         Args:
             rows: As for `encode`.
             generation: As for `encode`.
-            decode: Whether to open every image whole, so that a damaged one is an error here and not in `encode`.
+            decode: Whether to decode every image, so that a damaged one is an error here and not in `encode`.
 
         Raises:
             RowError: as `encode`.
         """
-        drafts = self._drafts(rows, generation)
-        for draft in drafts if decode else ():
-            load_media(draft.row, self.config)
-        return [self._too_long(draft) or self._length(draft) for draft in drafts]
+        drafts = self._build_drafts(rows, generation)
+        if decode:
+            for draft in drafts:
+                load_media(draft.row, self.config)
+        return [self._length_error(draft) or self._sample_length(draft) for draft in drafts]
 
     def response_sample(self, sample: Sample, response_tokens: Sequence[int] | np.ndarray) -> Sample:
         """Append the engine's tokens to a prompt's sample, as they are; they are its target."""
@@ -181,21 +184,25 @@ class Processor:
         """Return the text of ``tokens``."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=skip_special_tokens)
 
-    def _drafts(self, rows: Sequence[Row], generation: bool) -> list[_Draft]:
-        rows = [self._converted(row) for row in rows]
-        if not generation:
-            rows = [self._learnable(row) for row in rows]
-        chats = self._chat.tokenise([Chat(row.prompt) if generation else self._supervised(row) for row in rows])
-        return [self._draft(row, chat) for row, chat in zip(rows, chats, strict=True)]
+    def _build_drafts(self, rows: Sequence[Row], generation: bool) -> list[_Draft]:
+        """Tokenise the texts of ``rows`` in one batch and measure their media."""
+        rows = [self._convert_traces(row) for row in rows]
+        if generation:
+            chats = [Chat(row.prompt) for row in rows]
+        else:
+            rows = [self._cut_after_learned(row) for row in rows]
+            chats = [self._supervised_chat(row) for row in rows]
+        tokenised = self._chat.tokenise(chats)
+        return [self._build_draft(row, chat) for row, chat in zip(rows, tokenised, strict=True)]
 
-    def _converted(self, row: Row) -> Row:
-        """The row with its reasoning traces in the form that an opened thought continues."""
+    def _convert_traces(self, row: Row) -> Row:
+        """Return the row with its reasoning traces in the form that an opened thought continues."""
         if not self._chat.opens_thought:
             return row
         return replace(row, messages=tuple(converted_message(message) for message in row.messages))
 
-    def _learnable(self, row: Row) -> Row:
-        """The row up to the last message that is learned.
+    def _cut_after_learned(self, row: Row) -> Row:
+        """Return the row up to the last message that is learned.
 
         Raises:
             RowError: there is none.
@@ -203,25 +210,28 @@ class Processor:
         if row.is_prompt:
             remedy = "a row to learn from ends with an assistant message; add it or remove the row"
             raise RowError(row.where, "messages", "the last message is the user's", remedy)
-        learned = [i for i, message in enumerate(row.messages) if message.role == "assistant" and message.learn]
+        learned = _learned_messages(row)
         if not learned:
             raise RowError(row.where, "messages", "has no message of weight 1 to learn from", "remove the row")
         return replace(row, messages=row.messages[: learned[-1] + 1])
 
-    def _supervised(self, row: Row) -> Chat:
-        """The chat of a row to learn from: which of its replies are learned, each as the generation prompt wants it."""
+    def _supervised_chat(self, row: Row) -> Chat:
+        """Return the chat of a row to learn from, each learned reply as it follows the generation prompt."""
         last = len(row.messages) - 1
-        learned = [i for i, message in enumerate(row.messages) if message.role == "assistant" and message.learn]
-        replies = {i: self._reply(row, i) for i in learned if i < last and self.config.learn == "all"}
-        return Chat(row.prompt, replies, self._reply(row, last))
+        replies = {}
+        if self.config.learn == "all":
+            earlier = [index for index in _learned_messages(row) if index < last]
+            replies = {index: self._reply_text(row, index) for index in earlier}
+        return Chat(row.prompt, replies, self._reply_text(row, last))
 
-    def _reply(self, row: Row, index: int) -> str:
-        """The text of an assistant message from where the generation prompt ends.
+    def _reply_text(self, row: Row, index: int) -> str:
+        """Return the text of an assistant message from where the generation prompt ends.
 
         Raises:
             RowError: the generation prompt opens a thought, and the text does not close it, or opens another.
         """
-        reply, policy = row.messages[index].text, self.config.without_thought
+        reply = row.messages[index].text
+        policy = self.config.without_thought
         if not self._chat.opens_thought:
             return reply
         text = continuation(reply)
@@ -234,45 +244,50 @@ class Processor:
             remedy += ", or data.learn=last to learn the last reply alone"
         raise RowError(row.where, f"messages[{index}]", problem, remedy)
 
-    def _draft(self, row: Row, chat: TokenisedChat) -> _Draft:
-        parts = [part for message in row.prompt for part in message.parts if not isinstance(part, TextPart)]
-        kinds = {self.shape.image_token: ImagePart, self.shape.video_token: VideoPart}
-        placed = [kinds[token] for token in chat.prompt if token in kinds]
-        if placed != [type(part) for part in parts]:
+    def _build_draft(self, row: Row, chat: TokenisedChat) -> _Draft:
+        """Measure the media of ``row`` and check that the template has a placeholder for each, in order."""
+        prompt_parts = itertools.chain.from_iterable(message.parts for message in row.prompt)
+        media = [part for part in prompt_parts if not isinstance(part, TextPart)]
+        part_types = {self.shape.image_token: ImagePart, self.shape.video_token: VideoPart}
+        placeholders = [part_types[token] for token in chat.prompt if token in part_types]
+        if placeholders != [type(part) for part in media]:
             raise TemplateError(
-                f"{row.where}: the chat template places {len(placed)} images and videos where the row has "
-                f"{len(parts)}, or another order; use data.template=think or correct the folder's template"
+                f"{row.where}: the chat template places {len(placeholders)} images and videos where the row has "
+                f"{len(media)}, or another order; use data.template=think or correct the folder's template"
             )
         check_counts(row, self.config)
-        return _Draft(row, chat, [self._visual(part, row) for part in parts])
+        return _Draft(row, chat, [self._measure_visual(part, row) for part in media])
 
-    def _visual(self, part: ImagePart | VideoPart, row: Row) -> Visual:
-        """The grid that an image or a video will have."""
+    def _measure_visual(self, part: ImagePart | VideoPart, row: Row) -> Visual:
+        """Return the grid that an image or a video will have."""
         if isinstance(part, ImagePart):
             return self._pixels.still(*image_size(part, self.config))
         sizes = [image_size(frame, self.config) for frame in part.frames]
         return self._pixels.moving(len(sizes), *frame_size(sizes, row), part.fps)
 
     def _prompt_length(self, draft: _Draft) -> int:
-        """Tokens before the first that is learned, and all of a prompt that is to be answered."""
+        """Count the tokens before the first that is learned; of a prompt that is to be answered, all of them."""
         learned = draft.chat.learned
         count = learned.index(True) if any(learned) else len(learned)
         visuals = sum(self._is_visual(token) for token in draft.chat.prompt[:count])
-        return count + self._features(draft.visuals[:visuals])
+        return count + self._added_tokens(draft.visuals[:visuals])
 
-    def _length(self, draft: _Draft) -> int:
-        return len(draft.chat.prompt) + self._features(draft.visuals) + len(draft.chat.response)
+    def _sample_length(self, draft: _Draft) -> int:
+        return len(draft.chat.prompt) + self._added_tokens(draft.visuals) + len(draft.chat.response)
 
-    def _features(self, visuals: Sequence[Visual]) -> int:
-        """Tokens of ``visuals`` beyond the one placeholder of each."""
+    def _added_tokens(self, visuals: Sequence[Visual]) -> int:
+        """Count the tokens of ``visuals`` beyond the one placeholder of each."""
         return sum(visual.features(self.shape.vision.merge) - 1 for visual in visuals)
 
     def _is_visual(self, token: int) -> bool:
         return token in (self.shape.image_token, self.shape.video_token)
 
-    def _too_long(self, draft: _Draft) -> TooLongError | None:
-        prompt, length = self._prompt_length(draft), self._length(draft)
-        positions, limit = self.shape.max_positions, self.config.max_prompt_tokens
+    def _length_error(self, draft: _Draft) -> TooLongError | None:
+        """Return the error of a row that is over a limit, None for any other row."""
+        prompt = self._prompt_length(draft)
+        length = self._sample_length(draft)
+        positions = self.shape.max_positions
+        limit = self.config.max_prompt_tokens
         if prompt > limit:
             problem = f"the prompt takes {prompt} tokens, more than data.max_prompt_tokens={limit}"
             remedy = "shorten the row, shrink its images or raise the limit"
@@ -283,28 +298,36 @@ class Processor:
             return None
         return TooLongError(draft.row.where, "messages", problem, remedy)
 
-    def _patches(
+    def _process_pixels(
         self, drafts: list[_Draft], images: list[list[PIL.Image.Image]], videos: list[list[Video]]
     ) -> list[list[np.ndarray]]:
-        """Patches of each image and video of each draft, in the order of its tokens."""
-        every_image = [image for of_row in images for image in of_row]
-        every_video = [video for of_row in videos for video in of_row]
-        still, moving = self._pixels.patches(every_image, every_video)
-        return [[next(still if v.seconds is None else moving) for v in draft.visuals] for draft in drafts]
+        """Return the patches of each image and video of each draft, in the order of its tokens."""
+        all_images = list(itertools.chain.from_iterable(images))
+        all_videos = list(itertools.chain.from_iterable(videos))
+        image_patches, video_patches = self._pixels.patches(all_images, all_videos)
+        patches = []
+        # Images and videos may alternate within a row; each iterator runs through the rows in order.
+        for draft in drafts:
+            sources = [image_patches if visual.seconds is None else video_patches for visual in draft.visuals]
+            patches.append([next(source) for source in sources])
+        return patches
 
-    def _sample(
+    def _build_sample(
         self, draft: _Draft, images: list[PIL.Image.Image], videos: list[Video], patches: list[np.ndarray]
     ) -> Sample:
-        vision, chat = self.shape.vision, draft.chat
+        """Repeat the placeholder of each visual for all of its features, and set positions and targets."""
+        vision = self.shape.vision
+        chat = draft.chat
         features = [visual.features(vision.merge) for visual in draft.visuals]
         assert [len(part) for part in patches] == [count * vision.merge**2 for count in features], "grid and pixels"
         prompt = np.array(chat.prompt, np.int64)
         is_visual = (prompt == self.shape.image_token) | (prompt == self.shape.video_token)
         repeats = np.ones(len(prompt), np.int64)
         repeats[is_visual] = features
-        tokens = np.concatenate([np.repeat(prompt, repeats), np.array(chat.response, np.int64)])
-        learned = [np.repeat(np.array(chat.learned, bool), repeats), np.ones(len(chat.response), bool)]
+        response = np.array(chat.response, np.int64)
+        prompt_targets = np.repeat(np.array(chat.learned, bool), repeats)
 
+        # Positions follow the placeholders of the prompt; the text after the last visual joins the response.
         segments: list[int | Visual] = []
         start = 0
         for index, visual in zip(np.flatnonzero(is_visual), draft.visuals, strict=True):
@@ -312,8 +335,8 @@ class Processor:
             start = int(index) + 1
         segments.append(len(prompt) - start + len(chat.response))
         return Sample(
-            tokens=tokens,
-            loss_mask=np.concatenate(learned),
+            tokens=np.concatenate([np.repeat(prompt, repeats), response]),
+            loss_mask=np.concatenate([prompt_targets, np.ones(len(response), bool)]),
             position_ids=mrope_positions(segments, vision.merge, vision.tokens_per_second, self.after_video),
             patches=np.concatenate([np.zeros((0, vision.patch_dim), np.float32), *patches]),
             grid_thw=np.array([visual.grid for visual in draft.visuals], np.int64).reshape(-1, 3),
@@ -326,11 +349,19 @@ class Processor:
 
 
 def converted_message(message: Message) -> Message:
-    """The message with a trace, or with the request for one, in the form of `convert`."""
+    """Return the message with a trace, or with the request for a trace, in the form of `convert`."""
     rewrite = {"assistant": convert, "system": convert_instruction}.get(message.role)
     text = rewrite(message.text) if rewrite else message.text
     return message if text == message.text else replace(message, parts=(TextPart(text),))
 
 
-def _videos(row: Row) -> list[VideoPart]:
-    return [part for message in row.messages for part in message.parts if isinstance(part, VideoPart)]
+def _learned_messages(row: Row) -> list[int]:
+    """Return the indices of the assistant messages that the row lets a model learn."""
+    return [i for i, message in enumerate(row.messages) if message.role == "assistant" and message.learn]
+
+
+def _stack_videos(videos: Sequence[Sequence[PIL.Image.Image]], row: Row) -> list[Video]:
+    """Stack the opened frames of each video of ``row``."""
+    parts = itertools.chain.from_iterable(message.parts for message in row.messages)
+    video_parts = [part for part in parts if isinstance(part, VideoPart)]
+    return [stack_frames(frames, part, row) for frames, part in zip(videos, video_parts, strict=True)]

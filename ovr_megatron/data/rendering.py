@@ -1,10 +1,10 @@
-"""Chats to token ids: the template's special tokens are ids, everything a row says is plain text.
+"""Turn chats into token ids: the template's special tokens are ids, the texts of a row are plain text.
 
-A chat template is rendered with a slot in place of each text.  What stands between two special tokens of the
-rendered template, texts filled in, is tokenised as one stretch in which nothing is special.  For texts that
-name no special token the ids are those of the whole rendered chat; for those that do, they are characters.
+A chat template is rendered with a slot in place of each text.  The text between two special tokens of the rendered
+template, slots filled in, is tokenised as one stretch in which nothing is special.  For texts that name no special
+token the ids are those of the whole rendered chat; the name of a special token in a text becomes characters.
 
-A reply that is learned is tokenised apart from what stands before it: its ids are those that a model samples.
+A reply that is learned is tokenised apart from the text before it: its ids are those that a model samples.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TemplateError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Chat:
-    """What is tokenised: a prompt and maybe a response.
+    """A prompt and maybe a response, to be tokenised.
 
     Attributes:
         messages: The prompt; the template's generation prompt follows.
@@ -71,7 +71,7 @@ class ChatTemplate:
     """A Jinja chat template bound to a Hugging Face tokenizer."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
-        """Keep both; ``template`` is the Jinja source.
+        """Bind the Jinja source ``template`` to ``tokenizer``.
 
         Raises:
             TemplateError: the tokenizer has no token that ends a message.
@@ -84,30 +84,35 @@ class ChatTemplate:
         if END not in self.special:
             raise TemplateError(f"the tokenizer lacks {END}; it is not Qwen2.5-VL's")
         self.end_token = self.special[END]
+        # Longest first: a name may begin with another name.
         names = sorted(self.special, key=len, reverse=True)
-        self._pieces = re.compile("|".join([_SLOT.format(r"(\d+)"), *(f"({re.escape(name)})" for name in names)]))
+        alternatives = [_SLOT.format(r"(\d+)"), *(f"({re.escape(name)})" for name in names)]
+        self._slot_or_special = re.compile("|".join(alternatives))
 
     def tokenise(self, chats: Sequence[Chat]) -> list[TokenisedChat]:
         """Tokenise in one batch.
 
         Raises:
-            TemplateError: an earlier reply is to be learned, and the template does not write it as it asks for one.
+            TemplateError: an earlier reply is to be learned, and the template writes it in another form than a new one.
         """
         rendered = [list(self._render(chat)) for chat in chats]
-        runs = [str(piece) for pieces in rendered for piece in pieces if isinstance(piece, str)]
-        responses = [chat.response for chat in chats if chat.response is not None]
-        ids = iter(self._plain([*runs, *responses]))
-        prompts = [self._prompt(pieces, ids) for pieces in rendered]
-        tails = [[*next(ids), self.end_token] if chat.response is not None else [] for chat in chats]
-        return [TokenisedChat(*prompt, tail) for prompt, tail in zip(prompts, tails, strict=True)]
+        texts: list[str] = []
+        for pieces in rendered:
+            texts += [str(piece) for piece in pieces if isinstance(piece, str)]
+        texts += [chat.response for chat in chats if chat.response is not None]
+        # One call for all texts, whose ids are taken in the same order: of the prompts, then of the responses.
+        ids = iter(self._tokenise_plain(texts))
+        prompts = [self._join_pieces(pieces, ids) for pieces in rendered]
+        responses = [[*next(ids), self.end_token] if chat.response is not None else [] for chat in chats]
+        return [TokenisedChat(*prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
     @cached_property
     def opens_thought(self) -> bool:
-        """Whether a reply is asked for after an opened ``<think>``."""
+        """Whether the generation prompt ends with an opened ``<think>``."""
         return self._generation_prompt.rstrip().endswith(THINK)
 
     def check_text(self, folder: str | Path) -> None:
-        """Render a chat of one text and see that the text is in it, once.
+        """Render a chat of one text and check that the text is in it, once.
 
         Raises:
             AssetError: the template cannot be rendered, or leaves the text out.
@@ -120,39 +125,50 @@ class ChatTemplate:
                 f"{folder}: the chat template writes a user's text {count} times; use data.template=think or correct it"
             )
 
-    def _prompt(self, pieces: Sequence[str | int], ids: Iterator[list[int]]) -> tuple[list[int], list[bool]]:
-        """Ids of a chat's pieces, and which are learned: earlier replies, each with the token that ends it."""
+    def _join_pieces(self, pieces: Sequence[str | int], ids: Iterator[list[int]]) -> tuple[list[int], list[bool]]:
+        """Return the ids of a chat's pieces, and which are learned: earlier replies, each with the token that ends it.
+
+        Args:
+            pieces: As `_render` yields them.
+            ids: Yields the ids of each text among the pieces.
+        """
         tokens: list[int] = []
         learned: list[bool] = []
         after_reply = False  # the token that ends a reply is learned with it
         for i, piece in enumerate(pieces):
-            reply = isinstance(piece, _Reply)
-            if reply and list(pieces[i + 1 : i + 2]) != [self.end_token]:
+            is_reply = isinstance(piece, _Reply)
+            if is_reply and list(pieces[i + 1 : i + 2]) != [self.end_token]:
                 raise TemplateError(f"the chat template does not end an earlier reply with {END}; {_LAST_ONLY}")
-            new = [piece] if isinstance(piece, int) else next(ids)
-            tokens += new
-            learned += [reply or after_reply] * len(new)
-            after_reply = reply
+            # The template's special token is an id already; a text takes the next ids.
+            piece_ids = [piece] if isinstance(piece, int) else next(ids)
+            tokens += piece_ids
+            learned += [is_reply or after_reply] * len(piece_ids)
+            after_reply = is_reply
         return tokens, learned
 
     def _render(self, chat: Chat) -> Iterator[str | int]:
         """Yield, in order, stretches of plain text, ids of the template's special tokens, and replies to learn."""
-        texts: list[str] = []
-        replies: set[int] = set()
+        texts: list[str] = []  # by number of the slot
+        reply_slots: set[int] = set()
 
-        def slot(text: str) -> str:
+        def add_slot(text: str) -> str:
             texts.append(text)
             return _SLOT.format(len(texts) - 1)
 
         turns = []
         for i, message in enumerate(chat.messages):
+            content: str | list[dict[str, str]]
             if i in chat.replies:
-                replies.add(len(texts))
-            content = slot(chat.replies[i]) if i in chat.replies else _content(message, slot)
+                reply_slots.add(len(texts))
+                content = add_slot(chat.replies[i])
+            else:
+                content = _content(message, add_slot)
             turns.append({"role": message.role, "content": content})
         rendered = self._apply(turns, add_generation_prompt=True)
-        run, end, written = "", 0, 0
-        for match in self._pieces.finditer(rendered):
+        run = ""  # plain text since the last special token or reply
+        end = 0
+        reply_count = 0
+        for match in self._slot_or_special.finditer(rendered):
             run += rendered[end : match.start()]
             end = match.end()
             if match[1] is None:
@@ -160,31 +176,35 @@ class ChatTemplate:
                     yield run
                 yield self.special[match[0]]
                 run = ""
-            elif int(match[1]) not in replies:
-                run += texts[int(match[1])]
-            else:
-                yield run + self._opening
-                yield _Reply(texts[int(match[1])])
-                run, written = "", written + 1
-        if written != len(replies):
+                continue
+            slot = int(match[1])
+            if slot not in reply_slots:
+                run += texts[slot]
+                continue
+            yield run + self._opening
+            yield _Reply(texts[slot])
+            run = ""
+            reply_count += 1
+        if reply_count != len(reply_slots):
             raise TemplateError(f"the chat template leaves out earlier replies; {_LAST_ONLY}")
         if run := run + rendered[end:]:
             yield run
 
     @cached_property
     def _generation_prompt(self) -> str:
-        """What the template writes to ask for a reply."""
+        """The text that the template appends for a new reply."""
         question = [{"role": "user", "content": "?"}]
-        asked = self._apply(question, add_generation_prompt=True)
-        return asked.removeprefix(self._apply(question, add_generation_prompt=False))
+        prompt = self._apply(question, add_generation_prompt=True)
+        return prompt.removeprefix(self._apply(question, add_generation_prompt=False))
 
     @cached_property
     def _opening(self) -> str:
-        """What the generation prompt has beyond the head of an earlier reply, as the opened thought of `THINK`."""
+        """The end of the generation prompt that an earlier reply does not begin with, as an opened ``<think>``."""
         question = [{"role": "user", "content": "?"}]
-        reply = [*question, {"role": "assistant", "content": _SLOT.format(0)}]
-        written = self._apply(reply, add_generation_prompt=False)
-        head = written.removeprefix(self._apply(question, add_generation_prompt=False)).partition(_SLOT.format(0))[0]
+        slot = _SLOT.format(0)
+        dialogue = self._apply([*question, {"role": "assistant", "content": slot}], add_generation_prompt=False)
+        reply = dialogue.removeprefix(self._apply(question, add_generation_prompt=False))
+        head, _, _ = reply.partition(slot)
         if not self._generation_prompt.startswith(head):
             raise TemplateError(f"the chat template begins an earlier reply otherwise than a new one; {_LAST_ONLY}")
         return self._generation_prompt.removeprefix(head)
@@ -195,21 +215,22 @@ class ChatTemplate:
                 turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
 
-    def _plain(self, texts: list[str]) -> list[list[int]]:
+    def _tokenise_plain(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text, in which a special token's name is characters."""
         if not texts:
             return []
         options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
         return self.tokenizer(texts, verbose=False, **options)["input_ids"]
 
 
-def _content(message: Message, slot: Callable[[str], str]) -> str | list[dict[str, str]]:
-    """A message's content in the form that chat templates read: a text, or a list of typed parts."""
+def _content(message: Message, add_slot: Callable[[str], str]) -> str | list[dict[str, str]]:
+    """Return a message's content in the form that chat templates read: a text, or a list of typed parts."""
     if len(message.parts) == 1 and isinstance(message.parts[0], TextPart):
-        return slot(message.parts[0].text)
+        return add_slot(message.parts[0].text)
     content = []
     for part in message.parts:
         if isinstance(part, TextPart):
-            content.append({"type": "text", "text": slot(part.text)})
+            content.append({"type": "text", "text": add_slot(part.text)})
         else:
             content.append({"type": "image" if isinstance(part, ImagePart) else "video"})
     return content

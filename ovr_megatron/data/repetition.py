@@ -1,4 +1,4 @@
-"""How often a run sees the rows of each source: a stream has no end, and a short source is walked again and again."""
+"""Count the epochs of each source in a run: a stream has no end, and a short source is repeated again and again."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ def source_uses(data: DataConfig, samples: float) -> list[SourceUse]:
     for source in data.sources:
         rows = len(open_source(source))
         if rows < ENDLESS:
-            uses.append(SourceUse(source.name or source.path, rows, samples * source.weight / weights / max(rows, 1)))
+            epochs = samples * source.weight / weights / max(rows, 1)
+            uses.append(SourceUse(source.name or source.path, rows, epochs))
     return uses
 
 
 def show_uses(uses: Sequence[SourceUse]) -> list[str]:
     """Return a line for each source, and a warning where its rows are repeated more than `MANY` times."""
     lines = [f"{use.name}: {use.rows:,} rows, {use.epochs:,.1f} epochs" for use in uses]
-    return lines + [
-        f"warning: every row of {use.name} is trained on {use.epochs:,.0f} times; add rows, lower its weight, or train "
-        "for fewer steps"
-        for use in uses
-        if use.epochs > MANY
-    ]
+    for use in uses:
+        if use.epochs > MANY:
+            lines.append(
+                f"warning: every row of {use.name} is trained on {use.epochs:,.0f} times; add rows, lower its weight, "
+                "or train for fewer steps"
+            )
+    return lines

@@ -1,4 +1,4 @@
-"""A row as the JSON object that `ovr_megatron.data.schema.parse_row` reads."""
+"""Write a row as the JSON object that `ovr_megatron.data.schema.parse_row` reads."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def row_to_json(row: Row) -> dict[str, Any]:
         "difficulty": row.difficulty,
         "id": row.id,
     }
+    # Fields at their defaults are left out, so that files stay small and comparable.
     return {key: value for key, value in fields.items() if value not in (None, [], "")}
 
 
@@ -47,7 +48,8 @@ def _part_to_json(part: Part) -> dict[str, Any]:
 
 def _image_to_json(part: ImagePart) -> str | dict[str, str]:
     if part.path is not None:
-        return str(part.path.relative_to(part.root) if part.root else part.path)
+        path = part.path.relative_to(part.root) if part.root else part.path
+        return str(path)
     data = part.data
     if part.image is not None:
         buffer = io.BytesIO()

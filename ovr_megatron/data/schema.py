@@ -1,4 +1,4 @@
-"""One row of data: its types, and the way from the JSON form described in ``docs/data.md``.
+"""One row of data: its types, and their reader from the JSON form described in ``docs/data.md``.
 
 A row is a chat.  A supervised row ends with an assistant message; a prompt row (reinforcement learning,
 evaluation) ends with a user message and carries the reference ``answer``.  Images stay unopened here: a
@@ -36,7 +36,10 @@ class RowError(UserError, ValueError):
     def __init__(self, where: str, field: str, problem: str, remedy: str) -> None:
         """Keep the four parts; ``where`` is ``file:line``."""
         super().__init__(where, field, problem, remedy)
-        self.where, self.field, self.problem, self.remedy = where, field, problem, remedy
+        self.where = where
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
 
     def __str__(self) -> str:
         """Return ``where: field: problem; remedy``."""
@@ -78,7 +81,7 @@ Part = TextPart | ImagePart | VideoPart
 
 @dataclass(frozen=True)
 class Message:
-    """What one role says; ``learn`` is False for a reply that is context and no target of supervised training."""
+    """A turn of one role; ``learn`` is False for a reply that is context and no target of supervised training."""
 
     role: str
     parts: tuple[Part, ...]
@@ -92,7 +95,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """A chat with what is known about its answer.  ``where`` is ``file:line`` and only serves errors."""
+    """A chat with its reference answer.  ``where`` is ``file:line`` and only serves errors."""
 
     messages: tuple[Message, ...]
     answer: str | None = None
@@ -140,17 +143,17 @@ def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
         RowError: a field is missing, has the wrong form, or the answer cannot be verified.
     """
     if not isinstance(raw, Mapping):
-        raise RowError(where, "row", f"is {_kind(raw)}", "each row must be an object with 'messages'")
+        raise RowError(where, "row", f"is {_describe(raw)}", "each row must be an object with 'messages'")
     messages = parse_messages(raw.get("messages"), where, "messages", image_root)
     options = raw.get("options")
     if options is not None and not _is_list(options):
-        raise RowError(where, "options", f"is {_kind(options)}", "give a list of texts")
+        raise RowError(where, "options", f"is {_describe(options)}", "give a list of texts")
     row = Row(
         messages,
         answer=parse_answer(raw, where, prompt=messages[-1].role == "user"),
         options=tuple(parse_text(item, where, f"options[{i}]") for i, item in enumerate(options or ())),
         source=parse_text(raw.get("source") or "", where, "source"),
-        difficulty=_number(raw.get("difficulty"), where, "difficulty"),
+        difficulty=_parse_number(raw.get("difficulty"), where, "difficulty"),
         id=Path(where).name if raw.get("id") is None else parse_text(raw["id"], where, "id"),
         where=where,
     )
@@ -175,66 +178,84 @@ def parse_messages(
         field: name of the list.
         image_root: the folder that bounds image paths.
         keys: names of role and content in a turn.
-        roles: our role for each name of one.
+        roles: our role for each role name of the format.
 
     Raises:
         RowError: a turn has another form, or user and assistant do not alternate.
     """
     if not _is_list(turns) or not turns:
-        raise RowError(where, field, f"is {_kind(turns)}", f"give a non-empty list of {{{', '.join(keys)}}}")
-    messages = tuple(_message(turn, where, f"{field}[{i}]", image_root, keys, roles) for i, turn in enumerate(turns))
+        raise RowError(where, field, f"is {_describe(turns)}", f"give a non-empty list of {{{', '.join(keys)}}}")
+    messages = []
+    for i, turn in enumerate(turns):
+        messages.append(_parse_message(turn, where, f"{field}[{i}]", image_root, keys, roles))
     check_turns(messages, where, field)
-    return messages
+    return tuple(messages)
 
 
-def _message(item: Any, where: str, field: str, root: Path, keys: tuple[str, str], roles: Mapping[str, str]) -> Message:
+def _parse_message(
+    turn: Any, where: str, field: str, root: Path, keys: tuple[str, str], roles: Mapping[str, str]
+) -> Message:
+    """Check one turn and turn it into a message; ``field`` is the turn's name in errors."""
     role_key, content_key = keys
-    if not isinstance(item, Mapping):
-        raise RowError(where, field, f"is {_kind(item)}", f"give an object with {role_key!r} and {content_key!r}")
-    role, content = item.get(role_key), item.get(content_key)
+    if not isinstance(turn, Mapping):
+        raise RowError(where, field, f"is {_describe(turn)}", f"give an object with {role_key!r} and {content_key!r}")
+    role = turn.get(role_key)
     if not isinstance(role, str) or role not in roles:
         raise RowError(where, f"{field}.{role_key}", f"is {role!r}", f"use one of {', '.join(roles)}")
-    parts = _parts(content, where, f"{field}.{content_key}", root)
-    role, learn = roles[role], _learn(item, where, field)
+    role = roles[role]
+    parts = _parse_parts(turn.get(content_key), where, f"{field}.{content_key}", root)
+    learn = _parse_learn(turn, where, field)
     if role != "user" and not all(isinstance(part, TextPart) for part in parts):
         problem = f"the {role} message has an image or a video"
         raise RowError(where, f"{field}.{content_key}", problem, "only user messages may have them")
-    if not (thought := item.get("reasoning_content")):
-        return Message(role, parts, learn)
-    text = "".join(part.text for part in parts if isinstance(part, TextPart))
-    return Message(role, (TextPart(_with_thought(thought, text, where, f"{field}.reasoning_content", role)),), learn)
+    message = Message(role, parts, learn)
+    if thought := turn.get("reasoning_content"):
+        text = _join_thought(thought, message.text, where, f"{field}.reasoning_content", role)
+        return dataclasses.replace(message, parts=(TextPart(text),))
+    return message
 
 
-def _parts(content: Any, where: str, field: str, root: Path) -> tuple[Part, ...]:
+def _parse_parts(content: Any, where: str, field: str, root: Path) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (TextPart(content),)
     if not _is_list(content) or not content:
-        raise RowError(where, field, f"is {_kind(content)}", "give a text or a non-empty list of parts")
-    return tuple(_part(part, where, f"{field}[{i}]", root) for i, part in enumerate(content))
+        raise RowError(where, field, f"is {_describe(content)}", "give a text or a non-empty list of parts")
+    return tuple(_parse_part(part, where, f"{field}[{i}]", root) for i, part in enumerate(content))
 
 
-def _with_thought(thought: Any, text: str, where: str, field: str, role: str) -> str:
+def _join_thought(thought: Any, text: str, where: str, field: str, role: str) -> str:
+    """Return the trace of a thought and a reply.
+
+    Raises:
+        RowError: the thought is no text, not an assistant's, or the reply has a thought of its own.
+    """
     if role != "assistant" or not isinstance(thought, str):
-        raise RowError(where, field, f"of the {role} is {_kind(thought)}", "give a text, in an assistant message only")
+        problem = f"of the {role} is {_describe(thought)}"
+        raise RowError(where, field, problem, "give a text, in an assistant message only")
     if "</think>" in text:
         raise RowError(where, field, "stands beside a reply that has a thought of its own", "remove one of the two")
     return with_thought(thought, text)
 
 
-def _learn(item: Mapping[str, Any], where: str, field: str) -> bool:
-    """Whether a turn is learned: its ``weight`` or ``loss``, true where it has neither."""
-    marks = {key: item[key] for key in ("weight", "loss") if item.get(key) is not None}
-    for key, value in marks.items():
+def _parse_learn(turn: Mapping[str, Any], where: str, field: str) -> bool:
+    """Return whether a turn is learned: its ``weight`` and ``loss``, true where it has neither."""
+    learn = True
+    for key in ("weight", "loss"):
+        value = turn.get(key)
+        if value is None:
+            continue
         if value not in (0, 1):
-            raise RowError(where, f"{field}.{key}", f"is {_kind(value)}", "give 1 (learned) or 0 (context only)")
-    return all(marks.values())
+            raise RowError(where, f"{field}.{key}", f"is {_describe(value)}", "give 1 (learned) or 0 (context only)")
+        learn = learn and bool(value)
+    return learn
 
 
-def _part(part: Any, where: str, field: str, root: Path) -> Part:
+def _parse_part(part: Any, where: str, field: str, root: Path) -> Part:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("text", "image", "video"):
         raise RowError(where, f"{field}.type", f"is {kind!r}", "use text, image or video")
-    value, field = part.get(kind), f"{field}.{kind}"
+    value = part.get(kind)
+    field = f"{field}.{kind}"
     if kind != "text" and value is None:
         return TextPart(f"<{kind}>")  # the mark of a medium that stands in a column, see `ovr_megatron.data.media`
     if kind == "image":
@@ -242,7 +263,7 @@ def _part(part: Any, where: str, field: str, root: Path) -> Part:
     if kind == "video":
         return parse_video(value, part.get("fps"), where, field, root)
     if not isinstance(value, str):
-        raise RowError(where, field, f"is {_kind(value)}", "give a text")
+        raise RowError(where, field, f"is {_describe(value)}", "give a text")
     return TextPart(value)
 
 
@@ -254,9 +275,9 @@ def parse_video(value: Any, fps: Any, where: str, field: str, root: Path) -> Vid
     """
     if not _is_list(value) or not value:
         remedy = "video files are not decoded: cut it into frames, and give the non-empty list of its frame images"
-        raise RowError(where, field, f"is {_kind(value)}", remedy)
+        raise RowError(where, field, f"is {_describe(value)}", remedy)
     frames = tuple(parse_image(frame, where, f"{field}[{i}]", root) for i, frame in enumerate(value))
-    rate = _number(fps, where, f"{field}.fps")
+    rate = _parse_number(fps, where, f"{field}.fps")
     if rate is not None and rate <= 0:
         raise RowError(where, f"{field}.fps", f"is {rate}", "give a positive number of frames a second")
     return VideoPart(frames, 2.0 if rate is None else rate)
@@ -275,32 +296,35 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     Raises:
         RowError: none of these, or a URL.
     """
-    data = value.get("bytes") if isinstance(value, Mapping) else None
-    if isinstance(value, Mapping) and data is None:
-        value = value.get("path")
+    data = None
+    if isinstance(value, Mapping):
+        data = value.get("bytes")
+        if data is None:
+            value = value.get("path")
     if isinstance(value, PIL.Image.Image):
         return ImagePart(image=value, where=where, field=field)
     if isinstance(data, bytes):
         return ImagePart(data=data, where=where, field=field)
     if isinstance(data, str):
         try:
+            # Validated: without it, characters outside the alphabet would be skipped.
             return ImagePart(data=base64.b64decode(data, validate=True), where=where, field=field)
         except binascii.Error as error:
             raise RowError(where, field, f"'bytes' is not base64 ({error})", "encode the image file anew") from error
     if not isinstance(value, str) or not value:
-        raise RowError(where, field, f"is {_kind(value)}", "give the path of an image file")
+        raise RowError(where, field, f"is {_describe(value)}", "give the path of an image file")
     if "://" in value or value.startswith("data:"):
         raise RowError(where, field, f"{value[:80]!r} is a URL", "download the image and give its path")
     return ImagePart(path=root / value, root=root, where=where, field=field)
 
 
-def check_turns(messages: tuple[Message, ...], where: str, field: str = "messages") -> None:
-    """Raise `RowError` unless user and assistant take turns, the user first, and every message says something."""
-    turns = [message.role for message in messages]
-    spoken = turns[1:] if turns[0] == "system" else turns
-    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))]
-    if not spoken or spoken != expected:
-        raise RowError(where, field, f"roles are {', '.join(turns)}", "user and assistant must alternate, user first")
+def check_turns(messages: Sequence[Message], where: str, field: str = "messages") -> None:
+    """Raise `RowError` unless user and assistant alternate, the user first, and no message is empty."""
+    roles = [message.role for message in messages]
+    dialogue = roles[1:] if roles[0] == "system" else roles
+    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(dialogue))]
+    if not dialogue or dialogue != expected:
+        raise RowError(where, field, f"roles are {', '.join(roles)}", "user and assistant must alternate, user first")
     for i, message in enumerate(messages):
         if all(isinstance(part, TextPart) for part in message.parts) and not message.text.strip():
             raise RowError(where, f"{field}[{i}].content", "is empty", "give a text or remove the row")
@@ -332,8 +356,10 @@ def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None
     Raises:
         RowError: the field is no text, or the solution is a derivation.
     """
-    if raw.get("answer") is not None or not prompt or raw.get("solution") is None:
-        return None if raw.get("answer") is None else parse_text(raw["answer"], where, "answer")
+    if raw.get("answer") is not None:
+        return parse_text(raw["answer"], where, "answer")
+    if not prompt or raw.get("solution") is None:
+        return None
     solution = parse_text(raw["solution"], where, "solution").strip()
     if "\\boxed" in solution:
         raise RowError(where, "solution", "holds a derivation", "put its final answer into a field 'answer'")
@@ -341,7 +367,7 @@ def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None
 
 
 def _names_option(answer: str, options: Sequence[str]) -> bool:
-    """Whether an answer is an option's text or its letter, in forms such as B, b, (B) and [B]."""
+    """Return whether an answer is an option's text or its letter, in forms such as B, b, (B) and [B]."""
     if answer in {option.strip() for option in options}:
         return True
     letter = _OPTION_LETTER.fullmatch(answer)
@@ -361,20 +387,23 @@ def parse_text(value: Any, where: str, field: str) -> str:
     """Return a text, or a number as text; raise `RowError` for anything else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):  # a bool is an int
         return str(value)
-    raise RowError(where, field, f"is {_kind(value)}", "give a text")
+    raise RowError(where, field, f"is {_describe(value)}", "give a text")
 
 
-def _number(value: Any, where: str, field: str) -> float | None:
+def _parse_number(value: Any, where: str, field: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    raise RowError(where, field, f"is {_kind(value)}", "give a number")
+    raise RowError(where, field, f"is {_describe(value)}", "give a number")
 
 
-def _kind(value: Any) -> str:
-    if value is None or value == "" or value == []:
-        return "missing" if value is None else "empty"
+def _describe(value: Any) -> str:
+    """Say in an error what a value is: missing, empty, or its type and its beginning."""
+    if value is None:
+        return "missing"
+    if value == "" or value == []:
+        return "empty"
     return f"{type(value).__name__} {str(value)[:60]!r}"

@@ -1,4 +1,4 @@
-"""Rows that were left out, counted and listed."""
+"""Count and list the rows that are left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ovr_megatron.runtime.json_lines import read_json_lines
 
 
 class SkippedRows:
-    """Lists rows in a JSONL file, each once however often it is drawn, also by the runs that go on from this one.
+    """Lists rows in a JSONL file, each once however often it is drawn, also by the runs that resume this one.
 
     Attributes:
         count: Rows listed.
@@ -24,28 +24,29 @@ class SkippedRows:
         """List in the file at ``path``; None only counts (every rank but the first)."""
         self._path = path
         self._file: AppendedFile | None = None
-        self._known: set[str] = set()
+        self._listed: set[str] = set()
         if path is not None and path.exists():
-            self._known = {line["where"] for line in read_json_lines(path, "where")}
+            self._listed = {line["where"] for line in read_json_lines(path, "where")}
 
     @property
     def count(self) -> int:
         """Number of rows listed."""
-        return len(self._known)
+        return len(self._listed)
 
     def add(self, error: RowError) -> None:
         """List the row of ``error`` with field and problem."""
-        if error.where in self._known:
+        if error.where in self._listed:
             return
-        self._known.add(error.where)
+        self._listed.add(error.where)
         if self._path is not None:
+            # Opened with the first row: a run that skips nothing has no list.
             self._file = self._file or AppendedFile(self._path)
             line = {"where": error.where, "field": error.field, "problem": error.problem}
             self._file.append(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def skipped_rows(config: DataConfig, run: Path, main: bool) -> SkippedRows | None:
-    """The list of a run's skipped rows, ``RUN/data/skipped.jsonl``; None where ``data.on_error`` is ``stop``.
+    """Return the list of a run's skipped rows, ``RUN/data/skipped.jsonl``; None where ``data.on_error`` is ``stop``.
 
     Args:
         config: Says whether rows are skipped.
@@ -60,7 +61,7 @@ def skipped_rows(config: DataConfig, run: Path, main: bool) -> SkippedRows | Non
 def lengths_or_errors(
     processor: Processor, rows: Sequence[Row], generation: bool, skipped: SkippedRows | None
 ) -> list[int | RowError]:
-    """Tokens of each row's sample, or why it is left out: too long, or unusable and listed in ``skipped``.
+    """Return the tokens of each row's sample, or the error that leaves it out; errors are listed in ``skipped``.
 
     Raises:
         RowError: a row cannot be used, and there is no list for it.

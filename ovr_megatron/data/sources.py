@@ -1,6 +1,6 @@
-"""Sources of rows: JSONL, JSON and parquet files, folders of them, data sets of the hub, generated puzzles.
+"""Sources of rows: JSONL, JSON and parquet files, folders of them, Hugging Face data sets, generated puzzles.
 
-JSONL, parquet and hub data go through ``datasets``: memory-mapped, a row is decoded when it is asked for.
+JSONL, parquet and Hugging Face data go through ``datasets``: memory-mapped, a row is decoded when it is read.
 JSONL is read as lines of text, so that rows may differ in form and an error can name its line.
 """
 
@@ -30,13 +30,13 @@ from ovr_megatron.data.schema import Row, RowError, RowSource
 SUFFIXES = (".jsonl", ".parquet", ".json")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON may escape half of a pair; no tokenizer takes it
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_LOOKED_AT = 100  # rows of a file, for the first one of a known form
+_DETECTION_ROWS = 100  # rows of a file among which the first of a known form is looked for
 _SPLITS = {
     "test": ("test", "testmini", "testing", "heldout"),
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "train": ("train", "training"),
 }
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_source(config: SourceConfig) -> RowSource:
@@ -50,8 +50,12 @@ def open_source(config: SourceConfig) -> RowSource:
         return open_puzzle(config.path, config.name)
     path, split = local_path(config.path)
     tables = open_path(path, split) if path else [_open_hub(config.path)]
-    folder = Path.cwd() if path is None else path if path.is_dir() else path.parent
-    root = Path(config.image_root).expanduser() if config.image_root else folder
+    if config.image_root:
+        root = Path(config.image_root).expanduser()
+    elif path is None:
+        root = Path.cwd()
+    else:
+        root = path if path.is_dir() else path.parent
     return TableRows(tables, config.format, root, config.name)
 
 
@@ -81,13 +85,14 @@ class Table(Protocol):
 
 
 class TableRows:
-    """The rows of one or more tables, one after the other; parsed when they are asked for."""
+    """The rows of one or more tables, one after the other; parsed when they are read."""
 
     def __init__(self, tables: Sequence[Table], format: str, image_root: Path, name: str | None) -> None:
         """Join ``tables``; ``format`` 'auto' looks for the first known form in each; ``name`` labels every row."""
         self._tables = tables
         self._ends = list(itertools.accumulate(len(table) for table in tables))
-        self._root, self._name = image_root, name
+        self._root = image_root
+        self._name = name
         self._readers = [READERS[_detect(table) if format == "auto" else format] for table in tables]
 
     def __len__(self) -> int:
@@ -98,30 +103,32 @@ class TableRows:
         """Return row ``index``; raises `RowError` if it cannot be used, `IndexError` past the end."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        number = bisect.bisect_right(self._ends, index)
-        table, local = self._tables[number], int(index) - (self._ends[number - 1] if number else 0)
-        row = self._readers[number](table.raw(local), table.where(local), self._root)
+        table_index = bisect.bisect_right(self._ends, index)
+        table = self._tables[table_index]
+        local_index = int(index) - (self._ends[table_index - 1] if table_index else 0)
+        read = self._readers[table_index]
+        row = read(table.raw(local_index), table.where(local_index), self._root)
         for i, message in enumerate(row.messages):
-            if half := _SURROGATE.search(message.text):
+            if surrogate := _SURROGATE.search(message.text):
                 remedy = "write the text anew as UTF-8, or remove the row"
-                raise RowError(row.where, f"messages[{i}].content", f"has half a character, {half[0]!r}", remedy)
+                raise RowError(row.where, f"messages[{i}].content", f"has half a character, {surrogate[0]!r}", remedy)
         return replace(row, source=self._name or row.source or table.label)
 
 
 def _detect(table: Table) -> str:
-    """Name of the format of the first row that has one.
+    """Return the name of the format of the first row of a known form.
 
     Raises:
-        RowError: of the first row, where none of the first `_LOOKED_AT` has a known form.
+        RowError: of the first row, where none of the first `_DETECTION_ROWS` has a known form.
     """
-    first: RowError | None = None
-    for index in range(min(len(table), _LOOKED_AT)):
+    first_error: RowError | None = None
+    for index in range(min(len(table), _DETECTION_ROWS)):
         try:
             return detect(table.raw(index), table.where(index))
-        except RowError as error:  # it is raised again when the row is read
-            first = first or error
-    assert first is not None, "tables have at least one row"
-    raise first
+        except RowError as error:  # raised again when the row is read, where it may be skipped
+            first_error = first_error or error
+    assert first_error is not None, "tables have at least one row"
+    raise first_error
 
 
 class LineTable:
@@ -129,22 +136,24 @@ class LineTable:
 
     def __init__(self, path: Path) -> None:
         """Map the file at ``path``."""
-        self._path, self.label = path, _label(path)
+        self._path = path
+        self.label = _label(path)
+        # Escaped: a path may have brackets.  "utf-8-sig" drops a byte order mark.
         self._lines = _load(str(path), "text", data_files=[glob.escape(str(path))], encoding="utf-8-sig")
         filled = pc.not_equal(pc.utf8_trim_whitespace(self._lines.data.column("text")), "").to_numpy()
-        self._numbers = np.flatnonzero(filled)
+        self._line_numbers = np.flatnonzero(filled)  # from 0, of lines that are not blank
 
     def __len__(self) -> int:
         """Return the number of lines that are not blank."""
-        return len(self._numbers)
+        return len(self._line_numbers)
 
     def where(self, index: int) -> str:
         """Return ``file:line``."""
-        return f"{self._path}:{self._numbers[index] + 1}"
+        return f"{self._path}:{self._line_numbers[index] + 1}"
 
     def raw(self, index: int) -> Any:
         """Decode line ``index``."""
-        line = self._lines[int(self._numbers[index])]["text"]
+        line = self._lines[int(self._line_numbers[index])]["text"]
         try:
             return json.loads(line)
         except ValueError as error:
@@ -160,8 +169,9 @@ class ArrowTable:
     """A table of ``datasets``; images stay encoded."""
 
     def __init__(self, name: str, label: str, dataset: datasets.Dataset) -> None:
-        """Hold ``dataset``, which errors call ``name`` and statistics ``label``."""
-        self._name, self.label = name, label
+        """Wrap ``dataset``, which errors call ``name`` and statistics ``label``."""
+        self._name = name
+        self.label = label
         self._dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -182,7 +192,8 @@ class ListTable:
 
     def __init__(self, path: Path) -> None:
         """Read the file at ``path``."""
-        self._path, self.label = path, _label(path)
+        self._path = path
+        self.label = _label(path)
         try:
             self._rows = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
@@ -205,37 +216,47 @@ class ListTable:
 
 
 def open_path(path: Path, split: str | None) -> list[Table]:
-    """Open the tables of a file, or of a folder; ``split`` chooses those of its files that are named so.
+    """Open the tables of a file, or of a folder; ``split`` selects files by the split that their name says.
 
     Raises:
         RowError: there are no rows, or files of several splits and ``split`` names none of them.
     """
     if path.is_file():
-        return [_filled(_open_file(path), path)]
+        return [_open_file(path)]
     if (path / "dataset_info.json").is_file():
-        return [_filled(ArrowTable(str(path), _label(path), _load_saved(path)), path)]
+        return [_open_saved(path)]
     if (path / "dataset_dict.json").is_file():
-        splits = {name: [path / name] for name in sorted(item.name for item in path.iterdir() if item.is_dir())}
-        folders = _of_split(path, splits, split)
-        return [_filled(ArrowTable(str(folder), _label(folder), _load_saved(folder)), folder) for folder in folders]
-    groups = ([file for file in sorted(path.iterdir()) if file.suffix == suffix] for suffix in SUFFIXES)
-    files = next((group for group in groups if group), [])
+        names = sorted(item.name for item in path.iterdir() if item.is_dir())
+        folders = {name: [path / name] for name in names}
+        return [_open_saved(folder) for folder in _select_split(path, folders, split)]
+    files = _list_files(path)
     if not files:
         raise RowError(str(path), "", f"has no {', '.join(SUFFIXES)} file", "name a file, or a folder with such files")
-    splits = {}
+    files_by_split: dict[str, list[Path]] = {}
     for file in files:
-        splits.setdefault(_split_of(file), []).append(file)
-    return [_filled(_open_file(file), file) for file in _of_split(path, splits, split)]
+        files_by_split.setdefault(_split_of(file), []).append(file)
+    return [_open_file(file) for file in _select_split(path, files_by_split, split)]
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """Return the files of the first of `SUFFIXES` that a folder has, sorted."""
+    for suffix in SUFFIXES:
+        if files := [file for file in sorted(folder.iterdir()) if file.suffix == suffix]:
+            return files
+    return []
 
 
 def _split_of(file: Path) -> str:
-    """The split that a word of a file's name says; ``train`` where none does."""
-    words = re.split(r"[-_.\s]+", file.stem.lower())
-    return next((split for word in words for split, names in _SPLITS.items() if word in names), "train")
+    """Return the split that a word of a file's name says; ``train`` where no word does."""
+    for word in re.split(r"[-_.\s]+", file.stem.lower()):
+        for split, names in _SPLITS.items():
+            if word in names:
+                return split
+    return "train"
 
 
-def _of_split(path: Path, splits: Mapping[str, list[Path]], split: str | None) -> list[Path]:
-    """The files of ``split``; where it is None, those of the only split that there is."""
+def _select_split(path: Path, splits: Mapping[str, list[Path]], split: str | None) -> list[Path]:
+    """Return the files of ``split``; where it is None, the files of the only split that there is."""
     names = ", ".join(sorted(splits))
     if split is not None and split in splits:
         return splits[split]
@@ -248,24 +269,39 @@ def _of_split(path: Path, splits: Mapping[str, list[Path]], split: str | None) -
 
 
 def _open_file(path: Path) -> Table:
+    table: Table
     if path.suffix == ".jsonl":
         if path.stat().st_size == 0:
             raise RowError(str(path), "", "is empty", "give at least one row")
-        return LineTable(path)
-    if path.suffix == ".parquet":
-        return ArrowTable(str(path), _label(path), _load(str(path), "parquet", data_files=[glob.escape(str(path))]))
-    if path.suffix == ".json":
-        return ListTable(path)
-    raise RowError(str(path), "", "has an unknown suffix", f"use one of {', '.join(SUFFIXES)}")
-
-
-def _filled(table: Table, path: Path) -> Table:
-    if len(table) == 0:
-        raise RowError(str(path), "", "has no rows", "give at least one row")
+        table = LineTable(path)
+    elif path.suffix == ".parquet":
+        table = ArrowTable(str(path), _label(path), _load(str(path), "parquet", data_files=[glob.escape(str(path))]))
+    elif path.suffix == ".json":
+        table = ListTable(path)
+    else:
+        raise RowError(str(path), "", "has an unknown suffix", f"use one of {', '.join(SUFFIXES)}")
+    _refuse_empty(table, path)
     return table
 
 
+def _open_saved(path: Path) -> Table:
+    """Open a folder that ``datasets`` wrote with ``save_to_disk``."""
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise RowError(str(path), "", f"cannot be loaded ({error})", "write the folder anew by save_to_disk") from error
+    table = ArrowTable(str(path), _label(path), dataset)
+    _refuse_empty(table, path)
+    return table
+
+
+def _refuse_empty(table: Table, path: Path) -> None:
+    if len(table) == 0:
+        raise RowError(str(path), "", "has no rows", "give at least one row")
+
+
 def _open_hub(path: str) -> Table:
+    """Open a Hugging Face data set, ``name?split=..&config=..``."""
     name, _, query = path.partition("?")
     if not _HUB_NAME.fullmatch(name) or Path(name).suffix in SUFFIXES:
         raise RowError(path, "", "there is no such file or folder", "correct data.sources[].path")
@@ -278,11 +314,12 @@ def _open_hub(path: str) -> Table:
 
 
 def _load(where: str, builder: str, split: str = "train", **options: Any) -> datasets.Dataset:
+    """Call ``datasets.load_dataset`` and turn its errors into a `RowError` at ``where``."""
     datasets.disable_progress_bars()  # every rank would show its own
     try:
         return datasets.load_dataset(builder, split=split, **options)
     except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
+        cause = error.__cause__ or error  # the library wraps the error of the file or the cache
         _check_cache(cause)
         if isinstance(cause, UnicodeDecodeError):
             where, remedy = f"{where}:{_undecodable_line(Path(where))}", "convert the file to UTF-8"
@@ -302,30 +339,25 @@ def _check_cache(error: BaseException) -> None:
     cache = str(datasets.config.HF_DATASETS_CACHE)
     if not isinstance(error, OSError):
         return
-    full = error.errno in _FULL or str(error).startswith("Not enough disk space")
-    if not full and not str(error.filename or "").startswith(cache):
+    is_full = error.errno in _FULL_ERRORS or str(error).startswith("Not enough disk space")
+    if not is_full and not str(error.filename or "").startswith(cache):
         return
-    problem = f"the cache of the library datasets is {'full' if full else 'not writable'} ({error.strerror or error})"
+    state = "full" if is_full else "not writable"
+    problem = f"the cache of the library datasets is {state} ({error.strerror or error})"
     remedy = "free space there, or let the environment variable HF_DATASETS_CACHE name a folder that can be written"
     raise RowError(cache, "", problem, remedy) from error
 
 
-def _load_saved(path: Path) -> datasets.Dataset:
-    try:
-        return datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise RowError(str(path), "", f"cannot be loaded ({error})", "write the folder anew by save_to_disk") from error
-
-
 def _undecodable_line(path: Path) -> int:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    """Return the number of the first line that is not UTF-8, from 1, or 0."""
+    for line_number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError:
-            return number
+            return line_number
     return 0
 
 
 def _label(path: Path) -> str:
-    """``folder/stem`` of a file: what statistics call its rows."""
+    """Return ``folder/stem`` of a file: the name of its rows in statistics."""
     return f"{path.resolve().parent.name}/{path.stem}"

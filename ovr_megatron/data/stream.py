@@ -1,4 +1,4 @@
-"""An endless mixture of rows whose order is a function of the seed alone and whose position is a few numbers."""
+"""An endless mixture of rows, whose order depends on the seed alone and whose position is a few numbers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.sources import open_source
 
-_BARREN = 10_000  # excluded or skipped rows in a row, after which the stream gives up
+_BARREN = 10_000  # consecutive excluded or skipped rows after which the stream gives up
 
 
 class RowStream:
     """Rows of several sources, each drawn with its weight.
 
-    A finite source is walked in a new shuffle each epoch, without replacement; an endless one in order, from a
-    place that depends on the seed.  A row whose fingerprint is excluded is left out and counted; so is one that
-    cannot be used, where there is a list for it.
+    A finite source is walked in a new shuffle each epoch, without replacement; an endless source in order, from an
+    index that depends on the seed.  A row whose fingerprint is excluded is left out and counted; a row that cannot be
+    used is left out where there is a list for it.
 
     Attributes:
-        excluded: Rows skipped so far.
+        excluded: Rows excluded so far.
     """
 
     def __init__(
@@ -47,11 +47,14 @@ class RowStream:
         """
         self._sources = [source for source, _ in sources]
         self._weights = [weight for _, weight in sources]
-        self._seed, self._exclude, self._config, self._skipped = seed, exclude, config, skipped
-        self._drawn = 0
-        self._taken = [0] * len(sources)
+        self._seed = seed
+        self._exclude = exclude
+        self._config = config
+        self._skipped = skipped
+        self._drawn = 0  # rows of all sources
+        self._taken = [0] * len(sources)  # rows of each source
         self.excluded = 0
-        self._orders: dict[int, tuple[int, list[int]]] = {}
+        self._orders: dict[int, tuple[int, list[int]]] = {}  # by source: an epoch and its shuffle
 
     def __iter__(self) -> Iterator[Row]:
         """Return the stream itself: there is one position."""
@@ -65,17 +68,20 @@ class RowStream:
         """
         where = ""
         for _ in range(_BARREN):
-            number = random.Random(f"{self._seed}#{self._drawn}").choices(range(len(self._sources)), self._weights)[0]
+            # A generator of its own for each draw: the position needs no state of a generator.
+            draw = random.Random(f"{self._seed}#{self._drawn}")
+            source = draw.choices(range(len(self._sources)), self._weights)[0]
             self._drawn += 1
-            index = self._index(number)
-            self._taken[number] += 1
+            index = self._next_index(source)
+            self._taken[source] += 1
             try:
-                row = self._sources[number][index]
+                row = self._sources[source][index]
                 if not self._exclude or fingerprint(row, self._config) not in self._exclude:
                     return row
-                where, self.excluded = row.where, self.excluded + 1
+                where = row.where
+                self.excluded += 1
             except RowError as error:
-                if self._skipped is None:
+                if self._skipped is None:  # data.on_error=stop
                     raise
                 where = error.where
                 self._skipped.add(error)
@@ -85,44 +91,46 @@ class RowStream:
     def absent_sources(self, names: Iterable[str]) -> list[str]:
         """Return those of ``names`` that are the source of no row.
 
-        Rows are looked at, of all sources in turn, until every name has been met; an endless source has one name.
+        Rows are read, of all sources in turn, until every name has occurred; an endless source has one name.
         """
         missing = set(names)
         if not missing:
             return []
-        for indices in zip_longest(*map(self._epoch_order, range(len(self._sources)))):
-            for number, index in enumerate(indices):
+        for indices in zip_longest(*map(self._reading_order, range(len(self._sources)))):
+            for source, index in enumerate(indices):
                 if not missing:
                     return []
                 if index is not None:
-                    missing.discard(self._source_name(number, index))
+                    missing.discard(self._source_name(source, index))
         return sorted(missing)
 
-    def _epoch_order(self, number: int) -> list[int]:
-        """Return the rows of source ``number`` in an order that mixes the parts of a file; of an endless one, one."""
-        size = len(self._sources[number])
+    def _reading_order(self, source: int) -> list[int]:
+        """Return the indices of a source's rows in an order that mixes the parts of a file; of an endless source, 0."""
+        size = len(self._sources[source])
         order = list(range(size if size < ENDLESS else 1))
-        random.Random(f"{self._seed}/{number}").shuffle(order)
+        random.Random(f"{self._seed}/{source}").shuffle(order)
         return order
 
-    def _source_name(self, number: int, index: int) -> str | None:
-        """Return the source of a row; None of one that cannot be used, which whoever draws it reports."""
+    def _source_name(self, source: int, index: int) -> str | None:
+        """Return the ``source`` of a row; None of an unusable row, which is reported when it is drawn."""
         try:
-            return self._sources[number][index].source
+            return self._sources[source][index].source
         except RowError:
             return None
 
-    def _index(self, number: int) -> int:
-        """Which row of source ``number`` comes next."""
-        taken, size = self._taken[number], len(self._sources[number])
+    def _next_index(self, source: int) -> int:
+        """Return the index of the next row of a source."""
+        taken = self._taken[source]
+        size = len(self._sources[source])
         if size >= ENDLESS:
-            return (random.Random(f"{self._seed}/{number}").randrange(size) + taken) % size
-        epoch, place = divmod(taken, size)
-        if self._orders.get(number, (-1, []))[0] != epoch:
+            # Generated rows are new ones at every index: no shuffle is needed.
+            return (random.Random(f"{self._seed}/{source}").randrange(size) + taken) % size
+        epoch, position = divmod(taken, size)
+        if self._orders.get(source, (-1, []))[0] != epoch:
             order = list(range(size))
-            random.Random(f"{self._seed}/{number}/{epoch}").shuffle(order)
-            self._orders[number] = (epoch, order)
-        return self._orders[number][1][place]
+            random.Random(f"{self._seed}/{source}/{epoch}").shuffle(order)
+            self._orders[source] = (epoch, order)
+        return self._orders[source][1][position]
 
     def state(self) -> dict[str, Any]:
         """Return the position as JSON."""
@@ -140,13 +148,15 @@ class RowStream:
         Raises:
             ConfigError: the position is that of a stream with another seed, or other sources.
         """
-        for key, now in (("seed", self._seed), ("sizes", [len(source) for source in self._sources])):
-            if state[key] != now:
+        for key, current in (("seed", self._seed), ("sizes", [len(source) for source in self._sources])):
+            if state[key] != current:
                 raise ConfigError(
-                    f"data.sources: the checkpoint was written with {key} {state[key]}, this run has {now}; "
+                    f"data.sources: the checkpoint was written with {key} {state[key]}, this run has {current}; "
                     "use the same seed and sources, or another run.dir"
                 )
-        self._drawn, self._taken, self.excluded = state["drawn"], list(state["taken"]), state["excluded"]
+        self._drawn = state["drawn"]
+        self._taken = list(state["taken"])
+        self.excluded = state["excluded"]
 
 
 def open_stream(config: DataConfig, seed: int, skipped: SkippedRows | None = None) -> RowStream:

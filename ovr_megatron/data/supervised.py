@@ -1,4 +1,4 @@
-"""The packs of supervised training, wherever they come from."""
+"""Open the packs of supervised training, from a tokenised set or from rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> t
         ConfigError: neither is given, or ``packs_per_step`` cannot be shared by the replicas.
         RowError: a source or the set cannot be read.
     """
-    data, seed, replica = config.data, config.run.seed, (world.dp_rank, world.dp_size)
+    data = config.data
+    seed = config.run.seed
+    replica = (world.dp_rank, world.dp_size)
     if world.is_main and processor.template_notice:
         print(processor.template_notice, file=sys.stderr, flush=True)
     skipped = skipped_rows(data, Path(config.run.dir), world.is_main)

@@ -3,11 +3,11 @@
 ::
 
     DIR/
-      tokens.bin      uint32, the samples' tokens one after the other; the highest bit of one behind the first target
-                      says that it is none itself
+      tokens.bin      uint32, the samples' tokens one after the other; behind the first target of a sample, the highest
+                      bit of a token says that the token is no target
       samples.bin     one `RECORD` a sample
       skipped.jsonl   rows that were left out, with the reason
-      manifest.json   written last: sources, what the tokens were made with, sizes and SHA-256 of the other files
+      manifest.json   written last: sources, tokenizer and template, sizes and SHA-256 of the other files
 
 Opening reads ``samples.bin`` (32 bytes a sample) and looks at the size of ``tokens.bin``; a sample's tokens are
 compared with their checksum when they are read.  Numbers are little-endian.
@@ -21,7 +21,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,11 +31,14 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row, RowError
 
-MANIFEST, TOKENS, SAMPLES, SKIPPED = "manifest.json", "tokens.bin", "samples.bin", "skipped.jsonl"
+MANIFEST = "manifest.json"
+TOKENS = "tokens.bin"
+SAMPLES = "samples.bin"
+SKIPPED = "skipped.jsonl"
 FORMAT = 1
 TOKEN = np.dtype("<u4")
-CONTEXT = TOKEN.type(1 << 31)  # bit of a token behind the prompt that is no target: what stands between two replies
-# Where the tokens begin and how many they are, how many of them are the prompt, and the row of which source.
+CONTEXT = TOKEN.type(1 << 31)  # bit of a token behind the prompt that is no target: it stands between two replies
+# Index of the first token, index of the row in its source, tokens, tokens of the prompt, index of the source, checksum.
 RECORD = np.dtype(
     [("offset", "<i8"), ("row", "<i8"), ("length", "<i4"), ("prompt", "<i4"), ("source", "<i4"), ("crc32", "<u4")]
 )
@@ -44,7 +47,7 @@ _AGAIN = "copy the set again, or write it anew with tools/tokenise.py"
 
 @dataclass(frozen=True)
 class Tokenisation:
-    """What decides which tokens a text becomes.
+    """Tokenizer and template, on which the tokens of a text depend.
 
     Attributes:
         tokenizer: SHA-256 of the tokenizer in serialised form, whichever files it was loaded from.
@@ -62,10 +65,10 @@ class Tokenisation:
 
     @staticmethod
     def of(processor: Processor) -> Tokenisation:
-        """What ``processor`` tokenises with."""
+        """Return the tokenisation of ``processor``."""
         serialised = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-        for passing in ("truncation", "padding"):  # set by calls, not by the folder
-            serialised.pop(passing, None)
+        for call_option in ("truncation", "padding"):  # set by calls, not by the folder
+            serialised.pop(call_option, None)
         return Tokenisation(
             tokenizer=_sha256(json.dumps(serialised, sort_keys=True)),
             vocabulary=len(processor.tokenizer),
@@ -95,10 +98,10 @@ class TokenisedSource:
 
 @dataclass(frozen=True)
 class TokenisedManifest:
-    """What a set holds.
+    """The contents of a set.
 
     ``files`` gives size in bytes and SHA-256 by name.  ``largest_token`` is the largest id of all samples; None in sets
-    that were written before it was recorded, whose ids are looked at when a sample is read.
+    that were written before it was recorded, whose ids are checked when a sample is read.
     """
 
     tokenisation: Tokenisation
@@ -108,7 +111,7 @@ class TokenisedManifest:
 
     @property
     def digest(self) -> str:
-        """A name of the contents."""
+        """A fingerprint of the contents."""
         return _sha256("".join(self.files[name]["sha256"] for name in (TOKENS, SAMPLES)))
 
 
@@ -119,8 +122,8 @@ class Texts:
     Attributes:
         tokens: The samples' tokens one after the other, with the bit `CONTEXT` as in the file.
         lengths: Tokens of each sample.
-        prompts: Tokens of each before the first target.
-        rows: Number of its row in the source.
+        prompts: Tokens of each sample before its first target.
+        rows: Index of each sample's row in the source.
         replies: Assistant messages of the rows, and how many of them are targets.
     """
 
@@ -132,27 +135,29 @@ class Texts:
 
 
 class TokenisedWriter:
-    """Writes a set beside its final place, which appears when the ``with`` block ends without an error.
+    """Writes a set to a hidden folder beside ``folder``, renamed when the ``with`` block ends without an error.
 
     Raises:
         ConfigError: there is something at ``folder``, or nothing was added.
     """
 
     def __init__(self, folder: str | Path, processor: Processor) -> None:
-        """Begin an empty set; what an interrupted writing left is removed."""
+        """Begin an empty set; the remains of an interrupted writing are removed."""
         self.folder = Path(folder)
         if self.folder.exists():
             raise ConfigError(f"{self.folder} exists already; remove it or name another folder")
+        # Beside the final folder and so on its file system: the rename is atomic.
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._tokenisation = Tokenisation.of(processor)
         self._sources: list[TokenisedSource] = []
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         self._files = {name: _HashedFile(self._partial / name) for name in (TOKENS, SAMPLES, SKIPPED)}
-        self._offset = self._largest_token = 0
+        self._offset = 0  # tokens written
+        self._largest_token = 0
 
     def begin_source(self, name: str, path: str, weight: float) -> None:
-        """What is added from now on is of this source."""
+        """Begin a source: later calls of `add`, `skip` and `exclude` belong to it."""
         self._sources.append(TokenisedSource(name, path, weight))
 
     def add(self, texts: Texts) -> None:
@@ -160,16 +165,19 @@ class TokenisedWriter:
         records = np.zeros(len(texts.lengths), RECORD)
         ends = np.cumsum(texts.lengths)
         records["offset"] = self._offset + ends - texts.lengths
-        records["length"], records["prompt"], records["row"] = texts.lengths, texts.prompts, texts.rows
+        records["length"] = texts.lengths
+        records["prompt"] = texts.prompts
+        records["row"] = texts.rows
         records["source"] = len(self._sources) - 1
         tokens = texts.tokens.astype(TOKEN)
-        records["crc32"] = [zlib.crc32(part.data) for part in np.split(tokens, ends[:-1])] if len(ends) else []
+        if len(ends):  # `np.split` would return one part for no sample
+            records["crc32"] = [zlib.crc32(part.data) for part in np.split(tokens, ends[:-1])]
         self._files[TOKENS].write(tokens.tobytes())
         self._files[SAMPLES].write(records.tobytes())
         self._offset += len(tokens)
-        every, learned = texts.replies
+        replies, learned = texts.replies
         self._largest_token = max(self._largest_token, int((tokens & ~CONTEXT).max(initial=0)))
-        self._count(samples=len(records), tokens=len(tokens), replies=every, learned=learned)
+        self._count(samples=len(records), tokens=len(tokens), replies=replies, learned=learned)
 
     def skip(self, errors: Sequence[RowError]) -> None:
         """Record rows that were left out."""
@@ -182,16 +190,19 @@ class TokenisedWriter:
         """Count rows whose prompt ``data.exclude`` names."""
         self._count(excluded=count)
 
-    def _count(self, **more: int) -> None:
-        counts = asdict(self._sources[-1])
-        self._sources[-1] = TokenisedSource(**counts | {key: counts[key] + value for key, value in more.items()})
+    def _count(self, **increments: int) -> None:
+        """Add to fields of the current source."""
+        source = self._sources[-1]
+        counts = {name: getattr(source, name) + increment for name, increment in increments.items()}
+        self._sources[-1] = replace(source, **counts)
 
     def finish(self) -> TokenisedManifest:
-        """Write the manifest and put the set into its place."""
+        """Write the manifest and rename the folder to its final name."""
         if not any(source.samples for source in self._sources):
             raise ConfigError(f"{self.folder}: no row of {len(self._sources)} sources can be used; correct them")
         files = {name: file.close() for name, file in self._files.items()}
         manifest = TokenisedManifest(self._tokenisation, tuple(self._sources), files, self._largest_token)
+        # Every file is on the disk before the rename makes the set visible: after a crash it is complete or absent.
         with (self._partial / MANIFEST).open("w") as file:
             json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
             file.flush()
@@ -213,7 +224,7 @@ class TokenisedWriter:
 
 
 class _HashedFile:
-    """A file that is written from its beginning, with the SHA-256 of what was written."""
+    """A file that is written from its beginning, with the SHA-256 of its bytes."""
 
     def __init__(self, path: Path) -> None:
         self.file: BinaryIO = path.open("wb")
@@ -224,18 +235,19 @@ class _HashedFile:
         self._digest.update(data)
 
     def close(self) -> dict[str, Any]:
+        """Put the bytes on the disk and return their number and SHA-256, as in the manifest."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return {"bytes": self.file.tell(), "sha256": self._digest.hexdigest()}
 
 
 class TokenisedSet:
-    """The samples of a set, by number, as `Processor.encode` makes them of the rows.
+    """The samples of a set, by index, as `Processor.encode` makes them of the rows.
 
     Attributes:
-        manifest: What the folder says about itself.
+        manifest: The set's ``manifest.json``.
         lengths: int32[N], tokens of each sample.
-        prompts: int32[N], those of its prompt.
+        prompts: int32[N], tokens of each sample before its first target.
         sources: int32[N], index into ``manifest.sources``.
 
     Raises:
@@ -250,25 +262,27 @@ class TokenisedSet:
         _check_tokenisation(self.folder, self.manifest.tokenisation, processor)
         self._vocab = processor.shape.vocab
         if (self.manifest.largest_token or 0) >= self._vocab:
-            raise ConfigError(_beyond(self.folder, self.manifest.largest_token, self._vocab))
+            raise ConfigError(_vocabulary_message(self.folder, self.manifest.largest_token, self._vocab))
+        # A cut-off file is noticed here; its tokens are compared with their checksums when they are read.
         for name in (TOKENS, SAMPLES):
             _check_size(self.folder / name, self.manifest.files[name]["bytes"])
         records = read_records(folder)
         if hashlib.sha256(records.tobytes()).hexdigest() != self.manifest.files[SAMPLES]["sha256"]:
             raise RowError(str(self.folder / SAMPLES), "", "was changed: its SHA-256 is another one", _AGAIN)
+        # Mapped and not read: the processes of a machine share its pages.
         self._tokens = np.memmap(self.folder / TOKENS, TOKEN, mode="r")
         self._records = records
         self._patch_dim = processor.shape.vision.patch_dim
-        self.lengths, self.prompts, self.sources = (
-            np.ascontiguousarray(records[name]) for name in ("length", "prompt", "source")
-        )
+        self.lengths = np.ascontiguousarray(records["length"])
+        self.prompts = np.ascontiguousarray(records["prompt"])
+        self.sources = np.ascontiguousarray(records["source"])
 
     def __len__(self) -> int:
         """Return N."""
         return len(self._records)
 
     def where(self, index: int) -> str:
-        """Return the place of the row that sample ``index`` was made of: ``path[row]``, rows counted from 0."""
+        """Return the row that sample ``index`` was made of, as ``path[row]``, rows counted from 0."""
         record = self._records[index]
         return f"{self.manifest.sources[record['source']].path}[{record['row']}]"
 
@@ -287,9 +301,11 @@ class TokenisedSet:
         if zlib.crc32(stored.data) != record["crc32"]:
             problem = f"the tokens of sample {index} ({self.where(index)}) were changed"
             raise RowError(str(self.folder / TOKENS), "", problem, _AGAIN)
-        tokens, prompt = (stored & ~CONTEXT).astype(np.int64), int(record["prompt"])
+        tokens = (stored & ~CONTEXT).astype(np.int64)
+        prompt = int(record["prompt"])
         if (largest := tokens.max(initial=0)) >= self._vocab:
-            raise ConfigError(_beyond(self.folder, int(largest), self._vocab))
+            raise ConfigError(_vocabulary_message(self.folder, int(largest), self._vocab))
+        # Text alone: the three rows of positions are equal, and there is no patch.
         return Sample(
             tokens=tokens,
             loss_mask=(np.arange(len(tokens)) >= prompt) & (stored < CONTEXT),
@@ -305,12 +321,12 @@ class TokenisedSet:
 
 
 def read_records(folder: str | Path) -> np.ndarray:
-    """`RECORD` of every sample of a set."""
+    """Return the `RECORD` of every sample of a set."""
     return np.fromfile(Path(folder) / SAMPLES, RECORD)
 
 
 def read_tokenised_manifest(folder: str | Path) -> TokenisedManifest:
-    """The manifest of the set at ``folder``.
+    """Return the manifest of the set at ``folder``.
 
     Raises:
         RowError: there is none, or it is of another format.
@@ -326,7 +342,10 @@ def read_tokenised_manifest(folder: str | Path) -> TokenisedManifest:
         raise RowError(str(path), "format", f"is not {FORMAT}", "write the set anew with tools/tokenise.py")
     try:
         sources = tuple(TokenisedSource(**source) for source in raw["sources"])
-        files = {name: {key: raw["files"][name][key] for key in ("bytes", "sha256")} for name in (TOKENS, SAMPLES)}
+        files = {}
+        for name in (TOKENS, SAMPLES):  # nothing depends on the list of skipped rows
+            file = raw["files"][name]
+            files[name] = {"bytes": file["bytes"], "sha256": file["sha256"]}
         return TokenisedManifest(Tokenisation(**raw["tokenisation"]), sources, files, raw.get("largest_token"))
     except (KeyError, TypeError) as error:
         raise RowError(str(path), "", f"lacks a field or has one too many ({error})", _AGAIN) from None
@@ -348,18 +367,21 @@ def verify_tokenised(folder: str | Path) -> TokenisedManifest:
     return manifest
 
 
-def _check_tokenisation(folder: Path, theirs: Tokenisation, processor: Processor) -> None:
-    ours = Tokenisation.of(processor)
+def _check_tokenisation(folder: Path, of_set: Tokenisation, processor: Processor) -> None:
+    """Raise `ConfigError` for the first field in which the set's tokenisation is not that of ``processor``."""
+    of_model = Tokenisation.of(processor)
     for item in fields(Tokenisation):
-        one, other = getattr(theirs, item.name), getattr(ours, item.name)
-        if one != other:
+        set_value = getattr(of_set, item.name)
+        model_value = getattr(of_model, item.name)
+        if set_value != model_value:
             raise ConfigError(
-                f"data.tokenised={folder} was written with {item.name} {one}, model.path and data.template give "
-                f"{other}; choose the model and template it was written for, or write it anew with tools/tokenise.py"
+                f"data.tokenised={folder} was written with {item.name} {set_value}, model.path and data.template give "
+                f"{model_value}; choose the model and template it was written for, or write it anew with "
+                "tools/tokenise.py"
             )
 
 
-def _beyond(folder: Path, token: int | None, vocab: int) -> str:
+def _vocabulary_message(folder: Path, token: int | None, vocab: int) -> str:
     return (
         f"data.tokenised={folder} holds token {token}, and the model's vocabulary ends at {vocab}; choose the model it "
         "was written for, or write it anew with tools/tokenise.py"

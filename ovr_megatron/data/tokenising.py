@@ -1,7 +1,8 @@
-"""Rows to a tokenised set, in processes that work beside each other; the set is the same for any number of them."""
+"""Write rows to a tokenised set with worker processes; the set is the same for any number of workers."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from collections import deque
@@ -23,12 +24,12 @@ from ovr_megatron.data.tokenised import CONTEXT, Texts, TokenisedManifest, Token
 from ovr_megatron.runtime.progress import Progress
 
 CHUNK_ROWS = 256  # rows that one process takes at a time
-_WAITING = 4  # chunks for each process that are under way or done and not yet written
+_PENDING = 4  # chunks for each process that are under way or done and not yet written
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``start`` to ``stop`` of source number ``source``."""
+    """Rows ``start`` to ``stop`` (exclusive) of the source with index ``source``."""
 
     source: int
     start: int
@@ -37,7 +38,7 @@ class Chunk:
 
 @dataclass
 class Tokenised:
-    """What became of a chunk."""
+    """A chunk's samples, the rows that were left out with their errors, and the number of excluded rows."""
 
     chunk: Chunk
     texts: Texts
@@ -55,7 +56,8 @@ class Tokeniser:
             RowError: a source cannot be read or is empty.
             ConfigError: a source is endless.
         """
-        self.config, self.processor = config, Processor(model, config)
+        self.config = config
+        self.processor = Processor(model, config)
         self.sources: list[RowSource] = [open_source(source) for source in config.sources]
         for source, opened in zip(config.sources, self.sources, strict=True):
             if len(opened) >= ENDLESS:
@@ -63,12 +65,12 @@ class Tokeniser:
         self._exclude = read_fingerprints(Path(config.exclude)) if config.exclude else frozenset()
 
     def chunks(self) -> list[Chunk]:
-        """All rows of all sources, in order."""
-        return [
-            Chunk(number, start, min(start + CHUNK_ROWS, len(source)))
-            for number, source in enumerate(self.sources)
-            for start in range(0, len(source), CHUNK_ROWS)
-        ]
+        """Cut all rows of all sources into chunks, in order."""
+        chunks = []
+        for index, source in enumerate(self.sources):
+            for start in range(0, len(source), CHUNK_ROWS):
+                chunks.append(Chunk(index, start, min(start + CHUNK_ROWS, len(source))))
+        return chunks
 
     def __call__(self, chunk: Chunk) -> Tokenised:
         """Tokenise ``chunk``.
@@ -77,25 +79,28 @@ class Tokeniser:
             RowError: a row cannot be used or is too long, and ``data.on_error`` is ``stop``.
         """
         source = self.sources[chunk.source]
-        done = Tokenised(chunk, _texts([], []))
+        result = Tokenised(chunk, _join_samples([], []))
         rows: list[tuple[int, Row]] = []
         for index in range(chunk.start, chunk.stop):
             try:
-                row = _text_only(source[index])
+                row = source[index]
+                _refuse_media(row)
                 if self._exclude and fingerprint(row, self.config) in self._exclude:
-                    done.excluded += 1
+                    result.excluded += 1
                 else:
                     rows.append((index, row))
             except RowError as error:
-                self._leave_out(error, done)
-        encoded = self._encode(rows, done)
-        numbers = [index for index, _ in encoded]
-        used = [row for index, row in rows if index in set(numbers)]
-        done.texts = _texts([sample for _, sample in encoded], numbers, count_replies(used, self.config.learn))
-        return done
+                self._leave_out(error, result)
+        encoded = self._encode(rows, result)
+        indices = [index for index, _ in encoded]
+        samples = [sample for _, sample in encoded]
+        encoded_indices = set(indices)
+        encoded_rows = [row for index, row in rows if index in encoded_indices]
+        result.texts = _join_samples(samples, indices, count_replies(encoded_rows, self.config.learn))
+        return result
 
-    def _encode(self, rows: Sequence[tuple[int, Row]], done: Tokenised) -> list[tuple[int, Sample]]:
-        """Samples of ``rows``: together, or one by one where that fails and bad ones are left out."""
+    def _encode(self, rows: Sequence[tuple[int, Row]], result: Tokenised) -> list[tuple[int, Sample]]:
+        """Encode ``rows`` in one call, or row by row where that fails and rows may be skipped."""
         try:
             samples = self.processor.encode([row for _, row in rows], generation=False) if rows else []
             for (_, row), sample in zip(rows, samples, strict=True):
@@ -103,9 +108,10 @@ class Tokeniser:
             return [(index, sample) for (index, _), sample in zip(rows, samples, strict=True)]
         except RowError as error:
             if len(rows) == 1 or self.config.on_error == "stop":
-                self._leave_out(error, done)
+                self._leave_out(error, result)
                 return []
-            return [item for one in rows for item in self._encode([one], done)]
+            samples_by_row = [self._encode([row], result) for row in rows]
+            return list(itertools.chain.from_iterable(samples_by_row))
 
     def _check_length(self, row: Row, sample: Sample) -> None:
         if len(sample) > self.config.pack_tokens:
@@ -113,10 +119,11 @@ class Tokeniser:
             remedy = "shorten the row, raise the limit, or leave out what is too long with data.on_error=skip"
             raise TooLongError(row.where, "messages", problem, remedy)
 
-    def _leave_out(self, error: RowError, done: Tokenised) -> None:
+    def _leave_out(self, error: RowError, result: Tokenised) -> None:
+        """List the row of ``error`` as skipped, or raise the error where ``data.on_error`` is ``stop``."""
         if self.config.on_error == "stop":
             raise error
-        done.skipped.append(error)
+        result.skipped.append(error)
 
 
 def tokenise(config: DataConfig, model: str | Path, folder: str | Path, workers: int = 1) -> TokenisedManifest:
@@ -125,7 +132,7 @@ def tokenise(config: DataConfig, model: str | Path, folder: str | Path, workers:
     Args:
         config: Sources, limits, template and ``on_error``; a source's weight is how often an epoch has its rows.
         model: Hugging Face folder whose tokenizer and template make the tokens.
-        folder: The set; it appears when it is whole.
+        folder: The set; it appears when it is complete.
         workers: Processes that tokenise.
 
     Raises:
@@ -138,38 +145,45 @@ def tokenise(config: DataConfig, model: str | Path, folder: str | Path, workers:
     chunks = tokeniser.chunks()
     with ExitStack() as stack:
         rows = sum(map(len, tokeniser.sources))
-        show = stack.enter_context(Progress(rows, "tokenise", "row"))
+        progress = stack.enter_context(Progress(rows, "tokenise", "row"))
         writer = stack.enter_context(TokenisedWriter(folder, tokeniser.processor))
-        results = _in_processes(chunks, model, config, workers, stack) if workers > 1 else map(tokeniser, chunks)
+        results: Iterator[Tokenised]
+        if workers > 1:
+            results = _tokenise_in_processes(chunks, model, config, workers, stack)
+        else:
+            results = map(tokeniser, chunks)
+        # Samples name their source by its index, so every source is begun, in order.
         current = -1
-        for done in results:
-            while current < done.chunk.source:
+        for result in results:
+            while current < result.chunk.source:
                 current += 1
                 source = config.sources[current]
                 writer.begin_source(source.name or Path(source.path).stem, source.path, source.weight)
-            writer.add(done.texts)
-            writer.skip(done.skipped)
-            writer.exclude(done.excluded)
-            show.update(done.chunk.stop - done.chunk.start)
+            writer.add(result.texts)
+            writer.skip(result.skipped)
+            writer.exclude(result.excluded)
+            progress.update(result.chunk.stop - result.chunk.start)
     return read_tokenised_manifest(folder)
 
 
-def _in_processes(
+def _tokenise_in_processes(
     chunks: Sequence[Chunk], model: str | Path, config: DataConfig, workers: int, stack: ExitStack
 ) -> Iterator[Tokenised]:
-    """The chunks' results in order, a bounded number of them ahead."""
+    """Yield the chunks' results in order; a bounded number of chunks is under way, so that memory is bounded, too."""
     context = multiprocessing.get_context("spawn")  # tokenizers has threads, which a fork would lose
     pool = stack.enter_context(ProcessPoolExecutor(workers, context, _start_worker, (model, config)))
+    # After an error, the chunks in the queue are dropped.
     stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-    waiting: deque[Future[Tokenised]] = deque()
+    pending: deque[Future[Tokenised]] = deque()
     for chunk in chunks:
-        waiting.append(pool.submit(_work, chunk))
-        if len(waiting) >= _WAITING * workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        pending.append(pool.submit(_tokenise_chunk, chunk))
+        if len(pending) >= _PENDING * workers:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
+# A worker process loads its tokeniser once; only chunks travel to it.
 _worker: Callable[[Chunk], Tokenised]
 
 
@@ -179,26 +193,35 @@ def _start_worker(model: str | Path, config: DataConfig) -> None:
     _worker = Tokeniser(model, config)
 
 
-def _work(chunk: Chunk) -> Tokenised:
+def _tokenise_chunk(chunk: Chunk) -> Tokenised:
     return _worker(chunk)
 
 
-def _text_only(row: Row) -> Row:
+def _refuse_media(row: Row) -> None:
+    """Raise `RowError` if ``row`` has an image or a video."""
     for i, message in enumerate(row.messages):
         if not all(isinstance(part, TextPart) for part in message.parts):
             remedy = "a tokenised set holds texts only; train on rows with images through data.sources"
             raise RowError(row.where, f"messages[{i}].content", "has an image or a video", remedy)
-    return row
 
 
-def _texts(samples: Sequence[Sample], rows: Sequence[int], replies: tuple[int, int] = (0, 0)) -> Texts:
-    prompts = np.array([int(np.argmax(sample.loss_mask)) for sample in samples], np.int64)
-    tokens = [
-        np.where(sample.loss_mask | (np.arange(len(sample)) < prompt), sample.tokens, sample.tokens | int(CONTEXT))
-        for sample, prompt in zip(samples, prompts, strict=True)
-    ]
-    lengths, numbers = np.array([len(sample) for sample in samples], np.int64), np.array(rows, np.int64)
-    return Texts(np.concatenate([np.zeros(0, np.int64), *tokens]), lengths, prompts, numbers, replies)
+def _join_samples(samples: Sequence[Sample], rows: Sequence[int], replies: tuple[int, int] = (0, 0)) -> Texts:
+    """Join the tokens of ``samples``; those behind the prompt that are no target get the bit `CONTEXT`."""
+    tokens: list[np.ndarray] = [np.zeros(0, np.int64)]
+    prompts = []
+    for sample in samples:
+        prompt = int(np.argmax(sample.loss_mask))  # index of the first target
+        # Tokens before it need no bit: the record's prompt length says that they are none.
+        is_plain = sample.loss_mask | (np.arange(len(sample)) < prompt)
+        tokens.append(np.where(is_plain, sample.tokens, sample.tokens | int(CONTEXT)))
+        prompts.append(prompt)
+    return Texts(
+        tokens=np.concatenate(tokens),
+        lengths=np.array([len(sample) for sample in samples], np.int64),
+        prompts=np.array(prompts, np.int64),
+        rows=np.array(rows, np.int64),
+        replies=replies,
+    )
 
 
 def show(manifest: TokenisedManifest) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-THINK, END_OF_THOUGHT = "<think>", "</think>"
+THINK = "<think>"
+END_OF_THOUGHT = "</think>"
 
 # Opening and closing marks of a thought: OpenThoughts, and tags that stand for <think>.
 _THOUGHTS = (
@@ -38,11 +39,13 @@ def convert(reply: str) -> str:
     text = reply.lstrip()
     for opening, closing in _THOUGHTS:
         if text.startswith(opening):
-            thought, closed, rest = text.removeprefix(opening).partition(closing)
-            if not closed:
+            thought, end, rest = text.removeprefix(opening).partition(closing)
+            if not end:
                 return reply
-            reply = with_thought(thought, _SOLUTION.sub(lambda match: match[1].strip(), rest))
+            answer = _SOLUTION.sub(lambda match: match[1].strip(), rest)
+            reply = with_thought(thought, answer)
             break
+    # The last end of a thought: an <answer> inside the thought stays as it is.
     before, end, answer = reply.rpartition(END_OF_THOUGHT)
     return before + end + _ANSWER.sub(lambda match: _box(match[1].strip()), answer)
 
@@ -56,17 +59,19 @@ def convert_instruction(text: str) -> str:
 def continuation(reply: str) -> str:
     """Return what follows an opened ``<think>`` and its line break: the reply without an opening of its own."""
     text = reply.lstrip()
+    # One line break alone: the template writes one, further ones are the model's.
     return text.removeprefix(THINK).removeprefix("\n") if text.startswith(THINK) else reply
 
 
 def problem_of(text: str) -> str | None:
-    """Why a `continuation` is no thought with an answer after it, or None if it is one."""
-    thought, closed, answer = text.partition(END_OF_THOUGHT)
+    """Say why a `continuation` is no thought with an answer after it; None if it is."""
+    thought, end, answer = text.partition(END_OF_THOUGHT)
     if THINK in thought or answer.lstrip().startswith(THINK):
         return f"has {THINK} after its beginning"
-    return None if closed else f"has no {END_OF_THOUGHT}, so that all of it would be learned as a thought"
+    return None if end else f"has no {END_OF_THOUGHT}, so that all of it would be learned as a thought"
 
 
 def _box(answer: str) -> str:
-    short = 0 < len(answer) <= _SHORT_ANSWER and "\n" not in answer
-    return f"\\boxed{{{answer}}}" if short and "\\boxed" not in answer else answer
+    """Put a short answer without a box into one; return any other answer unchanged."""
+    is_short = 0 < len(answer) <= _SHORT_ANSWER and "\n" not in answer
+    return f"\\boxed{{{answer}}}" if is_short and "\\boxed" not in answer else answer

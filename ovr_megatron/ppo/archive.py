@@ -1,8 +1,8 @@
-"""Every iteration's rollouts on disk: text to read, and the numbers to go on from or to check.
+"""Archive the rollouts of every iteration: text to read, and per-token arrays to learn from again or to check.
 
-``rollouts/000012.jsonl`` has a line for each response; ``rollouts/000012/`` has its tokens and per-token numbers as
-safetensors, a file for each rank that held some, and ``iteration.json``: the limit, the prompts that were kept and the
-place in the prompt stream, from which the prompts, their images too, are drawn again.
+``rollouts/000012.jsonl`` has a line for each response.  ``rollouts/000012/`` has tokens and per-token arrays as
+safetensors, a file for each rank that trained on some, and ``iteration.json``: the length limit, the prompts that were
+trained on and the position in the prompt stream, from which the prompts with their images are drawn again.
 """
 
 from __future__ import annotations
@@ -22,31 +22,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ovr_megatron.errors import UserError
+from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.maths import Ragged
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Prompts, Rollout
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.json_lines import json_object
 
-PICTURES = 2
+PICTURES = 2  # images saved of a rank's responses that are trained on, and as many of its others
+# Fields of `Experience`, and the names of their arrays in the files.
 ARRAYS = ("values", "advantages", "old", "reference")
 
 
 class ArchiveError(UserError, ValueError):
-    """Rollouts that are not there or not whole; says which file."""
+    """Archived rollouts are missing or damaged; the message names the file."""
 
 
 @dataclass(frozen=True)
-class Saved:
-    """An iteration read back: its limit, tokens by kept prompt, the stream before it, and this rank's part.
+class SavedIteration:
+    """An iteration as it was read back.
 
-    ``arrays`` [n per response] has those of `ARRAYS` that were saved.
+    Attributes:
+        limit: most tokens of a prompt and its response together.
+        train_prompts: tokens by index of the prompts that were trained on (see `Rollout`).
+        stream: state of the prompt stream before the iteration.
+        drawn: prompts that the iteration drew from it.
+        responses: those in the files that this rank has read.
+        arrays: those of `ARRAYS` that were saved, [n] for each of these responses.
     """
 
     limit: int
-    kept: dict[int, int]
+    train_prompts: dict[int, int]
     stream: dict[str, Any]
     drawn: int
     responses: list[Response]
@@ -62,38 +69,38 @@ def write(
     arrays: Mapping[str, Ragged | None],
     world: World,
 ) -> str | None:
-    """Save the iteration, a collective; ``responses`` are this rank's part, which no other rank has.
+    """Archive an iteration.  A collective.
 
-    Responses to prompts that were given up or not kept have lines to read, but no numbers: nothing learns from them.
+    Responses to prompts that were given up or not trained on have lines to read, but no arrays.
 
     Args:
         run: the run folder.
         iteration: from 0.
         rollout: what was generated.
         stream: state of the prompt stream before the iteration.
-        responses: this rank's; empty on ranks that hold a copy of another's.
-        arrays: numbers for each token [n] of each of these.
+        responses: those that this rank trains on; empty on ranks that hold a copy of another's.
+        arrays: for each of these responses an array [n]; None where the algorithm has none.
         world: the processes.
 
     Returns:
-        Why a rank could not write, on all ranks; then nothing of the iteration stays.  None: all is written.
+        Why a rank could not write, on all ranks; then no file of the iteration stays.  None if all is written.
     """
     folder = run / "rollouts" / f"{iteration:06d}"
     summary = {
         "limit": rollout.limit,
-        "kept": [[i, tokens] for i, tokens in rollout.kept.items()],
+        "kept": [[i, tokens] for i, tokens in rollout.train_prompts.items()],
         "stream": dict(stream),
         "drawn": len(rollout.prompts.rows),
     }
     steps = [
-        partial(_begin, folder) if world.is_main else None,
+        partial(_make_empty, folder) if world.is_main else None,
         partial(_write_part, run, iteration, rollout, responses, arrays, folder / f"{world.rank:05d}"),
         partial(_publish, folder, summary) if world.is_main else None,
     ]
     problem = None
     for step in steps:
-        # Every rank takes part in every exchange, so that none waits for one whose disk is full.
-        problem = _problem_of_any(step, world)
+        # Every rank takes part in every gather, so that none waits for a rank whose disk is full.
+        problem = _run_step(step, world)
         if problem:
             if world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -101,8 +108,8 @@ def write(
     return problem
 
 
-def _problem_of_any(step: Callable[[], None] | None, world: World) -> str | None:
-    """Do ``step`` and return the first rank's problem with the disk, if any has one.  A collective."""
+def _run_step(step: Callable[[], None] | None, world: World) -> str | None:
+    """Run this rank's ``step``; return the problem of the first rank whose disk has one, or None.  A collective."""
     problem: str | None = None
     try:
         if step is not None:
@@ -114,7 +121,7 @@ def _problem_of_any(step: Callable[[], None] | None, world: World) -> str | None
     return next(filter(None, problems), None)
 
 
-def _begin(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
@@ -127,77 +134,74 @@ def _write_part(
     arrays: Mapping[str, Ragged | None],
     part: Path,
 ) -> None:
-    """Write this rank's numbers and lines."""
+    """Write this rank's arrays, and lines for its responses and for those of its engine that nothing trains on."""
     present = {name: values for name, values in arrays.items() if values is not None}
-    left = [r for r in rollout.responses if r.prompt not in rollout.kept]
+    untrained = [r for r in rollout.responses if r.prompt not in rollout.train_prompts]
     if responses:
         _write_numbers(part.with_suffix(".safetensors"), responses, present)
-    if responses or left:
+    if responses or untrained:
         with part.with_suffix(".jsonl").open("w", encoding="utf-8") as out:
-            for line in _lines(run, iteration, rollout.prompts, responses, present.get("advantages")):
+            for line in _build_lines(run, iteration, rollout.prompts, responses, present.get("advantages")):
                 out.write(json.dumps(line) + "\n")
-            for line in _lines(run, iteration, rollout.prompts, left, None):
+            for line in _build_lines(run, iteration, rollout.prompts, untrained, None):
                 out.write(json.dumps(line) + "\n")
 
 
 def _publish(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Join the lines of all ranks; ``iteration.json``, which says that the iteration is whole, comes last."""
-    whole = folder.with_suffix(".jsonl")
-    with whole.with_suffix(".part").open("wb") as out:
+    """Join the lines of all ranks, and write ``iteration.json`` last: with it the iteration is complete."""
+    joined = folder.with_suffix(".jsonl")
+    unfinished = joined.with_suffix(".part")
+    with unfinished.open("wb") as out:
         for path in sorted(folder.glob("*.jsonl")):
             with path.open("rb") as lines:
                 shutil.copyfileobj(lines, out)
-    os.replace(whole.with_suffix(".part"), whole)
+    os.replace(unfinished, joined)  # atomic: a reader never sees half of the lines
     for path in folder.glob("*.jsonl"):
         path.unlink()
     write_whole(folder / "iteration.json", json.dumps(summary))
 
 
 def iterations(run: Path) -> list[int]:
-    """The iterations whose rollouts are there, in order."""
+    """Return the iterations whose rollouts are complete, in order."""
     return sorted(int(path.parent.name) for path in (run / "rollouts").glob("*/iteration.json"))
 
 
-def read(run: Path, iteration: int, world: World) -> Saved:
-    """Read an iteration back; its files are dealt out to the ranks, however many wrote them.
+def read(run: Path, iteration: int, world: World) -> SavedIteration:
+    """Read an iteration back; its files are divided among the ranks, however many wrote them.
 
     Raises:
         ArchiveError: a file is missing or damaged.
     """
     folder = run / "rollouts" / f"{iteration:06d}"
     try:
-        told = json.loads((folder / "iteration.json").read_text(encoding="utf-8"))
-        texts = {}
-        with (run / "rollouts" / f"{iteration:06d}.jsonl").open("rb") as lines:
-            for number, text in enumerate(lines, 1):
-                line = json_object(text)
-                if line is None:  # the same iteration cannot be learnt from without it
-                    raise ValueError(f"line {number} of {iteration:06d}.jsonl is damaged")
-                texts[line["number"], line["sample"]] = line
+        summary = json.loads((folder / "iteration.json").read_text(encoding="utf-8"))
+        lines = _read_lines(run / "rollouts" / f"{iteration:06d}.jsonl")
         responses: list[Response] = []
         arrays: dict[str, Ragged] = {}
+        # Any rank may read any file: responses are exchanged again before anything trains on them.
         for path in sorted(folder.glob("*.safetensors"))[world.rank :: world.size]:
-            _read_numbers(path, texts, responses, arrays)
+            _read_responses(path, lines, responses, arrays)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        there = ", ".join(map(str, iterations(run))) or "none"
+        complete = ", ".join(map(str, iterations(run))) or "none"
         raise ArchiveError(
-            f"{folder}: the rollouts of iteration {iteration} cannot be read ({error}); whole ones: {there}"
+            f"{folder}: the rollouts of iteration {iteration} cannot be read ({error}); whole ones: {complete}"
         ) from error
-    return Saved(told["limit"], dict(map(tuple, told["kept"])), told["stream"], told["drawn"], responses, arrays)
+    train_prompts = dict(map(tuple, summary["kept"]))
+    return SavedIteration(summary["limit"], train_prompts, summary["stream"], summary["drawn"], responses, arrays)
 
 
 def read_all(run: Path, iteration: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
-    """The saved arrays [n] of every response of all ranks, by number of the prompt and sample."""
-    found: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    """Return the saved arrays [n] of every response of all ranks, by index of the prompt and of the response to it."""
+    arrays_by_response: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     for path in sorted((run / "rollouts" / f"{iteration:06d}").glob("*.safetensors")):
-        index, parts = _split(path)
-        for at, (prompt, sample, _) in enumerate(index.tolist()):
-            found[prompt, sample] = {name: values[at] for name, values in parts.items()}
-    return found
+        index, arrays = _read_arrays(path)
+        for i, (prompt, sample, _) in enumerate(index.tolist()):
+            arrays_by_response[prompt, sample] = {name: values[i] for name, values in arrays.items()}
+    return arrays_by_response
 
 
 def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
-    """Leave the prompt stream where the saved ``iteration`` left it.
+    """Move the prompt stream to where the saved ``iteration`` left it.
 
     Raises:
         ArchiveError: ``iteration.json`` is damaged.
@@ -212,40 +216,69 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
         raise ArchiveError(f"{path} cannot be read ({error}); {remedy}") from error
 
 
-def restore(saved: Saved, prompts: PromptStream) -> Rollout:
-    """The rollout as it was, its prompts drawn again; the stream is left where the iteration left it."""
+def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
+    """Return the rollout as it was, its prompts drawn again; the stream ends where the iteration left it."""
     prompts.stream.load(saved.stream)
     rows = prompts.draw(saved.drawn)
-    return Rollout(Prompts(rows, prompts.processor), saved.limit, saved.responses, saved.kept)
+    return Rollout(Prompts(rows, prompts.processor), saved.limit, saved.responses, saved.train_prompts)
 
 
 def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[str, Ragged]) -> None:
-    found = {
+    """Write tokens and arrays of all ``responses`` one after the other; ``index`` says how to cut them."""
+    tensors = {
         "index": np.array([(r.prompt, r.sample, len(r.tokens)) for r in responses], np.int64),
         "tokens": np.concatenate([np.asarray(r.tokens, np.int32) for r in responses]),
         "logprobs": np.concatenate([np.asarray(r.logprobs, np.float32) for r in responses]),
     }
+    for name, values in arrays.items():
+        tensors[name] = np.concatenate(values)
     # Not the library's `save_file`, whose files nobody else may read, and whose error for a full disk is no OSError.
-    path.write_bytes(save(found | {name: np.concatenate(values) for name, values in arrays.items()}))
+    path.write_bytes(save(tensors))
 
 
-def _read_numbers(
-    path: Path, texts: dict[tuple[int, int], dict], responses: list[Response], arrays: dict[str, Ragged]
-) -> None:
+def _read_arrays(path: Path) -> tuple[np.ndarray, dict[str, Ragged]]:
+    """Return the index [responses, 3] of a file (prompt, sample, n), and its arrays cut into [n] by response."""
     with safe_open(path, "numpy") as file:
         index = file.get_tensor("index")
         cuts = np.cumsum(index[:, 2])[:-1]
         names = [name for name in file.keys() if name != "index"]
-        parts = {name: np.split(file.get_tensor(name), cuts) for name in names}
-    tokens, logprobs = parts.pop("tokens"), parts.pop("logprobs")
-    for (prompt, sample, _), ids, scores in zip(index.tolist(), tokens, logprobs, strict=True):
-        line = texts[prompt, sample]
+        return index, {name: np.split(file.get_tensor(name), cuts) for name in names}
+
+
+def _read_lines(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return the lines of an iteration by index of the prompt and of the response to it.
+
+    Raises:
+        ValueError: a line is damaged; without it the same iteration cannot be learned from.
+    """
+    lines = {}
+    with path.open("rb") as file:
+        for line_number, text in enumerate(file, 1):
+            line = json_object(text)
+            if line is None:
+                raise ValueError(f"line {line_number} of {path.name} is damaged")
+            lines[line["number"], line["sample"]] = line
+    return lines
+
+
+def _read_responses(
+    path: Path,
+    lines: Mapping[tuple[int, int], dict[str, Any]],
+    responses: list[Response],
+    arrays: dict[str, Ragged],
+) -> None:
+    """Append the responses of a file to ``responses``, and the others of its arrays to ``arrays``."""
+    index, file_arrays = _read_arrays(path)
+    tokens = file_arrays.pop("tokens")
+    logprobs = file_arrays.pop("logprobs")
+    for (prompt, sample, _), response_tokens, response_logprobs in zip(index.tolist(), tokens, logprobs, strict=True):
+        line = lines[prompt, sample]
         responses.append(
             Response(
                 prompt,
                 sample,
-                ids.tolist(),
-                scores,
+                response_tokens.tolist(),
+                response_logprobs,
                 line["stopped"],
                 line["response"],
                 line["reward"],
@@ -253,24 +286,25 @@ def _read_numbers(
                 line.get("failed", False),
             )
         )
-    for name, values in parts.items():
+    for name, values in file_arrays.items():
         arrays.setdefault(name, []).extend(values)
 
 
-def _lines(
+def _build_lines(
     run: Path, iteration: int, prompts: Prompts, responses: Sequence[Response], advantages: Ragged | None
 ) -> list[dict[str, Any]]:
-    """One JSON object for each response of this rank, with the pictures of a few prompts."""
-    pictured: dict[int, str] = {}
-    found = []
-    for at, r in enumerate(responses):
-        sample, row = prompts.sample(r.prompt), prompts.rows[r.prompt]
-        if sample.images and r.prompt not in pictured and len(pictured) < PICTURES:
+    """Return a JSON object for each of ``responses``, and save the first image of a few prompts."""
+    image_names: dict[int, str] = {}
+    lines = []
+    for i, r in enumerate(responses):
+        sample = prompts.sample(r.prompt)
+        row = prompts.rows[r.prompt]
+        if sample.images and r.prompt not in image_names and len(image_names) < PICTURES:
             name = f"rollouts/images/{iteration:06d}_{r.prompt}.png"
             (run / name).parent.mkdir(parents=True, exist_ok=True)
             sample.images[0].save(run / name)
-            pictured[r.prompt] = name
-        found.append(
+            image_names[r.prompt] = name
+        lines.append(
             {
                 "iteration": iteration,
                 "number": r.prompt,
@@ -285,17 +319,8 @@ def _lines(
                 "source": row.source,
                 "tokens": len(r.tokens),
                 "stopped": r.stopped,
-                "advantage_mean": float(advantages[at].mean()) if advantages and len(r.tokens) else None,
-                "image": pictured.get(r.prompt),
+                "advantage_mean": float(advantages[i].mean()) if advantages and len(r.tokens) else None,
+                "image": image_names.get(r.prompt),
             }
         )
-    return found
-
-
-def _split(path: Path) -> tuple[np.ndarray, dict[str, Ragged]]:
-    """The index [responses, 3] of a file (prompt, sample, n), and its arrays cut into [n] by response."""
-    with safe_open(path, "numpy") as file:
-        index = file.get_tensor("index")
-        cuts = np.cumsum(index[:, 2])[:-1]
-        names = [name for name in file.keys() if name != "index"]
-        return index, {name: np.split(file.get_tensor(name), cuts) for name in names}
+    return lines

@@ -11,16 +11,25 @@ from torch import Tensor
 from ovr_megatron.data.best_fit import plan_packs
 from ovr_megatron.data.packing import Pack, blank_pack, pack
 from ovr_megatron.data.processing import Sample
-from ovr_megatron.ppo.maths import Ragged
+from ovr_megatron.ppo.advantages import Ragged
 
 
 @dataclass
 class Response:
-    """What the engine answered to prompt number ``prompt`` of the iteration the ``sample``-th time, and its grade.
+    """A response that the rollout engine sampled, and its grade.
 
-    ``logprobs`` [n] are the engine's own, of the ``tokens`` [n], the end token included if it ``stopped``.  A prompt
-    that the engine gave up has no tokens.  ``failed``: no grader came to a verdict.  ``rewarded``: the reward says
-    something of the response, which is so neither of a prompt that was given up nor where the user's rule failed.
+    Attributes:
+        prompt: index of its prompt in the iteration.
+        sample: index among the responses to this prompt.
+        tokens: n token ids, the end token included where the response ``stopped``; none of a prompt that was given up.
+        logprobs: float32 [n], the engine's own log-probabilities of ``tokens``.
+        stopped: whether it ended by itself, before the length limit.
+        text: the decoded tokens.
+        reward: of the grader.
+        verdict: why it has this reward, for people to read.
+        failed: whether no grader came to a verdict.
+        rewarded: whether ``reward`` says anything about the response.  False where the prompt was given up and where
+            the user's own rule failed.
     """
 
     prompt: int
@@ -36,39 +45,50 @@ class Response:
 
 
 def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int]:
-    """Sampling seeds of a prompt's responses, a function of these numbers alone; consecutive, below 2^31."""
+    """Return ``count`` sampling seeds for a prompt, a function of these numbers alone; consecutive, below 2^31."""
     first = int(np.random.SeedSequence([run_seed, iteration, prompt]).generate_state(1)[0]) >> 2
     return list(range(first, first + count))
 
 
-def deal(costs: dict[int, int], ranks: int) -> dict[int, int]:
-    """Which of ``ranks`` gets each item, so that their costs are as even as greedy choice makes them.
+def balance_prompts(costs: dict[int, int], ranks: int) -> dict[int, int]:
+    """Balance prompts over ``ranks`` by cost; return the rank of each prompt.
 
-    The dearest first, each to the rank of the lowest sum so far, but every rank gets the same number of items (or one
-    more or less), so that the steps of an iteration find about as many responses on each.
+    Longest first (LPT), each to the rank of the lowest total so far.  But every rank gets the same number of prompts,
+    or one more or less, so that the steps of an iteration find about as many responses on each.
+
+    Args:
+        costs: tokens of each prompt with its responses, by index of the prompt; the same on all ranks.
+        ranks: data-parallel size.
     """
-    room = -(-len(costs) // ranks)
-    full = len(costs) - (room - 1) * ranks  # ranks that may get one item more than the others
-    sums, numbers = [0] * ranks, [0] * ranks
-    owner = {}
-    for item in sorted(costs, key=lambda i: (-costs[i], i)):
-        open_ = [r for r in range(ranks) if numbers[r] < room - 1 or (numbers[r] < room and full > 0)]
-        rank = min(open_, key=lambda r: (sums[r], r))
-        full -= numbers[rank] == room - 1
-        numbers[rank] += 1
-        sums[rank] += costs[item]
-        owner[item] = rank
-    return owner
+    capacity = -(-len(costs) // ranks)
+    larger_ranks = len(costs) - (capacity - 1) * ranks  # they may yet take `capacity` prompts, others one fewer
+    total_costs = [0] * ranks
+    prompt_counts = [0] * ranks
+    rank_of_prompt = {}
+    # Ties go to the lower index, so that all ranks compute the same assignment.
+    for prompt in sorted(costs, key=lambda i: (-costs[i], i)):
+        open_ranks = [
+            r
+            for r in range(ranks)
+            if prompt_counts[r] < capacity - 1 or (prompt_counts[r] < capacity and larger_ranks > 0)
+        ]
+        rank = min(open_ranks, key=lambda r: (total_costs[r], r))
+        if prompt_counts[rank] == capacity - 1:
+            larger_ranks -= 1
+        prompt_counts[rank] += 1
+        total_costs[rank] += costs[prompt]
+        rank_of_prompt[prompt] = rank
+    return rank_of_prompt
 
 
 class Batch:
-    """Prompt-and-response samples of a rank, in order, cut into packs on demand; ``arrays`` are by response.
+    """The prompt-and-response samples of a rank, in order; it cuts them into minibatches and packs.
 
     Args:
-        samples: this rank's; none on a rank that was dealt no prompt.
+        samples: this rank's; none on a rank that has no prompt.
         response_lengths: response tokens n of each.
         pack_tokens: of a pack, at most (one longer sample fills a pack alone).
-        numbers: the number of each response among those of all ranks, which `part` goes by.
+        global_indices: the index of each response among those of all ranks, which `minibatch` goes by.
         total: responses of all ranks.
     """
 
@@ -77,51 +97,63 @@ class Batch:
         samples: Sequence[Sample],
         response_lengths: Sequence[int],
         pack_tokens: int,
-        numbers: Sequence[int],
+        global_indices: Sequence[int],
         total: int,
     ):
-        self.samples, self.pack_tokens = samples, pack_tokens
-        self.lengths, self.numbers, self.total = list(response_lengths), list(numbers), total
+        self.samples = samples
+        self.pack_tokens = pack_tokens
+        self.lengths = list(response_lengths)
+        self.global_indices = list(global_indices)
+        self.total = total
 
     def __len__(self) -> int:
         """Return the number of responses of this rank."""
         return len(self.samples)
 
-    def part(self, turn: int, steps: int) -> list[int]:
-        """Return this rank's responses in part ``turn`` of ``steps``: every ``steps``-th one of all ranks' together.
+    def minibatch(self, step: int, steps: int) -> list[int]:
+        """Return this rank's responses in optimizer step ``step`` of ``steps``: every ``steps``-th one of all ranks'.
 
-        The rule knows nothing of the ranks, so that a step learns from the same responses in every layout.
+        The rule does not depend on the ranks, so that a step learns from the same responses in every layout.
         """
-        return [i for i, number in enumerate(self.numbers) if number % steps == turn]
+        return [i for i, global_index in enumerate(self.global_indices) if global_index % steps == step]
 
-    def layout(self, members: Sequence[int]) -> list[list[int]]:
-        """Pack the responses ``members``: return for each pack those in it, in order.
+    def group_into_packs(self, members: Sequence[int]) -> list[list[int]]:
+        """Distribute the responses ``members`` over packs; return the responses of each pack, in order.
 
         Without members there is one empty pack: the other ranks wait for this one in every collective of a step.
         """
         if not members:
             return [[]]
         plan = plan_packs([len(self.samples[i]) for i in members], self.pack_tokens)
-        return [[members[k] for k in chosen] for chosen in plan]
+        return [[members[k] for k in positions] for positions in plan]
 
-    def packs(self, layout: Sequence[Sequence[int]], **arrays: Ragged | None) -> list[Pack]:
-        """Return the packs of ``layout``, those of ``arrays`` [n per response] that are not None beside the labels."""
-        extras = {name: values for name, values in arrays.items() if values is not None}
-        return [
-            pack(
-                [self.samples[i] for i in chosen],
-                [{name: values[i].astype(np.float32) for name, values in extras.items()} for i in chosen],
-            )
-            if chosen
-            else blank_pack(extras)
-            for chosen in layout
-        ]
+    def packs(self, pack_members: Sequence[Sequence[int]], **arrays: Ragged | None) -> list[Pack]:
+        """Build the packs of `group_into_packs`.
 
-    def unpack(self, scored: Sequence[Tensor], layout: Sequence[Sequence[int]]) -> Ragged:
-        """Return per-response arrays [n] of the scored rows of packs; inverse of `packs`."""
+        Args:
+            pack_members: the responses of each pack; those of an empty pack are replaced by a pack without labels.
+            arrays: float [n] of each response of this rank, which the packs carry as float32 beside their labels; those
+                that are None are left out.
+        """
+        present = {name: values for name, values in arrays.items() if values is not None}
+        packs = []
+        for members in pack_members:
+            if not members:
+                packs.append(blank_pack(present))
+                continue
+            samples = [self.samples[i] for i in members]
+            extras = []
+            for i in members:
+                extras.append({name: values[i].astype(np.float32) for name, values in present.items()})
+            packs.append(pack(samples, extras))
+        return packs
+
+    def unpack(self, scored: Sequence[Tensor], pack_members: Sequence[Sequence[int]]) -> Ragged:
+        """Cut the scored rows of each pack into float64 arrays [n] by response; the inverse of `packs`."""
         arrays: dict[int, np.ndarray] = {}
-        for values, members in zip(scored, layout, strict=True):
-            if members:  # the empty pack of a rank without responses has no rows
-                cuts = np.cumsum([self.lengths[i] for i in members])[:-1]
-                arrays.update(zip(members, np.split(values.double().cpu().numpy(), cuts), strict=True))
+        for values, members in zip(scored, pack_members, strict=True):
+            if not members:  # the empty pack of a rank without responses has no rows
+                continue
+            cuts = np.cumsum([self.lengths[i] for i in members])[:-1]
+            arrays.update(zip(members, np.split(values.double().cpu().numpy(), cuts), strict=True))
         return [arrays[i] for i in sorted(arrays)]

@@ -1,4 +1,4 @@
-"""The length curriculum: how long prompt and response together may be at each iteration."""
+"""Follow the length curriculum: how long prompt and response together may be at each iteration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ovr_megatron.config import StageConfig
 
 
 def max_tokens(stages: Sequence[StageConfig], iteration: int) -> int:
-    """Limit of ``iteration`` (counted from 0): that of the first stage whose ``until`` is not yet passed.
+    """Return the limit of ``iteration`` (counted from 0): that of the first stage whose ``until`` is not yet passed.
 
     The paper's stages are 24k for the first 300 iterations, 32k up to 700, 48k after.
     """

@@ -1,4 +1,4 @@
-"""From graded responses to what the models learn from: log-probabilities, values, advantages, returns."""
+"""Compute from graded responses what the models learn from: log-probabilities, values, advantages, returns."""
 
 from __future__ import annotations
 
@@ -13,20 +13,32 @@ import torch.distributed as dist
 from ovr_megatron.config import AlgorithmConfig, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.ppo import maths
+from ovr_megatron.ppo.advantages import (
+    Ragged,
+    discounted_sums,
+    generalised_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    mean_and_std,
+    moments,
+    normalise,
+    overlong_penalty,
+    scaled_reward,
+    token_rewards,
+)
 from ovr_megatron.ppo.batch import Batch, Response
-from ovr_megatron.ppo.maths import Ragged
-from ovr_megatron.ppo.rollouts import Rollout, share
+from ovr_megatron.ppo.losses import kl_estimate
+from ovr_megatron.ppo.rollouts import Rollout, exchange_responses
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import exchange
 from ovr_megatron.runtime.layout import Layout
 
-Key = tuple[int, int]
+ResponseKey = tuple[int, int]  # index of the prompt and of the response among those to it
 
 
 @dataclass
 class Models:
-    """What an iteration trains and asks; critic and reference only where the algorithm needs them."""
+    """The models of an iteration; critic and reference only where the algorithm needs them."""
 
     config: RLConfig
     world: World
@@ -35,19 +47,26 @@ class Models:
     critic: Engine | None
     reference: Engine | None
 
-    def only(self, working: Engine | None) -> None:
-        """With ``offload``, have all but ``working`` wait in host memory; it takes what it needs as it needs it."""
-        for engine in (self.policy, self.critic, self.reference) if self.config.offload else ():
-            if engine is not None and engine is not working:
+    def offload_except(self, active: Engine | None) -> None:
+        """With ``offload``, offload all models but ``active``, which onloads what it needs when it needs it."""
+        if not self.config.offload:
+            return
+        for engine in (self.policy, self.critic, self.reference):
+            if engine is not None and engine is not active:
                 engine.offload()
 
 
 @dataclass
 class Experience:
-    """What the policy learns from in an iteration: this rank's responses, and per-token arrays [n] for each.
+    """This rank's responses of an iteration, and the arrays [n] for each that the policy learns from.
 
-    ``advantages`` are those that the loss takes, normalised where the estimator is; ``values`` are missing without a
-    critic, ``old`` (log-probabilities before the update) where the policy takes one step, ``reference`` without one.
+    Attributes:
+        responses: in order of their prompts.
+        batch: their samples.
+        advantages: those that the loss takes, normalised where the estimator is.
+        values: of the critic; None without one.
+        old: log-probabilities before the update; None where the policy takes one step and no reward needs them.
+        reference: log-probabilities of the reference; None without one.
     """
 
     responses: list[Response]
@@ -59,77 +78,101 @@ class Experience:
 
 
 @dataclass
-class Study:
-    """What the critic learns from: its own share of the responses, with values [n] and returns [n] for each."""
+class CriticBatch:
+    """The critic's share of the responses, in its own layout, with values [n] and returns [n] for each."""
 
     batch: Batch
     values: Ragged
     returns: Ragged
 
 
-def evaluate(
+def compute_experience(
     models: Models, rollout: Rollout, responses: list[Response], batch: Batch
-) -> tuple[Experience, Study | None]:
-    """Log-probabilities where they are needed, values, and advantages; no model changes."""
-    algorithm, world = models.config.algorithm, models.world
-    experience = Experience(responses, batch, [])
-    layout = batch.layout(range(len(batch)))
-    penalties = None
-    in_reward = models.reference is not None and algorithm.kl_in == "reward"
-    if algorithm.policy_updates > 1 or in_reward:
-        models.only(models.policy)
-        experience.old = _logprobs(models.policy, batch, layout)
-    if models.reference is not None:
-        models.only(models.reference)
-        experience.reference = _logprobs(models.reference, batch, layout)
-        if in_reward:
-            assert experience.old is not None
-            penalties = [
-                algorithm.kl_coefficient
-                * maths.kl_estimate(torch.tensor(a), torch.tensor(b), algorithm.kl_form).numpy()
-                for a, b in zip(experience.old, experience.reference, strict=True)
-            ]
-    scores = [shaped_reward(r, rollout, algorithm) for r in responses]
-    rewards = maths.token_rewards(scores, batch.lengths, penalties)
-    groups = [r.prompt for r in responses]
-    study = None
-    if algorithm.estimator == "gae":
-        study, experience.values, raw = _with_critic(models, rollout, experience, rewards)
-    else:
-        raw = advantages_without_values(algorithm, rewards, groups)
-    if algorithm.estimator in ("gae", "reinforce_pp"):
-        raw = maths.normalise(raw, *maths.mean_and_std(summed(maths.moments(raw), world.layout)))
-    experience.advantages = raw
-    return experience, study
+) -> tuple[Experience, CriticBatch | None]:
+    """Compute log-probabilities where they are needed, values, and advantages; no model changes.  A collective.
 
+    Args:
+        models: the policy and what the algorithm needs beside it.
+        rollout: of the iteration.
+        responses: those that the policy trains on on this rank.
+        batch: their samples.
 
-def _with_critic(
-    models: Models, rollout: Rollout, experience: Experience, rewards: Ragged
-) -> tuple[Study, Ragged, Ragged]:
-    """The critic's own share with values and returns, and values and advantages of the policy's share.
-
-    Where the critic has another layout its share is another one, and what is known of a response goes across.
+    Returns:
+        What the policy learns from, and what the critic does; None without a critic.
     """
-    critic, algorithm = models.critic, models.config.algorithm
+    algorithm = models.config.algorithm
+    experience = Experience(responses, batch, [])
+    pack_members = batch.group_into_packs(range(len(batch)))
+    kl_in_reward = models.reference is not None and algorithm.kl_in == "reward"
+    # One step is strictly on-policy: the loss takes the current log-probabilities for the old ones.
+    if algorithm.policy_updates > 1 or kl_in_reward:
+        models.offload_except(models.policy)
+        experience.old = _compute_logprobs(models.policy, batch, pack_members)
+    if models.reference is not None:
+        models.offload_except(models.reference)
+        experience.reference = _compute_logprobs(models.reference, batch, pack_members)
+    penalties = _kl_penalties(experience, algorithm) if kl_in_reward else None
+    scores = [shaped_reward(r, rollout, algorithm) for r in responses]
+    rewards = token_rewards(scores, batch.lengths, penalties)
+    critic_batch = None
+    if algorithm.estimator == "gae":
+        critic_batch, experience.values, raw = _compute_with_critic(models, rollout, experience, rewards)
+    else:
+        raw = advantages_without_values(algorithm, rewards, [r.prompt for r in responses])
+    if algorithm.estimator in ("gae", "reinforce_pp"):
+        # Over the batch of all ranks, so that advantages do not depend on how it is divided among them.
+        mean, std = mean_and_std(sum_over_dp(moments(raw), models.world.layout))
+        raw = normalise(raw, mean, std)
+    experience.advantages = raw
+    return experience, critic_batch
+
+
+def _compute_logprobs(engine: Engine, batch: Batch, pack_members: list[list[int]]) -> Ragged:
+    scores = engine.scores(batch.packs(pack_members))
+    return batch.unpack([pack_scores.logprobs for pack_scores in scores], pack_members)
+
+
+def _kl_penalties(experience: Experience, algorithm: AlgorithmConfig) -> Ragged:
+    """Return what each token's reward loses for its divergence from the reference, [n] per response."""
+    assert experience.old is not None and experience.reference is not None
+    penalties = []
+    for old, reference in zip(experience.old, experience.reference, strict=True):
+        divergence = kl_estimate(torch.tensor(old), torch.tensor(reference), algorithm.kl_form).numpy()
+        penalties.append(algorithm.kl_coefficient * divergence)
+    return penalties
+
+
+def _compute_with_critic(
+    models: Models, rollout: Rollout, experience: Experience, rewards: Ragged
+) -> tuple[CriticBatch, Ragged, Ragged]:
+    """Return the critic's batch, and values and advantages of the policy's share.  A collective.
+
+    Where the critic has another layout its share is another one: rewards are sent from the ranks that hold them for the
+    policy to those that need them for the critic, and values and advantages back.
+    """
+    critic = models.critic
+    algorithm = models.config.algorithm
     assert critic is not None
-    models.only(critic)
-    responses, batch = experience.responses, experience.batch
-    shared = critic.layout is models.policy.layout
-    if not shared:
-        known = dict(zip(map(_key, responses), rewards, strict=True))
-        responses, batch = own_share(models, rollout, critic)
-        known = _across(known, models.policy, responses, critic)
-        rewards = [known[_key(r)] for r in responses]
-    layout = batch.layout(range(len(batch)))
-    values = batch.unpack([scores.values for scores in critic.scores(batch.packs(layout))], layout)
-    advantages, returns = maths.generalised_advantages(rewards, values, algorithm.gamma, algorithm.lam)
-    study = Study(batch, values, returns)
-    if shared:
-        return study, values, advantages
-    pairs = zip(map(_key, responses), zip(values, advantages, strict=True), strict=True)
-    known = _across(dict(pairs), critic, experience.responses, models.policy)
-    found = [known[_key(r)] for r in experience.responses]
-    return study, [v for v, _ in found], [a for _, a in found]
+    models.offload_except(critic)
+    responses = experience.responses
+    batch = experience.batch
+    same_layout = critic.layout is models.policy.layout
+    if not same_layout:
+        responses, batch = build_local_batch(models, rollout, critic)
+        policy_rewards = _by_key(experience.responses, rewards)
+        rewards = _redistribute(policy_rewards, models.policy, responses)
+    pack_members = batch.group_into_packs(range(len(batch)))
+    scores = critic.scores(batch.packs(pack_members))
+    values = batch.unpack([pack_scores.values for pack_scores in scores], pack_members)
+    advantages, returns = generalised_advantages(rewards, values, algorithm.gamma, algorithm.lam)
+    critic_batch = CriticBatch(batch, values, returns)
+    if same_layout:
+        return critic_batch, values, advantages
+    critic_pairs = _by_key(responses, list(zip(values, advantages, strict=True)))
+    policy_pairs = _redistribute(critic_pairs, critic, experience.responses)
+    policy_values = [value for value, _ in policy_pairs]
+    policy_advantages = [advantage for _, advantage in policy_pairs]
+    return critic_batch, policy_values, policy_advantages
 
 
 def advantages_without_values(algorithm: AlgorithmConfig, rewards: Ragged, groups: Sequence[int]) -> Ragged:
@@ -138,51 +181,66 @@ def advantages_without_values(algorithm: AlgorithmConfig, rewards: Ragged, group
     Args:
         algorithm: names the estimator.
         rewards: float [n] per response, of each token.
-        groups: number of the prompt of each response.
+        groups: index of the prompt of each response.
     """
     if algorithm.estimator == "rloo":
-        return maths.leave_one_out_advantages(rewards, groups)
+        return leave_one_out_advantages(rewards, groups)
     if algorithm.estimator == "reinforce_pp":
-        return maths.discounted(rewards, algorithm.gamma)
-    return maths.group_advantages(rewards, groups, divide=algorithm.estimator == "grpo")
+        return discounted_sums(rewards, algorithm.gamma)
+    return group_advantages(rewards, groups, divide=algorithm.estimator == "grpo")
 
 
 def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConfig) -> float:
     """Return what the estimator takes for a response: its scaled verdict less the overlong penalty."""
     limit = rollout.limit - len(rollout.prompts.sample(response.prompt))
-    reward = maths.scaled_reward(response.reward, algorithm.wrong_reward)
-    return reward + maths.overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
+    reward = scaled_reward(response.reward, algorithm.wrong_reward)
+    return reward + overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
 
 
-def own_share(models: Models, rollout: Rollout, engine: Engine) -> tuple[list[Response], Batch]:
-    """The responses that ``engine`` trains on on this rank, and their batch."""
-    responses = share(rollout, engine.groups.dp.rank(), engine.groups.dp.size())
+def build_local_batch(models: Models, rollout: Rollout, engine: Engine) -> tuple[list[Response], Batch]:
+    """Bring to this rank the responses that ``engine`` trains on here, and build their batch.  A collective."""
+    responses = exchange_responses(rollout, engine.groups.dp.rank(), engine.groups.dp.size())
     samples = [models.processor.response_sample(rollout.prompts.sample(r.prompt), r.tokens) for r in responses]
-    order, group = {prompt: i for i, prompt in enumerate(sorted(rollout.kept))}, models.config.responses
-    numbers = [order[r.prompt] * group + r.sample for r in responses]
+    # Counted without the prompts that were left out, so that every step gets its share of responses.
+    prompt_order = {prompt: i for i, prompt in enumerate(sorted(rollout.train_prompts))}
+    group_size = models.config.responses
+    global_indices = [prompt_order[r.prompt] * group_size + r.sample for r in responses]
     lengths = [len(r.tokens) for r in responses]
-    return responses, Batch(samples, lengths, models.config.data.pack_tokens, numbers, len(order) * group)
+    total = len(prompt_order) * group_size
+    return responses, Batch(samples, lengths, models.config.data.pack_tokens, global_indices, total)
 
 
-def _across(known: dict[Key, Any], source: Engine, wanted: Sequence[Response], target: Engine) -> dict[Key, Any]:
-    """What ranks of ``source`` know of responses, on the ranks of ``target`` that ask for those ``wanted``."""
-    asked: list[list[Key]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(asked, [_key(r) for r in wanted])
-    leads = source.layout.leads_replica
-    told = {peer: {key: known[key] for key in keys if leads and key in known} for peer, keys in enumerate(asked)}
-    return {key: value for part in exchange(told) for key, value in part.items()}
+def _by_key(responses: Sequence[Response], items: Sequence[Any]) -> dict[ResponseKey, Any]:
+    return {_key(response): item for response, item in zip(responses, items, strict=True)}
 
 
-def _key(response: Response) -> Key:
+def _key(response: Response) -> ResponseKey:
     return response.prompt, response.sample
 
 
-def _logprobs(engine: Engine, batch: Batch, layout: list[list[int]]) -> Ragged:
-    return batch.unpack([scores.logprobs for scores in engine.scores(batch.packs(layout))], layout)
+def _redistribute(items: dict[ResponseKey, Any], source: Engine, responses: Sequence[Response]) -> list[Any]:
+    """Return the item of each of ``responses`` from the rank that has it.  A collective.
+
+    Args:
+        items: those of this rank, which are divided as ``source`` divides responses.
+        source: its replicas hold the items; of each the leader sends them, as its ranks hold the same.
+        responses: those whose items this rank needs.
+    """
+    requests: list[list[ResponseKey]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(requests, [_key(r) for r in responses])
+    # Ranks that lead no replica send empty replies: every rank takes part in the exchange.
+    local_items = items if source.layout.leads_replica else {}
+    replies = {}
+    for peer, keys in enumerate(requests):
+        replies[peer] = {key: local_items[key] for key in keys if key in local_items}
+    received: dict[ResponseKey, Any] = {}
+    for reply in exchange(replies):
+        received |= reply
+    return [received[_key(r)] for r in responses]
 
 
-def summed(values: np.ndarray, layout: Layout) -> np.ndarray:
-    """Sum of ``values`` over the data-parallel ranks of ``layout``."""
+def sum_over_dp(values: np.ndarray, layout: Layout) -> np.ndarray:
+    """Sum ``values`` over the data-parallel ranks of ``layout``, in float64.  A collective of theirs."""
     total = torch.from_numpy(np.asarray(values, np.float64))
     if torch.cuda.is_available():
         total = total.cuda()

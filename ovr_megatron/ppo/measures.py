@@ -1,16 +1,17 @@
-"""What a person wants to know of an iteration besides its losses: spread of rewards and lengths, MFU, sample texts."""
+"""Compute what an iteration is watched by besides its losses: spread of rewards and lengths, MFU, sample texts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch.distributed as dist
 
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.experience import Experience, Models, summed
+from ovr_megatron.ppo.experience import Experience, Models, sum_over_dp
 from ovr_megatron.ppo.rollouts import Rollout
 
 PERCENTILES = (50, 90, 99)
@@ -18,62 +19,73 @@ SHOWN_CHARACTERS = 2000  # of a sample text
 
 
 def spread_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return how rewards and lengths are spread over the responses of all ranks; a collective.
+    """Return how rewards and lengths are spread over the responses of all ranks.  A collective.
 
     ``response/reward_std`` is over all responses, ``response/mixed_prompts`` the share of prompts whose responses
     differ in reward: only these tell the policy anything by comparison.  Lengths are in tokens.
     """
-    local = [(r.prompt, r.reward, len(r.tokens)) for r in rollout.responses if r.tokens]
+    local_responses = [(r.prompt, r.reward, len(r.tokens)) for r in rollout.responses if r.tokens]
     ranks: list[list[tuple[int, float, int]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, local)
-    everything = [item for part in ranks for item in part]
-    if not everything:
+    dist.all_gather_object(ranks, local_responses)  # not reduced: a percentile needs every length
+    responses = list(chain.from_iterable(ranks))
+    if not responses:
         return {}
-    rewards, lengths = np.array([item[1] for item in everything]), np.array([item[2] for item in everything])
-    by_prompt: dict[int, set[float]] = defaultdict(set)
-    for prompt, reward, _ in everything:
-        by_prompt[prompt].add(reward)
-    return {
+    rewards = np.array([reward for _, reward, _ in responses])
+    lengths = np.array([length for _, _, length in responses])
+    rewards_of_prompt: dict[int, set[float]] = defaultdict(set)
+    for prompt, reward, _ in responses:
+        rewards_of_prompt[prompt].add(reward)
+    mixed_prompts = sum(len(distinct) > 1 for distinct in rewards_of_prompt.values())
+    metrics = {
         "response/reward_std": float(rewards.std()),
-        "response/mixed_prompts": sum(len(group) > 1 for group in by_prompt.values()) / len(by_prompt),
-        **{f"response/length_p{p}": float(np.percentile(lengths, p)) for p in PERCENTILES},
-        "response/length_max": float(lengths.max()),
+        "response/mixed_prompts": mixed_prompts / len(rewards_of_prompt),
     }
+    for percentile in PERCENTILES:
+        metrics[f"response/length_p{percentile}"] = float(np.percentile(lengths, percentile))
+    metrics["response/length_max"] = float(lengths.max())
+    return metrics
 
 
 def update_flops(models: Models, experience: Experience, iteration: int) -> float:
-    """Return the model FLOP of values, scores and updates over all ranks; a collective.  Recomputation does not count.
+    """Return the model FLOP of values, scores and updates over all ranks.  A collective.
 
-    A pass forward counts a third of a training pass.  The critic's head is one column, but its layers are the policy's.
+    Recomputation does not count.  A forward pass counts a third of a training pass.  The critic's layers are the
+    policy's, but its head is one column.
     """
-    samples, algorithm = experience.batch.samples, models.config.algorithm
+    samples = experience.batch.samples
+    algorithm = models.config.algorithm
+    model = models.config.model
+    shape = models.policy.shape
     lengths = [len(sample) for sample in samples]
-    grids = [grid for sample in samples for grid in sample.grid_thw.tolist()]
-    model, shape = models.config.model, models.policy.shape
-    once = training_flops(shape, lengths, grids, not model.freeze_language, not model.freeze_vision)
+    grids = list(chain.from_iterable(sample.grid_thw.tolist() for sample in samples))
+    training_pass = training_flops(shape, lengths, grids, not model.freeze_language, not model.freeze_vision)
     updates = algorithm.policy_epochs if iteration >= algorithm.critic_warmup_iterations else 0
-    flops = once * (updates + algorithm.scoring_passes / 3)
+    flops = training_pass * (updates + algorithm.scoring_passes / 3)
     if models.critic is not None:
-        head = (6.0 if not model.freeze_language else 4.0) * shape.hidden * (shape.vocab - 1) * sum(lengths)
-        flops += (once - head) * (1 + 1 / 3)
-    return float(summed(np.array([flops]), models.world.layout)[0])
+        # A frozen head has a forward pass and the gradient of its input, 2 FLOP each for a weight and token; one that
+        # trains has the gradient of its weights as well.
+        flops_per_weight = 6.0 if not model.freeze_language else 4.0
+        head_difference = flops_per_weight * shape.hidden * (shape.vocab - 1) * sum(lengths)
+        flops += (training_pass - head_difference) * (1 + 1 / 3)
+    return float(sum_over_dp(np.array([flops]), models.world.layout)[0])
 
 
 def mfu_metrics(
     models: Models, experience: Experience, iteration: int, metrics: dict[str, float], peak_flops: float
 ) -> dict[str, float]:
-    """Return rate and utilisation of values and update, ``timing/value`` and ``timing/update``; a collective.
+    """Return rate and utilisation of values and update, ``timing/value`` and ``timing/update``.  A collective.
 
     Args:
-        models: what is trained.
+        models: those that train.
         experience: of this rank.
         iteration: from 0.
         metrics: of the iteration, with its seconds.
         peak_flops: FLOP per second of one device.
     """
     flops = update_flops(models, experience, iteration)
-    each = flops / (metrics["timing/value"] + metrics["timing/update"]) / models.world.size
-    return {"perf/tflops_per_gpu": each / 1e12, "perf/mfu": each / peak_flops}
+    seconds = metrics["timing/value"] + metrics["timing/update"]
+    flops_per_gpu = flops / seconds / models.world.size
+    return {"perf/tflops_per_gpu": flops_per_gpu / 1e12, "perf/mfu": flops_per_gpu / peak_flops}
 
 
 def sample_texts(responses: Sequence[Response]) -> dict[str, str]:
@@ -82,14 +94,16 @@ def sample_texts(responses: Sequence[Response]) -> dict[str, str]:
     for r in responses:
         name = "right" if r.reward > 0 else "wrong"
         if r.tokens and name not in texts:
-            texts[name] = f"reward {r.reward:g}, {len(r.tokens)} tokens, {r.verdict}\n{shown(r.text)}"
+            texts[name] = f"reward {r.reward:g}, {len(r.tokens)} tokens, {r.verdict}\n{to_printable(r.text)}"
     return texts
 
 
-def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """Return at most ``limit`` characters of ``text``; what is no printable character becomes U+FFFD.
+def to_printable(text: str, limit: int = SHOWN_CHARACTERS) -> str:
+    """Cut ``text`` to ``limit`` characters and replace those that are not printable, but for line ends, by U+FFFD.
 
     A terminal or a page would take control characters as commands.
     """
-    cut = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text[:limit])
-    return cut + (f" ... ({len(text) - limit:,} more characters)" if len(text) > limit else "")
+    printable = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text[:limit])
+    if len(text) <= limit:
+        return printable
+    return printable + f" ... ({len(text) - limit:,} more characters)"

@@ -1,4 +1,4 @@
-"""How far the trainer's log-probabilities lie from the rollout engine's: mean, quantile and maximum, by modality.
+"""Measure how far log-probabilities of trainer and rollout engine differ: mean, quantile and maximum, by modality.
 
 Vision features are where two implementations in bfloat16 part first, so a mean over all tokens hides what images add.
 """
@@ -17,24 +17,28 @@ from ovr_megatron.data.processing import Sample
 MODALITIES = ("text", "image", "video")
 QUANTILE = 0.99
 # Bins of equal width in the logarithm, from 1e-9 to 1e3: an edge lies 10 % above the one before.
-_BINS_PER_DECADE, _FIRST_DECADE, _DECADES = 24, -9, 12
+_BINS_PER_DECADE = 24
+_FIRST_DECADE = -9
+_DECADES = 12
 _BINS = _BINS_PER_DECADE * _DECADES
 
 
 def modality(sample: Sample) -> int:
-    """Index in `MODALITIES` of a prompt: video where it has one, else image where it has one, else text."""
-    return 2 if sample.videos else 1 if len(sample.grid_thw) else 0
+    """Return the index in `MODALITIES` of a prompt: video where it has one, else image where it has one, else text."""
+    if sample.videos:
+        return MODALITIES.index("video")
+    return MODALITIES.index("image" if len(sample.grid_thw) else "text")
 
 
 def token_modalities(samples: Sequence[Sample], lengths: Sequence[int]) -> list[np.ndarray]:
-    """The modality of each response's prompt, for each of its tokens [n]."""
+    """Return the modality of each response's prompt, for each of its tokens [n]."""
     return [np.full(length, modality(sample)) for sample, length in zip(samples, lengths, strict=True)]
 
 
 class Mismatch:
-    """|log p(trainer) - log p(rollout)| of the tokens of some packs, as a histogram for each modality.
+    """Histograms of |log p(trainer) - log p(rollout)| over the tokens of some packs, one for each modality.
 
-    Everything stays on the device of the scores, which is never waited for, until `metrics`.
+    All tensors stay on the device of the scores, which is never waited for, until `metrics`.
     """
 
     def __init__(self) -> None:
@@ -51,37 +55,45 @@ class Mismatch:
         if self._is_empty:
             self._start(difference)
             self._is_empty = False
-        difference, modalities = difference.double(), modalities.long()
+        difference = difference.double()
+        modalities = modalities.long()
         bins = (difference.log10() - _FIRST_DECADE) * _BINS_PER_DECADE
+        # A difference of 0 has the logarithm -inf and falls into the first bin; NaN counts as the worst.
         bins = bins.nan_to_num(_BINS - 1).clamp(0, _BINS - 1).long()
         self._counts = self._counts.scatter_add(0, modalities * _BINS + bins, torch.ones_like(bins))
         self._sums = self._sums.scatter_add(0, modalities, difference)
         self._largest = self._largest.scatter_reduce(0, modalities, difference, "amax")
 
     def metrics(self) -> dict[str, float]:
-        """``rollout/mismatch_*`` over all ranks; where there are several modalities, of each as well.  A collective.
+        """Return ``rollout/mismatch_*`` over all ranks; of several modalities, of each as well.  A collective.
 
         Ranks of a tensor-parallel group count the same tokens, all equally often: no mean and no quantile changes.
         """
-        counts, sums, largest = (box.cpu().clone() for box in (self._counts, self._sums, self._largest))
-        for box, operation in ((counts, dist.ReduceOp.SUM), (sums, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
-            dist.all_reduce(box, operation)
+        # Copies on the host: a later call must find what this rank alone has counted.
+        counts = self._counts.cpu().clone()
+        sums = self._sums.cpu().clone()
+        largest = self._largest.cpu().clone()
+        dist.all_reduce(counts, dist.ReduceOp.SUM)
+        dist.all_reduce(sums, dist.ReduceOp.SUM)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
         table = counts.view(len(MODALITIES), _BINS)
-        metrics = _described(table.sum(0), float(sums.sum()), float(largest.max()))
+        metrics = _describe(table.sum(0), float(sums.sum()), float(largest.max()))
         present = [i for i in range(len(MODALITIES)) if table[i].any()]
-        for i in present if len(present) > 1 else ():
-            own = _described(table[i], float(sums[i]), float(largest[i]))
-            metrics |= {f"{name}/{MODALITIES[i]}": value for name, value in own.items()}
+        if len(present) > 1:
+            for i in present:
+                for name, value in _describe(table[i], float(sums[i]), float(largest[i])).items():
+                    metrics[f"{name}/{MODALITIES[i]}"] = value
         return metrics
 
 
-def _described(counts: Tensor, total: float, largest: float) -> dict[str, float]:
-    """Mean, quantile (the upper edge of its bin, at most 10 % too high) and maximum of a histogram [bins]."""
+def _describe(counts: Tensor, total: float, largest: float) -> dict[str, float]:
+    """Return mean, quantile (the upper edge of its bin, at most 10 % too high) and maximum of a histogram [bins]."""
     tokens = int(counts.sum())
     reached = counts.cumsum(0) >= QUANTILE * tokens
-    edge = 10.0 ** (_FIRST_DECADE + (int(reached.long().argmax()) + 1) / _BINS_PER_DECADE)
+    quantile_bin = int(reached.long().argmax())  # the first bin that reaches the quantile
+    upper_edge = 10.0 ** (_FIRST_DECADE + (quantile_bin + 1) / _BINS_PER_DECADE)
     return {
         "rollout/mismatch_mean": total / max(tokens, 1),
-        "rollout/mismatch_p99": min(edge, largest),
+        "rollout/mismatch_p99": min(upper_edge, largest),
         "rollout/mismatch_max": largest,
     }

@@ -1,4 +1,4 @@
-"""The prompts that reinforcement learning draws."""
+"""Draw the prompts of reinforcement learning from a stream of rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ovr_megatron.data.stream import RowStream
 from ovr_megatron.rewards.references import check_reference
 from ovr_megatron.rewards.rules import RuleError
 
-MOST_DROPPED = 10_000
+MOST_DROPPED = 10_000  # prompts in a row that are left out, after which the stream gives up
 
 
 class PromptStream:
-    """Prompts from a stream of rows; ``dropped`` of them so far were too long or, where there is a list, unusable.
+    """Prompts from a stream of rows, without those that are too long or, where there is a list, unusable.
 
     Attributes:
         dropped: Rows drawn and left out so far.
@@ -41,18 +41,21 @@ class PromptStream:
                 f"reward.rules has a rule for {absent[0]!r}, which is the source of no row; correct the name: it is "
                 "data.sources[].name, else a row's own field, else FOLDER/FILE without the suffix"
             )
-        self.stream, self.processor, self.rules, self.skipped = stream, processor, rules, skipped
+        self.stream = stream
+        self.processor = processor
+        self.rules = rules
+        self.skipped = skipped
         self.dropped = 0
 
     def draw(self, count: int) -> list[Row]:
-        """The next ``count`` prompts.
+        """Return the next ``count`` prompts.
 
         Raises:
             RowError: a row that cannot be used or an answer that no grader could verify, unless there is a list for
                 them; or nothing but prompts that are left out.
         """
         rows: list[Row] = []
-        before = self.dropped
+        dropped_before = self.dropped
         while len(rows) < count:
             drawn = list(islice(self.stream, count - len(rows)))
             problems = [self._problem(row) for row in drawn]
@@ -61,15 +64,16 @@ class PromptStream:
             fitting = [row for row, length in zip(sound, lengths, strict=True) if isinstance(length, int)]
             self.dropped += len(drawn) - len(fitting)
             rows += fitting
-            if not rows and self.dropped - before >= MOST_DROPPED:
+            dropped_now = self.dropped - dropped_before
+            if not rows and dropped_now >= MOST_DROPPED:
                 error = next(item for item in [*lengths, *problems] if isinstance(item, RowError))
-                problem = f"{error.problem}; so it is with {self.dropped - before} prompts in a row"
+                problem = f"{error.problem}; so it is with {dropped_now} prompts in a row"
                 remedy = "raise data.max_prompt_tokens" if isinstance(error, TooLongError) else "correct the rows"
                 raise RowError(error.where, error.field, problem, remedy)
         return rows
 
     def _problem(self, row: Row) -> RowError | None:
-        """Why the row's answer cannot be verified; listed where there is a list, raised where there is none."""
+        """Return why the row's answer cannot be verified, or None; list the problem, or raise it without a list."""
         try:
             check_reference(row, self.rules)
         except RowError as error:

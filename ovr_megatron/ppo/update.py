@@ -1,81 +1,114 @@
-"""The optimizer steps of an iteration."""
+"""Take the optimizer steps of an iteration."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from ovr_megatron.data.packing import Pack
-from ovr_megatron.ppo import maths
-from ovr_megatron.ppo.experience import Experience, Models, Study, summed
+from ovr_megatron.ppo.advantages import Ragged, explained_variance, mean_and_std, moments
+from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_over_dp
+from ovr_megatron.ppo.losses import token_weights
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 
 
-def update_critic(models: Models, study: Study) -> dict[str, float]:
-    """Take ``critic_steps`` steps, each on its part of the responses and divided by its own tokens over all ranks.
+def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]:
+    """Take ``critic_steps`` steps, each on its minibatch and divided by its own tokens over all ranks.  A collective.
 
     There are fewer steps where an iteration has fewer responses than that.
     """
-    config, critic = models.config.algorithm, models.critic
+    config = models.config.algorithm
+    critic = models.critic
     assert critic is not None
-    total = partial(summed, layout=critic.layout)
     objective = ValueObjective(config)
-    turns = range(min(config.critic_steps, study.batch.total))
-    found = mean_of([critic.train(critic_packs(models, study, turn), objective) for turn in turns])
-    spread = maths.mean_and_std(total(maths.moments(study.values)))[1]
-    errors = [a - b for a, b in zip(study.returns, study.values, strict=True)]
-    explained = maths.explained_variance(total(maths.moments(errors)), total(maths.moments(study.returns)))
+    step_metrics = []
+    # The number of steps goes by the responses of all ranks: each must take part in every step.
+    for step in range(min(config.critic_steps, critic_batch.batch.total)):
+        step_metrics.append(critic.train(critic_packs(models, critic_batch, step), objective))
+    metrics = mean_over_steps(step_metrics)
+    errors = [a - b for a, b in zip(critic_batch.returns, critic_batch.values, strict=True)]
+    value_moments = sum_over_dp(moments(critic_batch.values), critic.layout)
+    error_moments = sum_over_dp(moments(errors), critic.layout)
+    return_moments = sum_over_dp(moments(critic_batch.returns), critic.layout)
+    _, value_std = mean_and_std(value_moments)
     return {
-        "critic/loss": found["loss"],
-        "critic/grad_norm": found["grad_norm"],
-        "critic/value_std": spread,
-        "critic/explained_variance": explained,
+        "critic/loss": metrics["loss"],
+        "critic/grad_norm": metrics["grad_norm"],
+        "critic/value_std": value_std,
+        "critic/explained_variance": explained_variance(error_moments, return_moments),
     }
 
 
-def critic_packs(models: Models, study: Study, turn: int) -> list[Pack]:
-    """Packs of the critic's step ``turn``, its targets and the weights of its tokens inside."""
-    config, critic = models.config.algorithm, models.critic
+def critic_packs(models: Models, critic_batch: CriticBatch, step: int) -> list[Pack]:
+    """Build the packs of the critic's step ``step``, with targets and token weights.  A collective."""
+    config = models.config.algorithm
+    critic = models.critic
     assert critic is not None
-    layout = study.batch.layout(study.batch.part(turn, config.critic_steps))
-    total = partial(summed, layout=critic.layout)
+    batch = critic_batch.batch
+    members = batch.minibatch(step, config.critic_steps)
+    pack_members = batch.group_into_packs(members)
+    sum_over_ranks = partial(sum_over_dp, layout=critic.layout)
     divisor = models.config.reduction_tokens
-    weights = maths.token_weights(config.reduction, study.batch.lengths, layout, divisor, total)
-    return study.batch.packs(layout, returns=study.returns, values=study.values, weights=weights)
+    weights = token_weights(config.reduction, batch.lengths, pack_members, divisor, sum_over_ranks)
+    return batch.packs(pack_members, returns=critic_batch.returns, values=critic_batch.values, weights=weights)
 
 
 def update_policy(models: Models, experience: Experience) -> dict[str, float]:
-    """``policy_epochs`` times over the batch in ``policy_steps`` steps each; strictly on-policy if that is one step."""
-    config, policy, batch = models.config.algorithm, models.policy, experience.batch
+    """Go ``policy_epochs`` times over the batch in ``policy_steps`` steps each.  A collective.
+
+    It is strictly on-policy if that is one step.
+    """
+    config = models.config.algorithm
+    batch = experience.batch
     objective = PolicyObjective(config)
-    rollout_logprobs = [r.logprobs for r in experience.responses]
     modalities = token_modalities(batch.samples, batch.lengths)
-    steps = []
-    turns = range(min(config.policy_steps, batch.total))
-    for turn in (turn for _ in range(config.policy_epochs) for turn in turns):
-        layout = batch.layout(batch.part(turn, config.policy_steps))
-        total = partial(summed, layout=policy.layout)
-        packs = batch.packs(
-            layout,
-            advantages=experience.advantages,
-            rollout_logprobs=rollout_logprobs,
-            modalities=modalities,
-            old_logprobs=experience.old if config.policy_updates > 1 else None,
-            reference_logprobs=experience.reference,
-            weights=maths.token_weights(config.reduction, batch.lengths, layout, models.config.reduction_tokens, total),
-        )
-        steps.append(policy.train(packs, objective))
-    found = mean_of(steps)
-    metrics = {f"policy/{key}": found[key] for key in ("loss", "entropy", "clip_fraction", "grad_norm")}
-    metrics |= objective.mismatch.metrics() | {"rollout/kl": found["rollout_kl"]}
-    optional = {"importance": "rollout/importance", "reference_kl": "policy/reference_kl"}
-    return metrics | {name: found[key] for key, name in optional.items() if key in found}
+    step_metrics = []
+    for _ in range(config.policy_epochs):
+        # As many on every rank, also on one that has no responses in a step.
+        for step in range(min(config.policy_steps, batch.total)):
+            packs = policy_packs(models, experience, modalities, step)
+            step_metrics.append(models.policy.train(packs, objective))
+    means = mean_over_steps(step_metrics)
+    metrics = {f"policy/{key}": means[key] for key in ("loss", "entropy", "clip_fraction", "grad_norm")}
+    metrics |= objective.mismatch.metrics()  # after the last step, as it waits for the device
+    metrics["rollout/kl"] = means["rollout_kl"]
+    for key, name in {"importance": "rollout/importance", "reference_kl": "policy/reference_kl"}.items():
+        if key in means:
+            metrics[name] = means[key]
+    return metrics
 
 
-def mean_of(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of each number over the steps that have it."""
-    names = {name for step in steps for name in step}
-    return {name: float(np.mean([step[name] for step in steps if name in step])) for name in names}
+def policy_packs(models: Models, experience: Experience, modalities: Ragged, step: int) -> list[Pack]:
+    """Build the packs of the policy's step ``step``, with what its objective reads.  A collective.
+
+    ``modalities`` [n] are those of each response (`token_modalities`).
+    """
+    config = models.config.algorithm
+    batch = experience.batch
+    members = batch.minibatch(step, config.policy_steps)
+    pack_members = batch.group_into_packs(members)
+    sum_over_ranks = partial(sum_over_dp, layout=models.policy.layout)
+    divisor = models.config.reduction_tokens
+    weights = token_weights(config.reduction, batch.lengths, pack_members, divisor, sum_over_ranks)
+    return batch.packs(
+        pack_members,
+        advantages=experience.advantages,
+        rollout_logprobs=[r.logprobs for r in experience.responses],
+        modalities=modalities,
+        old_logprobs=experience.old if config.policy_updates > 1 else None,
+        reference_logprobs=experience.reference,
+        weights=weights,
+    )
+
+
+def mean_over_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Average each metric over the steps that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for metrics in steps:
+        for name, value in metrics.items():
+            values[name].append(value)
+    return {name: float(np.mean(numbers)) for name, numbers in values.items()}

@@ -19,22 +19,22 @@ RECIPE = "rl_7b_64gpu"
 
 def main() -> int:
     """Train as the command line says, or print the plan; return the exit code."""
-    asked = read_command_line(RLConfig, RECIPE, __doc__, spelled_out(sys.argv[1:]))
-    # Here, so that a command line is judged before torch, Megatron and vLLM are loaded.
-    if asked.dry_run:
+    command_line = read_command_line(RLConfig, RECIPE, __doc__, spelled_out(sys.argv[1:]))
+    # Imports stand here, so that a command line is checked before torch, Megatron and vLLM are loaded.
+    if command_line.dry_run:
         from ovr_megatron.plan.report import dry_run
 
-        return dry_run(asked.config, asked.recipe)
-    if report_finished(asked.config):
+        return dry_run(command_line.config, command_line.recipe)
+    if report_finished(command_line.config):
         return 0
     from ovr_megatron.rl.training import run
     from ovr_megatron.runtime.starts import LaunchArgs
 
-    return run(asked.config, LaunchArgs(asked.recipe, asked.overrides))
+    return run(command_line.config, LaunchArgs(command_line.recipe, command_line.overrides))
 
 
 def script() -> None:
-    """Entry point of ``ovr-rl``."""
+    """Run `main` as the entry point ``ovr-rl``."""
     run_command(main)
 
 

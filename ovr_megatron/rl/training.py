@@ -1,4 +1,4 @@
-"""The loop of multimodal PPO with verifiable rewards; vLLM runs in the trainer's processes (paper, section 3.2)."""
+"""Train by multimodal PPO with verifiable rewards; vLLM runs in the trainer's processes (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import ArchiveError
 from ovr_megatron.ppo.curriculum import max_tokens
 from ovr_megatron.ppo.experience import Models
-from ovr_megatron.ppo.iteration import Clock, iterate, learn, response_metrics
+from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn, response_metrics
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
@@ -47,113 +47,179 @@ from ovr_megatron.weights.folder import WeightFolder
 
 
 def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
-    """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.
+    """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.  A collective.
 
-    With ``only=train`` the rollouts are those that ``rollouts_from`` holds, and no engine is started.
+    With ``only=train`` the rollouts are read from ``rollouts_from``, and no engine is started.
     """
-    run = Path(config.run.dir)
-    checkpoints = CheckpointManager(config, world)
-    source = store.weights_of(config.model.path)
-    processor = Processor(source, config.data)
-    check_lengths(config, processor.shape)
-    check_steps(config, world)
-    if world.is_main and processor.template_notice:
-        print(processor.template_notice, file=sys.stderr, flush=True)
-    skipped = skipped_rows(config.data, run, world.is_main)
-    stream = open_stream(config.data, config.run.seed, skipped)
-    prompts = PromptStream(stream, processor, config.reward.rules, skipped)
+    return PPOTrainer(config, world, launch).train()
+
+
+class PPOTrainer:
+    """The models, prompts and records of a run, and the loop over its iterations.
+
+    Attributes:
+        first: the iteration to begin with.
+        last: the number of iterations after which the run ends.
+        rollouts: None with ``only=train``.
+        evaluation: None where it is off, and with ``only=train``.
+        log: on the main rank only.
+        peak_flops: FLOP per second of a device that the MFU refers to.
+    """
+
+    def __init__(self, config: RLConfig, world: World, launch: LaunchArgs | None):
+        self.config = config
+        self.world = world
+        self.run = Path(config.run.dir)
+        self.checkpoints = CheckpointManager(config, world)
+        model_folder = store.weights_of(config.model.path)
+        processor = Processor(model_folder, config.data)
+        check_lengths(config, processor.shape)
+        check_steps(config, world)
+        if world.is_main and processor.template_notice:
+            print(processor.template_notice, file=sys.stderr, flush=True)
+        self.skipped = skipped_rows(config.data, self.run, world.is_main)
+        self.stream = open_stream(config.data, config.run.seed, self.skipped)
+        self.prompts = PromptStream(self.stream, processor, config.reward.rules, self.skipped)
+        self.last = count_iterations(config)
+        self.models, self.engines = build_models(config, model_folder, processor, world)
+        # vLLM takes the memory that they leave free; each is onloaded when it works.
+        self.models.offload_except(None)
+        checkpoint = self.checkpoints.resume(self.engines)
+        if checkpoint:
+            self.stream.load(checkpoint.state["prompts"])
+        self.first = checkpoint.step if checkpoint else 0
+        self.rollouts: Rollouts | None = None
+        self.evaluation: PeriodicEvaluation | None = None
+        if config.only != "train":
+            self.rollouts = build_rollouts(config, model_folder, processor, self.models)
+            self.rollouts.stop = self.checkpoints.stop
+            if config.evaluation.every:
+                self.evaluation = PeriodicEvaluation(
+                    config.evaluation, self.rollouts.engine, processor, config.rollout.tp, self.run, config.run.seed
+                )
+        self.log = RunLog(self.run, "train", self.first) if world.is_main else None
+        if world.is_main:
+            record_run(config, processor, world, launch)
+            show_start(config, self.engines, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
+        self.peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(self.models.policy.config.params_dtype)
+
+    def train(self) -> RunResult:
+        """Run the iterations up to the last one or a signal.  A collective."""
+        with (
+            self.rollouts.grader if self.rollouts else nullcontext(),
+            Progress(self.last, self.run.name, "iteration", self.world.is_main, self.first) as progress,
+        ):
+            # An earlier start may have saved this checkpoint and ended before it was scored.
+            if self.evaluation and self.evaluation.is_missing(self.first):
+                self.models.offload_except(None)
+                scores = self.evaluation.scores(self.first)
+                if self.log:
+                    self.log.scalars(self.first - 1, scores)
+            state: dict[str, Any] = {}
+            for iteration in range(self.first, self.last):
+                stream_state = self.stream.state()
+                dropped_before = self.prompts.dropped
+                if self.rollouts:
+                    try:
+                        result = iterate(self.models, self.rollouts, self.prompts.draw, iteration)
+                    except StopRequested:
+                        self.rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
+                        self.checkpoints.stop_early(iteration, self.engines, state)
+                        break
+                else:
+                    saved = archive.read(Path(self.config.rollouts_from or ""), iteration, self.world)
+                    result = learn(self.models, archive.restore(saved, self.prompts), iteration, Clock())
+                self._add_metrics(result, iteration, self.prompts.dropped - dropped_before)
+                self._archive(result, iteration, stream_state)
+                self._evaluate(result, iteration)
+                metrics = result.metrics
+                if self.log:
+                    self._write_log(self.log, result, iteration)
+                progress.update(reward=f"{metrics['reward/mean']:.3f}", length=f"{metrics['response/length']:.0f}")
+                state = {"prompts": self.stream.state(), "curriculum": metrics["curriculum/max_tokens"]}
+                done = iteration + 1
+                if self.checkpoints.end_step(done, done == self.last, self.engines, state):
+                    break
+        if self.log:
+            self.log.close()
+        return self.checkpoints.result()
+
+    def _add_metrics(self, result: IterationResult, iteration: int, dropped_prompts: int) -> None:
+        """Add what the run measures to the metrics of ``result``.  A collective."""
+        metrics = result.metrics
+        metrics["data/dropped_prompts"] = dropped_prompts
+        metrics["timing/save"] = self.checkpoints.save_seconds
+        if self.skipped is not None:
+            metrics["data/skipped_rows"] = self.skipped.count
+        for name, engine in self.engines.items():
+            metrics[f"{name}/skipped"] = engine.skipped
+        metrics["memory/peak_gib"] = peak_gib()
+        metrics |= spread_metrics(result.rollout)
+        metrics |= mfu_metrics(self.models, result.experience, iteration, metrics, self.peak_flops)
+
+    def _archive(self, result: IterationResult, iteration: int, stream_state: dict[str, Any]) -> None:
+        """Archive the rollouts of ``result``; a full disk is a warning.  A collective.
+
+        ``stream_state`` is that of the prompt stream before the iteration.
+        """
+        experience = result.experience
+        # The ranks of a replica hold the same responses: its leader alone writes them.
+        responses = experience.responses if self.world.layout.leads_replica else []
+        arrays = {name: getattr(experience, name) if responses else None for name in archive.ARRAYS}
+        problem = archive.write(self.run, iteration, result.rollout, stream_state, responses, arrays, self.world)
+        if problem and self.world.is_main:
+            say(f"warning: the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
+
+    def _evaluate(self, result: IterationResult, iteration: int) -> None:
+        """Score the new weights where an evaluation is due, and add the scores to ``result``.  A collective."""
+        done = iteration + 1
+        if self.evaluation and self.evaluation.due(done, done == self.config.iterations):
+            self.models.offload_except(None)
+            stop = None if done == self.last else self.checkpoints.stop
+            with suppress(StopRequested):  # `end_step` ends the run, and its next start scores these weights
+                result.metrics |= self.evaluation.scores(done, stop)
+
+    def _write_log(self, log: RunLog, result: IterationResult, iteration: int) -> None:
+        """Log metrics and two responses to read, and say what is out of bounds."""
+        log.scalars(iteration, result.metrics)
+        for name, text in sample_texts(result.rollout.responses).items():
+            log.text(iteration, f"samples/{name}", text)
+        warn(result.metrics, iteration, self.config)
+
+
+def count_iterations(config: RLConfig) -> int:
+    """Return the number of iterations of the run; with ``only=train`` it ends with the archived rollouts.
+
+    Raises:
+        ArchiveError: ``rollouts_from`` has no rollouts.
+    """
     archived = archive.iterations(Path(config.rollouts_from)) if config.rollouts_from else []
     if config.rollouts_from and not archived:
         raise ArchiveError(f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run")
-    models, engines = build_models(config, source, processor, world)
-    models.only(None)
-    checkpoint = checkpoints.resume(engines)
-    if checkpoint:
-        stream.load(checkpoint.state["prompts"])
-    rollouts = None if config.only == "train" else build_rollouts(config, source, processor, models)
-    if rollouts:
-        rollouts.stop = checkpoints.stop
-    evaluation = None
-    if rollouts and config.evaluation.every:
-        given = (config.evaluation, rollouts.engine, processor, config.rollout.tp, run, config.run.seed)
-        evaluation = PeriodicEvaluation(*given)
-    first = checkpoint.step if checkpoint else 0
-    last = min(config.iterations, max(archived, default=-1) + 1) if config.only == "train" else config.iterations
-    log = RunLog(run, "train", first) if world.is_main else None
-    if world.is_main:
-        run_folder.record(config, run)
-        record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
-        if launch:
-            record_start(run, launch, world.size)
-        write_hf_assets(run / "companions", processor)
-        show_start(config, engines, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
+    if config.only == "train":
+        return min(config.iterations, max(archived, default=-1) + 1)
+    return config.iterations
 
-    peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(models.policy.config.params_dtype)
-    with (
-        rollouts.grader if rollouts else nullcontext(),
-        Progress(last, run.name, "iteration", world.is_main, first) as progress,
-    ):
-        if evaluation and evaluation.is_missing(first):
-            models.only(None)
-            scores = evaluation.scores(first)
-            if log:
-                log.scalars(first - 1, scores)
-        state: dict[str, Any] = {}
-        for iteration in range(first, last):
-            before, dropped = stream.state(), prompts.dropped
-            if rollouts:
-                try:
-                    outcome = iterate(models, rollouts, prompts.draw, iteration)
-                except StopRequested:
-                    rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
-                    checkpoints.stop_early(iteration, engines, state)
-                    break
-            else:
-                saved = archive.read(Path(config.rollouts_from or ""), iteration, world)
-                outcome = learn(models, archive.restore(saved, prompts), iteration, Clock())
-            outcome.metrics["data/dropped_prompts"] = prompts.dropped - dropped
-            outcome.metrics["timing/save"] = checkpoints.save_seconds
-            if skipped is not None:
-                outcome.metrics["data/skipped_rows"] = skipped.count
-            for name, engine in engines.items():
-                outcome.metrics[f"{name}/skipped"] = engine.skipped
-            outcome.metrics["memory/peak_gib"] = peak_gib()
-            outcome.metrics |= spread_metrics(outcome.rollout)
-            outcome.metrics |= mfu_metrics(models, outcome.experience, iteration, outcome.metrics, peak_flops)
-            own = outcome.experience
-            mine = own.responses if world.layout.leads_replica else []
-            arrays = {name: getattr(own, name) if mine else None for name in archive.ARRAYS}
-            problem = archive.write(run, iteration, outcome.rollout, before, mine, arrays, world)
-            if problem and world.is_main:
-                say(f"warning: the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
-            done = iteration + 1
-            if evaluation and evaluation.due(done, done == config.iterations):
-                models.only(None)
-                with suppress(StopRequested):  # the run leaves below, and its next start scores these weights
-                    outcome.metrics |= evaluation.scores(done, None if done == last else checkpoints.stop)
-            if log:
-                log.scalars(iteration, outcome.metrics)
-                for name, text in sample_texts(outcome.rollout.responses).items():
-                    log.text(iteration, f"samples/{name}", text)
-                warn(outcome.metrics, iteration, config)
-            shown = outcome.metrics
-            progress.update(reward=f"{shown['reward/mean']:.3f}", length=f"{shown['response/length']:.0f}")
-            state = {"prompts": stream.state(), "curriculum": outcome.metrics["curriculum/max_tokens"]}
-            if checkpoints.end_step(done, done == last, engines, state):
-                break
-    if log:
-        log.close()
-    return checkpoints.result()
+
+def record_run(config: RLConfig, processor: Processor, world: World, launch: LaunchArgs | None) -> None:
+    """Write settings, layers, the start and the Hugging Face files of the model into the run folder."""
+    run = Path(config.run.dir)
+    run_folder.record(config, run)
+    record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=True))
+    if launch:
+        record_start(run, launch, world.size)
+    write_hf_assets(run / "companions", processor)
 
 
 def show_start(config: RLConfig, engines: dict[str, Engine], world: World, resumed: tuple[Path, int] | None) -> None:
-    """Print what is about to be trained, on what, and from where."""
-    begins = [0, *(stage.until for stage in config.curriculum)]
-    limits = [(stage.max_tokens, begin) for stage, begin in zip(config.curriculum, begins, strict=False)]
-    stages = ", ".join(f"{limit:,} from iteration {begin}" for limit, begin in limits if begin < config.iterations)
+    """Print the heading of the run: batch, curriculum, algorithm, data, models, and the checkpoint it goes on from."""
+    stages = []
+    for first_iteration, stage in zip(stage_starts(config), config.curriculum, strict=True):
+        if first_iteration < config.iterations:
+            stages.append(f"{stage.max_tokens:,} from iteration {first_iteration}")
     rows = [
         ("batch", f"{config.prompts} prompts x {config.responses} responses an iteration"),
-        ("tokens", f"of prompt and response at most: {stages}"),
+        ("tokens", f"of prompt and response at most: {', '.join(stages)}"),
         ("algorithm", f"{config.algorithm.estimator}, policy_updates={config.algorithm.policy_updates}"),
         *source_rows(config, float(config.iterations * config.prompts)),
         *run_rows(config, engines, world, resumed),
@@ -162,31 +228,43 @@ def show_start(config: RLConfig, engines: dict[str, Engine], world: World, resum
     print(show_heading(f"reinforcement learning in {config.run.dir}", rows), flush=True)
 
 
+def stage_starts(config: RLConfig) -> list[int]:
+    """Return the first iteration of each stage of the curriculum."""
+    return [0, *(stage.until for stage in config.curriculum[:-1])]
+
+
 def generate(config: RLConfig, world: World) -> Path:
-    """Only roll out, ``iterations`` times with the weights of ``model.path``, from the last whole one on."""
+    """Only roll out, ``iterations`` times with the weights of ``model.path``, and archive it.  A collective.
+
+    A run folder that has some iterations already goes on after the last complete one.
+
+    Raises:
+        ArchiveError: the disk is full, or an earlier iteration is damaged.
+    """
     run = Path(config.run.dir)
     run_folder.enter(run, run_folder.ROLLOUTS, world.is_main)
-    source = store.weights_of(config.model.path)
-    processor = Processor(source, config.data)
+    model_folder = store.weights_of(config.model.path)
+    processor = Processor(model_folder, config.data)
     check_lengths(config, processor.shape)
     skipped = skipped_rows(config.data, run, world.is_main)
     stream = open_stream(config.data, config.run.seed, skipped)
     prompts = PromptStream(stream, processor, config.reward.rules, skipped)
     store.check_weights(config.model.path, world)
-    models, _ = build_models(config, source, processor, world, training=False)
-    rollouts = build_rollouts(config, source, processor, models)
-    there = archive.iterations(run)
-    first = there[-1] + 1 if there else 0
-    if there:
-        archive.skip(run, there[-1], prompts)
+    models, _ = build_models(config, model_folder, processor, world, training=False)
+    rollouts = build_rollouts(config, model_folder, processor, models)
+    archived = archive.iterations(run)
+    first = archived[-1] + 1 if archived else 0
+    if archived:
+        archive.skip(run, archived[-1], prompts)
     if world.is_main:
         run_folder.record(config, run)
     with rollouts.grader, Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress:
         for iteration in range(first, config.iterations):
-            before = stream.state()
+            stream_state = stream.state()
             rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
-            kept = [r for r in rollout.responses if r.prompt in rollout.kept]
-            if problem := archive.write(run, iteration, rollout, before, kept, {}, world):
+            # Not exchanged: no rank trains on them, and each writes what its own engine has generated.
+            responses = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
+            if problem := archive.write(run, iteration, rollout, stream_state, responses, {}, world):
                 raise ArchiveError(
                     f"the rollouts of iteration {iteration} could not be written: {problem}. Those of {iteration} "
                     f"iterations before it are whole: make room in {run}, then start the same command again"
@@ -196,61 +274,71 @@ def generate(config: RLConfig, world: World) -> Path:
 
 
 def rehearse(config: RLConfig, world: World) -> Path:
-    """One iteration of responses of full length at each stage of the curriculum: seconds and peak memory of each.
+    """Run one iteration of responses of full length at each stage of the curriculum, and measure it.  A collective.
 
-    It takes as many prompts as fill all engines, at most those of an iteration, writes ``rehearsal.json`` and keeps no
-    weights.
+    It takes as many prompts as fill all engines, at most those of an iteration, writes seconds and peak memory of each
+    stage to ``rehearsal.json`` and keeps no weights.
     """
     run = Path(config.run.dir)
     run_folder.enter(run, run_folder.REHEARSAL, world.is_main)
-    source = store.weights_of(config.model.path)
-    engines = world.size // config.rollout.tp
-    needed = max(
-        -(-config.rollout.max_num_seqs * engines // config.responses), world.size * config.algorithm.most_steps
-    )
-    config = replace(config, prompts=min(config.prompts, needed))
-    processor = Processor(source, config.data)
+    model_folder = store.weights_of(config.model.path)
+    config = replace(config, prompts=min(config.prompts, rehearsal_prompts(config, world)))
+    processor = Processor(model_folder, config.data)
     check_lengths(config, processor.shape)
     check_steps(config, world)
     skipped = skipped_rows(config.data, run, world.is_main)
     prompts = PromptStream(open_stream(config.data, config.run.seed, skipped), processor, config.reward.rules, skipped)
-    models, _ = build_models(config, source, processor, world)
-    models.only(None)
-    rollouts = build_rollouts(config, source, processor, models)
+    models, _ = build_models(config, model_folder, processor, world)
+    models.offload_except(None)
+    rollouts = build_rollouts(config, model_folder, processor, models)
     rollouts.endless = True
-    told: list[dict[str, Any]] = []
+    measurements: list[dict[str, Any]] = []
     with rollouts.grader:
-        for first, stage in zip([0, *(stage.until for stage in config.curriculum)], config.curriculum, strict=False):
-            if first >= config.iterations:
+        for first_iteration, stage in zip(stage_starts(config), config.curriculum, strict=True):
+            if first_iteration >= config.iterations:
                 break
             memory_peaks()  # on a GPU they begin anew
-            metrics = iterate(models, rollouts, prompts.draw, first).metrics
-            seconds = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("timing/")}
-            told.append({"max_tokens": stage.max_tokens, "prompts": config.prompts, "peak_gib": peak_gib()})
-            told[-1] |= {"length": metrics["response/length"], "seconds": seconds}
+            metrics = iterate(models, rollouts, prompts.draw, first_iteration).metrics
+            timings = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("timing/")}
+            measurement = {
+                "max_tokens": stage.max_tokens,
+                "prompts": config.prompts,
+                "peak_gib": peak_gib(),
+                "length": metrics["response/length"],
+                "seconds": timings,
+            }
+            measurements.append(measurement)
             if world.is_main:
-                phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-                peak = f"{told[-1]['peak_gib']:.2f} GiB at most"
+                phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in timings.items())
+                peak = f"{measurement['peak_gib']:.2f} GiB at most"
                 say(f"{stage.max_tokens:,} tokens: {peak}; seconds: {phases}", sys.stdout)
     path = run / "rehearsal.json"
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(told, indent=1) + "\n")
+        path.write_text(json.dumps(measurements, indent=1) + "\n")
     return path
+
+
+def rehearsal_prompts(config: RLConfig, world: World) -> int:
+    """Return how many prompts fill all engines and give every rank responses for every optimizer step."""
+    replicas = world.size // config.rollout.tp
+    prompts_to_fill = -(-config.rollout.max_num_seqs * replicas // config.responses)  # rounded up
+    return max(prompts_to_fill, world.size * config.algorithm.most_steps)
 
 
 def check_steps(config: RLConfig, world: World) -> None:
     """Refuse an iteration of fewer prompts than replicas, or of fewer responses than optimizer steps.
 
     Raises:
-        ConfigError: names the numbers.
+        ConfigError: names the settings and their values.
     """
     settings = {"policy_steps": config.parallel}
     if config.algorithm.has_critic:
         settings["critic_steps"] = config.critic.parallel or config.parallel
     responses = config.prompts * config.responses
     for name, parallel in settings.items():
-        replicas, steps = parallel.data_parallel(world.size), getattr(config.algorithm, name)
+        replicas = parallel.data_parallel(world.size)
+        steps = getattr(config.algorithm, name)
         if config.prompts < replicas:
             raise ConfigError(
                 f"prompts={config.prompts} are fewer than the {replicas} data-parallel replicas, so that some would "
@@ -271,8 +359,8 @@ def check_lengths(config: RLConfig, shape: ModelShape) -> None:
     """
     shape.check_length(config.rollout.max_model_len, "rollout.max_model_len")
     shape.check_length(evaluated_tokens(config, shape), "data.max_prompt_tokens with evaluation.max_tokens")
-    for number, stage in enumerate(config.curriculum):
-        shape.check_length(stage.max_tokens, f"curriculum[{number}].max_tokens")
+    for index, stage in enumerate(config.curriculum):
+        shape.check_length(stage.max_tokens, f"curriculum[{index}].max_tokens")
 
 
 def evaluated_tokens(config: RLConfig, shape: ModelShape) -> int:
@@ -284,70 +372,80 @@ def evaluated_tokens(config: RLConfig, shape: ModelShape) -> int:
 
 
 def build_models(
-    config: RLConfig, source: Path, processor: Processor, world: World, training: bool = True
+    config: RLConfig, model_folder: Path, processor: Processor, world: World, training: bool = True
 ) -> tuple[Models, dict[str, Engine]]:
-    """The models of an iteration, and by name those that train; without ``training``, a policy to roll out alone."""
+    """Build the models of an iteration; return them, and by name those that train.
+
+    Without ``training`` it is a policy to roll out, which stands in the dictionary though it does not train.
+    """
     banned = banned_tokens(processor.shape, processor.tokenizer)
+    reference = None
     if training:
-        engines = build_engines(config, source, world)
-        reference = build_reference(config, source, banned, world)
+        engines = build_engines(config, model_folder, world)
+        reference = build_reference(config, model_folder, banned, world)
     else:
-        engines, reference = {"policy": frozen_policy(config, source, world)}, None
-    engines["policy"].sample_from(banned, config.rollout.temperature)
-    return Models(config, world, processor, engines["policy"], engines.get("critic"), reference), engines
+        engines = {"policy": build_frozen_policy(config, model_folder, world)}
+    policy = engines["policy"]
+    # As the engine samples, so that log-probabilities of both are of the same distribution.
+    policy.sample_from(banned, config.rollout.temperature)
+    return Models(config, world, processor, policy, engines.get("critic"), reference), engines
 
 
-def build_engines(config: RLConfig, source: Path, world: World) -> dict[str, Engine]:
-    """The policy, and where one is needed the critic, which starts from the same weights with a fresh value head."""
-    shape, algorithm = ModelShape.from_hf(source), config.algorithm
+def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[str, Engine]:
+    """Build the policy, and where the algorithm needs one the critic.
+
+    The critic starts from the same weights, or those of ``critic.path``, with a fresh value head.
+    """
+    shape = ModelShape.from_hf(model_folder)
+    algorithm = config.algorithm
     policy = Engine(shape, config.model, config.parallel, world)
     store.check_weights(config.model.path, world)
-    learning = max(config.iterations - algorithm.critic_warmup_iterations, 1)  # iterations in which the policy moves
-    policy.with_optimizer(config.optimizer, learning * algorithm.policy_updates).load(WeightFolder(source))
+    # The learning rate follows the iterations in which the policy moves.
+    policy_iterations = max(config.iterations - algorithm.critic_warmup_iterations, 1)
+    policy.with_optimizer(config.optimizer, policy_iterations * algorithm.policy_updates)
+    policy.load(WeightFolder(model_folder))
     if not algorithm.has_critic:
         return {"policy": policy}
     if config.offload:
         policy.offload()  # before the critic takes its memory
     critic = Engine(shape, config.model, config.critic.parallel or config.parallel, world, critic=True)
     critic.with_optimizer(config.critic.optimizer, config.iterations * algorithm.critic_steps)
-    start = source
+    critic_folder = model_folder
     if config.critic.path:
         store.check_weights(config.critic.path, world, "critic")
-        start = store.weights_of(config.critic.path, "critic")
-    critic.load(WeightFolder(start), config.critic.head_init, seed=config.run.seed)
+        critic_folder = store.weights_of(config.critic.path, "critic")
+    critic.load(WeightFolder(critic_folder), config.critic.head_init, seed=config.run.seed)
     return {"policy": policy, "critic": critic}
 
 
-def build_reference(config: RLConfig, source: Path, banned: Sequence[int], world: World) -> Engine | None:
-    """The frozen policy that ``algorithm.kl_coefficient`` holds the trained one to; None where it is 0."""
+def build_reference(config: RLConfig, model_folder: Path, banned: Sequence[int], world: World) -> Engine | None:
+    """Build the frozen policy whose divergence ``algorithm.kl_coefficient`` weighs; None where that is 0."""
     if not config.algorithm.kl_coefficient:
         return None
-    folder = source
+    folder = model_folder
     if config.algorithm.reference:
         store.check_weights(config.algorithm.reference, world)
         folder = store.weights_of(config.algorithm.reference)
-    reference = frozen_policy(config, folder, world)
+    reference = build_frozen_policy(config, folder, world)
     reference.sample_from(banned, config.rollout.temperature)
     return reference
 
 
-def frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
-    """A policy that never trains, without gradients or an optimizer."""
+def build_frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
+    """Build a policy that never trains, without gradients or an optimizer."""
     frozen = replace(config.model, freeze_vision=True, freeze_merger=True, freeze_language=True)
     return Engine(ModelShape.from_hf(folder), frozen, config.parallel, world).load(WeightFolder(folder))
 
 
-def build_rollouts(config: RLConfig, source: Path, processor: Processor, models: Models) -> Rollouts:
-    """VLLM on this rank with the policy's weights, and graders."""
+def build_rollouts(config: RLConfig, model_folder: Path, processor: Processor, models: Models) -> Rollouts:
+    """Start vLLM on this rank with the policy's weights, and graders.  A collective."""
+    trained_tokens = config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum)
     engine = RolloutEngine(
-        source,
+        model_folder,
         config.rollout,
         processor,
         config.model.dtype,
-        max_model_len=max(
-            config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum),
-            evaluated_tokens(config, processor.shape),
-        ),
+        max_model_len=max(trained_tokens, evaluated_tokens(config, processor.shape)),
         empty=True,
         offload=config.offload,
     )
@@ -380,11 +478,15 @@ def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
     settings = config.run
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
-        if config.only in ("rollout", "rehearsal"):
-            folder, code = (generate if config.only == "rollout" else rehearse)(config, world), 0
+        code = 0
+        if config.only == "rollout":
+            folder = generate(config, world)
+        elif config.only == "rehearsal":
+            folder = rehearse(config, world)
         else:
             result = train(config, world, launch)
-            folder, code = result.path, result.exit_code
+            folder = result.path
+            code = result.exit_code
         if world.is_main:
             say(f"rl: {folder}", sys.stdout)
         distributed.finish()

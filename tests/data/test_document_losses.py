@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ovr_megatron.data.document_losses import DocumentLosses, by_source, merged, worst
+from ovr_megatron.data.document_losses import DocumentLosses, by_source, merge_parts, worst
 from ovr_megatron.data.packing import IGNORED, Origin, Pack
 
 ORIGINS = (Origin("a.jsonl:1", "x", "maths"), Origin("a.jsonl:2", "", "logic"), Origin("b.jsonl:7", "", "maths"))
@@ -35,7 +35,7 @@ def test_a_target_belongs_to_the_document_of_its_row(multiple: int) -> None:
         (ORIGINS[1], 0.0, 0),
         (ORIGINS[2], 12.5, 3),
     ]
-    assert by_source(merged(found)) == {"maths": 15.5 / 5}
+    assert by_source(merge_parts(found)) == {"maths": 15.5 / 5}
 
 
 def test_parts_of_a_document_on_several_ranks_are_put_together() -> None:
@@ -44,7 +44,7 @@ def test_parts_of_a_document_on_several_ranks_are_put_together() -> None:
         losses = DocumentLosses(replica=1)
         losses.add(pack(), torch.tensor(rows), torch.tensor(values))
         parts += losses.documents()
-    found = merged(parts)
+    found = merge_parts(parts)
     assert [(d.origin.where, d.targets) for d in found] == [("a.jsonl:1", 2), ("b.jsonl:7", 2)]
     assert found[0].mean == 2.0
     first = worst(found, 1)

@@ -20,7 +20,7 @@ from ovr_megatron.data.stream import open_stream
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.batch import seeds_of
-from ovr_megatron.ppo.experience import evaluate, own_share
+from ovr_megatron.ppo.experience import build_local_batch, compute_experience
 from ovr_megatron.ppo.objectives import ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.update import critic_packs
@@ -109,8 +109,8 @@ def critic_gradients(*more: str) -> dict[str, Tensor]:
     models, _ = rl.build_models(chosen, out / "model", processor, there)
     prompts = PromptStream(open_stream(chosen.data, chosen.run.seed), processor, chosen.reward.rules)
     rollout = archive.restore(archive.read(out / "ppo", 0, world), prompts)
-    _, study = evaluate(models, rollout, *own_share(models, rollout, models.policy))
-    packs = critic_packs(models, study, 0)
+    _, critic_batch = compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy))
+    packs = critic_packs(models, critic_batch, 0)
     models.critic.backward(packs, ValueObjective(chosen.algorithm))
     return {name: gradient.clone() for name, gradient in models.critic.gradients()} | {"packs": len(packs)}
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr_megatron.data.packing import IGNORED
-from ovr_megatron.ppo import maths
-from ovr_megatron.ppo.batch import Batch, deal
+from ovr_megatron.ppo.batch import Batch, balance_prompts
+from ovr_megatron.ppo.losses import token_weights
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=9), st.integers(1, 5), st.integers(1, 6), st.integers(1, 4))
@@ -15,12 +15,12 @@ def test_the_steps_are_the_same_in_every_layout(costs: list[int], group: int, st
     """Prompts dealt over the ranks, and all of them on one."""
 
     def parts(ranks: int) -> list[set[int]]:
-        owner = deal(dict(enumerate(costs)), ranks)
+        owner = balance_prompts(dict(enumerate(costs)), ranks)
         batches = []
         for rank in range(ranks):
             numbers = [p * group + k for p in sorted(owner) if owner[p] == rank for k in range(group)]
             batches.append(Batch([None] * len(numbers), [1] * len(numbers), 1, numbers, len(costs) * group))
-        return [{b.numbers[i] for b in batches for i in b.part(turn, steps)} for turn in range(steps)]
+        return [{b.global_indices[i] for b in batches for i in b.minibatch(turn, steps)} for turn in range(steps)]
 
     assert parts(ranks) == parts(1)
     assert sorted(set().union(*parts(1))) == list(range(len(costs) * group))
@@ -29,17 +29,17 @@ def test_the_steps_are_the_same_in_every_layout(costs: list[int], group: int, st
 def test_where_steps_divide_a_group_each_takes_the_same_samples_of_every_prompt() -> None:
     """The paper's 16 responses and 4 steps."""
     batch = Batch([None] * 48, [1] * 48, 1, range(48), 48)
-    assert [[i % 16 for i in batch.part(turn, 4)] for turn in range(4)] == [
+    assert [[i % 16 for i in batch.minibatch(turn, 4)] for turn in range(4)] == [
         [turn + k for k in (0, 4, 8, 12)] * 3 for turn in range(4)
     ]
 
 
 def test_a_rank_without_responses_has_one_pack_that_counts_nothing() -> None:
     batch = Batch([], [], 100, [], 8)
-    layout = batch.layout(batch.part(0, 4))
+    layout = batch.group_into_packs(batch.minibatch(0, 4))
     (pack,) = batch.packs(layout, advantages=[], old_logprobs=None)
     assert (pack.labels == IGNORED).all() and pack.extras.keys() == {"advantages"}
     assert batch.unpack([torch.zeros(0)], layout) == []
     sums = []
-    maths.token_weights("pack", [], layout, 1, lambda own: sums.append(own) or np.ones(3))
+    token_weights("pack", [], layout, 1, lambda own: sums.append(own) or np.ones(3))
     np.testing.assert_array_equal(sums[0], 0)

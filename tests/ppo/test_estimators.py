@@ -8,8 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovr_megatron.ppo import maths
-from ovr_megatron.ppo.batch import deal
+from ovr_megatron.ppo.advantages import (
+    discounted_sums,
+    group_advantages,
+    leave_one_out_advantages,
+    overlong_penalty,
+    token_rewards,
+)
+from ovr_megatron.ppo.batch import balance_prompts
+from ovr_megatron.ppo.losses import kl_estimate, token_weights, truncated_importance
 
 SEEDS = st.integers(0, 2**31)
 
@@ -28,8 +35,8 @@ def others(rewards: list[np.ndarray], groups: list[int], i: int) -> list[float]:
 @given(SEEDS)
 def test_grpo_and_dr_grpo(seed: int) -> None:
     rewards, groups = responses(seed)
-    grpo = maths.group_advantages(rewards, groups, divide=True)
-    dr_grpo = maths.group_advantages(rewards, groups, divide=False)
+    grpo = group_advantages(rewards, groups, divide=True)
+    dr_grpo = group_advantages(rewards, groups, divide=False)
     for i, reward in enumerate(rewards):
         group = [*others(rewards, groups, i), sum(reward)]
         mean = sum(group) / 3
@@ -41,7 +48,7 @@ def test_grpo_and_dr_grpo(seed: int) -> None:
 @given(SEEDS)
 def test_rloo(seed: int) -> None:
     rewards, groups = responses(seed)
-    for i, found in enumerate(maths.leave_one_out_advantages(rewards, groups)):
+    for i, found in enumerate(leave_one_out_advantages(rewards, groups)):
         expected = sum(rewards[i]) - sum(others(rewards, groups, i)) / 2
         np.testing.assert_allclose(found, np.full(len(rewards[i]), expected), atol=1e-12)
 
@@ -49,28 +56,28 @@ def test_rloo(seed: int) -> None:
 @given(SEEDS, st.floats(0.5, 1.0))
 def test_reinforce_takes_what_is_still_to_come(seed: int, gamma: float) -> None:
     rewards, _ = responses(seed)
-    for reward, found in zip(rewards, maths.discounted(rewards, gamma), strict=True):
+    for reward, found in zip(rewards, discounted_sums(rewards, gamma), strict=True):
         n = len(reward)
         expected = [sum(gamma ** (k - t) * reward[k] for k in range(t, n)) for t in range(n)]
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_estimators_by_hand() -> None:
-    rewards = maths.token_rewards([1.0, 0.0, 1.0, 0.0], [2, 1, 1, 3])
+    rewards = token_rewards([1.0, 0.0, 1.0, 0.0], [2, 1, 1, 3])
     groups = [0, 0, 0, 1]
     assert [r.tolist() for r in rewards] == [[0, 1], [0], [1], [0, 0, 0]]
     # group 0 has the mean 2/3 and the standard deviation sqrt(2)/3
     expected = [1 / math.sqrt(2), -math.sqrt(2), 1 / math.sqrt(2), 0]
-    found = maths.group_advantages(rewards, groups, divide=True)
+    found = group_advantages(rewards, groups, divide=True)
     assert [a[0] for a in found] == pytest.approx(expected, abs=1e-5)
     assert [len(a) for a in found] == [2, 1, 1, 3]
-    found = maths.group_advantages(rewards, groups, divide=False)
+    found = group_advantages(rewards, groups, divide=False)
     assert [a[0] for a in found] == pytest.approx([1 / 3, -2 / 3, 1 / 3, 0])
-    found = maths.leave_one_out_advantages(rewards, groups)
+    found = leave_one_out_advantages(rewards, groups)
     assert [a[0] for a in found] == pytest.approx([1 / 2, -1, 1 / 2, 0])
     penalties = [np.array([0.25, 0.5]), np.zeros(1), np.zeros(1), np.zeros(3)]
-    rewards = maths.token_rewards([1.0, 0.0, 1.0, 0.0], [2, 1, 1, 3], penalties)
-    assert maths.discounted(rewards, 0.5)[0] == pytest.approx([-0.25 + 0.5 * 0.5, 0.5])
+    rewards = token_rewards([1.0, 0.0, 1.0, 0.0], [2, 1, 1, 3], penalties)
+    assert discounted_sums(rewards, 0.5)[0] == pytest.approx([-0.25 + 0.5 * 0.5, 0.5])
 
 
 @given(SEEDS)
@@ -79,8 +86,8 @@ def test_divergences_and_importance(seed: int) -> None:
     tensors = torch.from_numpy(new), torch.from_numpy(old)
     literal = {"k1": new - old, "k2": 0.5 * (new - old) ** 2, "k3": np.exp(old - new) - 1 - (old - new)}
     for form, expected in literal.items():
-        np.testing.assert_allclose(maths.kl_estimate(*tensors, form), expected, atol=1e-12)
-    found = maths.truncated_importance(*tensors, 2.0)
+        np.testing.assert_allclose(kl_estimate(*tensors, form), expected, atol=1e-12)
+    found = truncated_importance(*tensors, 2.0)
     np.testing.assert_allclose(found, [min(math.exp(a) / math.exp(b), 2.0) for a, b in zip(new, old, strict=True)])
 
 
@@ -91,14 +98,14 @@ def test_divergences_estimate_the_divergence() -> None:
     reference = torch.randn(6, dtype=torch.float64, generator=generator).mul(0.3).log_softmax(0)
     truth = float((policy.exp() * (policy - reference)).sum())
     for form, within in (("k1", 1e-12), ("k3", 1e-12), ("k2", 0.1 * truth)):
-        found = float((policy.exp() * maths.kl_estimate(policy, reference, form)).sum())
+        found = float((policy.exp() * kl_estimate(policy, reference, form)).sum())
         assert found == pytest.approx(truth, abs=within)
 
 
 def test_overlong_penalty_by_hand() -> None:
-    found = [maths.overlong_penalty(n, 100, 20) for n in (0, 80, 85, 100, 120)]
+    found = [overlong_penalty(n, 100, 20) for n in (0, 80, 85, 100, 120)]
     assert found == pytest.approx([0.0, 0.0, -0.25, -1.0, -1.0])
-    assert maths.overlong_penalty(100, 100, 0) == 0.0
+    assert overlong_penalty(100, 100, 0) == 0.0
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "constant", "pack"])
@@ -119,7 +126,7 @@ def test_weights_give_the_reduction(reduction: str) -> None:
             np.testing.assert_array_equal(found, own)
             return sum(told)
 
-        weights = maths.token_weights(reduction, lengths, layout, 10, over_ranks)
+        weights = token_weights(reduction, lengths, layout, 10, over_ranks)
         total += sum(float((w * loss).sum()) for w, loss in zip(weights or np.ones(9), mine, strict=False))
     every = [loss for mine in losses for loss in mine]
     packs = [
@@ -137,13 +144,13 @@ def test_weights_give_the_reduction(reduction: str) -> None:
 
 
 def test_weights_leave_out_what_is_in_no_pack() -> None:
-    weights = maths.token_weights("sequence", [2, 3], [[1]], 10, lambda found: found)
+    weights = token_weights("sequence", [2, 3], [[1]], 10, lambda found: found)
     assert [w.tolist() for w in weights] == [[0, 0], [1, 1, 1]]
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 8))
 def test_prompts_are_dealt_evenly(costs: list[int], ranks: int) -> None:
-    owner = deal(dict(enumerate(costs)), ranks)
+    owner = balance_prompts(dict(enumerate(costs)), ranks)
     numbers = [list(owner.values()).count(r) for r in range(ranks)]
     sums = [sum(c for i, c in enumerate(costs) if owner[i] == r) for r in range(ranks)]
     assert sorted(owner) == list(range(len(costs)))

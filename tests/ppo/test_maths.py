@@ -7,9 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr_megatron.config import StageConfig
-from ovr_megatron.ppo import maths
+from ovr_megatron.ppo.advantages import (
+    explained_variance,
+    generalised_advantages,
+    mean_and_std,
+    moments,
+    normalise,
+    token_rewards,
+)
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.ppo.curriculum import max_tokens
+from ovr_megatron.ppo.losses import policy_loss, value_loss
 
 
 def ragged(seed: int, count: int = 9) -> tuple[list[float], list[np.ndarray]]:
@@ -19,7 +27,7 @@ def ragged(seed: int, count: int = 9) -> tuple[list[float], list[np.ndarray]]:
 
 
 def last(scores: list[float], values: list[np.ndarray]) -> list[np.ndarray]:
-    return maths.token_rewards(scores, [len(v) for v in values])
+    return token_rewards(scores, [len(v) for v in values])
 
 
 def literal_gae(reward: float, values: np.ndarray, gamma: float, lam: float) -> np.ndarray:
@@ -34,7 +42,7 @@ def literal_gae(reward: float, values: np.ndarray, gamma: float, lam: float) -> 
 @given(st.integers(0, 2**31), st.floats(0.5, 1.0), st.floats(0.0, 1.0))
 def test_advantages_are_the_literal_sum(seed: int, gamma: float, lam: float) -> None:
     rewards, values = ragged(seed)
-    advantages, returns = maths.generalised_advantages(last(rewards, values), values, gamma, lam)
+    advantages, returns = generalised_advantages(last(rewards, values), values, gamma, lam)
     for reward, value, advantage, target in zip(rewards, values, advantages, returns, strict=True):
         expected = literal_gae(reward, value, gamma, lam)
         np.testing.assert_allclose(advantage, expected, atol=1e-12)
@@ -43,7 +51,7 @@ def test_advantages_are_the_literal_sum(seed: int, gamma: float, lam: float) -> 
 
 def test_the_papers_advantage_is_reward_minus_value() -> None:
     rewards, values = ragged(3)
-    advantages, returns = maths.generalised_advantages(last(rewards, values), values, 1.0, 1.0)
+    advantages, returns = generalised_advantages(last(rewards, values), values, 1.0, 1.0)
     for reward, value, advantage, target in zip(rewards, values, advantages, returns, strict=True):
         np.testing.assert_allclose(advantage, reward - value, atol=1e-12)
         np.testing.assert_allclose(target, reward, atol=1e-12)
@@ -51,7 +59,7 @@ def test_the_papers_advantage_is_reward_minus_value() -> None:
 
 def test_advantages_by_hand() -> None:
     # delta = (0 + 0.5 * 2 - 1, 3 - 2) = (0, 1); A = (0 + 0.5 * 0.5 * 1, 1)
-    advantages, returns = maths.generalised_advantages([np.array([0.0, 3.0])], [np.array([1.0, 2.0])], 0.5, 0.5)
+    advantages, returns = generalised_advantages([np.array([0.0, 3.0])], [np.array([1.0, 2.0])], 0.5, 0.5)
     np.testing.assert_allclose(advantages[0], [0.25, 1.0])
     np.testing.assert_allclose(returns[0], [1.25, 3.0])
 
@@ -59,15 +67,15 @@ def test_advantages_by_hand() -> None:
 def test_normalisation_over_ranks_is_that_of_the_whole_batch() -> None:
     _, arrays = ragged(5)
     flat = np.concatenate(arrays)
-    mean, std = maths.mean_and_std(maths.moments(arrays[:4]) + maths.moments(arrays[4:]))
-    normal = np.concatenate(maths.normalise(arrays, mean, std))
+    mean, std = mean_and_std(moments(arrays[:4]) + moments(arrays[4:]))
+    normal = np.concatenate(normalise(arrays, mean, std))
     np.testing.assert_allclose(normal, (flat - flat.mean()) / (flat.std() + 1e-8), atol=1e-12)
 
 
 def test_explained_variance_of_perfect_and_useless_values() -> None:
     target = [np.array([0.0, 1.0, 1.0, 0.0])]
-    perfect = maths.explained_variance(maths.moments([target[0] * 0]), maths.moments(target))
-    useless = maths.explained_variance(maths.moments([target[0] - 0.5]), maths.moments(target))
+    perfect = explained_variance(moments([target[0] * 0]), moments(target))
+    useless = explained_variance(moments([target[0] - 0.5]), moments(target))
     assert perfect == pytest.approx(1.0)
     assert useless == pytest.approx(0.0)
 
@@ -76,7 +84,7 @@ def test_explained_variance_of_perfect_and_useless_values() -> None:
 def test_policy_loss_is_the_clipped_surrogate(seed: int, clip: float) -> None:
     rng = np.random.default_rng(seed)
     new, old, advantage = rng.normal(size=(3, 17))
-    found, clipped = maths.policy_loss(*(torch.from_numpy(x) for x in (new, old, advantage)), clip, 2 * clip)
+    found, clipped = policy_loss(*(torch.from_numpy(x) for x in (new, old, advantage)), clip, 2 * clip)
     for i in range(17):
         ratio = np.exp(new[i] - old[i])
         bounded = min(max(ratio, 1 - clip), 1 + 2 * clip)
@@ -88,7 +96,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
     logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     actions, advantage = torch.tensor([0, 1, 2, 3, 4, 0]), torch.linspace(-1, 1, 6, dtype=torch.float64)
     logprobs = logits.log_softmax(-1).gather(1, actions[:, None])[:, 0]
-    losses, clipped = maths.policy_loss(logprobs, logprobs.detach(), advantage, 0.2, 0.2)
+    losses, clipped = policy_loss(logprobs, logprobs.detach(), advantage, 0.2, 0.2)
     (found,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad(-(logprobs * advantage).sum(), logits)
     assert torch.equal(losses.detach(), -advantage)
@@ -100,10 +108,10 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
 def test_value_losses(seed: int) -> None:
     values, returns, old = np.random.default_rng(seed).normal(size=(3, 13))
     tensors = [torch.from_numpy(x) for x in (values, returns, old)]
-    np.testing.assert_allclose(maths.value_loss(*tensors, 0.0), (values - returns) ** 2, atol=1e-12)
+    np.testing.assert_allclose(value_loss(*tensors, 0.0), (values - returns) ** 2, atol=1e-12)
     bounded = old + np.clip(values - old, -0.2, 0.2)
     expected = 0.5 * np.maximum((values - returns) ** 2, (bounded - returns) ** 2)
-    np.testing.assert_allclose(maths.value_loss(*tensors, 0.2), expected, atol=1e-12)
+    np.testing.assert_allclose(value_loss(*tensors, 0.2), expected, atol=1e-12)
 
 
 def test_the_papers_curriculum() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.measures import SHOWN_CHARACTERS, sample_texts, shown
+from ovr_megatron.ppo.measures import SHOWN_CHARACTERS, sample_texts, to_printable
 
 
 def response(text: str, reward: float) -> Response:
@@ -11,9 +11,9 @@ def response(text: str, reward: float) -> Response:
 
 
 def test_control_characters_are_replaced_and_long_texts_cut():
-    assert shown("a\x1b[2Jb\r\u202e\nc") == "a\ufffd[2Jb\ufffd\ufffd\nc"
-    assert shown("x" * 2005).endswith("x ... (5 more characters)")
-    assert len(shown("\x00" * 10**6)) < SHOWN_CHARACTERS + 50
+    assert to_printable("a\x1b[2Jb\r\u202e\nc") == "a\ufffd[2Jb\ufffd\ufffd\nc"
+    assert to_printable("x" * 2005).endswith("x ... (5 more characters)")
+    assert len(to_printable("\x00" * 10**6)) < SHOWN_CHARACTERS + 50
 
 
 def test_a_right_and_a_wrong_response_are_shown():

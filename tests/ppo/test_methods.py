@@ -16,8 +16,16 @@ from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig, ConfigError, RLConfig, build, defaults
 from ovr_megatron.model.qwen25vl import Scores
-from ovr_megatron.ppo import maths
+from ovr_megatron.ppo.advantages import (
+    generalised_advantages,
+    mean_and_std,
+    moments,
+    normalise,
+    scaled_reward,
+    token_rewards,
+)
 from ovr_megatron.ppo.experience import advantages_without_values, shaped_reward
+from ovr_megatron.ppo.losses import kl_estimate, token_weights
 from ovr_megatron.ppo.objectives import PolicyObjective
 from tests.ppo.methods import documented_methods
 
@@ -89,14 +97,14 @@ def our_advantages(algorithm: AlgorithmConfig) -> list[np.ndarray]:
     penalties = None
     if algorithm.kl_coefficient and algorithm.kl_in == "reward":
         pairs = zip(PROBLEM.logprobs(PROBLEM.sampler), PROBLEM.logprobs(PROBLEM.reference), strict=True)
-        penalties = [algorithm.kl_coefficient * maths.kl_estimate(a, b, algorithm.kl_form).numpy() for a, b in pairs]
-    token_rewards = maths.token_rewards(rewards, LENGTHS, penalties)
+        penalties = [algorithm.kl_coefficient * kl_estimate(a, b, algorithm.kl_form).numpy() for a, b in pairs]
+    per_token = token_rewards(rewards, LENGTHS, penalties)
     if algorithm.estimator == "gae":
-        arrays, _ = maths.generalised_advantages(token_rewards, PROBLEM.values, algorithm.gamma, algorithm.lam)
+        arrays, _ = generalised_advantages(per_token, PROBLEM.values, algorithm.gamma, algorithm.lam)
     else:
-        arrays = advantages_without_values(algorithm, token_rewards, GROUPS)
+        arrays = advantages_without_values(algorithm, per_token, GROUPS)
     if algorithm.estimator in ("gae", "reinforce_pp"):
-        arrays = maths.normalise(arrays, *maths.mean_and_std(maths.moments(arrays)))
+        arrays = normalise(arrays, *mean_and_std(moments(arrays)))
     return arrays
 
 
@@ -105,7 +113,7 @@ def our_gradient(algorithm: AlgorithmConfig) -> Tensor:
     packs = [[0, 3, 2], [4, 1, 5]]
     order = [i for pack in packs for i in pack]
     divisor = run_config(algorithm).reduction_tokens
-    weights = maths.token_weights(algorithm.reduction, LENGTHS, packs, divisor, lambda total: total)
+    weights = token_weights(algorithm.reduction, LENGTHS, packs, divisor, lambda total: total)
     old, reference = PROBLEM.logprobs(PROBLEM.sampler), PROBLEM.logprobs(PROBLEM.reference)
     advantages = [torch.from_numpy(a) for a in our_advantages(algorithm)]
     extras = {"advantages": advantages, "rollout_logprobs": old}
@@ -248,8 +256,8 @@ def test_the_constant_divisor_is_the_same_in_every_stage() -> None:
 
 
 def test_verdicts_are_mapped_onto_the_wrong_reward() -> None:
-    assert [maths.scaled_reward(v, -1.0) for v in (0.0, 0.25, 1.0)] == [-1.0, -0.5, 1.0]
-    assert [maths.scaled_reward(v, 0.0) for v in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
+    assert [scaled_reward(v, -1.0) for v in (0.0, 0.25, 1.0)] == [-1.0, -0.5, 1.0]
+    assert [scaled_reward(v, 0.0) for v in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
 
 
 @pytest.mark.parametrize("change", [{"wrong_reward": 1}, {"wrong_reward": math.nan}, {"reduction_tokens": 8}])

@@ -8,7 +8,7 @@ import pytest
 
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.ppo import rollouts
-from ovr_megatron.ppo.rollouts import Rollouts, Tally
+from ovr_megatron.ppo.rollouts import RolloutCounters, Rollouts
 from ovr_megatron.runtime import distributed
 
 PROMPTS, RESPONSES, ROOM, STEPS = 10, 4, 16, 500
@@ -48,7 +48,7 @@ def test_an_empty_queue_is_asked_once(calls: Counter[str]) -> None:
     engine: Any = SimpleNamespace(agree=agree)
     world: Any = SimpleNamespace(size=1, rank=0)
     unused: Any = None
-    queue = Rollouts(engine, unused, unused, config, world)._queue(range(100, 100 + PROMPTS), f"once{id(calls)}")
+    queue = Rollouts(engine, unused, unused, config, world)._open_queue(range(100, 100 + PROMPTS), f"once{id(calls)}")
     taken: list[int] = []
     for step in range(STEPS):
         finished = min(step // 10, len(taken))
@@ -61,10 +61,10 @@ def test_the_progress_is_looked_at_once_a_second(calls: Counter[str], monkeypatc
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(rollouts.time, "monotonic", lambda: clock.now)
     bar: Any = SimpleNamespace(done=0, update=lambda count, **shown: None)
-    tally = Tally(f"tally{id(calls)}")
+    counters = RolloutCounters(f"counters{id(calls)}")
     for _ in range(STEPS):
-        tally.show(bar)
+        counters.show(bar)
         clock.now += 0.02
     assert calls["responses"] == 10
-    tally.show(bar, at_once=True)
+    counters.show(bar, at_once=True)
     assert calls["responses"] == 11

@@ -46,41 +46,46 @@ MUTANTS = [
     Mutant(
         "the engine forgets the temperature",
         "ppo/rollouts.py",
-        "finished, config.rollout.temperature",
-        "finished, 1.0",
+        "on_result, config.rollout.temperature",
+        "on_result, 1.0",
     ),
     Mutant(
         "every step of the critic takes the whole batch",
         "ppo/update.py",
-        "study.batch.part(turn, config.critic_steps)",
-        "range(len(study.batch))",
+        "batch.minibatch(step, config.critic_steps)",
+        "range(len(batch))",
     ),
     Mutant(
         "every step of the policy takes the whole batch",
         "ppo/update.py",
-        "batch.layout(batch.part(turn, config.policy_steps))",
-        "batch.layout(range(len(batch)))",
+        "batch.minibatch(step, config.policy_steps)",
+        "range(len(batch))",
     ),
-    Mutant("clipping is off", "ppo/maths.py", "ratio.clamp(1 - low, 1 + high) * advantages", "ratio * advantages"),
+    Mutant("clipping is off", "ppo/losses.py", "ratio.clamp(1 - low, 1 + high) * advantages", "ratio * advantages"),
     Mutant("clip_high is ignored", "ppo/objectives.py", "high = config.clip_high or config.clip", "high = config.clip"),
-    Mutant("advantages are not divided", "ppo/maths.py", "(a - mean) / (std + 1e-8)", "(a - mean)"),
-    Mutant("advantages are not centred", "ppo/maths.py", "(a - mean) / (std + 1e-8)", "a / (std + 1e-8)"),
+    Mutant("advantages are not divided", "ppo/advantages.py", "(a - mean) / (std + 1e-8)", "(a - mean)"),
+    Mutant("advantages are not centred", "ppo/advantages.py", "(a - mean) / (std + 1e-8)", "a / (std + 1e-8)"),
     Mutant(
         "each rank normalises on its own",
         "ppo/experience.py",
-        "maths.mean_and_std(summed(maths.moments(raw), world.layout))",
-        "maths.mean_and_std(maths.moments(raw))",
+        "mean_and_std(sum_over_dp(moments(raw), models.world.layout))",
+        "mean_and_std(moments(raw))",
         ranks=2,
     ),
-    Mutant("lambda is ignored", "ppo/maths.py", "discounted(deltas, gamma * lam)", "discounted(deltas, gamma)"),
-    Mutant("gamma is ignored", "ppo/maths.py", "r + gamma * np.append", "r + np.append"),
+    Mutant(
+        "lambda is ignored",
+        "ppo/advantages.py",
+        "discounted_sums(deltas, gamma * lam)",
+        "discounted_sums(deltas, gamma)",
+    ),
+    Mutant("gamma is ignored", "ppo/advantages.py", "r + gamma * next_value", "r + next_value"),
     Mutant(
         "the state after the last token has a value",
-        "ppo/maths.py",
+        "ppo/advantages.py",
         "np.append(value[1:], 0.0)",
         "np.append(value[1:], 0.5)",
     ),
-    Mutant("the reward stands on the first token", "ppo/maths.py", "reward[-1] += scores", "reward[0] += scores"),
+    Mutant("the reward stands on the first token", "ppo/advantages.py", "reward[-1] += scores", "reward[0] += scores"),
     Mutant(
         "the divergence in the loss has the wrong sign",
         "ppo/objectives.py",
@@ -88,14 +93,17 @@ MUTANTS = [
         "losses - config.kl_coefficient",
     ),
     Mutant(
-        "the divergence in the reward has the wrong sign", "ppo/maths.py", "reward -= penalties", "reward += penalties"
+        "the divergence in the reward has the wrong sign",
+        "ppo/advantages.py",
+        "reward -= penalties",
+        "reward += penalties",
     ),
-    Mutant("k3 the wrong way round", "ppo/maths.py", "torch.expm1(-d) + d", "torch.expm1(d) - d"),
+    Mutant("k3 the wrong way round", "ppo/losses.py", "torch.expm1(-d) + d", "torch.expm1(d) - d"),
     Mutant(
         "the reference is the first policy whatever is set",
         "rl/training.py",
         "folder = store.weights_of(config.algorithm.reference)",
-        "folder = source",
+        "folder = model_folder",
     ),
     Mutant(
         "the entropy has the wrong sign",
@@ -112,29 +120,29 @@ MUTANTS = [
     ),
     Mutant(
         "responses of a step are counted without the other ranks",
-        "ppo/maths.py",
-        '"sequence": responses * lengths[i]',
+        "ppo/losses.py",
+        '"sequence": response_count * lengths[i]',
         '"sequence": len(members) * lengths[i]',
         ranks=2,
     ),
     Mutant(
         "the reduction by response divides by the mean length",
-        "ppo/maths.py",
-        '"sequence": responses * lengths[i]',
-        '"sequence": tokens',
+        "ppo/losses.py",
+        '"sequence": response_count * lengths[i]',
+        '"sequence": token_count',
     ),
     Mutant(
         "the constant divisor is the length limit",
-        "ppo/maths.py",
-        '"constant": responses * constant',
-        '"constant": responses * max(lengths)',
+        "ppo/losses.py",
+        '"constant": response_count * constant',
+        '"constant": response_count * max(lengths)',
     ),
-    Mutant("the value clip is off", "ppo/maths.py", "(values - old).clamp(-clip, clip)", "(values - old)"),
-    Mutant("the clipped value loss has no half", "ppo/maths.py", "0.5 * torch.maximum(error", "torch.maximum(error"),
+    Mutant("the value clip is off", "ppo/losses.py", "(values - old).clamp(-clip, clip)", "(values - old)"),
+    Mutant("the clipped value loss has no half", "ppo/losses.py", "0.5 * torch.maximum(error", "torch.maximum(error"),
     Mutant(
-        "the importance cap is off", "ppo/maths.py", "(old - rollout).exp().clamp(max=cap)", "(old - rollout).exp()"
+        "the importance cap is off", "ppo/losses.py", "(old - rollout).exp().clamp(max=cap)", "(old - rollout).exp()"
     ),
-    Mutant("the overlong penalty is a bonus", "ppo/maths.py", "return -min(max(length", "return min(max(length"),
+    Mutant("the overlong penalty is a bonus", "ppo/advantages.py", "return -min(max(length", "return min(max(length"),
     Mutant(
         "the overlong penalty forgets the prompt",
         "ppo/experience.py",
@@ -143,11 +151,11 @@ MUTANTS = [
     ),
     Mutant(
         "wrong responses earn 0 whatever is set",
-        "ppo/maths.py",
+        "ppo/advantages.py",
         "return wrong + (1.0 - wrong) * verdict",
         "return verdict",
     ),
-    Mutant("the value targets are advantages", "ppo/maths.py", "returns = [a + v for", "returns = [a + 0 * v for"),
+    Mutant("the value targets are advantages", "ppo/advantages.py", "returns = [a + v for", "returns = [a + 0 * v for"),
     Mutant(
         "the schedule is a step ahead",
         "engine.py",
@@ -157,7 +165,7 @@ MUTANTS = [
     Mutant(
         "the schedule counts the critic's warm-up",
         "rl/training.py",
-        "learning * algorithm.policy_updates",
+        "policy_iterations * algorithm.policy_updates",
         "config.iterations * algorithm.policy_updates",
     ),
     Mutant(
@@ -182,8 +190,9 @@ MUTANTS = [
     Mutant(
         "values and advantages come after the critic's update",
         "ppo/iteration.py",
-        "metrics |= update_critic(models, study)",
-        "metrics |= update_critic(models, study); experience, _ = evaluate(models, rollout, responses, batch)",
+        "metrics |= update_critic(models, critic_batch)",
+        "metrics |= update_critic(models, critic_batch); "
+        "experience, _ = compute_experience(models, rollout, responses, batch)",
     ),
     Mutant(
         "the engine keeps its first weights",
@@ -199,14 +208,14 @@ MUTANTS = [
     Mutant(
         "prompts that were given up earn 0",
         "ppo/iteration.py",
-        "rewarded, answered = float(r.rewarded), float(bool(r.tokens))",
-        "rewarded, answered = 1.0, 1.0",
+        "rewarded = float(r.rewarded)\n        answered = float(bool(r.tokens))",
+        "rewarded = 1.0\n        answered = 1.0",
     ),
     Mutant(
         "dynamic sampling takes prompts as they come",
         "ppo/rollouts.py",
-        "order = unequal + [i for i in tokens if i not in set(unequal)] if",
-        "order = tokens if",
+        "order = unequal + [i for i in tokens if i not in set(unequal)]",
+        "order = list(tokens)",
     ),
 ]
 

@@ -1,0 +1,161 @@
+"""Rewards for each token, returns, and the advantages of every estimator.  Pure functions, no state, no communication.
+
+Ragged batches are lists of one array per response; n is the number of response tokens.  Token t is an action
+taken in the state before it, so values[t] = V(s_t) and the state after the last token is terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Ragged = list[np.ndarray]
+
+
+def scaled_reward(verdict: float, wrong: float) -> float:
+    """Map a verdict of 0 to 1 linearly onto ``wrong`` to 1; DAPO's rewards are -1 and 1 (Yu et al. 2025, eq. 7)."""
+    return wrong + (1.0 - wrong) * verdict
+
+
+def overlong_penalty(length: int, limit: int, buffer: int) -> float:
+    """Return DAPO's soft punishment of length (Yu et al. 2025, eq. 13).
+
+    It is 0 up to limit - buffer and falls linearly to -1 at the limit; without a ``buffer`` it is always 0.
+
+    Args:
+        length: tokens of the response.
+        limit: most tokens of the response.
+        buffer: tokens before the limit over which the penalty grows.
+    """
+    return -min(max(length - (limit - buffer), 0) / buffer, 1.0) if buffer else 0.0
+
+
+def token_rewards(scores: Sequence[float], lengths: Sequence[int], penalties: Ragged | None = None) -> Ragged:
+    """Put each response's score on its last token and subtract a penalty from every token.
+
+    Args:
+        scores: reward of each response.
+        lengths: n of each response.
+        penalties: float [n] per response.
+
+    Returns:
+        float64 [n] per response.
+    """
+    rewards = [np.zeros(n) for n in lengths]
+    for i, reward in enumerate(rewards):
+        if penalties is not None:
+            reward -= penalties[i]
+        if len(reward):
+            reward[-1] += scores[i]
+    return rewards
+
+
+def discounted_sums(rewards: Ragged, factor: float) -> Ragged:
+    """Sum from each token to the end of its response: G_t = sum over k >= t of factor^(k - t) r_k, [n] per response."""
+    lengths = np.array([len(r) for r in rewards])
+    width = int(lengths.max(initial=0))
+    padded = np.zeros((len(rewards), width))
+    for row, r in zip(padded, rewards, strict=True):
+        row[: len(r)] = r
+    # G_t = r_t + factor G_{t+1}, for all responses at once; the zeros behind a short response add nothing to it.
+    sums = np.zeros((len(rewards), width + 1))
+    for t in reversed(range(width)):
+        sums[:, t] = padded[:, t] + factor * sums[:, t + 1]
+    return [row[:n].copy() for row, n in zip(sums, lengths, strict=True)]
+
+
+def generalised_advantages(rewards: Ragged, values: Ragged, gamma: float, lam: float) -> tuple[Ragged, Ragged]:
+    """Estimate advantages by GAE with V(terminal) = 0.
+
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V(s_t)
+    (Schulman et al. 2016, eq. 16; the paper takes gamma = lam = 1, so A_t = reward - V(s_t)).
+
+    Args:
+        rewards: float [n] per response, of each token.
+        values: float [n] per response.
+        gamma: discount in (0, 1].
+        lam: mixing of n-step estimates in [0, 1].
+
+    Returns:
+        Advantages and returns, float64 [n] per response.
+    """
+    deltas = []
+    for r, v in zip(rewards, values, strict=True):
+        value = np.asarray(v, np.float64)
+        next_value = np.append(value[1:], 0.0)[: len(value)]  # cut, as a response may have no tokens
+        deltas.append(r + gamma * next_value - value)
+    advantages = discounted_sums(deltas, gamma * lam)
+    returns = [a + v for a, v in zip(advantages, values, strict=True)]
+    return advantages, returns
+
+
+def group_advantages(rewards: Ragged, groups: Sequence[int], divide: bool) -> Ragged:
+    """Compare each response with the others to its prompt, as GRPO and Dr. GRPO do.
+
+    GRPO: A = (R - mean) / (std + 1e-6), the same for all tokens of a response, where R is the sum of a response's
+    rewards and std the biased one of the group (Shao et al. 2024, section 4.1.2).  Without ``divide``, Dr. GRPO:
+    A = R - mean (Liu et al. 2025, section 3.2).
+
+    Args:
+        rewards: float [n] per response.
+        groups: index of the prompt of each response.
+        divide: by the standard deviation of the group.
+    """
+    response_rewards = np.array([r.sum() for r in rewards])
+    prompts = np.asarray(groups)
+    advantages = np.zeros(len(response_rewards))
+    for prompt in np.unique(prompts):
+        members = prompts == prompt
+        group = response_rewards[members]
+        scale = group.std() + 1e-6 if divide else 1.0
+        advantages[members] = (group - group.mean()) / scale
+    return [np.full(len(r), a) for r, a in zip(rewards, advantages, strict=True)]
+
+
+def leave_one_out_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged:
+    """Compare each response with the mean of the other responses to its prompt, as RLOO does.
+
+    A_i = R_i - mean over j != i of R_j (Ahmadian et al. 2024, section 2.2).  The only response to a prompt is compared
+    with 0.
+
+    Args:
+        rewards: float [n] per response.
+        groups: index of the prompt of each response.
+    """
+    response_rewards = np.array([r.sum() for r in rewards])
+    prompts = np.asarray(groups)
+    advantages = np.zeros(len(response_rewards))
+    for prompt in np.unique(prompts):
+        members = prompts == prompt
+        group = response_rewards[members]
+        baselines = (group.sum() - group) / max(len(group) - 1, 1)
+        advantages[members] = group - baselines
+    return [np.full(len(r), a) for r, a in zip(rewards, advantages, strict=True)]
+
+
+def moments(arrays: Ragged) -> np.ndarray:
+    """Return count, sum and sum of squares over all tokens, float64 [3]; they add up over ranks."""
+    flat = np.concatenate([np.zeros(0), *arrays])  # the zeros: a rank may have no responses
+    return np.array([flat.size, flat.sum(), np.square(flat).sum()])
+
+
+def mean_and_std(total: np.ndarray) -> tuple[float, float]:
+    """Return mean and (biased) standard deviation from summed `moments`."""
+    count, first, second = total
+    mean = first / count
+    variance = max(second / count - mean * mean, 0.0)  # rounding may leave it a little below 0
+    return float(mean), float(np.sqrt(variance))
+
+
+def normalise(advantages: Ragged, mean: float, std: float) -> Ragged:
+    """Return (A - mean) / (std + 1e-8), with mean and standard deviation over the whole batch of all ranks."""
+    return [(a - mean) / (std + 1e-8) for a in advantages]
+
+
+def explained_variance(error: np.ndarray, target: np.ndarray) -> float:
+    """Return 1 - Var(target - value) / Var(target) from summed `moments`; 0 where the targets do not vary."""
+    target_variance = mean_and_std(target)[1] ** 2
+    if target_variance > 1e-12:
+        return 1.0 - mean_and_std(error)[1] ** 2 / target_variance
+    return 0.0
