@@ -120,7 +120,7 @@ SETTINGS = (
     EnvVariable(
         "HF_HUB_OFFLINE",
         "`1` on several nodes",
-        "compute nodes seldom reach the hub, and dozens of ranks would ask it the same",
+        "compute nodes seldom reach Hugging Face, and dozens of ranks would ask it the same",
         lambda rank: "1" if rank.nodes > 1 else None,
     ),
 )

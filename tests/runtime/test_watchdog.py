@@ -35,6 +35,24 @@ def test_progress_begins_the_limit_anew(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing is written unless it hangs"
 
 
+def test_a_rank_that_waits_writes_its_stacks_when_another_ends(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "stacks_rank_1.txt").write_text("of an earlier launch\n")
+    appended = f"open({str(logs / 'stacks_rank_1.txt')!r}, 'a').write('of this launch')"
+    quiet = run(tmp_path, 2.5, "time.sleep(1)")
+    assert (quiet.returncode, [path.name for path in logs.iterdir()]) == (0, ["stacks_rank_1.txt"])
+    result = run(tmp_path, 2.5, "time.sleep(0.2)", appended, "time.sleep(1)")
+    assert (result.returncode, result.stderr) == (0, ""), "it has made progress, so it does not end by itself"
+    assert 'File "<string>", line 8 in <module>' in (logs / "stacks_rank_0.txt").read_text()
+
+
+def test_a_rank_that_hangs_stays_until_the_others_have_written_their_stacks(tmp_path: Path) -> None:
+    began = time.monotonic()
+    assert run(tmp_path, 5, "time.sleep(30)").returncode == 1
+    assert time.monotonic() - began > 5 + 1
+
+
 def test_a_library_that_keeps_the_interpreters_lock_is_ended_too(tmp_path: Path) -> None:
     began = time.monotonic()
     result = run(tmp_path, 0.5, "ctypes.PyDLL(None).sleep(40)")
