@@ -111,6 +111,11 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
     """
     # Recipes name `schema` in their defaults list, so that Hydra refuses keys that it does not have.
     ConfigStore.instance().store(name="schema", node=defaults(schema))
+    for override in overrides:
+        # Hydra takes these for config groups, of which there are none, and raises errors of its own kinds.
+        key = override.lstrip("+~").split("=", 1)[0]
+        if not key or "@" in key:
+            raise ConfigError(f"{override!r} cannot be read; write a setting as KEY=VALUE")
     try:
         hydra_overrides = with_new_keys(schema, with_plain_text(schema, overrides))
         with hydra.initialize_config_dir(str(path.parent), version_base=None):

@@ -71,6 +71,11 @@ def test_missing_values_are_all_named() -> None:
         build(ColdStartConfig, defaults(ColdStartConfig))
 
 
+@pytest.mark.parametrize("override", ["=3", "~", "++=1", "@group=1", "a@b=1", "", "seed"])
+def test_an_override_without_a_key_or_a_value_is_refused(override: str) -> None:
+    assert complaint(RLConfig, override) == f"{override!r} cannot be read; write a setting as KEY=VALUE"
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [
