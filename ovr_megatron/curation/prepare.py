@@ -29,6 +29,7 @@ from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, check_stage_folder, lock_folder, run_stages
 from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.rewards import rules
+from ovr_megatron.runtime.files import write_json
 
 STAGES: dict[str, PrepareStage] = {
     module.STAGE.name: module.STAGE
@@ -58,7 +59,7 @@ def prepare(config: PrepareConfig) -> Path:
         configuration.save(config, folder / "config.yaml")
         last = run_stages([STAGES[name] for name in config.stages], config)
         summary = summarise(config)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_json(folder / "summary.json", summary, indent=1, ensure_ascii=False)
     return last
 
 

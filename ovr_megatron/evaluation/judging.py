@@ -12,7 +12,7 @@ from typing import Any
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS, Trace, kappa, read_traces, summarise
 from ovr_megatron.evaluation.judges import Counts, JudgeConfig, count_behaviours
-from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.progress import Progress
 
 RESULT = "behaviours.json"
@@ -81,7 +81,7 @@ def judge_behaviours(
         judge_counts, people_counts = read_annotations(out / ANNOTATIONS, keys, counts.by_behaviour)
         result["people"] = compare_counts(judge_counts, people_counts)
     _write_counts(out / PER_TRACE, owners, traces, counts.by_behaviour)
-    write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
+    write_json(out / RESULT, result, indent=1)
     return result
 
 

@@ -15,7 +15,7 @@ from ovr_megatron.evaluation.behaviours import kappa
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS
 from ovr_megatron.evaluation.judges import JudgeConfig, ask_judge, key_of
 from ovr_megatron.evaluation.scoring import GradedResponse, format_accuracy, score
-from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.progress import Progress
 
 VERSION = 1  # of the question: a changed question must not reuse answers
@@ -90,7 +90,7 @@ def judge_responses(scores: Path, config: JudgeConfig) -> dict[str, Any]:
         lines.append(json.dumps(line | {"rule": response.correct, "judge": verdict}) + "\n")
     # The scores last: they say that the verdicts are complete.
     write_whole(scores.with_name(f"{result['set']}.verdicts.jsonl"), "".join(lines))
-    write_whole(scores, json.dumps(result | {"judged": summary}, indent=2) + "\n")
+    write_json(scores, result | {"judged": summary})
     return summary
 
 

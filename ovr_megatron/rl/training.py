@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -36,6 +35,7 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.files import write_json
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.starts import LaunchArgs, record_start
@@ -315,7 +315,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
     path = run / "rehearsal.json"
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measurements, indent=1) + "\n")
+        write_json(path, measurements, indent=1)
     return path
 
 
