@@ -8,7 +8,6 @@ which an interrupted run goes on.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.terminal import printable
 
 
@@ -76,14 +76,15 @@ class Replica:
     def rows(self, input_folder: Path) -> Iterator[IndexedRow]:
         """Yield this replica's rows."""
         root = Path(self.config.dir)
-        with (input_folder / ROWS).open(encoding="utf-8", newline="\n") as file:
-            for index, line in enumerate(file):
-                if index % self.count != self.index:
-                    continue
-                raw = json.loads(line)
-                # `parse_row` takes a prompt row without an answer for a mistake; here prompts need none.
-                row = parse_row({"answer": "-", **raw}, f"{input_folder / ROWS}:{index + 1}", root)
-                yield IndexedRow(index, raw, row)
+        path = input_folder / ROWS
+        for line in json_lines(path):
+            index = line.number - 1
+            if index % self.count != self.index:
+                continue
+            raw = line.parse()
+            # `parse_row` takes a prompt row without an answer for a mistake; here prompts need none.
+            row = parse_row({"answer": "-", **raw}, f"{path}:{line.number}", root)
+            yield IndexedRow(index, raw, row)
 
     def add(self, key: int, result: dict[str, Any]) -> None:
         """Write a result, once for all processes of the replica."""

@@ -27,7 +27,7 @@ from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Prompts, Rollout
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.files import atomic_file, write_whole
-from ovr_megatron.runtime.json_lines import json_object
+from ovr_megatron.runtime.json_lines import json_lines
 
 PICTURES = 2  # images saved of a rank's responses that are trained on, and as many of its others
 # Fields of `Experience`, and the names of their arrays in the files.
@@ -249,12 +249,11 @@ def _read_lines(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
         ValueError: a line is damaged; without it the same iteration cannot be learned from.
     """
     lines = {}
-    with path.open("rb") as file:
-        for line_number, text in enumerate(file, 1):
-            line = json_object(text)
-            if line is None:
-                raise ValueError(f"line {line_number} of {path.name} is damaged")
-            lines[line["number"], line["sample"]] = line
+    for line in json_lines(path):
+        fields = line.parse_or_none()
+        if fields is None:
+            raise ValueError(f"line {line.number} of {path.name} is damaged")
+        lines[fields["number"], fields["sample"]] = fields
     return lines
 
 
