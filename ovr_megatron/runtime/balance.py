@@ -29,15 +29,15 @@ def balance(
     items = range(len(costs)) if in_order else sorted(range(len(costs)), key=lambda item: -costs[item])
     shares: list[list[int]] = [[] for _ in range(bins)]
     heap: list[tuple[float, int]] = [(0, index) for index in range(bins)]
-    most = -(-len(costs) // bins) if equal_counts else len(costs)  # items of a bin
-    larger_bins = len(costs) - (most - 1) * bins  # that may yet get `most` items; the others get one fewer
+    capacity = -(-len(costs) // bins) if equal_counts else len(costs)  # items of a bin
+    larger_bins = len(costs) - (capacity - 1) * bins  # that may yet get `capacity` items; the others get one fewer
     for item in items:
         load, index = heapq.heappop(heap)
-        while equal_counts and len(shares[index]) == most - 1 and not larger_bins:
+        while equal_counts and len(shares[index]) == capacity - 1 and not larger_bins:
             load, index = heapq.heappop(heap)  # the bin before it is full
-        if len(shares[index]) == most - 1:
+        if len(shares[index]) == capacity - 1:
             larger_bins -= 1
         shares[index].append(item)
-        if len(shares[index]) < most:
+        if len(shares[index]) < capacity:
             heapq.heappush(heap, (load + costs[item], index))
     return shares
