@@ -20,7 +20,9 @@ from ovr_megatron.data_checks import check_sample
 from ovr_megatron.errors import UserError
 from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.qwen25vl import DTYPES
+from ovr_megatron.model.shape import ModelShape, ShapeError
 from ovr_megatron.plan import deadlines, report
+from ovr_megatron.plan.memory import checkpoint_bytes
 from ovr_megatron.runtime import cpu, distributed, preflight
 from ovr_megatron.runtime.stop import JoinError
 from ovr_megatron.runtime.terminal import printable
@@ -53,23 +55,18 @@ def list_inputs(config: Config) -> tuple[list[Path], list[str]]:
     return paths, problems
 
 
-def checkpoint_bytes(config: Config) -> int:
+def run_bytes(config: Config) -> int:
     """Return the bytes of the checkpoints that the run keeps, and of one more while it is written.
 
     It is 0 where the model cannot be read.
     """
-    weight_bytes = sum(path.stat().st_size for path in weights_of(config.model.path).glob("*.safetensors"))
-    # A checkpoint has Adam's two moments beside the weights.  With bfloat16 weights they and the master copy are
-    # float32, twice as large as the weights.
-    model_bytes = weight_bytes * (1 + 2 * 3 if config.model.dtype == "bfloat16" else 1 + 2)
-    if isinstance(config, RLConfig):
-        models = 2  # policy and critic
-        steps = config.iterations
-    else:
-        models = 1
-        steps = config.steps
+    try:
+        shape = ModelShape.from_hf(weights_of(config.model.path))
+    except ShapeError:  # `check_model` reports it
+        return 0
+    steps = config.iterations if isinstance(config, RLConfig) else config.steps
     checkpoints = config.run.keep_last or -(-steps // config.run.save_every)
-    return model_bytes * models * (checkpoints + 1)
+    return checkpoint_bytes(config, shape) * (checkpoints + 1)
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def run_checks(config: Config) -> tuple[list[str], dict[str, float]]:
             problems += preflight.check_readable(path)
 
     measured: dict[str, float] = {}
-    problems += check_folder(run, local_rank, checkpoint_bytes(config), floors, measured)
+    problems += check_folder(run, local_rank, run_bytes(config), floors, measured)
     if main_rank and with_gpus:
         nodes = -(-ranks // local_size)
         write_rate = measured.get("write MB/s", math.inf) * 1e6 * nodes

@@ -18,13 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.config import ConfigError, RLConfig, build
-from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import SkippedRows
-from ovr_megatron.data.stream import open_stream
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.iteration import Clock, learn
-from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.rl.training import build_models
+from ovr_megatron.rl.training import build_models, open_model_and_prompts
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.runlog import read_metrics
@@ -78,14 +75,12 @@ def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Re
         RunLockedError: a job works on the run folder.
     """
     run_folder.enter(run, run_folder.REPLAY, world.is_main)
-    source = store.weights_of(config.model.path)
-    processor = Processor(source, config.data)
+    skipped = SkippedRows() if config.data.on_error == "skip" else None  # they were listed by the run
+    model_folder, prompts = open_model_and_prompts(config, skipped)
     saved = archive.read(run, iteration, world)
-    models, engines = build_models(config, source, processor, world)
+    models, engines = build_models(config, model_folder, prompts.processor, world)
     if iteration:
         store.restore(store.checkpoint_at(run / "checkpoints", iteration, world), engines)
-    skipped = SkippedRows() if config.data.on_error == "skip" else None  # they were listed by the run
-    prompts = PromptStream(open_stream(config.data, config.run.seed, skipped), processor, config.reward.rules, skipped)
     result = learn(models, archive.restore(saved, prompts), iteration, Clock())
     experience = result.experience
     names = [name for name in archive.ARRAYS if getattr(experience, name) is not None]

@@ -19,6 +19,7 @@ from ovr_megatron.rewards.latex import clean
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason, Verdict
 from ovr_megatron.rewards.quantity import has_unit
 from ovr_megatron.runtime.command import number, run_command, whole_number
+from ovr_megatron.runtime.json_lines import JsonLine, json_lines
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.terminal import printable
 
@@ -48,29 +49,27 @@ def read_rows(path: Path) -> list[GradedRow]:
     Raises:
         GradeFileError: no such file, no rows, or a row that is not as described above.
     """
+    rows = []
     try:
-        text = path.read_text(encoding="utf-8")
+        for line in json_lines(path):
+            rows.append(_read_row(_parse(line, path), f"{path}:{line.number}"))
     except OSError as error:
         raise GradeFileError(f"{path}: {error.strerror}; give a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise GradeFileError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
-    rows = []
-    for line_number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_read_row(line, f"{path}:{line_number}"))
     if not rows:
         raise GradeFileError(f"{path}: no rows; give one JSON object a line")
     return rows
 
 
-def _read_row(line: str, where: str) -> GradedRow:
+def _parse(line: JsonLine, path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        problem = f"not JSON at column {error.colno} ({error.msg})"
-        raise GradeFileError(f"{where}: {problem}; write one JSON object a line") from None
-    if not isinstance(raw, dict):
-        raise GradeFileError(f"{where}: a {type(raw).__name__}, not an object; write one JSON object a line")
+        return line.parse()
+    except UnicodeDecodeError as error:
+        raise GradeFileError(f"{path}: byte {line.offset + error.start} is not UTF-8; convert the file") from None
+    except ValueError as error:
+        raise GradeFileError(f"{path}:{line.number}: {error}; write one JSON object a line") from None
+
+
+def _read_row(raw: dict[str, Any], where: str) -> GradedRow:
     response = raw.get("response")
     answer = raw.get("answer")
     options = raw.get("options") or []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment
 from ovr_megatron.evaluation.statistics import mean_of_first, mean_of_last
+from ovr_megatron.runtime.files import write_json
 
 ENDS = 10  # iterations at either end of the reward curve
 
@@ -40,9 +40,7 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
 
 def write_summary(experiment: Experiment) -> Path:
     """Write ``summary.json`` into the experiment's folder and return its path."""
-    path = experiment.dir / "summary.json"
-    path.write_text(json.dumps(summarise(experiment), indent=2) + "\n")
-    return path
+    return write_json(experiment.dir / "summary.json", summarise(experiment))
 
 
 def _accuracy(experiment: Experiment, problem_set: str) -> dict[str, float | int | None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime import watchdog
+from ovr_megatron.runtime.files import write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -77,19 +77,14 @@ def write_manifest(
         records: of all files, from the ranks that wrote them; without them every file below ``directory`` is hashed.
     """
     directory = Path(directory)
-    partial = directory / f"{MANIFEST}.partial"
     if records is None:
-        skip = {directory / MANIFEST, partial}
+        skip = {directory / MANIFEST, directory / f"{MANIFEST}.partial"}
         paths = [path for path in directory.rglob("*") if path.is_file() and path not in skip]
         names = [path.relative_to(directory).as_posix() for path in paths]
         records = dict(zip(names, _map_in_threads(file_record, paths), strict=True))
     manifest = Manifest(step, dict(sorted(records.items())), _versions(), extra or {})
-    with partial.open("w") as file:
-        json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
-        file.flush()
-        # Before the rename: a crash could otherwise leave the final name with an empty file.
-        os.fsync(file.fileno())
-    partial.rename(directory / MANIFEST)
+    # Durable: a crash could otherwise leave the final name with an empty file.
+    write_whole(directory / MANIFEST, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1), durable=True)
     return manifest
 
 

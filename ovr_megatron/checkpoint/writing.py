@@ -12,8 +12,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from ovr_megatron.checkpoint.generators import generator_states
 from ovr_megatron.checkpoint.manifest import FileRecord, file_record, write_manifest
 from ovr_megatron.runtime import watchdog
+from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.terminal import say
 from ovr_megatron.weights.folder import INDEX, copy_hf_assets, cut, shard_names, write_index
@@ -59,7 +60,7 @@ class Shard:
     path: str
     names: tuple[str, ...]
     nbytes: int
-    writer: int
+    writer: int = 0
 
 
 @dataclass
@@ -141,20 +142,23 @@ def plan_files(folders: Sequence[TensorFolder], world: World) -> dict[str, list[
     # Every rank plans alike, from the sizes and the ranks alone: nothing has to be sent.
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     order = sorted(range(world.size), key=lambda rank: (rank % ranks_per_node, rank))
-    load = dict.fromkeys(order, 0)
-    files: dict[str, list[Shard]] = {}
-    for folder in folders:
-        names = list(folder.sizes)
-        sizes = list(folder.sizes.values())
-        ends = cut(sizes)
-        shards = []
-        for file_name, (start, stop) in zip(shard_names(len(ends)), pairwise([0, *ends]), strict=True):
-            nbytes = sum(sizes[start:stop])
-            writer = min(order, key=load.__getitem__)
-            load[writer] += nbytes
-            shards.append(Shard(f"{folder.folder}/{file_name}", tuple(names[start:stop]), nbytes, writer))
-        files[folder.folder] = shards
-    return files
+    files = {folder.folder: _cut_into_files(folder) for folder in folders}
+    shards = list(chain.from_iterable(files.values()))
+    # In order, so that neighbouring files, which are of about the same size, go to different ranks.
+    shares = balance([shard.nbytes for shard in shards], world.size, in_order=True)
+    writers = {shards[index].path: rank for rank, share in zip(order, shares, strict=True) for index in share}
+    return {name: [replace(shard, writer=writers[shard.path]) for shard in files[name]] for name in files}
+
+
+def _cut_into_files(folder: TensorFolder) -> list[Shard]:
+    """Return the files of a folder, their writers not yet assigned."""
+    names = list(folder.sizes)
+    sizes = list(folder.sizes.values())
+    ends = cut(sizes)
+    shards = []
+    for file_name, (start, stop) in zip(shard_names(len(ends)), pairwise([0, *ends]), strict=True):
+        shards.append(Shard(f"{folder.folder}/{file_name}", tuple(names[start:stop]), sum(sizes[start:stop])))
+    return shards
 
 
 def start_writing(

@@ -258,7 +258,8 @@ class StepTrainer:
             lengths += pack.cu_seqlens.diff().tolist()
             grids += pack.grid_thw.tolist()
         model = self.config.model
-        return training_flops(self.engine.shape, lengths, grids, not model.freeze_language, not model.freeze_vision)
+        trains = (not model.freeze_language, not model.freeze_vision, not model.freeze_merger)
+        return training_flops(self.engine.shape, lengths, grids, *trains)
 
     def close(self) -> None:
         """Close the files of the log."""

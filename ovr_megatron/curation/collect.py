@@ -27,6 +27,7 @@ from ovr_megatron.data.schema import (
 )
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.traces import continuation
+from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
 
 IMAGES = "images"
@@ -110,10 +111,7 @@ class ImageStore:
         path = self._root / IMAGES / digest[:2] / digest
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A rename is atomic: an interruption leaves no half image under a content hash.
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(data)
-            partial.rename(path)
+            write_whole(path, data)  # an interruption leaves no half image under a content hash
         return replace(part, path=path, data=None, root=self._root)
 
 

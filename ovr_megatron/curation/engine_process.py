@@ -8,7 +8,6 @@ which an interrupted run goes on.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import ROWS, batches
 from ovr_megatron.curation.teacher import has_video, question_key
 from ovr_megatron.curation.text import response_text
-from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row, parse_row
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
@@ -32,9 +31,11 @@ from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import is_plain
 from ovr_megatron.rewards.verdict import GradeRequest, Verdict
 from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.terminal import printable
 
 
@@ -76,28 +77,26 @@ class Replica:
     def rows(self, input_folder: Path) -> Iterator[IndexedRow]:
         """Yield this replica's rows."""
         root = Path(self.config.dir)
-        with (input_folder / ROWS).open(encoding="utf-8", newline="\n") as file:
-            for index, line in enumerate(file):
-                if index % self.count != self.index:
-                    continue
-                raw = json.loads(line)
-                # `parse_row` takes a prompt row without an answer for a mistake; here prompts need none.
-                row = parse_row({"answer": "-", **raw}, f"{input_folder / ROWS}:{index + 1}", root)
-                yield IndexedRow(index, raw, row)
+        path = input_folder / ROWS
+        for line in json_lines(path):
+            index = line.number - 1
+            if index % self.count != self.index:
+                continue
+            raw = line.parse()
+            # `parse_row` takes a prompt row without an answer for a mistake; here prompts need none.
+            row = parse_row({"answer": "-", **raw}, f"{path}:{line.number}", root)
+            yield IndexedRow(index, raw, row)
 
     def add(self, key: int, result: dict[str, Any]) -> None:
         """Write a result, once for all processes of the replica."""
         if self.is_leader:
             self.journal.add(key, result)
 
-    def encode_prompt(self, key: int, row: Row) -> Sample | None:
-        """Encode a prompt; write an error under ``key`` and return None if it is too long."""
-        try:
-            [sample] = self.processor.encode([row], generation=True)
-        except TooLongError as error:
-            self.add(key, {"error": f"{error.field}: {error.problem}"})
-            return None
-        return sample
+    def answer(
+        self, requests: Sequence[Request], temperature: float, max_tokens: int
+    ) -> list[tuple[Request, list[Generation]]]:
+        """Generate the responses to ``requests``; a prompt that is too long has an error as its result."""
+        return answer_rows(self.engine, self.processor, requests, temperature, max_tokens, self.add)
 
 
 def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -153,31 +152,20 @@ def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World
             item for item in replica.rows(input_folder) if response_text(item.raw) is None and not has_video(item.raw)
         )
         for batch in batches(_questions(rows, config, (journal, earlier)), config.rollout.max_num_seqs):
-            prompts = []
-            keys = []
-            for key, row in batch:
-                sample = replica.encode_prompt(key, row)
-                if sample is None:
-                    continue
-                seeds = [key >> 34]  # 30 of the key's 64 bits
-                prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, settings.max_tokens))
-                keys.append(key)
-            for key, [generation] in zip(keys, replica.engine.generate(prompts, settings.temperature), strict=True):
+            for request, [generation] in replica.answer(batch, settings.temperature, settings.max_tokens):
                 text = replica.processor.decode(generation.tokens)
                 finish = "stop" if generation.stopped else "length"
                 tokens = len(generation.prompt_tokens) + len(generation.tokens)
-                replica.add(key, {"text": text, "finish": finish, "tokens": tokens})
+                replica.add(request.key, {"text": text, "finish": finish, "tokens": tokens})
 
 
-def _questions(
-    rows: Iterator[IndexedRow], config: PrepareConfig, journals: Sequence[Journal]
-) -> Iterator[tuple[int, Row]]:
-    """Yield key and row of every sample that none of ``journals`` has."""
+def _questions(rows: Iterator[IndexedRow], config: PrepareConfig, journals: Sequence[Journal]) -> Iterator[Request]:
+    """Yield a request for every sample that none of ``journals`` has."""
     for item in rows:
         for sample in range(config.teacher.samples):
             key = question_key(config.teacher, item.raw, sample)
             if not any(key in journal for journal in journals):
-                yield key, item.row
+                yield Request(key, item.row, [key >> 34])  # 30 of the key's 64 bits
 
 
 def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -195,28 +183,25 @@ def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: Worl
         rows = (
             item for item in replica.rows(input_folder) if item.index not in journal and response_text(item.raw) is None
         )
-        for batch in batches(rows, batch_size):
-            prompts = []
-            prompt_rows = []
-            for item in batch:
-                sample = replica.encode_prompt(item.index, item.row)
-                if sample is None:
-                    continue
-                first_seed = ((config.seed << 16) + item.index) * settings.samples % (1 << 30)
-                seeds = range(first_seed, first_seed + settings.samples)
-                prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, settings.max_tokens))
-                prompt_rows.append(item)
-            groups = replica.engine.generate(prompts, settings.temperature)
+        requests = (Request(item.index, item.row, _attempt_seeds(config, item.index)) for item in rows)
+        for batch in batches(requests, batch_size):
+            groups = replica.answer(batch, settings.temperature, settings.max_tokens)
             if replica.is_leader:
-                _grade(replica, grader, watch, prompt_rows, groups)
+                _grade(replica, grader, watch, groups)
+
+
+def _attempt_seeds(config: PrepareConfig, index: int) -> range:
+    """Return a seed for each response to the row ``index``; consecutive, below 2^30 + the number of responses."""
+    samples = config.difficulty.samples
+    first_seed = ((config.seed << 16) + index) * samples % (1 << 30)
+    return range(first_seed, first_seed + samples)
 
 
 def _grade(
     replica: Replica,
     grader: GraderPool,
     watch: FailureWatch,
-    rows: Sequence[IndexedRow],
-    groups: Sequence[Sequence[Generation]],
+    groups: Sequence[tuple[Request, Sequence[Generation]]],
 ) -> None:
     """Grade the group of responses to each row, and write the pass rates.
 
@@ -225,20 +210,21 @@ def _grade(
     """
     config = replica.config
     rules = config.reward.rules
-    requests = []
-    for item, group in zip(rows, groups, strict=True):
+    grade_requests = []
+    for request, group in groups:
         for generation in group:
             # A response that was cut off has no final answer, whatever stands in its last box.
             text = replica.processor.decode(generation.tokens) if generation.stopped else ""
-            rule = rules.get(item.row.source, "auto")
+            row = request.row
+            rule = rules.get(row.source, "auto")
             thinking = config.data.template == "think"
-            requests.append(GradeRequest(text, item.row.answer or "", item.row.options, rule, thinking))
-    by_row = batches(grader.grade(requests), config.difficulty.samples)
-    graded = list(zip(rows, by_row, strict=True))
+            grade_requests.append(GradeRequest(text, row.answer or "", row.options, rule, thinking))
+    by_row = batches(grader.grade(grade_requests), config.difficulty.samples)
+    graded = [(request, verdicts) for (request, _), verdicts in zip(groups, by_row, strict=True)]
     # In one call, so that a source is judged by the whole batch and not by its first prompt.
-    watch.add([count_verdicts((item.row.source, verdict) for item, verdicts in graded for verdict in verdicts)])
-    for item, verdicts in graded:
-        replica.add(item.index, pass_rate(verdicts, rules.get(item.row.source, "auto")))
+    watch.add([count_verdicts((request.row.source, verdict) for request, verdicts in graded for verdict in verdicts)])
+    for request, verdicts in graded:
+        replica.add(request.key, pass_rate(verdicts, rules.get(request.row.source, "auto")))
 
 
 def pass_rate(verdicts: Sequence[Verdict], rule: str) -> dict[str, object]:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ovr_megatron.runtime.json_lines import json_object
+from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.terminal import say
 
 
@@ -31,17 +31,16 @@ class Journal:
         self._offsets = array("q")  # bytes from the start of the file, of the line of each key
         end = 0
         damaged = 0
-        self._file.seek(0)
-        for line in self._file:
-            if not line.endswith(b"\n"):  # an interruption cut the last write off
+        for line in json_lines(path):
+            if not line.is_complete:  # an interruption cut the last write off
                 break
-            key = _key(line)
+            key = _key(line.parse_or_none())
             if key is None:
                 damaged += 1
             else:
                 self._keys.append(key)
-                self._offsets.append(end)
-            end += len(line)
+                self._offsets.append(line.offset)
+            end = line.offset + len(line.content)
         # Otherwise the next result would be appended to half a line, and both would be lost.
         self._file.truncate(end)
         if damaged:
@@ -70,8 +69,10 @@ class Journal:
         """Yield every result in the order of the file."""
         # A second file object: it sees only flushed results, and does not move the position of the first.
         self._file.flush()
-        with self._path.open("rb") as file:
-            yield from (json.loads(line) for line in file if _key(line) is not None)
+        for line in json_lines(self._path):
+            result = line.parse_or_none()
+            if result is not None and _key(result) is not None:
+                yield result
 
     def __getitem__(self, key: int) -> dict[str, Any]:
         """Return the last result of ``key``; raises `KeyError` if there is none."""
@@ -107,7 +108,7 @@ class Journal:
         return int(self._sorted_offsets[index])
 
 
-def _key(line: bytes) -> int | None:
-    """Return the key of a result, None for a line that holds no result."""
-    key = (json_object(line) or {}).get("key")
+def _key(result: Mapping[str, Any] | None) -> int | None:
+    """Return the key of a result, None for an object that is no result."""
+    key = (result or {}).get("key")
     return key if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 1 << 64 else None

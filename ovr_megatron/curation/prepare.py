@@ -26,9 +26,11 @@ from ovr_megatron.curation import (
     verify,
 )
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.curation.stage import PrepareStage, check_stage_folder, lock_folder, run_stages
+from ovr_megatron.curation.stage import PrepareStage, check_stage_folder, run_stages
 from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.rewards import rules
+from ovr_megatron.runtime.files import write_json
+from ovr_megatron.runtime.lock import lock_folder
 
 STAGES: dict[str, PrepareStage] = {
     module.STAGE.name: module.STAGE
@@ -41,7 +43,9 @@ def prepare(config: PrepareConfig) -> Path:
 
     Raises:
         RowError: a row or a source cannot be used.
-        ConfigError: a setting cannot work, a stage keeps nothing, or another preparation runs in this folder.
+        ConfigError: a setting cannot work or a stage keeps nothing.
+        RunLockedError: another job works in this folder.
+        RunFolderError: the folder cannot be made or written to.
         TeacherError: the teacher cannot be reached or refuses.
         EngineError: vLLM's process failed.
         RuleError: a rule of ``reward.rules`` would not work, or names a source that no row has.
@@ -51,14 +55,13 @@ def prepare(config: PrepareConfig) -> Path:
     # All checks come before the first stage: a stage may take hours.
     check_folder(folder, config.stages)
     check_models(config)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in config.reward.rules.values():
         rules.check(name)
     with lock_folder(folder):
         configuration.save(config, folder / "config.yaml")
         last = run_stages([STAGES[name] for name in config.stages], config)
         summary = summarise(config)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_json(folder / "summary.json", summary, indent=1, ensure_ascii=False)
     return last
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ovr_megatron.curation.text import prompt_text, response_text
+from ovr_megatron.runtime.files import write_json
 
 matplotlib.use("Agg")  # draws into files; needs no display
 
@@ -95,7 +96,7 @@ class StageReport:
             "seconds": round(time.perf_counter() - self._start, 3),
             **extra,
         }
-        (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "report.json", report, indent=1, ensure_ascii=False)
         self._draw(folder / "figure.png", name, reasons)
 
     def _counts_by_source(self) -> dict[str, dict[str, int]]:

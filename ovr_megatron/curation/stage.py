@@ -7,7 +7,6 @@ key of the previous stage.  A stage whose manifest has the right key is complete
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -15,7 +14,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import islice
 from multiprocessing import get_context
@@ -197,24 +196,6 @@ def _install(function: RowFunction) -> None:
 
 def _map_with_installed(lines: tuple[str, ...]) -> ChunkResults:
     return map_chunk(_installed, lines)
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock ``folder`` for this process.
-
-    Raises:
-        ConfigError: another process holds the lock.
-    """
-    # The kernel releases a flock when its process ends, however it ends: no stale lock stays behind.
-    with (folder / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"dir={folder}: another preparation is at work there; wait, or give another dir"
-            ) from None
-        yield
 
 
 def run_stages(stages: list[PrepareStage], config: PrepareConfig, say: Callable[[str], None] = print) -> Path:

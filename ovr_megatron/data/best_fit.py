@@ -1,4 +1,4 @@
-"""Assign documents to packs by best fit, and balance packs over replicas: functions of lengths and costs alone."""
+"""Assign documents to packs by best fit: a function of their lengths alone."""
 
 from __future__ import annotations
 
@@ -102,30 +102,3 @@ def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
             packs.append([])
         packs[pack].append(index)
     return packs
-
-
-def balance(costs: Sequence[float] | np.ndarray, replicas: int) -> list[list[int]]:
-    """Balance packs over replicas: an equal count for each, and about equal sums of cost.
-
-    In order of cost, most expensive first, each pack goes to the replica with the least so far that may take one more
-    (Graham's longest processing time first, with a bound on the count).
-
-    Args:
-        costs: What each pack costs, in any unit; their number is a multiple of ``replicas``.
-        replicas: Number of data-parallel replicas.
-
-    Returns:
-        For each replica the packs that it takes, most expensive first.
-    """
-    costs = np.asarray(costs, np.float64)
-    assert len(costs) % replicas == 0, (len(costs), replicas)
-    packs_per_replica = len(costs) // replicas
-    shares: list[list[int]] = [[] for _ in range(replicas)]
-    open_replicas = [(0.0, replica) for replica in range(replicas)]
-    # Stable, so that packs of equal cost go to the same replicas on every rank and machine.
-    for pack in np.argsort(-costs, kind="stable").tolist():
-        load, replica = heapq.heappop(open_replicas)
-        shares[replica].append(pack)
-        if len(shares[replica]) < packs_per_replica:
-            heapq.heappush(open_replicas, (load + costs[pack], replica))
-    return shares

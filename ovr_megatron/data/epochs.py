@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from ovr_megatron.config import ConfigError, DataConfig
-from ovr_megatron.data.best_fit import assign_packs, balance
+from ovr_megatron.data.best_fit import assign_packs
 from ovr_megatron.data.packing import Pack, pack
 from ovr_megatron.data.processing import TooLongError
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.tokenised import TokenisedSet
+from ovr_megatron.runtime.balance import balance
 
 # Each shuffle has a stream of random numbers of its own: of the copies, of a source's fraction, of the packs.
 _SAMPLES, _FRACTIONS, _PACKS = range(3)
@@ -176,7 +177,7 @@ class EpochStream:
         self.fill = sum(int(tokens.sum()) for tokens in lengths) / (self.packs_per_step * self.pack_tokens)
         costs = [int((tokens**2).sum()) for tokens in lengths]
         packs = []
-        for index in balance(costs, self._dp_size)[self._dp_rank]:
+        for index in balance(costs, self._dp_size, equal_counts=True)[self._dp_rank]:
             packs.append(pack([self._set[int(sample)] for sample in plan[index]]))
         return packs
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.data.best_fit import PackError, balance, plan_packs
+from ovr_megatron.data.best_fit import PackError, plan_packs
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
+from ovr_megatron.runtime.balance import balance
 
 IGNORED = -100  # label of a token that predicts nothing
 CHUNK = 64  # rows that are drawn and tokenised together
@@ -283,7 +284,7 @@ class PackStream:
         # Every rank has the same lengths and so computes the same plan and shares, without a collective.
         costs = [_attention_cost(lengths, members) for members in plan]
         packs = []
-        for index in balance(costs, self._dp_size)[self._dp_rank]:
+        for index in balance(costs, self._dp_size, equal_counts=True)[self._dp_rank]:
             rows = [self._waiting[i].row for i in plan[index]]
             packs.append(pack(self._processor.encode(rows, generation=False)))
         self.replies = count_replies([self._waiting[i].row for i in planned], self._processor.config.learn)

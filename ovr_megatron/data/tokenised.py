@@ -30,6 +30,7 @@ import numpy as np
 from ovr_megatron.config import ConfigError
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row, RowError
+from ovr_megatron.runtime.files import write_whole
 
 MANIFEST = "manifest.json"
 TOKENS = "tokens.bin"
@@ -203,10 +204,8 @@ class TokenisedWriter:
         files = {name: file.close() for name, file in self._files.items()}
         manifest = TokenisedManifest(self._tokenisation, tuple(self._sources), files, self._largest_token)
         # Every file is on the disk before the rename makes the set visible: after a crash it is complete or absent.
-        with (self._partial / MANIFEST).open("w") as file:
-            json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1)
+        write_whole(self._partial / MANIFEST, text, durable=True)
         self._partial.rename(self.folder)
         return manifest
 

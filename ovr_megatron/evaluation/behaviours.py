@@ -6,7 +6,6 @@ emergence rates (the share of traces with at least one occurrence) and transfer 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.statistics import Share, wilson
+from ovr_megatron.runtime.json_lines import json_lines
 
 VERSION = 1  # of the question: a changed question must not reuse answers
 RESAMPLES = 2000  # of the bootstrap
@@ -150,23 +150,22 @@ def read_traces(path: Path, limit: int = 0) -> list[Trace]:
     """
     traces: list[Trace] = []
     try:
-        with path.open(encoding="utf-8") as lines:
-            for line_number, line in enumerate(lines, 1):
-                if limit and len(traces) == limit:
-                    break
-                fields = json.loads(line)
-                if fields.get("response") is None:
-                    continue
-                is_evaluation = "question" in fields  # rollouts have a prompt instead
-                if is_evaluation and fields.get("sample") is not None:
-                    continue
-                problem = fields["question"] if is_evaluation else fields["prompt"]
-                traces.append(Trace(str(fields.get("id", line_number)), problem, fields["response"]))
+        for line in json_lines(path):
+            if limit and len(traces) == limit:
+                break
+            fields = line.parse()
+            if fields.get("response") is None:
+                continue
+            is_evaluation = "question" in fields  # rollouts have a prompt instead
+            if is_evaluation and fields.get("sample") is not None:
+                continue
+            problem = fields["question"] if is_evaluation else fields["prompt"]
+            traces.append(Trace(str(fields.get("id", line.number)), problem, fields["response"]))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a file of responses") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}:{line_number}: is no response ({error!r}); "
+            f"{path}:{line.number}: is no response ({error!r}); "
             "give NAME.responses.jsonl of tools/evaluate.py, or rollouts"
         ) from None
     return traces

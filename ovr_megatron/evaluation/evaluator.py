@@ -27,7 +27,7 @@ from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
-from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.stop import StopRequest, StopRequested
 from ovr_megatron.runtime.terminal import say
@@ -401,4 +401,4 @@ def _write(out: Path, name: str, result: dict[str, Any], responses: Sequence[Gra
         (out / old_name).unlink(missing_ok=True)
     lines = (json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in responses)
     write_whole(out / f"{name}.responses.jsonl", "".join(lines))
-    write_whole(out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    write_json(out / f"{name}.json", result)

@@ -20,14 +20,14 @@ from ovr_megatron.curation.endpoint import Endpoint, Question
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import TeacherConfig, check_endpoint, check_url
 from ovr_megatron.curation.stage import batches
-from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import parse_row
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, VERSION, Behaviour, Trace, format_question, read_count
 from ovr_megatron.evaluation.command import dtype_of
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import Prompt
+from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.runtime import distributed
 
 LEXICAL = "lexical"
@@ -223,21 +223,14 @@ def _ask_endpoint(
 def _ask_vllm(questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: Journal, on_result: OnResult) -> None:
     processor, engine = _start_engine(Path(config.judge.removeprefix(VLLM)), config.max_tokens)
     for batch in batches(iter(questions), _BATCH):
-        prompts: list[Prompt] = []
-        keys: list[int] = []
+        requests = []
         for key, text in batch:
             # The data format wants an answer, which generation leaves out.
             row = parse_row({"messages": [{"role": "user", "content": text}], "answer": "-"}, "a question", Path())
-            try:
-                [sample] = processor.encode([row], generation=True)
-            except TooLongError as error:
-                on_result(key, {"error": f"{error.field}: {error.problem}"})
-                continue
-            prompts.append(Prompt(sample.prompt_tokens, seeds=[0], max_tokens=config.max_tokens))
-            keys.append(key)
-        for key, [generation] in zip(keys, engine.generate(prompts, 0.0), strict=True):
+            requests.append(Request(key, row, seeds=[0]))
+        for request, [generation] in answer_rows(engine, processor, requests, 0.0, config.max_tokens, on_result):
             text = processor.decode(generation.tokens)[-_STORED_CHARACTERS:]
-            on_result(key, {"text": text, "tokens": len(generation.tokens)})
+            on_result(request.key, {"text": text, "tokens": len(generation.tokens)})
 
 
 @cache

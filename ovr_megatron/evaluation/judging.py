@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS, Trace, kappa, read_traces, summarise
 from ovr_megatron.evaluation.judges import Counts, JudgeConfig, count_behaviours
-from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.files import write_json, write_whole
+from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.progress import Progress
 
 RESULT = "behaviours.json"
@@ -81,7 +82,7 @@ def judge_behaviours(
         judge_counts, people_counts = read_annotations(out / ANNOTATIONS, keys, counts.by_behaviour)
         result["people"] = compare_counts(judge_counts, people_counts)
     _write_counts(out / PER_TRACE, owners, traces, counts.by_behaviour)
-    write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
+    write_json(out / RESULT, result, indent=1)
     return result
 
 
@@ -137,7 +138,7 @@ def compare_counts(first: BehaviourCounts, second: BehaviourCounts) -> dict[str,
 def write_annotations(path: Path, sample: Sequence[tuple[str, Trace]]) -> None:
     """Write a line for every trace and behaviour, its ``count`` to be filled in; keep counts that are filled in."""
     filled_in: dict[tuple[str, str, str], Any] = {}
-    for line in _read_lines(path):
+    for _, line in _read_annotated(path):
         filled_in[line["checkpoint"], line["id"], line["behaviour"]] = line["count"]
     lines = []
     for owner, trace in sample:
@@ -170,7 +171,7 @@ def read_annotations(
     rows: dict[Any, int] = {key: row for row, key in enumerate(keys)}
     judge_counts: BehaviourCounts = {name: [] for name in BEHAVIOURS}
     people_counts: BehaviourCounts = {name: [] for name in BEHAVIOURS}
-    for line_number, line in enumerate(_read_lines(path), 1):
+    for line_number, line in _read_annotated(path):
         count = line.get("count")
         name = line.get("behaviour")
         row = rows.get((line.get("checkpoint"), line.get("id")))  # None: a trace of another run
@@ -185,16 +186,15 @@ def read_annotations(
     return judge_counts, people_counts
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_annotated(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number and object of each line, none for a file that is not there; the error of a line names it."""
     if not path.exists():
-        return []
-    objects = []
-    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        return
+    for line in json_lines(path):
         try:
-            objects.append(json.loads(line))
+            yield line.number, line.parse()
         except ValueError as error:
-            raise ConfigError(f"{path}:{line_number}: is no JSON ({error}); correct the line") from None
-    return objects
+            raise ConfigError(f"{path}:{line.number}: is no JSON object ({error}); correct the line") from None
 
 
 def format_table(result: Mapping[str, Any]) -> str:

@@ -15,7 +15,8 @@ from ovr_megatron.evaluation.behaviours import kappa
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS
 from ovr_megatron.evaluation.judges import JudgeConfig, ask_judge, key_of
 from ovr_megatron.evaluation.scoring import GradedResponse, format_accuracy, score
-from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.files import write_json, write_whole
+from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.progress import Progress
 
 VERSION = 1  # of the question: a changed question must not reuse answers
@@ -90,7 +91,7 @@ def judge_responses(scores: Path, config: JudgeConfig) -> dict[str, Any]:
         lines.append(json.dumps(line | {"rule": response.correct, "judge": verdict}) + "\n")
     # The scores last: they say that the verdicts are complete.
     write_whole(scores.with_name(f"{result['set']}.verdicts.jsonl"), "".join(lines))
-    write_whole(scores, json.dumps(result | {"judged": summary}, indent=2) + "\n")
+    write_json(scores, result | {"judged": summary})
     return summary
 
 
@@ -152,13 +153,13 @@ def read_responses(path: Path) -> list[GradedResponse]:
     """
     responses: list[GradedResponse] = []
     try:
-        for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
-            fields = json.loads(line)
+        for line in json_lines(path):
+            fields = line.parse()
             responses.append(GradedResponse(**fields | {"options": tuple(fields["options"])}))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); evaluate the model first") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}:{len(responses) + 1}: is no response of tools/evaluate.py ({error!r})") from None
+        raise ConfigError(f"{path}:{line.number}: is no response of tools/evaluate.py ({error!r})") from None
     return responses
 
 

@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ovr_megatron.runtime.balance import balance
+
 
 def rank_rows(bounds: Sequence[int], cp: int, rank: int) -> Tensor:
     """Return the rows of the pack that context-parallel ``rank`` of ``cp`` holds, in its order: int64 [T / cp].
@@ -47,10 +49,4 @@ def share_images(patches: Sequence[int], ranks: int) -> list[list[int]]:
     Returns:
         For each rank the indices of its images, rising.
     """
-    loads = [0] * ranks
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for image in sorted(range(len(patches)), key=lambda image: -patches[image]):
-        rank = loads.index(min(loads))
-        loads[rank] += patches[image]
-        shares[rank].append(image)
-    return [sorted(share) for share in shares]
+    return [sorted(share) for share in balance(patches, ranks)]

@@ -45,12 +45,22 @@ def patch_forward(shape: ModelShape, frame: int) -> tuple[float, float]:
     return tower, merger
 
 
+def training_passes(language_trains: bool, vision_trains: bool, merger_trains: bool) -> tuple[float, float, float]:
+    """Return the FLOP of forward and backward over those of forward: language model's matrices, tower, merger.
+
+    Gradients only pass through a frozen part above one that trains; through the language model they always do.
+    """
+    merger = 3.0 if merger_trains else 2.0 if vision_trains else 1.0
+    return 3.0 if language_trains else 2.0, 3.0 if vision_trains else 1.0, merger
+
+
 def training_flops(
     shape: ModelShape,
     lengths: Sequence[int],
     grids: Sequence[Sequence[int]] = (),
     language_trains: bool = True,
     vision_trains: bool = False,
+    merger_trains: bool = False,
 ) -> float:
     """Return the FLOP of one forward and backward pass.
 
@@ -60,12 +70,13 @@ def training_flops(
         grids: frames, height and width in patches of each image or video.
         language_trains: whether gradients of the language model's weights are computed.
         vision_trains: whether those of the vision tower are; a tower that does not train has no backward pass.
+        merger_trains: whether those of the merger are.
     """
-    flops_per_weight = 6.0 if language_trains else 4.0
-    flops = flops_per_weight * language_weights(shape) * sum(lengths)
+    matrix_passes, tower_passes, merger_passes = training_passes(language_trains, vision_trains, merger_trains)
+    flops = 2.0 * matrix_passes * language_weights(shape) * sum(lengths)
     flops += 3.0 * attention_forward(shape, sum(length**2 for length in lengths))
     images: float = 0
     for frames, height, width in grids:
         tower, merger = patch_forward(shape, height * width)
-        images += frames * height * width * (tower + merger)
-    return flops + (3.0 if vision_trains else 1.0) * images
+        images += frames * height * width * (tower_passes * tower + merger_passes * merger)
+    return flops + images

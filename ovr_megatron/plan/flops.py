@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ovr_megatron.config import ModelConfig
-from ovr_megatron.model.flops import attention_forward, language_weights, patch_forward
+from ovr_megatron.model.flops import attention_forward, language_weights, patch_forward, training_passes
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.workload import Workload
 
@@ -40,12 +40,10 @@ def token_flops(shape: ModelShape, model: ModelConfig, load: Workload, critic: b
 
     # Gradients pass through a frozen language model where a part of the vision tower below it trains.
     reaches_vision = bool(tower) and not (model.freeze_vision and model.freeze_merger)
-    matrix_passes = 2.0 if model.freeze_language and reaches_vision else 3.0
-    tower_passes = 1 if model.freeze_vision else 3
-    if not model.freeze_merger:
-        merger_passes = 3
-    else:
-        merger_passes = 1 if model.freeze_vision else 2
+    language_trains = not (model.freeze_language and reaches_vision)
+    matrix_passes, tower_passes, merger_passes = training_passes(
+        language_trains, not model.freeze_vision, not model.freeze_merger
+    )
     training = matrices * matrix_passes + 3.0 * attention
     training += tower * tower_passes
     training += merger * merger_passes

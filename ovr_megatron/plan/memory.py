@@ -247,14 +247,14 @@ def cache_bytes_per_token(shape: ModelShape, rollout: RolloutConfig, dtype: str)
     return 2 * shape.layers * heads * shape.head_dim * DTYPE_BYTES[dtype]
 
 
-def checkpoint_bytes(scenario: Scenario) -> int:
+def checkpoint_bytes(config: ColdStartConfig | RLConfig, shape: ModelShape) -> int:
     """Return the bytes of one checkpoint on disk: weights, moments and master weights of every model of the recipe."""
-    model = scenario.config.model
-    kinds = (False, True) if isinstance(scenario.config, RLConfig) else (False,)
+    model = config.model
+    kinds = (False, True) if isinstance(config, RLConfig) else (False,)
     adam_bytes = MOMENT_BYTES + MASTER_BYTES[model.dtype]
     size = 0
     for critic in kinds:
-        state = model_state(scenario.shape, model, ParallelConfig(), 1, critic=critic)
+        state = model_state(shape, model, ParallelConfig(), 1, critic=critic)
         size += state.parameters * DTYPE_BYTES[model.dtype] + state.trained * adam_bytes
     return size
 

@@ -97,7 +97,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> dict[str, Any]
             "gpu_hours": modelled_hours * scenario.world,
             "mfu": total_flops / (modelled_hours * 3600 * scenario.world * gpu.flops),
         },
-        "checkpoint_bytes": memory.checkpoint_bytes(scenario),
+        "checkpoint_bytes": memory.checkpoint_bytes(scenario.config, scenario.shape),
         "checkpoints_kept": config.run.keep_last or -(-steps // config.run.save_every),
         "candidates": [asdict(c) for c in search.candidates(scenario)] if options.search else None,
     }

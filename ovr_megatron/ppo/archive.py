@@ -8,7 +8,6 @@ trained on and the position in the prompt stream, from which the prompts with th
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Prompts, Rollout
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.files import write_whole
-from ovr_megatron.runtime.json_lines import json_object
+from ovr_megatron.runtime.files import atomic_file, write_whole
+from ovr_megatron.runtime.json_lines import json_lines
 
 PICTURES = 2  # images saved of a rank's responses that are trained on, and as many of its others
 # Fields of `Experience`, and the names of their arrays in the files.
@@ -150,12 +149,10 @@ def _write_part(
 def _publish(folder: Path, summary: Mapping[str, Any]) -> None:
     """Join the lines of all ranks, and write ``iteration.json`` last: with it the iteration is complete."""
     joined = folder.with_suffix(".jsonl")
-    unfinished = joined.with_suffix(".part")
-    with unfinished.open("wb") as out:
+    with atomic_file(joined) as out:
         for path in sorted(folder.glob("*.jsonl")):
             with path.open("rb") as lines:
                 shutil.copyfileobj(lines, out)
-    os.replace(unfinished, joined)  # atomic: a reader never sees half of the lines
     for path in folder.glob("*.jsonl"):
         path.unlink()
     write_whole(folder / "iteration.json", json.dumps(summary))
@@ -252,12 +249,11 @@ def _read_lines(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
         ValueError: a line is damaged; without it the same iteration cannot be learned from.
     """
     lines = {}
-    with path.open("rb") as file:
-        for line_number, text in enumerate(file, 1):
-            line = json_object(text)
-            if line is None:
-                raise ValueError(f"line {line_number} of {path.name} is damaged")
-            lines[line["number"], line["sample"]] = line
+    for line in json_lines(path):
+        fields = line.parse_or_none()
+        if fields is None:
+            raise ValueError(f"line {line.number} of {path.name} is damaged")
+        lines[fields["number"], fields["sample"]] = fields
     return lines
 
 

@@ -12,6 +12,7 @@ from ovr_megatron.data.best_fit import plan_packs
 from ovr_megatron.data.packing import Pack, blank_pack, pack
 from ovr_megatron.data.processing import Sample
 from ovr_megatron.ppo.advantages import Ragged
+from ovr_megatron.runtime.balance import balance
 
 
 @dataclass
@@ -53,31 +54,17 @@ def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int
 def balance_prompts(costs: dict[int, int], ranks: int) -> dict[int, int]:
     """Balance prompts over ``ranks`` by cost; return the rank of each prompt.
 
-    Longest first (LPT), each to the rank of the lowest total so far.  But every rank gets the same number of prompts,
-    or one more or less, so that the steps of an iteration find about as many responses on each.
+    Every rank gets the same number of prompts, or one fewer, so that the steps of an iteration find about as many
+    responses on each.
 
     Args:
         costs: tokens of each prompt with its responses, by index of the prompt; the same on all ranks.
         ranks: data-parallel size.
     """
-    capacity = -(-len(costs) // ranks)
-    larger_ranks = len(costs) - (capacity - 1) * ranks  # they may yet take `capacity` prompts, others one fewer
-    total_costs = [0] * ranks
-    prompt_counts = [0] * ranks
+    prompts = sorted(costs)  # so that of equal prompts all ranks place the one of the lower index first
     rank_of_prompt = {}
-    # Ties go to the lower index, so that all ranks compute the same assignment.
-    for prompt in sorted(costs, key=lambda i: (-costs[i], i)):
-        open_ranks = [
-            r
-            for r in range(ranks)
-            if prompt_counts[r] < capacity - 1 or (prompt_counts[r] < capacity and larger_ranks > 0)
-        ]
-        rank = min(open_ranks, key=lambda r: (total_costs[r], r))
-        if prompt_counts[rank] == capacity - 1:
-            larger_ranks -= 1
-        prompt_counts[rank] += 1
-        total_costs[rank] += costs[prompt]
-        rank_of_prompt[prompt] = rank
+    for rank, share in enumerate(balance([costs[prompt] for prompt in prompts], ranks, equal_counts=True)):
+        rank_of_prompt |= dict.fromkeys([prompts[i] for i in share], rank)
     return rank_of_prompt
 
 

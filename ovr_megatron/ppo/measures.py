@@ -58,7 +58,8 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
     shape = models.policy.shape
     lengths = [len(sample) for sample in samples]
     grids = list(chain.from_iterable(sample.grid_thw.tolist() for sample in samples))
-    training_pass = training_flops(shape, lengths, grids, not model.freeze_language, not model.freeze_vision)
+    trains = (not model.freeze_language, not model.freeze_vision, not model.freeze_merger)
+    training_pass = training_flops(shape, lengths, grids, *trains)
     updates = algorithm.policy_epochs if iteration >= algorithm.critic_warmup_iterations else 0
     flops = training_pass * (updates + algorithm.scoring_passes / 3)
     if models.critic is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -15,7 +14,7 @@ from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.skipped import skipped_rows
+from ovr_megatron.data.skipped import SkippedRows, skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
@@ -36,6 +35,7 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.files import write_json
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.starts import LaunchArgs, record_start
@@ -71,15 +71,13 @@ class PPOTrainer:
         self.world = world
         self.run = Path(config.run.dir)
         self.checkpoints = CheckpointManager(config, world)
-        model_folder = store.weights_of(config.model.path)
-        processor = Processor(model_folder, config.data)
-        check_lengths(config, processor.shape)
         check_steps(config, world)
+        self.skipped = skipped_rows(config.data, self.run, world.is_main)
+        model_folder, self.prompts = open_model_and_prompts(config, self.skipped)
+        self.stream = self.prompts.stream
+        processor = self.prompts.processor
         if world.is_main and processor.template_notice:
             print(processor.template_notice, file=sys.stderr, flush=True)
-        self.skipped = skipped_rows(config.data, self.run, world.is_main)
-        self.stream = open_stream(config.data, config.run.seed, self.skipped)
-        self.prompts = PromptStream(self.stream, processor, config.reward.rules, self.skipped)
         self.last = count_iterations(config)
         self.models, self.engines = build_models(config, model_folder, processor, world)
         # vLLM takes the memory that they leave free; each is onloaded when it works.
@@ -243,15 +241,10 @@ def generate(config: RLConfig, world: World) -> Path:
     """
     run = Path(config.run.dir)
     run_folder.enter(run, run_folder.ROLLOUTS, world.is_main)
-    model_folder = store.weights_of(config.model.path)
-    processor = Processor(model_folder, config.data)
-    check_lengths(config, processor.shape)
-    skipped = skipped_rows(config.data, run, world.is_main)
-    stream = open_stream(config.data, config.run.seed, skipped)
-    prompts = PromptStream(stream, processor, config.reward.rules, skipped)
+    model_folder, prompts = open_model_and_prompts(config, skipped_rows(config.data, run, world.is_main))
     store.check_weights(config.model.path, world)
-    models, _ = build_models(config, model_folder, processor, world, training=False)
-    rollouts = build_rollouts(config, model_folder, processor, models)
+    models, _ = build_models(config, model_folder, prompts.processor, world, training=False)
+    rollouts = build_rollouts(config, model_folder, prompts.processor, models)
     archived = archive.iterations(run)
     first = archived[-1] + 1 if archived else 0
     if archived:
@@ -260,7 +253,7 @@ def generate(config: RLConfig, world: World) -> Path:
         run_folder.record(config, run)
     with rollouts.grader, Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress:
         for iteration in range(first, config.iterations):
-            stream_state = stream.state()
+            stream_state = prompts.stream.state()
             rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
             # Not exchanged: no rank trains on them, and each writes what its own engine has generated.
             responses = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
@@ -281,16 +274,12 @@ def rehearse(config: RLConfig, world: World) -> Path:
     """
     run = Path(config.run.dir)
     run_folder.enter(run, run_folder.REHEARSAL, world.is_main)
-    model_folder = store.weights_of(config.model.path)
     config = replace(config, prompts=min(config.prompts, rehearsal_prompts(config, world)))
-    processor = Processor(model_folder, config.data)
-    check_lengths(config, processor.shape)
     check_steps(config, world)
-    skipped = skipped_rows(config.data, run, world.is_main)
-    prompts = PromptStream(open_stream(config.data, config.run.seed, skipped), processor, config.reward.rules, skipped)
-    models, _ = build_models(config, model_folder, processor, world)
+    model_folder, prompts = open_model_and_prompts(config, skipped_rows(config.data, run, world.is_main))
+    models, _ = build_models(config, model_folder, prompts.processor, world)
     models.offload_except(None)
-    rollouts = build_rollouts(config, model_folder, processor, models)
+    rollouts = build_rollouts(config, model_folder, prompts.processor, models)
     rollouts.endless = True
     measurements: list[dict[str, Any]] = []
     with rollouts.grader:
@@ -315,7 +304,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
     path = run / "rehearsal.json"
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measurements, indent=1) + "\n")
+        write_json(path, measurements, indent=1)
     return path
 
 
@@ -324,6 +313,24 @@ def rehearsal_prompts(config: RLConfig, world: World) -> int:
     replicas = world.size // config.rollout.tp
     prompts_to_fill = -(-config.rollout.max_num_seqs * replicas // config.responses)  # rounded up
     return max(prompts_to_fill, world.size * config.algorithm.most_steps)
+
+
+def open_model_and_prompts(config: RLConfig, skipped: SkippedRows | None) -> tuple[Path, PromptStream]:
+    """Open what every job begins with: the model's folder, and the prompts with its processor.
+
+    Args:
+        config: of the job.
+        skipped: lists rows that cannot be used; None stops at the first.
+
+    Raises:
+        CheckpointError: ``model.path`` is a checkpoint without a policy.
+        ConfigError: the model has no positions for the lengths, or the data or a setting of them cannot work.
+    """
+    model_folder = store.weights_of(config.model.path)
+    processor = Processor(model_folder, config.data)
+    check_lengths(config, processor.shape)
+    stream = open_stream(config.data, config.run.seed, skipped)
+    return model_folder, PromptStream(stream, processor, config.reward.rules, skipped)
 
 
 def check_steps(config: RLConfig, world: World) -> None:

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ovr_megatron.runtime.files import write_json
+
 RECORD = ".ovr_megatron.json"
 FORMAT = 1
 _MANIFEST = "manifest.json"  # see `ovr_megatron.checkpoint.manifest`
@@ -30,10 +32,7 @@ def write_record(folder: Path, *more: str) -> None:
         return
     else:
         names = _present(folder)
-    text = json.dumps({"format": FORMAT, "files": sorted(names)}, indent=1) + "\n"
-    partial = folder / f"{RECORD}.partial"  # renamed, so that a kill leaves the old record or the new one
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / RECORD)
+    write_json(folder / RECORD, {"format": FORMAT, "files": sorted(names)}, indent=1)
 
 
 def recorded_files(folder: Path) -> frozenset[str] | None:

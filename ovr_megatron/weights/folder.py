@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ovr_megatron.data.hf_files import copy_files
 from ovr_megatron.errors import UserError
+from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
 from ovr_megatron.weights.diagnosis import left_over
@@ -283,9 +284,7 @@ def _publish(directory: Path, shards: Sequence[Sequence[str]], total_bytes: int)
     for shard_index, name in enumerate(names, start=1):
         _partial(directory, shard_index).rename(directory / name)
     if len(shards) > 1:
-        partial = directory / f"{INDEX}.partial"
-        write_index(partial, dict(zip(names, shards, strict=True)), total_bytes)
-        partial.rename(directory / INDEX)
+        write_index(directory / INDEX, dict(zip(names, shards, strict=True)), total_bytes)
     sync(directory)
 
 
@@ -311,8 +310,8 @@ def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: in
     weight_map: dict[str, str] = {}
     for file, tensors in shards.items():
         weight_map |= dict.fromkeys(tensors, file)
-    path.write_text(json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n")
-    sync(path)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_whole(path, json.dumps(index, indent=2) + "\n", durable=True)
 
 
 def some(names: list[str]) -> str:

@@ -1,6 +1,9 @@
 """The chain of stages: what is done again and what is not, the reports, collection, and two processes."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +28,7 @@ from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data_checks import bad_rows
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.runtime.lock import lock_folder
 
 STAGES = ["collect", "dedup", "patterns", "stratify", "weigh", "tokenise"]
 THOUGHT = "I think about it for a while.</think>The answer is \\boxed{%s}."
@@ -245,3 +249,14 @@ def test_unknown_settings_are_refused() -> None:
         changed = OmegaConf.merge(values, OmegaConf.from_dotlist([f"{key}=1"]))
         with pytest.raises(ConfigError, match=f"there is no setting {key}"):
             build(PrepareConfig, changed)
+
+
+def test_two_preparations_in_one_folder_are_refused(config: PrepareConfig) -> None:
+    folder = Path(config.dir)
+    with lock_folder(folder):
+        code = f"from pathlib import Path; from ovr_megatron.runtime.lock import *; lock_folder(Path({str(folder)!r}))"
+        second = [sys.executable, "-c", code]
+        refused = subprocess.run(second, capture_output=True, text=True)
+        assert f"{folder} is in use by process {os.getpid()} on " in refused.stderr
+    subprocess.run(second, check=True)
+    subprocess.run(second, check=True)  # the first has ended without a release

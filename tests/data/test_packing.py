@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ovr_megatron.config import ConfigError, DataConfig
-from ovr_megatron.data.best_fit import PackError, balance
+from ovr_megatron.data.best_fit import PackError
 from ovr_megatron.data.packing import CHUNK, PackStream, pack
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.runtime.balance import balance
 
 PACK_TOKENS = 400
 
@@ -165,7 +166,7 @@ def test_replicas_share_the_packs_of_one_plan(processor):
     for _ in range(3):
         packs, shares = next(whole), [next(replica) for replica in replicas]
         costs = [int(np.square(np.diff(p.cu_seqlens)).sum()) for p in packs]
-        for replica, numbers in enumerate(balance(costs, 2)):
+        for replica, numbers in enumerate(balance(costs, 2, equal_counts=True)):
             assert same([packs[number] for number in numbers], shares[replica])
     assert replicas[0].state() == replicas[1].state() == whole.state()
 
