@@ -16,15 +16,9 @@ from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig, ConfigError, RLConfig, build, defaults
 from ovr_megatron.model.qwen25vl import Scores
-from ovr_megatron.ppo.advantages import (
-    generalised_advantages,
-    mean_and_std,
-    moments,
-    normalise,
-    scaled_reward,
-    token_rewards,
-)
-from ovr_megatron.ppo.experience import advantages_without_values, shaped_reward
+from ovr_megatron.ppo.advantages import mean_and_std, moments, normalise, scaled_reward, token_rewards
+from ovr_megatron.ppo.estimators import find_estimator
+from ovr_megatron.ppo.experience import estimate, shaped_reward
 from ovr_megatron.ppo.losses import kl_estimate, token_weights
 from ovr_megatron.ppo.objectives import PolicyObjective
 from tests.ppo.methods import documented_methods
@@ -99,11 +93,9 @@ def our_advantages(algorithm: AlgorithmConfig) -> list[np.ndarray]:
         pairs = zip(PROBLEM.logprobs(PROBLEM.sampler), PROBLEM.logprobs(PROBLEM.reference), strict=True)
         penalties = [algorithm.kl_coefficient * kl_estimate(a, b, algorithm.kl_form).numpy() for a, b in pairs]
     per_token = token_rewards(rewards, LENGTHS, penalties)
-    if algorithm.estimator == "gae":
-        arrays, _ = generalised_advantages(per_token, PROBLEM.values, algorithm.gamma, algorithm.lam)
-    else:
-        arrays = advantages_without_values(algorithm, per_token, GROUPS)
-    if algorithm.estimator in ("gae", "reinforce_pp"):
+    values = PROBLEM.values if algorithm.has_critic else None
+    arrays = estimate(algorithm, per_token, GROUPS, values).advantages
+    if find_estimator(algorithm.estimator).normalises:
         arrays = normalise(arrays, *mean_and_std(moments(arrays)))
     return arrays
 
