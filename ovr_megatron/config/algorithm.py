@@ -15,6 +15,7 @@ class AlgorithmConfig:
     """The policy's objective.  The defaults are the paper's PPO (section 3.2); docs/algorithms.md has the rest.
 
     ``estimator``: of the advantage, a row of `ovr_megatron.ppo.estimators` or ``package.module:NAME``.
+    ``loss``: of the policy, a row of `ovr_megatron.ppo.losses` or ``package.module:NAME``; checked when a run starts.
     ``clip_high`` (0: as ``clip``) is the upper bound of the ratio alone.
     ``reduction``: every ``token`` weighs the same, or every response (``sequence``), or
     every token by a ``constant`` divisor, or every ``pack``.  ``reduction_tokens`` is that divisor (0: the longest
@@ -31,6 +32,7 @@ class AlgorithmConfig:
     estimator: str = "gae"
     gamma: float = 1.0
     lam: float = 1.0
+    loss: str = "clip"
     clip: float = 0.2
     clip_high: float = 0.0
     value_clip: float = 0.0

@@ -49,7 +49,7 @@ def find_row(setting: str, name: str, table: Mapping[str, Row]) -> Row:
         except (ImportError, AttributeError) as error:
             raise RegistryError(f"{setting}={name}: {error}; is its folder in PYTHONPATH?") from error
     nearest = difflib.get_close_matches(name, table, n=1)
-    proposal = f"did you mean {nearest[0]}? " if nearest else ""
+    proposal = f" (did you mean {nearest[0]}?)" if nearest else ""
     raise RegistryError(
-        f"{setting}={name!r} is not known; {proposal}choose one of {', '.join(table)}, or write package.module:NAME"
+        f"{setting}={name!r} is not known{proposal}; choose one of {', '.join(table)}, or write package.module:NAME"
     )
