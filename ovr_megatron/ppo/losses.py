@@ -57,7 +57,7 @@ PolicyLoss = Callable[[Tensor, Tensor, Tensor, ResponseSegments, AlgorithmConfig
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the negated clipped surrogate of each token, -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A).
 
-    (Schulman et al. 2017, eq. 7; ``clip_high`` over ``clip`` is DAPO's clip-higher, Yu et al. 2025, eq. 10.)
+    It is eq. 7 of Schulman et al. 2017; ``clip_high`` over ``clip`` is DAPO's clip-higher (Yu et al. 2025, eq. 10).
 
     Args:
         ratio: rho [n], with a gradient.
