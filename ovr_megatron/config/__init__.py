@@ -7,7 +7,7 @@ wrong type stops the run before anything is loaded.  All dataclasses are frozen.
 
 from __future__ import annotations
 
-from ovr_megatron.config.algorithm import ESTIMATORS, AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
+from ovr_megatron.config.algorithm import AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
 from ovr_megatron.config.building import build, defaults, forbid_unknown_keys
 from ovr_megatron.config.checks import ConfigError, choice, require
 from ovr_megatron.config.data import FORMATS, DataConfig, SourceConfig
@@ -18,7 +18,6 @@ from ovr_megatron.config.stages import ColdStartConfig, RLConfig
 from ovr_megatron.config.writing import as_yaml, save
 
 __all__ = [
-    "ESTIMATORS",
     "FORMATS",
     "AlgorithmConfig",
     "ColdStartConfig",

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 
 from ovr_megatron.config.checks import choice, require
 from ovr_megatron.config.model import OptimizerConfig, ParallelConfig
-
-ESTIMATORS = ("gae", "grpo", "dr_grpo", "rloo", "reinforce_pp")
+from ovr_megatron.ppo.estimators import find_estimator
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     """The policy's objective.  The defaults are the paper's PPO (section 3.2); docs/algorithms.md has the rest.
 
-    ``estimator``: of the advantage; all but ``gae`` go without a critic.  ``clip_high`` (0: as ``clip``) is the upper
-    bound of the ratio alone.  ``reduction``: every ``token`` weighs the same, or every response (``sequence``), or
+    ``estimator``: of the advantage, a row of `ovr_megatron.ppo.estimators` or ``package.module:NAME``.
+    ``loss``: of the policy, a row of `ovr_megatron.ppo.losses` or ``package.module:NAME``; checked when a run starts.
+    ``clip_high`` (0: as ``clip``) is the upper bound of the ratio alone.
+    ``reduction``: every ``token`` weighs the same, or every response (``sequence``), or
     every token by a ``constant`` divisor, or every ``pack``.  ``reduction_tokens`` is that divisor (0: the longest
     limit of the curriculum), the same in the entire run.  With ``policy_epochs`` or ``policy_steps`` (per epoch) over
     1 the log-probabilities before the update are stored.  ``kl_coefficient`` holds the policy to the weights in
@@ -31,6 +32,7 @@ class AlgorithmConfig:
     estimator: str = "gae"
     gamma: float = 1.0
     lam: float = 1.0
+    loss: str = "clip"
     clip: float = 0.2
     clip_high: float = 0.0
     value_clip: float = 0.0
@@ -51,7 +53,7 @@ class AlgorithmConfig:
     overlong_buffer: int = 0
 
     def __post_init__(self) -> None:
-        choice("algorithm.estimator", self.estimator, ESTIMATORS)
+        find_estimator(self.estimator)
         choice("algorithm.reduction", self.reduction, ("token", "sequence", "constant", "pack"))
         choice("algorithm.kl_form", self.kl_form, ("k1", "k2", "k3"))
         choice("algorithm.kl_in", self.kl_in, ("loss", "reward"))
@@ -75,7 +77,7 @@ class AlgorithmConfig:
             f"algorithm.wrong_reward={self.wrong_reward} must be below 1, which a right response earns",
         )
         require(
-            self.estimator == "gae" or not self.critic_warmup_iterations,
+            self.has_critic or not self.critic_warmup_iterations,
             f"algorithm.critic_warmup_iterations={self.critic_warmup_iterations}: {self.estimator} has no critic",
         )
         require(
@@ -87,12 +89,12 @@ class AlgorithmConfig:
     @property
     def has_critic(self) -> bool:
         """Return whether the estimator needs values."""
-        return self.estimator == "gae"
+        return find_estimator(self.estimator).needs_values
 
     @property
     def in_groups(self) -> bool:
         """Return whether the estimator compares the responses to one prompt."""
-        return self.estimator in ("grpo", "dr_grpo", "rloo")
+        return find_estimator(self.estimator).needs_groups
 
     @property
     def most_steps(self) -> int:

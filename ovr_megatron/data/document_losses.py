@@ -51,7 +51,7 @@ class DocumentLosses:
             rows: int[n], the rows that predict a target, on the host.
             losses: [n], the losses there, on any device.
         """
-        documents = send(torch.searchsorted(pack.bounds[1:].to(rows.dtype), rows, right=True), losses.device)
+        documents = send(pack.document_of(rows), losses.device)
         # In float64: a document of 100,000 targets must not lose the small losses.  The sums stay on the device.
         sums = torch.zeros(2, len(pack.cu_seqlens) - 1, dtype=torch.float64, device=losses.device)
         values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])

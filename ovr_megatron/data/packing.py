@@ -67,6 +67,10 @@ class Pack:
         """int32[D + 1], the rows at which documents begin."""
         return self.cu_seqlens if self.cu_seqlens_padded is None else self.cu_seqlens_padded
 
+    def document_of(self, rows: Tensor) -> Tensor:
+        """Return int64[n], the index of the document in which each of ``rows`` (int64[n], on the host) lies."""
+        return torch.searchsorted(self.bounds[1:].to(rows.dtype), rows, right=True)
+
     def aligned(self, document: int, total: int) -> Pack:
         """Return the pack with every document's rows a multiple of ``document`` and all rows a multiple of ``total``.
 

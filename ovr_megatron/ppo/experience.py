@@ -15,10 +15,6 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.ppo.advantages import (
     Ragged,
-    discounted_sums,
-    generalised_advantages,
-    group_advantages,
-    leave_one_out_advantages,
     mean_and_std,
     moments,
     normalise,
@@ -27,6 +23,7 @@ from ovr_megatron.ppo.advantages import (
     token_rewards,
 )
 from ovr_megatron.ppo.batch import Batch, Response
+from ovr_megatron.ppo.estimators import Estimate, EstimatorInput, find_estimator
 from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.rollouts import Rollout, exchange_responses
 from ovr_megatron.runtime.distributed import World
@@ -115,11 +112,11 @@ def compute_experience(
     scores = [shaped_reward(r, rollout, algorithm) for r in responses]
     rewards = token_rewards(scores, batch.lengths, penalties)
     critic_batch = None
-    if algorithm.estimator == "gae":
+    if algorithm.has_critic:
         critic_batch, experience.values, raw = _compute_with_critic(models, rollout, experience, rewards)
     else:
-        raw = advantages_without_values(algorithm, rewards, [r.prompt for r in responses])
-    if algorithm.estimator in ("gae", "reinforce_pp"):
+        raw = estimate(algorithm, rewards, [r.prompt for r in responses]).advantages
+    if find_estimator(algorithm.estimator).normalises:
         # Over the batch of all ranks, so that advantages do not depend on how it is divided among them.
         mean, std = mean_and_std(sum_over_dp(moments(raw), models.world.layout))
         raw = normalise(raw, mean, std)
@@ -164,7 +161,8 @@ def _compute_with_critic(
     pack_members = batch.group_into_packs(range(len(batch)))
     scores = critic.scores(batch.packs(pack_members))
     values = batch.unpack([pack_scores.values for pack_scores in scores], pack_members)
-    advantages, returns = generalised_advantages(rewards, values, algorithm.gamma, algorithm.lam)
+    advantages, returns = estimate(algorithm, rewards, [r.prompt for r in responses], values)
+    assert returns is not None, "an estimator that needs values returns what the critic learns"
     critic_batch = CriticBatch(batch, values, returns)
     if same_layout:
         return critic_batch, values, advantages
@@ -175,19 +173,19 @@ def _compute_with_critic(
     return critic_batch, policy_values, policy_advantages
 
 
-def advantages_without_values(algorithm: AlgorithmConfig, rewards: Ragged, groups: Sequence[int]) -> Ragged:
-    """Return the advantages of an estimator that has no critic, before they are normalised over the batch.
+def estimate(
+    algorithm: AlgorithmConfig, rewards: Ragged, groups: Sequence[int], values: Ragged | None = None
+) -> Estimate:
+    """Return the advantages before they are normalised over the batch, and with ``values`` the critic's targets.
 
     Args:
         algorithm: names the estimator.
         rewards: float [n] per response, of each token.
         groups: index of the prompt of each response.
+        values: float [n] per response; None without a critic.
     """
-    if algorithm.estimator == "rloo":
-        return leave_one_out_advantages(rewards, groups)
-    if algorithm.estimator == "reinforce_pp":
-        return discounted_sums(rewards, algorithm.gamma)
-    return group_advantages(rewards, groups, divide=algorithm.estimator == "grpo")
+    batch = EstimatorInput(rewards, groups, values, algorithm.gamma, algorithm.lam)
+    return find_estimator(algorithm.estimator).compute(batch)
 
 
 def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConfig) -> float:

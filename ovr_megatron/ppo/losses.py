@@ -1,44 +1,129 @@
-"""Losses for each token, divergences, and the weights that reduce them.  Pure functions, no state, no communication.
+"""Losses for each token, divergences, and the weights that reduce them.  Pure functions, no state.
 
-n is the number of scored tokens of a pack, or of response tokens of a response.
+n is the number of scored tokens of a pack, or of response tokens of a response.  A new loss of the policy is a new row
+of `LOSSES`, or `register_loss` before the run starts, or a `PolicyLoss` in a module of the user's that
+``algorithm.loss=package.module:NAME`` names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.ppo.advantages import Ragged
+from ovr_megatron.ppo.registry import RegistryError, add_row, find_row
 
 SumOverRanks = Callable[[np.ndarray], np.ndarray]
 
 
-def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Return the negated clipped surrogate of each token.
+@dataclass(frozen=True)
+class ResponseSegments:
+    """The responses that the scored tokens of a pack belong to.
 
-    -min(rho A, clip(rho, 1 - low, 1 + high) A) with rho = exp(log pi - log pi_old)
-    (Schulman et al. 2017, eq. 7; ``high`` over ``low`` is DAPO's clip-higher, Yu et al. 2025, eq. 10).
+    Attributes:
+        ids: int64 [n], the index in the pack of each token's response.
+        count: responses of the pack.
+        sum_over_ranks: sums a tensor over the context-parallel ranks, each of which has a part of every response.
+    """
 
-    Strictly on-policy, ``old`` is ``logprobs.detach()``: rho is exactly 1 and the gradient is the policy gradient.
+    ids: Tensor
+    count: int
+    sum_over_ranks: Callable[[Tensor], Tensor]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return for each token the mean of ``values`` over all tokens of its response, [n], without a gradient.
+
+        A collective of the context-parallel ranks: all of them call it equally often, also one without tokens.
+        """
+        # In float64: the sum over 100,000 tokens must not lose the small differences that a ratio is made of.
+        terms = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)])
+        totals = torch.zeros(2, self.count, dtype=torch.float64, device=values.device)
+        # A response without tokens has the mean 0 / 0, which no token takes.
+        sums, counts = self.sum_over_ranks(totals.index_add_(1, self.ids, terms))
+        return (sums / counts)[self.ids].to(values.dtype)
+
+
+# Takes log pi [n] with a gradient, log pi_old [n], advantages [n], the tokens' responses, and the settings; returns
+# the loss of each token [n], and sums over the tokens by name, whose means are logged as ``policy/NAME``.
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, ResponseSegments, AlgorithmConfig], tuple[Tensor, dict[str, Tensor]]]
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the negated clipped surrogate of each token, -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A).
+
+    It is eq. 7 of Schulman et al. 2017; ``clip_high`` over ``clip`` is DAPO's clip-higher (Yu et al. 2025, eq. 10).
 
     Args:
-        logprobs: log pi [n], with a gradient.
-        old: log pi_old [n].
+        ratio: rho [n], with a gradient.
         advantages: A [n].
-        low: how far rho may lie below 1.
-        high: how far rho may lie above 1.
+        settings: ``clip`` and ``clip_high``, how far rho may lie below and above 1.
 
     Returns:
-        Losses [n] and whether each was clipped [n].
+        Losses [n], and the number of clipped tokens as ``clip_fraction``.
     """
-    ratio = (logprobs - old).exp()
+    low = settings.clip
+    high = settings.clip_high or settings.clip
     surrogate = ratio * advantages
     clipped_surrogate = ratio.clamp(1 - low, 1 + high) * advantages
-    return -torch.minimum(surrogate, clipped_surrogate), clipped_surrogate < surrogate
+    clipped = clipped_surrogate < surrogate
+    return -torch.minimum(surrogate, clipped_surrogate), {"clip_fraction": clipped.float().sum()}
+
+
+def clip_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return PPO's loss, the `clipped_surrogate` of each token's own ratio rho = exp(log pi - log pi_old).
+
+    Strictly on-policy, ``old`` is ``logprobs.detach()``: rho is exactly 1 and the gradient is the policy gradient.
+    """
+    return clipped_surrogate((logprobs - old).exp(), advantages, settings)
+
+
+def gspo_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return GSPO's loss, the `clipped_surrogate` of one ratio for all tokens of a response.
+
+    s = exp(mean over the response of log pi - log pi_old), and the ratio of a token is sg(s) pi / sg(pi), where sg
+    stops the gradient: the value of s with the gradient of the token's own log-probability (GSPO-token, Zheng et al.
+    2025, eqs. 7 and 14).  Where all tokens of a response have one advantage, its mean over the response is GSPO's
+    objective and its gradient (eq. 5), which needs ``algorithm.reduction=sequence``.  A collective, see
+    `ResponseSegments.mean`.
+    """
+    sequence_ratio = segments.mean(logprobs - old).exp()
+    # The gradient stays on the token's own rank: a gradient through s would have to cross the context-parallel ranks.
+    ratio = sequence_ratio * (logprobs - logprobs.detach()).exp()
+    return clipped_surrogate(ratio, advantages, settings)
+
+
+LOSSES: dict[str, PolicyLoss] = {"clip": clip_loss, "gspo": gspo_loss}
+
+
+def register_loss(name: str, loss: PolicyLoss) -> None:
+    """Let ``algorithm.loss`` take ``name``.
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    add_row(LOSSES, name, loss)
+
+
+def find_loss(name: str) -> PolicyLoss:
+    """Return the policy's loss that ``algorithm.loss`` names.
+
+    Raises:
+        RegistryError: there is none of this name, or the object of this name is no function.
+    """
+    loss = find_row("algorithm.loss", name, LOSSES)
+    if not callable(loss):
+        raise RegistryError(f"algorithm.loss={name} is of type {type(loss).__name__}; make it a function")
+    return loss
 
 
 def value_loss(values: Tensor, returns: Tensor, old: Tensor, clip: float) -> Tensor:

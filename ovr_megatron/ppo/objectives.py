@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import LossSum
 from ovr_megatron.model.qwen25vl import Scores
-from ovr_megatron.ppo.losses import kl_estimate, policy_loss, truncated_importance, value_loss
+from ovr_megatron.ppo.losses import ResponseSegments, find_loss, kl_estimate, truncated_importance, value_loss
 from ovr_megatron.ppo.mismatch import Mismatch
+from ovr_megatron.runtime.device import send
 
 
 class PolicyObjective:
-    """The clipped surrogate, with the divergence from a reference and the entropy bonus where they are set.
+    """The loss that ``algorithm.loss`` names, with divergence from a reference and entropy bonus where they are set.
 
     It reads ``advantages`` and ``rollout_logprobs`` of a pack, and where the pack has them ``old_logprobs`` (else the
     step is strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs``,
     ``weights`` and ``modalities``.
 
+    Args:
+        config: the settings.
+        cp: the context-parallel ranks of the policy, each of which has a part of every response; None: this rank has
+            all of them.
+
     Attributes:
         mismatch: differences between old log-probabilities and the rollout engine's.
+
+    Raises:
+        RegistryError: there is no such loss.
     """
 
-    def __init__(self, config: AlgorithmConfig):
+    def __init__(self, config: AlgorithmConfig, cp: dist.ProcessGroup | None = None):
         self.config = config
         self.mismatch = Mismatch()
+        self.loss = find_loss(config.loss)
+        self.sum_over_ranks = partial(_sum_over, group=cp)
 
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
-        """Return the loss of one pack."""
+        """Return the loss of one pack; the loss's own statistics are summed as ``policy/NAME``."""
         config = self.config
         assert scores.logprobs is not None and scores.entropy is not None
         rollout = scores.beside(pack, "rollout_logprobs")
@@ -37,12 +51,13 @@ class PolicyObjective:
             old = scores.beside(pack, "old_logprobs")
         else:
             old = scores.logprobs.detach()
-        high = config.clip_high or config.clip
         advantages = scores.beside(pack, "advantages")
-        losses, clipped = policy_loss(scores.logprobs, old, advantages, config.clip, high)
+        response_ids = send(pack.document_of(scores.rows), scores.logprobs.device)
+        segments = ResponseSegments(response_ids, len(pack.cu_seqlens) - 1, self.sum_over_ranks)
+        losses, statistics = self.loss(scores.logprobs, old, advantages, segments, config)
         sums = {
             "entropy": scores.entropy.detach().sum(),
-            "clip_fraction": clipped.float().sum(),
+            **{f"policy/{name}": value.detach() for name, value in statistics.items()},
             "rollout_kl": kl_estimate(rollout, old, "k3").sum(),
         }
         if config.importance_cap:
@@ -60,6 +75,13 @@ class PolicyObjective:
         if "modalities" in pack.extras:
             self.mismatch.add((old - rollout).abs(), scores.beside(pack, "modalities"))
         return sum_weighted(losses, scores, pack, sums)
+
+
+def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum ``values`` over the ranks of ``group``, in place.  A collective of theirs."""
+    if group is not None and group.size() > 1:
+        dist.all_reduce(values, group=group)
+    return values
 
 
 class ValueObjective:

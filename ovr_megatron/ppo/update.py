@@ -64,7 +64,7 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
     """
     config = models.config.algorithm
     batch = experience.batch
-    objective = PolicyObjective(config)
+    objective = PolicyObjective(config, models.policy.groups.cp)
     modalities = token_modalities(batch.samples, batch.lengths)
     step_metrics = []
     for _ in range(config.policy_epochs):
@@ -73,7 +73,9 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
             packs = policy_packs(models, experience, modalities, step)
             step_metrics.append(models.policy.train(packs, objective))
     means = mean_over_steps(step_metrics)
-    metrics = {f"policy/{key}": means[key] for key in ("loss", "entropy", "clip_fraction", "grad_norm")}
+    metrics = {"policy/loss": means["loss"], "policy/entropy": means["entropy"]}
+    metrics |= {key: value for key, value in means.items() if key.startswith("policy/")}  # the loss's own statistics
+    metrics["policy/grad_norm"] = means["grad_norm"]
     metrics |= objective.mismatch.metrics()  # after the last step, as it waits for the device
     metrics["rollout/kl"] = means["rollout_kl"]
     for key, name in {"importance": "rollout/importance", "reference_kl": "policy/reference_kl"}.items():

@@ -26,6 +26,7 @@ from ovr_megatron.ppo.archive import ArchiveError
 from ovr_megatron.ppo.curriculum import max_tokens
 from ovr_megatron.ppo.experience import Models
 from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn, response_metrics
+from ovr_megatron.ppo.losses import find_loss
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
@@ -482,6 +483,7 @@ def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train or roll out, and say where the result lies; return the exit code."""
     for name in config.reward.rules.values():
         rules.check(name)
+    find_loss(config.algorithm.loss)  # refuses an unknown name before any model is loaded
     settings = config.run
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)

@@ -49,6 +49,8 @@ ALGORITHMS = {
     "reinforce_pp": ("estimator=reinforce_pp", "policy_epochs=2", "policy_steps=2"),
     "ppo_epochs": ("policy_epochs=2", "reduction=pack", "value_clip=0.2"),
     "ppo_stored": ("policy_epochs=2",),
+    "gspo": ("estimator=grpo", "loss=gspo", "reduction=sequence", "clip=0.02", "policy_steps=2"),
+    "ppo_outside": ("estimator=outside_rows:BLEND", "loss=outside_rows:sequence_weighted", "policy_epochs=2"),
 }
 # Every option at once, each at a value that shows; iteration 1 is the first that the policy learns from, and the
 # curriculum's second stage.  A prompt of every iteration is given up.
@@ -171,6 +173,7 @@ if __name__ == "__main__":
         "same": again("ppo", 1),
         "tp2": again("ppo", 1, "parallel.tp=2"),
         "rloo": again("rloo", 1, "parallel.pp=2"),
+        "gspo": again("gspo", 1, "parallel.cp=2"),
         "reinforce_pp": again("reinforce_pp", 1, "parallel.cp=2"),
         "everything": again("everything", 1, "parallel.tp=2"),
         "critic_tp2": again("ppo_critic_tp2", 1, "critic.parallel=null"),

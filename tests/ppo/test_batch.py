@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr_megatron.data.packing import IGNORED
-from ovr_megatron.ppo.batch import Batch, balance_prompts
+from ovr_megatron.ppo.batch import Batch, balance_prompts, seeds_of
 from ovr_megatron.ppo.losses import token_weights
 
 
@@ -43,3 +43,10 @@ def test_a_rank_without_responses_has_one_pack_that_counts_nothing() -> None:
     sums = []
     token_weights("pack", [], layout, 1, lambda own: sums.append(own) or np.ones(3))
     np.testing.assert_array_equal(sums[0], 0)
+
+
+def test_seeds_of_an_iteration_differ() -> None:
+    seeds = [seed for i in range(4) for p in range(16) for seed in seeds_of(1, i, p, 8)]
+    assert len(set(seeds)) == len(seeds) == 4 * 16 * 8
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert seeds_of(1, 2, 3, 4) == seeds_of(1, 2, 3, 8)[:4] != seeds_of(2, 2, 3, 4)

@@ -47,6 +47,7 @@ def test_what_waits_in_host_memory_changes_no_bit(runs: Path) -> None:
 
 
 ALL = ("ppo", "ppo_shared", "ppo_critic_tp2", "grpo", "dapo", "dr_grpo", "rloo", "reinforce_pp", "ppo_epochs")
+ALL += ("gspo", "ppo_outside")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -6,6 +6,7 @@ weights and policy objective.  Theirs: the paper's objective, written out as a s
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,16 +16,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig, ConfigError, RLConfig, build, defaults
+from ovr_megatron.data.packing import blank_pack
 from ovr_megatron.model.qwen25vl import Scores
-from ovr_megatron.ppo.advantages import (
-    generalised_advantages,
-    mean_and_std,
-    moments,
-    normalise,
-    scaled_reward,
-    token_rewards,
-)
-from ovr_megatron.ppo.experience import advantages_without_values, shaped_reward
+from ovr_megatron.ppo.advantages import mean_and_std, moments, normalise, scaled_reward, token_rewards
+from ovr_megatron.ppo.estimators import find_estimator
+from ovr_megatron.ppo.experience import estimate, shaped_reward
 from ovr_megatron.ppo.losses import kl_estimate, token_weights
 from ovr_megatron.ppo.objectives import PolicyObjective
 from tests.ppo.methods import documented_methods
@@ -99,11 +95,9 @@ def our_advantages(algorithm: AlgorithmConfig) -> list[np.ndarray]:
         pairs = zip(PROBLEM.logprobs(PROBLEM.sampler), PROBLEM.logprobs(PROBLEM.reference), strict=True)
         penalties = [algorithm.kl_coefficient * kl_estimate(a, b, algorithm.kl_form).numpy() for a, b in pairs]
     per_token = token_rewards(rewards, LENGTHS, penalties)
-    if algorithm.estimator == "gae":
-        arrays, _ = generalised_advantages(per_token, PROBLEM.values, algorithm.gamma, algorithm.lam)
-    else:
-        arrays = advantages_without_values(algorithm, per_token, GROUPS)
-    if algorithm.estimator in ("gae", "reinforce_pp"):
+    values = PROBLEM.values if algorithm.has_critic else None
+    arrays = estimate(algorithm, per_token, GROUPS, values).advantages
+    if find_estimator(algorithm.estimator).normalises:
         arrays = normalise(arrays, *mean_and_std(moments(arrays)))
     return arrays
 
@@ -127,7 +121,9 @@ def our_gradient(algorithm: AlgorithmConfig) -> Tensor:
     def loss(logprobs: list[Tensor]) -> Tensor:
         flat = torch.cat([logprobs[i] for i in order])
         scores = Scores(torch.arange(len(flat)), logprobs=flat, entropy=torch.zeros_like(flat))
-        pack = SimpleNamespace(extras={name: torch.cat([a[i] for i in order]) for name, a in extras.items()})
+        bounds = torch.tensor([0, *np.cumsum([LENGTHS[i] for i in order])], dtype=torch.int32)
+        arrays = {name: torch.cat([a[i] for i in order]) for name, a in extras.items()}
+        pack = replace(blank_pack(rows=len(flat)), cu_seqlens=bounds, extras=arrays)
         sums = PolicyObjective(algorithm)(scores, pack)
         return sums.total / sums.count
 
@@ -209,6 +205,21 @@ def paper_dapo(logprobs: list[Tensor]) -> Tensor:
     return total / sum(LENGTHS)
 
 
+def paper_gspo(logprobs: list[Tensor]) -> Tensor:
+    """Mean over responses of min(s A, clip(s, 1 - 3e-4, 1 + 4e-4) A), s the n-th root of the ratio (Zheng 2025, eq. 5).
+
+    s is the geometric mean of the tokens' ratios (eq. 7), and its gradient goes through all of them.
+    """
+    old = PROBLEM.logprobs(PROBLEM.sampler)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, p in enumerate(logprobs):
+        rewards = np.array([VERDICTS[k] for k in group(i)])
+        advantage = (VERDICTS[i] - rewards.mean()) / (rewards.std() + 1e-6)
+        ratio = (p.sum().exp() / old[i].sum().exp()) ** (1 / len(p))
+        total = total - torch.min(ratio * advantage, ratio.clamp(1 - 3e-4, 1 + 4e-4) * advantage)
+    return total / len(logprobs)
+
+
 PAPERS = {
     "PPO": paper_ppo,
     "REINFORCE++": paper_reinforce_pp,
@@ -216,6 +227,7 @@ PAPERS = {
     "GRPO": paper_grpo,
     "Dr. GRPO": paper_dr_grpo,
     "DAPO": paper_dapo,
+    "GSPO": paper_gspo,
 }
 
 
@@ -237,6 +249,8 @@ CHANGES = {
     "reduction": ("RLOO", {"reduction": "sequence", "reduction_tokens": 0}),
     "kl": ("REINFORCE++", {"kl_coefficient": 0}),
     "kl_form": ("GRPO", {"kl_form": "k2"}),
+    "loss": ("GSPO", {"loss": "clip"}),
+    "clip": ("GSPO", {"clip": 0.2, "clip_high": 0.2}),
 }
 
 

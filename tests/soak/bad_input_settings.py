@@ -112,6 +112,10 @@ COLD_START_CASES = {
 
 RL_CASES = {
     "an unknown estimator": ("algorithm.estimator=ppo", "gae"),
+    "an estimator whose module is not there": ("algorithm.estimator=no.such:ROW", "no.such"),
+    "an estimator that is none": ("algorithm.estimator=json:dumps", "Estimator"),
+    "an unknown loss": ("algorithm.loss=clipped", "clip, gspo"),
+    "a loss that is none": ("algorithm.loss=json:__name__", "function"),
     "an unknown reduction": ("algorithm.reduction=mean", "token"),
     "an unknown form of the divergence": ("algorithm.kl_form=k4", "kl_form"),
     "a clip of 1": ("algorithm.clip=1", "clip"),

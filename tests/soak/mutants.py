@@ -62,7 +62,12 @@ MUTANTS = [
         "range(len(batch))",
     ),
     Mutant("clipping is off", "ppo/losses.py", "ratio.clamp(1 - low, 1 + high) * advantages", "ratio * advantages"),
-    Mutant("clip_high is ignored", "ppo/objectives.py", "high = config.clip_high or config.clip", "high = config.clip"),
+    Mutant(
+        "clip_high is ignored",
+        "ppo/losses.py",
+        "high = settings.clip_high or settings.clip",
+        "high = settings.clip",
+    ),
     Mutant("advantages are not divided", "ppo/advantages.py", "(a - mean) / (std + 1e-8)", "(a - mean)"),
     Mutant("advantages are not centred", "ppo/advantages.py", "(a - mean) / (std + 1e-8)", "a / (std + 1e-8)"),
     Mutant(

@@ -1,0 +1,119 @@
+"""The estimators of the advantage, one row each: how it is computed and what it needs.
+
+A new estimator is a new row here, or `register_estimator` before the settings are built, or an `Estimator` in a module
+of the user's that ``algorithm.estimator=package.module:NAME`` names.  Settings and plan read the rows, so nothing here
+imports torch or the settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ovr_megatron.ppo.advantages import (
+    Ragged,
+    discounted_sums,
+    generalised_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+)
+from ovr_megatron.ppo.registry import RegistryError, add_row, find_row
+
+
+@dataclass(frozen=True)
+class EstimatorInput:
+    """This rank's responses, of which n is the number of tokens; all responses to a prompt are on one rank.
+
+    Attributes:
+        rewards: float [n] per response, of each token.
+        groups: the index of the prompt of each response.
+        values: float [n] per response; None unless the estimator needs them.
+        gamma: ``algorithm.gamma``.
+        lam: ``algorithm.lam``.
+    """
+
+    rewards: Ragged
+    groups: Sequence[int]
+    values: Ragged | None
+    gamma: float
+    lam: float
+
+
+class Estimate(NamedTuple):
+    """Advantages, and where there is a critic the returns that it learns: each float64 [n] per response."""
+
+    advantages: Ragged
+    returns: Ragged | None = None
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator of the advantage.
+
+    Attributes:
+        compute: a pure function that communicates with no other rank.
+        needs_values: whether there must be a critic; ``compute`` then returns its targets, too.
+        needs_groups: whether it compares the responses to a prompt, of which there must be two or more.
+        normalises: whether the advantages are normalised over the batch of all ranks afterwards.
+    """
+
+    compute: Callable[[EstimatorInput], Estimate]
+    needs_values: bool = False
+    needs_groups: bool = False
+    normalises: bool = False
+
+
+def _gae(batch: EstimatorInput) -> Estimate:
+    assert batch.values is not None
+    return Estimate(*generalised_advantages(batch.rewards, batch.values, batch.gamma, batch.lam))
+
+
+def _grpo(batch: EstimatorInput) -> Estimate:
+    return Estimate(group_advantages(batch.rewards, batch.groups, divide=True))
+
+
+def _dr_grpo(batch: EstimatorInput) -> Estimate:
+    return Estimate(group_advantages(batch.rewards, batch.groups, divide=False))
+
+
+def _rloo(batch: EstimatorInput) -> Estimate:
+    return Estimate(leave_one_out_advantages(batch.rewards, batch.groups))
+
+
+def _reinforce_pp(batch: EstimatorInput) -> Estimate:
+    return Estimate(discounted_sums(batch.rewards, batch.gamma))
+
+
+# docs/algorithms.md has the equation and the source of each.
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": Estimator(_gae, needs_values=True, normalises=True),
+    "grpo": Estimator(_grpo, needs_groups=True),
+    "dr_grpo": Estimator(_dr_grpo, needs_groups=True),
+    "rloo": Estimator(_rloo, needs_groups=True),
+    "reinforce_pp": Estimator(_reinforce_pp, normalises=True),
+}
+
+
+def register_estimator(name: str, estimator: Estimator) -> None:
+    """Let ``algorithm.estimator`` take ``name``.
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    add_row(ESTIMATORS, name, estimator)
+
+
+def find_estimator(name: str) -> Estimator:
+    """Return the estimator that ``algorithm.estimator`` names.
+
+    Raises:
+        RegistryError: there is none of this name, or the object of this name is no `Estimator`.
+    """
+    estimator = find_row("algorithm.estimator", name, ESTIMATORS)
+    if not isinstance(estimator, Estimator):
+        raise RegistryError(
+            f"algorithm.estimator={name} is of type {type(estimator).__name__}; make it an "
+            f"{Estimator.__module__}.{Estimator.__name__}"
+        )
+    return estimator
