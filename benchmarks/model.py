@@ -7,7 +7,6 @@ of their rounds counts.  Weights are random, float32 on a CPU and bfloat16 on a 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES
-from ovr_megatron.analysis.subprocess_bench import BenchRow
+from benchmarks.shapes import LAYER_SHAPES
+from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
 from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
@@ -145,11 +144,8 @@ def count_flops(case: Case) -> float:
 
 def measure_in_subprocess(case: Case) -> Measurement:
     """Measure ``case`` in a new process."""
-    command = [sys.executable, "-m", "ovr_megatron.analysis.bench", json.dumps(asdict(case))]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{case}: {result.stderr[-3000:]}")
-    return Measurement(**json.loads(result.stdout.splitlines()[-1]))
+    (row,) = run_in_subprocess(__name__, json.dumps(asdict(case)))
+    return Measurement(**row)
 
 
 def measure(case: Case, repeats: int = 3, at_least: float = 3.0) -> Measurement:

@@ -1,6 +1,6 @@
 """Measure how fast, how full and in how much memory an epoch is packed: ours beside NeMo's first fit.
 
-As a program, ``python -m ovr_megatron.analysis.bench_packing PACKER SAMPLES`` measures one packer, in a new process, so
+As a program, ``python -m benchmarks.packing PACKER SAMPLES`` measures one packer, in a new process, so
 that its peak is not that of an earlier one.  NeMo's packer compares each length with every open pack and takes long:
 it gets fewer lengths.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ovr_megatron.analysis.subprocess_bench import BenchRow
+from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
 from ovr_megatron.data.epochs import plan_epoch
 
 PACK_TOKENS = 65536
@@ -48,7 +47,7 @@ def run(samples: int, rival_samples: int, rounds: int) -> list[BenchRow]:
     best: dict[tuple[str, int], BenchRow] = {}
     for _ in range(rounds):
         for case in cases:
-            row = _measure_in_subprocess(*case)
+            (row,) = run_in_subprocess(__name__, *case)
             if case not in best or row["cpu_seconds"] < best[case]["cpu_seconds"]:
                 best[case] = row
     our_seconds = best[OURS, rival_samples]["cpu_seconds"]
@@ -122,15 +121,6 @@ def _nemo_packer(algorithm: str) -> Callable[[np.ndarray], int]:
         return len(packing.create_packing_strategy(histogram, PACK_TOKENS, algorithm)[0])
 
     return pack
-
-
-def _measure_in_subprocess(packer: str, samples: int) -> BenchRow:
-    command = [sys.executable, "-m", "ovr_megatron.analysis.bench_packing", packer, str(samples)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{packer}, {samples}: {result.stderr[-3000:]}")
-    row: BenchRow = json.loads(result.stdout.splitlines()[-1])
-    return row
 
 
 def _peak_bytes() -> int:
