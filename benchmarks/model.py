@@ -31,8 +31,7 @@ from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.steps import matrix_rate
 from ovr_megatron.weights.folder import WeightFolder
 
-MEAN_LENGTH = 3700  # tokens of a cold-start sample; documents are drawn log-normal and scaled down to a pack
-SIGMA = 1.0
+SIGMA = 1.0  # of log-normal lengths
 VOCABULARY = 448  # of `make_tiny_model`
 
 
