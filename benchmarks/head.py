@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
+from benchmarks.subprocess_bench import BenchRow, resident_bytes, run_in_subprocess
 from ovr_megatron.model.heads import BANNED, token_scores
 
 TEMPERATURE = 0.9
@@ -134,13 +134,6 @@ def _run_variant(
         torch.cuda.synchronize()
 
 
-def _resident_bytes(field: str) -> int:
-    """Return the resident memory of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
-    with open("/proc/self/status") as lines:
-        kilobytes = next(line.split()[1] for line in lines if line.startswith(field))
-    return int(kilobytes) * 1024
-
-
 if __name__ == "__main__":
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     variant = sys.argv[1]
@@ -149,7 +142,7 @@ if __name__ == "__main__":
     # A small run first: memory of the libraries is no part of the measurement.
     _run_variant(variant, *_make_inputs(8, 64, 8, dtype, "cpu"))
     inputs = _make_inputs(tokens, vocab, width, dtype, "cpu")
-    resident_before = _resident_bytes("VmRSS")
+    resident_before = resident_bytes("VmRSS")
     _run_variant(variant, *inputs)
     # [1] is the weight, whose gradient does not count.
-    print(json.dumps({"extra_bytes": _resident_bytes("VmHWM") - resident_before - inputs[1].nbytes}))
+    print(json.dumps({"extra_bytes": resident_bytes("VmHWM") - resident_before - inputs[1].nbytes}))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.shapes import LAYER_SHAPES
-from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
+from benchmarks.subprocess_bench import BenchRow, resident_bytes, run_in_subprocess
 from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
@@ -175,10 +175,7 @@ def _peak_bytes(on_gpu: bool) -> int:
     """Return the peak memory so far: of the allocator on a GPU, else of the process."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return resident_bytes("VmHWM")
 
 
 def _build_ours(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], object]:

@@ -13,11 +13,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
+from benchmarks.subprocess_bench import BenchRow, resident_bytes, run_in_subprocess
 from ovr_megatron.data.epochs import plan_epoch
 
 PACK_TOKENS = 65536
@@ -89,7 +88,7 @@ def measure(packer: str, samples: int) -> BenchRow:
     # The rival is imported here: its libraries are no part of the measurement.
     pack = _pack if packer == OURS else _nemo_packer(packer.removeprefix("nemo "))
     lengths = sample_lengths(samples)
-    peak_before = _peak_bytes()
+    peak_before = resident_bytes("VmHWM")
     wall_start = time.perf_counter()
     cpu_start = time.process_time()
     packs = pack(lengths)
@@ -102,8 +101,8 @@ def measure(packer: str, samples: int) -> BenchRow:
         "cpu_seconds": cpu_seconds,
         "packs": packs,
         "fill": float(lengths.sum(dtype=np.int64)) / packs / PACK_TOKENS,
-        "extra_bytes": _peak_bytes() - peak_before,
-        "peak_bytes": _peak_bytes(),
+        "extra_bytes": resident_bytes("VmHWM") - peak_before,
+        "peak_bytes": resident_bytes("VmHWM"),
     }
 
 
@@ -121,12 +120,6 @@ def _nemo_packer(algorithm: str) -> Callable[[np.ndarray], int]:
         return len(packing.create_packing_strategy(histogram, PACK_TOKENS, algorithm)[0])
 
     return pack
-
-
-def _peak_bytes() -> int:
-    """Return the peak resident memory of this process."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -46,6 +46,14 @@ def run_in_subprocess(module: str, *arguments: object, launcher: Sequence[str] =
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
+def resident_bytes(field: str) -> int:
+    """Return the resident memory of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    # `getrusage` would count the peak of the process that started this one, too.
+    with open("/proc/self/status") as lines:
+        kilobytes = next(line.split()[1] for line in lines if line.startswith(field))
+    return int(kilobytes) * 1024
+
+
 def _exception_line(errors: str) -> str:
     """Return the last line of ``errors`` that names an exception, or else the last one; at most 200 characters."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no message"]
