@@ -98,11 +98,10 @@ def _tile(name: str, value: str, model: str = "") -> dict[str, str]:
 
 def _draw_charts(experiment: Experiment) -> dict[str, dict[str, str]]:
     """Return each figure by name: its caption, and its picture for every width and theme as an address."""
-    looks = {
-        f"{width_name}_{theme_name}": figures.draw_figures(experiment, theme, width)
-        for width_name, width in (("wide", figures.WIDE), ("narrow", figures.NARROW))
-        for theme_name, theme in zip(("light", "dark"), figures.THEMES, strict=True)
-    }
+    looks = {}
+    for width_name, width in (("wide", figures.WIDE), ("narrow", figures.NARROW)):
+        for theme_name, theme in zip(("light", "dark"), figures.THEMES, strict=True):
+            looks[f"{width_name}_{theme_name}"] = figures.draw_figures(experiment, theme, width)
     charts = {}
     for same_chart in zip(*looks.values(), strict=True):
         pictures = {name: data_uri(look.png) for name, look in zip(looks, same_chart, strict=True)}
