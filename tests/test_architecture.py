@@ -16,7 +16,7 @@ PACKAGE = "ovr_megatron"
 # A module imports from rooms that stand before its own, or from its own.
 ROOMS = ("errors", "keys", "config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint")
 ROOMS += ("rollout", "plan", "launch", "torchrun", "data_checks", "preflight", "curation", "ppo", "evaluation")
-ROOMS += ("coldstart", "rl", "replay", "verify", "analysis", "tools")
+ROOMS += ("coldstart", "rl", "replay", "verify", "analysis", "benchmarks", "tools")
 EXCEPTIONS = {
     ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
     ("config", f"{PACKAGE}.ppo.estimators"),  # free of torch, and what an estimator needs stands in its row
@@ -77,9 +77,9 @@ def room_of(name: str) -> str:
 
 
 def read_project(root: Path) -> dict[str, Module]:
-    """All modules of the package and of tools/, by dotted name."""
+    """All modules of the package, of benchmarks/ and of tools/, by dotted name."""
     files: dict[str, Path] = {}
-    for folder in (PACKAGE, "tools"):
+    for folder in (PACKAGE, "benchmarks", "tools"):
         for path in sorted((root / folder).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path

@@ -20,7 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES, PARTS, STEP_SHAPES
+# The benchmarks belong to the checkout and are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.shapes import LAYER_SHAPES, PARTS, STEP_SHAPES
 from ovr_megatron.runtime.command import run_command, whole_number
 
 GPU = ("step", "vision", "head", "rl")
@@ -55,7 +58,7 @@ def main() -> None:
         parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")
 
     # Imported here, so that --help does not wait for torch and the benchmarks.
-    from ovr_megatron.analysis.bench_parts import BENCHMARKS, gpu_name
+    from benchmarks.parts import BENCHMARKS, gpu_name
 
     if arguments.what != "gpu":
         _write_json(arguments.json, BENCHMARKS[arguments.what](arguments))

@@ -1,13 +1,14 @@
 "use strict";
-// What a model wrote reaches the page as text only: every node below is made by hand, none from a string of markup.
+// What a model wrote reaches the page as text only: cards are copies of the page's empty one, none is made from markup.
 (function () {
   const PAGE = 10;
   const NAMES = ["from", "source", "verdict", "behaviour", "least", "most", "order"];
   const index = JSON.parse(document.getElementById("browse-index").textContent);
-  const at = (name) => document.getElementById("browse-" + name);
+  const emptyCard = document.getElementById("browse-card").content.firstElementChild;
+  const field = (name) => document.getElementById("browse-" + name);
   const loaded = new Map(); // file -> promise of its responses
   const arrived = new Map(); // file -> what to call with them
-  let found = [];
+  let matches = []; // [file, row, tokens] of each response that the filters let through
   let first = 0;
 
   window.ovrShow = (name, items) => arrived.get(name)?.(items);
@@ -25,136 +26,145 @@
     return loaded.get(name);
   }
 
-  function make(kind, looks, ...content) {
-    const node = document.createElement(kind);
-    if (looks) node.className = looks;
-    node.append(...content);
-    return node;
-  }
-
-  function choose() {
-    const [from, source, verdict, behaviour, least, most, order] = NAMES.map((name) => at(name).value);
+  function filter() {
+    const [from, source, verdict, behaviour, least, most, order] = NAMES.map((name) => field(name).value);
     const bit = behaviour ? 1 << index.behaviours.indexOf(behaviour) : 0;
-    const which = index.sources.indexOf(source);
-    found = [];
-    index.files.forEach((file, number) => {
+    const sourceIndex = index.sources.indexOf(source);
+    matches = [];
+    index.files.forEach((file, fileIndex) => {
       if (from && from !== file.group) return;
-      file.rows.forEach((row, place) => {
-        const [own, reward, tokens, bits] = row;
-        if (source && own !== which) return;
+      file.rows.forEach(([rowSource, reward, tokens, bits], rowIndex) => {
+        if (source && rowSource !== sourceIndex) return;
         if (verdict && (reward > 0) !== (verdict === "Right")) return;
         if (bit && !(bits & bit)) return;
         if ((least && tokens < +least) || (most && tokens > +most)) return;
-        found.push([number, place, tokens]);
+        matches.push([fileIndex, rowIndex, tokens]);
       });
     });
-    if (order === "Last to first") found.reverse();
-    if (order === "Longest first") found.sort((a, b) => b[2] - a[2]);
-    if (order === "Shortest first") found.sort((a, b) => a[2] - b[2]);
+    if (order === "Last to first") matches.reverse();
+    if (order === "Longest first") matches.sort((a, b) => b[2] - a[2]);
+    if (order === "Shortest first") matches.sort((a, b) => a[2] - b[2]);
   }
 
-  function named(bits) {
-    return index.behaviours.filter((_, place) => bits & (1 << place));
+  function behaviourNames(bits) {
+    return index.behaviours.filter((_, bit) => bits & (1 << bit));
   }
 
-  function piece(item, place) {
+  // The same looks and titles as those of `describe_token` in response_card.py, and behaviours.
+  function piece(item, i) {
     const looks = [];
-    const told = [];
-    const bits = item.b ? item.b[place] : 0;
-    if (item.a && item.a[place] !== null) {
-      told.push(`advantage ${item.a[place]}`);
-      const shade = item.s[place];
+    const titles = [];
+    if (item.p && item.p[i] < index.low) looks.push("unlikely");
+    if (item.a && item.a[i] !== null) {
+      titles.push(`advantage ${item.a[i] < 0 ? "" : "+"}${item.a[i].toFixed(3)}`);
+      const shade = item.s[i];
       if (shade) looks.push((shade > 0 ? "up" : "down") + Math.abs(shade));
     }
-    if (item.p) {
-      told.push(`probability ${item.p[place]} %`);
-      if (item.p[place] < index.low) looks.push("unlikely");
-    }
-    if (bits) {
+    if (item.p) titles.push(`probability ${item.p[i].toFixed(3)}`);
+    if (item.b && item.b[i]) {
       looks.push("act");
-      told.push(...named(bits));
+      titles.push(...behaviourNames(item.b[i]));
     }
-    if (!looks.length && !told.length) return item.x[place];
-    const node = make("span", looks.join(" "), item.x[place]);
-    node.title = told.join(", ");
+    if (!titles.length) return item.x[i];
+    const node = document.createElement("span");
+    node.className = looks.join(" ");
+    node.title = titles.join(", ");
+    node.textContent = item.x[i];
     return node;
   }
 
-  function card([number, place], item) {
-    const [source, reward, tokens, bits] = index.files[number].rows[place];
-    const response = make("pre", "response", ...item.x.map((_, i) => piece(item, i)));
-    response.tabIndex = 0;
-    if (item.cut) response.append(`\n[... ${item.cut.toLocaleString("en")} more characters ...]`);
-    const badge = make("span", `badge ${reward > 0 ? "right" : "wrong"}`, `reward ${+reward.toPrecision(3)}`);
-    const facts = [index.files[number].title, index.sources[source], `${tokens} tokens`, `answer ${item.answer}`];
-    if (item.verdict) facts.push(item.verdict);
-    if (item.sample !== undefined) facts.push(`sample ${item.sample}`);
-    if (item.advantage !== undefined) facts.push(`mean advantage ${item.advantage.toFixed(3)}`);
-    if (!item.stopped) facts.push("cut off");
-    const text = make("div", "", make("pre", "", item.prompt.trim()), response, make("p", "note", badge, facts.join(" · ")));
-    if (bits) text.append(make("p", "note", ...named(bits).map((name) => make("span", "badge act", name))));
-    if (!item.image) return make("div", "rollout text", text);
-    const image = make("img");
-    const whole = make("div", "rollout image", image, text);
-    image.alt = "Image of the prompt";
+  function card([fileIndex, rowIndex], item) {
+    const file = index.files[fileIndex];
+    const node = emptyCard.cloneNode(true);
+    const part = (name) => node.querySelector("." + name);
+    part("prompt").textContent = item.prompt;
+    part("response").append(...item.x.map((_, i) => piece(item, i)));
+    if (item.cut) part("response").append(`\n[... ${item.cut.toLocaleString("en")} more characters ...]`);
+    part("badge").textContent = item.badge;
+    part("badge").classList.add(item.badge_kind);
+    part("facts").textContent = `${file.title} · ${item.facts}`;
+    const names = behaviourNames(file.rows[rowIndex][3]);
+    const emptyBadge = node.querySelector(".behaviours .badge");
+    part("behaviours").replaceChildren(...names.map((name) => {
+      const badge = emptyBadge.cloneNode(true);
+      badge.textContent = name;
+      return badge;
+    }));
+    if (!names.length) part("behaviours").remove();
+    showImage(node, item.image);
+    return node;
+  }
+
+  function showImage(node, address) {
+    const image = node.querySelector("img");
+    node.classList.add(address ? "image" : "text");
+    if (!address) return image.remove();
     image.onload = () => {
-      if (image.naturalWidth > 112) whole.className = "rollout photo";
+      if (image.naturalWidth > 112) node.classList.replace("image", "photo");
       else image.className = "small";
     };
-    image.src = item.image;
-    return whole;
+    image.src = address;
+  }
+
+  function note(text) {
+    const node = document.createElement("p");
+    node.className = "note";
+    node.textContent = text;
+    return node;
+  }
+
+  async function loadCard(match) {
+    const [fileIndex, rowIndex] = match;
+    let items;
+    try {
+      items = await load(index.files[fileIndex].files[Math.floor(rowIndex / index.perFile)]);
+    } catch (error) {
+      return note(`${error.message} is not there: keep the folder ${index.folder} beside this page.`);
+    }
+    const item = items[rowIndex % index.perFile];
+    return item ? card(match, item) : note("The report was written anew: load this page again.");
   }
 
   let latest = 0;
   async function show() {
-    const mine = ++latest;
-    at("list").setAttribute("aria-busy", "true"); // until the texts are there
-    const some = found.slice(first, first + PAGE);
-    const last = Math.min(first + PAGE, found.length);
-    at("count").textContent = found.length
-      ? `${(first + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${found.length.toLocaleString("en")}`
+    const request = ++latest;
+    field("list").setAttribute("aria-busy", "true"); // until the texts are there
+    const last = Math.min(first + PAGE, matches.length);
+    field("count").textContent = matches.length
+      ? `${(first + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${matches.length.toLocaleString("en")}`
       : "None fits";
-    at("back").disabled = first === 0;
-    at("next").disabled = last === found.length;
-    const cards = await Promise.all(some.map(async (one) => {
-      const name = index.files[one[0]].files[Math.floor(one[1] / index.perFile)];
-      let items;
-      try {
-        items = await load(name);
-      } catch (error) {
-        return make("p", "note", `${error.message} is not there: keep the folder ${index.folder} beside this page.`);
-      }
-      const item = items[one[1] % index.perFile];
-      return item ? card(one, item) : make("p", "note", "The report was written anew: load this page again.");
-    }));
-    if (mine !== latest) return;
-    at("list").replaceChildren(...cards);
-    at("list").setAttribute("aria-busy", "false");
+    field("back").disabled = first === 0;
+    field("next").disabled = last === matches.length;
+    const cards = await Promise.all(matches.slice(first, last).map(loadCard));
+    if (request !== latest) return;
+    field("list").replaceChildren(...cards);
+    field("list").setAttribute("aria-busy", "false");
   }
 
   function remember() {
-    const chosen = NAMES.filter((name) => at(name).value).map((name) => `${name}=${encodeURIComponent(at(name).value)}`);
-    if (first) chosen.push(`first=${first}`);
-    const hash = chosen.length ? "#" + chosen.join("&") : "#";
+    const values = NAMES.filter((name) => field(name).value);
+    const settings = values.map((name) => `${name}=${encodeURIComponent(field(name).value)}`);
+    if (first) settings.push(`first=${first}`);
+    const hash = settings.length ? "#" + settings.join("&") : "#";
     if ((location.hash || "#") !== hash) history.replaceState(null, "", hash);
   }
 
   function restore() {
-    const told = new URLSearchParams(location.hash.slice(1));
+    const settings = new URLSearchParams(location.hash.slice(1));
     for (const name of NAMES) {
-      at(name).value = told.get(name) || "";
-      if (at(name).selectedIndex === -1) at(name).value = ""; // no such choice any more
+      field(name).value = settings.get(name) || "";
+      if (field(name).selectedIndex === -1) field(name).value = ""; // no such choice any more
     }
-    choose();
-    first = Math.min(Math.max(0, Math.floor(+told.get("first") || 0)), Math.max(0, found.length - 1));
+    filter();
+    first = Math.min(Math.max(0, Math.floor(+settings.get("first") || 0)), Math.max(0, matches.length - 1));
     show();
   }
 
   for (const name of NAMES) {
-    at(name).addEventListener("input", () => { choose(); first = 0; remember(); show(); });
+    field(name).addEventListener("input", () => { filter(); first = 0; remember(); show(); });
   }
-  at("back").addEventListener("click", () => { first = Math.max(0, first - PAGE); remember(); show(); });
-  at("next").addEventListener("click", () => { first += PAGE; remember(); show(); });
+  field("back").addEventListener("click", () => { first = Math.max(0, first - PAGE); remember(); show(); });
+  field("next").addEventListener("click", () => { first += PAGE; remember(); show(); });
   window.addEventListener("hashchange", restore);
   document.getElementById("browser").hidden = false;
   restore();

@@ -1,4 +1,4 @@
-"""Render the part of the report in which a reader filters single responses and leafs through them.
+"""Prepare the part of the report in which a reader filters single responses and leafs through them.
 
 The page holds an index of the responses; their texts are in files beside it and are loaded when they are shown.  So
 the page opens at once, however long a run was: of every iteration's rollouts and of every evaluation's responses an
@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
-from ovr_megatron.analysis.page import Html, section, tag
+from ovr_megatron.analysis.response_card import EMPTY_CARD, card_texts
 from ovr_megatron.analysis.samples import LOW_LOGPROB, MAX_TOKENS, Token, read_tokens, shade
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS
@@ -35,10 +35,8 @@ MAX_ROLLOUTS = MAX_RESPONSES * 4 // 5  # the rest are responses of evaluations
 MIN_PER_ITERATION = 8  # rollouts; of very long runs some iterations are left out instead
 RESPONSES_PER_FILE = 50
 MAX_CHARACTERS = 20_000  # of one response
-_FORMAT_VERSION = 1  # of the files; raise it whenever `_item` writes something else
-_SCRIPT = Path(__file__).with_name("browser.js")
+_FORMAT_VERSION = 2  # of the files; raise it whenever `_item` writes something else
 _BITS = {name: 1 << index for index, name in enumerate(BEHAVIOURS)}
-_BUTTONS = {"back": "Back", "next": "Next"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ class ResponseFile:
     fingerprint: str = ""
 
 
-def render_browser(experiment: Experiment) -> Html | None:
-    """Return the section of the page, or None if there are no responses.
+def prepare_browser(experiment: Experiment) -> dict[str, Any] | None:
+    """Return the content of the section, or None if there are no responses.
 
     Files of responses that are missing or outdated are written, and those that the page no longer uses are removed.
     """
@@ -77,7 +75,7 @@ def render_browser(experiment: Experiment) -> Html | None:
         (folder / Path(f"{name}.js").name).unlink(missing_ok=True)
     # Last, so that an index never names files that are not complete.
     write_whole(folder / "index.json", json.dumps(index))
-    return _render_section(index)
+    return _browser_content(index)
 
 
 def _response_files(experiment: Experiment) -> Iterator[ResponseFile]:
@@ -198,15 +196,9 @@ def _rollout_items(
     for row in rows:
         tokens = next(tokens_of_short) if row["tokens"] <= MAX_TOKENS else []
         image = row.get("image")
-        details = {
-            "prompt": row["prompt"],
-            "answer": row["answer"],
-            "verdict": row.get("verdict"),
-            "stopped": row["stopped"],
-            "advantage": row.get("advantage_mean"),
-            "image": _image_address(stage.dir, image, root) if image else None,
-        }
-        items.append(_item(row, row["reward"], row["response"], tokens, details, {}))
+        texts: dict[str, Any] = {**card_texts(row)}
+        texts["image"] = _image_address(stage.dir, image, root) if image else None
+        items.append(_item(row, row["reward"], row["response"], tokens, texts, {}))
     return items
 
 
@@ -227,10 +219,10 @@ def _evaluation_items(
     items = []
     for index in indices:
         row = rows[index]
-        details = {name: row[name] for name in ("id", "sample", "stopped")}
-        details |= {"prompt": row["question"], "answer": row["reference"], "verdict": row["reason"]}
+        reward = float(row["correct"])
+        names = {"prompt": row["question"], "answer": row["reference"], "verdict": row["reason"], "reward": reward}
         counts = counts_by_row.get(index, {})
-        items.append(_item(row, float(row["correct"]), row["response"] or "", [], details, counts))
+        items.append(_item(row, reward, row["response"] or "", [], card_texts(row | names, row["sample"]), counts))
     return items
 
 
@@ -239,10 +231,10 @@ def _item(
     reward: float,
     response: str,
     tokens: Sequence[Token],
-    details: dict[str, Any],
+    texts: Mapping[str, Any],
     judge_counts: Mapping[str, int | None],
 ) -> dict[str, Any]:
-    """Return ``facts``, the entry of a response in the index, and ``content``, its text and ``details``.
+    """Return ``facts``, the entry of a response in the index, and ``content``, its text and the card's other ``texts``.
 
     The text is marked by wording in any case; which behaviours the response counts for, the judge decides if it has
     read the response.
@@ -251,7 +243,7 @@ def _item(
     characters_cut = len(text) - MAX_CHARACTERS
     text = text[:MAX_CHARACTERS]
     acts = lexical.acts(text)
-    content = _pieces(text, tokens, acts) | {"cut": characters_cut if characters_cut > 0 else None} | details
+    content = _pieces(text, tokens, acts) | {"cut": characters_cut if characters_cut > 0 else None} | dict(texts)
     if judge_counts:
         behaviours = {name for name, count in judge_counts.items() if count}
     else:
@@ -268,7 +260,7 @@ def _pieces(text: str, tokens: Sequence[Token], acts: Sequence[lexical.Act]) -> 
 
     Returns:
         ``x`` the pieces; ``b`` the bits of the behaviours that each shows, if any does.  Of tokens also ``p``, their
-        probabilities in percent, and if anything was learnt from the response, ``a``, their advantages, and ``s``,
+        probabilities, and if anything was learnt from the response, ``a``, their advantages, and ``s``,
         their shades from -3 to 3.
     """
     if not tokens:
@@ -280,7 +272,7 @@ def _pieces(text: str, tokens: Sequence[Token], acts: Sequence[lexical.Act]) -> 
     tokens = _tokens_within(tokens, len(text))
     pieces: dict[str, Any] = {
         "x": [token.text for token in tokens],
-        "p": [round(100 * exp(token.logprob), 1) for token in tokens],
+        "p": [round(exp(token.logprob), 3) for token in tokens],
     }
     if any(token.advantage is not None for token in tokens):
         pieces["a"] = [None if token.advantage is None else round(token.advantage, 3) for token in tokens]
@@ -311,7 +303,7 @@ def _behaviour_bits(parts: Sequence[str], acts: Sequence[lexical.Act]) -> dict[s
     return {"b": bits} if any(bits) else {}
 
 
-def _render_section(index: Mapping[str, Any]) -> Html:
+def _browser_content(index: Mapping[str, Any]) -> dict[str, Any]:
     sources = _sources(index)
     count = sum(len(entry["rows"]) for entry in index.values())
     total = sum(entry["total"] for entry in index.values())
@@ -320,24 +312,12 @@ def _render_section(index: Mapping[str, Any]) -> Html:
         f"{sample}. Their texts are in {FOLDER}/ beside this page and are loaded when they are shown. Behaviours are "
         "found by wording, an approximation, unless a judge has counted them."
     )
-    # In a script element "</script>" and "<!--" would end the data, whatever the quotes around them.
-    data = json.dumps(_page_index(index, sources), separators=(",", ":")).replace("<", "\\u003c")
-    buttons = [tag("button", text, id=f"browse-{name}", type="button") for name, text in _BUTTONS.items()]
-    return section(
-        "Browse the responses",
-        tag("p", note, class_="note"),
-        tag("noscript", tag("p", "This part needs JavaScript.", class_="note")),
-        tag(
-            "div",
-            _render_filters(index, sources),
-            tag("p", tag("span", id="browse-count", role="status"), *buttons, class_="pager"),
-            tag("div", id="browse-list"),
-            id="browser",
-            hidden="",
-        ),
-        tag("script", Html(data), id="browse-index", type="application/json"),
-        tag("script", Html(_SCRIPT.read_text())),
-    )
+    return {
+        "note": note,
+        "groups": list(dict.fromkeys(entry["group"] for entry in index.values())),
+        "index": _page_index(index, sources),
+        "empty_card": EMPTY_CARD,
+    }
 
 
 def _sources(index: Mapping[str, Any]) -> list[str]:
@@ -358,33 +338,8 @@ def _page_index(index: Mapping[str, Any], sources: Sequence[str]) -> dict[str, A
     return {
         "folder": FOLDER,
         "perFile": RESPONSES_PER_FILE,
-        "low": round(100 * exp(LOW_LOGPROB)),
+        "low": round(exp(LOW_LOGPROB), 3),
         "sources": sources,
         "behaviours": [behaviour.title for behaviour in BEHAVIOURS.values()],
         "files": files,
     }
-
-
-def _render_filters(index: Mapping[str, Any], sources: Sequence[str]) -> Html:
-    groups = list(dict.fromkeys(entry["group"] for entry in index.values()))
-    return tag(
-        "div",
-        _choice("From", "from", "Everything", groups),
-        _choice("Source", "source", "All", sources),
-        _choice("Verdict", "verdict", "All", ["Right", "Wrong"]),
-        _choice("Behaviour", "behaviour", "All", [behaviour.title for behaviour in BEHAVIOURS.values()]),
-        _number_field("Tokens, at least", "least"),
-        _number_field("Tokens, at most", "most"),
-        _choice("Order", "order", "First to last", ["Last to first", "Longest first", "Shortest first"]),
-        class_="filters",
-    )
-
-
-def _choice(title: str, name: str, default: str, options: Sequence[str]) -> Html:
-    """Return a list to choose from; ``default`` stands for no choice."""
-    choices = (tag("option", option, value=option) for option in options)
-    return tag("label", title, tag("select", tag("option", default, value=""), *choices, id=f"browse-{name}"))
-
-
-def _number_field(title: str, name: str) -> Html:
-    return tag("label", title, tag("input", id=f"browse-{name}", type="number", min="0", inputmode="numeric"))

@@ -198,7 +198,7 @@ def _map_with_installed(lines: tuple[str, ...]) -> ChunkResults:
     return map_chunk(_installed, lines)
 
 
-def run_stages(stages: list[PrepareStage], config: PrepareConfig, say: Callable[[str], None] = print) -> Path:
+def run_stages(stages: list[PrepareStage], config: PrepareConfig) -> Path:
     """Run ``stages`` in order and skip complete ones; returns the folder of the last."""
     input_folder: Path | None = None
     key = ""
@@ -210,9 +210,9 @@ def run_stages(stages: list[PrepareStage], config: PrepareConfig, say: Callable[
         if manifest is None:
             clear(folder, key, stage.files)
             manifest = _run(stage, config, input_folder, count, key)
-            say(_sentence(stage.name, manifest))
+            print(_sentence(stage.name, manifest))
         else:
-            say(_sentence(stage.name, manifest) + " (done before)")
+            print(_sentence(stage.name, manifest) + " (done before)")
         input_folder = folder
         count = int(manifest.extra["kept"])
     assert input_folder is not None, "there is at least one stage"

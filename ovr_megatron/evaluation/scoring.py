@@ -13,8 +13,6 @@ from ovr_megatron.rewards.latex import last_box
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rewards.verdict import FAILED
 
-METRICS = ("auto", "boxed", "exact")
-
 
 @dataclass(frozen=True)
 class GradedResponse:

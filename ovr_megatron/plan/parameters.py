@@ -30,7 +30,6 @@ _ORDER = ("embedding.", "decoder.layers.", "decoder.final_layernorm.", "output_l
 _WITHIN_LAYER = ("linear_proj.", "linear_qkv.", "linear_fc1.", "linear_fc2.")
 _WITHIN_MODULE = ("layer_norm_weight", "bias", "weight")
 _EMBEDDING = "embedding.word_embeddings.weight"
-_HEAD = "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,10 @@ class ModelState:
         return self.weights + self.gradients + self.optimizer
 
 
-def count_parameters(shape: ModelShape, critic: bool = False) -> dict[str, int]:
+def count_parameters(shape: ModelShape) -> dict[str, int]:
     """Count the parameters of the whole model by part; a tied head counts once, in the embedding."""
     counts = dict.fromkeys(("vision", "merger", "embedding", "layers", "head"), 0)
-    for row in rows(shape, critic):
+    for row in rows(shape):
         counts[_part_of_model(row.megatron)] += _count_elements(row)
     return counts
 
@@ -91,7 +90,7 @@ def _part_of_model(name: str) -> str:
         return "merger" if name.startswith("vision.merger.") else "vision"
     if name.startswith("embedding."):
         return "embedding"
-    return "head" if name in (_HEAD, "value_head.weight") else "layers"
+    return "head" if name == "output_layer.weight" else "layers"
 
 
 def _count_elements(row: TensorRow) -> int:

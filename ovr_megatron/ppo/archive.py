@@ -48,7 +48,6 @@ class SavedIteration:
         stream: state of the prompt stream before the iteration.
         drawn: prompts that the iteration drew from it.
         responses: those in the files that this rank has read.
-        arrays: those of `ARRAYS` that were saved, [n] for each of these responses.
     """
 
     limit: int
@@ -56,7 +55,6 @@ class SavedIteration:
     stream: dict[str, Any]
     drawn: int
     responses: list[Response]
-    arrays: dict[str, Ragged]
 
 
 def write(
@@ -174,17 +172,16 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
         summary = json.loads((folder / "iteration.json").read_text(encoding="utf-8"))
         lines = _read_lines(run / "rollouts" / f"{iteration:06d}.jsonl")
         responses: list[Response] = []
-        arrays: dict[str, Ragged] = {}
         # Any rank may read any file: responses are exchanged again before anything trains on them.
         for path in sorted(folder.glob("*.safetensors"))[world.rank :: world.size]:
-            _read_responses(path, lines, responses, arrays)
+            responses += _read_responses(path, lines)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         complete = ", ".join(map(str, iterations(run))) or "none"
         raise ArchiveError(
             f"{folder}: the rollouts of iteration {iteration} cannot be read ({error}); whole ones: {complete}"
         ) from error
     train_prompts = dict(map(tuple, summary["kept"]))
-    return SavedIteration(summary["limit"], train_prompts, summary["stream"], summary["drawn"], responses, arrays)
+    return SavedIteration(summary["limit"], train_prompts, summary["stream"], summary["drawn"], responses)
 
 
 def read_all(run: Path, iteration: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
@@ -257,17 +254,12 @@ def _read_lines(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     return lines
 
 
-def _read_responses(
-    path: Path,
-    lines: Mapping[tuple[int, int], dict[str, Any]],
-    responses: list[Response],
-    arrays: dict[str, Ragged],
-) -> None:
-    """Append the responses of a file to ``responses``, and the others of its arrays to ``arrays``."""
-    index, file_arrays = _read_arrays(path)
-    tokens = file_arrays.pop("tokens")
-    logprobs = file_arrays.pop("logprobs")
-    for (prompt, sample, _), response_tokens, response_logprobs in zip(index.tolist(), tokens, logprobs, strict=True):
+def _read_responses(path: Path, lines: Mapping[tuple[int, int], dict[str, Any]]) -> list[Response]:
+    """Return the responses of a file."""
+    index, arrays = _read_arrays(path)
+    numbers = zip(index.tolist(), arrays["tokens"], arrays["logprobs"], strict=True)
+    responses = []
+    for (prompt, sample, _), response_tokens, response_logprobs in numbers:
         line = lines[prompt, sample]
         responses.append(
             Response(
@@ -282,8 +274,7 @@ def _read_responses(
                 line.get("failed", False),
             )
         )
-    for name, values in file_arrays.items():
-        arrays.setdefault(name, []).extend(values)
+    return responses
 
 
 def _build_lines(

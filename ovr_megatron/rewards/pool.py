@@ -190,11 +190,6 @@ class GraderPool:
         """End every worker."""
         self.close()
 
-    @property
-    def pids(self) -> list[int]:
-        """Return the process ids of the present workers."""
-        return [worker.process.pid for worker in self._workers]
-
     def close(self) -> None:
         """End every worker; a second call does nothing."""
         for worker in list(self._workers):

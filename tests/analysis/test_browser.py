@@ -5,12 +5,16 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
 from ovr_megatron.analysis.browser import _response_files, even_indices
 from ovr_megatron.analysis.experiment import read_experiment
 from ovr_megatron.analysis.report import write_report
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS
+from ovr_megatron.model.tiny import make_tiny_model
 from tests.analysis import screenshots
 
 pytestmark = pytest.mark.skipif(screenshots.CHROMIUM is None, reason="no Chromium; on Debian: apt install chromium")
@@ -105,6 +109,36 @@ def test_the_page_opens_and_its_filters_work(report, chromium):
     assert again.count == "11 to 20 of 120" and again.cards() == page.cards()
     assert not page.wrong and not again.wrong
     assert all(address.startswith(("file:", "data:")) for address in page.asked)
+
+
+def test_a_card_is_the_same_in_both_parts(bare_dir, chromium, tmp_path):
+    """What the page itself shows of a rollout and what it loads from a file; behaviours are marked in the latter."""
+    run = bare_dir / "rl"
+    make_tiny_model(tmp_path / "model")
+    (run / "companions").mkdir()
+    shutil.copy(tmp_path / "model/tokenizer.json", run / "companions")
+    ids = Tokenizer.from_file(str(tmp_path / "model/tokenizer.json")).encode("So <b>5 €</b>\nis").ids
+    path = run / "rollouts/000059.jsonl"
+    rows = [json.loads(line) | {"number": n, "sample": 0} for n, line in enumerate(path.read_text().splitlines())]
+    rows = [rows[0] | {"stopped": False, "verdict": "not equal"}, rows[5]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"index": np.array([[row["number"], 0, len(ids)] for row in rows]), "tokens": np.array(2 * ids, np.int32)}
+    columns["logprobs"] = np.log(np.linspace(0.05, 0.95, 2 * len(ids))).astype(np.float32)
+    columns["advantages"] = np.linspace(-1, 1, 2 * len(ids)).astype(np.float32)
+    path.with_suffix("").mkdir()
+    save_file(columns, path.with_suffix("") / "0.safetensors")
+    page = Opened(chromium, write_report(read_experiment(bare_dir)))
+    page.choose("from", "Rollouts")
+    page.choose("order", "Last to first")
+    page.settle()
+    read = """cards => cards.map(card => [card.className, ...[".prompt", ".response", ".note"].map(
+        part => card.querySelector(part).innerHTML)])"""
+    moment = 'h3:text-is("Late: iteration 59") ~ .rollout'
+    own = page.page.eval_on_selector_all(moment, read)
+    loaded = page.page.eval_on_selector_all("#browse-list .rollout", read)[:2]
+    assert sorted(own) == sorted([*card[:3], card[3].replace("RL, iteration 59 · ", "")] for card in loaded)
+    assert 'class="unlikely down3" title="advantage -1.000, probability 0.050"' in own[1][2] + own[0][2]
+    assert "not equal" in own[1][3] + own[0][3] and not page.wrong
 
 
 def test_images_of_prompts_are_shown(report, chromium):

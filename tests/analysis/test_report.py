@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from ovr_megatron.analysis.experiment import ExperimentError, read_experiment
-from ovr_megatron.analysis.page import Html, tag
 from ovr_megatron.analysis.report import duration, render, write_report
 from ovr_megatron.analysis.samples import pick_moments, pick_rollouts, read_picture
 from ovr_megatron.evaluation.judges import JudgeConfig
@@ -306,10 +305,6 @@ def lose_half(path):
 def test_command_refuses_a_folder_without_a_run(tmp_path):
     with pytest.raises(ExperimentError, match="neither a run folder"):
         command.main([str(tmp_path)])
-
-
-def test_tags_escape_text_and_attributes_but_not_markup():
-    assert tag("p", "<b>", Html("<i></i>"), None, title='"') == '<p title="&quot;">&lt;b&gt;<i></i></p>'
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ovr_megatron.analysis import bench_head
+from benchmarks import head as head_benchmark
 from ovr_megatron.model import heads
 from ovr_megatron.model.heads import BANNED, init_value_head, token_scores
 
@@ -212,18 +212,18 @@ def test_memory_stays_far_below_the_logits() -> None:
     bound = tokens * vocab * 4 // 16
     # A quarter of the rows is enough to see it fail with the logits in full.
     assert (
-        bench_head.extra_bytes(bench_head.NAIVE, tokens // 4, vocab, 16) > 4 * bound
+        head_benchmark.extra_bytes(head_benchmark.NAIVE, tokens // 4, vocab, 16) > 4 * bound
     )  # a quarter of the rows, and still
-    assert bench_head.extra_bytes(bench_head.TILES, tokens, vocab, 256) < bound
+    assert head_benchmark.extra_bytes(head_benchmark.TILES, tokens, vocab, 256) < bound
 
 
 def test_measurement_has_a_row_for_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_head, "extra_bytes", lambda *case: 5)
+    monkeypatch.setattr(head_benchmark, "extra_bytes", lambda *case: 5)
     before = dist.is_initialized()
-    rows = bench_head.measure_head(64, 300, 8, "float32", "cpu", repeats=1)
-    assert [row["variant"] for row in rows] == list(bench_head.VARIANTS)
+    rows = head_benchmark.measure_head(64, 300, 8, "float32", "cpu", repeats=1)
+    assert [row["variant"] for row in rows] == list(head_benchmark.VARIANTS)
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["extra_bytes"] == 5 for row in rows)
-    assert len(bench_head.format_table(rows).splitlines()) == 1 + len(rows)
+    assert len(head_benchmark.format_table(rows).splitlines()) == 1 + len(rows)
     assert dist.is_initialized() == before
 
 

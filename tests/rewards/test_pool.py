@@ -27,6 +27,11 @@ def pool():
         yield pool
 
 
+def pids_of(pool: GraderPool) -> list[int]:
+    """Process ids of the present workers."""
+    return [worker.process.pid for worker in pool._workers]
+
+
 def test_verdicts_are_the_graders_in_the_order_of_the_requests(pool):
     boxes = ["7", "8", "\\frac{14}{2}", "\\sqrt{49}", "", "x", "(7)", "7 apples", "seven", "é\ud800\u2028\n7"] * 3
     requests = [GradeRequest(f"\\boxed{{{box}}}", "7") for box in boxes] + [GradeRequest("none", "7")]
@@ -42,12 +47,12 @@ def test_verdicts_are_the_graders_in_the_order_of_the_requests(pool):
 def test_a_hostile_expression_costs_its_own_verdict_and_no_more_than_the_limit():
     with GraderPool(workers=1, timeout_s=1.0) as pool:
         assert pool.grade([RIGHT])[0].correct
-        before, cpu = pool.pids, children_cpu()
+        before, cpu = pids_of(pool), children_cpu()
         verdicts = pool.grade([RIGHT, HOSTILE, RIGHT])
         assert [verdict.reason for verdict in verdicts] == [Reason.TEXT, Reason.TIMEOUT, Reason.TEXT]
         assert verdicts[1] == Verdict(Reason.TIMEOUT) and verdicts[1].reward == 0.0 and verdicts[1].failed
         assert 1.9 <= children_cpu() - cpu < 20.0  # one second in each of two workers, which also import
-        assert pool.pids != before and not Path(f"/proc/{before[0]}").exists()
+        assert pids_of(pool) != before and not Path(f"/proc/{before[0]}").exists()
 
 
 def children_cpu() -> float:
@@ -59,14 +64,14 @@ def children_cpu() -> float:
 def test_a_worker_that_dies_costs_nothing():
     with GraderPool(workers=1, timeout_s=30.0, cache=0) as pool:
         pool.grade([RIGHT])
-        os.kill(pool.pids[0], signal.SIGKILL)
+        os.kill(pids_of(pool)[0], signal.SIGKILL)
         time.sleep(0.2)
         assert all(verdict.correct for verdict in pool.grade([RIGHT] * 3))
 
 
 def test_a_worker_that_is_killed_while_it_starts_is_replaced():
     with GraderPool(workers=2) as pool:
-        for pid in pool.pids:
+        for pid in pids_of(pool):
             os.kill(pid, signal.SIGKILL)
         assert all(verdict.correct for verdict in pool.grade([RIGHT] * 3))
 
@@ -138,7 +143,7 @@ def test_a_limit_counts_the_workers_own_time(rules):
     """A rule that waits, as a worker does on a node with more work than cores, has its verdict."""
     with GraderPool(workers=1, timeout_s=1.0) as pool:
         assert pool.grade([GradeRequest("x", "", (), "these_rules:slow")])[0].correct
-        stopped = pool.pids[0]
+        stopped = pids_of(pool)[0]
         pool.submit("x", RIGHT)
         os.kill(stopped, signal.SIGSTOP)
         pool.submit("y", GradeRequest("\\boxed{\\sqrt{49}}", "7"))
@@ -146,7 +151,7 @@ def test_a_limit_counts_the_workers_own_time(rules):
         collected = []
         while pool.pending:
             collected += pool.collect()
-        assert [verdict.correct for _, verdict in collected] == [True, True] and pool.pids == [stopped]
+        assert [verdict.correct for _, verdict in collected] == [True, True] and pids_of(pool) == [stopped]
 
 
 def test_nothing_is_imported_from_the_current_folder(tmp_path, monkeypatch):
@@ -188,7 +193,7 @@ def test_ctrl_c_leaves_nothing_to_the_next_call():
 def test_workers_are_bounded_in_memory_and_gone_after_the_pool():
     with GraderPool(workers=1, memory_mib=700) as pool:
         pool.grade([RIGHT])
-        pids = pool.pids
+        pids = pids_of(pool)
         limits = [Path(f"/proc/{pid}/limits").read_text() for pid in pids]
     for text in limits:
         assert any(line.split()[3:5] == [str(700 << 20)] * 2 for line in text.splitlines() if "address space" in line)

@@ -25,9 +25,9 @@ from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.analysis.bench import make_text_pack, sample_lengths
-from ovr_megatron.analysis.published import randomise, randomise_engine, read_shape, write_model
-from ovr_megatron.analysis.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
+from benchmarks.model import make_text_pack, sample_lengths
+from benchmarks.random_models import randomise, randomise_engine, read_shape, write_model
+from benchmarks.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
 from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine

@@ -1,6 +1,6 @@
 """Measure how fast, how full and in how much memory an epoch is packed: ours beside NeMo's first fit.
 
-As a program, ``python -m ovr_megatron.analysis.bench_packing PACKER SAMPLES`` measures one packer, in a new process, so
+As a program, ``python -m benchmarks.packing PACKER SAMPLES`` measures one packer, in a new process, so
 that its peak is not that of an earlier one.  NeMo's packer compares each length with every open pack and takes long:
 it gets fewer lengths.
 """
@@ -10,15 +10,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from ovr_megatron.analysis.subprocess_bench import BenchRow
+from benchmarks.subprocess_bench import BenchRow, resident_bytes, run_in_subprocess
 from ovr_megatron.data.epochs import plan_epoch
 
 PACK_TOKENS = 65536
@@ -48,7 +46,7 @@ def run(samples: int, rival_samples: int, rounds: int) -> list[BenchRow]:
     best: dict[tuple[str, int], BenchRow] = {}
     for _ in range(rounds):
         for case in cases:
-            row = _measure_in_subprocess(*case)
+            (row,) = run_in_subprocess(__name__, *case)
             if case not in best or row["cpu_seconds"] < best[case]["cpu_seconds"]:
                 best[case] = row
     our_seconds = best[OURS, rival_samples]["cpu_seconds"]
@@ -90,7 +88,7 @@ def measure(packer: str, samples: int) -> BenchRow:
     # The rival is imported here: its libraries are no part of the measurement.
     pack = _pack if packer == OURS else _nemo_packer(packer.removeprefix("nemo "))
     lengths = sample_lengths(samples)
-    peak_before = _peak_bytes()
+    peak_before = resident_bytes("VmHWM")
     wall_start = time.perf_counter()
     cpu_start = time.process_time()
     packs = pack(lengths)
@@ -103,8 +101,8 @@ def measure(packer: str, samples: int) -> BenchRow:
         "cpu_seconds": cpu_seconds,
         "packs": packs,
         "fill": float(lengths.sum(dtype=np.int64)) / packs / PACK_TOKENS,
-        "extra_bytes": _peak_bytes() - peak_before,
-        "peak_bytes": _peak_bytes(),
+        "extra_bytes": resident_bytes("VmHWM") - peak_before,
+        "peak_bytes": resident_bytes("VmHWM"),
     }
 
 
@@ -122,21 +120,6 @@ def _nemo_packer(algorithm: str) -> Callable[[np.ndarray], int]:
         return len(packing.create_packing_strategy(histogram, PACK_TOKENS, algorithm)[0])
 
     return pack
-
-
-def _measure_in_subprocess(packer: str, samples: int) -> BenchRow:
-    command = [sys.executable, "-m", "ovr_megatron.analysis.bench_packing", packer, str(samples)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{packer}, {samples}: {result.stderr[-3000:]}")
-    row: BenchRow = json.loads(result.stdout.splitlines()[-1])
-    return row
-
-
-def _peak_bytes() -> int:
-    """Return the peak resident memory of this process."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

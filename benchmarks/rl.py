@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ovr_megatron.analysis.published import randomise_engine, write_model
-from ovr_megatron.analysis.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
+from benchmarks.random_models import randomise_engine, write_model
+from benchmarks.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
 from ovr_megatron.config import RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
@@ -74,7 +74,7 @@ def run(rounds: int, only: str = "", verdicts: int = 8192) -> list[BenchRow]:
     for part, name in parts:
         if only in part:
             try:
-                rows += run_in_subprocess("ovr_megatron.analysis.bench_rl", part, name, rounds)
+                rows += run_in_subprocess(__name__, part, name, rounds)
             except MeasurementError as error:
                 rows.append({"name": f"{name}, {part}", "failed": str(error)})
     generation = {row["name"]: row for row in rows if "tokens_per_second" in row}

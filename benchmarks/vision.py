@@ -18,8 +18,8 @@ import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from ovr_megatron.analysis.published import randomise, randomise_engine, read_shape, write_model
-from ovr_megatron.analysis.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
+from benchmarks.random_models import randomise, randomise_engine, read_shape, write_model
+from benchmarks.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine

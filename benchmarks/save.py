@@ -1,13 +1,12 @@
 """Measure how long a save holds two ranks up: all files by the first rank, by every rank, in the background.
 
-``torchrun --nproc-per-node 2 -m ovr_megatron.analysis.bench_save ROUNDS`` prints one JSON row for each way.
+``torchrun --nproc-per-node 2 -m benchmarks.save ROUNDS`` prints one JSON row for each way.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ovr_megatron.analysis.subprocess_bench import BenchRow
+from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.checkpoint.writing import DiskQueue
@@ -33,11 +32,8 @@ SIZES = TinySizes(hidden=1024, heads=8, kv_heads=2, ffn=4096, layers=4)
 
 def run(rounds: int) -> list[BenchRow]:
     """Start the two processes and return the rows that they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run([*command, "-m", __name__, str(rounds)], capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(result.stderr[-3000:])
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return run_in_subprocess(__name__, rounds, launcher=launcher)
 
 
 def format_table(rows: Sequence[BenchRow]) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 BenchRow = dict[str, Any]
 """A row of a benchmark's table and of its JSON file: ``name``, ``seconds`` and whatever else was measured."""
+
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 class MeasurementError(RuntimeError):
@@ -21,7 +26,7 @@ def run_in_subprocess(module: str, *arguments: object, launcher: Sequence[str] =
     """Run ``module`` as a program and return the JSON objects among the lines of its output.
 
     Args:
-        module: importable.
+        module: of the checkout.
         arguments: of the program.
         launcher: arguments of the interpreter that start the program, such as ``-m torch.distributed.run ...``.
 
@@ -29,11 +34,24 @@ def run_in_subprocess(module: str, *arguments: object, launcher: Sequence[str] =
         MeasurementError: the program failed.
     """
     command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # This package is not installed: Python finds it, and its version of `ovr_megatron`, in the checkout.
+    search_path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": search_path}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
-        raise MeasurementError(_exception_line(result.stderr))
+        error = MeasurementError(_exception_line(result.stderr))
+        error.add_note(result.stderr[-3000:])  # Python prints it below the traceback
+        raise error
     # Libraries print to standard output, too: only lines that begin an object are rows.
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def resident_bytes(field: str) -> int:
+    """Return the resident memory of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    # `getrusage` would count the peak of the process that started this one, too.
+    with open("/proc/self/status") as lines:
+        kilobytes = next(line.split()[1] for line in lines if line.startswith(field))
+    return int(kilobytes) * 1024
 
 
 def _exception_line(errors: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,7 +20,7 @@ import datasets
 import numpy as np
 import psutil
 
-from ovr_megatron.analysis.subprocess_bench import BenchRow
+from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
 from ovr_megatron.config import DataConfig, SourceConfig
 from ovr_megatron.curation.decontaminate import load_problems
 from ovr_megatron.curation.dedup import first_equal, hashes
@@ -160,7 +159,7 @@ def run(count: int, workers: int, rounds: int) -> list[BenchRow]:
         for turn in range(rounds):
             for method in _PREPARE:
                 # A new folder each time: `datasets` would find its results of the last turn in the old one.
-                result = _measure_in_subprocess(method, file, folder / f"{method}{turn}", workers)
+                (result,) = run_in_subprocess(__name__, method, file, folder / f"{method}{turn}", workers)
                 if method not in best or result["seconds"] < best[method]["seconds"]:
                     best[method] = result
     rows = []
@@ -173,15 +172,6 @@ def run(count: int, workers: int, rounds: int) -> list[BenchRow]:
             row["cpu_ratio"] = best[RIVAL]["cpu_seconds"] / result["cpu_seconds"]
         rows.append(row)
     return rows
-
-
-def _measure_in_subprocess(method: str, rows: Path, out: Path, workers: int) -> BenchRow:
-    command = [sys.executable, "-m", __name__, method, str(rows), str(out), str(workers)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        raise RuntimeError(f"{method}: {process.stderr[-3000:]}")
-    result: BenchRow = json.loads(process.stdout.splitlines()[-1])
-    return result
 
 
 def format_table(rows: Sequence[BenchRow]) -> str:

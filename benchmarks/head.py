@@ -1,12 +1,12 @@
 """Measure the language-model head, forward and backward: tiles beside logits in full.
 
-As a program, ``python -m ovr_megatron.analysis.bench_head VARIANT TOKENS VOCAB WIDTH DTYPE`` prints the bytes that one
+As a program, ``python -m benchmarks.head VARIANT TOKENS VOCAB WIDTH DTYPE`` prints the bytes that one
 variant needs on the CPU.  `measure_head` starts it, because a process has one peak for all that it does.
 """
 
 from __future__ import annotations
 
-import subprocess
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovr_megatron.analysis.subprocess_bench import BenchRow
+from benchmarks.subprocess_bench import BenchRow, resident_bytes, run_in_subprocess
 from ovr_megatron.model.heads import BANNED, token_scores
 
 TEMPERATURE = 0.9
@@ -98,8 +98,8 @@ def measure_head(
 
 def extra_bytes(variant: str, tokens: int, vocab: int, width: int, dtype: str = "float32") -> int:
     """Measure ``extra_bytes`` of `measure_head` for one variant on the CPU, in a new process."""
-    command = [sys.executable, "-m", __spec__.name, variant, *map(str, (tokens, vocab, width)), dtype]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    (row,) = run_in_subprocess(__name__, variant, tokens, vocab, width, dtype)
+    return int(row["extra_bytes"])
 
 
 def _make_inputs(tokens: int, vocab: int, width: int, dtype: str, device: str) -> tuple[Tensor, ...]:
@@ -134,13 +134,6 @@ def _run_variant(
         torch.cuda.synchronize()
 
 
-def _resident_bytes(field: str) -> int:
-    """Return the resident memory of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
-    with open("/proc/self/status") as lines:
-        kilobytes = next(line.split()[1] for line in lines if line.startswith(field))
-    return int(kilobytes) * 1024
-
-
 if __name__ == "__main__":
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     variant = sys.argv[1]
@@ -149,6 +142,7 @@ if __name__ == "__main__":
     # A small run first: memory of the libraries is no part of the measurement.
     _run_variant(variant, *_make_inputs(8, 64, 8, dtype, "cpu"))
     inputs = _make_inputs(tokens, vocab, width, dtype, "cpu")
-    resident_before = _resident_bytes("VmRSS")
+    resident_before = resident_bytes("VmRSS")
     _run_variant(variant, *inputs)
-    print(_resident_bytes("VmHWM") - resident_before - inputs[1].nbytes)  # [1]: the weight, whose gradient is left out
+    # [1] is the weight, whose gradient does not count.
+    print(json.dumps({"extra_bytes": resident_bytes("VmHWM") - resident_before - inputs[1].nbytes}))

@@ -7,18 +7,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ovr_megatron.analysis import (
-    bench,
-    bench_head,
-    bench_packing,
-    bench_prepare,
-    bench_rl,
-    bench_save,
-    bench_step,
-    bench_vision,
-)
-from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES
-from ovr_megatron.analysis.subprocess_bench import BenchRow
+from benchmarks import head, model, packing, prepare, rl, save, step, vision
+from benchmarks.shapes import LAYER_SHAPES
+from benchmarks.subprocess_bench import BenchRow
 
 Rows = list[BenchRow]
 Benchmark = Callable[[argparse.Namespace], Rows]
@@ -26,22 +17,22 @@ Benchmark = Callable[[argparse.Namespace], Rows]
 
 def _run_model(arguments: argparse.Namespace) -> Rows:
     """Measure the model beside Transformers', and print each row as soon as it is measured."""
-    cases = bench.make_cases(arguments.shapes or list(LAYER_SHAPES), arguments.tokens, arguments.mean)
+    cases = model.make_cases(arguments.shapes or list(LAYER_SHAPES), arguments.tokens, arguments.mean)
     selected = [case for case in cases if arguments.only in case[0]]
-    print(bench.HEADER)
-    rows = _print_each(bench.run_table(selected, arguments.rounds), bench.format_row)
+    print(model.HEADER)
+    rows = _print_each(model.run_table(selected, arguments.rounds), model.format_row)
     if any("mfu" in row for row in rows):
-        print(bench.FLOP_FORMULA)
+        print(model.FLOP_FORMULA)
     return rows
 
 
 def _run_step(arguments: argparse.Namespace) -> Rows:
     """Measure a cold-start pack at the published shapes, and print each row as soon as it is measured."""
     shapes = arguments.shapes or (["3B", "7B"] if torch.cuda.is_available() else ["tiny"])
-    print(bench_step.HEADER)
-    measurements = bench_step.run(shapes, arguments.rounds, arguments.fp8, arguments.only, arguments.trace)
-    rows = _print_each(measurements, bench_step.format_row)
-    print(bench.FLOP_FORMULA)
+    print(step.HEADER)
+    measurements = step.run(shapes, arguments.rounds, arguments.fp8, arguments.only, arguments.trace)
+    rows = _print_each(measurements, step.format_row)
+    print(model.FLOP_FORMULA)
     return rows
 
 
@@ -65,22 +56,22 @@ def _print_at_end(run: Callable[[argparse.Namespace], Rows], format_table: Calla
 
 
 def _run_packing(arguments: argparse.Namespace) -> Rows:
-    return bench_packing.run(arguments.samples, arguments.rival_samples, arguments.rounds)
+    return packing.run(arguments.samples, arguments.rival_samples, arguments.rounds)
 
 
 def _run_prepare(arguments: argparse.Namespace) -> Rows:
-    return bench_prepare.run(arguments.rows, arguments.workers, arguments.rounds)
+    return prepare.run(arguments.rows, arguments.workers, arguments.rounds)
 
 
 BENCHMARKS: dict[str, Benchmark] = {
     "model": _run_model,
     "step": _run_step,
-    "vision": _print_at_end(lambda arguments: bench_vision.run(arguments.rounds), bench_vision.format_table),
-    "head": _print_at_end(lambda arguments: bench_head.run(arguments.rounds), bench_head.format_table),
-    "rl": _print_at_end(lambda arguments: bench_rl.run(arguments.rounds, arguments.only), bench_rl.format_table),
-    "packing": _print_at_end(_run_packing, bench_packing.format_table),
-    "prepare": _print_at_end(_run_prepare, bench_prepare.format_table),
-    "save": _print_at_end(lambda arguments: bench_save.run(arguments.rounds), bench_save.format_table),
+    "vision": _print_at_end(lambda arguments: vision.run(arguments.rounds), vision.format_table),
+    "head": _print_at_end(lambda arguments: head.run(arguments.rounds), head.format_table),
+    "rl": _print_at_end(lambda arguments: rl.run(arguments.rounds, arguments.only), rl.format_table),
+    "packing": _print_at_end(_run_packing, packing.format_table),
+    "prepare": _print_at_end(_run_prepare, prepare.format_table),
+    "save": _print_at_end(lambda arguments: save.run(arguments.rounds), save.format_table),
 }
 
 

@@ -7,7 +7,6 @@ of their rounds counts.  Weights are random, float32 on a CPU and bfloat16 on a 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.analysis.bench_shapes import LAYER_SHAPES
-from ovr_megatron.analysis.subprocess_bench import BenchRow
+from benchmarks.shapes import LAYER_SHAPES
+from benchmarks.subprocess_bench import BenchRow, resident_bytes, run_in_subprocess
 from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
@@ -32,8 +31,7 @@ from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.steps import matrix_rate
 from ovr_megatron.weights.folder import WeightFolder
 
-MEAN_LENGTH = 3700  # tokens of a cold-start sample; documents are drawn log-normal and scaled down to a pack
-SIGMA = 1.0
+SIGMA = 1.0  # of log-normal lengths
 VOCABULARY = 448  # of `make_tiny_model`
 
 
@@ -145,11 +143,8 @@ def count_flops(case: Case) -> float:
 
 def measure_in_subprocess(case: Case) -> Measurement:
     """Measure ``case`` in a new process."""
-    command = [sys.executable, "-m", "ovr_megatron.analysis.bench", json.dumps(asdict(case))]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{case}: {result.stderr[-3000:]}")
-    return Measurement(**json.loads(result.stdout.splitlines()[-1]))
+    (row,) = run_in_subprocess(__name__, json.dumps(asdict(case)))
+    return Measurement(**row)
 
 
 def measure(case: Case, repeats: int = 3, at_least: float = 3.0) -> Measurement:
@@ -180,10 +175,7 @@ def _peak_bytes(on_gpu: bool) -> int:
     """Return the peak memory so far: of the allocator on a GPU, else of the process."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return resident_bytes("VmHWM")
 
 
 def _build_ours(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], object]:

@@ -1,0 +1,1 @@
+"""Benchmarks beside named rivals: ``python tools/bench.py --help``.  They run from a checkout and are not installed."""
