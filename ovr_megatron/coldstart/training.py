@@ -35,6 +35,7 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.logs import get_logger, set_step
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, record_layers
 from ovr_megatron.runtime.spikes import SpikeWatch
@@ -47,6 +48,8 @@ from ovr_megatron.weights.folder import WeightFolder
 
 if TYPE_CHECKING:
     from ovr_megatron.evaluation.periodic import PeriodicEvaluation
+
+logger = get_logger(__name__)
 
 SPIKE_DOCUMENTS = 16  # documents that the record of a spike names
 LENGTHS_MEASURED = 64  # rows whose mean length estimates the epochs in the heading
@@ -92,6 +95,7 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
             evaluation.engine.update(engine.held())
             trainer.record_scores(first_step - 1, evaluation.scores(first_step))
         for step in range(first_step, config.steps):
+            set_step(step)
             metrics = trainer.train(step, packs, checkpoints.save_seconds)
             progress.update(loss=f"{metrics['loss']:.4f}")
             steps_done = step + 1
@@ -121,7 +125,7 @@ def show_start(
         sample_count = config.steps * step_tokens / mean_length(config, processor)
         rows += source_rows(config, sample_count)
     rows += run_rows(config, {"model": engine}, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
-    print(show_heading(f"cold start in {config.run.dir}", rows), flush=True)
+    logger.info(show_heading(f"cold start in {config.run.dir}", rows))
 
 
 def mean_length(config: ColdStartConfig, processor: Processor) -> float:

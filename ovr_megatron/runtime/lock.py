@@ -14,7 +14,9 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import NOTICE, get_logger
+
+logger = get_logger(__name__)
 
 # A file server keeps the lock of a node that died until its lease runs out, on NFS 4 after 90 s.
 LEASE_S = 100.0
@@ -59,7 +61,7 @@ def lock_folder(folder: Path, is_main: bool, reads_only: bool = False) -> None:
             answer = [_take(folder / ".lock")]
         except OSError as error:
             if reads_only and error.errno in _READ_ONLY:
-                say(f"warning: {folder} cannot be locked ({error.strerror}); see that no job works there")
+                logger.warning(f"{folder} cannot be locked ({error.strerror}); see that no job works there")
             else:
                 answer = [error]
     # All ranks raise or none: the others would wait in the next collective.
@@ -83,7 +85,7 @@ def _take(path: Path) -> str | None:
         if _is_on_this_host(holder) or time.monotonic() > deadline:
             file.close()
             return holder
-        say(f"{path}: held by {holder}; waiting, as it may have died with its node")
+        logger.log(NOTICE, f"{path}: held by {holder}; waiting, as it may have died with its node")
         time.sleep(5.0)
     _locked_files.append(file)
     with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
@@ -105,7 +107,7 @@ def _try_lock(file: IO[str]) -> bool:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
         if error.errno in _NOT_SUPPORTED:
-            say(f"warning: {file.name}: this file system has no locks; start one job only")
+            logger.warning(f"{file.name}: this file system has no locks; start one job only")
             return True
         raise
     return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,18 @@ from ovr_megatron.runtime.appended import AppendedFile
 from ovr_megatron.runtime.events import EventFile
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.json_lines import read_json_lines
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import NOTICE, get_logger
+
+logger = get_logger(__name__)
 
 LAYERS = "layers.txt"
 
 
 def record_layers(run: Path, layers: str, cautions: Sequence[str]) -> None:
     """Print the implementation of the ``layers`` and its ``cautions``; write the former to ``RUN/layers.txt``."""
-    say(f"layers: {layers}", sys.stdout)
+    logger.info(f"layers: {layers}")
     for caution in cautions:
-        say(f"note: {caution}")
+        logger.log(NOTICE, f"note: {caution}")
     (run / LAYERS).write_text(f"{layers}\n")
 
 

@@ -90,11 +90,11 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path, capfd: pytest.Captu
     size = metrics.stat().st_size
     messages = []
     with capfd.disabled(), full_disk(size + 5), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(appended, "say", messages.append)
+        patch.setattr(appended.logger, "warning", messages.append)
         for step in (1, 2):
             log.scalars(step, {"loss": float(step)})
             assert metrics.stat().st_size == size, "half a record stays"
-        patch.setattr(appended, "say", messages.append)
+        patch.setattr(appended.logger, "warning", messages.append)
     log.scalars(3, {"loss": 3.0})
     log.close()
     assert len(messages) == 2 and "train.jsonl cannot be written (File too large)" in messages[0]
@@ -107,7 +107,7 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path, capfd: pytest.Captu
 
 def test_what_never_found_room_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    monkeypatch.setattr(appended, "say", messages.append)
+    monkeypatch.setattr(appended.logger, "warning", messages.append)
     monkeypatch.setattr(appended, "WAITING_BYTES", 200)
     lines = StepLines(tmp_path / "train.jsonl")
     with full_disk():
