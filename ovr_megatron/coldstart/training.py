@@ -37,12 +37,13 @@ from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import get_logger, set_step
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.runtime.runlog import RunLog, record_layers
+from ovr_megatron.runtime.runlog import open_log, record_layers
 from ovr_megatron.runtime.spikes import SpikeWatch
 from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.trackers.table import check_trackers
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
@@ -174,7 +175,7 @@ class StepTrainer:
         if checkpoint:
             self.spikes.load(checkpoint.state["spikes"])
         first_step = checkpoint.step if checkpoint else 0
-        self.log = RunLog(Path(config.run.dir), "train", first_step) if world.is_main else None
+        self.log = open_log(config, first_step, world)
         self.peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(engine.config.params_dtype)
 
     def train(self, step: int, packs: SupervisedPacks, save_seconds: float) -> dict[str, float]:
@@ -273,6 +274,7 @@ class StepTrainer:
 def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train, and print the path of the result; return the exit code."""
     settings = config.run
+    check_trackers(settings.trackers)
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
         result = train(config, world, launch)

@@ -38,11 +38,12 @@ from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger, set_step
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.runtime.runlog import RunLog, record_layers
+from ovr_megatron.runtime.runlog import RunLog, open_log, record_layers
 from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from ovr_megatron.runtime.steps import matrix_rate, memory_peaks, peak_gib
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.trackers.table import check_trackers
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
@@ -100,7 +101,7 @@ class PPOTrainer:
                 self.evaluation = PeriodicEvaluation(
                     config.evaluation, self.rollouts.engine, processor, config.rollout.tp, self.run, config.run.seed
                 )
-        self.log = RunLog(self.run, "train", self.first) if world.is_main else None
+        self.log = open_log(config, self.first, world)
         if world.is_main:
             record_run(config, processor, world, launch)
             show_start(config, self.engines, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
@@ -481,6 +482,7 @@ def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
     for name in config.reward.rules.values():
         rules.check(name)
     settings = config.run
+    check_trackers(settings.trackers)
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
         code = 0

@@ -38,6 +38,8 @@ _RUN_SUBFOLDERS = (
     "metrics",
     "companions",
     "tensorboard",
+    "wandb",
+    "mlflow",
     "data",
     "logs",
 )

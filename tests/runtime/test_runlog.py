@@ -14,7 +14,8 @@ from ovr_megatron.curation.journal import Journal
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.runtime import appended
-from ovr_megatron.runtime.runlog import RunLog, StepLines, read_metrics
+from ovr_megatron.runtime.runlog import RunLog
+from ovr_megatron.runtime.step_lines import StepLines, read_metrics
 
 
 def test_a_resumed_record_has_every_step_once(tmp_path: Path) -> None:
