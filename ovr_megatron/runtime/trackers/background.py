@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from queue import Full, Queue
 from threading import Thread
@@ -48,12 +50,14 @@ class BackgroundTracker:
 
     def close(self) -> None:
         """Close the tracker after the calls that wait, but wait for it at most `CLOSE_S` seconds."""
-        self._put(None)
-        self._thread.join(CLOSE_S)
+        deadline = time.monotonic() + CLOSE_S
+        with suppress(Full):  # of a tracker that hangs
+            self._calls.put(None, timeout=CLOSE_S)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             logger.warning(f"tracker {self.name} did not finish within {CLOSE_S:g} s; its last records may be missing")
 
-    def _put(self, call: Callable[[], None] | None) -> None:
+    def _put(self, call: Callable[[], None]) -> None:
         try:
             self._calls.put_nowait(call)
         except Full:
