@@ -122,7 +122,7 @@ def test_a_run_takes_a_tracker_from_outside_the_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("wandbb", "'wandbb' is no tracker; choose of jsonl, tensorboard, wandb, mlflow, trackio, or write package"),
+        ("wandbb", "'wandbb' is no tracker; choose of jsonl, tensorboard, wandb, mlflow, trackio"),
         ("missing_package.module:open", "No module named 'missing_package'; is its folder in PYTHONPATH"),
         ("json:nothing", "has no attribute 'nothing'"),
         ("absent", "absent is not installed; pip install 'ovr-megatron\\[absent_package\\]', or leave absent out"),
