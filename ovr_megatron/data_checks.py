@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,11 @@ from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.rewards.references import check_reference
+from ovr_megatron.runtime.logs import NOTICE, get_logger
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.terminal import printable
+
+logger = get_logger(__name__)
 
 Check = Callable[[Row], object]
 GENERATED_ROWS = 1000  # checked of a source that never ends
@@ -86,7 +88,7 @@ def report_bad_rows(config: ColdStartConfig | RLConfig, rows: int = 0) -> int:
     if Path(config.model.path).is_dir():
         processor = Processor(weights_of(config.model.path), config.data)
     else:
-        print(f"model.path={config.model.path} is no folder: lengths are not looked at", file=sys.stderr)
+        logger.log(NOTICE, f"model.path={config.model.path} is no folder: lengths are not looked at")
     checks = checks_of(config, processor)
     return sum(_report_source(settings, checks, rows) for settings in config.data.sources)
 

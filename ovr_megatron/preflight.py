@@ -26,6 +26,8 @@ from ovr_megatron.plan.memory import checkpoint_bytes
 from ovr_megatron.runtime import cpu, distributed, preflight
 from ovr_megatron.runtime.stop import JoinError
 from ovr_megatron.runtime.terminal import printable
+from ovr_megatron.runtime.trackers.protocol import TrackerError
+from ovr_megatron.runtime.trackers.table import check_trackers
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.transfer import check_weights
 
@@ -121,7 +123,7 @@ def run_checks(config: Config) -> tuple[list[str], dict[str, float]]:
         problems += preflight.check_gpus(local_rank, local_size)
         problems += check_layers(config) + preflight.check_cudnn()
     if local_rank == 0:
-        problems += check_model(config, main_rank)
+        problems += check_model(config, main_rank) + check_packages(config)
         for path in paths:
             problems += preflight.check_readable(path)
 
@@ -199,6 +201,15 @@ def check_layers(config: Config) -> list[str]:
     except ConfigError as error:
         reason = str(error).removeprefix("model.layers=").partition(";")[0]
         return [f"{reason}; install it, or say model.layers=local to train several times more slowly without it"]
+    return []
+
+
+def check_packages(config: Config) -> list[str]:
+    """Check that the trackers of the run are known and installed."""
+    try:
+        check_trackers(config.run.trackers)
+    except TrackerError as error:
+        return [str(error)]
     return []
 
 

@@ -24,7 +24,7 @@ from ovr_megatron.ppo.iteration import Clock, learn
 from ovr_megatron.rl.training import build_models, open_model_and_prompts
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.runlog import read_metrics
+from ovr_megatron.runtime.step_lines import read_metrics
 
 METRICS = (
     *("critic/loss", "critic/grad_norm", "critic/explained_variance", "critic/value_std"),

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.runtime.runlog import read_metrics
+from ovr_megatron.runtime.step_lines import read_metrics
 
 # Names as in the folder, and titles as people read them; all in the order of the recipe.
 STAGES = {"base": "Base model", "cold_start": "Cold start", "rl": "RL"}

@@ -21,10 +21,12 @@ from ovr_megatron.config import ColdStartConfig, RLConfig
 from ovr_megatron.engine import DivergenceError, Engine
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.stop import REQUEUE, Stop, StopRequest
-from ovr_megatron.runtime.terminal import say
 from ovr_megatron.weights.folder import WeightError
 from ovr_megatron.weights.transfer import staged
+
+logger = get_logger(__name__)
 
 _LEFT_OVER = re.compile(r"\.step_\d+\.(partial|old)")
 
@@ -164,7 +166,7 @@ class CheckpointManager:
             with staged(self.run / "exports" / checkpoint.name, [checkpoint], replace=True) as partial:
                 shutil.copytree(checkpoint / "policy", partial, copy_function=_link, dirs_exist_ok=True)
         except (OSError, WeightError) as error:
-            say(f"warning: step {step} was not exported: {error}")
+            logger.warning(f"step {step} was not exported: {error}")
 
     def _prune(self) -> None:
         if not self.world.is_main:
@@ -172,7 +174,7 @@ class CheckpointManager:
         try:
             store.prune(self.directory, self.config.keep_last, self.config.keep_every, self.last_step)
         except OSError as error:
-            say(f"warning: an old checkpoint stays, remove it by hand: {error}")
+            logger.warning(f"an old checkpoint stays, remove it by hand: {error}")
 
     def _agree(self) -> tuple[Stop, bool]:
         """Return the strongest stop request of any rank, and whether any rank still writes."""
@@ -209,4 +211,4 @@ class CheckpointManager:
         if ending or self.config.stop_on_failed_save:
             raise CheckpointError(f"{message}, then start the same command again")
         if self.world.is_main:
-            say(f"warning: {message}; training goes on to the next save")
+            logger.warning(f"{message}; training goes on to the next save")

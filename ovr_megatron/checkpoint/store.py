@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,10 +40,12 @@ from ovr_megatron.checkpoint.writing import (
 )
 from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.work_barrier import WorkBarrier
 from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder
 from ovr_megatron.weights.table import TensorRow
+
+logger = get_logger(__name__)
 
 _REASONS = 3  # that a message spells out
 
@@ -276,7 +277,7 @@ def find(directory: Path, world: World, stage: str | None = None) -> ResumePoint
         )
     if world.is_main:
         for reason in skipped:
-            say(f"skipping a checkpoint: {reason}", sys.stdout)
+            logger.info(f"skipping a checkpoint: {reason}")
     return checkpoint
 
 

@@ -26,9 +26,11 @@ from ovr_megatron.checkpoint.manifest import FileRecord, file_record, write_mani
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.weights.folder import INDEX, copy_hf_assets, cut, shard_names, write_index
 from ovr_megatron.weights.shard import PIECE, Pending, sync, write_shard
+
+logger = get_logger(__name__)
 
 Records = dict[str, FileRecord]
 RNG = "rng"
@@ -291,7 +293,7 @@ def _set_aside(folder: Path) -> None:
         names = (folder.with_name(f"{folder.name}.unusable{count or ''}") for count in itertools.count())
         free = next(name for name in names if not name.exists())
         folder.rename(free)
-        say(f"warning: {folder} could not be used and is now {free}; remove it by hand")
+        logger.warning(f"{folder} could not be used and is now {free}; remove it by hand")
 
 
 def remove(checkpoint: Path) -> None:

@@ -35,18 +35,22 @@ from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.logs import get_logger, set_step
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.runtime.runlog import RunLog, record_layers
+from ovr_megatron.runtime.runlog import open_log, record_layers
 from ovr_megatron.runtime.spikes import SpikeWatch
 from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.trackers.table import check_trackers
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
 
 if TYPE_CHECKING:
     from ovr_megatron.evaluation.periodic import PeriodicEvaluation
+
+logger = get_logger(__name__)
 
 SPIKE_DOCUMENTS = 16  # documents that the record of a spike names
 LENGTHS_MEASURED = 64  # rows whose mean length estimates the epochs in the heading
@@ -92,6 +96,7 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
             evaluation.engine.update(engine.held())
             trainer.record_scores(first_step - 1, evaluation.scores(first_step))
         for step in range(first_step, config.steps):
+            set_step(step)
             metrics = trainer.train(step, packs, checkpoints.save_seconds)
             progress.update(loss=f"{metrics['loss']:.4f}")
             steps_done = step + 1
@@ -121,7 +126,7 @@ def show_start(
         sample_count = config.steps * step_tokens / mean_length(config, processor)
         rows += source_rows(config, sample_count)
     rows += run_rows(config, {"model": engine}, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
-    print(show_heading(f"cold start in {config.run.dir}", rows), flush=True)
+    logger.info(show_heading(f"cold start in {config.run.dir}", rows))
 
 
 def mean_length(config: ColdStartConfig, processor: Processor) -> float:
@@ -170,7 +175,7 @@ class StepTrainer:
         if checkpoint:
             self.spikes.load(checkpoint.state["spikes"])
         first_step = checkpoint.step if checkpoint else 0
-        self.log = RunLog(Path(config.run.dir), "train", first_step) if world.is_main else None
+        self.log = open_log(config, first_step, world)
         self.peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(engine.config.params_dtype)
 
     def train(self, step: int, packs: SupervisedPacks, save_seconds: float) -> dict[str, float]:
@@ -270,6 +275,7 @@ class StepTrainer:
 def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train, and print the path of the result; return the exit code."""
     settings = config.run
+    check_trackers(settings.trackers)
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
         result = train(config, world, launch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ovr_megatron.config.checks import require
 
@@ -16,7 +16,8 @@ class RunConfig:
     ``exports/`` for Transformers.  With ``async_save`` checkpoints are written while training goes on, from copies
     that take at most ``save_buffer_gib`` of host memory on a rank.  ``hang_timeout_s`` bounds every hang: a rank ends
     that has had no engine step, pack or file of weights for so long, and a collective fails that waits longer.
-    ``peak_tflops`` (0: measured at the start) is the reference of ``perf/mfu``.
+    ``peak_tflops`` (0: measured at the start) is the reference of ``perf/mfu``.  ``trackers`` take the metrics every
+    ``log_every`` steps: names of `ovr_megatron.runtime.trackers.table`, or ``package.module:function``.
     """
 
     dir: str
@@ -29,6 +30,7 @@ class RunConfig:
     save_buffer_gib: float = 4.0
     stop_on_failed_save: bool = False
     log_every: int = 1
+    trackers: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])
     threads: int = 0
     hang_timeout_s: float = 1800.0
     peak_tflops: float = 0.0
@@ -47,6 +49,7 @@ class RunConfig:
             ("spike_deviations", "no record"),
         ):
             require(getattr(self, key) >= 0, f"run.{key}={getattr(self, key)} must be 0 ({zero}) or more")
+        require(len(set(self.trackers)) == len(self.trackers), f"run.trackers={self.trackers} has a name twice")
         require(
             not self.export_every % self.save_every,
             f"run.export_every={self.export_every} must be a multiple of run.save_every={self.save_every}: "

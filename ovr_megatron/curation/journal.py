@@ -16,7 +16,9 @@ from typing import Any, Self
 import numpy as np
 
 from ovr_megatron.runtime.json_lines import json_lines
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 class Journal:
@@ -44,7 +46,7 @@ class Journal:
         # Otherwise the next result would be appended to half a line, and both would be lost.
         self._file.truncate(end)
         if damaged:
-            say(f"warning: {path}: {damaged} damaged lines, which count as not there")
+            logger.warning(f"{path}: {damaged} damaged lines, which count as not there")
         self._sort()
 
     def __enter__(self) -> Self:

@@ -36,7 +36,10 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.report import StageReport
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.sources import local_path
+from ovr_megatron.runtime.logs import NOTICE, get_logger
 from ovr_megatron.runtime.progress import Progress
+
+logger = get_logger(__name__)
 
 ROWS = "rows.jsonl"
 _REPORT = ("report.json", "figure.png")
@@ -210,9 +213,9 @@ def run_stages(stages: list[PrepareStage], config: PrepareConfig) -> Path:
         if manifest is None:
             clear(folder, key, stage.files)
             manifest = _run(stage, config, input_folder, count, key)
-            print(_sentence(stage.name, manifest))
+            logger.log(NOTICE, _sentence(stage.name, manifest))
         else:
-            print(_sentence(stage.name, manifest) + " (done before)")
+            logger.log(NOTICE, _sentence(stage.name, manifest) + " (done before)")
         input_folder = folder
         count = int(manifest.extra["kept"])
     assert input_folder is not None, "there is at least one stage"

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,9 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 
 from ovr_megatron.data.hf_files import PREPROCESSOR, PROCESSOR, AssetError, copy_files
 from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.runtime.logs import NOTICE, get_logger
+
+logger = get_logger(__name__)
 
 # The values of every published Qwen2.5-VL.
 IMAGE_PROCESSOR = {
@@ -281,5 +283,5 @@ def complete_folder(directory: Path) -> Path:
         if type_name:
             problem = f"names {type_name}, which Transformers does not know"
         notice = f"notice: {directory} {problem}; Qwen2VLImageProcessor with Qwen2.5-VL's numbers is used"
-        print(notice, file=sys.stderr, flush=True)
+        logger.log(NOTICE, notice)
     return stand_in

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +13,9 @@ from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.logs import NOTICE, get_logger
+
+logger = get_logger(__name__)
 
 
 class SupervisedPacks(Protocol):
@@ -53,7 +55,7 @@ def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> t
     seed = config.run.seed
     replica = (world.dp_rank, world.dp_size)
     if world.is_main and processor.template_notice:
-        print(processor.template_notice, file=sys.stderr, flush=True)
+        logger.log(NOTICE, processor.template_notice)
     skipped = skipped_rows(data, Path(config.run.dir), world.is_main)
     if data.tokenised:
         tokenised = TokenisedSet(data.tokenised, processor)

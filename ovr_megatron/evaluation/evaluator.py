@@ -28,10 +28,12 @@ from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime.files import write_json, write_whole
+from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.stop import StopRequest, StopRequested
-from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.work_barrier import WorkBarrier
+
+logger = get_logger(__name__)
 
 CHUNK = 512  # problems whose images are in memory at a time
 
@@ -178,7 +180,7 @@ def evaluate(
         if mark:
             raise
         # A periodic evaluation has no mark. Its scores are in the metrics of the run as well, so training continues.
-        say(f"warning: the responses to {problems.name} are not kept ({error}); training goes on")
+        logger.warning(f"the responses to {problems.name} are not kept ({error}); training goes on")
     # Not earlier: until now only the caches held the responses. Caches of other settings are deleted as well.
     for journal in out.glob(f".{problems.name}.*.answers.jsonl"):
         journal.unlink()

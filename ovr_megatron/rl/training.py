@@ -37,14 +37,18 @@ from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.files import write_json
+from ovr_megatron.runtime.logs import NOTICE, get_logger, set_step
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.runtime.runlog import RunLog, record_layers
+from ovr_megatron.runtime.runlog import RunLog, open_log, record_layers
 from ovr_megatron.runtime.starts import LaunchArgs, record_start
 from ovr_megatron.runtime.steps import matrix_rate, memory_peaks, peak_gib
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.trackers.table import check_trackers
 from ovr_megatron.runtime.watchdog import Watchdog
 from ovr_megatron.weights.folder import WeightFolder
+
+logger = get_logger(__name__)
 
 
 def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
@@ -78,7 +82,7 @@ class PPOTrainer:
         self.stream = self.prompts.stream
         processor = self.prompts.processor
         if world.is_main and processor.template_notice:
-            print(processor.template_notice, file=sys.stderr, flush=True)
+            logger.log(NOTICE, processor.template_notice)
         self.last = count_iterations(config)
         self.models, self.engines = build_models(config, model_folder, processor, world)
         # vLLM takes the memory that they leave free; each is onloaded when it works.
@@ -96,7 +100,7 @@ class PPOTrainer:
                 self.evaluation = PeriodicEvaluation(
                     config.evaluation, self.rollouts.engine, processor, config.rollout.tp, self.run, config.run.seed
                 )
-        self.log = RunLog(self.run, "train", self.first) if world.is_main else None
+        self.log = open_log(config, self.first, world)
         if world.is_main:
             record_run(config, processor, world, launch)
             show_start(config, self.engines, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
@@ -116,6 +120,7 @@ class PPOTrainer:
                     self.log.scalars(self.first - 1, scores)
             state: dict[str, Any] = {}
             for iteration in range(self.first, self.last):
+                set_step(iteration)
                 stream_state = self.stream.state()
                 dropped_before = self.prompts.dropped
                 if self.rollouts:
@@ -167,7 +172,7 @@ class PPOTrainer:
         arrays = {name: getattr(experience, name) if responses else None for name in archive.ARRAYS}
         problem = archive.write(self.run, iteration, result.rollout, stream_state, responses, arrays, self.world)
         if problem and self.world.is_main:
-            say(f"warning: the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
+            logger.warning(f"the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
 
     def _evaluate(self, result: IterationResult, iteration: int) -> None:
         """Score the new weights where an evaluation is due, and add the scores to ``result``.  A collective."""
@@ -224,7 +229,7 @@ def show_start(config: RLConfig, engines: dict[str, Engine], world: World, resum
         *run_rows(config, engines, world, resumed),
         ("rollouts", f"{world.size // config.rollout.tp} vLLM engines, tp={config.rollout.tp}"),
     ]
-    print(show_heading(f"reinforcement learning in {config.run.dir}", rows), flush=True)
+    logger.info(show_heading(f"reinforcement learning in {config.run.dir}", rows))
 
 
 def stage_starts(config: RLConfig) -> list[int]:
@@ -254,6 +259,7 @@ def generate(config: RLConfig, world: World) -> Path:
         run_folder.record(config, run)
     with rollouts.grader, Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress:
         for iteration in range(first, config.iterations):
+            set_step(iteration)
             stream_state = prompts.stream.state()
             rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
             # Not exchanged: no rank trains on them, and each writes what its own engine has generated.
@@ -301,7 +307,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
             if world.is_main:
                 phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in timings.items())
                 peak = f"{measurement['peak_gib']:.2f} GiB at most"
-                say(f"{stage.max_tokens:,} tokens: {peak}; seconds: {phases}", sys.stdout)
+                logger.info(f"{stage.max_tokens:,} tokens: {peak}; seconds: {phases}")
     path = run / "rehearsal.json"
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
@@ -470,13 +476,13 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
     """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
     mismatch = metrics.get("rollout/mismatch_p99", 0.0)
     if mismatch > config.rollout.mismatch_warning:
-        say(
-            f"warning: iteration {iteration}: a hundredth of the tokens' log-probabilities differ by {mismatch:.2e} or "
+        logger.warning(
+            f"iteration {iteration}: a hundredth of the tokens' log-probabilities differ by {mismatch:.2e} or "
             f"more between rollout and trainer (rollout.mismatch_warning={config.rollout.mismatch_warning:g})"
         )
     spread = metrics.get("critic/value_std", 0.0)
     if iteration == 0 and spread > 1:
-        say(f"warning: initial values spread by {spread:.1f}: see critic.head_init")
+        logger.warning(f"initial values spread by {spread:.1f}: see critic.head_init")
 
 
 def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
@@ -485,6 +491,7 @@ def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
         rules.check(name)
     find_loss(config.algorithm.loss)  # refuses an unknown name before any model is loaded
     settings = config.run
+    check_trackers(settings.trackers)
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
         world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
         code = 0

@@ -8,7 +8,9 @@ from collections import deque
 from pathlib import Path
 from typing import BinaryIO
 
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import NOTICE, get_logger
+
+logger = get_logger(__name__)
 
 WAITING_BYTES = 1 << 26
 
@@ -41,7 +43,7 @@ class AppendedFile:
         """Try once more to write the waiting records, report the lost ones, and close the file."""
         self._write_waiting()
         if self.waiting:
-            say(f"warning: {self.path}: {len(self.waiting) + self.lost} records are lost: {self.problem}")
+            logger.warning(f"{self.path}: {len(self.waiting) + self.lost} records are lost: {self.problem}")
         if self.file is not None:
             self.file.close()
 
@@ -56,15 +58,15 @@ class AppendedFile:
                 self.waiting.popleft()
         except OSError as error:
             if self.problem is None:
-                say(
-                    f"warning: {self.path} cannot be written ({error.strerror}); records wait in memory and training "
+                logger.warning(
+                    f"{self.path} cannot be written ({error.strerror}); records wait in memory and training "
                     "goes on; make room"
                 )
             self.problem = error.strerror or str(error)
             return
         if self.problem is not None:
             losses = f"{self.lost} records are lost" if self.lost else "nothing is missing"
-            say(f"{self.path}: written again, {losses}")
+            logger.log(NOTICE, f"{self.path}: written again, {losses}")
         self.problem = None
         self.lost = 0
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 class JsonLine(NamedTuple):
@@ -78,5 +80,5 @@ def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
             damaged.append(line.number)
     if damaged:
         more = f" and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
-        say(f"warning: {path}:{damaged[0]}{more}: damaged, left out; the other lines are used")
+        logger.warning(f"{path}:{damaged[0]}{more}: damaged, left out; the other lines are used")
     return objects

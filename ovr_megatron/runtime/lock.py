@@ -14,7 +14,9 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import NOTICE, get_logger
+
+logger = get_logger(__name__)
 
 # A file server keeps the lock of a node that died until its lease runs out, on NFS 4 after 90 s.
 LEASE_S = 100.0
@@ -64,7 +66,7 @@ def lock_folder(folder: Path, is_main: bool = True, reads_only: bool = False) ->
             answer = [_take(folder / ".lock", lock)]
         except OSError as error:
             if reads_only and error.errno in _READ_ONLY:
-                say(f"warning: {folder} cannot be locked ({error.strerror}); see that no job works there")
+                logger.warning(f"{folder} cannot be locked ({error.strerror}); see that no job works there")
             else:
                 answer = [error]
     if dist.is_initialized():
@@ -90,7 +92,7 @@ def _take(path: Path, lock: contextlib.ExitStack) -> str | None:
         if _is_on_this_host(holder) or time.monotonic() > deadline:
             file.close()
             return holder
-        say(f"{path}: held by {holder}; waiting, as it may have died with its node")
+        logger.log(NOTICE, f"{path}: held by {holder}; waiting, as it may have died with its node")
         time.sleep(5.0)
     _locked_files.append(file)
     lock.callback(_release, file)
@@ -118,7 +120,7 @@ def _try_lock(file: IO[str]) -> bool:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
         if error.errno in _NOT_SUPPORTED:
-            say(f"warning: {file.name}: this file system has no locks; start one job only")
+            logger.warning(f"{file.name}: this file system has no locks; start one job only")
             return True
         raise
     return True

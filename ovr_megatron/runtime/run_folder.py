@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from ovr_megatron import config as configuration
 from ovr_megatron.config import ConfigError
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.lock import lock_folder
-from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.logs import get_logger
+
+logger = get_logger(__name__)
 
 SETTINGS = "config.yaml"
 COLD_START = "cold start"
@@ -37,6 +38,8 @@ _RUN_SUBFOLDERS = (
     "metrics",
     "companions",
     "tensorboard",
+    "wandb",
+    "mlflow",
     "data",
     "logs",
 )
@@ -114,7 +117,7 @@ def record(config: Any, run: Path) -> None:
         former = next(name for name in names if not name.exists())
         write_whole(former, path.read_text(encoding="utf-8"))
         differences = "; ".join(changes)
-        say(f"{run}: settings changed since its last start ({former.name} keeps them): {differences}", sys.stdout)
+        logger.info(f"{run}: settings changed since its last start ({former.name} keeps them): {differences}")
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_whole(path, text)
 

@@ -8,7 +8,6 @@ published checkpoints are written.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,10 +22,13 @@ from torch import Tensor
 from ovr_megatron.data.hf_files import copy_files
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.logs import NOTICE, get_logger
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
 from ovr_megatron.weights.diagnosis import left_over
 from ovr_megatron.weights.shard import Pending, sync, write_shard
+
+logger = get_logger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -144,7 +146,7 @@ def _model_files(directory: Path) -> list[str]:
     if SINGLE in names:
         for name in names:
             if kind := left_over(name):
-                print(f"notice: {directory / name} is {kind}; {SINGLE} is read", file=sys.stderr, flush=True)
+                logger.log(NOTICE, f"notice: {directory / name} is {kind}; {SINGLE} is read")
         return [name for name in names if not left_over(name)]
     return [name for name in names if name != "adapter_model.safetensors"]
 

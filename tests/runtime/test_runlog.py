@@ -14,7 +14,8 @@ from ovr_megatron.curation.journal import Journal
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.runtime import appended
-from ovr_megatron.runtime.runlog import RunLog, StepLines, read_metrics
+from ovr_megatron.runtime.runlog import RunLog
+from ovr_megatron.runtime.step_lines import StepLines, read_metrics
 
 
 def test_a_resumed_record_has_every_step_once(tmp_path: Path) -> None:
@@ -90,11 +91,11 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path, capfd: pytest.Captu
     size = metrics.stat().st_size
     messages = []
     with capfd.disabled(), full_disk(size + 5), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(appended, "say", messages.append)
+        patch.setattr(appended.logger, "warning", messages.append)
         for step in (1, 2):
             log.scalars(step, {"loss": float(step)})
             assert metrics.stat().st_size == size, "half a record stays"
-        patch.setattr(appended, "say", messages.append)
+        patch.setattr(appended.logger, "warning", messages.append)
     log.scalars(3, {"loss": 3.0})
     log.close()
     assert len(messages) == 2 and "train.jsonl cannot be written (File too large)" in messages[0]
@@ -107,7 +108,7 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path, capfd: pytest.Captu
 
 def test_what_never_found_room_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    monkeypatch.setattr(appended, "say", messages.append)
+    monkeypatch.setattr(appended.logger, "warning", messages.append)
     monkeypatch.setattr(appended, "WAITING_BYTES", 200)
     lines = StepLines(tmp_path / "train.jsonl")
     with full_disk():

@@ -1,0 +1,75 @@
+"""What a tracker does, and what it is opened with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ovr_megatron.errors import UserError
+from ovr_megatron.runtime.files import write_whole
+
+RUN_IDS = "tracker_ids.json"
+
+
+class TrackerError(UserError):
+    """A tracker that is not known, is not installed or cannot be started; the message says what to do."""
+
+
+class Tracker(Protocol):
+    """Records metrics and texts of one run, on the first rank only."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record ``metrics``, for example ``{"loss/train": 0.3}``, under ``step``.
+
+        A step may come more than once, with other names: an evaluation is logged under the step that it follows.
+        """
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """Record ``text`` under ``name`` and ``step``; a tracker without texts does nothing."""
+
+    def close(self) -> None:
+        """Finish the records; nothing is logged afterwards."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run that a tracker is opened for.
+
+    Attributes:
+        folder: the run folder, which exists.
+        stage: name of the records, for example ``train``.
+        first_step: the step that the run begins with; above 0 it resumes, and earlier records from there on are void.
+        settings: resolved settings for display; values of environment variables stay ``${oc.env:NAME}``.
+    """
+
+    folder: Path
+    stage: str
+    first_step: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def id_of(self, tracker: str) -> str | None:
+        """Return the id under which the service ``tracker`` knows this run, None before its first start.
+
+        Raises:
+            TrackerError: the file of the ids is damaged.
+        """
+        return self._ids().get(tracker)
+
+    def remember_id(self, tracker: str, run_id: str) -> None:
+        """Write the id to the run folder, so that the next start goes on in the same run of the service."""
+        write_whole(self.folder / RUN_IDS, json.dumps({**self._ids(), tracker: run_id}, indent=1) + "\n")
+
+    def _ids(self) -> dict[str, str]:
+        path = self.folder / RUN_IDS
+        try:
+            ids = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            ids = None
+        if not isinstance(ids, dict):
+            raise TrackerError(f"{path} is damaged; remove it to begin new runs in run.trackers")
+        return ids
