@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,12 @@ class CommandLine:
 
 
 def read_command_line(
-    schema: type, recipe: str, description: str | None, arguments: Sequence[str], plan: bool = True
+    schema: type,
+    recipe: str,
+    description: str | None,
+    arguments: Sequence[str],
+    plan: bool = True,
+    program: str = "ovr",
 ) -> CommandLine:
     """Parse and check a command line; with ``--help`` print every setting and leave.
 
@@ -52,12 +56,13 @@ def read_command_line(
         description: first lines of the help.
         arguments: options and ``key=value``, in any order, without the program's name.
         plan: whether the command has ``--dry-run``.
+        program: name of the command in its help and errors.
 
     Raises:
         ConfigError: no such recipe, an unknown key, or a value that cannot work.
     """
     parser = argparse.ArgumentParser(
-        prog=program_name(Path(sys.argv[0])),
+        prog=program,
         description=description,
         add_help=False,  # --help prints the recipe's settings, too, see below
         allow_abbrev=False,
@@ -81,13 +86,6 @@ def read_command_line(
     if dry_run:
         values = fill_in(values, path.stem)
     return CommandLine(build(schema, values), path.stem, tuple(options.overrides), dry_run)
-
-
-def program_name(path: Path) -> str:
-    """Return the name that a command shows in its help: that of its file, or ``python -m`` and its package."""
-    if path.stem == "__main__":
-        return f"python -m {Path(__file__).parent.name}.{path.parent.name}"
-    return path.name
 
 
 def recipe_path(name: str, folder: Path = RECIPES) -> Path:
