@@ -18,14 +18,11 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
 from ovr_megatron.keys import unknown_setting, with_new_keys, with_plain_text
 from ovr_megatron.model.presets import PRESETS
 
 RECIPES = Path(__file__).parent / "recipes"
-LAYOUT_SIZES = ("tp", "pp", "vpp", "cp", "dp")
-LAYOUT_SWITCHES = ("sp", "zero")  # 0 or 1
-LAYOUT_KEYS = (*LAYOUT_SIZES, *LAYOUT_SWITCHES)
 # Hydra's message for an override of a key that the schema does not have.
 _UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'\.", re.DOTALL)
 
@@ -154,37 +151,6 @@ def fill_in(values: DictConfig, recipe: str) -> DictConfig:
     if "model.path" in missing and presets:
         values.model.path = presets[0]
     return values
-
-
-def parse_layout(text: str) -> tuple[ParallelConfig, int]:
-    """Parse ``tp=2,sp=1,dp=2`` as a layout and its data-parallel size.
-
-    ``sp=1`` is sequence parallelism, ``zero=1`` the distributed optimizer with its traffic overlapped.
-
-    Raises:
-        argparse.ArgumentTypeError: an unknown or repeated key, a size that is no number, or an impossible layout.
-    """
-    assignments = [part for part in text.split(",") if part]
-    values = dict(part.split("=", 1) for part in assignments if "=" in part)
-    if len(values) != len(assignments) or set(values) - set(LAYOUT_KEYS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2,sp=1 with {LAYOUT_KEYS}")
-    if not all(value.isdigit() for value in values.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layout: sizes are numbers")
-    sizes = {key: int(values.get(key, 1)) for key in LAYOUT_SIZES}
-    switches = {key: bool(int(values.get(key, 0))) for key in LAYOUT_SWITCHES}
-    try:
-        layout = ParallelConfig(
-            tp=sizes["tp"],
-            pp=sizes["pp"],
-            vpp=sizes["vpp"],
-            cp=sizes["cp"],
-            sequence_parallel=switches["sp"],
-            distributed_optimizer=switches["zero"],
-            overlap=switches["zero"],
-        )
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return layout, sizes["dp"]
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ovr_megatron.launch import parse_layout
+from ovr_megatron.config.layout_text import parse_layout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--packed", action="store_true", help="several documents of odd lengths in a pack")
     parser.add_argument("--critic", action="store_true", help="compare a value network instead of a policy")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="dtype of both models")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtype", type=full_name, default="float32", choices=dtypes, help="dtype of both models")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     words = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(words)
@@ -46,5 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ovr_megatron import verify
 
     arguments.layout = layout
-    arguments.dtype = verify.DTYPE_NAMES[arguments.dtype]
     return verify.main(arguments)
+
+
+def full_name(dtype: str) -> str:
+    """Return the name of a dtype for its short form, ``fp32`` or ``bf16``; another text stays as it is."""
+    return {"fp32": "float32", "bf16": "bfloat16"}.get(dtype, dtype)
