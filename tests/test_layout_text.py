@@ -7,7 +7,6 @@ import pytest
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.config.layout_text import format_layout, parse_layout
 
-
 SHARDED = ParallelConfig(tp=2, cp=4, sequence_parallel=True, distributed_optimizer=True, overlap=True)
 
 

@@ -103,3 +103,11 @@ def test_a_rehearsal_is_read_as_the_stage_reads_it(capsys: pytest.CaptureFixture
     """It gets as far as what is missing."""
     assert command.main(["rl", "--rehearse", "--config-name", "rl_7b_64gpu"]) == 2
     assert "no value for model.path, run.dir" in capsys.readouterr().out
+
+
+def test_the_cold_start_has_the_name_of_its_command_and_of_its_module(capsys: pytest.CaptureFixture) -> None:
+    answers = []
+    for stage in ("sft", "coldstart"):
+        assert command.main([stage]) == 2
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and "no value for model.path, run.dir" in answers[0]
