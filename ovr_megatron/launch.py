@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,11 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
 from ovr_megatron.keys import unknown_setting, with_new_keys, with_plain_text
 from ovr_megatron.model.presets import PRESETS
 
 RECIPES = Path(__file__).parent / "recipes"
-LAYOUT_SIZES = ("tp", "pp", "vpp", "cp", "dp")
-LAYOUT_SWITCHES = ("sp", "zero")  # 0 or 1
-LAYOUT_KEYS = (*LAYOUT_SIZES, *LAYOUT_SWITCHES)
 # Hydra's message for an override of a key that the schema does not have.
 _UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'\.", re.DOTALL)
 
@@ -42,7 +38,12 @@ class CommandLine:
 
 
 def read_command_line(
-    schema: type, recipe: str, description: str | None, arguments: Sequence[str], plan: bool = True
+    schema: type,
+    recipe: str,
+    description: str | None,
+    arguments: Sequence[str],
+    plan: bool = True,
+    program: str = "ovr",
 ) -> CommandLine:
     """Parse and check a command line; with ``--help`` print every setting and leave.
 
@@ -52,12 +53,13 @@ def read_command_line(
         description: first lines of the help.
         arguments: options and ``key=value``, in any order, without the program's name.
         plan: whether the command has ``--dry-run``.
+        program: name of the command in its help and errors.
 
     Raises:
         ConfigError: no such recipe, an unknown key, or a value that cannot work.
     """
     parser = argparse.ArgumentParser(
-        prog=program_name(Path(sys.argv[0])),
+        prog=program,
         description=description,
         add_help=False,  # --help prints the recipe's settings, too, see below
         allow_abbrev=False,
@@ -81,13 +83,6 @@ def read_command_line(
     if dry_run:
         values = fill_in(values, path.stem)
     return CommandLine(build(schema, values), path.stem, tuple(options.overrides), dry_run)
-
-
-def program_name(path: Path) -> str:
-    """Return the name that a command shows in its help: that of its file, or ``python -m`` and its package."""
-    if path.stem == "__main__":
-        return f"python -m {Path(__file__).parent.name}.{path.parent.name}"
-    return path.name
 
 
 def recipe_path(name: str, folder: Path = RECIPES) -> Path:
@@ -161,37 +156,6 @@ def fill_in(values: DictConfig, recipe: str) -> DictConfig:
     if "model.path" in missing and presets:
         values.model.path = presets[0]
     return values
-
-
-def parse_layout(text: str) -> tuple[ParallelConfig, int]:
-    """Parse ``tp=2,sp=1,dp=2`` as a layout and its data-parallel size.
-
-    ``sp=1`` is sequence parallelism, ``zero=1`` the distributed optimizer with its traffic overlapped.
-
-    Raises:
-        argparse.ArgumentTypeError: an unknown or repeated key, a size that is no number, or an impossible layout.
-    """
-    assignments = [part for part in text.split(",") if part]
-    values = dict(part.split("=", 1) for part in assignments if "=" in part)
-    if len(values) != len(assignments) or set(values) - set(LAYOUT_KEYS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2,sp=1 with {LAYOUT_KEYS}")
-    if not all(value.isdigit() for value in values.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layout: sizes are numbers")
-    sizes = {key: int(values.get(key, 1)) for key in LAYOUT_SIZES}
-    switches = {key: bool(int(values.get(key, 0))) for key in LAYOUT_SWITCHES}
-    try:
-        layout = ParallelConfig(
-            tp=sizes["tp"],
-            pp=sizes["pp"],
-            vpp=sizes["vpp"],
-            cp=sizes["cp"],
-            sequence_parallel=switches["sp"],
-            distributed_optimizer=switches["zero"],
-            overlap=switches["zero"],
-        )
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return layout, sizes["dp"]
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:

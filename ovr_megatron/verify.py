@@ -1,6 +1,6 @@
 """Compare our model with Transformers' on the same weights and inputs: logits, and the gradient of every tensor.
 
-Run it on your own checkpoint before a week of training: ``tools/verify.py --hf DIR --layout tp=2``.
+Run it on your own checkpoint before a week of training: ``ovr verify --hf DIR --layout tp=2``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from ovr_megatron.runtime import distributed
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.table import canonical
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 SECONDS_PER_SLICE = 1.0
 # Relative to the largest logit, and to a gradient's norm.  In bfloat16, whose step is 8e-3, a few steps are rounding.
 LOGIT_BOUND = {"float32": 1e-4, "bfloat16": 3e-2}

@@ -1,5 +1,8 @@
 """What a person sees who makes a mistake on the command line: one sentence, and no traceback."""
 
+import ast
+import configparser
+import importlib
 import json
 import subprocess
 import sys
@@ -8,11 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ovr_megatron import __version__, cli
 from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, RLConfig, build
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError, parse_row
 from ovr_megatron.data.stream import RowStream
+from ovr_megatron.errors import UserError
 from ovr_megatron.keys import mapping_names, unknown_setting
 from ovr_megatron.launch import read_command_line
 from ovr_megatron.model.shape import ModelShape
@@ -143,6 +148,29 @@ def test_a_length_past_the_models_positions(model: Path, longest: int, rollout: 
 # Help and a refused command line come before any library of the work.
 HEAVY = ("torch", "torchvision", "megatron", "vllm", "transformers", "datasets", "matplotlib", "pyarrow", "sympy")
 COMMANDS = [*sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "ovr_megatron").glob("*/__main__.py"))]
+OVR = ROOT / "ovr_megatron/__main__.py"
+# The commands of `ovr`: another name of each, and words that it refuses.
+ALIASES = {
+    "plan": ("tools/plan.py", ["no_recipe"]),
+    "prepare": ("tools/prepare_data.py", ["teacher.sample=3"]),
+    "check-data": ("tools/check_data.py", ["tiny_rl", "--rows", "-1"]),
+    "tokenise": ("tools/tokenise.py", ["set", "--model", "m", "max_images=1"]),
+    "preflight": ("tools/preflight.py", ["rl", "run.sede=1"]),
+    "sft": ("ovr_megatron/coldstart/__main__.py", ["optimizer.lrr=1"]),
+    "rl": ("ovr_megatron/rl/__main__.py", ["--config-name", "no_recipe"]),
+    "replay": ("tools/replay.py", ["run", "-1"]),
+    "convert from-hf": ("tools/convert_from_hf.py", ["--hf", "m"]),
+    "convert to-hf": ("tools/convert_to_hf.py", ["--checkpoint", "c", "--out", "o", "--dtype", "int8"]),
+    "average": ("tools/average_checkpoints.py", ["--out", "o"]),
+    "verify": ("tools/verify.py", ["--hf", "m", "--layout", "tp=two"]),
+    "tiny-model": ("tools/make_tiny_model.py", ["--out", "."]),
+    "evaluate": ("tools/evaluate.py", ["--model", "m"]),
+    "judge": ("tools/judge.py", ["s.json"]),
+    "behaviours": ("tools/behaviours.py", ["a=b"]),
+    "grade": ("tools/grade.py", ["no_rows.jsonl"]),
+    "report": ("tools/report.py", ["run", "--every", "-1"]),
+    "bench": ("tools/bench.py", ["no_part"]),
+}
 
 
 def run_light(script: str) -> str:
@@ -187,6 +215,85 @@ def test_a_mistyped_key_needs_no_library() -> None:
     nearest = ("optimizer.lr", "algorithm.critic_steps", "teacher.samples", "prompts", "rollout.temperature")
     for line, name in zip(text.splitlines(), (*nearest, "max_images"), strict=True):
         assert f"did you mean {name}?" in line
+
+
+def test_ovr_and_the_other_name_of_a_command_are_the_same() -> None:
+    assert list(ALIASES) == [command.name for command in cli.COMMANDS]
+    script = "import sys\nsys.stderr = sys.stdout\n"
+    for name, (path, refused) in ALIASES.items():
+        for words, code in ((["--help"], 0), (refused, 2)):
+            script += as_command(ROOT / path, *words, code=code) + "print(end='\\f')\n"
+            script += as_command(OVR, *name.split(), *words, code=code) + "print(end='\\f')\n"
+    outputs = run_light(script).split("\f")[:-1]
+    assert len(outputs) == 4 * len(ALIASES)
+    for alias, ours in zip(outputs[::2], outputs[1::2], strict=True):
+        assert alias.strip() and alias == ours
+    usages = [output.split("[")[0] for output in outputs[1::4]]
+    assert usages == [f"usage: {'bench.py' if name == 'bench' else f'ovr {name}'} " for name in ALIASES]
+
+
+def test_every_tool_is_a_name_of_a_command() -> None:
+    tools = {str(path.relative_to(ROOT)) for path in COMMANDS} - {"tools/measure.py"}  # of the project's own scripts
+    assert tools == {path for path, _ in ALIASES.values()}
+    for path in tools - {"tools/bench.py"}:
+        if path.startswith("tools/"):
+            statements = ast.parse((ROOT / path).read_text()).body
+            assert len(statements) <= 4, f"{path} has work of its own"
+
+
+def test_the_help_of_ovr_takes_less_than_a_second() -> None:
+    text = run_light(as_command(OVR, "--help") + "import time\nassert time.process_time() < 1, time.process_time()\n")
+    assert text.startswith("usage: ovr COMMAND")
+    for command in cli.COMMANDS:
+        assert f"\n  {command.name} " in text and f" {command.summary}\n" in text
+
+
+def test_the_entry_points_are_there() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    names = {}
+    for line in config["options.entry_points"]["console_scripts"].strip().splitlines():
+        name, _, target = line.partition(" = ")
+        module, _, function = target.partition(":")
+        names[name] = getattr(importlib.import_module(module), function)
+    assert names["ovr"] is cli.script
+    assert set(names) == {"ovr", "ovr-coldstart", "ovr-rl", "ovr-evaluate"}
+    assert all(map(callable, names.values()))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("plann x", "there is no command ovr plann; did you mean ovr plan?"),
+        ("tokenize", "there is no command ovr tokenize; did you mean ovr tokenise?"),
+        ("convert", "ovr convert needs another word: write ovr convert from-hf or ovr convert to-hf"),
+        ("convert to_hf", "ovr convert needs another word: write ovr convert from-hf or ovr convert to-hf"),
+        ("zebra", "there is no command ovr zebra; ovr --help lists all commands"),
+        ("--zebra", "there is no command ovr --zebra; ovr --help lists all commands"),
+    ],
+)
+def test_a_mistyped_command_is_answered_with_the_nearest(
+    words: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ovr", *words.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.script()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_what_ovr_says_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ovr {__version__}\n"
+    assert cli.main(["convert", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "convert to-hf" in shown and "average" not in shown
+
+
+def test_benchmarks_without_a_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovr_megatron.cli.bench.ROOT", tmp_path)
+    with pytest.raises(UserError, match="the benchmarks are not installed; run ovr bench from a source tree"):
+        cli.main(["bench", "model"])
 
 
 @pytest.mark.parametrize(

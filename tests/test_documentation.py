@@ -75,6 +75,8 @@ def target(words: list[str]) -> tuple[str, list[str]] | None:
         return f"ovr_megatron/{stage}/__main__.py", ["--config-name", recipe, *given]
     if words[:2] == ["python", "-m"] and words[2] == "ovr_megatron.torchrun":
         words = ["python", *words[5:]]  # --nproc-per-node N
+    if words[0] == "ovr":
+        return "ovr_megatron/__main__.py", words[1:]
     if words[:2] == ["python", "-m"]:
         return f"{words[2].replace('.', '/')}/__main__.py", words[3:]
     if words[0] == "python" and words[1].startswith("tools/"):
@@ -168,7 +170,11 @@ def runnable(document: str) -> str:
 def test_what_needs_nothing_runs_as_it_stands(document: str, tmp_path: Path) -> None:
     prepare(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    # `ovr` of this tree, whatever is installed.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ovr").write_text('#!/bin/sh\nexec python -m ovr_megatron "$@"\n')
+    (tmp_path / "bin/ovr").chmod(0o755)
+    environment["PATH"] = f"{tmp_path}/bin:{Path(sys.executable).parent}:{environment['PATH']}"
     script = f"set -euo pipefail\n{runnable(document)}"
     result = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600

@@ -1,4 +1,4 @@
-"""Count cognitive behaviours: ``tools/behaviours.py NAME=RESPONSES.jsonl ... --out DIR [--judge JUDGE]``."""
+"""Run ``ovr behaviours``, which `ovr_megatron.evaluation.behaviour_command` describes."""
 
 from ovr_megatron.evaluation.behaviour_command import main
 from ovr_megatron.runtime.command import run_command

@@ -1,4 +1,4 @@
-"""Evaluate a model with vLLM: ``tools/evaluate.py --model DIR --data [NAME=]SRC --out DIR [--samples K]``."""
+"""Run ``ovr evaluate``, which `ovr_megatron.evaluation.command` describes."""
 
 from ovr_megatron.evaluation.command import main
 from ovr_megatron.runtime.command import run_command

@@ -1,4 +1,4 @@
-"""Have evaluated responses judged by a model: ``tools/judge.py SET.json ... --judge JUDGE``."""
+"""Run ``ovr judge``, which `ovr_megatron.evaluation.verdict_command` describes."""
 
 from ovr_megatron.evaluation.verdict_command import main
 from ovr_megatron.runtime.command import run_command

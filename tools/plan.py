@@ -1,43 +1,7 @@
-"""What a recipe costs before it is submitted: ``tools/plan.py RECIPE [key=value ...]``; no GPU, no process group.
+"""Run ``ovr plan``, which `ovr_megatron.cli.plan` describes."""
 
-Parameters, gradients and optimizer state of a rank (exact), activations and the other memory of each phase
-(estimated), FLOP, hours and GPU-hours, the checkpoint's size, and every layout: those that fit, fastest first, and why
-others cannot be.  ``model.path`` is a folder, or 3B, 7B, 32B or 72B for a model that is not there.  Exits with 1 if
-the recipe does not fit, with 2 if it cannot work.
-"""
-
-import argparse
-import json
-from pathlib import Path
-
-from ovr_megatron.launch import compose
-from ovr_megatron.plan.hardware import GPUS
-from ovr_megatron.runtime.command import number, run_command, whole_number
-
-
-def main() -> int:
-    """Parse the command line and print the plan; return the exit code, 1 if the recipe does not fit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")
-    parser.add_argument("--world", type=whole_number(1), help="processes (default: the 64 of a recipe named ..._64gpu)")
-    parser.add_argument("--gpu", default="h100", choices=tuple(GPUS), help="kind of GPU (default: h100, 80 GB)")
-    parser.add_argument(
-        "--mfu", type=number(above=0, most=1), default=0.4, help="model FLOP utilisation to reckon with (default: 0.4)"
-    )
-    parser.add_argument("--no-search", action="store_true", help="the recipe's own layout only")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
-    arguments = parser.parse_intermixed_args()
-    config = compose(arguments.recipe, arguments.overrides)
-
-    # Imported here, so that a command line is checked before torch and Megatron are loaded.
-    from ovr_megatron.plan.report import Options, plan, processes, show
-
-    world = arguments.world or processes(Path(arguments.recipe).stem, config.parallel)
-    summary = plan(config, Options(world, arguments.gpu, arguments.mfu, not arguments.no_search))
-    print(json.dumps(summary) if arguments.json else show(summary))
-    return 0 if summary["fits"] else 1
-
+from ovr_megatron.cli.plan import main
+from ovr_megatron.runtime.command import run_command
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,7 +1,4 @@
-"""Prepare a training set: ``tools/prepare_data.py --config-name prepare_sft dir=DIR 'data.sources=[{path: FILE}]'``.
-
-``--help`` prints every setting; `docs/data.md` describes the stages.
-"""
+"""Run ``ovr prepare``, which `ovr_megatron.curation.command` describes."""
 
 if __name__ == "__main__":  # worker processes import this file and need none of it
     from ovr_megatron.curation.command import main

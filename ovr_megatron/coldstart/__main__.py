@@ -1,12 +1,13 @@
 """Stage 1: the linguistic cold start, supervised training on packed samples (paper, section 3.1).
 
-``python -m ovr_megatron.coldstart --config-name tiny_cold_start run.dir=RUN model.path=MODEL``; under ``torchrun``
+``ovr sft --config-name tiny_cold_start run.dir=RUN model.path=MODEL``; under ``torchrun``
 or ``srun`` for more than one process.  The same command on the same run folder goes on where the run ended.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from ovr_megatron.checkpoint.finished import report_finished
 from ovr_megatron.config import ColdStartConfig
@@ -16,9 +17,10 @@ from ovr_megatron.runtime.command import run_command
 RECIPE = "cold_start_7b_64gpu"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says, or print the plan; return the exit code."""
-    command_line = read_command_line(ColdStartConfig, RECIPE, __doc__, sys.argv[1:])
+    words = sys.argv[1:] if argv is None else argv
+    command_line = read_command_line(ColdStartConfig, RECIPE, __doc__, words, program="ovr sft")
     # Imports stand here, so that a command line is checked before torch and Megatron are loaded.
     if command_line.dry_run:
         from ovr_megatron.plan.report import dry_run

@@ -1,4 +1,4 @@
-"""Count cognitive behaviours: ``tools/behaviours.py NAME=RESPONSES.jsonl ... --out DIR [--judge JUDGE]``."""
+"""Count cognitive behaviours: ``ovr behaviours NAME=RESPONSES.jsonl ... --out DIR [--judge JUDGE]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ovr_megatron.runtime.terminal import printable
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, judge and write."""
-    parser = argparse.ArgumentParser(prog="behaviours.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ovr behaviours", description=__doc__)
     parser.add_argument("responses", nargs="+", metavar="NAME=FILE", help="responses of a checkpoint, in its order")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, or to go on with")
     parser.add_argument("--judge", default="lexical", help="lexical, vllm:FOLDER or URL#MODEL (default: lexical)")

@@ -28,7 +28,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ovr evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder, or a checkpoint (its policy)")

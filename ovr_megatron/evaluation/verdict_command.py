@@ -1,4 +1,4 @@
-"""Have evaluated responses judged by a model: ``tools/judge.py SET.json ... --judge JUDGE``.
+"""Have evaluated responses judged by a model: ``ovr judge SET.json ... --judge JUDGE``.
 
 For problem sets whose official score needs a judge.  Its verdicts go beside those of the rules, into SET.json and
 SET.verdicts.jsonl, with the agreement of the two; its answers are kept in judge.jsonl, and none is asked for twice.
@@ -17,9 +17,9 @@ from ovr_megatron.runtime.terminal import printable
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, judge and write."""
     parser = argparse.ArgumentParser(
-        prog="judge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ovr judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scores", nargs="+", type=Path, metavar="SET.json", help="scores of tools/evaluate.py")
+    parser.add_argument("scores", nargs="+", type=Path, metavar="SET.json", help="scores of ovr evaluate")
     parser.add_argument("--judge", required=True, help="vllm:FOLDER or URL#MODEL")
     add_budget(parser)
     args = parser.parse_args(argv)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ovr_megatron.config import ConfigError, ParallelConfig
+from ovr_megatron.config.layout_text import format_layout
 from ovr_megatron.plan import cost, memory
 from ovr_megatron.plan.scenario import Scenario
 
@@ -81,15 +82,6 @@ def hours(scenario: Scenario) -> float:
 
 
 def name(parallel: ParallelConfig, recompute: str) -> str:
-    """Return a layout in the words of the recipe."""
-    words = [f"{key}={getattr(parallel, key)}" for key in ("tp", "pp", "vpp", "cp") if getattr(parallel, key) > 1]
-    words = words or ["one rank"]
-    if parallel.sequence_parallel:
-        words.append("sp")
-    if parallel.distributed_optimizer:
-        words.append("distributed optimizer")
-    if parallel.overlap:
-        words.append("overlap")
-    if recompute:
-        words.append(f"recompute {recompute}")
-    return " ".join(words)
+    """Return the text of a layout, and with ``recompute`` what the backward pass computes again."""
+    layout = format_layout(parallel)
+    return f"{layout} recompute {recompute}" if recompute else layout

@@ -1,6 +1,6 @@
 """Stage 2: multimodal PPO with verifiable rewards, vLLM in the trainer's own processes (paper, section 3.2).
 
-``python -m ovr_megatron.rl --config-name tiny_rl run.dir=RUN model.path=COLD_START``; under ``torchrun`` or ``srun``
+``ovr rl --config-name tiny_rl run.dir=RUN model.path=COLD_START``; under ``torchrun`` or ``srun``
 for more than one process.  The same command on the same run folder goes on where the run ended.  ``--rollout-only``,
 ``--rehearse`` and ``--train-only FOLDER`` run half of the system: see ``only`` and ``rollouts_from``.
 """
@@ -8,6 +8,7 @@ for more than one process.  The same command on the same run folder goes on wher
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from ovr_megatron.checkpoint.finished import report_finished
 from ovr_megatron.config import RLConfig
@@ -17,9 +18,10 @@ from ovr_megatron.runtime.command import run_command
 RECIPE = "rl_7b_64gpu"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says, or print the plan; return the exit code."""
-    command_line = read_command_line(RLConfig, RECIPE, __doc__, spelled_out(sys.argv[1:]))
+    words = spelled_out(sys.argv[1:] if argv is None else argv)
+    command_line = read_command_line(RLConfig, RECIPE, __doc__, words, program="ovr rl")
     # Imports stand here, so that a command line is checked before torch, Megatron and vLLM are loaded.
     if command_line.dry_run:
         from ovr_megatron.plan.report import dry_run

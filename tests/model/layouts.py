@@ -16,10 +16,10 @@ from torch import Tensor
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.launch import parse_layout
 from ovr_megatron.model.qwen25vl import DTYPES
 from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.runtime import distributed

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from ovr_megatron.cli import preflight as command
 from ovr_megatron.launch import compose
 from ovr_megatron.preflight import check_layers
 from ovr_megatron.runtime import preflight
 from ovr_megatron.runtime.preflight import Facts
-from tools import preflight as tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,5 +101,13 @@ def test_a_gpu_without_transformer_engine_is_refused_unless_it_is_said() -> None
 
 def test_a_rehearsal_is_read_as_the_stage_reads_it(capsys: pytest.CaptureFixture) -> None:
     """It gets as far as what is missing."""
-    assert tool.main(["rl", "--rehearse", "--config-name", "rl_7b_64gpu"]) == 2
+    assert command.main(["rl", "--rehearse", "--config-name", "rl_7b_64gpu"]) == 2
     assert "no value for model.path, run.dir" in capsys.readouterr().out
+
+
+def test_the_cold_start_has_the_name_of_its_command_and_of_its_module(capsys: pytest.CaptureFixture) -> None:
+    answers = []
+    for stage in ("sft", "coldstart"):
+        assert command.main([stage]) == 2
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and "no value for model.path, run.dir" in answers[0]

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr_megatron.rewards.grader import grade
-from ovr_megatron.rewards.pool import GradeRequest
-from tools.grade import (
+from ovr_megatron.cli.grade import (
     CONTENT,
     NO_BOX,
     SIDES,
@@ -23,6 +21,8 @@ from tools.grade import (
     read_rows,
     summarise,
 )
+from ovr_megatron.rewards.grader import grade
+from ovr_megatron.rewards.pool import GradeRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 REFEREE = ROOT / "../shared/data/mathvision/graded_responses.jsonl"
@@ -159,7 +159,7 @@ def test_a_bad_file_ends_with_one_line_and_code_2(tmp_path, capsys, content):
         main([str(path)])
     assert end.value.code == 2
     shown = capsys.readouterr().err
-    assert shown.startswith(f"grade.py: {path}: ") and shown.count("\n") == 1
+    assert shown.startswith(f"ovr grade: {path}: ") and shown.count("\n") == 1
 
 
 def test_a_pool_without_workers_is_refused(tmp_path, capsys):

@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from ovr_megatron.checkpoint import conversion
 from ovr_megatron.checkpoint.manifest import CheckpointError, check
 from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.model.shape import ModelShape, ShapeError
@@ -84,7 +85,7 @@ def look(hf, out, work, fresh):
 def main(hf, work):
     os.fsync = lambda descriptor: None  # a kill does not lose what the kernel has
     check_assets(hf)  # Transformers is imported once, and not by every converter that is killed
-    transfer.copy_weights = partial(transfer.copy_weights, shard_bytes=20_000)
+    conversion.copy_weights = partial(conversion.copy_weights, shard_bytes=20_000)
     checkpoint, back = work / "checkpoint", work / "exported" / "back"
     for tool, out, arguments in (
         ("convert_from_hf", checkpoint, ["--hf", hf, "--out", checkpoint]),

@@ -1,0 +1,106 @@
+"""Turn Hugging Face folders into checkpoints, and checkpoints into Hugging Face folders or their average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ovr_megatron.checkpoint.hf_assets import write_generation_config
+from ovr_megatron.checkpoint.manifest import MANIFEST, CheckpointError, check, write_manifest
+from ovr_megatron.data.hf_assets import check_assets, complete_folder, load_assets
+from ovr_megatron.data.hf_files import list_other_files
+from ovr_megatron.model.shape import ModelShape, stretch_positions
+from ovr_megatron.runtime.terminal import printable
+from ovr_megatron.weights.average import average
+from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
+from ovr_megatron.weights.transfer import (
+    HEAD,
+    VALUE_HEAD,
+    check_finite,
+    check_weights,
+    copy_weights,
+    differences,
+    staged,
+)
+
+SHOWN_DIFFERENCES = 20
+
+
+def import_hf(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) -> None:
+    """Write ``out/policy``, stretched ``yarn`` times, and the manifest; ``out`` appears when it is complete."""
+    shape = check_assets(hf)
+    with WeightFolder(hf) as folder:
+        # All checks come before anything is written.
+        check_weights(folder, shape)
+        check_finite(folder)
+        with staged(out, [hf], force) as partial:
+            copy_hf_assets(complete_folder(hf), partial / "policy")
+            if yarn is not None:
+                shape = stretch_positions(partial / "policy", yarn)
+            copy_weights(folder, partial / "policy", workers=workers)
+            manifest = write_manifest(partial, step=0, extra={"converted_from": str(hf.resolve())})
+    total_bytes = sum(file.bytes for file in manifest.files.values())
+    print(f"{out}: checkpoint of step 0, {total_bytes:,} bytes")
+    if other_files := list_other_files(hf):
+        print(f"not copied, as they are no part of the model: {', '.join(other_files)}")
+    if yarn is not None:
+        print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")
+
+
+def export_hf(checkpoint: Path, out: Path, critic: bool, dtype: str | None, workers: int, force: bool) -> None:
+    """Write the folder ``out``, which appears when it is complete; print which parts of the checkpoint are left out."""
+    part = "critic" if critic else "policy"
+    manifest = check(checkpoint, under=part)
+    if not (checkpoint / part).is_dir():
+        parts = ", ".join(sorted({name.split("/")[0] for name in manifest.files}))
+        raise CheckpointError(f"{checkpoint} has no {part}, only {parts}; use another checkpoint")
+    shape = ModelShape.from_hf(checkpoint / part)
+    assets = load_assets(checkpoint / part, shape)
+    export_dtype = getattr(torch, dtype) if dtype else None
+    with WeightFolder(checkpoint / part) as folder:
+        # All checks come before anything is written.
+        check_weights(folder, shape, critic)
+        check_finite(folder)
+        with staged(out, [checkpoint], force) as partial:
+            copy_hf_assets(checkpoint / part, partial, export_dtype)
+            if manifest.step:  # step 0 is the base model itself
+                write_generation_config(partial, assets.tokenizer.get_vocab())
+            copy_weights(folder, partial, export_dtype, leave_out=[VALUE_HEAD], workers=workers)
+    print(f"{out}: {part} of step {manifest.step}")
+    left_out = sorted({name.split("/")[0] for name in manifest.files} - {part})
+    if critic:
+        left_out.insert(0, f"{VALUE_HEAD} (a Hugging Face model has no place for it)")
+        if not shape.tied:
+            print("a critic has no lm_head.weight: load it with AutoModel, it cannot generate")
+    print(printable(f"left out: {', '.join(left_out) or 'nothing'}"))
+
+
+def compare_export(out: Path, hf: Path, critic: bool, workers: int) -> bool:
+    """Compare with the folder ``hf``, tensors bit by bit, other files byte by byte; print and return the result.
+
+    Returns:
+        Whether both folders are equal.
+    """
+    problems = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [], workers=workers)
+    for problem in problems[:SHOWN_DIFFERENCES]:
+        print(printable(f"differs: {problem}"))
+    print(f"{len(problems)} differences from {hf}" if problems else f"equal to {hf}, bit by bit")
+    return not problems
+
+
+def average_checkpoints(directories: Sequence[Path], out: Path, force: bool) -> None:
+    """Write the mean to ``out``: a checkpoint if all ``directories`` are checkpoints, else a Hugging Face folder."""
+    checkpoints = [directory for directory in directories if (directory / MANIFEST).exists()]
+    manifests = [check(directory, under="policy") for directory in checkpoints]
+    if len(checkpoints) < len(directories):
+        average(directories, out, force)
+        print(f"{out}: Hugging Face folder, mean of {len(directories)} models")
+        return
+    step = max(manifest.step for manifest in manifests)
+    sources = [str(directory.resolve()) for directory in directories]
+    with staged(out, directories, force) as partial:
+        average(directories, partial / "policy")
+        write_manifest(partial, step, extra={"average_of": sources})
+    print(f"{out}: checkpoint, mean of the policies of {len(directories)} checkpoints")
