@@ -124,8 +124,8 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
             override = str(error.override).lstrip("+")
             raise ConfigError(f"{override!r} cannot be read; write a setting as KEY=VALUE") from None
         cause = error.__cause__ or error
-        key = getattr(cause, "full_key", None)
-        where = f"{path.stem}: {key}" if key else path.stem
+        full_key = getattr(cause, "full_key", None)
+        where = f"{path.stem}: {full_key}" if full_key else path.stem
         raise ConfigError(f"{where}: {str(cause).splitlines()[0]}") from error
 
 

@@ -229,7 +229,7 @@ def _timing(experiment: Experiment) -> dict[str, Any] | None:
 
 def _stage_row(stage: Stage) -> list[Cell]:
     progress = f"{stage.done} of {stage.total} {stage.unit}" if stage.total else f"{stage.done} {stage.unit}"
-    rates: Cell = []
+    rates: list[str | dict[str, str]] = []
     for key, verb in (
         ("perf/tokens_per_second", "trained"),
         ("perf/generate_tokens_per_second", "generated"),
@@ -237,7 +237,7 @@ def _stage_row(stage: Stage) -> list[Cell]:
     ):
         if values := stage.values(key):
             rates += [f"{median(values):,.0f}", {"small": f"{verb}, median"}]
-    last: Cell = []
+    last: list[str | dict[str, str]] = []
     for key, title, form in (("loss/train", "loss", "{:.4f}"), ("reward/mean", "mean reward", "{:.3f}")):
         if values := stage.values(key):
             last += [form.format(values[-1]), {"small": title}]
