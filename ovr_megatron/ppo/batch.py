@@ -62,7 +62,7 @@ def balance_prompts(costs: dict[int, int], ranks: int) -> dict[int, int]:
         ranks: data-parallel size.
     """
     prompts = sorted(costs)  # so that of equal prompts all ranks place the one of the lower index first
-    rank_of_prompt = {}
+    rank_of_prompt: dict[int, int] = {}
     for rank, share in enumerate(balance([costs[prompt] for prompt in prompts], ranks, equal_counts=True)):
         rank_of_prompt |= dict.fromkeys([prompts[i] for i in share], rank)
     return rank_of_prompt
