@@ -19,7 +19,7 @@ from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.data_checks import check_sample
 from ovr_megatron.errors import UserError
 from ovr_megatron.model.layers import choose_layer_classes
-from ovr_megatron.model.qwen25vl import DTYPES
+from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.plan import deadlines, report
 from ovr_megatron.runtime import cpu, distributed, preflight
 from ovr_megatron.runtime.stop import JoinError

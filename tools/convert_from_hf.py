@@ -1,4 +1,4 @@
-"""Make a checkpoint (step 0) of a Hugging Face Qwen2.5-VL folder: every tensor checked, every other file kept."""
+"""Make a checkpoint (step 0) of a Hugging Face folder: every tensor checked, every other file kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def convert(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) 
     from ovr_megatron.checkpoint.manifest import write_manifest
     from ovr_megatron.data.hf_assets import check_assets, complete_folder
     from ovr_megatron.data.hf_files import list_other_files
-    from ovr_megatron.model.shape import stretch_positions
+    from ovr_megatron.families.stretch import stretch_positions
     from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
     from ovr_megatron.weights.transfer import check_finite, check_weights, copy_weights, staged
 

@@ -17,7 +17,7 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
     from ovr_megatron.checkpoint.hf_assets import write_generation_config
     from ovr_megatron.checkpoint.manifest import CheckpointError, check
     from ovr_megatron.data.hf_assets import load_assets
-    from ovr_megatron.model.shape import ModelShape
+    from ovr_megatron.families import ModelShape
     from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
     from ovr_megatron.weights.transfer import VALUE_HEAD, check_finite, check_weights, copy_weights, staged
 
@@ -36,7 +36,7 @@ def convert(checkpoint: Path, out: Path, critic: bool, dtype: str | None, worker
         with staged(out, [checkpoint], force) as partial:
             copy_hf_assets(checkpoint / part, partial, export_dtype)
             if manifest.step:  # step 0 is the base model itself
-                write_generation_config(partial, assets.tokenizer.get_vocab())
+                write_generation_config(partial, shape, assets.tokenizer.get_vocab())
             copy_weights(folder, partial, export_dtype, leave_out=[VALUE_HEAD], workers=workers)
     print(f"{out}: {part} of step {manifest.step}")
     left_out = sorted({name.split("/")[0] for name in manifest.files} - {part})

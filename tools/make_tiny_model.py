@@ -1,4 +1,4 @@
-"""Write a small random Qwen2.5-VL folder: ``tools/make_tiny_model.py --out DIR [--untied] [--seed N]``."""
+"""Write a small random model folder: ``tools/make_tiny_model.py --out DIR [--untied] [--seed N]``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from ovr_megatron.model.tiny_sizes import TinySizes
+from ovr_megatron.families.tiny import TinySizes
 from ovr_megatron.runtime.command import number, run_command, whole_number
 
 

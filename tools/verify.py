@@ -18,7 +18,7 @@ from ovr_megatron.runtime.command import run_command
 def main() -> int:
     """Parse the command line and verify, here or in as many processes as the layout has ranks; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Qwen2.5-VL folder, the reference")
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder, the reference")
     parser.add_argument("--checkpoint", type=Path, help="take our weights from this checkpoint instead")
     parser.add_argument(
         "--layout",

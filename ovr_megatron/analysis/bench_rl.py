@@ -31,8 +31,8 @@ from ovr_megatron.config import RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
+from ovr_megatron.families.presets import presets
 from ovr_megatron.launch import RECIPES
-from ovr_megatron.model.presets import PRESETS
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.ppo.curriculum import max_tokens
@@ -130,7 +130,7 @@ def _make_config(folder: Path, model: str) -> RLConfig:
         "model": {"path": path},
         "algorithm": {"critic_warmup_iterations": 0},
     }
-    if model in PRESETS:
+    if model in presets():
         overrides["model"] |= {"dtype": "bfloat16", "recompute": "full"}
         overrides |= {"offload": True, "prompts": 64, "responses": 8, "data": {"pack_tokens": 4 * TOKENS}}
         overrides["run"]["threads"] = 0
@@ -160,7 +160,7 @@ def _measure_iteration(folder: Path, model: str, rounds: int) -> list[BenchRow]:
     """Return the phases of the best of ``rounds`` iterations, including the writing of its rollouts."""
     config = _make_config(folder, model)
     models, rollouts = _start(config)
-    rollouts.endless = model in PRESETS
+    rollouts.endless = model in presets()
     stream = open_stream(config.data, config.run.seed)
     prompts = PromptStream(stream, models.processor, {})
     best: dict[str, float] = {}
@@ -201,7 +201,7 @@ def _measure_plain_vllm(folder: Path, model: str, rounds: int) -> list[BenchRow]
     from vllm import SamplingParams
 
     config = _make_config(folder, model)
-    endless = model in PRESETS
+    endless = model in presets()
     processor = Processor(folder / "model", config.data)
     prompts = PromptStream(open_stream(config.data, config.run.seed), processor, {})
     engine = _start_plain_vllm(folder, config, processor)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig, ConfigError, RLConfig, build, defaults
-from ovr_megatron.model.qwen25vl import Scores
+from ovr_megatron.model.scores import Scores
 from ovr_megatron.ppo.advantages import (
     generalised_advantages,
     mean_and_std,
