@@ -31,6 +31,7 @@ from ovr_megatron.config import RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
+from ovr_megatron.families import family_of
 from ovr_megatron.families.presets import presets
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.ppo import archive
@@ -43,6 +44,7 @@ from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rl.training import build_rollouts
 from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.model import register_model
 from ovr_megatron.rollout.sampling import Prompt, banned_tokens
 from ovr_megatron.runtime import distributed
 
@@ -255,6 +257,7 @@ def _start_plain_vllm(folder: Path, config: RLConfig, processor: Processor) -> A
     }
     if torch.cuda.is_available():
         device = {"gpu_memory_utilization": config.rollout.memory_share(config.offload)}
+    register_model(family_of(processor.shape))
     return LLM(
         model=str(folder / "model"),
         load_format="dummy",

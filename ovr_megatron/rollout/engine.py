@@ -132,6 +132,7 @@ class RolloutEngine:
         self._max_num_seqs = config.max_num_seqs
         self._asleep: set[str] = set()
         self._empty = empty
+        register_model(family_of(processor.shape))
         settings = _settings(config, processor, dtype, max_model_len, offload)
         if empty:
             settings["load_format"] = EMPTY
@@ -140,7 +141,6 @@ class RolloutEngine:
             # trainer's gradients would be accumulated on another stream than they are computed on.
             torch.cuda.set_stream(torch.cuda.current_stream())
         with undisturbed():
-            register_model(family_of(processor.shape))
             self._llm = LLM(model=str(complete_folder(Path(model_dir))), seed=seed, **settings)
             _started.append(self._llm)
             (model,) = self._llm.apply_model(lambda model: model)
