@@ -22,7 +22,7 @@ from ovr_megatron.data.rendering import Chat, ChatTemplate, TemplateError, Token
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, continuation, convert, convert_instruction, problem_of
 from ovr_megatron.families import ModelShape, family_of
-from ovr_megatron.families.positions import Visual, continue_positions
+from ovr_megatron.families.positions import Visual
 
 TEMPLATE_NOTICE = (
     "data.template=think: chats are written with this project's template in place of the model folder's own, and "
@@ -365,3 +365,10 @@ def _stack_videos(videos: Sequence[Sequence[PIL.Image.Image]], row: Row) -> list
     parts = itertools.chain.from_iterable(message.parts for message in row.messages)
     video_parts = [part for part in parts if isinstance(part, VideoPart)]
     return [stack_frames(frames, part, row) for frames, part in zip(videos, video_parts, strict=True)]
+
+
+def continue_positions(position_ids: np.ndarray, tokens: int) -> np.ndarray:
+    """Return the positions of ``tokens`` more text tokens after a document that ends in text: int64[3, tokens]."""
+    assert position_ids.shape[1] and (position_ids[:, -1] == position_ids[0, -1]).all(), "must end in text"
+    start = position_ids[0, -1] + 1
+    return np.tile(np.arange(start, start + tokens), (3, 1))

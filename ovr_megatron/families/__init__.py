@@ -3,8 +3,8 @@
 A family is a package here, whose ``FAMILY`` is its record; it is read when the first question comes, and nothing else
 imports from it.  `register` adds a family from elsewhere.  What families share is in `ovr_megatron.model`.
 
-The record answers without torch.  Where an answer needs torch, Transformers or vLLM, the record imports it when it is
-asked: fields named ``load_...`` return a class, the others compute.
+A record is made without torch and NumPy, so that a command line is judged at once.  What an answer needs, Transformers
+or vLLM, is imported when it is asked: fields named ``load_...`` return a class, the others compute.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.families.assets import ProcessorFiles, SpecialTokens
@@ -26,6 +24,9 @@ from ovr_megatron.families.config_json import ShapeError, check_kind, read_confi
 from ovr_megatron.families.positions import Visual
 from ovr_megatron.families.tiny import TinyModel
 from ovr_megatron.families.yarn import Yarn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LONGEST_RESPONSE = 32768
 """Tokens of an evaluated response where no limit is set: reasoning models write thousands."""
@@ -139,8 +140,9 @@ class Family:
         presets: ``config.json`` of the published models by name.
         tokens: Names of special tokens.
         processor: Transformers' processors and chat template.
-        positions: int64[3, S] of a document, of its segments (lengths of text, and visuals), the sizes and the rule
-            after a video.
+        positions: Rows of time, height and width of a document, int64[3, S], of its segments (lengths of text, and
+            visuals), the sizes and the rule after a video.  They are computed once, when the sample is built, and
+            travel with the tokens from there on; nothing later derives positions from a pack.
         served_after_video: The rule after a video that vLLM serves with, of `AFTER_VIDEO`.
         image_grid: What an image becomes, of its width and height, the sizes and the image budget.
         video_grid: What a video becomes, of its frames, width, height, frames a second, the sizes and the budget.

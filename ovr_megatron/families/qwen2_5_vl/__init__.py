@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ovr_megatron.config import DataConfig
 from ovr_megatron.families import Family, ModelShape
 from ovr_megatron.families.assets import ProcessorFiles, SpecialTokens
 from ovr_megatron.families.positions import Visual
-from ovr_megatron.families.qwen2_5_vl import flops, positions, presets, shape, tiny, weights
+from ovr_megatron.families.qwen2_5_vl import flops, presets, shape, tiny, weights
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def _load_processor_class() -> type[Any]:
@@ -34,6 +38,12 @@ def _load_rollout_class() -> type[Any]:
     from ovr_megatron.families.qwen2_5_vl.rollout import Qwen25VLRollout
 
     return Qwen25VLRollout
+
+
+def _positions(segments: Sequence[int | Visual], sizes: ModelShape, after_video: str) -> np.ndarray:
+    from ovr_megatron.families.qwen2_5_vl.positions import positions
+
+    return positions(segments, sizes, after_video)
 
 
 def _image_grid(width: int, height: int, sizes: ModelShape, config: DataConfig) -> Visual:
@@ -85,8 +95,8 @@ FAMILY = Family(
         renamed_types=("Qwen2_5_VLImageProcessor", "Qwen2_5_VLImageProcessorFast"),
         think_template=Path(__file__).with_name("chat_template.jinja"),
     ),
-    positions=positions.positions,
-    served_after_video=positions.SERVED_AFTER_VIDEO,
+    positions=_positions,
+    served_after_video=shape.SERVED_AFTER_VIDEO,
     image_grid=_image_grid,
     video_grid=_video_grid,
     weight_table=weights.TABLE,

@@ -10,8 +10,6 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.families.positions import AFTER_VIDEO, Visual
 from ovr_megatron.families.qwen2_5_vl.shape import vision_shape
 
-SERVED_AFTER_VIDEO = "extent"  # `Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions` of vLLM 0.32
-
 
 def positions(segments: Sequence[int | Visual], shape: ModelShape, after_video: str) -> np.ndarray:
     """Return `mrope_positions` of a document, int64[3, S], for a model of these sizes."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.families.positions import Visual
-from ovr_megatron.families.qwen2_5_vl.positions import SERVED_AFTER_VIDEO, mrope_positions
+from ovr_megatron.families.qwen2_5_vl.positions import mrope_positions
+from ovr_megatron.families.qwen2_5_vl.shape import SERVED_AFTER_VIDEO
 from ovr_megatron.rollout.model import RolloutModel
 
 

@@ -28,6 +28,8 @@ from ovr_megatron.families.config_json import (
 )
 from ovr_megatron.families.yarn import read_yarn
 
+SERVED_AFTER_VIDEO = "extent"  # `Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions` of vLLM 0.32
+
 
 @dataclass(frozen=True)
 class WindowedVisionShape(VisionShape):
