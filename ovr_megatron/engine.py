@@ -30,6 +30,7 @@ from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.layout import alignment, check_layout
 from ovr_megatron.model.scores import Scores
 from ovr_megatron.model.transformer_config import DTYPES, language_config
+from ovr_megatron.model.vision_language import VisionLanguageModel
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.device import send
 from ovr_megatron.runtime.distributed import World
@@ -102,7 +103,7 @@ class Engine:
             layers = "transformer_engine" if model.fp8 != "none" else model.layers
             classes = choose_layer_classes(layers, DTYPES[model.dtype])
             model_class = family_of(shape).load_model_class()
-            self.parts = [
+            self.parts: list[VisionLanguageModel] = [
                 model_class(shape, self.config, parallel, self.groups, classes, critic, part).to(world.device)
                 for part in range(parallel.vpp)
             ]
