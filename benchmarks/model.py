@@ -25,7 +25,7 @@ from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.steps import matrix_rate

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.presets import PRESETS
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.presets import presets
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 # Small models by name: the miniature, and one of about a gigabyte.
@@ -36,10 +36,10 @@ def write_model(name: str, folder: Path, layers: int = 0) -> Path:
     (folder / "model.safetensors").unlink()  # the miniature's weights fit no other configuration
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    if name in PRESETS:
+    if name in presets():
         # The ids of special tokens belong to the tokenizer, which is the miniature's.
         token_ids = {key: value for key, value in config.items() if key.endswith("token_id")}
-        config = PRESETS[name] | token_ids
+        config = presets()[name] | token_ids
     if layers:
         config |= {"num_hidden_layers": layers, "max_window_layers": layers}
     path.write_text(json.dumps(config))

@@ -31,8 +31,9 @@ from ovr_megatron.config import RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
+from ovr_megatron.families import family_of
+from ovr_megatron.families.presets import presets
 from ovr_megatron.launch import RECIPES
-from ovr_megatron.model.presets import PRESETS
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.ppo.curriculum import max_tokens
@@ -43,6 +44,7 @@ from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rl.training import build_rollouts
 from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.model import register_model
 from ovr_megatron.rollout.sampling import Prompt, banned_tokens
 from ovr_megatron.runtime import distributed
 
@@ -130,7 +132,7 @@ def _make_config(folder: Path, model: str) -> RLConfig:
         "model": {"path": path},
         "algorithm": {"critic_warmup_iterations": 0},
     }
-    if model in PRESETS:
+    if model in presets():
         overrides["model"] |= {"dtype": "bfloat16", "recompute": "full"}
         overrides |= {"offload": True, "prompts": 64, "responses": 8, "data": {"pack_tokens": 4 * TOKENS}}
         overrides["run"]["threads"] = 0
@@ -160,7 +162,7 @@ def _measure_iteration(folder: Path, model: str, rounds: int) -> list[BenchRow]:
     """Return the phases of the best of ``rounds`` iterations, including the writing of its rollouts."""
     config = _make_config(folder, model)
     models, rollouts = _start(config)
-    rollouts.endless = model in PRESETS
+    rollouts.endless = model in presets()
     stream = open_stream(config.data, config.run.seed)
     prompts = PromptStream(stream, models.processor, {})
     best: dict[str, float] = {}
@@ -201,7 +203,7 @@ def _measure_plain_vllm(folder: Path, model: str, rounds: int) -> list[BenchRow]
     from vllm import SamplingParams
 
     config = _make_config(folder, model)
-    endless = model in PRESETS
+    endless = model in presets()
     processor = Processor(folder / "model", config.data)
     prompts = PromptStream(open_stream(config.data, config.run.seed), processor, {})
     engine = _start_plain_vllm(folder, config, processor)
@@ -255,6 +257,7 @@ def _start_plain_vllm(folder: Path, config: RLConfig, processor: Processor) -> A
     }
     if torch.cuda.is_available():
         device = {"gpu_memory_utilization": config.rollout.memory_share(config.offload)}
+    register_model(family_of(processor.shape))
     return LLM(
         model=str(folder / "model"),
         load_format="dummy",

@@ -21,7 +21,7 @@ from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.checkpoint.writing import DiskQueue
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World

@@ -1,7 +1,7 @@
 """Name the shapes that `tools/bench.py` measures.  This module is free of torch, so that --help is quick."""
 
-from ovr_megatron.model.presets import PRESETS
-from ovr_megatron.model.tiny_sizes import TinySizes
+from ovr_megatron.families.presets import presets
+from ovr_megatron.families.tiny import TinySizes
 
 LAYER_SHAPES = {
     "tiny": TinySizes(),
@@ -9,5 +9,5 @@ LAYER_SHAPES = {
     "7B layers": TinySizes(hidden=3584, heads=28, kv_heads=4, ffn=18944, layers=1),
 }
 
-STEP_SHAPES = ("tiny", *PRESETS)
+STEP_SHAPES = ("tiny", *presets())
 PARTS = ("model", "step", "vision", "head", "rl", "packing", "prepare", "save")

@@ -23,9 +23,9 @@ from benchmarks.subprocess_bench import BenchRow, MeasurementError, run_in_subpr
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.qwen25vl import DTYPES
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import WeightFolder

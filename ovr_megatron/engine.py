@@ -24,10 +24,13 @@ from torch import Tensor
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack, blank_pack
 from ovr_megatron.errors import UserError
+from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.layers import choose_layer_classes
-from ovr_megatron.model.qwen25vl import DTYPES, Qwen25VL, Scores, alignment, check_layout, language_config
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.layout import alignment, check_layout
+from ovr_megatron.model.scores import Scores
+from ovr_megatron.model.transformer_config import DTYPES, language_config
+from ovr_megatron.model.vision_language import VisionLanguageModel
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.device import send
 from ovr_megatron.runtime.distributed import World
@@ -99,8 +102,9 @@ class Engine:
             self.config = language_config(shape, parallel, model)
             layers = "transformer_engine" if model.fp8 != "none" else model.layers
             classes = choose_layer_classes(layers, DTYPES[model.dtype])
-            self.parts = [
-                Qwen25VL(shape, self.config, parallel, self.groups, classes, critic, part).to(world.device)
+            model_class = family_of(shape).load_model_class()
+            self.parts: list[VisionLanguageModel] = [
+                model_class(shape, self.config, parallel, self.groups, classes, critic, part).to(world.device)
                 for part in range(parallel.vpp)
             ]
             self.live = LiveTensors(rows(shape, critic), self.parts, shape, self.groups)

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
+from ovr_megatron.families.presets import presets
 from ovr_megatron.keys import unknown_setting, with_new_keys, with_plain_text
-from ovr_megatron.model.presets import PRESETS
 
 RECIPES = Path(__file__).parent / "recipes"
 # Hydra's message for an override of a key that the schema does not have.
@@ -149,12 +149,12 @@ def fill_in(values: DictConfig, recipe: str) -> DictConfig:
 
     The model is the preset in the recipe's name: ``cold_start_7b_64gpu`` names 7B.
     """
-    presets = [preset for preset in PRESETS if preset.lower() in recipe.split("_")]
+    names = [name for name in presets() if name.lower() in recipe.split("_")]
     missing = OmegaConf.missing_keys(values)
     if "run.dir" in missing:
         values.run.dir = "run"
-    if "model.path" in missing and presets:
-        values.model.path = presets[0]
+    if "model.path" in missing and names:
+        values.model.path = names[0]
     return values
 
 

@@ -15,17 +15,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.hf_assets import check_assets, one_sentence
 from ovr_megatron.data.packing import IGNORED, Pack
-from ovr_megatron.data.positions import Visual, mrope_positions
 from ovr_megatron.engine import VALUE_HEAD, Engine, LossSum
+from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.families.positions import Visual
 from ovr_megatron.model.heads import init_value_head
-from ovr_megatron.model.qwen25vl import DTYPES, Scores
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.scores import Scores
+from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.runtime import distributed
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.table import canonical
@@ -118,7 +118,7 @@ def make_documents(shape: ModelShape, seed: int = 0, texts: Sequence[int] = ()) 
     generator = torch.Generator().manual_seed(seed)
     vision = shape.vision
     unit = vision.merge  # patches along the side of a feature
-    window = max(1, vision.window // vision.patch // vision.merge)  # features along the side of an attention window
+    window = vision.attention_side
     small = 2 * unit
     medium = (window + 1) * unit
     large = (2 * window + 1) * unit
@@ -162,7 +162,6 @@ def _labels(document: Document) -> Tensor:
 
 def as_pack(documents: list[Document], shape: ModelShape) -> Pack:
     """Put all documents into one pack, every next token a target."""
-    vision = shape.vision
     starts = np.cumsum([0, *(len(document.tokens) for document in documents)])
     tokens: list[int] = []
     grids = []
@@ -172,7 +171,8 @@ def as_pack(documents: list[Document], shape: ModelShape) -> Pack:
         placement.append(start + np.flatnonzero(is_feature))
         tokens += document.tokens
         grids += [visual.grid for visual in document.visuals]
-    positions = [mrope_positions(document.segments, vision.merge, vision.tokens_per_second) for document in documents]
+    # Transformers goes on after a video by this rule.
+    positions = [family_of(shape).positions(document.segments, shape, "grid") for document in documents]
     return Pack(
         tokens=torch.tensor(tokens),
         labels=torch.cat([_labels(document) for document in documents]),
@@ -202,9 +202,10 @@ class Reference:
 
 def reference(directory: Path, documents: list[Document], dtype: torch.dtype, critic: bool = False) -> Reference:
     """Run Transformers' model document by document; a critic has the value head of `Engine.load`."""
-    with one_sentence(f"{directory}: Transformers cannot load its model", "see that the whole folder is there"):
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     shape = ModelShape.from_hf(directory)
+    model_class = family_of(shape).load_hf_class()
+    with one_sentence(f"{directory}: Transformers cannot load its model", "see that the whole folder is there"):
+        model = model_class.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     head = torch.nn.Linear(shape.hidden, 1, bias=False, dtype=dtype)
     # `Engine.load` draws a critic's head from the same seed.
     init_value_head(head.weight, "orz", torch.Generator().manual_seed(0))

@@ -13,13 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ovr_megatron"
 
-# A module imports from rooms that stand before its own, or from its own.
-ROOMS = ("errors", "keys", "config", "runtime", "data", "model", "rewards", "weights", "engine", "checkpoint")
-ROOMS += ("rollout", "plan", "launch", "torchrun", "data_checks", "preflight", "curation", "ppo", "evaluation")
-ROOMS += ("coldstart", "rl", "replay", "verify", "analysis", "cli", "__main__", "benchmarks", "tools")
+# A module imports from rooms that stand before its own, or from its own.  `family` are the packages in `families`.
+ROOMS = ("errors", "keys", "config", "runtime", "families", "data", "model", "rewards", "weights", "engine")
+ROOMS += ("checkpoint", "rollout", "family", "plan", "launch", "torchrun", "data_checks", "preflight", "curation")
+ROOMS += ("ppo", "evaluation", "coldstart", "rl", "replay", "verify", "analysis", "tools")
 EXCEPTIONS = {
-    ("data", f"{PACKAGE}.model.shape"),  # free of torch, and samples are cut to it
-    ("config", f"{PACKAGE}.ppo.estimators"),  # free of torch, and what an estimator needs stands in its row
     ("", f"{PACKAGE}.runtime.cpu"),  # free of torch
     ("", f"{PACKAGE}.runtime.torchvision_on_cpu"),  # free of torch, and torchvision must be importable from anywhere
     ("", f"{PACKAGE}.runtime.environment"),  # free of torch, which reads some of the settings when it is imported
@@ -41,7 +39,12 @@ PATCHED_LIBRARIES = ("torch", "torchvision", "megatron")
 SETTINGS_OF_LIBRARIES = ("torch.backends",)
 # vLLM replaces it; here the original is put back.
 PUT_BACK = {(f"{PACKAGE}.runtime.distributed", "torch.set_num_threads")}
-WITHOUT_TORCH = (f"{PACKAGE}.rewards.worker", f"{PACKAGE}.model.shape", f"{PACKAGE}.config")
+WITHOUT_TORCH = (
+    f"{PACKAGE}.rewards.worker",
+    f"{PACKAGE}.families",
+    f"{PACKAGE}.families.qwen2_5_vl",
+    f"{PACKAGE}.config",
+)
 # Commands, which import what they do in `main`, after the command line has been judged.
 COMMANDS = re.compile(rf"tools\.\w+|{PACKAGE}\.cli(\.\w+)?|.*\.(__main__|\w*command)")
 HEAVY = (*PATCHED_LIBRARIES, "vllm", "transformers", "datasets", "matplotlib")
@@ -71,7 +74,8 @@ class Module:
 
     @property
     def room(self) -> str:
-        return room_of(self.name)
+        parts = Path(self.file).parts
+        return "family" if parts[:2] == (PACKAGE, "families") and len(parts) > 3 else room_of(self.name)
 
 
 def room_of(name: str) -> str:
@@ -133,8 +137,10 @@ def wrong_order(modules: dict[str, Module]) -> Iterator[str]:
             yield f"{module.file}: {module.room} is no room; give it a place in ROOMS"
             continue
         for item in module.imports:
-            room = room_of(item.target)
-            if item.target not in modules or not room or (module.room, item.target) in EXCEPTIONS:
+            if item.target not in modules or (module.room, item.target) in EXCEPTIONS:
+                continue
+            room = modules[item.target].room
+            if not room:
                 continue
             if not module.room or room not in ROOMS[: ROOMS.index(module.room) + 1]:
                 yield f"{module.file}:{item.line}: imports {item.target}, which stands further down"
@@ -154,6 +160,15 @@ def cycles(modules: dict[str, Module]) -> Iterator[str]:
 
     for name in modules:
         yield from visit(name, [])
+
+
+def stray_family(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        for item in module.imports:
+            if item.target in modules and modules[item.target].room == "family":
+                package = ".".join(item.target.split(".")[:3])
+                if module.name != package and not module.name.startswith(f"{package}."):
+                    yield f"{module.file}:{item.line}: imports {item.target}; ask `family_of` for the family's record"
 
 
 def stray_transformer_engine(modules: dict[str, Module]) -> Iterator[str]:
@@ -269,10 +284,16 @@ def why_forbidden(node: ast.AST) -> str | None:
     return None
 
 
+def is_record(module: Module) -> bool:
+    """Whether it holds the record of a family, which comes without torch and imports answers when they are asked."""
+    return module.room == "family" and module.file.endswith("__init__.py")
+
+
 def hidden_imports(modules: dict[str, Module]) -> Iterator[str]:
     for module in modules.values():
         for item in module.imports:
             late = item.function in (None, "main") or (module.name, item.function) in LATE_IMPORTS
+            late = late or is_record(module)
             if item.target in modules and not late and module.room != "tools":
                 yield f"{module.file}:{item.line}: {item.target} is imported inside {item.function}()"
 
@@ -324,6 +345,7 @@ Rule = Callable[[dict[str, Module]], Iterator[str]]
 RULES: tuple[Rule, ...] = (
     wrong_order,
     cycles,
+    stray_family,
     stray_transformer_engine,
     stray_patches,
     torch_where_it_must_not_be,
@@ -414,10 +436,12 @@ SOUND = {
     "ovr_megatron/runtime/__init__.py": "",
     "ovr_megatron/runtime/cpu.py": "def f():\n    import torch\n    torch.cuda.synchronize = print",
     "ovr_megatron/data/__init__.py": "",
-    "ovr_megatron/data/schema.py": "from ovr_megatron.model.shape import ModelShape",
+    "ovr_megatron/families/__init__.py": "import json",
+    "ovr_megatron/families/qwen2_5_vl/__init__.py": "def f():\n    from ovr_megatron.families.qwen2_5_vl import model",
+    "ovr_megatron/families/qwen2_5_vl/model.py": "from ovr_megatron.model import layers",
+    "ovr_megatron/data/schema.py": "from ovr_megatron.families import ModelShape",
     "ovr_megatron/data/packing.py": "import torch\nfrom . import schema\nfrom ovr_megatron.config import X",
     "ovr_megatron/model/__init__.py": "",
-    "ovr_megatron/model/shape.py": "import json",
     "ovr_megatron/model/layers.py": "import transformer_engine.pytorch as te",
     "ovr_megatron/rewards/__init__.py": "",
     "ovr_megatron/rewards/worker.py": "import math_verify",
@@ -436,6 +460,10 @@ VIOLATIONS = [
     (wrong_order, "ovr_megatron/__init__.py", "from ovr_megatron.config import X", "__init__.py:1"),
     (wrong_order, "ovr_megatron/extras.py", "", "extras is no room"),
     (wrong_order, "ovr_megatron/rl.py", "from tools.grade import X", "tools.grade"),
+    (wrong_order, "ovr_megatron/families/__init__.py", "from ovr_megatron.model import layers", "model.layers"),
+    (wrong_order, "ovr_megatron/data/packing.py", "from ovr_megatron.families import qwen2_5_vl", "qwen2_5_vl"),
+    (stray_family, "ovr_megatron/rl.py", "from ovr_megatron.families.qwen2_5_vl import model", "qwen2_5_vl.model"),
+    (stray_family, "ovr_megatron/families/b/__init__.py", "from ..qwen2_5_vl import model", "qwen2_5_vl.model"),
     (cycles, "ovr_megatron/data/schema.py", "from ovr_megatron.data.packing import X", "import cycle"),
     (cycles, "ovr_megatron/data/schema.py", "def f():\n    from . import packing", "data.schema -> "),
     (stray_transformer_engine, "ovr_megatron/model/vision.py", "from transformer_engine.pytorch import X", "vision"),
@@ -449,7 +477,7 @@ VIOLATIONS = [
     (torch_where_it_must_not_be, "ovr_megatron/rewards/__init__.py", "import ovr_megatron.data.packing", "packing"),
     (torch_where_it_must_not_be, "tools/grade.py", "import datasets", "import datasets through tools.grade"),
     (torch_where_it_must_not_be, "ovr_megatron/cli/plan.py", "import ovr_megatron.data.packing", "packing"),
-    (torch_where_it_must_not_be, "ovr_megatron/model/__init__.py", "if 1:\n    import vllm", "import vllm"),
+    (torch_where_it_must_not_be, "ovr_megatron/families/__init__.py", "if 1:\n    import vllm", "import vllm"),
     (forbidden_code, "ovr_megatron/rl.py", "load(x, trust_remote_code=False)", "trust_remote_code"),
     (forbidden_code, "ovr_megatron/rl.py", "options = {'trust_remote_code': 1}", "trust_remote_code"),
     (forbidden_code, "tools/grade.py", "torch.load(x, weights_only=False)", "weights_only"),
@@ -470,6 +498,12 @@ VIOLATIONS = [
         "except Excep",
     ),
     (hidden_imports, "ovr_megatron/rl.py", "def f():\n    import ovr_megatron.config", "inside f()"),
+    (
+        hidden_imports,
+        "ovr_megatron/families/qwen2_5_vl/model.py",
+        "def f():\n    import ovr_megatron.config",
+        "inside f()",
+    ),
     (names_that_say_nothing, "ovr_megatron/data/utils.py", "", "utils.py"),
     (empty_names, "ovr_megatron/model/layers.py", "found = 1\ndef f(mine): pass", "2 of 2 names say nothing"),
     (nested_comprehensions, "ovr_megatron/model/layers.py", "x = [\n a\n for b in c\n for a in b\n]", "layers.py:1"),

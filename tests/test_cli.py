@@ -18,9 +18,9 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError, parse_row
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.errors import UserError
+from ovr_megatron.families import ModelShape
 from ovr_megatron.keys import mapping_names, unknown_setting
 from ovr_megatron.launch import read_command_line
-from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.rewards.rules import RuleError

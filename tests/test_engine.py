@@ -11,8 +11,8 @@ import torch
 from ovr_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED
 from ovr_megatron.engine import Engine
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.layers import choose_layer_classes, layers_in_use
-from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.batch import Batch
 from ovr_megatron.runtime import distributed

@@ -11,6 +11,7 @@ import yaml
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
+from ovr_megatron.families import Family, default_family, family_of_folder
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.ownership import recorded_files, write_record
 from ovr_megatron.runtime.runlog import LAYERS
@@ -43,28 +44,37 @@ def write_card(experiment: Experiment, export: Path) -> Path:
 
 def render_card(experiment: Experiment, model: str) -> str:
     """Return the card of ``model``, one of the experiment's exports, without parts that the folder does not hold."""
+    family = _family_of_export(experiment)
     front = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["qwen2_5_vl", "open-vision-reasoner", "reasoning"],
+        "tags": [family.name, "open-vision-reasoner", "reasoning"],
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {experiment.dir.resolve().name}: {model}",
-        "A Qwen2.5-VL model trained by the recipe of Open Vision Reasoner: a linguistic cold start on text alone, then "
-        f"PPO on images and text with verifiable rewards. {_SIGNATURE} (Megatron-Core, vLLM).",
+        f"A {family.title} model trained by the recipe of Open Vision Reasoner: a linguistic cold start on text alone, "
+        f"then PPO on images and text with verifiable rewards. {_SIGNATURE} (Megatron-Core, vLLM).",
         *(_render_stage(stage) for stage in experiment.stages.values() if stage.config),
         *_render_scores(experiment),
         *_render_behaviours(experiment),
         *_render_commands(experiment, model),
         "## Use\n\n```python\n"
-        "from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration\n\n"
-        'model = Qwen2_5_VLForConditionalGeneration.from_pretrained("FOLDER", dtype="auto", device_map="auto")\n'
+        f"from transformers import AutoProcessor, {family.architecture}\n\n"
+        f'model = {family.architecture}.from_pretrained("FOLDER", dtype="auto", device_map="auto")\n'
         'processor = AutoProcessor.from_pretrained("FOLDER")\n```\n\n'
         "The chat template opens `<think>`; the answer stands in `\\boxed{}` after `</think>`.",
         "This page was written by `tools/report.py`; the settings of every stage are in its `config.yaml`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _family_of_export(experiment: Experiment) -> Family:
+    """Return the family of the exported model, the default one where its folder has no configuration."""
+    export = experiment.exported
+    if export is None or not (export / "config.json").is_file():
+        return default_family()
+    return family_of_folder(export)
 
 
 def _render_stage(stage: Stage) -> str:

@@ -11,7 +11,8 @@ from ovr_megatron.checkpoint.hf_assets import write_generation_config
 from ovr_megatron.checkpoint.manifest import MANIFEST, CheckpointError, check, write_manifest
 from ovr_megatron.data.hf_assets import check_assets, complete_folder, load_assets
 from ovr_megatron.data.hf_files import list_other_files
-from ovr_megatron.model.shape import ModelShape, stretch_positions
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.runtime.terminal import printable
 from ovr_megatron.weights.average import average
 from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets

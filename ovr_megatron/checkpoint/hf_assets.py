@@ -8,6 +8,7 @@ from typing import Any
 
 from ovr_megatron.data.hf_files import BASE_GENERATION, GENERATION, PREPROCESSOR, PROCESSOR
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.weights.folder import copy_hf_assets
 
 _PROCESSORS = (PREPROCESSOR, "video_preprocessor_config.json", PROCESSOR)
@@ -36,10 +37,10 @@ def write_hf_assets(out: Path, processor: Processor) -> None:
     size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     for name in _PROCESSORS:
         _update_pixel_budget(out / name, budget, size)
-    write_generation_config(out, processor.tokenizer.get_vocab())
+    write_generation_config(out, processor.shape, processor.tokenizer.get_vocab())
 
 
-def write_generation_config(folder: Path, vocabulary: dict[str, int]) -> None:
+def write_generation_config(folder: Path, shape: ModelShape, vocabulary: dict[str, int]) -> None:
     """Make the trained distribution the default of a server, and keep the base model's generation config beside it.
 
     The trained distribution is the unmodified one at temperature 1. Transformers and vLLM take temperature,
@@ -47,12 +48,14 @@ def write_generation_config(folder: Path, vocabulary: dict[str, int]) -> None:
 
     Args:
         folder: Hugging Face folder; the file of the base model becomes `BASE_GENERATION`, once.
+        shape: Sizes of the model, whose family names its special tokens.
         vocabulary: Ids by token.
     """
     path = folder / GENERATION
     base_path = folder / BASE_GENERATION
-    end_of_turn = vocabulary["<|im_end|>"]
-    padding = vocabulary["<|endoftext|>"]
+    tokens = family_of(shape).tokens
+    end_of_turn = vocabulary[tokens.end_of_turn]
+    padding = vocabulary[tokens.end_of_text]
     values = {
         "bos_token_id": padding,
         "eos_token_id": [end_of_turn, padding],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ovr_megatron.model.tiny_sizes import TinySizes
+from ovr_megatron.families.tiny import TinySizes
 from ovr_megatron.runtime.command import number, whole_number
 
 

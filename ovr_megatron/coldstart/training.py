@@ -28,10 +28,10 @@ from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.supervised import SupervisedPacks, open_packs
 from ovr_megatron.engine import Engine, LossSum
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.layers import cautions, layers_in_use
-from ovr_megatron.model.qwen25vl import Scores
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.scores import Scores
 from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World

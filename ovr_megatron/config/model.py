@@ -11,7 +11,7 @@ from ovr_megatron.config.checks import choice, require
 class ModelConfig:
     """Initial weights, their dtype, and which parts train.
 
-    ``path`` is a Hugging Face Qwen2.5-VL directory or one of our checkpoints.  ``recompute`` names the activations
+    ``path`` is the Hugging Face directory of a model or one of our checkpoints.  ``recompute`` names the activations
     that the backward pass computes again: ``selective`` those of the MLPs (attention stores none that grow with the
     square of the length), ``full`` those of entire layers.  ``layers``: Transformer Engine's where it is installed
     (``auto``), or ours (``local``).  ``fp8``: the scaling recipe of the language model's matrix products; the first

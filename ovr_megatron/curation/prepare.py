@@ -69,7 +69,7 @@ def check_models(config: PrepareConfig) -> None:
     """Check configuration and tokenizer of every local model that a stage will open, before the first of them.
 
     Raises:
-        ShapeError: a folder is no Qwen2.5-VL model.
+        ShapeError: a folder is no model of a known family.
         AssetError: its tokenizer or processor does not fit it.
     """
     models = {

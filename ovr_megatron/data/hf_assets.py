@@ -20,28 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, PreTrainedTokenizerBase
-from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
 from ovr_megatron.data.hf_files import PREPROCESSOR, PROCESSOR, AssetError, copy_files
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape, family_of, family_of_folder
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 
 logger = get_logger(__name__)
 
-# The values of every published Qwen2.5-VL.
-IMAGE_PROCESSOR = {
-    "processor_class": "Qwen2_5_VLProcessor",
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-# The early name of Qwen2VLImageProcessor in folders of Qwen2.5-VL; Transformers 5 does not know it.
-_RENAMED = ("Qwen2_5_VLImageProcessor", "Qwen2_5_VLImageProcessorFast")
 # Plain text of letters, digits, punctuation, line ends and other scripts, in Unicode's composed form.
 _PROBE = "Solve 3x + 41 = 59, then\n\n\tcheck: \\boxed{6} für 你好 😀"
-_REQUIRED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _MARK = re.compile(r"<\|[a-z_]+\|>")
 _REASON_CHARACTERS = 160  # of a library's message
 
@@ -92,16 +79,17 @@ def load_assets(directory: str | Path, shape: ModelShape) -> HfAssets:
         AssetError: a file is missing, cannot be read, or does not fit the model.
     """
     folder = complete_folder(Path(directory))
+    processor_class = family_of(shape).processor.load_class()
     _check_json(folder)
     with one_sentence(
         f"{directory}: Transformers cannot load its tokenizer or its processor",
         f"get tokenizer.json, tokenizer_config.json and {PREPROCESSOR} of the model again",
     ):
         processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
-    if not isinstance(processor, Qwen2_5_VLProcessor):
+    if not isinstance(processor, processor_class):
         raise AssetError(
             f"{directory}: its processor is {type(processor).__name__}; set processor_class in {PREPROCESSOR} (or "
-            f"{PROCESSOR}) to Qwen2_5_VLProcessor"
+            f"{PROCESSOR}) to {processor_class.__name__}"
         )
     with one_sentence(f"{directory}: its tokenizer cannot be used", "get tokenizer.json of the model again"):
         check_tokenizer(processor.tokenizer, shape, directory)
@@ -135,6 +123,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, direc
     """
     if not getattr(tokenizer, "is_fast", False):
         raise AssetError(f"{directory}: its tokenizer is not a fast one; save it with tokenizer.json")
+    family = family_of(shape)
     vocabulary = tokenizer.get_vocab()
     beyond = sorted((index, token) for token, index in vocabulary.items() if index >= shape.vocab)
     if beyond:
@@ -145,19 +134,19 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, direc
         )
     # Plain text first: with a damaged vocabulary the checks of special tokens would name the wrong cause.
     _check_round_trip(tokenizer, _PROBE, directory)
-    for token in _REQUIRED:
+    for token in family.tokens.chat:
         if token not in vocabulary:
-            raise AssetError(f"{directory}: the tokenizer lacks {token}; it is not Qwen2.5-VL's, get it again")
+            raise AssetError(f"{directory}: the tokenizer lacks {token}; it is not {family.title}'s, get it again")
     for name in ("image", "video", "vision_start", "vision_end"):
         index = getattr(shape, f"{name}_token")
-        token = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
+        token = getattr(family.tokens, name)
         if vocabulary.get(token) != index:
             raise AssetError(
                 f"{directory}: {token} is {vocabulary.get(token)} in the tokenizer and {index} in config.json "
                 f"({name}_token_id); get both files again"
             )
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ordinary = [name for name in _REQUIRED if name not in special]
+    ordinary = [name for name in family.tokens.chat if name not in special]
     if ordinary:
         raise AssetError(
             f"{directory}: {ordinary[0]} is no special token of the tokenizer, so that a text could write it; get "
@@ -198,10 +187,11 @@ def check_template(template: str, special: dict[str, int], directory: str | Path
 def _check_pixels(processor: Any, shape: ModelShape, directory: str | Path) -> None:
     """Raise `AssetError` unless the processor cuts the patches that the vision tower takes."""
     vision = shape.vision
-    if not type(processor).__name__.startswith("Qwen2VL"):
+    files = family_of(shape).processor
+    if not type(processor).__name__.startswith(files.pixel_class_prefix):
         raise AssetError(
             f"{directory}: pictures would go through {type(processor).__name__}; set image_processor_type in "
-            f"{PREPROCESSOR} to Qwen2VLImageProcessor"
+            f"{PREPROCESSOR} to {files.image_processor['image_processor_type']}"
         )
     settings = {
         "patch_size": vision.patch,
@@ -256,15 +246,20 @@ def complete_folder(directory: Path) -> Path:
     vLLM and exports read it in place of the folder, which is not changed.  It is removed when the process ends.
 
     Raises:
+        ShapeError: ``config.json`` is there and is not of a known family.
         AssetError: a file cannot be read or written.
     """
+    if not (directory / "config.json").is_file():
+        return directory
+    family = family_of_folder(directory)
     preprocessor = _read_json(directory / PREPROCESSOR)
     processor = _read_json(directory / PROCESSOR)
     nested = processor.get("image_processor")
     settings = preprocessor or (nested if isinstance(nested, dict) else {})
     type_name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
-    if (settings and type_name not in _RENAMED) or not (directory / "config.json").is_file():
+    if settings and type_name not in family.processor.renamed_types:
         return directory
+    published = family.processor.image_processor
     with one_sentence(f"{directory}: no stand-in for it can be made", "see that TMPDIR has room"):
         stand_in = Path(tempfile.mkdtemp(prefix="ovr-model-"))
         atexit.register(shutil.rmtree, stand_in, ignore_errors=True)
@@ -273,7 +268,7 @@ def complete_folder(directory: Path) -> Path:
             # The resolved file: in Hugging Face's cache the path is itself a link, relative to its folder.
             (stand_in / path.name).symlink_to(path.resolve())
         # The folder's own settings count, all but the early name.
-        complete = {**IMAGE_PROCESSOR, **settings, "image_processor_type": IMAGE_PROCESSOR["image_processor_type"]}
+        complete = {**published, **settings, "image_processor_type": published["image_processor_type"]}
         if preprocessor or not nested:
             (stand_in / PREPROCESSOR).write_text(json.dumps(complete, indent=2) + "\n")
         else:
@@ -282,6 +277,7 @@ def complete_folder(directory: Path) -> Path:
         problem = "does not describe an image processor"
         if type_name:
             problem = f"names {type_name}, which Transformers does not know"
-        notice = f"notice: {directory} {problem}; Qwen2VLImageProcessor with Qwen2.5-VL's numbers is used"
+        image_class = published["image_processor_type"]
+        notice = f"notice: {directory} {problem}; {image_class} with {family.title}'s numbers is used"
         logger.log(NOTICE, notice)
     return stand_in

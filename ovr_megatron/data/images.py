@@ -19,7 +19,7 @@ from ovr_megatron.config import DataConfig
 from ovr_megatron.data.schema import ImagePart, Part, Row, RowError, VideoPart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_ASPECT = 200  # the Qwen2.5-VL image processor refuses more elongated pictures
+MAX_ASPECT = 200  # image processors of vision-language models refuse more elongated pictures
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from ovr_megatron.config import DataConfig
-from ovr_megatron.data.positions import Visual
 from ovr_megatron.data.schema import Row, RowError, VideoPart
-from ovr_megatron.model.shape import VisionShape
+from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.families.positions import Visual
 
 Video = tuple[np.ndarray, dict[str, Any]]  # uint8[frames, height, width, 3], metadata as vLLM takes it
 
@@ -25,12 +24,13 @@ class PixelProcessor:
         mm_processor_kwargs: The same budget in the form that vLLM's argument of this name takes.
     """
 
-    def __init__(self, image_processor: Any, video_processor: Any, vision: VisionShape, config: DataConfig) -> None:
+    def __init__(self, image_processor: Any, video_processor: Any, shape: ModelShape, config: DataConfig) -> None:
         """Set the budget on both Hugging Face processors, which are changed in place."""
         self._image_processor = image_processor
         self._video_processor = video_processor
-        self._vision = vision
-        self._budget = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        self._shape = shape
+        self._config = config
+        self._family = family_of(shape)
         size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
         self.mm_processor_kwargs: dict[str, Any] = {"size": size}
         for processor in (image_processor, video_processor):
@@ -41,12 +41,11 @@ class PixelProcessor:
 
     def still(self, width: int, height: int) -> Visual:
         """Return the grid that an image of this size will have."""
-        return Visual((1, *self._grid(height, width)))
+        return self._family.image_grid(width, height, self._shape, self._config)
 
     def moving(self, frames: int, width: int, height: int, fps: float) -> Visual:
-        """Return the grid and the time step that a video will have; a last odd frame counts twice."""
-        step = self._vision.temporal_patch
-        return Visual((-(-frames // step), *self._grid(height, width)), seconds=step / fps)
+        """Return the grid and the time step that a video will have."""
+        return self._family.video_grid(frames, width, height, fps, self._shape, self._config)
 
     def patches(
         self, images: Sequence[Image.Image], videos: Sequence[Video]
@@ -67,12 +66,6 @@ class PixelProcessor:
             outputs = self._video_processor(videos=frames, do_sample_frames=False, return_tensors="pt")
             video_patches = _split(outputs["pixel_values_videos"], outputs["video_grid_thw"])
         return image_patches, video_patches
-
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns of patches of a picture, resized as Transformers does."""
-        patch = self._vision.patch
-        height, width = smart_resize(height, width, factor=patch * self._vision.merge, **self._budget)
-        return height // patch, width // patch
 
 
 def frame_size(sizes: Sequence[tuple[int, int]], row: Row) -> tuple[int, int]:

@@ -18,13 +18,12 @@ from ovr_megatron.config import DataConfig
 from ovr_megatron.data.hf_assets import check_template, complete_folder, load_assets
 from ovr_megatron.data.images import check_counts, image_size, load_media
 from ovr_megatron.data.pixels import PixelProcessor, Video, frame_size, stack_frames
-from ovr_megatron.data.positions import SERVED_AFTER_VIDEO, Visual, continue_positions, mrope_positions
 from ovr_megatron.data.rendering import Chat, ChatTemplate, TemplateError, TokenisedChat
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, continuation, convert, convert_instruction, problem_of
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.families.positions import Visual
 
-THINK_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 TEMPLATE_NOTICE = (
     "data.template=think: chats are written with this project's template in place of the model folder's own, and "
     "replies begin after an opened <think>; data.template=model takes the folder's"
@@ -87,9 +86,9 @@ class Processor:
         shape: The folder's model shape.
         chat_template: Jinja source in use.
         template_notice: One sentence where ``chat_template`` is not the folder's own, else empty.
-        end_token: Id of ``<|im_end|>``, which closes a response.
+        end_token: Id of the token that closes a response.
         mm_processor_kwargs: The image budget in the form that vLLM's argument of this name takes.
-        after_video: How positions go on after a video, see `mrope_positions`: ``data.after_video``, else what the
+        after_video: How positions go on after a video, see `Family.positions`: ``data.after_video``, else what the
             folder says that its model was trained with, else as vLLM serves it.
     """
 
@@ -97,32 +96,33 @@ class Processor:
         """Load the processor of a local folder.
 
         Args:
-            model_dir: Hugging Face Qwen2.5-VL folder.
+            model_dir: Hugging Face folder of a model.
             config: Template, image budget and limits.
 
         Raises:
             TemplateError: the ``model`` template is asked for and the folder has none.
             AssetError: tokenizer, processor or template is missing, broken, or does not fit the model.
-            ShapeError: the folder is not a Qwen2.5-VL model.
+            ShapeError: the folder is not a model of a known family.
         """
         self.config = config
         self.shape = ModelShape.from_hf(model_dir)
-        self.after_video = config.after_video or self.shape.after_video or SERVED_AFTER_VIDEO
+        self._family = family_of(self.shape)
+        self.after_video = config.after_video or self.shape.after_video or self._family.served_after_video
         self.folder = complete_folder(Path(model_dir))
         assets = load_assets(self.folder, self.shape)
         self.tokenizer = assets.tokenizer
         folder_template = assets.chat_template
         self.chat_template = folder_template
         if config.template == "think":
-            self.chat_template = THINK_TEMPLATE.read_text(encoding="utf-8")
+            self.chat_template = self._family.processor.think_template.read_text(encoding="utf-8")
         self.template_notice = TEMPLATE_NOTICE if folder_template and folder_template != self.chat_template else ""
         if not self.chat_template:
             raise TemplateError(f"{model_dir} has no chat template; set data.template=think or add one to the folder")
-        self._chat = ChatTemplate(self.tokenizer, self.chat_template)
+        self._chat = ChatTemplate(self.tokenizer, self.chat_template, self._family)
         check_template(self.chat_template, self._chat.special, model_dir)
         self._chat.check_text(model_dir)
         self.end_token = self._chat.end_token
-        self._pixels = PixelProcessor(assets.image_processor, assets.video_processor, self.shape.vision, config)
+        self._pixels = PixelProcessor(assets.image_processor, assets.video_processor, self.shape, config)
         self.mm_processor_kwargs = self._pixels.mm_processor_kwargs
 
     def encode(self, rows: Sequence[Row], generation: bool) -> list[Sample]:
@@ -337,7 +337,7 @@ class Processor:
         return Sample(
             tokens=np.concatenate([np.repeat(prompt, repeats), response]),
             loss_mask=np.concatenate([prompt_targets, np.ones(len(response), bool)]),
-            position_ids=mrope_positions(segments, vision.merge, vision.tokens_per_second, self.after_video),
+            position_ids=self._family.positions(segments, self.shape, self.after_video),
             patches=np.concatenate([np.zeros((0, vision.patch_dim), np.float32), *patches]),
             grid_thw=np.array([visual.grid for visual in draft.visuals], np.int64).reshape(-1, 3),
             placement=np.flatnonzero(np.repeat(is_visual, repeats)),
@@ -365,3 +365,10 @@ def _stack_videos(videos: Sequence[Sequence[PIL.Image.Image]], row: Row) -> list
     parts = itertools.chain.from_iterable(message.parts for message in row.messages)
     video_parts = [part for part in parts if isinstance(part, VideoPart)]
     return [stack_frames(frames, part, row) for frames, part in zip(videos, video_parts, strict=True)]
+
+
+def continue_positions(position_ids: np.ndarray, tokens: int) -> np.ndarray:
+    """Return the positions of ``tokens`` more text tokens after a document that ends in text: int64[3, tokens]."""
+    assert position_ids.shape[1] and (position_ids[:, -1] == position_ids[0, -1]).all(), "must end in text"
+    start = position_ids[0, -1] + 1
+    return np.tile(np.arange(start, start + tokens), (3, 1))

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ovr_megatron.data.puzzle_kind import Kind, Number, Params, Puzzle, box
 from ovr_megatron.data.schema import ImagePart, Part, TextPart
 
-CELL = 28  # pixels: one merged visual token of Qwen2.5-VL
+CELL = 28  # pixels: one merged visual token of 14-pixel patches
 JITTER = 2  # pixels
 SHADE = 25  # of 255, per channel
 GREY = (118, 118, 118)

@@ -21,10 +21,10 @@ from ovr_megatron.data.hf_files import AssetError
 from ovr_megatron.data.schema import ImagePart, Message, TextPart
 from ovr_megatron.data.traces import THINK
 from ovr_megatron.errors import UserError
+from ovr_megatron.families import Family
 
 # Private-use characters around the index of a text.
 _SLOT = "\U000f0000{}\U000f0001"
-END = "<|im_end|>"
 _LAST_ONLY = "set data.learn=last to learn the last reply alone, or correct the template"
 
 
@@ -70,8 +70,8 @@ class _Reply(str):
 class ChatTemplate:
     """A Jinja chat template bound to a Hugging Face tokenizer."""
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
-        """Bind the Jinja source ``template`` to ``tokenizer``.
+    def __init__(self, tokenizer: Any, template: str, family: Family) -> None:
+        """Bind the Jinja source ``template`` to ``tokenizer`` of a model of ``family``.
 
         Raises:
             TemplateError: the tokenizer has no token that ends a message.
@@ -81,9 +81,10 @@ class ChatTemplate:
         self.special = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
-        if END not in self.special:
-            raise TemplateError(f"the tokenizer lacks {END}; it is not Qwen2.5-VL's")
-        self.end_token = self.special[END]
+        self._end = family.tokens.end_of_turn
+        if self._end not in self.special:
+            raise TemplateError(f"the tokenizer lacks {self._end}; it is not {family.title}'s")
+        self.end_token = self.special[self._end]
         # Longest first: a name may begin with another name.
         names = sorted(self.special, key=len, reverse=True)
         alternatives = [_SLOT.format(r"(\d+)"), *(f"({re.escape(name)})" for name in names)]
@@ -138,7 +139,7 @@ class ChatTemplate:
         for i, piece in enumerate(pieces):
             is_reply = isinstance(piece, _Reply)
             if is_reply and list(pieces[i + 1 : i + 2]) != [self.end_token]:
-                raise TemplateError(f"the chat template does not end an earlier reply with {END}; {_LAST_ONLY}")
+                raise TemplateError(f"the chat template does not end an earlier reply with {self._end}; {_LAST_ONLY}")
             # The template's special token is an id already; a text takes the next ids.
             piece_ids = [piece] if isinstance(piece, int) else next(ids)
             tokens += piece_ids

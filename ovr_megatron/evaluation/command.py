@@ -1,4 +1,4 @@
-"""Evaluate a Hugging Face Qwen2.5-VL folder, or a checkpoint, with vLLM on problem sets.
+"""Evaluate a Hugging Face folder, or a checkpoint, with vLLM on problem sets.
 
 Each set is asked once greedily and, with --samples K, K times more for avg@k, pass@k and maj@k.  DIR/SET.json holds the
 scores with 95 % intervals, overall and by source, DIR/SET.responses.jsonl every response.  Under torchrun the
@@ -17,7 +17,7 @@ from typing import Any
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.evaluation.benchmarks import format_benchmarks
 from ovr_megatron.evaluation.scoring import format_accuracy
-from ovr_megatron.model.shape import LONGEST_RESPONSE, ModelShape
+from ovr_megatron.families import LONGEST_RESPONSE, ModelShape
 from ovr_megatron.runtime.command import number, run_command, whole_number
 from ovr_megatron.runtime.terminal import printable
 

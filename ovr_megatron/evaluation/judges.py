@@ -25,7 +25,7 @@ from ovr_megatron.data.schema import parse_row
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, VERSION, Behaviour, Trace, format_question, read_count
 from ovr_megatron.evaluation.command import dtype_of
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.runtime import distributed

@@ -1,1 +1,1 @@
-"""Qwen2.5-VL on Megatron-Core: vision tower, language model, heads."""
+"""What model families share on Megatron-Core: layers, packed attention, context parallelism, heads."""

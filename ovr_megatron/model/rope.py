@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ovr_megatron.model.shape import ModelShape, Yarn
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.yarn import Yarn
 
 
 def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer in Qwen's form, trained on a few lines: the tokenizer of `ovr_megatron.model.tiny`."""
+"""A byte-level BPE tokenizer, trained on a few lines: the tokenizer of `ovr_megatron.model.tiny`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-# In Qwen's order; those of the second group are added tokens but not special ones.
-SPECIAL_TOKENS = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-)
-ADDED_TOKENS = (
-    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
-    *("<|repo_name|>", "<|file_sep|>"),
-)
+from ovr_megatron.families import Family, default_family
+
 PRE_TOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -30,42 +22,25 @@ CORPUS = (
     "Which colour is it? (A) red (B) green (C) blue (D) white. How many digits are there in the image?",
     "Put the final answer in \\boxed{}. The answer is \\boxed{A}.",
 )
-# A plain ChatML template in the manner of Qwen2.5-VL: the base model's own, without a thinking prefix.
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {%- if loop.first and message.role != 'system' %}
-        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {%- if part.type == 'image' %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif part.type == 'video' %}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-            {%- elif part.type == 'text' %}
-                {{- part.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 
 
-def write_tokenizer(out: Path, corpus: Iterable[str], bpe_vocab: int, max_length: int) -> dict[str, int]:
+def write_tokenizer(
+    out: Path, corpus: Iterable[str], bpe_vocab: int, max_length: int, family: Family | None = None
+) -> dict[str, int]:
     """Train a tokenizer on ``corpus`` and write its files to ``out``.
 
-    ``bpe_vocab`` bounds the learned vocabulary, the 256 bytes included; the added tokens follow it.
+    Args:
+        out: An existing folder.
+        corpus: Texts.
+        bpe_vocab: Bounds the learned vocabulary, the 256 bytes included; the added tokens follow it.
+        max_length: The longest text that the tokenizer takes without a warning.
+        family: Whose added tokens it has; default: the miniature's.
 
     Returns:
         The ids of the added tokens.
     """
+    family = family or default_family()
+    tiny = family.tiny
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -82,14 +57,14 @@ def write_tokenizer(out: Path, corpus: Iterable[str], bpe_vocab: int, max_length
     )
     tokenizer.train_from_iterator(corpus, trainer)
     learned = json.loads(tokenizer.to_str())["model"]
-    special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
-    tokenizer.add_tokens(special + [AddedToken(token, normalized=False) for token in ADDED_TOKENS])
-    added = (*SPECIAL_TOKENS, *ADDED_TOKENS)
+    special = [AddedToken(token, normalized=False, special=True) for token in tiny.special_tokens]
+    tokenizer.add_tokens(special + [AddedToken(token, normalized=False) for token in tiny.added_tokens])
+    added = (*tiny.special_tokens, *tiny.added_tokens)
     ids = {token: index for token in added if (index := tokenizer.token_to_id(token)) is not None}
 
     tokenizer.save(str(out / "tokenizer.json"))
     _write_vocabulary(out, learned)
-    _write_config(out, ids, max_length)
+    _write_config(out, ids, max_length, family)
     return ids
 
 
@@ -100,27 +75,28 @@ def _write_vocabulary(out: Path, learned: dict[str, Any]) -> None:
     (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
-def _write_config(out: Path, ids: dict[str, int], max_length: int) -> None:
+def _write_config(out: Path, ids: dict[str, int], max_length: int, family: Family) -> None:
+    tiny = family.tiny
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     _write_json(
         out / "tokenizer_config.json",
         {
-            "tokenizer_class": "Qwen2Tokenizer",
+            "tokenizer_class": tiny.tokenizer_class,
             "added_tokens_decoder": {
-                str(index): {"content": token, **plain, "special": token in SPECIAL_TOKENS}
+                str(index): {"content": token, **plain, "special": token in tiny.special_tokens}
                 for token, index in ids.items()
             },
-            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+            "additional_special_tokens": list(tiny.special_tokens[1:]),
             "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
+            "eos_token": family.tokens.end_of_turn,
+            "pad_token": family.tokens.end_of_text,
             "unk_token": None,
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
             "errors": "replace",
             "model_max_length": max_length,
             "split_special_tokens": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": tiny.chat_template,
         },
     )
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 
 from ovr_megatron.config import ModelConfig, ParallelConfig
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.heads import keeps_logits, tile_sides
-from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.parameters import DTYPE_BYTES, stage_layers
 from ovr_megatron.weights.table import padded_vocab
 

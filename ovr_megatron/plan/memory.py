@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ovr_megatron.config import ColdStartConfig, ModelConfig, ParallelConfig, RLConfig, RolloutConfig
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.plan.activations import Activations, activations
 from ovr_megatron.plan.hardware import Gpu
 from ovr_megatron.plan.parameters import (

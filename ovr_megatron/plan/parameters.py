@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.engine import is_frozen
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.weights.table import TensorRow, cut_dim, padded_vocab, rows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

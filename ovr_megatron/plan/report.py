@@ -12,8 +12,8 @@ from typing import Any
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig
 from ovr_megatron.data.repetition import SourceUse, show_uses, source_uses
-from ovr_megatron.model.presets import PRESETS, write_config
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.presets import presets, write_config
 from ovr_megatron.plan import cost, flops, memory, search
 from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.parameters import count_parameters, model_state
@@ -40,14 +40,14 @@ def read_shape(path: str) -> tuple[ModelShape, str | None]:
     """Read the sizes of a model and return them with its folder; the name of a preset (7B) has no folder.
 
     Raises:
-        ShapeError: the folder holds no Qwen2.5-VL.
+        ShapeError: the folder holds no model of a known family.
         ConfigError: neither a folder nor a preset.
     """
-    if path in PRESETS and not Path(path).exists():
+    if path in presets() and not Path(path).exists():
         with TemporaryDirectory() as temporary:
             return ModelShape.from_hf(write_config(path, temporary).parent), None
     if not Path(path).exists():
-        raise ConfigError(f"model.path={path} is no folder; for a plan it can also be one of {', '.join(PRESETS)}")
+        raise ConfigError(f"model.path={path} is no folder; for a plan it can also be one of {', '.join(presets())}")
     folder = weights_of(path)
     return ModelShape.from_hf(folder), str(folder)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
-from ovr_megatron.model.qwen25vl import check_layout
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.model.layout import check_layout
 from ovr_megatron.plan.activations import PackShape
 from ovr_megatron.plan.hardware import Gpu
 from ovr_megatron.plan.workload import Workload, assume_workload, image_patches, measure, read_tokenised_workload

@@ -13,7 +13,7 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row, TextPart
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.tokenised import read_records, read_tokenised_manifest
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 
 SAMPLE_ROWS = 256
 _ENCODED_ROWS = 16  # rows whose pixels are processed at once

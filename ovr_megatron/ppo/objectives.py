@@ -11,7 +11,7 @@ from torch import Tensor
 from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import LossSum
-from ovr_megatron.model.qwen25vl import Scores
+from ovr_megatron.model.scores import Scores
 from ovr_megatron.ppo.losses import ResponseSegments, find_loss, kl_estimate, truncated_importance, value_loss
 from ovr_megatron.ppo.mismatch import Mismatch
 from ovr_megatron.runtime.device import send

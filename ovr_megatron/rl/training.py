@@ -18,8 +18,8 @@ from ovr_megatron.data.skipped import SkippedRows, skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.layers import cautions, layers_in_use
-from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import ArchiveError

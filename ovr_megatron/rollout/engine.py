@@ -24,8 +24,8 @@ from vllm.outputs import RequestOutput
 from ovr_megatron.config import RolloutConfig
 from ovr_megatron.data.hf_assets import complete_folder
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.model.shape import ModelShape
-from ovr_megatron.rollout.model import EMPTY  # the import also registers the model
+from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.rollout.model import EMPTY, register_model
 from ovr_megatron.rollout.reshard import Reshard, Traffic
 from ovr_megatron.rollout.sampling import (
     SCORING,
@@ -127,11 +127,12 @@ class RolloutEngine:
             )
         self._group = dist.new_subgroups(config.tp, backend="gloo")[0] if config.tp > 1 else None
         self.banned = banned_tokens(processor.shape, processor.tokenizer)
-        self._end_ids = end_tokens(processor.tokenizer)
+        self._end_ids = end_tokens(processor.shape, processor.tokenizer)
         self._stop = list(config.stop)
         self._max_num_seqs = config.max_num_seqs
         self._asleep: set[str] = set()
         self._empty = empty
+        register_model(family_of(processor.shape))
         settings = _settings(config, processor, dtype, max_model_len, offload)
         if empty:
             settings["load_format"] = EMPTY

@@ -1,9 +1,9 @@
-"""vLLM's Qwen2.5-VL with the trainer's conventions: the same ids banned, positions and rotary frequencies."""
+"""vLLM's models with the trainer's conventions: the same ids banned, positions and rotary frequencies."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,16 @@ from vllm import ModelRegistry
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
-from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.data.positions import SERVED_AFTER_VIDEO, Visual, mrope_positions
+from ovr_megatron.families import Family, ModelShape
 from ovr_megatron.model.rope import inverse_frequencies
-from ovr_megatron.model.shape import ModelShape
 
 EMPTY = "empty"  # the load format of `EmptyLoader`
 _ROWS_AT_ONCE = 1 << 16
 
 
-class RolloutModel(Qwen2_5_VLForConditionalGeneration):
-    """The model that vLLM runs.
+class RolloutModel(nn.Module):
+    """What the trainer adds to a model that vLLM runs; a family's class has it before vLLM's class.
 
     Banned ids are masked where the logits arise, once for the batch: whatever vLLM then does with them, greedy
     choice, sampling and log-probabilities, is normalised over the rest.  A ``logit_bias`` would cost Python time
@@ -30,7 +28,7 @@ class RolloutModel(Qwen2_5_VLForConditionalGeneration):
     """
 
     banned: Tensor | None = None
-    after_video: str = SERVED_AFTER_VIDEO
+    after_video: str
 
     def follow(self, banned: Sequence[int], after_video: str, shape: ModelShape) -> None:
         """Never sample ``banned``; go on after a video as ``after_video`` says; turn by the angles of ``shape``."""
@@ -47,21 +45,6 @@ class RolloutModel(Qwen2_5_VLForConditionalGeneration):
         if logits is not None and self.banned is not None:
             logits.index_fill_(-1, self.banned, float("-inf"))
         return logits
-
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """Positions [3, S] of a prompt, and what to add to an index to get the position of a later token."""
-        segments: list[int | Visual] = []
-        merge, start = self.config.vision_config.spatial_merge_size, 0
-        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
-            data, kind = feature.data, feature.modality
-            grid = tuple(data[f"{kind}_grid_thw"].data.tolist())
-            seconds = float(data["second_per_grid_ts"].data) if kind == "video" else None
-            segments += [feature.mm_position.offset - start, Visual(grid, seconds)]
-            start = feature.mm_position.offset + feature.mm_position.length
-        segments.append(len(input_tokens) - start)
-        per_second = self.config.vision_config.tokens_per_second
-        positions = mrope_positions(segments, merge, per_second, self.after_video)
-        return torch.from_numpy(positions), int(positions[0, -1]) + 1 - len(input_tokens)
 
 
 @register_model_loader(EMPTY)
@@ -95,6 +78,9 @@ def fill_rotary_cache(cache: Tensor, shape: ModelShape) -> None:
         rows.copy_(torch.cat((angles.cos(), angles.sin()), dim=-1) * scaling)
 
 
-# Given as a class, not by name: vLLM would otherwise inspect the model in a fresh interpreter, which takes
-# seconds and lacks what lets torchvision import on a machine without a GPU.
-ModelRegistry.register_model("Qwen2_5_VLForConditionalGeneration", RolloutModel)
+@functools.cache
+def register_model(family: Family) -> None:
+    """Have vLLM run the family's `RolloutModel`, once a process."""
+    # Given as a class, not by name: vLLM would otherwise inspect the model in a fresh interpreter, which takes
+    # seconds and lacks what lets torchvision import on a machine without a GPU.
+    ModelRegistry.register_model(family.architecture, family.load_rollout_class())

@@ -396,7 +396,7 @@ class _Update:
 
 
 def target_params(model: nn.Module) -> Iterator[TargetParam]:
-    """Yield every parameter of vLLM's Qwen2.5-VL on this rank with its rows of Hugging Face tensors.
+    """Yield every parameter of vLLM's model on this rank with its rows of Hugging Face tensors.
 
     The source of each rule is the class in vLLM's ``model_executor/layers`` that it names.
     """

@@ -15,9 +15,8 @@ from vllm.sampling_params import SamplingParams
 
 from ovr_megatron.data.pixels import Video
 from ovr_megatron.errors import UserError
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape, family_of
 
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # vLLM must sample a token; the prompt's log-probabilities are what is wanted.
 SCORING = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, flat_logprobs=True)
 
@@ -65,17 +64,18 @@ class Generation:
     prompt_tokens: list[int] = field(repr=False)
 
 
-def end_tokens(tokenizer: Any) -> list[int]:
-    """Return the ids that end a response: ``<|im_end|>`` and ``<|endoftext|>``.
+def end_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
+    """Return the ids that end a response: those of the end of a turn and of a text.
 
     Raises:
         RolloutError: the tokenizer has no such token.
     """
+    family = family_of(shape)
     vocabulary = tokenizer.get_vocab()
-    for token in END_TOKENS:
+    for token in family.tokens.ends:
         if token not in vocabulary:
-            raise RolloutError(f"the tokenizer of {tokenizer.name_or_path} lacks {token}; it is not Qwen2.5-VL's")
-    return [vocabulary[token] for token in END_TOKENS]
+            raise RolloutError(f"the tokenizer of {tokenizer.name_or_path} lacks {token}; it is not {family.title}'s")
+    return [vocabulary[token] for token in family.tokens.ends]
 
 
 def banned_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
@@ -91,7 +91,7 @@ def banned_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     visual = {shape.image_token, shape.video_token, shape.vision_start_token, shape.vision_end_token}
     banned = unknown | special | set(tokenizer.all_special_ids) | visual
-    return sorted(i for i in banned - set(end_tokens(tokenizer)) if i < shape.vocab)
+    return sorted(i for i in banned - set(end_tokens(shape, tokenizer)) if i < shape.vocab)
 
 
 def sampling_params(

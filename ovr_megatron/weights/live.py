@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.weights.slices import LocalShard, RowRange, row_ranges
 from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, join, split, to_hf
 

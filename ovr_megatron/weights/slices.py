@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, split
 
 _ALIGNMENT = 16  # bytes; a view of any dtype needs its transfer to begin at a multiple of its item size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.data.hf_files import list_hf_assets
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.runtime.ownership import refusal, write_record
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table

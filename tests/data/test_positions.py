@@ -6,7 +6,9 @@ import torch
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from ovr_megatron.data.positions import Visual, continue_positions, mrope_positions
+from ovr_megatron.data.processing import continue_positions
+from ovr_megatron.families.positions import Visual
+from ovr_megatron.families.qwen2_5_vl.positions import mrope_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 MERGE, TOKENS_PER_SECOND = 2, 2

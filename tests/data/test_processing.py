@@ -12,9 +12,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.hf_files import AssetError
-from ovr_megatron.data.processing import THINK_TEMPLATE, Processor, TemplateError, TooLongError
+from ovr_megatron.data.processing import Processor, TemplateError, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
-from ovr_megatron.model.shape import stretch_positions
+from ovr_megatron.families import default_family
+from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 BUDGET = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
@@ -259,7 +260,7 @@ def test_a_folders_template_that_opens_a_thought_counts_as_well(folder, tmp_path
     shutil.copytree(folder, tmp_path / "own")
     for name in ("chat_template.json", "tokenizer_config.json"):
         written = json.loads((tmp_path / "own" / name).read_text())
-        written["chat_template"] = THINK_TEMPLATE.read_text()
+        written["chat_template"] = default_family().processor.think_template.read_text()
         (tmp_path / "own" / name).write_text(json.dumps(written))
     own, ours = (Processor(tmp_path / "own", DataConfig(template=name)) for name in ("model", "think"))
     opened = row(user("Hi"), assistant("<think>\nHm.\n</think>\n\nHello"))

@@ -25,8 +25,8 @@ from ovr_megatron.evaluation.evaluator import grade
 from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import GradedResponse
 from ovr_megatron.evaluation.statistics import wilson
-from ovr_megatron.model.presets import write_config
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.presets import write_config
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.rewards.pool import GraderPool
 

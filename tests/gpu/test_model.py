@@ -15,10 +15,10 @@ from ovr_megatron.data.packing import Pack, pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.context import rank_rows
 from ovr_megatron.model.heads import token_scores
-from ovr_megatron.model.qwen25vl import DTYPES
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.verify import ODD_LENGTHS, compare, make_documents, reference
 from ovr_megatron.weights.folder import WeightFolder

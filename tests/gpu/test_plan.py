@@ -10,7 +10,7 @@ from ovr_megatron.coldstart.training import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.plan.activations import Kernels, PackShape, activations
 from ovr_megatron.plan.parameters import model_state
 from ovr_megatron.runtime.distributed import World

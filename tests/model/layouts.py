@@ -20,8 +20,8 @@ from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.qwen25vl import DTYPES
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import (
     ODD_LENGTHS,

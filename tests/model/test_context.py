@@ -13,7 +13,7 @@ from ovr_megatron.config import ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.model.attention import attend
 from ovr_megatron.model.context import gathered_rows, rank_rows, share_images
-from ovr_megatron.model.qwen25vl import alignment
+from ovr_megatron.model.layout import alignment
 from ovr_megatron.model.segments import Segments
 from tests.model.engine_source import source_functions
 

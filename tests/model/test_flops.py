@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.flops import training_flops
-from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 
 TOKENS = 96

@@ -12,8 +12,8 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from ovr_megatron.config import ConfigError, ParallelConfig
-from ovr_megatron.model.qwen25vl import alignment, check_layout
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.model.layout import alignment, check_layout
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.model.tiny_tokenizer import CORPUS, write_tokenizer
 

@@ -11,9 +11,9 @@ from ovr_megatron.config import AlgorithmConfig, ModelConfig, OptimizerConfig, P
 from ovr_megatron.data.document_losses import DocumentLosses
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import Engine, LossSum
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model import attention, heads
-from ovr_megatron.model.qwen25vl import Scores
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.model.scores import Scores
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 from ovr_megatron.runtime import distributed

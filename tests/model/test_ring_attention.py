@@ -21,7 +21,7 @@ from torch import Tensor
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.model.context import rank_rows
-from ovr_megatron.model.qwen25vl import alignment
+from ovr_megatron.model.layout import alignment
 from ovr_megatron.model.segments import Segments
 from tests.model.engine_source import source_functions
 

@@ -9,9 +9,9 @@ import torch
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.rope import inverse_frequencies
-from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 SIZES = TinySizes(layers=1, ffn=64, vision_hidden=32, vision_ffn=32)

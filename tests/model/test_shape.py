@@ -8,7 +8,10 @@ import pytest
 from transformers import Qwen2_5_VLConfig
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.model.shape import ModelShape, ShapeError, Yarn, stretch_positions
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.config_json import ShapeError
+from ovr_megatron.families.stretch import stretch_positions
+from ovr_megatron.families.yarn import Yarn
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 SIZES = TinySizes(layers=1, hidden=64, ffn=64, vision_hidden=32, vision_ffn=32, max_positions=1024)

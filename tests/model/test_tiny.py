@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.qwen2_5_vl.tiny import SPECIAL_TOKENS
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
-from ovr_megatron.model.tiny_tokenizer import SPECIAL_TOKENS
 
 TOOL = str(Path(__file__).resolve().parents[2] / "tools/make_tiny_model.py")
 

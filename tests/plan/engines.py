@@ -22,8 +22,8 @@ from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import Engine, LossSum
-from ovr_megatron.model.qwen25vl import Scores
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.model.scores import Scores
 from ovr_megatron.runtime import distributed
 from tests.model.layouts import LAYOUTS, VARIANTS
 from tests.plan.live_bytes import LiveBytes

@@ -16,7 +16,7 @@ from ovr_megatron.config import ColdStartConfig, DataConfig, ModelConfig, Parall
 from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.plan import memory
 from ovr_megatron.plan.activations import Kernels, PackShape, activations

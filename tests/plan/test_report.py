@@ -15,9 +15,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.qwen2_5_vl.flops import patch_forward
 from ovr_megatron.launch import compose
-from ovr_megatron.model.flops import patch_forward
-from ovr_megatron.model.shape import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.plan import cost, search
 from ovr_megatron.plan.flops import FRAME, token_flops

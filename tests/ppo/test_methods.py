@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig, ConfigError, RLConfig, build, defaults
 from ovr_megatron.data.packing import blank_pack
-from ovr_megatron.model.qwen25vl import Scores
+from ovr_megatron.model.scores import Scores
 from ovr_megatron.ppo.advantages import mean_and_std, moments, normalise, scaled_reward, token_rewards
 from ovr_megatron.ppo.estimators import find_estimator
 from ovr_megatron.ppo.experience import estimate, shaped_reward

@@ -11,7 +11,7 @@ import torch
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.packing import Pack, blank_pack
 from ovr_megatron.launch import compose
-from ovr_megatron.model.qwen25vl import Scores
+from ovr_megatron.model.scores import Scores
 from ovr_megatron.ppo import estimators, experience, losses
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.estimators import Estimate, Estimator, EstimatorInput, register_estimator

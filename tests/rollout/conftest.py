@@ -14,7 +14,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row, parse_row
-from ovr_megatron.model.shape import ModelShape, stretch_positions
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.weights.slices import LocalShard, row_ranges

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ovr_megatron.config import ModelConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.reshard import TransferError
 from ovr_megatron.runtime import distributed

@@ -18,13 +18,13 @@ def test_banned_are_special_tokens_and_ids_past_the_tokenizer(processor):
     ids = processor.tokenizer.convert_tokens_to_ids
     past = list(range(len(processor.tokenizer), processor.shape.vocab))
     assert past and banned == sorted([*map(ids, SPECIAL_BUT_THE_ENDS), *past])
-    assert end_tokens(processor.tokenizer) == [ids("<|im_end|>"), ids("<|endoftext|>")]
+    assert end_tokens(processor.shape, processor.tokenizer) == [ids("<|im_end|>"), ids("<|endoftext|>")]
 
 
-def test_tokenizer_without_an_end_token_is_refused():
+def test_tokenizer_without_an_end_token_is_refused(processor):
     stranger = SimpleNamespace(name_or_path="gpt", get_vocab=lambda: {"<|endoftext|>": 0})
     with pytest.raises(RolloutError, match=r"tokenizer of gpt lacks <\|im_end\|>"):
-        end_tokens(stranger)
+        end_tokens(processor.shape, stranger)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from vllm.sampling_params import SamplingParams
 
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import DataConfig
-from ovr_megatron.data.positions import Visual, mrope_positions
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.families.positions import Visual
+from ovr_megatron.families.qwen2_5_vl.positions import mrope_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 MERGE = TOKENS_PER_SECOND = 2

@@ -7,7 +7,7 @@ import torch
 
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.offload import OffloadedTensors

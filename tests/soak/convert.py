@@ -23,8 +23,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from ovr_megatron.model.presets import PRESETS, write_config
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.presets import presets, write_config
 from ovr_megatron.model.tiny_tokenizer import CORPUS, write_tokenizer
 from ovr_megatron.weights import table
 from ovr_megatron.weights.folder import write_folder
@@ -109,7 +109,7 @@ def convert(tool: str, *arguments: object) -> list[str]:
 def main() -> None:
     """Run the steps, print a table and leave nothing behind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="7B")
+    parser.add_argument("--preset", choices=list(presets()), default="7B")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("soak_convert"), help="new folder to work in")
     args = parser.parse_args()

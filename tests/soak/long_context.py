@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ovr_megatron.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.data.packing import IGNORED, Pack
-from ovr_megatron.data.positions import Visual
 from ovr_megatron.engine import Engine
-from ovr_megatron.model.shape import ModelShape, stretch_positions
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.positions import Visual
+from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import Document, as_pack, gradient_differences, objective

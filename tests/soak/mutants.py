@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant("truncated responses are rewarded", "ppo/rollouts.py", "if response.stopped:", "if True:"),
     Mutant(
         "the trainer forgets the temperature",
-        "model/qwen25vl.py",
+        "model/vision_language.py",
         "        self.temperature = temperature",
         "        self.temperature = 1.0",
     ),
@@ -181,7 +181,7 @@ MUTANTS = [
     ),
     Mutant(
         "the trainer bans nothing",
-        "model/qwen25vl.py",
+        "model/vision_language.py",
         "self.banned[local_ids] = True",
         "self.banned[local_ids] = False",
     ),

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint.manifest import check, write_manifest
-from ovr_megatron.model.shape import ModelShape, Yarn
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.yarn import Yarn
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime.ownership import RECORD
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from ovr_megatron.checkpoint import conversion
 from ovr_megatron.checkpoint.manifest import CheckpointError, check
 from ovr_megatron.data.hf_assets import check_assets
-from ovr_megatron.model.shape import ModelShape, ShapeError
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.config_json import ShapeError
 from ovr_megatron.weights import transfer
 from ovr_megatron.weights.folder import WeightError, WeightFolder
 

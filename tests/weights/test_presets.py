@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.model.presets import PRESETS, write_config
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.presets import presets, write_config
 from ovr_megatron.weights.table import LayoutError, canonical, cut_dim, from_hf, join, padded_vocab, rows, split, to_hf
 
 BYTES = {"7B": 16_584_333_312, "32B": 66_905_436_672}  # of bfloat16, as the hub's indices state them
@@ -15,7 +15,7 @@ TP = {"3B": [1, 2], "7B": [1, 2, 4], "32B": [1, 2, 4, 8], "72B": [1, 2, 4, 8]}
 REFUSED = {"3B": (4, 2, "1, 2"), "7B": (8, 4, "1, 2, 4"), "32B": (16, 8, "1, 2, 4, 8"), "72B": (16, 8, "1, 2, 4, 8")}
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+@pytest.fixture(scope="module", params=presets())
 def preset(request, tmp_path_factory):
     """A published model: its name, our shape, and the configuration that Transformers reads."""
     folder = write_config(request.param, tmp_path_factory.mktemp("preset")).parent

@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.model.shape import ModelShape, VisionShape
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.qwen2_5_vl.shape import WindowedVisionShape
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.weights.table import LayoutError, canonical, from_hf, join, padded_vocab, rows, split, to_hf
 
 
 def small_shape(heads=4, kv_heads=2, head_dim=4, ffn=6, vocab=11, tied=False, vision_heads=2, merge=2) -> ModelShape:
     return ModelShape(
+        family="qwen2_5_vl",
         layers=2,
         hidden=12,
         ffn=ffn,
@@ -28,7 +30,7 @@ def small_shape(heads=4, kv_heads=2, head_dim=4, ffn=6, vocab=11, tied=False, vi
         mrope_section=(1, 1, 0),
         max_positions=128,
         tied=tied,
-        vision=VisionShape(
+        vision=WindowedVisionShape(
             depth=3,
             hidden=4 * vision_heads,
             ffn=ffn,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ovr_megatron.model.shape import ModelShape
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime.ownership import RECORD, write_record
 from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter

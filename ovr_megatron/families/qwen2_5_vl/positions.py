@@ -1,36 +1,20 @@
-"""M-RoPE positions of one document: three rows (time, height, width) over its tokens.
-
-They are computed once, when the sample is built, and travel with the tokens from there on; nothing later
-derives positions from a pack.
-"""
+"""M-RoPE positions of one document: three rows (time, height, width) over its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-AFTER_VIDEO = ("grid", "extent")
-SERVED_AFTER_VIDEO = "extent"  # `Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions` of vLLM 0.32
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.positions import AFTER_VIDEO, Visual
+from ovr_megatron.families.qwen2_5_vl.shape import vision_shape
 
 
-@dataclass(frozen=True)
-class Visual:
-    """An image or a video between two stretches of text.
-
-    Attributes:
-        grid: Patches in time, height and width (t, h, w), before the merger.
-        seconds: Seconds from one of the t slices to the next; None for a still image.
-    """
-
-    grid: tuple[int, int, int]
-    seconds: float | None = None
-
-    def features(self, merge: int) -> int:
-        """Return the number of tokens it takes: patches after merging ``merge`` x ``merge`` of them."""
-        t, h, w = self.grid
-        return t * (h // merge) * (w // merge)
+def positions(segments: Sequence[int | Visual], shape: ModelShape, after_video: str) -> np.ndarray:
+    """Return `mrope_positions` of a document, int64[3, S], for a model of these sizes."""
+    vision = vision_shape(shape)
+    return mrope_positions(segments, vision.merge, vision.tokens_per_second, after_video)
 
 
 def mrope_positions(
@@ -87,10 +71,3 @@ def _visual_offsets(visual: Visual, merge: int, tokens_per_second: float, after_
         times = (np.arange(t, dtype=dtype) * step).astype(np.int64)
         block[0] = times[:, None, None]
     return block.reshape(3, -1)
-
-
-def continue_positions(position_ids: np.ndarray, tokens: int) -> np.ndarray:
-    """Return the positions of ``tokens`` more text tokens after a document that ends in text: int64[3, tokens]."""
-    assert position_ids.shape[1] and (position_ids[:, -1] == position_ids[0, -1]).all(), "must end in text"
-    start = position_ids[0, -1] + 1
-    return np.tile(np.arange(start, start + tokens), (3, 1))

@@ -21,10 +21,10 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ovr_megatron.families.qwen2_5_vl.shape import WindowedVisionShape
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.layers import LayerClasses, layer_spec
 from ovr_megatron.model.segments import Segments
-from ovr_megatron.model.shape import VisionShape
 from ovr_megatron.runtime.device import send
 
 
@@ -131,7 +131,7 @@ class VisionTower(MegatronModule):
 
     def __init__(
         self,
-        shape: VisionShape,
+        shape: WindowedVisionShape,
         out_size: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,

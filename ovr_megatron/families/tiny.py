@@ -1,8 +1,10 @@
-"""Sizes of the small random models.  Free of torch, so that a command line can name them."""
+"""Small random models, which `ovr_megatron.model.tiny` writes: their sizes, and what differs by family.  No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +42,31 @@ class TinySizes:
         pairs = self.hidden // self.heads // 2
         side = 3 * pairs // 8
         return [pairs - 2 * side, side, side]
+
+
+TensorShapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModel:
+    """The files of a family's small random models.
+
+    Attributes:
+        config: ``config.json``, of the sizes, the ids of the added tokens, whether the output layer is the embedding,
+            the standard deviation of the matrices, and the dtype's name.
+        tensors: Hugging Face names with their shapes, in the order in which they are drawn, of the sizes, the
+            vocabulary, and whether the output layer is the embedding.
+        preprocessor: ``preprocessor_config.json``.
+        tokenizer_class: Transformers' class of the tokenizer.
+        special_tokens: In the order of their ids, which follow the learned vocabulary.
+        added_tokens: Those after the special ones, which are not special.
+        chat_template: Jinja source of a base model's template, without a thinking prefix.
+    """
+
+    config: Callable[[TinySizes, Mapping[str, int], bool, float, str], dict[str, Any]]
+    tensors: Callable[[TinySizes, int, bool], TensorShapes]
+    preprocessor: Mapping[str, Any]
+    tokenizer_class: str
+    special_tokens: tuple[str, ...]
+    added_tokens: tuple[str, ...]
+    chat_template: str

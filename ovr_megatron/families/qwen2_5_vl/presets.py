@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 # layers, width, feed-forward, heads, key-value heads, vocabulary, tied, feed-forward of the vision tower
@@ -69,17 +67,3 @@ def _config(
 
 
 PRESETS = {name: _config(*sizes) for name, sizes in _SIZES.items()}
-
-
-def write_config(name: str, directory: str | Path) -> Path:
-    """Write ``config.json`` of the model ``name`` (3B, 7B, 32B, 72B) to ``directory``; return its path.
-
-    Raises:
-        ValueError: no model of that name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"{name!r} is no Qwen2.5-VL; choose one of {', '.join(PRESETS)}")
-    path = Path(directory) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(PRESETS[name], indent=2) + "\n")
-    return path

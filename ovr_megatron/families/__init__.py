@@ -1,0 +1,263 @@
+"""Model families: one frozen record each, which is all that the rest of the code asks of a family.
+
+A family is a package here, whose ``FAMILY`` is its record; it is read when the first question comes, and nothing else
+imports from it.  `register` adds a family from elsewhere.  What families share is in `ovr_megatron.model`.
+
+A record is made without torch and NumPy, so that a command line is judged at once.  What an answer needs, Transformers
+or vLLM, is imported when it is asked: fields named ``load_...`` return a class, the others compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovr_megatron.config import ConfigError, DataConfig
+from ovr_megatron.families.assets import ProcessorFiles, SpecialTokens
+from ovr_megatron.families.config_json import ShapeError, check_kind, read_config
+from ovr_megatron.families.positions import Visual
+from ovr_megatron.families.tiny import TinyModel
+from ovr_megatron.families.yarn import Yarn
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LONGEST_RESPONSE = 32768
+"""Tokens of an evaluated response where no limit is set: reasoning models write thousands."""
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Sizes of a vision tower: ``depth`` blocks of ``heads`` heads; a family adds its own."""
+
+    depth: int
+    hidden: int
+    ffn: int
+    heads: int
+    in_channels: int
+    patch: int
+    temporal_patch: int
+    merge: int
+
+    @property
+    def patch_dim(self) -> int:
+        """Return the elements of one patch: channels x temporal patch x patch x patch."""
+        return self.in_channels * self.temporal_patch * self.patch**2
+
+    @property
+    def attention_side(self) -> int:
+        """Return the features along the side of what a block attends to, 1 where it is always a whole frame."""
+        return 1
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes and special ids of one model.
+
+    ``family`` names its `Family`.  ``max_positions`` is its longest document, YaRN included.  ``after_video`` is the
+    rule of positions that the model was trained with (`AFTER_VIDEO`), None where the folder does not say.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_positions: int
+    tied: bool
+    vision: VisionShape
+    image_token: int
+    video_token: int
+    vision_start_token: int
+    vision_end_token: int
+    yarn: Yarn | None = None
+    after_video: str | None = None
+
+    @property
+    def trained_positions(self) -> int:
+        """Return the positions without YaRN."""
+        return self.yarn.original_positions if self.yarn else min(self.max_positions, family_of(self).trained_positions)
+
+    def check_length(self, tokens: int, setting: str) -> None:
+        """Refuse a document of ``tokens``, asked for by ``setting``, that is longer than the model's positions.
+
+        Raises:
+            ConfigError: names the setting, both lengths and the remedy.
+        """
+        if tokens > self.max_positions:
+            factor = math.ceil(tokens / self.trained_positions)
+            raise ConfigError(
+                f"{setting} comes to {tokens} tokens, and the model has {self.max_positions} positions; lower it, or "
+                f"give the model more with YaRN: tools/convert_from_hf.py --yarn {factor}"
+            )
+
+    def response_limit(self, max_tokens: int, prompt_tokens: int) -> int:
+        """Return ``max_tokens``, or for 0 the positions that a prompt leaves, at most `LONGEST_RESPONSE` tokens."""
+        return max_tokens or max(1, min(LONGEST_RESPONSE, self.max_positions - prompt_tokens))
+
+    @staticmethod
+    def from_hf(directory: str | Path) -> ModelShape:
+        """Read ``config.json`` of ``directory`` by the family that it names.
+
+        Raises:
+            ShapeError: the file is missing, is not JSON, is of a model of no known family, lacks a field, or asks for
+                a feature that is not computed here.
+        """
+        raw, path = read_config(directory, titles())
+        family = _family_of_config(raw, path)
+        check_kind(raw, path, family.architecture)
+        return family.read_shape(family.name, raw, path)
+
+
+# Megatron parameter, Hugging Face tensors, kind, size of each Hugging Face tensor in letters of `Family.weight_sizes`.
+WeightEntry = tuple[str, tuple[str, ...], str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Family:
+    """Everything that the code outside of a family's package asks of it.
+
+    Attributes:
+        name: Names the family in `ModelShape.family`.
+        title: Names it in messages.
+        model_types: Values of ``model_type`` in ``config.json``.
+        architecture: Name of Transformers' class in ``architectures`` of ``config.json``, by which vLLM looks it up.
+        is_default: Tiny models are of this family where none is named; true of one family.
+        read_shape: Sizes of a model, of the family's name, the object in ``config.json`` and its path.
+        trained_positions: Most positions that the models were trained with, whatever ``config.json`` allows.
+        presets: ``config.json`` of the published models by name.
+        tokens: Names of special tokens.
+        processor: Transformers' processors and chat template.
+        positions: Rows of time, height and width of a document, int64[3, S], of its segments (lengths of text, and
+            visuals), the sizes and the rule after a video.  They are computed once, when the sample is built, and
+            travel with the tokens from there on; nothing later derives positions from a pack.
+        served_after_video: The rule after a video that vLLM serves with, of `AFTER_VIDEO`.
+        image_grid: What an image becomes, of its width and height, the sizes and the image budget.
+        video_grid: What a video becomes, of its frames, width, height, frames a second, the sizes and the budget.
+        weight_table: A row for each Megatron parameter, ``{i}`` for a layer (`ovr_megatron.weights.table`).
+        weight_sizes: The numbers that the letters of ``weight_table`` stand for.
+        decoder_options: Fields of Megatron's configuration of the language model that differ between families.
+        load_model_class: The trainer's class, a `ovr_megatron.model.vision_language.VisionLanguageModel`.
+        load_rollout_class: vLLM's class, a `ovr_megatron.rollout.model.RolloutModel`.
+        load_hf_class: Transformers' class named by ``architecture``.
+        language_weights: How many weights a token is multiplied with, of the sizes and whether it is a critic.
+        patch_forward: FLOP of the tower and of the merger for a patch, of the sizes and the patches of its frame.
+        tiny: Files of small random models.
+    """
+
+    name: str
+    title: str
+    model_types: tuple[str, ...]
+    architecture: str
+    is_default: bool = False
+    read_shape: Callable[[str, dict[str, Any], Path], ModelShape]
+    trained_positions: int
+    presets: Mapping[str, dict[str, Any]]
+    tokens: SpecialTokens
+    processor: ProcessorFiles
+    positions: Callable[[Sequence[int | Visual], ModelShape, str], np.ndarray]
+    served_after_video: str
+    image_grid: Callable[[int, int, ModelShape, DataConfig], Visual]
+    video_grid: Callable[[int, int, int, float, ModelShape, DataConfig], Visual]
+    weight_table: tuple[WeightEntry, ...]
+    weight_sizes: Callable[[ModelShape], dict[str, int]]
+    decoder_options: Callable[[ModelShape], dict[str, Any]]
+    load_model_class: Callable[[], type[Any]]
+    load_rollout_class: Callable[[], type[Any]]
+    load_hf_class: Callable[[], type[Any]]
+    language_weights: Callable[[ModelShape, bool], int]
+    patch_forward: Callable[[ModelShape, int], tuple[float, float]]
+    tiny: TinyModel
+
+
+_registered: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known.
+
+    Raises:
+        ValueError: another family has its name, one of its values of ``model_type``, or a preset of that name.
+    """
+    _load_packages()
+    _add(family)
+
+
+def _add(family: Family) -> None:
+    for registered in _registered.values():
+        if registered.name == family.name or set(registered.model_types) & set(family.model_types):
+            types = ", ".join(registered.model_types)
+            raise ValueError(f"family {family.name}: {registered.name} (model_type {types}) is registered already")
+        if names := sorted(set(registered.presets) & set(family.presets)):
+            raise ValueError(
+                f"family {family.name}: {names[0]} names a preset of {registered.name}; give it another name"
+            )
+    _registered[family.name] = family
+
+
+@functools.cache
+def _load_packages() -> None:
+    """Register the families whose packages are in this folder, once a process, in the order of their names."""
+    for module in pkgutil.iter_modules(__path__):
+        if module.ispkg:
+            _add(import_module(f"{__name__}.{module.name}").FAMILY)
+
+
+def families() -> list[Family]:
+    """Return all known families."""
+    _load_packages()
+    return list(_registered.values())
+
+
+def titles() -> str:
+    """Return the titles of all known families, for messages."""
+    return " or ".join(family.title for family in families())
+
+
+def family_of(source: ModelShape | str) -> Family:
+    """Return the family of a model's sizes, or the one of a name.
+
+    Raises:
+        ConfigError: no family has the name; the message lists those that are known.
+    """
+    name = source if isinstance(source, str) else source.family
+    _load_packages()
+    if name not in _registered:
+        raise ConfigError(f"{name!r} is no model family; choose one of {', '.join(_registered)}")
+    return _registered[name]
+
+
+def family_of_folder(directory: str | Path) -> Family:
+    """Return the family that ``config.json`` of ``directory`` names.
+
+    Raises:
+        ShapeError: the file cannot be read, or names no known family.
+    """
+    return _family_of_config(*read_config(directory, titles()))
+
+
+def _family_of_config(raw: dict[str, Any], path: Path) -> Family:
+    model_type = raw.get("model_type")
+    for family in families():
+        if model_type in family.model_types:
+            return family
+    types = " or ".join(repr(kind) for family in families() for kind in family.model_types)
+    raise ShapeError(f"{path}: model_type is {model_type!r}, expected {types}")
+
+
+def default_family() -> Family:
+    """Return the family of tiny models where none is named."""
+    (family,) = (family for family in families() if family.is_default)
+    return family

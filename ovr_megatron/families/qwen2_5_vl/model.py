@@ -1,0 +1,46 @@
+"""Qwen2.5-VL for the trainer: its vision tower, and M-RoPE in sections."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ovr_megatron.config import ParallelConfig
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.qwen2_5_vl.shape import vision_shape
+from ovr_megatron.families.qwen2_5_vl.vision import VisionTower
+from ovr_megatron.model.layers import LayerClasses
+from ovr_megatron.model.transformer_config import transformer_config
+from ovr_megatron.model.vision_language import VisionLanguageModel
+
+
+def vision_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Return Megatron's configuration of the vision tower: no pipeline, no sequence parallelism."""
+    vision = vision_shape(shape)
+    return transformer_config(
+        parallel,
+        dtype,
+        num_layers=vision.depth,
+        hidden_size=vision.hidden,
+        ffn_hidden_size=vision.ffn,
+        num_attention_heads=vision.heads,
+        layernorm_epsilon=1e-6,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+    )
+
+
+class Qwen25VL(VisionLanguageModel):
+    """One pipeline stage of Qwen2.5-VL, or one interleaved part of it."""
+
+    def build_vision(
+        self, shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, classes: LayerClasses
+    ) -> VisionTower:
+        """Return the vision tower on this rank."""
+        config = vision_config(shape, parallel, dtype)
+        return VisionTower(vision_shape(shape), shape.hidden, config, self.pg_collection, classes)
+
+    def rotary_rows(self, shape: ModelShape) -> Tensor:
+        """Return time, height and width for the pairs of the three sections, one section after the other."""
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(shape.mrope_section))

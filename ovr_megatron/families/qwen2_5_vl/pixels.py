@@ -1,0 +1,28 @@
+"""What pictures become in Qwen2.5-VL: the grid of patches that Transformers resizes them to."""
+
+from __future__ import annotations
+
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from ovr_megatron.config import DataConfig
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.positions import Visual
+
+
+def image_grid(width: int, height: int, shape: ModelShape, config: DataConfig) -> Visual:
+    """Return the grid that an image of this size will have under the image budget."""
+    return Visual((1, *_grid(height, width, shape, config)))
+
+
+def video_grid(frames: int, width: int, height: int, fps: float, shape: ModelShape, config: DataConfig) -> Visual:
+    """Return the grid and the time step that a video will have; a last odd frame counts twice."""
+    step = shape.vision.temporal_patch
+    return Visual((-(-frames // step), *_grid(height, width, shape, config)), seconds=step / fps)
+
+
+def _grid(height: int, width: int, shape: ModelShape, config: DataConfig) -> tuple[int, int]:
+    """Return the rows and columns of patches of a picture, resized as Transformers does."""
+    patch = shape.vision.patch
+    budget = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    height, width = smart_resize(height, width, factor=patch * shape.vision.merge, **budget)
+    return height // patch, width // patch

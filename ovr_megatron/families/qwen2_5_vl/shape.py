@@ -1,0 +1,247 @@
+"""Sizes of a Qwen2.5-VL model: the fields of its ``config.json``, their bounds, and the features that are refused.
+
+No torch, no Megatron.  The defaults are those of Transformers, since a folder may leave out what equals them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ovr_megatron.families import ModelShape, VisionShape
+from ovr_megatron.families.config_json import (
+    Depth,
+    Fields,
+    Flag,
+    Index,
+    Positions,
+    Positive,
+    ShapeError,
+    Vocabulary,
+    Width,
+    excerpt,
+    read_fields,
+)
+from ovr_megatron.families.yarn import read_yarn
+
+SERVED_AFTER_VIDEO = "extent"  # `Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions` of vLLM 0.32
+
+
+@dataclass(frozen=True)
+class WindowedVisionShape(VisionShape):
+    """A vision tower with window attention; ``window`` is in pixels, ``full_attention_layers`` see a whole frame."""
+
+    window: int
+    full_attention_layers: tuple[int, ...]
+    tokens_per_second: float
+
+    @property
+    def attention_side(self) -> int:
+        """Return the features along the side of a window."""
+        return max(1, self.window // self.patch // self.merge)
+
+
+def vision_shape(shape: ModelShape) -> WindowedVisionShape:
+    """Return the sizes of the vision tower of a model of this family."""
+    assert isinstance(shape.vision, WindowedVisionShape)
+    return shape.vision
+
+
+class TextFields(Fields):
+    """Language model."""
+
+    num_hidden_layers: Depth
+    hidden_size: Width
+    intermediate_size: Width
+    num_attention_heads: Width
+    num_key_value_heads: Width
+    vocab_size: Vocabulary
+    head_dim: Width | None = None
+    rms_norm_eps: Annotated[Positive, Field(lt=1)] = 1e-5
+    max_position_embeddings: Positions = 32768
+    hidden_act: Literal["silu"] = "silu"
+    use_sliding_window: Flag | None = False
+    sliding_window: Positions | None = 4096
+    max_window_layers: Annotated[int, Field(strict=True, ge=0)] | None = 80
+    layer_types: list[str] | None = None
+    attention_dropout: Annotated[float, Field(ge=0, le=0)] | None = 0.0
+
+
+class VisionFields(Fields):
+    """Vision tower.  The 32B of Hugging Face leaves out the sizes that are Transformers' defaults."""
+
+    hidden_size: Width
+    intermediate_size: Width
+    depth: Depth = 32
+    num_heads: Width = 16
+    in_channels: Literal[3] | None = None
+    in_chans: Literal[3] | None = None
+    patch_size: Width | None = None
+    spatial_patch_size: Width | None = None
+    temporal_patch_size: Annotated[int, Field(strict=True, ge=1, le=64)] = 2
+    spatial_merge_size: Annotated[int, Field(strict=True, ge=1, le=64)] = 2
+    window_size: Width = 112
+    fullatt_block_indexes: tuple[Index, ...] = (7, 15, 23, 31)
+    tokens_per_second: Positive = 4
+    out_hidden_size: Width | None = None
+    hidden_act: Literal["silu"] = "silu"
+
+
+class OuterFields(Fields):
+    """Fields of the outer level in both layouts."""
+
+    image_token_id: Index
+    video_token_id: Index
+    vision_start_token_id: Index
+    vision_end_token_id: Index | None = None
+    after_video: Literal["grid", "extent"] | None = None
+
+
+class RopeFields(Fields):
+    """Rotary angles; YaRN's own fields are read by `ovr_megatron.families.yarn`."""
+
+    rope_theta: Positive
+    mrope_section: list[Annotated[int, Field(strict=True, ge=1)]]
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+
+
+def read_shape(name: str, raw: dict[str, Any], path: Path) -> ModelShape:
+    """Read ``config.json`` in the flat layout of Transformers 4 or the nested one of 5.
+
+    Args:
+        name: Of the family.
+        raw: The object in the file.
+        path: The file, for messages.
+
+    Raises:
+        ShapeError: a field is missing or out of its bounds, or asks for a feature that is not computed here.
+    """
+    nested = raw.get("text_config") is not None
+    values = raw["text_config"] if nested else raw
+    text = read_fields(TextFields, values, path, "text_config." if nested else "")
+    vision = read_fields(VisionFields, raw.get("vision_config", {}), path, "vision_config.")
+    outer = read_fields(OuterFields, raw, path)
+    # Transformers 4 says rope_scaling, 5 rope_parameters; where both stand it takes the first.
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ShapeError(f"{path}: field 'rope_scaling' is {rope!r} and not an object")
+    angles = read_fields(RopeFields, {"rope_theta": values.get("rope_theta"), **rope}, path)
+    head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
+    _check_numbers(text, vision, outer, head_dim, path)
+    section = tuple(angles.mrope_section)
+    if len(section) != 3 or 2 * sum(section) != head_dim:
+        raise ShapeError(f"{path}: mrope_section {list(section)} is not three numbers of sum {head_dim // 2}")
+    positions = text.max_position_embeddings
+    yarn = read_yarn(rope, positions, path)
+    return ModelShape(
+        family=name,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        ffn=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        vocab=text.vocab_size,
+        norm_eps=text.rms_norm_eps,
+        rope_theta=float(angles.rope_theta),
+        mrope_section=section,
+        # vLLM stops at the first of the two.
+        max_positions=min(positions, int(yarn.factor * yarn.original_positions)) if yarn else positions,
+        yarn=yarn,
+        tied=_read_tied(raw, values, path),
+        vision=_vision_shape(vision),
+        image_token=outer.image_token_id,
+        video_token=outer.video_token_id,
+        vision_start_token=outer.vision_start_token_id,
+        vision_end_token=(
+            outer.vision_start_token_id + 1 if outer.vision_end_token_id is None else outer.vision_end_token_id
+        ),
+        after_video=outer.after_video,
+    )
+
+
+def _vision_shape(vision: VisionFields) -> WindowedVisionShape:
+    return WindowedVisionShape(
+        depth=vision.depth,
+        hidden=vision.hidden_size,
+        ffn=vision.intermediate_size,
+        heads=vision.num_heads,
+        in_channels=3,
+        patch=vision.patch_size or vision.spatial_patch_size or 14,
+        temporal_patch=vision.temporal_patch_size,
+        merge=vision.spatial_merge_size,
+        window=vision.window_size,
+        full_attention_layers=vision.fullatt_block_indexes,
+        tokens_per_second=vision.tokens_per_second,
+    )
+
+
+def _read_tied(raw: dict[str, Any], text: dict[str, Any], path: Path) -> bool:
+    """Return whether input and output embedding are tied.
+
+    Older exports have the flag on the outer level only, newer ones on both: the outer one wins.
+    """
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    if not isinstance(tied, bool):
+        raise ShapeError(f"{path}: field 'tie_word_embeddings' is {tied!r}; it can be true or false")
+    return tied
+
+
+def _check_numbers(text: TextFields, vision: VisionFields, outer: OuterFields, head_dim: int, path: Path) -> None:
+    """Refuse numbers that are no model together, and attention that is not computed here.
+
+    Raises:
+        ShapeError: names the fields and both numbers.
+    """
+    for problem in (*_text_problems(text, head_dim), *_vision_problems(text, vision), *_token_problems(text, outer)):
+        raise ShapeError(f"{path}: {problem}")
+
+
+def _text_problems(text: TextFields, head_dim: int) -> Iterator[str]:
+    heads = text.num_attention_heads
+    groups = text.num_key_value_heads
+    if text.head_dim is None and text.hidden_size % heads:
+        yield f"hidden_size {text.hidden_size} is not a multiple of num_attention_heads {heads}"
+    if heads % groups:
+        yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+    if head_dim % 2:
+        yield f"the head size {head_dim} is odd, and rotary angles turn pairs"
+    kinds = set(text.layer_types or ()) - {"full_attention"}
+    if kinds:
+        yield f"field 'layer_types' asks for {excerpt(sorted(kinds))}; only full_attention is computed"
+    windowed = text.use_sliding_window and text.sliding_window is not None and text.layer_types is None
+    if windowed and (text.max_window_layers or 0) < text.num_hidden_layers:
+        yield (
+            f"field 'use_sliding_window' is true: layers from {text.max_window_layers or 0} on would attend to "
+            f"{text.sliding_window} tokens; only full attention is computed, give a model without a sliding window"
+        )
+
+
+def _vision_problems(text: TextFields, vision: VisionFields) -> Iterator[str]:
+    heads = vision.num_heads
+    if vision.hidden_size % (4 * heads):
+        yield f"vision_config.hidden_size {vision.hidden_size} is not a multiple of 4 x num_heads {heads}"
+    if vision.patch_size and vision.spatial_patch_size and vision.patch_size != vision.spatial_patch_size:
+        yield f"vision_config has patch_size {vision.patch_size} and spatial_patch_size {vision.spatial_patch_size}"
+    merged = (vision.patch_size or vision.spatial_patch_size or 14) * vision.spatial_merge_size
+    if vision.window_size % merged:
+        yield f"vision_config.window_size {vision.window_size} is not a multiple of {merged} pixels, a merged patch"
+    if vision.out_hidden_size not in (None, text.hidden_size):
+        yield f"vision_config.out_hidden_size {vision.out_hidden_size} is not hidden_size {text.hidden_size}"
+    late = [index for index in vision.fullatt_block_indexes if index >= vision.depth]
+    if late and "fullatt_block_indexes" in vision.model_fields_set:
+        yield f"vision_config.fullatt_block_indexes names block {late[0]}, and the tower has {vision.depth}"
+
+
+def _token_problems(text: TextFields, outer: OuterFields) -> Iterator[str]:
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {name: getattr(outer, name) for name in names if getattr(outer, name) is not None}
+    for name, index in ids.items():
+        if index >= text.vocab_size:
+            yield f"field {name!r} is {index}, and vocab_size is {text.vocab_size}; ids lie below it"
+    if len(set(ids.values())) < len(ids):
+        yield f"two of {', '.join(names)} are the same id; each needs its own"

@@ -1,0 +1,42 @@
+"""Give a model folder more positions with YaRN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ovr_megatron.config import ConfigError
+from ovr_megatron.families import ModelShape
+
+
+def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
+    """Write YaRN with ``factor`` into ``config.json`` of ``directory``, over any YaRN in it.
+
+    From then on it is read by this project, Transformers and vLLM, and exports have it, too.
+
+    Raises:
+        ConfigError: ``factor`` stretches nothing.
+        ShapeError: as `ModelShape.from_hf`.
+    """
+    if not factor > 1:
+        raise ConfigError(f"--yarn {factor:g} gives no more positions; it must be above 1")
+    original = ModelShape.from_hf(directory).trained_positions
+    path = Path(directory) / "config.json"
+    config = json.loads(path.read_text())
+    text = config.get("text_config") or config
+    for part in [text] if text is config else [text, config]:
+        for name in ("rope_scaling", "rope_parameters"):
+            if part.get(name):
+                part[name] = _stretched(part[name], factor, original)
+        if part is text or "max_position_embeddings" in part:
+            part["max_position_embeddings"] = int(factor * original)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return ModelShape.from_hf(directory)
+
+
+def _stretched(rope: dict[str, Any], factor: float, original: int) -> dict[str, Any]:
+    """Return the rotary part with YaRN, its type under the field names that it has."""
+    angles = {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
+    kinds = [name for name in ("type", "rope_type") if name in rope] or ["rope_type"]
+    return angles | dict.fromkeys(kinds, "yarn") | {"factor": factor, "original_max_position_embeddings": original}

@@ -1,0 +1,94 @@
+"""Which layouts a model's sizes allow, and what the rows of its packs must be a multiple of.  No torch."""
+
+from __future__ import annotations
+
+import math
+
+from ovr_megatron.config import ConfigError, ParallelConfig
+from ovr_megatron.families import ModelShape
+
+
+def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False) -> None:
+    """Refuse a layout that the model's sizes do not allow, before anything is allocated.
+
+    8-bit matrix products want both sizes of a rank's weight to be multiples of 16.
+
+    Raises:
+        ConfigError: names the values and the nearest that fit.
+    """
+    tp = parallel.tp
+    counts = {
+        "key-value heads": shape.kv_heads,
+        "attention heads": shape.heads,
+        "vision heads": shape.vision.heads,
+        "FFN columns": shape.ffn,
+        "vision FFN columns": shape.vision.ffn,
+    }
+    for name, count in counts.items():
+        if count % tp:
+            largest = max(size for size in range(1, tp) if math.gcd(*counts.values()) % size == 0)
+            raise ConfigError(f"parallel.tp={tp} does not divide the model's {count} {name}; use at most tp={largest}")
+    _check_stages(shape.layers, parallel)
+    if fp8:
+        _check_fp8_sizes(shape, tp)
+
+
+def _check_fp8_sizes(shape: ModelShape, tp: int) -> None:
+    sizes = {
+        "width": shape.hidden,
+        "FFN columns a rank": shape.ffn // tp,
+        "query columns a rank": shape.heads * shape.head_dim // tp,
+        "key columns a rank": shape.kv_heads * shape.head_dim // tp,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            smaller = [divisor for divisor in range(1, tp) if not tp % divisor and size * tp // divisor % 16 == 0]
+            remedy = f"use tp={smaller[-1]} or model.fp8=none" if smaller else "use model.fp8=none"
+            raise ConfigError(f"model.fp8 with parallel.tp={tp}: {name} = {size}, not a multiple of 16; {remedy}")
+
+
+def _check_stages(layers: int, parallel: ParallelConfig) -> None:
+    """Refuse stages and interleaved parts that the model's ``layers`` do not divide over."""
+    first = parallel.first_stage_layers
+    last = parallel.last_stage_layers
+    uneven = [count for count in (first, last) if count]
+    even_layers = layers - sum(uneven)
+    even_stages = parallel.pp - len(uneven)
+    settings = f"parallel.pp={parallel.pp}, parallel.vpp={parallel.vpp}"
+    if uneven:
+        settings += f" with {first or '-'} first and {last or '-'} last layers"
+    if even_stages == 0 and even_layers:
+        raise ConfigError(
+            f"{settings}: these stages hold {sum(uneven)} layers and the model has {layers}; make them its sum"
+        )
+    if even_stages and (even_layers < even_stages or even_layers % (even_stages * parallel.vpp)):
+        pp_sizes = [size for size in range(1, layers + 1) if not layers % (size * parallel.vpp)]
+        remedy = f"without uneven stages pp can be {', '.join(map(str, pp_sizes))}" if pp_sizes else "lower vpp"
+        raise ConfigError(
+            f"{settings}: {even_layers} of the model's {layers} layers do not divide over {even_stages} stages x "
+            f"{parallel.vpp}; {remedy}"
+        )
+    for count in uneven:
+        if count % parallel.vpp:
+            raise ConfigError(f"{settings}: {count} layers do not divide by vpp; use a multiple of {parallel.vpp}")
+
+
+# A rank's rows must be a multiple of this for an FP8 recipe's matrix products: 16 for their operands, and full blocks
+# for block scaling.  Transformer Engine gathers the input of a sequence-parallel layer in 8 bits only where every rank
+# has full blocks (`Float8BlockQuantizer.is_quantizable`); before 2.14 it refused others, now it gathers 16 bits.
+_FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "block": 128}
+
+
+def alignment(parallel: ParallelConfig, fp8: str = "none") -> tuple[int, int]:
+    """Return what the rows of every document, and of every pack, must be a multiple of.
+
+    Context parallelism cuts a document into two chunks a rank; all ranks of a sequence-parallel group hold equally
+    many rows; 8-bit matrix products need a multiple of rows that follows from the recipe.
+
+    Args:
+        parallel: the model's layout.
+        fp8: ``model.fp8``, the scaling recipe.
+    """
+    document = 2 * parallel.cp if parallel.cp > 1 else 1
+    ranks = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    return document, math.lcm(document, ranks * _FP8_ROWS[fp8])
