@@ -67,7 +67,7 @@ def export_hf(checkpoint: Path, out: Path, critic: bool, dtype: str | None, work
         with staged(out, [checkpoint], force) as partial:
             copy_hf_assets(checkpoint / part, partial, export_dtype)
             if manifest.step:  # step 0 is the base model itself
-                write_generation_config(partial, assets.tokenizer.get_vocab())
+                write_generation_config(partial, shape, assets.tokenizer.get_vocab())
             copy_weights(folder, partial, export_dtype, leave_out=[VALUE_HEAD], workers=workers)
     print(f"{out}: {part} of step {manifest.step}")
     left_out = sorted({name.split("/")[0] for name in manifest.files} - {part})
