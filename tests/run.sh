@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then runs the linter, the type checker and the tests, all of them in any case; exits 1 if one
+# Installs what is missing, then runs the linters, the type checker and the tests, all of them in any case; exits 1 if one
 # of them fails. Arguments go to pytest:
 #
 #   bash tests/run.sh tests/data -k packing
@@ -22,6 +22,7 @@ check() {
     esac
 }
 check ruff check .
+check lint-imports --no-logo --no-cache
 check mypy
 check pytest -m "not both_cores" -n 2 --dist loadfile "$@"
 check pytest -m both_cores "$@"

@@ -1,4 +1,8 @@
-"""What every module of the project must keep to; read from the syntax trees, so that nothing has to be imported."""
+"""What every module must keep to and no linter reads; taken from the syntax trees, so that nothing has to be imported.
+
+The order of rooms, swallowed exceptions, imports in functions and the like are rules of Ruff and import-linter, which
+stand in pyproject.toml.
+"""
 
 import ast
 import re
@@ -12,28 +16,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ovr_megatron"
-
-# A module imports from rooms that stand before its own, or from its own.  `family` are the packages in `families`.
-ROOMS = ("errors", "keys", "config", "runtime", "families", "data", "model", "rewards", "weights", "engine")
-ROOMS += ("checkpoint", "rollout", "family", "plan", "launch", "torchrun", "data_checks", "preflight", "curation")
-ROOMS += ("ppo", "evaluation", "coldstart", "rl", "replay", "verify", "analysis", "tools")
-EXCEPTIONS = {
-    ("", f"{PACKAGE}.runtime.cpu"),  # free of torch
-    ("", f"{PACKAGE}.runtime.torchvision_on_cpu"),  # free of torch, and torchvision must be importable from anywhere
-    ("", f"{PACKAGE}.runtime.environment"),  # free of torch, which reads some of the settings when it is imported
-}
-
-# vLLM takes seconds to import, and most cold starts do without.
-LATE_IMPORTS = {(f"{PACKAGE}.coldstart.training", "build_evaluation")}
-# SymPy likewise, and a trainer only looks rules up.
-LATE_IMPORTS |= {(f"{PACKAGE}.rewards.rules", "rule")}
-
-# Turns whatever Transformers and tokenizers raise, which has no common class, into one sentence; it swallows nothing.
-TRANSLATORS = {f"{PACKAGE}.data.hf_assets"}
-# Likewise for what a tracker of another project raises when it starts.
-TRANSLATORS |= {f"{PACKAGE}.runtime.trackers.table"}
-# Reports whatever such a tracker raises later, in its own thread: a network that is down ends no run.
-REPORTERS = {f"{PACKAGE}.runtime.trackers.background"}
 
 PATCHED_LIBRARIES = ("torch", "torchvision", "megatron")
 SETTINGS_OF_LIBRARIES = ("torch.backends",)
@@ -131,21 +113,6 @@ def is_import_module(node: ast.Call) -> bool:
     return ast.unparse(node.func).endswith("import_module")
 
 
-def wrong_order(modules: dict[str, Module]) -> Iterator[str]:
-    for module in modules.values():
-        if module.room and module.room not in ROOMS:
-            yield f"{module.file}: {module.room} is no room; give it a place in ROOMS"
-            continue
-        for item in module.imports:
-            if item.target not in modules or (module.room, item.target) in EXCEPTIONS:
-                continue
-            room = modules[item.target].room
-            if not room:
-                continue
-            if not module.room or room not in ROOMS[: ROOMS.index(module.room) + 1]:
-                yield f"{module.file}:{item.line}: imports {item.target}, which stands further down"
-
-
 def cycles(modules: dict[str, Module]) -> Iterator[str]:
     done: set[str] = set()
 
@@ -162,20 +129,13 @@ def cycles(modules: dict[str, Module]) -> Iterator[str]:
         yield from visit(name, [])
 
 
-def stray_family(modules: dict[str, Module]) -> Iterator[str]:
+def computed_imports(modules: dict[str, Module]) -> Iterator[str]:
+    """`import_module` of a fixed name, which the linters do not read; runtime/cpu.py patches what it imports so."""
     for module in modules.values():
-        for item in module.imports:
-            if item.target in modules and modules[item.target].room == "family":
-                package = ".".join(item.target.split(".")[:3])
-                if module.name != package and not module.name.startswith(f"{package}."):
-                    yield f"{module.file}:{item.line}: imports {item.target}; ask `family_of` for the family's record"
-
-
-def stray_transformer_engine(modules: dict[str, Module]) -> Iterator[str]:
-    for module in modules.values():
-        for item in module.imports:
-            if item.target.partition(".")[0] == "transformer_engine" and module.name != f"{PACKAGE}.model.layers":
-                yield f"{module.file}:{item.line}: only model/layers.py imports transformer_engine"
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call) and is_import_module(node) and module.name != f"{PACKAGE}.runtime.cpu":
+                if node.args and isinstance(node.args[0], ast.Constant):
+                    yield f"{module.file}:{node.lineno}: write an import statement for {node.args[0].value}"
 
 
 def names_of_libraries(tree: ast.Module) -> dict[str, str]:
@@ -245,28 +205,8 @@ def torch_where_it_must_not_be(modules: dict[str, Module]) -> Iterator[str]:
 def forbidden_code(modules: dict[str, Module]) -> Iterator[str]:
     for module in modules.values():
         for node in ast.walk(module.tree):
-            if module.name in TRANSLATORS and is_translation(node):
-                continue
-            if module.name in REPORTERS and is_report(node):
-                continue
             if reason := why_forbidden(node):
                 yield f"{module.file}:{getattr(node, 'lineno', 0)}: {reason}"
-
-
-def is_translation(node: ast.AST) -> bool:
-    """An `except Exception as error` of one statement, `raise ... from error`."""
-    match node:
-        case ast.ExceptHandler(type=ast.Name(id="Exception"), name=name, body=[ast.Raise(cause=ast.Name(id=cause))]):
-            return name == cause
-    return False
-
-
-def is_report(node: ast.AST) -> bool:
-    """An `except Exception as error` of one statement, a call that is passed the error."""
-    match node:
-        case ast.ExceptHandler(type=ast.Name(id="Exception"), name=name, body=[ast.Expr(value=ast.Call() as call)]):
-            return any(isinstance(part, ast.Name) and part.id == name for part in ast.walk(call))
-    return False
 
 
 def why_forbidden(node: ast.AST) -> str | None:
@@ -275,27 +215,9 @@ def why_forbidden(node: ast.AST) -> str | None:
             return "trust_remote_code runs code of a model folder"
         case ast.keyword(arg="weights_only", value=value) if ast.unparse(value) != "True":
             return "weights_only must be True: a pickle runs code"
-        case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
-            return f"{name}() runs text as code"
         case ast.ExceptHandler(type=None):
-            return "a bare except swallows everything"
-        case ast.ExceptHandler(type=ast.Name(id="Exception" | "BaseException" as name), body=body):
-            return None if ast.unparse(body[-1]) == "raise" else f"except {name} swallows what nobody foresaw"
+            return "a bare except says not what it expects"
     return None
-
-
-def is_record(module: Module) -> bool:
-    """Whether it holds the record of a family, which comes without torch and imports answers when they are asked."""
-    return module.room == "family" and module.file.endswith("__init__.py")
-
-
-def hidden_imports(modules: dict[str, Module]) -> Iterator[str]:
-    for module in modules.values():
-        for item in module.imports:
-            late = item.function in (None, "main") or (module.name, item.function) in LATE_IMPORTS
-            late = late or is_record(module)
-            if item.target in modules and not late and module.room != "tools":
-                yield f"{module.file}:{item.line}: {item.target} is imported inside {item.function}()"
 
 
 def names_that_say_nothing(modules: dict[str, Module]) -> Iterator[str]:
@@ -343,14 +265,11 @@ def classes_of_one_name(modules: dict[str, Module]) -> Iterator[str]:
 
 Rule = Callable[[dict[str, Module]], Iterator[str]]
 RULES: tuple[Rule, ...] = (
-    wrong_order,
     cycles,
-    stray_family,
-    stray_transformer_engine,
+    computed_imports,
     stray_patches,
     torch_where_it_must_not_be,
     forbidden_code,
-    hidden_imports,
     names_that_say_nothing,
     empty_names,
     nested_comprehensions,
@@ -454,20 +373,9 @@ SOUND = {
     "tools/grade.py": "def grade():\n    from ovr_megatron.rewards import worker",
 }
 VIOLATIONS = [
-    (wrong_order, "ovr_megatron/data/packing.py", "from ovr_megatron.model import layers", "model.layers"),
-    (wrong_order, "ovr_megatron/data/packing.py", "from ..model.layers import X", "model.layers"),
-    (wrong_order, "ovr_megatron/config.py", "def f():\n    import ovr_megatron.data.schema", "config.py:2"),
-    (wrong_order, "ovr_megatron/__init__.py", "from ovr_megatron.config import X", "__init__.py:1"),
-    (wrong_order, "ovr_megatron/extras.py", "", "extras is no room"),
-    (wrong_order, "ovr_megatron/rl.py", "from tools.grade import X", "tools.grade"),
-    (wrong_order, "ovr_megatron/families/__init__.py", "from ovr_megatron.model import layers", "model.layers"),
-    (wrong_order, "ovr_megatron/data/packing.py", "from ovr_megatron.families import qwen2_5_vl", "qwen2_5_vl"),
-    (stray_family, "ovr_megatron/rl.py", "from ovr_megatron.families.qwen2_5_vl import model", "qwen2_5_vl.model"),
-    (stray_family, "ovr_megatron/families/b/__init__.py", "from ..qwen2_5_vl import model", "qwen2_5_vl.model"),
     (cycles, "ovr_megatron/data/schema.py", "from ovr_megatron.data.packing import X", "import cycle"),
     (cycles, "ovr_megatron/data/schema.py", "def f():\n    from . import packing", "data.schema -> "),
-    (stray_transformer_engine, "ovr_megatron/model/vision.py", "from transformer_engine.pytorch import X", "vision"),
-    (stray_transformer_engine, "ovr_megatron/rl.py", "importlib.import_module('transformer_engine')", "rl.py:1"),
+    (computed_imports, "ovr_megatron/rl.py", "importlib.import_module('transformer_engine')", "rl.py:1"),
     (stray_patches, "ovr_megatron/rl.py", "import torch\ntorch.cuda.synchronize = print", "torch.cuda.synchronize"),
     (stray_patches, "ovr_megatron/rl.py", "import torch.cuda as c\nsetattr(c, 'x', 1)", "torch.cuda"),
     (stray_patches, "ovr_megatron/rl.py", "from megatron.core import a as b\nb.x: int = 1", "megatron.core.a.x"),
@@ -481,29 +389,7 @@ VIOLATIONS = [
     (forbidden_code, "ovr_megatron/rl.py", "load(x, trust_remote_code=False)", "trust_remote_code"),
     (forbidden_code, "ovr_megatron/rl.py", "options = {'trust_remote_code': 1}", "trust_remote_code"),
     (forbidden_code, "tools/grade.py", "torch.load(x, weights_only=False)", "weights_only"),
-    (forbidden_code, "ovr_megatron/rl.py", "eval('1')", "eval()"),
     (forbidden_code, "ovr_megatron/rl.py", "try:\n    f()\nexcept:\n    raise", "bare except"),
-    (forbidden_code, "ovr_megatron/rl.py", "try:\n    f()\nexcept Exception:\n    pass", "except Exception"),
-    (forbidden_code, "ovr_megatron/rl.py", "try:\n    f()\nexcept Exception as e:\n    raise X from e", "except Excep"),
-    (
-        forbidden_code,
-        "ovr_megatron/data/hf_assets.py",
-        "try:\n    f()\nexcept Exception as e:\n    pass",
-        "except Excep",
-    ),
-    (
-        forbidden_code,
-        "ovr_megatron/runtime/trackers/background.py",
-        "try:\n    f()\nexcept Exception as e:\n    g()",
-        "except Excep",
-    ),
-    (hidden_imports, "ovr_megatron/rl.py", "def f():\n    import ovr_megatron.config", "inside f()"),
-    (
-        hidden_imports,
-        "ovr_megatron/families/qwen2_5_vl/model.py",
-        "def f():\n    import ovr_megatron.config",
-        "inside f()",
-    ),
     (names_that_say_nothing, "ovr_megatron/data/utils.py", "", "utils.py"),
     (empty_names, "ovr_megatron/model/layers.py", "found = 1\ndef f(mine): pass", "2 of 2 names say nothing"),
     (nested_comprehensions, "ovr_megatron/model/layers.py", "x = [\n a\n for b in c\n for a in b\n]", "layers.py:1"),

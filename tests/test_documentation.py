@@ -180,3 +180,22 @@ def test_what_needs_nothing_runs_as_it_stands(document: str, tmp_path: Path) -> 
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+# `file`, `folder`, or `file: name` with a function, class or table of the file.
+PLACE = re.compile(
+    r"`((?:ovr_megatron|benchmarks|tools|tests|docs|docker|examples|\.ci|\.github)(?:/[\w.]+)*"
+    r"|CHANGELOG\.md|pyproject\.toml|setup\.cfg)(?:: (\w+))?`"
+)
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_place_that_is_named_is_there(document: str) -> None:
+    places = PLACE.findall((ROOT / document).read_text())
+    assert len(places) > 5
+    missing = []
+    for path, name in places:
+        definition = re.compile(rf"^\s*(?:def|class) {name}\b|^{name}\b.*=", re.MULTILINE)
+        if not (ROOT / path).exists() or (name and not definition.search((ROOT / path).read_text())):
+            missing.append(f"{path}: {name}" if name else path)
+    assert missing == []

@@ -45,7 +45,7 @@ COMMANDS = (
     Command("convert to-hf", "Weights", "policy or critic of a checkpoint to Hugging Face", "cli.convert_to_hf"),
     Command("average", "Weights", "the uniform average of checkpoints", "cli.average"),
     Command("verify", "Weights", "a model through ours and Transformers: logits and gradients", "cli.verify"),
-    Command("tiny-model", "Weights", "a small random Qwen2.5-VL", "cli.tiny_model"),
+    Command("tiny-model", "Weights", "a small random model", "cli.tiny_model"),
     Command("evaluate", "Results", "a model on problem sets, with vLLM", "evaluation.command"),
     Command("judge", "Results", "a model's verdicts on evaluated responses", "evaluation.verdict_command"),
     Command("behaviours", "Results", "cognitive behaviours in responses", "evaluation.behaviour_command"),

@@ -1,4 +1,4 @@
-"""Make a checkpoint (step 0) of a Hugging Face Qwen2.5-VL folder: every tensor checked, every other file kept."""
+"""Make a checkpoint (step 0) of a Hugging Face folder: every tensor checked, every other file kept."""
 
 from __future__ import annotations
 

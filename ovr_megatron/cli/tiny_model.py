@@ -1,4 +1,4 @@
-"""Write a small random Qwen2.5-VL folder: ``ovr tiny-model --out DIR [--untied] [--seed N]``."""
+"""Write a small random model folder: ``ovr tiny-model --out DIR [--untied] [--seed N]``."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ovr verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Qwen2.5-VL folder, the reference")
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder, the reference")
     parser.add_argument("--checkpoint", type=Path, help="take our weights from this checkpoint instead")
     parser.add_argument(
         "--layout",

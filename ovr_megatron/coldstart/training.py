@@ -145,8 +145,8 @@ def mean_length(config: ColdStartConfig, processor: Processor) -> float:
 def build_evaluation(config: ColdStartConfig, model_folder: Path, processor: Processor) -> PeriodicEvaluation:
     """Start vLLM on this rank; it sleeps between the evaluations."""
     # Imported here, so that a run without evaluation does not wait for vLLM.
-    from ovr_megatron.evaluation.periodic import PeriodicEvaluation
-    from ovr_megatron.rollout.engine import RolloutEngine
+    from ovr_megatron.evaluation.periodic import PeriodicEvaluation  # noqa: PLC0415
+    from ovr_megatron.rollout.engine import RolloutEngine  # noqa: PLC0415
 
     prompt_tokens = config.data.max_prompt_tokens
     max_length = prompt_tokens + processor.shape.response_limit(config.evaluation.max_tokens, prompt_tokens)

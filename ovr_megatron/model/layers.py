@@ -168,7 +168,8 @@ def choose_layer_classes(layers: str, dtype: torch.dtype) -> LayerClasses:
             "set model.layers=auto, or model.dtype=bfloat16"
         )
     try:
-        from megatron.core.extensions import transformer_engine as te
+        # An optional package, which breaks at its import where it does not fit the machine.
+        from megatron.core.extensions import transformer_engine as te  # noqa: PLC0415, TID251
     except ImportError as error:
         te = None
         reason = str(error)

@@ -37,7 +37,7 @@ class _TorchOnCpu(types.ModuleType):
     """Stands in for the name ``torch`` in one Megatron module: tensors requested on "cuda" are made on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
-        import torch
+        import torch  # noqa: PLC0415 (the module is free of torch)
 
         value = getattr(torch, name)
         if name not in _FACTORIES:
@@ -54,7 +54,7 @@ class _TorchOnCpu(types.ModuleType):
 
 def let_megatron_run() -> None:
     """Point Megatron-Core's CUDA calls at the CPU.  Idempotent; does nothing where CUDA is available."""
-    import torch
+    import torch  # noqa: PLC0415 (the module is free of torch)
 
     if torch.cuda.is_available() or getattr(torch.cuda, "_ovr_on_cpu", False):
         return
