@@ -217,7 +217,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_stages(stages: list[PrepareStage], config: PrepareConfig) -> Path:
+def run_stages(stages: list[PrepareStage], config: PrepareConfig, say: Callable[[str], None] = print) -> Path:
     """Run ``stages`` in order and skip complete ones; returns the folder of the last."""
     input_folder: Path | None = None
     key = ""
@@ -229,9 +229,9 @@ def run_stages(stages: list[PrepareStage], config: PrepareConfig) -> Path:
         if manifest is None:
             clear(folder, key, stage.files)
             manifest = _run(stage, config, input_folder, count, key)
-            print(_sentence(stage.name, manifest))
+            say(_sentence(stage.name, manifest))
         else:
-            print(_sentence(stage.name, manifest) + " (done before)")
+            say(_sentence(stage.name, manifest) + " (done before)")
         input_folder = folder
         count = int(manifest.extra["kept"])
     assert input_folder is not None, "there is at least one stage"
