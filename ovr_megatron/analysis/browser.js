@@ -67,7 +67,7 @@
     }
     if (!titles.length) return item.x[i];
     const node = document.createElement("span");
-    node.className = looks.join(" ");
+    if (looks.length) node.className = looks.join(" ");
     node.title = titles.join(", ");
     node.textContent = item.x[i];
     return node;

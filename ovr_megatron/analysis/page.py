@@ -11,9 +11,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-Cell = str | list[str | dict[str, str]]
-"""A table's cell: text, or pieces, each a text, ``{"small": text}``, ``{"href": address, "text": text}`` or ``{"key":
-colour}``."""
+Pieces = list[str | dict[str, str]]
+"""Parts of a cell: texts, ``{"small": text}``, ``{"href": address, "text": text}`` and ``{"key": colour}``."""
+
+Cell = str | Pieces
+"""A table's cell."""
 
 _FOLDER = Path(__file__).parent
 _ENVIRONMENT = Environment(

@@ -13,7 +13,7 @@ from ovr_megatron.analysis import figures
 from ovr_megatron.analysis.browser import prepare_browser
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.origins import read_origins
-from ovr_megatron.analysis.page import Cell, data_uri, render_page
+from ovr_megatron.analysis.page import Cell, Pieces, data_uri, render_page
 from ovr_megatron.analysis.response_card import card_texts, describe_token
 from ovr_megatron.analysis.samples import LOW_LOGPROB, MAX_TOKENS, Moment, Token, pick_moments, read_picture, shade
 from ovr_megatron.analysis.summary import summarise
@@ -229,7 +229,7 @@ def _timing(experiment: Experiment) -> dict[str, Any] | None:
 
 def _stage_row(stage: Stage) -> list[Cell]:
     progress = f"{stage.done} of {stage.total} {stage.unit}" if stage.total else f"{stage.done} {stage.unit}"
-    rates: list[str | dict[str, str]] = []
+    rates: Pieces = []
     for key, verb in (
         ("perf/tokens_per_second", "trained"),
         ("perf/generate_tokens_per_second", "generated"),
@@ -237,7 +237,7 @@ def _stage_row(stage: Stage) -> list[Cell]:
     ):
         if values := stage.values(key):
             rates += [f"{median(values):,.0f}", {"small": f"{verb}, median"}]
-    last: list[str | dict[str, str]] = []
+    last: Pieces = []
     for key, title, form in (("loss/train", "loss", "{:.4f}"), ("reward/mean", "mean reward", "{:.3f}")):
         if values := stage.values(key):
             last += [form.format(values[-1]), {"small": title}]

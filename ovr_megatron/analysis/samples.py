@@ -80,8 +80,8 @@ def _moment_names(count: int) -> dict[int, str]:
     return names
 
 
-def pick_rollouts(rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose `PER_ITERATION` rollouts: each source in turn, right and wrong ones, of different prompts where possible.
+def pick_rollouts(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dict[str, Any]]:
+    """Choose ``count`` rollouts: each source in turn, right and wrong ones, of different prompts where possible.
 
     Of a source whose prompts have images only those rollouts are taken whose image is in the run folder.
     """
@@ -93,7 +93,7 @@ def pick_rollouts(rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # False sorts before True: the right ones come first, and by source among them.
     queues = [kinds[kind] for kind in sorted(kinds)]
     selected: list[dict[str, Any]] = []
-    while queues and len(selected) < PER_ITERATION:
+    while queues and len(selected) < count:
         queue = queues.pop(0)
         problems = {_problem(rollout) for rollout in selected}
         unseen = (index for index, rollout in enumerate(queue) if _problem(rollout) not in problems)
