@@ -37,7 +37,7 @@ def test_each_item_goes_to_the_first_bin_of_the_least_cost_that_is_not_full(cost
     [
         ([1, 9, 5, 4], 2, {"equal_counts": True}, [[1, 0], [2, 3]]),
         ([7, 7], 2, {"equal_counts": True}, [[0], [1]]),
-        ([1, 9, 5, 4], 2, {}, [[1], [2, 3, 0]]),
+        ([1, 9, 4, 3], 2, {}, [[1], [2, 3, 0]]),
         ([1, 9, 5, 4], 2, {"in_order": True}, [[0, 2, 3], [1]]),
         ([], 2, {"equal_counts": True}, [[], []]),
     ],
