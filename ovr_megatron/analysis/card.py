@@ -12,6 +12,7 @@ import yaml
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 from ovr_megatron.families import Family, default_family, family_of_folder
+from ovr_megatron.families.config_json import ShapeError
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.ownership import recorded_files, write_record
 from ovr_megatron.runtime.runlog import LAYERS
@@ -70,11 +71,13 @@ def render_card(experiment: Experiment, model: str) -> str:
 
 
 def _family_of_export(experiment: Experiment) -> Family:
-    """Return the family of the exported model, the default one where its folder has no configuration."""
-    export = experiment.exported
-    if export is None or not (export / "config.json").is_file():
+    """Return the family of the exported model, the default one where its ``config.json`` names none."""
+    if experiment.exported is None:
         return default_family()
-    return family_of_folder(export)
+    try:
+        return family_of_folder(experiment.exported)
+    except ShapeError:  # a card is written of whatever the folders hold
+        return default_family()
 
 
 def _render_stage(stage: Stage) -> str:
