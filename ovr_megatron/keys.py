@@ -55,11 +55,19 @@ def text_names(schema: type) -> Iterator[str]:
     hints: dict[str, Any] = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
-        if hint is str or set(typing.get_args(hint)) == {str, NoneType}:
+        if _is_text_hint(hint):
             yield field.name
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             for name in text_names(hint):
                 yield f"{field.name}.{name}"
+
+
+def _is_text_hint(hint: Any) -> bool:
+    """Return whether a setting of this type is text: any, one of some choices, or none."""
+    if typing.get_origin(hint) is typing.Literal:
+        return all(isinstance(choice, str) for choice in typing.get_args(hint))
+    arguments = typing.get_args(hint)
+    return hint is str or (NoneType in arguments and all(_is_text_hint(a) for a in arguments if a is not NoneType))
 
 
 def with_plain_text(schema: type, overrides: Sequence[str]) -> list[str]:

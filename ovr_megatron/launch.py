@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
+from ovr_megatron.config.described import described_yaml
 from ovr_megatron.keys import unknown_setting, with_new_keys, with_plain_text
 from ovr_megatron.model.presets import PRESETS
 
@@ -75,7 +76,7 @@ def read_command_line(
     path = recipe_path(options.config_name, options.config_dir)
     values = compose_values(schema, path, options.overrides)
     if options.help:
-        print(f"{parser.format_help()}\nsettings of {path.stem}:\n{OmegaConf.to_yaml(values)}")
+        print(f"{parser.format_help()}\nsettings of {path.stem}:\n{described_yaml(schema, values)}")
         parser.exit()
     dry_run = plan and options.dry_run
     if dry_run:
