@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config.fields import Dtype
 from ovr_megatron.data.hf_assets import check_assets, one_sentence
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.data.positions import Visual, mrope_positions
@@ -339,7 +340,7 @@ def verify(
     directory: Path,
     weights: Path,
     parallel: ParallelConfig,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     packed: bool = False,
     critic: bool = False,
 ) -> ParityReport:

@@ -53,7 +53,8 @@ def verify(out: Path, hf: Path, critic: bool, workers: int) -> bool:
     Returns:
         Whether both folders are equal.
     """
-    from ovr_megatron.weights.transfer import HEAD, VALUE_HEAD, differences
+    from ovr_megatron.weights.diagnosis import HEAD
+    from ovr_megatron.weights.transfer import VALUE_HEAD, differences
 
     problems = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [], workers=workers)
     for problem in problems[:20]:

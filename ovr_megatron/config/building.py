@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -12,6 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ovr_megatron.config.checks import ConfigError, require, sentence
 from ovr_megatron.config.writing import remember_environment
+
+T = TypeVar("T")
 
 
 def defaults(schema: type) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def _as_dict(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
+def build(schema: type[T], values: DictConfig | dict[str, Any]) -> T:
     """Check ``values`` against the dataclass ``schema``.
 
     Returns:
@@ -53,7 +55,6 @@ def build(schema: type, values: DictConfig | dict[str, Any]) -> Any:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
     require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
     try:
-        settings: Any = TypeAdapter(schema).validate_python(resolved)
+        return TypeAdapter(schema).validate_python(resolved)
     except ValidationError as error:
         raise ConfigError(sentence(error, schema)) from None
-    return settings

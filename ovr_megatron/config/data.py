@@ -8,11 +8,11 @@ from typing import Annotated, Literal, get_args
 from ovr_megatron.config.checks import ZeroMeans, require
 from ovr_megatron.config.fields import Count, LargeCount, NonNegativeFloat, PositiveInt, section
 
-# Formats of training data, then of published benchmarks; ``auto`` detects the format from the rows of each file.
-Format = Literal[
-    *("auto", "messages", "orz", "verl", "llava", "alpaca", "query", "mathvision", "puzzlevqa"),
-    *("math", "gpqa", "mmlu", "mmlu_pro", "mathvista", "mathverse", "dynamath", "wemath", "logicvista", "mmmu_pro"),
-]
+# ``auto`` detects the format from the rows of each file.
+TrainingFormat = Literal["auto", "messages", "orz", "verl", "llava", "alpaca", "query", "mathvision", "puzzlevqa"]
+KnowledgeBenchmark = Literal["math", "gpqa", "mmlu", "mmlu_pro", "mmmu_pro"]
+PictureBenchmark = Literal["mathvista", "mathverse", "dynamath", "wemath", "logicvista"]
+Format = Literal[TrainingFormat, KnowledgeBenchmark, PictureBenchmark]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 

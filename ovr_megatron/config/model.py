@@ -18,6 +18,8 @@ from ovr_megatron.config.fields import (
     section,
 )
 
+Recompute = Literal["none", "selective", "full"]
+
 
 @section("model.")
 class ModelConfig:
@@ -33,7 +35,7 @@ class ModelConfig:
     """Leave the merger of the vision tower as it is."""
     freeze_language: bool = False
     """Leave the language model as it is."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """Activations that the backward pass computes again: those of the MLPs (selective; attention stores none that grow
     with the square of the length), or those of entire layers (full)."""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"

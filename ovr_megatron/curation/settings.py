@@ -294,11 +294,10 @@ class TeacherConfig:
             check_url(self.base_url, "teacher.base_url", bool(self.key_env), self.allow_http, "teacher.allow_http=true")
 
 
-Stage = Literal[
-    *("collect", "dedup", "decontaminate", "teacher", "patterns", "proxy_loss"),
-    *("verify", "difficulty", "stratify", "weigh", "tokenise"),
-]
-PREPARE_STAGES: tuple[Stage, ...] = get_args(Stage)
+TextStage = Literal["collect", "dedup", "decontaminate", "teacher", "patterns"]
+MeasuringStage = Literal["proxy_loss", "verify", "difficulty", "stratify", "weigh", "tokenise"]
+StageName = Literal[TextStage, MeasuringStage]  # in their order
+PREPARE_STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @section("")
@@ -307,7 +306,7 @@ class PrepareConfig:
 
     dir: str
     """Folder of the preparation; each stage has its own folder below it."""
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[StageName] = field(default_factory=list)
     """Stages, in this order."""
     seed: LargeCount = 1
     """Seed of everything random."""

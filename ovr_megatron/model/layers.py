@@ -67,7 +67,7 @@ class RMSNorm(torch.nn.Module):
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         # Megatron sums the gradients of marked parameters over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden_size]."""
@@ -84,7 +84,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
             torch.ones(input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         # As in `RMSNorm`: each tensor-parallel rank sees its own rows only.
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Normalise, then multiply; see `ColumnParallelLinear`."""
