@@ -14,7 +14,16 @@ from ovr_megatron.analysis.browser import render_browser
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.origins import render_origins
 from ovr_megatron.analysis.page import Html, data_uri, details, document, join, picture, section, table, tag
-from ovr_megatron.analysis.samples import LOW_LOGPROB, MAX_TOKENS, Moment, Token, pick_moments, read_picture, shade
+from ovr_megatron.analysis.samples import (
+    LOW_LOGPROB,
+    MAX_TOKENS,
+    Moment,
+    RolloutLine,
+    Token,
+    pick_moments,
+    read_picture,
+    shade,
+)
 from ovr_megatron.analysis.summary import summarise
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, paper_score
@@ -309,7 +318,7 @@ def _render_moment(stage: Stage, moment: Moment) -> Html:
     return join([heading, *(_render_rollout(stage, rollout, tokens) for rollout, tokens in pairs)])
 
 
-def _render_rollout(stage: Stage, rollout: dict[str, Any], tokens: Sequence[Token]) -> Html:
+def _render_rollout(stage: Stage, rollout: RolloutLine, tokens: Sequence[Token]) -> Html:
     name = rollout.get("image")
     prompt_image = read_picture(stage.dir, name) if name else None
     kind = "text"
