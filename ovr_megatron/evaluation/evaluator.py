@@ -21,7 +21,7 @@ from ovr_megatron.curation.stage import listing
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row
 from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
-from ovr_megatron.evaluation.response_cache import ResponseCache, check_results, read_finished
+from ovr_megatron.evaluation.response_cache import Generated, ResponseCache, check_results, read_finished
 from ovr_megatron.evaluation.scoring import GradedResponse, add_votes, rule_of, score
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
@@ -244,7 +244,7 @@ def _generate(
     def store(index: int, requested: Sequence[int | None], generations: Sequence[Generation]) -> None:
         for sample, generation in zip(requested, generations, strict=True):
             text = context.processor.decode(generation.tokens)
-            response = {"response": text, "tokens": len(generation.tokens), "stopped": generation.stopped}
+            response = Generated(response=text, tokens=len(generation.tokens), stopped=generation.stopped)
             cache.add(index, sample, response)
         progress(len(generations))
 
