@@ -141,7 +141,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig
         ConfigError: no such recipe, an unknown key, or a value that cannot work.
     """
     path = recipe_path(recipe)
-    schema = RLConfig if "curriculum" in OmegaConf.load(path) else ColdStartConfig
+    schema: type[ColdStartConfig | RLConfig] = RLConfig if "curriculum" in OmegaConf.load(path) else ColdStartConfig
     return build(schema, fill_in(compose_values(schema, path, overrides), path.stem))
 
 

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from ovr_megatron import config as configuration
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults, save
-from ovr_megatron.config.checks import inner_schemas
+from ovr_megatron.config.checks import fields_of, inner_schemas
 from ovr_megatron.config.described import described_yaml
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.launch import compose, compose_values, recipe_path
@@ -177,7 +177,7 @@ SCHEMAS = [ColdStartConfig, RLConfig, PrepareConfig]
 
 def fields(schema: type, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every setting of a schema, with those of the classes inside it."""
-    for name, field in schema.__pydantic_fields__.items():
+    for name, field in fields_of(schema).items():
         yield f"{prefix}{name}", field
         for inner in inner_schemas(field.annotation):
             yield from fields(inner, f"{prefix}{name}.")

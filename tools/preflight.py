@@ -19,7 +19,10 @@ from ovr_megatron.runtime import environment
 from ovr_megatron.runtime.command import run_command
 from ovr_megatron.runtime.terminal import printable
 
-STAGES = {"coldstart": (ColdStartConfig, "cold_start_7b_64gpu"), "rl": (RLConfig, "rl_7b_64gpu")}
+STAGES: dict[str, tuple[type[ColdStartConfig | RLConfig], str]] = {
+    "coldstart": (ColdStartConfig, "cold_start_7b_64gpu"),
+    "rl": (RLConfig, "rl_7b_64gpu"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -118,7 +118,7 @@ def pick_rollouts(rollouts: list[RolloutLine], count: int = PER_ITERATION) -> li
     return selected
 
 
-def read_tokens(run: Path, iteration: int, rollouts: Sequence[RolloutLine]) -> list[list[Token]]:
+def read_tokens(run: Path, iteration: int, rollouts: Sequence[Mapping[str, Any]]) -> list[list[Token]]:
     """Read the tokens of each of ``rollouts``, an empty list where the run folder does not have them.
 
     Only the part of the iteration's files that belongs to the rollouts is read.

@@ -13,8 +13,8 @@ from ovr_megatron.config.fields import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    PositiveShare,
-    Share,
+    PositiveUnitFloat,
+    UnitFloat,
     section,
 )
 from ovr_megatron.config.model import OptimizerConfig, ParallelConfig
@@ -29,9 +29,9 @@ class AlgorithmConfig:
 
     estimator: Estimator = "gae"
     """Estimator of the advantage; all but gae go without a critic."""
-    gamma: PositiveShare = 1.0
+    gamma: PositiveUnitFloat = 1.0
     """Discount of later rewards."""
-    lam: Share = 1.0
+    lam: UnitFloat = 1.0
     """Lambda of generalised advantage estimation: 0 trusts the values, 1 the returns."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Largest distance of the policy's ratio from 1 that changes the loss."""

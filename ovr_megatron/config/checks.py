@@ -68,9 +68,15 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
     return f"{dotted or 'config'}: {first['msg']} (got {value!r})"
 
 
+def fields_of(schema: type) -> dict[str, FieldInfo]:
+    """Return the fields of a class of settings by name, with what pydantic knows about them."""
+    fields: dict[str, FieldInfo] = vars(schema)["__pydantic_fields__"]
+    return fields
+
+
 def field_at(schema: type, names: list[str]) -> FieldInfo:
     """Return the field of ``schema`` at the end of a path; an index of a list is no part of ``names``."""
-    field: FieldInfo = getattr(schema, "__pydantic_fields__")[names[0]]  # noqa: B009
+    field = fields_of(schema)[names[0]]
     return field_at(inner_schemas(field.annotation)[0], names[1:]) if names[1:] else field
 
 

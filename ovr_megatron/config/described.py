@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic.fields import FieldInfo
 
-from ovr_megatron.config.checks import bounds, inner_schemas
+from ovr_megatron.config.checks import bounds, fields_of, inner_schemas
 
 WIDTH = 100
 
@@ -24,8 +24,7 @@ def described_yaml(schema: type, values: DictConfig) -> str:
 
 def _lines(schema: type, values: dict[str, Any], indent: str) -> Iterator[str]:
     """Yield the lines of the settings of ``schema``."""
-    fields: dict[str, FieldInfo] = getattr(schema, "__pydantic_fields__")  # noqa: B009
-    for name, field in fields.items():
+    for name, field in fields_of(schema).items():
         yield from _comment(_description(field), indent)
         value = values[name]
         schemas = inner_schemas(field.annotation)
@@ -34,7 +33,7 @@ def _lines(schema: type, values: dict[str, Any], indent: str) -> Iterator[str]:
             yield from _lines(schemas[0], value, f"{indent}  ")
             continue
         for inner_schema in schemas:
-            for inner_name, inner in getattr(inner_schema, "__pydantic_fields__").items():  # noqa: B009
+            for inner_name, inner in fields_of(inner_schema).items():
                 yield from _comment(f"{inner_name}: {_description(inner)}", f"{indent}#   ", "")
         text = OmegaConf.to_yaml(OmegaConf.create({name: value}))
         yield from textwrap.indent(text, indent).splitlines()

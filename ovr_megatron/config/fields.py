@@ -17,8 +17,8 @@ LargeCount = Annotated[int, Field(ge=0)]
 """A seed, or a count of what need not fit into memory."""
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
+UnitFloat = Annotated[float, Field(ge=0, le=1)]
+PositiveUnitFloat = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
 
 T = TypeVar("T")
@@ -49,6 +49,7 @@ def section(prefix: str) -> Callable[[type[T]], type[T]]:
                 raise ConfigError(sentence(error, schema, prefix)) from None
 
         schema.__init__ = checked_init
-        return cls if schema is None else schema
+        checked: type[T] = schema
+        return checked
 
     return decorate

@@ -13,8 +13,8 @@ from ovr_megatron.config.fields import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    PositiveShare,
-    Share,
+    PositiveUnitFloat,
+    UnitFloat,
     section,
 )
 
@@ -111,7 +111,7 @@ class OptimizerConfig:
 
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
-    min_lr_ratio: Share = 1.0
+    min_lr_ratio: UnitFloat = 1.0
     """Learning rate at the end as a share of the peak."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     """Course of the rate after the warm-up; wsd stays, and decays linearly over the last decay_share of all steps."""
@@ -127,7 +127,7 @@ class OptimizerConfig:
     """Weight decay, of neither norms nor biases."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest norm of the gradient."""
-    decay_share: PositiveShare = 0.1
+    decay_share: PositiveUnitFloat = 0.1
     """Share of all steps in which wsd decays."""
     skip_above: Annotated[NonNegativeFloat, ZeroMeans("no bound")] = 0.0
     """Norm of a gradient above which its step is skipped and counted, like one whose gradient is not finite."""

@@ -32,7 +32,7 @@ from ovr_megatron.curation.text import (
     words,
 )
 from ovr_megatron.data.images import load_image, load_media
-from ovr_megatron.data.row_json import RowJson
+from ovr_megatron.data.row_json import MessageJson, RowJson
 from ovr_megatron.data.schema import BOX_REQUEST, ENDLESS, LETTER_REQUEST, ImagePart
 from ovr_megatron.data.sources import open_source
 
@@ -219,7 +219,7 @@ def _questions(config: PrepareConfig) -> Iterator[tuple[str, str, frozenset[str]
             pictures, videos = load_media(row, config.data)
             frames = (frame for video in videos for frame in video)
             pixels = frozenset(map(pixel_digest, [*pictures, *frames]))
-            messages = [{"role": message.role, "content": message.text} for message in row.messages]
+            messages = [MessageJson(role=message.role, content=message.text) for message in row.messages]
             yield f"{row.source}: {row.id}", question({"messages": messages}), pixels
 
 

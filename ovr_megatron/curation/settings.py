@@ -19,8 +19,8 @@ from ovr_megatron.config.fields import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    PositiveShare,
-    Share,
+    PositiveUnitFloat,
+    UnitFloat,
 )
 
 _SECRET = re.compile("key|token|secret|passw|sig|auth", re.IGNORECASE)
@@ -57,7 +57,7 @@ class DedupConfig:
     """Hash functions of MinHash."""
     bands: Count = 16
     """Bands that the hashes are cut into."""
-    threshold: PositiveShare = 0.8
+    threshold: PositiveUnitFloat = 0.8
     """Estimated Jaccard similarity from which two rows are near duplicates."""
     same_numbers: bool = True
     """Near duplicates have the same numbers in their prompts: a problem with other numbers is another problem."""
@@ -77,9 +77,9 @@ class DecontaminateConfig:
     """Evaluation problems."""
     n: Count = 8
     """Words of an n-gram; problems of fewer than 4 n words are cut into shorter ones."""
-    threshold: Share = 0.5
+    threshold: UnitFloat = 0.5
     """Share of the n-grams of a problem from which a row is dropped."""
-    masked_threshold: Annotated[Share, ZeroMeans("off")] = 0.0
+    masked_threshold: Annotated[UnitFloat, ZeroMeans("off")] = 0.0
     """The same with every number masked, which finds problems with other numbers."""
     min_words: Count = 5
     """Problems of fewer words must be half of the prompt."""
@@ -101,15 +101,15 @@ class PatternsConfig:
     """The response has a thought."""
     verifiable: bool = True
     """The answer can be verified."""
-    max_repetition: Share = 0.05
+    max_repetition: UnitFloat = 0.05
     """Open-Reasoner-Zero's repeatness of a long response; 1 is off."""
     repetition_min_characters: Count = 400
     """Characters from which a response is long."""
     language: Literal["any", "en", "zh"] = "any"
     """Language of the response."""
-    max_foreign: Share = 0.05
+    max_foreign: UnitFloat = 0.05
     """Share of letters of another script."""
-    min_function_words: Share = 0.02
+    min_function_words: UnitFloat = 0.02
     """Share of function words of the language."""
     template_tokens: bool = True
     """Drop responses with tokens of a chat template in them."""
@@ -138,7 +138,7 @@ class ProxyLossConfig:
     """Its dtype."""
     cut: Literal["quantile", "zscore"] = "quantile"
     """Cut above a quantile of the source, or above z standard deviations over its mean."""
-    quantile: PositiveShare = 0.98
+    quantile: PositiveUnitFloat = 0.98
     """That quantile."""
     z: NonNegativeFloat = 3.0
     """Number of those standard deviations."""
@@ -201,7 +201,7 @@ class StratifyConfig:
 class WeighConfig:
     """Weights of the strata.  The mean weight of all rows is 1."""
 
-    power: Share = 0.5
+    power: UnitFloat = 0.5
     """A stratum of n rows gets a share of n**power: 1 changes nothing, 0 gives all strata the same share."""
     min_weight: NonNegativeFloat = 0.25
     """Lowest weight of a row."""

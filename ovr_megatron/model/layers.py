@@ -225,7 +225,7 @@ def _without_device_wait(attention: Any) -> Any:
     Without it the attention would ask the device, and wait for the answer, in every layer.
     """
 
-    class PackedTEAttention(attention):  # type: ignore[misc]
+    class PackedTEAttention(attention):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.kept_packed_seq_params.add("pad_between_seqs")
