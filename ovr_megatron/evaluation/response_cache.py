@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.journal import Journal
+from ovr_megatron.evaluation.scoring import EvaluationResult
 from ovr_megatron.runtime.json_lines import read_json_lines
 
 RESPONSE_FIELDS = ("response", "tokens", "stopped")  # the fields of `GradedResponse` that generation fills in
@@ -48,7 +49,7 @@ def check_results(out: Path, names: Iterable[str]) -> None:
             raise ConfigError(f"--out {out}: {path.name} is no result of an evaluation; give another folder")
 
 
-def read_finished(out: Path, name: str, mark: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, list[dict[str, Any]]] | None:
     """Read the result and the responses of a finished evaluation with this mark; None if there is none.
 
     A collective: all ranks return the same.  A damaged line costs its response only, which is generated again.
