@@ -22,7 +22,7 @@ _SIMILAR_LAST_PART = 0.6
 
 def setting_names(schema: type) -> Iterator[str]:
     """Yield every dotted name of the dataclass ``schema``; elements of a list are written ``data.sources[].path``."""
-    hints: dict[str, Any] = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         yield field.name
         for inner_schema, mark in _inner_schemas(hints[field.name]):
@@ -32,7 +32,7 @@ def setting_names(schema: type) -> Iterator[str]:
 
 def mapping_names(schema: type) -> Iterator[str]:
     """Yield the dotted names of the settings of ``schema`` whose keys the user chooses, as ``reward.rules``."""
-    hints: dict[str, Any] = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         if typing.get_origin(hints[field.name]) is dict:
             yield field.name
@@ -52,7 +52,7 @@ def with_new_keys(schema: type, overrides: Sequence[str]) -> list[str]:
 
 def text_names(schema: type) -> Iterator[str]:
     """Yield the dotted names of the settings of ``schema`` that are text, as ``run.dir``, except those in lists."""
-    hints: dict[str, Any] = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
         if _is_text_hint(hint):

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 def defaults(schema: type) -> dict[str, Any]:
     """Return every key of ``schema`` with its default, nested; a value that must be given is ``???`` (Hydra's mark)."""
-    hints: dict[str, Any] = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         if field.default is not dataclasses.MISSING:
