@@ -183,8 +183,8 @@ def _build_ours(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], ob
     world = distributed.start(ParallelConfig(), seed=1, threads=1 if not torch.cuda.is_available() else 0)
     model = ModelConfig(
         path=str(folder),
-        dtype=str(dtype).removeprefix("torch."),
-        recompute=case.recompute,
+        dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        recompute=case.recompute,  # type: ignore[arg-type]
         freeze_language=case.freeze_language,
         freeze_vision=case.freeze_vision,
         freeze_merger=case.freeze_vision,

@@ -27,13 +27,13 @@ from ovr_megatron.curation.dedup import first_equal, hashes
 from ovr_megatron.curation.minhash import near_duplicates
 from ovr_megatron.curation.patterns import broken_rule
 from ovr_megatron.curation.prepare import prepare
-from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig
+from ovr_megatron.curation.settings import DecontaminateConfig, PrepareConfig, StageName
 from ovr_megatron.data.puzzles import open_puzzle
-from ovr_megatron.data.row_json import row_to_json
+from ovr_megatron.data.row_json import RowJson, row_to_json
 
 PUZZLES = ("puzzle:digits?form=text", "puzzle:ordering", "puzzle:countdown")
 HELD_OUT = "puzzle:digits?form=text&split=heldout&answered=0"
-STAGES = ["collect", "dedup", "decontaminate", "patterns"]
+STAGES: list[StageName] = ["collect", "dedup", "decontaminate", "patterns"]
 
 
 def write_puzzles(path: Path, count: int) -> None:
@@ -69,7 +69,7 @@ def map_rows(config: PrepareConfig) -> int:
     datasets.config.HF_DATASETS_CACHE = Path(config.dir)
     problems = load_problems(config)
 
-    def check(row: dict[str, Any]) -> dict[str, Any]:
+    def check(row: RowJson) -> dict[str, Any]:
         exact, kind, signature = hashes(config.dedup, row)
         bad = problems.contamination(row) is not None or broken_rule(config.patterns, True, row) is not None
         # Arrow infers int64 for Python's integers, and these are unsigned: moved by half of the range they fit.

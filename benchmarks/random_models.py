@@ -15,7 +15,8 @@ import torch
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.presets import presets
-from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.families.tiny import TinySizes
+from ovr_megatron.model.tiny import make_tiny_model
 
 # Small models by name: the miniature, and one of about a gigabyte.
 SMALL = {

@@ -261,7 +261,7 @@ def _start_plain_vllm(folder: Path, config: RLConfig, processor: Processor) -> A
     return LLM(
         model=str(folder / "model"),
         load_format="dummy",
-        dtype=config.model.dtype,  # type: ignore[arg-type]
+        dtype=config.model.dtype,
         max_model_len=max(stage.max_tokens for stage in config.curriculum),
         max_num_seqs=config.rollout.max_num_seqs,
         limit_mm_per_prompt={"image": config.data.max_images},

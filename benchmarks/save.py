@@ -22,7 +22,8 @@ from ovr_megatron.checkpoint.writing import DiskQueue
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
-from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.families.tiny import TinySizes
+from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder, WeightWriter, copy_hf_assets

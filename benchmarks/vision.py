@@ -24,7 +24,8 @@ from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
-from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.families.tiny import TinySizes
+from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
@@ -110,7 +111,7 @@ def measure_alone(implementation: str) -> BenchRow:
 
 
 def _build_ours(world: World, pack: Pack, name: str, dtype: str) -> Tower:
-    engine = Engine(read_shape(name, layers=1), ModelConfig(path=name, dtype=dtype), ParallelConfig(), world)
+    engine = Engine(read_shape(name, layers=1), ModelConfig(path=name, dtype=dtype), ParallelConfig(), world)  # type: ignore[arg-type]
     randomise_engine(engine)
     # The function refers to the engine, which so lives as long as its part is used.
     return engine.parts[0].vision, lambda: engine.parts[0]._features(pack)

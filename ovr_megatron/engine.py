@@ -60,6 +60,7 @@ class DivergenceError(UserError, ArithmeticError):
 
 
 Loss = Callable[[Scores, Pack], LossSum]
+ForwardStep = Callable[[Iterator[Pack], torch.nn.Module], tuple[Any, Callable[..., Any]]]
 
 
 def is_frozen(name: str, model: ModelConfig) -> bool:
@@ -369,7 +370,7 @@ class Engine:
     def _without_gradients(self, packs: Sequence[Pack], logits: bool) -> list[Any]:
         """Return the last stage's outputs for each pack; on other stages the list is empty."""
 
-        def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable]:
+        def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
             return model(next(iterator), logits=logits), lambda out, non_loss_data: out
 
         return self._run(packs, forward_step, training=False)[: len(packs)]  # without the packs that fill the pipeline
@@ -402,7 +403,9 @@ class Engine:
         counts: list[int] = []
         sums: list[dict[str, Tensor]] = []
 
-        def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Scores, Callable[[Scores], tuple]]:
+        def forward_step(
+            iterator: Iterator[Pack], model: torch.nn.Module
+        ) -> tuple[Scores, Callable[[Scores], tuple[Any, ...]]]:
             pack = next(iterator)
 
             def reduce(scores: Scores) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -422,7 +425,7 @@ class Engine:
         self._run(packs, forward_step, training=True)
         return self._means(counts, sums)
 
-    def _run(self, packs: Sequence[Pack], forward_step: Callable, training: bool) -> list[Any]:
+    def _run(self, packs: Sequence[Pack], forward_step: ForwardStep, training: bool) -> list[Any]:
         """Run Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""
         self._wait_onloaded("weights")
         if not training:
@@ -437,7 +440,7 @@ class Engine:
             aligned += [blank_pack(aligned[0].extras, pack_rows)] * missing
         iterators = [iter(aligned) for _ in self.parts]
 
-        def watched_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable]:
+        def watched_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
             watchdog.touch()
             return forward_step(iterator, model)
 

@@ -22,7 +22,7 @@ _SIMILAR_LAST_PART = 0.6
 
 def setting_names(schema: type) -> Iterator[str]:
     """Yield every dotted name of the dataclass ``schema``; elements of a list are written ``data.sources[].path``."""
-    hints: dict[str, Any] = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         yield field.name
         for inner_schema, mark in _inner_schemas(hints[field.name]):
@@ -32,7 +32,7 @@ def setting_names(schema: type) -> Iterator[str]:
 
 def mapping_names(schema: type) -> Iterator[str]:
     """Yield the dotted names of the settings of ``schema`` whose keys the user chooses, as ``reward.rules``."""
-    hints: dict[str, Any] = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         if typing.get_origin(hints[field.name]) is dict:
             yield field.name
@@ -52,14 +52,22 @@ def with_new_keys(schema: type, overrides: Sequence[str]) -> list[str]:
 
 def text_names(schema: type) -> Iterator[str]:
     """Yield the dotted names of the settings of ``schema`` that are text, as ``run.dir``, except those in lists."""
-    hints: dict[str, Any] = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
-        if hint is str or set(typing.get_args(hint)) == {str, NoneType}:
+        if _is_text_hint(hint):
             yield field.name
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             for name in text_names(hint):
                 yield f"{field.name}.{name}"
+
+
+def _is_text_hint(hint: Any) -> bool:
+    """Return whether a setting of this type is text: any, one of some choices, or none."""
+    if typing.get_origin(hint) is typing.Literal:
+        return all(isinstance(choice, str) for choice in typing.get_args(hint))
+    arguments = typing.get_args(hint)
+    return hint is str or (NoneType in arguments and all(_is_text_hint(a) for a in arguments if a is not NoneType))
 
 
 def with_plain_text(schema: type, overrides: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
+from ovr_megatron.config.described import described_yaml
 from ovr_megatron.families.presets import presets
 from ovr_megatron.keys import unknown_setting, with_new_keys, with_plain_text
 
@@ -77,7 +78,7 @@ def read_command_line(
     path = recipe_path(options.config_name, options.config_dir)
     values = compose_values(schema, path, options.overrides)
     if options.help:
-        print(f"{parser.format_help()}\nsettings of {path.stem}:\n{OmegaConf.to_yaml(values)}")
+        print(f"{parser.format_help()}\nsettings of {path.stem}:\n{described_yaml(schema, values)}")
         parser.exit()
     dry_run = plan and options.dry_run
     if dry_run:
@@ -140,7 +141,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig
         ConfigError: no such recipe, an unknown key, or a value that cannot work.
     """
     path = recipe_path(recipe)
-    schema = RLConfig if "curriculum" in OmegaConf.load(path) else ColdStartConfig
+    schema: type[ColdStartConfig | RLConfig] = RLConfig if "curriculum" in OmegaConf.load(path) else ColdStartConfig
     return build(schema, fill_in(compose_values(schema, path, overrides), path.stem))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config.fields import Dtype
 from ovr_megatron.data.hf_assets import check_assets, one_sentence
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import VALUE_HEAD, Engine, LossSum
@@ -339,7 +340,7 @@ def verify(
     directory: Path,
     weights: Path,
     parallel: ParallelConfig,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     packed: bool = False,
     critic: bool = False,
 ) -> ParityReport:

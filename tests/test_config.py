@@ -1,15 +1,20 @@
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies
 from omegaconf import DictConfig, OmegaConf
+from pydantic.fields import FieldInfo
 
 from ovr_megatron import config as configuration
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults, save
-from ovr_megatron.launch import compose
+from ovr_megatron.config.checks import fields_of, inner_schemas
+from ovr_megatron.config.described import described_yaml
+from ovr_megatron.curation.settings import PrepareConfig
+from ovr_megatron.launch import compose, compose_values, recipe_path
 
 REQUIRED = ["run.dir=runs/a", "model.path=models/tiny"]
 CURRICULUM = ["curriculum=[{until: 300, max_tokens: 16384}, {until: 900, max_tokens: 32768}]"]
@@ -124,9 +129,9 @@ REFUSED = [
     ("data.pack_tokens=0", "data.pack_tokens=0 must be positive"),
     ("data.max_prompt_tokens=0", "data.max_prompt_tokens=0 must be positive"),
     ("model.dtype=float16", "model.dtype='float16' is not known; choose one of float32, bfloat16"),
-    ("parallel.tp=0", "parallel.tp=0 must be at least 1"),
-    ("parallel.pp=0", "parallel.pp=0 must be at least 1"),
-    ("parallel.cp=-2", "parallel.cp=-2 must be at least 1"),
+    ("parallel.tp=0", "parallel.tp=0 must be positive"),
+    ("parallel.pp=0", "parallel.pp=0 must be positive"),
+    ("parallel.cp=-2", "parallel.cp=-2 must be positive"),
     ("parallel.sequence_parallel=true", "parallel.sequence_parallel=true needs parallel.tp of at least 2"),
     ("optimizer.schedule=step", "optimizer.schedule='step' is not known; choose one of constant, cosine, linear"),
     ("optimizer.lr=0", "optimizer.lr=0.0 must be positive"),
@@ -135,17 +140,22 @@ REFUSED = [
     ("run.keep_last=-1", "run.keep_last=-1 must be 0 (keep all) or more"),
     ("rollout.temperature=0", "rollout.temperature=0.0 must be positive"),
     ("rollout.top_p=0.9", "rollout.top_p=0.9: the trainer scores the whole distribution"),
-    ("rollout.tp=0", "rollout.tp=0 must be at least 1"),
+    ("rollout.tp=0", "rollout.tp=0 must be positive"),
     ("algorithm.reduction=mean", "algorithm.reduction='mean' is not known; choose one of token, sequence"),
-    ("algorithm.gamma=0", "algorithm.gamma and algorithm.lam must lie in 0..1"),
-    ("algorithm.lam=1.1", "algorithm.gamma and algorithm.lam must lie in 0..1"),
-    ("algorithm.critic_steps=0", "algorithm.critic_steps=0 must be at least 1"),
+    ("algorithm.gamma=0", "algorithm.gamma=0.0 must be positive and at most 1"),
+    ("algorithm.lam=1.1", "algorithm.lam=1.1 must lie in 0..1"),
+    ("algorithm.critic_steps=0", "algorithm.critic_steps=0 must be positive"),
     ("critic.head_init=zero", "critic.head_init='zero' is not known; choose one of orz, kaiming, paper"),
-    ("reward.workers=0", "reward.workers=0 must be at least 1"),
+    ("reward.workers=0", "reward.workers=0 must be positive"),
     ("reward.timeout_s=0", "reward.timeout_s=0.0 must be positive"),
+    ("critic.optimizer={beta1: 1, lr: 1}", "critic.optimizer.beta1=1.0 must be 0 or more and below 1"),
+    ("reward.memory_mib=255", "reward.memory_mib=255 must be at least 256"),
+    ("data.pack_tokens=1000000000000", "data.pack_tokens=1000000000000 must be at most 2147483647"),
+    ("optimizer.eps=inf", "optimizer.eps=inf must be a finite number"),
+    ("curriculum=[{until: 900, max_tokens: 0}]", "curriculum[0].max_tokens=0 must be positive"),
     ("iterations=0", "iterations=0 must be positive"),
-    ("prompts=0", "prompts and responses must be positive"),
-    ("responses=0", "prompts and responses must be positive"),
+    ("prompts=0", "prompts=0 must be positive"),
+    ("responses=0", "responses=0 must be positive"),
     ("curriculum=[]", "curriculum is empty: give at least one {until, max_tokens}"),
     (
         "curriculum=[{until: 900, max_tokens: 9000}, {until: 900, max_tokens: 9001}]",
@@ -167,6 +177,42 @@ REFUSED = [
 @pytest.mark.parametrize(("override", "message"), REFUSED)
 def test_refused_value_says_what_to_change(override: str, message: str) -> None:
     assert message in complaint(RLConfig, override)
+
+
+SCHEMAS = [ColdStartConfig, RLConfig, PrepareConfig]
+
+
+def fields(schema: type, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting of a schema, with those of the classes inside it."""
+    for name, field in fields_of(schema).items():
+        yield f"{prefix}{name}", field
+        for inner in inner_schemas(field.annotation):
+            yield from fields(inner, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_number_has_bounds(schema: type) -> None:
+    for name, field in fields(schema):
+        if field.annotation in (int, float) and name != "algorithm.wrong_reward":
+            lowest = [getattr(mark, "ge", getattr(mark, "gt", None)) for mark in field.metadata]
+            assert any(bound is not None and bound >= 0 for bound in lowest), name
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_setting_is_described(schema: type) -> None:
+    assert [name for name, field in fields(schema) if not (field.description or "").endswith(".")] == []
+
+
+@pytest.mark.parametrize(("schema", "recipe"), [(ColdStartConfig, "tiny_cold_start"), (RLConfig, "rl_7b_64gpu")])
+def test_help_is_the_recipe_with_comments(schema: type, recipe: str) -> None:
+    values = compose_values(schema, recipe_path(recipe), [])
+    text = described_yaml(schema, values)
+    assert OmegaConf.create(text) == values
+    assert [line for line in text.splitlines() if not line.lstrip().startswith("#")] == OmegaConf.to_yaml(
+        values
+    ).splitlines()
+    assert "  # Newest checkpoints that stay. [0 (keep all) or more]\n  keep_last: " in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("key", ["epochs", "packs_per_step"])

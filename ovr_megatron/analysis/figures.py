@@ -222,7 +222,7 @@ def draw_sources(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
         (lengths, "response/length/source/", "RL: mean response length in tokens"),
     )
     # Ten colours for at most `MAX_SOURCES` lines.
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colours = matplotlib.colormaps["tab10"].colors
     for axes, group, title in panels:
         axes.set_title(title)
         for source, colour in zip(list_sources(stage), colours, strict=False):

@@ -15,7 +15,16 @@ from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.origins import read_origins
 from ovr_megatron.analysis.page import Cell, Pieces, data_uri, render_page
 from ovr_megatron.analysis.response_card import card_texts, describe_token
-from ovr_megatron.analysis.samples import LOW_LOGPROB, MAX_TOKENS, Moment, Token, pick_moments, read_picture, shade
+from ovr_megatron.analysis.samples import (
+    LOW_LOGPROB,
+    MAX_TOKENS,
+    Moment,
+    RolloutLine,
+    Token,
+    pick_moments,
+    read_picture,
+    shade,
+)
 from ovr_megatron.analysis.summary import summarise
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, paper_score
@@ -286,7 +295,7 @@ def _moment(stage: Stage, moment: Moment) -> dict[str, Any]:
     }
 
 
-def _rollout_card(stage: Stage, rollout: dict[str, Any], tokens: Sequence[Token]) -> dict[str, Any]:
+def _rollout_card(stage: Stage, rollout: RolloutLine, tokens: Sequence[Token]) -> dict[str, Any]:
     """Return the content of a card whose image and tokens are in the page itself."""
     name = rollout.get("image")
     prompt_image = read_picture(stage.dir, name) if name else None

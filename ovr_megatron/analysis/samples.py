@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import PIL.Image
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,21 @@ PER_ITERATION = 4
 MAX_TOKENS = 2000  # of one response that is shown token by token
 LOW_LOGPROB = log(0.1)  # a token below it is marked as unlikely
 MAX_SIDE = 512  # pixels of an embedded image
+
+
+class RolloutLine(TypedDict):
+    """A line of ``rollouts/ITERATION.jsonl``, as far as the report reads it."""
+
+    prompt: str
+    response: str
+    source: str
+    answer: str
+    reward: float
+    tokens: int
+    stopped: bool
+    image: NotRequired[str | None]
+    number: NotRequired[int]
+    sample: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class Moment:
 
     name: str
     iteration: int
-    rollouts: list[dict[str, Any]]
+    rollouts: list[RolloutLine]
     tokens: list[list[Token]]
 
 
@@ -64,7 +79,7 @@ def pick_moments(run: Path) -> list[Moment]:
     result = []
     for index, name in _moment_names(len(files)).items():
         iteration = int(files[index].stem)
-        rollouts = pick_rollouts(read_json_lines(files[index]))
+        rollouts = pick_rollouts(cast(list[RolloutLine], read_json_lines(files[index])))
         result.append(Moment(name, iteration, rollouts, read_tokens(run, iteration, rollouts)))
     return result
 
@@ -80,19 +95,19 @@ def _moment_names(count: int) -> dict[int, str]:
     return names
 
 
-def pick_rollouts(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) -> list[dict[str, Any]]:
+def pick_rollouts(rollouts: list[RolloutLine], count: int = PER_ITERATION) -> list[RolloutLine]:
     """Choose ``count`` rollouts: each source in turn, right and wrong ones, of different prompts where possible.
 
     Of a source whose prompts have images only those rollouts are taken whose image is in the run folder.
     """
     sources_with_images = {rollout["source"] for rollout in rollouts if rollout.get("image")}
-    kinds: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[bool, str], list[RolloutLine]] = {}
     for rollout in rollouts:
         if rollout.get("image") or rollout["source"] not in sources_with_images:
             kinds.setdefault((not rollout["reward"], rollout["source"]), []).append(rollout)
     # False sorts before True: the right ones come first, and by source among them.
     queues = [kinds[kind] for kind in sorted(kinds)]
-    selected: list[dict[str, Any]] = []
+    selected: list[RolloutLine] = []
     while queues and len(selected) < count:
         queue = queues.pop(0)
         problems = {_problem(rollout) for rollout in selected}
@@ -103,7 +118,7 @@ def pick_rollouts(rollouts: list[dict[str, Any]], count: int = PER_ITERATION) ->
     return selected
 
 
-def read_tokens(run: Path, iteration: int, rollouts: Sequence[dict[str, Any]]) -> list[list[Token]]:
+def read_tokens(run: Path, iteration: int, rollouts: Sequence[Mapping[str, Any]]) -> list[list[Token]]:
     """Read the tokens of each of ``rollouts``, an empty list where the run folder does not have them.
 
     Only the part of the iteration's files that belongs to the rollouts is read.
@@ -180,6 +195,6 @@ def read_picture(run: Path, name: str) -> Picture | None:
     return Picture(buffer.getvalue(), image.width)
 
 
-def _problem(rollout: dict[str, Any]) -> tuple[str, str | None]:
+def _problem(rollout: RolloutLine) -> tuple[str, str | None]:
     """Return what two rollouts of one problem have in common."""
     return rollout["prompt"], rollout.get("image")

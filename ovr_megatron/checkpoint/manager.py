@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class CheckpointManager:
             self.last_step = checkpoint.step
         return checkpoint
 
-    def end_step(self, done: int, final: bool, engines: dict[str, Engine], state: dict[str, Any]) -> bool:
+    def end_step(self, done: int, final: bool, engines: dict[str, Engine], state: Mapping[str, Any]) -> bool:
         """End step ``done`` (counted from 1) and return whether it was the last of this process.
 
         Args:
@@ -124,7 +125,7 @@ class CheckpointManager:
         self.save_seconds = time.perf_counter() - began
         return ending
 
-    def stop_early(self, done: int, engines: dict[str, Engine], state: dict[str, Any]) -> None:
+    def stop_early(self, done: int, engines: dict[str, Engine], state: Mapping[str, Any]) -> None:
         """End a run that was asked to stop after ``done`` steps, within a step that has changed nothing yet.
 
         Nothing is written where the checkpoint of step ``done`` is there, or where no step is done: the same command
@@ -140,7 +141,7 @@ class CheckpointManager:
             self._start_save(done, engines, state)
             self._finish_save(ending=True)
 
-    def _start_save(self, done: int, engines: dict[str, Engine], state: dict[str, Any]) -> None:
+    def _start_save(self, done: int, engines: dict[str, Engine], state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of step ``done``."""
         hf_assets = self.run / "companions"
         self.pending = store.start_save(

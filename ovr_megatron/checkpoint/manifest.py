@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -57,13 +57,13 @@ class Manifest:
     step: int
     files: dict[str, FileRecord]
     versions: dict[str, str]
-    extra: dict[str, Any]
+    extra: Mapping[str, Any]
 
 
 def write_manifest(
     directory: str | Path,
     step: int,
-    extra: dict[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
     records: dict[str, FileRecord] | None = None,
 ) -> Manifest:
     """Write the manifest of ``directory`` atomically (temporary name, rename).
@@ -122,7 +122,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     return manifest
 
 
-def _parse(raw: dict[str, Any]) -> Manifest:
+def _parse(raw: Mapping[str, Any]) -> Manifest:
     files = {}
     for name, file in raw["files"].items():
         files[name] = FileRecord(int(file["bytes"]), str(file["sha256"]))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,7 @@ class ResumePoint:
 
     path: Path
     step: int
-    state: dict[str, Any]
+    state: Mapping[str, Any]
 
 
 def weights_of(path: str | Path, name: str = "policy") -> Path:
@@ -128,7 +128,7 @@ def start_save(
     step: int,
     engines: dict[str, Engine],
     hf_assets: Path,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
     world: World,
     queue: DiskQueue,
     stage: str | None = None,
@@ -211,7 +211,7 @@ def _publish_results(pending: PendingSave, results: list[Any]) -> NonFiniteError
 
 
 def save(
-    directory: Path, step: int, engines: dict[str, Engine], hf_assets: Path, state: dict[str, Any], world: World
+    directory: Path, step: int, engines: dict[str, Engine], hf_assets: Path, state: Mapping[str, Any], world: World
 ) -> Path:
     """Write a checkpoint, wait for it, and return its folder.  A collective.
 

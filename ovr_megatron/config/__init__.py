@@ -2,15 +2,17 @@
 
 The YAML files under ``recipes/`` hold values only; each is merged onto one of the root
 dataclasses (here `ColdStartConfig` and `RLConfig`), so an unknown key or a value of the
-wrong type stops the run before anything is loaded.  All dataclasses are frozen.
+wrong type stops the run before anything is loaded.  A new setting is a field of a class here:
+its type says what is allowed, and ``--help`` prints the docstring under it.
 """
 
 from __future__ import annotations
 
 from ovr_megatron.config.algorithm import AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
-from ovr_megatron.config.building import build, defaults, forbid_unknown_keys
-from ovr_megatron.config.checks import ConfigError, choice, require
+from ovr_megatron.config.building import build, defaults
+from ovr_megatron.config.checks import ConfigError, require
 from ovr_megatron.config.data import FORMATS, DataConfig, SourceConfig
+from ovr_megatron.config.fields import section
 from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.rollout import EvaluationConfig, RolloutConfig
 from ovr_megatron.config.run import RunConfig
@@ -36,12 +38,8 @@ __all__ = [
     "StageConfig",
     "as_yaml",
     "build",
-    "choice",
     "defaults",
-    "forbid_unknown_keys",
     "require",
     "save",
+    "section",
 ]
-
-# `build` refuses unknown keys in every dataclass above; pydantic would otherwise drop them in silence.
-forbid_unknown_keys(globals())

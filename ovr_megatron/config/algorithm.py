@@ -2,79 +2,84 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated, Literal
 
-from ovr_megatron.config.checks import choice, require
+from pydantic import Field
+
+from ovr_megatron.config.checks import LARGEST, ZeroMeans, require
+from ovr_megatron.config.fields import (
+    Count,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveUnitFloat,
+    UnitFloat,
+    section,
+)
 from ovr_megatron.config.model import OptimizerConfig, ParallelConfig
 from ovr_megatron.ppo.estimators import find_estimator
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("algorithm.")
 class AlgorithmConfig:
-    """The policy's objective.  The defaults are the paper's PPO (section 3.2); docs/algorithms.md has the rest.
-
-    ``estimator``: of the advantage, a row of `ovr_megatron.ppo.estimators` or ``package.module:NAME``.
-    ``loss``: of the policy, a row of `ovr_megatron.ppo.losses` or ``package.module:NAME``; checked when a run starts.
-    ``clip_high`` (0: as ``clip``) is the upper bound of the ratio alone.
-    ``reduction``: every ``token`` weighs the same, or every response (``sequence``), or
-    every token by a ``constant`` divisor, or every ``pack``.  ``reduction_tokens`` is that divisor (0: the longest
-    limit of the curriculum), the same in the entire run.  With ``policy_epochs`` or ``policy_steps`` (per epoch) over
-    1 the log-probabilities before the update are stored.  ``kl_coefficient`` holds the policy to the weights in
-    ``reference`` (none: its initial weights) by the estimate ``kl_form``, in the ``loss`` or taken from the ``reward``
-    (``kl_in``).  ``importance_cap`` (0: off) weighs each token by the trainer's probability over the rollout engine's,
-    up to this cap.  ``dynamic_sampling`` (0: off) is how many times prompts are drawn until enough have responses that
-    differ in reward.  ``overlong_buffer``: the last tokens before the limit, which cost up to 1.  ``wrong_reward``: the
-    estimator's reward of a wrong response; that of a right response is 1, and verdicts in between are mapped linearly.
-    The metrics keep the verdicts of 0 to 1.
-    """
+    """The policy's objective.  The defaults are the paper's PPO (section 3.2); docs/algorithms.md has the rest."""
 
     estimator: str = "gae"
-    gamma: float = 1.0
-    lam: float = 1.0
+    """Estimator of the advantage, a row of `ovr_megatron.ppo.estimators` or package.module:NAME; all but gae go without a
+    critic."""
+    gamma: PositiveUnitFloat = 1.0
+    """Discount of later rewards."""
+    lam: UnitFloat = 1.0
+    """Lambda of generalised advantage estimation: 0 trusts the values, 1 the returns."""
     loss: str = "clip"
-    clip: float = 0.2
-    clip_high: float = 0.0
-    value_clip: float = 0.0
-    reduction: str = "token"
-    reduction_tokens: int = 0
-    wrong_reward: float = 0.0
-    critic_steps: int = 4
-    critic_warmup_iterations: int = 0
-    policy_epochs: int = 1
-    policy_steps: int = 1
-    kl_coefficient: float = 0.0
-    kl_form: str = "k3"
-    kl_in: str = "loss"
+    """Loss of the policy, a row of `ovr_megatron.ppo.losses` or package.module:NAME; checked when a run starts."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Largest distance of the policy's ratio from 1 that changes the loss."""
+    clip_high: Annotated[NonNegativeFloat, ZeroMeans("as clip")] = 0.0
+    """Upper bound of the ratio alone."""
+    value_clip: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
+    """Largest distance of a value from the one before the update that the value loss follows (Open-Reasoner-Zero)."""
+    reduction: Literal["token", "sequence", "constant", "pack"] = "token"
+    """What weighs the same in the loss: every token, every response (sequence), every token by a constant divisor, or
+    every pack."""
+    reduction_tokens: Annotated[Count, ZeroMeans("the curriculum's longest limit")] = 0
+    """Divisor of the constant reduction in tokens, the same in the entire run."""
+    wrong_reward: Annotated[float, Field(lt=1)] = 0.0
+    """The estimator's reward of a wrong response; that of a right response is 1, and verdicts in between are mapped
+    linearly.  The metrics keep the verdicts of 0 to 1."""
+    critic_steps: PositiveInt = 4
+    """Optimizer steps of the critic in an iteration."""
+    critic_warmup_iterations: Count = 0
+    """First iterations in which the critic alone learns."""
+    policy_epochs: PositiveInt = 1
+    """Times that the policy learns from a batch; with more than one, here or in policy_steps, the log-probabilities
+    before the update are stored."""
+    policy_steps: PositiveInt = 1
+    """Optimizer steps of the policy in an epoch."""
+    kl_coefficient: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
+    """Weight of the divergence that holds the policy to the weights in reference."""
+    kl_form: Literal["k1", "k2", "k3"] = "k3"
+    """Estimate of the divergence."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Whether the divergence is added to the loss or taken from the reward."""
     reference: str | None = None
-    entropy_bonus: float = 0.0
-    importance_cap: float = 0.0
-    dynamic_sampling: int = 0
-    overlong_buffer: int = 0
+    """Folder of the weights that the divergence is measured from; none: the policy's initial weights."""
+    entropy_bonus: NonNegativeFloat = 0.0
+    """Weight of the policy's entropy in its objective."""
+    importance_cap: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
+    """Cap of the weight of a token: the trainer's probability over the rollout engine's."""
+    dynamic_sampling: Annotated[Count, ZeroMeans("off")] = 0
+    """Times that prompts are drawn until enough have responses that differ in reward."""
+    overlong_buffer: Annotated[Count, ZeroMeans("off")] = 0
+    """Last tokens before the limit, which cost up to 1."""
 
     def __post_init__(self) -> None:
         find_estimator(self.estimator)
-        choice("algorithm.reduction", self.reduction, ("token", "sequence", "constant", "pack"))
-        choice("algorithm.kl_form", self.kl_form, ("k1", "k2", "k3"))
-        choice("algorithm.kl_in", self.kl_in, ("loss", "reward"))
-        require(0 < self.clip < 1, f"algorithm.clip={self.clip} must lie between 0 and 1")
-        require(0 < self.gamma <= 1 and 0 <= self.lam <= 1, "algorithm.gamma and algorithm.lam must lie in 0..1")
-        for key in ("critic_steps", "policy_epochs", "policy_steps"):
-            require(getattr(self, key) >= 1, f"algorithm.{key}={getattr(self, key)} must be at least 1")
-        for key in ("clip_high", "kl_coefficient", "importance_cap", "dynamic_sampling", "overlong_buffer"):
-            require(getattr(self, key) >= 0, f"algorithm.{key}={getattr(self, key)} must be 0 (off) or more")
-        require(
-            self.reduction_tokens >= 0,
-            f"algorithm.reduction_tokens={self.reduction_tokens} must be 0 (the curriculum's longest limit) or more",
-        )
         require(
             not self.reduction_tokens or self.reduction == "constant",
             f"algorithm.reduction_tokens={self.reduction_tokens} needs algorithm.reduction=constant, which is "
             f"{self.reduction}; change one of them",
-        )
-        require(
-            math.isfinite(self.wrong_reward) and self.wrong_reward < 1,
-            f"algorithm.wrong_reward={self.wrong_reward} must be below 1, which a right response earns",
         )
         require(
             self.has_critic or not self.critic_warmup_iterations,
@@ -116,49 +121,43 @@ class AlgorithmConfig:
         return self.policy_epochs * self.policy_steps
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("critic.")
 class CriticConfig:
-    """The separate value network: same class, another head, its own optimizer; ``parallel`` is its own layout."""
+    """The separate value network: same class, another head, its own optimizer."""
 
     path: str | None = None
+    """Folder of its initial weights; none: those of the policy."""
     parallel: ParallelConfig | None = None
-    head_init: str = "orz"
+    """Its own layout; none: the policy's."""
+    head_init: Literal["orz", "kaiming", "paper"] = "orz"
+    """Initial weights of the value head, see docs/algorithms.md."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
-
-    def __post_init__(self) -> None:
-        choice("critic.head_init", self.head_init, ("orz", "kaiming", "paper"))
+    """Its optimizer."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("reward.")
 class RewardConfig:
-    """Graders: the number of workers, CPU time and memory of one verdict, and the number of cached verdicts.
+    """Graders of responses."""
 
-    ``rules``: by source, the rule that makes a response right (`ovr_megatron.rewards.rules.rule`); default ``auto``.
-    """
-
-    workers: int = 2
-    timeout_s: float = 5.0
-    memory_mib: int = 1024
-    cache: int = 65536
+    workers: PositiveInt = 2
+    """Processes that grade."""
+    timeout_s: PositiveFloat = 5.0
+    """CPU seconds of one verdict."""
+    memory_mib: Annotated[int, Field(ge=256, le=LARGEST)] = 1024
+    """Memory of one grader in MiB; SymPy needs 256."""
+    cache: Annotated[Count, ZeroMeans("off")] = 65536
+    """Verdicts in the cache."""
     rules: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
-        require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
-        require(self.memory_mib >= 256, f"reward.memory_mib={self.memory_mib} must be at least 256, for SymPy's sake")
-        require(self.cache >= 0, f"reward.cache={self.cache} must be 0 (off) or a number of verdicts")
+    """By source, the rule that makes a response right (`ovr_megatron.rewards.rules.rule`); auto by default."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("curriculum[].")
 class StageConfig:
-    """One stage of the length curriculum: up to iteration ``until``, ``max_tokens`` of prompt and response together.
+    """One stage of the length curriculum."""
 
-    ``mean_tokens`` is the mean that `tools/plan.py` expects; 0: a third of the limit.
-    """
-
-    until: int
-    max_tokens: int
-    mean_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.until > 0 and self.max_tokens > 0, "curriculum[].until and .max_tokens must be positive")
+    until: PositiveInt
+    """Last iteration of the stage."""
+    max_tokens: PositiveInt
+    """Limit of prompt and response together."""
+    mean_tokens: Annotated[Count, ZeroMeans("a third of the limit")] = 0
+    """Mean tokens of prompt and response that `tools/plan.py` expects."""

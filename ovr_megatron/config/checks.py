@@ -1,12 +1,32 @@
-"""`ConfigError`, and the two checks that every ``__post_init__`` of a schema uses."""
+"""Turn a setting that cannot work into `ConfigError`, a sentence that names its key, its value and what is allowed."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import typing
+from types import UnionType
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from ovr_megatron.config.writing import text_as_written
 from ovr_megatron.errors import UserError
+from ovr_megatron.keys import unknown_setting
+
+LARGEST = 2**31 - 1  # of counts that must fit into memory
 
 
 class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the key, its value and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroMeans:
+    """Mark of a number's type: what the value 0 stands for, in messages and in the help."""
+
+    meaning: str
 
 
 def require(condition: bool, message: str) -> None:
@@ -15,6 +35,76 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise `ConfigError` unless the ``value`` of ``key`` is among the ``allowed`` ones."""
-    require(value in allowed, f"{key}={value!r} is not known; choose one of {', '.join(allowed)}")
+def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
+    """Return the first of pydantic's errors as one sentence.
+
+    Args:
+        error: of a validation against ``schema``.
+        schema: a class of settings.
+        prefix: what stands before the names of its fields, as ``run.``.
+    """
+    first = error.errors(include_url=False)[0]
+    kind, path, number = first["type"], first["loc"], first["input"]
+    if kind == "value_error":  # a `ConfigError` of a check across fields, which names its keys
+        return str(first["ctx"]["error"])
+    dotted = prefix + ".".join(map(str, path))
+    if kind == "unexpected_keyword_argument":
+        return unknown_setting(schema, dotted)
+    # The text shows ${oc.env:NAME}, not the variable's value, which may be a secret.
+    value = text_as_written(tuple(map(str, path)), number)
+    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", dotted)
+    if kind == "string_too_short":
+        return f"{key} is empty; give a value, or null where it may be left out"
+    if kind == "literal_error":
+        choices = re.findall("'([^']*)'", first["ctx"]["expected"])
+        return f"{key}={value!r} is not known; choose one of {', '.join(choices)}"
+    if kind == "finite_number":
+        return f"{key}={value} must be a finite number"
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        field = field_at(schema, [part for part in path if isinstance(part, str)])
+        shown = float(number) if value is number and field.annotation is float else value
+        too_large = kind == "less_than_equal" and first["ctx"]["le"] == LARGEST
+        return f"{key}={shown} must {f'be at most {LARGEST}' if too_large else bounds(field)}"
+    return f"{dotted or 'config'}: {first['msg']} (got {value!r})"
+
+
+def fields_of(schema: type) -> dict[str, FieldInfo]:
+    """Return the fields of a class of settings by name, with what pydantic knows about them."""
+    fields: dict[str, FieldInfo] = vars(schema)["__pydantic_fields__"]
+    return fields
+
+
+def field_at(schema: type, names: list[str]) -> FieldInfo:
+    """Return the field of ``schema`` at the end of a path; an index of a list is no part of ``names``."""
+    field = fields_of(schema)[names[0]]
+    return field_at(inner_schemas(field.annotation)[0], names[1:]) if names[1:] else field
+
+
+def inner_schemas(annotation: Any) -> list[type]:
+    """Return the class of settings that a field holds, alone, in a list or optional; without one an empty list."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return [annotation]
+    if typing.get_origin(annotation) in (list, typing.Union, UnionType):
+        return [schema for argument in typing.get_args(annotation) for schema in inner_schemas(argument)]
+    return []
+
+
+def bounds(field: FieldInfo) -> str:
+    """Return what a number must do, as ``be positive`` or ``lie in 0..1``; an empty text without bounds."""
+    limits: dict[str, Any] = {}
+    zero = ""
+    for mark in field.metadata:
+        limits |= {name: getattr(mark, name) for name in ("gt", "ge", "lt", "le") if hasattr(mark, name)}
+        zero = f" ({mark.meaning})" if isinstance(mark, ZeroMeans) else zero
+    if (limits.get("ge"), limits.get("le")) == (0, 1) and not zero:
+        return "lie in 0..1"
+    phrases = []
+    if "gt" in limits:
+        phrases.append(f"above {limits['gt']}" if limits["gt"] else "positive")
+    if "ge" in limits:
+        phrases.append(f"at least {limits['ge']}" if limits["ge"] else f"0{zero} or more")
+    if "lt" in limits:
+        phrases.append(f"below {limits['lt']}")
+    if limits.get("le", LARGEST) != LARGEST:
+        phrases.append(f"at most {limits['le']:,}")
+    return "be " + " and ".join(phrases) if phrases else ""

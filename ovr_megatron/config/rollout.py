@@ -3,80 +3,80 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated, Literal
 
-from ovr_megatron.config.checks import choice, require
+from pydantic import Field
+
+from ovr_megatron.config.checks import ZeroMeans, require
 from ovr_megatron.config.data import SourceConfig
+from ovr_megatron.config.fields import Count, NonNegativeFloat, PositiveFloat, PositiveInt, section
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("rollout.")
 class RolloutConfig:
-    """vLLM: its layout, its memory and how it samples.
+    """vLLM: its layout, its memory and how it samples."""
 
-    ``schedule``: ``static`` gives every engine the same number of prompts at the start, so that a repeated run draws
-    the same batches; with ``shared`` each engine takes the next prompt when it has room, which ends sooner where
-    lengths differ.  ``mismatch_warning``: warn of an iteration in which the log-probabilities of engine and trainer
-    differ by more than this on a hundredth of the tokens.  ``bucket_mib``: new weights travel to the engines in buckets
-    of this size, two at a time; ``check_updates`` compares checksums of every slice.  With ``async_scheduling=false``
-    vLLM plans a step on a GPU only after the step before (on a CPU it always does).  ``gpu_memory_utilization``: vLLM's
-    share of the GPU while it generates; 0: a half, and 0.85 where the trainer's models are offloaded meanwhile.
-    """
-
-    tp: int = 1
-    schedule: str = "static"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_num_seqs: int = 256
-    max_model_len: int = 0
-    kv_cache_gib: float = 0.0
-    gpu_memory_utilization: float = 0.0
+    tp: PositiveInt = 1
+    """Tensor-parallel size of an engine."""
+    schedule: Literal["static", "shared"] = "static"
+    """Prompts of an engine: the same number at the start, so that a repeated run draws the same batches (static), or
+    the next one when it has room, which ends sooner where lengths differ (shared)."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of sampling."""
+    top_p: NonNegativeFloat = 1.0
+    """Nucleus of sampling; 1 alone is possible."""
+    max_num_seqs: Count = 256
+    """Responses that an engine generates at the same time."""
+    max_model_len: Annotated[Count, ZeroMeans("the curriculum's longest limit")] = 0
+    """Tokens of a prompt and its response together for which the engine is built."""
+    kv_cache_gib: Annotated[NonNegativeFloat, ZeroMeans("by gpu_memory_utilization")] = 0.0
+    """Size of the KV cache in GiB."""
+    gpu_memory_utilization: Annotated[float, Field(ge=0, lt=1), ZeroMeans("a half; 0.85 with offload=true")] = 0.0
+    """vLLM's share of the GPU while it generates; with offload=true the trainer's models leave the GPU meanwhile."""
     stop: list[str] = field(default_factory=list)
+    """Texts that end a response."""
     enforce_eager: bool = False
+    """Run vLLM without CUDA graphs."""
     async_scheduling: bool = True
-    mismatch_warning: float = 0.05
-    bucket_mib: float = 256.0
+    """Plan a step on a GPU during the step before; on a CPU it is planned after it."""
+    mismatch_warning: NonNegativeFloat = 0.05
+    """Warn of an iteration in which the log-probabilities of engine and trainer differ by more than this on a hundredth
+    of the tokens."""
+    bucket_mib: PositiveFloat = 256.0
+    """Size in MiB of the buckets in which new weights travel to the engines, two at a time."""
     check_updates: bool = False
+    """Compare checksums of every slice of new weights."""
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.gpu_memory_utilization < 1,
-            f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} must be a share of the GPU below 1, or 0: "
-            "half of it, and 0.85 with offload=true",
-        )
-        require(self.bucket_mib > 0, f"rollout.bucket_mib={self.bucket_mib} must be positive")
-        require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         require(
             self.top_p == 1.0,
             f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must too; use 1.0",
         )
-        choice("rollout.schedule", self.schedule, ("static", "shared"))
-        require(self.tp >= 1, f"rollout.tp={self.tp} must be at least 1")
 
     def memory_share(self, offload: bool) -> float:
         """Return the share of the GPU that vLLM takes; with ``offload`` the trainer's models leave it meanwhile."""
         return self.gpu_memory_utilization or (0.85 if offload else 0.5)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("evaluation.")
 class EvaluationConfig:
-    """Problem sets that the live weights answer every ``every`` steps or iterations, and at the end (0: never).
+    """Problem sets that the live weights answer during training."""
 
-    ``limit`` takes the first problems of each set (0: all).  Greedy responses of at most ``max_tokens`` are scored (0:
-    the model's positions less ``data.max_prompt_tokens``, at most 32,768, as in ``tools/evaluate.py``); ``samples``
-    more responses at temperature 1 give pass@k.  ``workers`` processes grade.
-    """
-
-    every: int = 0
+    every: Annotated[Count, ZeroMeans("never")] = 0
+    """Steps or iterations between evaluations; another is at the end."""
     sources: list[SourceConfig] = field(default_factory=list)
-    limit: int = 0
-    max_tokens: int = 0
-    samples: int = 0
-    workers: int = 2
+    """Problem sets, each with a name."""
+    limit: Annotated[Count, ZeroMeans("all")] = 0
+    """First problems of each set."""
+    max_tokens: Annotated[Count, ZeroMeans("the model's positions less data.max_prompt_tokens, at most 32,768")] = 0
+    """Tokens of a greedy response, as in tools/evaluate.py."""
+    samples: Count = 0
+    """More responses at temperature 1, which give pass@k."""
+    workers: PositiveInt = 2
+    """Processes that grade."""
 
     def __post_init__(self) -> None:
-        for key in ("every", "limit", "max_tokens", "samples"):
-            require(getattr(self, key) >= 0, f"evaluation.{key}={getattr(self, key)} must be 0 or more")
-        require(self.workers > 0, f"evaluation.workers={self.workers} must be positive")
         require(
             not self.every or bool(self.sources),
             f"evaluation.every={self.every} has nothing to ask: give evaluation.sources=[{{path: FILE, name: NAME}}]",

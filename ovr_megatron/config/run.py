@@ -2,53 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
 
-from ovr_megatron.config.checks import require
+from ovr_megatron.config.checks import ZeroMeans, require
+from ovr_megatron.config.fields import Count, LargeCount, NonNegativeFloat, PositiveFloat, PositiveInt, section
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("run.")
 class RunConfig:
-    """The run folder, its checkpoints and logs, and when a run counts as unhealthy (``docs/running.md``).
-
-    The ``keep_last`` newest checkpoints stay (0: all), and every checkpoint whose step is a multiple of
-    ``keep_every``.  The policy of each multiple of ``export_every``, and of the last checkpoint, is kept in
-    ``exports/`` for Transformers.  With ``async_save`` checkpoints are written while training goes on, from copies
-    that take at most ``save_buffer_gib`` of host memory on a rank.  ``hang_timeout_s`` bounds every hang: a rank ends
-    that has had no engine step, pack or file of weights for so long, and a collective fails that waits longer.
-    ``peak_tflops`` (0: measured at the start) is the reference of ``perf/mfu``.  ``trackers`` take the metrics every
-    ``log_every`` steps: names of `ovr_megatron.runtime.trackers.table`, or ``package.module:function``.
-    """
+    """The run folder, its checkpoints and logs, and when a run counts as unhealthy (``docs/running.md``)."""
 
     dir: str
-    seed: int = 1
-    save_every: int = 100
-    keep_last: int = 0
-    keep_every: int = 0
-    export_every: int = 0
+    """Run folder; a run that ended goes on where it left off."""
+    seed: LargeCount = 1
+    """Seed of everything random."""
+    save_every: PositiveInt = 100
+    """Steps or iterations between checkpoints."""
+    keep_last: Annotated[Count, ZeroMeans("keep all")] = 0
+    """Newest checkpoints that stay."""
+    keep_every: Annotated[Count, ZeroMeans("none")] = 0
+    """Checkpoints whose step is a multiple of this stay, too."""
+    export_every: Annotated[Count, ZeroMeans("none")] = 0
+    """The policy of each multiple of this, and of the last checkpoint, is kept in exports/ for Transformers."""
     async_save: bool = True
-    save_buffer_gib: float = 4.0
+    """Write checkpoints while training goes on."""
+    save_buffer_gib: PositiveFloat = 4.0
+    """Host memory on a rank in GiB for the copies that async_save writes from."""
     stop_on_failed_save: bool = False
-    log_every: int = 1
+    """End the run at a checkpoint that cannot be written; by default only the last one is needed."""
+    log_every: PositiveInt = 1
+    """Steps or iterations between lines of the log."""
     trackers: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])
-    threads: int = 0
-    hang_timeout_s: float = 1800.0
-    peak_tflops: float = 0.0
-    spike_deviations: float = 6.0
-    spike_window: int = 64
+    """Where metrics go: names of `ovr_megatron.runtime.trackers.table`, or package.module:function."""
+    threads: Annotated[Count, ZeroMeans("as torch chooses")] = 0
+    """CPU threads of a rank."""
+    hang_timeout_s: Annotated[NonNegativeFloat, ZeroMeans("no bound")] = 1800.0
+    """Bound of every hang in seconds: a rank ends that has had no engine step, pack or file of weights for so long, and
+    a collective fails that waits longer."""
+    peak_tflops: Annotated[NonNegativeFloat, ZeroMeans("measure")] = 0.0
+    """Reference of perf/mfu in TFLOP/s; measured at the start by default."""
+    spike_deviations: Annotated[NonNegativeFloat, ZeroMeans("no record")] = 6.0
+    """Robust deviations above the median from which a loss counts as a spike."""
+    spike_window: PositiveInt = 64
+    """Last losses of which that median is taken."""
 
     def __post_init__(self) -> None:
-        for key in ("save_every", "log_every", "save_buffer_gib", "spike_window"):
-            require(getattr(self, key) > 0, f"run.{key}={getattr(self, key)} must be positive")
-        for key, zero in (
-            ("keep_last", "keep all"),
-            ("keep_every", "none"),
-            ("export_every", "none"),
-            ("hang_timeout_s", "no bound"),
-            ("peak_tflops", "measure"),
-            ("spike_deviations", "no record"),
-        ):
-            require(getattr(self, key) >= 0, f"run.{key}={getattr(self, key)} must be 0 ({zero}) or more")
         require(len(set(self.trackers)) == len(self.trackers), f"run.trackers={self.trackers} has a name twice")
         require(
             not self.export_every % self.save_every,

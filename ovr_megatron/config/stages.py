@@ -2,74 +2,92 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated, Literal
 
 from ovr_megatron.config.algorithm import AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
-from ovr_megatron.config.checks import choice, require
+from ovr_megatron.config.checks import ZeroMeans, require
 from ovr_megatron.config.data import DataConfig
+from ovr_megatron.config.fields import Count, PositiveInt, section
 from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.rollout import EvaluationConfig, RolloutConfig
 from ovr_megatron.config.run import RunConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("")
 class ColdStartConfig:
-    """Stage 1: supervised training on packed samples (paper, section 3.1).
-
-    ``steps=0``: as many as ``epochs`` take, which needs ``data.tokenised``.  ``rollout`` is the engine of
-    ``evaluation``, and is started for nothing else.
-    """
+    """Stage 1: supervised training on packed samples (paper, section 3.1)."""
 
     run: RunConfig
+    """Run folder, checkpoints and logs."""
     model: ModelConfig
+    """Initial weights, their dtype, and which parts train."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the model over the ranks."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and its schedule."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Sources of rows, and how rows become tokens."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Engine of the evaluation, which is started for nothing else."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    steps: int = 900
-    epochs: int = 5
-    packs_per_step: int = 640
+    """Evaluation of the live weights."""
+    steps: Annotated[Count, ZeroMeans("as many as epochs take, which needs data.tokenised")] = 900
+    """Optimizer steps."""
+    epochs: PositiveInt = 5
+    """Epochs of a tokenised set."""
+    packs_per_step: PositiveInt = 640
+    """Packs of an optimizer step, over all ranks."""
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
-        require(self.steps >= 0, f"steps={self.steps} must be positive, or 0 to train for {self.epochs} epochs")
-        require(self.epochs > 0, f"epochs={self.epochs} must be positive")
         require(
             self.steps > 0 or not self.data.sources,
             "steps=0 with data.sources: only the epochs of data.tokenised=DIR have an end; give steps",
         )
-        require(self.packs_per_step > 0, f"packs_per_step={self.packs_per_step} must be positive")
         _check_trains(self.model)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("")
 class RLConfig:
-    """Stage 2: PPO with verifiable rewards.
-
-    ``only`` runs half of the system: ``rollout`` generates and grades with the weights of ``model.path``, ``train``
-    learns from the rollouts of the run folder ``rollouts_from``; ``rehearsal`` tries each stage of the curriculum once.
-    ``offload``: weights, gradients and optimizer state that a phase does not need are offloaded to host memory.
-    """
+    """Stage 2: PPO with verifiable rewards."""
 
     run: RunConfig
+    """Run folder, checkpoints and logs."""
     model: ModelConfig
+    """Initial weights, their dtype, and which parts train."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the model over the ranks."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and its schedule."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Sources of rows, and how rows become tokens."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Engine of the rollouts and the evaluation."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Objective of the policy."""
     critic: CriticConfig = field(default_factory=CriticConfig)
+    """The separate value network."""
     reward: RewardConfig = field(default_factory=RewardConfig)
+    """Graders of responses."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation of the live weights."""
     curriculum: list[StageConfig] = field(default_factory=list)
-    iterations: int = 900
-    prompts: int = 512
-    responses: int = 16
+    """Stages of the length limit."""
+    iterations: PositiveInt = 900
+    """Iterations of rollouts and updates."""
+    prompts: PositiveInt = 512
+    """Prompts of an iteration."""
+    responses: PositiveInt = 16
+    """Responses to each prompt."""
     offload: bool = False
-    only: str = "all"
+    """Offload weights, gradients and optimizer state that a phase does not need to host memory."""
+    only: Literal["all", "rollout", "train", "rehearsal"] = "all"
+    """Half of the system: generate and grade with the weights of model.path (rollout), or learn from the rollouts of
+    another run (train); rehearsal tries each stage of the curriculum once."""
     rollouts_from: str | None = None
+    """Run folder whose rollouts only=train learns from."""
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
@@ -92,9 +110,6 @@ class RLConfig:
             "model.fp8=delayed: ranks that train different numbers of packs would wait for each other; "
             "take model.fp8=current or block",
         )
-        require(self.iterations > 0, f"iterations={self.iterations} must be positive")
-        require(self.prompts > 0 and self.responses > 0, "prompts and responses must be positive")
-        choice("only", self.only, ("all", "rollout", "train", "rehearsal"))
         require(
             (self.only == "train") == bool(self.rollouts_from),
             f"only={self.only} with rollouts_from={self.rollouts_from}: only=train needs the run folder to learn from, "

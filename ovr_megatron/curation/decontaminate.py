@@ -32,6 +32,7 @@ from ovr_megatron.curation.text import (
     words,
 )
 from ovr_megatron.data.images import load_image, load_media
+from ovr_megatron.data.row_json import MessageJson, RowJson
 from ovr_megatron.data.schema import BOX_REQUEST, ENDLESS, LETTER_REQUEST, ImagePart
 from ovr_megatron.data.sources import open_source
 
@@ -151,7 +152,7 @@ class Problems:
     masked: NgramIndex | None
     config: PrepareConfig
 
-    def contamination(self, row: dict[str, Any]) -> tuple[str, str, float] | None:
+    def contamination(self, row: RowJson) -> tuple[str, str, float] | None:
         """Return reason, name of the problem and share of its n-grams, or None for a clean row."""
         text = question(row)
         if self.config.decontaminate.fields == "row":
@@ -171,13 +172,13 @@ class Problems:
                 return reason, self.names[problem], round(share, 3)
         return None
 
-    def _pixels(self, row: dict[str, Any]) -> frozenset[str]:
+    def _pixels(self, row: RowJson) -> frozenset[str]:
         root = Path(self.config.dir)
         parts = [ImagePart(path=root / name, root=root, where=str(row.get("id"))) for name in image_names(row)]
         return frozenset(pixel_digest(load_image(part, self.config.data)) for part in parts)
 
 
-def question(row: dict[str, Any]) -> str:
+def question(row: RowJson) -> str:
     """Return the text of the user's messages, without the request for a box that readers of foreign formats add."""
     text = "\n".join(content_text(m["content"]) for m in row["messages"] if m["role"] == "user")
     return text.replace(BOX_REQUEST, "").replace(LETTER_REQUEST, "")
@@ -218,7 +219,7 @@ def _questions(config: PrepareConfig) -> Iterator[tuple[str, str, frozenset[str]
             pictures, videos = load_media(row, config.data)
             frames = (frame for video in videos for frame in video)
             pixels = frozenset(map(pixel_digest, [*pictures, *frames]))
-            messages = [{"role": message.role, "content": message.text} for message in row.messages]
+            messages = [MessageJson(role=message.role, content=message.text) for message in row.messages]
             yield f"{row.source}: {row.id}", question({"messages": messages}), pixels
 
 

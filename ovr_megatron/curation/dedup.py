@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from ovr_megatron.curation.text import (
     word_hashes,
     words,
 )
+from ovr_megatron.data.row_json import RowJson
 
 EXACT = "exact duplicate"
 NEAR = "near duplicate"
@@ -67,7 +67,7 @@ def run(work: Work) -> None:
     file.unlink()
 
 
-def hashes(config: DedupConfig, row: dict[str, Any]) -> tuple[int, int, np.ndarray | None]:
+def hashes(config: DedupConfig, row: RowJson) -> tuple[int, int, np.ndarray | None]:
     """Return the hash of a row's content, the class within which it is compared, and its signature."""
     messages = row["messages"]
     if config.key == "prompt" and messages[-1]["role"] == "assistant":

@@ -24,6 +24,7 @@ from ovr_megatron.curation.stage import ROWS, batches
 from ovr_megatron.curation.teacher import has_video, question_key
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.data.schema import Row, parse_row
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
@@ -44,7 +45,7 @@ class IndexedRow:
     """A row with its index in the file, as JSON and parsed."""
 
     index: int
-    raw: dict[str, Any]
+    raw: RowJson
     row: Row
 
 

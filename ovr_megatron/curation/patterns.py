@@ -17,11 +17,12 @@ from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
+from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.rewards.choice import verifiable
 from ovr_megatron.rewards.latex import END_OF_THOUGHT, clean, last_box
 from ovr_megatron.rewards.rules import is_plain
 
-Check = Callable[[PatternsConfig, bool, dict[str, Any], str], str | None]
+Check = Callable[[PatternsConfig, bool, RowJson, str], str | None]
 
 # Tokens with which chat templates delimit turns; a model that learns to write them would end or open turns itself.
 _TEMPLATE = re.compile(
@@ -42,7 +43,7 @@ _ENGLISH = frozenset(
 _FEW_WORDS = 50  # a text of fewer words says too little about its language
 
 
-def too_short(config: PatternsConfig, think: bool, row: dict[str, Any], response: str) -> str | None:
+def too_short(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     """Refuse a response of fewer than ``min_characters`` or more than ``max_characters``."""
     if len(response.strip()) < max(config.min_characters, 1):
         return "response too short"
@@ -51,14 +52,14 @@ def too_short(config: PatternsConfig, think: bool, row: dict[str, Any], response
     return None
 
 
-def leaked_template(config: PatternsConfig, think: bool, row: dict[str, Any], response: str) -> str | None:
+def leaked_template(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     """Refuse a response with tokens that only a chat template writes."""
     if not config.template_tokens:
         return None
     return "leaked template token" if _TEMPLATE.search(response) or "<think>" in response else None
 
 
-def truncated(config: PatternsConfig, think: bool, row: dict[str, Any], response: str) -> str | None:
+def truncated(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     """Refuse a thought that never ends, ends twice, is empty, or is followed by nothing."""
     if not (config.need_thought and think):
         return None
@@ -73,7 +74,7 @@ def truncated(config: PatternsConfig, think: bool, row: dict[str, Any], response
     return None if rest.strip() else "nothing after the thought"
 
 
-def without_box(config: PatternsConfig, think: bool, row: dict[str, Any], response: str) -> str | None:
+def without_box(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     r"""Refuse a response without a closed and filled ``\boxed{}`` after the thought (anywhere, if there is none)."""
     if not config.need_box:
         return None
@@ -81,14 +82,14 @@ def without_box(config: PatternsConfig, think: bool, row: dict[str, Any], respon
     return "no box" if box is None or not clean(box) else None
 
 
-def repeated(config: PatternsConfig, think: bool, row: dict[str, Any], response: str) -> str | None:
+def repeated(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     """Refuse a response that repeats itself (`ovr_megatron.curation.repetition`)."""
     if config.max_repetition == 1 or len(response) < config.repetition_min_characters:
         return None
     return "repetition" if repeatness(response) > config.max_repetition else None
 
 
-def foreign(config: PatternsConfig, think: bool, row: dict[str, Any], response: str) -> str | None:
+def foreign(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     """Refuse letters of another script, and a text with too few function words of the language."""
     if config.language == "any":
         return None
@@ -107,7 +108,7 @@ def foreign(config: PatternsConfig, think: bool, row: dict[str, Any], response: 
     return "other language" if share < config.min_function_words else None
 
 
-def user_pattern(config: PatternsConfig, think: bool, row: dict[str, Any], response: str) -> str | None:
+def user_pattern(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     """Refuse a response in which one of the regular expressions of ``patterns.drop`` occurs."""
     return next((f"pattern {name}" for name, text in config.drop.items() if re.search(text, response)), None)
 
@@ -116,7 +117,7 @@ def user_pattern(config: PatternsConfig, think: bool, row: dict[str, Any], respo
 RULES: tuple[Check, ...] = (too_short, leaked_template, truncated, without_box, foreign, user_pattern, repeated)
 
 
-def unverifiable(config: PatternsConfig, row: dict[str, Any]) -> str | None:
+def unverifiable(config: PatternsConfig, row: RowJson) -> str | None:
     """Refuse an answer in a form that no grader can verify: a proof, prose, none of the options."""
     if not config.verifiable or row.get("answer") is None:
         return None
@@ -127,7 +128,7 @@ def unverifiable(config: PatternsConfig, row: dict[str, Any]) -> str | None:
 
 
 def broken_rule(
-    config: PatternsConfig, think: bool, row: dict[str, Any], rewards: Mapping[str, str] = MappingProxyType({})
+    config: PatternsConfig, think: bool, row: RowJson, rewards: Mapping[str, str] = MappingProxyType({})
 ) -> str | None:
     """Return the first rule that ``row`` breaks, or None; prompt rows are not checked by the rules on the response.
 

@@ -7,13 +7,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from ovr_megatron.curation.text import prompt_text, response_text
+from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.runtime.files import write_json
 
 matplotlib.use("Agg")  # draws into files; needs no display
@@ -139,11 +140,12 @@ def excerpt(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "messages" not in row:
         return dict(row)
+    whole_row = cast(RowJson, row)
     fields = {
         "id": row.get("id"),
         "source": row.get("source"),
-        "prompt": shorten(prompt_text(row)),
-        "response": shorten(response_text(row) or ""),
+        "prompt": shorten(prompt_text(whole_row)),
+        "response": shorten(response_text(whole_row) or ""),
         "answer": row.get("answer"),
     }
     return {name: value for name, value in fields.items() if value}

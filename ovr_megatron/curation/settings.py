@@ -4,123 +4,123 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
-from ovr_megatron.config import (
-    ConfigError,
-    DataConfig,
-    RewardConfig,
-    RolloutConfig,
-    SourceConfig,
-    choice,
-    forbid_unknown_keys,
-    require,
+from pydantic import Field
+
+from ovr_megatron.config import ConfigError, DataConfig, RewardConfig, RolloutConfig, SourceConfig, require, section
+from ovr_megatron.config.checks import LARGEST, ZeroMeans
+from ovr_megatron.config.fields import (
+    Count,
+    Dtype,
+    LargeCount,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveUnitFloat,
+    UnitFloat,
 )
 
 _SECRET = re.compile("key|token|secret|passw|sig|auth", re.IGNORECASE)
-# Upper bounds: of threads, of seconds (a week), of counts that must fit into 64 bits.
-_POSITIVE = {"samples": 1 << 16, "max_tokens": 1 << 24, "concurrency": 4096, "attempts": 1000, "timeout_s": 604800}
-_FROM_ZERO = {
-    "temperature": 100,
-    "backoff_s": 604800,
-    "max_backoff_s": 604800,
-    "max_requests": 1 << 62,
-    "max_total_tokens": 1 << 62,
-}
+# Settings of an endpoint, also those of a judge: a wait lasts a week at most, a budget fits into 64 bits.
+Wait = Annotated[float, Field(ge=0, le=604800)]
+Timeout = Annotated[float, Field(gt=0, le=604800)]
+Budget = Annotated[int, Field(ge=0, le=1 << 62), ZeroMeans("unlimited")]
+Concurrency = Annotated[int, Field(gt=0, le=4096)]
+Attempts = Annotated[int, Field(gt=0, le=1000)]
+ResponseTokens = Annotated[int, Field(gt=0, le=1 << 24)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("collect.")
 class CollectConfig:
-    """Reading the sources: at most ``limit`` rows of each (0: all); ``on_error`` skip drops and counts bad rows."""
+    """Reading the sources."""
 
-    limit: int = 0
-    on_error: str = "stop"
-
-    def __post_init__(self) -> None:
-        choice("collect.on_error", self.on_error, ("stop", "skip"))
-        require(self.limit >= 0, f"collect.limit={self.limit} must be 0 (all) or a number of rows")
+    limit: Annotated[Count, ZeroMeans("all")] = 0
+    """First rows of each source."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Whether a bad row stops the preparation, or is dropped and counted."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("dedup.")
 class DedupConfig:
-    """Duplicates by the whole ``row`` or by the ``prompt``; near duplicates by MinHash over ``shingle`` words.
+    """Duplicates, and near duplicates by MinHash."""
 
-    Two rows are near duplicates at an estimated Jaccard similarity of ``threshold``, and with ``same_numbers`` only if
-    their prompts have the same numbers: a problem with other numbers is another problem.
-    """
-
-    key: str = "row"
+    key: Literal["row", "prompt"] = "row"
+    """Duplicates are of the whole row or of the prompt."""
     near: bool = True
-    shingle: int = 5
-    permutations: int = 64
-    bands: int = 16
-    threshold: float = 0.8
+    """Drop near duplicates, too."""
+    shingle: PositiveInt = 5
+    """Words of a shingle."""
+    permutations: Count = 64
+    """Hash functions of MinHash."""
+    bands: Count = 16
+    """Bands that the hashes are cut into."""
+    threshold: PositiveUnitFloat = 0.8
+    """Estimated Jaccard similarity from which two rows are near duplicates."""
     same_numbers: bool = True
+    """Near duplicates have the same numbers in their prompts: a problem with other numbers is another problem."""
 
     def __post_init__(self) -> None:
-        choice("dedup.key", self.key, ("row", "prompt"))
-        require(self.shingle >= 1, f"dedup.shingle={self.shingle} must be at least one word")
-        require(0 < self.threshold <= 1, f"dedup.threshold={self.threshold} must lie between 0 and 1")
         require(
             self.bands >= 1 and self.permutations % self.bands == 0,
             f"dedup.bands={self.bands} must divide dedup.permutations={self.permutations}",
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("decontaminate.")
 class DecontaminateConfig:
-    """Evaluation problems that must not be trained on, recognised by the word n-grams that a row repeats.
-
-    A row is dropped if it has the share ``threshold`` of the n-grams of a problem.  ``masked_threshold`` (0: off) is
-    the same with every number masked, which finds problems with other numbers.  Problems of fewer than 4 ``n`` words
-    are cut into shorter n-grams; those of fewer than ``min_words`` words must be half of the prompt.  ``fields``:
-    ``prompt`` or ``row``.
-    """
+    """Evaluation problems that must not be trained on, recognised by the word n-grams that a row repeats."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    n: int = 8
-    threshold: float = 0.5
-    masked_threshold: float = 0.0
-    min_words: int = 5
-    fields: str = "prompt"
+    """Evaluation problems."""
+    n: Count = 8
+    """Words of an n-gram; problems of fewer than 4 n words are cut into shorter ones."""
+    threshold: UnitFloat = 0.5
+    """Share of the n-grams of a problem from which a row is dropped."""
+    masked_threshold: Annotated[UnitFloat, ZeroMeans("off")] = 0.0
+    """The same with every number masked, which finds problems with other numbers."""
+    min_words: Count = 5
+    """Problems of fewer words must be half of the prompt."""
+    fields: Literal["prompt", "row"] = "prompt"
+    """What is searched for problems."""
 
     def __post_init__(self) -> None:
-        choice("decontaminate.fields", self.fields, ("prompt", "row"))
         require(1 <= self.min_words <= self.n, f"decontaminate.min_words={self.min_words} must lie in 1..n={self.n}")
-        for key in ("threshold", "masked_threshold"):
-            value = getattr(self, key)
-            require(0 <= value <= 1, f"decontaminate.{key}={value} must lie between 0 (off) and 1")
         require(self.threshold > 0, "decontaminate.threshold=0 would drop every row; leave the stage out instead")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("patterns.")
 class PatternsConfig:
-    """Rules on a single row; see `ovr_megatron.curation.patterns` for each.
-
-    ``max_repetition`` (1: off) bounds Open-Reasoner-Zero's repeatness of responses of at least
-    ``repetition_min_characters``; ``drop`` maps names of the user's rules to regular expressions over the response.
-    """
+    """Rules on a single row; see `ovr_megatron.curation.patterns` for each."""
 
     need_box: bool = True
+    """The response has a boxed answer."""
     need_thought: bool = True
+    """The response has a thought."""
     verifiable: bool = True
-    max_repetition: float = 0.05
-    repetition_min_characters: int = 400
-    language: str = "any"
-    max_foreign: float = 0.05
-    min_function_words: float = 0.02
+    """The answer can be verified."""
+    max_repetition: UnitFloat = 0.05
+    """Open-Reasoner-Zero's repeatness of a long response; 1 is off."""
+    repetition_min_characters: Count = 400
+    """Characters from which a response is long."""
+    language: Literal["any", "en", "zh"] = "any"
+    """Language of the response."""
+    max_foreign: UnitFloat = 0.05
+    """Share of letters of another script."""
+    min_function_words: UnitFloat = 0.02
+    """Share of function words of the language."""
     template_tokens: bool = True
-    min_characters: int = 0
-    max_characters: int = 0
+    """Drop responses with tokens of a chat template in them."""
+    min_characters: Count = 0
+    """Shortest response."""
+    max_characters: Annotated[Count, ZeroMeans("no bound")] = 0
+    """Longest response."""
     drop: dict[str, str] = field(default_factory=dict)
+    """Names of the user's rules, with regular expressions over the response."""
 
     def __post_init__(self) -> None:
-        choice("patterns.language", self.language, ("any", "en", "zh"))
-        for key in ("max_repetition", "max_foreign", "min_function_words"):
-            value = getattr(self, key)
-            require(0 <= value <= 1, f"patterns.{key}={value} must lie between 0 and 1")
         for name, pattern in self.drop.items():
             try:
                 re.compile(pattern)
@@ -128,110 +128,91 @@ class PatternsConfig:
                 raise ConfigError(f"patterns.drop.{name}={pattern!r} is no regular expression ({error})") from None
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("proxy_loss.")
 class ProxyLossConfig:
-    """Mean loss of the response under a small model; the high tail of each source is cut.
-
-    ``cut``: above the ``quantile`` of the source, or ``z`` standard deviations above its mean.  Sources of fewer than
-    ``min_rows`` rows are not cut.  Rows are scored on their first ``max_tokens`` tokens.
-    """
+    """Mean loss of the response under a small model; the high tail of each source is cut."""
 
     model: str | None = None
-    dtype: str = "bfloat16"
-    cut: str = "quantile"
-    quantile: float = 0.98
-    z: float = 3.0
-    min_rows: int = 50
-    max_tokens: int = 8192
-    batch: int = 512
+    """Folder of the small model."""
+    dtype: Dtype = "bfloat16"
+    """Its dtype."""
+    cut: Literal["quantile", "zscore"] = "quantile"
+    """Cut above a quantile of the source, or above z standard deviations over its mean."""
+    quantile: PositiveUnitFloat = 0.98
+    """That quantile."""
+    z: NonNegativeFloat = 3.0
+    """Number of those standard deviations."""
+    min_rows: Count = 50
+    """Sources of fewer rows are not cut."""
+    max_tokens: Annotated[int, Field(ge=2, le=LARGEST)] = 8192
+    """First tokens of a row, on which it is scored."""
+    batch: PositiveInt = 512
+    """Rows that are scored at a time."""
 
-    def __post_init__(self) -> None:
-        choice("proxy_loss.cut", self.cut, ("quantile", "zscore"))
-        choice("proxy_loss.dtype", self.dtype, ("float32", "bfloat16"))
-        require(0 < self.quantile <= 1, f"proxy_loss.quantile={self.quantile} must lie between 0 and 1")
-        require(self.batch >= 1 and self.max_tokens >= 2, "proxy_loss.batch and proxy_loss.max_tokens must be positive")
 
-
-@dataclass(frozen=True, kw_only=True)
+@section("difficulty.")
 class DifficultyConfig:
-    """Pass rate of ``samples`` responses of ``model`` at ``temperature``; prompts from ``low`` to ``high`` are kept."""
+    """Pass rate of a model's responses; prompts between two rates are kept."""
 
     model: str | None = None
-    dtype: str = "bfloat16"
-    samples: int = 8
-    temperature: float = 1.0
-    max_tokens: int = 8192
-    low: float = 0.01
-    high: float = 0.99
+    """Folder of the model."""
+    dtype: Dtype = "bfloat16"
+    """Its dtype."""
+    samples: PositiveInt = 8
+    """Responses to each prompt."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of sampling."""
+    max_tokens: PositiveInt = 8192
+    """Tokens of a response."""
+    low: NonNegativeFloat = 0.01
+    """Lowest pass rate."""
+    high: NonNegativeFloat = 0.99
+    """Highest pass rate."""
 
     def __post_init__(self) -> None:
-        choice("difficulty.dtype", self.dtype, ("float32", "bfloat16"))
         require(
-            self.samples >= 1 and self.max_tokens >= 1, "difficulty.samples and difficulty.max_tokens must be positive"
-        )
-        require(self.temperature > 0, f"difficulty.temperature={self.temperature} must be positive")
-        require(
-            0 <= self.low <= self.high <= 1,
+            self.low <= self.high <= 1,
             f"difficulty.low={self.low} and difficulty.high={self.high} must be rates, low at most high",
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("verify.")
 class VerifyConfig:
-    """Grading of responses against the row's answer; ``need_answer`` drops rows without an answer."""
+    """Grading of responses against the row's answer."""
 
     need_answer: bool = False
+    """Drop rows without an answer."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("stratify.")
 class StratifyConfig:
-    """Strata: ``bins`` of equal size of each source, by difficulty; at most ``max_rows`` rows of each (0: all).
+    """Strata of equal size of each source."""
 
-    ``measure`` auto takes the rows' ``difficulty`` if all rows of a source have one, else the proxy loss, else the
-    length of the response.
-    """
-
-    bins: int = 3
-    measure: str = "auto"
-    max_rows: int = 0
-
-    def __post_init__(self) -> None:
-        choice("stratify.measure", self.measure, ("auto", "difficulty", "loss", "length"))
-        require(self.bins >= 1, f"stratify.bins={self.bins} must be at least 1")
-        require(self.max_rows >= 0, f"stratify.max_rows={self.max_rows} must be 0 (all) or a number of rows")
+    bins: PositiveInt = 3
+    """Strata of a source."""
+    measure: Literal["auto", "difficulty", "loss", "length"] = "auto"
+    """What they are ordered by; auto takes the rows' difficulty if all rows of a source have one, else the proxy loss,
+    else the length of the response."""
+    max_rows: Annotated[Count, ZeroMeans("all")] = 0
+    """Rows of each stratum."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("weigh.")
 class WeighConfig:
-    """A stratum of n rows gets a share of n**``power``; a row's weight stays between ``min_weight`` and ``max_weight``.
+    """Weights of the strata.  The mean weight of all rows is 1."""
 
-    ``power`` 1 changes nothing, 0 gives all strata the same share.  The mean weight of all rows is 1.
-    """
-
-    power: float = 0.5
-    min_weight: float = 0.25
-    max_weight: float = 4.0
+    power: UnitFloat = 0.5
+    """A stratum of n rows gets a share of n**power: 1 changes nothing, 0 gives all strata the same share."""
+    min_weight: NonNegativeFloat = 0.25
+    """Lowest weight of a row."""
+    max_weight: NonNegativeFloat = 4.0
+    """Highest weight of a row."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.power <= 1, f"weigh.power={self.power} must lie between 0 and 1")
         require(
             0 < self.min_weight <= 1 <= self.max_weight,
             f"weigh.min_weight={self.min_weight} and weigh.max_weight={self.max_weight} must lie on both sides of 1",
         )
-
-
-def check_endpoint(config: Any, setting: str) -> None:
-    """Refuse numbers out of range in a `TeacherConfig`, or in another configuration with fields of the same names.
-
-    Raises:
-        ConfigError: names the setting, spelled by the pattern ``setting``.
-    """
-    for key, largest in _POSITIVE.items():
-        value = getattr(config, key, 1)
-        require(0 < value <= largest, f"{setting.format(key)}={value} must be positive and at most {largest:,}")
-    for key, largest in _FROM_ZERO.items():
-        value = getattr(config, key, 0)
-        require(0 <= value <= largest, f"{setting.format(key)}={value} must be 0 or more and at most {largest:,}")
 
 
 def check_url(url: str, name: str, has_key: bool, allow_http: bool, remedy: str) -> None:
@@ -271,87 +252,108 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("teacher.")
 class TeacherConfig:
-    """The teacher of the prompt rows: an OpenAI-compatible endpoint (``base_url``), or a local ``model`` in vLLM.
-
-    The key is read from the environment variable ``key_env`` and written into the request only, over https unless
-    ``allow_http`` is set.  ``timeout_s`` bounds a request from its first to its last byte, and ``max_backoff_s`` every
-    wait between two requests, including one that the endpoint demands.  ``max_requests`` and ``max_total_tokens`` are
-    the budget of all runs in this folder (0: unlimited).
-    """
+    """The teacher of the prompt rows: an OpenAI-compatible endpoint, or a local model in vLLM."""
 
     base_url: str | None = None
+    """Address of the endpoint; none: the model is local."""
     model: str | None = None
+    """Name of the endpoint's model, or folder of the local one."""
     key_env: str | None = None
+    """Environment variable with the key, which is written into the request only."""
     allow_http: bool = False
-    dtype: str = "bfloat16"
-    samples: int = 1
-    temperature: float = 0.6
-    max_tokens: int = 16384
+    """Send the key unencrypted to another machine."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of a local model."""
+    samples: Annotated[int, Field(gt=0, le=1 << 16)] = 1
+    """Responses to each prompt."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.6
+    """Temperature of sampling."""
+    max_tokens: ResponseTokens = 16384
+    """Tokens of a response."""
     keep_truncated: bool = False
-    concurrency: int = 32
-    attempts: int = 6
-    backoff_s: float = 1.0
-    max_backoff_s: float = 60.0
-    timeout_s: float = 1800.0
-    max_requests: int = 0
-    max_total_tokens: int = 0
+    """Keep responses that end at that limit."""
+    concurrency: Concurrency = 32
+    """Requests at the same time."""
+    attempts: Attempts = 6
+    """Attempts of a request."""
+    backoff_s: Wait = 1.0
+    """Seconds before the second attempt."""
+    max_backoff_s: Wait = 60.0
+    """Longest wait in seconds between two requests, also one that the endpoint demands."""
+    timeout_s: Timeout = 1800.0
+    """Seconds of a request from its first to its last byte."""
+    max_requests: Budget = 0
+    """Requests of all runs in this folder."""
+    max_total_tokens: Budget = 0
+    """Tokens of all runs in this folder."""
 
     def __post_init__(self) -> None:
-        choice("teacher.dtype", self.dtype, ("float32", "bfloat16"))
-        check_endpoint(self, "teacher.{}")
         if self.base_url:
             check_url(self.base_url, "teacher.base_url", bool(self.key_env), self.allow_http, "teacher.allow_http=true")
 
 
-PREPARE_STAGES = tuple(
-    "collect dedup decontaminate teacher patterns proxy_loss verify difficulty stratify weigh tokenise".split()
-)
+TextStage = Literal["collect", "dedup", "decontaminate", "teacher", "patterns"]
+MeasuringStage = Literal["proxy_loss", "verify", "difficulty", "stratify", "weigh", "tokenise"]
+StageName = Literal[TextStage, MeasuringStage]  # in their order
+PREPARE_STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("")
 class PrepareConfig:
-    """Data preparation: ``stages`` in this order, each in its own folder below ``dir``.
-
-    ``model`` is the folder whose tokenizer writes the tokenised set.  ``workers`` processes examine rows, and
-    ``engines`` processes, one for each GPU, run vLLM in stages that need it.  A stage that keeps no row of some source
-    stops the preparation, unless ``allow_empty``.
-    """
+    """Data preparation."""
 
     dir: str
-    stages: list[str] = field(default_factory=list)
-    seed: int = 1
-    workers: int = 1
-    engines: int = 1
+    """Folder of the preparation; each stage has its own folder below it."""
+    stages: list[StageName] = field(default_factory=list)
+    """Stages, in this order."""
+    seed: LargeCount = 1
+    """Seed of everything random."""
+    workers: PositiveInt = 1
+    """Processes that examine rows."""
+    engines: PositiveInt = 1
+    """Processes that run vLLM in stages that need it, one for each GPU."""
     allow_empty: bool = False
+    """Go on after a stage that keeps no row of some source."""
     model: str | None = None
+    """Model folder whose tokenizer writes the tokenised set."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Sources of rows, and how rows become tokens."""
     collect: CollectConfig = field(default_factory=CollectConfig)
+    """Reading the sources."""
     dedup: DedupConfig = field(default_factory=DedupConfig)
+    """Duplicates."""
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    """Evaluation problems that must not be trained on."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The teacher of the prompt rows."""
     patterns: PatternsConfig = field(default_factory=PatternsConfig)
+    """Rules on a single row."""
     proxy_loss: ProxyLossConfig = field(default_factory=ProxyLossConfig)
+    """Loss under a small model."""
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    """Grading of responses."""
     difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
+    """Pass rate of a model."""
     stratify: StratifyConfig = field(default_factory=StratifyConfig)
+    """Strata of each source."""
     weigh: WeighConfig = field(default_factory=WeighConfig)
+    """Weights of the strata."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """vLLM of the stages that need it."""
     reward: RewardConfig = field(default_factory=RewardConfig)
+    """Graders of responses."""
 
     def __post_init__(self) -> None:
-        for name in self.stages:
-            choice("stages[]", name, PREPARE_STAGES)
         require(self.stages[:1] == ["collect"], f"stages={self.stages} must begin with collect")
         require(len(set(self.stages)) == len(self.stages), f"stages={self.stages} names a stage twice")
-        order = {name: index for index, name in enumerate(self.stages)}
+        order: dict[str, int] = {name: index for index, name in enumerate(self.stages)}
         require(
             "weigh" not in order or order.get("stratify", len(order)) < order["weigh"],
             f"stages={self.stages}: weigh needs stratify before it",
         )
         require("tokenise" not in order or self.stages[-1] == "tokenise", "stages: tokenise must be the last")
-        require(self.workers >= 1 and self.engines >= 1, "workers and engines must be at least 1")
         require(bool(self.data.sources), "data.sources is empty: give at least one, for example [{path: rows.jsonl}]")
         require("decontaminate" not in order or bool(self.decontaminate.sources), "decontaminate.sources is empty")
         models = {
@@ -363,6 +365,3 @@ class PrepareConfig:
         for name, model in models.items():
             key = "model" if name == "tokenise" else f"{name}.model"
             require(name not in order or bool(model), f"stages has {name}: give {key}=...")
-
-
-forbid_unknown_keys(globals())

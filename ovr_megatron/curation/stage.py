@@ -35,6 +35,7 @@ from ovr_megatron.checkpoint.manifest import (
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.report import StageReport
 from ovr_megatron.curation.settings import PrepareConfig
+from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.data.sources import local_path
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 from ovr_megatron.runtime.progress import Progress
@@ -48,7 +49,7 @@ _KEY = re.compile("[0-9a-f]{64}")
 _CHUNK = 256  # rows that go to a worker at a time
 _CHUNKS_PER_WORKER = 4  # submitted and not yet collected; bounds the rows in memory
 
-RowFunction = Callable[[dict[str, Any]], Any]
+RowFunction = Callable[[RowJson], Any]
 ChunkResults = list[tuple[str, Any]]  # source and result of each row of a chunk
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ class Work:
         with (self.input_folder / ROWS).open(encoding="utf-8", newline="\n") as file:
             yield from file
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[RowJson]:
         """Yield the input rows, decoded one at a time."""
         return map(json.loads, self.lines())
 

@@ -16,12 +16,13 @@ import numpy as np
 from ovr_megatron.curation.settings import WeighConfig
 from ovr_megatron.curation.stage import PrepareStage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
+from ovr_megatron.data.row_json import RowJson
 
 OVER = "over stratify.max_rows"
 _MEASURES = ("difficulty", "loss", "length")
 
 
-def measures(row: dict[str, Any]) -> tuple[float, float, float]:
+def measures(row: RowJson) -> tuple[float, float, float]:
     """Return difficulty, proxy loss (NaN where the row has none) and length in characters of a row."""
     length = len(response_text(row) or prompt_text(row))
     return _number(row.get("difficulty")), _number(row.get("loss")), float(length)
@@ -138,7 +139,7 @@ def run_weigh(work: Work) -> None:
         work.keep(row, row.get("source", ""), weight=round(weights[row["stratum"]], 6))
 
 
-def stratum(row: dict[str, Any]) -> str:
+def stratum(row: RowJson) -> str:
     """Return the stratum of a row."""
     return row["stratum"]
 

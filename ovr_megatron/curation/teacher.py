@@ -23,6 +23,7 @@ from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.curation.text import response_text
+from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.data.traces import continuation, convert, with_thought
 
 JOURNAL = "journal.jsonl"
@@ -87,13 +88,13 @@ def merge_journals(folder: Path, journal: Journal) -> None:
         path.unlink()  # last: after an interruption the results are in both, which does no harm
 
 
-def question_key(config: TeacherConfig, row: dict[str, Any], sample: int) -> int:
+def question_key(config: TeacherConfig, row: RowJson, sample: int) -> int:
     """Return 64 bits that are equal for the same messages to the same model with the same sampling."""
     question = [config.model, config.temperature, config.max_tokens, sample, row["messages"]]
     return int.from_bytes(hashlib.blake2b(json.dumps(question).encode(), digest_size=8).digest(), "big")
 
 
-def has_video(row: dict[str, Any]) -> bool:
+def has_video(row: RowJson) -> bool:
     """Return whether a row holds a video, which no chat endpoint takes."""
     for message in row["messages"]:
         content = message["content"]
@@ -102,7 +103,7 @@ def has_video(row: dict[str, Any]) -> bool:
     return False
 
 
-def openai_messages(row: dict[str, Any], root: Path) -> list[dict[str, Any]]:
+def openai_messages(row: RowJson, root: Path) -> list[dict[str, Any]]:
     """Convert the messages of a row to OpenAI's form; images below ``root`` become data URLs."""
     messages = row["messages"]
     return [{"role": message["role"], "content": _openai_content(message["content"], root)} for message in messages]
@@ -124,7 +125,7 @@ def _data_url(data: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def _write_row(work: Work, journal: Journal, failed: dict[int, str], row: dict[str, Any]) -> None:
+def _write_row(work: Work, journal: Journal, failed: dict[int, str], row: RowJson) -> None:
     """Write a row with a response as it is, and a prompt row once for each sample of the teacher."""
     config = work.config.teacher
     source = row.get("source", "")
@@ -143,7 +144,7 @@ def _write_row(work: Work, journal: Journal, failed: dict[int, str], row: dict[s
             _write_completion(work, row, Completion(**journal[key]), sample)
 
 
-def _write_completion(work: Work, row: dict[str, Any], completion: Completion, sample: int) -> None:
+def _write_completion(work: Work, row: RowJson, completion: Completion, sample: int) -> None:
     """Keep a prompt row with the teacher's answer as its response, or drop it."""
     config = work.config.teacher
     source = row.get("source", "")

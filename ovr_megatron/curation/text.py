@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+from ovr_megatron.data.row_json import PartJson, RowJson
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
@@ -89,7 +90,7 @@ def hash_of(items: Sequence[str]) -> int:
     return int(sequence_hash)
 
 
-def prompt_text(row: Mapping[str, Any]) -> str:
+def prompt_text(row: RowJson) -> str:
     """Return the text of all messages of a row in JSON form, without a final message of the assistant."""
     messages = row["messages"]
     if messages[-1]["role"] == "assistant":
@@ -97,24 +98,24 @@ def prompt_text(row: Mapping[str, Any]) -> str:
     return "\n".join(content_text(message["content"]) for message in messages)
 
 
-def response_text(row: Mapping[str, Any]) -> str | None:
+def response_text(row: RowJson) -> str | None:
     """Return the text of the final assistant message, None for a prompt row."""
     last = row["messages"][-1]
     return content_text(last["content"]) if last["role"] == "assistant" else None
 
 
-def content_text(content: str | Sequence[Mapping[str, Any]]) -> str:
+def content_text(content: str | Sequence[PartJson]) -> str:
     """Return the text of a message's content in JSON form, without images and videos."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def image_names(row: Mapping[str, Any]) -> Iterator[str]:
+def image_names(row: RowJson) -> Iterator[str]:
     """Yield the names of a row's stored images and video frames, which are hashes of their content."""
     for message in row["messages"]:
         if isinstance(message["content"], str):
             continue
         for part in message["content"]:
             if part["type"] == "image":
-                yield part["image"]
+                yield str(part["image"])
             else:
-                yield from part.get("video", [])
+                yield from map(str, part.get("video", []))

@@ -6,12 +6,12 @@ A row is graded as reinforcement learning grades its source (``reward.rules``). 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, batches
 from ovr_megatron.curation.text import response_text
+from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.verdict import GradeRequest, Verdict
@@ -40,7 +40,7 @@ def run(work: Work) -> None:
             work.progress.update(len(batch))
 
 
-def _grade(pool: GraderPool, batch: Sequence[dict[str, Any]], rules: Mapping[str, str]) -> list[Verdict | None]:
+def _grade(pool: GraderPool, batch: Sequence[RowJson], rules: Mapping[str, str]) -> list[Verdict | None]:
     """Return the verdict on each row of a batch, None for a row without a response or an answer."""
     requests = {}
     for index, row in enumerate(batch):
@@ -53,7 +53,7 @@ def _grade(pool: GraderPool, batch: Sequence[dict[str, Any]], rules: Mapping[str
     return [verdicts.get(index) for index in range(len(batch))]
 
 
-def _write(work: Work, row: dict[str, Any], verdict: Verdict | None) -> None:
+def _write(work: Work, row: RowJson, verdict: Verdict | None) -> None:
     """Keep or drop a row by its verdict."""
     source = row.get("source", "")
     if verdict is None:

@@ -8,7 +8,7 @@ packs after the last full step of an epoch begin the first step of the next, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -189,11 +189,11 @@ class EpochStream:
         packs = sum(len(self._planned(epoch)) for epoch in range(epochs))
         return -(-packs // self.packs_per_step)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Mapping[str, Any]:
         """Return the position as JSON."""
         return {**self._identity(), "epoch": self.epoch, "pack": self._pack}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Go to a position.
 
         Raises:
@@ -208,7 +208,7 @@ class EpochStream:
         self.epoch = state["epoch"]
         self._pack = state["pack"]
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """Return the values on which the order depends."""
         return {
             "seed": self._seed,

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -199,16 +199,25 @@ def count_replies(rows: Sequence[Row], learn: str) -> tuple[int, int]:
     return total, learned
 
 
+class PackingState(TypedDict):
+    """Position of `PackStream`, as JSON: that of the rows, the rows drawn since, and those of them that still wait."""
+
+    rows: Any
+    drawn: int
+    waiting: list[int]
+    dropped: int
+
+
 class ResumableRows(Protocol):
     """An endless stream of rows whose position is JSON."""
 
     def __next__(self) -> Row:
         """Draw a row."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Mapping[str, Any]:
         """Return the position."""
 
-    def load(self, state: dict[str, Any], /) -> None:
+    def load(self, state: Any, /) -> None:
         """Go to a position."""
 
 
@@ -267,7 +276,7 @@ class PackStream:
         self._waiting: list[_WaitingRow] = []
         self._drawn = 0  # rows
         self._barren = 0  # chunks since the last row that fits
-        self._snapshots: list[tuple[int, dict[str, Any]]] = []  # (rows drawn, position), before each chunk
+        self._snapshots: list[tuple[int, Mapping[str, Any]]] = []  # (rows drawn, position), before each chunk
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self
@@ -296,7 +305,7 @@ class PackStream:
         self._forget_snapshots()
         return packs
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> PackingState:
         """Return the position as JSON: a position of the rows, and which of the rows drawn since still wait."""
         start, rows = self._snapshots[0] if self._snapshots else (self._drawn, self._stream.state())
         # Relative to the snapshot: a resumed run counts its draws from there.
@@ -307,7 +316,7 @@ class PackStream:
             "dropped": self.dropped,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: PackingState) -> None:
         """Go to a position: draw the rows since it again, and keep those that still waited."""
         self._stream.load(copy.deepcopy(state["rows"]))
         self._waiting = []

@@ -5,40 +5,76 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 from ovr_megatron.data.schema import ImagePart, Message, Part, Row, TextPart
 
 
-def row_to_json(row: Row) -> dict[str, Any]:
+class PartJson(TypedDict, total=False):
+    """A part of a message: a text, an image (its path below the root, or PNG bytes in base64), or a video of frames."""
+
+    type: Literal["text", "image", "video"]
+    text: str
+    image: str | dict[str, str]
+    video: list[str | dict[str, str]]
+    fps: float
+
+
+class MessageJson(TypedDict):
+    """A message; ``weight`` 0 is not learned."""
+
+    role: str
+    content: str | list[PartJson]
+    weight: NotRequired[int]
+
+
+class RowJson(TypedDict):
+    """A row of a file; the stages of the preparation add the fields from ``teacher`` on."""
+
+    messages: list[MessageJson]
+    answer: NotRequired[str]
+    options: NotRequired[list[str]]
+    source: NotRequired[str]
+    difficulty: NotRequired[float]
+    id: NotRequired[str]
+    teacher: NotRequired[str | None]
+    loss: NotRequired[float]
+    stratum: NotRequired[str]
+    weight: NotRequired[float]
+
+
+def row_to_json(row: Row) -> RowJson:
     """Return the JSON object that `ovr_megatron.data.schema.parse_row` reads back as an equal row.
 
     Image paths are written relative to their root; pictures without a file are embedded as PNG.
     """
-    fields: dict[str, Any] = {
-        "messages": [_message_to_json(message) for message in row.messages],
-        "answer": row.answer,
-        "options": list(row.options),
-        "source": row.source,
-        "difficulty": row.difficulty,
-        "id": row.id,
-    }
+    fields: RowJson = {"messages": [_message_to_json(message) for message in row.messages]}
     # Fields at their defaults are left out, so that files stay small and comparable.
-    return {key: value for key, value in fields.items() if value not in (None, [], "")}
+    if row.answer:
+        fields["answer"] = row.answer
+    if row.options:
+        fields["options"] = list(row.options)
+    if row.source:
+        fields["source"] = row.source
+    if row.difficulty is not None:
+        fields["difficulty"] = row.difficulty
+    if row.id:
+        fields["id"] = row.id
+    return fields
 
 
-def _message_to_json(message: Message) -> dict[str, Any]:
-    fields: dict[str, Any] = {"role": message.role, "content": _content_to_json(message.parts)}
+def _message_to_json(message: Message) -> MessageJson:
+    fields: MessageJson = {"role": message.role, "content": _content_to_json(message.parts)}
     return fields if message.learn else {**fields, "weight": 0}
 
 
-def _content_to_json(parts: Sequence[Part]) -> str | list[dict[str, Any]]:
+def _content_to_json(parts: Sequence[Part]) -> str | list[PartJson]:
     if len(parts) == 1 and isinstance(parts[0], TextPart):
         return parts[0].text
     return [_part_to_json(part) for part in parts]
 
 
-def _part_to_json(part: Part) -> dict[str, Any]:
+def _part_to_json(part: Part) -> PartJson:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     if isinstance(part, ImagePart):

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
@@ -15,6 +15,16 @@ from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.sources import open_source
 
 _BARREN = 10_000  # consecutive excluded or skipped rows after which the stream gives up
+
+
+class StreamState(TypedDict):
+    """Position of a stream, as JSON: rows drawn and excluded in all, and taken of each source of a size."""
+
+    seed: int
+    sizes: list[int]
+    drawn: int
+    taken: list[int]
+    excluded: int
 
 
 class RowStream:
@@ -132,7 +142,7 @@ class RowStream:
             self._orders[source] = (epoch, order)
         return self._orders[source][1][position]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> StreamState:
         """Return the position as JSON."""
         return {
             "seed": self._seed,
@@ -142,16 +152,17 @@ class RowStream:
             "excluded": self.excluded,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: StreamState) -> None:
         """Go to a position.
 
         Raises:
             ConfigError: the position is that of a stream with another seed, or other sources.
         """
-        for key, current in (("seed", self._seed), ("sizes", [len(source) for source in self._sources])):
-            if state[key] != current:
+        sizes = [len(source) for source in self._sources]
+        for key, stored, current in (("seed", state["seed"], self._seed), ("sizes", state["sizes"], sizes)):
+            if stored != current:
                 raise ConfigError(
-                    f"data.sources: the checkpoint was written with {key} {state[key]}, this run has {current}; "
+                    f"data.sources: the checkpoint was written with {key} {stored}, this run has {current}; "
                     "use the same seed and sources, or another run.dir"
                 )
         self._drawn = state["drawn"]

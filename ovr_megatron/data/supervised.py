@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,10 +35,10 @@ class SupervisedPacks(Protocol):
     def __next__(self) -> list[Pack]:
         """Return the packs of the next step."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Mapping[str, Any]:
         """Return the position."""
 
-    def load(self, state: dict[str, Any], /) -> None:
+    def load(self, state: Any, /) -> None:
         """Go to a position."""
 
 

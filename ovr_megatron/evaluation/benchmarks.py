@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ovr_megatron.evaluation.scoring import GradedResponse, OfficialScore, accuracy_interval
+from ovr_megatron.evaluation.scoring import Accuracy, GradedResponse, OfficialScore, accuracy_interval
 
 OURS = "tools/evaluate.py"
 VLMEVALKIT = "VLMEvalKit"
@@ -48,7 +48,7 @@ class Benchmark:
     command: str = ""
 
 
-def worst_case(responses: Sequence[GradedResponse]) -> dict[str, float] | None:
+def worst_case(responses: Sequence[GradedResponse]) -> Accuracy | None:
     """Return the share of the questions all of whose ten variants, which share an id, are right (DynaMath).
 
     None if a variant is missing.
@@ -60,7 +60,7 @@ def worst_case(responses: Sequence[GradedResponse]) -> dict[str, float] | None:
     return accuracy_interval(right_groups, len(groups))
 
 
-def four_dimensions(responses: Sequence[GradedResponse], strict: bool) -> dict[str, float] | None:
+def four_dimensions(responses: Sequence[GradedResponse], strict: bool) -> Accuracy | None:
     r"""Return We-Math's score of its problems of several steps: :math:`CM + IG / 2` as a share of the problems.
 
     CM, complete mastery: the multi-step problem is right and so are all its steps (strict) or one of them (loose).
@@ -83,7 +83,7 @@ def four_dimensions(responses: Sequence[GradedResponse], strict: bool) -> dict[s
     return accuracy_interval(complete_mastery + inadequate_generalisation / 2, len(groups))
 
 
-def mean_of_settings(responses: Sequence[GradedResponse]) -> dict[str, float] | None:
+def mean_of_settings(responses: Sequence[GradedResponse]) -> Accuracy | None:
     """Return the mean accuracy of the standard and the vision setting, which are of one size (MMMU-Pro).
 
     None if a response is missing.

@@ -16,7 +16,7 @@ from typing import Any
 
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.evaluation.benchmarks import format_benchmarks
-from ovr_megatron.evaluation.scoring import format_accuracy
+from ovr_megatron.evaluation.scoring import EvaluationResult, format_accuracy
 from ovr_megatron.families import LONGEST_RESPONSE, ModelShape
 from ovr_megatron.runtime.command import number, run_command, whole_number
 from ovr_megatron.runtime.terminal import printable
@@ -215,7 +215,7 @@ def dtype_of(model: Path) -> str:
     return "float32" if dtype in (None, "float32") else "bfloat16"
 
 
-def result_line(result: dict[str, Any], out: Path) -> str:
+def result_line(result: EvaluationResult, out: Path) -> str:
     """Return the scores of a set as one line for the terminal."""
     line = f"{result['set']}: {format_accuracy(result['greedy'])} of {result['problems']}"
     for title, score in result.get("official", {}).items():
@@ -231,11 +231,11 @@ def result_line(result: dict[str, Any], out: Path) -> str:
     return f"{line}; {speed}; {out / result['set']}.json"
 
 
-def cut_off(result: dict[str, Any]) -> str:
+def cut_off(result: EvaluationResult) -> str:
     """Return the shares of greedy and sampled responses that reached the limit of their length; or nothing."""
     shares = []
-    for part in ("greedy", "sampled"):
-        stopped = result[part]["stopped"] if result[part] else None
+    for part, scores in (("greedy", result["greedy"]), ("sampled", result["sampled"])):
+        stopped = scores["stopped"] if scores else None
         if stopped is not None and stopped < 1:
             shares.append(f"{100 * (1 - stopped):.1f} % of {part}")
     if not shares:
@@ -244,11 +244,11 @@ def cut_off(result: dict[str, Any]) -> str:
     return f"; cut off at {limit:,} tokens: {', '.join(shares)} responses, raise --max-tokens"
 
 
-def without_verdict(result: dict[str, Any]) -> str:
+def without_verdict(result: EvaluationResult) -> str:
     """Return the numbers of responses without a verdict, which count as wrong; or nothing."""
     counts = []
-    for part in ("greedy", "sampled"):
-        failed = result[part].get("failed", 0) if result[part] else 0
+    for part, scores in (("greedy", result["greedy"]), ("sampled", result["sampled"])):
+        failed = scores.get("failed", 0) if scores else 0
         if failed:
             counts.append(f"{failed} {part}")
     if not counts:

@@ -21,8 +21,8 @@ from ovr_megatron.curation.stage import listing
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row
 from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
-from ovr_megatron.evaluation.response_cache import ResponseCache, check_results, read_finished
-from ovr_megatron.evaluation.scoring import GradedResponse, add_votes, rule_of, score
+from ovr_megatron.evaluation.response_cache import Generated, ResponseCache, check_results, read_finished
+from ovr_megatron.evaluation.scoring import EvaluationResult, GradedResponse, add_votes, rule_of, score
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -91,7 +91,7 @@ def evaluate_sets(
     rollout: RolloutConfig,
     dtype: str,
     out: Path,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[EvaluationResult]:
     """Evaluate the folder ``model`` on every set, path by name, with one start of vLLM; a collective.
 
     ``torch.distributed`` must be initialised; vLLM ends when the last result has been taken.
@@ -137,7 +137,7 @@ def _fingerprint(
 
 def evaluate(
     context: EvalContext, problems: ProblemSet, settings: Settings, out: Path, mark: str | None = None
-) -> dict[str, Any] | None:
+) -> EvaluationResult | None:
     """Answer and grade every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
 
     ``mark`` stands for model, problems and settings.  With it, every response is written to a cache as soon as it is
@@ -173,7 +173,8 @@ def evaluate(
         if previous_result | score(responses, problems.official) == previous_result:
             return previous_result
     seconds = previous_result["seconds"] if previous_result else time.perf_counter() - start_time
-    result = _result(context, problems, settings, responses, seconds) | {"mark": mark}
+    result = _result(context, problems, settings, responses, seconds)
+    result["mark"] = mark
     try:
         _write(out, problems.name, result, responses)
     except OSError as error:
@@ -246,7 +247,7 @@ def _generate(
     def store(index: int, requested: Sequence[int | None], generations: Sequence[Generation]) -> None:
         for sample, generation in zip(requested, generations, strict=True):
             text = context.processor.decode(generation.tokens)
-            response = {"response": text, "tokens": len(generation.tokens), "stopped": generation.stopped}
+            response = Generated(response=text, tokens=len(generation.tokens), stopped=generation.stopped)
             cache.add(index, sample, response)
         progress(len(generations))
 
@@ -358,7 +359,7 @@ def _result(
     settings: Settings,
     responses: Sequence[GradedResponse],
     seconds: float,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Return the content of ``NAME.json`` but for the mark."""
     benchmark = problems.benchmark
     return {
@@ -375,7 +376,7 @@ def _result(
     }
 
 
-def _as_read_back(response: GradedResponse) -> dict[str, Any]:
+def _as_read_back(response: GradedResponse) -> Any:
     """Return a response as it would be read from its file."""
     return json.loads(json.dumps(response.to_json()))
 
@@ -388,13 +389,13 @@ def _first_prompt(processor: Processor, problems: ProblemSet) -> str | None:
     return processor.decode(sample.prompt_tokens, skip_special_tokens=False)
 
 
-def _data_budget(config: DataConfig) -> dict[str, Any]:
+def _data_budget(config: DataConfig) -> dict[str, object]:
     """Return the settings that decide how a row becomes a prompt."""
     names = ("template", "min_pixels", "max_pixels", "max_images", "max_frames", "max_prompt_tokens")
     return {name: getattr(config, name) for name in names}
 
 
-def _write(out: Path, name: str, result: dict[str, Any], responses: Sequence[GradedResponse]) -> None:
+def _write(out: Path, name: str, result: EvaluationResult, responses: Sequence[GradedResponse]) -> None:
     """Write the responses, then the scores."""
     out.mkdir(parents=True, exist_ok=True)
     # First remove the scores and a judge's verdicts, which belong to the old responses: an interruption between the

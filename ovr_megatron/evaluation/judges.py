@@ -15,10 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
+from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig, section
 from ovr_megatron.curation.endpoint import Endpoint, Question
 from ovr_megatron.curation.journal import Journal
-from ovr_megatron.curation.settings import TeacherConfig, check_endpoint, check_url
+from ovr_megatron.curation.settings import (
+    Attempts,
+    Budget,
+    Concurrency,
+    ResponseTokens,
+    TeacherConfig,
+    Timeout,
+    Wait,
+    check_url,
+)
 from ovr_megatron.curation.stage import batches
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import parse_row
@@ -42,30 +51,36 @@ OnResult = Callable[[int, dict[str, Any]], None]
 """Called with the key of a question and the judge's result."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("--")
 class JudgeConfig:
-    """A judge: ``lexical``, ``vllm:FOLDER`` or ``URL#MODEL``; the other fields are for the latter two.
-
-    ``key_env`` names the environment variable with the key, which is sent over https only unless ``allow_http``;
-    ``max_requests`` and ``max_total_tokens`` are the budget of all runs that share a folder (0: none).
-    """
+    """A judge; the fields after the first are for an endpoint and a local model."""
 
     judge: str = LEXICAL
+    """Judge: lexical, vllm:FOLDER or URL#MODEL."""
     key_env: str | None = None
+    """Environment variable with the key of an endpoint."""
     allow_http: bool = False
-    max_tokens: int = 1024
-    concurrency: int = 16
-    attempts: int = 6
-    backoff_s: float = 1.0
-    max_backoff_s: float = 60.0
-    timeout_s: float = 600.0
-    max_requests: int = 0
-    max_total_tokens: int = 0
+    """Send the key unencrypted to another machine."""
+    max_tokens: ResponseTokens = 1024
+    """Tokens of an answer."""
+    concurrency: Concurrency = 16
+    """Requests at the same time."""
+    attempts: Attempts = 6
+    """Attempts of a request."""
+    backoff_s: Wait = 1.0
+    """Seconds before the second attempt."""
+    max_backoff_s: Wait = 60.0
+    """Longest wait in seconds between two requests."""
+    timeout_s: Timeout = 600.0
+    """Seconds of a request."""
+    max_requests: Budget = 0
+    """Requests of all runs that share a folder."""
+    max_total_tokens: Budget = 0
+    """Tokens of all runs that share a folder."""
 
     def __post_init__(self) -> None:
         if self.judge != LEXICAL and not self.judge.startswith(VLLM) and "#" not in self.judge:
             raise ConfigError(f"judge {self.judge!r} is none; give lexical, vllm:FOLDER or URL#MODEL")
-        check_endpoint(self, "--{}")
         if self.judge != LEXICAL and not self.judge.startswith(VLLM):
             url = self.judge.rpartition("#")[0]
             check_url(url, "the judge's URL", bool(self.key_env), self.allow_http, "--allow-http")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -11,6 +10,7 @@ from ovr_megatron.config import EvaluationConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.evaluation.evaluator import EvalContext, evaluate
 from ovr_megatron.evaluation.problems import Settings, open_problems
+from ovr_megatron.evaluation.scoring import EvaluationResult
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.runtime.stop import StopRequest
@@ -107,7 +107,7 @@ class PeriodicEvaluation:
         return self.run / "evaluation" / f"step_{done:06d}"
 
 
-def _metrics(prefix: str, result: dict[str, Any]) -> dict[str, float]:
+def _metrics(prefix: str, result: EvaluationResult) -> dict[str, float]:
     greedy = result["greedy"]
     metrics = {prefix: greedy["accuracy"]}
     if greedy["stopped"] is not None:  # None: every prompt was too long

@@ -7,15 +7,25 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import torch.distributed as dist
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.journal import Journal
+from ovr_megatron.evaluation.scoring import EvaluationResult
 from ovr_megatron.runtime.json_lines import read_json_lines
 
 RESPONSE_FIELDS = ("response", "tokens", "stopped")  # the fields of `GradedResponse` that generation fills in
+
+
+class Generated(TypedDict):
+    """The fields ``RESPONSE_FIELDS`` of a response."""
+
+    response: str | None
+    tokens: int
+    stopped: bool
+
 
 ResponseKey = tuple[int, int | None]
 """Index of the problem and of the sample; None is the greedy response."""
@@ -39,7 +49,7 @@ def check_results(out: Path, names: Iterable[str]) -> None:
             raise ConfigError(f"--out {out}: {path.name} is no result of an evaluation; give another folder")
 
 
-def read_finished(out: Path, name: str, mark: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, list[dict[str, Any]]] | None:
     """Read the result and the responses of a finished evaluation with this mark; None if there is none.
 
     A collective: all ranks return the same.  A damaged line costs its response only, which is generated again.
@@ -70,7 +80,7 @@ class ResponseCache:
     """
 
     def __init__(self, stem: Path | None, replica: int, is_writer: bool):
-        self._responses: dict[ResponseKey, dict[str, Any]] = {}
+        self._responses: dict[ResponseKey, Generated] = {}
         self._journal: Journal | None = None
         if stem is None:
             return
@@ -89,7 +99,9 @@ class ResponseCache:
         for response in responses:
             if response["response"] is not None:
                 key = response["index"], response["sample"]
-                self._responses[key] = {name: response[name] for name in RESPONSE_FIELDS}
+                self._responses[key] = Generated(
+                    response=response["response"], tokens=response["tokens"], stopped=response["stopped"]
+                )
 
     def __enter__(self) -> Self:
         """Return the cache itself."""
@@ -106,11 +118,11 @@ class ResponseCache:
         """Return whether there is a response of this problem and sample."""
         return key in self._responses
 
-    def __getitem__(self, key: ResponseKey) -> dict[str, Any]:
+    def __getitem__(self, key: ResponseKey) -> Generated:
         """Return the fields ``RESPONSE_FIELDS`` of a response."""
         return self._responses[key]
 
-    def add(self, problem: int, sample: int | None, response: dict[str, Any]) -> None:
+    def add(self, problem: int, sample: int | None, response: Generated) -> None:
         """Add a response and append it to the file, so that an interruption from here on does not lose it."""
         self._responses[problem, sample] = response
         if self._journal is not None:

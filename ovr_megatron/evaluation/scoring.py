@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.evaluation.statistics import pass_at_k, wilson
@@ -61,12 +61,81 @@ class GradedResponse:
         """Return whether no grader came to a verdict: the response counts as wrong, though it may be right."""
         return self.reason in FAILED
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, Any]:
         """Return the response as the object of its line in ``SET.responses.jsonl``."""
         return asdict(self)
 
 
-OfficialScore = Callable[[Sequence[GradedResponse]], dict[str, float] | None]
+class Accuracy(TypedDict):
+    """A share of right responses, with its 95 % interval ``low`` to ``high``."""
+
+    accuracy: float
+    low: float
+    high: float
+
+
+class ResponseCounts(TypedDict):
+    """Responses that no grader came to a verdict on, mean tokens, and the share that ended before the limit."""
+
+    failed: int
+    tokens: float | None
+    stopped: float | None
+
+
+class GreedyScores(Accuracy, ResponseCounts):
+    """Scores of the greedy responses."""
+
+    correct: int
+    problems: int
+
+
+# Not a class, because a field is called ``pass``: pass@k by k.
+SampledScores = TypedDict(
+    "SampledScores",
+    {
+        "samples": int,
+        "average": Accuracy,
+        "pass": dict[str, Accuracy],
+        "majority": Accuracy,
+        "failed": int,
+        "tokens": float | None,
+        "stopped": float | None,
+    },
+)
+
+
+class SourceScores(TypedDict):
+    """Scores of the problems of one source; ``sampled`` is None without samples."""
+
+    greedy: GreedyScores
+    sampled: SampledScores | None
+
+
+class EvaluationScores(SourceScores):
+    """Scores of all problems; ``dropped`` counts prompts over the limit, ``official`` are a benchmark's own scores."""
+
+    problems: int
+    dropped: int
+    sources: dict[str, SourceScores]
+    official: dict[str, Accuracy]
+
+
+class EvaluationResult(EvaluationScores):
+    """Content of ``NAME.json``, see `ovr_megatron.evaluation.evaluator.evaluate`."""
+
+    set: str
+    model: str
+    source: str
+    benchmark: str | None
+    settings: Mapping[str, Any]
+    rules: dict[str, str]
+    prompt: str | None
+    seconds: float
+    tokens_per_second: float
+    mark: NotRequired[str | None]
+
+
+OfficialScore = Callable[[Sequence[GradedResponse]], Accuracy | None]
 """Computes a benchmark's own score from the greedy responses; None if some of those that it needs are missing."""
 
 
@@ -93,7 +162,7 @@ def reference_of(row: Row, metric: str) -> tuple[str, str]:
     return metric, reference
 
 
-def score(responses: Sequence[GradedResponse], official: Mapping[str, OfficialScore] | None = None) -> dict[str, Any]:
+def score(responses: Sequence[GradedResponse], official: Mapping[str, OfficialScore] | None = None) -> EvaluationScores:
     """Compute the scores of all ``responses``, and under ``sources`` those of each source.
 
     Args:
@@ -112,7 +181,7 @@ def score(responses: Sequence[GradedResponse], official: Mapping[str, OfficialSc
     by_source: dict[str, list[GradedResponse]] = {}
     for response in responses:
         by_source.setdefault(response.source, []).append(response)
-    official_scores = {}
+    official_scores: dict[str, Accuracy] = {}
     for title, official_score in (official or {}).items():
         if value := official_score(greedy):
             official_scores[title] = value
@@ -125,11 +194,11 @@ def score(responses: Sequence[GradedResponse], official: Mapping[str, OfficialSc
     }
 
 
-def _greedy_and_sampled(responses: Sequence[GradedResponse]) -> dict[str, Any]:
+def _greedy_and_sampled(responses: Sequence[GradedResponse]) -> SourceScores:
     greedy = [response for response in responses if response.sample is None]
     sampled = [response for response in responses if response.sample is not None]
     correct = sum(response.correct for response in greedy)
-    greedy_scores = {
+    greedy_scores: GreedyScores = {
         **accuracy_interval(correct, len(greedy)),
         "correct": correct,
         "problems": len(greedy),
@@ -139,7 +208,7 @@ def _greedy_and_sampled(responses: Sequence[GradedResponse]) -> dict[str, Any]:
     return {"greedy": greedy_scores, "sampled": sampled_scores}
 
 
-def _sampled_scores(responses: Sequence[GradedResponse]) -> dict[str, Any]:
+def _sampled_scores(responses: Sequence[GradedResponse]) -> SampledScores:
     groups: dict[int, list[GradedResponse]] = {}  # by problem
     for response in _ensure_votes(responses):
         groups.setdefault(response.index, []).append(response)
@@ -155,7 +224,7 @@ def _sampled_scores(responses: Sequence[GradedResponse]) -> dict[str, Any]:
     }
 
 
-def _pass_accuracy(groups: Collection[Sequence[GradedResponse]], k: int) -> dict[str, float]:
+def _pass_accuracy(groups: Collection[Sequence[GradedResponse]], k: int) -> Accuracy:
     """Return pass@k over problems, from the samples of each."""
     chances = []
     for group in groups:
@@ -270,13 +339,13 @@ def k_values(samples: int) -> list[int]:
     return [power for power in powers if power < samples] + [samples]
 
 
-def accuracy_interval(correct: float, total: int) -> dict[str, float]:
+def accuracy_interval(correct: float, total: int) -> Accuracy:
     """Return the share ``correct / total`` as ``accuracy``, with its 95 % interval ``low`` to ``high``."""
     share = wilson(min(correct, total), total)
     return {"accuracy": share.value, "low": share.low, "high": share.high}
 
 
-def format_accuracy(scores: Mapping[str, Any]) -> str:
+def format_accuracy(scores: Accuracy) -> str:
     """Return an accuracy and its interval in percent, as text."""
     accuracy = 100 * scores["accuracy"]
     low = 100 * scores["low"]
@@ -284,7 +353,7 @@ def format_accuracy(scores: Mapping[str, Any]) -> str:
     return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"
 
 
-def _counts(responses: Sequence[GradedResponse]) -> dict[str, float | None]:
+def _counts(responses: Sequence[GradedResponse]) -> ResponseCounts:
     """Count failed verdicts; compute the mean length and the share that stopped, without dropped prompts."""
     failed = sum(response.failed for response in responses)
     answered = [response for response in responses if response.response is not None]

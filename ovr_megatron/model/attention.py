@@ -74,7 +74,7 @@ class PackedSelfAttention(SelfAttention):
     for three-row positions; the parameters and their sharding are the parent's.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,

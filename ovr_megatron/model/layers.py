@@ -67,7 +67,7 @@ class RMSNorm(torch.nn.Module):
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         # Megatron sums the gradients of marked parameters over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden_size]."""
@@ -84,7 +84,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
             torch.ones(input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         # As in `RMSNorm`: each tensor-parallel rank sees its own rows only.
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Normalise, then multiply; see `ColumnParallelLinear`."""
@@ -226,7 +226,7 @@ def _without_device_wait(attention: Any) -> Any:
     Without it the attention would ask the device, and wait for the answer, in every layer.
     """
 
-    class PackedTEAttention(attention):  # type: ignore[misc]
+    class PackedTEAttention(attention):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.kept_packed_seq_params.add("pad_between_seqs")

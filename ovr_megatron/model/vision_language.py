@@ -119,7 +119,7 @@ class VisionLanguageModel(GPTModel):
         self.banned[local_ids] = True
         self.temperature = temperature
 
-    def forward(self, pack: Pack, logits: bool = False) -> Tensor | Scores:  # type: ignore[override]
+    def forward(self, pack: Pack, logits: bool = False) -> Tensor | Scores:
         """Return scores of this rank's rows that carry a label; on earlier pipeline stages hidden states.
 
         Args:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypedDict
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig
@@ -24,6 +25,56 @@ _GIB = 1 << 30
 _SHOWN_LAYOUTS = 10
 _SHOWN_REASONS = 8
 _ITEMS_PER_LINE = 5
+
+
+class PlannedSpan(TypedDict):
+    """Steps of one limit of length; ``told`` says where the samples are known from, ``parts`` are seconds."""
+
+    steps: int
+    mean_tokens: float
+    attention_length: float
+    patches: float
+    told: str
+    limit: int
+    tokens: float
+    micro_batches: int
+    flops: float
+    seconds: float
+    parts: dict[str, float]
+
+
+class PlannedEngine(TypedDict):
+    """The rollout engines: the tokens that one's cache holds, the longest sequence in tokens, and their number."""
+
+    cache_tokens: int
+    longest: int
+    engines: int
+
+
+class Plan(TypedDict):
+    """A plan as JSON; sizes in bytes, times in seconds or, where the name says so, hours."""
+
+    model: Mapping[str, Any]
+    gpu: Mapping[str, Any]
+    world: int
+    replicas: int
+    layout: Mapping[str, Any]
+    rank: Sequence[Mapping[str, Any]]
+    phases: Sequence[Mapping[str, Any]]
+    fits: bool
+    patches_of_a_pack: Mapping[str, Any]
+    engine: PlannedEngine | None
+    spans: list[PlannedSpan]
+    sources: Sequence[Mapping[str, Any]]
+    tokens: float
+    steps: int
+    flops: float
+    bubble: float
+    at_mfu: dict[str, float]
+    by_cost_model: dict[str, float]
+    checkpoint_bytes: int
+    checkpoints_kept: int
+    candidates: Sequence[Mapping[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +103,7 @@ def read_shape(path: str) -> tuple[ModelShape, str | None]:
     return ModelShape.from_hf(folder), str(folder)
 
 
-def plan(config: ColdStartConfig | RLConfig, options: Options) -> dict[str, Any]:
+def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
     """Return the plan as data, ready for JSON; bytes, seconds and FLOP.
 
     Raises:
@@ -103,7 +154,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> dict[str, Any]
     }
 
 
-def _span(scenario: Scenario, span: Span) -> dict[str, Any]:
+def _span(scenario: Scenario, span: Span) -> PlannedSpan:
     seconds = cost.seconds(scenario, span)
     return {
         "steps": span.steps,
@@ -120,7 +171,7 @@ def _span(scenario: Scenario, span: Span) -> dict[str, Any]:
     }
 
 
-def _sources(config: ColdStartConfig | RLConfig, spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sources(config: ColdStartConfig | RLConfig, spans: Sequence[PlannedSpan]) -> list[Mapping[str, Any]]:
     """Return rows and epochs of each finite source; a tokenised set counts as one source."""
     if isinstance(config, RLConfig):
         samples = float(config.prompts * sum(span["steps"] for span in spans))
@@ -132,7 +183,7 @@ def _sources(config: ColdStartConfig | RLConfig, spans: list[dict[str, Any]]) ->
     return [asdict(use) for use in source_uses(config.data, samples)]
 
 
-def _ranks(scenario: Scenario) -> list[dict[str, Any]]:
+def _ranks(scenario: Scenario) -> list[Mapping[str, Any]]:
     """Return the bytes that a rank of each pipeline stage has of each model."""
     config = scenario.config
     models = [("model", False, scenario)]
@@ -140,7 +191,7 @@ def _ranks(scenario: Scenario) -> list[dict[str, Any]]:
         models = [("policy", False, scenario)]
         if config.algorithm.has_critic:
             models.append(("critic", True, scenario.critic_scenario))
-    ranks = []
+    ranks: list[Mapping[str, Any]] = []
     for name, critic, layout in models:
         parallel = layout.config.parallel
         for stage in range(parallel.pp):
@@ -149,7 +200,7 @@ def _ranks(scenario: Scenario) -> list[dict[str, Any]]:
     return ranks
 
 
-def _engine(scenario: Scenario) -> dict[str, Any]:
+def _engine(scenario: Scenario) -> PlannedEngine:
     config = scenario.config
     assert isinstance(config, RLConfig)
     engine = memory.engine_memory(config.rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
@@ -163,7 +214,7 @@ def _engine(scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def show(plan: dict[str, Any]) -> str:
+def show(plan: Plan) -> str:
     """Return the plan as text."""
     gpu = plan["gpu"]
     parameters = plan["model"]["parameters"]
@@ -189,7 +240,7 @@ def show(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _phase_lines(plan: dict[str, Any]) -> list[str]:
+def _phase_lines(plan: Plan) -> list[str]:
     limit = plan["gpu"]["memory"]
     lines = ["memory of the fullest rank in each phase, GiB"]
     for phase in plan["phases"]:
@@ -211,7 +262,7 @@ def _phase_lines(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _work_lines(plan: dict[str, Any]) -> list[str]:
+def _work_lines(plan: Plan) -> list[str]:
     lines = ["work"]
     for span in plan["spans"]:
         packs = f"{span['micro_batches']} packs a replica"
@@ -239,8 +290,8 @@ def _work_lines(plan: dict[str, Any]) -> list[str]:
     ]
 
 
-def _candidate_lines(plan: dict[str, Any]) -> list[str]:
-    candidates = plan["candidates"]
+def _candidate_lines(plan: Plan) -> list[str]:
+    candidates = plan["candidates"] or ()
     fitting = [candidate for candidate in candidates if not candidate["reason"]]
     reasons = Counter(_kind_of_reason(candidate["reason"]) for candidate in candidates if candidate["reason"])
     lines = [f"layouts that fit: {len(fitting)} of {len(candidates)}, fastest first", "  hours     GiB"]

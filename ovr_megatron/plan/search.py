@@ -8,6 +8,7 @@ from itertools import product
 
 from ovr_megatron.config import ConfigError, ParallelConfig
 from ovr_megatron.config.layout_text import format_layout
+from ovr_megatron.config.model import Recompute
 from ovr_megatron.plan import cost, memory
 from ovr_megatron.plan.scenario import Scenario
 
@@ -15,7 +16,7 @@ _TP_SIZES = (1, 2, 4, 8)
 _PP_SIZES = (1, 2, 4, 8)
 _VPP_SIZES = (1, 2, 4)
 _CP_SIZES = (1, 2, 4, 8)
-_RECOMPUTE = ("none", "selective", "full")
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _GIB = 1 << 30
 
 
@@ -24,7 +25,7 @@ class Candidate:
     """A layout: the fullest phase's bytes and the hours of the whole run, or the reason that rules it out."""
 
     parallel: ParallelConfig
-    recompute: str
+    recompute: Recompute
     bytes: int = 0
     hours: float = 0.0
     reason: str = ""
@@ -36,7 +37,7 @@ def candidates(scenario: Scenario) -> list[Candidate]:
     return sorted(layouts, key=lambda candidate: (bool(candidate.reason), candidate.hours, candidate.bytes))
 
 
-def _layouts(world: int) -> Iterator[tuple[ParallelConfig, str]]:
+def _layouts(world: int) -> Iterator[tuple[ParallelConfig, Recompute]]:
     """Yield layouts of at most ``world`` ranks with each kind of recomputation.
 
     Sequence parallelism is tried wherever tensors are cut; overlap goes with the distributed optimizer.
@@ -60,7 +61,7 @@ def _layouts(world: int) -> Iterator[tuple[ParallelConfig, str]]:
             )
 
 
-def _assess(scenario: Scenario, parallel: ParallelConfig, recompute: str) -> Candidate:
+def _assess(scenario: Scenario, parallel: ParallelConfig, recompute: Recompute) -> Candidate:
     """Return the candidate of one layout: its memory and hours, or the reason that rules it out."""
     try:
         variant = scenario.with_settings(parallel=parallel, model=replace(scenario.config.model, recompute=recompute))

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ovr_megatron.data.stream import StreamState
 from ovr_megatron.errors import UserError
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
@@ -52,7 +53,7 @@ class SavedIteration:
 
     limit: int
     train_prompts: dict[int, int]
-    stream: dict[str, Any]
+    stream: StreamState
     drawn: int
     responses: list[Response]
 

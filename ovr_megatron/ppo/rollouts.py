@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -19,8 +19,8 @@ from ovr_megatron.ppo.batch import Response, balance_prompts, seeds_of
 from ovr_megatron.rewards.failures import FailureWatch, VerdictCounts, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
 from ovr_megatron.rewards.rules import is_plain
-from ovr_megatron.rollout.engine import Generation, Prompt, RolloutEngine
-from ovr_megatron.rollout.sampling import RolloutError
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.sampling import Generation, Prompt, RolloutError
 from ovr_megatron.runtime.distributed import World, default_store
 from ovr_megatron.runtime.exchange import exchange
 from ovr_megatron.runtime.progress import Progress
@@ -274,7 +274,7 @@ class Rollouts:
         self,
         responses: Mapping[tuple[int, int], Response],
         rows: Sequence[Row],
-        verdicts: Iterable[tuple],
+        verdicts: Iterable[tuple[Any, ...]],
         counters: RolloutCounters,
     ) -> list[tuple[str, Verdict]]:
         """Write ``verdicts`` into their responses and return them, each with the source of its row."""

@@ -55,7 +55,7 @@ class _Task:
 
     key: Hashable
     request: GradeRequest
-    cache_key: tuple | None
+    cache_key: tuple[object, ...] | None
     tries: int = 0
 
 
@@ -174,7 +174,7 @@ class GraderPool:
         self._waiting: deque[_Task] = deque()
         # At most as many as there are fresh workers, since each failure makes one.
         self._retries: deque[_Task] = deque()
-        self._cache: dict[tuple, Verdict] = {}
+        self._cache: dict[tuple[object, ...], Verdict] = {}
         self._cache_size = cache
         self._cached: list[tuple[Hashable, Verdict]] = []  # verdicts from the cache, not yet collected
         for _ in range(workers):

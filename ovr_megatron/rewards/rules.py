@@ -96,7 +96,7 @@ def is_plain(name: str) -> bool:
     return name.partition(":")[0] in PLAIN
 
 
-def cache_key(request: GradeRequest) -> tuple | None:
+def cache_key(request: GradeRequest) -> tuple[object, ...] | None:
     """Return all on which the verdict depends; None for a user's function, which may read the whole response."""
     if not is_plain(request.rule):
         return None

@@ -15,7 +15,7 @@ from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import SkippedRows, skipped_rows
-from ovr_megatron.data.stream import open_stream
+from ovr_megatron.data.stream import StreamState, open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.families import ModelShape
@@ -161,7 +161,7 @@ class PPOTrainer:
         metrics |= spread_metrics(result.rollout)
         metrics |= mfu_metrics(self.models, result.experience, iteration, metrics, self.peak_flops)
 
-    def _archive(self, result: IterationResult, iteration: int, stream_state: dict[str, Any]) -> None:
+    def _archive(self, result: IterationResult, iteration: int, stream_state: StreamState) -> None:
         """Archive the rollouts of ``result``; a full disk is a warning.  A collective.
 
         ``stream_state`` is that of the prompt stream before the iteration.

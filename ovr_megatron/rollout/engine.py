@@ -262,7 +262,7 @@ class RolloutEngine:
         without them sleep would find blocks of the cache in use.
         """
         self._llm.llm_engine.abort_request(waiting.request_ids())
-        core = self._llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+        core = self._llm.llm_engine.engine_core.engine_core
         while core.batch_queue or core.scheduler.has_requests():
             self._llm.llm_engine.step()
 
@@ -294,7 +294,7 @@ class RolloutEngine:
             self._wake_to_work()
             if prompts:
                 inputs = [_request(prompt) for prompt in prompts]
-                self._llm.enqueue(inputs, [SCORING] * len(inputs), use_tqdm=False)  # type: ignore[arg-type]
+                self._llm.enqueue(inputs, [SCORING] * len(inputs), use_tqdm=False)
             logprobs: dict[int, np.ndarray] = {}
             while self._llm.llm_engine.has_unfinished_requests():
                 for output in self._llm.llm_engine.step():
@@ -306,7 +306,7 @@ class RolloutEngine:
     def _enqueue(self, prompt: Prompt, temperature: float) -> list[str]:
         """Hand the prompt to vLLM and return the ids of its requests in the order of their seeds."""
         params = sampling_params(prompt, temperature, self._end_ids, self._stop)
-        return self._llm.enqueue([_request(prompt)] * len(params), params, use_tqdm=False)  # type: ignore[list-item]
+        return self._llm.enqueue([_request(prompt)] * len(params), params, use_tqdm=False)
 
     def sleep(self, deep: bool = False) -> None:
         """Drop the caches and free the GPU for the trainer until the next `update` or `generate`.

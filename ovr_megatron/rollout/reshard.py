@@ -72,7 +72,7 @@ class TargetParam:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter itself; without elements where only the packed copy exists."""
-        return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
+        return getattr(self.module, self.attribute)
 
     def layout(self) -> ShardLayout:
         """Return the description that other ranks plan with."""
@@ -369,7 +369,7 @@ class _Update:
         if weight is not None:
             setattr(target.module, target.attribute, nn.Parameter(weight, requires_grad=False))
         for module in target.packing_modules:
-            module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
+            module.quant_method.process_weights_after_loading(module)
         # Otherwise the parameter would alias the trainer's weight or a buffer that the next weight is assembled in.
         if weight is not None and target.parameter.numel():
             raise TransferError(f"vLLM kept {target.name}, which it used to replace by its packed copy")
@@ -422,7 +422,7 @@ def _layout(
     shape = tuple(parameter.shape)
     is_matrix = name.endswith(".weight")
     if isinstance(module, LinearBase) and is_matrix:  # a weight that exists only in packed form has no shape of its own
-        shape = (module.output_size_per_partition, module.input_size_per_partition)  # type: ignore[assignment]
+        shape = (module.output_size_per_partition, module.input_size_per_partition)
     if isinstance(module, QKVParallelLinear):
         return shape, 0, tuple(_qkv_ranges(names, module))
     if isinstance(module, MergedColumnParallelLinear):

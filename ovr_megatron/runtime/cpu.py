@@ -58,14 +58,14 @@ def let_megatron_run() -> None:
 
     if torch.cuda.is_available() or getattr(torch.cuda, "_ovr_on_cpu", False):
         return
-    torch.cuda._ovr_on_cpu = True  # type: ignore[attr-defined]
+    torch.cuda._ovr_on_cpu = True
     device = torch.device("cpu")
-    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    torch.cuda.current_device = lambda: device
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]  # called from 0.19 on
+    torch.cuda.current_stream = torch.cpu.current_stream  # called from 0.19 on
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]

@@ -60,7 +60,7 @@ class Layout:
             virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp,
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),  # type: ignore[arg-type]
+            distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),
         )
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         model_parallel_cuda_manual_seed(seed)

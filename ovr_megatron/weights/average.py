@@ -13,8 +13,9 @@ from torch import Tensor
 from ovr_megatron.data.hf_assets import check_assets
 from ovr_megatron.families import ModelShape
 from ovr_megatron.runtime.progress import Progress
+from ovr_megatron.weights.diagnosis import HEAD
 from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, copy_hf_assets
-from ovr_megatron.weights.transfer import HEAD, check_finite, check_weights, staged
+from ovr_megatron.weights.transfer import check_finite, check_weights, staged
 
 _PIECE = 1 << 22  # numbers that are summed at once
 

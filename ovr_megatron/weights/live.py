@@ -62,7 +62,7 @@ class LiveTensors:
                     self.holdings.append(Holding(rows_by_name[name], parameter))
         for holding in self.holdings:
             # Megatron marks shards only where it fills them with random numbers; the gradient norm needs the mark.
-            holding.parameter.tensor_model_parallel = cut_dim(holding.row) is not None  # type: ignore[attr-defined]
+            holding.parameter.tensor_model_parallel = cut_dim(holding.row) is not None
         self._parameters = {h.row.megatron: h.parameter for h in self.holdings if not h.is_copy}
         self._stage = self._find_stages()
 
@@ -120,12 +120,12 @@ class LiveTensors:
             return parameter.detach()
         local_range = self._local_range(parameter)
         if local_range is None:
-            return self._state(parameter, which) if which != "gradient" else parameter.main_grad  # type: ignore[attr-defined]
+            return self._state(parameter, which) if which != "gradient" else parameter.main_grad
         # The ranges of the data-parallel ranks are disjoint: the sum of tensors that are zero elsewhere joins them.
         full_state = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if local_range.stop > local_range.start:
             if which == "gradient":
-                full_state[local_range] = parameter.main_grad.flatten()[local_range].float()  # type: ignore[attr-defined]
+                full_state[local_range] = parameter.main_grad.flatten()[local_range].float()
             else:
                 full_state[local_range] = self._state(parameter, which).flatten()
         dist.all_reduce(full_state, group=self.groups.dp_cp)
@@ -211,7 +211,7 @@ class LiveTensors:
                 continue
             main = getattr(parameter, "main_param", None)
             if which == "master":
-                return main  # type: ignore[return-value]
+                return main
             key = parameter if main is None else main
             if key in wrapped.optimizer.state:
                 return wrapped.optimizer.state[key][which]
