@@ -18,7 +18,8 @@ from ovr_megatron.data.sources import SUFFIXES, local_path
 from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.data_checks import check_sample
 from ovr_megatron.errors import UserError
-from ovr_megatron.families import ModelShape, ShapeError
+from ovr_megatron.families import ModelShape
+from ovr_megatron.families.config_json import ShapeError
 from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.plan import deadlines, report

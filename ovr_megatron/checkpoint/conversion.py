@@ -15,9 +15,9 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.runtime.terminal import printable
 from ovr_megatron.weights.average import average
+from ovr_megatron.weights.diagnosis import HEAD
 from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
 from ovr_megatron.weights.transfer import (
-    HEAD,
     VALUE_HEAD,
     check_finite,
     check_weights,

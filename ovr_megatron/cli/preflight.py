@@ -21,7 +21,11 @@ from ovr_megatron.runtime.terminal import printable
 
 COLD_START = (ColdStartConfig, "cold_start_7b_64gpu")
 # The stage has two names: that of its command, ``ovr sft``, and that of its module.
-STAGES = {"sft": COLD_START, "coldstart": COLD_START, "rl": (RLConfig, "rl_7b_64gpu")}
+STAGES: dict[str, tuple[type[ColdStartConfig | RLConfig], str]] = {
+    "sft": COLD_START,
+    "coldstart": COLD_START,
+    "rl": (RLConfig, "rl_7b_64gpu"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

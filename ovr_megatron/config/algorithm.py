@@ -26,8 +26,8 @@ class AlgorithmConfig:
     """The policy's objective.  The defaults are the paper's PPO (section 3.2); docs/algorithms.md has the rest."""
 
     estimator: str = "gae"
-    """Estimator of the advantage, a row of `ovr_megatron.ppo.estimators` or package.module:NAME; all but gae go without a
-    critic."""
+    """Estimator of the advantage: a row of `ovr_megatron.ppo.estimators`, or package.module:NAME.  All but gae go
+    without a critic."""
     gamma: PositiveUnitFloat = 1.0
     """Discount of later rewards."""
     lam: UnitFloat = 1.0

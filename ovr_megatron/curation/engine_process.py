@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -83,7 +83,7 @@ class Replica:
             index = line.number - 1
             if index % self.count != self.index:
                 continue
-            raw = line.parse()
+            raw = cast(RowJson, line.parse())
             # `parse_row` takes a prompt row without an answer for a mistake; here prompts need none.
             row = parse_row({"answer": "-", **raw}, f"{path}:{line.number}", root)
             yield IndexedRow(index, raw, row)

@@ -173,8 +173,7 @@ def evaluate(
         if previous_result | score(responses, problems.official) == previous_result:
             return previous_result
     seconds = previous_result["seconds"] if previous_result else time.perf_counter() - start_time
-    result = _result(context, problems, settings, responses, seconds)
-    result["mark"] = mark
+    result = _result(context, problems, settings, responses, seconds, mark)
     try:
         _write(out, problems.name, result, responses)
     except OSError as error:
@@ -359,8 +358,9 @@ def _result(
     settings: Settings,
     responses: Sequence[GradedResponse],
     seconds: float,
+    mark: str | None,
 ) -> EvaluationResult:
-    """Return the content of ``NAME.json`` but for the mark."""
+    """Return the content of ``NAME.json``."""
     benchmark = problems.benchmark
     return {
         "set": problems.name,
@@ -373,6 +373,7 @@ def _result(
         "prompt": _first_prompt(context.processor, problems),
         "seconds": seconds,
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
+        "mark": mark,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.evaluation.statistics import pass_at_k, wilson
@@ -132,7 +132,7 @@ class EvaluationResult(EvaluationScores):
     prompt: str | None
     seconds: float
     tokens_per_second: float
-    mark: NotRequired[str | None]
+    mark: str | None
 
 
 OfficialScore = Callable[[Sequence[GradedResponse]], Accuracy | None]
