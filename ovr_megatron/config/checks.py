@@ -60,6 +60,8 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
         return f"{key}={value!r} is not known; choose one of {', '.join(choices)}"
     if kind == "finite_number":
         return f"{key}={value} must be a finite number"
+    if kind == "int_parsing_size":  # more digits than any setting has
+        return f"{key}={value} is too large a number"
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         field = field_at(schema, [part for part in path if isinstance(part, str)])
         shown = float(number) if value is number and field.annotation is float else value
