@@ -37,7 +37,7 @@ from ovr_megatron.curation.report import StageReport
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.data.sources import local_path
-from ovr_megatron.runtime.logs import NOTICE, get_logger
+from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.progress import Progress
 
 logger = get_logger(__name__)
@@ -214,9 +214,9 @@ def run_stages(stages: list[PrepareStage], config: PrepareConfig) -> Path:
         if manifest is None:
             clear(folder, key, stage.files)
             manifest = _run(stage, config, input_folder, count, key)
-            logger.log(NOTICE, _sentence(stage.name, manifest))
+            logger.info(_sentence(stage.name, manifest))
         else:
-            logger.log(NOTICE, _sentence(stage.name, manifest) + " (done before)")
+            logger.info(_sentence(stage.name, manifest) + " (done before)")
         input_folder = folder
         count = int(manifest.extra["kept"])
     assert input_folder is not None, "there is at least one stage"

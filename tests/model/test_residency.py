@@ -11,7 +11,7 @@ from ovr_megatron.config import AlgorithmConfig, ModelConfig, OptimizerConfig, P
 from ovr_megatron.data.document_losses import DocumentLosses
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import Engine, LossSum
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, families
 from ovr_megatron.model import attention, heads
 from ovr_megatron.model.scores import Scores
 from ovr_megatron.model.tiny import make_tiny_model
@@ -29,6 +29,8 @@ ENDS = ("core/distributed/finalize_model_grads.py", "engine.py")
 @pytest.fixture
 def residency(monkeypatch: pytest.MonkeyPatch) -> Residency:
     """Everything that the project sends goes to the played device; the head's tiles are kernels there."""
+    for family in families():
+        family.load_model_class()  # so that its modules are there and have their `send` replaced
     found = Residency()
     modules = [module for name, module in sys.modules.items() if name.startswith("ovr_megatron")]
     for module in [module for module in modules if getattr(module, "send", None) is send]:

@@ -287,7 +287,7 @@ def test_broken_folder_is_refused_in_one_sentence(
     change, sentence = REFUSED[case]
     change(folder)
     assert import_model(folder, tmp_path / "out") == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert_from_hf.py:")]
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ovr convert from-hf:")]
     assert re.search(sentence, line), line
     assert str(folder) in line
     assert len(line) < 600
