@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -88,8 +88,30 @@ def by_source(documents: Sequence[DocumentLoss]) -> dict[str, float]:
     return {source: total / count for source, (total, count) in sorted(sums.items())}
 
 
-def worst(documents: Sequence[DocumentLoss], count: int) -> list[dict[str, Any]]:
+class DocumentJson(TypedDict):
+    """A document in the record of a spike: its row, the mean loss of a target, and its targets."""
+
+    where: str
+    id: str
+    source: str
+    loss: float
+    targets: int
+
+
+def worst(documents: Sequence[DocumentLoss], count: int) -> list[DocumentJson]:
     """Return the ``count`` documents of the highest loss as JSON objects; a loss that is not a number comes first."""
     # NaN is not equal to itself, so that False sorts it before every number.
     ordered = sorted(documents, key=lambda document: (document.mean == document.mean, -document.mean))
-    return [asdict(d.origin) | {"loss": d.mean, "targets": d.targets} for d in ordered[:count]]
+    records: list[DocumentJson] = []
+    for document in ordered[:count]:
+        origin = document.origin
+        records.append(
+            {
+                "where": origin.where,
+                "id": origin.id,
+                "source": origin.source,
+                "loss": document.mean,
+                "targets": document.targets,
+            }
+        )
+    return records

@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 
@@ -97,6 +97,13 @@ class TokenisedSource:
     excluded: int = 0
 
 
+class TokenisedFile(TypedDict):
+    """Size and SHA-256 of a file, as in the manifest."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class TokenisedManifest:
     """The contents of a set.
@@ -107,7 +114,7 @@ class TokenisedManifest:
 
     tokenisation: Tokenisation
     sources: tuple[TokenisedSource, ...]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, TokenisedFile]
     largest_token: int | None = None
 
     @property
@@ -233,7 +240,7 @@ class _HashedFile:
         self.file.write(data)
         self._digest.update(data)
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> TokenisedFile:
         """Put the bytes on the disk and return their number and SHA-256, as in the manifest."""
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -341,7 +348,7 @@ def read_tokenised_manifest(folder: str | Path) -> TokenisedManifest:
         raise RowError(str(path), "format", f"is not {FORMAT}", "write the set anew with tools/tokenise.py")
     try:
         sources = tuple(TokenisedSource(**source) for source in raw["sources"])
-        files = {}
+        files: dict[str, TokenisedFile] = {}
         for name in (TOKENS, SAMPLES):  # nothing depends on the list of skipped rows
             file = raw["files"][name]
             files[name] = {"bytes": file["bytes"], "sha256": file["sha256"]}

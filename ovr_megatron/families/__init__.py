@@ -162,9 +162,9 @@ class Family:
     model_types: tuple[str, ...]
     architecture: str
     is_default: bool = False
-    read_shape: Callable[[str, dict[str, Any], Path], ModelShape]
+    read_shape: Callable[[str, dict[str, object], Path], ModelShape]
     trained_positions: int
-    presets: Mapping[str, dict[str, Any]]
+    presets: Mapping[str, dict[str, object]]
     tokens: SpecialTokens
     processor: ProcessorFiles
     positions: Callable[[Sequence[int | Visual], ModelShape, str], np.ndarray]
@@ -248,7 +248,7 @@ def family_of_folder(directory: str | Path) -> Family:
     return _family_of_config(*read_config(directory, titles()))
 
 
-def _family_of_config(raw: dict[str, Any], path: Path) -> Family:
+def _family_of_config(raw: dict[str, object], path: Path) -> Family:
     model_type = raw.get("model_type")
     for family in families():
         if model_type in family.model_types:

@@ -39,7 +39,7 @@ class Fields(BaseModel):
 Kind = TypeVar("Kind", bound=Fields)
 
 
-def read_config(directory: str | Path, title: str) -> tuple[dict[str, Any], Path]:
+def read_config(directory: str | Path, title: str) -> tuple[dict[str, object], Path]:
     """Return ``config.json`` of ``directory`` and its path.
 
     Args:
@@ -67,7 +67,7 @@ def read_config(directory: str | Path, title: str) -> tuple[dict[str, Any], Path
     return raw, path
 
 
-def check_kind(raw: dict[str, Any], path: Path, architecture: str) -> None:
+def check_kind(raw: dict[str, object], path: Path, architecture: str) -> None:
     """Refuse quantised weights, another head than that of ``architecture``, and a dtype that is no float.
 
     Raises:

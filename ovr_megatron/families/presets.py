@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ovr_megatron.families import families, titles
 
 
-def presets() -> dict[str, dict[str, Any]]:
+def presets() -> dict[str, dict[str, object]]:
     """Return ``config.json`` of every published model by its name, as 7B."""
-    configs: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, object]] = {}
     for family in families():
         configs |= family.presets
     return configs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.families import ModelShape
@@ -35,7 +34,7 @@ def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
     return ModelShape.from_hf(directory)
 
 
-def _stretched(rope: dict[str, Any], factor: float, original: int) -> dict[str, Any]:
+def _stretched(rope: dict[str, object], factor: float, original: int) -> dict[str, object]:
     """Return the rotary part with YaRN, its type under the field names that it has."""
     angles = {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
     kinds = [name for name in ("type", "rope_type") if name in rope] or ["rope_type"]

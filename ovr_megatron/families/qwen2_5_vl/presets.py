@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 # layers, width, feed-forward, heads, key-value heads, vocabulary, tied, feed-forward of the vision tower
 _SIZES = {
     "3B": (36, 2048, 11008, 16, 2, 151936, True, 3420),
@@ -15,7 +13,7 @@ _SIZES = {
 
 def _config(
     layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, tied: bool, vision_ffn: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the flat layout of Transformers 4: sizes of the language model on the top level."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -109,7 +109,7 @@ class RopeFields(Fields):
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
 
 
-def read_shape(name: str, raw: dict[str, Any], path: Path) -> ModelShape:
+def read_shape(name: str, raw: dict[str, object], path: Path) -> ModelShape:
     """Read ``config.json`` in the flat layout of Transformers 4 or the nested one of 5.
 
     Args:
@@ -125,6 +125,7 @@ def read_shape(name: str, raw: dict[str, Any], path: Path) -> ModelShape:
     text = read_fields(TextFields, values, path, "text_config." if nested else "")
     vision = read_fields(VisionFields, raw.get("vision_config", {}), path, "vision_config.")
     outer = read_fields(OuterFields, raw, path)
+    assert isinstance(values, dict)  # `read_fields` has refused anything else
     # Transformers 4 says rope_scaling, 5 rope_parameters; where both stand it takes the first.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -180,7 +181,7 @@ def _vision_shape(vision: VisionFields) -> WindowedVisionShape:
     )
 
 
-def _read_tied(raw: dict[str, Any], text: dict[str, Any], path: Path) -> bool:
+def _read_tied(raw: dict[str, object], text: dict[str, object], path: Path) -> bool:
     """Return whether input and output embedding are tied.
 
     Older exports have the flag on the outer level only, newer ones on both: the outer one wins.
