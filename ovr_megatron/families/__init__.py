@@ -253,7 +253,10 @@ def _family_of_config(raw: dict[str, object], path: Path) -> Family:
     for family in families():
         if model_type in family.model_types:
             return family
-    types = " or ".join(repr(kind) for family in families() for kind in family.model_types)
+    known_types: list[str] = []
+    for family in families():
+        known_types.extend(repr(name) for name in family.model_types)
+    types = " or ".join(known_types)
     raise ShapeError(f"{path}: model_type is {model_type!r}, expected {types}")
 
 

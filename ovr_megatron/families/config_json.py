@@ -106,6 +106,7 @@ def read_fields(kind: type[Kind], values: Any, path: Path, prefix: str = "") -> 
     try:
         return kind.model_validate(values)
     except ValidationError as error:
+        # Pydantic lists the errors of all fields; a message is about one.
         first = error.errors()[0]
         name = prefix + str(first["loc"][0])
         if first["type"] == "missing":

@@ -24,7 +24,11 @@ def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text())
     text = config.get("text_config") or config
-    for part in [text] if text is config else [text, config]:
+    parts = [text]
+    if text is not config:
+        # The nested layout can repeat the fields on the outer level, where they must not contradict the inner ones.
+        parts.append(config)
+    for part in parts:
         for name in ("rope_scaling", "rope_parameters"):
             if part.get(name):
                 part[name] = _stretched(part[name], factor, original)

@@ -11,13 +11,16 @@ from ovr_megatron.families.positions import Visual
 
 def image_grid(width: int, height: int, shape: ModelShape, config: DataConfig) -> Visual:
     """Return the grid that an image of this size will have under the image budget."""
-    return Visual((1, *_grid(height, width, shape, config)))
+    rows, columns = _grid(height, width, shape, config)
+    return Visual((1, rows, columns))
 
 
 def video_grid(frames: int, width: int, height: int, fps: float, shape: ModelShape, config: DataConfig) -> Visual:
     """Return the grid and the time step that a video will have; a last odd frame counts twice."""
     step = shape.vision.temporal_patch
-    return Visual((-(-frames // step), *_grid(height, width, shape, config)), seconds=step / fps)
+    slices = -(-frames // step)
+    rows, columns = _grid(height, width, shape, config)
+    return Visual((slices, rows, columns), seconds=step / fps)
 
 
 def _grid(height: int, width: int, shape: ModelShape, config: DataConfig) -> tuple[int, int]:
