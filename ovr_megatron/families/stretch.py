@@ -26,7 +26,6 @@ def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
     text = config.get("text_config") or config
     parts = [text]
     if text is not config:
-        # The nested layout can repeat the fields on the outer level, where they must not contradict the inner ones.
         parts.append(config)
     for part in parts:
         for name in ("rope_scaling", "rope_parameters"):
