@@ -9,15 +9,16 @@ which an interrupted run goes on.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ovr_megatron.config import ParallelConfig, build
+from ovr_megatron.curation.difficulty import PassRate
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import ROWS, batches
@@ -88,7 +89,7 @@ class Replica:
             row = parse_row({"answer": "-", **raw}, f"{path}:{line.number}", root)
             yield IndexedRow(index, raw, row)
 
-    def add(self, key: int, result: dict[str, Any]) -> None:
+    def add(self, key: int, result: Mapping[str, object]) -> None:
         """Write a result, once for all processes of the replica."""
         if self.is_leader:
             self.journal.add(key, result)
@@ -228,7 +229,7 @@ def _grade(
         replica.add(request.key, pass_rate(verdicts, rules.get(request.row.source, "auto")))
 
 
-def pass_rate(verdicts: Sequence[Verdict], rule: str) -> dict[str, object]:
+def pass_rate(verdicts: Sequence[Verdict], rule: str) -> PassRate:
     """Return how many of a prompt's ``verdicts`` by ``rule`` are right, of how many, or the error if all failed.
 
     As in training, an expression that no grader can finish is a wrong answer, but a failure of a user's function says

@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import matplotlib
 import numpy as np
@@ -32,7 +32,7 @@ class StageReport:
         self._start = time.perf_counter()
         self._kept: Counter[str] = Counter()
         self._dropped: dict[str, Counter[str]] = defaultdict(Counter)
-        self._examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._examples: dict[str, list[dict[str, object]]] = defaultdict(list)
         self._values: dict[str, list[float]] = defaultdict(list)
         self._value_counts: Counter[str] = Counter()
         self._rng = np.random.default_rng(0)  # a fixed seed: the same rows give the same report
@@ -65,7 +65,9 @@ class StageReport:
         """Count a kept row."""
         self._kept[source] += 1
 
-    def count_dropped(self, source: str, reason: str, row: str | Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    def count_dropped(
+        self, source: str, reason: str, row: str | Mapping[str, object], details: Mapping[str, object]
+    ) -> None:
         """Count a dropped row; the first `EXAMPLES` of each reason become examples, with ``details``."""
         self._dropped[reason][source] += 1
         if len(self._examples[reason]) < EXAMPLES:
@@ -83,7 +85,7 @@ class StageReport:
         if index < _SAMPLE:
             values[index] = value
 
-    def write(self, folder: Path, name: str, extra: Mapping[str, Any]) -> None:
+    def write(self, folder: Path, name: str, extra: Mapping[str, object]) -> None:
         """Write ``report.json``, with the entries of ``extra`` at its end, and ``figure.png``."""
         reasons = sorted(self._dropped, key=lambda reason: -self._dropped[reason].total())
         report = {
@@ -133,7 +135,7 @@ class StageReport:
         figure.savefig(path, dpi=110)
 
 
-def excerpt(row: Mapping[str, Any]) -> dict[str, Any]:
+def excerpt(row: Mapping[str, object]) -> dict[str, object]:
     """Return the name and the beginning of a row: ``id``, ``source``, ``prompt``, ``response`` and ``answer``.
 
     Empty ones are left out.  A row without messages is returned as it is.

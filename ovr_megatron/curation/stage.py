@@ -103,7 +103,7 @@ class Work:
         self.folder = Path(config.dir) / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.report = StageReport()
-        self.extra: dict[str, Any] = {}
+        self.extra: dict[str, object] = {}
         self.empty_sources: list[str] = []
         self._stack = ExitStack()
         self._out = self._stack.enter_context((self.folder / ROWS).open("w", encoding="utf-8"))
@@ -161,7 +161,7 @@ class Work:
             yield MappedRow(line, source, result)
         self.progress.update(len(chunk))
 
-    def keep(self, row: str | Mapping[str, Any], source: str, **fields: Any) -> None:
+    def keep(self, row: str | Mapping[str, object], source: str, **fields: object) -> None:
         """Write a row, given as an input line or as an object, with ``fields`` added to it."""
         if fields:
             decoded = json.loads(row) if isinstance(row, str) else row
@@ -171,7 +171,7 @@ class Work:
         self._out.write(line)
         self.report.count_kept(source)
 
-    def drop(self, row: str | Mapping[str, Any], source: str, reason: str, **details: Any) -> None:
+    def drop(self, row: str | Mapping[str, object], source: str, reason: str, **details: object) -> None:
         """Count a dropped row; the first few of each reason become examples, with ``details`` beside the row."""
         self.report.count_dropped(source, reason, row, details)
 

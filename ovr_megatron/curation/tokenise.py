@@ -11,7 +11,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, TypedDict
 
 import yaml
 
@@ -45,6 +45,15 @@ class WeightGroup:
     share: float
 
 
+class SourceEntry(TypedDict):
+    """An entry of ``sources.yaml``, which training reads as one of ``data.sources``."""
+
+    path: str
+    name: str
+    weight: float
+    image_root: str
+
+
 def run(work: Work) -> None:
     """Write the rows to the files of their groups, write the lists, and tokenise.
 
@@ -52,22 +61,20 @@ def run(work: Work) -> None:
     """
     groups = write_groups(work)
     (work.folder / GROUPS).write_text(json.dumps([asdict(group) for group in groups], indent=1) + "\n")
-    sources: list[dict[str, Any]] = [
-        {
-            "path": str(work.folder / group.path),
-            "name": group.name,
-            "weight": group.share,
-            "image_root": work.config.dir,
-        }
-        for group in groups
-    ]
+    sources: list[SourceEntry] = []
+    for group in groups:
+        path = str(work.folder / group.path)
+        sources.append({"path": path, "name": group.name, "weight": group.share, "image_root": work.config.dir})
     (work.folder / SOURCES).write_text(yaml.safe_dump(sources, sort_keys=False, allow_unicode=True))
     work.extra["groups"] = len(groups)
     assert work.config.model, "the configuration requires it for this stage"
     # The list above has shares, from which a stream draws; a tokenised set repeats each row by its weight.
     weighted = []
     for source, group in zip(sources, groups, strict=True):
-        weighted.append(SourceConfig(**{**source, "weight": group.weight}))
+        config = SourceConfig(
+            path=source["path"], name=source["name"], weight=group.weight, image_root=source["image_root"]
+        )
+        weighted.append(config)
     data = replace(work.config.data, sources=weighted, on_error="skip")
     shutil.rmtree(work.folder / SET, ignore_errors=True)  # of an interrupted run
     tokenised = tokenise(data, work.config.model, work.folder / SET, work.config.workers)
