@@ -109,6 +109,7 @@ def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World)
     with replica.journal as journal:
         rows = (item for item in replica.rows(input_folder) if item.index not in journal and not item.row.is_prompt)
         for batch in batches(rows, settings.batch):
+            # Apart from the batch: a row without a prompt gets its error at once and has no loss.
             prompts = []
             lengths = []
             indices = []
@@ -120,8 +121,10 @@ def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World)
                     prompts.append(prompt)
                     lengths.append(length)
                     indices.append(item.index)
-            for index, length, logprobs in zip(indices, lengths, replica.engine.score(prompts), strict=True):
-                replica.add(index, {"loss": -float(logprobs[-length:].mean()), "tokens": length})
+            prompt_logprobs = replica.engine.score(prompts)
+            for index, length, logprobs in zip(indices, lengths, prompt_logprobs, strict=True):
+                loss = -float(logprobs[-length:].mean())
+                replica.add(index, {"loss": loss, "tokens": length})
 
 
 def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt, int, str | None]:
@@ -140,7 +143,8 @@ def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt,
     length = min(len(response), limit - prompt_length)
     if length < 1:
         return empty, 0, f"the prompt fills proxy_loss.max_tokens={limit}"
-    return Prompt([*sample.prompt_tokens, *response[:length]], sample.images, sample.videos), length, None
+    tokens = [*sample.prompt_tokens, *response[:length]]
+    return Prompt(tokens, sample.images, sample.videos), length, None
 
 
 def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -222,11 +226,16 @@ def _grade(
             thinking = config.data.template == "think"
             grade_requests.append(GradeRequest(text, row.answer or "", row.options, rule, thinking))
     by_row = batches(grader.grade(grade_requests), config.difficulty.samples)
-    graded = [(request, verdicts) for (request, _), verdicts in zip(groups, by_row, strict=True)]
+    graded = []
+    by_source = []
+    for (request, _), verdicts in zip(groups, by_row, strict=True):
+        graded.append((request, verdicts))
+        by_source.extend((request.row.source, verdict) for verdict in verdicts)
     # In one call, so that a source is judged by the whole batch and not by its first prompt.
-    watch.add([count_verdicts((request.row.source, verdict) for request, verdicts in graded for verdict in verdicts)])
+    watch.add([count_verdicts(by_source)])
     for request, verdicts in graded:
-        replica.add(request.key, pass_rate(verdicts, rules.get(request.row.source, "auto")))
+        rule = rules.get(request.row.source, "auto")
+        replica.add(request.key, pass_rate(verdicts, rule))
 
 
 def pass_rate(verdicts: Sequence[Verdict], rule: str) -> PassRate:
@@ -237,8 +246,11 @@ def pass_rate(verdicts: Sequence[Verdict], rule: str) -> PassRate:
     """
     valid = [verdict for verdict in verdicts if is_plain(rule) or not verdict.failed]
     if not valid:
-        return {"error": ": ".join(filter(None, (verdicts[0].reason, verdicts[0].box)))}
-    return {"right": sum(verdict.correct for verdict in valid), "samples": len(valid)}
+        first = verdicts[0]
+        error = ": ".join(filter(None, (first.reason, first.box)))
+        return {"error": error}
+    right = sum(verdict.correct for verdict in valid)
+    return {"right": right, "samples": len(valid)}
 
 
 TASKS = {"score": score, "answer": answer, "attempt": attempt}
