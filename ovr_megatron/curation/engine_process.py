@@ -227,7 +227,7 @@ def _grade(
             grade_requests.append(GradeRequest(text, row.answer or "", row.options, rule, thinking))
     by_row = batches(grader.grade(grade_requests), config.difficulty.samples)
     graded = []
-    by_source = []
+    by_source: list[tuple[str, Verdict]] = []
     for (request, _), verdicts in zip(groups, by_row, strict=True):
         graded.append((request, verdicts))
         by_source.extend((request.row.source, verdict) for verdict in verdicts)

@@ -51,7 +51,7 @@ class NamedOption:
 
 def named_letter(text: str, count: int) -> NamedOption | None:
     """Return the option that cleaned ``text`` names, of the first ``count``: "A", "(A)", "A.", "A: content"."""
-    # From the strictest form to the loosest: "(A)" has the form of a letter beside content, too.
+    # From the strictest form to the loosest: "(A)." has the form of a letter beside content, too.
     if match := _LONE.fullmatch(text):
         letter = match[1]
         option = NamedOption(_index(letter.upper()), capital=letter.isupper())
@@ -77,8 +77,7 @@ def right_option(answer: str, options: Sequence[str]) -> int | None:
     answer_key = key(answer)
     # By text first: equal texts decide even where an option is no number.
     matches = [index for index, option in enumerate(options) if key(option) == answer_key]
-    names_option = letter and letter.strong and not letter.hedged
-    if letter and names_option and (letter.capital or not matches):
+    if letter and letter.strong and not letter.hedged and (letter.capital or not matches):
         return letter.index
     if not matches:
         matches = [index for index, option in enumerate(options) if _same_quantity(answer, option)]
