@@ -157,7 +157,9 @@ def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World
         rows = (
             item for item in replica.rows(input_folder) if response_text(item.raw) is None and not has_video(item.raw)
         )
-        for batch in batches(_questions(rows, config, (journal, earlier)), config.rollout.max_num_seqs):
+        # Answers of earlier runs count, too: `merge_journals` has moved them into one journal.
+        requests = _questions(rows, config, (journal, earlier))
+        for batch in batches(requests, config.rollout.max_num_seqs):
             for request, [generation] in replica.answer(batch, settings.temperature, settings.max_tokens):
                 text = replica.processor.decode(generation.tokens)
                 finish = "stop" if generation.stopped else "length"
@@ -170,8 +172,10 @@ def _questions(rows: Iterator[IndexedRow], config: PrepareConfig, journals: Sequ
     for item in rows:
         for sample in range(config.teacher.samples):
             key = question_key(config.teacher, item.raw, sample)
-            if not any(key in journal for journal in journals):
-                yield Request(key, item.row, [key >> 34])  # 30 of the key's 64 bits
+            is_answered = any(key in journal for journal in journals)
+            if not is_answered:
+                seed = key >> 34  # 30 of the key's 64 bits
+                yield Request(key, item.row, [seed])
 
 
 def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -220,7 +224,9 @@ def _grade(
     for request, group in groups:
         for generation in group:
             # A response that was cut off has no final answer, whatever stands in its last box.
-            text = replica.processor.decode(generation.tokens) if generation.stopped else ""
+            text = ""
+            if generation.stopped:
+                text = replica.processor.decode(generation.tokens)
             row = request.row
             rule = rules.get(row.source, "auto")
             thinking = config.data.template == "think"

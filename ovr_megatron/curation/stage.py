@@ -326,9 +326,15 @@ def listing(path: str) -> Any:
     root, _ = local_path(path)
     if root is None:
         return path
-    files = [root] if root.is_file() else sorted(item for item in root.rglob("*") if item.is_file())
-    stats = ((str(file), file.stat()) for file in files)
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    files = [root]
+    if not root.is_file():
+        # Sorted: a file system lists a folder in any order, and the key must not depend on it.
+        files = sorted(item for item in root.rglob("*") if item.is_file())
+    fingerprints = []
+    for file in files:
+        stat = file.stat()
+        fingerprints.append([str(file), stat.st_size, stat.st_mtime_ns])
+    return fingerprints
 
 
 def as_json(value: Any) -> Any:

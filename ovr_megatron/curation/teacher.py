@@ -49,7 +49,10 @@ def run(work: Work) -> None:
 def _ask_endpoint(work: Work, journal: Journal) -> dict[int, str]:
     """Fill the journal from the endpoint; return by key the errors of questions that may succeed later."""
     config = work.config.teacher
-    spent = sum(int(entry.get("tokens", 0)) for entry in journal) if config.max_total_tokens else 0
+    spent = 0
+    # Only a budget of tokens counts those of earlier runs; without one the journal need not be read.
+    if config.max_total_tokens:
+        spent = sum(int(entry.get("tokens", 0)) for entry in journal)
     endpoint = Endpoint(config, len(journal), spent)
     failed: dict[int, str] = {}
     for completion in endpoint.ask(_questions(work, journal)):
@@ -91,7 +94,9 @@ def merge_journals(folder: Path, journal: Journal) -> None:
 def question_key(config: TeacherConfig, row: RowJson, sample: int) -> int:
     """Return 64 bits that are equal for the same messages to the same model with the same sampling."""
     question = [config.model, config.temperature, config.max_tokens, sample, row["messages"]]
-    return int.from_bytes(hashlib.blake2b(json.dumps(question).encode(), digest_size=8).digest(), "big")
+    text = json.dumps(question)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def has_video(row: RowJson) -> bool:
@@ -164,7 +169,9 @@ def _write_completion(work: Work, row: RowJson, completion: Completion, sample: 
     if not text.strip():
         work.drop(row, source, "empty answer")
         return
-    name = f"{row.get('id', '')}#{sample}" if config.samples > 1 else row.get("id", "")
+    name = row.get("id", "")
+    if config.samples > 1:
+        name = f"{name}#{sample}"
     messages = [*row["messages"], {"role": "assistant", "content": text}]
     work.keep({**row, "messages": messages, "id": name, "teacher": config.model}, source)
 
