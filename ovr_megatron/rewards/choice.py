@@ -114,7 +114,8 @@ def verifiable(answer: str, options: Sequence[str] = ()) -> str | None:
     if _VAGUE.search(text.lower()):
         return "it does not name one value"
     # Commands of LaTeX and single letters are no words.
-    words = len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text))
-    if not options and words > MAX_WORDS:
-        return f"it is prose of {words} words"
+    words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)
+    count = len(words)
+    if not options and count > MAX_WORDS:
+        return f"it is prose of {count} words"
     return None

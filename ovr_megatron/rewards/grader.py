@@ -86,9 +86,11 @@ def _among_options(box: str, options: Sequence[str], right: int) -> Reason:
         if letter.index in matches or letter.strong:
             return Reason.LETTER if letter.index == right else Reason.OTHER_OPTION
     # The right option first: for most wrong answers one comparison by math-verify is enough.
-    if compare(options[right], box) not in RIGHT:
+    right_content = options[right]
+    if compare(right_content, box) not in RIGHT:
         return Reason.DIFFERENT
-    return _by_content(right, [index for index, option in enumerate(options) if compare(option, box) in RIGHT])
+    matches = [index for index, option in enumerate(options) if compare(option, box) in RIGHT]
+    return _by_content(right, matches)
 
 
 def _by_content(right: int, matches: list[int]) -> Reason:
@@ -120,7 +122,8 @@ def compare(reference: str, candidate: str) -> Reason:
     reference_value, candidate_value, scale = values
     if scale != 1 or not _comparable(reference_value, candidate_value):
         return Reason.DIFFERENT
-    return Reason.MATH if _same_expression(reference_value, candidate_value) else Reason.DIFFERENT
+    same = _same_expression(reference_value, candidate_value)
+    return Reason.MATH if same else Reason.DIFFERENT
 
 
 def same_plainly(reference: str, candidate: str) -> Reason | None:
@@ -203,6 +206,7 @@ def _values(reference: str, candidate: str) -> tuple[str, str, Fraction] | None:
     tuples = _as_tuples(reference_value, candidate_value)
     if tuples is None:
         return None
+    # After the tuples: "x = 3, y = 4" must keep its names until it has become one.
     reference_value, candidate_value = _without_names(*tuples)
     return reference_value, candidate_value, scale
 
@@ -234,7 +238,8 @@ def _approximated(text: str) -> tuple[str, list[str]]:
 
     The value is the first part, or the second one if the first is empty or a name.
     """
-    value, *approximations = (part.strip() for part in text.split("\\approx"))
+    parts = text.split("\\approx")
+    value, *approximations = (part.strip() for part in parts)
     if approximations and (not value or _NAME.fullmatch(value)):
         value, *approximations = approximations
     return value, approximations
@@ -256,8 +261,9 @@ def _stated(text: str, equation: bool) -> str | None:
             is_symbolic = _SYMBOL.search(number_text)
             if part and not is_symbolic and compare(part, value) not in RIGHT:
                 return None
-    if not all(_near(value, approximation) for approximation in approximations):
-        return None
+    for approximation in approximations:
+        if not _near(value, approximation):
+            return None
     return value
 
 
@@ -279,7 +285,9 @@ def _near(value: str, approximation: str) -> bool:
 
 def _value_of(text: str) -> Any | None:
     expressions = _expression(text)
-    return numeric_value(expressions[0]) if expressions else None
+    if not expressions:
+        return None
+    return numeric_value(expressions[0])
 
 
 def _as_tuples(reference: str, candidate: str) -> tuple[str, str] | None:

@@ -101,7 +101,8 @@ def cache_key(request: GradeRequest) -> tuple[object, ...] | None:
     """Return all on which the verdict depends; None for a user's function, which may read the whole response."""
     if not is_plain(request.rule):
         return None
-    return request.rule, request.answer, request.options, last_box(request.response, request.thinking)
+    box = last_box(request.response, request.thinking)
+    return request.rule, request.answer, request.options, box
 
 
 def _boxed(request: GradeRequest) -> Verdict | str:
@@ -111,7 +112,9 @@ def _boxed(request: GradeRequest) -> Verdict | str:
         return Verdict(Reason.NO_BOX)
     if len(box) > MAX_ANSWER:
         return Verdict(Reason.LONG_BOX, box[:MAX_ANSWER])
-    return box if clean(box) else Verdict(Reason.EMPTY_BOX, box)
+    if not clean(box):
+        return Verdict(Reason.EMPTY_BOX, box)
+    return box
 
 
 def _exact(request: GradeRequest) -> Verdict:
