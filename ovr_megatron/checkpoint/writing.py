@@ -15,14 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ovr_megatron.checkpoint.generators import generator_states
-from ovr_megatron.checkpoint.manifest import FileRecord, file_record, write_manifest
+from ovr_megatron.checkpoint.manifest import FileRecord, RunRecord, file_record, write_manifest
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
@@ -78,7 +77,7 @@ class PendingSave:
     """
 
     step: int
-    extra: dict[str, Any]
+    extra: RunRecord
     partial: Path
     final: Path
     jobs: list[Future[Records]] = field(default_factory=list)

@@ -173,17 +173,25 @@ def copy_hf_assets(source: Path, out: Path, dtype: torch.dtype | None = None) ->
     return copied
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
     """Return the config with ``dtype`` as its dtype, which Transformers 4 calls torch_dtype and 5 dtype."""
     new_config = _replaced(config, dtype)
-    return new_config if new_config.keys() & _DTYPE_KEYS else {**new_config, "torch_dtype": dtype}
+    if not new_config.keys() & _DTYPE_KEYS:
+        new_config["torch_dtype"] = dtype  # the key that both versions read
+    return new_config
 
 
-def _replaced(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    return {
-        key: dtype if key in _DTYPE_KEYS else _replaced(value, dtype) if isinstance(value, dict) else value
-        for key, value in config.items()
-    }
+def _replaced(config: Mapping[str, object], dtype: str) -> dict[str, object]:
+    """Return the config with ``dtype`` wherever it names one, also in the configs of its parts."""
+    new_config: dict[str, object] = {}
+    for key, value in config.items():
+        if key in _DTYPE_KEYS:
+            new_config[key] = dtype
+        elif isinstance(value, dict):
+            new_config[key] = _replaced(value, dtype)
+        else:
+            new_config[key] = value
+    return new_config
 
 
 class WeightWriter:
@@ -304,7 +312,9 @@ def cut(sizes: Sequence[int], shard_bytes: int = SHARD_BYTES) -> list[int]:
 
 def shard_names(count: int) -> list[str]:
     """Return Hugging Face's names of ``count`` shards."""
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    if count <= 1:
+        return [SINGLE]
+    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
 
 
 def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: int) -> None:
@@ -318,4 +328,7 @@ def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: in
 
 def some(names: list[str]) -> str:
     """Return the first names of a list that may be long, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    first_names = ", ".join(names[:3])
+    if len(names) <= 3:
+        return first_names
+    return f"{first_names} and {len(names) - 3} more"
