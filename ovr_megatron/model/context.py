@@ -31,7 +31,8 @@ def rank_rows(bounds: Sequence[int], cp: int, rank: int) -> Tensor:
     for start, end in pairwise(bounds):
         size = (end - start) // (2 * cp)
         for chunk in (rank, 2 * cp - 1 - rank):
-            chunks.append(torch.arange(start + chunk * size, start + (chunk + 1) * size))
+            chunk_start = start + chunk * size
+            chunks.append(torch.arange(chunk_start, chunk_start + size))
     return torch.cat(chunks)
 
 

@@ -22,7 +22,8 @@ from ovr_megatron.weights.slices import LocalShard, RowRange, row_ranges
 from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, join, split, to_hf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"
+_HEAD = "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -97,30 +98,36 @@ class LiveTensors:
             if self.groups.tp.size() > 1 and cut_dim(row) is not None:
                 shards = [torch.empty_like(shard) for _ in range(self.groups.tp.size())]
                 dist.all_gather(shards, shard, group=self.groups.tp)
-            yield from zip(row.hf, to_hf(row, join(row, shards, self.shape), self.shape), strict=True)
+            full = join(row, shards, self.shape)
+            yield from zip(row.hf, to_hf(row, full, self.shape), strict=True)
 
     def _shard(self, row: TensorRow, which: str, dtype: torch.dtype) -> Tensor:
         """Return this tensor-parallel rank's shard of a row, on every pipeline stage.  A collective."""
         stage = self._stage[row.megatron]
+        # Ranks of the other stages have no tensor to ask for shape and dtype: both follow from the table and `dtype`.
         if self.groups.pp.rank() == stage:
             shard = self._read(self._parameters[row.megatron], which).contiguous()
         else:
-            shard = torch.empty(self._shard_shape(row), dtype=dtype, device=torch.cuda.current_device())
+            device = torch.cuda.current_device()
+            shard = torch.empty(self._shard_shape(row), dtype=dtype, device=device)
         if self.groups.pp.size() > 1:
             dist.broadcast(shard, group=self.groups.pp, group_src=stage)
         return shard
 
     def _shard_shape(self, row: TensorRow) -> torch.Size:
         empty = [torch.empty(size, device="meta") for size in row.sizes]
+        full = from_hf(row, empty, self.shape)
         tp = self.groups.tp
-        return split(row, from_hf(row, empty, self.shape), tp.size(), tp.rank(), self.shape).shape
+        return split(row, full, tp.size(), tp.rank(), self.shape).shape
 
     def _read(self, parameter: Parameter, which: str) -> Tensor:
         if which == "weight":
             return parameter.detach()
         local_range = self._local_range(parameter)
         if local_range is None:
-            return self._state(parameter, which) if which != "gradient" else parameter.main_grad
+            if which == "gradient":
+                return parameter.main_grad
+            return self._state(parameter, which)
         # The ranges of the data-parallel ranks are disjoint: the sum of tensors that are zero elsewhere joins them.
         full_state = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if local_range.stop > local_range.start:
@@ -155,8 +162,9 @@ class LiveTensors:
             into.copy_(self._part(holding.row, tensors))
 
     def _part(self, row: TensorRow, tensors: Sequence[Tensor]) -> Tensor:
+        full = from_hf(row, tensors, self.shape)
         tp = self.groups.tp
-        return split(row, from_hf(row, tensors, self.shape), tp.size(), tp.rank(), self.shape)
+        return split(row, full, tp.size(), tp.rank(), self.shape)
 
     def start_state(self, step: int) -> None:
         """Give every trained parameter Adam's state as it is after ``step`` steps, moments still zero."""
@@ -173,10 +181,15 @@ class LiveTensors:
         """Yield the optimizers' own tensors: moments, and the weights that they update (maybe the model's)."""
         for wrapped in self.optimizers:
             adam = getattr(wrapped, "optimizer", None)
-            for group in adam.param_groups if adam is not None else ():
-                yield from (key.data for key in group["params"])
-            for state in adam.state.values() if adam is not None else ():
-                yield from (value for value in state.values() if isinstance(value, Tensor))
+            if adam is None:
+                continue
+            for group in adam.param_groups:
+                for key in group["params"]:
+                    yield key.data
+            for state in adam.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        yield value
 
     def put_state(self, holding: Holding, which: str, tensors: Sequence[Tensor]) -> None:
         """Copy this rank's part of one of `MOMENTS` or ``master`` from the full ``tensors`` of a row."""

@@ -165,7 +165,6 @@ class Owners:
                     interval = (rows.start, rows.start + rows.length)
                     by_interval = locations.setdefault(rows.tensor, {})
                     by_rank = by_interval.setdefault(interval, {})
-                    # The first one: a copy of a tied embedding has the same rows once more.
                     by_rank.setdefault(rank, (index, rows.offset))
         self._intervals = {name: sorted(by_interval.items()) for name, by_interval in locations.items()}
         self._ranks: dict[tuple[str, tuple[int, int]], list[int]] = {}

@@ -38,7 +38,6 @@ def check_weights(folder: WeightFolder, shape: ModelShape, critic: bool = False)
     for row in table.rows(shape, critic):
         expected |= zip(row.hf, row.sizes, strict=True)
     names = set(folder.names())
-    # Transformers has saved the output layer of tied models, too.
     doubled = shape.tied and not critic and HEAD in names
     if doubled:
         expected[HEAD] = (shape.vocab, shape.hidden)
