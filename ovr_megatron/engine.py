@@ -67,7 +67,9 @@ def is_frozen(name: str, model: ModelConfig) -> bool:
     """Whether ``model`` freezes the parameter of this (global) Megatron name."""
     if name.startswith("vision.merger."):
         return model.freeze_merger
-    return model.freeze_vision if name.startswith("vision.") else model.freeze_language
+    if name.startswith("vision."):
+        return model.freeze_vision
+    return model.freeze_language
 
 
 class Engine:

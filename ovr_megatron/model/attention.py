@@ -153,7 +153,11 @@ class PackedDotProductAttention(MegatronModule):
             return rows.view(*index.shape, *x.shape[1:]).transpose(1, 2)
 
         out = attend(
-            batch(query, group.queries), batch(key, group.keys), batch(value, group.keys), self.causal, self.scale
+            batch(query, group.queries),
+            batch(key, group.keys),
+            batch(value, group.keys),
+            self.causal,
+            self.scale,
         )
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
 

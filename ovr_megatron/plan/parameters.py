@@ -54,7 +54,11 @@ class Bucket:
         size = self.numel // ranks
         slice_start = rank * size
         slice_end = slice_start + size
-        return sum(max(0, min(end, slice_end) - max(start, slice_start)) for start, end in self.spans)
+        owned = 0
+        for start, end in self.spans:
+            overlap = min(end, slice_end) - max(start, slice_start)
+            owned += max(0, overlap)
+        return owned
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,7 @@ class LiveTensors:
             if self.groups.tp.size() > 1 and cut_dim(row) is not None:
                 shards = [torch.empty_like(shard) for _ in range(self.groups.tp.size())]
                 dist.all_gather(shards, shard, group=self.groups.tp)
-            full = join(row, shards, self.shape)
-            yield from zip(row.hf, to_hf(row, full, self.shape), strict=True)
+            yield from zip(row.hf, to_hf(row, join(row, shards, self.shape), self.shape), strict=True)
 
     def _shard(self, row: TensorRow, which: str, dtype: torch.dtype) -> Tensor:
         """Return this tensor-parallel rank's shard of a row, on every pipeline stage.  A collective."""
