@@ -151,10 +151,10 @@ def plan_files(folders: Sequence[TensorFolder], world: World) -> dict[str, list[
     for rank, share in zip(order, shares, strict=True):
         for index in share:
             writers[shards[index].path] = rank
-    assigned: dict[str, list[Shard]] = {}
+    shards_by_folder: dict[str, list[Shard]] = {}
     for name, folder_shards in files.items():
-        assigned[name] = [replace(shard, writer=writers[shard.path]) for shard in folder_shards]
-    return assigned
+        shards_by_folder[name] = [replace(shard, writer=writers[shard.path]) for shard in folder_shards]
+    return shards_by_folder
 
 
 def _cut_into_files(folder: TensorFolder) -> list[Shard]:

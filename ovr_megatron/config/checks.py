@@ -53,6 +53,7 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
         return unknown_setting(schema, dotted)
     # The text shows ${oc.env:NAME}, not the variable's value, which may be a secret.
     value = text_as_written(keys, number)
+    # An index is written as in the checks across fields: ``curriculum[0].max_tokens``.
     key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", dotted)
     if kind == "string_too_short":
         return f"{key} is empty; give a value, or null where it may be left out"

@@ -116,6 +116,7 @@ class RLConfig:
             f"only={self.only} with rollouts_from={self.rollouts_from}: only=train needs the run folder to learn from, "
             "and nothing else takes one",
         )
+        # Resolved, as one folder can be written in several ways.
         require(
             not self.rollouts_from or Path(self.rollouts_from).resolve() != Path(self.run.dir).resolve(),
             f"rollouts_from={self.rollouts_from} is run.dir: the run would replace what it learns from; choose another "

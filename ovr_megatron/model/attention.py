@@ -44,7 +44,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(table)
+        ctx.save_for_backward(table)  # a rotation is linear: its backward needs no input
         return _turn(query, table, 1.0), _turn(key, table, 1.0)
 
     @staticmethod

@@ -39,6 +39,7 @@ def _extrapolation_share(shape: ModelShape, yarn: Yarn) -> Tensor:
         last = math.ceil(last)
     first = max(first, 0)
     last = min(last, shape.head_dim - 1)
+    # On the CPU, as in `inverse_frequencies`.
     pairs = torch.arange(shape.head_dim // 2, dtype=torch.float32, device="cpu")
     length = last - first if last != first else 0.001  # a ramp of length 0 is a step
     ramp = (pairs - first) / length

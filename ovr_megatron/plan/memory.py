@@ -300,5 +300,5 @@ def _peak_with_patches(scenario: Scenario, patches: int) -> int:
     for span in scenario.spans:
         load = replace(span.load, patches=patches * span.load.tokens / pack_tokens)
         spans.append(replace(span, load=load))
-    loaded = replace(scenario, spans=tuple(spans))
-    return max(phase.total for phase in phases(loaded))
+    patch_scenario = replace(scenario, spans=tuple(spans))
+    return max(phase.total for phase in phases(patch_scenario))

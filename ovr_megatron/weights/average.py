@@ -47,7 +47,7 @@ def average(directories: Sequence[Path], out: Path, replace: bool = False) -> No
             check_finite(folder)
             _check_alike(folders[0], shapes[0], folder, shape)
         names = folders[0].names()
-        if shapes[0].tied:
+        if shapes[0].tied:  # the embedding is the output layer, which only some folders store a second time
             names = [name for name in names if name != HEAD]
         partial = stack.enter_context(staged(out, directories, replace))
         copy_hf_assets(sources[0], partial)

@@ -78,8 +78,8 @@ def _prefix(names: Collection[str], expected: Collection[str]) -> str | None:
     stem = "embed_tokens.weight"
     for inner in (f"model.language_model.{stem}", f"language_model.{stem}", f"model.{stem}"):
         if anchor.endswith(inner) and (prefix := anchor.removesuffix(inner)):
-            wrapped = [name for name in names if name.startswith(prefix)]
-            bare = {canonical(name.removeprefix(prefix)) for name in wrapped}
+            prefixed_names = [name for name in names if name.startswith(prefix)]
+            bare = {canonical(name.removeprefix(prefix)) for name in prefixed_names}
             if len(bare & set(expected)) > len(expected) // 2:
                 return prefix
     return None

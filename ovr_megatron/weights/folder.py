@@ -61,6 +61,7 @@ class WeightFolder:
                 )
             for stored in stored_names:
                 name = table.canonical(stored)
+                # The two generations' names of one tensor are the same name here.
                 if name in self._stored:
                     raise WeightError(f"{self.directory / file}: {stored} is stored a second time; remove one of them")
                 self._stored[name] = (shard, stored)
@@ -120,6 +121,7 @@ def _shards(directory: Path) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = {}
         if not isinstance(weight_map, dict) or not weight_map:
             raise WeightError(f"{index} names no tensor; get this file again")
+        # An index may come from elsewhere: it must not make the reader open files outside the folder.
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise WeightError(f"{index}: {name} points outside the folder, to {file!r}")
@@ -303,6 +305,7 @@ def cut(sizes: Sequence[int], shard_bytes: int = SHARD_BYTES) -> list[int]:
     ends: list[int] = []
     current_bytes = 0
     for index, size in enumerate(sizes):
+        # A tensor larger than a shard gets one of its own.
         if current_bytes and current_bytes + size > shard_bytes:
             ends.append(index)
             current_bytes = 0

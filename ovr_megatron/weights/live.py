@@ -157,7 +157,7 @@ class LiveTensors:
 
     def put(self, holding: Holding, tensors: Sequence[Tensor], into: Tensor) -> None:
         """Copy this rank's part of the full ``tensors`` of a row into ``into``."""
-        with torch.no_grad():
+        with torch.no_grad():  # autograd allows no write into a parameter that trains
             into.copy_(self._part(holding.row, tensors))
 
     def _part(self, row: TensorRow, tensors: Sequence[Tensor]) -> Tensor:
@@ -174,6 +174,7 @@ class LiveTensors:
                 for key in group["params"]:
                     adam.state[key] = {which: torch.zeros_like(key, dtype=torch.float32) for which in MOMENTS}
                     if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+                        # Torch's own Adam counts for each parameter.
                         adam.state[key]["step"] = torch.tensor(float(step))
 
     def state_tensors(self) -> Iterator[Tensor]:

@@ -220,8 +220,8 @@ class Owners:
 def _closest(ranks: Sequence[int], target: int) -> int:
     """Return the rank of the sorted ``ranks`` that is nearest to ``target``, the lower of two."""
     right = bisect_left(ranks, target)
-    left = max(right - 1, 0)
-    neighbours = ranks[left : right + 1]
+    first = max(right - 1, 0)
+    neighbours = ranks[first : right + 1]
     return min(neighbours, key=lambda rank: abs(rank - target))
 
 

@@ -174,6 +174,7 @@ def _disagreement(x: Tensor, y: Tensor) -> tuple[int, float]:
     count = 0
     largest_by_piece = [0.0]
     for a, b in zip(x.flatten().split(PIECE), y.flatten().split(PIECE), strict=True):
+        # By bytes, as in `same_bits`: a NaN equals itself, and 0 is not -0.
         differing_bytes = as_bytes(a) != as_bytes(b)
         differs = differing_bytes.view(len(a), -1).any(1)
         if differs.any():
