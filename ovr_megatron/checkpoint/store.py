@@ -296,7 +296,8 @@ def _candidates(directory: Path, stage: str | None) -> tuple[list[Path], list[st
     skipped: list[str] = []
     for path in folders:
         try:
-            paths.append((_resume_point(path, stage).step, path))
+            step = _resume_point(path, stage).step
+            paths.append((step, path))
         except CheckpointError as error:
             skipped.append(str(error))
     return [path for _, path in sorted(paths, reverse=True)], skipped

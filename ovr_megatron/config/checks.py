@@ -44,7 +44,9 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
         prefix: what stands before the names of its fields, as ``run.``.
     """
     first = error.errors(include_url=False)[0]
-    kind, path, number = first["type"], first["loc"], first["input"]
+    kind = first["type"]
+    path = first["loc"]
+    input_value = first["input"]
     if kind == "value_error":  # a `ConfigError` of a check across fields, which names its keys
         return str(first["ctx"]["error"])
     keys = tuple(map(str, path))
@@ -52,7 +54,7 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
     if kind == "unexpected_keyword_argument":
         return unknown_setting(schema, dotted)
     # The text shows ${oc.env:NAME}, not the variable's value, which may be a secret.
-    value = text_as_written(keys, number)
+    value = text_as_written(keys, input_value)
     # An index is written as in the checks across fields: ``curriculum[0].max_tokens``.
     key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", dotted)
     if kind == "string_too_short":
@@ -67,7 +69,10 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         names = [part for part in path if isinstance(part, str)]
         field = field_at(schema, names)
-        shown = float(number) if value is number and field.annotation is float else value
+        # Pydantic's input is as it was written: 1 for a float is shown as 1.0, as the setting would be.
+        shown = value
+        if value is input_value and field.annotation is float:
+            shown = float(input_value)
         # The bound that keeps counts within memory is no choice of the setting: `bounds` leaves it out.
         too_large = kind == "less_than_equal" and first["ctx"]["le"] == LARGEST
         allowed = f"be at most {LARGEST}" if too_large else bounds(field)

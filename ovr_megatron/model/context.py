@@ -38,7 +38,8 @@ def rank_rows(bounds: Sequence[int], cp: int, rank: int) -> Tensor:
 
 def gathered_rows(bounds: Sequence[int], cp: int) -> Tensor:
     """Return for each row of the pack its row in the ranks' rows, gathered in the order of ranks: int64 [T]."""
-    pack_rows = torch.cat([rank_rows(bounds, cp, rank) for rank in range(cp)])
+    rows_by_rank = [rank_rows(bounds, cp, rank) for rank in range(cp)]
+    pack_rows = torch.cat(rows_by_rank)
     gathered = torch.empty_like(pack_rows)
     gathered[pack_rows] = torch.arange(len(pack_rows))
     return gathered

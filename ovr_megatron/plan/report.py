@@ -122,6 +122,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
     flops_per_second = options.mfu * scenario.world * gpu.flops
     hours_at_mfu = total_flops / flops_per_second / 3600
     modelled_hours = search.hours(scenario)
+    modelled_gpu_seconds = modelled_hours * 3600 * scenario.world
     first_span = scenario.spans[0]
     return {
         "model": {"path": config.model.path, "parameters": count_parameters(shape)},
@@ -130,7 +131,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         "replicas": scenario.dp,
         "layout": {"parallel": asdict(config.parallel), "recompute": config.model.recompute},
         "rank": _ranks(scenario),
-        "phases": [{"name": p.name, "stage": p.stage, "items": p.items, "total": p.total} for p in phases],
+        "phases": [_phase(phase) for phase in phases],
         "fits": all(phase.total <= gpu.memory for phase in phases),
         "patches_of_a_pack": {
             "expected": scenario.pack(first_span).patches,
@@ -147,12 +148,16 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         "by_cost_model": {
             "hours": modelled_hours,
             "gpu_hours": modelled_hours * scenario.world,
-            "mfu": total_flops / (modelled_hours * 3600 * scenario.world * gpu.flops),
+            "mfu": total_flops / (modelled_gpu_seconds * gpu.flops),
         },
         "checkpoint_bytes": memory.checkpoint_bytes(scenario.config, scenario.shape),
         "checkpoints_kept": config.run.keep_last or -(-steps // config.run.save_every),
         "candidates": [asdict(c) for c in search.candidates(scenario)] if options.search else None,
     }
+
+
+def _phase(phase: memory.Phase) -> Mapping[str, Any]:
+    return {"name": phase.name, "stage": phase.stage, "items": phase.items, "total": phase.total}
 
 
 def _span(scenario: Scenario, span: Span) -> PlannedSpan:

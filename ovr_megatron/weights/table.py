@@ -111,6 +111,7 @@ def split(row: TensorRow, tensor: Tensor, tp: int, rank: int, shape: ModelShape)
         padding_rows = padded_vocab(shape, tp) - tensor.shape[0]
         padding = tensor.new_zeros(padding_rows, *tensor.shape[1:])
         tensor = torch.cat([tensor, padding])
+    # A rank holds whole heads, as attention works on them; of key-value heads, each with its query heads.
     units, what = _units(row, tensor, shape)
     if units % tp:
         divisors = [str(size) for size in range(1, tp) if not units % size]
