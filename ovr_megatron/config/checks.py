@@ -69,14 +69,14 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         names = [part for part in path if isinstance(part, str)]
         field = field_at(schema, names)
-        # Pydantic's input is as it was written: 1 for a float is shown as 1.0, as the setting would be.
-        shown = value
+        # Pydantic's input is as it was written: 1 for a float is printed as 1.0, as the setting would be.
+        shown_value = value
         if value is input_value and field.annotation is float:
-            shown = float(input_value)
+            shown_value = float(input_value)
         # The bound that keeps counts within memory is no choice of the setting: `bounds` leaves it out.
         too_large = kind == "less_than_equal" and first["ctx"]["le"] == LARGEST
         allowed = f"be at most {LARGEST}" if too_large else bounds(field)
-        return f"{key}={shown} must {allowed}"
+        return f"{key}={shown_value} must {allowed}"
     return f"{dotted or 'config'}: {first['msg']} (got {value!r})"
 
 

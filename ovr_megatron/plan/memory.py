@@ -145,7 +145,7 @@ def _overhead(scenario: Scenario) -> dict[str, int]:
     """Return what every phase has besides models and activations."""
     parallel = scenario.config.parallel
     group_sizes = (parallel.tp, parallel.pp, parallel.cp, scenario.dp, scenario.dp * parallel.cp, scenario.world)
-    groups = sum(size > 1 for size in group_sizes)
+    groups = sum(size > 1 for size in group_sizes)  # a group of one rank sends nothing
     if isinstance(scenario.config, RLConfig):
         groups += scenario.config.rollout.tp > 1
     margin = int(MARGIN * scenario.gpu.memory)

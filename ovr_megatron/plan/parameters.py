@@ -206,6 +206,7 @@ def buckets(parameters: Sequence[Parameter], parallel: ParallelConfig, dp: int, 
         start = _round_up(end, _PARAMETER_ALIGNMENT) if is_padded else end
         end = start + parameter.numel
         spans.append((start, end))
+        # A bucket ends with the parameter that fills it, which may reach beyond the limit.
         if own_bucket or (limit is not None and end >= limit):
             yield close_bucket()
             spans = []

@@ -258,7 +258,7 @@ def _phase_lines(plan: Plan) -> list[str]:
         for start in range(0, len(items), _ITEMS_PER_LINE):
             lines.append(f"    {', '.join(items[start : start + _ITEMS_PER_LINE])}")
     patches = plan["patches_of_a_pack"]
-    if patches["room"] is not None:
+    if patches["room"] is not None:  # else the tower stores nothing, and any number fits
         lines.append(f"  images: {patches['expected']:,} patches in a pack expected, room for {patches['room']:,}")
     if engine := plan["engine"]:
         sequences = engine["cache_tokens"] / engine["longest"]
