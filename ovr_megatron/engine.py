@@ -67,7 +67,9 @@ def is_frozen(name: str, model: ModelConfig) -> bool:
     """Whether ``model`` freezes the parameter of this (global) Megatron name."""
     if name.startswith("vision.merger."):
         return model.freeze_merger
-    return model.freeze_vision if name.startswith("vision.") else model.freeze_language
+    if name.startswith("vision."):
+        return model.freeze_vision
+    return model.freeze_language
 
 
 class Engine:
@@ -363,7 +365,9 @@ class Engine:
         # Leave out the rows that alignment added at the end of each document.
         starts = aligned.bounds.tolist()
         lengths = pack.cu_seqlens.diff().tolist()
-        documents = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+        documents = []
+        for start, length in zip(starts, lengths, strict=False):  # the last start is the end of the pack
+            documents.append(torch.arange(start, start + length))
         return columns.t()[send(torch.cat(documents), columns.device)]
 
     @torch.no_grad()
@@ -391,7 +395,8 @@ class Engine:
             if self.groups.cp.size() > 1:  # ranks hold disjoint rows and zeros elsewhere: the sum puts them together
                 dist.all_reduce(columns, group=self.groups.cp)
         if self.groups.pp.size() > 1:
-            dist.broadcast(columns, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+            last_stage = self.groups.pp.size() - 1
+            dist.broadcast(columns, group=self.groups.pp, group_src=last_stage)
         return columns
 
     def backward(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
@@ -466,17 +471,20 @@ class Engine:
             names = list(sums[0])
             pack_sums = []
             for entry in sums:
-                pack_sums.append(torch.stack([entry[name].double() for name in names]))
+                values_of_pack = [entry[name].double() for name in names]
+                pack_sums.append(torch.stack(values_of_pack))
             totals = torch.stack(pack_sums).sum(0)
             # The count travels with the sums: one collective, and one wait for the device below.
-            totals = torch.cat((totals, send(torch.tensor([sum(counts)], dtype=totals.dtype), totals.device)))
+            local_count = torch.tensor([sum(counts)], dtype=totals.dtype)
+            totals = torch.cat((totals, send(local_count, totals.device)))
             dist.all_reduce(totals, group=self.groups.dp_cp)
             *values, count = totals.tolist()
             means = {name: value / max(count, 1) for name, value in zip(names, values, strict=True)}
             means["count"] = count
         if self.groups.pp.size() > 1:
+            last_stage = self.groups.pp.size() - 1
             objects = [means]
-            dist.broadcast_object_list(objects, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+            dist.broadcast_object_list(objects, group=self.groups.pp, group_src=last_stage)
             means = objects[0]
         return means
 

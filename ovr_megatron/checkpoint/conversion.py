@@ -55,7 +55,8 @@ def export_hf(checkpoint: Path, out: Path, critic: bool, dtype: str | None, work
     part = "critic" if critic else "policy"
     manifest = check(checkpoint, under=part)
     if not (checkpoint / part).is_dir():
-        parts = ", ".join(sorted({name.split("/")[0] for name in manifest.files}))
+        folders = sorted({name.split("/")[0] for name in manifest.files})
+        parts = ", ".join(folders)
         raise CheckpointError(f"{checkpoint} has no {part}, only {parts}; use another checkpoint")
     shape = ModelShape.from_hf(checkpoint / part)
     assets = load_assets(checkpoint / part, shape)
@@ -84,7 +85,9 @@ def compare_export(out: Path, hf: Path, critic: bool, workers: int) -> bool:
     Returns:
         Whether both folders are equal.
     """
-    problems = differences(out, hf, ignore=[HEAD, VALUE_HEAD] if critic else [], workers=workers)
+    # The export of a critic has neither: its value head has no place there, and it has no output layer.
+    ignore = [HEAD, VALUE_HEAD] if critic else []
+    problems = differences(out, hf, ignore=ignore, workers=workers)
     for problem in problems[:SHOWN_DIFFERENCES]:
         print(printable(f"differs: {problem}"))
     print(f"{len(problems)} differences from {hf}" if problems else f"equal to {hf}, bit by bit")

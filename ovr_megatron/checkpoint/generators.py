@@ -16,10 +16,11 @@ def generator_states() -> dict[str, Tensor]:
     """Return the states of Python's, NumPy's and torch's global generators, bit for bit."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached_gauss = np.random.get_state()
+    # Empty or one value: the second number of a normal pair that `random.gauss` keeps for its next call.
+    spare = [] if gauss is None else [gauss]
     states = {
         "python": torch.tensor(words, dtype=torch.int64),
-        # Empty or one value: the second number of a normal pair that `random.gauss` keeps for its next call.
-        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "python.gauss": torch.tensor(spare, dtype=torch.float64),
         # The words are uint32, for which torch has hardly an operation: they are widened.
         "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
         "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
@@ -33,9 +34,10 @@ def generator_states() -> dict[str, Tensor]:
 
 def set_generator_states(states: dict[str, Tensor]) -> None:
     """Set the generators to ``states``, the inverse of `generator_states`."""
-    gauss = states["python.gauss"].tolist()
     words = tuple(states["python"].tolist())
-    random.setstate((_PYTHON_VERSION, words, gauss[0] if gauss else None))
+    spare = states["python.gauss"].tolist()
+    gauss = spare[0] if spare else None
+    random.setstate((_PYTHON_VERSION, words, gauss))
 
     keys = states["numpy"].numpy().astype(np.uint32)
     position, has_gauss = states["numpy.position"].tolist()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ovr_megatron.data.hf_files import BASE_GENERATION, GENERATION, PREPROCESSOR, PROCESSOR
 from ovr_megatron.data.processing import Processor
@@ -75,7 +75,7 @@ def write_generation_config(folder: Path, shape: ModelShape, vocabulary: dict[st
     path.write_text(text)
 
 
-def _update_json(path: Path, values: dict[str, Any]) -> None:
+def _update_json(path: Path, values: Mapping[str, object]) -> None:
     """Set top-level fields of a JSON file, if the folder has it."""
     if not path.exists():
         return

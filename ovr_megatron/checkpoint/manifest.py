@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime import watchdog
@@ -43,6 +43,36 @@ class FileRecord:
     sha256: str
 
 
+class OptimizerRecord(TypedDict):
+    """An engine's optimizer in the manifest of a run.
+
+    Attributes:
+        steps: steps taken.
+        parts: kinds of its state, each in its own folder.
+        skipped: skipped steps in all, and in a row at the end.
+    """
+
+    steps: int
+    parts: list[str]
+    skipped: list[int]
+
+
+class RunRecord(TypedDict):
+    """What a run writes to ``extra`` of its manifests.
+
+    Attributes:
+        state: the loop's cursors, as JSON.
+        ranks: ranks that wrote it, each with its random generators.
+        optimizers: by engine.
+        stage: of the run, so that no other stage goes on from it.
+    """
+
+    state: Mapping[str, Any]
+    ranks: int
+    optimizers: dict[str, OptimizerRecord]
+    stage: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The contents of a checkpoint.
@@ -63,7 +93,7 @@ class Manifest:
 def write_manifest(
     directory: str | Path,
     step: int,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     records: dict[str, FileRecord] | None = None,
 ) -> Manifest:
     """Write the manifest of ``directory`` atomically (temporary name, rename).

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ovr_megatron.checkpoint.generators import set_generator_states
-from ovr_megatron.checkpoint.manifest import CheckpointError, check, read_manifest, step_of
+from ovr_megatron.checkpoint.manifest import CheckpointError, RunRecord, check, read_manifest, step_of
 from ovr_megatron.checkpoint.writing import (
     RNG,
     DiskQueue,
@@ -146,7 +146,7 @@ def start_save(
         stage: of the run, so that no other stage goes on from it.
     """
     # Through JSON now: the loop goes on changing its own state, and what is no JSON fails here and not in the manifest.
-    extra: dict[str, Any] = {"state": json.loads(json.dumps(state)), "ranks": world.size, "optimizers": {}}
+    extra: RunRecord = {"state": json.loads(json.dumps(state)), "ranks": world.size, "optimizers": {}}
     if stage:
         extra["stage"] = stage
     for name, engine in engines.items():
@@ -296,7 +296,8 @@ def _candidates(directory: Path, stage: str | None) -> tuple[list[Path], list[st
     skipped: list[str] = []
     for path in folders:
         try:
-            paths.append((_resume_point(path, stage).step, path))
+            step = _resume_point(path, stage).step
+            paths.append((step, path))
         except CheckpointError as error:
             skipped.append(str(error))
     return [path for _, path in sorted(paths, reverse=True)], skipped

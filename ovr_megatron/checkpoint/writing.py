@@ -15,14 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ovr_megatron.checkpoint.generators import generator_states
-from ovr_megatron.checkpoint.manifest import FileRecord, file_record, write_manifest
+from ovr_megatron.checkpoint.manifest import FileRecord, RunRecord, file_record, write_manifest
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
@@ -78,7 +77,7 @@ class PendingSave:
     """
 
     step: int
-    extra: dict[str, Any]
+    extra: RunRecord
     partial: Path
     final: Path
     jobs: list[Future[Records]] = field(default_factory=list)
@@ -143,13 +142,19 @@ def plan_files(folders: Sequence[TensorFolder], world: World) -> dict[str, list[
     """
     # Every rank plans alike, from the sizes and the ranks alone: nothing has to be sent.
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    order = sorted(range(world.size), key=lambda rank: (rank % ranks_per_node, rank))
+    order = sorted(range(world.size), key=lambda rank: (rank % ranks_per_node, rank))  # the first of each node first
     files = {folder.folder: _cut_into_files(folder) for folder in folders}
     shards = list(chain.from_iterable(files.values()))
     # In order, so that neighbouring files, which are of about the same size, go to different ranks.
     shares = balance([shard.nbytes for shard in shards], world.size, in_order=True)
-    writers = {shards[index].path: rank for rank, share in zip(order, shares, strict=True) for index in share}
-    return {name: [replace(shard, writer=writers[shard.path]) for shard in files[name]] for name in files}
+    writers: dict[str, int] = {}
+    for rank, share in zip(order, shares, strict=True):
+        for index in share:
+            writers[shards[index].path] = rank
+    shards_by_folder: dict[str, list[Shard]] = {}
+    for name, folder_shards in files.items():
+        shards_by_folder[name] = [replace(shard, writer=writers[shard.path]) for shard in folder_shards]
+    return shards_by_folder
 
 
 def _cut_into_files(folder: TensorFolder) -> list[Shard]:
@@ -159,7 +164,9 @@ def _cut_into_files(folder: TensorFolder) -> list[Shard]:
     ends = cut(sizes)
     shards = []
     for file_name, (start, stop) in zip(shard_names(len(ends)), pairwise([0, *ends]), strict=True):
-        shards.append(Shard(f"{folder.folder}/{file_name}", tuple(names[start:stop]), sum(sizes[start:stop])))
+        path = f"{folder.folder}/{file_name}"
+        nbytes = sum(sizes[start:stop])
+        shards.append(Shard(path, tuple(names[start:stop]), nbytes))
     return shards
 
 
@@ -264,7 +271,8 @@ def _prepare(partial: Path, files: dict[str, list[Shard]], hf_assets: Path, dtyp
             names += [f"{folder}/{name}" for name in copied]
         if len(shards) > 1:
             tensors_by_file = {Path(shard.path).name: shard.names for shard in shards}
-            write_index(partial / folder / INDEX, tensors_by_file, sum(shard.nbytes for shard in shards))
+            total_bytes = sum(shard.nbytes for shard in shards)
+            write_index(partial / folder / INDEX, tensors_by_file, total_bytes)
             names.append(f"{folder}/{INDEX}")
     return {name: file_record(partial / name) for name in names}
 

@@ -81,6 +81,7 @@ class AlgorithmConfig:
             f"algorithm.reduction_tokens={self.reduction_tokens} needs algorithm.reduction=constant, which is "
             f"{self.reduction}; change one of them",
         )
+        # In the warm-up the critic alone learns: without one nothing would.
         require(
             self.has_critic or not self.critic_warmup_iterations,
             f"algorithm.critic_warmup_iterations={self.critic_warmup_iterations}: {self.estimator} has no critic",
@@ -112,8 +113,15 @@ class AlgorithmConfig:
 
         One is for the log-probabilities before the update, one for those of the reference.
         """
-        in_reward = bool(self.kl_coefficient) and self.kl_in == "reward"
-        return int(self.policy_updates > 1 or in_reward) + bool(self.kl_coefficient)
+        has_reference = bool(self.kl_coefficient)
+        in_reward = has_reference and self.kl_in == "reward"
+        # With a single update the policy is still the one before it: the update's own pass has its log-probabilities.
+        passes = 0
+        if self.policy_updates > 1 or in_reward:
+            passes += 1
+        if has_reference:
+            passes += 1
+        return passes
 
     @property
     def policy_updates(self) -> int:

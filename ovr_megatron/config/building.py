@@ -16,10 +16,10 @@ from ovr_megatron.config.writing import remember_environment
 T = TypeVar("T")
 
 
-def defaults(schema: type) -> dict[str, Any]:
+def defaults(schema: type) -> dict[str, object]:
     """Return every key of ``schema`` with its default, nested; a value that must be given is ``???`` (Hydra's mark)."""
     hints = typing.get_type_hints(schema)
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for field in dataclasses.fields(schema):
         if field.default is not dataclasses.MISSING:
             values[field.name] = field.default
@@ -34,10 +34,11 @@ def defaults(schema: type) -> dict[str, Any]:
 
 def _as_dict(value: Any) -> Any:
     """Return a dataclass as a nested dictionary, and any other value as it is."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    is_instance = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_instance else value
 
 
-def build(schema: type[T], values: DictConfig | dict[str, Any]) -> T:
+def build(schema: type[T], values: DictConfig | dict[str, object]) -> T:
     """Check ``values`` against the dataclass ``schema``.
 
     Returns:

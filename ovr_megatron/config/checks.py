@@ -44,14 +44,18 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
         prefix: what stands before the names of its fields, as ``run.``.
     """
     first = error.errors(include_url=False)[0]
-    kind, path, number = first["type"], first["loc"], first["input"]
+    kind = first["type"]
+    path = first["loc"]
+    input_value = first["input"]
     if kind == "value_error":  # a `ConfigError` of a check across fields, which names its keys
         return str(first["ctx"]["error"])
-    dotted = prefix + ".".join(map(str, path))
+    keys = tuple(map(str, path))
+    dotted = prefix + ".".join(keys)
     if kind == "unexpected_keyword_argument":
         return unknown_setting(schema, dotted)
     # The text shows ${oc.env:NAME}, not the variable's value, which may be a secret.
-    value = text_as_written(tuple(map(str, path)), number)
+    value = text_as_written(keys, input_value)
+    # An index is written as in the checks across fields: ``curriculum[0].max_tokens``.
     key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", dotted)
     if kind == "string_too_short":
         return f"{key} is empty; give a value, or null where it may be left out"
@@ -63,10 +67,16 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
     if kind == "int_parsing_size":  # more digits than any setting has
         return f"{key}={value} is too large a number"
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        field = field_at(schema, [part for part in path if isinstance(part, str)])
-        shown = float(number) if value is number and field.annotation is float else value
+        names = [part for part in path if isinstance(part, str)]
+        field = field_at(schema, names)
+        # Pydantic's input is as it was written: 1 for a float is printed as 1.0, as the setting would be.
+        shown_value = value
+        if value is input_value and field.annotation is float:
+            shown_value = float(input_value)
+        # The bound that keeps counts within memory is no choice of the setting: `bounds` leaves it out.
         too_large = kind == "less_than_equal" and first["ctx"]["le"] == LARGEST
-        return f"{key}={shown} must {f'be at most {LARGEST}' if too_large else bounds(field)}"
+        allowed = f"be at most {LARGEST}" if too_large else bounds(field)
+        return f"{key}={shown_value} must {allowed}"
     return f"{dotted or 'config'}: {first['msg']} (got {value!r})"
 
 
@@ -79,7 +89,11 @@ def fields_of(schema: type) -> dict[str, FieldInfo]:
 def field_at(schema: type, names: list[str]) -> FieldInfo:
     """Return the field of ``schema`` at the end of a path; an index of a list is no part of ``names``."""
     field = fields_of(schema)[names[0]]
-    return field_at(inner_schemas(field.annotation)[0], names[1:]) if names[1:] else field
+    inner_names = names[1:]
+    if not inner_names:
+        return field
+    inner_schema = inner_schemas(field.annotation)[0]
+    return field_at(inner_schema, inner_names)
 
 
 def inner_schemas(annotation: Any) -> list[type]:
@@ -87,18 +101,25 @@ def inner_schemas(annotation: Any) -> list[type]:
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return [annotation]
     if typing.get_origin(annotation) in (list, typing.Union, UnionType):
-        return [schema for argument in typing.get_args(annotation) for schema in inner_schemas(argument)]
+        schemas: list[type] = []
+        for argument in typing.get_args(annotation):
+            schemas += inner_schemas(argument)
+        return schemas
     return []
 
 
 def bounds(field: FieldInfo) -> str:
     """Return what a number must do, as ``be positive`` or ``lie in 0..1``; an empty text without bounds."""
-    limits: dict[str, Any] = {}
+    limits: dict[str, float] = {}
     zero = ""
     for mark in field.metadata:
-        limits |= {name: getattr(mark, name) for name in ("gt", "ge", "lt", "le") if hasattr(mark, name)}
-        zero = f" ({mark.meaning})" if isinstance(mark, ZeroMeans) else zero
-    if (limits.get("ge"), limits.get("le")) == (0, 1) and not zero:
+        for name in ("gt", "ge", "lt", "le"):
+            if hasattr(mark, name):
+                limits[name] = getattr(mark, name)
+        if isinstance(mark, ZeroMeans):
+            zero = f" ({mark.meaning})"
+    is_unit_interval = limits.get("ge") == 0 and limits.get("le") == 1
+    if is_unit_interval and not zero:
         return "lie in 0..1"
     phrases = []
     if "gt" in limits:
@@ -109,4 +130,6 @@ def bounds(field: FieldInfo) -> str:
         phrases.append(f"below {limits['lt']}")
     if limits.get("le", LARGEST) != LARGEST:
         phrases.append(f"at most {limits['le']:,}")
-    return "be " + " and ".join(phrases) if phrases else ""
+    if not phrases:
+        return ""
+    return "be " + " and ".join(phrases)

@@ -80,6 +80,7 @@ class DataConfig:
     """Number of samples for tools/plan.py, where there are no data to look at."""
 
     def __post_init__(self) -> None:
+        # A tokenised set was made of its sources, without the rows of its own exclude file.
         require(
             not self.tokenised or not (self.sources or self.exclude),
             f"data.tokenised={self.tokenised} replaces data.sources and data.exclude; remove one or the other",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +22,7 @@ def described_yaml(schema: type, values: DictConfig) -> str:
     return "\n".join(_lines(schema, written, "")) + "\n"
 
 
-def _lines(schema: type, values: dict[str, Any], indent: str) -> Iterator[str]:
+def _lines(schema: type, values: Mapping[str, object], indent: str) -> Iterator[str]:
     """Yield the lines of the settings of ``schema``."""
     for name, field in fields_of(schema).items():
         yield from _comment(_description(field), indent)
@@ -35,19 +35,25 @@ def _lines(schema: type, values: dict[str, Any], indent: str) -> Iterator[str]:
         for inner_schema in schemas:
             for inner_name, inner in fields_of(inner_schema).items():
                 yield from _comment(f"{inner_name}: {_description(inner)}", f"{indent}#   ", "")
-        text = OmegaConf.to_yaml(OmegaConf.create({name: value}))
+        setting = OmegaConf.create({name: value})
+        text = OmegaConf.to_yaml(setting)
         yield from textwrap.indent(text, indent).splitlines()
 
 
 def _comment(text: str, indent: str, mark: str = "# ") -> list[str]:
     """Return ``text`` as lines of a comment."""
-    return textwrap.wrap(text, WIDTH, initial_indent=indent + mark, subsequent_indent=indent + mark)
+    prefix = indent + mark
+    return textwrap.wrap(text, WIDTH, initial_indent=prefix, subsequent_indent=prefix)
 
 
 def _description(field: FieldInfo) -> str:
     """Return the description of a setting, with its choices or bounds."""
-    description = " ".join((field.description or "").split())
-    allowed = " | ".join(_choices(field.annotation)) or bounds(field).removeprefix("be ").removeprefix("lie ")
+    words = (field.description or "").split()  # a docstring has line breaks and indentation
+    description = " ".join(words)
+    allowed = " | ".join(_choices(field.annotation))
+    if not allowed:
+        # The verbs belong to the sentence of an error.
+        allowed = bounds(field).removeprefix("be ").removeprefix("lie ")
     return f"{description} [{allowed}]" if allowed else description
 
 

@@ -22,13 +22,17 @@ def parse_layout(text: str) -> tuple[ParallelConfig, int]:
         argparse.ArgumentTypeError: an unknown or repeated key, a size that is no number, or an impossible layout.
     """
     assignments = [part for part in text.split(",") if part]
-    values = dict(part.split("=", 1) for part in assignments if "=" in part)
-    if len(values) != len(assignments) or set(values) - set(KEYS):
+    pairs = [part.split("=", 1) for part in assignments if "=" in part]
+    values = dict(pairs)
+    unknown = set(values) - set(KEYS)
+    # Fewer values than parts: a key stands twice, or a part has no value.
+    if len(values) != len(assignments) or unknown:
         raise argparse.ArgumentTypeError(f"{text!r} is not a layout; write for example tp=2,sp=1 with {KEYS}")
     if not all(value.isdigit() for value in values.values()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a layout: sizes are numbers")
     sizes = {key: int(values.get(key, 1)) for key in SIZES}
     switches = {key: bool(int(values.get(key, 0))) for key in SWITCHES}
+    overlap = switches["overlap"] if "overlap" in values else switches["zero"]
     try:
         layout = ParallelConfig(
             tp=sizes["tp"],
@@ -37,7 +41,7 @@ def parse_layout(text: str) -> tuple[ParallelConfig, int]:
             cp=sizes["cp"],
             sequence_parallel=switches["sp"],
             distributed_optimizer=switches["zero"],
-            overlap=switches["overlap"] if "overlap" in values else switches["zero"],
+            overlap=overlap,
         )
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

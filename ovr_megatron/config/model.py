@@ -84,6 +84,7 @@ class ParallelConfig:
             not self.sequence_parallel or self.tp > 1,
             "parallel.sequence_parallel=true needs parallel.tp of at least 2",
         )
+        # Without a pipeline the only stage has all layers.
         for key in ("first_stage_layers", "last_stage_layers"):
             count = getattr(self, key)
             require(not count or self.pp > 1, f"parallel.{key}={count} needs parallel.pp of at least 2")
@@ -97,6 +98,7 @@ class ParallelConfig:
     def data_parallel(self, world_size: int) -> int:
         """Return the data-parallel size of ``world_size`` ranks; raise `ConfigError` if it does not divide."""
         ranks = self.ranks
+        # Every replica has all of the model: a rest of ranks would have no place.
         require(
             world_size % ranks == 0,
             f"{world_size} processes cannot be cut into tp={self.tp} x pp={self.pp} x cp={self.cp} = {ranks} ranks "

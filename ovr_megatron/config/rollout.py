@@ -83,6 +83,7 @@ class EvaluationConfig:
         )
         names = [source.name or "" for source in self.sources]
         for source, name in zip(self.sources, names, strict=True):
+            # Files and metrics of a set carry its name.
             require(
                 bool(re.fullmatch(r"[\w.-]+", name)),
                 f"evaluation.sources: {source.path} is called {name!r}; give it a name of letters, digits, - _ or .",

@@ -48,6 +48,7 @@ class RunConfig:
     """Last losses of which that median is taken."""
 
     def __post_init__(self) -> None:
+        # Two trackers of one name would write each metric twice into one place.
         require(len(set(self.trackers)) == len(self.trackers), f"run.trackers={self.trackers} has a name twice")
         require(
             not self.export_every % self.save_every,

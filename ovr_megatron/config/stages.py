@@ -97,6 +97,7 @@ class RLConfig:
             f"responses={self.responses}: algorithm.estimator={self.algorithm.estimator} and dynamic_sampling compare "
             "the responses to one prompt; take 2 or more",
         )
+        # The penalty begins so many tokens before the limit: within a shorter one it would begin before the response.
         shortest = min((stage.max_tokens for stage in self.curriculum), default=0)
         require(
             self.algorithm.overlong_buffer < shortest or not self.algorithm.overlong_buffer,
@@ -115,6 +116,7 @@ class RLConfig:
             f"only={self.only} with rollouts_from={self.rollouts_from}: only=train needs the run folder to learn from, "
             "and nothing else takes one",
         )
+        # Resolved, as one folder can be written in several ways.
         require(
             not self.rollouts_from or Path(self.rollouts_from).resolve() != Path(self.run.dir).resolve(),
             f"rollouts_from={self.rollouts_from} is run.dir: the run would replace what it learns from; choose another "
@@ -127,6 +129,7 @@ class RLConfig:
                 f"curriculum[{index}].max_tokens={stage.max_tokens} leaves no room for a response to a prompt of "
                 f"data.max_prompt_tokens={self.data.max_prompt_tokens}; raise the first or lower the second",
             )
+        # A stage begins after the `until` of the one before: without a rise it would never run.
         ends = [stage.until for stage in self.curriculum]
         require(ends == sorted(set(ends)), f"curriculum: 'until' must rise, got {ends}")
         require(

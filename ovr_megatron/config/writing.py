@@ -70,7 +70,8 @@ def _as_written(value: Any, path: KeyPath = ()) -> Any:
 
 def as_yaml(config: Any) -> str:
     """Return the checked ``config`` as YAML; values of environment variables stay ``${oc.env:NAME}``."""
-    return OmegaConf.to_yaml(OmegaConf.create(_as_written(dataclasses.asdict(config))))
+    written = _as_written(dataclasses.asdict(config))
+    return OmegaConf.to_yaml(OmegaConf.create(written))
 
 
 def save(config: Any, path: Path) -> None:

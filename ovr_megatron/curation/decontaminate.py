@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -83,15 +82,20 @@ class NgramIndex:
         for table in self.tables:
             if table.short and 2 * table.n < len(hashes):
                 continue
-            positions = _positions(table.hashes, np.unique(ngram_hashes(hashes, table.n)))
+            text_ngrams = np.unique(ngram_hashes(hashes, table.n))
+            positions = _positions(table.hashes, text_ngrams)
             if not len(positions):
                 continue
-            occurrences = [table.problems[table.starts[i] : table.starts[i + 1]] for i in positions]
+            occurrences = []
+            for i in positions:
+                start = table.starts[i]
+                end = table.starts[i + 1]
+                occurrences.append(table.problems[start:end])
             problems, counts = np.unique(np.concatenate(occurrences), return_counts=True)
             # Hashes are distinct in the table and in the text, so counts are numbers of distinct n-grams.
             shares = counts / self.sizes[problems]
-            for i in np.flatnonzero(shares >= self.threshold):
-                matches.append((float(shares[i]), int(problems[i])))
+            is_match = shares >= self.threshold
+            matches += zip(shares[is_match].tolist(), problems[is_match].tolist(), strict=True)
         return sorted(matches, reverse=True)
 
 
@@ -99,7 +103,8 @@ def _positions(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """Return the positions in ``table``, ascending, of those of ``hashes`` that it contains."""
     positions = np.searchsorted(table, hashes)
     # A hash above all of the table's gets the position behind the last, which is no index.
-    candidates = table[np.minimum(positions, len(table) - 1)]
+    indices = np.minimum(positions, len(table) - 1)
+    candidates = table[indices]
     return positions[candidates == hashes]
 
 
@@ -109,24 +114,38 @@ def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> 
     by_length: dict[tuple[int, bool], list[tuple[int, np.ndarray]]] = {}
     for index, text in enumerate(texts):
         text_words = words(_prepared(text, masked))
-        short = len(text_words) < config.min_words
+        count = len(text_words)
+        short = count < config.min_words
         if not text_words or (short and masked):  # a handful of words with any numbers identifies no problem
             continue
-        n = len(text_words) if short else min(config.n, len(text_words), max(_SHORTEST, len(text_words) // _EDIT))
+        n = count
+        if not short:
+            affordable = max(_SHORTEST, count // _EDIT)
+            n = min(config.n, count, affordable)
         hashes = np.unique(ngram_hashes(word_hashes(text_words), n))
         sizes[index] = len(hashes)
-        by_length.setdefault((n, short), []).append((index, hashes))
-    tables = tuple(_table(n, short, problems) for (n, short), problems in sorted(by_length.items()))
-    return NgramIndex(sizes, tables, config.masked_threshold if masked else config.threshold)
+        same_length = by_length.setdefault((n, short), [])
+        same_length.append((index, hashes))
+    tables = []
+    for (n, short), problems in sorted(by_length.items()):
+        tables.append(_table(n, short, problems))
+    threshold = config.masked_threshold if masked else config.threshold
+    return NgramIndex(sizes, tuple(tables), threshold)
 
 
 def _table(n: int, short: bool, problems: list[tuple[int, np.ndarray]]) -> NgramTable:
-    all_hashes = np.concatenate([hashes for _, hashes in problems])
-    owners = np.concatenate([np.full(len(hashes), index, np.int32) for index, hashes in problems])
+    hash_parts = []
+    owner_parts = []
+    for index, hashes in problems:
+        hash_parts.append(hashes)
+        owner_parts.append(np.full(len(hashes), index, np.int32))
+    all_hashes = np.concatenate(hash_parts)
+    owners = np.concatenate(owner_parts)
     # Stable: the problems of an n-gram stay in the order of their indices.
     order = np.argsort(all_hashes, kind="stable")
     distinct, starts = np.unique(all_hashes[order], return_index=True)
-    return NgramTable(n, short, distinct, np.append(starts, len(all_hashes)), owners[order])
+    bounds = np.append(starts, len(all_hashes))
+    return NgramTable(n, short, distinct, bounds, owners[order])
 
 
 def _prepared(text: str, masked: bool) -> str:
@@ -174,19 +193,30 @@ class Problems:
 
     def _pixels(self, row: RowJson) -> frozenset[str]:
         root = Path(self.config.dir)
-        parts = [ImagePart(path=root / name, root=root, where=str(row.get("id"))) for name in image_names(row)]
-        return frozenset(pixel_digest(load_image(part, self.config.data)) for part in parts)
+        where = str(row.get("id"))
+        digests = set()
+        for name in image_names(row):
+            part = ImagePart(path=root / name, root=root, where=where)
+            image = load_image(part, self.config.data)
+            digests.add(pixel_digest(image))
+        return frozenset(digests)
 
 
 def question(row: RowJson) -> str:
     """Return the text of the user's messages, without the request for a box that readers of foreign formats add."""
-    text = "\n".join(content_text(m["content"]) for m in row["messages"] if m["role"] == "user")
+    texts = []
+    for message in row["messages"]:
+        if message["role"] == "user":
+            texts.append(content_text(message["content"]))
+    text = "\n".join(texts)
     return text.replace(BOX_REQUEST, "").replace(LETTER_REQUEST, "")
 
 
 def pixel_digest(image: Image.Image) -> str:
     """Return the SHA-256 of size and pixels of an RGB image."""
-    return hashlib.sha256(f"{image.width}x{image.height}\0".encode() + image.tobytes()).hexdigest()
+    # The size belongs to it: the same bytes in rows of another width are another image.
+    size = f"{image.width}x{image.height}\0"
+    return hashlib.sha256(size.encode() + image.tobytes()).hexdigest()
 
 
 def load_problems(config: PrepareConfig) -> Problems:
@@ -204,8 +234,11 @@ def load_problems(config: PrepareConfig) -> Problems:
         texts.append(text)
         images.append(pixels)
     settings = config.decontaminate
-    masked = build_index(texts, settings, True) if settings.masked_threshold else None
-    return Problems(names, images, build_index(texts, settings, False), masked, config)
+    masked = None
+    if settings.masked_threshold:
+        masked = build_index(texts, settings, True)
+    plain = build_index(texts, settings, False)
+    return Problems(names, images, plain, masked, config)
 
 
 def _questions(config: PrepareConfig) -> Iterator[tuple[str, str, frozenset[str]]]:
@@ -216,11 +249,13 @@ def _questions(config: PrepareConfig) -> Iterator[tuple[str, str, frozenset[str]
             raise ConfigError(f"decontaminate.sources: {source.path} never ends; for a puzzle set split=heldout")
         for index in range(len(rows)):
             row = rows[index]
-            pictures, videos = load_media(row, config.data)
-            frames = (frame for video in videos for frame in video)
-            pixels = frozenset(map(pixel_digest, [*pictures, *frames]))
+            images, videos = load_media(row, config.data)
+            digests = {pixel_digest(image) for image in images}
+            for frames in videos:
+                digests.update(map(pixel_digest, frames))
             messages = [MessageJson(role=message.role, content=message.text) for message in row.messages]
-            yield f"{row.source}: {row.id}", question({"messages": messages}), pixels
+            name = f"{row.source}: {row.id}"
+            yield name, question({"messages": messages}), frozenset(digests)
 
 
 def run(work: Work) -> None:
@@ -238,7 +273,7 @@ def run(work: Work) -> None:
         work.drop(mapped.line, mapped.source, reason, problem=problem, share=share)
 
 
-def inputs(config: PrepareConfig) -> list[Any]:
+def inputs(config: PrepareConfig) -> list[object]:
     """Return fingerprints of the files of the evaluation sets."""
     return [[source.path, listing(source.path)] for source in config.decontaminate.sources]
 

@@ -53,16 +53,21 @@ def run(work: Work) -> None:
     originals = first.copy()  # int64[n]: the row that each row duplicates, -1 for a row that stays
     if config.near:
         unique = np.flatnonzero(first < 0)
+        # Indexing copies the selected signatures into memory; without exact duplicates the mapped file will do.
         unique_signatures = signatures if len(unique) == work.count else signatures[unique]
         leaders = near_duplicates(unique_signatures, classes[unique], config.bands, config.threshold)
-        near = leaders >= 0
-        originals[unique[near]] = unique[leaders[near]]
+        # Indices into the unique rows become indices of rows.
+        is_near = leaders >= 0
+        near_rows = unique[is_near]
+        near_leaders = leaders[is_near]
+        originals[near_rows] = unique[near_leaders]
     for index, (line, source) in enumerate(zip(work.lines(), sources, strict=True)):
         if originals[index] < 0:
             work.keep(line, source)
         else:
             reason = EXACT if first[index] >= 0 else NEAR
-            work.drop(line, source, reason, number=index, of=int(originals[index]))
+            original = int(originals[index])
+            work.drop(line, source, reason, number=index, of=original)
     del signatures  # unmaps the file
     file.unlink()
 
@@ -75,15 +80,23 @@ def hashes(config: DedupConfig, row: RowJson) -> tuple[int, int, np.ndarray | No
     images = " ".join(image_names(row))
     texts = []
     for message in messages:
-        text = " ".join(content_text(message["content"]).split())
+        text_words = content_text(message["content"]).split()
+        text = " ".join(text_words)
         texts.append(f"{message['role']}\0{text}")
+    # NUL between the fields: words must not move from one to the next unnoticed.
     content = f"{images}\0" + "\0".join(texts)
-    exact = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
+    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+    exact = int.from_bytes(digest, "big")
     if not config.near:
         return exact, 0, None
     prompt = normalise(prompt_text(row))
-    text = prompt if config.key == "prompt" else prompt + "\n" + normalise(response_text(row) or "")
-    comparison_class = [images, *(numbers(prompt) if config.same_numbers else [])]
+    text = prompt
+    if config.key != "prompt":
+        response = normalise(response_text(row) or "")
+        text = f"{prompt}\n{response}"
+    comparison_class = [images]
+    if config.same_numbers:
+        comparison_class += numbers(prompt)
     shingles = shingles_of(word_hashes(words(text)), config.shingle)
     return exact, hash_of(comparison_class), signature(shingles, config.permutations)
 
@@ -92,9 +105,12 @@ def first_equal(values: np.ndarray) -> np.ndarray:
     """Return int64[n]: for each of ``values`` [n] the first index with the same value, -1 where that is its own."""
     order = np.argsort(values, kind="stable")
     ranked = values[order]
-    starts = np.concatenate([[True], ranked[1:] != ranked[:-1]]) if len(values) else np.zeros(0, bool)
+    is_start = np.ones(len(values), bool)
+    is_start[1:] = ranked[1:] != ranked[:-1]
     # The sort is stable: the row at the start of a run of equal values is the first of them.
-    first = order[starts][np.cumsum(starts) - 1]
+    first_of_runs = order[is_start]
+    runs = np.cumsum(is_start) - 1
+    first = first_of_runs[runs]
     result = np.full(len(values), -1, np.int64)
     result[order] = np.where(order == first, -1, first)
     return result

@@ -6,7 +6,7 @@ rate is written into the row as ``pass_rate``, and as ``difficulty`` (1 - rate).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict, cast
 
 from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
@@ -17,15 +17,24 @@ from ovr_megatron.curation.stage import PrepareStage, Work, listing
 TRIES = "tries"
 
 
+class PassRate(TypedDict, total=False):
+    """Number of right responses to a prompt out of ``samples``, or the ``error`` for which there is none."""
+
+    right: int
+    samples: int
+    error: str
+
+
 def run(work: Work) -> None:
     """Generate and grade responses to every prompt, then keep the prompts between the bounds."""
     check_sources(work.config)
     run_engines(work, "attempt")
     config = work.config.difficulty
-    results: dict[int, dict[str, Any]] = {}
+    results: dict[int, PassRate] = {}
     for path in sorted(work.folder.glob(f"{TRIES}.*.jsonl")):
         with Journal(path) as journal:
-            results.update({result["key"]: result for result in journal})
+            for entry in journal:
+                results[entry["key"]] = cast(PassRate, entry)
     for index, row in enumerate(work.rows()):
         source = row.get("source", "")
         result = results.get(index)

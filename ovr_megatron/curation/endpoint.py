@@ -17,12 +17,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import httpx
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.curation.settings import TeacherConfig
+from ovr_megatron.data.row_json import PartJson
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.terminal import printable
 
@@ -47,12 +48,26 @@ class _TransientError(Exception):
         self.wait_s = wait_s
 
 
+class ImageUrlPart(TypedDict):
+    """An image of a message in OpenAI's form; ``image_url`` holds a data URL as its ``url``."""
+
+    type: Literal["image_url"]
+    image_url: dict[str, str]
+
+
+class ChatMessage(TypedDict):
+    """A message in OpenAI's form."""
+
+    role: str
+    content: str | list[PartJson | ImageUrlPart]
+
+
 @dataclass(frozen=True)
 class Question:
     """One request: its key in the journal, messages in OpenAI's form, and the sampling seed."""
 
     key: int
-    messages: list[dict[str, Any]]
+    messages: list[ChatMessage]
     seed: int
 
 

@@ -9,15 +9,16 @@ which an interrupted run goes on.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ovr_megatron.config import ParallelConfig, build
+from ovr_megatron.curation.difficulty import PassRate
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import ROWS, batches
@@ -88,7 +89,7 @@ class Replica:
             row = parse_row({"answer": "-", **raw}, f"{path}:{line.number}", root)
             yield IndexedRow(index, raw, row)
 
-    def add(self, key: int, result: dict[str, Any]) -> None:
+    def add(self, key: int, result: Mapping[str, object]) -> None:
         """Write a result, once for all processes of the replica."""
         if self.is_leader:
             self.journal.add(key, result)
@@ -108,6 +109,7 @@ def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World)
     with replica.journal as journal:
         rows = (item for item in replica.rows(input_folder) if item.index not in journal and not item.row.is_prompt)
         for batch in batches(rows, settings.batch):
+            # Apart from the batch: a row without a prompt gets its error at once and has no loss.
             prompts = []
             lengths = []
             indices = []
@@ -119,8 +121,10 @@ def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World)
                     prompts.append(prompt)
                     lengths.append(length)
                     indices.append(item.index)
-            for index, length, logprobs in zip(indices, lengths, replica.engine.score(prompts), strict=True):
-                replica.add(index, {"loss": -float(logprobs[-length:].mean()), "tokens": length})
+            prompt_logprobs = replica.engine.score(prompts)
+            for index, length, logprobs in zip(indices, lengths, prompt_logprobs, strict=True):
+                loss = -float(logprobs[-length:].mean())
+                replica.add(index, {"loss": loss, "tokens": length})
 
 
 def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt, int, str | None]:
@@ -139,7 +143,8 @@ def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt,
     length = min(len(response), limit - prompt_length)
     if length < 1:
         return empty, 0, f"the prompt fills proxy_loss.max_tokens={limit}"
-    return Prompt([*sample.prompt_tokens, *response[:length]], sample.images, sample.videos), length, None
+    tokens = [*sample.prompt_tokens, *response[:length]]
+    return Prompt(tokens, sample.images, sample.videos), length, None
 
 
 def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -152,7 +157,9 @@ def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World
         rows = (
             item for item in replica.rows(input_folder) if response_text(item.raw) is None and not has_video(item.raw)
         )
-        for batch in batches(_questions(rows, config, (journal, earlier)), config.rollout.max_num_seqs):
+        # Answers of earlier runs count, too: `merge_journals` has moved them into one journal.
+        requests = _questions(rows, config, (journal, earlier))
+        for batch in batches(requests, config.rollout.max_num_seqs):
             for request, [generation] in replica.answer(batch, settings.temperature, settings.max_tokens):
                 text = replica.processor.decode(generation.tokens)
                 finish = "stop" if generation.stopped else "length"
@@ -165,8 +172,10 @@ def _questions(rows: Iterator[IndexedRow], config: PrepareConfig, journals: Sequ
     for item in rows:
         for sample in range(config.teacher.samples):
             key = question_key(config.teacher, item.raw, sample)
-            if not any(key in journal for journal in journals):
-                yield Request(key, item.row, [key >> 34])  # 30 of the key's 64 bits
+            is_answered = any(key in journal for journal in journals)
+            if not is_answered:
+                seed = key >> 34  # 30 of the key's 64 bits
+                yield Request(key, item.row, [seed])
 
 
 def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -215,20 +224,27 @@ def _grade(
     for request, group in groups:
         for generation in group:
             # A response that was cut off has no final answer, whatever stands in its last box.
-            text = replica.processor.decode(generation.tokens) if generation.stopped else ""
+            text = ""
+            if generation.stopped:
+                text = replica.processor.decode(generation.tokens)
             row = request.row
             rule = rules.get(row.source, "auto")
             thinking = config.data.template == "think"
             grade_requests.append(GradeRequest(text, row.answer or "", row.options, rule, thinking))
     by_row = batches(grader.grade(grade_requests), config.difficulty.samples)
-    graded = [(request, verdicts) for (request, _), verdicts in zip(groups, by_row, strict=True)]
+    graded = []
+    by_source: list[tuple[str, Verdict]] = []
+    for (request, _), verdicts in zip(groups, by_row, strict=True):
+        graded.append((request, verdicts))
+        by_source.extend((request.row.source, verdict) for verdict in verdicts)
     # In one call, so that a source is judged by the whole batch and not by its first prompt.
-    watch.add([count_verdicts((request.row.source, verdict) for request, verdicts in graded for verdict in verdicts)])
+    watch.add([count_verdicts(by_source)])
     for request, verdicts in graded:
-        replica.add(request.key, pass_rate(verdicts, rules.get(request.row.source, "auto")))
+        rule = rules.get(request.row.source, "auto")
+        replica.add(request.key, pass_rate(verdicts, rule))
 
 
-def pass_rate(verdicts: Sequence[Verdict], rule: str) -> dict[str, object]:
+def pass_rate(verdicts: Sequence[Verdict], rule: str) -> PassRate:
     """Return how many of a prompt's ``verdicts`` by ``rule`` are right, of how many, or the error if all failed.
 
     As in training, an expression that no grader can finish is a wrong answer, but a failure of a user's function says
@@ -236,8 +252,11 @@ def pass_rate(verdicts: Sequence[Verdict], rule: str) -> dict[str, object]:
     """
     valid = [verdict for verdict in verdicts if is_plain(rule) or not verdict.failed]
     if not valid:
-        return {"error": ": ".join(filter(None, (verdicts[0].reason, verdicts[0].box)))}
-    return {"right": sum(verdict.correct for verdict in valid), "samples": len(valid)}
+        first = verdicts[0]
+        error = ": ".join(filter(None, (first.reason, first.box)))
+        return {"error": error}
+    right = sum(verdict.correct for verdict in valid)
+    return {"right": right, "samples": len(valid)}
 
 
 TASKS = {"score": score, "answer": answer, "attempt": attempt}

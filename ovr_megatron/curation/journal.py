@@ -84,7 +84,7 @@ class Journal:
         self._file.seek(offset)
         return json.loads(self._file.readline())
 
-    def add(self, key: int, result: Mapping[str, Any]) -> None:
+    def add(self, key: int, result: Mapping[str, object]) -> None:
         """Append a result and flush it to the operating system; lookups see it after `reopen`."""
         self._keys.append(key)
         self._offsets.append(self._file.seek(0, 2))
@@ -110,7 +110,7 @@ class Journal:
         return int(self._sorted_offsets[index])
 
 
-def _key(result: Mapping[str, Any] | None) -> int | None:
+def _key(result: Mapping[str, object] | None) -> int | None:
     """Return the key of a result, None for an object that is no result."""
     key = (result or {}).get("key")
     return key if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 1 << 64 else None

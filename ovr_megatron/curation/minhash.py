@@ -18,20 +18,27 @@ _PAIRS = 1 << 16  # pairs of signatures compared at a time
 def signature(shingles: np.ndarray, permutations: int, seed: int = 0) -> np.ndarray:
     """Return uint32[permutations]: the minimum of each multiply-shift hash over ``shingles`` uint64[m], m > 0."""
     multipliers, offsets = _hash_functions(permutations, seed)
-    minima = np.full(permutations, np.iinfo(np.uint32).max, np.uint32)
+    largest = np.iinfo(np.uint32).max
+    minima = np.full(permutations, largest, np.uint32)
     for start in range(0, len(shingles), _BLOCK):
         block = shingles[None, start : start + _BLOCK]
         products = block * multipliers[:, None] + offsets[:, None]  # modulo 2**64, as multiply-shift hashing wants it
-        hashes = (products >> np.uint64(32)).astype(np.uint32)
-        minima = np.minimum(minima, hashes.min(axis=1))
+        # The upper half: the low bits of a product depend on the low bits of its factors only.
+        upper_bits = products >> np.uint64(32)
+        hashes = upper_bits.astype(np.uint32)
+        block_minima = hashes.min(axis=1)
+        minima = np.minimum(minima, block_minima)
     return minima
 
 
 def _hash_functions(permutations: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return odd multipliers and offsets, uint64[permutations] each."""
-    counters = np.arange(permutations, dtype=np.uint64) + np.uint64((2 * seed + 1) << 20)
+    # No counter comes twice, as long as there are at most 2**19 permutations; `mix` is a bijection.
+    first = np.uint64((2 * seed + 1) << 20)
+    counters = np.arange(permutations, dtype=np.uint64) + first
+    offset_counters = counters + np.uint64(1 << 19)
     multipliers = mix(counters) | np.uint64(1)
-    offsets = mix(counters + np.uint64(1 << 19))
+    offsets = mix(offset_counters)
     return multipliers, offsets
 
 
@@ -50,12 +57,17 @@ def near_duplicates(signatures: np.ndarray, classes: np.ndarray, bands: int, thr
     pairs = [np.zeros((0, 2), np.int64)]
     for band in range(bands):
         # A copy in memory: the signatures may be mapped from disk.
-        columns = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width]).astype(np.uint64)
+        start = band * width
+        band_columns = np.ascontiguousarray(signatures[:, start : start + width])
+        row_hashes = _row_hashes(band_columns.astype(np.uint64))
         # Rows of other classes get other buckets, so that they are never compared.
-        pairs += _similar_pairs(signatures, mix(_row_hashes(columns) ^ classes), threshold)
+        buckets = mix(row_hashes ^ classes)
+        pairs += _similar_pairs(signatures, buckets, threshold)
     leader = np.full(n, -1, np.int64)
+    all_pairs = np.concatenate(pairs)
     # In the order of the later row, so that it is settled whether a row stays before others are compared with it.
-    for later, earlier in np.unique(np.concatenate(pairs), axis=0).tolist():
+    ordered_pairs = np.unique(all_pairs, axis=0)
+    for later, earlier in ordered_pairs.tolist():
         if leader[earlier] < 0 and leader[later] < 0:
             leader[later] = earlier
     return leader
@@ -77,15 +89,20 @@ def _similar_pairs(signatures: np.ndarray, buckets: np.ndarray, threshold: float
     pairs = []
     while len(rows) > 1:
         row_buckets = buckets[rows]
-        is_start = np.concatenate([[True], row_buckets[1:] != row_buckets[:-1]])
+        differs_from_previous = row_buckets[1:] != row_buckets[:-1]
+        is_start = np.concatenate([[True], differs_from_previous])
         starts = np.flatnonzero(is_start)
-        sizes = np.diff(np.append(starts, len(rows)))
+        bounds = np.append(starts, len(rows))
+        sizes = np.diff(bounds)
         first = np.repeat(rows[starts], sizes)
-        later = np.flatnonzero(first != rows)
-        same = similar(signatures, first[later], rows[later], threshold)
-        duplicates = later[same]
-        pairs.append(np.stack([rows[duplicates], first[duplicates]], axis=1))
-        rows = rows[later[~same]]
+        is_later = first != rows
+        later_rows = rows[is_later]
+        first_rows = first[is_later]
+        same = similar(signatures, first_rows, later_rows, threshold)
+        duplicate_pairs = np.stack([later_rows[same], first_rows[same]], axis=1)
+        pairs.append(duplicate_pairs)
+        # The first row of each bucket drops out, so that the loop ends.
+        rows = later_rows[~same]
     return pairs
 
 
@@ -97,8 +114,11 @@ def similar(signatures: np.ndarray, left: np.ndarray, right: np.ndarray, thresho
     result = np.zeros(len(left), bool)
     for start in range(0, len(left), _PAIRS):
         block = slice(start, start + _PAIRS)
-        equal_columns = signatures[left[block]] == signatures[right[block]]
-        result[block] = equal_columns.mean(axis=1) >= threshold
+        left_signatures = signatures[left[block]]
+        right_signatures = signatures[right[block]]
+        equal_columns = left_signatures == right_signatures
+        shares = equal_columns.mean(axis=1)
+        result[block] = shares >= threshold
     return result
 
 
@@ -109,4 +129,5 @@ def shingles_of(hashes: np.ndarray, n: int) -> np.ndarray:
     """
     if not len(hashes):
         return np.zeros(1, np.uint64)
-    return np.unique(ngram_hashes(hashes, min(n, len(hashes))))
+    length = min(n, len(hashes))
+    return np.unique(ngram_hashes(hashes, length))

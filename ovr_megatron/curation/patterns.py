@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 from ovr_megatron.curation.repetition import repeatness
 from ovr_megatron.curation.reward_rules import check_sources
@@ -96,21 +95,27 @@ def foreign(config: PatternsConfig, think: bool, row: RowJson, response: str) ->
     letters = _LETTER.findall(response)
     script = _SCRIPTS[config.language]
     native = sum(1 for letter in letters if script.match(letter))
-    if letters and 1 - native / len(letters) > config.max_foreign:
-        return "foreign script"
+    if letters:
+        foreign_share = 1 - native / len(letters)
+        if foreign_share > config.max_foreign:
+            return "foreign script"
     if config.language == "zh":
         # Latin letters count as native, because formulas have them; so at least one Chinese character is required.
         return None if not letters or _HAN.search(response) else "other language"
     words = re.findall(r"[a-z]+", response.lower())
     if len(words) < _FEW_WORDS:
         return None
-    share = sum(1 for word in words if word in _ENGLISH) / len(words)
+    function_words = sum(1 for word in words if word in _ENGLISH)
+    share = function_words / len(words)
     return "other language" if share < config.min_function_words else None
 
 
 def user_pattern(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     """Refuse a response in which one of the regular expressions of ``patterns.drop`` occurs."""
-    return next((f"pattern {name}" for name, text in config.drop.items() if re.search(text, response)), None)
+    for name, pattern in config.drop.items():
+        if re.search(pattern, response):
+            return f"pattern {name}"
+    return None
 
 
 # The cheap rules first: repeatness sorts every suffix of the response.
@@ -121,10 +126,13 @@ def unverifiable(config: PatternsConfig, row: RowJson) -> str | None:
     """Refuse an answer in a form that no grader can verify: a proof, prose, none of the options."""
     if not config.verifiable or row.get("answer") is None:
         return None
+    # Content in parts may hold an image, which is a prompt without any text.
     has_media = any(not isinstance(message["content"], str) for message in row["messages"])
     if not has_media and not prompt_text(row).strip():
         return "empty prompt"
-    return "unverifiable answer" if verifiable(row["answer"], tuple(row.get("options", ()))) else None
+    options = tuple(row.get("options", ()))
+    problem = verifiable(row["answer"], options)
+    return "unverifiable answer" if problem else None
 
 
 def broken_rule(
@@ -136,7 +144,9 @@ def broken_rule(
     needs no box.
     """
     response = response_text(row)
-    if not is_plain(rewards.get(row.get("source", ""), "auto")):
+    source = row.get("source", "")
+    reward_rule = rewards.get(source, "auto")
+    if not is_plain(reward_rule):
         config = replace(config, verifiable=False, need_box=False)
     if reason := unverifiable(config, row):
         return reason
@@ -160,7 +170,7 @@ def run(work: Work) -> None:
             work.drop(mapped.line, mapped.source, mapped.result)
 
 
-def settings(config: PrepareConfig) -> list[Any]:
+def settings(config: PrepareConfig) -> list[object]:
     """Return the settings on which the kept rows depend."""
     return [config.patterns, config.data.template, config.reward.rules]
 

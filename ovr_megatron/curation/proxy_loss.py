@@ -30,8 +30,13 @@ def run(work: Work) -> None:
                 else:
                     losses[score["key"]] = score["loss"]
     # One string object for each source, not for each row.
-    sources = np.array([sys.intern(row.get("source", "")) for row in work.rows()], dtype=object)
-    bounds = {name: bound(losses[sources == name], work.config.proxy_loss) for name in sorted(set(sources))}
+    names = [sys.intern(row.get("source", "")) for row in work.rows()]
+    sources = np.array(names, dtype=object)
+    bounds: dict[str, float] = {}
+    for name in sorted(set(names)):
+        source_losses = losses[sources == name]
+        bounds[name] = bound(source_losses, work.config.proxy_loss)
+    # JSON has no infinity: a source without a bound is left out.
     work.extra["bounds"] = {name: value for name, value in bounds.items() if np.isfinite(value)}
     # The rows are read again: bounds are known only after all losses.
     for index, row in enumerate(work.rows()):

@@ -11,11 +11,14 @@ import numpy as np
 
 def repeatness(text: str) -> float:
     """Return the share of repeated substrings, 0 (every one is new) to nearly 1 ("aaaa..."); O(n log^2 n) in numpy."""
-    symbols = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    # Four bytes for each character; half a surrogate pair, which JSON may hold, counts as a character.
+    encoded = text.encode("utf-32-le", "surrogatepass")
+    symbols = np.frombuffer(encoded, np.uint32)
     n = len(symbols)
     if n <= 1:
         return 0.0
-    return 2.0 * common_prefixes(symbols) / (n * (n + 1))
+    repeated = common_prefixes(symbols)
+    return 2.0 * repeated / (n * (n + 1))
 
 
 def common_prefixes(symbols: np.ndarray) -> int:
@@ -26,20 +29,28 @@ def common_prefixes(symbols: np.ndarray) -> int:
     which their ranks agree, the longest first.
     """
     n = len(symbols)
-    ranks = [np.unique(symbols, return_inverse=True)[1].astype(np.int64)]
-    order = np.argsort(ranks[0], kind="stable")
-    while ranks[-1].max() < n - 1 and 1 << (len(ranks) - 1) < n:
-        order, doubled = _doubled_ranks(ranks[-1], 1 << (len(ranks) - 1))
-        ranks.append(doubled)
+    _, symbol_ranks = np.unique(symbols, return_inverse=True)
+    longest_ranks = symbol_ranks.astype(np.int64)
+    ranks = [longest_ranks]
+    order = np.argsort(longest_ranks, kind="stable")
+    length = 1  # symbols by which the last ranks are
+    while longest_ranks.max() < n - 1 and length < n:
+        order, longest_ranks = _doubled_ranks(longest_ranks, length)
+        ranks.append(longest_ranks)
+        length *= 2
     left = order[:-1].copy()
     right = order[1:].copy()
     total = 0
     for k in range(len(ranks) - 1, -1, -1):
         step = 1 << k
-        fits = np.maximum(left, right) + step <= n  # a prefix may not run past the end of the text
+        furthest = np.maximum(left, right)
+        fits = furthest + step <= n  # a prefix may not run past the end of the text
+        left_ranks = ranks[k][left[fits]]
+        right_ranks = ranks[k][right[fits]]
         same = np.zeros(len(left), bool)
-        same[fits] = ranks[k][left[fits]] == ranks[k][right[fits]]
-        total += step * int(same.sum())
+        same[fits] = left_ranks == right_ranks
+        count = int(same.sum())
+        total += step * count
         left[same] += step
         right[same] += step
     return total
@@ -53,9 +64,12 @@ def _doubled_ranks(ranks: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray
     n = len(ranks)
     second_half = np.zeros(n, np.int64)  # 0: the text has ended
     second_half[:-step] = ranks[step:] + 1
+    # One integer for each pair of ranks, in the order of the pairs: a rank of the second half is at most n.
     pairs = ranks * (n + 1) + second_half
     order = np.argsort(pairs, kind="stable")
-    ordered = pairs[order]
+    sorted_pairs = pairs[order]
+    differs_from_previous = sorted_pairs[1:] != sorted_pairs[:-1]
+    sorted_ranks = np.concatenate([[0], np.cumsum(differs_from_previous)])
     doubled = np.empty(n, np.int64)
-    doubled[order] = np.concatenate([[0], np.cumsum(ordered[1:] != ordered[:-1])])
+    doubled[order] = sorted_ranks
     return order, doubled

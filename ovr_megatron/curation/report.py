@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import matplotlib
 import numpy as np
@@ -32,7 +32,7 @@ class StageReport:
         self._start = time.perf_counter()
         self._kept: Counter[str] = Counter()
         self._dropped: dict[str, Counter[str]] = defaultdict(Counter)
-        self._examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._examples: dict[str, list[dict[str, object]]] = defaultdict(list)
         self._values: dict[str, list[float]] = defaultdict(list)
         self._value_counts: Counter[str] = Counter()
         self._rng = np.random.default_rng(0)  # a fixed seed: the same rows give the same report
@@ -50,6 +50,7 @@ class StageReport:
     def empty_sources(self) -> list[str]:
         """Describe the sources of which every row was dropped: name, number of rows, most frequent reason."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
+        # Counts are stored by reason; here each source needs its own reasons.
         for reason, by_source in self._dropped.items():
             for source, count in by_source.items():
                 counts[source][reason] = count
@@ -57,20 +58,26 @@ class StageReport:
         for source in sorted(counts):
             if self._kept[source]:
                 continue
-            [(reason, _)] = counts[source].most_common(1)
-            sentences.append(f"{source} ({counts[source].total():,} rows, most for: {reason})")
+            reasons = counts[source]
+            [(reason, _)] = reasons.most_common(1)
+            total = reasons.total()
+            sentences.append(f"{source} ({total:,} rows, most for: {reason})")
         return sentences
 
     def count_kept(self, source: str) -> None:
         """Count a kept row."""
         self._kept[source] += 1
 
-    def count_dropped(self, source: str, reason: str, row: str | Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    def count_dropped(
+        self, source: str, reason: str, row: str | Mapping[str, object], details: Mapping[str, object]
+    ) -> None:
         """Count a dropped row; the first `EXAMPLES` of each reason become examples, with ``details``."""
         self._dropped[reason][source] += 1
-        if len(self._examples[reason]) < EXAMPLES:
+        examples = self._examples[reason]
+        if len(examples) < EXAMPLES:
+            # Decoded only here: most dropped rows are counted and no more.
             decoded = json.loads(row) if isinstance(row, str) else row
-            self._examples[reason].append({**excerpt(decoded), **details})
+            examples.append({**excerpt(decoded), **details})
 
     def add_value(self, measure: str, value: float) -> None:
         """Add a measured value for the figure; of more than `_SAMPLE` a uniform sample stays (reservoir sampling)."""
@@ -79,20 +86,24 @@ class StageReport:
         if len(values) < _SAMPLE:
             values.append(value)
             return
-        index = int(self._rng.integers(self._value_counts[measure]))
+        count = self._value_counts[measure]
+        index = int(self._rng.integers(count))
         if index < _SAMPLE:
             values[index] = value
 
-    def write(self, folder: Path, name: str, extra: Mapping[str, Any]) -> None:
+    def write(self, folder: Path, name: str, extra: Mapping[str, object]) -> None:
         """Write ``report.json``, with the entries of ``extra`` at its end, and ``figure.png``."""
-        reasons = sorted(self._dropped, key=lambda reason: -self._dropped[reason].total())
+        totals = {reason: counts.total() for reason, counts in self._dropped.items()}
+        # The sort is stable: of equally frequent reasons the one that occurred first comes first.
+        reasons = sorted(totals, key=lambda reason: -totals[reason])
+        measures = {measure: _quantiles(values) for measure, values in self._values.items()}
         report = {
             "stage": name,
             "rows_in": self.kept + self.dropped,
             "kept": self.kept,
-            "dropped": {reason: self._dropped[reason].total() for reason in reasons},
+            "dropped": {reason: totals[reason] for reason in reasons},
             "by_source": self._counts_by_source(),
-            "measures": {measure: _quantiles(values) for measure, values in self._values.items()},
+            "measures": measures,
             "examples": {reason: self._examples[reason] for reason in reasons},
             "seconds": round(time.perf_counter() - self._start, 3),
             **extra,
@@ -101,9 +112,11 @@ class StageReport:
         self._draw(folder / "figure.png", name, reasons)
 
     def _counts_by_source(self) -> dict[str, dict[str, int]]:
-        sources = sorted(set(self._kept).union(*self._dropped.values()))
+        sources = set(self._kept)
+        for counts in self._dropped.values():
+            sources.update(counts.keys())
         by_source = {}
-        for source in sources:
+        for source in sorted(sources):
             dropped = sum(counts[source] for counts in self._dropped.values())
             by_source[source] = {"kept": self._kept[source], "dropped": dropped}
         return by_source
@@ -133,7 +146,7 @@ class StageReport:
         figure.savefig(path, dpi=110)
 
 
-def excerpt(row: Mapping[str, Any]) -> dict[str, Any]:
+def excerpt(row: Mapping[str, object]) -> dict[str, object]:
     """Return the name and the beginning of a row: ``id``, ``source``, ``prompt``, ``response`` and ``answer``.
 
     Empty ones are left out.  A row without messages is returned as it is.
@@ -153,8 +166,10 @@ def excerpt(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def shorten(text: str) -> str:
     """Return the beginning and the end of a long text."""
+    if len(text) <= _EXCERPT:
+        return text
     half = _EXCERPT // 2
-    return text if len(text) <= _EXCERPT else f"{text[:half]} [...] {text[-half:]}"
+    return f"{text[:half]} [...] {text[-half:]}"
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:

@@ -103,7 +103,7 @@ class Work:
         self.folder = Path(config.dir) / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.report = StageReport()
-        self.extra: dict[str, Any] = {}
+        self.extra: dict[str, object] = {}
         self.empty_sources: list[str] = []
         self._stack = ExitStack()
         self._out = self._stack.enter_context((self.folder / ROWS).open("w", encoding="utf-8"))
@@ -161,7 +161,7 @@ class Work:
             yield MappedRow(line, source, result)
         self.progress.update(len(chunk))
 
-    def keep(self, row: str | Mapping[str, Any], source: str, **fields: Any) -> None:
+    def keep(self, row: str | Mapping[str, object], source: str, **fields: object) -> None:
         """Write a row, given as an input line or as an object, with ``fields`` added to it."""
         if fields:
             decoded = json.loads(row) if isinstance(row, str) else row
@@ -171,7 +171,7 @@ class Work:
         self._out.write(line)
         self.report.count_kept(source)
 
-    def drop(self, row: str | Mapping[str, Any], source: str, reason: str, **details: Any) -> None:
+    def drop(self, row: str | Mapping[str, object], source: str, reason: str, **details: object) -> None:
         """Count a dropped row; the first few of each reason become examples, with ``details`` beside the row."""
         self.report.count_dropped(source, reason, row, details)
 
@@ -326,9 +326,15 @@ def listing(path: str) -> Any:
     root, _ = local_path(path)
     if root is None:
         return path
-    files = [root] if root.is_file() else sorted(item for item in root.rglob("*") if item.is_file())
-    stats = ((str(file), file.stat()) for file in files)
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    files = [root]
+    if not root.is_file():
+        # Sorted: a file system lists a folder in any order, and the key must not depend on it.
+        files = sorted(item for item in root.rglob("*") if item.is_file())
+    fingerprints = []
+    for file in files:
+        stat = file.stat()
+        fingerprints.append([str(file), stat.st_size, stat.st_mtime_ns])
+    return fingerprints
 
 
 def as_json(value: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from typing import Any
 
 import numpy as np
 
@@ -24,12 +23,16 @@ _MEASURES = ("difficulty", "loss", "length")
 
 def measures(row: RowJson) -> tuple[float, float, float]:
     """Return difficulty, proxy loss (NaN where the row has none) and length in characters of a row."""
-    length = len(response_text(row) or prompt_text(row))
-    return _number(row.get("difficulty")), _number(row.get("loss")), float(length)
+    text = response_text(row) or prompt_text(row)
+    difficulty = _number(row.get("difficulty"))
+    loss = _number(row.get("loss"))
+    return difficulty, loss, float(len(text))
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _number(value: float | None) -> float:
+    if value is None:
+        return float("nan")
+    return float(value)
 
 
 def run_stratify(work: Work) -> None:
@@ -49,28 +52,39 @@ def run_stratify(work: Work) -> None:
     work.extra["measure"] = measure_of_source
     for source, name in enumerate(labels):
         members = np.flatnonzero(sources == source)
-        measure = config.measure if config.measure != "auto" else _first_complete(values[members])
+        source_values = values[members]
+        measure: str = config.measure
+        if measure == "auto":
+            measure = _first_complete(source_values)
         measure_of_source[name] = measure
-        bins[members] = equal_bins(values[members, _MEASURES.index(measure)], config.bins)
+        column = _MEASURES.index(measure)
+        bins[members] = equal_bins(source_values[:, column], config.bins)
     strata = sources * config.bins + bins  # an integer for each pair of source and bin
-    ranks = _rank_within(strata, draws)
-    over = (ranks >= config.max_rows) if config.max_rows else np.zeros(work.count, bool)
+    over = np.zeros(work.count, bool)
+    if config.max_rows:
+        ranks = _rank_within(strata, draws)
+        over = ranks >= config.max_rows
     for index, line in enumerate(work.lines()):
+        name = names[index]
         if over[index]:
-            work.drop(line, names[index], OVER)
+            work.drop(line, name, OVER)
         else:
-            work.keep(line, names[index], stratum=f"{names[index]}/d{bins[index]}")
+            work.keep(line, name, stratum=f"{name}/d{bins[index]}")
 
 
 def _draw(line: str, seed: int) -> float:
     """Return a number in [0, 1) from the hash of a row: the sample does not depend on the row's position."""
-    digest = hashlib.blake2b(f"{seed}\0{line}".encode(), digest_size=7).digest()
+    seeded_line = f"{seed}\0{line}"
+    digest = hashlib.blake2b(seeded_line.encode(), digest_size=7).digest()
+    # 7 bytes are 56 bits.
     return int.from_bytes(digest, "big") / 2**56
 
 
 def _first_complete(values: np.ndarray) -> str:
     """Return the first measure that all rows of ``values`` [n, measures] have."""
-    return next(name for name, column in zip(_MEASURES, values.T, strict=True) if not np.isnan(column).any())
+    is_complete = ~np.isnan(values).any(axis=0)
+    # Every row has a length, so that there is a complete measure; `argmax` returns the first.
+    return _MEASURES[int(np.argmax(is_complete))]
 
 
 def equal_bins(values: np.ndarray, count: int) -> np.ndarray:
@@ -78,21 +92,28 @@ def equal_bins(values: np.ndarray, count: int) -> np.ndarray:
 
     Equal values share a bin.  Bin 0 holds the smallest values, and unknown ones (NaN).
     """
-    finite = values[~np.isnan(values)]
+    unknown = np.isnan(values)
+    finite = values[~unknown]
     if not len(finite):
         return np.zeros(len(values), np.int64)
-    bounds = np.quantile(finite, np.arange(1, count) / count)
-    return np.where(np.isnan(values), 0, np.searchsorted(bounds, values, side="left"))
+    levels = np.arange(1, count) / count
+    bounds = np.quantile(finite, levels)
+    bins = np.searchsorted(bounds, values, side="left")
+    return np.where(unknown, 0, bins)
 
 
 def _rank_within(groups: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Return int64[n]: the rank of each row within its group, by ascending ``key`` [n]."""
     order = np.lexsort((key, groups))
-    ordered_groups = groups[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered_groups[1:] != ordered_groups[:-1]]))
-    sizes = np.diff(np.append(starts, len(order)))
+    sorted_groups = groups[order]
+    differs_from_previous = sorted_groups[1:] != sorted_groups[:-1]
+    is_start = np.concatenate([[True], differs_from_previous])
+    starts = np.flatnonzero(is_start)
+    bounds = np.append(starts, len(order))
+    sizes = np.diff(bounds)
+    positions = np.arange(len(order))
     ranks = np.empty(len(groups), np.int64)
-    ranks[order] = np.arange(len(order)) - np.repeat(starts, sizes)
+    ranks[order] = positions - np.repeat(starts, sizes)
     return ranks
 
 
@@ -124,19 +145,24 @@ def run_weigh(work: Work) -> None:
         sizes[mapped.result] += 1
     names = sorted(sizes)
     counts = np.array([sizes[name] for name in names])
-    weights = dict(zip(names, group_weights(counts, work.config.weigh).tolist(), strict=True))
+    row_weights = group_weights(counts, work.config.weigh)
+    weights = dict(zip(names, row_weights.tolist(), strict=True))
     total = sum(weights[name] * sizes[name] for name in names)  # differs from the number of rows by rounding only
     strata = {}
     for name in names:
+        rows = sizes[name]
+        weight = weights[name]
         strata[name] = {
-            "rows": sizes[name],
-            "weight": round(weights[name], 6),
-            "share_before": round(sizes[name] / counts.sum(), 6),
-            "share_after": round(weights[name] * sizes[name] / total, 6),
+            "rows": rows,
+            "weight": round(weight, 6),
+            "share_before": round(rows / counts.sum(), 6),
+            "share_after": round(weight * rows / total, 6),
         }
     work.extra["strata"] = strata
     for row in work.rows():
-        work.keep(row, row.get("source", ""), weight=round(weights[row["stratum"]], 6))
+        source = row.get("source", "")
+        weight = weights[row["stratum"]]
+        work.keep(row, source, weight=round(weight, 6))
 
 
 def stratum(row: RowJson) -> str:

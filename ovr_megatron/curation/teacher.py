@@ -13,17 +13,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from PIL import Image
 
-from ovr_megatron.curation.endpoint import Completion, Endpoint, Question
+from ovr_megatron.curation.endpoint import ChatMessage, Completion, Endpoint, ImageUrlPart, Question
 from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.curation.text import response_text
-from ovr_megatron.data.row_json import RowJson
+from ovr_megatron.data.row_json import PartJson, RowJson
 from ovr_megatron.data.traces import continuation, convert, with_thought
 
 JOURNAL = "journal.jsonl"
@@ -49,7 +49,10 @@ def run(work: Work) -> None:
 def _ask_endpoint(work: Work, journal: Journal) -> dict[int, str]:
     """Fill the journal from the endpoint; return by key the errors of questions that may succeed later."""
     config = work.config.teacher
-    spent = sum(int(entry.get("tokens", 0)) for entry in journal) if config.max_total_tokens else 0
+    spent = 0
+    # Only a budget of tokens counts those of earlier runs; without one the journal need not be read.
+    if config.max_total_tokens:
+        spent = sum(int(entry.get("tokens", 0)) for entry in journal)
     endpoint = Endpoint(config, len(journal), spent)
     failed: dict[int, str] = {}
     for completion in endpoint.ask(_questions(work, journal)):
@@ -91,7 +94,9 @@ def merge_journals(folder: Path, journal: Journal) -> None:
 def question_key(config: TeacherConfig, row: RowJson, sample: int) -> int:
     """Return 64 bits that are equal for the same messages to the same model with the same sampling."""
     question = [config.model, config.temperature, config.max_tokens, sample, row["messages"]]
-    return int.from_bytes(hashlib.blake2b(json.dumps(question).encode(), digest_size=8).digest(), "big")
+    text = json.dumps(question)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def has_video(row: RowJson) -> bool:
@@ -103,20 +108,26 @@ def has_video(row: RowJson) -> bool:
     return False
 
 
-def openai_messages(row: RowJson, root: Path) -> list[dict[str, Any]]:
+def openai_messages(row: RowJson, root: Path) -> list[ChatMessage]:
     """Convert the messages of a row to OpenAI's form; images below ``root`` become data URLs."""
-    messages = row["messages"]
-    return [{"role": message["role"], "content": _openai_content(message["content"], root)} for message in messages]
+    messages = []
+    for message in row["messages"]:
+        content = _openai_content(message["content"], root)
+        messages.append(ChatMessage(role=message["role"], content=content))
+    return messages
 
 
-def _openai_content(content: Any, root: Path) -> Any:
+def _openai_content(content: str | list[PartJson], root: Path) -> str | list[PartJson | ImageUrlPart]:
     if isinstance(content, str):
         return content
-    parts = []
+    parts: list[PartJson | ImageUrlPart] = []
     for part in content:
-        if part["type"] == "image":
-            part = {"type": "image_url", "image_url": {"url": _data_url((root / part["image"]).read_bytes())}}
-        parts.append(part)
+        if part["type"] != "image":
+            parts.append(part)
+            continue
+        name = cast(str, part["image"])  # `collect` has stored every image as a file
+        url = _data_url((root / name).read_bytes())
+        parts.append(ImageUrlPart(type="image_url", image_url={"url": url}))
     return parts
 
 
@@ -158,7 +169,9 @@ def _write_completion(work: Work, row: RowJson, completion: Completion, sample: 
     if not text.strip():
         work.drop(row, source, "empty answer")
         return
-    name = f"{row.get('id', '')}#{sample}" if config.samples > 1 else row.get("id", "")
+    name = row.get("id", "")
+    if config.samples > 1:
+        name = f"{name}#{sample}"
     messages = [*row["messages"], {"role": "assistant", "content": text}]
     work.keep({**row, "messages": messages, "id": name, "teacher": config.model}, source)
 
@@ -176,7 +189,7 @@ def inputs(config: PrepareConfig) -> object:
     return None if config.teacher.base_url else listing(config.teacher.model or "")
 
 
-def settings(config: PrepareConfig) -> list[Any]:
+def settings(config: PrepareConfig) -> list[object]:
     """Return the settings on which the answers depend, without address, speed and time limits."""
     sampling = {name: value for name, value in asdict(config.teacher).items() if name not in _FREE}
     return [sampling, config.data.template]

@@ -37,7 +37,8 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold()
     # Most texts have no LaTeX; the look for a backslash saves them two substitutions.
     if "\\" in text:
-        text = _FRACTION.sub(r"\\frac", _FORMATTING.sub(" ", text))
+        text = _FORMATTING.sub(" ", text)
+        text = _FRACTION.sub(r"\\frac", text)
     return _THOUSANDS.sub("", text)
 
 
@@ -59,15 +60,19 @@ def mask_numbers(normalised: str) -> str:
 def mix(values: np.ndarray) -> np.ndarray:
     """Spread uint64 values over all 64 bits (the finaliser of SplitMix64); a bijection."""
     values = values + _INCREMENT
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    # Shifts carry the high bits down, odd multipliers carry the low bits up; each step can be undone.
+    values = values ^ (values >> np.uint64(30))
+    values = values * np.uint64(0xBF58476D1CE4E5B9)
+    values = values ^ (values >> np.uint64(27))
+    values = values * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def word_hashes(items: Sequence[str]) -> np.ndarray:
     """Return uint64[n], one hash for each word."""
     # CRC-32 is fast and the same in every process, unlike Python's hash; `mix` spreads its 32 bits over 64.
-    return mix(np.fromiter((zlib.crc32(item.encode()) for item in items), np.uint64, len(items)))
+    checksums = (zlib.crc32(item.encode()) for item in items)
+    return mix(np.fromiter(checksums, np.uint64, len(items)))
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:

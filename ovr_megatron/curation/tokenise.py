@@ -11,7 +11,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, TypedDict
 
 import yaml
 
@@ -45,29 +45,39 @@ class WeightGroup:
     share: float
 
 
+class SourceEntry(TypedDict):
+    """An entry of ``sources.yaml``, which training reads as one of ``data.sources``."""
+
+    path: str
+    name: str
+    weight: float
+    image_root: str
+
+
 def run(work: Work) -> None:
     """Write the rows to the files of their groups, write the lists, and tokenise.
 
     Rows that a tokenised set cannot hold, for example with images, are counted as skipped and stay in their files.
     """
     groups = write_groups(work)
-    (work.folder / GROUPS).write_text(json.dumps([asdict(group) for group in groups], indent=1) + "\n")
-    sources: list[dict[str, Any]] = [
-        {
-            "path": str(work.folder / group.path),
-            "name": group.name,
-            "weight": group.share,
-            "image_root": work.config.dir,
-        }
-        for group in groups
-    ]
-    (work.folder / SOURCES).write_text(yaml.safe_dump(sources, sort_keys=False, allow_unicode=True))
+    group_list = [asdict(group) for group in groups]
+    groups_text = json.dumps(group_list, indent=1)
+    (work.folder / GROUPS).write_text(f"{groups_text}\n")
+    sources: list[SourceEntry] = []
+    for group in groups:
+        path = str(work.folder / group.path)
+        sources.append({"path": path, "name": group.name, "weight": group.share, "image_root": work.config.dir})
+    sources_text = yaml.safe_dump(sources, sort_keys=False, allow_unicode=True)
+    (work.folder / SOURCES).write_text(sources_text)
     work.extra["groups"] = len(groups)
     assert work.config.model, "the configuration requires it for this stage"
     # The list above has shares, from which a stream draws; a tokenised set repeats each row by its weight.
     weighted = []
     for source, group in zip(sources, groups, strict=True):
-        weighted.append(SourceConfig(**{**source, "weight": group.weight}))
+        config = SourceConfig(
+            path=source["path"], name=source["name"], weight=group.weight, image_root=source["image_root"]
+        )
+        weighted.append(config)
     data = replace(work.config.data, sources=weighted, on_error="skip")
     shutil.rmtree(work.folder / SET, ignore_errors=True)  # of an interrupted run
     tokenised = tokenise(data, work.config.model, work.folder / SET, work.config.workers)
@@ -82,7 +92,8 @@ def write_groups(work: Work) -> list[WeightGroup]:
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
         for line, row in zip(work.lines(), work.rows(), strict=True):
-            name = row.get("stratum") or row.get("source", "")
+            source = row.get("source", "")
+            name = row.get("stratum") or source
             # Files are numbered: a name of a stratum may hold characters that a path must not.
             if name not in files:
                 path = _group_path(work.folder, len(files))
@@ -91,13 +102,15 @@ def write_groups(work: Work) -> list[WeightGroup]:
                 weights[name] = float(row.get("weight", 1.0))
             files[name].write(line)
             counts[name] = counts.get(name, 0) + 1
-            work.report.count_kept(row.get("source", ""))
+            work.report.count_kept(source)
     total = sum(weights[name] * counts[name] for name in counts)
     groups = []
     for index, name in enumerate(counts):
         path = _group_path(Path(""), index)
-        share = weights[name] * counts[name] / total
-        groups.append(WeightGroup(name, str(path), counts[name], weights[name], share))
+        rows = counts[name]
+        weight = weights[name]
+        share = weight * rows / total
+        groups.append(WeightGroup(name, str(path), rows, weight, share))
     return sorted(groups, key=lambda group: group.name)
 
 

@@ -32,7 +32,11 @@ def run(work: Work) -> None:
         for batch in batches(work.rows(), _BATCH):
             verdicts = _grade(pool, batch, reward.rules)
             rows = list(zip(batch, verdicts, strict=True))
-            graded = [(row.get("source", ""), verdict) for row, verdict in rows if verdict is not None]
+            graded = []
+            for row, verdict in rows:
+                if verdict is not None:
+                    source = row.get("source", "")
+                    graded.append((source, verdict))
             # Before the rows are written: it stops the stage if nearly all verdicts of a source failed.
             watch.add([count_verdicts(graded)])
             for row, verdict in rows:
@@ -47,9 +51,12 @@ def _grade(pool: GraderPool, batch: Sequence[RowJson], rules: Mapping[str, str])
         response = response_text(row)
         answer = row.get("answer")
         if response is not None and answer:
-            rule = rules.get(row.get("source", ""), "auto")
-            requests[index] = GradeRequest(str(response), str(answer), tuple(row.get("options", ())), rule)
-    verdicts = dict(zip(requests, pool.grade(list(requests.values())), strict=True))
+            source = row.get("source", "")
+            rule = rules.get(source, "auto")
+            options = tuple(row.get("options", ()))
+            requests[index] = GradeRequest(str(response), str(answer), options, rule)
+    graded = pool.grade(list(requests.values()))
+    verdicts = dict(zip(requests, graded, strict=True))
     return [verdicts.get(index) for index in range(len(batch))]
 
 

@@ -44,7 +44,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(table)
+        ctx.save_for_backward(table)  # a rotation is linear: its backward needs no input
         return _turn(query, table, 1.0), _turn(key, table, 1.0)
 
     @staticmethod
@@ -153,7 +153,11 @@ class PackedDotProductAttention(MegatronModule):
             return rows.view(*index.shape, *x.shape[1:]).transpose(1, 2)
 
         out = attend(
-            batch(query, group.queries), batch(key, group.keys), batch(value, group.keys), self.causal, self.scale
+            batch(query, group.queries),
+            batch(key, group.keys),
+            batch(value, group.keys),
+            self.causal,
+            self.scale,
         )
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
 

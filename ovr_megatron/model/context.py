@@ -31,13 +31,15 @@ def rank_rows(bounds: Sequence[int], cp: int, rank: int) -> Tensor:
     for start, end in pairwise(bounds):
         size = (end - start) // (2 * cp)
         for chunk in (rank, 2 * cp - 1 - rank):
-            chunks.append(torch.arange(start + chunk * size, start + (chunk + 1) * size))
+            chunk_start = start + chunk * size
+            chunks.append(torch.arange(chunk_start, chunk_start + size))
     return torch.cat(chunks)
 
 
 def gathered_rows(bounds: Sequence[int], cp: int) -> Tensor:
     """Return for each row of the pack its row in the ranks' rows, gathered in the order of ranks: int64 [T]."""
-    pack_rows = torch.cat([rank_rows(bounds, cp, rank) for rank in range(cp)])
+    rows_by_rank = [rank_rows(bounds, cp, rank) for rank in range(cp)]
+    pack_rows = torch.cat(rows_by_rank)
     gathered = torch.empty_like(pack_rows)
     gathered[pack_rows] = torch.arange(len(pack_rows))
     return gathered

@@ -23,8 +23,14 @@ def training_passes(language_trains: bool, vision_trains: bool, merger_trains: b
 
     Gradients only pass through a frozen part above one that trains; through the language model they always do.
     """
-    merger = 3.0 if merger_trains else 2.0 if vision_trains else 1.0
-    return 3.0 if language_trains else 2.0, 3.0 if vision_trains else 1.0, merger
+    language = 3.0 if language_trains else 2.0
+    tower = 3.0 if vision_trains else 1.0
+    merger = 1.0
+    if merger_trains:
+        merger = 3.0
+    elif vision_trains:
+        merger = 2.0
+    return language, tower, merger
 
 
 def training_flops(
@@ -48,9 +54,13 @@ def training_flops(
     family = family_of(shape)
     matrix_passes, tower_passes, merger_passes = training_passes(language_trains, vision_trains, merger_trains)
     flops = 2.0 * matrix_passes * family.language_weights(shape, False) * sum(lengths)
-    flops += 3.0 * attention_forward(shape, sum(length**2 for length in lengths))
+    # Attention has no weights: its backward pass is twice the forward one, whatever trains.
+    squares = sum(length**2 for length in lengths)
+    flops += 3.0 * attention_forward(shape, squares)
     images: float = 0
     for frames, height, width in grids:
+        # The tower attends within a frame.
         tower, merger = family.patch_forward(shape, height * width)
-        images += frames * height * width * (tower_passes * tower + merger_passes * merger)
+        patch_flops = tower_passes * tower + merger_passes * merger
+        images += frames * height * width * patch_flops
     return flops + images

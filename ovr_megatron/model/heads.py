@@ -47,7 +47,7 @@ def tile_sides(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
 
     They are powers of two, or at least multiples of a cache line, where the sizes allow it.
     """
-    elements = _TILE_BYTES[device.type] // 4
+    elements = _TILE_BYTES[device.type] // 4  # float32
     square_side = 1 << (elements.bit_length() - 1) // 2
     tile_tokens = min(tokens, square_side)
     tile_rows = elements // tile_tokens
@@ -92,6 +92,7 @@ def _add_tile(
     if tile.is_cuda:
         kernels.add_tile(tile, banned, labels, peak, total, weighted, target, scale)
         return
+    # Over the scale, so that after scaling it is `BANNED`: finite, as an infinity less an infinity is no number.
     tile.index_fill_(1, banned.nonzero()[:, 0], BANNED / scale)
     column, inside = _labels_within(labels, tile.size(1))
     target += torch.where(inside, tile.gather(1, column)[:, 0] * scale, 0.0)

@@ -20,7 +20,7 @@ BANNED: tl.constexpr = tl.constexpr(-1.0e30)
 def _swiglu(  # type: ignore[no-untyped-def]
     gate_up, out, ffn, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # in all kernels: a tensor may have more elements than int32 counts
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn
     gate = tl.load(gate_up + row * 2 * ffn + column, mask=inside, other=0.0).to(tl.float32)
@@ -36,6 +36,7 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn
+    # Each program writes only the places that it alone has read: the gradient can stand in the place of its input.
     gates = gate_up + row * 2 * ffn + column
     ups = gate_up + row * 2 * ffn + ffn + column
     gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
@@ -101,6 +102,7 @@ def _add_tile(  # type: ignore[no-untyped-def]
         x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32) * scale
         x = tl.where(forbidden != 0, BANNED, x)
         higher = tl.maximum(top, x)
+        # Exponents are never positive: nothing overflows, whatever the logits.
         factor = tl.exp(top - higher)
         weight = tl.exp(x - higher)
         products = (products + (top - higher) * sums) * factor + weight * (x - higher)

@@ -26,7 +26,8 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False)
     }
     for name, count in counts.items():
         if count % tp:
-            largest = max(size for size in range(1, tp) if math.gcd(*counts.values()) % size == 0)
+            divisor = math.gcd(*counts.values())
+            largest = max(size for size in range(1, tp) if divisor % size == 0)
             raise ConfigError(f"parallel.tp={tp} does not divide the model's {count} {name}; use at most tp={largest}")
     _check_stages(shape.layers, parallel)
     if fp8:
@@ -42,7 +43,10 @@ def _check_fp8_sizes(shape: ModelShape, tp: int) -> None:
     }
     for name, size in sizes.items():
         if size % 16:
-            smaller = [divisor for divisor in range(1, tp) if not tp % divisor and size * tp // divisor % 16 == 0]
+            smaller = []
+            for divisor in range(1, tp):
+                if tp % divisor == 0 and size * tp // divisor % 16 == 0:
+                    smaller.append(divisor)
             remedy = f"use tp={smaller[-1]} or model.fp8=none" if smaller else "use model.fp8=none"
             raise ConfigError(f"model.fp8 with parallel.tp={tp}: {name} = {size}, not a multiple of 16; {remedy}")
 
@@ -63,7 +67,9 @@ def _check_stages(layers: int, parallel: ParallelConfig) -> None:
         )
     if even_stages and (even_layers < even_stages or even_layers % (even_stages * parallel.vpp)):
         pp_sizes = [size for size in range(1, layers + 1) if not layers % (size * parallel.vpp)]
-        remedy = f"without uneven stages pp can be {', '.join(map(str, pp_sizes))}" if pp_sizes else "lower vpp"
+        remedy = "lower vpp"
+        if pp_sizes:
+            remedy = f"without uneven stages pp can be {', '.join(map(str, pp_sizes))}"
         raise ConfigError(
             f"{settings}: {even_layers} of the model's {layers} layers do not divide over {even_stages} stages x "
             f"{parallel.vpp}; {remedy}"
@@ -90,5 +96,8 @@ def alignment(parallel: ParallelConfig, fp8: str = "none") -> tuple[int, int]:
         fp8: ``model.fp8``, the scaling recipe.
     """
     document = 2 * parallel.cp if parallel.cp > 1 else 1
-    ranks = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
-    return document, math.lcm(document, ranks * _FP8_ROWS[fp8])
+    ranks = parallel.cp
+    if parallel.sequence_parallel:
+        ranks *= parallel.tp
+    pack = math.lcm(document, ranks * _FP8_ROWS[fp8])
+    return document, pack

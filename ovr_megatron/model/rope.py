@@ -17,7 +17,8 @@ def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
     They are computed on the CPU wherever they are used: another device's power function may differ in the last bit,
     which at position 40,000 is an angle of a few thousandths.
     """
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu") / shape.head_dim
+    even_columns = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu")
+    exponents = even_columns / shape.head_dim
     periods = shape.rope_theta**exponents
     if shape.yarn is None:
         return 1.0 / periods, 1.0
@@ -25,7 +26,8 @@ def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
     extrapolation = _extrapolation_share(shape, yarn)
     stretched = 1.0 / (yarn.factor * periods)
     original = 1.0 / periods
-    return stretched * (1 - extrapolation) + original * extrapolation, yarn.attention_factor
+    frequencies = stretched * (1 - extrapolation) + original * extrapolation
+    return frequencies, yarn.attention_factor
 
 
 def _extrapolation_share(shape: ModelShape, yarn: Yarn) -> Tensor:
@@ -37,12 +39,16 @@ def _extrapolation_share(shape: ModelShape, yarn: Yarn) -> Tensor:
         last = math.ceil(last)
     first = max(first, 0)
     last = min(last, shape.head_dim - 1)
+    # On the CPU, as in `inverse_frequencies`.
     pairs = torch.arange(shape.head_dim // 2, dtype=torch.float32, device="cpu")
     length = last - first if last != first else 0.001  # a ramp of length 0 is a step
-    return 1 - ((pairs - first) / length).clamp(0, 1)
+    ramp = (pairs - first) / length
+    return 1 - ramp.clamp(0, 1)
 
 
 def _pair_with_turns(turns: float, shape: ModelShape, yarn: Yarn) -> float:
     """Return the rotary pair, not rounded, that makes so many ``turns`` within the original positions."""
-    logarithm = math.log(yarn.original_positions / (turns * 2 * math.pi))
-    return shape.head_dim * logarithm / (2 * math.log(shape.rope_theta))
+    angle = turns * 2 * math.pi
+    logarithm = math.log(yarn.original_positions / angle)
+    log_base = 2 * math.log(shape.rope_theta)
+    return shape.head_dim * logarithm / log_base

@@ -121,10 +121,14 @@ class Segments(PackedSeqParams):
         if self.share[0] > 1:
             groups = _chunk_groups(starts, widths, *self.share)
         elif len(set(widths)) == 1:
-            index = send(torch.arange(starts[-1]).view(len(widths), widths[0]), device)
+            # Documents of one length: a view of the pack is the batch, and nothing is gathered or scattered.
+            rows = torch.arange(starts[-1]).view(len(widths), widths[0])
+            index = send(rows, device)
             return Grouping([DocumentGroup(index, index, is_pack=True)], None)
         else:
-            groups = [_document_group(starts, widths, members) for members in _group_by_length(widths, self.exact)]
+            groups = []
+            for members in _group_by_length(widths, self.exact):
+                groups.append(_document_group(starts, widths, members))
         inverse = send(_inverse(groups), device)
         sent = [DocumentGroup(send(group.queries, device), send(group.keys, device)) for group in groups]
         return Grouping(sent, inverse)
@@ -150,10 +154,12 @@ def _chunk_groups(starts: Sequence[int], widths: Sequence[int], cp: int, rank: i
     for members in _group_by_length(widths, exact=True):
         size = widths[members[0]] // (2 * cp)
         for half, chunk in enumerate((rank, 2 * cp - 1 - rank)):
+            # This rank's rows of a document begin at its start over cp, the two chunks one after the other.
             local_starts = torch.tensor([starts[i] // cp + half * size for i in members])[:, None]
             document_starts = torch.tensor([starts[i] for i in members])[:, None]
             queries = local_starts + torch.arange(size)
-            keys = gathered[document_starts + torch.arange((chunk + 1) * size)]
+            key_rows = document_starts + torch.arange((chunk + 1) * size)
+            keys = gathered[key_rows]
             groups.append(DocumentGroup(queries, keys))
     return groups
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -22,6 +22,13 @@ CORPUS = (
     "Which colour is it? (A) red (B) green (C) blue (D) white. How many digits are there in the image?",
     "Put the final answer in \\boxed{}. The answer is \\boxed{A}.",
 )
+
+
+class LearnedVocabulary(TypedDict):
+    """What byte-level BPE has learned: ids by token, and the merged pairs as texts or as two tokens each."""
+
+    vocab: dict[str, int]
+    merges: list[str | list[str]]
 
 
 def write_tokenizer(
@@ -56,11 +63,16 @@ def write_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
+    learned: LearnedVocabulary = json.loads(tokenizer.to_str())["model"]
     special = [AddedToken(token, normalized=False, special=True) for token in tiny.special_tokens]
-    tokenizer.add_tokens(special + [AddedToken(token, normalized=False) for token in tiny.added_tokens])
+    plain = [AddedToken(token, normalized=False) for token in tiny.added_tokens]
+    tokenizer.add_tokens(special + plain)
     added = (*tiny.special_tokens, *tiny.added_tokens)
-    ids = {token: index for token in added if (index := tokenizer.token_to_id(token)) is not None}
+    ids: dict[str, int] = {}
+    for token in added:
+        index = tokenizer.token_to_id(token)
+        if index is not None:
+            ids[token] = index
 
     tokenizer.save(str(out / "tokenizer.json"))
     _write_vocabulary(out, learned)
@@ -68,11 +80,14 @@ def write_tokenizer(
     return ids
 
 
-def _write_vocabulary(out: Path, learned: dict[str, Any]) -> None:
+def _write_vocabulary(out: Path, learned: LearnedVocabulary) -> None:
     """Write ``vocab.json`` and ``merges.txt``, which tokenizers written in Python read."""
     _write_json(out / "vocab.json", learned["vocab"])
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
-    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    lines = ["#version: 0.2"]
+    for pair in learned["merges"]:
+        # Versions of the tokenizers library write a pair as a text or as a list.
+        lines.append(pair if isinstance(pair, str) else " ".join(pair))
+    (out / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _write_config(out: Path, ids: dict[str, int], max_length: int, family: Family) -> None:
@@ -101,5 +116,5 @@ def _write_config(out: Path, ids: dict[str, int], max_length: int, family: Famil
     )
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

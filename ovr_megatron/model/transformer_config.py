@@ -46,7 +46,7 @@ _FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwi
 
 def language_config(shape: ModelShape, parallel: ParallelConfig, model: ModelConfig) -> TransformerConfig:
     """Return Megatron's configuration of the language model, with the options of the model's family."""
-    fp8: dict[str, Any] = {}
+    fp8: dict[str, object] = {}
     if model.fp8 != "none":
         fp8 = {
             "fp8": "hybrid",
@@ -57,7 +57,7 @@ def language_config(shape: ModelShape, parallel: ParallelConfig, model: ModelCon
         }
         if model.fp8 == "delayed":
             fp8 |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
-    recompute: dict[str, dict[str, Any]] = {
+    recompute: dict[str, dict[str, object]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},

@@ -112,6 +112,7 @@ class VisionLanguageModel(GPTModel):
 
     def sample_from(self, banned: Sequence[int], temperature: float) -> None:
         """Score by the distribution that a rollout samples from: no ``banned`` ids, logits over ``temperature``."""
+        # Padding rows of the vocabulary stay banned: their logits would count in the softmax.
         self.banned = self._padding_rows().to(self.banned.device)
         vocab_start = len(self.banned) * self.pg_collection.tp.rank()
         vocab_end = vocab_start + len(self.banned)

@@ -133,7 +133,8 @@ class _Layer:
         rows = self.rows * (self.batched or 1)
         key_rows = self.key_rows * (self.batched or 1)
         unpadded_output = self.rows * self.query_width if is_batched else 0
-        elements = rows * 2 * self.query_width + key_rows * (key + value) + unpadded_output
+        query_and_output = rows * 2 * self.query_width
+        elements = query_and_output + key_rows * (key + value) + unpadded_output
         return int(elements * self.dtype_bytes + rows * self.heads * _FLOAT)
 
     @property
@@ -179,8 +180,10 @@ class _Layer:
     def forward(self) -> int:
         """Return the peak of a layer without gradients: its input, and the MLP's or attention's tensors."""
         qkv_copies = 2 if self.has_bias else 1
-        qkv = qkv_copies * self.rows * (self.query_width + 2 * self.key_width) * self.dtype_bytes
+        qkv_columns = self.query_width + 2 * self.key_width
+        qkv = qkv_copies * self.rows * qkv_columns * self.dtype_bytes
         attention = self.attention + qkv
+        # The gate product; on a CPU the activated gate, too.
         mlp = self.gate_up + self.gate_up // (1 if self.is_on_cpu else 2)
         return 3 * self.input + max(mlp, attention)
 
@@ -236,7 +239,8 @@ def activations(
         # The tower's last layer goes back when the language model's activations are freed.
         working = max(working, _tower_working(shape, model, tower_layer) - in_flight * language)
 
-    forward = max(layer.forward + rotary_table, head.forward if is_last else 0) + gathered
+    head_forward = head.forward if is_last else 0
+    forward = max(layer.forward + rotary_table, head_forward) + gathered
     if is_first and pack.patches:
         forward = max(forward, tower_layer.forward)
     return Activations(saved, int(in_flight * vision), int(working) + 2 * gathered, int(forward))
@@ -313,7 +317,8 @@ def _tower_stored(shape: ModelShape, model: ModelConfig, layer: _Layer) -> int:
     if not model.freeze_vision:
         # Patches arrive in float32; only a cast to a narrower dtype makes a copy.
         patches = layer.rows * shape.vision.patch_dim * layer.dtype_bytes if layer.dtype_bytes < _FLOAT else 0
-        rotary_table = layer.rows * 2 * (layer.width // shape.vision.heads) * _FLOAT
+        head_dim = layer.width // shape.vision.heads
+        rotary_table = layer.rows * 2 * head_dim * _FLOAT
         stored += shape.vision.depth * layer.all_stored + patches + rotary_table
     if not (model.freeze_vision and model.freeze_merger):
         merger_input, hidden = _merger_bytes(shape, layer)
@@ -343,38 +348,38 @@ class _HeadBytes:
 def _head_bytes(
     shape: ModelShape, parallel: ParallelConfig, pack: PackShape, layer: _Layer, critic: bool
 ) -> _HeadBytes:
-    number = layer.dtype_bytes
+    dtype_bytes = layer.dtype_bytes
     scored = min(-(-pack.scored // parallel.cp), layer.rows)
     scored_elements = scored * shape.hidden
-    gathered = layer.rows * shape.hidden * number if parallel.sequence_parallel else layer.input
+    gathered = layer.rows * shape.hidden * dtype_bytes if parallel.sequence_parallel else layer.input
     # The final norm's input and scale, and the scored rows of its output, which the value head widens to float32.
-    stored = layer.input + layer.sp_rows * _FLOAT + scored_elements * (_FLOAT if critic else number)
+    stored = layer.input + layer.sp_rows * _FLOAT + scored_elements * (_FLOAT if critic else dtype_bytes)
     if layer.kernels == Kernels("local", "cuda"):
-        stored += layer.sp_rows * layer.width * (_FLOAT + number)  # as in `_Layer.norm`
+        stored += layer.sp_rows * layer.width * (_FLOAT + dtype_bytes)  # as in `_Layer.norm`
     if critic:
-        narrow_rows = scored_elements * number if number < _FLOAT else 0
+        narrow_rows = scored_elements * dtype_bytes if dtype_bytes < _FLOAT else 0
         return _HeadBytes(
             stored=stored,
             forward=stored + gathered + narrow_rows,
-            backward=stored + scored_elements * number + gathered,
+            backward=stored + scored_elements * dtype_bytes + gathered,
         )
     vocab = padded_vocab(shape, parallel.tp) // parallel.tp
     scores, forward_tiles, weight_gradient_tiles = _tile_bytes(shape, scored, vocab, layer)
-    weight = vocab * shape.hidden * number
-    hidden_gradient = scored_elements * (_FLOAT + (number if number < _FLOAT else 0))
-    return _HeadBytes(
-        stored=stored + scores,
-        forward=stored + scores + forward_tiles + (gathered if parallel.sequence_parallel else 0),
-        backward=stored
-        + scores
-        + weight
-        + max(hidden_gradient + weight_gradient_tiles, scored_elements * number + gathered),
-    )
+    weight = vocab * shape.hidden * dtype_bytes
+    hidden_gradient = scored_elements * (_FLOAT + (dtype_bytes if dtype_bytes < _FLOAT else 0))
+    stored += scores
+    forward = stored + forward_tiles
+    if parallel.sequence_parallel:
+        forward += gathered
+    tiles = hidden_gradient + weight_gradient_tiles
+    rows_gradient = scored_elements * dtype_bytes + gathered
+    backward = stored + weight + max(tiles, rows_gradient)
+    return _HeadBytes(stored=stored, forward=forward, backward=backward)
 
 
 def _tile_bytes(shape: ModelShape, scored: int, vocab: int, layer: _Layer) -> tuple[int, int, int]:
     """Return bytes of a vocabulary-parallel head: stored scores, transient tiles of forward, and of backward."""
-    number = layer.dtype_bytes
+    dtype_bytes = layer.dtype_bytes
     device = torch.device(layer.kernels.device)
     tile_tokens, tile_rows = tile_sides(max(scored, 1), vocab, device)
     tile = tile_tokens * tile_rows
@@ -386,11 +391,11 @@ def _tile_bytes(shape: ModelShape, scored: int, vocab: int, layer: _Layer) -> tu
     forward_tiles = tile * _FLOAT
     backward_tiles = tile * _FLOAT
     product = tile_rows * shape.hidden * _FLOAT
-    if number < _FLOAT:  # the gradient is rounded into a tile of its own, and its product added to a float32 sum
-        backward_tiles = tile * number + (0 if stores_logits else tile * _FLOAT) + product
+    if dtype_bytes < _FLOAT:  # the gradient is rounded into a tile of its own, and its product added to a float32 sum
+        backward_tiles = tile * dtype_bytes + (0 if stores_logits else tile * _FLOAT) + product
     if layer.kernels.device == "cpu":
         forward_tiles += tile * _FLOAT
-        if number < _FLOAT:  # a CPU widens both sides of a product to float32
+        if dtype_bytes < _FLOAT:  # a CPU widens both sides of a product to float32
             widened = (tile_tokens + tile_rows) * shape.hidden * _FLOAT
             forward_tiles = max(forward_tiles, tile * _FLOAT + widened)
             backward_tiles += tile * _FLOAT + widened - product  # a side as large as the product is counted in it

@@ -95,13 +95,16 @@ def _sync_seconds(scenario: Scenario) -> float:
     received = engine_share * (1 - 1 / (parallel.tp * parallel.pp))
     # Stages are the outermost dimension of the ranks, so with a pipeline shards come from all over the world.
     ranks_apart = parallel.tp if parallel.pp == 1 else scenario.world
-    return 2 * engine_share / gpu.bandwidth + received / _link_rate(gpu, ranks_apart)
+    copying = 2 * engine_share / gpu.bandwidth
+    receiving = received / _link_rate(gpu, ranks_apart)
+    return copying + receiving
 
 
 def bubble(scenario: Scenario, span: Span, share: int = 1) -> float:
     """Return the idle share that the pipeline adds to a step's work."""
     parallel = scenario.config.parallel
-    return (parallel.pp - 1) / (parallel.vpp * scenario.micro_batches(span, share))
+    slots = parallel.vpp * scenario.micro_batches(span, share)
+    return (parallel.pp - 1) / slots
 
 
 def _training(
@@ -117,7 +120,8 @@ def _training(
     packs = scenario.micro_batches(span, steps) * steps
     tokens = scenario.tokens(span) / scenario.dp
     recomputed = flops.recomputed if backward else 0.0
-    work = tokens * (flops.training + recomputed) / (parallel.ranks * gpu.flops * EFFICIENCY)
+    replica_rate = parallel.ranks * gpu.flops * EFFICIENCY
+    work = tokens * (flops.training + recomputed) / replica_rate
     parts = {"matrix work": work}
     # A backward pass counts as two; full recomputation adds a forward pass.
     passes = 1
@@ -147,6 +151,7 @@ def _replica_traffic(scenario: Scenario, tokens: float, passes: int) -> dict[str
     sp_rows = rows / parallel.tp if parallel.sequence_parallel else rows
     stream_bytes = sp_rows * shape.hidden * dtype_bytes
     ffn_bytes = rows * shape.ffn / parallel.tp * dtype_bytes
+    # `_STREAM_PASSES` and `_FFN_PASSES` count those of a forward and a backward pass: three.
     share_of_passes = passes / 3
     layer_bytes = _STREAM_PASSES * stream_bytes + _FFN_PASSES * ffn_bytes
     parts = {"elementwise": share_of_passes * layers * layer_bytes / gpu.bandwidth}
@@ -160,12 +165,14 @@ def _replica_traffic(scenario: Scenario, tokens: float, passes: int) -> dict[str
     if parallel.cp > 1:
         key_value_bytes = 2 * shape.kv_heads * shape.head_dim / parallel.tp * dtype_bytes
         volume = rows * (parallel.cp - 1) * key_value_bytes * passes
+        ranks_apart = parallel.tp * parallel.cp
         # Half of it is taken to hide behind attention.
-        parts["context-parallel traffic"] = 0.5 * layers * volume / _link_rate(gpu, parallel.tp * parallel.cp)
+        parts["context-parallel traffic"] = 0.5 * layers * volume / _link_rate(gpu, ranks_apart)
     if parallel.pp > 1:
         directions = 2 if passes > 1 else 1
         volume = sp_rows * shape.hidden * dtype_bytes * parallel.vpp * directions
-        parts["pipeline traffic"] = volume / _link_rate(gpu, parallel.tp * parallel.cp * parallel.pp)
+        ranks_apart = parallel.tp * parallel.cp * parallel.pp
+        parts["pipeline traffic"] = volume / _link_rate(gpu, ranks_apart)
     return parts
 
 
@@ -185,7 +192,9 @@ def _optimizer_step(scenario: Scenario, critic: bool) -> tuple[float, float]:
     gathered = DTYPE_BYTES[config.model.dtype] if parallel.distributed_optimizer else GRADIENT_BYTES
     volume = state.trained * (GRADIENT_BYTES + gathered) * (ranks - 1) / ranks
     owned = state.trained / ranks if parallel.distributed_optimizer else state.trained
-    return volume / _link_rate(gpu, scenario.world), owned * _OPTIMIZER_PASS / gpu.bandwidth
+    traffic = volume / _link_rate(gpu, scenario.world)
+    update = owned * _OPTIMIZER_PASS / gpu.bandwidth
+    return traffic, update
 
 
 def generation_seconds(scenario: Scenario, span: Span) -> float:
@@ -202,8 +211,14 @@ def generation_seconds(scenario: Scenario, span: Span) -> float:
     requests = config.prompts * config.responses * config.rollout.tp / scenario.world
     cached_sequences = engine["vLLM cache"] / token_bytes / mean_tokens
     running = max(1.0, min(config.rollout.max_num_seqs, requests, cached_sequences))
-    reading = (engine["vLLM weights"] + running * token_bytes * mean_tokens / 2) / gpu.bandwidth
-    steady = requests / running * mean_tokens * (reading + _DECODE_OVERHEAD)
-    tail = (span.limit - mean_tokens) * (engine["vLLM weights"] / gpu.bandwidth + _DECODE_OVERHEAD)
-    prefill_flops = requests * mean_tokens * token_flops(scenario.shape, config.model, span.load).forward
-    return steady + tail + prefill_flops / (config.rollout.tp * gpu.flops * EFFICIENCY)
+    weight_bytes = engine["vLLM weights"]
+    # On average a running sequence has half of its cache.
+    read_bytes = weight_bytes + running * token_bytes * mean_tokens / 2
+    step_seconds = read_bytes / gpu.bandwidth + _DECODE_OVERHEAD
+    steady = requests / running * mean_tokens * step_seconds
+    last_step_seconds = weight_bytes / gpu.bandwidth + _DECODE_OVERHEAD
+    tail = (span.limit - mean_tokens) * last_step_seconds
+    policy = token_flops(scenario.shape, config.model, span.load)
+    prefill_flops = requests * mean_tokens * policy.forward
+    engine_rate = config.rollout.tp * gpu.flops * EFFICIENCY
+    return steady + tail + prefill_flops / engine_rate

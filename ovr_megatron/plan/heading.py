@@ -51,9 +51,12 @@ def run_rows(
     else:
         total = config.steps
         unit = "step"
-    gpu = torch.cuda.get_device_properties(0).name if world.device.type == "cuda" else "CPU"
+    device = "CPU"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_properties(0).name
     first_engine = next(iter(engines.values()))
-    rows.append(("device", f"{world.size} x {gpu}, {describe_precision(config, first_engine)}"))
+    precision = describe_precision(config, first_engine)
+    rows.append(("device", f"{world.size} x {device}, {precision}"))
     if resumed:
         checkpoint, step = resumed
         rows.append(("resumes", f"after {unit} {step:,} of {total:,}, from {checkpoint}"))
@@ -74,14 +77,20 @@ def describe_model(engine: Engine) -> str:
 
 def count(rows: Sequence[TensorRow]) -> int:
     """Return the number of weights in ``rows`` of the table."""
-    return sum(sum(map(math.prod, row.sizes)) for row in rows)
+    total = 0
+    for row in rows:
+        for size in row.sizes:
+            total += math.prod(size)
+    return total
 
 
 def describe_precision(config: ColdStartConfig | RLConfig, engine: Engine) -> str:
     """Return precision, layers and recomputation."""
     fused = any(_has_transformer_engine(part) for part in engine.parts)
-    version = metadata.version("transformer-engine") if fused else ""
-    layers = f"Transformer Engine {version}" if fused else "layers of this project"
+    layers = "layers of this project"
+    if fused:
+        version = metadata.version("transformer-engine")
+        layers = f"Transformer Engine {version}"
     fp8 = "" if config.model.fp8 == "none" else f" with FP8 {config.model.fp8}"
     return f"{config.model.dtype}{fp8}, {layers}, recompute {config.model.recompute}"
 
@@ -92,4 +101,5 @@ def _has_transformer_engine(part: torch.nn.Module) -> bool:
 
 def source_rows(config: ColdStartConfig | RLConfig, samples: float) -> Rows:
     """Return a row for each finite source: how often ``samples`` draws repeat it."""
-    return [("source", line) for line in show_uses(source_uses(config.data, samples))]
+    uses = source_uses(config.data, samples)
+    return [("source", line) for line in show_uses(uses)]

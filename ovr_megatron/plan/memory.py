@@ -47,14 +47,17 @@ class Phase:
 
 def phases(scenario: Scenario) -> list[Phase]:
     """Return every phase, each on the pipeline stage that needs most in it."""
-    per_stage = [_stage_phases(scenario, stage) for stage in _candidate_stages(scenario.config.parallel)]
+    candidates = _candidate_stages(scenario.config.parallel)
+    per_stage = [_stage_phases(scenario, stage) for stage in candidates]
     by_phase = zip(*per_stage, strict=True)
     return [max(stages, key=lambda phase: phase.total) for stages in by_phase]
 
 
 def _candidate_stages(parallel: ParallelConfig) -> list[int]:
     """Return the stages that can be the fullest: the first two and the last."""
-    return sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})
+    # The first has the tower, the second the most packs in flight of those without it, and the last has the head.
+    last = parallel.pp - 1
+    return sorted({0, min(1, last), last})
 
 
 def _stage_phases(scenario: Scenario, stage: int) -> list[Phase]:
@@ -128,8 +131,13 @@ class _IterationPhases:
             if has_reference:
                 resident["reference"] = policy.weights
             return resident | _fp8_items(self.fp8_copies, tuple(resident))
-        states = self.models | ({"reference": policy} if has_reference else {})
-        resident = {name: states[name].total if trains else states[name].weights for name in working}
+        states = dict(self.models)
+        if has_reference:
+            states["reference"] = policy
+        resident = {}
+        for name in working:
+            state = states[name]
+            resident[name] = state.total if trains else state.weights
         return resident | _fp8_items(self.fp8_copies, working)
 
 
@@ -137,7 +145,7 @@ def _overhead(scenario: Scenario) -> dict[str, int]:
     """Return what every phase has besides models and activations."""
     parallel = scenario.config.parallel
     group_sizes = (parallel.tp, parallel.pp, parallel.cp, scenario.dp, scenario.dp * parallel.cp, scenario.world)
-    groups = sum(size > 1 for size in group_sizes)
+    groups = sum(size > 1 for size in group_sizes)  # a group of one rank sends nothing
     if isinstance(scenario.config, RLConfig):
         groups += scenario.config.rollout.tp > 1
     margin = int(MARGIN * scenario.gpu.memory)
@@ -170,7 +178,9 @@ def _activations(scenario: Scenario, span: Span, stage: int, critic: bool, share
 
 def _forward_items(scenario: Scenario, stage: int, critic: bool) -> dict[str, int]:
     """Return the activations of a pass without gradients, those of the span that needs most."""
-    return {"activations": max(_activations(scenario, span, stage, critic, 1).forward for span in scenario.spans)}
+    by_span = [_activations(scenario, span, stage, critic, 1) for span in scenario.spans]
+    largest = max(span_activations.forward for span_activations in by_span)
+    return {"activations": largest}
 
 
 def _backward_items(scenario: Scenario, stage: int, critic: bool, share: int) -> dict[str, int]:
@@ -187,7 +197,8 @@ def _backward_items(scenario: Scenario, stage: int, critic: bool, share: int) ->
 def _training(scenario: Scenario, stage: int, state: ModelState) -> dict[str, int]:
     config = scenario.config
     copies = {"model": fp8_bytes(scenario.shape, config.model, config.parallel, stage, False)}
-    return _state_items(state) | _fp8_items(copies, ("model",)) | _backward_items(scenario, stage, False, 1)
+    backward = _backward_items(scenario, stage, False, 1)
+    return _state_items(state) | _fp8_items(copies, ("model",)) | backward
 
 
 def fp8_bytes(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, stage: int, critic: bool) -> int:
@@ -200,10 +211,13 @@ def fp8_bytes(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, s
     elements = 0
     for part in rank_parameters(shape, model, parallel, critic, stage):
         for parameter in part:
-            if parameter.name.startswith("decoder.layers.") and parameter.name.endswith(".weight"):
+            in_layer = parameter.name.startswith("decoder.layers.")
+            if in_layer and parameter.name.endswith(".weight"):
                 elements += parameter.numel
     # Layers at both ends may stay in bfloat16.  In a pipeline it is not asked which stage has them.
-    fp8_share = 1 - 2 * model.fp8_bf16_layers / shape.layers if parallel.pp == 1 else 1
+    fp8_share = 1.0
+    if parallel.pp == 1:
+        fp8_share = 1 - 2 * model.fp8_bf16_layers / shape.layers
     return int(2 * elements * fp8_share)
 
 
@@ -228,13 +242,14 @@ def engine_memory(rollout: RolloutConfig, shape: ModelShape, gpu: Gpu, dtype: st
     token_elements = 2 * shape.ffn // rollout.tp + 4 * shape.hidden
     batch = _ENGINE_BATCH * token_elements * dtype_bytes
     batch += 3 * rollout.max_num_seqs * shape.vocab * 4  # float32 logits and what sampling copies of them
+    work = max(batch, images)
     graphs = _graphs(rollout)
     if rollout.kv_cache_gib:
         cache = int(rollout.kv_cache_gib * _GIB)
     else:
         budget = int(rollout.memory_share(offload) * gpu.memory)
-        cache = budget - weights - max(batch, images) - CONTEXT - sum(graphs.values())
-    return {"vLLM weights": weights, "vLLM cache": cache, "vLLM at work": max(batch, images)} | graphs
+        cache = budget - weights - work - CONTEXT - sum(graphs.values())
+    return {"vLLM weights": weights, "vLLM cache": cache, "vLLM at work": work} | graphs
 
 
 def _graphs(rollout: RolloutConfig) -> dict[str, int]:
@@ -250,12 +265,15 @@ def cache_bytes_per_token(shape: ModelShape, rollout: RolloutConfig, dtype: str)
 def checkpoint_bytes(config: ColdStartConfig | RLConfig, shape: ModelShape) -> int:
     """Return the bytes of one checkpoint on disk: weights, moments and master weights of every model of the recipe."""
     model = config.model
-    kinds = (False, True) if isinstance(config, RLConfig) else (False,)
+    kinds = [False]
+    if isinstance(config, RLConfig):
+        kinds.append(True)
     adam_bytes = MOMENT_BYTES + MASTER_BYTES[model.dtype]
     size = 0
     for critic in kinds:
         state = model_state(shape, model, ParallelConfig(), 1, critic=critic)
-        size += state.parameters * DTYPE_BYTES[model.dtype] + state.trained * adam_bytes
+        size += state.parameters * DTYPE_BYTES[model.dtype]
+        size += state.trained * adam_bytes
     return size
 
 
@@ -266,11 +284,13 @@ def room_for_patches(scenario: Scenario) -> int | None:
     """
     # With many patches memory grows linearly: the line goes through the peaks at a million and half a million.
     million = 1 << 20
+    half = million // 2
     peak = _peak_with_patches(scenario, million)
     if _peak_with_patches(scenario, 0) == peak:
         return None
-    bytes_per_patch = (peak - _peak_with_patches(scenario, million // 2)) / (million // 2)
-    return max(0, math.floor((scenario.gpu.memory - peak) / bytes_per_patch) + million)
+    bytes_per_patch = (peak - _peak_with_patches(scenario, half)) / half
+    further_patches = math.floor((scenario.gpu.memory - peak) / bytes_per_patch)
+    return max(0, million + further_patches)
 
 
 def _peak_with_patches(scenario: Scenario, patches: int) -> int:
@@ -280,4 +300,5 @@ def _peak_with_patches(scenario: Scenario, patches: int) -> int:
     for span in scenario.spans:
         load = replace(span.load, patches=patches * span.load.tokens / pack_tokens)
         spans.append(replace(span, load=load))
-    return max(phase.total for phase in phases(replace(scenario, spans=tuple(spans))))
+    patch_scenario = replace(scenario, spans=tuple(spans))
+    return max(phase.total for phase in phases(patch_scenario))

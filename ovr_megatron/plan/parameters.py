@@ -54,7 +54,11 @@ class Bucket:
         size = self.numel // ranks
         slice_start = rank * size
         slice_end = slice_start + size
-        return sum(max(0, min(end, slice_end) - max(start, slice_start)) for start, end in self.spans)
+        owned = 0
+        for start, end in self.spans:
+            overlap = min(end, slice_end) - max(start, slice_start)
+            owned += max(0, overlap)
+        return owned
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,7 @@ def buckets(parameters: Sequence[Parameter], parallel: ParallelConfig, dp: int, 
         start = _round_up(end, _PARAMETER_ALIGNMENT) if is_padded else end
         end = start + parameter.numel
         spans.append((start, end))
+        # A bucket ends with the parameter that fills it, which may reach beyond the limit.
         if own_bucket or (limit is not None and end >= limit):
             yield close_bucket()
             spans = []

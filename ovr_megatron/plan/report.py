@@ -113,14 +113,16 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu {options.mfu} must lie between 0 and 1")
     shape, folder = read_shape(config.model.path)
-    scenario = build_scenario(config, shape, find_gpu(options.gpu), options.world, folder)
-    gpu = scenario.gpu
+    gpu = find_gpu(options.gpu)
+    scenario = build_scenario(config, shape, gpu, options.world, folder)
     phases = memory.phases(scenario)
     spans = [_span(scenario, span) for span in scenario.spans]
     steps = sum(span["steps"] for span in spans)
     total_flops = sum(span["steps"] * span["flops"] for span in spans)
-    hours_at_mfu = total_flops / (options.mfu * scenario.world * gpu.flops) / 3600
+    flops_per_second = options.mfu * scenario.world * gpu.flops
+    hours_at_mfu = total_flops / flops_per_second / 3600
     modelled_hours = search.hours(scenario)
+    modelled_gpu_seconds = modelled_hours * 3600 * scenario.world
     first_span = scenario.spans[0]
     return {
         "model": {"path": config.model.path, "parameters": count_parameters(shape)},
@@ -129,7 +131,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         "replicas": scenario.dp,
         "layout": {"parallel": asdict(config.parallel), "recompute": config.model.recompute},
         "rank": _ranks(scenario),
-        "phases": [{"name": p.name, "stage": p.stage, "items": p.items, "total": p.total} for p in phases],
+        "phases": [_phase(phase) for phase in phases],
         "fits": all(phase.total <= gpu.memory for phase in phases),
         "patches_of_a_pack": {
             "expected": scenario.pack(first_span).patches,
@@ -146,12 +148,16 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         "by_cost_model": {
             "hours": modelled_hours,
             "gpu_hours": modelled_hours * scenario.world,
-            "mfu": total_flops / (modelled_hours * 3600 * scenario.world * gpu.flops),
+            "mfu": total_flops / (modelled_gpu_seconds * gpu.flops),
         },
         "checkpoint_bytes": memory.checkpoint_bytes(scenario.config, scenario.shape),
         "checkpoints_kept": config.run.keep_last or -(-steps // config.run.save_every),
         "candidates": [asdict(c) for c in search.candidates(scenario)] if options.search else None,
     }
+
+
+def _phase(phase: memory.Phase) -> Mapping[str, Any]:
+    return {"name": phase.name, "stage": phase.stage, "items": phase.items, "total": phase.total}
 
 
 def _span(scenario: Scenario, span: Span) -> PlannedSpan:
@@ -219,7 +225,8 @@ def show(plan: Plan) -> str:
     gpu = plan["gpu"]
     parameters = plan["model"]["parameters"]
     total = sum(parameters.values())
-    counts = ", ".join(f"{part} {count / 1e6:,.0f} M" for part, count in parameters.items() if count)
+    part_counts = [f"{part} {count / 1e6:,.0f} M" for part, count in parameters.items() if count]
+    counts = ", ".join(part_counts)
     parallel = ParallelConfig(**plan["layout"]["parallel"])
     lines = [
         f"model       {plan['model']['path']}: {total / 1e9:.3f} B parameters ({counts})",
@@ -251,7 +258,7 @@ def _phase_lines(plan: Plan) -> list[str]:
         for start in range(0, len(items), _ITEMS_PER_LINE):
             lines.append(f"    {', '.join(items[start : start + _ITEMS_PER_LINE])}")
     patches = plan["patches_of_a_pack"]
-    if patches["room"] is not None:
+    if patches["room"] is not None:  # else the tower stores nothing, and any number fits
         lines.append(f"  images: {patches['expected']:,} patches in a pack expected, room for {patches['room']:,}")
     if engine := plan["engine"]:
         sequences = engine["cache_tokens"] / engine["longest"]
@@ -293,7 +300,10 @@ def _work_lines(plan: Plan) -> list[str]:
 def _candidate_lines(plan: Plan) -> list[str]:
     candidates = plan["candidates"] or ()
     fitting = [candidate for candidate in candidates if not candidate["reason"]]
-    reasons = Counter(_kind_of_reason(candidate["reason"]) for candidate in candidates if candidate["reason"])
+    reasons: Counter[str] = Counter()
+    for candidate in candidates:
+        if candidate["reason"]:
+            reasons[_kind_of_reason(candidate["reason"])] += 1
     lines = [f"layouts that fit: {len(fitting)} of {len(candidates)}, fastest first", "  hours     GiB"]
     for candidate in fitting[:_SHOWN_LAYOUTS]:
         layout = search.name(ParallelConfig(**candidate["parallel"]), candidate["recompute"])
@@ -305,7 +315,9 @@ def _candidate_lines(plan: Plan) -> list[str]:
 
 def _kind_of_reason(reason: str) -> str:
     """Return the reason without its remedy; reasons that differ in the gigabytes alone become one."""
-    return reason.split(" needs ")[0] if reason.startswith("out of memory") else reason.partition(";")[0]
+    if reason.startswith("out of memory"):
+        return reason.split(" needs ")[0]
+    return reason.partition(";")[0]
 
 
 def processes(name: str, parallel: ParallelConfig) -> int:
@@ -315,12 +327,16 @@ def processes(name: str, parallel: ParallelConfig) -> int:
         if value.isdigit() and int(value) > 1:
             return int(value)
     counts = [part.removesuffix("gpu") for part in name.split("_") if part.endswith("gpu")]
-    return int(counts[0]) if counts and counts[0].isdigit() else parallel.ranks
+    if counts and counts[0].isdigit():
+        return int(counts[0])
+    return parallel.ranks
 
 
 def dry_run(config: ColdStartConfig | RLConfig, name: str) -> int:
     """Print the plan of a run that is about to start, on its first process; no process group, no GPU.  Return 0."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    # There is no process group to ask: torchrun sets the first variable, srun the second.
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0":
         options = Options(world=processes(name, config.parallel), search=False)
         print(show(plan(config, options)), flush=True)
     return 0

@@ -51,8 +51,10 @@ class NamedOption:
 
 def named_letter(text: str, count: int) -> NamedOption | None:
     """Return the option that cleaned ``text`` names, of the first ``count``: "A", "(A)", "A.", "A: content"."""
+    # From the strictest form to the loosest: "(A)." has the form of a letter beside content, too.
     if match := _LONE.fullmatch(text):
-        option = NamedOption(_index(match[1].upper()), capital=match[1].isupper())
+        letter = match[1]
+        option = NamedOption(_index(letter.upper()), capital=letter.isupper())
     elif match := _STRONG.fullmatch(text):
         option = NamedOption(_index(match[1] or match[2]), match[3])
     elif match := _WEAK.fullmatch(text):
@@ -72,12 +74,14 @@ def right_option(answer: str, options: Sequence[str]) -> int | None:
     A capital letter within range is a letter, even if another option consists of it.
     """
     letter = named_letter(clean(answer), len(options))
+    answer_key = key(answer)
     # By text first: equal texts decide even where an option is no number.
-    matches = [index for index, option in enumerate(options) if key(option) == key(answer)]
+    matches = [index for index, option in enumerate(options) if key(option) == answer_key]
     if letter and letter.strong and not letter.hedged and (letter.capital or not matches):
         return letter.index
     if not matches:
         matches = [index for index, option in enumerate(options) if _same_quantity(answer, option)]
+    # Several equal options: none of them is meant more than the others.
     return matches[0] if len(matches) == 1 else None
 
 
@@ -110,7 +114,8 @@ def verifiable(answer: str, options: Sequence[str] = ()) -> str | None:
     if _VAGUE.search(text.lower()):
         return "it does not name one value"
     # Commands of LaTeX and single letters are no words.
-    words = len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text))
-    if not options and words > MAX_WORDS:
-        return f"it is prose of {words} words"
+    words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)
+    count = len(words)
+    if not options and count > MAX_WORDS:
+        return f"it is prose of {count} words"
     return None

@@ -37,8 +37,11 @@ def count_verdicts(graded: Iterable[tuple[str, Verdict]]) -> dict[str, VerdictCo
     """Count (source of the row, verdict) pairs by source."""
     by_source: dict[str, VerdictCounts] = {}
     for source, verdict in graded:
-        example = ": ".join(filter(None, (verdict.reason.value, verdict.box))) if verdict.failed else ""
-        by_source.setdefault(source, VerdictCounts()).add(VerdictCounts(1, int(verdict.failed), example))
+        example = ""
+        if verdict.failed:
+            example = ": ".join(filter(None, (verdict.reason.value, verdict.box)))
+        counts = by_source.setdefault(source, VerdictCounts())
+        counts.add(VerdictCounts(1, int(verdict.failed), example))
     return by_source
 
 

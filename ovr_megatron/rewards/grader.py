@@ -60,16 +60,21 @@ def grade(request: GradeRequest) -> Verdict:
         return Verdict(Reason.LONG_BOX, box[:MAX_ANSWER])
     if not clean(box):
         return Verdict(Reason.EMPTY_BOX, box)
-    right = right_option(request.answer, request.options) if request.options else None
-    if right is not None:
-        return Verdict(_among_options(box, request.options, right), box)
-    return Verdict(_open_answer(box, request.answer), box)
+    right = None
+    if request.options:
+        right = right_option(request.answer, request.options)
+    if right is None:
+        reason = _open_answer(box, request.answer)
+    else:
+        reason = _among_options(box, request.options, right)
+    return Verdict(reason, box)
 
 
 def _among_options(box: str, options: Sequence[str], right: int) -> Reason:
     """Compare a box with the options: by letter, by the exact text, by letter and content, by value."""
     letter = named_letter(clean(box), len(options))
-    exact = [index for index, option in enumerate(options) if key(option) == key(box)]
+    box_key = key(box)
+    exact = [index for index, option in enumerate(options) if key(option) == box_key]
     if letter and not letter.rest and (letter.capital or not exact):
         return Reason.LETTER if letter.index == right else Reason.OTHER_OPTION
     if exact:
@@ -81,9 +86,11 @@ def _among_options(box: str, options: Sequence[str], right: int) -> Reason:
         if letter.index in matches or letter.strong:
             return Reason.LETTER if letter.index == right else Reason.OTHER_OPTION
     # The right option first: for most wrong answers one comparison by math-verify is enough.
-    if compare(options[right], box) not in RIGHT:
+    right_content = options[right]
+    if compare(right_content, box) not in RIGHT:
         return Reason.DIFFERENT
-    return _by_content(right, [index for index, option in enumerate(options) if compare(option, box) in RIGHT])
+    matches = [index for index, option in enumerate(options) if compare(option, box) in RIGHT]
+    return _by_content(right, matches)
 
 
 def _by_content(right: int, matches: list[int]) -> Reason:
@@ -115,19 +122,24 @@ def compare(reference: str, candidate: str) -> Reason:
     reference_value, candidate_value, scale = values
     if scale != 1 or not _comparable(reference_value, candidate_value):
         return Reason.DIFFERENT
-    return Reason.MATH if _same_expression(reference_value, candidate_value) else Reason.DIFFERENT
+    same = _same_expression(reference_value, candidate_value)
+    return Reason.MATH if same else Reason.DIFFERENT
 
 
 def same_plainly(reference: str, candidate: str) -> Reason | None:
     """Compare two written values as texts and plain numbers; return None if only mathematics can decide."""
-    if key(reference) == key(candidate):
-        return Reason.TEXT if key(reference) else Reason.DIFFERENT
+    reference_key = key(reference)
+    candidate_key = key(candidate)
+    if reference_key == candidate_key:
+        # Two texts of which nothing is left by cleaning are no agreement.
+        return Reason.TEXT if reference_key else Reason.DIFFERENT
     values = _values(reference, candidate)
     if values is None:
         return Reason.DIFFERENT
     reference_value, candidate_value, scale = values
     if _is_prose(reference_value):
-        return Reason.TEXT if key(reference).casefold() == key(candidate).casefold() else Reason.DIFFERENT
+        same_words = reference_key.casefold() == candidate_key.casefold()
+        return Reason.TEXT if same_words else Reason.DIFFERENT
     if scale == 1 and squeeze(reference_value) == squeeze(candidate_value):
         return Reason.TEXT
     same = _same_plain_number(reference_value, candidate_value, scale)
@@ -194,6 +206,7 @@ def _values(reference: str, candidate: str) -> tuple[str, str, Fraction] | None:
     tuples = _as_tuples(reference_value, candidate_value)
     if tuples is None:
         return None
+    # After the tuples: "x = 3, y = 4" must keep its names until it has become one.
     reference_value, candidate_value = _without_names(*tuples)
     return reference_value, candidate_value, scale
 
@@ -225,7 +238,8 @@ def _approximated(text: str) -> tuple[str, list[str]]:
 
     The value is the first part, or the second one if the first is empty or a name.
     """
-    value, *approximations = (part.strip() for part in text.split("\\approx"))
+    parts = text.split("\\approx")
+    value, *approximations = (part.strip() for part in parts)
     if approximations and (not value or _NAME.fullmatch(value)):
         value, *approximations = approximations
     return value, approximations
@@ -237,14 +251,19 @@ def _stated(text: str, equation: bool) -> str | None:
     With ``equation`` the reference is an equation, and "=" belongs to the value.
     """
     value, approximations = _approximated(text)
-    if "=" in value and not equation and "," not in value and not _CONNECTIVE.search(value):
+    # A list such as "x = 3, y = 4" has several values and is no chain.
+    is_list = "," in value or _CONNECTIVE.search(value)
+    if "=" in value and not equation and not is_list:
         *earlier, value = (part.strip() for part in value.split("="))
         for part in earlier:
-            is_symbolic = _SYMBOL.search(split_unit(part, attached=True)[0])
+            number_text, _ = split_unit(part, attached=True)
+            # A member with symbols is a name or a formula and has no value to compare.
+            is_symbolic = _SYMBOL.search(number_text)
             if part and not is_symbolic and compare(part, value) not in RIGHT:
                 return None
-    if not all(_near(value, approximation) for approximation in approximations):
-        return None
+    for approximation in approximations:
+        if not _near(value, approximation):
+            return None
     return value
 
 
@@ -252,19 +271,23 @@ def _near(value: str, approximation: str) -> bool:
     """Return whether both are numbers and one may be a rounding of the other, also as percent."""
     sides = []
     for text in (value, approximation):
-        side = split_unit(text, attached=True)[0].removesuffix("%").strip()
+        number_text, _ = split_unit(text, attached=True)
+        side = number_text.removesuffix("%").strip()
         if not side or _is_prose(side) or _JUXTAPOSED.search(side):
             return False
         sides.append(side)
     exact, rounded = (_value_of(side) for side in sides)
     if exact is None or rounded is None:
         return False
-    return any(abs(exact * factor - rounded) <= ROUNDING * abs(rounded) for factor in (1, 100))
+    tolerance = ROUNDING * abs(rounded)
+    return any(abs(exact * factor - rounded) <= tolerance for factor in (1, 100))
 
 
 def _value_of(text: str) -> Any | None:
     expressions = _expression(text)
-    return numeric_value(expressions[0]) if expressions else None
+    if not expressions:
+        return None
+    return numeric_value(expressions[0])
 
 
 def _as_tuples(reference: str, candidate: str) -> tuple[str, str] | None:
@@ -275,24 +298,39 @@ def _as_tuples(reference: str, candidate: str) -> tuple[str, str] | None:
     sides = [reference, candidate]
     for index, other in ((0, candidate), (1, reference)):
         items = _CONNECTIVE.sub(",", sides[index]).split(",")
-        pairs = [match for item in items if (match := _PAIR.fullmatch(item.strip()))]
-        if len(items) == 1 or len(pairs) != len(items) or not other.startswith("(") or "=" in other:
+        values: dict[str, str] = {}
+        pairs = 0
+        for item in items:
+            match = _PAIR.fullmatch(item.strip())
+            if match:
+                name, value = match.groups()
+                values[name] = value
+                pairs += 1
+        is_assignment = len(items) > 1 and pairs == len(items)
+        is_beside_tuple = other.startswith("(") and "=" not in other
+        if not is_assignment or not is_beside_tuple:
             continue
-        values = {match[1]: match[2] for match in pairs}
-        if len(values) != len(pairs):
+        if len(values) != pairs:
             return None
-        sides[index] = "(" + ", ".join(values[name] for name in sorted(values)) + ")"
+        in_order = [values[name] for name in sorted(values)]
+        sides[index] = f"({', '.join(in_order)})"
     return sides[0], sides[1]
 
 
 def _in_order(name: str) -> bool:
     """Return whether the names of a tuple, as in "(x, y) =", are in alphabetical order; true of a single name."""
-    letters = re.findall(r"[A-Za-z]", name) if name.startswith("(") else []
+    if not name.startswith("("):
+        return True
+    letters = re.findall(r"[A-Za-z]", name)
     return letters == sorted(letters)
 
 
 def _is_prose(text: str) -> bool:
-    return bool(_PROSE.search(_ENVIRONMENT.sub("", text))) or not _MATHEMATICAL.search(text)
+    # The names of environments, as in \begin{pmatrix}, are no words.
+    without_environments = _ENVIRONMENT.sub("", text)
+    if _PROSE.search(without_environments):
+        return True
+    return not _MATHEMATICAL.search(text)
 
 
 def _comparable(reference: str, candidate: str) -> bool:
@@ -301,8 +339,9 @@ def _comparable(reference: str, candidate: str) -> bool:
     Neither has words or a number beside a number, and both have the same brackets, as many percent signs and as many
     items.  A pair of numbers is not comparable with a choice between numbers.
     """
-    if any(_is_prose(text) or _JUXTAPOSED.search(text) for text in (reference, candidate)):
-        return False
+    for text in (reference, candidate):
+        if _is_prose(text) or _JUXTAPOSED.search(text):
+            return False
     reference_brackets = _BRACKETED.fullmatch(reference)
     candidate_brackets = _BRACKETED.fullmatch(candidate)
     if reference_brackets and candidate_brackets and reference_brackets.groups() != candidate_brackets.groups():
@@ -313,12 +352,16 @@ def _comparable(reference: str, candidate: str) -> bool:
             return False
     if reference.count("%") != candidate.count("%"):
         return False
-    related = _RELATION.search(reference) or _RELATION.search(candidate)
-    return bool(related) or _items(reference) == _items(candidate)
+    # "1 < x < 2" and "(1, 2)" may be the same interval, with and without a comma.
+    if _RELATION.search(reference) or _RELATION.search(candidate):
+        return True
+    return _items(reference) == _items(candidate)
 
 
 def _items(text: str) -> int:
-    return len(re.findall("[,;]", _CONNECTIVE.sub(",", text))) + 1
+    separated = _CONNECTIVE.sub(",", text)
+    separators = re.findall("[,;]", separated)
+    return len(separators) + 1
 
 
 def _same_expression(reference: str, candidate: str) -> bool:
@@ -337,5 +380,7 @@ def _same_expression(reference: str, candidate: str) -> bool:
 def _expression(text: str) -> list[Any]:
     """Parse a value; the first entry of the result is a SymPy expression, and an empty result is no expression."""
     # "and" and "or" separate the values of a list.  Percent signs were compared before.
-    text = _DIGITS_AND_COMMA.sub(", ", _CONNECTIVE.sub(", ", text.replace("%", "")))
+    without_percent = text.replace("%", "")
+    separated = _CONNECTIVE.sub(", ", without_percent)
+    text = _DIGITS_AND_COMMA.sub(", ", separated)
     return parse(f"${text}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=None)

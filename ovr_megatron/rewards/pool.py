@@ -137,8 +137,10 @@ class _Worker:
         """Return the CPU time of the process and its ended children (``/proc/PID/stat``, proc(5), fields 14 to 17)."""
         text = Path(f"/proc/{self.process.pid}/stat").read_text()
         # Field 2, the name in brackets, may hold spaces; field 3 is the first one behind it.
-        ticks = text.rpartition(")")[2].split()[11:15]
-        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        _, _, fields = text.rpartition(")")
+        ticks = fields.split()[11:15]
+        total = sum(map(int, ticks))
+        return total / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> int:
         """Kill the process and close its pipes; return its exit status."""
@@ -268,15 +270,22 @@ class GraderPool:
 
     def _wait_s(self) -> float:
         """Return the seconds until the first worker can reach its limit, at least `LEAST_WAIT_S`."""
-        limits = [worker.time_left() for worker in self._workers]
-        return max(LEAST_WAIT_S, min((seconds for seconds in limits if seconds is not None), default=0.0))
+        limits = []
+        for worker in self._workers:
+            seconds = worker.time_left()
+            if seconds is not None:  # an idle worker has no limit
+                limits.append(seconds)
+        earliest = min(limits, default=0.0)
+        return max(LEAST_WAIT_S, earliest)
 
     def cancel(self) -> None:
         """Drop all requests whose verdicts have not been collected."""
         self._waiting.clear()
         self._retries.clear()
         self._cached.clear()
-        for worker in [worker for worker in self._workers if worker.task is not None]:
+        busy = [worker for worker in self._workers if worker.task is not None]
+        # Killed: a verdict that is already under way must not arrive under the key of a later request.
+        for worker in busy:
             self._stop(worker)
             self._start()
 
@@ -299,7 +308,8 @@ class GraderPool:
             return self._replace(worker, verdict)
         worker.task = None
         # A failure is not cached: the same request may succeed on a less busy node.
-        if not verdict.failed and task.cache_key is not None and len(self._cache) < self._cache_size:
+        is_cacheable = not verdict.failed and len(self._cache) < self._cache_size
+        if is_cacheable and task.cache_key is not None:
             self._cache[task.cache_key] = verdict
         return [(task.key, verdict)]
 

@@ -26,9 +26,14 @@ def numeric_value(item: Any) -> Any | None:
         return None
     symbols = sorted(item.free_symbols, key=str)
     # Arbitrary fractions, one for each symbol by its name: no formula of interest has a special value there.
-    numbers = {symbol: Rational(1234577 + 91193 * n, 1000003) for n, symbol in enumerate(symbols)}
+    numbers = {}
+    for n, symbol in enumerate(symbols):
+        numerator = 1234577 + 91193 * n
+        numbers[symbol] = Rational(numerator, 1000003)
     value = item.subs(numbers).evalf(DIGITS)
-    return value if value.is_number and value.is_finite else None
+    if value.is_number and value.is_finite:
+        return value
+    return None
 
 
 def differ(reference: Any, candidate: Any) -> bool:
@@ -48,8 +53,13 @@ def differ(reference: Any, candidate: Any) -> bool:
     if reference_value is None or candidate_value is None:
         return False
     largest = max(abs(reference_value), abs(candidate_value))
-    tolerance = DECIMAL if reference.has(Float) or candidate.has(Float) else EXACT
-    return bool(largest > NOTHING and abs(reference_value - candidate_value) > tolerance * largest)
+    # Two remainders of zero may differ by any share of their size.
+    if not largest > NOTHING:
+        return False
+    is_decimal = reference.has(Float) or candidate.has(Float)
+    tolerance = DECIMAL if is_decimal else EXACT
+    difference = abs(reference_value - candidate_value)
+    return bool(difference > tolerance * largest)
 
 
 def _parts(item: Any) -> list[Basic] | None:
@@ -63,6 +73,8 @@ def _parts(item: Any) -> list[Basic] | None:
         return [item.start, item.end]
     if isinstance(item, Tuple):
         return list(item.args)
-    if isinstance(item, FiniteSet) and all(isinstance(entry, Expr) and entry.is_real for entry in item.args):
-        return sorted(item.args, key=lambda entry: entry.evalf(DIGITS))
+    if isinstance(item, FiniteSet):
+        is_real = all(isinstance(entry, Expr) and entry.is_real for entry in item.args)
+        # By value: SymPy's own order of a set goes by the form of its entries.
+        return sorted(item.args, key=lambda entry: entry.evalf(DIGITS)) if is_real else None
     return None

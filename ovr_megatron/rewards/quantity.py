@@ -265,12 +265,19 @@ def same_number(reference: Fraction, candidate: Fraction, decimal: bool) -> bool
     """
     if reference == candidate:
         return True
-    if not decimal or all(10**60 % value.denominator == 0 for value in (reference, candidate)):
+    if not decimal:
         return False
-    return abs(reference - candidate) * 1_000_000 <= abs(reference)
+    # A fraction has a finite decimal form if its denominator divides a power of ten, here up to 10**60.
+    if all(10**60 % value.denominator == 0 for value in (reference, candidate)):
+        return False
+    difference = abs(reference - candidate)
+    return difference * 1_000_000 <= abs(reference)
 
 
 def has_unit(raw: str) -> bool:
     """Return whether the answer, as written, has a unit, a counted noun, a degree, percent or currency sign."""
-    signs = re.search(r"\\circ|\\degree|°|%|€|£|\\\$|\\textdollar", raw)
-    return bool(signs) or split_unit(clean(raw), attached=True)[1] is not None
+    # In the answer as it is: `clean` removes most of these signs.
+    if re.search(r"\\circ|\\degree|°|%|€|£|\\\$|\\textdollar", raw):
+        return True
+    _, unit = split_unit(clean(raw), attached=True)
+    return unit is not None

@@ -20,5 +20,6 @@ def check_reference(row: Row, rules: Mapping[str, str]) -> None:
         RowError: names the row, the reason and the remedy.
     """
     problem = verifiable(row.answer or "", row.options)
-    if problem and is_plain(rules.get(row.source, "auto")):
+    rule = rules.get(row.source, "auto")
+    if problem and is_plain(rule):
         raise RowError(row.where, "answer", problem, "give the bare final answer or remove the row")

@@ -86,8 +86,9 @@ def check(name: str) -> None:
         command = [sys.executable, "-m", __spec__.name, name]
         process = subprocess.run(command, capture_output=True, text=True, env=child_environment(os.environ))
         if process.returncode:
-            problem = (process.stdout if process.returncode == USER_ERROR else process.stderr).strip()
-            last_line = problem.rpartition("\n")[2]
+            # A user error is printed on stdout; any other failure ends with a traceback on stderr.
+            output = process.stdout if process.returncode == USER_ERROR else process.stderr
+            _, _, last_line = output.strip().rpartition("\n")
             raise RuleError(last_line or f"{name}: its import ended with code {process.returncode}")
 
 
@@ -100,7 +101,8 @@ def cache_key(request: GradeRequest) -> tuple[object, ...] | None:
     """Return all on which the verdict depends; None for a user's function, which may read the whole response."""
     if not is_plain(request.rule):
         return None
-    return request.rule, request.answer, request.options, last_box(request.response, request.thinking)
+    box = last_box(request.response, request.thinking)
+    return request.rule, request.answer, request.options, box
 
 
 def _boxed(request: GradeRequest) -> Verdict | str:
@@ -110,14 +112,17 @@ def _boxed(request: GradeRequest) -> Verdict | str:
         return Verdict(Reason.NO_BOX)
     if len(box) > MAX_ANSWER:
         return Verdict(Reason.LONG_BOX, box[:MAX_ANSWER])
-    return box if clean(box) else Verdict(Reason.EMPTY_BOX, box)
+    if not clean(box):
+        return Verdict(Reason.EMPTY_BOX, box)
+    return box
 
 
 def _exact(request: GradeRequest) -> Verdict:
     box = _boxed(request)
     if isinstance(box, Verdict):
         return box
-    return Verdict(Reason.TEXT if key(box) == key(request.answer) else Reason.DIFFERENT, box)
+    same = key(box) == key(request.answer)
+    return Verdict(Reason.TEXT if same else Reason.DIFFERENT, box)
 
 
 def _choice(request: GradeRequest) -> Verdict:
@@ -125,14 +130,20 @@ def _choice(request: GradeRequest) -> Verdict:
     if isinstance(box, Verdict):
         return box
     count = len(request.options) or 26
-    right = right_option(request.answer, request.options) if request.options else None
+    right = None
+    if request.options:
+        right = right_option(request.answer, request.options)
     if right is None:
         reference = named_letter(clean(request.answer), count)
         right = reference.index if reference else None
     letter = named_letter(clean(box), count)
-    if letter is None or letter.hedged:
-        return Verdict(Reason.DIFFERENT if letter is None else Reason.SEVERAL_OPTIONS, box)
-    return Verdict(Reason.LETTER if letter.index == right else Reason.OTHER_OPTION, box)
+    if letter is None:
+        return Verdict(Reason.DIFFERENT, box)
+    if letter.hedged:
+        return Verdict(Reason.SEVERAL_OPTIONS, box)
+    if letter.index == right:
+        return Verdict(Reason.LETTER, box)
+    return Verdict(Reason.OTHER_OPTION, box)
 
 
 def _letters(request: GradeRequest) -> Verdict:
@@ -143,16 +154,24 @@ def _letters(request: GradeRequest) -> Verdict:
     reference = _letters_of(request.answer)
     letters = _letters_of(text)
     # A single right option may be named like any choice: "(b)", "B: content".
-    option = named_letter(text, 26) if len(reference) == 1 else None
+    option = None
+    if len(reference) == 1:
+        option = named_letter(text, 26)
     if option and option.strong and not option.hedged:
         letters = {chr(ord("A") + option.index)}
-    return Verdict(Reason.LETTER if reference and reference == letters else Reason.DIFFERENT, box)
+    # A reference without letters is equal to an answer without any, and says nothing.
+    if reference and reference == letters:
+        return Verdict(Reason.LETTER, box)
+    return Verdict(Reason.DIFFERENT, box)
 
 
 def _letters_of(text: str) -> set[str]:
     """Return the letters or digits of "B, D", "(b) and (d)", "B/D" or "BD"; none if one comes twice, as in words."""
     letters = _BETWEEN.sub("", clean(text).upper())
-    return set(letters) if letters.isalnum() and len(set(letters)) == len(letters) else set()
+    distinct = set(letters)
+    if not letters.isalnum() or len(distinct) < len(letters):
+        return set()
+    return distinct
 
 
 def _numeric(request: GradeRequest, share: Fraction = Fraction(0), distance: Fraction = Fraction(0)) -> Verdict:
@@ -167,7 +186,8 @@ def _numeric(request: GradeRequest, share: Fraction = Fraction(0), distance: Fra
     if reference is None or value is None or factor is None:
         return Verdict(Reason.DIFFERENT, box)
     tolerance = max(share * abs(reference), distance)
-    same = abs(reference - value * factor) <= tolerance
+    difference = abs(reference - value * factor)
+    same = difference <= tolerance
     return Verdict(Reason.NUMBER if same else Reason.DIFFERENT, box)
 
 
@@ -175,8 +195,10 @@ def _tolerance(name: str, text: str) -> Fraction:
     try:
         tolerance = Fraction(text) if text else TOLERANCE
     except (ValueError, ZeroDivisionError):
-        tolerance = Fraction(-1)
-    if tolerance < 0 or (tolerance >= 1 and name.startswith("numeric")):
+        tolerance = Fraction(-1)  # refused below, like any negative number
+    # A share of 1 would accept 0 for every reference.
+    is_whole_share = tolerance >= 1 and name.startswith("numeric")
+    if tolerance < 0 or is_whole_share:
         raise RuleError(f"{name}: the tolerance must be a number, as in within:0.001 or, below 1, numeric:0.05")
     return tolerance
 

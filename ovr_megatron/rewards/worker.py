@@ -48,12 +48,14 @@ def serve(requests: Iterable[str], verdicts: TextIO, timeout_s: float) -> None:
         # Only while it grades: an idle worker may wait for the next request as long as it takes.
         set_alarms(timeout_s)
         options = tuple(raw.get("options") or ())
-        request = GradeRequest(
-            raw["response"], raw["answer"], options, raw.get("rule", "auto"), raw.get("thinking", False)
-        )
-        verdict = rule(request.rule)(request)
+        name = raw.get("rule", "auto")
+        thinking = raw.get("thinking", False)
+        request = GradeRequest(raw["response"], raw["answer"], options, name, thinking)
+        grade_by_rule = rule(name)
+        verdict = grade_by_rule(request)
         set_alarms(0)
-        verdicts.write(json.dumps(asdict(verdict)) + "\n")
+        verdict_json = json.dumps(asdict(verdict))
+        verdicts.write(f"{verdict_json}\n")
         verdicts.flush()
 
 

@@ -22,7 +22,8 @@ _PIECE = 1 << 22  # numbers that are summed at once
 
 def policy_folder(directory: Path) -> Path:
     """The Hugging Face folder of a checkpoint's policy; a folder that is a model itself stays as it is."""
-    return directory / "policy" if (directory / "policy" / "config.json").exists() else directory
+    policy = directory / "policy"
+    return policy if (policy / "config.json").exists() else directory
 
 
 def average(directories: Sequence[Path], out: Path, replace: bool = False) -> None:
@@ -45,13 +46,16 @@ def average(directories: Sequence[Path], out: Path, replace: bool = False) -> No
             check_weights(folder, shape)
             check_finite(folder)
             _check_alike(folders[0], shapes[0], folder, shape)
-        names = [name for name in folders[0].names() if not (shapes[0].tied and name == HEAD)]
+        names = folders[0].names()
+        if shapes[0].tied:  # the embedding is the output layer, which only some folders store a second time
+            names = [name for name in names if name != HEAD]
         partial = stack.enter_context(staged(out, directories, replace))
         copy_hf_assets(sources[0], partial)
         progress = stack.enter_context(Progress(len(names), f"mean of {len(folders)} models", "tensor"))
         writer = stack.enter_context(WeightWriter(partial))
         for name in names:
-            writer.add(name, mean([folder.tensor(name) for folder in folders]))
+            tensors = [folder.tensor(name) for folder in folders]
+            writer.add(name, mean(tensors))
             progress.update(1)
 
 
@@ -73,7 +77,8 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _check_alike(first: WeightFolder, first_shape: ModelShape, second: WeightFolder, second_shape: ModelShape) -> None:
-    a, b = dataclasses.asdict(first_shape), dataclasses.asdict(second_shape)
+    a = dataclasses.asdict(first_shape)
+    b = dataclasses.asdict(second_shape)
     if different := [key for key in a if a[key] != b[key]]:
         key = different[0]
         raise WeightError(

@@ -45,8 +45,9 @@ def explain(directory: Path, names: Collection[str], expected: Collection[str], 
         critic: Whether it is to be a critic.
     """
     for name in sorted(names):
-        kind = next((kind for suffix, kind in _QUANTISED_SUFFIXES.items() if name.endswith(suffix)), None)
-        if kind:
+        kinds = [kind for suffix, kind in _QUANTISED_SUFFIXES.items() if name.endswith(suffix)]
+        if kinds:
+            kind = kinds[0]
             return f"{directory}: {name} is a quantised weight ({kind}); give the model it was made from, unquantised"
         if any(mark in f"{name}." for mark in _ADAPTER_MARKS):
             return (
@@ -77,7 +78,8 @@ def _prefix(names: Collection[str], expected: Collection[str]) -> str | None:
     stem = "embed_tokens.weight"
     for inner in (f"model.language_model.{stem}", f"language_model.{stem}", f"model.{stem}"):
         if anchor.endswith(inner) and (prefix := anchor.removesuffix(inner)):
-            bare = {canonical(name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
+            prefixed_names = [name for name in names if name.startswith(prefix)]
+            bare = {canonical(name.removeprefix(prefix)) for name in prefixed_names}
             if len(bare & set(expected)) > len(expected) // 2:
                 return prefix
     return None

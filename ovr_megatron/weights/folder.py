@@ -61,6 +61,7 @@ class WeightFolder:
                 )
             for stored in stored_names:
                 name = table.canonical(stored)
+                # The two generations' names of one tensor are the same name here.
                 if name in self._stored:
                     raise WeightError(f"{self.directory / file}: {stored} is stored a second time; remove one of them")
                 self._stored[name] = (shard, stored)
@@ -120,6 +121,7 @@ def _shards(directory: Path) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = {}
         if not isinstance(weight_map, dict) or not weight_map:
             raise WeightError(f"{index} names no tensor; get this file again")
+        # An index may come from elsewhere: it must not make the reader open files outside the folder.
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise WeightError(f"{index}: {name} points outside the folder, to {file!r}")
@@ -173,17 +175,25 @@ def copy_hf_assets(source: Path, out: Path, dtype: torch.dtype | None = None) ->
     return copied
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
     """Return the config with ``dtype`` as its dtype, which Transformers 4 calls torch_dtype and 5 dtype."""
     new_config = _replaced(config, dtype)
-    return new_config if new_config.keys() & _DTYPE_KEYS else {**new_config, "torch_dtype": dtype}
+    if not new_config.keys() & _DTYPE_KEYS:
+        new_config["torch_dtype"] = dtype  # the key that both versions read
+    return new_config
 
 
-def _replaced(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    return {
-        key: dtype if key in _DTYPE_KEYS else _replaced(value, dtype) if isinstance(value, dict) else value
-        for key, value in config.items()
-    }
+def _replaced(config: Mapping[str, object], dtype: str) -> dict[str, object]:
+    """Return the config with ``dtype`` wherever it names one, also in the configs of its parts."""
+    new_config: dict[str, object] = {}
+    for key, value in config.items():
+        if key in _DTYPE_KEYS:
+            new_config[key] = dtype
+        elif isinstance(value, dict):
+            new_config[key] = _replaced(value, dtype)
+        else:
+            new_config[key] = value
+    return new_config
 
 
 class WeightWriter:
@@ -295,6 +305,7 @@ def cut(sizes: Sequence[int], shard_bytes: int = SHARD_BYTES) -> list[int]:
     ends: list[int] = []
     current_bytes = 0
     for index, size in enumerate(sizes):
+        # A tensor larger than a shard gets one of its own.
         if current_bytes and current_bytes + size > shard_bytes:
             ends.append(index)
             current_bytes = 0
@@ -304,7 +315,9 @@ def cut(sizes: Sequence[int], shard_bytes: int = SHARD_BYTES) -> list[int]:
 
 def shard_names(count: int) -> list[str]:
     """Return Hugging Face's names of ``count`` shards."""
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    if count <= 1:
+        return [SINGLE]
+    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
 
 
 def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: int) -> None:
@@ -318,4 +331,7 @@ def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: in
 
 def some(names: list[str]) -> str:
     """Return the first names of a list that may be long, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    first_names = ", ".join(names[:3])
+    if len(names) <= 3:
+        return first_names
+    return f"{first_names} and {len(names) - 3} more"

@@ -22,7 +22,8 @@ from ovr_megatron.weights.slices import LocalShard, RowRange, row_ranges
 from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, join, split, to_hf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"
+_HEAD = "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -102,25 +103,30 @@ class LiveTensors:
     def _shard(self, row: TensorRow, which: str, dtype: torch.dtype) -> Tensor:
         """Return this tensor-parallel rank's shard of a row, on every pipeline stage.  A collective."""
         stage = self._stage[row.megatron]
+        # Ranks of the other stages have no tensor to ask for shape and dtype: both follow from the table and `dtype`.
         if self.groups.pp.rank() == stage:
             shard = self._read(self._parameters[row.megatron], which).contiguous()
         else:
-            shard = torch.empty(self._shard_shape(row), dtype=dtype, device=torch.cuda.current_device())
+            device = torch.cuda.current_device()
+            shard = torch.empty(self._shard_shape(row), dtype=dtype, device=device)
         if self.groups.pp.size() > 1:
             dist.broadcast(shard, group=self.groups.pp, group_src=stage)
         return shard
 
     def _shard_shape(self, row: TensorRow) -> torch.Size:
         empty = [torch.empty(size, device="meta") for size in row.sizes]
+        full = from_hf(row, empty, self.shape)
         tp = self.groups.tp
-        return split(row, from_hf(row, empty, self.shape), tp.size(), tp.rank(), self.shape).shape
+        return split(row, full, tp.size(), tp.rank(), self.shape).shape
 
     def _read(self, parameter: Parameter, which: str) -> Tensor:
         if which == "weight":
             return parameter.detach()
         local_range = self._local_range(parameter)
         if local_range is None:
-            return self._state(parameter, which) if which != "gradient" else parameter.main_grad
+            if which == "gradient":
+                return parameter.main_grad
+            return self._state(parameter, which)
         # The ranges of the data-parallel ranks are disjoint: the sum of tensors that are zero elsewhere joins them.
         full_state = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if local_range.stop > local_range.start:
@@ -151,12 +157,13 @@ class LiveTensors:
 
     def put(self, holding: Holding, tensors: Sequence[Tensor], into: Tensor) -> None:
         """Copy this rank's part of the full ``tensors`` of a row into ``into``."""
-        with torch.no_grad():
+        with torch.no_grad():  # autograd allows no write into a parameter that trains
             into.copy_(self._part(holding.row, tensors))
 
     def _part(self, row: TensorRow, tensors: Sequence[Tensor]) -> Tensor:
+        full = from_hf(row, tensors, self.shape)
         tp = self.groups.tp
-        return split(row, from_hf(row, tensors, self.shape), tp.size(), tp.rank(), self.shape)
+        return split(row, full, tp.size(), tp.rank(), self.shape)
 
     def start_state(self, step: int) -> None:
         """Give every trained parameter Adam's state as it is after ``step`` steps, moments still zero."""
@@ -167,16 +174,22 @@ class LiveTensors:
                 for key in group["params"]:
                     adam.state[key] = {which: torch.zeros_like(key, dtype=torch.float32) for which in MOMENTS}
                     if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+                        # Torch's own Adam counts for each parameter.
                         adam.state[key]["step"] = torch.tensor(float(step))
 
     def state_tensors(self) -> Iterator[Tensor]:
         """Yield the optimizers' own tensors: moments, and the weights that they update (maybe the model's)."""
         for wrapped in self.optimizers:
             adam = getattr(wrapped, "optimizer", None)
-            for group in adam.param_groups if adam is not None else ():
-                yield from (key.data for key in group["params"])
-            for state in adam.state.values() if adam is not None else ():
-                yield from (value for value in state.values() if isinstance(value, Tensor))
+            if adam is None:
+                continue
+            for group in adam.param_groups:
+                for key in group["params"]:
+                    yield key.data
+            for state in adam.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        yield value
 
     def put_state(self, holding: Holding, which: str, tensors: Sequence[Tensor]) -> None:
         """Copy this rank's part of one of `MOMENTS` or ``master`` from the full ``tensors`` of a row."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ class Pending:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class TensorEntry(TypedDict):
+    """A tensor in the header of a safetensors file; ``data_offsets`` are its first byte and the one after its last."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
 def write_shard(path: Path, tensors: Sequence[Pending], digest: Any = None) -> None:
     """Write a safetensors file and wait until the disk has it; the same bytes as the library's ``save_file``.
 
@@ -73,16 +81,18 @@ def _content(ordered: Sequence[Pending]) -> Iterator[Any]:
 
 def _header(tensors: Sequence[Pending]) -> bytes:
     """Length and text of the header, padded so that the numbers begin at a multiple of eight."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, TensorEntry | dict[str, str]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        begin, end = end, end + tensor.nbytes
+        begin = end
+        end = begin + tensor.nbytes
         entries[tensor.name] = {
             "dtype": _ORDER[tensor.dtype][1],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    # Readers map the file and view the numbers in their dtype, of up to eight bytes, without a copy.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

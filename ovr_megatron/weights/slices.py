@@ -112,15 +112,17 @@ def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[R
     """
     dim = cut_dim(row)
     if dim is None:
-        (name,), (size,) = row.hf, row.sizes
+        (name,) = row.hf
+        (size,) = row.sizes
         return (RowRange(name, 0, 0, torch.Size(size).numel()),)
     lengths = [size[dim] for size in row.sizes]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    numbered = [
-        torch.arange(start + 1, start + length + 1).unsqueeze(1 - dim)  # 0 is padding
-        for start, length in zip(starts, lengths, strict=True)
-    ]
-    local = split(row, from_hf(row, numbered, shape), tp, rank, shape).flatten()
+    numbered = []
+    for start, length in zip(starts, lengths, strict=True):
+        numbers = torch.arange(start + 1, start + length + 1)  # 0 is padding
+        numbered.append(numbers.unsqueeze(1 - dim))
+    full = from_hf(row, numbered, shape)
+    local = split(row, full, tp, rank, shape).flatten()
     breaks = (local.diff() != 1).nonzero().flatten() + 1
     bounds = [0, *breaks.tolist(), len(local)]
     ranges = []
@@ -130,8 +132,10 @@ def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[R
         # Consecutive rows may go on from one Hugging Face tensor to the next: a range ends with its tensor.
         while offset < end and source_row >= 0:
             tensor = max(i for i, start in enumerate(starts) if start <= source_row)
-            length = min(end - offset, starts[tensor] + lengths[tensor] - source_row)
-            ranges.append(RowRange(row.hf[tensor], source_row - starts[tensor], offset, length))
+            tensor_end = starts[tensor] + lengths[tensor]
+            length = min(end - offset, tensor_end - source_row)
+            first_row = source_row - starts[tensor]
+            ranges.append(RowRange(row.hf[tensor], first_row, offset, length))
             offset += length
             source_row += length
     return tuple(ranges)
@@ -139,7 +143,9 @@ def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[R
 
 def rows_of(tensor: Tensor, dim: int | None, first: int, length: int) -> Tensor:
     """Return a view of the rows along ``dim`` of a parameter (None: of the flattened parameter)."""
-    return tensor.view(-1)[first : first + length] if dim is None else tensor.narrow(dim, first, length)
+    if dim is None:
+        return tensor.view(-1)[first : first + length]
+    return tensor.narrow(dim, first, length)
 
 
 class Owners:
@@ -156,8 +162,9 @@ class Owners:
         for rank, rank_layouts in enumerate(layouts):
             for index, layout in enumerate(rank_layouts):
                 for rows in layout.ranges:
+                    interval = (rows.start, rows.start + rows.length)
                     by_interval = locations.setdefault(rows.tensor, {})
-                    by_rank = by_interval.setdefault((rows.start, rows.start + rows.length), {})
+                    by_rank = by_interval.setdefault(interval, {})
                     by_rank.setdefault(rank, (index, rows.offset))
         self._intervals = {name: sorted(by_interval.items()) for name, by_interval in locations.items()}
         self._ranks: dict[tuple[str, tuple[int, int]], list[int]] = {}
@@ -201,7 +208,8 @@ class Owners:
         for (start, stop), by_rank in self._intervals.get(name, ()):
             if start <= position < stop:
                 rank = _closest(self._ranks[name, (start, stop)], target)
-                if best is None or abs(rank - target) < abs(best[0] - target):
+                distance = abs(rank - target)
+                if best is None or distance < abs(best[0] - target):
                     index, offset = by_rank[rank]
                     best = rank, index, offset + position - start, stop
         if best is None:
@@ -212,7 +220,9 @@ class Owners:
 def _closest(ranks: Sequence[int], target: int) -> int:
     """Return the rank of the sorted ``ranks`` that is nearest to ``target``, the lower of two."""
     right = bisect_left(ranks, target)
-    return min(ranks[max(right - 1, 0) : right + 1], key=lambda rank: abs(rank - target))
+    first = max(right - 1, 0)
+    neighbours = ranks[first : right + 1]
+    return min(neighbours, key=lambda rank: abs(rank - target))
 
 
 def plan(
@@ -281,9 +291,11 @@ def _merged(transfers: Iterable[Transfer]) -> list[Transfer]:
     joined: list[Transfer] = []
     for transfer in transfers:
         begin = (transfer.source_index, transfer.source_offset, transfer.target_offset)
-        last = joined[-1] if joined else None
-        if last and (last.source_index, last.source_offset + last.length, last.target_offset + last.length) == begin:
-            joined[-1] = last._replace(length=last.length + transfer.length)
-        else:
-            joined.append(transfer)
+        if joined:
+            last = joined[-1]
+            end = (last.source_index, last.source_offset + last.length, last.target_offset + last.length)
+            if end == begin:
+                joined[-1] = last._replace(length=last.length + transfer.length)
+                continue
+        joined.append(transfer)
     return joined

@@ -51,8 +51,11 @@ def rows(shape: ModelShape, critic: bool = False) -> list[TensorRow]:
 
     A policy has ``output_layer.weight`` unless its embedding is tied; a critic has ``value_head.weight`` instead.
     """
-    absent = {"output_layer.weight"} if critic or shape.tied else set()
-    absent |= set() if critic else {"value_head.weight"}
+    absent: set[str] = set()
+    if critic or shape.tied:
+        absent.add("output_layer.weight")
+    if not critic:
+        absent.add("value_head.weight")
     family = family_of(shape)
     sizes = family.weight_sizes(shape)
     expanded = []
@@ -60,9 +63,14 @@ def rows(shape: ModelShape, critic: bool = False) -> list[TensorRow]:
         if megatron in absent:
             continue
         depth = shape.vision.depth if megatron.startswith("vision.") else shape.layers
-        dims = tuple(tuple(sizes[letter] for letter in term.split()) for term in terms)
-        for i in range(depth if "{i}" in megatron else 1):
-            expanded.append(TensorRow(megatron.format(i=i), tuple(name.format(i=i) for name in hf), kind, dims))
+        dims = []
+        for term in terms:
+            dims.append(tuple(sizes[letter] for letter in term.split()))
+        copies = depth if "{i}" in megatron else 1
+        for i in range(copies):
+            megatron_name = megatron.format(i=i)
+            hf_names = tuple(name.format(i=i) for name in hf)
+            expanded.append(TensorRow(megatron_name, hf_names, kind, tuple(dims)))
     return expanded
 
 
@@ -99,14 +107,20 @@ def split(row: TensorRow, tensor: Tensor, tp: int, rank: int, shape: ModelShape)
     if kind.dim is None or tp == 1:
         return tensor
     if row.kind == "vocabulary":
-        padding = padded_vocab(shape, tp) - tensor.shape[0]
-        tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
+        # Megatron gives every rank equally many rows of the vocabulary; no token has those of the padding.
+        padding_rows = padded_vocab(shape, tp) - tensor.shape[0]
+        padding = tensor.new_zeros(padding_rows, *tensor.shape[1:])
+        tensor = torch.cat([tensor, padding])
+    # A rank holds whole heads, as attention works on them; of key-value heads, each with its query heads.
     units, what = _units(row, tensor, shape)
     if units % tp:
-        fits = ", ".join(str(size) for size in range(1, tp) if not units % size)
+        divisors = [str(size) for size in range(1, tp) if not units % size]
+        fits = ", ".join(divisors)
         raise LayoutError(f"{row.megatron}: tp={tp} does not divide the {units} {what}; tp can be {fits}")
-    cut = tensor.unflatten(kind.dim, (kind.blocks, tp, -1))
-    return cut.select(kind.dim + 1, rank).flatten(kind.dim, kind.dim + 1)
+    # [blocks, tp, -1]: gate and up are cut each for itself, so that a rank multiplies columns that belong together.
+    shards = tensor.unflatten(kind.dim, (kind.blocks, tp, -1))
+    shard = shards.select(kind.dim + 1, rank)
+    return shard.flatten(kind.dim, kind.dim + 1)
 
 
 def _units(row: TensorRow, tensor: Tensor, shape: ModelShape) -> tuple[int, str]:
@@ -126,7 +140,8 @@ def join(row: TensorRow, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
     if kind.dim is None or len(shards) == 1:
         return shards[0]
     parts = [shard.unflatten(kind.dim, (kind.blocks, -1)) for shard in shards]
-    joined = torch.stack(parts, dim=kind.dim + 1).flatten(kind.dim, kind.dim + 2)
+    stacked = torch.stack(parts, dim=kind.dim + 1)  # [blocks, tp, -1], as in `split`
+    joined = stacked.flatten(kind.dim, kind.dim + 2)
     return joined[: shape.vocab] if row.kind == "vocabulary" else joined
 
 
@@ -151,18 +166,21 @@ def _fuse_vision_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
 
 
 def _unfuse_vision_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-    return (torch.cat(_ungroup(tensor, shape.vision.heads, 1)),)
+    qkv = _ungroup(tensor, shape.vision.heads, 1)
+    return (torch.cat(qkv),)
 
 
 def _group(qkv: Sequence[Tensor], groups: int) -> Tensor:
     """Rows in Megatron's order: for each key-value group its query heads, its key head, its value head."""
-    return torch.cat([part.unflatten(0, (groups, -1)) for part in qkv], dim=1).flatten(0, 1)
+    by_group = [part.unflatten(0, (groups, -1)) for part in qkv]
+    return torch.cat(by_group, dim=1).flatten(0, 1)
 
 
 def _ungroup(tensor: Tensor, groups: int, queries: int) -> tuple[Tensor, ...]:
     """Query, key and value rows; a group has ``queries`` query heads."""
     heads = tensor.unflatten(0, (groups, queries + 2, -1))
-    return tuple(part.flatten(0, 2) for part in heads.split([queries, 1, 1], dim=1))
+    qkv = heads.split([queries, 1, 1], dim=1)
+    return tuple(part.flatten(0, 2) for part in qkv)
 
 
 def _fuse_gate_up(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
@@ -179,7 +197,8 @@ def _fuse_patch(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
 
 def _unfuse_patch(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     vision = shape.vision
-    return (tensor.unflatten(1, (vision.in_channels, vision.temporal_patch, vision.patch, vision.patch)),)
+    kernel = (vision.in_channels, vision.temporal_patch, vision.patch, vision.patch)
+    return (tensor.unflatten(1, kernel),)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ovr_megatron.weights.diagnosis import HEAD, explain
 from ovr_megatron.weights.folder import SHARD_BYTES, WeightError, WeightFolder, some, write_folder
 from ovr_megatron.weights.shard import FORMATS, PIECE, Pending, as_bytes, sync
 
-EMBEDDING, VALUE_HEAD = "model.embed_tokens.weight", "value_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+VALUE_HEAD = "value_head.weight"
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -89,7 +90,10 @@ def require_finite(tensor: Tensor, name: str, directory: Path) -> None:
     Raises:
         WeightError: names it.
     """
-    count = sum(piece.numel() - int(piece.isfinite().sum()) for piece in tensor.flatten().split(PIECE))
+    count = 0
+    for piece in tensor.flatten().split(PIECE):
+        finite = int(piece.isfinite().sum())
+        count += piece.numel() - finite
     if count:
         raise WeightError(
             f"{directory}: {name} has {count} of {tensor.numel()} values that are NaN or infinite; the model diverged "
@@ -126,7 +130,8 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: i
     """
     lines: list[str] = []
     with WeightFolder(ours) as a, WeightFolder(theirs) as b:
-        names = sorted((set(a.names()) | set(b.names())).difference(ignore))
+        all_names = set(a.names()) | set(b.names())
+        names = sorted(all_names.difference(ignore))
         optional = {HEAD} if ModelShape.from_hf(ours).tied else set()
         compare = partial(_difference, a, b, optional)
         with (
@@ -137,12 +142,15 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: i
                 if difference:
                     lines.append(difference)
                 progress.update(1)
-    for file in sorted(set(list_hf_assets(ours) + list_hf_assets(theirs)).difference(ignore)):
+    assets = set(list_hf_assets(ours) + list_hf_assets(theirs))
+    for file in sorted(assets.difference(ignore)):
         for folder, counterpart in ((ours, theirs), (theirs, ours)):
             if not (counterpart / file).exists():
                 lines.append(f"{file}: only in {folder}")
-        if (ours / file).exists() and (theirs / file).exists():
-            if (ours / file).read_bytes() != (theirs / file).read_bytes():
+        our_file = ours / file
+        their_file = theirs / file
+        if our_file.exists() and their_file.exists():
+            if our_file.read_bytes() != their_file.read_bytes():
                 lines.append(f"{file}: the files differ")
     return lines
 
@@ -166,16 +174,21 @@ def _disagreement(x: Tensor, y: Tensor) -> tuple[int, float]:
     count = 0
     largest_by_piece = [0.0]
     for a, b in zip(x.flatten().split(PIECE), y.flatten().split(PIECE), strict=True):
-        differs = (as_bytes(a) != as_bytes(b)).view(len(a), -1).any(1)
+        # By bytes, as in `same_bits`: a NaN equals itself, and 0 is not -0.
+        differing_bytes = as_bytes(a) != as_bytes(b)
+        differs = differing_bytes.view(len(a), -1).any(1)
         if differs.any():
             count += int(differs.sum())
-            largest_by_piece.append((a[differs].double() - b[differs].double()).abs().max().item())
+            difference = a[differs].double() - b[differs].double()
+            largest_by_piece.append(difference.abs().max().item())
     return count, torch.tensor(largest_by_piece).max().item()  # a NaN stays one
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same dtype, shape and bits (a NaN equals itself, 0 is not -0)."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(as_bytes(a), as_bytes(b))
 
 
 @contextmanager
