@@ -46,6 +46,7 @@ def write_summary(experiment: Experiment) -> Path:
 def _accuracy(experiment: Experiment, problem_set: str) -> dict[str, float | int | None]:
     """Return the accuracy of each model, and the least number of problems that any of them was evaluated on."""
     scores = {model: experiment.score(model, problem_set) for model in MODELS}
-    problems = min((score["problems"] for score in scores.values() if score), default=None)
+    problem_counts = [score["problems"] for score in scores.values() if score]
+    problems = min(problem_counts, default=None)
     accuracy = {model: score["accuracy"] if score else None for model, score in scores.items()}
     return accuracy | {"problems": problems}
