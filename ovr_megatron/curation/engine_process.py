@@ -102,9 +102,10 @@ class Replica:
 
 
 def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
-    """Write the mean loss of every response to ``scores.N.jsonl``, by the index of the row."""
+    """Write the negative log-likelihood per token of each response, or an error, to ``scores.N.jsonl`` by row index."""
     settings = config.proxy_loss
     assert settings.model is not None, "the configuration was checked"
+    # One more, as vLLM samples a token behind each prompt that it scores.
     replica = Replica(config, world, folder / "scores", settings.model, settings.dtype, settings.max_tokens + 1)
     with replica.journal as journal:
         rows = (item for item in replica.rows(input_folder) if item.index not in journal and not item.row.is_prompt)

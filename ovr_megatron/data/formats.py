@@ -234,7 +234,13 @@ _ANSWERS = {"reward_model", "data_source", "response", "completion", "answer", "
 
 
 def detect(raw: Any, where: str) -> str:
-    """Return the name of the format of a decoded object, or raise `RowError` if it has none of them."""
+    """Return the name of the format that the fields of a decoded row are of.
+
+    Rows of several formats have a prompt and an answer, so the order of these tests matters.
+
+    Raises:
+        RowError: they are of no known format.
+    """
     keys = set(raw) if isinstance(raw, Mapping) else set()
     if "messages" in keys:
         return "messages"

@@ -132,7 +132,11 @@ def build_scenario(
 
 
 def _cold_start_span(config: ColdStartConfig, measured: Workload | None) -> Span:
-    """Return all steps of the cold start: those of the recipe, or as many as the epochs fill packs."""
+    """Return the steps of the cold start and the lengths of its samples.
+
+    ``config.steps`` counts where it is set; 0 derives the steps from epochs and samples, as if every pack were full.  A
+    tokenised set comes before ``measured`` lengths and before ``data.expected_samples``.
+    """
     data = config.data
     samples = float(data.expected_samples)
     if data.tokenised:

@@ -40,10 +40,11 @@ class RuleError(UserError, ValueError):
 def rule(name: str) -> Rule:
     """Return the rule of this name.
 
-    ``auto``: options by letter or content if there are some, else text, number or math-verify.  ``math``: the same
-    without options.  ``exact``: the same text.  ``choice``: the letter of the right option, nothing else.  ``letters``:
-    the letters of all right options, in any order.  ``numeric`` or ``numeric:0.05``: a number within this share of the
-    reference, by default one part in a hundred.  ``within:0.001``: a number within this distance of the reference.
+    ``auto``: options by letter or content if there are some; else equal text, an equal number, or equal by math-verify,
+    in this order.  ``math``: the same without options.  ``exact``: equal text.  ``choice``: the letter of the right
+    option, nothing else.  ``letters``: the letters of all right options, in any order.  ``numeric`` or
+    ``numeric:0.05``: a number within this relative tolerance, 0.01 by default.  ``within:0.001``: a number within this
+    absolute tolerance; `check` refuses a tolerance that is no number.
     ``package.module:function``: a user's function of response, answer and options that returns a reward in 0..1.
 
     Raises:
@@ -51,7 +52,7 @@ def rule(name: str) -> Rule:
     """
     kind, _, parameter = name.partition(":")
     if kind in ("auto", "math") and not parameter:
-        # SymPy takes a second to import, and a trainer only checks names.
+        # SymPy takes a second to import, and a trainer calls only `check`.
         from ovr_megatron.rewards import grader  # noqa: PLC0415
 
         if kind == "auto":

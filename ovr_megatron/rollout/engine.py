@@ -314,7 +314,8 @@ class RolloutEngine:
         The weights move to the host, or with ``deep`` nowhere: then an `update` must come first.
         """
         self._empty |= deep
-        if "weights" in self._asleep:  # the cache alone may sleep: after an update that nothing was generated with
+        # After an update the weights are awake while the cache may still sleep; then the weights go to sleep again.
+        if "weights" in self._asleep:
             return
         with undisturbed():
             self._reset_caches()

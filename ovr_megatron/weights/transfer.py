@@ -109,7 +109,7 @@ def copy_weights(
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the tensors of ``source``, but those of ``leave_out``, to ``out``, in ``dtype`` or as they are stored.
+    """Write the tensors of ``source`` to ``out``, except those named in ``leave_out``, in ``dtype`` or as stored.
 
     ``workers`` threads write a shard each; the files are the same for any number of them.  Memory holds a few
     pieces of tensors, apart from the mapped pages of ``source``.

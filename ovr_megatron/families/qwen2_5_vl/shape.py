@@ -166,6 +166,8 @@ def read_shape(name: str, raw: dict[str, object], path: Path) -> ModelShape:
 
 
 def _vision_shape(vision: VisionFields) -> WindowedVisionShape:
+    """Return the sizes of the tower; ``window`` is in pixels, ``merge`` the side of a merged square in patches."""
+    # Older folders say spatial_patch_size, and some leave the size out; every published tower has patches of 14.
     return WindowedVisionShape(
         depth=vision.depth,
         hidden=vision.hidden_size,
