@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from ovr_megatron.config.checks import ZeroMeans, require
 from ovr_megatron.config.fields import Count, LargeCount, NonNegativeFloat, PositiveInt, section
 
-# ``auto`` detects the format from the rows of each file.
-TrainingFormat = Literal["auto", "messages", "orz", "verl", "llava", "alpaca", "query", "mathvision", "puzzlevqa"]
-KnowledgeBenchmark = Literal["math", "gpqa", "mmlu", "mmlu_pro", "mmmu_pro"]
-PictureBenchmark = Literal["mathvista", "mathverse", "dynamath", "wemath", "logicvista"]
-Format = Literal[TrainingFormat, KnowledgeBenchmark, PictureBenchmark]
-FORMATS: tuple[Format, ...] = get_args(Format)
+# ``auto`` detects the format from the rows of each file.  `ovr_megatron.data.formats.register_format` adds names.
+FORMATS = ["auto", "messages", "orz", "verl", "llava", "alpaca", "query", "mathvision", "puzzlevqa"]
+FORMATS += ["math", "gpqa", "mmlu", "mmlu_pro", "mmmu_pro"]
+FORMATS += ["mathvista", "mathverse", "dynamath", "wemath", "logicvista"]
 
 
 @section("data.sources[].")
@@ -24,14 +22,19 @@ class SourceConfig:
     """JSONL, JSON or parquet file, a folder, a Hugging Face data set name, or puzzle:KIND for a generated stream."""
     weight: NonNegativeFloat = 1.0
     """Share of the mixture; in a tokenised set, how often an epoch has each row."""
-    format: Format = "auto"
-    """Format of the rows; auto detects it from the rows of each file."""
+    format: str = "auto"
+    """Format of the rows: one of docs/data.md, or package.module:NAME; auto detects it from the rows of each file."""
     image_root: str | None = None
     """Folder outside of which the rows may name no image; none: the folder of the file."""
     name: str | None = None
     """Name of the source in metrics and reports; none: its path."""
 
     def __post_init__(self) -> None:
+        require(
+            self.format in FORMATS or ":" in self.format,
+            f"data.sources[].format={self.format!r} is not known; choose one of {', '.join(FORMATS)}, or write "
+            "package.module:NAME",
+        )
         require(self.weight > 0, f"data.sources[].weight={self.weight} of {self.path} must be positive")
 
 

@@ -7,12 +7,13 @@ of our own form, and raises `RowError` naming the field of the file, not of our 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ovr_megatron.config import FORMATS
 from ovr_megatron.data.benchmark_formats import BENCHMARK_READERS
 from ovr_megatron.data.chat_formats import read_alpaca, read_llava, read_query, read_verl
 from ovr_megatron.data.media import (
@@ -36,6 +37,7 @@ from ovr_megatron.data.schema import (
     parse_text,
 )
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
+from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
 
 Reader = Callable[[Any, str, Path], Row]
 
@@ -230,6 +232,40 @@ _SIGNS = {  # fields that a format is detected by; the first match counts, so th
     "alpaca": {"instruction", "output"},
     "query": {"query", "response"},
 }
+
+
+def register_format(name: str, form: Format, signs: Collection[str] = ()) -> None:
+    """Let ``data.sources[].format`` take ``name``, before the settings are built.
+
+    Args:
+        name: Of the format.
+        form: How its rows are read.
+        signs: Fields by which ``auto`` detects it, after all built-in formats; none: it must be named.
+
+    Raises:
+        RegistryError: The name is taken.
+    """
+    add_row(_FORMATS, name, form)
+    READERS[name] = partial(read_row, form)
+    FORMATS.append(name)
+    if signs:
+        _SIGNS[name] = set(signs)
+
+
+def find_reader(name: str) -> Reader:
+    """Return the reader of a format: one of the table, or of a `Format` at ``package.module:NAME``.
+
+    Raises:
+        RegistryError: There is none.
+    """
+    if name in READERS:
+        return READERS[name]
+    form = find_row("data.sources[].format", name, _FORMATS)
+    if not isinstance(form, Format):
+        raise RegistryError(f"data.sources[].format={name} is of type {type(form).__name__}; make it a Format")
+    return partial(read_row, form)
+
+
 _ANSWERS = {"reward_model", "data_source", "response", "completion", "answer", "solution"}
 
 

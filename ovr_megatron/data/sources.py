@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ovr_megatron.config import ConfigError, SourceConfig
-from ovr_megatron.data.formats import READERS, detect
+from ovr_megatron.data.formats import detect, find_reader
 from ovr_megatron.data.puzzles import open_puzzle
 from ovr_megatron.data.schema import Row, RowError, RowSource
 
@@ -93,7 +93,7 @@ class TableRows:
         self._ends = list(itertools.accumulate(len(table) for table in tables))
         self._root = image_root
         self._name = name
-        self._readers = [READERS[_detect(table) if format == "auto" else format] for table in tables]
+        self._readers = [find_reader(_detect(table) if format == "auto" else format) for table in tables]
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -18,7 +18,7 @@ from ovr_megatron.ppo.advantages import (
     group_advantages,
     leave_one_out_advantages,
 )
-from ovr_megatron.ppo.registry import RegistryError, add_row, find_row
+from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.ppo.advantages import Ragged
-from ovr_megatron.ppo.registry import RegistryError, add_row, find_row
+from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
 
 SumOverRanks = Callable[[np.ndarray], np.ndarray]
 

@@ -5,8 +5,14 @@ from typing import Any
 
 import pytest
 
+from ovr_megatron.config import FORMATS, ConfigError, SourceConfig
+from ovr_megatron.config import data as config_data
+from ovr_megatron.data import formats
 from ovr_megatron.data.formats import detect, read_mathvision, read_orz, read_puzzlevqa
+from ovr_megatron.data.questions import prompt_row
 from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart
+from ovr_megatron.data.sources import open_source
+from ovr_megatron.runtime.registry import RegistryError
 
 ROOT = Path("/data")
 ORZ = {"prompt": [{"from": "user", "value": "1+1?"}], "final_answer": "2"}
@@ -109,3 +115,43 @@ def test_an_unknown_form_is_listed_with_its_fields() -> None:
 def test_text_parts_are_never_empty() -> None:
     parts = read_mathvision(VISION, "f:1", ROOT).messages[0].parts
     assert all(part.text.strip() for part in parts if isinstance(part, TextPart))
+
+
+@pytest.fixture
+def tables_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))
+    monkeypatch.setattr(formats, "READERS", dict(formats.READERS))
+    monkeypatch.setattr(formats, "_SIGNS", dict(formats._SIGNS))
+    names = list(FORMATS)
+    monkeypatch.setattr(formats, "FORMATS", names)
+    monkeypatch.setattr(config_data, "FORMATS", names)
+
+
+def read_riddle(raw: Any, where: str, image_root: Path) -> Row:
+    return prompt_row((TextPart(raw["riddle"]),), raw["solved"], (), where)
+
+
+RIDDLE = formats.Format(read_riddle, "riddle")
+
+
+def answers(path: Path, form: str) -> list[str | None]:
+    rows = open_source(SourceConfig(path=str(path), format=form))
+    return [rows[i].answer for i in range(len(rows))]
+
+
+@pytest.mark.usefixtures("tables_of_this_test")
+def test_a_format_from_outside_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"riddle": "What has keys?", "solved": "a piano"}\n')
+    with pytest.raises(RowError, match="has only the fields riddle, solved"):
+        answers(file, "auto")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # as PYTHONPATH
+    assert answers(file, "test_formats:RIDDLE") == ["a piano"]
+    with pytest.raises(ConfigError, match="format='riddle' is not known"):
+        answers(file, "riddle")
+    formats.register_format("riddle", RIDDLE, {"riddle", "solved"})
+    assert answers(file, "riddle") == answers(file, "auto") == ["a piano"]
+    with pytest.raises(RegistryError, match="'riddle' is registered already"):
+        formats.register_format("riddle", RIDDLE)
+    with pytest.raises(RegistryError, match="is of type function; make it a Format"):
+        answers(file, "test_formats:read_riddle")

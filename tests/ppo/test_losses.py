@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.ppo.losses import ResponseSegments, clip_loss, find_loss, gspo_loss, value_loss
-from ovr_megatron.ppo.registry import RegistryError
+from ovr_megatron.runtime.registry import RegistryError
 
 
 def segments(lengths: Sequence[int]) -> ResponseSegments:

@@ -18,7 +18,7 @@ from ovr_megatron.ppo.estimators import Estimate, Estimator, EstimatorInput, reg
 from ovr_megatron.ppo.experience import Models, compute_experience
 from ovr_megatron.ppo.losses import find_loss, register_loss
 from ovr_megatron.ppo.objectives import PolicyObjective
-from ovr_megatron.ppo.registry import RegistryError
+from ovr_megatron.runtime.registry import RegistryError
 
 REWARDS = [1.0, 0.0, 0.0, 1.0]
 LENGTHS = [2, 3, 1, 4]
