@@ -258,10 +258,12 @@ def _item(
 def _pieces(text: str, tokens: Sequence[Token], acts: Sequence[lexical.Act]) -> dict[str, Any]:
     """Split ``text`` into its tokens, or, if there are none, at the ends of ``acts``.
 
+    Keys have one letter, as files hold thousands of responses.
+
     Returns:
-        ``x`` the pieces; ``b`` the bits of the behaviours that each shows, if any does.  Of tokens also ``p``, their
-        probabilities, and if anything was learnt from the response, ``a``, their advantages, and ``s``,
-        their shades from -3 to 3.
+        ``x``: the pieces.  ``b``: for each piece one bit for each behaviour that it overlaps; absent if all are 0.  If
+        there are tokens, ``p``: their probabilities.  If the policy learned from them, ``a``: their advantages, and
+        ``s``: their shades, -3 to 3.
     """
     if not tokens:
         cuts = {0, len(text)}
