@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
@@ -118,7 +118,8 @@ class PPOTrainer:
                 scores = self.evaluation.scores(self.first)
                 if self.log:
                     self.log.scalars(self.first - 1, scores)
-            state: dict[str, Any] = {}
+            # Empty until an iteration is done; a stop before that saves no checkpoint (`stop_early`).
+            state: Mapping[str, object] = {}
             for iteration in range(self.first, self.last):
                 set_step(iteration)
                 stream_state = self.stream.state()
@@ -273,6 +274,23 @@ def generate(config: RLConfig, world: World) -> Path:
     return run / "rollouts"
 
 
+class RehearsedStage(TypedDict):
+    """An entry of ``rehearsal.json``: one iteration at the length limit of a stage of the curriculum.
+
+    Attributes:
+        max_tokens: most tokens of a prompt and its response together.
+        prompts: of the iteration.
+        length: mean tokens of a response.
+        seconds: by phase.
+    """
+
+    max_tokens: int
+    prompts: int
+    peak_gib: float
+    length: float
+    seconds: dict[str, float]
+
+
 def rehearse(config: RLConfig, world: World) -> Path:
     """Run one iteration of responses of full length at each stage of the curriculum, and measure it.  A collective.
 
@@ -288,7 +306,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
     models.offload_except(None)
     rollouts = build_rollouts(config, model_folder, prompts.processor, models)
     rollouts.endless = True
-    measurements: list[dict[str, Any]] = []
+    measurements: list[RehearsedStage] = []
     with rollouts.grader:
         for first_iteration, stage in zip(stage_starts(config), config.curriculum, strict=True):
             if first_iteration >= config.iterations:
@@ -296,7 +314,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
             memory_peaks()  # on a GPU they begin anew
             metrics = iterate(models, rollouts, prompts.draw, first_iteration).metrics
             timings = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("timing/")}
-            measurement = {
+            measurement: RehearsedStage = {
                 "max_tokens": stage.max_tokens,
                 "prompts": config.prompts,
                 "peak_gib": peak_gib(),
