@@ -81,7 +81,8 @@ class Mismatch:
         present = [i for i in range(len(MODALITIES)) if table[i].any()]
         if len(present) > 1:
             for i in present:
-                for name, value in _describe(table[i], float(sums[i]), float(largest[i])).items():
+                statistics = _describe(table[i], float(sums[i]), float(largest[i]))
+                for name, value in statistics.items():
                     metrics[f"{name}/{MODALITIES[i]}"] = value
         return metrics
 
