@@ -161,6 +161,7 @@ def _run_step(step: Callable[[], None] | None, world: World) -> str | None:
 
 
 def _make_empty(folder: Path) -> None:
+    # A run that was killed here may have had more ranks: their files would be read as this iteration's.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
@@ -190,6 +191,7 @@ def _publish(folder: Path, summary: IterationSummary) -> None:
     """Join the lines of all ranks, and write ``iteration.json`` last: with it the iteration is complete."""
     joined = folder.with_suffix(".jsonl")
     with atomic_file(joined) as out:
+        # In the order of ranks: the names are their numbers, filled up with zeros.
         for path in sorted(folder.glob("*.jsonl")):
             with path.open("rb") as lines:
                 shutil.copyfileobj(lines, out)

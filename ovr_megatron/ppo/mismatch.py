@@ -48,6 +48,7 @@ class Mismatch:
     def _start(self, like: Tensor) -> None:
         """Begin with no tokens, on the device of ``like``."""
         self._counts = like.new_zeros(len(MODALITIES) * _BINS, dtype=torch.int64)
+        # In float64, as many small differences are added up.
         self._sums = self._largest = like.new_zeros(len(MODALITIES), dtype=torch.float64)
 
     def add(self, difference: Tensor, modalities: Tensor) -> None:

@@ -146,6 +146,7 @@ class Rollouts:
             order = unequal + [i for i in tokens if i not in set(unequal)]
             rollout.metrics["data/drawn_prompts"] = len(rows)
             rollout.metrics["data/unequal_prompts"] = len(unequal) / len(rows)
+        # By index again: in `order` those with equal rewards come last.
         rollout.train_prompts = {i: tokens[i] for i in sorted(order[: config.prompts])}
         return rollout
 

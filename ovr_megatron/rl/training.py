@@ -122,6 +122,7 @@ class PPOTrainer:
             state: Mapping[str, object] = {}
             for iteration in range(self.first, self.last):
                 set_step(iteration)
+                # Before the draw: from here the archived iteration draws its prompts again.
                 stream_state = self.stream.state()
                 dropped_before = self.prompts.dropped
                 if self.rollouts:
@@ -153,6 +154,7 @@ class PPOTrainer:
         """Add what the run measures to the metrics of ``result``.  A collective."""
         metrics = result.metrics
         metrics["data/dropped_prompts"] = dropped_prompts
+        # That of the iteration before: this one is saved after its metrics are logged.
         metrics["timing/save"] = self.checkpoints.save_seconds
         if self.skipped is not None:
             metrics["data/skipped_rows"] = self.skipped.count
@@ -261,6 +263,7 @@ def generate(config: RLConfig, world: World) -> Path:
     with rollouts.grader, Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress:
         for iteration in range(first, config.iterations):
             set_step(iteration)
+            # Before the draw: from here ``only=train`` draws the prompts again.
             stream_state = prompts.stream.state()
             rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
             # Not exchanged: no rank trains on them, and each writes what its own engine has generated.
@@ -305,6 +308,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
     models, _ = build_models(config, model_folder, prompts.processor, world)
     models.offload_except(None)
     rollouts = build_rollouts(config, model_folder, prompts.processor, models)
+    # The longest responses that the limit allows take the most time and memory, which is what is measured.
     rollouts.endless = True
     measurements: list[RehearsedStage] = []
     with rollouts.grader:
