@@ -187,12 +187,8 @@ class Rollouts:
 
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
             batch = queue(outstanding)
-            # Encoded together, so that their images are processed in one batch.
-            prompts.encode(batch)
-            engine_prompts = []
-            for i in batch:
-                engine_prompts.append((i, self._engine_prompt(prompts.sample(i), iteration, i, rollout.limit)))
-            return engine_prompts
+            prompts.encode(batch)  # together, so that their images are processed in one batch
+            return [(i, self._engine_prompt(prompts.sample(i), iteration, i, rollout.limit)) for i in batch]
 
         def on_result(prompt: int, generations: list[Generation]) -> None:
             if not self.leads:  # the ranks of an engine have the same responses

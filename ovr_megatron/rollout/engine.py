@@ -413,7 +413,7 @@ class _PendingPrompts:
 def _request(prompt: Prompt) -> dict[str, object]:
     """Return a prompt in vLLM's form."""
     request: dict[str, object] = {"prompt_token_ids": list(prompt.tokens)}
-    media: dict[str, list[object]] = {}
+    media: dict[str, Sequence[object]] = {}
     if images := list(prompt.images):
         media["image"] = images
     if videos := list(prompt.videos):
