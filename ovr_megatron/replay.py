@@ -97,7 +97,8 @@ def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Re
         if name in logged and name in result.metrics:
             before = logged[name]
             after = result.metrics[name]
-            values.append(ReplayedValue(name, before, after, abs(after - before) / max(abs(before), SMALLEST_SCALE)))
+            difference = abs(after - before) / max(abs(before), SMALLEST_SCALE)
+            values.append(ReplayedValue(name, before, after, difference))
     return values
 
 

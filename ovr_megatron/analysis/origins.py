@@ -6,7 +6,7 @@ from typing import Any
 
 from ovr_megatron.analysis.experiment import Experiment
 from ovr_megatron.analysis.page import Cell
-from ovr_megatron.runtime.starts import read_starts
+from ovr_megatron.runtime.starts import RunStart, read_starts
 
 _HEAD = ["Stage", "Recipe and overrides", "Commit", "Versions", "Machine"]
 
@@ -30,7 +30,7 @@ def read_origins(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _cells(start: dict[str, Any]) -> list[Cell]:
+def _cells(start: RunStart) -> list[Cell]:
     versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
     recipe = " ".join([start["recipe"], *start["overrides"]])
     return [recipe, start["commit"], versions, start["machine"]]

@@ -108,6 +108,7 @@ def group_advantages(rewards: Ragged, groups: Sequence[int], divide: bool) -> Ra
     for prompt in np.unique(prompts):
         members = prompts == prompt
         group = response_rewards[members]
+        # The small term is for a group of equal rewards, whose standard deviation is 0.
         scale = group.std() + 1e-6 if divide else 1.0
         advantages[members] = (group - group.mean()) / scale
     return [np.full(len(r), a) for r, a in zip(rewards, advantages, strict=True)]
@@ -156,6 +157,7 @@ def normalise(advantages: Ragged, mean: float, std: float) -> Ragged:
 def explained_variance(error: np.ndarray, target: np.ndarray) -> float:
     """Return 1 - Var(target - value) / Var(target) from summed `moments`; 0 where the targets do not vary."""
     target_variance = mean_and_std(target)[1] ** 2
+    # A difference of two sums: rounding leaves equal targets a tiny variance, which must not be divided by.
     if target_variance > 1e-12:
         return 1.0 - mean_and_std(error)[1] ** 2 / target_variance
     return 0.0

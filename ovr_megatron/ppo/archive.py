@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -39,6 +39,47 @@ class ArchiveError(UserError, ValueError):
     """Archived rollouts are missing or damaged; the message names the file."""
 
 
+class ArchivedResponse(TypedDict):
+    """A line of ``rollouts/ITERATION.jsonl``; of its fields a rollout is restored, or people read them.
+
+    Attributes:
+        number: index of the prompt in the iteration.
+        sample: index among the responses to this prompt.
+        where: file and line of the prompt's row.
+        tokens: count of the response's tokens.
+        image: path below the run folder of the prompt's first image, of a few prompts.
+    """
+
+    iteration: int
+    number: int
+    sample: int
+    where: str
+    prompt: str
+    response: str
+    reward: float
+    verdict: str
+    failed: NotRequired[bool]
+    answer: str | None
+    source: str
+    tokens: int
+    stopped: bool
+    advantage_mean: float | None
+    image: str | None
+
+
+class IterationSummary(TypedDict):
+    """``iteration.json``: what else an iteration is restored from (see `SavedIteration`).
+
+    Attributes:
+        kept: index and tokens of each prompt that was trained on.
+    """
+
+    limit: int
+    kept: list[list[int]]
+    stream: StreamState
+    drawn: int
+
+
 @dataclass(frozen=True)
 class SavedIteration:
     """An iteration as it was read back.
@@ -62,7 +103,7 @@ def write(
     run: Path,
     iteration: int,
     rollout: Rollout,
-    stream: Mapping[str, Any],
+    stream: StreamState,
     responses: Sequence[Response],
     arrays: Mapping[str, Ragged | None],
     world: World,
@@ -84,10 +125,10 @@ def write(
         Why a rank could not write, on all ranks; then no file of the iteration stays.  None if all is written.
     """
     folder = run / "rollouts" / f"{iteration:06d}"
-    summary = {
+    summary: IterationSummary = {
         "limit": rollout.limit,
         "kept": [[i, tokens] for i, tokens in rollout.train_prompts.items()],
-        "stream": dict(stream),
+        "stream": stream,
         "drawn": len(rollout.prompts.rows),
     }
     steps = [
@@ -120,6 +161,7 @@ def _run_step(step: Callable[[], None] | None, world: World) -> str | None:
 
 
 def _make_empty(folder: Path) -> None:
+    # A run that was killed here may have had more ranks: their files would be read as this iteration's.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
@@ -145,10 +187,11 @@ def _write_part(
                 out.write(json.dumps(line) + "\n")
 
 
-def _publish(folder: Path, summary: Mapping[str, Any]) -> None:
+def _publish(folder: Path, summary: IterationSummary) -> None:
     """Join the lines of all ranks, and write ``iteration.json`` last: with it the iteration is complete."""
     joined = folder.with_suffix(".jsonl")
     with atomic_file(joined) as out:
+        # In the order of ranks: the names are their numbers, filled up with zeros.
         for path in sorted(folder.glob("*.jsonl")):
             with path.open("rb") as lines:
                 shutil.copyfileobj(lines, out)
@@ -240,7 +283,7 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, dict[str, Ragged]]:
         return index, {name: np.split(file.get_tensor(name), cuts) for name in names}
 
 
-def _read_lines(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
+def _read_lines(path: Path) -> dict[tuple[int, int], ArchivedResponse]:
     """Return the lines of an iteration by index of the prompt and of the response to it.
 
     Raises:
@@ -251,11 +294,11 @@ def _read_lines(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
         fields = line.parse_or_none()
         if fields is None:
             raise ValueError(f"line {line.number} of {path.name} is damaged")
-        lines[fields["number"], fields["sample"]] = fields
+        lines[fields["number"], fields["sample"]] = cast(ArchivedResponse, fields)
     return lines
 
 
-def _read_responses(path: Path, lines: Mapping[tuple[int, int], dict[str, Any]]) -> list[Response]:
+def _read_responses(path: Path, lines: Mapping[tuple[int, int], ArchivedResponse]) -> list[Response]:
     """Return the responses of a file."""
     index, arrays = _read_arrays(path)
     numbers = zip(index.tolist(), arrays["tokens"], arrays["logprobs"], strict=True)
@@ -280,10 +323,10 @@ def _read_responses(path: Path, lines: Mapping[tuple[int, int], dict[str, Any]])
 
 def _build_lines(
     run: Path, iteration: int, prompts: Prompts, responses: Sequence[Response], advantages: Ragged | None
-) -> list[dict[str, Any]]:
+) -> list[ArchivedResponse]:
     """Return a JSON object for each of ``responses``, and save the first image of a few prompts."""
     image_names: dict[int, str] = {}
-    lines = []
+    lines: list[ArchivedResponse] = []
     for i, r in enumerate(responses):
         sample = prompts.sample(r.prompt)
         row = prompts.rows[r.prompt]

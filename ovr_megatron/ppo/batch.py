@@ -47,6 +47,7 @@ class Response:
 
 def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int]:
     """Return ``count`` sampling seeds for a prompt, a function of these numbers alone; consecutive, below 2^31."""
+    # 30 of the 32 bits, so that the last of the consecutive seeds stays below 2^31.
     first = int(np.random.SeedSequence([run_seed, iteration, prompt]).generate_state(1)[0]) >> 2
     return list(range(first, first + count))
 
@@ -143,4 +144,5 @@ class Batch:
                 continue
             cuts = np.cumsum([self.lengths[i] for i in members])[:-1]
             arrays.update(zip(members, np.split(values.double().cpu().numpy(), cuts), strict=True))
+        # In the order of the responses, which is not that of the packs.
         return [arrays[i] for i in sorted(arrays)]

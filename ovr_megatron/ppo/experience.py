@@ -166,6 +166,7 @@ def _compute_with_critic(
     critic_batch = CriticBatch(batch, values, returns)
     if same_layout:
         return critic_batch, values, advantages
+    # Values and advantages travel together, in one exchange instead of two.
     critic_pairs = _by_key(responses, list(zip(values, advantages, strict=True)))
     policy_pairs = _redistribute(critic_pairs, critic, experience.responses)
     policy_values = [value for value, _ in policy_pairs]

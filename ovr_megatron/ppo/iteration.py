@@ -44,6 +44,7 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
             # The engine's weights need the memory, and its update reads the policy's weights alone.
             models.policy.offload("gradients", "optimizer")
         traffic = rollouts.engine.update(models.policy.held())
+    # The clock's metrics again: those of `learn` do not have the seconds of this phase yet.
     result.metrics |= traffic.metrics() | clock.metrics(result.experience.batch, models.world)
     return result
 

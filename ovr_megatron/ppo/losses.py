@@ -68,6 +68,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConf
         Losses [n], and the number of clipped tokens as ``clip_fraction``.
     """
     low = settings.clip
+    # 0 means as `clip`, so that the plain form needs one setting.
     high = settings.clip_high or settings.clip
     surrogate = ratio * advantages
     clipped_surrogate = ratio.clamp(1 - low, 1 + high) * advantages

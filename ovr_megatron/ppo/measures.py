@@ -57,7 +57,9 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
     model = models.config.model
     shape = models.policy.shape
     lengths = [len(sample) for sample in samples]
-    grids = list(chain.from_iterable(sample.grid_thw.tolist() for sample in samples))
+    grids: list[list[int]] = []
+    for sample in samples:
+        grids += sample.grid_thw.tolist()
     trains = (not model.freeze_language, not model.freeze_vision, not model.freeze_merger)
     training_pass = training_flops(shape, lengths, grids, *trains)
     updates = algorithm.policy_epochs if iteration >= algorithm.critic_warmup_iterations else 0

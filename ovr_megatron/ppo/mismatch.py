@@ -48,6 +48,7 @@ class Mismatch:
     def _start(self, like: Tensor) -> None:
         """Begin with no tokens, on the device of ``like``."""
         self._counts = like.new_zeros(len(MODALITIES) * _BINS, dtype=torch.int64)
+        # In float64, as many small differences are added up.
         self._sums = self._largest = like.new_zeros(len(MODALITIES), dtype=torch.float64)
 
     def add(self, difference: Tensor, modalities: Tensor) -> None:
@@ -81,7 +82,8 @@ class Mismatch:
         present = [i for i in range(len(MODALITIES)) if table[i].any()]
         if len(present) > 1:
             for i in present:
-                for name, value in _describe(table[i], float(sums[i]), float(largest[i])).items():
+                statistics = _describe(table[i], float(sums[i]), float(largest[i]))
+                for name, value in statistics.items():
                     metrics[f"{name}/{MODALITIES[i]}"] = value
         return metrics
 

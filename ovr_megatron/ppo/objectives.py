@@ -50,12 +50,14 @@ class PolicyObjective:
         if "old_logprobs" in pack.extras:
             old = scores.beside(pack, "old_logprobs")
         else:
+            # Detached: the ratio is then exactly 1, and its gradient that of the current log-probabilities.
             old = scores.logprobs.detach()
         advantages = scores.beside(pack, "advantages")
         response_ids = send(pack.document_of(scores.rows), scores.logprobs.device)
         segments = ResponseSegments(response_ids, len(pack.cu_seqlens) - 1, self.sum_over_ranks)
         losses, statistics = self.loss(scores.logprobs, old, advantages, segments, config)
         sums = {
+            # Detached, as these are only logged: a gradient would keep the graph of every pack.
             "entropy": scores.entropy.detach().sum(),
             **{f"policy/{name}": value.detach() for name, value in statistics.items()},
             "rollout_kl": kl_estimate(rollout, old, "k3").sum(),

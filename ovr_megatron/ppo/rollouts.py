@@ -146,6 +146,7 @@ class Rollouts:
             order = unequal + [i for i in tokens if i not in set(unequal)]
             rollout.metrics["data/drawn_prompts"] = len(rows)
             rollout.metrics["data/unequal_prompts"] = len(unequal) / len(rows)
+        # By index again: in `order` those with equal rewards come last.
         rollout.train_prompts = {i: tokens[i] for i in sorted(order[: config.prompts])}
         return rollout
 
@@ -156,7 +157,8 @@ class Rollouts:
             if all(r.rewarded for r in group):
                 prompt_tokens = len(rollout.prompts.sample(prompt))
                 total_tokens = sum(prompt_tokens + len(r.tokens) for r in group)
-                local_groups[prompt] = GroupRewards(total_tokens, len({r.reward for r in group}) > 1)
+                distinct_rewards = {r.reward for r in group}
+                local_groups[prompt] = GroupRewards(total_tokens, len(distinct_rewards) > 1)
         ranks: list[dict[int, GroupRewards]] = [{} for _ in range(self.world.size)]
         # Every rank takes part, also the followers of an engine, which have no responses.
         dist.all_gather_object(ranks, local_groups if self.leads else {})
@@ -185,7 +187,7 @@ class Rollouts:
 
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
             batch = queue(outstanding)
-            prompts.encode(batch)
+            prompts.encode(batch)  # together, so that their images are processed in one batch
             return [(i, self._engine_prompt(prompts.sample(i), iteration, i, rollout.limit)) for i in batch]
 
         def on_result(prompt: int, generations: list[Generation]) -> None:
@@ -312,10 +314,12 @@ class Rollouts:
         generate_times = [rank[0] for rank in ranks]
         total_times = [rank[1] for rank in ranks]
         last = max(generate_times)
+        idle_s = sum(last - seconds for seconds in generate_times)
+        all_failed_prompts = sum(rank[2] for rank in ranks)
         values = {
-            "timing/rollout_idle": sum(last - seconds for seconds in generate_times) / self.world.size,
+            "timing/rollout_idle": idle_s / self.world.size,
             "timing/grade_after": max(max(total_times) - last, 0.0),
-            "response/failed_prompts": float(sum(rank[2] for rank in ranks)),
+            "response/failed_prompts": float(all_failed_prompts),
         }
         for key, value in values.items():
             rollout.metrics[key] = rollout.metrics.get(key, 0.0) + value
@@ -408,6 +412,8 @@ def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Res
     for peer, peer_dp_rank in enumerate(dp_ranks):
         outgoing[peer] = [r for r in local_responses if dp_rank_of_prompt[r.prompt] == peer_dp_rank]
     responses = list(chain.from_iterable(exchange(outgoing)))
+    # They come by rank of the sender, which changes with the number of engines and with who was free first.
     responses.sort(key=lambda r: (r.prompt, r.sample))
-    rollout.prompts.encode(sorted({r.prompt for r in responses}))
+    prompt_indices = {r.prompt for r in responses}
+    rollout.prompts.encode(sorted(prompt_indices))
     return responses

@@ -31,6 +31,7 @@ def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]
         step_metrics.append(critic.train(critic_packs(models, critic_batch, step), objective))
     metrics = mean_over_steps(step_metrics)
     errors = [a - b for a, b in zip(critic_batch.returns, critic_batch.values, strict=True)]
+    # Moments and not deviations, as these would not add up over ranks of unequal numbers of tokens.
     value_moments = sum_over_dp(moments(critic_batch.values), critic.layout)
     error_moments = sum_over_dp(moments(errors), critic.layout)
     return_moments = sum_over_dp(moments(critic_batch.returns), critic.layout)

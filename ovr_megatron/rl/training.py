@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
@@ -118,9 +118,11 @@ class PPOTrainer:
                 scores = self.evaluation.scores(self.first)
                 if self.log:
                     self.log.scalars(self.first - 1, scores)
-            state: dict[str, Any] = {}
+            # Empty until an iteration is done; a stop before that saves no checkpoint (`stop_early`).
+            state: Mapping[str, object] = {}
             for iteration in range(self.first, self.last):
                 set_step(iteration)
+                # Before the draw: from here the archived iteration draws its prompts again.
                 stream_state = self.stream.state()
                 dropped_before = self.prompts.dropped
                 if self.rollouts:
@@ -152,6 +154,7 @@ class PPOTrainer:
         """Add what the run measures to the metrics of ``result``.  A collective."""
         metrics = result.metrics
         metrics["data/dropped_prompts"] = dropped_prompts
+        # That of the iteration before: this one is saved after its metrics are logged.
         metrics["timing/save"] = self.checkpoints.save_seconds
         if self.skipped is not None:
             metrics["data/skipped_rows"] = self.skipped.count
@@ -260,6 +263,7 @@ def generate(config: RLConfig, world: World) -> Path:
     with rollouts.grader, Progress(config.iterations, run.name, "iteration", world.is_main, first) as progress:
         for iteration in range(first, config.iterations):
             set_step(iteration)
+            # Before the draw: from here ``only=train`` draws the prompts again.
             stream_state = prompts.stream.state()
             rollout = rollouts.collect(prompts.draw, iteration, max_tokens(config.curriculum, iteration))
             # Not exchanged: no rank trains on them, and each writes what its own engine has generated.
@@ -271,6 +275,23 @@ def generate(config: RLConfig, world: World) -> Path:
                 )
             progress.update(reward=f"{response_metrics(rollout)['reward/mean']:.3f}")
     return run / "rollouts"
+
+
+class RehearsedStage(TypedDict):
+    """An entry of ``rehearsal.json``: one iteration at the length limit of a stage of the curriculum.
+
+    Attributes:
+        max_tokens: most tokens of a prompt and its response together.
+        prompts: of the iteration.
+        length: mean tokens of a response.
+        seconds: by phase.
+    """
+
+    max_tokens: int
+    prompts: int
+    peak_gib: float
+    length: float
+    seconds: dict[str, float]
 
 
 def rehearse(config: RLConfig, world: World) -> Path:
@@ -287,8 +308,9 @@ def rehearse(config: RLConfig, world: World) -> Path:
     models, _ = build_models(config, model_folder, prompts.processor, world)
     models.offload_except(None)
     rollouts = build_rollouts(config, model_folder, prompts.processor, models)
+    # The longest responses that the limit allows take the most time and memory, which is what is measured.
     rollouts.endless = True
-    measurements: list[dict[str, Any]] = []
+    measurements: list[RehearsedStage] = []
     with rollouts.grader:
         for first_iteration, stage in zip(stage_starts(config), config.curriculum, strict=True):
             if first_iteration >= config.iterations:
@@ -296,7 +318,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
             memory_peaks()  # on a GPU they begin anew
             metrics = iterate(models, rollouts, prompts.draw, first_iteration).metrics
             timings = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("timing/")}
-            measurement = {
+            measurement: RehearsedStage = {
                 "max_tokens": stage.max_tokens,
                 "prompts": config.prompts,
                 "peak_gib": peak_gib(),

@@ -411,11 +411,17 @@ class _PendingPrompts:
             on_result(index, responses)
 
 
-def _request(prompt: Prompt) -> dict[str, Any]:
+def _request(prompt: Prompt) -> dict[str, object]:
     """Return a prompt in vLLM's form."""
-    media = {"image": list(prompt.images), "video": list(prompt.videos)}
-    media = {kind: items for kind, items in media.items() if items}
-    return {"prompt_token_ids": list(prompt.tokens)} | ({"multi_modal_data": media} if media else {})
+    request: dict[str, object] = {"prompt_token_ids": list(prompt.tokens)}
+    media: dict[str, Sequence[object]] = {}
+    if images := list(prompt.images):
+        media["image"] = images
+    if videos := list(prompt.videos):
+        media["video"] = videos
+    if media:
+        request["multi_modal_data"] = media
+    return request
 
 
 def _settings(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row
@@ -27,7 +26,7 @@ def answer_rows(
     requests: Sequence[Request],
     temperature: float,
     max_tokens: int,
-    on_error: Callable[[int, dict[str, Any]], None],
+    on_error: Callable[[int, dict[str, str]], None],
 ) -> list[tuple[Request, list[Generation]]]:
     """Generate the responses to a batch of rows.
 

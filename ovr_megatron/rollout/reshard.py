@@ -142,8 +142,12 @@ class Reshard:
         steps = self._plans[self._is_filled and not everything]
         _Update(self, steps, shards).run()
         self._is_filled = True
-        copied = sum(transfer.nbytes for step in steps for transfer in step.copies)
-        received = sum(transfer.nbytes for step in steps for transfer in step.receives)
+        copied = 0
+        received = 0
+        for step in steps:
+            copied += sum(transfer.nbytes for transfer in step.copies)
+            received += sum(transfer.nbytes for transfer in step.receives)
+        # The copies into the parameters may still run: their time belongs to the update.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         floor = copied / self._copy_rate + received / self._link_rate
@@ -176,7 +180,9 @@ class Reshard:
 
     def _measure(self) -> None:
         """Measure the bytes a second of a plain copy and, on the slowest rank, of the largest step's messages."""
-        volumes = [sum(t.nbytes for t in step.receives + step.sends) for step in self._plans[0]]
+        volumes = []
+        for step in self._plans[0]:
+            volumes.append(sum(transfer.nbytes for transfer in step.receives + step.sends))
         total_volumes = torch.tensor(volumes, dtype=torch.int64, device=self._device)
         # The sum is the same on all ranks, so that all of them choose the same step and exchange its messages.
         dist.all_reduce(total_volumes, group=self._group)
@@ -190,7 +196,9 @@ class Reshard:
             bucket = torch.empty(_padded_bytes(step), dtype=torch.uint8, device=self._device)
             messages = _Messages(step, bucket, self._group)
             seconds = self._fastest(lambda: messages.start().wait())
-            rate = torch.tensor(messages.nbytes / seconds if messages.nbytes else link_rate, device=self._device)
+            if messages.nbytes:  # a rank without messages must not count as the slowest
+                link_rate = messages.nbytes / seconds
+            rate = torch.tensor(link_rate, device=self._device)
             dist.all_reduce(rate, op=dist.ReduceOp.MIN, group=self._group)
             link_rate = float(rate)
         self._copy_rate = copy_rate
@@ -280,8 +288,11 @@ class _Update:
     def run(self) -> None:
         """Send step n + 1 while the rows of step n are copied into the parameters."""
         # Two buckets in turn: a bucket is packed again only after the step that used it last has been waited for.
-        sizes = [max((_padded_bytes(step) for step in self._steps[parity::2]), default=0) for parity in (0, 1)]
-        buckets = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+        buckets = []
+        for parity in (0, 1):
+            sizes = [_padded_bytes(step) for step in self._steps[parity::2]]
+            size = max(sizes, default=0)
+            buckets.append(torch.empty(size, dtype=torch.uint8, device=self._device))
         in_flight: tuple[TransferStep, _Messages] | None = None
         for index, step in enumerate(self._steps):
             messages = _Messages(step, buckets[index % 2], self._group)
@@ -330,14 +341,7 @@ class _Update:
         for transfer in step.copies:
             target = self._targets[transfer.target_index]
             parameter = self._shards[transfer.source_index].parameter
-            if (
-                target.packing_modules
-                and not target.parameter.numel()
-                and (transfer.source_offset, transfer.target_offset) == (0, 0)
-                and tuple(parameter.shape) == target.shape
-                and transfer.length == (parameter.shape[target.dim] if target.dim is not None else parameter.numel())
-                and parameter.dtype == target.parameter.dtype
-            ):
+            if _fills_packed_param(transfer, parameter, target):
                 borrowed[transfer.target_index] = parameter
         return borrowed
 
@@ -389,10 +393,24 @@ class _Update:
         sent_by_rank: list[dict[tuple[int, ...], int]] = [{}] * dist.get_world_size()
         dist.all_gather_object(sent_by_rank, self._sent_checksums, group=self._group)
         for key, checksum in self._stored_checksums.items():
-            source, target_index = key[0], key[4]
+            source = key[0]
+            target_index = key[4]
             if sent_by_rank[source].get(key) != checksum:
                 name = self._targets[target_index].name
                 raise TransferError(f"{name}: rows from rank {source} arrived changed (checksum {checksum:08x})")
+
+
+def _fills_packed_param(transfer: Transfer, parameter: Tensor, target: TargetParam) -> bool:
+    """Return whether a transfer of all of ``parameter`` is all of a target that exists in packed form alone."""
+    if not target.packing_modules or target.parameter.numel():
+        return False
+    if transfer.source_offset or transfer.target_offset:
+        return False
+    # It is packed without a copy, so that nothing would convert another shape or dtype on the way.
+    if tuple(parameter.shape) != target.shape or parameter.dtype != target.parameter.dtype:
+        return False
+    total_length = parameter.numel() if target.dim is None else parameter.shape[target.dim]
+    return transfer.length == total_length
 
 
 def target_params(model: nn.Module) -> Iterator[TargetParam]:
@@ -427,17 +445,21 @@ def _layout(
         return shape, 0, tuple(_qkv_ranges(names, module))
     if isinstance(module, MergedColumnParallelLinear):
         sizes = [size // module.tp_size for size in module.output_sizes]
-        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-        parts = zip(names, sizes, offsets, strict=True)
-        return shape, 0, tuple(RowRange(part, module.tp_rank * size, offset, size) for part, size, offset in parts)
+        ranges = []
+        offset = 0  # in vLLM's parameter
+        for part, size in zip(names, sizes, strict=True):
+            ranges.append(RowRange(part, module.tp_rank * size, offset, size))
+            offset += size
+        return shape, 0, tuple(ranges)
     if isinstance(module, ColumnParallelLinear):
         return shape, 0, (RowRange(hf_name, module.tp_rank * shape[0], 0, shape[0]),)
     if isinstance(module, RowParallelLinear) and is_matrix:
         return shape, 1, (RowRange(hf_name, module.tp_rank * shape[1], 0, shape[1]),)
     if isinstance(module, VocabParallelEmbedding):
         rows = module.shard_indices
-        first, end = rows.org_vocab_start_index, rows.org_vocab_end_index
-        return shape, 0, (RowRange(hf_name, first, 0, end - first),)
+        # Without the padding that vLLM adds to a vocabulary: the Hugging Face tensor has no such rows.
+        first = rows.org_vocab_start_index
+        return shape, 0, (RowRange(hf_name, first, 0, rows.org_vocab_end_index - first),)
     return shape, None, (RowRange(hf_name, 0, 0, torch.Size(shape).numel()),)
 
 

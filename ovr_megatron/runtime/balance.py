@@ -26,10 +26,15 @@ def balance(
         For each bin the indices of its items in the order in which they were placed.
     """
     costs = np.asarray(costs).tolist()
-    items = range(len(costs)) if in_order else sorted(range(len(costs)), key=lambda item: -costs[item])
+    items = list(range(len(costs)))
+    if not in_order:
+        # A stable sort: every rank must place items of equal cost in the same order.
+        items.sort(key=lambda item: -costs[item])
     shares: list[list[int]] = [[] for _ in range(bins)]
     heap: list[tuple[float, int]] = [(0, index) for index in range(bins)]
-    capacity = -(-len(costs) // bins) if equal_counts else len(costs)  # items of a bin
+    capacity = len(costs)  # items of a bin
+    if equal_counts:
+        capacity = -(-len(costs) // bins)  # rounded up
     larger_bins = len(costs) - (capacity - 1) * bins  # that may yet get `capacity` items; the others get one fewer
     for item in items:
         load, index = heapq.heappop(heap)

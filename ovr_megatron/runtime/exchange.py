@@ -19,12 +19,20 @@ def exchange(outgoing: Mapping[int, Any]) -> list[Any]:
     """
     rank = dist.get_rank()
     buffers = {peer: _to_bytes(payload) for peer, payload in outgoing.items()}
+    # The lengths go first: a receiver must allocate its buffer before the message comes.
     expected = _incoming_lengths({peer: len(buffer) for peer, buffer in buffers.items()})
-    received = {peer: torch.empty(length, dtype=torch.uint8) for peer, length in expected.items() if peer != rank}
+    received: dict[int, Tensor] = {}
+    for peer, length in expected.items():
+        if peer != rank:
+            received[peer] = torch.empty(length, dtype=torch.uint8)
 
     # All are posted before any is waited for: waiting for one transfer before posting the next could deadlock.
-    requests = [dist.isend(buffer, peer) for peer, buffer in buffers.items() if peer != rank]
-    requests += [dist.irecv(buffer, peer) for peer, buffer in received.items()]
+    requests = []
+    for peer, buffer in buffers.items():
+        if peer != rank:
+            requests.append(dist.isend(buffer, peer))
+    for peer, buffer in received.items():
+        requests.append(dist.irecv(buffer, peer))
     for request in requests:
         assert request is not None
         request.wait()
@@ -32,7 +40,11 @@ def exchange(outgoing: Mapping[int, Any]) -> list[Any]:
     if rank in buffers:
         received[rank] = buffers[rank]
     # In the order of ranks, so that the result does not depend on which message came first.
-    return [pickle.loads(received[peer].numpy().tobytes()) for peer in sorted(received)]
+    payloads = []
+    for peer in sorted(received):
+        pickled = received[peer].numpy().tobytes()
+        payloads.append(pickle.loads(pickled))
+    return payloads
 
 
 def _to_bytes(payload: Any) -> Tensor:

@@ -70,7 +70,7 @@ def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
     Raises:
         OSError: the file cannot be read.
     """
-    objects: list[dict[str, Any]] = []
+    objects = []
     damaged: list[int] = []
     for line in json_lines(path):
         value = line.parse_or_none()

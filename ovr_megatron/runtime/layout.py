@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,7 +17,7 @@ from ovr_megatron.config import ParallelConfig
 _GLOBALS = [name for name in vars(parallel_state) if re.fullmatch(r"_[A-Z][A-Z_]*", name)]
 
 
-def _globals() -> dict[str, Any]:
+def _globals() -> Mapping[str, object]:
     return {name: getattr(parallel_state, name) for name in _GLOBALS}
 
 
@@ -26,8 +25,8 @@ def _globals() -> dict[str, Any]:
 class _MegatronState:
     """The global state of Megatron: variables of `parallel_state` and states of its tracked generators."""
 
-    variables: dict[str, Any]
-    generators: dict[str, Any]
+    variables: Mapping[str, object]
+    generators: Mapping[str, object]
 
     @classmethod
     def capture(cls) -> _MegatronState:
@@ -46,7 +45,7 @@ class Layout:
     ``timeout`` bounds the collectives of the groups.
     """
 
-    _initial: dict[str, Any] | None = None
+    _initial: Mapping[str, object] | None = None
 
     def __init__(self, parallel: ParallelConfig, seed: int, timeout: datetime.timedelta):
         if Layout._initial is None:

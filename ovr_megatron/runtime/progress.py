@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from types import TracebackType
-from typing import Any
 
 from tqdm import tqdm
 
@@ -73,7 +73,7 @@ class Progress:
                 bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {postfix}",
             )
 
-    def update(self, count: int = 1, **values: Any) -> None:
+    def update(self, count: int = 1, **values: object) -> None:
         """Count ``count`` more and show the values, for example ``loss=0.31``."""
         self.done += count
         if self.bar is not None:
@@ -91,7 +91,7 @@ class Progress:
             return True
         return self.done >= self.total and (not self.inner or now - self.began > _SHORT_S)
 
-    def _text(self, values: dict[str, Any]) -> str:
+    def _text(self, values: Mapping[str, object]) -> str:
         """Return pace, remaining time and the values."""
         # Of this process: a resumed run has done the first `start` units at another time.
         done = self.done - self.start

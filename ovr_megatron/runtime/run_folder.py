@@ -122,7 +122,7 @@ def record(config: Any, run: Path) -> None:
         write_whole(path, text)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Mapping[str, object]:
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError("no settings are in it")

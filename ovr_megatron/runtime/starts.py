@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 
@@ -28,13 +28,30 @@ class LaunchArgs:
     overrides: Sequence[str]
 
 
+class RunStart(TypedDict):
+    """A line of ``RUN/starts.jsonl``.
+
+    Attributes:
+        time: local time, ``YYYY-MM-DD HH:MM:SS``.
+        versions: of Python and of each package that is installed.
+        machine: host name, number of processes and device.
+    """
+
+    time: str
+    recipe: str
+    overrides: list[str]
+    commit: str
+    versions: dict[str, str]
+    machine: str
+
+
 def record_start(run: Path, launch: LaunchArgs, processes: int) -> None:
     """Append a line to ``RUN/starts.jsonl``."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name(0)
     else:
         device = platform.processor() or platform.machine()
-    start = {
+    start: RunStart = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "recipe": launch.recipe,
         "overrides": list(launch.overrides),
@@ -57,9 +74,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def read_starts(run: Path) -> list[dict[str, Any]]:
+def read_starts(run: Path) -> list[RunStart]:
     """Return the starts of a run in order, an empty list for a run that was not started from a command line."""
     path = run / STARTS
     if not path.is_file():
         return []
-    return read_json_lines(path)
+    return cast(list[RunStart], read_json_lines(path))

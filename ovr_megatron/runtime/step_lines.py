@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class StepLines:
                 write_whole(path, text)  # a kill here leaves the old lines or the new ones, never a part
         self.file = AppendedFile(path)
 
-    def write(self, step: int, record: dict[str, Any]) -> None:
+    def write(self, step: int, record: Mapping[str, object]) -> None:
         """Append ``record`` under ``step``."""
         self.file.append(json.dumps({"step": step, **record}).encode() + b"\n")
 
