@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,12 +256,13 @@ def without_verdict(result: EvaluationResult) -> str:
     return f"; no verdict on {', '.join(counts)} responses, counted as wrong: their graders failed"
 
 
-def _text_config(model: Path) -> dict[str, Any]:
+def _text_config(model: Path) -> Mapping[str, object]:
     config = _read(model / "config.json")
     return {**config, **config.get("text_config", {})}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Any:
+    """Return the JSON value of a file of the folder, of whatever shape."""
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:

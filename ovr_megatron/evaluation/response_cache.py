@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, cast
 
 import torch.distributed as dist
 
@@ -25,6 +25,13 @@ class Generated(TypedDict):
     response: str | None
     tokens: int
     stopped: bool
+
+
+class StoredResponse(Generated):
+    """The fields of a line of ``SET.responses.jsonl`` that we rely on; the line has all of `GradedResponse`."""
+
+    index: int
+    sample: int | None
 
 
 ResponseKey = tuple[int, int | None]
@@ -49,7 +56,7 @@ def check_results(out: Path, names: Iterable[str]) -> None:
             raise ConfigError(f"--out {out}: {path.name} is no result of an evaluation; give another folder")
 
 
-def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, list[dict[str, Any]]] | None:
+def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, list[StoredResponse]] | None:
     """Read the result and the responses of a finished evaluation with this mark; None if there is none.
 
     A collective: all ranks return the same.  A damaged line costs its response only, which is generated again.
@@ -67,7 +74,8 @@ def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, li
     result = box[0]
     if result is None:
         return None
-    return result, read_json_lines(responses, "index", "sample", *RESPONSE_FIELDS)
+    lines = read_json_lines(responses, "index", "sample", *RESPONSE_FIELDS)
+    return result, cast(list[StoredResponse], lines)
 
 
 class ResponseCache:
@@ -94,7 +102,7 @@ class ResponseCache:
         if is_writer:
             self._journal = Journal(stem.with_name(f"{stem.name}.{replica}.answers.jsonl"))
 
-    def add_finished(self, responses: Iterable[dict[str, Any]]) -> None:
+    def add_finished(self, responses: Iterable[StoredResponse]) -> None:
         """Add the responses of a finished evaluation; they are on disk, so they are not written again."""
         for response in responses:
             if response["response"] is not None:
