@@ -138,9 +138,7 @@ def _ask_verdicts(
     return verdicts, dict(missing)
 
 
-def _agreement_with_rules(
-    responses: Sequence[GradedResponse], verdicts: Sequence[bool | None]
-) -> VerdictAgreement:
+def _agreement_with_rules(responses: Sequence[GradedResponse], verdicts: Sequence[bool | None]) -> VerdictAgreement:
     """Return Cohen's kappa of rules and judge, and how many verdicts are the same of those compared.
 
     Only responses that the judge was asked about count.

@@ -173,7 +173,7 @@ class Family:
     video_grid: Callable[[int, int, int, float, ModelShape, DataConfig], Visual]
     weight_table: tuple[WeightEntry, ...]
     weight_sizes: Callable[[ModelShape], dict[str, int]]
-    decoder_options: Callable[[ModelShape], dict[str, Any]]
+    decoder_options: Callable[[ModelShape], Mapping[str, object]]
     load_model_class: Callable[[], type[Any]]
     load_rollout_class: Callable[[], type[Any]]
     load_hf_class: Callable[[], type[Any]]
