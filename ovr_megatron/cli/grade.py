@@ -92,6 +92,7 @@ def read_rows(path: Path) -> list[GradedRow]:
 def _parse(line: JsonLine, path: Path) -> Mapping[str, object]:
     try:
         return line.parse()
+    # Before ValueError, of which it is a kind.
     except UnicodeDecodeError as error:
         raise GradeFileError(f"{path}: byte {line.offset + error.start} is not UTF-8; convert the file") from None
     except ValueError as error:
@@ -116,6 +117,7 @@ def _read_row(raw: Mapping[str, object], where: str) -> GradedRow:
 
 def _is_value(value: object) -> bool:
     """Return whether ``value`` is a text or number that can be an answer or an option."""
+    # True is an int of Python, and no answer.
     return isinstance(value, str | int | float) and not isinstance(value, bool) and bool(str(value).strip())
 
 

@@ -208,6 +208,7 @@ def _answer_from(entry: JudgeEntry | None, failed: bool) -> JudgeAnswer:
 
 def key_of(*fields: object) -> int:
     """Return a 64-bit hash of a question and its judge."""
+    # Python's own hash of a text differs between processes; the journal needs the same key in every run.
     return int.from_bytes(hashlib.blake2b(json.dumps(fields).encode(), digest_size=8).digest(), "big")
 
 
@@ -251,6 +252,7 @@ def _ask_vllm(questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: 
         for key, text in batch:
             # The data format wants an answer, which generation leaves out.
             row = parse_row({"messages": [{"role": "user", "content": text}], "answer": "-"}, "a question", Path())
+            # At temperature 0 nothing is drawn: the seed does not matter.
             requests.append(Request(key, row, seeds=[0]))
         for request, [generation] in answer_rows(engine, processor, requests, 0.0, config.max_tokens, on_result):
             text = processor.decode(generation.tokens)[-_STORED_CHARACTERS:]

@@ -51,6 +51,7 @@ def check_results(out: Path, names: Iterable[str]) -> None:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            # A file that cannot be read may be anybody's: it is not replaced either.
             result = None
         if not isinstance(result, dict) or not {"set", "greedy"} <= result.keys():
             raise ConfigError(f"--out {out}: {path.name} is no result of an evaluation; give another folder")
@@ -66,6 +67,7 @@ def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, li
     # collectives of the ranks would no longer match.
     box: list[Any] = [None]
     if dist.get_rank() == 0:
+        # A damaged result counts as none: the set is evaluated again.
         with contextlib.suppress(OSError, ValueError):
             result = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
             if isinstance(result, dict) and result.get("mark") == mark and responses.exists():
@@ -92,6 +94,7 @@ class ResponseCache:
         self._journal: Journal | None = None
         if stem is None:
             return
+        # Sorted: where two files have the response, the same one counts on all ranks.
         for path in sorted(stem.parent.glob(f"{stem.name}.*.answers.jsonl")):
             with Journal(path) as journal:
                 for entry in journal:
@@ -105,6 +108,7 @@ class ResponseCache:
     def add_finished(self, responses: Iterable[StoredResponse]) -> None:
         """Add the responses of a finished evaluation; they are on disk, so they are not written again."""
         for response in responses:
+            # None stands for a prompt over the limit, which the engine never gets.
             if response["response"] is not None:
                 key = response["index"], response["sample"]
                 self._responses[key] = Generated(

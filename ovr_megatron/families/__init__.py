@@ -262,5 +262,6 @@ def _family_of_config(raw: dict[str, object], path: Path) -> Family:
 
 def default_family() -> Family:
     """Return the family of tiny models where none is named."""
+    # Unpacking fails unless exactly one family is the default.
     (family,) = (family for family in families() if family.is_default)
     return family
