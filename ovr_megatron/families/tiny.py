@@ -63,7 +63,7 @@ class TinyModel:
         chat_template: Jinja source of a base model's template, without a thinking prefix.
     """
 
-    config: Callable[[TinySizes, Mapping[str, int], bool, float, str], dict[str, object]]
+    config: Callable[[TinySizes, Mapping[str, int], bool, float, str], dict[str, Any]]
     tensors: Callable[[TinySizes, int, bool], TensorShapes]
     preprocessor: Mapping[str, Any]
     tokenizer_class: str

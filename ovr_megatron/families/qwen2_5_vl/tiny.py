@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ovr_megatron.families.tiny import TensorShapes, TinyModel, TinySizes
 
@@ -55,7 +56,7 @@ _PREPROCESSOR = {
 }
 
 
-def _config(sizes: TinySizes, ids: Mapping[str, int], tied: bool, std: float, dtype: str) -> dict[str, object]:
+def _config(sizes: TinySizes, ids: Mapping[str, int], tied: bool, std: float, dtype: str) -> dict[str, Any]:
     """Return the flat layout of Transformers 4: sizes of the language model on the top level."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
