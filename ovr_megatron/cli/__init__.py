@@ -107,6 +107,7 @@ def help_text(commands: Sequence[Command]) -> str:
     """Return the help of ``ovr``: each of ``commands`` with a line, by groups."""
     lines = ["usage: ovr COMMAND [options]", ""]
     width = max(len(command.name) for command in COMMANDS)
+    # `groupby` joins neighbours only: COMMANDS has the commands of a group side by side.
     for group, members in groupby(commands, lambda command: command.group):
         lines.append(f"{group}:")
         lines += [f"  {command.name:{width}}  {command.summary}" for command in members]

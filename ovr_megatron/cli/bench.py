@@ -21,5 +21,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     tool = ROOT / "tools" / "bench.py"
     if not tool.is_file():
         raise UserError(f"{tool} is not there: the benchmarks are not installed; run ovr bench from a source tree")
+    # The tool is a script and reads the words of the process, its own name first.
     sys.argv = [str(tool), *(sys.argv[1:] if argv is None else argv)]
     runpy.run_path(str(tool), run_name="__main__")

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rows", type=whole_number(0), default=0, help="look at so many rows of each source (default: all)"
     )
+    # Settings may stand on both sides of an option, which `parse_args` does not take.
     arguments = parser.parse_intermixed_args(argv)
     config = compose(arguments.recipe, arguments.overrides)
     if not config.data.sources:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from ovr_megatron.rewards.choice import named_letter
 from ovr_megatron.rewards.latex import clean
@@ -40,7 +40,36 @@ class GradedRow:
 
     request: GradeRequest
     correct: bool | None
-    raw: dict[str, Any]
+    raw: Mapping[str, object]
+
+
+class ReferenceOption(TypedDict, total=False):
+    """The option that the reference names by its letter, if it names one."""
+
+    option: str
+
+
+class Disagreement(ReferenceOption):
+    """A row on which the two verdicts differ: ours is ``correct``, the file's is ``file``."""
+
+    id: object
+    answer: str
+    box: str | None
+    reason: str
+    correct: bool
+    file: bool | None
+
+
+class GradeSummary(TypedDict):
+    """Counts, accuracy and reasons; the last three only where rows have another script's verdict."""
+
+    rows: int
+    correct: int
+    accuracy: float
+    reasons: dict[str, int]
+    compared: NotRequired[int]
+    agreement: NotRequired[float]
+    disagreements: NotRequired[dict[str, list[Disagreement]]]
 
 
 def read_rows(path: Path) -> list[GradedRow]:
@@ -60,16 +89,17 @@ def read_rows(path: Path) -> list[GradedRow]:
     return rows
 
 
-def _parse(line: JsonLine, path: Path) -> dict[str, Any]:
+def _parse(line: JsonLine, path: Path) -> Mapping[str, object]:
     try:
         return line.parse()
+    # Before ValueError, of which it is a kind.
     except UnicodeDecodeError as error:
         raise GradeFileError(f"{path}: byte {line.offset + error.start} is not UTF-8; convert the file") from None
     except ValueError as error:
         raise GradeFileError(f"{path}:{line.number}: {error}; write one JSON object a line") from None
 
 
-def _read_row(raw: dict[str, Any], where: str) -> GradedRow:
+def _read_row(raw: Mapping[str, object], where: str) -> GradedRow:
     response = raw.get("response")
     answer = raw.get("answer")
     options = raw.get("options") or []
@@ -85,12 +115,13 @@ def _read_row(raw: dict[str, Any], where: str) -> GradedRow:
     return GradedRow(GradeRequest(response, str(answer), tuple(map(str, options))), correct, raw)
 
 
-def _is_value(value: Any) -> bool:
+def _is_value(value: object) -> bool:
     """Return whether ``value`` is a text or number that can be an answer or an option."""
+    # True is an int of Python, and no answer.
     return isinstance(value, str | int | float) and not isinstance(value, bool) and bool(str(value).strip())
 
 
-def _describe(raw: dict[str, Any], field: str) -> str:
+def _describe(raw: Mapping[str, object], field: str) -> str:
     """Return the value and type of ``field`` for an error message."""
     value = raw.get(field)
     return "missing" if value is None else f"{str(value)[:60]!r} is a {type(value).__name__}"
@@ -118,10 +149,10 @@ def explain(row: GradedRow, verdict: Verdict) -> str:
     return CONTENT if verdict.reason is Reason.CONTENT else UNEXPLAINED
 
 
-def summarise(rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def summarise(rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> GradeSummary:
     """Return counts, accuracy and reasons; where rows have ``correct`` also agreement, and disagreements by group."""
     correct_count = sum(verdict.correct for verdict in verdicts)
-    summary: dict[str, Any] = {
+    summary: GradeSummary = {
         "rows": len(rows),
         "correct": correct_count,
         "accuracy": correct_count / len(rows),
@@ -129,7 +160,7 @@ def summarise(rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> dict[st
     }
     compared = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
     if compared:
-        groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        groups: defaultdict[str, list[Disagreement]] = defaultdict(list)
         for row, verdict in compared:
             if row.correct != verdict.correct:
                 groups[explain(row, verdict)].append(_disagreement(row, verdict))
@@ -140,16 +171,24 @@ def summarise(rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> dict[st
     return summary
 
 
-def _disagreement(row: GradedRow, verdict: Verdict) -> dict[str, Any]:
+def _disagreement(row: GradedRow, verdict: Verdict) -> Disagreement:
     """Return the summary's entry of a row on which the two verdicts differ."""
-    entry = {"id": row.raw.get("id"), "answer": row.request.answer, "box": verdict.box, "reason": verdict.reason.value}
+    option: ReferenceOption = {}
     letter = named_letter(clean(row.request.answer), len(row.request.options))
     if letter is not None:
-        entry["option"] = row.request.options[letter.index]
-    return {**entry, "correct": verdict.correct, "file": row.correct}
+        option["option"] = row.request.options[letter.index]
+    return {
+        "id": row.raw.get("id"),
+        "answer": row.request.answer,
+        "box": verdict.box,
+        "reason": verdict.reason.value,
+        **option,
+        "correct": verdict.correct,
+        "file": row.correct,
+    }
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_summary(summary: GradeSummary) -> None:
     """Print `summarise`'s result for a person."""
     print(f"accuracy   {summary['accuracy']:.4f}  ({summary['correct']} of {summary['rows']})")
     for reason, count in summary["reasons"].items():

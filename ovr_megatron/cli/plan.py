@@ -32,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no-search", action="store_true", help="the recipe's own layout only")
     parser.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
+    # Settings may stand on both sides of an option, which `parse_args` does not take.
     arguments = parser.parse_intermixed_args(argv)
     config = compose(arguments.recipe, arguments.overrides)
 
     # Imported here, so that a command line is checked before torch and Megatron are loaded.
     from ovr_megatron.plan.report import Options, plan, processes, show
 
+    # The name of a recipe may end in its number of processes, as in ..._64gpu.
     world = arguments.world or processes(Path(arguments.recipe).stem, config.parallel)
     summary = plan(config, Options(world, arguments.gpu, arguments.mfu, not arguments.no_search))
     print(json.dumps(summary) if arguments.json else show(summary))

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = compose_values(schema, recipe_path(arguments.config_name or default_recipe), arguments.overrides)
         config = build(schema, values)
     except UserError as error:
+        # All ranks have the same command line: one message is enough.
         if os.environ.get("RANK", "0") == "0":
             print(printable(f"preflight: {error}"), flush=True)
         return 2

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ovr_megatron.weights.transfer import staged
 
     try:
+        # The folder appears when it is complete; an interruption leaves none.
         with staged(args.out, []) as partial:
             sizes = TinySizes(**{size.name: getattr(args, size.name) for size in fields(TinySizes)})
             corpus = args.corpus.read_text(encoding="utf-8").splitlines(keepends=True) if args.corpus else None

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=whole_number(1), default=1, help="processes that tokenise")
     parser.add_argument("--verify", action="store_true", help="read the set at FOLDER, write nothing")
     parser.add_argument("settings", nargs="*", metavar="data.KEY=VALUE")
+    # Settings may stand on both sides of an option, which `parse_args` does not take.
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.verify and not arguments.model:
         parser.error("--model is missing")

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     layout, replicas = arguments.layout
     processes = layout.ranks * replicas
+    # torchrun sets WORLD_SIZE: a process that has it is a rank already and starts no others.
     if processes > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
         launcher = [sys.executable, "-m", "ovr_megatron.torchrun", "--standalone", f"--nproc-per-node={processes}"]
         return subprocess.run([*launcher, "-m", "ovr_megatron", "verify", *words]).returncode

@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.runtime.command import whole_number
 from ovr_megatron.runtime.terminal import printable
+
+
+class JudgeLimits(TypedDict):
+    """The keywords of `JudgeConfig` that all judges of a command share."""
+
+    allow_http: bool
+    max_tokens: int
+    max_requests: int
+    max_total_tokens: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,10 +66,14 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def budget_of(args: argparse.Namespace) -> dict[str, Any]:
+def budget_of(args: argparse.Namespace) -> JudgeLimits:
     """Return the limits of a judge as keywords of `JudgeConfig`."""
-    names = ("allow_http", "max_tokens", "max_requests", "max_total_tokens")
-    return {name: getattr(args, name) for name in names}
+    return {
+        "allow_http": args.allow_http,
+        "max_tokens": args.max_tokens,
+        "max_requests": args.max_requests,
+        "max_total_tokens": args.max_total_tokens,
+    }
 
 
 def parse_files(arguments: Sequence[str]) -> dict[str, Path]:

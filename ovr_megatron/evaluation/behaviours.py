@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -51,6 +51,39 @@ class Rate:
     value: float | None
     low: float | None
     high: float | None
+
+
+class Emergence(TypedDict):
+    """Share of traces with at least one occurrence, with its 95 % interval, and the number of traces."""
+
+    rate: float
+    low: float
+    high: float
+    traces: int
+
+
+class BehaviourRates(TypedDict):
+    """Rates of one behaviour; ``malformed`` counts traces without a count, None stands for no trace with one."""
+
+    emergence: Emergence | None
+    per_trace: float | None
+    malformed: int
+
+
+class TransferRate(TypedDict):
+    """The fields of `Rate` as JSON."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class CheckpointRates(TypedDict):
+    """Rates by behaviour, and transfer rates by linguistic behaviour."""
+
+    traces: int
+    behaviours: dict[str, BehaviourRates]
+    transfer: dict[str, TransferRate]
 
 
 LINGUISTIC = (
@@ -220,20 +253,27 @@ def _occurrence_pairs(first: Sequence[int | None], second: Sequence[int | None])
     return [(a > 0, b > 0) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
 
 
-def summarise(counts: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:
+def summarise(counts: Mapping[str, Sequence[int | None]]) -> CheckpointRates:
     """Return the rates of a checkpoint from the counts of every behaviour, None where the judge gave no count."""
-    behaviours: dict[str, Any] = {}
+    behaviours: dict[str, BehaviourRates] = {}
     for name, judged_counts in counts.items():
         valid_counts = [count for count in judged_counts if count is not None]
-        share = emergence(valid_counts)
+        per_trace = sum(valid_counts) / len(valid_counts) if valid_counts else None
         behaviours[name] = {
-            "emergence": share and {"rate": share.value, "low": share.low, "high": share.high, "traces": share.total},
-            "per_trace": sum(valid_counts) / len(valid_counts) if valid_counts else None,
+            "emergence": _emergence_json(emergence(valid_counts)),
+            "per_trace": per_trace,
             "malformed": len(judged_counts) - len(valid_counts),
         }
-    transfers: dict[str, Any] = {}
+    transfers: dict[str, TransferRate] = {}
     for linguistic, visual in PAIRS:
         if linguistic in counts and visual in counts:
-            transfers[linguistic] = vars(transfer(counts[visual], counts[linguistic]))
+            rate = transfer(counts[visual], counts[linguistic])
+            transfers[linguistic] = {"value": rate.value, "low": rate.low, "high": rate.high}
     traces = max(map(len, counts.values()), default=0)
     return {"traces": traces, "behaviours": behaviours, "transfer": transfers}
+
+
+def _emergence_json(share: Share | None) -> Emergence | None:
+    if share is None:
+        return None
+    return {"rate": share.value, "low": share.low, "high": share.high, "traces": share.total}

@@ -113,6 +113,7 @@ def _vlmevalkit(
 
 
 _MMMU_PRO = "MMMU/MMMU_Pro?split=test&config="
+# %2B is a plus sign; a plus sign in a query is a space.
 _DYNAMATH_SPLITS = "%2B".join(f"sample_variant{variant}" for variant in range(1, VARIANTS + 1))
 _SCORED_BY_RULES = (
     Benchmark("aime2024", "AIME 2024", ("HuggingFaceH4/aime_2024?split=train",), samples=16, paper={"AIME 2024": 63.5}),

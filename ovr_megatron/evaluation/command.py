@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lock_folder(run_folder_of(args.out), world.is_main)
     with WeightFolder(model) as folder:
         check_weights(folder, ModelShape.from_hf(model))
+        # Every byte is read, so each rank takes its share of the tensors.
         check_finite(folder, (world.rank, world.size))
     dtype = args.dtype or dtype_of(model)
     for result in evaluate_sets(model, sets, args.limit, settings, data, rollout, dtype, args.out):
@@ -198,9 +199,11 @@ def image_budget(model: Path) -> dict[str, int]:
     size: Any = image_config.get("size")
     if not isinstance(size, dict):
         size = {}
+    # The edges of ``size`` are numbers of pixels as well, whatever their names say.
     low = image_config.get("min_pixels") or size.get("shortest_edge") or DataConfig.min_pixels
     high = image_config.get("max_pixels") or size.get("longest_edge") or DataConfig.max_pixels
     for pixels in (low, high):
+        # True is an int of Python, and no number of pixels.
         if not isinstance(pixels, int) or isinstance(pixels, bool) or pixels < 1:
             raise ConfigError(
                 f"{model}: the image budget of its processor is {pixels!r}; it must be a number of pixels"
@@ -256,12 +259,14 @@ def without_verdict(result: EvaluationResult) -> str:
     return f"; no verdict on {', '.join(counts)} responses, counted as wrong: their graders failed"
 
 
-def _text_config(model: Path) -> dict[str, Any]:
+def _text_config(model: Path) -> Mapping[str, object]:
     config = _read(model / "config.json")
+    # Transformers 5 has the fields of the language model in a section of their own, 4 on the outer level.
     return {**config, **config.get("text_config", {})}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Any:
+    """Return the JSON value of a file of the folder, of whatever shape."""
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig, section
 from ovr_megatron.curation.endpoint import Endpoint, Question
@@ -47,8 +47,16 @@ _STORED_CHARACTERS = 500  # of the end of an answer, where the verdict is
 
 KeyedQuestion = tuple[int, str]
 """Key of a question in the journal, and its text."""
-OnResult = Callable[[int, dict[str, Any]], None]
-"""Called with the key of a question and the judge's result."""
+OnResult = Callable[[int, Mapping[str, object]], None]
+"""Called with the key of a question and the judge's result: a `JudgeEntry`, and ``final`` False to ask again."""
+
+
+class JudgeEntry(TypedDict, total=False):
+    """What the journal holds of an answer: the end of its text, the reason if there is none, and its tokens."""
+
+    text: str | None
+    error: str | None
+    tokens: int
 
 
 @section("--")
@@ -170,10 +178,10 @@ def ask_judge(
         progress(len(questions) - len(unanswered))
         failed: set[int] = set()
 
-        def on_result(key: int, result: dict[str, Any]) -> None:
+        def on_result(key: int, result: Mapping[str, object]) -> None:
             # A failure is not final: it stays out of the journal, and the next run asks again.
-            if result.pop("final", True):
-                journal.add(key, result)
+            if result.get("final", True):
+                journal.add(key, {name: value for name, value in result.items() if name != "final"})
             else:
                 failed.add(key)
             progress(1)
@@ -184,11 +192,12 @@ def ask_judge(
         journal.reopen()  # lookups do not see added answers before
         answers: dict[int, JudgeAnswer] = {}
         for key, _ in questions:
-            answers[key] = _answer_from(journal[key] if key in journal else None, key in failed)
+            entry = cast(JudgeEntry, journal[key]) if key in journal else None
+            answers[key] = _answer_from(entry, key in failed)
         return answers
 
 
-def _answer_from(entry: dict[str, Any] | None, failed: bool) -> JudgeAnswer:
+def _answer_from(entry: JudgeEntry | None, failed: bool) -> JudgeAnswer:
     """Return the answer of a journal's entry, None for a question without one."""
     if entry is None:
         return JudgeAnswer(missing="failed" if failed else "not asked")
@@ -199,6 +208,7 @@ def _answer_from(entry: dict[str, Any] | None, failed: bool) -> JudgeAnswer:
 
 def key_of(*fields: object) -> int:
     """Return a 64-bit hash of a question and its judge."""
+    # Python's own hash of a text differs between processes; the journal needs the same key in every run.
     return int.from_bytes(hashlib.blake2b(json.dumps(fields).encode(), digest_size=8).digest(), "big")
 
 
@@ -242,6 +252,7 @@ def _ask_vllm(questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: 
         for key, text in batch:
             # The data format wants an answer, which generation leaves out.
             row = parse_row({"messages": [{"role": "user", "content": text}], "answer": "-"}, "a question", Path())
+            # At temperature 0 nothing is drawn: the seed does not matter.
             requests.append(Request(key, row, seeds=[0]))
         for request, [generation] in answer_rows(engine, processor, requests, 0.0, config.max_tokens, on_result):
             text = processor.decode(generation.tokens)[-_STORED_CHARACTERS:]

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS, Trace, kappa, read_traces, summarise
+from ovr_megatron.evaluation.behaviours import (
+    BEHAVIOURS,
+    PAIRS,
+    CheckpointRates,
+    Trace,
+    kappa,
+    read_traces,
+    summarise,
+)
 from ovr_megatron.evaluation.judges import Counts, JudgeConfig, count_behaviours
 from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.json_lines import json_lines
@@ -24,9 +31,52 @@ BehaviourCounts = dict[str, list[int | None]]
 """Counts by behaviour, one for each trace; None without a count."""
 
 
+class CheckpointBehaviours(CheckpointRates):
+    """Rates of a checkpoint, and the name of the file of its responses."""
+
+    file: str
+
+
+class Agreement(TypedDict):
+    """Cohen's kappa by behaviour and over ``all``, None where it is not defined, and the number of counts compared."""
+
+    kappa: dict[str, float | None]
+    compared: int
+
+
+class JudgeAgreement(Agreement):
+    """Agreement of a second judge with the first; ``missing`` counts its missing counts by reason."""
+
+    judge: str
+    missing: dict[str, int]
+
+
+class BehaviourResult(TypedDict):
+    """Content of ``behaviours.json``; ``approximation`` says that the judge counts by wording."""
+
+    judge: str
+    approximation: bool
+    missing: dict[str, int]
+    checkpoints: dict[str, CheckpointBehaviours]
+    second: NotRequired[JudgeAgreement]
+    people: NotRequired[Agreement]
+
+
+class AnnotationLine(TypedDict, total=False):
+    """A line of ``annotations.jsonl`` as we write it; people edit the file, so that any field may be missing."""
+
+    checkpoint: str
+    id: str
+    behaviour: str
+    count: int | None
+    definition: str
+    problem: str
+    reasoning: str
+
+
 def judge_behaviours(
     files: Mapping[str, Path], judges: Sequence[JudgeConfig], out: Path, limit: int, sample: int, annotate: bool
-) -> dict[str, Any]:
+) -> BehaviourResult:
     """Have behaviours counted in the responses of every checkpoint; write ``behaviours.json`` and ``counts.jsonl``.
 
     Args:
@@ -57,7 +107,7 @@ def judge_behaviours(
 
     # All checkpoints in one call: equal traces are asked once, and an endpoint is not idle between checkpoints.
     counts = _count(first_judge, traces, out)
-    result: dict[str, Any] = {
+    result: BehaviourResult = {
         "judge": first_judge.judge,
         "approximation": first_judge.is_lexical,
         "missing": dict(counts.missing),
@@ -67,7 +117,7 @@ def judge_behaviours(
     for name, checkpoint_traces in checkpoints.items():
         end = start + len(checkpoint_traces)
         checkpoint_counts = _select(counts.by_behaviour, range(start, end))
-        result["checkpoints"][name] = summarise(checkpoint_counts) | {"file": files[name].name}
+        result["checkpoints"][name] = {**summarise(checkpoint_counts), "file": files[name].name}
         start = end
 
     # A fixed seed: the next run has the same sample, whose answers and annotations are on disk.
@@ -93,7 +143,7 @@ def _count(judge: JudgeConfig, traces: Sequence[Trace], folder: Path) -> Counts:
 
 def _compare_judge(
     judge: JudgeConfig, traces: Sequence[Trace], rows: Sequence[int], counts: BehaviourCounts, folder: Path
-) -> dict[str, Any]:
+) -> JudgeAgreement:
     """Have another judge count in the traces ``rows``, and return its agreement with the first judge's ``counts``."""
     judge_counts = _count(judge, [traces[row] for row in rows], folder)
     return {
@@ -119,7 +169,7 @@ def _write_counts(path: Path, owners: Sequence[str], traces: Sequence[Trace], co
     write_whole(path, "".join(lines))
 
 
-def compare_counts(first: BehaviourCounts, second: BehaviourCounts) -> dict[str, Any]:
+def compare_counts(first: BehaviourCounts, second: BehaviourCounts) -> Agreement:
     """Return Cohen's kappa on whether a behaviour occurs, by behaviour and over all, and how many were compared."""
     kappas: dict[str, float | None] = {}
     all_first: list[int | None] = []
@@ -137,21 +187,22 @@ def compare_counts(first: BehaviourCounts, second: BehaviourCounts) -> dict[str,
 
 def write_annotations(path: Path, sample: Sequence[tuple[str, Trace]]) -> None:
     """Write a line for every trace and behaviour, its ``count`` to be filled in; keep counts that are filled in."""
-    filled_in: dict[tuple[str, str, str], Any] = {}
+    filled_in: dict[tuple[str, str, str], int | None] = {}
     for _, line in _read_annotated(path):
         filled_in[line["checkpoint"], line["id"], line["behaviour"]] = line["count"]
     lines = []
     for owner, trace in sample:
         for behaviour in BEHAVIOURS.values():
-            line = {
+            annotation: AnnotationLine = {
                 "checkpoint": owner,
                 "id": trace.id,
                 "behaviour": behaviour.name,
                 "count": filled_in.get((owner, trace.id, behaviour.name)),
                 "definition": behaviour.definition,
-                **asdict(trace),
+                "problem": trace.problem,
+                "reasoning": trace.reasoning,
             }
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(annotation, ensure_ascii=False) + "\n")
     write_whole(path, "".join(lines))
 
 
@@ -168,7 +219,9 @@ def read_annotations(
     Raises:
         ConfigError: a line has an unknown behaviour, or its count is no number.
     """
-    rows: dict[Any, int] = {key: row for row, key in enumerate(keys)}
+    rows: dict[tuple[str | None, str | None], int] = {}
+    for index, key in enumerate(keys):
+        rows[key] = index
     judge_counts: BehaviourCounts = {name: [] for name in BEHAVIOURS}
     people_counts: BehaviourCounts = {name: [] for name in BEHAVIOURS}
     for line_number, line in _read_annotated(path):
@@ -186,34 +239,33 @@ def read_annotations(
     return judge_counts, people_counts
 
 
-def _read_annotated(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_annotated(path: Path) -> Iterator[tuple[int, AnnotationLine]]:
     """Yield number and object of each line, none for a file that is not there; the error of a line names it."""
     if not path.exists():
         return
     for line in json_lines(path):
         try:
-            yield line.number, line.parse()
+            yield line.number, cast(AnnotationLine, line.parse())
         except ValueError as error:
             raise ConfigError(f"{path}:{line.number}: is no JSON object ({error}); correct the line") from None
 
 
-def format_table(result: Mapping[str, Any]) -> str:
+def format_table(result: BehaviourResult) -> str:
     """Return the rates and agreements of a result as a table of text."""
     checkpoints = result["checkpoints"]
     note = ", an approximation by wording" if result["approximation"] else ""
     lines = [f"judge: {result['judge']}{note}", _table_line("emergence", checkpoints)]
     for name, behaviour in BEHAVIOURS.items():
-        cells = [_percent(summary["behaviours"][name]["emergence"], "rate") for summary in checkpoints.values()]
+        cells = [_emergence_cell(summary, name) for summary in checkpoints.values()]
         lines.append(_table_line(behaviour.title, cells))
     lines.append("transfer (visual / linguistic)")
     for linguistic, _ in PAIRS:
-        cells = [_percent(summary["transfer"][linguistic], "value") for summary in checkpoints.values()]
+        cells = [_transfer_cell(summary, linguistic) for summary in checkpoints.values()]
         lines.append(_table_line(BEHAVIOURS[linguistic].title, cells))
-    for key, judge in (("second", "the second judge"), ("people", "people")):
-        if key in result:
-            value = result[key]["kappa"]["all"]
-            agreement = "nothing to compare" if value is None else f"{value:.2f}"
-            lines.append(f"kappa with {judge}: {agreement} ({result[key]['compared']} compared)")
+    if "second" in result:
+        lines.append(_agreement_line("the second judge", result["second"]))
+    if "people" in result:
+        lines.append(_agreement_line("people", result["people"]))
     if result["missing"]:
         missing = [f"{count} {why}" for why, count in result["missing"].items()]
         lines.append(f"without a count: {', '.join(missing)}")
@@ -224,10 +276,25 @@ def _table_line(title: str, cells: Iterable[str]) -> str:
     return f"{title:30}" + "".join(f"{cell:>22}" for cell in cells)
 
 
-def _percent(rate: Mapping[str, Any] | None, key: str) -> str:
-    if not rate or rate[key] is None:
+def _agreement_line(judge: str, agreement: Agreement) -> str:
+    value = agreement["kappa"]["all"]
+    text = "nothing to compare" if value is None else f"{value:.2f}"
+    return f"kappa with {judge}: {text} ({agreement['compared']} compared)"
+
+
+def _emergence_cell(rates: CheckpointRates, behaviour: str) -> str:
+    emergence = rates["behaviours"][behaviour]["emergence"]
+    if emergence is None:
         return "-"
-    value = 100 * rate[key]
-    low = 100 * rate["low"]
-    high = 100 * rate["high"]
-    return f"{value:.1f} % ({low:.1f}-{high:.1f})"
+    return _percent(emergence["rate"], emergence["low"], emergence["high"])
+
+
+def _transfer_cell(rates: CheckpointRates, behaviour: str) -> str:
+    rate = rates["transfer"][behaviour]
+    return _percent(rate["value"], rate["low"], rate["high"])
+
+
+def _percent(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None or low is None or high is None:  # a rate without a value has no interval
+        return "-"
+    return f"{100 * value:.1f} % ({100 * low:.1f}-{100 * high:.1f})"

@@ -140,6 +140,7 @@ def acts(reasoning: str) -> list[Act]:
             has_cue = [_matches(sentence, _VISUAL_CUES[visual]) for sentence in sentences]
             visual_hits = []
             for index, hit in enumerate(hits):
+                # A sentence on either side may name the image that this one is about.
                 neighbourhood = has_cue[max(index - 1, 0) : index + 2]
                 visual_hits.append(hit and any(neighbourhood))
             occurrences += _runs(visual, visual_hits, spans)

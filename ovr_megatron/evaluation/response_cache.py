@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, cast
 
 import torch.distributed as dist
 
@@ -27,6 +27,13 @@ class Generated(TypedDict):
     stopped: bool
 
 
+class StoredResponse(Generated):
+    """The fields of a line of ``SET.responses.jsonl`` that we rely on; the line has all of `GradedResponse`."""
+
+    index: int
+    sample: int | None
+
+
 ResponseKey = tuple[int, int | None]
 """Index of the problem and of the sample; None is the greedy response."""
 
@@ -44,12 +51,13 @@ def check_results(out: Path, names: Iterable[str]) -> None:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            # A file that cannot be read may be anybody's: it is not replaced either.
             result = None
         if not isinstance(result, dict) or not {"set", "greedy"} <= result.keys():
             raise ConfigError(f"--out {out}: {path.name} is no result of an evaluation; give another folder")
 
 
-def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, list[dict[str, Any]]] | None:
+def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, list[StoredResponse]] | None:
     """Read the result and the responses of a finished evaluation with this mark; None if there is none.
 
     A collective: all ranks return the same.  A damaged line costs its response only, which is generated again.
@@ -59,6 +67,7 @@ def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, li
     # collectives of the ranks would no longer match.
     box: list[Any] = [None]
     if dist.get_rank() == 0:
+        # A damaged result counts as none: the set is evaluated again.
         with contextlib.suppress(OSError, ValueError):
             result = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
             if isinstance(result, dict) and result.get("mark") == mark and responses.exists():
@@ -67,7 +76,8 @@ def read_finished(out: Path, name: str, mark: str) -> tuple[EvaluationResult, li
     result = box[0]
     if result is None:
         return None
-    return result, read_json_lines(responses, "index", "sample", *RESPONSE_FIELDS)
+    lines = read_json_lines(responses, "index", "sample", *RESPONSE_FIELDS)
+    return result, cast(list[StoredResponse], lines)
 
 
 class ResponseCache:
@@ -84,6 +94,7 @@ class ResponseCache:
         self._journal: Journal | None = None
         if stem is None:
             return
+        # Sorted: where two files have the response, the same one counts on all ranks.
         for path in sorted(stem.parent.glob(f"{stem.name}.*.answers.jsonl")):
             with Journal(path) as journal:
                 for entry in journal:
@@ -94,9 +105,10 @@ class ResponseCache:
         if is_writer:
             self._journal = Journal(stem.with_name(f"{stem.name}.{replica}.answers.jsonl"))
 
-    def add_finished(self, responses: Iterable[dict[str, Any]]) -> None:
+    def add_finished(self, responses: Iterable[StoredResponse]) -> None:
         """Add the responses of a finished evaluation; they are on disk, so they are not written again."""
         for response in responses:
+            # None stands for a prompt over the limit, which the engine never gets.
             if response["response"] is not None:
                 key = response["index"], response["sample"]
                 self._responses[key] = Generated(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import kappa
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS
 from ovr_megatron.evaluation.judges import JudgeConfig, ask_judge, key_of
-from ovr_megatron.evaluation.scoring import GradedResponse, format_accuracy, score
+from ovr_megatron.evaluation.scoring import EvaluationResult, EvaluationScores, GradedResponse, format_accuracy, score
 from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.progress import Progress
@@ -22,6 +22,21 @@ from ovr_megatron.runtime.progress import Progress
 VERSION = 1  # of the question: a changed question must not reuse answers
 _JUDGED_CHARACTERS = 4000  # of the end of a response
 _VERDICT = re.compile(r"<verdict>\s*(right|wrong)\s*</verdict>", re.IGNORECASE)
+
+
+class VerdictAgreement(TypedDict):
+    """Cohen's kappa of rules and judge, None where it is not defined, and how many of the verdicts are the same."""
+
+    kappa: float | None
+    same: int
+    compared: int
+
+
+class JudgedScores(EvaluationScores, VerdictAgreement):
+    """Scores by a judge; ``missing`` counts responses without a verdict by reason."""
+
+    judge: str
+    missing: dict[str, int]
 
 
 def format_question(response: GradedResponse) -> str:
@@ -52,7 +67,7 @@ def read_verdict(answer: str) -> bool | None:
     return verdicts[-1].lower() == "right" if verdicts else None
 
 
-def judge_responses(scores: Path, config: JudgeConfig) -> dict[str, Any]:
+def judge_responses(scores: Path, config: JudgeConfig) -> JudgedScores:
     """Have the responses of an evaluation judged; add ``judged`` to its scores and write ``SET.verdicts.jsonl``.
 
     Args:
@@ -79,7 +94,7 @@ def judge_responses(scores: Path, config: JudgeConfig) -> dict[str, Any]:
     # None and False both count as wrong in the scores; in the file they differ.
     judged = [replace(response, correct=bool(verdict)) for response, verdict in zip(responses, verdicts, strict=True)]
     benchmark = BENCHMARKS.get(result.get("benchmark") or "")
-    summary = {
+    summary: JudgedScores = {
         "judge": config.judge,
         **score(judged, benchmark.official if benchmark else None),
         "missing": missing,
@@ -91,7 +106,7 @@ def judge_responses(scores: Path, config: JudgeConfig) -> dict[str, Any]:
         lines.append(json.dumps(line | {"rule": response.correct, "judge": verdict}) + "\n")
     # The scores last: they say that the verdicts are complete.
     write_whole(scores.with_name(f"{result['set']}.verdicts.jsonl"), "".join(lines))
-    write_json(scores, result | {"judged": summary})
+    write_json(scores, {**result, "judged": summary})
     return summary
 
 
@@ -123,9 +138,7 @@ def _ask_verdicts(
     return verdicts, dict(missing)
 
 
-def _agreement_with_rules(
-    responses: Sequence[GradedResponse], verdicts: Sequence[bool | None]
-) -> dict[str, float | int | None]:
+def _agreement_with_rules(responses: Sequence[GradedResponse], verdicts: Sequence[bool | None]) -> VerdictAgreement:
     """Return Cohen's kappa of rules and judge, and how many verdicts are the same of those compared.
 
     Only responses that the judge was asked about count.
@@ -163,7 +176,7 @@ def read_responses(path: Path) -> list[GradedResponse]:
     return responses
 
 
-def summary_line(name: str, summary: Mapping[str, Any]) -> str:
+def summary_line(name: str, summary: JudgedScores) -> str:
     """Return the judge's accuracy and the agreement with the rules as one line for the terminal."""
     agreement = f"{summary['same']} of {summary['compared']} verdicts as the rules'"
     if summary["kappa"] is not None:
@@ -182,9 +195,9 @@ def _key(config: JudgeConfig, response: GradedResponse) -> int:
     return key_of("verdict", VERSION, config.judge, config.max_tokens, *texts)
 
 
-def _read_result(path: Path) -> dict[str, Any]:
+def _read_result(path: Path) -> EvaluationResult:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result: EvaluationResult = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(result["set"], str) and isinstance(result["problems"], int)
     except OSError as error:
         raise ConfigError(

@@ -173,7 +173,7 @@ class Family:
     video_grid: Callable[[int, int, int, float, ModelShape, DataConfig], Visual]
     weight_table: tuple[WeightEntry, ...]
     weight_sizes: Callable[[ModelShape], dict[str, int]]
-    decoder_options: Callable[[ModelShape], dict[str, Any]]
+    decoder_options: Callable[[ModelShape], Mapping[str, object]]
     load_model_class: Callable[[], type[Any]]
     load_rollout_class: Callable[[], type[Any]]
     load_hf_class: Callable[[], type[Any]]
@@ -262,5 +262,6 @@ def _family_of_config(raw: dict[str, object], path: Path) -> Family:
 
 def default_family() -> Family:
     """Return the family of tiny models where none is named."""
+    # Unpacking fails unless exactly one family is the default.
     (family,) = (family for family in families() if family.is_default)
     return family

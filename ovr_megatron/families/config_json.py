@@ -58,6 +58,7 @@ def read_config(directory: str | Path, title: str) -> tuple[dict[str, object], P
         raise ShapeError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError:
         raise ShapeError(f"{path} is not text in UTF-8; download or copy it again") from None
+    # Python's JSON parser recurses for every bracket.
     except RecursionError:
         raise ShapeError(f"{path} is nested too deeply; download or copy it again") from None
     except OSError as error:
@@ -117,6 +118,7 @@ def read_fields(kind: type[Kind], values: Any, path: Path, prefix: str = "") -> 
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a finite number of JSON."""
+    # True is an int of Python; NaN and Infinity are numbers of its JSON parser.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -24,6 +24,7 @@ def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text())
     text = config.get("text_config") or config
+    # The outer level may repeat fields of the nested one; both must agree afterwards.
     parts = [text]
     if text is not config:
         parts.append(config)

@@ -57,5 +57,6 @@ def read_yarn(rope: dict[str, Any], positions: int, path: Path) -> Yarn | None:
     for name, value in numbers.items():
         if not is_number(value) or value <= 0 or (name == "factor" and value < 1):
             raise ShapeError(f"{path}: field {name!r} of YaRN is {value!r}; give a number above 0, for 'factor' from 1")
+    # The temperature of YaRN's paper (arXiv 2309.00071): sqrt(1 / t) = 0.1 ln(factor) + 1.
     options.setdefault("attention_factor", 0.1 * math.log(rope["factor"]) + 1.0)
     return Yarn(rope["factor"], original, truncate=bool(rope.get("truncate", True)), **options)

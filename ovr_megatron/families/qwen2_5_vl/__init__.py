@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def _video_grid(frames: int, width: int, height: int, fps: float, sizes: ModelSh
     return video_grid(frames, width, height, fps, sizes, config)
 
 
-def _decoder_options(sizes: ModelShape) -> dict[str, Any]:
+def _decoder_options(sizes: ModelShape) -> Mapping[str, object]:
     return {"add_qkv_bias": True}
 
 

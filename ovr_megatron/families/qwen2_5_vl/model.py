@@ -25,6 +25,7 @@ def vision_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtyp
         hidden_size=vision.hidden,
         ffn_hidden_size=vision.ffn,
         num_attention_heads=vision.heads,
+        # Transformers has this number in the code of the tower, not in its configuration.
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
         add_qkv_bias=True,

@@ -58,6 +58,7 @@ def grid_layout(grid: tuple[int, int, int], merge: int, window: int) -> GridLayo
     windows_high = -(-(height // merge) // window)
     window_row = frame * windows_high + row // window
     window_index = (window_row * windows_wide + column // window).ravel()
+    # Stable: the features of a window keep the order of their rows.
     feature_order = np.argsort(window_index, kind="stable")
     _, features_per_window = np.unique(window_index, return_counts=True)
 
@@ -158,6 +159,7 @@ class VisionTower(MegatronModule):
         self.merger = PatchMerger(config, shape.merge, out_size, pg_collection.tp, classes)
         head_dim = shape.hidden // shape.heads
         exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2)
+        # Computed, not a weight: neither checkpoints nor Hugging Face folders have it.
         self.register_buffer("inv_freq", 1.0 / 10000.0**exponents, persistent=False)
 
     def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
