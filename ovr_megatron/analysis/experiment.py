@@ -10,12 +10,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
 
 from ovr_megatron.errors import UserError
+from ovr_megatron.evaluation.behaviours import CheckpointRates
+from ovr_megatron.evaluation.scoring import EvaluationResult, GreedyScores
 from ovr_megatron.runtime.step_lines import read_metrics
+
+if TYPE_CHECKING:
+    # The module loads the engines of local judges, which a report does without.
+    from ovr_megatron.evaluation.judging import BehaviourResult, CheckpointBehaviours
 
 # Names as in the folder, and titles as people read them; all in the order of the recipe.
 STAGES = {"base": "Base model", "cold_start": "Cold start", "rl": "RL"}
@@ -27,13 +33,36 @@ class ExperimentError(UserError, ValueError):
     """A folder that is no experiment; the message names it and says what is expected."""
 
 
+class LengthLimit(TypedDict):
+    """An entry of ``curriculum``: ``max_tokens`` until an iteration."""
+
+    until: int
+    max_tokens: int
+
+
+class StageSettings(TypedDict, total=False):
+    """The settings of ``config.yaml`` that the reports read by name; a model card reads more by their dotted keys."""
+
+    iterations: int
+    steps: int
+    packs_per_step: int
+    curriculum: list[LengthLimit]
+
+
+class MeasuredCommand(TypedDict):
+    """Content of ``measured/NAME.json``."""
+
+    wall_seconds: float
+    peak_memory_bytes: int
+
+
 @dataclass(frozen=True)
 class Stage:
     """One run folder: its resolved configuration and its metrics, one dictionary a step."""
 
     name: str
     dir: Path
-    config: dict[str, Any]
+    config: StageSettings
     metrics: list[dict[str, float]]
 
     @property
@@ -44,7 +73,9 @@ class Stage:
     @property
     def done(self) -> int:
         """Number of steps or iterations that are logged."""
-        return int(self.metrics[-1]["step"]) + 1 if self.metrics else 0  # steps count from 0
+        if not self.metrics:
+            return 0
+        return int(self.metrics[-1]["step"]) + 1  # steps count from 0
 
     @property
     def total(self) -> int:
@@ -58,12 +89,19 @@ class Stage:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return the steps at which a metric was logged, and its values."""
-        lines = [line for line in self.metrics if line.get(key) is not None]
-        return [int(line["step"]) for line in lines], [line[key] for line in lines]
+        steps: list[int] = []
+        values: list[float] = []
+        for line in self.metrics:
+            value = line.get(key)
+            if value is not None:
+                steps.append(int(line["step"]))
+                values.append(value)
+        return steps, values
 
     def values(self, key: str) -> list[float]:
         """Return the values of a metric, in the order of the steps."""
-        return self.series(key)[1]
+        _, values = self.series(key)
+        return values
 
 
 @dataclass(frozen=True)
@@ -71,20 +109,20 @@ class Experiment:
     """The content of an experiment's folder so far.
 
     ``scores[model][set]`` is an evaluation, ``measured[name]`` a timed command, ``behaviours`` the result that
-    ``tools/behaviours.py`` wrote to ``behaviours/``, empty if there is none.
+    ``tools/behaviours.py`` wrote to ``behaviours/``, None if there is none.
     """
 
     dir: Path
     stages: dict[str, Stage]
-    scores: dict[str, dict[str, dict[str, Any]]]
-    measured: dict[str, dict[str, float]]
-    behaviours: dict[str, Any]
+    scores: dict[str, dict[str, EvaluationResult]]
+    measured: dict[str, MeasuredCommand]
+    behaviours: BehaviourResult | None
 
-    def evaluation(self, model: str, problem_set: str) -> dict[str, Any] | None:
+    def evaluation(self, model: str, problem_set: str) -> EvaluationResult | None:
         """Return the evaluation of ``model`` on ``problem_set``, None if there is none."""
         return self.scores.get(model, {}).get(problem_set)
 
-    def score(self, model: str, problem_set: str) -> dict[str, Any] | None:
+    def score(self, model: str, problem_set: str) -> GreedyScores | None:
         """Return the greedy result of ``model`` on ``problem_set``, None if it was not evaluated."""
         evaluation = self.evaluation(model, problem_set)
         return evaluation["greedy"] if evaluation else None
@@ -92,7 +130,9 @@ class Experiment:
     @property
     def sets(self) -> dict[str, str]:
         """Name and title of every problem set that some model was evaluated on, the miniature's own first."""
-        names: set[str] = set().union(*self.scores.values())
+        names: set[str] = set()
+        for evaluations in self.scores.values():
+            names.update(evaluations)
         miniature_sets = [name for name in SETS if name in names]
         other_sets = sorted(names - set(SETS))
         return {name: SETS.get(name, name) for name in miniature_sets + other_sets}
@@ -107,13 +147,14 @@ class Experiment:
         return None
 
     @property
+    def checkpoints(self) -> dict[str, CheckpointBehaviours]:
+        """Rates of behaviours by model, empty if no traces were judged."""
+        return self.behaviours.get("checkpoints", {}) if self.behaviours else {}
+
+    @property
     def shows_behaviours(self) -> bool:
         """Whether any judged trace has any behaviour: without one there is nothing to draw."""
-        for checkpoint in self.behaviours.get("checkpoints", {}).values():
-            shares = [counts["emergence"] for counts in checkpoint["behaviours"].values()]
-            if any(share and share["rate"] for share in shares):
-                return True
-        return False
+        return any(map(_shows_behaviour, self.checkpoints.values()))
 
     @property
     def missing(self) -> list[str]:
@@ -133,6 +174,14 @@ class Experiment:
         return sentences
 
 
+def _shows_behaviour(checkpoint: CheckpointRates) -> bool:
+    for rates in checkpoint["behaviours"].values():
+        emergence = rates["emergence"]
+        if emergence and emergence["rate"]:
+            return True
+    return False
+
+
 def read_experiment(folder: Path) -> Experiment:
     """Read what ``folder`` holds so far.
 
@@ -141,20 +190,26 @@ def read_experiment(folder: Path) -> Experiment:
     """
     if not folder.is_dir():
         raise ExperimentError(f"{folder}: there is no such folder; give the run folder of an experiment")
-    if (folder / "config.yaml").is_file():
-        stage = _read_stage(folder, "")
-        stages = {stage.name: stage}
-    else:
-        stages = {name: _read_stage(path, name) for name, path in stage_folders(folder).items()}
-    scores = {model.name: _read_json_files(model) for model in sorted((folder / "eval").glob("*/"))}
+    stages = _read_stages(folder)
+    scores: dict[str, dict[str, EvaluationResult]] = {}
+    for model_dir in sorted((folder / "eval").glob("*/")):
+        scores[model_dir.name] = _read_json_files(model_dir)
     if not stages and not scores:
         raise ExperimentError(
             f"{folder}: neither a run folder (config.yaml) nor an experiment ({', '.join(STAGES)}, eval) is in it"
         )
     measured = _read_json_files(folder / "measured")
     behaviours_file = folder / "behaviours/behaviours.json"
-    behaviours = _read_json(behaviours_file) if behaviours_file.is_file() else {}
+    behaviours = _read_json(behaviours_file) if behaviours_file.is_file() else None
     return Experiment(folder, stages, scores, measured, behaviours)
+
+
+def _read_stages(folder: Path) -> dict[str, Stage]:
+    """Read the run folders of an experiment, or ``folder`` itself if it is one."""
+    if (folder / "config.yaml").is_file():
+        stage = _read_stage(folder, "")
+        return {stage.name: stage}
+    return {name: _read_stage(path, name) for name, path in stage_folders(folder).items()}
 
 
 def stage_folders(folder: Path) -> dict[str, Path]:
@@ -174,7 +229,7 @@ def stage_folders(folder: Path) -> dict[str, Path]:
     return {name: folders[name] for name in STAGES if name in folders}
 
 
-def _stage_name(config: dict[str, Any]) -> str | None:
+def _stage_name(config: StageSettings) -> str | None:
     """Return the stage that has such settings, None if no stage has."""
     if "iterations" in config:
         return "rl"
@@ -184,17 +239,20 @@ def _stage_name(config: dict[str, Any]) -> str | None:
 def _read_stage(folder: Path, name: str) -> Stage:
     """Read a run folder; an empty ``name`` means that its settings name the stage."""
     settings = folder / "config.yaml"
-    metrics = folder / "metrics" / "train.jsonl"
-    config = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
+    # A run that has just begun has neither file yet.
+    config: StageSettings = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
+    metrics_file = folder / "metrics" / "train.jsonl"
+    metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
     name = name or ("rl" if "iterations" in config else "cold_start")
-    return Stage(name, folder, config, read_metrics(metrics) if metrics.is_file() else [])
+    return Stage(name, folder, config, metrics)
 
 
-def _read_json_files(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_json_files(folder: Path) -> dict[str, Any]:
     return {file.stem: _read_json(file) for file in sorted(folder.glob("*.json"))}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
+    # Files of ours, whose shapes the callers know.
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
