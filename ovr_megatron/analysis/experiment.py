@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import yaml
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.evaluation.behaviours import CheckpointRates
+from ovr_megatron.evaluation.behaviours import CheckpointRates, Emergence, TransferRate
 from ovr_megatron.evaluation.scoring import EvaluationResult, GreedyScores
 from ovr_megatron.runtime.step_lines import read_metrics
 
@@ -150,6 +150,19 @@ class Experiment:
     def checkpoints(self) -> dict[str, CheckpointBehaviours]:
         """Rates of behaviours by model, empty if no traces were judged."""
         return self.behaviours.get("checkpoints", {}) if self.behaviours else {}
+
+    def emergence(self, model: str, behaviour: str) -> Emergence | None:
+        """Return how many of a model's traces show ``behaviour``, None if it was not counted."""
+        checkpoint = self.checkpoints.get(model)
+        if not checkpoint:
+            return None
+        rates = checkpoint.get("behaviours", {}).get(behaviour)
+        return rates.get("emergence") if rates else None
+
+    def transfer_rate(self, model: str, linguistic: str) -> TransferRate | None:
+        """Return the transfer rate of a linguistic behaviour in a model's traces, None if it was not counted."""
+        checkpoint = self.checkpoints.get(model)
+        return checkpoint.get("transfer", {}).get(linguistic) if checkpoint else None
 
     @property
     def shows_behaviours(self) -> bool:

@@ -29,9 +29,9 @@ class ResponseCard(CardTexts):
     """A card of the template.
 
     Attributes:
-        kind: image, photo (an image above the text) or text.
+        kind: its layout: image (a small one), photo or text.
         image: its address, None without an image.
-        image_kind: small for one that is drawn larger.
+        image_kind: small for an image that is drawn larger than it is, else empty.
         missing_image: name of an image that cannot be shown.
         behaviours: titles of those that the response shows.
     """
