@@ -7,15 +7,16 @@ from pathlib import Path
 from statistics import median
 from typing import TypedDict
 
-from ovr_megatron.analysis import figures
 from ovr_megatron.analysis.browser import prepare_browser
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
+from ovr_megatron.analysis.figures import draw_figures
 from ovr_megatron.analysis.formats import NOTHING, duration, gigabytes, percent
 from ovr_megatron.analysis.moments import show_moments
 from ovr_megatron.analysis.origins import read_origins
 from ovr_megatron.analysis.page import Cell, PageChart, PageTable, Pieces, data_uri, render_page
 from ovr_megatron.analysis.results import make_table, show_accuracy, show_behaviours
 from ovr_megatron.analysis.summary import ExperimentSummary, summarise
+from ovr_megatron.analysis.themes import DARK, LIGHT, NARROW, WIDE
 from ovr_megatron.evaluation.scoring import EvaluationResult
 from ovr_megatron.runtime.files import write_whole
 
@@ -145,10 +146,10 @@ def _tile(name: str, value: str, model: str = "") -> Tile:
 
 def _draw_charts(experiment: Experiment) -> dict[str, PageChart]:
     """Return each figure by name: its caption, and its picture for every width and theme as an address."""
-    wide_light = figures.draw_figures(experiment, figures.LIGHT, figures.WIDE)
-    wide_dark = figures.draw_figures(experiment, figures.DARK, figures.WIDE)
-    narrow_light = figures.draw_figures(experiment, figures.LIGHT, figures.NARROW)
-    narrow_dark = figures.draw_figures(experiment, figures.DARK, figures.NARROW)
+    wide_light = draw_figures(experiment, LIGHT, WIDE)
+    wide_dark = draw_figures(experiment, DARK, WIDE)
+    narrow_light = draw_figures(experiment, LIGHT, NARROW)
+    narrow_dark = draw_figures(experiment, DARK, NARROW)
     charts: dict[str, PageChart] = {}
     for looks in zip(wide_light, wide_dark, narrow_light, narrow_dark, strict=True):
         pictures = [data_uri(chart.png) for chart in looks]
