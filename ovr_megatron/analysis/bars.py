@@ -67,10 +67,10 @@ def draw_behaviours(experiment: Experiment, theme: Theme, width: float = WIDE) -
             rates[model] = [_emergence_bar(experiment, model, behaviour) for behaviour in behaviours]
         _draw_bars(axes, theme, _titles(behaviours), rates)
         axes.set_title(f"{title} behaviours: share of traces")
-    transfer: dict[str, list[BarOrWord]] = {}
+    ratios: dict[str, list[BarOrWord]] = {}
     for model in MODELS:
-        transfer[model] = [_transfer_bar(experiment, model, behaviour) for behaviour in LINGUISTIC]
-    _draw_bars(transfer_axes, theme, _titles(LINGUISTIC), transfer)
+        ratios[model] = [_transfer_bar(experiment, model, behaviour) for behaviour in LINGUISTIC]
+    _draw_bars(transfer_axes, theme, _titles(LINGUISTIC), ratios)
     transfer_axes.set_title("Transfer: visual over linguistic")
     _draw_models_legend(figure, theme, width)
     return figure
@@ -102,6 +102,12 @@ def _draw_bars(axes: Axes, theme: Theme, groups: Sequence[str], bars: Mapping[st
     """Draw a group of bars for each of ``groups``, with a bar for each of `MODELS`, its interval and its value."""
     step = 0.82 / len(MODELS)
     middle = (len(MODELS) - 1) / 2
+    error_style = {
+        "ecolor": theme.ink,
+        "elinewidth": 1,
+        "capsize": 2,
+        "alpha": 0.7,
+    }
     for index, (model, title) in enumerate(MODELS.items()):
         offset = (index - middle) * step
         positions = [group + offset for group in range(len(groups))]
@@ -110,14 +116,15 @@ def _draw_bars(axes: Axes, theme: Theme, groups: Sequence[str], bars: Mapping[st
         for x, bar in zip(positions, bars[model], strict=True):
             if isinstance(bar, Bar):
                 values[x] = bar
+        heights = [bar.value for bar in values.values()]
         axes.bar(
             list(values),
-            [bar.value for bar in values.values()],
+            heights,
             yerr=_errors(list(values.values())),
             width=step * 0.9,
             color=theme.models[index],
             label=title,
-            error_kw={"ecolor": theme.ink, "elinewidth": 1, "capsize": 2, "alpha": 0.7},
+            error_kw=error_style,
         )
         for x, bar in zip(positions, bars[model], strict=True):
             _label_bar(axes, theme, x, bar)
@@ -130,12 +137,18 @@ def _draw_bars(axes: Axes, theme: Theme, groups: Sequence[str], bars: Mapping[st
 
 def _label_bar(axes: Axes, theme: Theme, x: float, bar: BarOrWord) -> None:
     """Write a bar's percentage above its interval, or the word in its place."""
-    label = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
-    above = (0, 3)  # points
+    style: dict[str, object] = {
+        "xytext": (0, 3),
+        "textcoords": "offset points",
+        "ha": "center",
+        "fontsize": 8,
+    }
     if isinstance(bar, Bar):
-        axes.annotate(f"{100 * bar.value:.0f}", (x, bar.high), above, **label)
+        percentage = 100 * bar.value
+        axes.annotate(f"{percentage:.0f}", (x, bar.high), **style)
     else:
-        axes.annotate(bar or "not run", (x, 0.0), above, **label, rotation=90, color=theme.muted)
+        word = bar or "not run"
+        axes.annotate(word, (x, 0.0), **style, rotation=90, color=theme.muted)
 
 
 def _draw_models_legend(figure: Figure, theme: Theme, width: float) -> None:
@@ -143,13 +156,21 @@ def _draw_models_legend(figure: Figure, theme: Theme, width: float) -> None:
     keys = []
     for colour, title in zip(theme.models, MODELS.values(), strict=True):
         keys.append(Patch(color=colour, label=title))
-    columns = legend_columns(width)
-    figure.legend(handles=keys, loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
+    figure.legend(
+        handles=keys,
+        loc="outside lower center",
+        ncols=legend_columns(width),
+        handlelength=1,
+        handleheight=1,
+    )
 
 
 def _errors(bars: Sequence[Bar]) -> list[list[float]]:
     """Return the lengths of the error bars below and above the values."""
     # A value may lie just outside of its interval, by rounding; Matplotlib refuses negative lengths.
-    below = [max(0.0, bar.value - bar.low) for bar in bars]
-    above = [max(0.0, bar.high - bar.value) for bar in bars]
+    below = []
+    above = []
+    for bar in bars:
+        below.append(max(0.0, bar.value - bar.low))
+        above.append(max(0.0, bar.high - bar.value))
     return [below, above]

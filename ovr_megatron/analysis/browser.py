@@ -176,8 +176,11 @@ def _judge_counts(experiment: Experiment, model: str, file_name: str) -> list[di
     checkpoint = behaviours["checkpoints"].get(model)
     if not checkpoint or checkpoint.get("file") != file_name:
         return []
-    lines = read_json_lines(experiment.dir / "behaviours/counts.jsonl")
-    return [line["counts"] for line in lines if line["checkpoint"] == model]
+    counts = []
+    for line in read_json_lines(experiment.dir / "behaviours/counts.jsonl"):
+        if line["checkpoint"] == model:
+            counts.append(line["counts"])
+    return counts
 
 
 def _read_index(path: Path) -> dict[str, IndexEntry]:
@@ -232,12 +235,14 @@ def _scripts_exist(folder: Path, names: Sequence[str]) -> bool:
 def _write_scripts(name: str, folder: Path, items: Sequence[ResponseItem]) -> list[str]:
     """Write the texts of ``items``, `RESPONSES_PER_FILE` a script, and return the names of the scripts."""
     names = []
-    for index, begin in enumerate(range(0, len(items), RESPONSES_PER_FILE)):
+    begins = range(0, len(items), RESPONSES_PER_FILE)
+    for index, begin in enumerate(begins):
         script = f"{name}_{index}"
-        contents = [item.content for item in items[begin : begin + RESPONSES_PER_FILE]]
-        texts = json.dumps(contents, separators=(",", ":"))
+        batch = items[begin : begin + RESPONSES_PER_FILE]
+        texts = json.dumps([item.content for item in batch], separators=(",", ":"))
         # `ovrShow` is a function of browser.js, which waits for the texts under this name.
-        write_whole(folder / f"{script}.js", f"ovrShow({json.dumps(script)},{texts})\n")
+        call = f"ovrShow({json.dumps(script)},{texts})\n"
+        write_whole(folder / f"{script}.js", call)
         names.append(script)
     return names
 
@@ -272,7 +277,8 @@ def _browser_section(index: Mapping[str, IndexEntry]) -> BrowserSection:
 def _sources(index: Mapping[str, IndexEntry]) -> list[str]:
     sources: set[str] = set()
     for entry in index.values():
-        sources.update(source for source, *_ in entry["rows"])
+        for source, *_ in entry["rows"]:
+            sources.add(source)
     return sorted(sources)
 
 
@@ -284,7 +290,14 @@ def _page_index(index: Mapping[str, IndexEntry], sources: Sequence[str]) -> Page
         rows: list[list[float]] = []
         for source, reward, tokens, bits in entry["rows"]:
             rows.append([source_index[source], reward, tokens, bits])
-        files.append({"group": entry["group"], "title": entry["title"], "files": entry["files"], "rows": rows})
+        files.append(
+            {
+                "group": entry["group"],
+                "title": entry["title"],
+                "files": entry["files"],
+                "rows": rows,
+            }
+        )
     return {
         "folder": FOLDER,
         "perFile": RESPONSES_PER_FILE,

@@ -11,7 +11,7 @@ import yaml
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS, TransferRate
-from ovr_megatron.evaluation.scoring import Accuracy
+from ovr_megatron.evaluation.scoring import Accuracy, EvaluationResult
 from ovr_megatron.families import Family, default_family, family_of_folder
 from ovr_megatron.families.config_json import ShapeError
 from ovr_megatron.runtime.files import write_whole
@@ -173,7 +173,8 @@ def _render_scores(experiment: Experiment) -> Iterator[str]:
     lines = ["## Scores", "", "Greedy accuracy with Wilson's 95 % interval.", "", *_table_head("| problems |")]
     for name, title in experiment.sets.items():
         scores = [experiment.score(model, name) for model in MODELS]
-        problems = max(score["problems"] for score in scores if score)
+        problem_counts = [score["problems"] for score in scores if score]
+        problems = max(problem_counts)
         cells = [_score_cell(score) for score in scores]
         lines.append(_table_row(f"{title} ({problems})", cells))
     yield "\n".join(lines)
@@ -190,19 +191,27 @@ def _render_commands(experiment: Experiment, model: str) -> Iterator[str]:
     lines = []
     for stage in experiment.stages.values():
         if stage.config:
-            module = "rl" if "iterations" in stage.config else "coldstart"
-            # A single run folder is an experiment, too: its configuration lies in the folder of the experiment.
-            folder = stage.dir.name if stage.dir != experiment.dir else "."
-            lines.append(f"torchrun -m ovr_megatron.{module} --config-dir {folder} --config-name config run.dir=NEW")
+            lines.append(_stage_command(experiment, stage))
     for name, evaluation in experiment.scores.get(model, {}).items():
-        source = _source_name(evaluation["source"])
-        data = shlex.quote(f"{name}={source}")
-        limit = evaluation["problems"]
-        options = _evaluation_options(evaluation["settings"])
-        lines.append(f"python tools/evaluate.py --model FOLDER --data {data} --limit {limit} {options} --out eval")
+        lines.append(_evaluation_command(name, evaluation))
     if lines:
         commands = "\n".join(lines)
         yield f"## Commands\n\n```bash\n{commands}\n```"
+
+
+def _stage_command(experiment: Experiment, stage: Stage) -> str:
+    module = "rl" if "iterations" in stage.config else "coldstart"
+    # A single run folder is an experiment, too: its configuration lies in the folder of the experiment.
+    folder = stage.dir.name if stage.dir != experiment.dir else "."
+    return f"torchrun -m ovr_megatron.{module} --config-dir {folder} --config-name config run.dir=NEW"
+
+
+def _evaluation_command(problem_set: str, evaluation: EvaluationResult) -> str:
+    source = _source_name(evaluation["source"])
+    data = shlex.quote(f"{problem_set}={source}")
+    limit = evaluation["problems"]
+    options = _evaluation_options(evaluation["settings"])
+    return f"python tools/evaluate.py --model FOLDER --data {data} --limit {limit} {options} --out eval"
 
 
 def _evaluation_options(settings: Mapping[str, object]) -> str:

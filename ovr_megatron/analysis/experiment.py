@@ -133,9 +133,10 @@ class Experiment:
         names: set[str] = set()
         for evaluations in self.scores.values():
             names.update(evaluations)
-        miniature_sets = [name for name in SETS if name in names]
-        other_sets = sorted(names - set(SETS))
-        return {name: SETS.get(name, name) for name in miniature_sets + other_sets}
+        titles = {name: title for name, title in SETS.items() if name in names}
+        for name in sorted(names - set(SETS)):
+            titles[name] = name
+        return titles
 
     @property
     def exported(self) -> Path | None:
@@ -181,7 +182,8 @@ class Experiment:
                 sentences.append(f"{title}: {stage.done} of {stage.total} {stage.unit} done.")
         unscored = [title for name, title in MODELS.items() if not self.scores.get(name)]
         if unscored:
-            sentences.append(f"Evaluation: nothing yet of {', '.join(unscored)}.")
+            titles = ", ".join(unscored)
+            sentences.append(f"Evaluation: nothing yet of {titles}.")
         if self.exported is None:
             sentences.append("Export: no final model yet.")
         return sentences
@@ -208,12 +210,13 @@ def read_experiment(folder: Path) -> Experiment:
     for model_dir in sorted((folder / "eval").glob("*/")):
         scores[model_dir.name] = _read_json_files(model_dir)
     if not stages and not scores:
-        raise ExperimentError(
-            f"{folder}: neither a run folder (config.yaml) nor an experiment ({', '.join(STAGES)}, eval) is in it"
-        )
+        parts = ", ".join([*STAGES, "eval"])
+        raise ExperimentError(f"{folder}: neither a run folder (config.yaml) nor an experiment ({parts}) is in it")
     measured = _read_json_files(folder / "measured")
     behaviours_file = folder / "behaviours/behaviours.json"
-    behaviours = _read_json(behaviours_file) if behaviours_file.is_file() else None
+    behaviours = None
+    if behaviours_file.is_file():
+        behaviours = _read_json(behaviours_file)
     return Experiment(folder, stages, scores, measured, behaviours)
 
 
@@ -232,14 +235,27 @@ def stage_folders(folder: Path) -> dict[str, Path]:
     ``config.yaml`` is of the stage, whatever their names.  ``base`` goes by its name alone, because its settings are
     those of a cold start.
     """
-    folders = {name: folder / name for name in STAGES if (folder / name).is_dir()}
-    settings = [path for path in sorted(folder.glob("*/config.yaml")) if path.parent.name not in STAGES]
+    folders: dict[str, Path] = {}
+    # By name first, so that of two files of one age the same is taken everywhere.
+    paths = sorted(folder.glob("*/config.yaml"))
     # From the oldest to the newest: the last one assigned is the one that was changed last.
-    for path in sorted(settings, key=lambda path: path.stat().st_mtime):
-        name = _stage_name(yaml.safe_load(path.read_text()) or {})
-        if name and not (folder / name).is_dir():
-            folders[name] = path.parent
+    for path in sorted(paths, key=_modification_time):
+        if path.parent.name in STAGES:
+            continue
+        config = yaml.safe_load(path.read_text()) or {}
+        stage = _stage_name(config)
+        if stage:
+            folders[stage] = path.parent
+    for name in STAGES:
+        own_folder = folder / name
+        if own_folder.is_dir():
+            folders[name] = own_folder
+    # In the order of the recipe, which is that of the report.
     return {name: folders[name] for name in STAGES if name in folders}
+
+
+def _modification_time(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _stage_name(config: StageSettings) -> str | None:
@@ -253,10 +269,13 @@ def _read_stage(folder: Path, name: str) -> Stage:
     """Read a run folder; an empty ``name`` means that its settings name the stage."""
     settings = folder / "config.yaml"
     # A run that has just begun has neither file yet.
-    config: StageSettings = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
+    config: StageSettings = {}
+    if settings.is_file():
+        config = yaml.safe_load(settings.read_text())
     metrics_file = folder / "metrics" / "train.jsonl"
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
-    name = name or ("rl" if "iterations" in config else "cold_start")
+    if not name:
+        name = "rl" if "iterations" in config else "cold_start"
     return Stage(name, folder, config, metrics)
 
 

@@ -6,6 +6,7 @@ Each is drawn once per theme: light ones go to ``figures/`` as PNG and PDF, both
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,10 @@ def draw_figures(experiment: Experiment, theme: Theme, width: float = WIDE) -> l
     """Draw every figure for which the folder holds numbers, in the order of the recipe; ``width`` in inches."""
     # Matplotlib reads most settings while it draws. Without pyplot, which would hold every figure open.
     with matplotlib.rc_context(theme.settings):
-        return [Chart(name, caption, figure, theme) for name, caption, figure in _figures(experiment, theme, width)]
+        charts = []
+        for name, caption, figure in _figures(experiment, theme, width):
+            charts.append(Chart(name, caption, figure, theme))
+        return charts
 
 
 def _figures(experiment: Experiment, theme: Theme, width: float) -> Iterator[tuple[str, str, Figure]]:
@@ -88,7 +92,8 @@ def _rl_figures(stage: Stage, theme: Theme, width: float) -> Iterator[tuple[str,
         selection = f" The first {MAX_SOURCES} of {total}." if total > MAX_SOURCES else ""
         caption = f"PPO by source: mean reward and response length, moving averages.{selection}"
         yield "rl_sources", caption, draw_sources(stage, theme, width)
-    if any(stage.values(key) for key, _, _ in _HEALTH):
+    has_health = any(stage.values(key) for key, _, _ in _HEALTH)
+    if has_health:
         caption = "PPO under the hood. Mismatch: largest difference of rollout and trainer log-probabilities."
         yield "rl_health", caption, draw_health(stage, theme, width)
 
@@ -113,7 +118,8 @@ def draw_loss(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     axes = figure.add_subplot(title=f"{stage.title}: loss", xlabel="Step")
     steps, losses = stage.series("loss/train")
     # The colour of the model that the stage trains, as in the bars.
-    colour = theme.models[0 if stage.name == "base" else 1]
+    index = 0 if stage.name == "base" else 1
+    colour = theme.models[index]
     _curve(axes, steps, losses, colour, "{:.3f}")
     axes.set_ylim(bottom=0)
     return figure
@@ -150,7 +156,8 @@ def list_switches(stage: Stage) -> list[tuple[int, int, int]]:
     """Return where the curriculum changed: first iteration of the new limit, limit before, limit after."""
     steps, limits = stage.series("curriculum/max_tokens")
     switches = []
-    for step, before, after in zip(steps[1:], limits, limits[1:], strict=False):
+    pairs = itertools.pairwise(limits)
+    for step, (before, after) in zip(steps[1:], pairs, strict=True):
         if before != after:
             switches.append((step, int(before), int(after)))
     return switches
@@ -187,12 +194,13 @@ def draw_sources(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     )
     # Ten colours for at most `MAX_SOURCES` lines.
     colours = matplotlib.colormaps["tab10"].colors
+    sources = list_sources(stage)
     for axes, group, title in panels:
         axes.set_title(title)
-        for source, colour in zip(list_sources(stage), colours, strict=False):
+        for source, colour in zip(sources, colours, strict=False):
             steps, values = stage.series(group + source)
-            window = max(1, len(values) // 20)
-            axes.plot(steps, moving_average(values, window), color=colour, label=source)
+            means = moving_average(values, _window(values))
+            axes.plot(steps, means, color=colour, label=source)
     lengths.set_xlabel("Iteration")
     _use_whole_steps(lengths)
     # The lines of one panel: both have the same sources in the same colours.
@@ -218,7 +226,14 @@ def draw_health(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
         steps, values = stage.series(key)
         axes.set_title(title, fontsize=9.5)
         if not values:
-            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=theme.muted)
+            axes.text(
+                0.5,
+                0.5,
+                "not logged",
+                transform=axes.transAxes,
+                ha="center",
+                color=theme.muted,
+            )
             continue
         # The mismatch spans orders of magnitude; a moving average would hide its peaks.
         is_mismatch = key == "rollout/mismatch_max"
@@ -245,24 +260,35 @@ def _is_accuracy(key: str) -> bool:
 
 def draw_evaluations(evaluations: Sequence[tuple[Stage, list[str]]], theme: Theme, width: float = WIDE) -> Figure:
     """Draw accuracy by step, a row for each stage and a line for each problem set (paper, figure 4)."""
-    figure = Figure(figsize=(width, 2.6 * len(evaluations)), layout="constrained")
-    rows = figure.subplots(len(evaluations), 1, squeeze=False)[:, 0]
-    for axes, (stage, keys) in zip(rows, evaluations, strict=True):
-        unit = "Iteration" if stage.name == "rl" else "Step"
-        axes.set_title(f"{stage.title}: accuracy while it trains")
-        axes.set_xlabel(unit)
-        for index, key in enumerate(keys):
-            steps, values = stage.series(key)
-            label = key.partition("/")[2]
-            colour = theme.models[(index + 1) % len(theme.models)]
-            # Steps count from 0: an evaluation logged with step 99 is one of the weights after 100 steps.
-            steps_done = [step + 1 for step in steps]
-            axes.plot(steps_done, values, marker="o", markersize=4, color=colour, label=label)
-        _use_whole_steps(axes)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-        axes.set_ylim(0, 1.02)  # a marker at 100 % is not cut
-        axes.legend(loc="best")
+    count = len(evaluations)
+    figure = Figure(figsize=(width, 2.6 * count), layout="constrained")
+    # Squeezed, a single row would be no array.
+    panels = figure.subplots(count, 1, squeeze=False)
+    for axes, (stage, keys) in zip(panels[:, 0], evaluations, strict=True):
+        _draw_accuracies(axes, stage, keys, theme)
     return figure
+
+
+def _draw_accuracies(axes: Axes, stage: Stage, keys: Sequence[str], theme: Theme) -> None:
+    unit = "Iteration" if stage.name == "rl" else "Step"
+    axes.set_title(f"{stage.title}: accuracy while it trains")
+    axes.set_xlabel(unit)
+    for index, key in enumerate(keys):
+        steps, values = stage.series(key)
+        _, _, problem_set = key.partition("/")
+        axes.plot(
+            # Steps count from 0: an evaluation logged with step 99 is one of the weights after 100 steps.
+            [step + 1 for step in steps],
+            values,
+            marker="o",
+            markersize=4,
+            color=theme.models[(index + 1) % len(theme.models)],
+            label=problem_set,
+        )
+    _use_whole_steps(axes)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.set_ylim(0, 1.02)  # a marker at 100 % is not cut
+    axes.legend(loc="best")
 
 
 def _curve(
@@ -272,7 +298,7 @@ def _curve(
     _use_whole_steps(axes)
     if not values:
         return
-    window = max(1, len(values) // 20) if smooth else 1
+    window = _window(values) if smooth else 1
     strong = moving_average(values, window)
     if window > 1:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.4)
@@ -288,6 +314,11 @@ def _curve(
         fontweight="bold",
         annotation_clip=False,  # the label lies beside the axes, where Matplotlib would clip it
     )
+
+
+def _window(values: Sequence[float]) -> int:
+    """Return the length of a moving average: a twentieth of the run."""
+    return max(1, len(values) // 20)
 
 
 def _use_whole_steps(axes: Axes) -> None:

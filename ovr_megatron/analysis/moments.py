@@ -93,8 +93,10 @@ def _token_pieces(tokens: Sequence[Token]) -> list[CardPiece]:
     """
     if len(tokens) > MAX_TOKENS:
         return []
-    levels = shade(tokens)
-    return [describe_token(token, level) for token, level in zip(tokens, levels, strict=True)]
+    pieces = []
+    for token, level in zip(tokens, shade(tokens), strict=True):
+        pieces.append(describe_token(token, level))
+    return pieces
 
 
 def _shorten(text: str) -> str:

@@ -12,7 +12,7 @@ from ovr_megatron.evaluation.scoring import SourceScores
 TableRow = Mapping[str, object]
 """Cells by column; the columns are as many as metrics, sources and values of k."""
 
-# Excel and LibreOffice compute a cell that begins so, also after the tab or line end that their import strips.
+# A spreadsheet takes a cell that begins so for a formula, and computes it.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -43,7 +43,7 @@ def _write_table(path: Path, rows: Sequence[TableRow]) -> None:
     columns: dict[str, None] = {}
     for row in rows:
         columns |= dict.fromkeys(row)
-    # Without `newline`, Windows would add a second carriage return to the one that csv writes.
+    # No translation: csv writes the ends of lines itself, and those within a cell as they are.
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(columns))
         table.writerow({key: _cell(key) for key in columns})
@@ -92,8 +92,9 @@ def _flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return a nested dictionary as one row, with the keys of each level joined by ``_``."""
     row: dict[str, object] = {}
     for key, value in tree.items():
+        column = f"{prefix}{key}"
         if isinstance(value, dict):
-            row |= _flatten(value, f"{prefix}{key}_")
+            row |= _flatten(value, f"{column}_")
         else:
-            row[f"{prefix}{key}"] = value
+            row[column] = value
     return row

@@ -10,7 +10,7 @@ from typing import TypedDict
 from ovr_megatron.analysis.browser import prepare_browser
 from ovr_megatron.analysis.experiment import MODELS, Experiment, Stage
 from ovr_megatron.analysis.figures import draw_figures
-from ovr_megatron.analysis.formats import NOTHING, duration, gigabytes, percent
+from ovr_megatron.analysis.formats import NOTHING, duration, format_number, gigabytes, percent
 from ovr_megatron.analysis.moments import show_moments
 from ovr_megatron.analysis.origins import read_origins
 from ovr_megatron.analysis.page import Cell, PageChart, PageTable, Pieces, data_uri, render_page
@@ -131,11 +131,9 @@ def _tiles(summary: ExperimentSummary) -> Iterator[Tile]:
         accuracy = summary["accuracy"][model]
         yield _tile(f"{title}, visual puzzles", percent(accuracy), model)
     reward = summary["reward"]["last10"]
-    reward_text = NOTHING if reward is None else f"{reward:.3f}"
-    yield _tile("Reward, last ten iterations", reward_text)
+    yield _tile("Reward, last ten iterations", format_number(reward, ".3f"))
     mismatch = summary["mismatch"]["max"]
-    mismatch_text = NOTHING if mismatch is None else f"{mismatch:.1e}"
-    yield _tile("Largest mismatch, log-prob", mismatch_text)
+    yield _tile("Largest mismatch, log-prob", format_number(mismatch, ".1e"))
     yield _tile("Wall time", duration(summary["wall_seconds"]))
     yield _tile("Peak memory", gigabytes(summary["peak_memory_bytes"]))
 
@@ -182,16 +180,37 @@ def _timing(experiment: Experiment) -> TimingSection | None:
 
 
 def _stage_row(stage: Stage) -> list[Cell]:
-    progress = f"{stage.done} of {stage.total} {stage.unit}" if stage.total else f"{stage.done} {stage.unit}"
-    rates: Pieces = []
+    progress = f"{stage.done} {stage.unit}"
+    if stage.total:
+        progress = f"{stage.done} of {stage.total} {stage.unit}"
+    throughput = _throughput(stage)
+    last_values = _last_values(stage)
+    return [
+        stage.title,
+        progress,
+        throughput or NOTHING,
+        last_values or NOTHING,
+    ]
+
+
+def _throughput(stage: Stage) -> Pieces:
+    pieces: Pieces = []
     for key, verb in _THROUGHPUT.items():
-        if values := stage.values(key):
-            rates += [f"{median(values):,.0f}", {"small": f"{verb}, median"}]
-    last_values: Pieces = []
+        rates = stage.values(key)
+        if rates:
+            rate = median(rates)
+            pieces += [f"{rate:,.0f}", {"small": f"{verb}, median"}]
+    return pieces
+
+
+def _last_values(stage: Stage) -> Pieces:
+    pieces: Pieces = []
     for key, title, form in _LAST_VALUES:
-        if values := stage.values(key):
-            last_values += [form.format(values[-1]), {"small": title}]
-    return [stage.title, progress, rates or NOTHING, last_values or NOTHING]
+        values = stage.values(key)
+        if values:
+            last = form.format(values[-1])
+            pieces += [last, {"small": title}]
+    return pieces
 
 
 def _phases(stage: Stage) -> PhaseShares:
@@ -206,7 +225,9 @@ def _phases(stage: Stage) -> PhaseShares:
     widths: list[str] = []
     rows: list[list[Cell]] = []
     for index, (title, seconds) in enumerate(phases.items()):
-        share = seconds / iteration if iteration else 0.0
+        share = 0.0
+        if iteration:  # an iteration of no time has no shares
+            share = seconds / iteration
         widths.append(f"{share:.4f}")
         # The style sheet has a colour for each phase, p0 to p4.
         heading: Cell = [{"key": f"p{index}"}, title]
@@ -225,7 +246,8 @@ def _settings(experiment: Experiment) -> Iterator[FoldedText]:
             yield {"title": stage.title, "text": path.read_text()}
     # The first one stands for all: the recipe evaluates every model with the same settings.
     if evaluation := _first_evaluation(experiment):
-        lines = [f"{key}: {value}" for key, value in evaluation["settings"].items()]
+        settings = evaluation["settings"]
+        lines = [f"{key}: {value}" for key, value in settings.items()]
         yield {"title": "Evaluation", "text": "\n".join(lines)}
 
 

@@ -70,10 +70,14 @@ def rollout_items(
     tokens_of_short = iter(read_tokens(stage.dir, iteration, short_rows))
     items = []
     for row in rows:
-        tokens = next(tokens_of_short) if row["tokens"] <= MAX_TOKENS else []
-        image = row.get("image")
-        address = _image_address(stage.dir, image, root) if image else None
-        items.append(_item(row, card_texts(row), row["response"], tokens, image=address))
+        tokens: list[Token] = []
+        if row["tokens"] <= MAX_TOKENS:
+            tokens = next(tokens_of_short)
+        address = None
+        if image := row.get("image"):
+            address = _image_address(stage.dir, image, root)
+        texts = card_texts(row)
+        items.append(_item(row, texts, row["response"], tokens, image=address))
     return items
 
 
@@ -85,7 +89,8 @@ def _image_address(run: Path, name: str, root: Path) -> str | None:
     path = (run / name).resolve()
     if not path.is_relative_to(run.resolve()):
         return None
-    return quote(os.path.relpath(path, root.resolve()))
+    address = os.path.relpath(path, root.resolve())
+    return quote(address)
 
 
 def evaluation_items(
@@ -166,10 +171,12 @@ def _pieces(text: str, tokens: Sequence[Token], acts: Sequence[lexical.Act]) -> 
 
 
 def _split_at_acts(text: str, acts: Iterable[lexical.Act]) -> list[str]:
+    # A set, as acts of two behaviours may begin or end at one place.
     cuts = {0, len(text)}
     for act in acts:
         cuts |= {act.begin, act.end}
-    return [text[begin:end] for begin, end in itertools.pairwise(sorted(cuts))]
+    spans = itertools.pairwise(sorted(cuts))
+    return [text[begin:end] for begin, end in spans]
 
 
 def _token_pieces(tokens: Sequence[Token]) -> TextPieces:
@@ -206,7 +213,8 @@ def _behaviour_bits(parts: Sequence[str], acts: Sequence[lexical.Act]) -> list[i
     for part in parts:
         # A token that crosses the end of an act belongs to it if its middle does.
         middle = begin + len(part) / 2
+        behaviours = [act.behaviour for act in acts if act.begin <= middle < act.end]
         # A sum is a union here: acts of one behaviour do not overlap.
-        bits.append(sum(_BITS[act.behaviour] for act in acts if act.begin <= middle < act.end))
+        bits.append(sum(_BITS[behaviour] for behaviour in behaviours))
         begin += len(part)
     return bits

@@ -45,7 +45,11 @@ class ShownScore(Accuracy, total=False):
 
 def make_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], title: str = "") -> PageTable:
     """Return a table of the template; ``title`` is its name where it is folded."""
-    return {"title": title, "head": head, "rows": list(rows)}
+    return {
+        "title": title,
+        "head": head,
+        "rows": list(rows),
+    }
 
 
 def show_accuracy(experiment: Experiment, chart: PageChart | None) -> AccuracySection | None:
@@ -68,7 +72,8 @@ def _greedy_rows(experiment: Experiment) -> Iterator[list[Cell]]:
     for name, title in experiment.sets.items():
         scores = [experiment.score(model, name) for model in MODELS]
         # A model may have been evaluated on a part of the set only.
-        problems = max(score["problems"] for score in scores if score)
+        problem_counts = [score["problems"] for score in scores if score]
+        problems = max(problem_counts)
         heading: Cell = [title, {"small": f"{problems} problems"}]
         yield [heading, *map(_score_cell, scores)]
 
@@ -78,9 +83,10 @@ def _sampled_rows(experiment: Experiment) -> Iterator[list[Cell]]:
         pass_rates = [_pass_rates(experiment, model, name) for model in MODELS]
         keys = set[str]().union(*pass_rates)
         # The keys are numbers as text, whose own order would be 1, 16, 2.
-        for k in sorted(map(int, keys)):
-            cells = [_score_cell(rates.get(str(k))) for rates in pass_rates]
-            yield [f"{title}, pass@{k}", *cells]
+        for key in sorted(keys, key=int):
+            heading = f"{title}, pass@{key}"
+            cells = [_score_cell(rates.get(key)) for rates in pass_rates]
+            yield [heading, *cells]
 
 
 def _pass_rates(experiment: Experiment, model: str, problem_set: str) -> dict[str, Accuracy]:
@@ -148,7 +154,8 @@ def show_behaviours(experiment: Experiment, chart: PageChart | None) -> Behaviou
 
 def _judged_traces(behaviours: BehaviourResult) -> str:
     """Return how many traces were judged, by whom, and how many of them have no count."""
-    traces = max(checkpoint["traces"] for checkpoint in behaviours["checkpoints"].values())
+    trace_counts = [checkpoint["traces"] for checkpoint in behaviours["checkpoints"].values()]
+    traces = max(trace_counts)
     judge = "by wording, an approximation" if behaviours["approximation"] else f"by {behaviours['judge']}"
     sentence = f"{traces} traces of each model, judged {judge}"
     missing = [f"{count} {reason}" for reason, count in behaviours["missing"].items()]

@@ -126,7 +126,8 @@ def pick_rollouts(rollouts: list[RolloutLine], count: int = PER_ITERATION) -> li
     kinds: dict[tuple[bool, str], list[RolloutLine]] = {}
     for rollout in _rollouts_to_show(rollouts):
         is_wrong = not rollout["reward"]
-        kinds.setdefault((is_wrong, rollout["source"]), []).append(rollout)
+        kind = (is_wrong, rollout["source"])
+        kinds.setdefault(kind, []).append(rollout)
     # False sorts before True: the right ones come first, and by source among them.
     queues = [kinds[kind] for kind in sorted(kinds)]
     selected: list[RolloutLine] = []
@@ -163,18 +164,23 @@ def read_tokens(run: Path, iteration: int, rollouts: Sequence[RolloutLine]) -> l
     Only the part of the iteration's files that belongs to the rollouts is read.
     """
     vocabulary = run / "companions/tokenizer.json"
-    keys: list[RolloutKey] = [(rollout.get("number"), rollout.get("sample")) for rollout in rollouts]
+    if not vocabulary.is_file():
+        return [[] for _ in rollouts]
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    keys = [_key(rollout) for rollout in rollouts]
     tokens: dict[RolloutKey, list[Token]] = {}
-    if vocabulary.is_file():
-        tokenizer = Tokenizer.from_file(str(vocabulary))
-        folder = run / "rollouts" / f"{iteration:06d}"
-        for path in folder.glob("*.safetensors"):
-            try:
-                for key, columns in _read_columns(path, set(keys)):
-                    tokens[key] = _decode(tokenizer, columns)
-            except (OSError, SafetensorError):
-                continue  # the file is being written, or was cut off
+    folder = run / "rollouts" / f"{iteration:06d}"
+    for path in folder.glob("*.safetensors"):
+        try:
+            for key, columns in _read_columns(path, set(keys)):
+                tokens[key] = _decode(tokenizer, columns)
+        except (OSError, SafetensorError):
+            continue  # the file is being written, or was cut off
     return [tokens.get(key, []) for key in keys]
+
+
+def _key(rollout: RolloutLine) -> RolloutKey:
+    return rollout.get("number"), rollout.get("sample")
 
 
 def _read_columns(path: Path, keys: Set[RolloutKey]) -> Iterator[tuple[RolloutKey, TokenColumns]]:
@@ -186,7 +192,8 @@ def _read_columns(path: Path, keys: Set[RolloutKey]) -> Iterator[tuple[RolloutKe
         for prompt, sample, length in file.get_tensor("index").tolist():
             begin = end
             end = begin + length
-            if (prompt, sample) not in keys:
+            key = (prompt, sample)
+            if key not in keys:
                 continue
             # A slice reads only its own bytes of the file, which has the tokens of all rollouts of a rank.
             ids = file.get_slice("tokens")[begin:end].tolist()
@@ -194,7 +201,7 @@ def _read_columns(path: Path, keys: Set[RolloutKey]) -> Iterator[tuple[RolloutKe
             advantages = None
             if has_advantages:
                 advantages = file.get_slice("advantages")[begin:end].tolist()
-            yield (prompt, sample), TokenColumns(ids, logprobs, advantages)
+            yield key, TokenColumns(ids, logprobs, advantages)
 
 
 def _decode(tokenizer: Tokenizer, columns: TokenColumns) -> list[Token]:
@@ -208,7 +215,9 @@ def _decode(tokenizer: Tokenizer, columns: TokenColumns) -> list[Token]:
         is_incomplete = text.endswith("\ufffd")
         # No character of UTF-8 has more than four bytes: after four tokens these are no character at all.
         if not is_incomplete or len(pending) == 4 or index == last:
-            advantage = columns.advantages[index] if columns.advantages else None
+            advantage = None
+            if columns.advantages:
+                advantage = columns.advantages[index]
             decoded.append(Token(text, columns.logprobs[index], advantage))
             pending = []
     return decoded

@@ -66,7 +66,7 @@ def summarise(experiment: Experiment) -> ExperimentSummary:
             "last10": mean_of_last(rewards, ENDS),
         },
         "mismatch": {"max": max(mismatches, default=None)},
-        "wall_seconds": sum(wall_times) if wall_times else None,  # 0 seconds would be a measurement
+        "wall_seconds": sum(wall_times) if wall_times else None,  # the sum of none is 0, which reads like a measurement
         "peak_memory_bytes": max(peaks, default=None),
         "exported_model": str(exported) if exported else None,
     }
@@ -85,6 +85,6 @@ def _accuracies(experiment: Experiment, problem_set: str) -> ModelAccuracies:
         accuracies[model] = score["accuracy"] if score else None
         if score:
             problem_counts.append(score["problems"])
-    # A model may have been evaluated on fewer problems so far: only these are common to all.
+    # Every model was asked at least so many.
     accuracies["problems"] = min(problem_counts, default=None)
     return accuracies
