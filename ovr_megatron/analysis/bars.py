@@ -93,9 +93,12 @@ def _transfer_bar(experiment: Experiment, model: str, behaviour: Behaviour) -> B
     rate = experiment.transfer_rate(model, behaviour.name)
     if not rate:
         return None
-    if rate["value"] is None or rate["low"] is None or rate["high"] is None:
+    value = rate["value"]
+    low = rate["low"]
+    high = rate["high"]
+    if value is None or low is None or high is None:
         return "none"
-    return Bar(rate["value"], rate["low"], rate["high"])
+    return Bar(value, low, high)
 
 
 def _draw_bars(axes: Axes, theme: Theme, groups: Sequence[str], bars: Mapping[str, Sequence[BarOrWord]]) -> None:

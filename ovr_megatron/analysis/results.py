@@ -57,7 +57,8 @@ def show_accuracy(experiment: Experiment, chart: PageChart | None) -> AccuracySe
     if not experiment.sets:
         return None
     models = list(MODELS.values())
-    has_benchmark = any(name in experiment.sets for name in BENCHMARKS)
+    has_benchmark = not experiment.sets.keys().isdisjoint(BENCHMARKS)
+    # Without a benchmark all the paper's rows would be dashes beside its scores.
     paper_rows = _paper_rows(experiment) if has_benchmark else ()
     return {
         "chart": chart,
@@ -174,9 +175,12 @@ def _transfer_rows(experiment: Experiment) -> Iterator[list[Cell]]:
 
 
 def _transfer_cell(rate: TransferRate | None) -> Cell:
-    # Not counted, or without a value: where the linguistic behaviour never occurs there is no ratio.
-    if not rate or rate["value"] is None or rate["low"] is None or rate["high"] is None:
+    if not rate:
         return NOTHING
-    low = 100 * rate["low"]
-    high = 100 * rate["high"]
-    return [percent(rate["value"]), {"small": f"{low:.1f} to {high:.1f}"}]
+    value = rate["value"]
+    low = rate["low"]
+    high = rate["high"]
+    if value is None or low is None or high is None:
+        return NOTHING  # without the linguistic behaviour there is no ratio
+    interval = f"{100 * low:.1f} to {100 * high:.1f}"
+    return [percent(value), {"small": interval}]
