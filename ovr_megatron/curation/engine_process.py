@@ -26,7 +26,8 @@ from ovr_megatron.curation.teacher import has_video, question_key
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.row_json import RowJson
-from ovr_megatron.data.schema import Row, parse_row
+from ovr_megatron.data.row_parsing import parse_row
+from ovr_megatron.data.schema import Row
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GraderPool

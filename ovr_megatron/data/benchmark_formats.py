@@ -14,16 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ovr_megatron.data.questions import field_of, options_of, prompt_row
-from ovr_megatron.data.schema import (
-    LETTER_REQUEST,
-    Part,
-    Row,
-    RowError,
-    TextPart,
-    option_letter,
-    parse_image,
-    parse_text,
-)
+from ovr_megatron.data.row_parsing import option_letter, parse_image, parse_text
+from ovr_megatron.data.schema import LETTER_REQUEST, Part, Row, RowError, TextPart
 
 Reader = Callable[[Any, str, Path], Row]
 

@@ -1,6 +1,6 @@
 """Readers of the files that others publish: one function per format, from a decoded object to a `Row`.
 
-Each takes ``(raw, where, image_root)`` as `ovr_megatron.data.schema.parse_row` does, which is the reader
+Each takes ``(raw, where, image_root)`` as `ovr_megatron.data.row_parsing.parse_row` does, which is the reader
 of our own form, and raises `RowError` naming the field of the file, not of our schema.
 """
 
@@ -26,16 +26,8 @@ from ovr_megatron.data.media import (
     refuse_unread,
 )
 from ovr_megatron.data.questions import field_of, options_of, prompt_row, texts
-from ovr_megatron.data.schema import (
-    Message,
-    Row,
-    RowError,
-    TextPart,
-    option_letter,
-    parse_image,
-    parse_row,
-    parse_text,
-)
+from ovr_megatron.data.row_parsing import option_letter, parse_image, parse_row, parse_text
+from ovr_megatron.data.schema import Message, Row, RowError, TextPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
 from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
 

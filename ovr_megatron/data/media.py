@@ -15,16 +15,8 @@ from typing import Any
 
 import PIL.Image
 
-from ovr_megatron.data.schema import (
-    ImagePart,
-    Message,
-    Part,
-    RowError,
-    TextPart,
-    VideoPart,
-    parse_image,
-    parse_video,
-)
+from ovr_megatron.data.row_parsing import parse_image, parse_video
+from ovr_megatron.data.schema import ImagePart, Message, Part, RowError, TextPart, VideoPart
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"

@@ -8,18 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.data.schema import (
-    BOX_REQUEST,
-    LETTER_REQUEST,
-    Message,
-    Part,
-    Row,
-    RowError,
-    TextPart,
-    check_answer,
-    option_letter,
-    parse_text,
-)
+from ovr_megatron.data.row_parsing import check_answer, option_letter, parse_text
+from ovr_megatron.data.schema import BOX_REQUEST, LETTER_REQUEST, Message, Part, Row, RowError, TextPart
 
 
 def prompt_row(

@@ -1,4 +1,4 @@
-"""Write a row as the JSON object that `ovr_megatron.data.schema.parse_row` reads."""
+"""Write a row as the JSON object that `ovr_megatron.data.row_parsing.parse_row` reads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RowJson(TypedDict):
 
 
 def row_to_json(row: Row) -> RowJson:
-    """Return the JSON object that `ovr_megatron.data.schema.parse_row` reads back as an equal row.
+    """Return the JSON object that `ovr_megatron.data.row_parsing.parse_row` reads back as an equal row.
 
     Image paths are written relative to their root; pictures without a file are embedded as PNG.
     """
