@@ -69,7 +69,9 @@ class Pack:
 
     def document_of(self, rows: Tensor) -> Tensor:
         """Return int64[n], the index of the document in which each of ``rows`` (int64[n], on the host) lies."""
-        return torch.searchsorted(self.bounds[1:].to(rows.dtype), rows, right=True)
+        ends = self.bounds[1:].to(rows.dtype)
+        # To the right: the row at which a document ends is the first of the next.
+        return torch.searchsorted(ends, rows, right=True)
 
     def aligned(self, document: int, total: int) -> Pack:
         """Return the pack with every document's rows a multiple of ``document`` and all rows a multiple of ``total``.
@@ -81,19 +83,22 @@ class Pack:
             document: 1 where documents may have any length.
             total: a multiple of ``document``.
         """
-        lengths = np.diff(self.cu_seqlens.numpy())
+        starts = self.cu_seqlens.numpy()
+        lengths = np.diff(starts)
         padded = -(-lengths // document) * document
         padded[-1] += -padded.sum() % total
         if (padded == lengths).all():
             return self
         # Row i of the pack becomes row i + (padding of the documents before its own).
         bounds = np.cumsum([0, *padded])
-        shift = np.repeat(bounds[:-1] - self.cu_seqlens.numpy()[:-1], lengths)
+        padding_before = bounds[:-1] - starts[:-1]
+        shift = np.repeat(padding_before, lengths)
         rows = torch.from_numpy(np.arange(len(self.tokens)) + shift)
         size = int(bounds[-1])
 
         def pad(values: Tensor, fill: int = 0) -> Tensor:
-            out = values.new_full((*values.shape[:-1], size), fill)
+            shape = (*values.shape[:-1], size)
+            out = values.new_full(shape, fill)
             out[..., rows] = values
             return out
 
@@ -111,7 +116,10 @@ class Pack:
         )
 
 
-def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] | None = None) -> Pack:
+def pack(
+    samples: Sequence[Sample],
+    extras: Sequence[Mapping[str, np.ndarray]] | None = None,
+) -> Pack:
     """Put ``samples`` one after the other.
 
     Args:
@@ -126,6 +134,10 @@ def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] |
         raise PackError("a pack needs at least one sample")
     starts = np.cumsum([0, *map(len, samples)])
     labels = [_labels(sample) for sample in samples]
+    placements = []
+    # Not strict: the last start is the end of the pack.
+    for sample, start in zip(samples, starts, strict=False):
+        placements.append(sample.placement + start)
     arrays = {
         "tokens": np.concatenate([sample.tokens for sample in samples]),
         "labels": np.concatenate(labels),
@@ -133,16 +145,21 @@ def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] |
         "cu_seqlens": starts.astype(np.int32),
         "patches": np.concatenate([sample.patches for sample in samples]),
         "grid_thw": np.concatenate([sample.grid_thw for sample in samples]),
-        "placement": np.concatenate([sample.placement + start for sample, start in zip(samples, starts, strict=False)]),
+        "placement": np.concatenate(placements),
     }
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     extra_tensors = {}
     if extras:
         for name in extras[0]:
-            aligned = [_align_extra(name, extra[name], label) for extra, label in zip(extras, labels, strict=True)]
+            aligned = []
+            for extra, sample_labels in zip(extras, labels, strict=True):
+                aligned.append(_align_extra(name, extra[name], sample_labels))
             extra_tensors[name] = torch.from_numpy(np.concatenate(aligned))
-    origins = tuple(Origin(sample.row.where, sample.row.id, sample.row.source) for sample in samples)
-    return Pack(**tensors, origins=origins, extras=extra_tensors)
+    origins = []
+    for sample in samples:
+        row = sample.row
+        origins.append(Origin(row.where, row.id, row.source))
+    return Pack(**tensors, origins=tuple(origins), extras=extra_tensors)
 
 
 def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
@@ -167,8 +184,10 @@ def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
 def _labels(sample: Sample) -> np.ndarray:
     """Return int64[S]: the next token where it is a target, else `IGNORED`."""
     labels = np.full(len(sample), IGNORED, np.int64)
+    next_tokens = sample.tokens[1:]
+    is_target = sample.loss_mask[1:]
     # The last token predicts nothing: the next one is of another document.
-    labels[:-1] = np.where(sample.loss_mask[1:], sample.tokens[1:], IGNORED)
+    labels[:-1] = np.where(is_target, next_tokens, IGNORED)
     return labels
 
 
@@ -194,8 +213,10 @@ def count_replies(rows: Sequence[Row], learn: str) -> tuple[int, int]:
     for row in rows:
         replies = [message for message in row.messages if message.role == "assistant"]
         targets = sum(message.learn for message in replies)
+        if learn != "all":
+            targets = min(targets, 1)
         total += len(replies)
-        learned += targets if learn == "all" else min(targets, 1)
+        learned += targets
     return total, learned
 
 
@@ -228,6 +249,9 @@ class _WaitingRow:
     draw: int
     row: Row
     length: int
+
+
+_Snapshot = tuple[int, Mapping[str, Any]]  # rows drawn, and the position of the rows then
 
 
 class PackStream:
@@ -276,7 +300,7 @@ class PackStream:
         self._waiting: list[_WaitingRow] = []
         self._drawn = 0  # rows
         self._barren = 0  # chunks since the last row that fits
-        self._snapshots: list[tuple[int, Mapping[str, Any]]] = []  # (rows drawn, position), before each chunk
+        self._snapshots: list[_Snapshot] = []  # before each chunk
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self
@@ -293,21 +317,35 @@ class PackStream:
         lengths = [item.length for item in self._waiting]
         plan = plan_packs(lengths, self.pack_tokens)[: self.packs_per_step]
         planned = set(itertools.chain.from_iterable(plan))
-        self.fill = sum(lengths[i] for i in planned) / (self.packs_per_step * self.pack_tokens)
+        space = self.packs_per_step * self.pack_tokens
+        self.fill = sum(lengths[i] for i in planned) / space
         # Every rank has the same lengths and so computes the same plan and shares, without a collective.
         costs = [_attention_cost(lengths, members) for members in plan]
+        shares = balance(costs, self._dp_size, equal_counts=True)
         packs = []
-        for index in balance(costs, self._dp_size, equal_counts=True)[self._dp_rank]:
+        for index in shares[self._dp_rank]:
             rows = [self._waiting[i].row for i in plan[index]]
-            packs.append(pack(self._processor.encode(rows, generation=False)))
-        self.replies = count_replies([self._waiting[i].row for i in planned], self._processor.config.learn)
-        self._waiting = [item for i, item in enumerate(self._waiting) if i not in planned]
+            samples = self._processor.encode(rows, generation=False)
+            packs.append(pack(samples))
+        planned_rows = []
+        waiting = []
+        for i, item in enumerate(self._waiting):
+            if i in planned:
+                planned_rows.append(item.row)
+            else:
+                waiting.append(item)
+        self.replies = count_replies(planned_rows, self._processor.config.learn)
+        self._waiting = waiting
         self._forget_snapshots()
         return packs
 
     def state(self) -> PackingState:
         """Return the position as JSON: a position of the rows, and which of the rows drawn since still wait."""
-        start, rows = self._snapshots[0] if self._snapshots else (self._drawn, self._stream.state())
+        if self._snapshots:
+            start, rows = self._snapshots[0]
+        else:
+            start = self._drawn
+            rows = self._stream.state()
         # Relative to the snapshot: a resumed run counts its draws from there.
         return {
             "rows": copy.deepcopy(rows),
@@ -329,11 +367,14 @@ class PackStream:
     def _draw(self, keep: set[int] | None = None) -> None:
         """Draw a chunk of rows and append those that fit to the waiting rows; with ``keep``, only these draws."""
         # Before the chunk: a resumed run draws the rows that still wait again from here.
-        self._snapshots.append((self._drawn, copy.deepcopy(self._stream.state())))
-        drawn = [(draw, next(self._stream)) for draw in range(self._drawn, self._drawn + CHUNK)]
+        position = copy.deepcopy(self._stream.state())
+        self._snapshots.append((self._drawn, position))
+        drawn = []
+        for draw in range(self._drawn, self._drawn + CHUNK):
+            row = next(self._stream)
+            if keep is None or draw in keep:
+                drawn.append((draw, row))
         self._drawn += CHUNK
-        if keep is not None:
-            drawn = [(draw, row) for draw, row in drawn if draw in keep]
         lengths = self._measure([row for _, row in drawn])
         fitting = []
         for (draw, row), length in zip(drawn, lengths, strict=True):
@@ -342,8 +383,10 @@ class PackStream:
         self._waiting += fitting
         self.dropped += len(drawn) - len(fitting)
         self._barren = 0 if fitting else self._barren + 1
+        # While a position is loaded, all rows of a chunk may be in packs already.
         if self._barren == BARREN and drawn:
-            self._give_up(drawn[-1][1], lengths[-1])
+            _, last_row = drawn[-1]
+            self._give_up(last_row, lengths[-1])
 
     def _measure(self, rows: list[Row]) -> list[int | RowError]:
         """Return the tokens of each row, or the error that leaves it out."""
@@ -365,8 +408,13 @@ class PackStream:
 
     def _forget_snapshots(self) -> None:
         """Forget the snapshots before the one from which the oldest waiting row can be drawn again."""
-        oldest = self._waiting[0].draw if self._waiting else self._drawn
-        while len(self._snapshots) > 1 and self._snapshots[1][0] <= oldest:
+        oldest = self._drawn
+        if self._waiting:
+            oldest = self._waiting[0].draw
+        while len(self._snapshots) > 1:
+            next_start, _ = self._snapshots[1]
+            if next_start > oldest:
+                break
             self._snapshots.pop(0)
 
 

@@ -45,15 +45,21 @@ class PuzzleSource:
         self._kind = KINDS[kind]
         self._params = params
         variants = [params[key] for key in ("task", "form") if key in params]
-        self._label = name or "/".join(["puzzle:" + kind, *variants])
+        self._label = name or "/".join([f"puzzle:{kind}", *variants])
         # The form, the response and the size of the held-out set do not change which problems are drawn.
-        seeding = sorted((key, value) for key, value in params.items() if key not in ("form", "answered", "count"))
-        self._seed = f"{kind}{seeding}"
-        self._held_out = self._draw_held_out(kind) if params["split"] == "heldout" else None
+        seeding = dict(params)
+        for key in ("form", "answered", "count"):
+            seeding.pop(key, None)
+        self._seed = f"{kind}{sorted(seeding.items())}"
+        self._held_out: Sequence[Hashable] | None = None
+        if params["split"] == "heldout":
+            self._held_out = self._draw_held_out(kind)
 
     def __len__(self) -> int:
         """Return `ENDLESS` or the size of the held-out set."""
-        return ENDLESS if self._held_out is None else len(self._held_out)
+        if self._held_out is None:
+            return ENDLESS
+        return len(self._held_out)
 
     def __getitem__(self, index: int) -> Row:
         """Return row ``index``; a prompt row if ``answered=0``."""
@@ -68,10 +74,16 @@ class PuzzleSource:
         messages = [Message("user", puzzle.parts)]
         if self._params["answered"]:
             messages.append(Message("assistant", (TextPart(puzzle.response),)))
-        where = f"{self._path}#{index}"
-        return Row(tuple(messages), puzzle.answer, source=self._label, id=f"{self._label}#{index}", where=where)
+        return Row(
+            tuple(messages),
+            puzzle.answer,
+            source=self._label,
+            id=f"{self._label}#{index}",
+            where=f"{self._path}#{index}",
+        )
 
     def _draw(self, rng: Random, held_out: bool) -> Hashable:
+        # Narrow parameters may leave one split without a problem.
         for _ in range(10_000):
             problem = self._kind.draw(rng, self._params)
             if is_held_out(problem) == held_out:
@@ -83,12 +95,15 @@ class PuzzleSource:
         rng = Random(f"{kind}#{self._params['seed']}")
         count = self._params["count"]
         problems: dict[Hashable, None] = {}  # a set that keeps the order of drawing
+        # Most draws repeat a problem where there are few more than `count`.
         for _ in range(20 * count):
-            problems[self._draw(rng, held_out=True)] = None
+            problem = self._draw(rng, held_out=True)
+            problems[problem] = None
             if len(problems) == count:
                 return tuple(problems)
-        remedy = f"set count={len(problems)} or less, or widen the other parameters"
-        raise ConfigError(f"{self._path}: only {len(problems)} held-out problems found; {remedy}")
+        distinct = len(problems)
+        remedy = f"set count={distinct} or less, or widen the other parameters"
+        raise ConfigError(f"{self._path}: only {distinct} held-out problems found; {remedy}")
 
 
 def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
@@ -103,34 +118,45 @@ def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
     specs = GENERAL | dict(KINDS[kind].parameters)
     params: dict[str, Any] = {}
     for key, spec in specs.items():
-        params[key] = spec[0] if isinstance(spec, tuple) else spec.default
+        params[key] = _default(spec)
     try:
         settings = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}; write puzzle:KIND?parameter=value&parameter=value") from error
     for key, text in settings:
         if key not in specs:
-            raise ConfigError(f"{path}: parameter {key!r} is unknown; {kind} takes {', '.join(specs)}")
+            names = ", ".join(specs)
+            raise ConfigError(f"{path}: parameter {key!r} is unknown; {kind} takes {names}")
         params[key] = _parse_value(path, key, text, specs[key])
     return PuzzleSource(path, kind, params, name)
+
+
+def _default(spec: Number | tuple[str, ...]) -> float | str:
+    if isinstance(spec, tuple):
+        return spec[0]
+    return spec.default
 
 
 def is_held_out(problem: Hashable) -> bool:
     """Return whether a problem is the one in `HELD_OUT_SHARE` that no train split shows."""
     # SHA-256 and not `hash`, which Python salts anew in each process.
     digest = hashlib.sha256(repr(problem).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
+    number = int.from_bytes(digest[:8], "big")
+    return number % HELD_OUT_SHARE == 0
 
 
 def _parse_value(path: str, key: str, text: str, spec: Number | tuple[str, ...]) -> Any:
     if isinstance(spec, tuple):
         if text not in spec:
-            raise ConfigError(f"{path}: {key}={text!r} is unknown; choose one of {', '.join(spec)}")
+            choices = ", ".join(spec)
+            raise ConfigError(f"{path}: {key}={text!r} is unknown; choose one of {choices}")
         return text
     try:
+        # By the type of its default, a size must be an integer and a share may have decimals.
         value = type(spec.default)(text)
     except ValueError as error:
         raise ConfigError(f"{path}: {key}={text!r} is not a number") from error
     if not spec.low <= value <= spec.high:
-        raise ConfigError(f"{path}: {key}={text} must lie in {spec.low}..{spec.high}")
+        bounds = f"{spec.low}..{spec.high}"
+        raise ConfigError(f"{path}: {key}={text} must lie in {bounds}")
     return value

@@ -8,6 +8,7 @@ row holds a path, encoded bytes or a picture, and `ovr_megatron.data.images` ope
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -123,6 +124,14 @@ class Row:
         if self.is_prompt:
             return None
         return self.messages[-1].text
+
+
+def all_parts(messages: Iterable[Message]) -> list[Part]:
+    """Return the parts of all ``messages`` in order."""
+    parts: list[Part] = []
+    for message in messages:
+        parts += message.parts
+    return parts
 
 
 class RowSource(Protocol):
