@@ -12,7 +12,7 @@ from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.data.images import encoded_image
-from ovr_megatron.data.processing import converted_message
+from ovr_megatron.data.row_chats import converted_message
 from ovr_megatron.data.row_json import row_to_json
 from ovr_megatron.data.schema import (
     ENDLESS,

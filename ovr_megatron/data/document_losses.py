@@ -83,7 +83,7 @@ def merge_parts(parts: Iterable[DocumentLoss]) -> list[DocumentLoss]:
     documents: dict[DocumentKey, DocumentLoss] = {}
     for part in parts:
         if earlier := documents.get(part.key):
-            # In the order of the ranks, so that every rank has the same sum to the last bit.
+            # Ranks of a context-parallel group have the losses of their own rows of it.
             total = earlier.total + part.total
             targets = earlier.targets + part.targets
             part = replace(part, total=total, targets=targets)
@@ -118,12 +118,12 @@ class DocumentJson(TypedDict):
 def worst(documents: Sequence[DocumentLoss], count: int) -> list[DocumentJson]:
     """Return the ``count`` documents of the highest loss as JSON objects; a loss that is not a number comes first."""
 
-    def rank(document: DocumentLoss) -> tuple[bool, float]:
+    def severity(document: DocumentLoss) -> tuple[bool, float]:
         loss = document.mean
         # False sorts before true.
         return not math.isnan(loss), -loss
 
-    ordered = sorted(documents, key=rank)
+    ordered = sorted(documents, key=severity)
     records: list[DocumentJson] = []
     for document in ordered[:count]:
         origin = document.origin

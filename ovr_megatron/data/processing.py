@@ -19,8 +19,8 @@ from ovr_megatron.data.hf_assets import check_template, complete_folder, load_as
 from ovr_megatron.data.images import check_counts, image_size, load_media
 from ovr_megatron.data.pixels import PixelProcessor, Video, frame_size, stack_frames
 from ovr_megatron.data.rendering import Chat, ChatTemplate, TemplateError, TokenisedChat
-from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart, all_parts
-from ovr_megatron.data.traces import END_OF_THOUGHT, continuation, convert, convert_instruction, problem_of
+from ovr_megatron.data.row_chats import converted_row, cut_after_learned, supervised_chat
+from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart, all_parts
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.positions import Visual
 
@@ -28,7 +28,6 @@ TEMPLATE_NOTICE = (
     "data.template=think: chats are written with this project's template in place of the model folder's own, and "
     "replies begin after an opened <think>; data.template=model takes the folder's"
 )
-NO_THOUGHT = f"\n{END_OF_THOUGHT}\n\n"  # closes an opened thought at once
 
 
 class TooLongError(RowError):
@@ -197,71 +196,19 @@ class Processor:
 
     def _build_drafts(self, rows: Sequence[Row], generation: bool) -> list[_Draft]:
         """Tokenise the texts of ``rows`` in one batch and measure their media."""
-        rows = [self._convert_traces(row) for row in rows]
+        opens_thought = self._chat.opens_thought
+        if opens_thought:
+            rows = [converted_row(row) for row in rows]
         if generation:
             chats = [Chat(row.prompt) for row in rows]
         else:
-            rows = [self._cut_after_learned(row) for row in rows]
-            chats = [self._supervised_chat(row) for row in rows]
+            rows = [cut_after_learned(row) for row in rows]
+            chats = [supervised_chat(row, self.config, opens_thought) for row in rows]
         tokenised = self._chat.tokenise(chats)
         drafts = []
         for row, chat in zip(rows, tokenised, strict=True):
             drafts.append(self._build_draft(row, chat))
         return drafts
-
-    def _convert_traces(self, row: Row) -> Row:
-        """Return the row with its reasoning traces in the form that an opened thought continues."""
-        if not self._chat.opens_thought:
-            return row
-        messages = [converted_message(message) for message in row.messages]
-        return replace(row, messages=tuple(messages))
-
-    def _cut_after_learned(self, row: Row) -> Row:
-        """Return the row up to the last message that is learned.
-
-        Raises:
-            RowError: there is none.
-        """
-        if row.is_prompt:
-            remedy = "a row to learn from ends with an assistant message; add it or remove the row"
-            raise RowError(row.where, "messages", "the last message is the user's", remedy)
-        learned = _learned_messages(row)
-        if not learned:
-            raise RowError(row.where, "messages", "has no message of weight 1 to learn from", "remove the row")
-        # The messages after it are no target, and no target depends on them.
-        end = learned[-1] + 1
-        return replace(row, messages=row.messages[:end])
-
-    def _supervised_chat(self, row: Row) -> Chat:
-        """Return the chat of a row to learn from, each learned reply as it follows the generation prompt."""
-        last = len(row.messages) - 1
-        replies = {}
-        if self.config.learn == "all":
-            for index in _learned_messages(row):
-                if index < last:
-                    replies[index] = self._reply_text(row, index)
-        response = self._reply_text(row, last)
-        return Chat(row.prompt, replies, response)
-
-    def _reply_text(self, row: Row, index: int) -> str:
-        """Return the text of an assistant message from where the generation prompt ends.
-
-        Raises:
-            RowError: the generation prompt opens a thought, and the text does not close it, or opens another.
-        """
-        reply = row.messages[index].text
-        policy = self.config.without_thought
-        if not self._chat.opens_thought:
-            return reply
-        text = continuation(reply)
-        if policy == "open" or not (problem := problem_of(text)):
-            return text
-        if policy == "close" and text == reply and END_OF_THOUGHT not in text:
-            return NO_THOUGHT + text
-        remedy = "correct the row; for chats without thoughts set data.without_thought=close or data.template=model"
-        if index < len(row.messages) - 1:
-            remedy += ", or data.learn=last to learn the last reply alone"
-        raise RowError(row.where, f"messages[{index}]", problem, remedy)
 
     def _build_draft(self, row: Row, chat: TokenisedChat) -> _Draft:
         """Measure the media of ``row`` and check that the template has a placeholder for each, in order."""
@@ -402,28 +349,6 @@ class Processor:
             prompt_tokens=chat.prompt,
             row=draft.row,
         )
-
-
-def converted_message(message: Message) -> Message:
-    """Return the message with a trace, or with the request for a trace, in the form of `convert`."""
-    rewrites = {"assistant": convert, "system": convert_instruction}
-    rewrite = rewrites.get(message.role)
-    if rewrite is None:
-        return message
-    text = rewrite(message.text)
-    # Unchanged, it keeps its parts, which else would become one.
-    if text == message.text:
-        return message
-    return replace(message, parts=(TextPart(text),))
-
-
-def _learned_messages(row: Row) -> list[int]:
-    """Return the indices of the assistant messages that the row lets a model learn."""
-    indices = []
-    for index, message in enumerate(row.messages):
-        if message.role == "assistant" and message.learn:
-            indices.append(index)
-    return indices
 
 
 def _stack_videos(videos: Sequence[Sequence[PIL.Image.Image]], row: Row) -> list[Video]:

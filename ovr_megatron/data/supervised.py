@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from ovr_megatron.config import ColdStartConfig, ConfigError
 from ovr_megatron.data.epochs import EpochStream
-from ovr_megatron.data.packing import Pack, PackStream
+from ovr_megatron.data.pack_stream import PackStream
+from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.data.stream import open_stream
