@@ -113,15 +113,23 @@ class Processor:
         folder_template = assets.chat_template
         self.chat_template = folder_template
         if config.template == "think":
-            self.chat_template = self._family.processor.think_template.read_text(encoding="utf-8")
-        self.template_notice = TEMPLATE_NOTICE if folder_template and folder_template != self.chat_template else ""
+            path = self._family.processor.think_template
+            self.chat_template = path.read_text(encoding="utf-8")
+        self.template_notice = ""
+        if folder_template and folder_template != self.chat_template:
+            self.template_notice = TEMPLATE_NOTICE
         if not self.chat_template:
             raise TemplateError(f"{model_dir} has no chat template; set data.template=think or add one to the folder")
         self._chat = ChatTemplate(self.tokenizer, self.chat_template, self._family)
         check_template(self.chat_template, self._chat.special, model_dir)
         self._chat.check_text(model_dir)
         self.end_token = self._chat.end_token
-        self._pixels = PixelProcessor(assets.image_processor, assets.video_processor, self.shape, config)
+        self._pixels = PixelProcessor(
+            assets.image_processor,
+            assets.video_processor,
+            self.shape,
+            config,
+        )
         self.mm_processor_kwargs = self._pixels.mm_processor_kwargs
 
     def encode(self, rows: Sequence[Row], generation: bool) -> list[Sample]:
@@ -143,11 +151,15 @@ class Processor:
         for draft in drafts:
             if error := self._length_error(draft):
                 raise error
-        media = [load_media(draft.row, self.config) for draft in drafts]
-        images = [pictures for pictures, _ in media]
+        images = []
+        frames = []
+        for draft in drafts:
+            row_images, row_frames = load_media(draft.row, self.config)
+            images.append(row_images)
+            frames.append(row_frames)
         videos = []
-        for draft, (_, frames) in zip(drafts, media, strict=True):
-            videos.append(_stack_videos(frames, draft.row))
+        for draft, row_frames in zip(drafts, frames, strict=True):
+            videos.append(_stack_videos(row_frames, draft.row))
         patches = self._process_pixels(drafts, images, videos)
         samples = []
         for item in zip(drafts, images, videos, patches, strict=True):

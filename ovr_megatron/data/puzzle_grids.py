@@ -49,7 +49,8 @@ def _stamp(figure: str) -> Image.Image:
 def render(cells: Cells, columns: int, rng: Random) -> Image.Image:
     """Paint ``cells`` on grey, 28 x 28 pixels each, with jitter of position and colour."""
     rows = len(cells) // columns
-    image = Image.new("RGB", (columns * CELL, rows * CELL), GREY)
+    size = (columns * CELL, rows * CELL)
+    image = Image.new("RGB", size, GREY)
     for i, (colour, figure) in enumerate(cells):
         row, column = divmod(i, columns)
         # The order of the draws (x, y, red, green, blue) is part of the problem: another gives another picture.
@@ -57,9 +58,11 @@ def render(cells: Cells, columns: int, rng: Random) -> Image.Image:
         y = row * CELL + rng.randint(-JITTER, JITTER)
         shade = []
         for value in COLOURS[colour]:
-            shade.append(_clamp(value + rng.randint(-SHADE, SHADE)))
+            shift = rng.randint(-SHADE, SHADE)
+            shade.append(_clamp(value + shift))
         # The figure is a mask: the grey stays around it.
-        image.paste(tuple(shade), (x, y), _stamp(figure))
+        mask = _stamp(figure)
+        image.paste(tuple(shade), (x, y), mask)
     return image
 
 
@@ -99,7 +102,9 @@ def _add(numbers: Sequence[int], rng: Random, slip: float) -> str:
     totals = list(itertools.accumulate(numbers))
     steps = []
     for i, number in enumerate(numbers[1:]):
-        steps.append(f"{totals[i]}+{number}={totals[i + 1]}")
+        before = totals[i]
+        after = totals[i + 1]
+        steps.append(f"{before}+{number}={after}")
     if not steps:
         return ""
     if rng.random() < slip:
@@ -140,8 +145,13 @@ def pose_digits(cells: Cells, rng: Random, params: Params) -> Puzzle:
     grid_colours = dict(cells)
     colours = [colour for colour in COLOURS if colour in grid_colours]
     target = rng.choice(colours)
-    numbers = [int(digit) for colour, digit in cells if colour == target]
-    words = " ".join(colour + digit for colour, digit in cells)
+    numbers = []
+    names = []
+    for colour, digit in cells:
+        names.append(f"{colour}{digit}")
+        if colour == target:
+            numbers.append(int(digit))
+    words = " ".join(names)
     listing = f"List: {words}."
     terms = ",".join(map(str, numbers))
     selection = f"Take {target}:{terms}."
@@ -149,12 +159,13 @@ def pose_digits(cells: Cells, rng: Random, params: Params) -> Puzzle:
     # Drawn for the tasks that do not show it as well: the jitter of the picture comes from the same stream after it.
     addition = _add(numbers, rng, params["slip"])
     check = _check(answer, rng, params["check"])
-    thinking = f"{listing} {selection} {addition}{check}"
+    steps = f"{listing} {selection}"
+    thinking = f"{steps} {addition}{check}"
     question, response, verifiable = {
         "sum": (f"Add the {target} digits.", box(thinking, answer), str(answer)),
         "caption": ("Describe.", listing, listing),
         "pick": (f"Name the {target} digits.", selection, selection),
-        "both": (f"Describe. Name the {target} digits.", f"{listing} {selection}", f"{listing} {selection}"),
+        "both": (f"Describe. Name the {target} digits.", steps, steps),
     }[params["task"]]
     parts = _ask(cells, words, question, rng, params)
     return Puzzle(parts, response, verifiable)

@@ -229,7 +229,9 @@ def pose_countdown(problem: Countdown, rng: Random, params: Params) -> Puzzle:
     numbers = [*reversed(_work_back(solution, target)), target]
     equations = []
     for i, (sign, operand) in enumerate(solution):
-        equations.append(f"{numbers[i]}{sign}{operand}={numbers[i + 1]}")
+        before = numbers[i]
+        after = numbers[i + 1]
+        equations.append(f"{before}{sign}{operand}={after}")
     reaching_walk = _describe_walk(solution, start, target)
     thinking = (
         f"I want {target}, so I work back from it. First goal: the last step. Next goal: the steps before. "

@@ -44,8 +44,12 @@ class PuzzleSource:
         self._path = path
         self._kind = KINDS[kind]
         self._params = params
-        variants = [params[key] for key in ("task", "form") if key in params]
-        self._label = name or "/".join([f"puzzle:{kind}", *variants])
+        # Each task and each form is a source of its own in the metrics.
+        label = [f"puzzle:{kind}"]
+        for key in ("task", "form"):
+            if key in params:
+                label.append(params[key])
+        self._label = name or "/".join(label)
         # The form, the response and the size of the held-out set do not change which problems are drawn.
         seeding = dict(params)
         for key in ("form", "answered", "count"):
@@ -73,7 +77,8 @@ class PuzzleSource:
         puzzle = self._kind.pose(problem, rng, self._params)
         messages = [Message("user", puzzle.parts)]
         if self._params["answered"]:
-            messages.append(Message("assistant", (TextPart(puzzle.response),)))
+            reply = TextPart(puzzle.response)
+            messages.append(Message("assistant", (reply,)))
         return Row(
             tuple(messages),
             puzzle.answer,
@@ -92,7 +97,8 @@ class PuzzleSource:
 
     def _draw_held_out(self, kind: str) -> Sequence[Hashable]:
         """Draw ``count`` distinct held-out problems; every task and form of a kind sees the same ones."""
-        rng = Random(f"{kind}#{self._params['seed']}")
+        seed = self._params["seed"]
+        rng = Random(f"{kind}#{seed}")
         count = self._params["count"]
         problems: dict[Hashable, None] = {}  # a set that keeps the order of drawing
         # Most draws repeat a problem where there are few more than `count`.
@@ -112,7 +118,8 @@ def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
     Raises:
         ConfigError: the kind or a parameter is unknown, or a value is out of bounds.
     """
-    kind, _, query = path.removeprefix("puzzle:").partition("?")
+    name_and_query = path.removeprefix("puzzle:")
+    kind, _, query = name_and_query.partition("?")
     if kind not in KINDS:
         raise ConfigError(f"{path}: no such kind of puzzle; choose one of {', '.join(KINDS)}")
     specs = GENERAL | dict(KINDS[kind].parameters)
@@ -140,12 +147,18 @@ def _default(spec: Number | tuple[str, ...]) -> float | str:
 def is_held_out(problem: Hashable) -> bool:
     """Return whether a problem is the one in `HELD_OUT_SHARE` that no train split shows."""
     # SHA-256 and not `hash`, which Python salts anew in each process.
-    digest = hashlib.sha256(repr(problem).encode()).digest()
+    text = repr(problem)
+    digest = hashlib.sha256(text.encode()).digest()
     number = int.from_bytes(digest[:8], "big")
     return number % HELD_OUT_SHARE == 0
 
 
-def _parse_value(path: str, key: str, text: str, spec: Number | tuple[str, ...]) -> Any:
+def _parse_value(
+    path: str,
+    key: str,
+    text: str,
+    spec: Number | tuple[str, ...],
+) -> float | str:
     if isinstance(spec, tuple):
         if text not in spec:
             choices = ", ".join(spec)

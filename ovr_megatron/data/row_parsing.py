@@ -110,20 +110,23 @@ def _parse_message(
         raise RowError(where, field, f"is {_describe(turn)}", remedy)
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in roles:
-        remedy = f"use one of {', '.join(roles)}"
-        raise RowError(where, f"{field}.{role_key}", f"is {role!r}", remedy)
+        names = ", ".join(roles)
+        raise RowError(where, f"{field}.{role_key}", f"is {role!r}", f"use one of {names}")
     role = roles[role]
+    content = turn.get(content_key)
     content_field = f"{field}.{content_key}"
-    parts = _parse_parts(turn.get(content_key), where, content_field, root)
+    parts = _parse_parts(content, where, content_field, root)
     learn = _parse_learn(turn, where, field)
     message = Message(role, parts, learn)
     if role != "user" and not message.is_text:
         problem = f"the {role} message has an image or a video"
         raise RowError(where, content_field, problem, "only user messages may have them")
-    if thought := turn.get("reasoning_content"):
-        text = _join_thought(thought, message.text, where, f"{field}.reasoning_content", role)
-        return dataclasses.replace(message, parts=(TextPart(text),))
-    return message
+    thought = turn.get("reasoning_content")
+    if not thought:
+        return message
+    thought_field = f"{field}.reasoning_content"
+    text = _join_thought(thought, message.text, where, thought_field, role)
+    return dataclasses.replace(message, parts=(TextPart(text),))
 
 
 def _parse_parts(content: Any, where: str, field: str, root: Path) -> tuple[Part, ...]:
@@ -133,11 +136,18 @@ def _parse_parts(content: Any, where: str, field: str, root: Path) -> tuple[Part
         raise RowError(where, field, f"is {_describe(content)}", "give a text or a non-empty list of parts")
     parts = []
     for i, part in enumerate(content):
-        parts.append(_parse_part(part, where, f"{field}[{i}]", root))
+        part_field = f"{field}[{i}]"
+        parts.append(_parse_part(part, where, part_field, root))
     return tuple(parts)
 
 
-def _join_thought(thought: Any, text: str, where: str, field: str, role: str) -> str:
+def _join_thought(
+    thought: Any,
+    text: str,
+    where: str,
+    field: str,
+    role: str,
+) -> str:
     """Return the trace of a thought and a reply.
 
     Raises:
@@ -183,7 +193,13 @@ def _parse_part(part: Any, where: str, field: str, root: Path) -> Part:
     return TextPart(value)
 
 
-def parse_video(value: Any, fps: Any, where: str, field: str, root: Path) -> VideoPart:
+def parse_video(
+    value: Any,
+    fps: Any,
+    where: str,
+    field: str,
+    root: Path,
+) -> VideoPart:
     """Turn a list of frames, each as `parse_image` takes it, into a `VideoPart`; without ``fps`` it has 2 a second.
 
     Raises:
@@ -194,7 +210,8 @@ def parse_video(value: Any, fps: Any, where: str, field: str, root: Path) -> Vid
         raise RowError(where, field, f"is {_describe(value)}", remedy)
     frames = []
     for i, frame in enumerate(value):
-        frames.append(parse_image(frame, where, f"{field}[{i}]", root))
+        frame_field = f"{field}[{i}]"
+        frames.append(parse_image(frame, where, frame_field, root))
     rate = _parse_number(fps, where, f"{field}.fps")
     if rate is None:
         rate = DEFAULT_FPS
@@ -245,10 +262,10 @@ def check_turns(messages: Sequence[Message], where: str, field: str = "messages"
     """Raise `RowError` unless user and assistant alternate, the user first, and no message is empty."""
     roles = [message.role for message in messages]
     dialogue = roles[1:] if roles[0] == "system" else roles
-    pairs = -(-len(dialogue) // 2)
-    expected = ["user", "assistant"] * pairs
+    turns = len(dialogue)
+    expected = ["user", "assistant"] * turns
     # Cut to the length: a dialogue may end with the user.
-    if not dialogue or dialogue != expected[: len(dialogue)]:
+    if not dialogue or dialogue != expected[:turns]:
         problem = f"roles are {', '.join(roles)}"
         raise RowError(where, field, problem, "user and assistant must alternate, user first")
     for i, message in enumerate(messages):
@@ -320,14 +337,23 @@ def parse_id(value: Any, where: str, field: str) -> str:
 
 def _is_list(value: Any) -> bool:
     # A text is a sequence, too.
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if isinstance(value, (str, bytes)):
+        return False
+    return isinstance(value, Sequence)
+
+
+def _is_number(value: Any) -> bool:
+    # A bool is an int, too.
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float))
 
 
 def parse_text(value: Any, where: str, field: str) -> str:
     """Return a text, or a number as text; raise `RowError` for anything else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):  # a bool is an int
+    if _is_number(value):
         return str(value)
     raise RowError(where, field, f"is {_describe(value)}", "give a text")
 
@@ -335,9 +361,8 @@ def parse_text(value: Any, where: str, field: str) -> str:
 def _parse_number(value: Any, where: str, field: str) -> float | None:
     if value is None:
         return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # Python's JSON reader takes NaN and Infinity as numbers.
-    if is_number and math.isfinite(value):
+    if _is_number(value) and math.isfinite(value):
         return float(value)
     raise RowError(where, field, f"is {_describe(value)}", "give a number")
 

@@ -265,7 +265,7 @@ def open_path(path: Path, split: str | None) -> list[Table]:
 def _list_files(folder: Path) -> list[Path]:
     """Return the files of the first of `SUFFIXES` that a folder has, sorted."""
     files = sorted(folder.iterdir())
-    # One form alone: a data set is often published in several, with the same rows.
+    # One form alone, so that rows that stand there in two forms are not read twice.
     for suffix in SUFFIXES:
         matches = [file for file in files if file.suffix == suffix]
         if matches:

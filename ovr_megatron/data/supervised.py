@@ -62,7 +62,15 @@ def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> t
     if data.tokenised:
         tokenised = TokenisedSet(data.tokenised, processor)
         positions = processor.shape.max_positions
-        epochs = EpochStream(tokenised, data, config.packs_per_step, seed, *replica, positions, skipped)
+        epochs = EpochStream(
+            tokenised,
+            data,
+            config.packs_per_step,
+            seed,
+            *replica,
+            positions,
+            skipped,
+        )
         return epochs, config.steps or epochs.steps(config.epochs)
     if not data.sources:
         raise ConfigError(
@@ -70,5 +78,12 @@ def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> t
             "data.tokenised=DIR that tools/tokenise.py wrote"
         )
     rows = open_stream(data, seed, skipped)
-    stream = PackStream(rows, processor, data.pack_tokens, config.packs_per_step, *replica, skipped)
+    stream = PackStream(
+        rows,
+        processor,
+        data.pack_tokens,
+        config.packs_per_step,
+        *replica,
+        skipped,
+    )
     return stream, config.steps
