@@ -269,23 +269,25 @@ class Endpoint:
         for ever.  A late request goes on in its own daemon thread, for which nothing waits.
         """
         replies: list[_HttpReply | Exception] = []
-        deadline = time.monotonic() + self._config.timeout_s
+        timeout_s = self._config.timeout_s
 
         def post() -> None:
             try:
-                replies.append(self._post(request, deadline))
+                reply_deadline = time.monotonic() + timeout_s
+                replies.append(self._post(request, reply_deadline))
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, RuntimeError) as error:
                 replies.append(error)
 
         thread = threading.Thread(target=post, daemon=True)
         thread.start()
+        deadline = time.monotonic() + timeout_s
         while thread.is_alive() and not self._stopped.is_set():
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0.0:
                 break
             thread.join(min(_TICK_S, remaining_s))
         if not replies:
-            raise _TransientError(f"no whole answer after {self._config.timeout_s:g} s")
+            raise _TransientError(f"no whole answer after {timeout_s:g} s")
         [reply] = replies
         if isinstance(reply, Exception):
             message = self._excerpt(str(reply))
