@@ -77,14 +77,16 @@ class Pack:
         starts = self.cu_seqlens.numpy()
         lengths = np.diff(starts)
         padded = -(-lengths // document) * document
-        padded[-1] += -padded.sum() % total
+        missing = -padded.sum() % total
+        padded[-1] += missing
         if (padded == lengths).all():
             return self
         # Row i of the pack becomes row i + (padding of the documents before its own).
         bounds = np.cumsum([0, *padded])
         padding_before = bounds[:-1] - starts[:-1]
         shift = np.repeat(padding_before, lengths)
-        rows = torch.from_numpy(np.arange(len(self.tokens)) + shift)
+        shifted = np.arange(len(self.tokens)) + shift
+        rows = torch.from_numpy(shifted)
         size = int(bounds[-1])
 
         def pad(values: Tensor, fill: int = 0) -> Tensor:
@@ -123,7 +125,8 @@ def pack(
     """
     if not samples:
         raise PackError("a pack needs at least one sample")
-    starts = np.cumsum([0, *map(len, samples)])
+    lengths = [len(sample) for sample in samples]
+    starts = np.cumsum([0, *lengths])
     labels = [_labels(sample) for sample in samples]
     placements = []
     # Not strict: the last start is the end of the pack.
@@ -145,7 +148,8 @@ def pack(
             aligned = []
             for extra, sample_labels in zip(extras, labels, strict=True):
                 aligned.append(_align_extra(name, extra[name], sample_labels))
-            extra_tensors[name] = torch.from_numpy(np.concatenate(aligned))
+            joined = np.concatenate(aligned)
+            extra_tensors[name] = torch.from_numpy(joined)
     origins = []
     for sample in samples:
         row = sample.row
