@@ -166,7 +166,12 @@ class Processor:
             samples.append(self._build_sample(*item))
         return samples
 
-    def lengths(self, rows: Sequence[Row], generation: bool, decode: bool = False) -> list[int | TooLongError]:
+    def lengths(
+        self,
+        rows: Sequence[Row],
+        generation: bool,
+        decode: bool = False,
+    ) -> list[int | TooLongError]:
         """Return the tokens of each row's sample, exactly; of an image only the header is read.
 
         A row that is too long for `encode` gives its error in place of a number, to be counted.

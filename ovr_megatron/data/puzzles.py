@@ -39,7 +39,13 @@ GENERAL: dict[str, Number | tuple[str, ...]] = {
 class PuzzleSource:
     """Rows of one kind: endless in the train split, ``count`` distinct problems in the held-out one."""
 
-    def __init__(self, path: str, kind: str, params: Params, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        params: Params,
+        name: str | None = None,
+    ) -> None:
         """Use `open_puzzle`, which checks ``params``; ``name`` labels the rows."""
         self._path = path
         self._kind = KINDS[kind]

@@ -43,7 +43,11 @@ class SupervisedPacks(Protocol):
         """Go to a position."""
 
 
-def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> tuple[SupervisedPacks, int]:
+def open_packs(
+    config: ColdStartConfig,
+    processor: Processor,
+    world: World,
+) -> tuple[SupervisedPacks, int]:
     """Open ``data.tokenised`` or ``data.sources``, whichever is given.
 
     Returns:

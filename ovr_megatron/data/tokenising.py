@@ -62,7 +62,9 @@ class Tokeniser:
         for source, opened in zip(config.sources, self.sources, strict=True):
             if len(opened) >= ENDLESS:
                 raise ConfigError(f"{source.path} is endless; a tokenised set needs sources that end")
-        self._exclude = read_fingerprints(Path(config.exclude)) if config.exclude else frozenset()
+        self._exclude: frozenset[str] = frozenset()
+        if config.exclude:
+            self._exclude = read_fingerprints(Path(config.exclude))
 
     def chunks(self) -> list[Chunk]:
         """Cut all rows of all sources into chunks, in order."""
