@@ -120,8 +120,8 @@ class ImageStore:
 
     def _image(self, part: ImagePart) -> ImagePart:
         if part.image is not None:  # a puzzle has drawn it; there is no encoded file yet
-            encoded = replace(part, image=None, data=_png(part))
-            return self._image(encoded)
+            png_part = replace(part, image=None, data=_png(part))
+            return self._image(png_part)
         data = encoded_image(part, self._config)
         digest = hashlib.sha256(data).hexdigest()
         path = self._root / IMAGES / digest[:2] / digest

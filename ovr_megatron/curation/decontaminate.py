@@ -194,8 +194,8 @@ class Problems:
         for reason, index in indexes:
             if index is None:
                 continue
-            prepared = _prepared(text, index is self.masked)
-            hashes = word_hashes(words(prepared))
+            prepared_text = _prepared(text, index is self.masked)
+            hashes = word_hashes(words(prepared_text))
             for share, problem in index.find(hashes):
                 images = self.images[problem]
                 if images:

@@ -51,8 +51,8 @@ def run(work: Work) -> None:
         elif rate > config.high:
             work.drop(row, source, "too easy", pass_rate=round(rate, 4))
         else:
-            rated: dict[str, object] = {**row, "difficulty": round(1 - rate, 6)}
-            work.keep(rated, source, pass_rate=round(rate, 6))
+            rated_row: dict[str, object] = {**row, "difficulty": round(1 - rate, 6)}
+            work.keep(rated_row, source, pass_rate=round(rate, 6))
 
 
 def inputs(config: PrepareConfig) -> object:

@@ -107,8 +107,8 @@ class StageReport:
         for reason, counts in self._dropped.items():
             totals[reason] = counts.total()
         # Of equally frequent reasons the one that occurred first comes first.
-        dropped = dict(totals.most_common())
-        reasons = list(dropped)
+        dropped_counts = dict(totals.most_common())
+        reasons = list(dropped_counts)
         measures = {}
         for measure, values in self._values.items():
             measures[measure] = _quantiles(values)
@@ -117,7 +117,7 @@ class StageReport:
             "stage": name,
             "rows_in": self.kept + self.dropped,
             "kept": self.kept,
-            "dropped": dropped,
+            "dropped": dropped_counts,
             "by_source": self._counts_by_source(),
             "measures": measures,
             "examples": {reason: self._examples[reason] for reason in reasons},
@@ -182,11 +182,11 @@ def excerpt(row: Mapping[str, object]) -> dict[str, object]:
         "response": shorten(response_text(whole_row) or ""),
         "answer": row.get("answer"),
     }
-    nonempty = {}
+    filled_fields = {}
     for name, value in fields.items():
         if value:
-            nonempty[name] = value
-    return nonempty
+            filled_fields[name] = value
+    return filled_fields
 
 
 def shorten(text: str) -> str:

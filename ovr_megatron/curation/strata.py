@@ -128,19 +128,19 @@ def group_weights(sizes: np.ndarray, config: WeighConfig) -> np.ndarray:
     unclipped = sizes.astype(float) ** exponent
     share = sizes / sizes.sum()
 
-    def scaled(factor: float) -> np.ndarray:
+    def clipped_weights(factor: float) -> np.ndarray:
         return np.clip(factor * unclipped, config.min_weight, config.max_weight)
 
     low = 0.0
     high = config.max_weight / unclipped.min()
     for _ in range(200):  # more halvings than a float has bits: low and high end as neighbours
         factor = (low + high) / 2
-        mean = (scaled(factor) * share).sum()
+        mean = (clipped_weights(factor) * share).sum()
         if mean < 1:
             low = factor
         else:
             high = factor
-    return scaled(high)
+    return clipped_weights(high)
 
 
 def run_weigh(work: Work) -> None:

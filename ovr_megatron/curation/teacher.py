@@ -147,8 +147,8 @@ def _openai_content(
 def _data_url(data: bytes) -> str:
     image = Image.open(io.BytesIO(data))
     media_type = image.get_format_mimetype()
-    encoded = base64.b64encode(data).decode()
-    return f"data:{media_type};base64,{encoded}"
+    base64_data = base64.b64encode(data).decode()
+    return f"data:{media_type};base64,{base64_data}"
 
 
 def _write_row(
@@ -195,13 +195,13 @@ def _write_completion(work: Work, row: RowJson, completion: Completion, sample: 
     if config.samples > 1:
         name = f"{name}#{sample}"
     reply = {"role": "assistant", "content": text}
-    answered: dict[str, object] = {
+    answered_row: dict[str, object] = {
         **row,
         "messages": [*row["messages"], reply],
         "id": name,
         "teacher": config.model,
     }
-    work.keep(answered, source)
+    work.keep(answered_row, source)
 
 
 def response_of(completion: Completion, think: bool) -> str:
@@ -211,8 +211,8 @@ def response_of(completion: Completion, think: bool) -> str:
         text = with_thought(completion.thought, text)
     if not think:
         return text
-    converted = convert(text.lstrip())
-    return continuation(converted)
+    trace = convert(text.lstrip())
+    return continuation(trace)
 
 
 def inputs(config: PrepareConfig) -> object:

@@ -179,8 +179,8 @@ class EpochStream:
             is_of_source = tokenised.sources == source
             self._groups.append(np.flatnonzero(fits & is_of_source))
         self._pack = 0  # of the epoch, the next to be taken
-        no_packs = EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64))
-        self._plan = (-1, no_packs)  # the last planned epoch
+        empty_plan = EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64))
+        self._plan = (-1, empty_plan)  # the last planned epoch
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self
@@ -193,14 +193,14 @@ class EpochStream:
         """
         plan = [self._next_members() for _ in range(self.packs_per_step)]
         costs = []
-        filled = 0
+        token_count = 0
         for members in plan:
             # In int64: the squares of lengths over 46,340 do not fit into int32.
             lengths = self._set.lengths[members].astype(np.int64)
-            filled += int(lengths.sum())
+            token_count += int(lengths.sum())
             costs.append(int((lengths**2).sum()))
         space = self.packs_per_step * self.pack_tokens
-        self.fill = filled / space
+        self.fill = token_count / space
         # Every rank has the same plan and so computes the same shares, without a collective.
         shares = balance(costs, self._dp_size, equal_counts=True)
         packs = []

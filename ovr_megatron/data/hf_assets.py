@@ -72,8 +72,8 @@ def reason_of(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     line = lines[0].strip() if lines else ""
     reason = f"{type(error).__name__}: {line}"
-    printable = [letter if letter.isprintable() else "?" for letter in reason]
-    text = "".join(printable)
+    characters = [letter if letter.isprintable() else "?" for letter in reason]
+    text = "".join(characters)
     if len(text) > _REASON_CHARACTERS:
         return text[:_REASON_CHARACTERS] + "..."
     return text

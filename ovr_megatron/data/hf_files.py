@@ -45,11 +45,11 @@ def list_hf_assets(directory: Path) -> list[str]:
 
 def list_other_files(directory: Path) -> list[str]:
     """Return the files of a folder that are neither HF assets nor weights, and are not copied; hidden files aside."""
-    copied_or_converted = (*HF_ASSETS, *_WEIGHTS)
+    known_patterns = (*HF_ASSETS, *_WEIGHTS)
     names = []
     for path in directory.iterdir():
         is_hidden = path.name.startswith(".")
-        if not is_hidden and not _matches(path.name, copied_or_converted):
+        if not is_hidden and not _matches(path.name, known_patterns):
             names.append(path.name)
     return sorted(names)
 

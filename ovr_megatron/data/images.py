@@ -90,8 +90,8 @@ def _open(part: ImagePart, config: DataConfig) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except ValueError:  # a comment that is too large when unpacked
-            stripped = _strip_png_texts(data)
-            image = Image.open(io.BytesIO(stripped), formats=FORMATS)
+            data_without_texts = _strip_png_texts(data)
+            image = Image.open(io.BytesIO(data_without_texts), formats=FORMATS)
     _check_size(image, part, config)
     if image.mode in ("F", "I") and image.format != "PNG":
         remedy = "convert it to 8 bits a channel, since the range of its values is not known"

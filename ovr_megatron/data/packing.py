@@ -77,16 +77,16 @@ class Pack:
         starts = self.cu_seqlens.numpy()
         lengths = np.diff(starts)
         padded = -(-lengths // document) * document
-        missing = -padded.sum() % total
-        padded[-1] += missing
+        tail = -padded.sum() % total
+        padded[-1] += tail
         if (padded == lengths).all():
             return self
         # Row i of the pack becomes row i + (padding of the documents before its own).
         bounds = np.cumsum([0, *padded])
         padding_before = bounds[:-1] - starts[:-1]
         shift = np.repeat(padding_before, lengths)
-        shifted = np.arange(len(self.tokens)) + shift
-        rows = torch.from_numpy(shifted)
+        row_indices = np.arange(len(self.tokens)) + shift
+        rows = torch.from_numpy(row_indices)
         size = int(bounds[-1])
 
         def pad(values: Tensor, fill: int = 0) -> Tensor:
@@ -148,8 +148,8 @@ def pack(
             aligned = []
             for extra, sample_labels in zip(extras, labels, strict=True):
                 aligned.append(_align_extra(name, extra[name], sample_labels))
-            joined = np.concatenate(aligned)
-            extra_tensors[name] = torch.from_numpy(joined)
+            values = np.concatenate(aligned)
+            extra_tensors[name] = torch.from_numpy(values)
     origins = []
     for sample in samples:
         row = sample.row

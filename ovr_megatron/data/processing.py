@@ -268,16 +268,16 @@ class Processor:
 
     def _sample_length(self, draft: _Draft) -> int:
         chat = draft.chat
-        rendered = len(chat.prompt) + len(chat.response)
-        return rendered + self._added_tokens(draft.visuals)
+        text_tokens = len(chat.prompt) + len(chat.response)
+        return text_tokens + self._added_tokens(draft.visuals)
 
     def _added_tokens(self, visuals: Sequence[Visual]) -> int:
         """Count the tokens of ``visuals`` beyond the one placeholder of each."""
         merge = self.shape.vision.merge
-        added = 0
+        count = 0
         for visual in visuals:
-            added += visual.features(merge) - 1
-        return added
+            count += visual.features(merge) - 1
+        return count
 
     def _is_visual(self, token: int) -> bool:
         return token in (self.shape.image_token, self.shape.video_token)
@@ -371,10 +371,10 @@ class Processor:
 def _stack_videos(videos: Sequence[Sequence[PIL.Image.Image]], row: Row) -> list[Video]:
     """Stack the opened frames of each video of ``row``."""
     video_parts = [part for part in all_parts(row.messages) if isinstance(part, VideoPart)]
-    stacked = []
+    arrays = []
     for frames, part in zip(videos, video_parts, strict=True):
-        stacked.append(stack_frames(frames, part, row))
-    return stacked
+        arrays.append(stack_frames(frames, part, row))
+    return arrays
 
 
 def continue_positions(position_ids: np.ndarray, tokens: int) -> np.ndarray:

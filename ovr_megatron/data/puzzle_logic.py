@@ -44,19 +44,19 @@ def _orders(people: int) -> tuple[Order, ...]:
 @functools.cache
 def _fit(clue: Clue, people: int) -> int:
     """Return the orders that fit ``clue`` as a bit set: bit i stands for order i of `_orders`."""
-    fitting = 0
+    order_bits = 0
     for i, order in enumerate(_orders(people)):
         if _holds(clue, order):
-            fitting |= 1 << i
-    return fitting
+            order_bits |= 1 << i
+    return order_bits
 
 
 def _fit_all(clues: Iterable[Clue], people: int) -> int:
     """Return the orders that fit all ``clues`` as a bit set."""
-    fitting = (1 << len(_orders(people))) - 1  # without a clue, every order
+    order_bits = (1 << len(_orders(people))) - 1  # without a clue, every order
     for clue in clues:
-        fitting &= _fit(clue, people)
-    return fitting
+        order_bits &= _fit(clue, people)
+    return order_bits
 
 
 def _list_clues(people: int) -> list[Clue]:
@@ -221,9 +221,9 @@ def pose_countdown(problem: Countdown, rng: Random, params: Params) -> Puzzle:
     )
     # Different orders can fail with the same words: each text occurs once, in the shuffled order.
     descriptions = [_describe_walk(order, start, target) for order in failures]
-    distinct = list(dict.fromkeys(descriptions))
+    distinct_walks = list(dict.fromkeys(descriptions))
     backtracking = ""
-    for description in distinct[:MAX_FAILED]:
+    for description in distinct_walks[:MAX_FAILED]:
         backtracking += f"{description} Wait, go back. "
     solution = solutions[0]
     numbers = [*reversed(_work_back(solution, target)), target]

@@ -113,9 +113,9 @@ class PuzzleSource:
             problems[problem] = None
             if len(problems) == count:
                 return tuple(problems)
-        distinct = len(problems)
-        remedy = f"set count={distinct} or less, or widen the other parameters"
-        raise ConfigError(f"{self._path}: only {distinct} held-out problems found; {remedy}")
+        problem_count = len(problems)
+        remedy = f"set count={problem_count} or less, or widen the other parameters"
+        raise ConfigError(f"{self._path}: only {problem_count} held-out problems found; {remedy}")
 
 
 def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:

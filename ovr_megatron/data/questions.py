@@ -63,15 +63,15 @@ def _insert_pictures(parts: Sequence[Part], pictures: Mapping[str, Part]) -> lis
     """Split the texts at their marks and return all parts, with the pictures in place of the marks."""
     alternatives = "|".join(map(re.escape, pictures))
     marks = re.compile(f"({alternatives})")  # in a group, so that `split` returns the marks, too
-    inserted: list[Part] = []
+    result: list[Part] = []
     for part in parts:
         if not isinstance(part, TextPart):
-            inserted.append(part)
+            result.append(part)
             continue
         for piece in marks.split(part.text):
             if piece:
-                inserted.append(pictures.get(piece) or TextPart(piece))
-    return inserted
+                result.append(pictures.get(piece) or TextPart(piece))
+    return result
 
 
 def texts(text: str) -> tuple[Part, ...]:

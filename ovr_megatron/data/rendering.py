@@ -155,8 +155,8 @@ class ChatTemplate:
         after_reply = False  # the token that ends a reply is learned with it
         for i, piece in enumerate(pieces):
             is_reply = isinstance(piece, _Reply)
-            following = list(pieces[i + 1 : i + 2])  # empty after the last piece
-            if is_reply and following != [self.end_token]:
+            next_pieces = list(pieces[i + 1 : i + 2])  # empty after the last piece
+            if is_reply and next_pieces != [self.end_token]:
                 raise TemplateError(f"the chat template does not end an earlier reply with {self._end}; {_LAST_ONLY}")
             # The template's special token is an id already; a text takes the next ids.
             piece_ids = [piece] if isinstance(piece, int) else next(ids)
@@ -244,14 +244,14 @@ class ChatTemplate:
         """Return the ids of each text, in which a special token's name is characters."""
         if not texts:
             return []
-        encoded = self.tokenizer(
+        encoding = self.tokenizer(
             texts,
             verbose=False,
             add_special_tokens=False,
             split_special_tokens=True,
             return_attention_mask=False,
         )
-        return encoded["input_ids"]
+        return encoding["input_ids"]
 
 
 def _texts_of(pieces: Iterable[str | int]) -> list[str]:

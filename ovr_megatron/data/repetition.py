@@ -32,8 +32,8 @@ def source_uses(data: DataConfig, samples: float) -> list[SourceUse]:
     for source in data.sources:
         rows = len(open_source(source))
         if rows < ENDLESS:
-            drawn = samples * source.weight / weights
-            epochs = drawn / max(rows, 1)
+            source_samples = samples * source.weight / weights
+            epochs = source_samples / max(rows, 1)
             name = source.name or source.path
             uses.append(SourceUse(name, rows, epochs))
     return uses

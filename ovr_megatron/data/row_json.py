@@ -103,5 +103,5 @@ def _image_to_json(part: ImagePart) -> ImageJson:
         part.image.save(buffer, "PNG")  # without loss: the pixels are those of the row
         data = buffer.getvalue()
     assert data is not None, "an ImagePart has a path, an image or data"
-    encoded = base64.b64encode(data)
-    return {"bytes": encoded.decode()}
+    base64_data = base64.b64encode(data)
+    return {"bytes": base64_data.decode()}

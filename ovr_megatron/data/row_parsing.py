@@ -245,11 +245,11 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     if isinstance(data, str):
         try:
             # Validated: without it, characters outside the alphabet would be skipped.
-            decoded = base64.b64decode(data, validate=True)
+            image_bytes = base64.b64decode(data, validate=True)
         except binascii.Error as error:
             problem = f"'bytes' is not base64 ({error})"
             raise RowError(where, field, problem, "encode the image file anew") from error
-        return ImagePart(data=decoded, where=where, field=field)
+        return ImagePart(data=image_bytes, where=where, field=field)
     if not isinstance(value, str) or not value:
         raise RowError(where, field, f"is {_describe(value)}", "give the path of an image file")
     if "://" in value or value.startswith("data:"):

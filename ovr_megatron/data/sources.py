@@ -162,8 +162,8 @@ class LineTable:
         self._lines = _load(str(path), "text", data_files=[pattern], encoding="utf-8-sig")
         # By Arrow, on the mapped column: millions of lines do not become Python objects.
         texts = self._lines.data.column("text")
-        trimmed = pc.utf8_trim_whitespace(texts)
-        filled = pc.not_equal(trimmed, "").to_numpy()
+        stripped_texts = pc.utf8_trim_whitespace(texts)
+        filled = pc.not_equal(stripped_texts, "").to_numpy()
         self._line_numbers = np.flatnonzero(filled)  # from 0, of lines that are not blank
 
     def __len__(self) -> int:

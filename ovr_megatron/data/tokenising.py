@@ -245,8 +245,8 @@ def _join_samples(
         # Tokens before it need no bit: the record's prompt length says that they are none.
         is_in_prompt = np.arange(len(sample)) < prompt
         is_plain = sample.loss_mask | is_in_prompt
-        marked = sample.tokens | int(CONTEXT)
-        tokens.append(np.where(is_plain, sample.tokens, marked))
+        marked_tokens = sample.tokens | int(CONTEXT)
+        tokens.append(np.where(is_plain, sample.tokens, marked_tokens))
         lengths.append(len(sample))
         prompts.append(prompt)
     return Texts(
