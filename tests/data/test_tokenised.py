@@ -18,12 +18,11 @@ from ovr_megatron.data.tokenised import (
     RECORD,
     SAMPLES,
     TOKENS,
-    Texts,
     TokenisedSet,
-    TokenisedWriter,
     read_tokenised_manifest,
     verify_tokenised,
 )
+from ovr_megatron.data.tokenised_writer import Texts, TokenisedWriter
 from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
