@@ -106,8 +106,8 @@ MUTANTS = [
     Mutant("k3 the wrong way round", "ppo/losses.py", "torch.expm1(-d) + d", "torch.expm1(d) - d"),
     Mutant(
         "the reference is the first policy whatever is set",
-        "rl/training.py",
-        "folder = store.weights_of(config.algorithm.reference)",
+        "rl/setup.py",
+        "folder = store.weights_of(algorithm.reference)",
         "folder = model_folder",
     ),
     Mutant(
@@ -119,8 +119,8 @@ MUTANTS = [
     Mutant("the curriculum is late by one", "ppo/curriculum.py", "iteration < stage.until", "iteration <= stage.until"),
     Mutant(
         "the critic has the policy's optimizer settings",
-        "rl/training.py",
-        "with_optimizer(config.critic.optimizer,",
+        "rl/setup.py",
+        "with_optimizer(settings.optimizer,",
         "with_optimizer(config.optimizer,",
     ),
     Mutant(
@@ -169,7 +169,7 @@ MUTANTS = [
     ),
     Mutant(
         "the schedule counts the critic's warm-up",
-        "rl/training.py",
+        "rl/setup.py",
         "policy_iterations * algorithm.policy_updates",
         "config.iterations * algorithm.policy_updates",
     ),
