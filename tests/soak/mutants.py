@@ -147,7 +147,7 @@ MUTANTS = [
     Mutant(
         "the importance cap is off", "ppo/losses.py", "(old - rollout).exp().clamp(max=cap)", "(old - rollout).exp()"
     ),
-    Mutant("the overlong penalty is a bonus", "ppo/advantages.py", "return -min(max(length", "return min(max(length"),
+    Mutant("the overlong penalty is a bonus", "ppo/advantages.py", "return -min(tokens", "return min(tokens"),
     Mutant(
         "the overlong penalty forgets the prompt",
         "ppo/experience.py",
@@ -219,7 +219,7 @@ MUTANTS = [
     Mutant(
         "dynamic sampling takes prompts as they come",
         "ppo/rollouts.py",
-        "order = unequal + [i for i in tokens if i not in set(unequal)]",
+        "order = unequal + equal",
         "order = list(tokens)",
     ),
 ]
