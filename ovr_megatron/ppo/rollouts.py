@@ -145,7 +145,8 @@ class Rollouts:
             first = len(rows)
             rows += draw(config.prompts)
             indices = range(first, len(rows))
-            responses = self._generate(rollout, indices, iteration, f"{iteration}.{sampling_round}")
+            name = f"{iteration}.{sampling_round}"
+            responses = self._generate(rollout, indices, iteration, name)
             rollout.responses += responses
             groups = self._group_rewards(responses, rollout)
             for prompt, group in groups.items():
@@ -217,12 +218,8 @@ class Rollouts:
         def on_result(prompt: int, generations: list[Generation]) -> None:
             if not self.leads:  # the ranks of an engine have the same responses
                 return
-            token_count = 0
-            for k, generation in enumerate(generations):
-                response = self._build_response(prompt, k, generation)
-                responses[prompt, k] = response
-                self._submit(response, rows[prompt])
-                token_count += len(generation.tokens)
+            responses.update(self._submit_all(prompt, generations, rows[prompt]))
+            token_count = sum(len(generation.tokens) for generation in generations)
             counters.add(len(generations), token_count)
 
         def take_verdicts(wait: bool) -> None:
@@ -270,11 +267,6 @@ class Rollouts:
             prompts.append((i, prompt))
         return prompts
 
-    def _build_response(self, prompt: int, sample: int, generation: Generation) -> Response:
-        """Return a generated response, decoded and not yet graded."""
-        text = self.processor.decode(generation.tokens)
-        return Response(prompt, sample, generation.tokens, generation.logprobs, generation.stopped, text)
-
     def _open_queue(self, indices: Sequence[int], name: str) -> Callable[[int], list[int]]:
         """Return a function that gives the engine's next prompts for the number of responses it still works on.
 
@@ -308,6 +300,16 @@ class Rollouts:
             return taken
 
         return take_next
+
+    def _submit_all(self, prompt: int, generations: Sequence[Generation], row: Row) -> dict[tuple[int, int], Response]:
+        """Have all responses to ``prompt`` graded; return them by prompt and sample."""
+        responses = {}
+        for k, generation in enumerate(generations):
+            text = self.processor.decode(generation.tokens)
+            response = Response(prompt, k, generation.tokens, generation.logprobs, generation.stopped, text)
+            self._submit(response, row)
+            responses[prompt, k] = response
+        return responses
 
     def _submit(self, response: Response, row: Row) -> None:
         """Have ``response`` graded; one that did not stop by itself gets 0 and costs the graders nothing."""
