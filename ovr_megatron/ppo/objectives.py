@@ -54,14 +54,14 @@ class PolicyObjective:
             old = scores.logprobs.detach()
         advantages = scores.beside(pack, "advantages")
         response_ids = send(pack.document_of(scores.rows), scores.logprobs.device)
-        segments = ResponseSegments(response_ids, len(pack.cu_seqlens) - 1, self.sum_over_ranks)
+        response_count = len(pack.cu_seqlens) - 1
+        segments = ResponseSegments(response_ids, response_count, self.sum_over_ranks)
         losses, statistics = self.loss(scores.logprobs, old, advantages, segments, config)
-        sums = {
-            # Detached, as these are only logged: a gradient would keep the graph of every pack.
-            "entropy": scores.entropy.detach().sum(),
-            **{f"policy/{name}": value.detach() for name, value in statistics.items()},
-            "rollout_kl": kl_estimate(rollout, old, "k3").sum(),
-        }
+        # Detached, as these are only logged: a gradient would keep the graph of every pack.
+        sums = {"entropy": scores.entropy.detach().sum()}
+        for name, value in statistics.items():
+            sums[f"policy/{name}"] = value.detach()
+        sums["rollout_kl"] = kl_estimate(rollout, old, "k3").sum()
         if config.importance_cap:
             weight = truncated_importance(old, rollout, config.importance_cap)
             losses = losses * weight
@@ -75,7 +75,8 @@ class PolicyObjective:
         if config.entropy_bonus:
             losses = losses - config.entropy_bonus * scores.entropy
         if "modalities" in pack.extras:
-            self.mismatch.add((old - rollout).abs(), scores.beside(pack, "modalities"))
+            difference = (old - rollout).abs()
+            self.mismatch.add(difference, scores.beside(pack, "modalities"))
         return sum_weighted(losses, scores, pack, sums)
 
 
@@ -103,5 +104,9 @@ class ValueObjective:
 
 def sum_weighted(losses: Tensor, scores: Scores, pack: Pack, sums: dict[str, Tensor]) -> LossSum:
     """Sum the losses of the tokens, each times its weight where the pack has ``weights`` (`losses.token_weights`)."""
-    weights = scores.beside(pack, "weights") if "weights" in pack.extras else torch.ones_like(losses)
-    return LossSum((losses * weights).sum(), len(scores.rows), sums)
+    if "weights" in pack.extras:
+        weights = scores.beside(pack, "weights")
+    else:
+        weights = torch.ones_like(losses)
+    total = (losses * weights).sum()
+    return LossSum(total, len(scores.rows), sums)

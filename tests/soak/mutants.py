@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "each rank normalises on its own",
         "ppo/experience.py",
-        "mean_and_std(sum_over_dp(moments(raw), models.world.layout))",
-        "mean_and_std(moments(raw))",
+        "total = sum_over_dp(moments(raw), models.world.layout)",
+        "total = moments(raw)",
         ranks=2,
     ),
     Mutant(
@@ -189,8 +189,8 @@ MUTANTS = [
     Mutant(
         "old log-probabilities are recomputed",
         "ppo/update.py",
-        "experience.old if config.policy_updates > 1 else None",
-        "None",
+        "old_logprobs = experience.old",
+        "old_logprobs = None",
     ),
     Mutant(
         "values and advantages come after the critic's update",
