@@ -90,7 +90,8 @@ def generalised_advantages(rewards: Ragged, values: Ragged, gamma: float, lam: f
     deltas = []
     for r, v in zip(rewards, values, strict=True):
         value = np.asarray(v, np.float64)
-        next_value = np.append(value[1:], 0.0)[: len(value)]  # cut, as a response may have no tokens
+        later_values = np.append(value[1:], 0.0)
+        next_value = later_values[: len(value)]  # cut, as a response may have no tokens
         deltas.append(r + gamma * next_value - value)
     advantages = discounted_sums(deltas, gamma * lam)
     returns = [a + v for a, v in zip(advantages, values, strict=True)]
@@ -169,8 +170,9 @@ def mean_and_std(total: np.ndarray) -> tuple[float, float]:
     """Return mean and (biased) standard deviation from summed `moments`."""
     count, first, second = total
     mean = first / count
-    variance = max(second / count - mean * mean, 0.0)  # rounding may leave it a little below 0
-    return float(mean), float(np.sqrt(variance))
+    variance = second / count - mean * mean
+    std = np.sqrt(max(variance, 0.0))  # rounding may leave the variance a little below 0
+    return float(mean), float(std)
 
 
 def normalise(advantages: Ragged, mean: float, std: float) -> Ragged:

@@ -258,10 +258,14 @@ def _redistribute(items: dict[ResponseKey, Item], source: Engine, responses: Seq
     local_items = items if source.layout.leads_replica else {}
     replies: dict[int, dict[ResponseKey, Item]] = {}
     for peer, keys in enumerate(requests):
-        replies[peer] = {key: local_items[key] for key in keys if key in local_items}
+        reply = {}
+        for key in keys:
+            if key in local_items:
+                reply[key] = local_items[key]
+        replies[peer] = reply
     incoming: dict[ResponseKey, Item] = {}
-    for reply in exchange(replies):
-        incoming |= reply
+    for peer_items in exchange(replies):
+        incoming |= peer_items
     return [incoming[key] for key in local_keys]
 
 

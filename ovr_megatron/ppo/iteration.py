@@ -33,7 +33,7 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
     """Run iteration ``iteration`` (from 0); ``draw`` gives the next prompts, the same on every rank.  A collective."""
     clock = Clock()
     with clock("generate"):
-        models.offload_except(None)
+        models.offload_except(None)  # with `offload`, vLLM's cache takes their memory
         limit = max_tokens(models.config.curriculum, iteration)
         rollout = rollouts.collect(draw, iteration, limit)
         # Deep sleep drops the engine's weights, and the next update sends all of them: too many where some are frozen.

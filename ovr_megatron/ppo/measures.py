@@ -59,28 +59,39 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
     policy's, but its head is one column.
     """
     algorithm = models.config.algorithm
+    training_pass = _training_pass_flops(models, experience)
+    updates = 0
+    if iteration >= algorithm.critic_warmup_iterations:
+        updates = algorithm.policy_epochs
+    flops = training_pass * (updates + algorithm.scoring_passes / 3)
+    if models.critic is not None:
+        critic_training_pass = training_pass - _head_difference_flops(models, experience)
+        flops += critic_training_pass * (1 + 1 / 3)
+    total = sum_over_dp(np.array([flops]), models.world.layout)
+    return float(total[0])
+
+
+def _training_pass_flops(models: Models, experience: Experience) -> float:
+    """Return the FLOP of one training pass of the policy over the samples of this rank."""
     model = models.config.model
-    shape = models.policy.shape
     lengths: list[int] = []
     grids: list[list[int]] = []
     for sample in experience.batch.samples:
         lengths.append(len(sample))
         grids += sample.grid_thw.tolist()
     trains = (not model.freeze_language, not model.freeze_vision, not model.freeze_merger)
-    training_pass = training_flops(shape, lengths, grids, *trains)
-    updates = 0
-    if iteration >= algorithm.critic_warmup_iterations:
-        updates = algorithm.policy_epochs
-    flops = training_pass * (updates + algorithm.scoring_passes / 3)
-    if models.critic is not None:
-        # A frozen head has a forward pass and the gradient of its input, 2 FLOP each for a weight and token; one that
-        # trains has the gradient of its weights as well.
-        flops_per_weight = 4.0 if model.freeze_language else 6.0
-        missing_columns = shape.vocab - 1
-        head_difference = flops_per_weight * shape.hidden * missing_columns * sum(lengths)
-        flops += (training_pass - head_difference) * (1 + 1 / 3)
-    total = sum_over_dp(np.array([flops]), models.world.layout)
-    return float(total[0])
+    return training_flops(models.policy.shape, lengths, grids, *trains)
+
+
+def _head_difference_flops(models: Models, experience: Experience) -> float:
+    """Return the FLOP by which the policy's head exceeds the critic's in a training pass."""
+    shape = models.policy.shape
+    # A frozen head has a forward pass and the gradient of its input, 2 FLOP each for a weight and token; one that
+    # trains has the gradient of its weights as well.
+    flops_per_weight = 4.0 if models.config.model.freeze_language else 6.0
+    missing_columns = shape.vocab - 1
+    tokens = sum(map(len, experience.batch.samples))
+    return flops_per_weight * shape.hidden * missing_columns * tokens
 
 
 def mfu_metrics(

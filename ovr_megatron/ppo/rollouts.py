@@ -291,7 +291,8 @@ class Rollouts:
             nonlocal is_empty
             taken: list[int] = []
             while not is_empty and outstanding < config.rollout.max_num_seqs:
-                # Asked by the leader alone: the ranks of an engine must take the same prompts.
+                # Asked by the leader alone: the ranks of an engine must take the same prompts.  The store adds for one
+                # rank at a time, so that no position is given to two engines.
                 position = self.engine.agree(lambda: counter.add("next", 1) - 1)
                 is_empty = position >= len(indices)
                 if not is_empty:
