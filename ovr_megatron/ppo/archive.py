@@ -24,8 +24,8 @@ from ovr_megatron.data.stream import StreamState
 from ovr_megatron.errors import UserError
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.ppo.rollouts import Prompts, Rollout
+from ovr_megatron.ppo.prompts import Prompts, PromptStream
+from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.files import atomic_file, write_whole
 from ovr_megatron.runtime.json_lines import json_lines

@@ -1,9 +1,14 @@
-"""Compute from graded responses what the models learn from: log-probabilities, values, advantages, returns."""
+"""Bring graded responses to the ranks that train on them, and compute what the models learn from.
+
+That is log-probabilities, values, advantages and returns.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -22,10 +27,10 @@ from ovr_megatron.ppo.advantages import (
     scaled_reward,
     token_rewards,
 )
-from ovr_megatron.ppo.batch import Batch, Response
+from ovr_megatron.ppo.batch import Batch, Response, balance_prompts
 from ovr_megatron.ppo.estimators import Estimate, EstimatorInput, find_estimator
 from ovr_megatron.ppo.losses import kl_estimate
-from ovr_megatron.ppo.rollouts import Rollout, exchange_responses
+from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import exchange
 from ovr_megatron.runtime.layout import Layout
@@ -230,6 +235,38 @@ def build_local_batch(models: Models, rollout: Rollout, engine: Engine) -> tuple
     total = len(prompts) * config.responses
     batch = Batch(samples, lengths, config.data.pack_tokens, global_indices, total)
     return responses, batch
+
+
+def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Response]:
+    """Send responses to the ranks that train on them, and return this rank's, in order of their prompts.
+
+    All responses to a prompt go to the same data-parallel rank, and every rank gets equally many tokens as nearly as
+    this allows.  A collective of all ranks; ranks of the same ``dp_rank`` get the same responses.
+
+    Args:
+        rollout: has the responses of this rank's engine; the prompts of those that arrive are encoded.
+        dp_rank: of this rank, in the layout of the model that trains.
+        dp_size: data-parallel size of that layout.
+    """
+    # By prompt and not by response: group baselines compare the responses to a prompt on one rank.
+    dp_rank_of_prompt = balance_prompts(rollout.train_prompts, dp_size)
+    dp_ranks: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(dp_ranks, dp_rank)
+    responses_by_dp_rank: dict[int, list[Response]] = defaultdict(list)
+    for r in rollout.responses:
+        if r.prompt in dp_rank_of_prompt:
+            responses_by_dp_rank[dp_rank_of_prompt[r.prompt]].append(r)
+    # The ranks of a replica work on the same batch: each of them gets all of its responses.
+    outgoing = {}
+    for peer, peer_dp_rank in enumerate(dp_ranks):
+        outgoing[peer] = responses_by_dp_rank[peer_dp_rank]
+    incoming = exchange(outgoing)
+    responses = list(chain.from_iterable(incoming))
+    # They come by rank of the sender, which changes with the number of engines and with who was free first.
+    responses.sort(key=lambda r: (r.prompt, r.sample))
+    prompt_indices = {r.prompt for r in responses}
+    rollout.prompts.encode(sorted(prompt_indices))
+    return responses
 
 
 def _by_key(responses: Sequence[Response], items: Sequence[Item]) -> dict[ResponseKey, Item]:

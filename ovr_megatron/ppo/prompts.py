@@ -1,11 +1,11 @@
-"""Draw the prompts of reinforcement learning from a stream of rows."""
+"""Draw the prompts of reinforcement learning from a stream of rows, and encode those of an iteration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.stream import RowStream
@@ -103,3 +103,25 @@ class PromptStream:
             self.skipped.add(error)
             return error
         return None
+
+
+class Prompts:
+    """The prompts of an iteration; each is encoded once, on the ranks that need it."""
+
+    def __init__(self, rows: Sequence[Row], processor: Processor):
+        self.rows = list(rows)
+        self.processor = processor
+        self._samples: dict[int, Sample] = {}
+
+    def sample(self, i: int) -> Sample:
+        """Return prompt ``i`` as a sample, encoded if it is not yet."""
+        self.encode([i])
+        return self._samples[i]
+
+    def encode(self, indices: Sequence[int]) -> None:
+        """Encode those of the prompts ``indices`` that are not encoded yet, their images in one batch."""
+        missing = [i for i in indices if i not in self._samples]
+        if missing:
+            rows = [self.rows[i] for i in missing]
+            samples = self.processor.encode(rows, generation=True)
+            self._samples.update(zip(missing, samples, strict=True))

@@ -1,4 +1,4 @@
-"""Generate the responses of an iteration, grade them, and bring them to the ranks that train on them."""
+"""Generate the responses of an iteration on all replicas, and grade them."""
 
 from __future__ import annotations
 
@@ -6,48 +6,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 
 from ovr_megatron.config import RLConfig
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row
-from ovr_megatron.ppo.batch import Response, balance_prompts, seeds_of
+from ovr_megatron.ppo.batch import Response, seeds_of
+from ovr_megatron.ppo.prompts import Prompts
 from ovr_megatron.rewards.failures import FailureWatch, VerdictCounts, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
 from ovr_megatron.rewards.rules import is_plain
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt, RolloutError
 from ovr_megatron.runtime.distributed import World, default_store
-from ovr_megatron.runtime.exchange import exchange
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.stop import StopRequest
 from ovr_megatron.runtime.work_barrier import WorkBarrier
-
-
-class Prompts:
-    """The prompts of an iteration; each is encoded once, on the ranks that need it."""
-
-    def __init__(self, rows: Sequence[Row], processor: Processor):
-        self.rows = list(rows)
-        self.processor = processor
-        self._samples: dict[int, Sample] = {}
-
-    def sample(self, i: int) -> Sample:
-        """Return prompt ``i`` as a sample, encoded if it is not yet."""
-        self.encode([i])
-        return self._samples[i]
-
-    def encode(self, indices: Sequence[int]) -> None:
-        """Encode those of the prompts ``indices`` that are not encoded yet, their images in one batch."""
-        missing = [i for i in indices if i not in self._samples]
-        if missing:
-            rows = [self.rows[i] for i in missing]
-            samples = self.processor.encode(rows, generation=True)
-            self._samples.update(zip(missing, samples, strict=True))
 
 
 class GroupRewards(NamedTuple):
@@ -451,35 +428,3 @@ def group_by_prompt(responses: Iterable[Response]) -> dict[int, list[Response]]:
     for r in responses:
         groups[r.prompt].append(r)
     return groups
-
-
-def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Response]:
-    """Send responses to the ranks that train on them, and return this rank's, in order of their prompts.
-
-    All responses to a prompt go to the same data-parallel rank, and every rank gets equally many tokens as nearly as
-    this allows.  A collective of all ranks; ranks of the same ``dp_rank`` get the same responses.
-
-    Args:
-        rollout: has the responses of this rank's engine; the prompts of those that arrive are encoded.
-        dp_rank: of this rank, in the layout of the model that trains.
-        dp_size: data-parallel size of that layout.
-    """
-    # By prompt and not by response: group baselines compare the responses to a prompt on one rank.
-    dp_rank_of_prompt = balance_prompts(rollout.train_prompts, dp_size)
-    dp_ranks: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(dp_ranks, dp_rank)
-    responses_by_dp_rank: dict[int, list[Response]] = defaultdict(list)
-    for r in rollout.responses:
-        if r.prompt in dp_rank_of_prompt:
-            responses_by_dp_rank[dp_rank_of_prompt[r.prompt]].append(r)
-    # The ranks of a replica work on the same batch: each of them gets all of its responses.
-    outgoing = {}
-    for peer, peer_dp_rank in enumerate(dp_ranks):
-        outgoing[peer] = responses_by_dp_rank[peer_dp_rank]
-    incoming = exchange(outgoing)
-    responses = list(chain.from_iterable(incoming))
-    # They come by rank of the sender, which changes with the number of engines and with who was free first.
-    responses.sort(key=lambda r: (r.prompt, r.sample))
-    prompt_indices = {r.prompt for r in responses}
-    rollout.prompts.encode(sorted(prompt_indices))
-    return responses
