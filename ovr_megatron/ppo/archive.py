@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -27,6 +26,7 @@ from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.files import atomic_file, write_whole
 from ovr_megatron.runtime.json_lines import json_lines
 
@@ -141,7 +141,7 @@ def write(
     problem = None
     for step in steps:
         # Every rank takes part in every gather, so that none waits for a rank whose disk is full.
-        problem = _run_step(step, world)
+        problem = _run_step(step)
         if problem:
             if world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -149,7 +149,7 @@ def write(
     return problem
 
 
-def _run_step(step: Callable[[], None] | None, world: World) -> str | None:
+def _run_step(step: Callable[[], None] | None) -> str | None:
     """Run this rank's ``step``; return the problem of the first rank whose disk has one, or None.  A collective."""
     problem: str | None = None
     try:
@@ -157,8 +157,7 @@ def _run_step(step: Callable[[], None] | None, world: World) -> str | None:
             step()
     except OSError as error:
         problem = str(error)
-    problems: list[str | None] = [None] * world.size
-    dist.all_gather_object(problems, problem)
+    problems = gather_objects(problem)
     return next(filter(None, problems), None)
 
 

@@ -157,7 +157,7 @@ class Batch:
                 continue
             lengths = [self.lengths[i] for i in members]
             cuts = np.cumsum(lengths)[:-1]
-            pack_values = values.double().cpu().numpy()
+            pack_values = values.double().cpu().numpy()  # float64, as advantages are computed in it
             arrays.update(zip(members, np.split(pack_values, cuts), strict=True))
         # In the order of the responses, which is not that of the packs.
         return [arrays[i] for i in sorted(arrays)]

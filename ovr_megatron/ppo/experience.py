@@ -32,7 +32,7 @@ from ovr_megatron.ppo.estimators import Estimate, EstimatorInput, find_estimator
 from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.exchange import exchange
+from ovr_megatron.runtime.exchange import exchange, gather_objects
 from ovr_megatron.runtime.layout import Layout
 
 ResponseKey = tuple[int, int]  # index of the prompt and of the response among those to it
@@ -250,8 +250,7 @@ def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Res
     """
     # By prompt and not by response: group baselines compare the responses to a prompt on one rank.
     dp_rank_of_prompt = balance_prompts(rollout.train_prompts, dp_size)
-    dp_ranks: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(dp_ranks, dp_rank)
+    dp_ranks = gather_objects(dp_rank)
     responses_by_dp_rank: dict[int, list[Response]] = defaultdict(list)
     for r in rollout.responses:
         if r.prompt in dp_rank_of_prompt:
@@ -289,8 +288,7 @@ def _redistribute(items: dict[ResponseKey, Item], source: Engine, responses: Seq
         responses: those whose items this rank needs.
     """
     local_keys = [_key(r) for r in responses]
-    requests: list[list[ResponseKey]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(requests, local_keys)
+    requests = gather_objects(local_keys)
     # Ranks that lead no replica send empty replies: every rank takes part in the exchange.
     local_items = items if source.layout.leads_replica else {}
     replies: dict[int, dict[ResponseKey, Item]] = {}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
-import torch.distributed as dist
 
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.experience import Experience, Models, sum_over_dp
 from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.runtime.exchange import gather_objects
 
 PERCENTILES = (50, 90, 99)
 SHOWN_CHARACTERS = 2000  # of a sample text
@@ -28,8 +28,7 @@ def spread_metrics(rollout: Rollout) -> dict[str, float]:
     for r in rollout.responses:
         if r.tokens:
             local_responses.append((r.prompt, r.reward, len(r.tokens)))
-    ranks: list[list[tuple[int, float, int]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, local_responses)  # not reduced: a percentile needs every length
+    ranks = gather_objects(local_responses)  # not reduced: a percentile needs every length
     rewards: list[float] = []
     lengths: list[int] = []
     rewards_of_prompt: dict[int, set[float]] = defaultdict(set)

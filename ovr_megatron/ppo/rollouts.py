@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 
 from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, seeds_of
 from ovr_megatron.ppo.prompts import Prompts
-from ovr_megatron.rewards.failures import FailureWatch, VerdictCounts, count_verdicts
+from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
 from ovr_megatron.rewards.rules import is_plain
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt, RolloutError
 from ovr_megatron.runtime.distributed import World, default_store
+from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.stop import StopRequest
 from ovr_megatron.runtime.work_barrier import WorkBarrier
@@ -163,9 +163,8 @@ class Rollouts:
                 distinct_rewards.add(r.reward)
             differ = len(distinct_rewards) > 1
             local_groups[prompt] = GroupRewards(total_tokens, differ)
-        ranks: list[dict[int, GroupRewards]] = [{} for _ in range(self.world.size)]
         # Every rank takes part, also the followers of an engine, which have no responses.
-        dist.all_gather_object(ranks, local_groups if self.leads else {})
+        ranks = gather_objects(local_groups if self.leads else {})
         groups: dict[int, GroupRewards] = {}
         for rank_groups in ranks:
             groups |= rank_groups
@@ -322,9 +321,7 @@ class Rollouts:
     def _watch_failures(self, graded: Sequence[tuple[str, Verdict]]) -> None:
         """Count what failed on all ranks, so that all stop where one source has hardly any verdict.  A collective."""
         local_counts = count_verdicts(graded)
-        counts: list[dict[str, VerdictCounts]] = [{} for _ in range(self.world.size)]
-        dist.all_gather_object(counts, local_counts)
-        self.failures.add(counts)
+        self.failures.add(gather_objects(local_counts))
 
     def _record_idle_time(self, rollout: Rollout, times: RankTimes) -> None:
         """Add what the ranks waited for, and how many prompts failed, to the metrics of ``rollout``.  A collective.
@@ -336,8 +333,7 @@ class Rollouts:
             rollout: gets the metrics; those of several rounds are summed.
             times: of this rank.
         """
-        ranks = [times] * self.world.size
-        dist.all_gather_object(ranks, times)
+        ranks = gather_objects(times)
         last_generate_s = max(rank.generate_s for rank in ranks)
         last_total_s = max(rank.total_s for rank in ranks)
         idle_s = sum(last_generate_s - rank.generate_s for rank in ranks)
