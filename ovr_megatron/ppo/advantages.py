@@ -162,8 +162,9 @@ def _repeat_over_tokens(advantages: np.ndarray, rewards: Ragged) -> Ragged:
 def moments(arrays: Ragged) -> np.ndarray:
     """Return count, sum and sum of squares over all tokens, float64 [3]; they add up over ranks."""
     flat = np.concatenate([np.zeros(0), *arrays])  # the zeros: a rank may have no responses
-    squares = np.square(flat)
-    return np.array([flat.size, flat.sum(), squares.sum()])
+    total = flat.sum()
+    total_of_squares = np.square(flat).sum()
+    return np.array([flat.size, total, total_of_squares])
 
 
 def mean_and_std(total: np.ndarray) -> tuple[float, float]:

@@ -338,13 +338,13 @@ def _read_responses(path: Path, lines: Mapping[tuple[int, int], ArchivedResponse
             Response(
                 prompt,
                 sample,
-                response_tokens.tolist(),
-                response_logprobs,
-                line["stopped"],
-                line["response"],
-                line["reward"],
-                line["verdict"],
-                line.get("failed", False),
+                tokens=response_tokens.tolist(),
+                logprobs=response_logprobs,
+                stopped=line["stopped"],
+                text=line["response"],
+                reward=line["reward"],
+                verdict=line["verdict"],
+                failed=line.get("failed", False),
             )
         )
     return responses

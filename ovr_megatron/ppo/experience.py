@@ -208,8 +208,8 @@ def estimate(
 
 def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConfig) -> float:
     """Return what the estimator takes for a response: its scaled verdict less the overlong penalty."""
-    # The limit is of prompt and response together.
-    limit = rollout.limit - len(rollout.prompts.sample(response.prompt))
+    prompt_tokens = len(rollout.prompts.sample(response.prompt))
+    limit = rollout.limit - prompt_tokens  # that of the rollout is of prompt and response together
     reward = scaled_reward(response.reward, algorithm.wrong_reward)
     penalty = overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
     return reward + penalty

@@ -120,7 +120,16 @@ def response_metrics(rollout: Rollout) -> dict[str, float]:
     for r in rollout.responses:
         rewarded = float(r.rewarded)
         answered = float(bool(r.tokens))
-        entry = np.array([rewarded, rewarded * r.reward, answered, len(r.tokens), r.stopped, r.failed])
+        entry = np.array(
+            [
+                rewarded,
+                rewarded * r.reward,
+                answered,
+                len(r.tokens),
+                r.stopped,
+                r.failed,
+            ]
+        )
         source_row = 1 + sources.index(rows[r.prompt].source)
         sums[0] += entry
         sums[source_row] += entry

@@ -199,7 +199,7 @@ def token_weights(
         return None
     members = list(chain.from_iterable(packs))
     local_tokens = sum(lengths[i] for i in members)
-    local_packs = sum(map(bool, packs))
+    local_packs = sum(map(bool, packs))  # without the empty ones, which only keep a rank in step
     local_counts = np.array([local_tokens, len(members), local_packs], np.float64)
     # Every rank takes part in the sum, also one without responses in this step.
     token_count, response_count, pack_count = sum_over_ranks(local_counts)

@@ -79,13 +79,9 @@ class Mismatch:
 
         Ranks of a tensor-parallel group count the same tokens, all equally often: no mean and no quantile changes.
         """
-        # Copies on the host: a later call must find what this rank alone has counted.
-        counts = self._counts.cpu().clone()
-        sums = self._sums.cpu().clone()
-        largest = self._largest.cpu().clone()
-        dist.all_reduce(counts, dist.ReduceOp.SUM)
-        dist.all_reduce(sums, dist.ReduceOp.SUM)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        counts = _reduce(self._counts, dist.ReduceOp.SUM)
+        sums = _reduce(self._sums, dist.ReduceOp.SUM)
+        largest = _reduce(self._largest, dist.ReduceOp.MAX)
         table = counts.view(len(MODALITIES), _BINS)
         metrics = _describe(table.sum(0), sums.sum(), largest.max())
         statistics = {}
@@ -100,6 +96,14 @@ class Mismatch:
         return metrics
 
 
+def _reduce(values: Tensor, operation: dist.ReduceOp) -> Tensor:
+    """Return ``values`` reduced over all ranks, on the host.  A collective."""
+    # A copy: a later call must find what this rank alone has counted.
+    reduced = values.cpu().clone()
+    dist.all_reduce(reduced, operation)
+    return reduced
+
+
 def _describe(counts: Tensor, total: Tensor, largest: Tensor) -> dict[str, float]:
     """Return mean, quantile (the upper edge of its bin, at most 10 % too high) and maximum of a histogram [bins].
 
@@ -110,8 +114,8 @@ def _describe(counts: Tensor, total: Tensor, largest: Tensor) -> dict[str, float
     """
     tokens = int(counts.sum())
     maximum = float(largest)
-    reached = counts.cumsum(0) >= QUANTILE * tokens
-    quantile_bin = int(reached.long().argmax())  # the first bin that reaches the quantile
+    reaches_quantile = counts.cumsum(0) >= QUANTILE * tokens
+    quantile_bin = int(reaches_quantile.long().argmax())  # the first of them
     upper_edge = 10.0 ** (_FIRST_DECADE + (quantile_bin + 1) / _BINS_PER_DECADE)
     return {
         "rollout/mismatch_mean": float(total) / max(tokens, 1),

@@ -122,6 +122,7 @@ class Rollouts:
             first = len(rows)
             rows += draw(config.prompts)
             indices = range(first, len(rows))
+            # A name of its own: the store keeps the counters of earlier queues.
             name = f"{iteration}.{sampling_round}"
             responses = self._generate(rollout, indices, iteration, name)
             rollout.responses += responses
@@ -239,7 +240,14 @@ class Rollouts:
             sample = rollout.prompts.sample(i)
             seeds = seeds_of(config.run.seed, iteration, i, config.responses)
             response_limit = rollout.limit - len(sample)
-            prompt = Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, response_limit, self.endless)
+            prompt = Prompt(
+                sample.prompt_tokens,
+                sample.images,
+                sample.videos,
+                seeds,
+                max_tokens=response_limit,
+                endless=self.endless,
+            )
             prompts.append((i, prompt))
         return prompts
 
@@ -283,7 +291,14 @@ class Rollouts:
         responses = {}
         for k, generation in enumerate(generations):
             text = self.processor.decode(generation.tokens)
-            response = Response(prompt, k, generation.tokens, generation.logprobs, generation.stopped, text)
+            response = Response(
+                prompt,
+                k,
+                generation.tokens,
+                generation.logprobs,
+                generation.stopped,
+                text,
+            )
             self._submit(response, row)
             responses[prompt, k] = response
         return responses
@@ -294,7 +309,13 @@ class Rollouts:
         if response.stopped:
             thinking = self.config.data.template == "think"
             rule = self._rule_for(row.source)
-            request = GradeRequest(response.text, row.answer or "", row.options, rule, thinking)
+            request = GradeRequest(
+                response.text,
+                row.answer or "",
+                row.options,
+                rule,
+                thinking,
+            )
             self.grader.submit((response.prompt, response.sample), request)
 
     def _write_verdicts(
@@ -415,7 +436,11 @@ class RolloutCounters:
             tokens = self._store.add("tokens", 0)
             mean_reward = thousandths / 1000 / finished
             mean_length = tokens / finished
-            bar.update(finished - bar.done, reward=f"{mean_reward:.3f}", length=f"{mean_length:.0f}")
+            bar.update(
+                finished - bar.done,
+                reward=f"{mean_reward:.3f}",
+                length=f"{mean_length:.0f}",
+            )
 
 
 def group_by_prompt(responses: Iterable[Response]) -> dict[int, list[Response]]:

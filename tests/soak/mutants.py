@@ -151,7 +151,7 @@ MUTANTS = [
     Mutant(
         "the overlong penalty forgets the prompt",
         "ppo/experience.py",
-        "limit = rollout.limit - len(rollout.prompts.sample(response.prompt))",
+        "limit = rollout.limit - prompt_tokens",
         "limit = rollout.limit",
     ),
     Mutant(
