@@ -77,9 +77,8 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConf
     surrogate = ratio * advantages
     clipped_surrogate = ratio.clamp(1 - low, 1 + high) * advantages
     clipped = clipped_surrogate < surrogate
-    clipped_tokens = clipped.float().sum()
     losses = -torch.minimum(surrogate, clipped_surrogate)
-    return losses, {"clip_fraction": clipped_tokens}
+    return losses, {"clip_fraction": clipped.float().sum()}
 
 
 def clip_loss(

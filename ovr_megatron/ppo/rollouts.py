@@ -14,6 +14,7 @@ from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, seeds_of
+from ovr_megatron.ppo.counters import RolloutCounters
 from ovr_megatron.ppo.prompts import Prompts
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
@@ -402,45 +403,6 @@ def _write_verdict(response: Response, verdict: Verdict, rule: str) -> float:
         parts = filter(None, (verdict.reason, verdict.box))
         response.verdict = ": ".join(parts)
     return response.reward
-
-
-class RolloutCounters:
-    """Responses, tokens and rewards of all engines so far, in a store that every rank can read."""
-
-    def __init__(self, name: str) -> None:
-        self._store = default_store(name)
-        self._next_update = 0.0
-
-    def add(self, responses: int, tokens: int) -> None:
-        """Count finished responses and their tokens."""
-        self._store.add("responses", responses)
-        self._store.add("tokens", tokens)
-
-    def add_reward(self, reward: float) -> None:
-        """Count a reward, to a thousandth: the store adds integers."""
-        if reward:
-            thousandths = round(1000 * reward)
-            self._store.add("reward", thousandths)
-
-    def show(self, bar: Progress, at_once: bool = False) -> None:
-        """Move ``bar`` on to what is finished, with the mean reward and length so far: once a second, or ``at_once``.
-
-        A decoding step takes some 20 ms, and every question to the store a part of one.
-        """
-        if time.monotonic() < self._next_update and not at_once:
-            return
-        self._next_update = time.monotonic() + 1.0
-        finished = self._store.add("responses", 0)  # adding 0 reads
-        if finished > bar.done:
-            thousandths = self._store.add("reward", 0)
-            tokens = self._store.add("tokens", 0)
-            mean_reward = thousandths / 1000 / finished
-            mean_length = tokens / finished
-            bar.update(
-                finished - bar.done,
-                reward=f"{mean_reward:.3f}",
-                length=f"{mean_length:.0f}",
-            )
 
 
 def group_by_prompt(responses: Iterable[Response]) -> dict[int, list[Response]]:
