@@ -124,7 +124,7 @@ def write(
     Returns:
         Why a rank could not write, on all ranks; then no file of the iteration stays.  None if all is written.
     """
-    folder = run / "rollouts" / f"{iteration:06d}"
+    folder = _folder_of(run, iteration)
     train_prompts = [[i, tokens] for i, tokens in rollout.train_prompts.items()]
     summary: IterationSummary = {
         "limit": rollout.limit,
@@ -147,6 +147,10 @@ def write(
                 shutil.rmtree(folder, ignore_errors=True)
             break
     return problem
+
+
+def _folder_of(run: Path, iteration: int) -> Path:
+    return run / "rollouts" / f"{iteration:06d}"
 
 
 def _run_step(step: Callable[[], None] | None) -> str | None:
@@ -185,6 +189,7 @@ def _write_part(
         with part.with_suffix(".jsonl").open("w", encoding="utf-8") as out:
             for line in _build_lines(run, iteration, rollout.prompts, responses, advantages):
                 out.write(json.dumps(line) + "\n")
+            # Lists of their own: each saves the images of a few prompts.
             for line in _build_lines(run, iteration, rollout.prompts, untrained, None):
                 out.write(json.dumps(line) + "\n")
 
@@ -216,10 +221,10 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
     Raises:
         ArchiveError: a file is missing or damaged.
     """
-    folder = run / "rollouts" / f"{iteration:06d}"
+    folder = _folder_of(run, iteration)
     try:
         summary = json.loads((folder / "iteration.json").read_text(encoding="utf-8"))
-        lines = _read_lines(run / "rollouts" / f"{iteration:06d}.jsonl")
+        lines = _read_lines(folder.with_suffix(".jsonl"))
         responses: list[Response] = []
         # Any rank may read any file: responses are exchanged again before anything trains on them.
         paths = sorted(folder.glob("*.safetensors"))
@@ -243,7 +248,7 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
 def read_all(run: Path, iteration: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
     """Return the saved arrays [n] of every response of all ranks, by index of the prompt and of the response to it."""
     arrays_by_response: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-    folder = run / "rollouts" / f"{iteration:06d}"
+    folder = _folder_of(run, iteration)
     for path in sorted(folder.glob("*.safetensors")):
         index, arrays = _read_arrays(path)
         for i, (prompt, sample, _) in enumerate(index.tolist()):
@@ -260,7 +265,7 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
     Raises:
         ArchiveError: ``iteration.json`` is damaged.
     """
-    path = run / "rollouts" / f"{iteration:06d}" / "iteration.json"
+    path = _folder_of(run, iteration) / "iteration.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         # The saved state is that before the iteration, so its prompts are drawn once more.
@@ -275,7 +280,12 @@ def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
     """Return the rollout as it was, its prompts drawn again; the stream ends where the iteration left it."""
     prompts.stream.load(saved.stream)
     rows = prompts.draw(saved.drawn)
-    return Rollout(Prompts(rows, prompts.processor), saved.limit, saved.responses, saved.train_prompts)
+    return Rollout(
+        Prompts(rows, prompts.processor),
+        saved.limit,
+        saved.responses,
+        saved.train_prompts,
+    )
 
 
 def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[str, Ragged]) -> None:

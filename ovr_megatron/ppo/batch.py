@@ -144,7 +144,9 @@ class Batch:
             samples = [self.samples[i] for i in members]
             extras = []
             for i in members:
-                response_arrays = {name: values[i].astype(np.float32) for name, values in present.items()}
+                response_arrays = {}
+                for name, values in present.items():
+                    response_arrays[name] = values[i].astype(np.float32)
                 extras.append(response_arrays)
             packs.append(pack(samples, extras))
         return packs

@@ -171,7 +171,12 @@ def build_reference(config: RLConfig, model_folder: Path, banned: Sequence[int],
 def build_frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
     """Build a policy that never trains, without gradients or an optimizer."""
     shape = ModelShape.from_hf(folder)
-    frozen = replace(config.model, freeze_vision=True, freeze_merger=True, freeze_language=True)
+    frozen = replace(
+        config.model,
+        freeze_vision=True,
+        freeze_merger=True,
+        freeze_language=True,
+    )
     policy = Engine(shape, frozen, config.parallel, world)
     return policy.load(WeightFolder(folder))
 
