@@ -21,7 +21,7 @@ from ovr_megatron.config import ConfigError, RLConfig, build
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.iteration import Clock, learn
-from ovr_megatron.rl.training import build_models, open_model_and_prompts
+from ovr_megatron.rl.setup import build_models, open_model_and_prompts
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.step_lines import read_metrics

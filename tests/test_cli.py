@@ -25,7 +25,7 @@ from ovr_megatron.launch import read_command_line
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.rewards.rules import RuleError
-from ovr_megatron.rl.training import check_lengths
+from ovr_megatron.rl.setup import check_lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 

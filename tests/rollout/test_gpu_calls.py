@@ -7,7 +7,7 @@ import torch
 
 from ovr_megatron.config import ParallelConfig, RLConfig, RolloutConfig
 from ovr_megatron.launch import compose
-from ovr_megatron.rl import training
+from ovr_megatron.rl import setup
 from ovr_megatron.rollout import engine as engine_module
 from ovr_megatron.rollout.engine import RolloutEngine, _settings, clear_positions, undisturbed
 from ovr_megatron.runtime import distributed
@@ -113,11 +113,11 @@ def test_the_cache_is_gone_before_an_offloaded_policy_comes_back(
         sleep=lambda deep=False: order.append("sleep deep" if deep else "sleep"),
         update=lambda held: order.append("update"),
     )
-    monkeypatch.setattr(training, "RolloutEngine", lambda *arguments, **options: fake)
-    monkeypatch.setattr(training, "GraderPool", lambda *arguments: None)
-    monkeypatch.setattr(training, "Rollouts", lambda *arguments: None)
+    monkeypatch.setattr(setup, "RolloutEngine", lambda *arguments, **options: fake)
+    monkeypatch.setattr(setup, "GraderPool", lambda *arguments: None)
+    monkeypatch.setattr(setup, "Rollouts", lambda *arguments: None)
     config = compose("tiny_rl", ["run.dir=x", "model.path=m", f"offload={offload}"])
     assert isinstance(config, RLConfig)
     models = SimpleNamespace(policy=SimpleNamespace(held=lambda: []), world=None)
-    training.build_rollouts(config, "m", SimpleNamespace(shape=None), models)  # type: ignore[arg-type]
+    setup.build_rollouts(config, "m", SimpleNamespace(shape=None), models)  # type: ignore[arg-type]
     assert order == calls
