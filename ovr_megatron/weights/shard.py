@@ -27,7 +27,7 @@ FORMATS = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ORDER = {dtype: (place, name) for place, (name, dtype) in enumerate(FORMATS.items())}
+_ORDER = {dtype: (index, name) for index, (name, dtype) in enumerate(FORMATS.items())}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Pending:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        numel = math.prod(self.shape)
+        return numel * self.dtype.itemsize
 
 
 class TensorEntry(TypedDict):
