@@ -136,7 +136,8 @@ def _shards(directory: Path) -> dict[str, list[str]]:
 def _indexed_shards(index: Path) -> dict[str, list[str]]:
     """Return the files that an index names, with the names of the tensors in each."""
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        content = json.loads(index.read_text())
+        weight_map: dict[str, str] = content["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightError(f"{index} is not a safetensors index ({error!r}); get this file again") from error
     if not isinstance(weight_map, dict) or not weight_map:

@@ -61,9 +61,11 @@ class LiveTensors:
         for part in parts:
             for local, parameter in part.named_parameters():
                 name = _global_name(local, part.first_layer)
+                # A tied model has no row for a head: the one that its last stage has is a copy of the embedding.
                 is_copy = name == _HEAD and name not in rows_by_name
-                row = rows_by_name[_EMBEDDING if is_copy else name]
-                self.holdings.append(Holding(row, parameter, is_copy))
+                row_name = _EMBEDDING if is_copy else name
+                holding = Holding(rows_by_name[row_name], parameter, is_copy)
+                self.holdings.append(holding)
         self._parameters: dict[str, Parameter] = {}
         for holding in self.holdings:
             # Megatron marks shards only where it fills them with random numbers; the gradient norm needs the mark.
@@ -83,7 +85,8 @@ class LiveTensors:
         for stage, names in enumerate(names_by_stage):
             for name in names:
                 stages[name] = stage
-        missing = [row.megatron for row in self.rows if row.megatron not in stages]
+        all_names = [row.megatron for row in self.rows]
+        missing = [name for name in all_names if name not in stages]
         assert not missing, f"no stage holds {missing}"
         return stages
 
@@ -115,8 +118,9 @@ class LiveTensors:
 
     def _full_tensors(self, row: TensorRow, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the Hugging Face tensors of a row from the shards of all tensor-parallel ranks."""
-        parameter = join(row, shards, self.shape)
-        return to_hf(row, parameter, self.shape)
+        shape = self.shape
+        parameter = join(row, shards, shape)
+        return to_hf(row, parameter, shape)
 
     def _shard(self, row: TensorRow, which: str, dtype: torch.dtype) -> Tensor:
         """Return this tensor-parallel rank's shard of a row, on every pipeline stage.  A collective."""
@@ -195,9 +199,10 @@ class LiveTensors:
             into.copy_(part)
 
     def _part(self, row: TensorRow, tensors: Sequence[Tensor]) -> Tensor:
-        full = from_hf(row, tensors, self.shape)
+        shape = self.shape
         tp = self.groups.tp
-        return split(row, full, tp.size(), tp.rank(), self.shape)
+        full = from_hf(row, tensors, shape)
+        return split(row, full, tp.size(), tp.rank(), shape)
 
     def start_state(self, step: int) -> None:
         """Give every trained parameter Adam's state as it is after ``step`` steps, moments still zero."""
@@ -223,6 +228,7 @@ class LiveTensors:
                 for key in group["params"]:
                     yield key.data
             for state in adam.state.values():
+                # Beside tensors there may be a count of steps.
                 for value in state.values():
                     if isinstance(value, Tensor):
                         yield value
@@ -243,12 +249,15 @@ class LiveTensors:
 
     def _local_range(self, parameter: Parameter) -> slice | None:
         """Return the range of the flat parameter whose state this rank keeps; None if it keeps all."""
+        # Only the distributed optimizer has this map: of parameters to their places in its buffers.
         if not hasattr(self.optimizers[0], "model_param_gbuf_map"):
             return None
         for wrapped in self.optimizers:
             if parameter in wrapped.model_param_gbuf_map:
-                param_range = wrapped._get_model_param_range_map(parameter)["param"]
+                range_map = wrapped._get_model_param_range_map(parameter)
+                param_range = range_map["param"]
                 return slice(param_range.start, param_range.end)
+        # A bucket is cut without regard to parameters: of some of them other ranks have all.
         return slice(0, 0)
 
     def _state(self, parameter: Parameter, which: str) -> Tensor:

@@ -94,7 +94,8 @@ class Transfer(NamedTuple):
     @property
     def padded_bytes(self) -> int:
         """Bytes that the transfer takes in a bucket."""
-        return -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
+        units = -(-self.nbytes // _ALIGNMENT)
+        return units * _ALIGNMENT
 
 
 @dataclass
@@ -114,7 +115,12 @@ class TransferStep:
     complete: list[int] = field(default_factory=list)
 
 
-def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[RowRange, ...]:
+def row_ranges(
+    row: TensorRow,
+    tp: int,
+    rank: int,
+    shape: ModelShape,
+) -> tuple[RowRange, ...]:
     """Return the ranges of a Megatron parameter on tensor-parallel ``rank`` of ``tp``, without its padding rows.
 
     They are read off numbered rows that went through the table, so that the layout is described in one place only.
@@ -129,10 +135,12 @@ def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[R
     starts = [0, *accumulate(lengths[:-1])]
     numbered = []
     for start, length in zip(starts, lengths, strict=True):
-        numbers = torch.arange(start + 1, start + length + 1)  # 0 is padding
+        first_number = start + 1  # 0 is padding
+        numbers = torch.arange(first_number, first_number + length)
         numbered.append(numbers.unsqueeze(1 - dim))
     full = from_hf(row, numbered, shape)
-    local = split(row, full, tp, rank, shape).flatten()
+    part = split(row, full, tp, rank, shape)
+    local = part.flatten()
     # A run of consecutive numbers ends where the next number is not one more.
     is_break = local.diff() != 1
     breaks = is_break.nonzero().flatten() + 1
@@ -169,6 +177,10 @@ class _Location(NamedTuple):
     offset: int
 
 
+_Interval = tuple[int, int]  # first row, and the one after the last
+_Locations = dict[int, _Location]  # by rank
+
+
 class _NearestRows(NamedTuple):
     """Rows from a position on: their rank, its parameter, their offset in it, and where the interval ends."""
 
@@ -187,18 +199,19 @@ class Owners:
 
     def __init__(self, layouts: Sequence[Sequence[ShardLayout]]):
         self.layouts = layouts
-        # By tensor, interval of its rows, and rank.
-        locations: dict[str, dict[tuple[int, int], dict[int, _Location]]] = {}
+        by_tensor: dict[str, dict[_Interval, _Locations]] = {}
         for rank, rank_layouts in enumerate(layouts):
             for index, layout in enumerate(rank_layouts):
                 for rows in layout.ranges:
-                    end = rows.start + rows.length
-                    by_interval = locations.setdefault(rows.tensor, {})
-                    by_rank = by_interval.setdefault((rows.start, end), {})
-                    by_rank.setdefault(rank, _Location(index, rows.offset))
-        self._intervals: dict[str, list[tuple[tuple[int, int], dict[int, _Location]]]] = {}
-        self._ranks: dict[tuple[str, tuple[int, int]], list[int]] = {}
-        for name, by_interval in locations.items():
+                    interval = (rows.start, rows.start + rows.length)
+                    by_interval = by_tensor.setdefault(rows.tensor, {})
+                    by_rank = by_interval.setdefault(interval, {})
+                    location = _Location(index, rows.offset)
+                    by_rank.setdefault(rank, location)
+        # Sorted once: every transfer of every rank asks for them.
+        self._intervals: dict[str, list[tuple[_Interval, _Locations]]] = {}
+        self._ranks: dict[tuple[str, _Interval], list[int]] = {}
+        for name, by_interval in by_tensor.items():
             self._intervals[name] = sorted(by_interval.items())
             for interval, by_rank in by_interval.items():
                 self._ranks[name, interval] = sorted(by_rank)
@@ -241,7 +254,8 @@ class Owners:
             start, stop = interval
             if not start <= position < stop:
                 continue
-            rank = _closest(self._ranks[name, interval], target)
+            ranks = self._ranks[name, interval]
+            rank = _closest(ranks, target)
             distance = abs(rank - target)
             # Of intervals at the same distance the first is taken, so that all ranks make the same plan.
             if best is None or distance < best_distance:
@@ -257,9 +271,13 @@ class Owners:
 def _closest(ranks: Sequence[int], target: int) -> int:
     """Return the rank of the sorted ``ranks`` that is nearest to ``target``, the lower of two."""
     right = bisect_left(ranks, target)
-    first = max(right - 1, 0)
-    neighbours = ranks[first : right + 1]
-    return min(neighbours, key=lambda rank: abs(rank - target))
+    if right == 0:
+        return ranks[0]
+    below = ranks[right - 1]
+    if right == len(ranks):
+        return below
+    above = ranks[right]
+    return above if above - target < target - below else below
 
 
 def plan(

@@ -109,7 +109,13 @@ def to_hf(row: TensorRow, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ..
     return kind.unfuse(tensor, shape)
 
 
-def split(row: TensorRow, tensor: Tensor, tp: int, rank: int, shape: ModelShape) -> Tensor:
+def split(
+    row: TensorRow,
+    tensor: Tensor,
+    tp: int,
+    rank: int,
+    shape: ModelShape,
+) -> Tensor:
     """The part of a whole parameter that tensor-parallel ``rank`` of ``tp`` holds; vocabulary rows padded with zeros.
 
     Raises:
@@ -126,11 +132,12 @@ def split(row: TensorRow, tensor: Tensor, tp: int, rank: int, shape: ModelShape)
         padding = tensor.new_zeros(padding_rows, *width)
         tensor = torch.cat([tensor, padding])
     # A rank holds whole heads, as attention works on them; of key-value heads, each with its query heads.
-    units, what = _units(row, tensor, shape)
+    units, unit_name = _units(row, tensor, shape)
     if units % tp:
-        divisors = [str(size) for size in range(1, tp) if not units % size]
+        smaller_sizes = range(1, tp)
+        divisors = [str(size) for size in smaller_sizes if not units % size]
         fits = ", ".join(divisors)
-        raise LayoutError(f"{row.megatron}: tp={tp} does not divide the {units} {what}; tp can be {fits}")
+        raise LayoutError(f"{row.megatron}: tp={tp} does not divide the {units} {unit_name}; tp can be {fits}")
     # [blocks, tp, -1]: gate and up are cut each for itself, so that a rank multiplies columns that belong together.
     shards = tensor.unflatten(dim, (kind.blocks, tp, -1))
     shard = shards.select(dim + 1, rank)
@@ -155,7 +162,8 @@ def join(row: TensorRow, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
     dim = kind.dim
     if dim is None or len(shards) == 1:
         return shards[0]
-    parts = [shard.unflatten(dim, (kind.blocks, -1)) for shard in shards]
+    block_sizes = (kind.blocks, -1)
+    parts = [shard.unflatten(dim, block_sizes) for shard in shards]
     stacked = torch.stack(parts, dim=dim + 1)  # [blocks, tp, -1], as in `split`
     joined = stacked.flatten(dim, dim + 2)
     if row.kind == "vocabulary":
@@ -195,7 +203,8 @@ def _unfuse_vision_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
 
 def _group(qkv: Sequence[Tensor], groups: int) -> Tensor:
     """Rows in Megatron's order: for each key-value group its query heads, its key head, its value head."""
-    by_group = [part.unflatten(0, (groups, -1)) for part in qkv]
+    group_sizes = (groups, -1)
+    by_group = [part.unflatten(0, group_sizes) for part in qkv]
     grouped = torch.cat(by_group, dim=1)
     return grouped.flatten(0, 1)
 
@@ -204,8 +213,9 @@ def _ungroup(tensor: Tensor, groups: int, queries: int) -> tuple[Tensor, ...]:
     """Query, key and value rows; a group has ``queries`` query heads."""
     group_heads = queries + 2  # and one key head and one value head
     heads = tensor.unflatten(0, (groups, group_heads, -1))
-    query, key, value = heads.split([queries, 1, 1], dim=1)
-    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+    qkv = heads.split([queries, 1, 1], dim=1)
+    flat = [part.flatten(0, 2) for part in qkv]
+    return tuple(flat)
 
 
 def _fuse_gate_up(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:

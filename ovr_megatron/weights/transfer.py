@@ -194,7 +194,9 @@ def _difference(a: WeightFolder, b: WeightFolder, optional: set[str], name: str)
     x = a.tensor(name)
     y = b.tensor(name)
     if x.dtype != y.dtype or x.shape != y.shape:
-        return f"{name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"
+        x_shape = list(x.shape)
+        y_shape = list(y.shape)
+        return f"{name}: {x.dtype} {x_shape} against {y.dtype} {y_shape}"
     if same_bits(x, y):
         return None
     count, largest = _disagreement(x, y)
@@ -225,7 +227,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same dtype, shape and bits (a NaN equals itself, 0 is not -0)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(as_bytes(a), as_bytes(b))
+    a_bytes = as_bytes(a)
+    b_bytes = as_bytes(b)
+    return torch.equal(a_bytes, b_bytes)
 
 
 @contextmanager
