@@ -287,7 +287,13 @@ def _fp8_items(copies: dict[str, int], names: Sequence[str]) -> dict[str, int]:
     return {"FP8 copies": size} if size else {}
 
 
-def engine_memory(rollout: RolloutConfig, shape: ModelShape, gpu: Gpu, dtype: str, offload: bool) -> dict[str, int]:
+def engine_memory(
+    rollout: RolloutConfig,
+    shape: ModelShape,
+    gpu: Gpu,
+    dtype: str,
+    offload: bool,
+) -> dict[str, int]:
     """Return vLLM's memory while it generates: its share of the GPU holds weights, work, captured graphs and the cache.
 
     The work is that of a full batch of text and, on top, what vLLM tries out when it starts: the vision tower on as

@@ -35,7 +35,12 @@ def left_over(name: str) -> str | None:
     return _LEFT_OVERS.get(name)
 
 
-def explain(directory: Path, names: Collection[str], expected: Collection[str], critic: bool) -> str | None:
+def explain(
+    directory: Path,
+    names: Collection[str],
+    expected: Collection[str],
+    critic: bool,
+) -> str | None:
     """One sentence on a known way of saving, None where the tensors fit none.
 
     Args:

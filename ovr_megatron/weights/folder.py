@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +41,13 @@ class WeightError(UserError, ValueError):
     """Weights that are missing, damaged or of another model; names the file or the tensor, and the remedy."""
 
 
+class _StoredTensor(NamedTuple):
+    """An open safetensors file and the name that a tensor has there, of either generation."""
+
+    shard: Any
+    name: str
+
+
 class WeightFolder:
     """The weights of a Hugging Face folder, by hub name, whatever their sharding and generation of names.
 
@@ -50,7 +57,7 @@ class WeightFolder:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._stored: dict[str, tuple[Any, str]] = {}
+        self._stored: dict[str, _StoredTensor] = {}
         self._open_files = ExitStack()
         for file, expected in _shards(self.directory).items():
             path = self.directory / file
@@ -58,13 +65,14 @@ class WeightFolder:
             stored_names = list(shard.keys())
             absent = sorted(set(expected) - set(stored_names))
             if absent:
-                raise WeightError(f"{path}: lacks {some(absent)}, which {INDEX} says it holds; get both files again")
+                absent_names = some(absent)
+                raise WeightError(f"{path}: lacks {absent_names}, which {INDEX} says it holds; get both files again")
             for stored in stored_names:
                 name = table.canonical(stored)
                 # The two generations' names of one tensor are the same name here.
                 if name in self._stored:
                     raise WeightError(f"{path}: {stored} is stored a second time; remove one of them")
-                self._stored[name] = (shard, stored)
+                self._stored[name] = _StoredTensor(shard, stored)
 
     def _open(self, path: Path) -> Any:
         try:
@@ -98,14 +106,14 @@ class WeightFolder:
 
     def tensor(self, name: str) -> Tensor:
         """Return the tensor, mapped from its file: pages are read when they are used.  Do not write to it."""
-        shard, stored = self._find(name)
-        return shard.get_tensor(stored)
+        stored = self._find(name)
+        return stored.shard.get_tensor(stored.name)
 
     def _slice(self, name: str) -> Any:
-        shard, stored = self._find(name)
-        return shard.get_slice(stored)
+        stored = self._find(name)
+        return stored.shard.get_slice(stored.name)
 
-    def _find(self, name: str) -> tuple[Any, str]:
+    def _find(self, name: str) -> _StoredTensor:
         if name not in self._stored:
             raise WeightError(f"{self.directory} has no tensor {name}; it is of another model or not whole")
         return self._stored[name]
@@ -120,7 +128,8 @@ def _shards(directory: Path) -> dict[str, list[str]]:
     if files == [SINGLE]:
         return {SINGLE: []}
     if files:
-        raise WeightError(f"{directory} has {some(files)} but no {INDEX}; get the index, or the whole folder, again")
+        present = some(files)
+        raise WeightError(f"{directory} has {present} but no {INDEX}; get the index, or the whole folder, again")
     for name in ("adapter_config.json", ADAPTER):
         if (directory / name).exists():
             raise WeightError(
@@ -129,7 +138,8 @@ def _shards(directory: Path) -> dict[str, list[str]]:
             )
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:
-        raise WeightError(f"{directory} has {some(pickles)} and no safetensors weights; save it as safetensors")
+        present = some(pickles)
+        raise WeightError(f"{directory} has {present} and no safetensors weights; save it as safetensors")
     raise WeightError(f"{directory} has no safetensors weights; give the folder of a Hugging Face model in safetensors")
 
 
@@ -159,8 +169,10 @@ def _model_files(directory: Path) -> list[str]:
         return [name for name in names if name != ADAPTER]
     model_names = []
     for name in names:
-        if kind := left_over(name):
-            logger.log(NOTICE, f"notice: {directory / name} is {kind}; {SINGLE} is read")
+        kind = left_over(name)
+        if kind:
+            path = directory / name
+            logger.log(NOTICE, f"notice: {path} is {kind}; {SINGLE} is read")
         else:
             model_names.append(name)
     return model_names
@@ -237,7 +249,9 @@ class WeightWriter:
             raise WeightError(f"{self.directory}: {name} is written twice")
         tensor = tensor.detach().cpu().contiguous()
         pending_bytes = sum(pending.nbytes for pending in self._pending)
-        if self._pending and pending_bytes + tensor.nbytes > self.shard_bytes:
+        total_bytes = pending_bytes + tensor.nbytes
+        # A tensor larger than a shard gets one of its own.
+        if self._pending and total_bytes > self.shard_bytes:
             self._flush()
         pending = Pending(
             name=name,
@@ -289,11 +303,13 @@ def write_folder(
     shards: list[list[Pending]] = []
     paths: list[Path] = []
     names: list[list[str]] = []
-    for shard_index, (start, stop) in enumerate(pairwise(bounds), start=1):
+    for start, stop in pairwise(bounds):
         shard = list(tensors[start:stop])
+        shard_tensor_names = [tensor.name for tensor in shard]
         shards.append(shard)
-        paths.append(_partial(directory, shard_index))
-        names.append([tensor.name for tensor in shard])
+        names.append(shard_tensor_names)
+        path = _partial(directory, len(shards))
+        paths.append(path)
     _prepare(directory)
     try:
         with ThreadPoolExecutor(workers) as pool, Progress(len(tensors), what, "tensor") as progress:
@@ -312,7 +328,8 @@ def _partial(directory: Path, shard_index: int) -> Path:
 
 def _prepare(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.glob("*.safetensors")) or (directory / INDEX).exists():
+    has_weights = any(directory.glob("*.safetensors"))
+    if has_weights or (directory / INDEX).exists():
         raise WeightError(f"{directory} has weights already; remove them or choose another folder")
     _discard(directory)
 

@@ -97,7 +97,12 @@ class LiveTensors:
 
     # Out -------------------------------------------------------------------------------------------------
 
-    def whole(self, rows: Sequence[TensorRow], which: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def whole(
+        self,
+        rows: Sequence[TensorRow],
+        which: str,
+        dtype: torch.dtype,
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield the full tensors of ``rows`` on every rank, under Hugging Face names.  A collective.
 
         Args:
@@ -109,8 +114,9 @@ class LiveTensors:
         for row in rows:
             shard = self._shard(row, which, dtype)
             shards = [shard]
+            is_cut = cut_dim(row) is not None
             # Replicated rows are whole on every rank: there is nothing to gather.
-            if tp.size() > 1 and cut_dim(row) is not None:
+            if is_cut and tp.size() > 1:
                 shards = [torch.empty_like(shard) for _ in range(tp.size())]
                 dist.all_gather(shards, shard, group=tp)
             # The full tensors have no name here: they are freed before the next row is gathered.
@@ -140,7 +146,8 @@ class LiveTensors:
 
     def _shard_shape(self, row: TensorRow) -> torch.Size:
         # Meta tensors go through the table without memory of their own.
-        empty = [torch.empty(size, device="meta") for size in row.sizes]
+        meta = torch.device("meta")
+        empty = [torch.empty(size, device=meta) for size in row.sizes]
         part = self._part(row, empty)
         return part.shape
 
@@ -153,7 +160,8 @@ class LiveTensors:
                 return parameter.main_grad
             return self._state(parameter, which)
         # The ranges of the data-parallel ranks are disjoint: the sum of tensors that are zero elsewhere joins them.
-        full_state = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        numel = parameter.numel()
+        full_state = torch.zeros(numel, dtype=torch.float32, device=parameter.device)
         if local_range.stop > local_range.start:
             if which == "gradient":
                 gradient = parameter.main_grad.flatten()
@@ -188,7 +196,11 @@ class LiveTensors:
         tp = self.groups.tp
         tp_size = tp.size()
         tp_rank = tp.rank()
-        return [row_ranges(holding.row, tp_size, tp_rank, self.shape) for holding in self.holdings]
+        ranges = []
+        for holding in self.holdings:
+            holding_ranges = row_ranges(holding.row, tp_size, tp_rank, self.shape)
+            ranges.append(holding_ranges)
+        return ranges
 
     # In --------------------------------------------------------------------------------------------------
 
@@ -212,7 +224,9 @@ class LiveTensors:
             for group in adam.param_groups:
                 group["step"] = step  # where the fused Adam of Transformer Engine or Apex counts
                 for key in group["params"]:
-                    state = {which: torch.zeros_like(key, dtype=torch.float32) for which in MOMENTS}
+                    state: dict[str, Tensor] = {}
+                    for which in MOMENTS:
+                        state[which] = torch.zeros_like(key, dtype=torch.float32)
                     if is_torch_adam:
                         # Torch's own Adam counts for each parameter.
                         state["step"] = torch.tensor(float(step))
@@ -284,7 +298,8 @@ def _global_name(name: str, first_layer: int) -> str:
     prefix = "decoder.layers."
     if not name.startswith(prefix):
         return name
-    layer, rest = name.removeprefix(prefix).split(".", 1)
+    suffix = name.removeprefix(prefix)
+    layer, rest = suffix.split(".", 1)
     # Megatron counts the layers of every stage from 0.
     global_layer = int(layer) + first_layer
     return f"{prefix}{global_layer}.{rest}"

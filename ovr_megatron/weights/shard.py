@@ -76,8 +76,11 @@ def _content(ordered: Sequence[Pending]) -> Iterator[Any]:
     """The bytes of the file, piece by piece."""
     yield _header(ordered)
     for tensor in ordered:
-        for piece in tensor.load().flatten().split(PIECE):
-            yield as_bytes(piece.to(tensor.dtype)).numpy()
+        flat = tensor.load().flatten()
+        for piece in flat.split(PIECE):
+            # A cast of the whole tensor would be a second copy of it.
+            data = as_bytes(piece.to(tensor.dtype))
+            yield data.numpy()
 
 
 def _header(tensors: Sequence[Pending]) -> bytes:

@@ -143,8 +143,9 @@ def row_ranges(
     local = part.flatten()
     # A run of consecutive numbers ends where the next number is not one more.
     is_break = local.diff() != 1
-    breaks = is_break.nonzero().flatten() + 1
-    bounds = [0, *breaks.tolist(), len(local)]
+    break_indices = is_break.nonzero().flatten()
+    run_starts = break_indices + 1
+    bounds = [0, *run_starts.tolist(), len(local)]
     ranges = []
     for begin, end in pairwise(bounds):
         offset = begin
@@ -156,7 +157,8 @@ def row_ranges(
             tensor_end = tensor_start + lengths[tensor]
             length = min(end - offset, tensor_end - source_row)
             first_row = source_row - tensor_start
-            ranges.append(RowRange(row.hf[tensor], first_row, offset, length))
+            rows = RowRange(row.hf[tensor], first_row, offset, length)
+            ranges.append(rows)
             offset += length
             source_row += length
     return tuple(ranges)
@@ -227,7 +229,8 @@ class Owners:
             end = rows.start + rows.length
             while position < end:
                 source = self._nearest(rows.tensor, position, target)
-                source_layout = self.layouts[source.rank][source.parameter_index]
+                source_layouts = self.layouts[source.rank]
+                source_layout = source_layouts[source.parameter_index]
                 if source_layout.dim != layout.dim:
                     raise SliceError(
                         f"{rows.tensor} is cut along {source_layout.dim} on rank {source.rank}, not along {layout.dim}"
@@ -277,7 +280,9 @@ def _closest(ranks: Sequence[int], target: int) -> int:
     if right == len(ranks):
         return below
     above = ranks[right]
-    return above if above - target < target - below else below
+    if above - target < target - below:
+        return above
+    return below
 
 
 def plan(
@@ -305,7 +310,8 @@ def plan(
     for index in range(len(targets[0])):
         transfers: list[Transfer] = []
         for target, layouts in enumerate(targets):
-            transfers += owners.transfers(layouts[index], index, target)
+            layout = layouts[index]
+            transfers += owners.transfers(layout, index, target)
         if trained_only and not _any_trained(transfers, sources):
             continue
         local: list[Transfer] = []
@@ -368,7 +374,8 @@ def _merged(transfers: Iterable[Transfer]) -> list[Transfer]:
             source_end = last.source_offset + last.length
             target_end = last.target_offset + last.length
             if (last.source_index, source_end, target_end) == begin:
-                joined[-1] = last._replace(length=last.length + transfer.length)
+                length = last.length + transfer.length
+                joined[-1] = last._replace(length=length)
                 continue
         joined.append(transfer)
     return joined

@@ -66,10 +66,12 @@ def rows(shape: ModelShape, critic: bool = False) -> list[TensorRow]:
         dims = []
         for term in terms:
             letters = term.split()
-            dims.append(tuple(sizes[letter] for letter in letters))
+            term_sizes = [sizes[letter] for letter in letters]
+            dims.append(tuple(term_sizes))
         copies = 1
         if "{i}" in megatron:
-            copies = shape.vision.depth if megatron.startswith("vision.") else shape.layers
+            is_vision = megatron.startswith("vision.")
+            copies = shape.vision.depth if is_vision else shape.layers
         for i in range(copies):
             hf_names = [name.format(i=i) for name in hf]
             row = TensorRow(
@@ -139,7 +141,8 @@ def split(
         fits = ", ".join(divisors)
         raise LayoutError(f"{row.megatron}: tp={tp} does not divide the {units} {unit_name}; tp can be {fits}")
     # [blocks, tp, -1]: gate and up are cut each for itself, so that a rank multiplies columns that belong together.
-    shards = tensor.unflatten(dim, (kind.blocks, tp, -1))
+    block_sizes = (kind.blocks, tp, -1)
+    shards = tensor.unflatten(dim, block_sizes)
     shard = shards.select(dim + 1, rank)
     return shard.flatten(dim, dim + 1)
 
@@ -152,8 +155,8 @@ def _units(row: TensorRow, tensor: Tensor, shape: ModelShape) -> tuple[int, str]
         return shape.vision.heads, "vision heads"
     kind = _KINDS[row.kind]
     assert kind.dim is not None
-    features = tensor.shape[kind.dim] // kind.blocks
-    return features, "features"
+    size = tensor.shape[kind.dim]
+    return size // kind.blocks, "features"
 
 
 def join(row: TensorRow, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
@@ -192,11 +195,13 @@ def _unfuse_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
 def _fuse_vision_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     # Hugging Face stacks all query heads, all key heads and all value heads in one tensor.
     qkv = tensors[0].chunk(3)
-    return _group(qkv, shape.vision.heads)
+    heads = shape.vision.heads
+    return _group(qkv, heads)
 
 
 def _unfuse_vision_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-    qkv = _ungroup(tensor, shape.vision.heads, 1)
+    heads = shape.vision.heads
+    qkv = _ungroup(tensor, heads, 1)
     stacked = torch.cat(qkv)
     return (stacked,)
 
@@ -212,7 +217,8 @@ def _group(qkv: Sequence[Tensor], groups: int) -> Tensor:
 def _ungroup(tensor: Tensor, groups: int, queries: int) -> tuple[Tensor, ...]:
     """Query, key and value rows; a group has ``queries`` query heads."""
     group_heads = queries + 2  # and one key head and one value head
-    heads = tensor.unflatten(0, (groups, group_heads, -1))
+    group_sizes = (groups, group_heads, -1)
+    heads = tensor.unflatten(0, group_sizes)
     qkv = heads.split([queries, 1, 1], dim=1)
     flat = [part.flatten(0, 2) for part in qkv]
     return tuple(flat)
@@ -233,7 +239,8 @@ def _fuse_patch(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
 def _unfuse_patch(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     # Hugging Face's weight is that of a convolution, whose stride is its kernel: a matrix times a patch.
     vision = shape.vision
-    kernel = (vision.in_channels, vision.temporal_patch, vision.patch, vision.patch)
+    patch = vision.patch
+    kernel = (vision.in_channels, vision.temporal_patch, patch, patch)
     convolution = tensor.unflatten(1, kernel)
     return (convolution,)
 

@@ -52,7 +52,8 @@ def check_weights(folder: WeightFolder, shape: ModelShape, critic: bool = False)
             raise WeightError(reason)
     missing = sorted(expected.keys() - names)
     if missing:
-        raise WeightError(f"{where}: no tensor {some(missing)}; the folder is not whole, or of another model")
+        missing_names = some(missing)
+        raise WeightError(f"{where}: no tensor {missing_names}; the folder is not whole, or of another model")
     unknown = sorted(names - expected.keys())
     if unknown:
         raise WeightError(f"{where}: {some(unknown)} not in this model; weights and config.json do not belong together")
@@ -141,7 +142,12 @@ def copy_weights(
     write_folder(out, tensors, title, workers, shard_bytes)
 
 
-def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: int = 1) -> list[str]:
+def differences(
+    ours: Path,
+    theirs: Path,
+    ignore: Sequence[str] = (),
+    workers: int = 1,
+) -> list[str]:
     """List the differences of two Hugging Face folders: each tensor bit by bit, and each other file byte by byte.
 
     ``lm_head.weight`` may be stored on one side only if the model is tied.  Hidden files and the names in
@@ -149,7 +155,7 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: i
     """
     lines: list[str] = []
     with WeightFolder(ours) as a, WeightFolder(theirs) as b:
-        all_names = set(a.names()) | set(b.names())
+        all_names = {*a.names(), *b.names()}
         names = sorted(all_names.difference(ignore))
         optional: set[str] = set()
         if ModelShape.from_hf(ours).tied:
@@ -164,7 +170,7 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: i
                 if difference:
                     lines.append(difference)
                 progress.update(1)
-    assets = set(list_hf_assets(ours) + list_hf_assets(theirs))
+    assets = {*list_hf_assets(ours), *list_hf_assets(theirs)}
     for file in sorted(assets.difference(ignore)):
         lines += _asset_differences(ours, theirs, file)
     return lines
@@ -184,7 +190,12 @@ def _asset_differences(ours: Path, theirs: Path, file: str) -> list[str]:
     return lines
 
 
-def _difference(a: WeightFolder, b: WeightFolder, optional: set[str], name: str) -> str | None:
+def _difference(
+    a: WeightFolder,
+    b: WeightFolder,
+    optional: set[str],
+    name: str,
+) -> str | None:
     holders = [folder.directory for folder in (a, b) if name in folder]
     if len(holders) == 1:
         # A tied model's head is the embedding, stored a second time.
@@ -212,11 +223,13 @@ def _disagreement(x: Tensor, y: Tensor) -> tuple[int, float]:
     for a, b in zip(x_pieces, y_pieces, strict=True):
         # By bytes, as in `same_bits`: a NaN equals itself, and 0 is not -0.
         differing_bytes = as_bytes(a) != as_bytes(b)
-        differs = differing_bytes.view(len(a), -1).any(1)
+        bytes_by_value = differing_bytes.view(len(a), -1)
+        differs = bytes_by_value.any(1)
         if differs.any():
             count += int(differs.sum())
-            difference = a[differs].double() - b[differs].double()
-            largest = difference.abs().max()
+            a_values = a[differs].double()
+            b_values = b[differs].double()
+            largest = (a_values - b_values).abs().max()
             largest_by_piece.append(largest.item())
     # Python's max would pass over a NaN; torch's returns it.
     largest_of_all = torch.tensor(largest_by_piece).max()
