@@ -18,7 +18,7 @@ def generator_states() -> dict[str, Tensor]:
     _, keys, position, has_gauss, cached_gauss = np.random.get_state()
     # Empty or one value: the second number of a normal pair that `random.gauss` keeps for its next call.
     spare = [] if gauss is None else [gauss]
-    # uint32, for which torch has hardly an operation: they are widened.
+    # The words are uint32, for which torch has hardly an operation: they are widened.
     wide_keys = np.asarray(keys, np.int64)
     states = {
         "python": torch.tensor(words, dtype=torch.int64),

@@ -211,10 +211,10 @@ def _replica_traffic(scenario: Scenario, tokens: float, passes: int) -> dict[str
 
 def _link_rate(gpu: Gpu, ranks_apart: int) -> float:
     """Return the bytes a second between ranks that lie within ``ranks_apart`` neighbouring ones."""
-    slowest = gpu.link
+    rate = gpu.link
     if ranks_apart > gpu.per_node:
-        slowest = gpu.network
-    return WIRE * slowest
+        rate = gpu.network
+    return WIRE * rate
 
 
 def _optimizer_step(scenario: Scenario, critic: bool) -> tuple[float, float]:

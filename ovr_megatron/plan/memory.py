@@ -149,7 +149,7 @@ class _IterationPhases:
         if not config.offload:
             resident = {name: state.total for name, state in self.models.items()}
             if has_reference:
-                # It never trains.
+                # The reference never trains: it has neither gradients nor an optimizer.
                 resident["reference"] = policy.weights
             return resident | _fp8_items(self.fp8_copies, tuple(resident))
         states = dict(self.models)

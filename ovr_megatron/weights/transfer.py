@@ -270,7 +270,8 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
     if out.exists() and not _is_empty_folder(out):
         if not replace:
             raise WeightError(f"{out} exists and is not empty; choose another folder, or replace it with --force")
-        if problem := refusal(out):
+        problem = refusal(out)
+        if problem:
             raise WeightError(problem)
     out.parent.mkdir(parents=True, exist_ok=True)
     for left_over in (unfinished, old):
