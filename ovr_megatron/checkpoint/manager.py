@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.manifest import CheckpointError
-from ovr_megatron.checkpoint.store import ResumePoint
+from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.checkpoint.writing import DiskQueue, NonFiniteError, PendingSave
 from ovr_megatron.config import ColdStartConfig, RLConfig
 from ovr_megatron.engine import DivergenceError, Engine

@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,14 @@ from ovr_megatron.checkpoint.manifest import (
     read_manifest,
     step_of,
 )
+from ovr_megatron.checkpoint.resume import ResumePoint, list_candidates, read_resume_point
 from ovr_megatron.checkpoint.writing import (
-    RNG,
     DiskQueue,
     NonFiniteError,
     PendingSave,
     Records,
     TensorFolder,
+    generators_path,
     publish,
     remove,
     start_writing,
@@ -58,21 +58,6 @@ logger = get_logger(__name__)
 _REASONS = 3  # that a message spells out
 _Problem = NonFiniteError | str | None
 _RankResult = tuple[_Problem, Records]
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """A checkpoint that a run goes on from.
-
-    Attributes:
-        path: its folder.
-        step: steps or iterations done, so the index of the next one.
-        state: the loop's cursors as they were saved.
-    """
-
-    path: Path
-    step: int
-    state: Mapping[str, Any]
 
 
 def weights_of(path: str | Path, name: str = "policy") -> Path:
@@ -304,7 +289,7 @@ def find(directory: Path, world: World, stage: str | None = None) -> ResumePoint
     # One rank lists the folders: on a network disk others might see another list, and the loop below is collective.
     broadcast: list[tuple[list[Path], list[str]]] = [([], [])]
     if world.is_main:
-        broadcast = [_candidates(directory, stage)]
+        broadcast = [list_candidates(directory, stage)]
     dist.broadcast_object_list(broadcast, src=0)
     paths, skipped = broadcast[0]
     share = (world.rank, world.size)
@@ -316,7 +301,7 @@ def find(directory: Path, world: World, stage: str | None = None) -> ResumePoint
         dist.all_gather_object(problems, problem)
         reasons = [text for text in problems if text]
         if not reasons:
-            checkpoint = _resume_point(path, stage)
+            checkpoint = read_resume_point(path, stage)
             break
         skipped.append(reasons[0])
     if checkpoint is None and skipped:
@@ -332,65 +317,6 @@ def find(directory: Path, world: World, stage: str | None = None) -> ResumePoint
     return checkpoint
 
 
-def _candidates(directory: Path, stage: str | None) -> tuple[list[Path], list[str]]:
-    """Return the folders that may be checkpoints of this run, highest step first, and the reasons against the others.
-
-    Hidden folders are unfinished or about to be removed.
-    """
-    try:
-        folders = []
-        for path in directory.iterdir():
-            if not path.name.startswith(".") and path.is_dir():
-                folders.append(path)
-    except FileNotFoundError:
-        return [], []  # a new run
-    except OSError as error:
-        return [], [f"{directory} cannot be read ({error.strerror})"]
-    paths_by_step: list[tuple[int, Path]] = []
-    skipped: list[str] = []
-    for path in sorted(folders):
-        try:
-            point = _resume_point(path, stage)
-            paths_by_step.append((point.step, path))
-        except CheckpointError as error:
-            skipped.append(str(error))
-    paths_by_step.sort(reverse=True)
-    return [path for _, path in paths_by_step], skipped
-
-
-def _resume_point(path: Path, stage: str | None = None) -> ResumePoint:
-    """Return the checkpoint ``path`` as a run resumes from it; its files are not looked at.
-
-    Raises:
-        CheckpointError: it is not called ``step_N``, or no run of ``stage`` has saved it under this name.
-    """
-    named_step = step_of(path)
-    if named_step is None:
-        raise CheckpointError(f"{path} is not called step_N, so it is left alone; rename it, if it is this run's")
-    manifest = read_manifest(path)
-    step = manifest.step
-    extra = manifest.extra
-    if not {"state", "ranks", "optimizers"} <= extra.keys():
-        raise CheckpointError(
-            f"{path} was averaged or converted and has no state of a run; begin a run from it with model.path={path}"
-        )
-    if step != named_step:
-        raise CheckpointError(f"{path} is of step {step}; name it step_{step:06d}")
-    # A checkpoint without the field is taken as one of this stage.
-    saved_stage = extra.get("stage", stage)
-    if stage and saved_stage != stage:
-        raise CheckpointError(f"{path} is of another stage ({saved_stage}); begin a run from it with model.path")
-    for rank in range(extra["ranks"]):
-        generators = _generators_path(rank)
-        if generators not in manifest.files:
-            raise CheckpointError(f"{path} lacks {generators}; use another checkpoint")
-    return ResumePoint(path, step, extra["state"])
-
-
-def _generators_path(rank: int) -> str:
-    return f"{RNG}/rank_{rank:05d}.safetensors"
-
-
 def checkpoint_at(directory: Path, step: int, world: World) -> ResumePoint:
     """Return the checkpoint of ``step`` below ``directory``; its files are checked as in `find`.
 
@@ -404,7 +330,7 @@ def checkpoint_at(directory: Path, step: int, world: World) -> ResumePoint:
         raise CheckpointError(f"{directory} has no checkpoint of step {step}, but {present}")
     share = (world.rank, world.size)
     check(path, share=share)
-    return _resume_point(path)
+    return read_resume_point(path)
 
 
 def _problem(path: Path, share: tuple[int, int]) -> str | None:
@@ -419,7 +345,7 @@ def restore_generators(checkpoint: ResumePoint, world: World) -> None:
     """Restore this rank's random generators; with another number of ranks they are seeded anew."""
     manifest = read_manifest(checkpoint.path)
     if manifest.extra["ranks"] == world.size:
-        path = checkpoint.path / _generators_path(world.rank)
+        path = checkpoint.path / generators_path(world.rank)
         states = load_file(path)
         set_generator_states(states)
     else:

@@ -218,10 +218,14 @@ def start_writing(
     for folder in folders:
         _queue_shards(save, folder, files[folder.folder], world, queue)
     states = [_copy(name, state) for name, state in generator_states().items()]
-    path = f"{RNG}/rank_{world.rank:05d}.safetensors"
-    states_job = _ShardJob(save.partial, path, states)
+    states_job = _ShardJob(save.partial, generators_path(world.rank), states)
     future = queue.submit(0, states_job)
     save.jobs.append(future)
+
+
+def generators_path(rank: int) -> str:
+    """Return the file of a rank's random generators, relative to the checkpoint."""
+    return f"{RNG}/rank_{rank:05d}.safetensors"
 
 
 def _queue_shards(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ovr_megatron.plan.report import Plan, PlannedSpan
+from ovr_megatron.plan.plan_json import Plan, PlannedSpan
 
 CAUTION = 1.5  # the plan's seconds assume that nothing disturbs the run, see `ovr_megatron.plan.cost`
 START_S = 600.0  # imports, weights, vLLM's compilation

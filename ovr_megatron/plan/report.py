@@ -1,140 +1,33 @@
-"""The plan of a recipe, as data and as text."""
+"""The plan of a recipe, as data that is ready for JSON."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig
-from ovr_megatron.data.repetition import SourceUse, show_uses, source_uses
+from ovr_megatron.data.repetition import SourceUse, source_uses
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.presets import presets, write_config
-from ovr_megatron.plan import cost, flops, memory, search
+from ovr_megatron.plan import cost, memory, search
 from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.parameters import count_parameters, model_state
+from ovr_megatron.plan.plan_json import (
+    Plan,
+    PlannedCandidate,
+    PlannedEngine,
+    PlannedPhase,
+    PlannedRank,
+    PlannedSource,
+    PlannedSpan,
+)
 from ovr_megatron.plan.scenario import Scenario, Span, build_scenario
+from ovr_megatron.plan.text import show
 from ovr_megatron.plan.workload import read_tokenised_workload
-
-_GIB = 1 << 30
-_SHOWN_LAYOUTS = 10
-_SHOWN_REASONS = 8
-_ITEMS_PER_LINE = 5
-
-
-class PlannedModel(TypedDict):
-    """The model: its folder or preset, and its parameters by part."""
-
-    path: str
-    parameters: dict[str, int]
-
-
-class PlannedLayout(TypedDict):
-    """The recipe's layout: the fields of `ParallelConfig`, and the kind of recomputation."""
-
-    parallel: Mapping[str, Any]
-    recompute: str
-
-
-class PlannedRank(TypedDict):
-    """One model on a rank of one pipeline stage, as in `ModelState`."""
-
-    model: str
-    stage: int
-    parameters: int
-    trained: int
-    weights: int
-    gradients: int
-    optimizer: int
-
-
-class PlannedPhase(TypedDict):
-    """A phase on the pipeline stage that needs most in it."""
-
-    name: str
-    stage: int
-    items: dict[str, int]
-    total: int
-
-
-class PlannedPatches(TypedDict):
-    """Patches of a pack: those of the expected images, and those that fit; None: any number does."""
-
-    expected: int
-    room: int | None
-
-
-class PlannedSource(TypedDict):
-    """A finite source, as in `SourceUse`."""
-
-    name: str
-    rows: int
-    epochs: float
-
-
-class PlannedCandidate(TypedDict):
-    """A layout of the search, as in `search.Candidate`."""
-
-    parallel: Mapping[str, Any]
-    recompute: str
-    bytes: int
-    hours: float
-    reason: str
-
-
-class PlannedSpan(TypedDict):
-    """Steps of one limit of length; ``told`` says where the samples are known from, ``parts`` are seconds."""
-
-    steps: int
-    mean_tokens: float
-    attention_length: float
-    patches: float
-    told: str
-    limit: int
-    tokens: float
-    micro_batches: int
-    flops: float
-    seconds: float
-    parts: dict[str, float]
-
-
-class PlannedEngine(TypedDict):
-    """The rollout engines: the tokens that one's cache holds, the longest sequence in tokens, and their number."""
-
-    cache_tokens: int
-    longest: int
-    engines: int
-
-
-class Plan(TypedDict):
-    """A plan as JSON; sizes in bytes, times in seconds or, where the name says so, hours."""
-
-    model: PlannedModel
-    gpu: Mapping[str, Any]
-    world: int
-    replicas: int
-    layout: PlannedLayout
-    rank: list[PlannedRank]
-    phases: list[PlannedPhase]
-    fits: bool
-    patches_of_a_pack: PlannedPatches
-    engine: PlannedEngine | None
-    spans: list[PlannedSpan]
-    sources: list[PlannedSource]
-    tokens: float
-    steps: int
-    flops: float
-    bubble: float
-    at_mfu: dict[str, float]
-    by_cost_model: dict[str, float]
-    checkpoint_bytes: int
-    checkpoints_kept: int
-    candidates: list[PlannedCandidate] | None
 
 
 @dataclass(frozen=True)
@@ -346,145 +239,6 @@ def _engine(scenario: Scenario) -> PlannedEngine:
         "longest": longest,
         "engines": scenario.world // rollout.tp,
     }
-
-
-def show(plan: Plan) -> str:
-    """Return the plan as text."""
-    model = plan["model"]
-    gpu = plan["gpu"]
-    parameters = model["parameters"]
-    total = sum(parameters.values())
-    part_counts = [f"{part} {count / 1e6:,.0f} M" for part, count in parameters.items() if count]
-    counts = ", ".join(part_counts)
-    gpu_gib = gpu["memory"] / _GIB
-    layout = plan["layout"]
-    parallel = ParallelConfig(**layout["parallel"])
-    layout_name = search.name(parallel, layout["recompute"])
-    lines = [
-        f"model       {model['path']}: {total / 1e9:.3f} B parameters ({counts})",
-        f"processes   {plan['world']} x {gpu['name']} ({gpu_gib:.1f} GiB), {plan['replicas']} replicas",
-        f"layout      {layout_name}",
-        "",
-        f"{'a rank holds, GiB':20}{'parameters':>14}{'weights':>10}{'gradients':>11}{'optimizer':>11}",
-    ]
-    for rank in plan["rank"]:
-        lines.append(_rank_line(rank))
-    lines.append("")
-    lines += _phase_lines(plan)
-    lines.append("")
-    lines += _work_lines(plan)
-    if plan["candidates"] is not None:
-        lines.append("")
-        lines += _candidate_lines(plan["candidates"])
-    return "\n".join(lines)
-
-
-def _rank_line(rank: PlannedRank) -> str:
-    """Return a line of the table of ranks, its columns as wide as those of the header in `show`."""
-    title = f"{rank['model']}, stage {rank['stage']}"
-    weights = rank["weights"] / _GIB
-    gradients = rank["gradients"] / _GIB
-    optimizer = rank["optimizer"] / _GIB
-    sizes = f"{weights:10.2f}{gradients:11.2f}{optimizer:11.2f}"
-    return f"  {title:18}{rank['parameters']:14,}{sizes}"
-
-
-def _phase_lines(plan: Plan) -> list[str]:
-    limit = plan["gpu"]["memory"]
-    lines = ["memory of the fullest rank in each phase, GiB"]
-    for phase in plan["phases"]:
-        total = phase["total"]
-        verdict = "fits" if total <= limit else f"DOES NOT FIT into {limit / _GIB:.1f}"
-        lines.append(f"  {phase['name']:16}{total / _GIB:8.2f}  {verdict}")
-        items = []
-        for name, size in phase["items"].items():
-            # An item that would print as 0.00 is left out.
-            if size >= _GIB // 200:
-                items.append(f"{name} {size / _GIB:.2f}")
-        for start in range(0, len(items), _ITEMS_PER_LINE):
-            line_items = items[start : start + _ITEMS_PER_LINE]
-            lines.append(f"    {', '.join(line_items)}")
-    patches = plan["patches_of_a_pack"]
-    if patches["room"] is not None:  # else the tower stores nothing, and any number fits
-        lines.append(f"  images: {patches['expected']:,} patches in a pack expected, room for {patches['room']:,}")
-    if engine := plan["engine"]:
-        cache_tokens = engine["cache_tokens"]
-        longest = engine["longest"]
-        sequences = cache_tokens / longest
-        lines.append(
-            f"  vLLM: {engine['engines']} engines, cache for {cache_tokens:,} tokens each = {sequences:.1f} "
-            f"sequences of {longest:,}"
-        )
-    return lines
-
-
-def _work_lines(plan: Plan) -> list[str]:
-    lines = ["work"]
-    for span in plan["spans"]:
-        lines += _span_lines(span)
-    sources = [SourceUse(**use) for use in plan["sources"]]
-    lines += [f"  {line}" for line in show_uses(sources)]
-    at_mfu = plan["at_mfu"]
-    modelled = plan["by_cost_model"]
-    checkpoints = plan["checkpoints_kept"]
-    size = plan["checkpoint_bytes"]
-    giga_tokens = plan["tokens"] / 1e9
-    lines += [
-        f"  {plan['steps']} steps, {giga_tokens:,.2f} G tokens, {plan['flops']:.3e} FLOP; bubble {plan['bubble']:.1%}",
-        f"  at MFU {at_mfu['mfu']:.0%}: {at_mfu['hours']:,.1f} hours, {at_mfu['gpu_hours']:,.0f} GPU-hours",
-        f"  by the cost model: {modelled['hours']:,.1f} hours, {modelled['gpu_hours']:,.0f} GPU-hours "
-        f"(MFU {modelled['mfu']:.0%})",
-        f"  a checkpoint: {size / 1e9:,.1f} GB; {checkpoints} kept: {size * checkpoints / 1e12:,.2f} TB",
-        flops.FORMULA,
-    ]
-    return lines
-
-
-def _span_lines(span: PlannedSpan) -> list[str]:
-    seconds = []
-    for name, value in span["parts"].items():
-        # A part that would print as 0.0 is left out.
-        if value >= 0.05:
-            seconds.append(f"{name} {value:.1f}")
-    mega_tokens = span["tokens"] / 1e6
-    peta_flop = span["flops"] / 1e15
-    packs = f"{span['micro_batches']} packs a replica"
-    return [
-        f"  {span['steps']} steps of {mega_tokens:,.1f} M tokens, {packs}; samples: {span['told']}",
-        f"    {peta_flop:,.0f} PFLOP and {span['seconds']:.1f} s a step, in seconds:",
-        f"    {', '.join(seconds)}",
-    ]
-
-
-def _candidate_lines(candidates: Sequence[PlannedCandidate]) -> list[str]:
-    fitting: list[PlannedCandidate] = []
-    reasons: Counter[str] = Counter()
-    for candidate in candidates:
-        if candidate["reason"]:
-            kind = _kind_of_reason(candidate["reason"])
-            reasons[kind] += 1
-        else:
-            fitting.append(candidate)
-    lines = [
-        f"layouts that fit: {len(fitting)} of {len(candidates)}, fastest first",
-        "  hours     GiB",
-    ]
-    for candidate in fitting[:_SHOWN_LAYOUTS]:
-        parallel = ParallelConfig(**candidate["parallel"])
-        layout = search.name(parallel, candidate["recompute"])
-        gib = candidate["bytes"] / _GIB
-        lines.append(f"{candidate['hours']:7,.1f}{gib:8.1f}  {layout}")
-    lines.append("layouts that cannot be")
-    for reason, count in reasons.most_common(_SHOWN_REASONS):
-        lines.append(f"{count:6}  {reason}")
-    return lines
-
-
-def _kind_of_reason(reason: str) -> str:
-    """Return the reason without its remedy; reasons that differ in the gigabytes alone become one."""
-    if reason.startswith("out of memory"):
-        return reason.split(" needs ")[0]
-    return reason.partition(";")[0]
 
 
 def processes(name: str, parallel: ParallelConfig) -> int:
