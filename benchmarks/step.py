@@ -33,7 +33,8 @@ from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.transformer_config import DTYPES
-from ovr_megatron.plan.activations import Kernels, PackShape, activations
+from ovr_megatron.plan.activations import PackShape, activations
+from ovr_megatron.plan.layer import Kernels
 from ovr_megatron.plan.memory import CONTEXT, MARGIN
 from ovr_megatron.plan.parameters import model_state
 from ovr_megatron.runtime import distributed

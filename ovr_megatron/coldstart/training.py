@@ -18,7 +18,7 @@ from torch import Tensor
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
-from ovr_megatron.checkpoint.store import ResumePoint
+from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.config import ColdStartConfig
 from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merge_parts, worst
 from ovr_megatron.data.packing import Pack
