@@ -71,10 +71,11 @@ def make_tiny_model(
         },
     )
     generator = torch.Generator().manual_seed(seed)
-    weights = {
-        name: _initial(name, shape, generator, std, perturb).to(dtype)
-        for name, shape in tiny.tensors(sizes, config["vocab_size"], tied)
-    }
+    weights = {}
+    for name, shape in tiny.tensors(sizes, config["vocab_size"], tied):
+        # Drawn in float32 and then rounded: models of both dtypes come from the same draws.
+        tensor = _initial(name, shape, generator, std, perturb)
+        weights[name] = tensor.to(dtype)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it private
     return out
