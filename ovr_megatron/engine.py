@@ -257,7 +257,12 @@ class Engine:
 
     # Weights ---------------------------------------------------------------------------------------------
 
-    def load(self, folder: WeightFolder, head_init: str = "orz", seed: int = 0) -> Engine:
+    def load(
+        self,
+        folder: WeightFolder,
+        head_init: str = "orz",
+        seed: int = 0,
+    ) -> Engine:
         """Copy the weights of a Hugging Face folder in; a critic whose folder has no value head gets a new one.
 
         Args:

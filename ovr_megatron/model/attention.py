@@ -30,10 +30,9 @@ def rotary_table(angles: Tensor, dtype: torch.dtype = torch.float32, scaling: fl
         scaling: factor of cosines and sines, before they are rounded.
     """
     full = torch.cat((angles, angles), dim=-1)
-    parts = (full.cos(), full.sin())
-    table = torch.cat(parts, dim=-1)[:, None, None]
-    scaled = table * scaling
-    return scaled.to(dtype).float()
+    table = torch.cat((full.cos(), full.sin()), dim=-1)[:, None, None]
+    table = table * scaling
+    return table.to(dtype).float()
 
 
 def rotate(query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,8 +71,10 @@ def make_tiny_model(
         },
     )
     generator = torch.Generator().manual_seed(seed)
+    vocab = config["vocab_size"]
+    assert isinstance(vocab, int)
     weights = {}
-    for name, shape in tiny.tensors(sizes, config["vocab_size"], tied):
+    for name, shape in tiny.tensors(sizes, vocab, tied):
         # Drawn in float32 and then rounded: models of both dtypes come from the same draws.
         tensor = _initial(name, shape, generator, std, perturb)
         weights[name] = tensor.to(dtype)

@@ -165,8 +165,7 @@ class VisionLanguageModel(GPTModel, ABC):
         """Return hidden states [T / cp, 1, D] after this stage's layers (sequence-parallel: this rank's part)."""
         device = self.inv_freq.device
         positions = send(pack.position_ids[:, rows], device)
-        pair_positions = positions[self.position_row].t()
-        angles = pair_positions.float() * self.inv_freq
+        angles = positions[self.position_row].t().float() * self.inv_freq
         # Without tails `Segments.build` takes the bounds themselves for the lengths.
         lengths = None if pack.cu_seqlens_padded is None else pack.cu_seqlens
         segments = Segments.build(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+# These import Transformers, Megatron or vLLM, seconds each, only when they are called.
 def _load_processor_class() -> type[Any]:
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
