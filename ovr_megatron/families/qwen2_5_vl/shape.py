@@ -80,7 +80,7 @@ class VisionFields(Fields):
     intermediate_size: Width
     depth: Depth = 32
     num_heads: Width = 16
-    # Older folders say in_chans.
+    # Qwen's files say in_chans, Transformers in_channels.
     in_channels: Literal[3] | None = None
     in_chans: Literal[3] | None = None
     patch_size: Width | None = None
@@ -253,8 +253,8 @@ def _vision_problems(text: TextFields, vision: VisionFields) -> Iterator[str]:
         yield f"vision_config.window_size {vision.window_size} is not a multiple of {merged} pixels, a merged patch"
     if vision.out_hidden_size not in (None, text.hidden_size):
         yield f"vision_config.out_hidden_size {vision.out_hidden_size} is not hidden_size {text.hidden_size}"
-    # Only where the file names them: the defaults of Transformers reach beyond a small tower.
     late = [index for index in vision.fullatt_block_indexes if index >= vision.depth]
+    # Only where the file names them: the defaults of Transformers reach beyond a small tower.
     if late and "fullatt_block_indexes" in vision.model_fields_set:
         yield f"vision_config.fullatt_block_indexes names block {late[0]}, and the tower has {vision.depth}"
 

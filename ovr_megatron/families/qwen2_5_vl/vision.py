@@ -47,7 +47,7 @@ class GridLayout:
     frame_lengths: tuple[int, ...]
 
 
-# Every step has pictures of the same few sizes, and nothing else decides on the layout.
+# The sizes of pictures come again from step to step, and nothing else decides on the layout.
 @lru_cache(maxsize=1024)
 def grid_layout(grid: tuple[int, int, int], merge: int, window: int) -> GridLayout:
     """Return the layout of a ``grid`` (frames, height, width in patches); ``window`` is counted in features."""
