@@ -35,6 +35,7 @@ class SourceConfig:
             f"data.sources[].format={self.format!r} is not known; choose one of {', '.join(FORMATS)}, or write "
             "package.module:NAME",
         )
+        # Here, not in the type: the message names the source.
         require(self.weight > 0, f"data.sources[].weight={self.weight} of {self.path} must be positive")
 
 
@@ -55,14 +56,17 @@ class DataConfig:
     as it is (open)."""
     learn: Literal["all", "last"] = "all"
     """Replies that are learned of a chat of several turns."""
+    # Four merged patches of 28 x 28, as in the published models' own processor.
     min_pixels: Count = 3136
     """Pixels that an image has at least after resizing."""
+    # 1,280 merged patches, each a token; the published processor allows 16,384.
     max_pixels: Count = 1003520
     """Pixels that an image has at most after resizing."""
     max_images: PositiveInt = 8
     """Images of a row."""
     max_frames: PositiveInt = 16
     """Frames of a video."""
+    # A small file can hold very many pixels, and a large one few: both are bounded.
     max_image_bytes: Count = 50_000_000
     """Bytes of an image file."""
     max_image_pixels: Count = 100_000_000

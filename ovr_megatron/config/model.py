@@ -46,6 +46,7 @@ class ModelConfig:
     """First and last layers that stay in bfloat16, this many at each end."""
 
     def __post_init__(self) -> None:
+        # 8-bit products are Transformer Engine's alone, whose layers are not taken in float32.
         require(
             self.fp8 == "none" or (self.dtype == "bfloat16" and self.layers != "local"),
             f"model.fp8={self.fp8} needs model.dtype=bfloat16 and Transformer Engine's layers",
@@ -80,6 +81,7 @@ class ParallelConfig:
     """Hide the gradients' traffic behind the computation; with the distributed optimizer also the parameters'."""
 
     def __post_init__(self) -> None:
+        # Megatron refuses it, too, but not before the model is built.
         require(
             not self.sequence_parallel or self.tp > 1,
             "parallel.sequence_parallel=true needs parallel.tp of at least 2",
@@ -111,6 +113,7 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
+    # The policy's, as in the recipe of stage 2; that of stage 1 has its own.
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
     min_lr_ratio: UnitFloat = 1.0
@@ -119,6 +122,7 @@ class OptimizerConfig:
     """Course of the rate after the warm-up; wsd stays, and decays linearly over the last decay_share of all steps."""
     warmup_steps: Count = 50
     """Optimizer steps of the warm-up."""
+    # Below 1, as for beta2: Adam divides its means by 1 - beta^t.
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the mean gradient."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

@@ -88,7 +88,10 @@ class ModelShape:
     @property
     def trained_positions(self) -> int:
         """Return the positions without YaRN."""
-        return self.yarn.original_positions if self.yarn else min(self.max_positions, family_of(self).trained_positions)
+        if self.yarn:
+            return self.yarn.original_positions
+        # ``config.json`` may allow more positions than the training had.
+        return min(self.max_positions, family_of(self).trained_positions)
 
     def check_length(self, tokens: int, setting: str) -> None:
         """Refuse a document of ``tokens``, asked for by ``setting``, that is longer than the model's positions.
@@ -97,6 +100,7 @@ class ModelShape:
             ConfigError: names the setting, both lengths and the remedy.
         """
         if tokens > self.max_positions:
+            # A factor counts from the trained positions, also in a folder that was stretched before.
             factor = math.ceil(tokens / self.trained_positions)
             raise ConfigError(
                 f"{setting} comes to {tokens} tokens, and the model has {self.max_positions} positions; lower it, or "
@@ -105,7 +109,10 @@ class ModelShape:
 
     def response_limit(self, max_tokens: int, prompt_tokens: int) -> int:
         """Return ``max_tokens``, or for 0 the positions that a prompt leaves, at most `LONGEST_RESPONSE` tokens."""
-        return max_tokens or max(1, min(LONGEST_RESPONSE, self.max_positions - prompt_tokens))
+        if max_tokens:
+            return max_tokens
+        remaining = self.max_positions - prompt_tokens
+        return max(1, min(LONGEST_RESPONSE, remaining))
 
     @staticmethod
     def from_hf(directory: str | Path) -> ModelShape:
@@ -125,6 +132,7 @@ class ModelShape:
 WeightEntry = tuple[str, tuple[str, ...], str, tuple[str, ...]]
 
 
+# By identity: its dictionaries have no hash, and vLLM's registration is cached by family.
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Family:
     """Everything that the code outside of a family's package asks of it.
@@ -191,18 +199,23 @@ def register(family: Family) -> None:
     Raises:
         ValueError: another family has its name, one of its values of ``model_type``, or a preset of that name.
     """
+    # The families of this folder first, so that a clash with one of them is the new family's error.
     _load_packages()
     _add(family)
 
 
 def _add(family: Family) -> None:
     for registered in _registered.values():
-        if registered.name == family.name or set(registered.model_types) & set(family.model_types):
+        shared_types = set(registered.model_types) & set(family.model_types)
+        if registered.name == family.name or shared_types:
             types = ", ".join(registered.model_types)
             raise ValueError(f"family {family.name}: {registered.name} (model_type {types}) is registered already")
-        if names := sorted(set(registered.presets) & set(family.presets)):
+        # A preset is asked for by its name alone, as 7B.
+        shared_presets = set(registered.presets) & set(family.presets)
+        if shared_presets:
+            preset = min(shared_presets)
             raise ValueError(
-                f"family {family.name}: {names[0]} names a preset of {registered.name}; give it another name"
+                f"family {family.name}: {preset} names a preset of {registered.name}; give it another name"
             )
     _registered[family.name] = family
 
@@ -212,7 +225,9 @@ def _load_packages() -> None:
     """Register the families whose packages are in this folder, once a process, in the order of their names."""
     for module in pkgutil.iter_modules(__path__):
         if module.ispkg:
-            _add(import_module(f"{__name__}.{module.name}").FAMILY)
+            # Here and not at the top: a family's package imports from this module.
+            package = import_module(f"{__name__}.{module.name}")
+            _add(package.FAMILY)
 
 
 def families() -> list[Family]:
