@@ -24,6 +24,7 @@ from ovr_megatron.families.config_json import ShapeError, check_kind, read_confi
 from ovr_megatron.families.positions import Visual
 from ovr_megatron.families.tiny import TinyModel
 from ovr_megatron.families.yarn import Yarn
+from ovr_megatron.runtime.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,29 +183,29 @@ class Family:
     tiny: TinyModel
 
 
-_registered: dict[str, Family] = {}
+_FAMILIES = Registry[Family]("family", {}, error=ConfigError)
 
 
 def register(family: Family) -> None:
     """Make a family known.
 
     Raises:
-        ValueError: another family has its name, one of its values of ``model_type``, or a preset of that name.
+        ConfigError: another family has its name, one of its values of ``model_type``, or a preset of that name.
     """
     _load_packages()
     _add(family)
 
 
 def _add(family: Family) -> None:
-    for registered in _registered.values():
-        if registered.name == family.name or set(registered.model_types) & set(family.model_types):
+    for registered in _FAMILIES.rows.values():
+        if set(registered.model_types) & set(family.model_types):
             types = ", ".join(registered.model_types)
-            raise ValueError(f"family {family.name}: {registered.name} (model_type {types}) is registered already")
+            raise ConfigError(f"family {family.name}: {registered.name} (model_type {types}) is registered already")
         if names := sorted(set(registered.presets) & set(family.presets)):
-            raise ValueError(
+            raise ConfigError(
                 f"family {family.name}: {names[0]} names a preset of {registered.name}; give it another name"
             )
-    _registered[family.name] = family
+    _FAMILIES.register(family.name, family)
 
 
 @functools.cache
@@ -218,7 +219,7 @@ def _load_packages() -> None:
 def families() -> list[Family]:
     """Return all known families."""
     _load_packages()
-    return list(_registered.values())
+    return list(_FAMILIES.rows.values())
 
 
 def titles() -> str:
@@ -234,9 +235,7 @@ def family_of(source: ModelShape | str) -> Family:
     """
     name = source if isinstance(source, str) else source.family
     _load_packages()
-    if name not in _registered:
-        raise ConfigError(f"{name!r} is no model family; choose one of {', '.join(_registered)}")
-    return _registered[name]
+    return _FAMILIES.look_up(name)
 
 
 def family_of_folder(directory: str | Path) -> Family:
