@@ -24,7 +24,7 @@ _SETTINGS = {
     "cold_start": ("optimizer.lr", "optimizer.schedule", "packs_per_step", "data.pack_tokens", "model.dtype"),
     "rl": ("algorithm.estimator", "optimizer.lr", "critic.optimizer.lr", "prompts", "responses", "model.dtype"),
 }
-# Settings of an evaluation that are options of tools/evaluate.py.
+# Settings of an evaluation that are options of `ovr evaluate`.
 _EVALUATION_OPTIONS = ("samples", "temperature", "max_tokens", "metric", "template", "min_pixels", "max_pixels", "seed")
 
 
@@ -65,7 +65,7 @@ def render_card(experiment: Experiment, model: str) -> str:
         f'model = {family.architecture}.from_pretrained("FOLDER", dtype="auto", device_map="auto")\n'
         'processor = AutoProcessor.from_pretrained("FOLDER")\n```\n\n'
         "The chat template opens `<think>`; the answer stands in `\\boxed{}` after `</think>`.",
-        "This page was written by `tools/report.py`; the settings of every stage are in its `config.yaml`.",
+        "This page was written by `ovr report`; the settings of every stage are in its `config.yaml`.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -151,13 +151,13 @@ def _render_commands(experiment: Experiment, model: str) -> Iterator[str]:
     lines = []
     for stage in experiment.stages.values():
         if stage.config:
-            module = "rl" if "iterations" in stage.config else "coldstart"
+            command = "rl" if "iterations" in stage.config else "sft"
             folder = stage.dir.name if stage.dir != experiment.dir else "."
-            lines.append(f"torchrun -m ovr_megatron.{module} --config-dir {folder} --config-name config run.dir=NEW")
+            lines.append(f"torchrun -m ovr_megatron {command} --config-dir {folder} --config-name config run.dir=NEW")
     for name, evaluation in experiment.scores.get(model, {}).items():
         data = shlex.quote(f"{name}={_source_name({'path': evaluation['source']})}")
         options = [f"--data {data} --limit {evaluation['problems']}", _evaluation_options(evaluation["settings"])]
-        lines.append(f"python tools/evaluate.py --model FOLDER {' '.join(options)} --out eval")
+        lines.append(f"ovr evaluate --model FOLDER {' '.join(options)} --out eval")
     if lines:
         yield "## Commands\n\n```bash\n" + "\n".join(lines) + "\n```"
 

@@ -66,7 +66,7 @@ def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> t
     if not data.sources:
         raise ConfigError(
             "data.sources and data.tokenised are empty: give rows, for example 'data.sources=[{path: rows.jsonl}]', or "
-            "data.tokenised=DIR that tools/tokenise.py wrote"
+            "data.tokenised=DIR that ovr tokenise wrote"
         )
     rows = open_stream(data, seed, skipped)
     stream = PackStream(rows, processor, data.pack_tokens, config.packs_per_step, *replica, skipped)

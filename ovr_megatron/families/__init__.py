@@ -101,7 +101,7 @@ class ModelShape:
             factor = math.ceil(tokens / self.trained_positions)
             raise ConfigError(
                 f"{setting} comes to {tokens} tokens, and the model has {self.max_positions} positions; lower it, or "
-                f"give the model more with YaRN: tools/convert_from_hf.py --yarn {factor}"
+                f"give the model more with YaRN: ovr convert from-hf --yarn {factor}"
             )
 
     def response_limit(self, max_tokens: int, prompt_tokens: int) -> int:
