@@ -101,8 +101,8 @@ class ParallelConfig:
         # Every replica has all of the model: a rest of ranks would have no place.
         require(
             world_size % ranks == 0,
-            f"{world_size} processes cannot be cut into tp={self.tp} x pp={self.pp} x cp={self.cp} = {ranks} ranks "
-            f"a replica; start a multiple of {ranks} processes or change parallel.*",
+            f"{world_size} processes cannot be cut into tp={self.tp},pp={self.pp},cp={self.cp}, {ranks} ranks a "
+            f"replica; start a multiple of {ranks} processes or change parallel.*",
         )
         return world_size // ranks
 
