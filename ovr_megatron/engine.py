@@ -216,7 +216,7 @@ class Engine:
             torch.cuda.empty_cache()  # vLLM takes its memory from the device, not from torch
 
     def _drop_fp8_copies(self) -> None:
-        """Free the 8-bit copies of the weights, which Transformer Engine makes anew in the next forward pass."""
+        """Free the FP8 copies of the weights, which Transformer Engine makes anew in the next forward pass."""
         for part in self.parts:
             for module in part.modules():
                 getattr(module, "_fp8_workspaces", {}).clear()

@@ -1,6 +1,6 @@
 """Repeat a saved PPO iteration in any layout; compare log-probabilities, values, advantages and steps with the saved.
 
-``tools/replay.py RUN ITERATION [parallel.tp=2 ...]`` needs the rollouts of that iteration and the checkpoint that it
+``ovr replay RUN ITERATION [parallel.tp=2 ...]`` needs the rollouts of that iteration and the checkpoint that it
 began from (none for iteration 0).  It changes nothing in the run folder.
 """
 

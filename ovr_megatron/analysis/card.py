@@ -25,7 +25,7 @@ _SETTINGS = {
     "cold_start": ("optimizer.lr", "optimizer.schedule", "packs_per_step", "data.pack_tokens", "model.dtype"),
     "rl": ("algorithm.estimator", "optimizer.lr", "critic.optimizer.lr", "prompts", "responses", "model.dtype"),
 }
-# Settings of an evaluation that are options of tools/evaluate.py.
+# Settings of an evaluation that are options of `ovr evaluate`.
 _EVALUATION_OPTIONS = ("samples", "temperature", "max_tokens", "metric", "template", "min_pixels", "max_pixels", "seed")
 
 _USE = """## Use
@@ -85,7 +85,7 @@ def render_card(experiment: Experiment, model: str) -> str:
         *_render_behaviours(experiment),
         *_render_commands(experiment, model),
         _USE.format(architecture=family.architecture),
-        "This page was written by `tools/report.py`; the settings of every stage are in its `config.yaml`.",
+        "This page was written by `ovr report`; the settings of every stage are in its `config.yaml`.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -200,10 +200,10 @@ def _render_commands(experiment: Experiment, model: str) -> Iterator[str]:
 
 
 def _stage_command(experiment: Experiment, stage: Stage) -> str:
-    module = "rl" if "iterations" in stage.config else "coldstart"
+    command = "rl" if "iterations" in stage.config else "sft"
     # A single run folder is an experiment, too: its configuration lies in the folder of the experiment.
     folder = stage.dir.name if stage.dir != experiment.dir else "."
-    return f"torchrun -m ovr_megatron.{module} --config-dir {folder} --config-name config run.dir=NEW"
+    return f"torchrun -m ovr_megatron {command} --config-dir {folder} --config-name config run.dir=NEW"
 
 
 def _evaluation_command(problem_set: str, evaluation: EvaluationResult) -> str:
@@ -211,7 +211,7 @@ def _evaluation_command(problem_set: str, evaluation: EvaluationResult) -> str:
     data = shlex.quote(f"{problem_set}={source}")
     limit = evaluation["problems"]
     options = _evaluation_options(evaluation["settings"])
-    return f"python tools/evaluate.py --model FOLDER --data {data} --limit {limit} {options} --out eval"
+    return f"ovr evaluate --model FOLDER --data {data} --limit {limit} {options} --out eval"
 
 
 def _evaluation_options(settings: Mapping[str, object]) -> str:

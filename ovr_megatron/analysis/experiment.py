@@ -109,7 +109,7 @@ class Experiment:
     """The content of an experiment's folder so far.
 
     ``scores[model][set]`` is an evaluation, ``measured[name]`` a timed command, ``behaviours`` the result that
-    ``tools/behaviours.py`` wrote to ``behaviours/``, None if there is none.
+    ``ovr behaviours`` wrote to ``behaviours/``, None if there is none.
     """
 
     dir: Path

@@ -173,4 +173,4 @@ class StageConfig:
     max_tokens: PositiveInt
     """Limit of prompt and response together."""
     mean_tokens: Annotated[Count, ZeroMeans("a third of the limit")] = 0
-    """Mean tokens of prompt and response that `tools/plan.py` expects."""
+    """Mean tokens of prompt and response that `ovr plan` expects."""

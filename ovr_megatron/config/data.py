@@ -46,7 +46,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """Sources of rows."""
     tokenised: str | None = None
-    """For the cold start, in place of sources: a folder that tools/tokenise.py wrote."""
+    """For the cold start, in place of sources: a folder that ovr tokenise wrote."""
     on_error: Literal["stop", "skip"] = "stop"
     """Whether a row that cannot be used stops the run, or is skipped, counted and listed."""
     template: Literal["think", "model"] = "think"
@@ -82,9 +82,9 @@ class DataConfig:
     Transformers 4), or after the larger side of the picture (grid, Transformers 5.3 and later); none: the rule that the
     model folder names, else extent.  It is written into exported models."""
     mean_tokens: Annotated[Count, ZeroMeans("from the data")] = 0
-    """Mean tokens of a sample for tools/plan.py, where there are no data to look at."""
+    """Mean tokens of a sample for ovr plan, where there are no data to look at."""
     expected_samples: Annotated[LargeCount, ZeroMeans("from the data")] = 0
-    """Number of samples for tools/plan.py, where there are no data to look at."""
+    """Number of samples for ovr plan, where there are no data to look at."""
 
     def __post_init__(self) -> None:
         # A tokenised set was made of its sources, without the rows of its own exclude file.

@@ -46,7 +46,7 @@ class ModelConfig:
     """First and last layers that stay in bfloat16, this many at each end."""
 
     def __post_init__(self) -> None:
-        # 8-bit products are Transformer Engine's alone, whose layers are not taken in float32.
+        # FP8 products are Transformer Engine's alone, whose layers are not taken in float32.
         require(
             self.fp8 == "none" or (self.dtype == "bfloat16" and self.layers != "local"),
             f"model.fp8={self.fp8} needs model.dtype=bfloat16 and Transformer Engine's layers",
@@ -103,8 +103,8 @@ class ParallelConfig:
         # Every replica has all of the model: a rest of ranks would have no place.
         require(
             world_size % ranks == 0,
-            f"{world_size} processes cannot be cut into tp={self.tp} x pp={self.pp} x cp={self.cp} = {ranks} ranks "
-            f"a replica; start a multiple of {ranks} processes or change parallel.*",
+            f"{world_size} processes cannot be cut into tp={self.tp},pp={self.pp},cp={self.cp}, {ranks} ranks a "
+            f"replica; start a multiple of {ranks} processes or change parallel.*",
         )
         return world_size // ranks
 

@@ -71,7 +71,7 @@ class EvaluationConfig:
     limit: Annotated[Count, ZeroMeans("all")] = 0
     """First problems of each set."""
     max_tokens: Annotated[Count, ZeroMeans("the model's positions less data.max_prompt_tokens, at most 32,768")] = 0
-    """Tokens of a greedy response, as in tools/evaluate.py."""
+    """Tokens of a greedy response, as in ovr evaluate."""
     samples: Count = 0
     """More responses at temperature 1, which give pass@k."""
     workers: PositiveInt = 2

@@ -203,6 +203,8 @@ class Endpoint:
         """Ask until there is an answer, at most ``attempts`` times; return None if the budget ended before."""
         config = self._config
         problem = ""
+        # A loop of our own: each attempt counts in the budget, a reply that is no completion is one more failure, and a
+        # stop ends the wait. httpx retries connections only, and openai's client counts nothing and sleeps on.
         for attempt in range(config.attempts):
             with self._lock:  # threads share the counts, and none may start an attempt beyond the budget
                 if self.exhausted or self._stopped.is_set():

@@ -29,7 +29,7 @@ from ovr_megatron.data.questions import field_of, options_of, prompt_row, texts
 from ovr_megatron.data.row_parsing import option_letter, parse_image, parse_row, parse_text
 from ovr_megatron.data.schema import Message, Row, RowError, TextPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
-from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
+from ovr_megatron.runtime.registry import Registry
 
 Reader = Callable[[Any, str, Path], Row]
 
@@ -134,26 +134,31 @@ class Format:
 
 
 _PICTURES = frozenset({"image", "decoded_image"})
-_FORMATS: dict[str, Format] = {
-    "messages": Format(parse_row, "messages"),
-    "orz": Format(read_orz, "prompt"),
-    "verl": Format(read_verl, "prompt"),
-    "llava": Format(read_llava, "conversations"),
-    "alpaca": Format(read_alpaca, "instruction"),
-    "query": Format(read_query, "query"),
-    "mathvision": Format(read_mathvision, media=_PICTURES),
-    "puzzlevqa": Format(read_puzzlevqa, media=_PICTURES),
-    "math": Format(BENCHMARK_READERS["math"], "problem"),
-    "gpqa": Format(BENCHMARK_READERS["gpqa"], "Question"),
-    "mmlu": Format(BENCHMARK_READERS["mmlu"]),
-    "mmlu_pro": Format(BENCHMARK_READERS["mmlu_pro"]),
-    "mathvista": Format(BENCHMARK_READERS["mathvista"], media=_PICTURES),
-    "mathverse": Format(BENCHMARK_READERS["mathverse"], media=_PICTURES),
-    "dynamath": Format(BENCHMARK_READERS["dynamath"], media=_PICTURES),
-    "wemath": Format(BENCHMARK_READERS["wemath"], media=_PICTURES | {"image_path"}),
-    "logicvista": Format(BENCHMARK_READERS["logicvista"], media=_PICTURES | {"imagename"}),
-    "mmmu_pro": Format(BENCHMARK_READERS["mmmu_pro"], media=_PICTURES | {f"image_{i}" for i in range(1, 8)}),
-}
+_FORMATS = Registry[Format](
+    "data.sources[].format",
+    {
+        "messages": Format(parse_row, "messages"),
+        "orz": Format(read_orz, "prompt"),
+        "verl": Format(read_verl, "prompt"),
+        "llava": Format(read_llava, "conversations"),
+        "alpaca": Format(read_alpaca, "instruction"),
+        "query": Format(read_query, "query"),
+        "mathvision": Format(read_mathvision, media=_PICTURES),
+        "puzzlevqa": Format(read_puzzlevqa, media=_PICTURES),
+        "math": Format(BENCHMARK_READERS["math"], "problem"),
+        "gpqa": Format(BENCHMARK_READERS["gpqa"], "Question"),
+        "mmlu": Format(BENCHMARK_READERS["mmlu"]),
+        "mmlu_pro": Format(BENCHMARK_READERS["mmlu_pro"]),
+        "mathvista": Format(BENCHMARK_READERS["mathvista"], media=_PICTURES),
+        "mathverse": Format(BENCHMARK_READERS["mathverse"], media=_PICTURES),
+        "dynamath": Format(BENCHMARK_READERS["dynamath"], media=_PICTURES),
+        "wemath": Format(BENCHMARK_READERS["wemath"], media=_PICTURES | {"image_path"}),
+        "logicvista": Format(BENCHMARK_READERS["logicvista"], media=_PICTURES | {"imagename"}),
+        "mmmu_pro": Format(BENCHMARK_READERS["mmmu_pro"], media=_PICTURES | {f"image_{i}" for i in range(1, 8)}),
+    },
+    lambda value: value if isinstance(value, Format) else None,
+    "a Format",
+)
 _LISTS = ("messages", "prompt", "completion", "conversations")  # of turns
 _READ_IN_TURNS = ("content", "value", "role", "from", "reasoning_content")
 _UNREAD_IN_TURNS = ("tools", "tool_calls", "function_call", "functions", "reasoning", "thinking", "thought", "system")
@@ -240,9 +245,6 @@ def _with_columns(
     return (*messages[:-1], reply)
 
 
-READERS: dict[str, Reader] = {name: partial(read_row, form) for name, form in _FORMATS.items()}
-
-
 _SIGNS = {  # fields that a format is detected by; the first match counts, so the more specific ones come first
     "mathvista": {"pid", "question", "answer_type"},
     "mathverse": {"problem_version"},
@@ -272,8 +274,7 @@ def register_format(name: str, form: Format, signs: Collection[str] = ()) -> Non
     Raises:
         RegistryError: The name is taken.
     """
-    add_row(_FORMATS, name, form)
-    READERS[name] = partial(read_row, form)
+    _FORMATS.register(name, form)
     FORMATS.append(name)
     if signs:
         _SIGNS[name] = set(signs)
@@ -285,12 +286,7 @@ def find_reader(name: str) -> Reader:
     Raises:
         RegistryError: There is none.
     """
-    if name in READERS:
-        return READERS[name]
-    form = find_row("data.sources[].format", name, _FORMATS)
-    if not isinstance(form, Format):
-        raise RegistryError(f"data.sources[].format={name} is of type {type(form).__name__}; make it a Format")
-    return partial(read_row, form)
+    return partial(read_row, _FORMATS.look_up(name))
 
 
 _ANSWERS = {"reward_model", "data_source", "response", "completion", "answer", "solution"}
@@ -319,6 +315,6 @@ def detect(raw: Any, where: str) -> str:
         if signs <= keys:
             return name
     fields = ", ".join(sorted(keys)) or "(none)"
-    formats = ", ".join(READERS)
+    formats = ", ".join(_FORMATS.rows)
     remedy = f"give rows with 'messages', or set the format of the source to one of {formats}"
     raise RowError(where, "row", f"has only the fields {fields}", remedy)

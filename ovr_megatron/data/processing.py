@@ -293,7 +293,7 @@ class Processor:
             remedy = "shorten the row, shrink its images or raise the limit"
         elif length > positions:
             problem = f"the row takes {length} tokens, more than the model's {positions} positions"
-            remedy = "shorten the row, or give the model more with tools/convert_from_hf.py --yarn"
+            remedy = "shorten the row, or give the model more with ovr convert from-hf --yarn"
         else:
             return None
         return TooLongError(draft.row.where, "messages", problem, remedy)

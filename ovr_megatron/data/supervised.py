@@ -79,7 +79,7 @@ def open_packs(
     if not data.sources:
         raise ConfigError(
             "data.sources and data.tokenised are empty: give rows, for example 'data.sources=[{path: rows.jsonl}]', or "
-            "data.tokenised=DIR that tools/tokenise.py wrote"
+            "data.tokenised=DIR that ovr tokenise wrote"
         )
     rows = open_stream(data, seed, skipped)
     stream = PackStream(

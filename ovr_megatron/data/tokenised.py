@@ -45,7 +45,7 @@ RECORD = np.dtype(
         ("crc32", "<u4"),  # of the tokens as they are stored
     ]
 )
-_AGAIN = "copy the set again, or write it anew with tools/tokenise.py"
+_AGAIN = "copy the set again, or write it anew with ovr tokenise"
 
 
 @dataclass(frozen=True)
@@ -232,11 +232,11 @@ def read_tokenised_manifest(folder: str | Path) -> TokenisedManifest:
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise RowError(str(path), "", "does not exist", "name a folder that tools/tokenise.py wrote") from None
+        raise RowError(str(path), "", "does not exist", "name a folder that ovr tokenise wrote") from None
     except ValueError as error:
         raise RowError(str(path), "", f"is not JSON ({error})", _AGAIN) from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise RowError(str(path), "format", f"is not {FORMAT}", "write the set anew with tools/tokenise.py")
+        raise RowError(str(path), "format", f"is not {FORMAT}", "write the set anew with ovr tokenise")
     try:
         sources = tuple(TokenisedSource(**source) for source in raw["sources"])
         files: dict[str, TokenisedFile] = {}
@@ -277,14 +277,14 @@ def _check_tokenisation(folder: Path, of_set: Tokenisation, processor: Processor
             raise ConfigError(
                 f"data.tokenised={folder} was written with {item.name} {set_value}, model.path and data.template give "
                 f"{model_value}; choose the model and template it was written for, or write it anew with "
-                "tools/tokenise.py"
+                "ovr tokenise"
             )
 
 
 def _vocabulary_message(folder: Path, token: int | None, vocab: int) -> str:
     return (
         f"data.tokenised={folder} holds token {token}, and the model's vocabulary ends at {vocab}; choose the model it "
-        "was written for, or write it anew with tools/tokenise.py"
+        "was written for, or write it anew with ovr tokenise"
     )
 
 

@@ -24,6 +24,7 @@ from ovr_megatron.families.config_json import ShapeError, check_kind, read_confi
 from ovr_megatron.families.positions import Visual
 from ovr_megatron.families.tiny import TinyModel
 from ovr_megatron.families.yarn import Yarn
+from ovr_megatron.runtime.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +105,7 @@ class ModelShape:
             factor = math.ceil(tokens / self.trained_positions)
             raise ConfigError(
                 f"{setting} comes to {tokens} tokens, and the model has {self.max_positions} positions; lower it, or "
-                f"give the model more with YaRN: tools/convert_from_hf.py --yarn {factor}"
+                f"give the model more with YaRN: ovr convert from-hf --yarn {factor}"
             )
 
     def response_limit(self, max_tokens: int, prompt_tokens: int) -> int:
@@ -190,14 +191,14 @@ class Family:
     tiny: TinyModel
 
 
-_registered: dict[str, Family] = {}
+_FAMILIES = Registry[Family]("family", {}, error=ConfigError)
 
 
 def register(family: Family) -> None:
     """Make a family known.
 
     Raises:
-        ValueError: another family has its name, one of its values of ``model_type``, or a preset of that name.
+        ConfigError: another family has its name, one of its values of ``model_type``, or a preset of that name.
     """
     # The families of this folder first, so that a clash with one of them is the new family's error.
     _load_packages()
@@ -205,19 +206,18 @@ def register(family: Family) -> None:
 
 
 def _add(family: Family) -> None:
-    for registered in _registered.values():
-        shared_types = set(registered.model_types) & set(family.model_types)
-        if registered.name == family.name or shared_types:
+    for registered in _FAMILIES.rows.values():
+        if set(registered.model_types) & set(family.model_types):
             types = ", ".join(registered.model_types)
-            raise ValueError(f"family {family.name}: {registered.name} (model_type {types}) is registered already")
+            raise ConfigError(f"family {family.name}: {registered.name} (model_type {types}) is registered already")
         # A preset is asked for by its name alone, as 7B.
         shared_presets = set(registered.presets) & set(family.presets)
         if shared_presets:
             preset = min(shared_presets)
-            raise ValueError(
+            raise ConfigError(
                 f"family {family.name}: {preset} names a preset of {registered.name}; give it another name"
             )
-    _registered[family.name] = family
+    _FAMILIES.register(family.name, family)
 
 
 @functools.cache
@@ -233,7 +233,7 @@ def _load_packages() -> None:
 def families() -> list[Family]:
     """Return all known families."""
     _load_packages()
-    return list(_registered.values())
+    return list(_FAMILIES.rows.values())
 
 
 def titles() -> str:
@@ -249,9 +249,7 @@ def family_of(source: ModelShape | str) -> Family:
     """
     name = source if isinstance(source, str) else source.family
     _load_packages()
-    if name not in _registered:
-        raise ConfigError(f"{name!r} is no model family; choose one of {', '.join(_registered)}")
-    return _registered[name]
+    return _FAMILIES.look_up(name)
 
 
 def family_of_folder(directory: str | Path) -> Family:

@@ -11,7 +11,7 @@ from ovr_megatron.families import ModelShape
 def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False) -> None:
     """Refuse a layout that the model's sizes do not allow, before anything is allocated.
 
-    8-bit matrix products want both sizes of a rank's weight to be multiples of 16.
+    FP8 matrix products want both sizes of a rank's weight to be multiples of 16.
 
     Raises:
         ConfigError: names the values and the nearest that fit.
@@ -91,8 +91,8 @@ def _check_stages(layers: int, parallel: ParallelConfig) -> None:
 
 
 # A rank's rows must be a multiple of this for an FP8 recipe's matrix products: 16 for their operands, and full blocks
-# for block scaling.  Transformer Engine gathers the input of a sequence-parallel layer in 8 bits only where every rank
-# has full blocks (`Float8BlockQuantizer.is_quantizable`); before 2.14 it refused others, now it gathers 16 bits.
+# for block scaling.  Transformer Engine gathers the input of a sequence-parallel layer in FP8 only where every rank
+# has full blocks (`Float8BlockQuantizer.is_quantizable`); before 2.14 it refused others, now it gathers bfloat16.
 _FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "block": 128}
 
 
@@ -100,7 +100,7 @@ def alignment(parallel: ParallelConfig, fp8: str = "none") -> tuple[int, int]:
     """Return what the rows of every document, and of every pack, must be a multiple of.
 
     Context parallelism cuts a document into two chunks a rank; all ranks of a sequence-parallel group hold equally
-    many rows; 8-bit matrix products need a multiple of rows that follows from the recipe.
+    many rows; FP8 matrix products need a multiple of rows that follows from the recipe.
 
     Args:
         parallel: the model's layout.

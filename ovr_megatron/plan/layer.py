@@ -50,7 +50,7 @@ class LayerSizes:
     trains: bool = True
     has_bias: bool = False
     shares_keys: bool = False  # query heads of attention without Transformer Engine share keys and values
-    stores_fp8: bool = False  # inputs of matrix products are stored in 8 bits
+    stores_fp8: bool = False  # inputs of matrix products are stored in FP8
 
     @property
     def is_on_cpu(self) -> bool:

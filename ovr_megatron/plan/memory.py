@@ -262,7 +262,7 @@ def fp8_bytes(
     stage: int,
     critic: bool,
 ) -> int:
-    """Return the bytes of the 8-bit copies of the layers' matrices, which Transformer Engine keeps from the first pass.
+    """Return the bytes of the FP8 copies of the layers' matrices, which Transformer Engine keeps from the first pass.
 
     Two of each on Hopper, row by row and transposed (`_fp8_workspaces` of its modules); their scales are not counted.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.ppo.advantages import Ragged
-from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
+from ovr_megatron.runtime.registry import Registry
 
 SumOverRanks = Callable[[np.ndarray], np.ndarray]
 
@@ -110,7 +110,9 @@ def gspo_loss(
     return clipped_surrogate(ratio, advantages, settings)
 
 
-LOSSES: dict[str, PolicyLoss] = {"clip": clip_loss, "gspo": gspo_loss}
+LOSSES = Registry[PolicyLoss](
+    "algorithm.loss", {"clip": clip_loss, "gspo": gspo_loss}, lambda value: value if callable(value) else None
+)
 
 
 def register_loss(name: str, loss: PolicyLoss) -> None:
@@ -119,7 +121,7 @@ def register_loss(name: str, loss: PolicyLoss) -> None:
     Raises:
         RegistryError: the name is taken.
     """
-    add_row(LOSSES, name, loss)
+    LOSSES.register(name, loss)
 
 
 def find_loss(name: str) -> PolicyLoss:
@@ -128,10 +130,7 @@ def find_loss(name: str) -> PolicyLoss:
     Raises:
         RegistryError: there is none of this name, or the object of this name is no function.
     """
-    loss = find_row("algorithm.loss", name, LOSSES)
-    if not callable(loss):
-        raise RegistryError(f"algorithm.loss={name} is of type {type(loss).__name__}; make it a function")
-    return loss
+    return LOSSES.look_up(name)
 
 
 def value_loss(values: Tensor, returns: Tensor, old: Tensor, clip: float) -> Tensor:
