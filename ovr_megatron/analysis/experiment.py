@@ -242,8 +242,8 @@ def stage_folders(folder: Path) -> dict[str, Path]:
     for path in sorted(paths, key=_modification_time):
         if path.parent.name in STAGES:
             continue
-        config = yaml.safe_load(path.read_text()) or {}
-        stage = _stage_name(cast(StageSettings, config))
+        config: StageSettings | None = yaml.safe_load(path.read_text())
+        stage = _stage_name(config) if config else None  # an empty file is None
         if stage:
             folders[stage] = path.parent
     for name in STAGES:

@@ -46,10 +46,14 @@ class TextPieces(TypedDict, total=False):
     cut: int
 
 
-class CardContent(TextPieces, CardTexts, total=False):
-    """What a script holds of a response; ``image`` is the address of the prompt's image."""
+class ImageAddress(TypedDict, total=False):
+    """The address of the prompt's image, nothing without one."""
 
     image: str
+
+
+class CardContent(TextPieces, CardTexts, ImageAddress):
+    """What a script holds of a response."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,10 @@ def _item(
         behaviours = {act.behaviour for act in acts}
     bits = sum(bit for name, bit in _BITS.items() if name in behaviours)
     row = (fields["source"], fields["reward"], fields["tokens"], bits)
-    content = cast(CardContent, {**pieces, **texts})
+    address: ImageAddress = {}
     if image is not None:
-        content["image"] = image
-    return ResponseItem(row, content)
+        address["image"] = image
+    return ResponseItem(row, {**pieces, **texts, **address})
 
 
 def _pieces(text: str, tokens: Sequence[Token], acts: Sequence[lexical.Act]) -> TextPieces:
