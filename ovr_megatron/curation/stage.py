@@ -176,12 +176,7 @@ class Work:
             yield MappedRow(line, source, result)
         self.progress.update(len(chunk))
 
-    def keep(
-        self,
-        row: str | Mapping[str, object],
-        source: str,
-        **fields: object,
-    ) -> None:
+    def keep(self, row: str | Mapping[str, object], source: str, **fields: object) -> None:
         """Write a row, given as an input line or as an object, with ``fields`` added to it."""
         if fields:
             decoded = json.loads(row) if isinstance(row, str) else row
@@ -194,13 +189,7 @@ class Work:
         self._out.write(line)
         self.report.count_kept(source)
 
-    def drop(
-        self,
-        row: str | Mapping[str, object],
-        source: str,
-        reason: str,
-        **details: object,
-    ) -> None:
+    def drop(self, row: str | Mapping[str, object], source: str, reason: str, **details: object) -> None:
         """Count a dropped row; the first few of each reason become examples, with ``details`` beside the row."""
         self.report.count_dropped(source, reason, row, details)
 
@@ -286,12 +275,7 @@ def _run(
             f"{work.folder}: {stage.name} kept no row of {names}; report.json says why; loosen its "
             "settings, leave the source out, or set allow_empty=true"
         )
-    extra = {
-        "key": key,
-        "kept": report.kept,
-        "dropped": report.dropped,
-        **work.extra,
-    }
+    extra = {"key": key, "kept": report.kept, "dropped": report.dropped, **work.extra}
     records = {}
     for file in _files_of(work.folder, (ROWS, *_REPORT, *stage.files)):
         name = file.relative_to(work.folder).as_posix()
@@ -317,14 +301,7 @@ def stage_key(stage: PrepareStage, config: PrepareConfig, previous_key: str) -> 
     settings = as_json(stage.settings(config))
     inputs = as_json(stage.inputs(config))
     # The previous key stands for everything before: a change in an early stage changes all later keys.
-    parts = [
-        ovr_megatron.__version__,
-        stage.name,
-        config.seed,
-        settings,
-        inputs,
-        previous_key,
-    ]
+    parts = [ovr_megatron.__version__, stage.name, config.seed, settings, inputs, previous_key]
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
