@@ -50,9 +50,10 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
     upstream = tl.load(grads, mask=inside, other=0.0).to(tl.float32)
     denominator = 1.0 + tl.exp(-gate)
     sigmoid = 1.0 / denominator
+    weighted = upstream * up * sigmoid
     # The derivative of silu is sigmoid times this factor.
     factor = 1.0 + gate * (1.0 - sigmoid)
-    d_gate = upstream * up * sigmoid * factor
+    d_gate = weighted * factor
     d_up = upstream * gate * sigmoid
     rounded_gate = d_gate.to(gate_up.dtype.element_ty)
     tl.store(gates, rounded_gate, mask=inside)
