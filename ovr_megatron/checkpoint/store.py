@@ -42,7 +42,8 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.work_barrier import WorkBarrier
-from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder
+from ovr_megatron.weights.adapters import is_adapter_folder
+from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, SHARD_BYTES, WeightFolder
 from ovr_megatron.weights.table import TensorRow
 
 logger = get_logger(__name__)
@@ -107,7 +108,8 @@ def folders_of(engines: dict[str, Engine]) -> list[TensorFolder]:
     folders = []
     for name, engine in engines.items():
         itemsize = engine.config.params_dtype.itemsize
-        folders.append(TensorFolder(name, _sizes(engine.live.rows, itemsize), engine.weights))
+        sizes = _sizes(engine.saved_rows, itemsize)
+        folders.append(TensorFolder(name, sizes, engine.weights, engine.adapter_config()))
         for kind in engine.state_kinds:
             sizes = _sizes(engine.trained_rows, torch.float32.itemsize)
             folders.append(TensorFolder(f"{name}-{kind}", sizes, partial(engine.optimizer_state, kind)))
@@ -374,9 +376,19 @@ def restore(checkpoint: ResumePoint, engines: dict[str, Engine]) -> None:
             raise CheckpointError(
                 f"{checkpoint.path} has no {name}; it was written by another stage, use another run.dir"
             )
+        if is_adapter_folder(checkpoint.path / name) != (engine.lora.rank > 0):
+            kind = "adapters" if engine.lora.rank == 0 else "entire weights"
+            raise CheckpointError(
+                f"{checkpoint.path} holds {kind} and model.lora.rank is {engine.lora.rank}; go on with the setting "
+                "that the run began with, or use another run.dir"
+            )
         optimizer = optimizers[name]
         # The files hold full tensors, and each engine takes the slices of its own layout.
-        engine.load(WeightFolder(checkpoint.path / name))
+        folder = checkpoint.path / name
+        if is_adapter_folder(folder):
+            engine.load_adapter(WeightFolder(folder, ADAPTER_WEIGHTS))
+        else:
+            engine.load(WeightFolder(folder))
         states = {kind: WeightFolder(checkpoint.path / f"{name}-{kind}") for kind in optimizer["parts"]}
         engine.load_optimizer_state(states, optimizer["steps"])
         engine.skipped, engine.skipped_in_a_row = optimizer["skipped"]

@@ -73,12 +73,14 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
     engine = Engine(ModelShape.from_hf(model_folder), config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
     engines = {"policy": engine}
+    if config.model.lora.rank:
+        # The weights beside adapters are in no checkpoint.
+        load_weights(engine, config, world)
     checkpoint = checkpoints.resume(engines)
     if checkpoint:
         packs.load(checkpoint.state["packs"])
-    else:
-        store.check_weights(config.model.path, world)
-        engine.load(WeightFolder(model_folder))
+    elif not config.model.lora.rank:
+        load_weights(engine, config, world)
     first_step = checkpoint.step if checkpoint else 0
     if world.is_main:
         run_folder.record(config, run)
@@ -111,6 +113,16 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
                 break
     trainer.close()
     return checkpoints.result()
+
+
+def load_weights(engine: Engine, config: ColdStartConfig, world: World) -> None:
+    """Load the initial weights of ``model.path``.  A collective.
+
+    Raises:
+        CheckpointError: it is a checkpoint that is damaged.
+    """
+    store.check_weights(config.model.path, world)
+    engine.load(WeightFolder(store.weights_of(config.model.path)), seed=config.run.seed)
 
 
 def show_start(

@@ -18,9 +18,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from ovr_megatron.config import ParallelConfig
+from ovr_megatron.config import LoraConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.families import ModelShape
+from ovr_megatron.model.adapters import adapted_classes
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.context import rank_rows, share_images
 from ovr_megatron.model.heads import ValueHead, float_product, token_scores
@@ -43,6 +44,7 @@ class VisionLanguageModel(GPTModel):
         pg_collection: its process groups.
         classes: of its layers' modules.
         critic: a value head in place of the language-model head.
+        lora: adapters of its linear layers.
         part: index of the interleaved part of this stage, below ``parallel.vpp``.
     """
 
@@ -55,16 +57,19 @@ class VisionLanguageModel(GPTModel):
         classes: LayerClasses,
         critic: bool = False,
         part: int = 0,
+        lora: LoraConfig | None = None,
     ):
+        lora = lora or LoraConfig()
         stage = pg_collection.pp.rank()
         stages = pg_collection.pp.size()
         pre_process = stage == 0 and part == 0
         post_process = stage == stages - 1 and part == parallel.vpp - 1
         vp_stage = part if parallel.vpp > 1 else None
         layers = get_num_layers_to_build(config, vp_stage, stage)
+        spec = layer_spec(True, adapted_classes(classes, shape, lora))
         super().__init__(
             config,
-            TransformerBlockSubmodules(layer_specs=[layer_spec(True, classes)] * layers, layer_norm=classes.norm),
+            TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=classes.norm),
             vocab_size=-(-shape.vocab // parallel.tp) * parallel.tp,
             max_sequence_length=shape.max_positions,
             pre_process=pre_process,
@@ -78,12 +83,14 @@ class VisionLanguageModel(GPTModel):
         self.first_layer = get_transformer_layer_offset(config, vp_stage, stage)
         dtype = config.params_dtype
         if pre_process:
-            self.vision = self.build_vision(shape, parallel, dtype, classes)
+            tower_classes = adapted_classes(classes, shape, lora, tower=True)
+            self.vision = self.build_vision(shape, parallel, dtype, tower_classes)
         if post_process and critic:
             del self.output_layer
             self.value_head = ValueHead(shape.hidden, dtype, torch.cuda.current_device())
         self.shape = shape
         self.critic = critic
+        self.has_adapters = lora.rank > 0
         frequencies, self.rotary_scaling = inverse_frequencies(shape)
         self.register_buffer("inv_freq", frequencies, persistent=False)
         self.register_buffer("position_row", self.rotary_rows(shape), persistent=False)
@@ -179,6 +186,9 @@ class VisionLanguageModel(GPTModel):
             hidden = hidden + 0.0 * self.vision(*self._blank()).sum()
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        if self.has_adapters and torch.is_grad_enabled() and not hidden.requires_grad:
+            # The embedding is frozen. A recomputed layer has a backward pass only if its input asks for a gradient.
+            hidden.requires_grad_(True)
         return hidden
 
     def _features(self, pack: Pack) -> Tensor:

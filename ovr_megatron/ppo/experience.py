@@ -35,7 +35,10 @@ ResponseKey = tuple[int, int]  # index of the prompt and of the response among t
 
 @dataclass
 class Models:
-    """The models of an iteration; critic and reference only where the algorithm needs them."""
+    """The models of an iteration; critic and reference only where the algorithm needs them.
+
+    A policy with adapters may be its own reference.
+    """
 
     config: RLConfig
     world: World
@@ -107,7 +110,9 @@ def compute_experience(
         experience.old = _compute_logprobs(models.policy, batch, pack_members)
     if models.reference is not None:
         models.offload_except(models.reference)
-        experience.reference = _compute_logprobs(models.reference, batch, pack_members)
+        # A policy with adapters is its own reference without them.
+        with models.reference.without_adapters():
+            experience.reference = _compute_logprobs(models.reference, batch, pack_members)
     penalties = _kl_penalties(experience, algorithm) if kl_in_reward else None
     scores = [shaped_reward(r, rollout, algorithm) for r in responses]
     rewards = token_rewards(scores, batch.lengths, penalties)

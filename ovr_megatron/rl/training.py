@@ -12,7 +12,7 @@ from typing import TypedDict
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
-from ovr_megatron.config import ConfigError, RLConfig
+from ovr_megatron.config import ConfigError, LoraConfig, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import SkippedRows, skipped_rows
 from ovr_megatron.data.stream import StreamState, open_stream
@@ -418,7 +418,10 @@ def build_models(
     reference = None
     if training:
         engines = build_engines(config, model_folder, world)
-        reference = build_reference(config, model_folder, banned, world)
+        if config.model.lora.rank and config.algorithm.kl_coefficient and not config.algorithm.reference:
+            reference = engines["policy"]  # without its adapters it is the initial policy
+        else:
+            reference = build_reference(config, model_folder, banned, world)
     else:
         engines = {"policy": build_frozen_policy(config, model_folder, world)}
     policy = engines["policy"]
@@ -439,7 +442,7 @@ def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[st
     # The learning rate follows the iterations in which the policy moves.
     policy_iterations = max(config.iterations - algorithm.critic_warmup_iterations, 1)
     policy.with_optimizer(config.optimizer, policy_iterations * algorithm.policy_updates)
-    policy.load(WeightFolder(model_folder))
+    policy.load(WeightFolder(model_folder), seed=config.run.seed)
     if not algorithm.has_critic:
         return {"policy": policy}
     if config.offload:
@@ -469,7 +472,7 @@ def build_reference(config: RLConfig, model_folder: Path, banned: Sequence[int],
 
 def build_frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
     """Build a policy that never trains, without gradients or an optimizer."""
-    frozen = replace(config.model, freeze_vision=True, freeze_merger=True, freeze_language=True)
+    frozen = replace(config.model, freeze_vision=True, freeze_merger=True, freeze_language=True, lora=LoraConfig())
     return Engine(ModelShape.from_hf(folder), frozen, config.parallel, world).load(WeightFolder(folder))
 
 

@@ -32,6 +32,8 @@ logger = get_logger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 SHARD_BYTES = 1 << 30
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
 
@@ -47,11 +49,13 @@ class WeightFolder:
         WeightError: no weights, a missing or damaged shard, an index that disagrees with its shards.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, file: str = "") -> None:
+        """Open ``directory``; of an adapter, ``file`` names the one file that it reads."""
         self.directory = Path(directory)
         self._stored: dict[str, tuple[Any, str]] = {}
         self._open_files = ExitStack()
-        for file, expected in _shards(self.directory).items():
+        shards = {file: []} if file else _shards(self.directory)
+        for file, expected in shards.items():
             shard = self._open(self.directory / file)
             stored_names = list(shard.keys())
             absent = sorted(set(expected) - set(stored_names))
@@ -132,10 +136,10 @@ def _shards(directory: Path) -> dict[str, list[str]]:
         return {SINGLE: []}
     if files:
         raise WeightError(f"{directory} has {some(files)} but no {INDEX}; get the index, or the whole folder, again")
-    if (directory / "adapter_config.json").exists() or (directory / "adapter_model.safetensors").exists():
+    if (directory / ADAPTER_CONFIG).exists() or (directory / ADAPTER_WEIGHTS).exists():
         raise WeightError(
-            f"{directory} holds a LoRA adapter and no model; merge it into its model (PEFT: merge_and_unload) and give "
-            "the folder of the whole model"
+            f"{directory} holds a LoRA adapter and no model; merge it into its model with `ovr convert to-hf "
+            f"--checkpoint {directory} --merge --out DIR` and give that folder"
         )
     if pickles := sorted(path.name for path in directory.glob("*.bin")):
         raise WeightError(f"{directory} has {some(pickles)} and no safetensors weights; save it as safetensors")
@@ -150,7 +154,7 @@ def _model_files(directory: Path) -> list[str]:
             if kind := left_over(name):
                 logger.log(NOTICE, f"notice: {directory / name} is {kind}; {SINGLE} is read")
         return [name for name in names if not left_over(name)]
-    return [name for name in names if name != "adapter_model.safetensors"]
+    return [name for name in names if name != ADAPTER_WEIGHTS]
 
 
 def copy_hf_assets(source: Path, out: Path, dtype: torch.dtype | None = None) -> list[str]:

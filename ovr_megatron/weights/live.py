@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ovr_megatron.families import ModelShape
+from ovr_megatron.families.adapters import is_adapter
+from ovr_megatron.model.adapters import Adapter
 from ovr_megatron.weights.slices import LocalShard, RowRange, row_ranges
 from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, join, split, to_hf
 
@@ -33,6 +35,7 @@ class Holding:
     row: TensorRow
     parameter: Parameter
     is_copy: bool = False  # the last stage's copy of a tied embedding
+    adapter: Adapter | None = None  # beside this weight
 
 
 class LiveTensors:
@@ -55,12 +58,13 @@ class LiveTensors:
         rows_by_name = {row.megatron: row for row in rows}
         self.holdings: list[Holding] = []
         for part in parts:
+            adapters = {f"{prefix}.weight": module.adapter for prefix, module in _adapted_modules(part)}
             for local, parameter in part.named_parameters():
                 name = _global_name(local, part.first_layer)
                 if name == _HEAD and name not in rows_by_name:
                     self.holdings.append(Holding(rows_by_name[_EMBEDDING], parameter, is_copy=True))
                 else:
-                    self.holdings.append(Holding(rows_by_name[name], parameter))
+                    self.holdings.append(Holding(rows_by_name[name], parameter, adapter=adapters.get(local)))
         for holding in self.holdings:
             # Megatron marks shards only where it fills them with random numbers; the gradient norm needs the mark.
             holding.parameter.tensor_model_parallel = cut_dim(holding.row) is not None
@@ -138,20 +142,36 @@ class LiveTensors:
         return full_state.view(parameter.shape)
 
     def held(self, trained: Collection[str]) -> list[LocalShard]:
-        """Return this rank's shard of every row, without copying; a copy of a tied embedding too.
+        """Return this rank's shard of every weight, without copying; a copy of a tied embedding too.
+
+        Adapters are no weights of their own: they come with the weight that they are added to.
 
         ``trained`` names the rows that are trained.
         """
-        return [
-            LocalShard(holding.parameter.detach(), cut_dim(holding.row), ranges, holding.row.megatron in trained)
-            for holding, ranges in zip(self.holdings, self._ranges, strict=True)
-        ]
+        shards: list[LocalShard] = []
+        for holding, ranges in zip(self._weight_holdings, self._ranges, strict=True):
+            adapter = holding.adapter
+            is_trained = adapter is not None or holding.row.megatron in trained
+            shards.append(
+                LocalShard(
+                    holding.parameter.detach(),
+                    cut_dim(holding.row),
+                    ranges,
+                    is_trained,
+                    None if adapter is None else torch.no_grad()(adapter.delta),
+                )
+            )
+        return shards
+
+    @cached_property
+    def _weight_holdings(self) -> list[Holding]:
+        return [holding for holding in self.holdings if not is_adapter(holding.row.megatron)]
 
     @cached_property
     def _ranges(self) -> list[tuple[RowRange, ...]]:
-        """Return the row ranges of every holding."""
+        """Return the row ranges of every weight."""
         tp = self.groups.tp
-        return [row_ranges(holding.row, tp.size(), tp.rank(), self.shape) for holding in self.holdings]
+        return [row_ranges(holding.row, tp.size(), tp.rank(), self.shape) for holding in self._weight_holdings]
 
     # In --------------------------------------------------------------------------------------------------
 
@@ -229,6 +249,13 @@ class LiveTensors:
             if key in wrapped.optimizer.state:
                 return wrapped.optimizer.state[key][which]
         raise KeyError(f"no optimizer state {which}: no step has been taken, or the parameter is frozen")
+
+
+def _adapted_modules(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear layers that have an adapter, by their names in ``part``."""
+    for name, module in part.named_modules():
+        if isinstance(getattr(module, "adapter", None), Adapter):
+            yield name, module
 
 
 def _global_name(name: str, first_layer: int) -> str:

@@ -1,0 +1,85 @@
+"""Adapters (LoRA) compute what PEFT computes, in every layout: one launch of four processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from ovr_megatron.model.tiny import make_tiny_model
+
+pytestmark = pytest.mark.both_cores
+
+ROOT = Path(__file__).resolve().parents[2]
+BOUNDS = {"outputs": 1e-4, "gradients": 1e-4, "loss": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    make_tiny_model(folder / "model", tied=False, seed=5, perturb=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command = [*launch, ROOT / "tests/model/lora.py", folder / "model", folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_layout_computes_what_peft_computes(results: dict[str, Any]) -> None:
+    wrong = []
+    for layout, row in results["table"].items():
+        print(f"{layout:26}" + "".join(f"{row[column]:13.1e}" for column in BOUNDS))
+        wrong += [(layout, column, row[column]) for column, bound in BOUNDS.items() if not row[column] <= bound]
+    assert not wrong
+    assert len(results["table"]) == 16
+
+
+def test_a_new_adapter_changes_nothing(results: dict[str, Any]) -> None:
+    assert results["unchanged at the start"] < 1e-5
+
+
+def test_the_first_adapter_does_not_depend_on_the_layout(results: dict[str, Any]) -> None:
+    for losses in results["losses"].values():
+        assert losses == pytest.approx(results["written losses"], rel=1e-4)
+    assert results["losses"]["tp=2,sp=1"] == results["written losses"]
+    assert results["written losses"][-1] < results["written losses"][0]
+
+
+def test_merged_equals_unmerged(results: dict[str, Any]) -> None:
+    print(results["merged"], results["shards"])
+    assert max(results["merged"].values()) < 1e-5
+    # What goes to vLLM is the merged weight.
+    assert max(results["shards"].values()) < 1e-6
+
+
+def test_disabled_adapters_leave_the_initial_model(results: dict[str, Any]) -> None:
+    assert results["without adapters"] == 0
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(results: dict[str, Any]) -> None:
+    written, same, *others = results["resumed"]
+    assert same == written
+    for other in others:
+        assert other == pytest.approx(written, rel=1e-5)
+
+
+def test_a_checkpoint_holds_adapters_only(folder: Path, results: dict[str, Any]) -> None:
+    (policy,) = (folder / "checkpoints").glob("step_*/policy")
+    assert not (policy / "model.safetensors").exists()
+    with safe_open(policy / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert all(".lora_A." in name or ".lora_B." in name for name in names)
+    assert any(".visual." in name for name in names)
+    config = json.loads((policy / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
+    # Of each of four language layers and four in the tower: four linears, A and B of each.
+    assert results["trained"] == 8 * 4 * 2
