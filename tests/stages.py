@@ -51,7 +51,7 @@ def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32", *more: s
 
 
 def evaluate(checkpoint: Path, out: Path) -> None:
-    """What `tools/evaluate.py` does with a checkpoint, by an engine of its own."""
+    """What `ovr evaluate` does with a checkpoint, by an engine of its own."""
     data = recipe(ColdStartConfig, "tiny_cold_start", "run.dir=x", "model.path=x").data
     for _ in evaluator.evaluate_sets(
         weights_of(checkpoint), {"text": PUZZLE}, 0, Settings(max_tokens=8), data, RolloutConfig(), "float32", out

@@ -68,6 +68,7 @@ class ModelConfig:
     """Adapters in place of training the weights."""
 
     def __post_init__(self) -> None:
+        # FP8 products are Transformer Engine's alone, whose layers are not taken in float32.
         require(
             not self.lora.rank or not (self.freeze_vision or self.freeze_merger or self.freeze_language),
             f"model.lora.rank={self.lora.rank} freezes all weights by itself; leave out model.freeze_vision, "
@@ -107,6 +108,7 @@ class ParallelConfig:
     """Hide the gradients' traffic behind the computation; with the distributed optimizer also the parameters'."""
 
     def __post_init__(self) -> None:
+        # Megatron refuses it, too, but not before the model is built.
         require(
             not self.sequence_parallel or self.tp > 1,
             "parallel.sequence_parallel=true needs parallel.tp of at least 2",
@@ -128,8 +130,8 @@ class ParallelConfig:
         # Every replica has all of the model: a rest of ranks would have no place.
         require(
             world_size % ranks == 0,
-            f"{world_size} processes cannot be cut into tp={self.tp} x pp={self.pp} x cp={self.cp} = {ranks} ranks "
-            f"a replica; start a multiple of {ranks} processes or change parallel.*",
+            f"{world_size} processes cannot be cut into tp={self.tp},pp={self.pp},cp={self.cp}, {ranks} ranks a "
+            f"replica; start a multiple of {ranks} processes or change parallel.*",
         )
         return world_size // ranks
 
@@ -138,6 +140,7 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
+    # The policy's, as in the recipe of stage 2; that of stage 1 has its own.
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
     min_lr_ratio: UnitFloat = 1.0
@@ -146,6 +149,7 @@ class OptimizerConfig:
     """Course of the rate after the warm-up; wsd stays, and decays linearly over the last decay_share of all steps."""
     warmup_steps: Count = 50
     """Optimizer steps of the warm-up."""
+    # Below 1, as for beta2: Adam divides its means by 1 - beta^t.
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the mean gradient."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

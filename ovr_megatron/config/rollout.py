@@ -32,6 +32,7 @@ class RolloutConfig:
     """Tokens of a prompt and its response together for which the engine is built."""
     kv_cache_gib: Annotated[NonNegativeFloat, ZeroMeans("by gpu_memory_utilization")] = 0.0
     """Size of the KV cache in GiB."""
+    # Below 1: the trainer's process has memory of its own on the GPU, also with offload.
     gpu_memory_utilization: Annotated[float, Field(ge=0, lt=1), ZeroMeans("a half; 0.85 with offload=true")] = 0.0
     """vLLM's share of the GPU while it generates; with offload=true the trainer's models leave the GPU meanwhile."""
     stop: list[str] = field(default_factory=list)
@@ -70,7 +71,7 @@ class EvaluationConfig:
     limit: Annotated[Count, ZeroMeans("all")] = 0
     """First problems of each set."""
     max_tokens: Annotated[Count, ZeroMeans("the model's positions less data.max_prompt_tokens, at most 32,768")] = 0
-    """Tokens of a greedy response, as in tools/evaluate.py."""
+    """Tokens of a greedy response, as in ovr evaluate."""
     samples: Count = 0
     """More responses at temperature 1, which give pass@k."""
     workers: PositiveInt = 2

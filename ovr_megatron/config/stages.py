@@ -33,6 +33,7 @@ class ColdStartConfig:
     """Engine of the evaluation, which is started for nothing else."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluation of the live weights."""
+    # Five epochs and 640 packs of data.pack_tokens are the paper's (section 3.1).
     steps: Annotated[Count, ZeroMeans("as many as epochs take, which needs data.tokenised")] = 900
     """Optimizer steps."""
     epochs: PositiveInt = 5
@@ -75,6 +76,7 @@ class RLConfig:
     """Evaluation of the live weights."""
     curriculum: list[StageConfig] = field(default_factory=list)
     """Stages of the length limit."""
+    # Iterations, prompts and responses are the paper's (section 3.2).
     iterations: PositiveInt = 900
     """Iterations of rollouts and updates."""
     prompts: PositiveInt = 512

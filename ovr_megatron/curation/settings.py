@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field
@@ -297,7 +297,6 @@ class TeacherConfig:
 TextStage = Literal["collect", "dedup", "decontaminate", "teacher", "patterns"]
 MeasuringStage = Literal["proxy_loss", "verify", "difficulty", "stratify", "weigh", "tokenise"]
 StageName = Literal[TextStage, MeasuringStage]  # in their order
-PREPARE_STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @section("")

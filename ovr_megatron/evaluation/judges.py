@@ -30,7 +30,7 @@ from ovr_megatron.curation.settings import (
 )
 from ovr_megatron.curation.stage import batches
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.schema import parse_row
+from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, VERSION, Behaviour, Trace, format_question, read_count
 from ovr_megatron.evaluation.command import dtype_of

@@ -53,7 +53,8 @@ def training_flops(
     """
     family = family_of(shape)
     matrix_passes, tower_passes, merger_passes = training_passes(language_trains, vision_trains, merger_trains)
-    flops = 2.0 * matrix_passes * family.language_weights(shape, False) * sum(lengths)
+    weights = family.language_weights(shape, False)
+    flops = 2.0 * matrix_passes * weights * sum(lengths)
     # Attention has no weights: its backward pass is twice the forward one, whatever trains.
     squares = sum(length**2 for length in lengths)
     flops += 3.0 * attention_forward(shape, squares)

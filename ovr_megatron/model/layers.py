@@ -156,8 +156,8 @@ def choose_layer_classes(layers: str, dtype: torch.dtype) -> LayerClasses:
     """Return Transformer Engine's classes or ours.
 
     In float32 ours are taken: Transformer Engine has cuBLAS multiply float32 in TF32, with 10 bits of mantissa and
-    whatever torch's settings are (``common/gemm/cublaslt_gemm.cu``), and its attention over packs takes 16-bit dtypes
-    only.
+    whatever torch's settings are (``common/gemm/cublaslt_gemm.cu``), and its attention over packs takes bfloat16 or
+    float16 only.
 
     Args:
         layers: ``auto`` (Transformer Engine where it is installed and there is a GPU), ``local`` or
@@ -215,7 +215,7 @@ def layers_in_use(model: ModelConfig) -> str:
 
 
 def cautions(model: ModelConfig, rollout: bool) -> list[str]:
-    """List what is not exact with the 8-bit settings of ``model``; ``rollout``: its policy generates in vLLM."""
+    """List what is not exact with the FP8 settings of ``model``; ``rollout``: its policy generates in vLLM."""
     sentences = []
     if model.fp8 == "delayed":
         sentences.append(

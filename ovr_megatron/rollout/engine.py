@@ -311,9 +311,10 @@ class RolloutEngine:
     def sleep(self, deep: bool = False) -> None:
         """Drop the caches and free the GPU for the trainer until the next `update` or `generate`.
 
-        The weights move to the host, or with ``deep`` nowhere: then an `update` must come first.
+        The weights move to the host, or with ``deep`` nowhere: then an `update` must come first.  Weights that are on
+        the host already stay there, whatever ``deep`` says: vLLM takes no second sleep, and to drop them they would
+        have to come back to the GPU.
         """
-        self._empty |= deep
         # After an update the weights are awake while the cache may still sleep; then the weights go to sleep again.
         if "weights" in self._asleep:
             return
@@ -321,7 +322,8 @@ class RolloutEngine:
             self._reset_caches()
             if self._can_sleep:
                 self._llm.sleep(level=2 if deep else 1)
-                self._asleep = {"weights", "kv_cache"}
+        self._asleep = {"weights", "kv_cache"}
+        self._empty |= deep
 
     def _wake_to_work(self) -> None:
         if self._empty:
@@ -330,9 +332,9 @@ class RolloutEngine:
 
     def _wake(self, *parts: str) -> None:
         sleeping_parts = [part for part in parts if part in self._asleep]
-        if sleeping_parts:
+        if sleeping_parts and self._can_sleep:
             self._llm.wake_up(tags=sleeping_parts)
-            self._asleep -= set(sleeping_parts)
+        self._asleep -= set(sleeping_parts)
 
     def _reset_caches(self) -> None:
         """Drop keys and values and image features: vLLM keeps all of them over an update."""

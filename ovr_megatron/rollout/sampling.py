@@ -87,11 +87,19 @@ def banned_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
     Raises:
         RolloutError: the tokenizer lacks an end token.
     """
+    # The head has rows past the tokenizer's last id, which stand for no text.
     unknown = set(range(shape.vocab)) - set(tokenizer.get_vocab().values())
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    visual = {shape.image_token, shape.video_token, shape.vision_start_token, shape.vision_end_token}
-    banned = unknown | special | set(tokenizer.all_special_ids) | visual
-    return sorted(i for i in banned - set(end_tokens(shape, tokenizer)) if i < shape.vocab)
+    special |= set(tokenizer.all_special_ids)
+    visual = {
+        shape.image_token,
+        shape.video_token,
+        shape.vision_start_token,
+        shape.vision_end_token,
+    }
+    ends = set(end_tokens(shape, tokenizer))
+    banned = (unknown | special | visual) - ends
+    return sorted(i for i in banned if i < shape.vocab)
 
 
 def sampling_params(
@@ -101,7 +109,9 @@ def sampling_params(
 
     Nothing is left to the model folder or to vLLM's idea of the end of a text.
     """
-    runs = _runs(prompt.seeds) if temperature else ((seed, 1) for seed in prompt.seeds)  # greedy requests are single
+    runs = _runs(prompt.seeds)
+    if not temperature:  # greedy requests are single
+        runs = ((seed, 1) for seed in prompt.seeds)
     return [
         SamplingParams(
             n=count,
@@ -122,9 +132,15 @@ def sampling_params(
 
 
 def _runs(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Return the maximal runs of consecutive seeds, as (first, length)."""
-    cuts = [0, *(k for k in range(1, len(seeds)) if seeds[k] != seeds[k - 1] + 1), len(seeds)]
-    return ((seeds[a], b - a) for a, b in pairwise(cuts) if b > a)
+    """Yield the maximal runs of consecutive seeds, as (first, length)."""
+    cuts = [0]
+    for k in range(1, len(seeds)):
+        if seeds[k] != seeds[k - 1] + 1:
+            cuts.append(k)
+    cuts.append(len(seeds))
+    for start, end in pairwise(cuts):
+        if end > start:  # without seeds there is no run
+            yield seeds[start], end - start
 
 
 def generations(output: RequestOutput) -> list[Generation]:
@@ -133,18 +149,23 @@ def generations(output: RequestOutput) -> list[Generation]:
     Raises:
         RolloutError: vLLM gave a request up.
     """
+    prompt_tokens = list(output.prompt_token_ids or [])
     responses = []
     for sample in output.outputs:
         if sample.finish_reason not in ("stop", "length"):
             raise RolloutError(
-                f"vLLM ended a request of {len(output.prompt_token_ids or [])} prompt tokens with "
-                f"{sample.finish_reason!r}; its log says why"
+                f"vLLM ended a request of {len(prompt_tokens)} prompt tokens with {sample.finish_reason!r}; its log "
+                "says why"
             )
         tokens = list(sample.token_ids)
         assert sample.logprobs is not None and sample.logprobs.token_ids == tokens, "log-probabilities of other tokens"
-        logprobs = np.array(sample.logprobs.logprobs, np.float32)
-        prompt_tokens = list(output.prompt_token_ids or [])
-        responses.append(Generation(tokens, logprobs, sample.finish_reason == "stop", prompt_tokens))
+        response = Generation(
+            tokens=tokens,
+            logprobs=np.array(sample.logprobs.logprobs, np.float32),
+            stopped=sample.finish_reason == "stop",
+            prompt_tokens=list(prompt_tokens),
+        )
+        responses.append(response)
     return responses
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ovr_megatron.config import ConfigError, SourceConfig
-from ovr_megatron.data.formats import READERS
+from ovr_megatron.data.formats import find_reader
 from ovr_megatron.evaluation.benchmarks import (
     BENCHMARKS,
     OURS,
@@ -146,7 +146,7 @@ def test_a_benchmark_by_its_name_is_opened_where_it_is_published(monkeypatch):
 
     def opened(config):
         asked.append((config.path, config.name))
-        return Rows([READERS["math"]({"problem": "?", "answer": str(len(asked))}, "x[0]", None)])
+        return Rows([find_reader("math")({"problem": "?", "answer": str(len(asked))}, "x[0]", None)])
 
     monkeypatch.setattr("ovr_megatron.evaluation.problems.open_source", opened)
     problems = open_problems(SourceConfig(name="mmmu_pro", path="mmmu_pro"))

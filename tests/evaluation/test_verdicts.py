@@ -102,7 +102,7 @@ def test_a_local_model_judges_by_the_same_path(scores, tmp_path, capfd):
 def test_bad_input_is_named(scores, tmp_path, capsys):
     for arguments, message in (
         (["absent.json"], "absent.json: cannot be read"),
-        ([str(scores.with_name("set.responses.jsonl"))], "is no result of tools/evaluate.py"),
+        ([str(scores.with_name("set.responses.jsonl"))], "is no result of ovr evaluate"),
         ([str(scores), "--judge", "lexical"], "counts words and answers no question"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):

@@ -1,6 +1,6 @@
 """vLLM in the trainer's process: whose log-probabilities it has, what it remembers over sleep, whose weights it runs.
 
-`test_rollout.py` runs this in a process for each number format, DTYPE: an engine that sleeps wants one of its own.
+`test_rollout.py` runs this in a process for each dtype, DTYPE: an engine that sleeps wants one of its own.
 Called as a program, ``-m tests.gpu.rollout FOLDER``, it prints the greedy responses of an engine that reads FOLDER.
 """
 

@@ -187,7 +187,8 @@ if __name__ == "__main__":
         engine = build(layout).load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
         table[layout] = row(engine, theirs, their_gradients)
     for name, layout in RECOMPUTED.items():
-        engine = build(layout, recompute=name.split()[1].rstrip(",")).load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
+        engine = build(layout, recompute=name.split()[1].rstrip(","))
+        engine.load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
         table[name] = row(engine, theirs, their_gradients)
     results = {
         "table": table,

@@ -19,7 +19,8 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.plan import memory
-from ovr_megatron.plan.activations import Kernels, PackShape, activations
+from ovr_megatron.plan.activations import PackShape, activations
+from ovr_megatron.plan.layer import Kernels
 from ovr_megatron.plan.parameters import buckets, model_state, rank_parameters
 from ovr_megatron.runtime import distributed
 from ovr_megatron.weights.folder import WeightFolder

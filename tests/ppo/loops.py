@@ -27,6 +27,8 @@ from ovr_megatron.ppo.objectives import ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.update import critic_packs
 from ovr_megatron.rl import training as rl
+from ovr_megatron.rl.generation import generate
+from ovr_megatron.rl.setup import build_models
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
@@ -118,7 +120,7 @@ def critic_gradients(*more: str) -> dict[str, Tensor]:
     chosen = config("ppo", *more)
     there = replace(world, layout=world.arrange(chosen.parallel))
     processor = Processor(out / "model", chosen.data)
-    models, _ = rl.build_models(chosen, out / "model", processor, there)
+    models, _ = build_models(chosen, out / "model", processor, there)
     prompts = PromptStream(open_stream(chosen.data, chosen.run.seed), processor, chosen.reward.rules)
     rollout = archive.restore(archive.read(out / "ppo", 0, world), prompts)
     _, critic_batch = compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy))
@@ -182,7 +184,7 @@ if __name__ == "__main__":
     train("lora_tp2", *adapters, "parallel.tp=2", "rollout.check_updates=true", "offload=true")
     train("learned", "only=train", f"rollouts_from={out / 'ppo'}")
     half = config("rolled_out", "only=rollout", "iterations=1")
-    rl.generate(half, world)
+    generate(half, world)
     found = {
         "same": again("ppo", 1),
         "tp2": again("ppo", 1, "parallel.tp=2"),

@@ -13,7 +13,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.processing import Processor, Sample
-from ovr_megatron.data.schema import Row, parse_row
+from ovr_megatron.data.row_parsing import parse_row
+from ovr_megatron.data.schema import Row
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
