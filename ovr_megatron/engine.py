@@ -392,7 +392,7 @@ class Engine:
 
     @property
     def saved_rows(self) -> list[TensorRow]:
-        """Return the rows that a checkpoint holds: all, or with adapters those that train, as the rest never changes."""
+        """Return the rows that a checkpoint holds: all, or with adapters those that train, the rest never changes."""
         return self.trained_rows if self.lora.rank else self.live.rows
 
     @property
