@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.conversion import export_hf
@@ -19,7 +17,7 @@ from ovr_megatron.config import DataConfig, LoraConfig, ModelConfig, OptimizerCo
 from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import (
     ODD_LENGTHS,
@@ -76,7 +74,11 @@ def save(engine: Engine, name: str) -> Path:
 
 def peft_reference(adapter: Path) -> tuple[Reference, dict[str, Tensor]]:
     """Results of PEFT, and the gradients of the adapters under the names in the adapter's file."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    # After `ovr_megatron`, which lets Transformers import torchvision on a machine without a GPU.
+    from peft import PeftModel
+
+    model_class = family_of(shape).load_hf_class()
+    model = model_class.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     results = run_reference(model, shape, documents)
     gradients = {
