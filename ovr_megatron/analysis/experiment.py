@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import yaml
 
@@ -243,7 +243,7 @@ def stage_folders(folder: Path) -> dict[str, Path]:
         if path.parent.name in STAGES:
             continue
         config = yaml.safe_load(path.read_text()) or {}
-        stage = _stage_name(config)
+        stage = _stage_name(cast(StageSettings, config))
         if stage:
             folders[stage] = path.parent
     for name in STAGES:

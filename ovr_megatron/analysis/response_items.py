@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 from urllib.parse import quote
 
 from ovr_megatron.analysis.experiment import Stage
@@ -144,7 +144,7 @@ def _item(
         behaviours = {act.behaviour for act in acts}
     bits = sum(bit for name, bit in _BITS.items() if name in behaviours)
     row = (fields["source"], fields["reward"], fields["tokens"], bits)
-    content: CardContent = {**pieces, **texts}
+    content = cast(CardContent, {**pieces, **texts})
     if image is not None:
         content["image"] = image
     return ResponseItem(row, content)

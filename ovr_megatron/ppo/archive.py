@@ -297,7 +297,7 @@ def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[st
         index.append((r.prompt, r.sample, len(r.tokens)))
         tokens.append(np.asarray(r.tokens, np.int32))
         logprobs.append(np.asarray(r.logprobs, np.float32))
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "index": np.array(index, np.int64),
         "tokens": np.concatenate(tokens),
         "logprobs": np.concatenate(logprobs),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
-from ovr_megatron.checkpoint.store import ResumePoint
+from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import skipped_rows
