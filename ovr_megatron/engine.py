@@ -69,13 +69,13 @@ ForwardStep = Callable[[Iterator[Pack], torch.nn.Module], tuple[Any, Callable[..
 
 def is_frozen(name: str, model: ModelConfig) -> bool:
     """Whether ``model`` freezes the parameter of this (global) Megatron name."""
-    if model.lora.rank:
-        return not is_adapter(name) and name != VALUE_HEAD
+    if is_adapter(name) or (model.lora.rank and name == VALUE_HEAD):
+        return False
     if name.startswith("vision.merger."):
-        return model.freeze_merger
+        return not model.trains_merger
     if name.startswith("vision."):
-        return model.freeze_vision
-    return model.freeze_language
+        return not model.trains_vision
+    return not model.trains_language
 
 
 class Engine:

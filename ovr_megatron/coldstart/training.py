@@ -345,9 +345,10 @@ class StepTrainer:
             self.engine.shape,
             lengths,
             grids,
-            not model.freeze_language,
-            not model.freeze_vision,
-            not model.freeze_merger,
+            model.trains_language,
+            model.trains_vision,
+            model.trains_merger,
+            model.adapts_vision,
         )
 
     def close(self) -> None:

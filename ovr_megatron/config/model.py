@@ -67,13 +67,33 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters in place of training the weights."""
 
+    @property
+    def trains_language(self) -> bool:
+        """Whether the language model's weights train, not only adapters beside them."""
+        return not (self.freeze_language or self.lora.rank)
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower's weights train."""
+        return not (self.freeze_vision or self.lora.rank)
+
+    @property
+    def trains_merger(self) -> bool:
+        """Whether the weights of the tower's merger train."""
+        return not (self.freeze_merger or self.lora.rank)
+
+    @property
+    def adapts_vision(self) -> bool:
+        """Whether the vision tower has adapters."""
+        return self.lora.rank > 0 and self.lora.vision
+
     def __post_init__(self) -> None:
-        # FP8 products are Transformer Engine's alone, whose layers are not taken in float32.
         require(
             not self.lora.rank or not (self.freeze_vision or self.freeze_merger or self.freeze_language),
             f"model.lora.rank={self.lora.rank} freezes all weights by itself; leave out model.freeze_vision, "
             "model.freeze_merger and model.freeze_language",
         )
+        # FP8 products are Transformer Engine's alone, whose layers are not taken in float32.
         require(
             self.fp8 == "none" or (self.dtype == "bfloat16" and self.layers != "local"),
             f"model.fp8={self.fp8} needs model.dtype=bfloat16 and Transformer Engine's layers",

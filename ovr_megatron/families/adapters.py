@@ -29,6 +29,11 @@ def adapted_linears(shape: ModelShape, lora: LoraConfig, tower: bool = False) ->
     return linears
 
 
+def has_adapter(lora: LoraConfig, part: str) -> bool:
+    """Whether linear layers of ``part`` of a layer, ``attention`` or ``mlp``, have adapters."""
+    return lora.rank > 0 and lora.layers in (part, "all")
+
+
 def is_adapter(name: str) -> bool:
     """Whether a Megatron parameter of this name belongs to an adapter."""
     return name.endswith((".lora_A", ".lora_B"))
