@@ -139,7 +139,7 @@ def with_column_adapter(base: type[Any], lora: LoraConfig, parts: int) -> type[A
         parts: Hugging Face tensors that the weight fuses: three are query, key and value, two are gate and up.
     """
 
-    class AdaptedColumnLinear(base):  # type: ignore[misc]
+    class AdaptedColumnLinear(base):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **settings: Any):
             super().__init__(input_size, output_size, config=config, **settings)
             group = settings["tp_group"]
@@ -170,7 +170,7 @@ def with_column_adapter(base: type[Any], lora: LoraConfig, parts: int) -> type[A
 def with_row_adapter(base: type[Any], lora: LoraConfig) -> type[Any]:
     """Return a row-parallel linear class with a `RowAdapter`; ``base`` is Megatron's or Transformer Engine's."""
 
-    class AdaptedRowLinear(base):  # type: ignore[misc]
+    class AdaptedRowLinear(base):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **settings: Any):
             super().__init__(input_size, output_size, config=config, **settings)
             group = settings["tp_group"]
