@@ -30,6 +30,7 @@ from ovr_megatron.verify import (
     run_reference,
 )
 from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, WeightFolder
+from ovr_megatron.weights.table import canonical
 
 LORA = LoraConfig(rank=4, alpha=8, vision=True)
 LAYOUTS = (
@@ -72,8 +73,11 @@ def save(engine: Engine, name: str) -> Path:
     return store.save(out / name, engine.step_count, {"policy": engine}, out / "companions", {}, world)
 
 
-def peft_reference(adapter: Path) -> tuple[Reference, dict[str, Tensor]]:
-    """Results of PEFT, and the gradients of the adapters under the names in the adapter's file."""
+def peft_reference(adapter: Path, merged: Path) -> tuple[Reference, dict[str, Tensor], float]:
+    """Results of PEFT, the gradients of the adapters under the names in the adapter's file, and a difference.
+
+    It is the largest one between a weight that PEFT merges and ours in the folder ``merged``.
+    """
     # After `ovr_megatron`, which lets Transformers import torchvision on a machine without a GPU.
     from peft import PeftModel
 
@@ -86,7 +90,12 @@ def peft_reference(adapter: Path) -> tuple[Reference, dict[str, Tensor]]:
         for name, parameter in wrapped.named_parameters()
         if parameter.grad is not None
     }
-    return results, gradients
+    difference = 0.0
+    with WeightFolder(merged) as folder:
+        for name, parameter in wrapped.merge_and_unload().named_parameters():
+            ours = folder.tensor(canonical(name))
+            difference = max(difference, float((parameter.detach() - ours).abs().max()))
+    return results, gradients, difference
 
 
 def row(engine: Engine, theirs: Reference | None, their_gradients: dict[str, Tensor]) -> dict[str, float]:
@@ -179,10 +188,10 @@ if __name__ == "__main__":
     checkpoint = save(writer, "checkpoints")
     adapter = checkpoint / "policy"
     merged = out / "merged"
-    theirs, their_gradients = None, {}
+    theirs, their_gradients, merge_difference = None, {}, 0.0
     if world.is_main:
         export_hf(checkpoint, merged, critic=False, dtype=None, workers=1, force=False, merge=True)
-        theirs, their_gradients = peft_reference(adapter)
+        theirs, their_gradients, merge_difference = peft_reference(adapter, merged)
     torch.distributed.barrier()
     table = {}
     for layout in LAYOUTS:
@@ -197,6 +206,7 @@ if __name__ == "__main__":
         "unchanged at the start": unchanged,
         "losses": {layout: train(build(layout), STEPS) for layout in ("tp=2,sp=1", "dp=4", "pp=2", "zero=1,cp=2")},
         "written losses": written_losses,
+        "merged by PEFT": merge_difference,
         "merged": merged_equals_unmerged(adapter, merged),
         "without adapters": base_without_adapters(adapter),
         "shards": shards_are_merged(adapter, merged),

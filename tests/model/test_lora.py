@@ -4,13 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.checkpoint.conversion import export_hf, import_hf
+from ovr_megatron.checkpoint.manifest import CheckpointError
+from ovr_megatron.config import LoraConfig
+from ovr_megatron.families import ModelShape
+from ovr_megatron.model.tiny import TinySizes, make_tiny_model
+from ovr_megatron.weights.adapters import MergedFolder, adapter_rows, check_adapter
+from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, WeightError, WeightFolder
 
 pytestmark = pytest.mark.both_cores
 
@@ -57,6 +64,8 @@ def test_the_first_adapter_does_not_depend_on_the_layout(results: dict[str, Any]
 def test_merged_equals_unmerged(results: dict[str, Any]) -> None:
     print(results["merged"], results["shards"])
     assert max(results["merged"].values()) < 1e-5
+    # PEFT merges the same file to the same weights.
+    assert results["merged by PEFT"] < 1e-6
     # What goes to vLLM is the merged weight.
     assert max(results["shards"].values()) < 1e-6
 
@@ -70,6 +79,32 @@ def test_a_resumed_run_goes_on_bit_for_bit(results: dict[str, Any]) -> None:
     assert same == written
     for other in others:
         assert other == pytest.approx(written, rel=1e-5)
+
+
+def test_a_folder_of_adapters_is_no_model(folder: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (folder / "checkpoints").glob("step_*")
+    export = partial(export_hf, critic=False, dtype=None, workers=1, force=False)
+    with pytest.raises(CheckpointError, match="holds adapters: give --merge"):
+        export(checkpoint, tmp_path / "export")
+    with pytest.raises(WeightError, match="holds a LoRA adapter and no model"):
+        WeightFolder(checkpoint / "policy")
+    import_hf(folder / "model", tmp_path / "imported", workers=1, force=False, yarn=None)
+    with pytest.raises(CheckpointError, match="nothing to merge; leave out --merge"):
+        export(tmp_path / "imported", tmp_path / "export", merge=True)
+
+
+def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (folder / "checkpoints").glob("step_*")
+    adapter = WeightFolder(checkpoint / "policy", ADAPTER_WEIGHTS)
+    sizes = TinySizes(hidden=256, heads=8, kv_heads=4)
+    make_tiny_model(tmp_path / "other", tied=False, seed=5, sizes=sizes)
+    with pytest.raises(WeightError, match="the adapter is of another model"):
+        MergedFolder(tmp_path / "other", adapter, 2.0)
+    shape = ModelShape.from_hf(folder / "model")
+    with pytest.raises(WeightError, match="model.lora.rank and the model must be those"):
+        check_adapter(adapter, adapter_rows(shape, LoraConfig(rank=8, vision=True)))
+    with pytest.raises(WeightError, match=r"model.lora.layers, model.lora.vision and the model must be those"):
+        check_adapter(adapter, adapter_rows(shape, LoraConfig(rank=4)))
 
 
 def test_a_checkpoint_holds_adapters_only(folder: Path, results: dict[str, Any]) -> None:
