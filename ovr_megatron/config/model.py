@@ -89,9 +89,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            not self.lora.rank or not (self.freeze_vision or self.freeze_merger or self.freeze_language),
-            f"model.lora.rank={self.lora.rank} freezes all weights by itself; leave out model.freeze_vision, "
-            "model.freeze_merger and model.freeze_language",
+            not self.lora.rank or not self.freeze_language,
+            f"model.lora.rank={self.lora.rank} trains adapters of the language model, whose weights it freezes by "
+            "itself; leave out model.freeze_language",
+        )
+        require(
+            not self.adapts_vision or not self.freeze_vision,
+            "model.lora.vision=true trains adapters of the vision tower and model.freeze_vision=true nothing of it; "
+            "leave out one of them",
         )
         # FP8 products are Transformer Engine's alone, whose layers are not taken in float32.
         require(

@@ -101,7 +101,7 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) ->
     with pytest.raises(WeightError, match="the adapter is of another model"):
         MergedFolder(tmp_path / "other", adapter, 2.0)
     shape = ModelShape.from_hf(folder / "model")
-    with pytest.raises(WeightError, match="model.lora.rank and the model must be those"):
+    with pytest.raises(WeightError, match=r"model.lora.rank and the model must be those"):
         check_adapter(adapter, adapter_rows(shape, LoraConfig(rank=8, vision=True)))
     with pytest.raises(WeightError, match=r"model.lora.layers, model.lora.vision and the model must be those"):
         check_adapter(adapter, adapter_rows(shape, LoraConfig(rank=4)))
