@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack, blank_pack
 from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.families.adapters import is_adapter
+from ovr_megatron.model.adapters import adapters_disabled
 from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.layout import alignment, check_layout
@@ -37,8 +40,9 @@ from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.offload import OffloadedTensors
 from ovr_megatron.runtime.schedule import learning_rate
 from ovr_megatron.runtime.steps import ComputeTimer
+from ovr_megatron.weights.adapters import AdapterConfig, adapter_config, adapter_rows, check_adapter, initial_adapter
 from ovr_megatron.weights.folder import WeightFolder
-from ovr_megatron.weights.live import MOMENTS, LiveTensors
+from ovr_megatron.weights.live import MOMENTS, Holding, LiveTensors
 from ovr_megatron.weights.slices import LocalShard
 from ovr_megatron.weights.table import TensorRow, rows
 from ovr_megatron.weights.transfer import check_weights, require_finite
@@ -65,11 +69,13 @@ ForwardStep = Callable[[Iterator[Pack], torch.nn.Module], tuple[Any, Callable[..
 
 def is_frozen(name: str, model: ModelConfig) -> bool:
     """Whether ``model`` freezes the parameter of this (global) Megatron name."""
+    if is_adapter(name) or (model.lora.rank and name == VALUE_HEAD):
+        return False
     if name.startswith("vision.merger."):
-        return model.freeze_merger
+        return not model.trains_merger
     if name.startswith("vision."):
-        return model.freeze_vision
-    return model.freeze_language
+        return not model.trains_vision
+    return not model.trains_language
 
 
 class Engine:
@@ -100,6 +106,8 @@ class Engine:
         self.critic = critic
         self.parallel = parallel
         self.fp8 = model.fp8
+        self.lora = model.lora
+        self.base_folder: Path | None = None  # that the weights were loaded from
         self.layout = world.arrange(parallel)
         self.groups = self.layout.groups
         self.step_count = 0
@@ -113,9 +121,12 @@ class Engine:
             model_class = family_of(shape).load_model_class()
             self.parts: list[VisionLanguageModel] = []
             for index in range(parallel.vpp):
-                part = model_class(shape, self.config, parallel, self.groups, classes, critic, index)
+                part = model_class(
+                    shape, self.config, parallel, self.groups, classes, critic, part=index, lora=model.lora
+                )
                 self.parts.append(part.to(world.device))
-            self.live = LiveTensors(rows(shape, critic), self.parts, shape, self.groups)
+            table = rows(shape, critic) + adapter_rows(shape, model.lora)
+            self.live = LiveTensors(table, self.parts, shape, self.groups)
             names = [row.megatron for row in self.live.rows]
             self.trained = {name for name in names if not is_frozen(name, model)}
             # Before the data parallelism, which makes gradient buffers for what trains.
@@ -268,7 +279,7 @@ class Engine:
         Args:
             folder: in either generation of Hugging Face names.
             head_init: how a missing value head is filled, see `init_value_head`.
-            seed: of the missing value head.
+            seed: of the missing value head, and of new adapters.
         """
         has_head = VALUE_HEAD in folder
         check_weights(folder, self.shape, critic=self.critic and has_head)
@@ -279,23 +290,56 @@ class Engine:
                     # One seed on all ranks: the value head is replicated.
                     generator = torch.Generator().manual_seed(seed)
                     init_value_head(holding.parameter, head_init, generator)
-                    continue
-                tensors = [folder.tensor(name) for name in holding.row.hf]
-                self.live.put(holding, tensors, holding.parameter)
-                title = " and ".join(holding.row.hf)
-                require_finite(holding.parameter.detach(), title, folder.directory)
-            if hasattr(self, "optimizer"):
-                self.optimizer.reload_model_params()
+                elif is_adapter(holding.row.megatron):
+                    self.live.put(holding, initial_adapter(holding.row, seed), holding.parameter)
+                else:
+                    self._put(holding, folder)
+            self._reload_optimizer()
+        self.base_folder = folder.directory
         return self
 
+    def load_adapter(self, folder: WeightFolder) -> Engine:
+        """Copy in an adapter, and the value head of a critic; the weights stay.
+
+        Args:
+            folder: of an adapter, as `weights` gave it.
+
+        Raises:
+            WeightError: a tensor is missing, unknown or of another size.
+        """
+        check_adapter(folder, self.saved_rows)
+        with self._onloaded("weights", "optimizer"):
+            for holding in self.live.holdings:
+                if holding.row.megatron in self.trained:
+                    watchdog.touch()
+                    self._put(holding, folder)
+            self._reload_optimizer()
+        return self
+
+    def _put(self, holding: Holding, folder: WeightFolder) -> None:
+        """Copy the tensors of a row into this rank's parameter.
+
+        Raises:
+            WeightError: a value is not finite.
+        """
+        tensors = [folder.tensor(name) for name in holding.row.hf]
+        self.live.put(holding, tensors, holding.parameter)
+        title = " and ".join(holding.row.hf)
+        require_finite(holding.parameter.detach(), title, folder.directory)
+
+    def _reload_optimizer(self) -> None:
+        """Let the optimizer's float32 copies follow weights that were loaded."""
+        if hasattr(self, "optimizer"):
+            self.optimizer.reload_model_params()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every weight as a full tensor under its Hugging Face name.  A collective: all ranks iterate to the end.
+        """Yield `saved_rows` as full tensors under Hugging Face names.  A collective: all ranks iterate to the end.
 
         A tensor may be the model's own memory, which an offloaded model frees at the end: copy what is to stay.
         """
         with self._onloaded("weights"):
             self._finish_gathers()
-            yield from self.live.whole(self.live.rows, "weight", self.config.params_dtype)
+            yield from self.live.whole(self.saved_rows, "weight", self.config.params_dtype)
 
     def held(self) -> list[LocalShard]:
         """Return this rank's shards of the weights, not copied, for `RolloutEngine.update`.  A collective."""
@@ -347,6 +391,11 @@ class Engine:
         return len(self.trained_rows) == len(self.live.rows)
 
     @property
+    def saved_rows(self) -> list[TensorRow]:
+        """Return the rows that a checkpoint holds: all, or with adapters those that train, the rest never changes."""
+        return self.trained_rows if self.lora.rank else self.live.rows
+
+    @property
     def trained_rows(self) -> list[TensorRow]:
         """Return the rows of the table that this engine trains."""
         return [row for row in self.live.rows if row.megatron in self.trained]
@@ -365,6 +414,21 @@ class Engine:
                         continue
                     tensors = [folders[kind].tensor(name) for name in holding.row.hf]
                     self.live.put_state(holding, kind, tensors)
+
+    def adapter_config(self) -> AdapterConfig | None:
+        """Return PEFT's configuration of the adapters; None without them."""
+        if not self.lora.rank:
+            return None
+        assert self.base_folder is not None, "adapters are saved before the weights beside them were loaded"
+        return adapter_config(self.shape, self.lora, self.base_folder)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Compute in the block as the model does without its adapters: the reference policy of a run with LoRA."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(adapters_disabled(part))
+            yield
 
     # Steps -----------------------------------------------------------------------------------------------
 

@@ -14,9 +14,10 @@ from ovr_megatron.data.hf_files import list_other_files
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.runtime.terminal import printable
+from ovr_megatron.weights.adapters import MergedFolder, is_adapter_folder, read_adapter_settings
 from ovr_megatron.weights.average import average
 from ovr_megatron.weights.diagnosis import HEAD
-from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
+from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, WeightFolder, copy_hf_assets
 from ovr_megatron.weights.transfer import (
     VALUE_HEAD,
     check_finite,
@@ -60,6 +61,25 @@ def import_hf(
         print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")
 
 
+def _open_weights(folder: Path, merge: bool) -> WeightFolder:
+    """Open the weights of a part of a checkpoint, with ``merge`` those of its model with its adapters added.
+
+    Raises:
+        CheckpointError: ``merge`` is set and there are no adapters, or the reverse.
+        WeightError: the adapters cannot be read, or are of another model.
+    """
+    if is_adapter_folder(folder) and not merge:
+        raise CheckpointError(
+            f"{folder} holds adapters: give --merge to add them to the model, or serve them as they are (PEFT's format)"
+        )
+    if not merge:
+        return WeightFolder(folder)
+    if not is_adapter_folder(folder):
+        raise CheckpointError(f"{folder} holds entire weights, so there is nothing to merge; leave out --merge")
+    settings = read_adapter_settings(folder)
+    return MergedFolder(settings.base, WeightFolder(folder, ADAPTER_WEIGHTS), settings.scale)
+
+
 def export_hf(
     checkpoint: Path,
     out: Path,
@@ -67,8 +87,16 @@ def export_hf(
     dtype: str | None,
     workers: int,
     force: bool,
+    merge: bool = False,
 ) -> None:
-    """Write the folder ``out``, which appears when it is complete; print which parts of the checkpoint are left out."""
+    """Write the folder ``out``, which appears when it is complete; print which parts of the checkpoint are left out.
+
+    With ``merge`` the checkpoint's adapters are added to the weights of the model that they were trained beside.
+
+    Raises:
+        CheckpointError: the checkpoint lacks the part, or holds adapters and ``merge`` is not set, or the reverse.
+        WeightError: weights or adapters do not belong to the model.
+    """
     part = "critic" if critic else "policy"
     source = checkpoint / part
     manifest = check(checkpoint, under=part)
@@ -79,7 +107,7 @@ def export_hf(
     shape = ModelShape.from_hf(source)
     assets = load_assets(source, shape)
     export_dtype = getattr(torch, dtype) if dtype else None
-    with WeightFolder(source) as folder:
+    with _open_weights(source, merge) as folder:
         # All checks come before anything is written.
         check_weights(folder, shape, critic)
         check_finite(folder)

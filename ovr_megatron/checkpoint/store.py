@@ -50,7 +50,8 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.work_barrier import WorkBarrier
-from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder
+from ovr_megatron.weights.adapters import is_adapter_folder
+from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, SHARD_BYTES, WeightFolder
 from ovr_megatron.weights.table import TensorRow
 
 logger = get_logger(__name__)
@@ -105,8 +106,8 @@ def folders_of(engines: dict[str, Engine]) -> list[TensorFolder]:
     folders = []
     for name, engine in engines.items():
         itemsize = engine.config.params_dtype.itemsize
-        weight_sizes = _sizes(engine.live.rows, itemsize)
-        folders.append(TensorFolder(name, weight_sizes, engine.weights))
+        weight_sizes = _sizes(engine.saved_rows, itemsize)
+        folders.append(TensorFolder(name, weight_sizes, engine.weights, engine.adapter_config()))
         # Moments and master weights are float32 whatever the weights are, and frozen parameters have none.
         state_sizes = _sizes(engine.trained_rows, torch.float32.itemsize)
         for kind in engine.state_kinds:
@@ -366,9 +367,19 @@ def restore(checkpoint: ResumePoint, engines: dict[str, Engine]) -> None:
     for name, engine in engines.items():
         if name not in optimizers:
             raise CheckpointError(f"{path} has no {name}; it was written by another stage, use another run.dir")
+        has_adapters = is_adapter_folder(path / name)
+        if has_adapters != (engine.lora.rank > 0):
+            kind = "adapters" if has_adapters else "entire weights"
+            raise CheckpointError(
+                f"{path} holds {kind} and model.lora.rank is {engine.lora.rank}; go on with the setting that the run "
+                "began with, or use another run.dir"
+            )
         optimizer = optimizers[name]
         # The files hold full tensors, and each engine takes the slices of its own layout.
-        engine.load(WeightFolder(path / name))
+        if has_adapters:
+            engine.load_adapter(WeightFolder(path / name, ADAPTER_WEIGHTS))
+        else:
+            engine.load(WeightFolder(path / name))
         states = {}
         for kind in optimizer["parts"]:
             states[kind] = WeightFolder(path / f"{name}-{kind}")

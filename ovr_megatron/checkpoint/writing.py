@@ -26,7 +26,16 @@ from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import get_logger
-from ovr_megatron.weights.folder import INDEX, copy_hf_assets, cut, shard_names, write_index
+from ovr_megatron.weights.adapters import AdapterConfig, write_adapter_config
+from ovr_megatron.weights.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    copy_hf_assets,
+    cut,
+    shard_names,
+    write_index,
+)
 from ovr_megatron.weights.shard import PIECE, Pending, sync, write_shard
 
 logger = get_logger(__name__)
@@ -47,11 +56,13 @@ class TensorFolder:
         folder: its name, relative to the checkpoint.
         sizes: bytes of each tensor by name, in the order of the files.
         tensors: a collective that yields the full tensors in that order.
+        adapter: PEFT's configuration, where the tensors are those of adapters.
     """
 
     folder: str
     sizes: dict[str, int]
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    adapter: AdapterConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,8 @@ def _cut_into_files(folder: TensorFolder) -> list[Shard]:
     """Return the files of a folder, their writers not yet assigned."""
     names = list(folder.sizes)
     sizes = list(folder.sizes.values())
+    if folder.adapter:  # PEFT and vLLM read one file
+        return [Shard(f"{folder.folder}/{ADAPTER_WEIGHTS}", tuple(names), sum(sizes))]
     ends = cut(sizes)
     file_names = shard_names(len(ends))
     bounds = pairwise([0, *ends])
@@ -210,7 +223,8 @@ def start_writing(
     """
     files = plan_files(folders, world)
     if world.is_main:
-        prepared = queue.submit(0, lambda: _prepare(save.partial, files, hf_assets, dtype))
+        adapters = {folder.folder: folder.adapter for folder in folders if folder.adapter}
+        prepared = queue.submit(0, lambda: _prepare(save.partial, files, adapters, hf_assets, dtype))
         save.jobs.append(prepared)
         prepared.exception()
     # No rank may write before the first one has made the folders.
@@ -300,10 +314,11 @@ def _is_finite(tensor: Tensor) -> bool:
 def _prepare(
     partial: Path,
     files: dict[str, list[Shard]],
+    adapters: dict[str, AdapterConfig],
     hf_assets: Path,
     dtype: torch.dtype,
 ) -> Records:
-    """Make the folders and write the small files: HF assets and indices."""
+    """Make the folders and write the small files: HF assets, configurations of adapters, and indices."""
     shutil.rmtree(partial, ignore_errors=True)  # left over by a save that failed
     names: list[str] = []
     (partial / RNG).mkdir(parents=True)
@@ -312,6 +327,9 @@ def _prepare(
         path.mkdir(parents=True)
         if "-" not in folder:
             copied = copy_hf_assets(hf_assets, path, dtype=dtype)
+            if folder in adapters:
+                write_adapter_config(path / ADAPTER_CONFIG, adapters[folder])
+                copied.append(ADAPTER_CONFIG)
             names += [f"{folder}/{name}" for name in copied]
         if len(shards) > 1:
             tensors_by_file: dict[str, tuple[str, ...]] = {}

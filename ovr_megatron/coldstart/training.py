@@ -74,14 +74,16 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
     engine = Engine(shape, config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
     engines = {"policy": engine}
+    if config.model.lora.rank:
+        # The weights beside adapters are in no checkpoint.
+        load_weights(engine, config, world)
     checkpoint = checkpoints.resume(engines)
     first_step = 0
     if checkpoint:
         first_step = checkpoint.step
         packs.load(checkpoint.state["packs"])
-    else:
-        store.check_weights(config.model.path, world)
-        engine.load(WeightFolder(model_folder))
+    elif not config.model.lora.rank:
+        load_weights(engine, config, world)
     if world.is_main:
         run_folder.record(config, run)
         layers = layers_in_use(config.model)
@@ -116,6 +118,16 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
                 break
     trainer.close()
     return checkpoints.result()
+
+
+def load_weights(engine: Engine, config: ColdStartConfig, world: World) -> None:
+    """Load the initial weights of ``model.path``.  A collective.
+
+    Raises:
+        CheckpointError: it is a checkpoint that is damaged.
+    """
+    store.check_weights(config.model.path, world)
+    engine.load(WeightFolder(store.weights_of(config.model.path)), seed=config.run.seed)
 
 
 def show_start(
@@ -333,9 +345,10 @@ class StepTrainer:
             self.engine.shape,
             lengths,
             grids,
-            not model.freeze_language,
-            not model.freeze_vision,
-            not model.freeze_merger,
+            model.trains_language,
+            model.trains_vision,
+            model.trains_merger,
+            model.adapts_vision,
         )
 
     def close(self) -> None:

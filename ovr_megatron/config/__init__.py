@@ -13,7 +13,7 @@ from ovr_megatron.config.building import build, defaults
 from ovr_megatron.config.checks import ConfigError, require
 from ovr_megatron.config.data import FORMATS, DataConfig, SourceConfig
 from ovr_megatron.config.fields import section
-from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config.model import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.rollout import EvaluationConfig, RolloutConfig
 from ovr_megatron.config.run import RunConfig
 from ovr_megatron.config.stages import ColdStartConfig, RLConfig
@@ -27,6 +27,7 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "EvaluationConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -151,7 +151,7 @@ class RLConfig:
 def _check_trains(model: ModelConfig) -> None:
     """Raise `ConfigError` if nothing of the model trains."""
     require(
-        not (model.freeze_vision and model.freeze_merger and model.freeze_language),
+        bool(model.lora.rank) or model.trains_vision or model.trains_merger or model.trains_language,
         "model.freeze_vision, model.freeze_merger and model.freeze_language leave nothing to train; "
         "set one of them to false",
     )

@@ -19,9 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from ovr_megatron.config import ParallelConfig
+from ovr_megatron.config import LoraConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.families import ModelShape
+from ovr_megatron.model.adapters import adapted_classes
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.context import rank_rows, share_images
 from ovr_megatron.model.heads import ValueHead, float_product, token_scores
@@ -44,6 +45,7 @@ class VisionLanguageModel(GPTModel, ABC):
         pg_collection: its process groups.
         classes: of its layers' modules.
         critic: a value head in place of the language-model head.
+        lora: adapters of its linear layers.
         part: index of the interleaved part of this stage, below ``parallel.vpp``.
     """
 
@@ -56,14 +58,17 @@ class VisionLanguageModel(GPTModel, ABC):
         classes: LayerClasses,
         critic: bool = False,
         part: int = 0,
+        lora: LoraConfig | None = None,
     ):
+        lora = lora or LoraConfig()
         stage = pg_collection.pp.rank()
         stages = pg_collection.pp.size()
         pre_process = stage == 0 and part == 0
         post_process = stage == stages - 1 and part == parallel.vpp - 1
         vp_stage = part if parallel.vpp > 1 else None
         layer_count = get_num_layers_to_build(config, vp_stage, stage)
-        layer_specs = [layer_spec(True, classes)] * layer_count
+        adapted = adapted_classes(classes, shape, lora)
+        layer_specs = [layer_spec(True, adapted)] * layer_count
         # Every rank holds the same number of rows: `_padding_rows` bans those beyond the vocabulary.
         rank_vocab = -(-shape.vocab // parallel.tp)
         super().__init__(
@@ -82,12 +87,14 @@ class VisionLanguageModel(GPTModel, ABC):
         self.first_layer = get_transformer_layer_offset(config, vp_stage, stage)
         dtype = config.params_dtype
         if pre_process:
-            self.vision = self.build_vision(shape, parallel, dtype, classes)
+            tower_classes = adapted_classes(classes, shape, lora, tower=True)
+            self.vision = self.build_vision(shape, parallel, dtype, tower_classes)
         if post_process and critic:
             del self.output_layer
             self.value_head = ValueHead(shape.hidden, dtype, torch.cuda.current_device())
         self.shape = shape
         self.critic = critic
+        self.has_adapters = lora.rank > 0
         frequencies, self.rotary_scaling = inverse_frequencies(shape)
         self.register_buffer("inv_freq", frequencies, persistent=False)
         self.register_buffer("position_row", self.rotary_rows(shape), persistent=False)
@@ -208,6 +215,9 @@ class VisionLanguageModel(GPTModel, ABC):
                 hidden,
                 group=self.pg_collection.tp,
             )
+        if self.has_adapters and torch.is_grad_enabled() and not hidden.requires_grad:
+            # The embedding is frozen. A recomputed layer has a backward pass only if its input asks for a gradient.
+            hidden.requires_grad_(True)
         return hidden
 
     def _vision_trains(self) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.families import ModelShape
+from ovr_megatron.families.adapters import has_adapter
 from ovr_megatron.plan.head import head_bytes
 from ovr_megatron.plan.layer import FLOAT_BYTES, Kernels, LayerSizes
 from ovr_megatron.plan.parameters import DTYPE_BYTES, stage_layers
@@ -164,9 +165,12 @@ def _language_layer(
         dtype_bytes=DTYPE_BYTES[model.dtype],
         batched=batched,
         kernels=kernels,
-        trains=not model.freeze_language,
+        attention_trains=model.trains_language or has_adapter(model.lora, "attention"),
+        mlp_trains=model.trains_language or has_adapter(model.lora, "mlp"),
+        adapter_rank=model.lora.rank,
         shares_keys=kernels.device == "cpu" and cp == 1,
-        stores_fp8=model.fp8 != "none",
+        # An adapter computes in the parameters' dtype, and so stores its input in it.
+        stores_fp8=model.fp8 != "none" and not model.lora.rank,
     )
 
 
@@ -193,7 +197,9 @@ def _tower_layer(
         dtype_bytes=DTYPE_BYTES[model.dtype],
         batched=pack.batched_patches,
         kernels=kernels,
-        trains=not model.freeze_vision,
+        attention_trains=model.trains_vision or (model.adapts_vision and has_adapter(model.lora, "attention")),
+        mlp_trains=model.trains_vision or (model.adapts_vision and has_adapter(model.lora, "mlp")),
+        adapter_rank=model.lora.rank if model.adapts_vision else 0,
         has_bias=True,
     )
 
@@ -223,7 +229,7 @@ def _tower_stored(shape: ModelShape, model: ModelConfig, layer: LayerSizes) -> i
         return 0
     vision = shape.vision
     stored = 0
-    if not model.freeze_vision:
+    if model.trains_vision or model.adapts_vision:
         # Patches arrive in float32; only a cast to a narrower dtype makes a copy.
         patches = 0
         if layer.dtype_bytes < FLOAT_BYTES:
@@ -232,11 +238,11 @@ def _tower_stored(shape: ModelShape, model: ModelConfig, layer: LayerSizes) -> i
         rotary_table = layer.rows * 2 * head_dim * FLOAT_BYTES
         layers = vision.depth * layer.all_stored
         stored += layers + patches + rotary_table
-    if not (model.freeze_vision and model.freeze_merger):
+    if model.trains_vision or model.trains_merger or model.adapts_vision:
         merger_input, hidden = _merger_bytes(layer)
         stored += merger_input + hidden
         # As in a layer, a frozen matrix does not store its input.
-        if not model.freeze_merger:
+        if model.trains_merger:
             stored += merger_input + hidden
     return stored
 
@@ -246,7 +252,7 @@ def _tower_working(shape: ModelShape, model: ModelConfig, layer: LayerSizes) -> 
     feature_rows = layer.rows // shape.vision.merge**2
     features = feature_rows * shape.hidden * layer.dtype_bytes
     merger = sum(_merger_bytes(layer))
-    if model.freeze_vision:
+    if not (model.trains_vision or model.adapts_vision):
         return features + merger
     # The tower is not recomputed, whatever the language model's layers do.
     layer_backward = layer.backward("none")

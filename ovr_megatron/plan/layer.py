@@ -47,7 +47,9 @@ class LayerSizes:
     dtype_bytes: int
     batched: float  # as in `PackShape`
     kernels: Kernels
-    trains: bool = True
+    attention_trains: bool = True  # the matrices, or adapters beside them
+    mlp_trains: bool = True
+    adapter_rank: int = 0
     has_bias: bool = False
     shares_keys: bool = False  # query heads of attention without Transformer Engine share keys and values
     stores_fp8: bool = False  # inputs of matrix products are stored in FP8
@@ -71,15 +73,25 @@ class LayerSizes:
         element_bytes = FLOAT_BYTES + self.dtype_bytes
         return self.sp_rows * self.width * element_bytes
 
-    @property
-    def norm(self) -> int:
-        """Return what a norm stores: its output, as the input of the product that follows, and its scale."""
+    def norm(self, trains: bool) -> int:
+        """Return what a norm stores: its output, as the input of the product that follows, and its scale.
+
+        ``trains`` says whether the product's matrix does, or an adapter beside it.
+        """
         output = 0
         # A frozen matrix needs no gradient, so its input is not stored.
-        if self.trains:
+        if trains:
             output = self._stored_bytes(self.input)
         scale = self.sp_rows * FLOAT_BYTES
+        if trains and self.adapter_rank:
+            # The adapter normalises once more, and stores the narrow products of itself and of the one behind it.
+            return output + 2 * (self.norm_copies + scale) + self.adapter_products
         return output + self.norm_copies + scale
+
+    @property
+    def adapter_products(self) -> int:
+        """Return the bytes of the narrow products of two adapters: of up to three tensors before, of one behind."""
+        return (3 * self.rows + self.sp_rows) * self.adapter_rank * self.dtype_bytes
 
     @property
     def attention(self) -> int:
@@ -118,14 +130,14 @@ class LayerSizes:
     @property
     def gate_product(self) -> int:
         """Return the bytes of gate times up, which the MLP's second matrix stores as its input."""
-        if not self.trains:
+        if not self.mlp_trains:
             return 0
         return self._stored_bytes(self.gate_up // 2)
 
     @property
     def mlp(self) -> int:
         """Return what the MLP stores, with the norm before it."""
-        stored = self.norm + self.gate_up + self.gate_product
+        stored = self.norm(self.mlp_trains) + self.gate_up + self.gate_product
         if self.is_on_cpu:
             stored += self.gate_up // 2  # the activated gate, which is an operation of its own there
         return stored
@@ -134,7 +146,7 @@ class LayerSizes:
     def all_stored(self) -> int:
         """Return the bytes that a layer stores without recomputation."""
         residual_stream = 2 * self.input
-        return residual_stream + self.norm + self.attention + self.mlp
+        return residual_stream + self.norm(self.attention_trains) + self.attention + self.mlp
 
     def _stored_bytes(self, size: int) -> int:
         """Return the bytes of a stored product input that takes ``size`` bytes in the parameters' dtype."""

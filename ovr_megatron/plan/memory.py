@@ -129,7 +129,7 @@ class _IterationPhases:
         phases["update policy"] = self._resident("policy", trains=True) | update | asleep
         weights = {"vLLM weights": engine["vLLM weights"]}
         # Waking vLLM's weights wakes its graphs, too.
-        phases["sync"] = resident_policy | weights | _graphs(rollout) | self._sync_buckets()
+        phases["sync"] = resident_policy | weights | _graphs(rollout) | self._sync_buckets() | self._merged_weight()
         return phases
 
     def _sync_buckets(self) -> dict[str, int]:
@@ -141,11 +141,22 @@ class _IterationPhases:
             size = int(2 * self.config.rollout.bucket_mib * 2**20)
         return {"buckets": size}
 
+    def _merged_weight(self) -> dict[str, int]:
+        """Return the largest weight with its adapter added, beside the float32 sum and product that it is made from."""
+        if not self.config.model.lora.rank:
+            return {}
+        shape = self.scenario.shape
+        elements = 2 * shape.ffn * shape.hidden // self.config.parallel.tp
+        return {"merged weight": elements * (2 * 4 + DTYPE_BYTES[self.config.model.dtype])}
+
     def _resident(self, *working: str, trains: bool = False) -> dict[str, int]:
         """Return what the models have on the GPU while those of ``working`` run (forward only unless ``trains``)."""
         config = self.config
         policy = self.models["policy"]
-        has_reference = bool(config.algorithm.kl_coefficient)
+        algorithm = config.algorithm
+        # A policy with adapters is its own reference without them.
+        shares_weights = config.model.lora.rank and not algorithm.reference
+        has_reference = bool(algorithm.kl_coefficient) and not shares_weights
         if not config.offload:
             resident = {name: state.total for name, state in self.models.items()}
             if has_reference:
@@ -348,7 +359,7 @@ def checkpoint_bytes(config: ColdStartConfig | RLConfig, shape: ModelShape) -> i
     """Return the bytes of one checkpoint on disk: weights, moments and master weights of every model of the recipe."""
     model = config.model
     kinds = [False]
-    if isinstance(config, RLConfig):
+    if isinstance(config, RLConfig) and config.algorithm.has_critic:
         kinds.append(True)
     weight_bytes = DTYPE_BYTES[model.dtype]
     adam_bytes = MOMENT_BYTES + MASTER_BYTES[model.dtype]
@@ -357,7 +368,9 @@ def checkpoint_bytes(config: ColdStartConfig | RLConfig, shape: ModelShape) -> i
     size = 0
     for critic in kinds:
         state = model_state(shape, model, single_rank, 1, critic=critic)
-        size += state.parameters * weight_bytes
+        # Of a model with adapters only those are saved.
+        saved = state.trained if model.lora.rank else state.parameters
+        size += saved * weight_bytes
         size += state.trained * adam_bytes
     return size
 

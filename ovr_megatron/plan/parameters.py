@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ovr_megatron.config import ModelConfig, ParallelConfig
+from ovr_megatron.config import LoraConfig, ModelConfig, ParallelConfig
 from ovr_megatron.engine import is_frozen
 from ovr_megatron.families import ModelShape
+from ovr_megatron.weights.adapters import adapter_rows
 from ovr_megatron.weights.table import TensorRow, cut_dim, padded_vocab, rows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -28,7 +29,7 @@ _BUCKET_NUMEL_PER_RANK = 1_000_000
 # Modules register their parameters in this order; buffers are filled from the last to the first.
 _ORDER = ("embedding.", "decoder.layers.", "decoder.final_layernorm.", "output_layer.", "vision.", "value_head.")
 _WITHIN_LAYER = ("linear_proj.", "linear_qkv.", "linear_fc1.", "linear_fc2.")
-_WITHIN_MODULE = ("layer_norm_weight", "bias", "weight")
+_WITHIN_MODULE = ("layer_norm_weight", "bias", "weight", "lora_A", "lora_B")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -132,7 +133,7 @@ def rank_parameters(
 ) -> list[list[Parameter]]:
     """Return the parameters of pipeline ``stage``, one list for each of its interleaved parts, in Megatron's order."""
     layers = stage_layers(shape.layers, parallel)[stage] // parallel.vpp
-    ordered_rows = _ordered_rows(shape, critic)
+    ordered_rows = _ordered_rows(shape, critic, model.lora)
     shares_embedding = shape.tied and not critic and parallel.pp > 1
     last_stage = parallel.pp - 1
     last_part = parallel.vpp - 1
@@ -166,8 +167,8 @@ def _is_in_part(name: str, layers: int, is_first: bool, is_last: bool) -> bool:
 
 # A search over layouts asks for the same models again and again.
 @lru_cache(maxsize=8)
-def _ordered_rows(shape: ModelShape, critic: bool) -> list[TensorRow]:
-    table_rows = rows(shape, critic)
+def _ordered_rows(shape: ModelShape, critic: bool, lora: LoraConfig) -> list[TensorRow]:
+    table_rows = rows(shape, critic) + adapter_rows(shape, lora)
     return sorted(table_rows, key=_registration_order)
 
 
@@ -181,7 +182,7 @@ def _registration_order(row: TensorRow) -> tuple[int, ...]:
     within_layer = next((i for i, linear in enumerate(_WITHIN_LAYER) if linear in name), -1)
     # "weight" ends "layer_norm_weight", too: the longer name is asked for first, and comes last.
     within_module = next(i for i, end in enumerate(_WITHIN_MODULE) if name.endswith(end))
-    position_in_module = (2, 1, 0)[within_module]
+    position_in_module = (2, 1, 0, 3, 4)[within_module]
     tower_group = 1
     if "patch_embed" in name:
         tower_group = 0

@@ -41,7 +41,10 @@ Item = TypeVar("Item")
 
 @dataclass
 class Models:
-    """The models of an iteration; critic and reference only where the algorithm needs them."""
+    """The models of an iteration; critic and reference only where the algorithm needs them.
+
+    A policy with adapters may be its own reference.
+    """
 
     config: RLConfig
     world: World
@@ -113,7 +116,9 @@ def compute_experience(
         experience.old = _compute_logprobs(models.policy, batch, pack_members)
     if models.reference is not None:
         models.offload_except(models.reference)
-        experience.reference = _compute_logprobs(models.reference, batch, pack_members)
+        # A policy with adapters is its own reference without them.
+        with models.reference.without_adapters():
+            experience.reference = _compute_logprobs(models.reference, batch, pack_members)
     penalties = None
     if kl_in_reward:
         penalties = _kl_penalties(experience, algorithm)

@@ -78,7 +78,7 @@ def _training_pass_flops(models: Models, experience: Experience) -> float:
     for sample in experience.batch.samples:
         lengths.append(len(sample))
         grids += sample.grid_thw.tolist()
-    trains = (not model.freeze_language, not model.freeze_vision, not model.freeze_merger)
+    trains = (model.trains_language, model.trains_vision, model.trains_merger, model.adapts_vision)
     return training_flops(models.policy.shape, lengths, grids, *trains)
 
 
@@ -87,7 +87,7 @@ def _head_difference_flops(models: Models, experience: Experience) -> float:
     shape = models.policy.shape
     # A frozen head has a forward pass and the gradient of its input, 2 FLOP each for a weight and token; one that
     # trains has the gradient of its weights as well.
-    flops_per_weight = 4.0 if models.config.model.freeze_language else 6.0
+    flops_per_weight = 6.0 if models.config.model.trains_language else 4.0
     missing_columns = shape.vocab - 1
     tokens = sum(map(len, experience.batch.samples))
     return flops_per_weight * shape.hidden * missing_columns * tokens

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.config import ConfigError, RLConfig
+from ovr_megatron.config import ConfigError, LoraConfig, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.stream import open_stream
@@ -100,7 +100,10 @@ def build_models(
     reference = None
     if training:
         engines = build_engines(config, model_folder, world)
-        reference = build_reference(config, model_folder, banned, world)
+        if config.model.lora.rank and config.algorithm.kl_coefficient and not config.algorithm.reference:
+            reference = engines["policy"]  # without its adapters it is the initial policy
+        else:
+            reference = build_reference(config, model_folder, banned, world)
     else:
         engines = {"policy": build_frozen_policy(config, model_folder, world)}
     policy = engines["policy"]
@@ -135,7 +138,7 @@ def build_policy(config: RLConfig, shape: ModelShape, model_folder: Path, world:
     policy_iterations = max(config.iterations - algorithm.critic_warmup_iterations, 1)
     total_steps = policy_iterations * algorithm.policy_updates
     policy.with_optimizer(config.optimizer, total_steps)
-    policy.load(WeightFolder(model_folder))
+    policy.load(WeightFolder(model_folder), seed=config.run.seed)
     return policy
 
 
@@ -176,6 +179,7 @@ def build_frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
         freeze_vision=True,
         freeze_merger=True,
         freeze_language=True,
+        lora=LoraConfig(),
     )
     policy = Engine(shape, frozen, config.parallel, world)
     return policy.load(WeightFolder(folder))

@@ -318,6 +318,7 @@ class _Update:
         self._group = reshard._group
         self._device = reshard._device
         self._check = reshard._check
+        self._last_merged: tuple[int, Tensor] | None = None  # index of a shard with an adapter, and its sum
         self._assembling: dict[int, Tensor] = {}  # weights that are packed once all of their rows are there
         self._free_buffers: list[Tensor] = []
         self._sent_checksums: dict[tuple[int, ...], int] = {}
@@ -351,14 +352,27 @@ class _Update:
             self._compare_checksums()
 
     def _source_rows(self, transfer: Transfer) -> Tensor:
-        """Return a view of the rows that a transfer reads from this rank's shard."""
+        """Return the rows that a transfer reads from this rank's shard."""
         shard = self._shards[transfer.source_index]
         return rows_of(
-            shard.parameter,
+            self._merged(transfer.source_index),
             shard.dim,
             transfer.source_offset,
             transfer.length,
         )
+
+    def _merged(self, index: int) -> Tensor:
+        """Return this rank's shard with its adapter added.
+
+        The transfers of a weight follow one another: the last merged weight is the only one in memory.
+        """
+        shard = self._shards[index]
+        if shard.adapter is None:
+            return shard.parameter
+        if self._last_merged is None or self._last_merged[0] != index:
+            self._last_merged = None  # frees it before the next one is made
+            self._last_merged = index, shard.merged()
+        return self._last_merged[1]
 
     def _copy_into_params(self, step: TransferStep, messages: _Messages) -> None:
         """Copy local and received rows into vLLM's parameters, and pack those that are complete."""
@@ -378,20 +392,20 @@ class _Update:
             self._record_checksum(self._stored_checksums, transfer, target)
         for index in step.complete:
             assembled = self._assembling.get(index)
-            weight = borrowed.get(index, assembled)
+            weight = self._merged(borrowed[index]) if index in borrowed else assembled
             self._pack(self._targets[index], weight)
             if assembled is not None:
                 del self._assembling[index]
                 self._free_buffers.append(assembled)
 
-    def _borrowed_params(self, step: TransferStep) -> dict[int, Tensor]:
-        """Return, by target, the trainer's parameters that vLLM can pack as they are, without a copy."""
-        borrowed = {}
+    def _borrowed_params(self, step: TransferStep) -> dict[int, int]:
+        """Return, by target, the index of the trainer's shard that vLLM can pack as it is, without a copy."""
+        borrowed: dict[int, int] = {}
         for transfer in step.copies:
             target = self._targets[transfer.target_index]
             parameter = self._shards[transfer.source_index].parameter
             if _fills_packed_param(transfer, parameter, target):
-                borrowed[transfer.target_index] = parameter
+                borrowed[transfer.target_index] = transfer.source_index
         return borrowed
 
     def _target_rows(self, transfer: Transfer) -> Tensor:

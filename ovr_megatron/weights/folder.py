@@ -32,7 +32,8 @@ logger = get_logger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 SHARD_BYTES = 1 << 30
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
 
@@ -55,11 +56,13 @@ class WeightFolder:
         WeightError: no weights, a missing or damaged shard, an index that disagrees with its shards.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, file: str = "") -> None:
+        """Open ``directory``; of an adapter, ``file`` names the one file that it reads."""
         self.directory = Path(directory)
         self._stored: dict[str, _StoredTensor] = {}
         self._open_files = ExitStack()
-        for file, expected in _shards(self.directory).items():
+        shards = {file: []} if file else _shards(self.directory)
+        for file, expected in shards.items():
             path = self.directory / file
             shard = self._open(path)
             stored_names = list(shard.keys())
@@ -130,11 +133,11 @@ def _shards(directory: Path) -> dict[str, list[str]]:
     if files:
         present = some(files)
         raise WeightError(f"{directory} has {present} but no {INDEX}; get the index, or the whole folder, again")
-    for name in ("adapter_config.json", ADAPTER):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if (directory / name).exists():
             raise WeightError(
-                f"{directory} holds a LoRA adapter and no model; merge it into its model (PEFT: merge_and_unload) and "
-                "give the folder of the whole model"
+                f"{directory} holds a LoRA adapter and no model; merge it into its model, with `ovr convert to-hf "
+                "--merge` if it is of a checkpoint of ours and else by PEFT's merge_and_unload, and give that folder"
             )
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:
@@ -166,7 +169,7 @@ def _model_files(directory: Path) -> list[str]:
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     # Only beside a whole model are the others known to be no part of it.
     if SINGLE not in names:
-        return [name for name in names if name != ADAPTER]
+        return [name for name in names if name != ADAPTER_WEIGHTS]
     model_names = []
     for name in names:
         kind = left_over(name)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ovr_megatron.families import ModelShape
+from ovr_megatron.families.adapters import is_adapter
+from ovr_megatron.model.adapters import Adapter
 from ovr_megatron.weights.slices import LocalShard, RowRange, row_ranges
 from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, join, split, to_hf
 
@@ -33,6 +35,7 @@ class Holding:
     row: TensorRow
     parameter: Parameter
     is_copy: bool = False  # the last stage's copy of a tied embedding
+    adapter: Adapter | None = None  # beside this weight
 
 
 class LiveTensors:
@@ -59,12 +62,13 @@ class LiveTensors:
         rows_by_name = {row.megatron: row for row in rows}
         self.holdings: list[Holding] = []
         for part in parts:
+            adapters = {f"{prefix}.weight": module.adapter for prefix, module in _adapted_modules(part)}
             for local, parameter in part.named_parameters():
                 name = _global_name(local, part.first_layer)
                 # A tied model has no row for a head: the one that its last stage has is a copy of the embedding.
                 is_copy = name == _HEAD and name not in rows_by_name
                 row_name = _EMBEDDING if is_copy else name
-                holding = Holding(rows_by_name[row_name], parameter, is_copy)
+                holding = Holding(rows_by_name[row_name], parameter, is_copy, adapters.get(local))
                 self.holdings.append(holding)
         self._parameters: dict[str, Parameter] = {}
         for holding in self.holdings:
@@ -173,31 +177,39 @@ class LiveTensors:
         return full_state.view(parameter.shape)
 
     def held(self, trained: Collection[str]) -> list[LocalShard]:
-        """Return this rank's shard of every row, without copying; a copy of a tied embedding too.
+        """Return this rank's shard of every weight, without copying; a copy of a tied embedding too.
+
+        Adapters are no weights of their own: they come with the weight that they are added to.
 
         ``trained`` names the rows that are trained.
         """
         shards = []
-        for holding, ranges in zip(self.holdings, self._ranges, strict=True):
+        for holding, ranges in zip(self._weight_holdings, self._ranges, strict=True):
             row = holding.row
+            adapter = holding.adapter
             shard = LocalShard(
                 parameter=holding.parameter.detach(),
                 dim=cut_dim(row),
                 ranges=ranges,
-                trained=row.megatron in trained,
+                trained=adapter is not None or row.megatron in trained,
+                adapter=None if adapter is None else torch.no_grad()(adapter.delta),
             )
             shards.append(shard)
         return shards
 
     @cached_property
+    def _weight_holdings(self) -> list[Holding]:
+        return [holding for holding in self.holdings if not is_adapter(holding.row.megatron)]
+
+    @cached_property
     def _ranges(self) -> list[tuple[RowRange, ...]]:
-        """Return the row ranges of every holding."""
+        """Return the row ranges of every weight."""
         # They follow from the layout, which never changes, and numbering all rows takes a while.
         tp = self.groups.tp
         tp_size = tp.size()
         tp_rank = tp.rank()
         ranges = []
-        for holding in self.holdings:
+        for holding in self._weight_holdings:
             holding_ranges = row_ranges(holding.row, tp_size, tp_rank, self.shape)
             ranges.append(holding_ranges)
         return ranges
@@ -291,6 +303,13 @@ class LiveTensors:
             if updated in state:
                 return state[updated][which]
         raise KeyError(f"no optimizer state {which}: no step has been taken, or the parameter is frozen")
+
+
+def _adapted_modules(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear layers that have an adapter, by their names in ``part``."""
+    for name, module in part.named_modules():
+        if isinstance(getattr(module, "adapter", None), Adapter):
+            yield name, module
 
 
 def _global_name(name: str, first_layer: int) -> str:

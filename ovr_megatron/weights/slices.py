@@ -7,7 +7,7 @@ intersections of these ranges are the transfers.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -36,12 +36,23 @@ class RowRange(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A parameter of this rank and its row ranges along ``dim`` (None: ranges of the flattened parameter)."""
+    """A parameter of this rank and its row ranges along ``dim`` (None: ranges of the flattened parameter).
+
+    ``adapter`` returns what an adapter adds to the parameter, in float32, where there is one.
+    """
 
     parameter: Tensor
     dim: int | None
     ranges: tuple[RowRange, ...]
     trained: bool = True
+    adapter: Callable[[], Tensor] | None = None
+
+    def merged(self) -> Tensor:
+        """Return the parameter with its adapter added, rounded once; the parameter itself where there is none."""
+        if self.adapter is None:
+            return self.parameter
+        # Not in place: in float32 the conversion is no copy.
+        return (self.parameter.float() + self.adapter()).to(self.parameter.dtype)
 
     def layout(self) -> ShardLayout:
         """Return the description that other ranks plan with."""

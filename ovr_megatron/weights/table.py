@@ -22,6 +22,7 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
 
 _NEW_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+_PEFT_PREFIX = "base_model.model."  # before the name of an adapter's module
 
 
 class LayoutError(UserError, ValueError):
@@ -39,11 +40,24 @@ class TensorRow:
 
 
 def canonical(name: str) -> str:
-    """The hub's name of a Hugging Face tensor, from either generation of names."""
+    """The hub's name of a Hugging Face tensor, from either generation of names.
+
+    Of an adapter's tensor it is the name that PEFT gives it with Transformers 5.
+    """
+    if name.startswith(_PEFT_PREFIX):
+        return _PEFT_PREFIX + module_name(canonical(name.removeprefix(_PEFT_PREFIX)))
     for new, hub in _NEW_PREFIXES:
         if name.startswith(new):
             suffix = name.removeprefix(new)
             return f"{hub}{suffix}"
+    return name
+
+
+def module_name(name: str) -> str:
+    """Return the name that Transformers 5 gives the parameter with the hub's name ``name``; inverse of `canonical`."""
+    for new, hub in _NEW_PREFIXES:
+        if name.startswith(hub):
+            return new + name.removeprefix(hub)
     return name
 
 
@@ -232,6 +246,18 @@ def _unfuse_gate_up(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     return tensor.chunk(2)
 
 
+def _stack(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    return torch.cat(list(tensors))
+
+
+def _unstack_2(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    return tensor.chunk(2)
+
+
+def _unstack_3(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    return tensor.chunk(3)
+
+
 def _fuse_patch(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     return tensors[0].flatten(1)
 
@@ -260,6 +286,10 @@ class _Kind:
 
 _KINDS = {
     "replicated": _Kind(),
+    # Down-projections of adapters, one for each Hugging Face tensor of the weight.
+    "stacked_1": _Kind(),
+    "stacked_2": _Kind(_stack, _unstack_2),
+    "stacked_3": _Kind(_stack, _unstack_3),
     "vocabulary": _Kind(dim=0),
     "column": _Kind(dim=0),
     "row": _Kind(dim=1),

@@ -4,12 +4,14 @@ With ``reference`` only the runs that tests/ppo/test_reference.py reads, or thos
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -105,6 +107,14 @@ def again(name: str, iteration: int, *more: str) -> list[dict]:
     return [vars(line) for line in replay.replay(chosen, out / name, iteration, there)]
 
 
+def resume_after_one(name: str, resumed: str, *more: str) -> None:
+    """Copy the first checkpoint of a run into another folder and train the rest there.  A collective."""
+    if world.is_main:
+        shutil.copytree(out / name / "checkpoints/step_000001", out / resumed / "checkpoints/step_000001")
+    dist.barrier()
+    train(resumed, *more)
+
+
 def critic_gradients(*more: str) -> dict[str, Tensor]:
     """Those of the first step of iteration 0, with the saved responses cut in another way."""
     chosen = config("ppo", *more)
@@ -168,6 +178,10 @@ if __name__ == "__main__":
     train("ppo_critic_tp2", "critic.parallel={tp: 2}")
     for name, settings in ALGORITHMS.items():
         train(name, *(f"algorithm.{setting}" for setting in settings))
+    adapters = ("model.lora.rank=4", "optimizer.lr=1e-2", "critic.optimizer.lr=1e-2", "algorithm.kl_coefficient=0.01")
+    train("lora", *adapters)
+    resume_after_one("lora", "lora_resumed", *adapters)
+    train("lora_tp2", *adapters, "parallel.tp=2", "rollout.check_updates=true", "offload=true")
     train("learned", "only=train", f"rollouts_from={out / 'ppo'}")
     half = config("rolled_out", "only=rollout", "iterations=1")
     generate(half, world)
