@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from ovr_megatron.config import RLConfig
+from ovr_megatron.config import RLConfig, Sampling
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, balance_prompts, seeds_of
@@ -211,7 +211,7 @@ class Rollouts:
                     counters.show(bar)
                 return barrier.engine_step(self.engine.agree)
 
-            failed = self.engine.answer(take, on_result, config.rollout.temperature, between_steps)
+            failed = self.engine.answer(take, on_result, between_steps)
             generate_s = time.perf_counter() - began
             # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
             while self.leads and self.grader.pending and not barrier.stop_asked():
@@ -230,7 +230,8 @@ class Rollouts:
 
     def _engine_prompt(self, sample: Sample, iteration: int, index: int, limit: int) -> Prompt:
         seeds = seeds_of(self.config.run.seed, iteration, index, self.config.responses)
-        return Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, limit - len(sample), self.endless)
+        sampling = Sampling(self.config.rollout.temperature, limit - len(sample), self.endless)
+        return Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, sampling)
 
     def _open_queue(self, indices: Sequence[int], name: str) -> Callable[[int], list[int]]:
         """Return a function that gives the engine's next prompts for the number of responses it still works on.
