@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 from ovr_megatron.config.algorithm import AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
 from ovr_megatron.config.checks import ZeroMeans, require
 from ovr_megatron.config.data import DataConfig
+from ovr_megatron.config.evaluation import EvaluationConfig
 from ovr_megatron.config.fields import Count, PositiveInt, section
 from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
-from ovr_megatron.config.rollout import EvaluationConfig, RolloutConfig
+from ovr_megatron.config.rollout import RolloutConfig
 from ovr_megatron.config.run import RunConfig
 
 

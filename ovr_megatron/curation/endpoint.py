@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict
 import httpx
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.curation.settings import TeacherConfig
+from ovr_megatron.curation.settings import EndpointConfig
 from ovr_megatron.data.row_json import PartJson
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.terminal import printable
@@ -101,19 +101,13 @@ class Endpoint:
         tokens: Prompt and response tokens so far.
     """
 
-    def __init__(
-        self,
-        config: TeacherConfig,
-        requests: int = 0,
-        tokens: int = 0,
-        setting: str = "teacher.{}",
-    ) -> None:
+    def __init__(self, config: EndpointConfig, requests: int = 0, tokens: int = 0, setting: str = "teacher.{}") -> None:
         """Read the key; ``requests`` and ``tokens`` were spent by earlier runs.
 
         ``setting`` is the pattern by which messages name a setting, as the user wrote it.
 
         Raises:
-            ConfigError: the environment variable ``teacher.key_env`` is not set, or is no key.
+            ConfigError: the environment variable ``key_env`` is not set, or is no key.
         """
         self._config = config
         self._setting = setting

@@ -115,21 +115,9 @@ class Replica:
         if self.is_leader:
             self.journal.add(key, result)
 
-    def answer(
-        self,
-        requests: Sequence[Request],
-        temperature: float,
-        max_tokens: int,
-    ) -> list[tuple[Request, list[Generation]]]:
+    def answer(self, requests: Sequence[Request]) -> list[tuple[Request, list[Generation]]]:
         """Generate the responses to ``requests``; a prompt that is too long has an error as its result."""
-        return answer_rows(
-            self.engine,
-            self.processor,
-            requests,
-            temperature,
-            max_tokens,
-            self.add,
-        )
+        return answer_rows(self.engine, self.processor, requests, self.add)
 
 
 def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -211,8 +199,7 @@ def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World
         # Answers of earlier runs count, too: `merge_journals` has moved them into one journal.
         requests = _questions(rows, config, (journal, earlier))
         for batch in batches(requests, config.rollout.max_num_seqs):
-            answers = replica.answer(batch, settings.temperature, settings.max_tokens)
-            for request, [generation] in answers:
+            for request, [generation] in replica.answer(batch):
                 text = replica.processor.decode(generation.tokens)
                 finish = "stop" if generation.stopped else "length"
                 tokens = len(generation.prompt_tokens) + len(generation.tokens)
@@ -234,7 +221,7 @@ def _questions(
             is_answered = any(key in journal for journal in journals)
             if not is_answered:
                 seed = key >> 34  # 30 of the key's 64 bits
-                yield Request(key, item.row, [seed])
+                yield Request(key, item.row, [seed], config.teacher.sampling)
 
 
 def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -263,7 +250,7 @@ def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: Worl
     with replica.journal, grader:
         requests = _attempts(replica, input_folder)
         for batch in batches(requests, batch_size):
-            groups = replica.answer(batch, settings.temperature, settings.max_tokens)
+            groups = replica.answer(batch)
             if replica.is_leader:
                 _grade(replica, grader, watch, groups)
 
@@ -273,7 +260,7 @@ def _attempts(replica: Replica, input_folder: Path) -> Iterator[Request]:
     for item in replica.pending_rows(input_folder):
         if response_text(item.raw) is None:
             seeds = _attempt_seeds(replica.config, item.index)
-            yield Request(item.index, item.row, seeds)
+            yield Request(item.index, item.row, seeds, replica.config.difficulty.sampling)
 
 
 def _attempt_seeds(config: PrepareConfig, index: int) -> range:

@@ -13,7 +13,8 @@ from typing import TypedDict
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import kappa
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS
-from ovr_megatron.evaluation.judges import JudgeConfig, ask_judge, key_of
+from ovr_megatron.evaluation.judge_settings import JudgeConfig
+from ovr_megatron.evaluation.judges import ask_judge, key_of
 from ovr_megatron.evaluation.scoring import EvaluationResult, EvaluationScores, GradedResponse, format_accuracy, score
 from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.json_lines import json_lines

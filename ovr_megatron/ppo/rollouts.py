@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ovr_megatron.config import RLConfig
+from ovr_megatron.config import RLConfig, Sampling
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, seeds_of
@@ -214,7 +214,7 @@ class Rollouts:
                     counters.show(bar)
                 return barrier.engine_step(self.engine.agree)
 
-            failed = self.engine.answer(take, on_result, config.rollout.temperature, between_steps)
+            failed = self.engine.answer(take, on_result, between_steps)
             generate_s = time.perf_counter() - began
             # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
             while self.leads and self.grader.pending and not barrier.stop_asked():
@@ -241,14 +241,8 @@ class Rollouts:
             sample = rollout.prompts.sample(i)
             seeds = seeds_of(config.run.seed, iteration, i, config.responses)
             response_limit = rollout.limit - len(sample)
-            prompt = Prompt(
-                sample.prompt_tokens,
-                sample.images,
-                sample.videos,
-                seeds,
-                max_tokens=response_limit,
-                endless=self.endless,
-            )
+            sampling = Sampling(config.rollout.temperature, response_limit, self.endless)
+            prompt = Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, sampling)
             prompts.append((i, prompt))
         return prompts
 

@@ -13,6 +13,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from ovr_megatron.config import Sampling
 from ovr_megatron.data.pixels import Video
 from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
@@ -35,16 +36,14 @@ class Prompt:
         videos: Videos, frames and metadata, in the order of theirs.
         seeds: One for each response.  A response depends on the weights, the prompt and its own seed alone, up
             to rounding.  Consecutive seeds (s, s + 1, ...) share one request and are faster.
-        max_tokens: Longest response, its end token included.
-        endless: Whether nothing but `max_tokens` ends a response.
+        sampling: How the responses are sampled.
     """
 
     tokens: Sequence[int]
     images: Sequence[Image.Image] = ()
     videos: Sequence[Video] = ()
     seeds: Sequence[int] = (0,)
-    max_tokens: int = 1024
-    endless: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Generation:
 
     Attributes:
         tokens: n sampled ids, with the end token if the model gave one.
-        logprobs: float32[n], log_softmax(masked logits / temperature) at the sampled ids.
+        logprobs: float32[n], log_softmax(masked logits / temperature) at the sampled ids; of a greedy response at
+            temperature 1.
         stopped: Whether it ended by itself: an end token or a stop string, not the length limit.
         prompt_tokens: The prompt as the engine saw it, placeholders expanded.
     """
@@ -102,27 +102,26 @@ def banned_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
     return sorted(i for i in banned if i < shape.vocab)
 
 
-def sampling_params(
-    prompt: Prompt, temperature: float, end_ids: Sequence[int], stop: Sequence[str]
-) -> list[SamplingParams]:
+def sampling_params(prompt: Prompt, end_ids: Sequence[int], stop: Sequence[str]) -> list[SamplingParams]:
     """Return one request for each run of consecutive seeds; vLLM gives sample i of a request the seed ``seed + i``.
 
     Nothing is left to the model folder or to vLLM's idea of the end of a text.
     """
+    sampling = prompt.sampling
     runs = _runs(prompt.seeds)
-    if not temperature:  # greedy requests are single
+    if not sampling.temperature:  # greedy requests are single
         runs = ((seed, 1) for seed in prompt.seeds)
     return [
         SamplingParams(
             n=count,
             seed=first,
-            temperature=temperature,
+            temperature=sampling.temperature,
             top_p=1.0,
             repetition_penalty=1.0,
-            max_tokens=prompt.max_tokens,
+            max_tokens=sampling.max_tokens,
             ignore_eos=True,
-            stop_token_ids=[] if prompt.endless else list(end_ids),
-            stop=[] if prompt.endless else list(stop),
+            stop_token_ids=[] if sampling.endless else list(end_ids),
+            stop=[] if sampling.endless else list(stop),
             detokenize=bool(stop),
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,

@@ -8,7 +8,8 @@ import pytest
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.errors import UserError
-from ovr_megatron.evaluation.judges import JudgeConfig, _start_engine
+from ovr_megatron.evaluation.judge_settings import JudgeConfig
+from ovr_megatron.evaluation.judges import _start_engine
 from ovr_megatron.evaluation.scoring import GradedResponse, score
 from ovr_megatron.evaluation.verdict_command import main
 from ovr_megatron.evaluation.verdicts import format_question, judge_responses, read_responses, read_verdict

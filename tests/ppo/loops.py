@@ -143,10 +143,10 @@ def refused_prompts() -> Iterator[None]:
     refused = [seeds_of(1, iteration, 1, 3) for iteration in range(2)]
     enqueue = RolloutEngine._enqueue
 
-    def refusing(engine: RolloutEngine, prompt: Prompt, temperature: float) -> list[str]:
+    def refusing(engine: RolloutEngine, prompt: Prompt) -> list[str]:
         if list(prompt.seeds) in refused:
             raise ValueError("refused")
-        return enqueue(engine, prompt, temperature)
+        return enqueue(engine, prompt)
 
     RolloutEngine._enqueue = refusing
     try:

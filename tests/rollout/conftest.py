@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.config import DataConfig
+from ovr_megatron.config import DataConfig, Sampling
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.data.schema import Row
@@ -136,6 +136,6 @@ def long_samples(processor: Processor) -> list[Sample]:
 @pytest.fixture(scope="session")
 def ask() -> Callable[..., list[Prompt]]:
     """Requests for samples, all with the same seeds."""
-    return lambda samples, seeds, max_tokens=16: [
-        Prompt(s.prompt_tokens, s.images, s.videos, seeds, max_tokens) for s in samples
+    return lambda samples, seeds, max_tokens=16, temperature=1.0: [
+        Prompt(s.prompt_tokens, s.images, s.videos, seeds, Sampling(temperature, max_tokens)) for s in samples
     ]
