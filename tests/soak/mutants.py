@@ -46,8 +46,8 @@ MUTANTS = [
     Mutant(
         "the engine forgets the temperature",
         "ppo/rollouts.py",
-        "on_result, config.rollout.temperature",
-        "on_result, 1.0",
+        "Sampling(config.rollout.temperature, ",
+        "Sampling(1.0, ",
     ),
     Mutant(
         "every step of the critic takes the whole batch",
