@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovr_megatron.launch import compose
-from ovr_megatron.plan.hardware import GPUS
+from ovr_megatron.plan.hardware import GPUS, find_gpu, gpu_in_name
 from ovr_megatron.runtime.command import number, whole_number
 
 
@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")
     parser.add_argument("--world", type=whole_number(1), help="processes (default: the 64 of a recipe named ..._64gpu)")
-    parser.add_argument("--gpu", default="h100", choices=tuple(GPUS), help="kind of GPU (default: h100, 80 GB)")
+    parser.add_argument(
+        "--gpu",
+        metavar="KIND",
+        help=f"{', '.join(GPUS)}, or the memory in GiB (default: that of a recipe named ..._24gb, else h100, 80 GB)",
+    )
     parser.add_argument(
         "--mfu", type=number(above=0, most=1), default=0.4, help="model FLOP utilisation to reckon with (default: 0.4)"
     )
@@ -34,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
     # Settings may stand on both sides of an option, which `parse_args` does not take.
     arguments = parser.parse_intermixed_args(argv)
+    name = Path(arguments.recipe).stem
+    gpu = arguments.gpu or gpu_in_name(name)
+    find_gpu(gpu)  # refuses an unknown kind before anything is read
     config = compose(arguments.recipe, arguments.overrides)
 
     # Imported here, so that a command line is checked before torch and Megatron are loaded.
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ovr_megatron.plan.text import show
 
     # The name of a recipe may end in its number of processes, as in ..._64gpu.
-    world = arguments.world or processes(Path(arguments.recipe).stem, config.parallel)
-    summary = plan(config, Options(world, arguments.gpu, arguments.mfu, not arguments.no_search))
+    world = arguments.world or processes(name, config.parallel)
+    summary = plan(config, Options(world, gpu, arguments.mfu, not arguments.no_search))
     print(json.dumps(summary) if arguments.json else show(summary))
     return 0 if summary["fits"] else 1

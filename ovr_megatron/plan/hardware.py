@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ovr_megatron.config import ConfigError
 
@@ -34,16 +34,53 @@ GPUS = {
         Gpu("a100-80", 81920 * _MIB, 312e12, 2.0e12, 300e9, 25e9),
         Gpu("a100-40", 40960 * _MIB, 312e12, 1.555e12, 300e9, 25e9),
         Gpu("b200", 183359 * _MIB, 2250e12, 8.0e12, 900e9, 50e9),
+        # Cards without NVLink: the link is PCIe, 4.0 with 16 lanes.
+        Gpu("l40s", 46068 * _MIB, 362e12, 0.864e12, 32e9, 25e9),
+        Gpu("a6000", 49140 * _MIB, 155e12, 0.768e12, 32e9, 25e9),
+        Gpu("rtx4090", 24564 * _MIB, 165e12, 1.008e12, 32e9, 25e9),
+        Gpu("a10", 23028 * _MIB, 125e12, 0.6e12, 32e9, 25e9),
     )
 }
 
 
+_RATES = GPUS["a10"]  # of a card of which only the memory is known
+
+
 def find_gpu(name: str) -> Gpu:
-    """Return the GPU of this name.
+    """Return the GPU of this name; a number is the memory in GiB of a card whose rates are those of an A10.
 
     Raises:
-        ConfigError: it is not in the table.
+        ConfigError: it is neither in the table nor a number above 1.
     """
-    if name not in GPUS:
-        raise ConfigError(f"--gpu {name} is not known; choose one of {', '.join(GPUS)}")
-    return GPUS[name]
+    if name in GPUS:
+        return GPUS[name]
+    gib = _positive(name)
+    if gib is None:
+        raise ConfigError(f"--gpu {name} is not known; choose one of {', '.join(GPUS)}, or give its memory in GiB")
+    return replace(_RATES, name=f"{gib:g} GiB", memory=int(gib * (1 << 30)))
+
+
+def _positive(text: str) -> float | None:
+    """Return the number in ``text`` if it is one of GiB that a card may have."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 1 <= number <= 10_000 else None
+
+
+def gpu_in_name(recipe: str) -> str:
+    """Return the GPU that a recipe's name asks for, as ``..._24gb`` does by its memory, or else the H100."""
+    for part in recipe.split("_"):
+        gib = part.removesuffix("gb")
+        if part.endswith("gb") and gib.isdigit():
+            # A card of 24 GB has a little less: what the driver leaves of it counts.
+            smallest = [gpu for gpu in GPUS.values() if _is_sold_as(gpu, int(gib))]
+            return min(smallest, key=lambda gpu: gpu.memory).name if smallest else gib
+    return "h100"
+
+
+def _is_sold_as(gpu: Gpu, gigabytes: int) -> bool:
+    """Whether a card of ``gigabytes`` has about this memory: drivers report up to a tenth less."""
+    gib = gpu.memory / (1 << 30)
+    return 0.9 * gigabytes <= gib <= gigabytes
