@@ -53,7 +53,7 @@ class StageReport:
             total += counts.total()
         return total
 
-    def empty_sources(self) -> list[str]:
+    def describe_empty_sources(self) -> list[str]:
         """Describe the sources of which every row was dropped: name, number of rows, most frequent reason."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         # Counts are stored by reason; here each source needs its own reasons.

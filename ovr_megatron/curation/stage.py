@@ -265,7 +265,7 @@ def _run(
         raise ConfigError(
             f"{work.folder}: {stage.name} kept none of {counted} rows; report.json says why; loosen its settings"
         )
-    empty_sources = report.empty_sources()
+    empty_sources = report.describe_empty_sources()
     if stage.name == "collect":
         # A row that cannot be read has no source yet: here the sources of the configuration count.
         empty_sources = work.empty_sources

@@ -106,7 +106,7 @@ def _add_tile(
     scale: float,
     keep: bool,
 ) -> None:
-    """Add a tile to each token's statistics, see `kernels.add_tile`; the tile is overwritten unless ``keep``."""
+    """Merge a tile into the running statistics, see `kernels.add_tile`; on a CPU it is overwritten unless ``keep``."""
     if tile.is_cuda:
         kernels.add_tile(tile, banned, labels, peak, total, weighted, target, scale)
         return

@@ -241,12 +241,15 @@ def add_tile(
     target: Tensor,
     scale: float,
 ) -> None:
-    """Add a tile of logits to each token's statistics, all float32 [t], in place.
+    """Merge a tile of logits into the running statistics of its t tokens.
+
+    ``peak``, ``total``, ``weighted`` and ``target`` are float32 [t] and change in place. Before the first tile
+    ``peak`` is `BANNED`, which is finite since -inf would give NaN, and the other three are 0. The tile does not change.
 
     Args:
         tile: [t, v], contiguous.
-        banned: bool [v].
-        labels: int64 [t], columns of the tile; a label of another tile lies outside.
+        banned: bool [v], True at columns that are left out of the softmax.
+        labels: int64 [t], counted from the tile's first column; below 0 or at least v where another tile has it.
         peak: the largest x = ``scale`` * logit so far.
         total: sum of e^(x - peak).
         weighted: sum of (x - peak) e^(x - peak).

@@ -31,7 +31,7 @@ def token_flops(shape: ModelShape, model: ModelConfig, load: Workload, critic: b
     """Return the FLOP of a token by `FORMULA`; images count by the patches that ``load`` has for each of its tokens."""
     family = family_of(shape)
     matrices = 2.0 * family.language_weights(shape, critic)
-    attention = attention_forward(shape, load.squares)
+    attention = attention_forward(shape, load.attended_length)
     head = 2.0 * shape.hidden * (1 if critic else shape.vocab)
     mlps = 6.0 * shape.layers * shape.hidden * shape.ffn
     patches_per_token = load.patches / load.tokens
@@ -43,7 +43,10 @@ def token_flops(shape: ModelShape, model: ModelConfig, load: Workload, critic: b
     reaches_vision = bool(tower) and (model.trains_vision or model.trains_merger)
     passes_through = bool(model.lora.rank) or (model.freeze_language and reaches_vision)
     matrix_passes, tower_passes, merger_passes = training_passes(
-        not passes_through, model.trains_vision, model.trains_merger, model.adapts_vision
+        language_trains=not passes_through,
+        vision_trains=model.trains_vision,
+        merger_trains=model.trains_merger,
+        vision_adapters=model.adapts_vision,
     )
     training = matrices * matrix_passes + 3.0 * attention
     training += tower * tower_passes

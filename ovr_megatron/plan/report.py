@@ -165,7 +165,7 @@ def _span(scenario: Scenario, span: Span) -> PlannedSpan:
     return {
         "steps": span.steps,
         "mean_tokens": load.tokens,
-        "attention_length": load.squares,
+        "attention_length": load.attended_length,
         "patches": load.patches,
         "told": load.basis,
         "limit": span.limit,

@@ -25,13 +25,13 @@ class Workload:
 
     Attributes:
         tokens: Mean length of a sample; of a prompt where ``basis`` is of prompts.
-        squares: Sum of squared lengths over the sum of lengths: the length that attention sees.
+        attended_length: Sum of squared lengths over the sum of lengths: the length that attention sees.
         patches: Mean patches of a sample's images.
         basis: Where the figures come from, in words.
     """
 
     tokens: float
-    squares: float
+    attended_length: float
     patches: float
     basis: str
 
@@ -76,7 +76,7 @@ def measure(model_dir: str, data: DataConfig, seed: int, generation: bool, rows:
     patches = _count_patches(fitting, processor, generation)
     return Workload(
         tokens=tokens / samples,
-        squares=squares / tokens,
+        attended_length=squares / tokens,
         patches=patches / samples,
         basis=basis,
     )
@@ -103,7 +103,7 @@ def read_tokenised_workload(folder: str, limit: int) -> tuple[Workload, float]:
     samples = float(weights.sum())
     workload = Workload(
         tokens=tokens / samples,
-        squares=squares / tokens,
+        attended_length=squares / tokens,
         patches=0.0,
         basis=f"all {len(fitting):,} samples of the set",
     )
@@ -136,7 +136,7 @@ def assume_workload(tokens: int, limit: int, patches: float = 0.0) -> Workload:
     squares = min(2.0 * tokens, float(limit))
     return Workload(
         tokens=tokens,
-        squares=squares,
+        attended_length=squares,
         patches=patches,
         basis=f"stated mean of {tokens:,} tokens",
     )

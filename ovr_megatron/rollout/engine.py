@@ -176,14 +176,16 @@ class RolloutEngine:
 
         Args:
             prompts: The same on all ranks of a tensor-parallel group.
-            on_result: Called with a prompt's number and its responses when they are there.
-            should_stop: As of `answer`.
+            on_result: Called with a prompt's number and its responses, once all of its seeds are answered.
+            should_stop: Called between two steps; it must return the same at the same step on all ranks of a
+                tensor-parallel group.
 
         Returns:
             For each prompt the responses in the order of its seeds.
 
         Raises:
-            RolloutError: vLLM gave a request up.
+            RolloutError: the engine has no weights; or vLLM refused or gave up a prompt, which is raised after all
+                others are answered: their responses reach the caller by ``on_result`` alone.
             StopRequested: ``should_stop`` returned True.
         """
         responses: list[list[Generation]] = [[] for _ in prompts]

@@ -73,7 +73,7 @@ def test_training_flop_follow_what_is_frozen(folder: Path) -> None:
     frozen = token_flops(shape, ModelConfig(path="x", freeze_vision=True, freeze_merger=True), load)
     assert frozen.training == pytest.approx(3 * language + tower + merger)
     projector = token_flops(shape, ModelConfig(path="x", freeze_vision=True, freeze_language=True), load)
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * load.squares  # has a backward pass in any case
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * load.attended_length  # has a backward pass in any case
     assert projector.training == pytest.approx(2 * language + attention + tower + 3 * merger)
 
 
@@ -85,7 +85,7 @@ def test_lengths_and_patches_are_measured_on_the_data(folder: Path) -> None:
     lengths = {len(sample) for sample in samples}
     assert min(lengths) <= found.tokens <= max(lengths)
     assert found.patches == len(samples[0].patches) > 0
-    assert found.tokens <= found.squares <= max(lengths)
+    assert found.tokens <= found.attended_length <= max(lengths)
     assert "8 of 8 rows" in found.basis
 
 
@@ -100,7 +100,7 @@ def test_a_finite_source_is_measured_whole(folder: Path, tmp_path: Path) -> None
     lengths = [len(s) for s in Processor(folder, data).encode([opened[i] for i in range(3)], generation=False)]
     found = measure(str(folder), data, seed=1, generation=False, rows=3)
     assert found.tokens == sum(lengths) / 3
-    assert found.squares == sum(n * n for n in lengths) / sum(lengths)
+    assert found.attended_length == sum(n * n for n in lengths) / sum(lengths)
 
 
 @pytest.mark.parametrize("recipe", RECIPES_7B)
@@ -184,8 +184,8 @@ def test_processes_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stated_lengths_end_at_the_limit() -> None:
-    assert assume_workload(3700, 65536).squares == 7400
-    assert assume_workload(40000, 49152).squares == 49152
+    assert assume_workload(3700, 65536).attended_length == 7400
+    assert assume_workload(40000, 49152).attended_length == 49152
 
 
 def test_what_is_measured_replaces_what_is_stated(folder: Path) -> None:
