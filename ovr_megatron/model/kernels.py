@@ -244,7 +244,7 @@ def add_tile(
     """Merge a tile of logits into the running statistics of its t tokens.
 
     ``peak``, ``total``, ``weighted`` and ``target`` are float32 [t] and change in place. Before the first tile
-    ``peak`` is `BANNED`, which is finite since -inf would give NaN, and the other three are 0. The tile does not change.
+    ``peak`` is `BANNED`, which is finite as -inf would give NaN, and the other three are 0. The tile does not change.
 
     Args:
         tile: [t, v], contiguous.

@@ -73,7 +73,8 @@ def test_training_flop_follow_what_is_frozen(folder: Path) -> None:
     frozen = token_flops(shape, ModelConfig(path="x", freeze_vision=True, freeze_merger=True), load)
     assert frozen.training == pytest.approx(3 * language + tower + merger)
     projector = token_flops(shape, ModelConfig(path="x", freeze_vision=True, freeze_language=True), load)
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * load.attended_length  # has a backward pass in any case
+    # Attention has a backward pass in any case.
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * load.attended_length
     assert projector.training == pytest.approx(2 * language + attention + tower + 3 * merger)
 
 
