@@ -46,6 +46,7 @@ from ovr_megatron.checkpoint.writing import (
     remove,
     start_writing,
 )
+from ovr_megatron.data.hub import local_folder
 from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
 from ovr_megatron.runtime.logs import get_logger
@@ -64,10 +65,13 @@ _RankResult = tuple[_Problem, Records]
 def weights_of(path: str | Path, name: str = "policy") -> Path:
     """Return the Hugging Face folder behind ``path``: a checkpoint's ``name`` part, or ``path`` itself.
 
+    A name on the Hugging Face hub is a folder in its cache (`local_folder`).
+
     Raises:
         CheckpointError: ``path`` is a checkpoint without that part.
+        HubError: ``path`` is a name on the hub, which does not give the model.
     """
-    directory = Path(path)
+    directory = local_folder(path)
     part = directory / name
     if (part / "config.json").exists():
         return part
@@ -88,7 +92,7 @@ def check_weights(path: str | Path, world: World, name: str = "policy") -> None:
     problem: str | None = None
     share = (world.rank, world.size)
     try:
-        is_checkpoint = weights_of(path, name) != Path(path)
+        is_checkpoint = weights_of(path, name) != local_folder(path)
         if is_checkpoint:
             check(path, under=name, share=share)
     except CheckpointError as error:

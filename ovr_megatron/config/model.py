@@ -46,7 +46,7 @@ class ModelConfig:
     """Initial weights, their dtype, and which parts train."""
 
     path: str
-    """Hugging Face folder of a model, or one of our checkpoints."""
+    """Hugging Face folder of a model, its name on the Hugging Face hub, or one of our checkpoints."""
     dtype: Dtype = "float32"
     """Dtype of weights and activations."""
     freeze_vision: bool = False

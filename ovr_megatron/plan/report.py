@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig
+from ovr_megatron.data.hub import is_hub_name
 from ovr_megatron.data.repetition import SourceUse, source_uses
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.presets import presets, write_config
@@ -54,7 +55,7 @@ def read_shape(path: str) -> tuple[ModelShape, str | None]:
         with TemporaryDirectory() as temporary:
             config_file = write_config(path, temporary)
             return ModelShape.from_hf(config_file.parent), None
-    if not exists:
+    if not exists and not is_hub_name(path):
         names = ", ".join(known_presets)
         raise ConfigError(f"model.path={path} is no folder; for a plan it can also be one of {names}")
     folder = weights_of(path)
