@@ -40,7 +40,14 @@ from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.offload import OffloadedTensors
 from ovr_megatron.runtime.schedule import learning_rate
 from ovr_megatron.runtime.steps import ComputeTimer
-from ovr_megatron.weights.adapters import AdapterConfig, adapter_config, adapter_rows, check_adapter, initial_adapter
+from ovr_megatron.weights.adapters import (
+    AdapterConfig,
+    adapter_config,
+    adapter_rows,
+    check_adapter,
+    fingerprint,
+    initial_adapter,
+)
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.live import MOMENTS, Holding, LiveTensors
 from ovr_megatron.weights.slices import LocalShard
@@ -108,6 +115,7 @@ class Engine:
         self.fp8 = model.fp8
         self.lora = model.lora
         self.base_folder: Path | None = None  # that the weights were loaded from
+        self.base_fingerprint = ""  # of them, where adapters stand beside them
         self.layout = world.arrange(parallel)
         self.groups = self.layout.groups
         self.step_count = 0
@@ -296,6 +304,8 @@ class Engine:
                     self._put(holding, folder)
             self._reload_optimizer()
         self.base_folder = folder.directory
+        if self.lora.rank:
+            self.base_fingerprint = fingerprint(folder)
         return self
 
     def load_adapter(self, folder: WeightFolder) -> Engine:
@@ -386,9 +396,17 @@ class Engine:
         return (*MOMENTS, "master")
 
     @property
-    def trains_everything(self) -> bool:
-        """Whether nothing is frozen."""
-        return len(self.trained_rows) == len(self.live.rows)
+    def updates_rewrite_vllm(self) -> bool:
+        """Whether an update of vLLM sends all weights anyway, or with adapters most of their bytes."""
+        if not self.lora.rank:
+            return len(self.trained_rows) == len(self.live.rows)
+        adapted = 0
+        total = 0
+        for holding in self.live.holdings:
+            if not is_adapter(holding.row.megatron):
+                total += holding.parameter.numel()
+                adapted += holding.parameter.numel() if holding.adapter else 0
+        return 2 * adapted > total
 
     @property
     def saved_rows(self) -> list[TensorRow]:

@@ -14,10 +14,10 @@ from ovr_megatron.data.hf_files import list_other_files
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.runtime.terminal import printable
-from ovr_megatron.weights.adapters import MergedFolder, is_adapter_folder, read_adapter_settings
+from ovr_megatron.weights.adapters import MergedFolder, adapter_dtype, is_adapter_folder, read_adapter_settings
 from ovr_megatron.weights.average import average
 from ovr_megatron.weights.diagnosis import HEAD
-from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, WeightFolder, copy_hf_assets
+from ovr_megatron.weights.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WeightFolder, copy_hf_assets
 from ovr_megatron.weights.transfer import (
     VALUE_HEAD,
     check_finite,
@@ -61,8 +61,10 @@ def import_hf(
         print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")
 
 
-def _open_weights(folder: Path, merge: bool) -> WeightFolder:
+def _open_weights(folder: Path, merge: bool, base: Path | None) -> WeightFolder:
     """Open the weights of a part of a checkpoint, with ``merge`` those of its model with its adapters added.
+
+    ``base`` is the model's folder, where it is not the one that ``adapter_config.json`` names.
 
     Raises:
         CheckpointError: ``merge`` is set and there are no adapters, or the reverse.
@@ -77,7 +79,13 @@ def _open_weights(folder: Path, merge: bool) -> WeightFolder:
     if not is_adapter_folder(folder):
         raise CheckpointError(f"{folder} holds entire weights, so there is nothing to merge; leave out --merge")
     settings = read_adapter_settings(folder)
-    return MergedFolder(settings.base, WeightFolder(folder, ADAPTER_WEIGHTS), settings.scale)
+    model = base or settings.base
+    if not model.is_dir():
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {settings.base}, which is not there; name the "
+            "folder of the model with --base"
+        )
+    return MergedFolder(model, WeightFolder(folder, ADAPTER_WEIGHTS), settings.scale)
 
 
 def export_hf(
@@ -88,10 +96,12 @@ def export_hf(
     workers: int,
     force: bool,
     merge: bool = False,
+    base: Path | None = None,
 ) -> None:
     """Write the folder ``out``, which appears when it is complete; print which parts of the checkpoint are left out.
 
-    With ``merge`` the checkpoint's adapters are added to the weights of the model that they were trained beside.
+    With ``merge`` the checkpoint's adapters are added to the weights of the model that they were trained beside, which
+    ``base`` names where it has moved; without ``dtype`` the result has the dtype of the run.
 
     Raises:
         CheckpointError: the checkpoint lacks the part, or holds adapters and ``merge`` is not set, or the reverse.
@@ -107,7 +117,9 @@ def export_hf(
     shape = ModelShape.from_hf(source)
     assets = load_assets(source, shape)
     export_dtype = getattr(torch, dtype) if dtype else None
-    with _open_weights(source, merge) as folder:
+    if merge and export_dtype is None:
+        export_dtype = adapter_dtype(source)
+    with _open_weights(source, merge, base) as folder:
         # All checks come before anything is written.
         check_weights(folder, shape, critic)
         check_finite(folder)

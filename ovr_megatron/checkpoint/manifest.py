@@ -50,11 +50,13 @@ class OptimizerRecord(TypedDict):
         steps: steps taken.
         parts: kinds of its state, each in its own folder.
         skipped: skipped steps in all, and in a row at the end.
+        base: `ovr_megatron.weights.adapters.fingerprint` of the weights beside adapters; only of a run with adapters.
     """
 
     steps: int
     parts: list[str]
     skipped: list[int]
+    base: NotRequired[str]
 
 
 class RunRecord(TypedDict):

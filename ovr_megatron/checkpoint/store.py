@@ -51,7 +51,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.work_barrier import WorkBarrier
-from ovr_megatron.weights.adapters import is_adapter_folder
+from ovr_megatron.weights.adapters import is_adapter_folder, read_adapter_settings
 from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, SHARD_BYTES, WeightFolder
 from ovr_megatron.weights.table import TensorRow
 
@@ -161,6 +161,8 @@ def start_save(
             "parts": list(engine.state_kinds),
             "skipped": [engine.skipped, engine.skipped_in_a_row],
         }
+        if engine.lora.rank:
+            optimizers[name]["base"] = engine.base_fingerprint
     extra: RunRecord = {
         "state": saved_state,
         "ranks": world.size,
@@ -359,11 +361,41 @@ def restore_generators(checkpoint: ResumePoint, world: World) -> None:
         seed_everything(replica_seed * 1_000_003 + checkpoint.step)
 
 
+def _check_adapters(folder: Path, engine: Engine, record: OptimizerRecord) -> None:
+    """Refuse a part of a checkpoint whose adapters are not those of the run's settings.
+
+    Nothing in the files would show it: an adapter fits any model of its sizes, and alpha is in no tensor.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
+    has_adapters = is_adapter_folder(folder)
+    if has_adapters != (engine.lora.rank > 0):
+        kind = "adapters" if has_adapters else "entire weights"
+        raise CheckpointError(
+            f"{folder} holds {kind} and model.lora.rank is {engine.lora.rank}; go on with the setting that the run "
+            "began with, or use another run.dir"
+        )
+    if not has_adapters:
+        return
+    settings = read_adapter_settings(folder)
+    if settings.scale != engine.lora.scale:
+        raise CheckpointError(
+            f"{folder} has adapters of alpha / rank {settings.scale:g}, the settings make it {engine.lora.scale:g}; "
+            "go on with the model.lora.alpha that the run began with, or use another run.dir"
+        )
+    if record.get("base") != engine.base_fingerprint:
+        raise CheckpointError(
+            f"{folder} has adapters that were trained beside the weights of {settings.base}, and those of "
+            f"{engine.base_folder} are others; give the first as model.path, or use another run.dir"
+        )
+
+
 def restore(checkpoint: ResumePoint, engines: dict[str, Engine]) -> None:
     """Load weights and optimizers of ``checkpoint`` into ``engines``.
 
     Raises:
-        CheckpointError: the checkpoint lacks one of the engines.
+        CheckpointError: the checkpoint lacks one of the engines, or its adapters are not those of the settings.
     """
     path = checkpoint.path
     manifest = read_manifest(path)
@@ -371,16 +403,10 @@ def restore(checkpoint: ResumePoint, engines: dict[str, Engine]) -> None:
     for name, engine in engines.items():
         if name not in optimizers:
             raise CheckpointError(f"{path} has no {name}; it was written by another stage, use another run.dir")
-        has_adapters = is_adapter_folder(path / name)
-        if has_adapters != (engine.lora.rank > 0):
-            kind = "adapters" if has_adapters else "entire weights"
-            raise CheckpointError(
-                f"{path} holds {kind} and model.lora.rank is {engine.lora.rank}; go on with the setting that the run "
-                "began with, or use another run.dir"
-            )
         optimizer = optimizers[name]
+        _check_adapters(path / name, engine, optimizer)
         # The files hold full tensors, and each engine takes the slices of its own layout.
-        if has_adapters:
+        if engine.lora.rank:
             engine.load_adapter(WeightFolder(path / name, ADAPTER_WEIGHTS))
         else:
             engine.load(WeightFolder(path / name))

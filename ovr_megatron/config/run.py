@@ -24,7 +24,8 @@ class RunConfig:
     keep_every: Annotated[Count, ZeroMeans("none")] = 0
     """Checkpoints whose step is a multiple of this stay, too."""
     export_every: Annotated[Count, ZeroMeans("none")] = 0
-    """The policy of each multiple of this, and of the last checkpoint, is kept in exports/ for Transformers."""
+    """The policy of each multiple of this, and of the last checkpoint, is kept in exports/ for Transformers, with
+    adapters in the form of PEFT."""
     async_save: bool = True
     """Write checkpoints while training goes on."""
     save_buffer_gib: PositiveFloat = 4.0

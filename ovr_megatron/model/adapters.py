@@ -63,9 +63,20 @@ class Adapter(nn.Module):
         self.group = group
         self.enabled = True
 
+    def up(self) -> Tensor:
+        """Return the matrix [O, rows of A] that maps all narrow products to the output."""
+        return self.lora_B
+
     def delta(self) -> Tensor:
-        """Return scale * B A, float32 [O, I]: what this rank's shard of the weight lacks of the adapted one."""
-        return (self.lora_B.float() @ self.lora_A.float()) * self.scale
+        """Return scale * B A, float32 [O, I], in the order of the weight's rows: what the adapted weight has more."""
+        # The narrow factor is scaled: the product is the only tensor of the weight's size.
+        return (self.up().float() * self.scale) @ self.lora_A.float()
+
+    def add_to(self, output: Tensor, down: Tensor) -> Tensor:
+        """Return ``output`` [T, 1, O] with the adapter's part, for the narrow products ``down`` [T, 1, rows of A]."""
+        # One operation: the part of the adapter is never a tensor of its own, and the sum is rounded once.
+        rows = (down * self.scale).flatten(0, 1)
+        return torch.addmm(output.flatten(0, 1), rows, self.up().t()).view_as(output)
 
 
 class ColumnAdapter(Adapter):
@@ -77,38 +88,40 @@ class ColumnAdapter(Adapter):
     """
 
     def __init__(self, in_features: int, parts: int, part_rows: Sequence[int], **settings: Any):
-        rank = settings["rank"]
-        super().__init__(parts * rank, in_features, **settings)
+        self.rank = settings["rank"]
+        super().__init__(parts * self.rank, in_features, **settings)
         self.part_rows = list(part_rows)
         # Under sequence parallelism a rank's gradient of A comes from its own rows only: Megatron sums marked ones.
         self.lora_A.sequence_parallel = self.sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the output [T, 1, O], for the input [T, 1, I] or this rank's part of its rows."""
+    def up(self) -> Tensor:
+        """Return B as [O, parts * r]: a row reads the narrow product of its own tensor, and zeros beside it."""
+        parts = len(self.part_rows)
+        if parts == 1:
+            return self.lora_B
+        # [groups, rows of a group, r]: query heads, key head and value head of a group, or gate and up.
+        by_group = self.lora_B.unflatten(0, (-1, sum(self.part_rows)))
+        blocks = []
+        for index, rows in enumerate(by_group.split(self.part_rows, dim=1)):
+            columns_before = index * self.rank
+            columns_after = (parts - 1 - index) * self.rank
+            blocks.append(F.pad(rows, (columns_before, columns_after)))
+        return torch.cat(blocks, dim=1).flatten(0, 1)
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        """Return the output [T, 1, O] with the adapter's part, for the input [T, 1, I] or this rank's part of its rows.
+
+        Args:
+            output: of the layer without the adapter.
+            x: the layer's normed input.
+        """
         down = F.linear(x, self.lora_A)
         # The narrow product travels between the ranks, not the input.
         if self.sequence_parallel:
             down = gather_from_sequence_parallel_region(down, group=self.group)
         else:
             down = copy_to_tensor_model_parallel_region(down, group=self.group)
-        parts = len(self.part_rows)
-        if parts == 1:
-            return F.linear(down, self.lora_B) * self.scale
-        # [groups, rows of a group, r]: query heads, key head and value head of a group, or gate and up.
-        by_group = self.lora_B.unflatten(0, (-1, sum(self.part_rows)))
-        outputs = []
-        for part, rows in zip(down.chunk(parts, dim=-1), by_group.split(self.part_rows, dim=1), strict=True):
-            output = F.linear(part, rows.flatten(0, 1))
-            outputs.append(output.unflatten(-1, (len(by_group), -1)))
-        return torch.cat(outputs, dim=-1).flatten(-2) * self.scale
-
-    def delta(self) -> Tensor:
-        """Return scale * B A in the fused order of the weight's rows, float32 [O, I]."""
-        down = self.lora_A.float().chunk(len(self.part_rows))
-        by_group = self.lora_B.float().unflatten(0, (-1, sum(self.part_rows)))
-        up = by_group.split(self.part_rows, dim=1)
-        products = [rows @ part for rows, part in zip(up, down, strict=True)]  # [groups, rows of a part, I] each
-        return torch.cat(products, dim=1).flatten(0, 1) * self.scale
+        return self.add_to(output, down)
 
 
 class RowAdapter(Adapter):
@@ -119,15 +132,28 @@ class RowAdapter(Adapter):
         # As in `ColumnAdapter`, of B: it multiplies this rank's rows only.
         self.lora_B.sequence_parallel = self.sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the output [T, 1, O] for this rank's features [T, 1, I] of the input."""
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        """Return the output [T, 1, O] with the adapter's part.
+
+        Args:
+            output: of the layer without the adapter.
+            x: this rank's features [T, 1, I] of the input.
+        """
         down = F.linear(x, self.lora_A)
         # The ranks' products are partial sums over the input features.
         if self.sequence_parallel:
             down = reduce_scatter_to_sequence_parallel_region(down, group=self.group)
         else:
             down = reduce_from_tensor_model_parallel_region(down, group=self.group)
-        return F.linear(down, self.lora_B) * self.scale
+        return self.add_to(output, down)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the layer's normed input once more, which the layer keeps to itself."""
+    if x.is_cuda:
+        # One kernel in the dtype of ``x``: `rms_norm` would store a float32 copy of it.
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return rms_norm(x, weight, eps)
 
 
 def with_column_adapter(base: type[Any], lora: LoraConfig, parts: int) -> type[Any]:
@@ -160,9 +186,8 @@ def with_column_adapter(base: type[Any], lora: LoraConfig, parts: int) -> type[A
             output, bias = super().forward(input_, *args, **kwargs)
             if not self.adapter.enabled:
                 return output, bias
-            # The layer keeps its normed input to itself; normalising again costs little beside a product.
-            normed = rms_norm(input_, self.layer_norm_weight, self.norm_eps)
-            return output + self.adapter(normed), bias
+            normed = _normed(input_, self.layer_norm_weight, self.norm_eps)
+            return self.adapter(output, normed), bias
 
     return AdaptedColumnLinear
 
@@ -187,7 +212,7 @@ def with_row_adapter(base: type[Any], lora: LoraConfig) -> type[Any]:
             output, bias = super().forward(input_, *args, **kwargs)
             if not self.adapter.enabled:
                 return output, bias
-            return output + self.adapter(input_), bias
+            return self.adapter(output, input_), bias
 
     return AdaptedRowLinear
 
@@ -221,11 +246,11 @@ def part_rows(config: TransformerConfig, out_features: int, parts: int) -> list[
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Let ``model`` compute without its adapters in the block."""
-    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
-    for adapter in adapters:
+    enabled = [module for module in model.modules() if isinstance(module, Adapter) and module.enabled]
+    for adapter in enabled:
         adapter.enabled = False
     try:
         yield
     finally:
-        for adapter in adapters:
+        for adapter in enabled:
             adapter.enabled = True

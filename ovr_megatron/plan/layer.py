@@ -85,7 +85,7 @@ class LayerSizes:
         scale = self.sp_rows * FLOAT_BYTES
         if trains and self.adapter_rank:
             # The adapter normalises once more, and stores the narrow products of itself and of the one behind it.
-            return output + 2 * (self.norm_copies + scale) + self.adapter_products
+            return output + self.norm_copies + 2 * scale + self.adapter_products
         return output + self.norm_copies + scale
 
     @property
@@ -177,10 +177,14 @@ class LayerSizes:
     def forward(self) -> int:
         """Return the peak of a layer without gradients: its input, and the MLP's or attention's tensors."""
         qkv_copies = 2 if self.has_bias else 1
+        if self.adapter_rank:
+            qkv_copies += 1  # the product is there until the adapter's part is added to it
         qkv_columns = self.query_width + 2 * self.key_width
         qkv = qkv_copies * self.rows * qkv_columns * self.dtype_bytes
         attention = self.attention + qkv
         # The gate product; on a CPU the activated gate, too.
         products = self.gate_up if self.is_on_cpu else self.gate_up // 2
+        if self.adapter_rank:
+            products = self.gate_up  # as of query, key and value
         mlp = self.gate_up + products
         return 3 * self.input + max(mlp, attention)

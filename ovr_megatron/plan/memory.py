@@ -142,12 +142,12 @@ class _IterationPhases:
         return {"buckets": size}
 
     def _merged_weight(self) -> dict[str, int]:
-        """Return the largest weight with its adapter added, beside the float32 sum and product that it is made from."""
+        """Return the largest weight with its adapter added, beside the float32 sum that it is rounded from."""
         if not self.config.model.lora.rank:
             return {}
         shape = self.scenario.shape
         elements = 2 * shape.ffn * shape.hidden // self.config.parallel.tp
-        return {"merged weight": elements * (2 * 4 + DTYPE_BYTES[self.config.model.dtype])}
+        return {"merged weight": elements * (4 + DTYPE_BYTES[self.config.model.dtype])}
 
     def _resident(self, *working: str, trains: bool = False) -> dict[str, int]:
         """Return what the models have on the GPU while those of ``working`` run (forward only unless ``trains``)."""

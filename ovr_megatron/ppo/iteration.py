@@ -37,7 +37,7 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
         limit = max_tokens(models.config.curriculum, iteration)
         rollout = rollouts.collect(draw, iteration, limit)
         # Deep sleep drops the engine's weights, and the next update sends all of them: too many where some are frozen.
-        rollouts.engine.sleep(deep=models.policy.trains_everything)
+        rollouts.engine.sleep(deep=models.policy.updates_rewrite_vllm)
     result = learn(models, rollout, iteration, clock)
     with clock("sync"):
         models.offload_except(models.policy)

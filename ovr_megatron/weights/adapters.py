@@ -22,11 +22,15 @@ from ovr_megatron.config import LoraConfig
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.adapters import adapted_linears
 from ovr_megatron.runtime.files import write_whole
-from ovr_megatron.weights.folder import ADAPTER_CONFIG, INDEX, SINGLE, WeightError, WeightFolder
+from ovr_megatron.weights.diagnosis import HEAD
+from ovr_megatron.weights.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SINGLE, WeightError, WeightFolder
+from ovr_megatron.weights.shard import FORMATS
 from ovr_megatron.weights.table import TensorRow, module_name
 from ovr_megatron.weights.table import rows as table_rows
 
+VALUE_HEAD = "value_head.weight"
 _PEFT_PREFIX = "base_model.model."
+_FINGERPRINTED = 256  # numbers of each tensor
 
 
 def adapter_rows(shape: ModelShape, lora: LoraConfig) -> list[TensorRow]:
@@ -139,6 +143,14 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists() and not has_weights
 
 
+def adapter_dtype(folder: Path) -> torch.dtype | None:
+    """Return the dtype of the adapters in ``folder``, which is that of the run; None where there are none."""
+    if not is_adapter_folder(folder):
+        return None
+    with WeightFolder(folder, ADAPTER_WEIGHTS) as adapter:
+        return FORMATS[adapter.dtype(adapter.names()[0])]
+
+
 @dataclass(frozen=True)
 class AdapterSettings:
     """What a stored adapter says of itself: the folder of its model, rank and scale."""
@@ -170,6 +182,20 @@ def read_adapter_settings(folder: Path) -> AdapterSettings:
     return AdapterSettings(base, rank, alpha / rank)
 
 
+def fingerprint(folder: WeightFolder) -> str:
+    """Return a hash that tells the weights of a folder from others: names, shapes and the first numbers of each tensor.
+
+    It does not depend on the folder's path, its shards or its dtype's name in ``config.json``.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(folder.names()):
+        # Mapped: only the first page of each tensor is read.
+        first_numbers = folder.tensor(name).flatten()[:_FINGERPRINTED].double()
+        digest.update(f"{name} {folder.shape(name)}".encode())
+        digest.update(first_numbers.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def check_adapter(folder: WeightFolder, rows: Sequence[TensorRow]) -> None:
     """Check every name and size of a stored adapter against the ``rows`` that it is to fill.
 
@@ -196,11 +222,11 @@ def check_adapter(folder: WeightFolder, rows: Sequence[TensorRow]) -> None:
 
 
 class MergedFolder(WeightFolder):
-    """The weights of a model with an adapter added, and the value head that a critic's adapter comes with.
+    """The weights of a model with an adapter added; a critic's brings a value head in place of the model's head.
 
     Args:
         base: folder of the model.
-        adapter: of the adapter.
+        adapter: of the adapter; closed with this folder.
         scale: alpha / rank.
 
     Raises:
@@ -209,6 +235,7 @@ class MergedFolder(WeightFolder):
 
     def __init__(self, base: Path, adapter: WeightFolder, scale: float):
         super().__init__(base)
+        self._open_files.push(adapter)
         self._adapter = adapter
         self._scale = scale
         unused = set(adapter.names())
@@ -221,6 +248,8 @@ class MergedFolder(WeightFolder):
         self._own = {name for name in unused if not name.startswith(_PEFT_PREFIX)}
         for name in self._own:
             self._stored[name] = adapter._find(name)
+        if VALUE_HEAD in self._own:
+            self._stored.pop(HEAD, None)
         if unused - self._own:
             raise WeightError(
                 f"{adapter.directory}: {min(unused - self._own)} belongs to no weight of {base}; the adapter is of "
@@ -238,7 +267,7 @@ class MergedFolder(WeightFolder):
             )
 
     def tensor(self, name: str) -> Tensor:
-        """Return a weight with its adapter added in float32, in the dtype of the model."""
+        """Return a weight, in float32 where an adapter is added to it."""
         weight = super().tensor(name)
         if peft_name(name, "A") not in self._adapter:
             return weight
@@ -248,6 +277,6 @@ class MergedFolder(WeightFolder):
 
 
 def merge(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Return W + scale * B A, [out, in], computed in float32 and rounded once to the dtype of ``weight``."""
-    product = (up.float() @ down.float()) * scale
-    return (weight.float() + product).to(weight.dtype)
+    """Return W + scale * B A, float32 [out, in]; whoever stores it rounds it once."""
+    product = (up.float() * scale) @ down.float()
+    return product.add_(weight)

@@ -51,8 +51,8 @@ class LocalShard:
         """Return the parameter with its adapter added, rounded once; the parameter itself where there is none."""
         if self.adapter is None:
             return self.parameter
-        # Not in place: in float32 the conversion is no copy.
-        return (self.parameter.float() + self.adapter()).to(self.parameter.dtype)
+        # In place of the adapter's product, which is float32 and a tensor of its own.
+        return self.adapter().add_(self.parameter).to(self.parameter.dtype)
 
     def layout(self) -> ShardLayout:
         """Return the description that other ranks plan with."""

@@ -13,11 +13,13 @@ from torch import Tensor
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.conversion import export_hf
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
+from ovr_megatron.checkpoint.manifest import CheckpointError
 from ovr_megatron.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import (
     ODD_LENGTHS,
@@ -53,15 +55,17 @@ STEPS = 3
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, weight_decay=0.1)
 
 
-def build(layout: str, lora: LoraConfig = LORA, folder: Path | None = None, **model: object) -> Engine:
+def build(
+    layout: str, lora: LoraConfig = LORA, folder: Path | None = None, critic: bool = False, **model: object
+) -> Engine:
     settings = ModelConfig(path=str(base), lora=lora, **model)
     parallel = ParallelConfig() if layout == "dp=4" else parse_layout(layout)[0]
-    engine = Engine(shape, settings, parallel, world)
+    engine = Engine(shape, settings, parallel, world, critic)
     return engine.with_optimizer(OPTIMIZER, 10).load(WeightFolder(folder or base))
 
 
 def packs_of(engine: Engine) -> list:
-    packs = make_packs(documents, shape, packed=True, critic=False, at_least=4)
+    packs = make_packs(documents, shape, packed=True, critic=engine.critic, at_least=4)
     return packs[engine.groups.dp.rank() :: engine.groups.dp.size()]
 
 
@@ -70,7 +74,42 @@ def train(engine: Engine, steps: int) -> list[float]:
 
 
 def save(engine: Engine, name: str) -> Path:
-    return store.save(out / name, engine.step_count, {"policy": engine}, out / "companions", {}, world)
+    engines = {"critic" if engine.critic else "policy": engine}
+    return store.save(out / name, engine.step_count, engines, out / "companions", {}, world)
+
+
+def refused(path: Path) -> list[str]:
+    """Messages of resuming ``path`` beside other weights, with another alpha, and without adapters."""
+    other = out / "other"
+    if world.is_main:
+        make_tiny_model(other, tied=False, seed=6, perturb=True)
+    torch.distributed.barrier()
+    messages = []
+    for engine in (
+        build("tp=2", folder=other),
+        build("tp=2", LoraConfig(rank=4, alpha=16, vision=True)),
+        build("tp=2", LoraConfig()),
+    ):
+        checkpoint = store.find(path.parent, world)
+        assert checkpoint is not None
+        try:
+            store.restore(checkpoint, {"policy": engine})
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+def merged_critic() -> list[str]:
+    """Names of the tensors of a critic that was trained by adapters, merged and exported."""
+    critic = build("pp=2", critic=True)
+    train(critic, 1)
+    path = save(critic, "critics")
+    if world.is_main:
+        export_hf(path, out / "merged critic", critic=True, dtype="bfloat16", workers=1, force=False, merge=True)
+    torch.distributed.barrier()
+    with WeightFolder(out / "merged critic") as folder:
+        assert {folder.dtype(name) for name in folder.names()} == {"BF16"}
+        return folder.names()
 
 
 def peft_reference(adapter: Path, merged: Path) -> tuple[Reference, dict[str, Tensor], float]:
@@ -211,6 +250,8 @@ if __name__ == "__main__":
         "without adapters": base_without_adapters(adapter),
         "shards": shards_are_merged(adapter, merged),
         "resumed": resumed()["losses"],
+        "refused": refused(checkpoint),
+        "merged critic": merged_critic(),
         "trained": len(writer.trained_rows),
     }
     if world.is_main:

@@ -81,6 +81,19 @@ def test_a_resumed_run_goes_on_bit_for_bit(results: dict[str, Any]) -> None:
         assert other == pytest.approx(written, rel=1e-5)
 
 
+def test_a_run_goes_on_beside_its_own_weights_only(results: dict[str, Any]) -> None:
+    other_weights, other_alpha, no_adapters = results["refused"]
+    assert "trained beside the weights of" in other_weights and "give the first as model.path" in other_weights
+    assert "adapters of alpha / rank 2, the settings make it 4" in other_alpha
+    assert "holds adapters and model.lora.rank is 0" in no_adapters
+
+
+def test_a_critic_is_merged_without_its_head(results: dict[str, Any]) -> None:
+    names = results["merged critic"]
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert not {"lm_head.weight", "value_head.weight"} & set(names)
+
+
 def test_a_folder_of_adapters_is_no_model(folder: Path, tmp_path: Path) -> None:
     (checkpoint,) = (folder / "checkpoints").glob("step_*")
     export = partial(export_hf, critic=False, dtype=None, workers=1, force=False)
