@@ -1,1 +1,1 @@
-"""Benchmarks beside named rivals: ``python tools/bench.py --help``.  They run from a checkout and are not installed."""
+"""Benchmarks beside named rivals: ``ovr bench --help``.  They run from a checkout and are not installed."""

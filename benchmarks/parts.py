@@ -1,4 +1,4 @@
-"""Run the benchmarks of `tools/bench.py` by name: each prints its table and returns the rows."""
+"""Run the benchmarks of `ovr bench` by name: each prints its table and returns the rows."""
 
 from __future__ import annotations
 

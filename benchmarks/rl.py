@@ -42,7 +42,7 @@ from ovr_megatron.ppo.iteration import iterate
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
-from ovr_megatron.rl.training import build_rollouts
+from ovr_megatron.rl.setup import build_rollouts
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.model import register_model
 from ovr_megatron.rollout.sampling import Prompt, banned_tokens

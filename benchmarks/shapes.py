@@ -1,4 +1,4 @@
-"""Name the shapes that `tools/bench.py` measures.  This module is free of torch, so that --help is quick."""
+"""Name the shapes that `ovr bench` measures.  This module is free of torch, so that --help is quick."""
 
 from ovr_megatron.families.presets import presets
 from ovr_megatron.families.tiny import TinySizes

@@ -1,7 +1,7 @@
 """Measure a cold-start pack at the published shapes, forward and backward, beside Transformers and the plan's memory.
 
 On a GPU: of the 3B and the 7B model as many layers as fit, 65,536 tokens in documents of natural length, bfloat16 and
-8-bit, every choice of recomputation.  Transformers takes the documents one by one, so that nothing is padded, with
+FP8, every choice of recomputation.  Transformers takes the documents one by one, so that nothing is padded, with
 torch's fused attention and its loss in chunks that are recomputed; plain and compiled.  Without a GPU the miniature is
 measured in the same way in float32.  Weights are random, vision is frozen.  Every measurement runs in a new process.
 """
@@ -33,7 +33,8 @@ from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.transformer_config import DTYPES
-from ovr_megatron.plan.activations import Kernels, PackShape, activations
+from ovr_megatron.plan.activations import PackShape, activations
+from ovr_megatron.plan.layer import Kernels
 from ovr_megatron.plan.memory import CONTEXT, MARGIN
 from ovr_megatron.plan.parameters import model_state
 from ovr_megatron.runtime import distributed
@@ -63,7 +64,7 @@ class StepCase:
     def name(self) -> str:
         """Name of the row."""
         depth = f", {self.layers} layers" if self.layers else ""
-        precision = self.dtype if self.fp8 == "none" else f"fp8 {self.fp8}"
+        precision = self.dtype if self.fp8 == "none" else f"FP8 {self.fp8}"
         return f"{self.shape}{depth}, {self.who}, {precision}, recompute {self.recompute}"
 
 
@@ -73,7 +74,7 @@ def run(shapes: Sequence[str], rounds: int, fp8: str, only: str = "", trace: Pat
     Args:
         shapes: presets, or ``tiny``; of those that do not fit, as many layers are taken as do.
         rounds: processes of each case; the best counts.
-        fp8: the scaling recipe of the 8-bit rows on a GPU.
+        fp8: the scaling recipe of the FP8 rows on a GPU.
         only: leave out the cases that do not have this in their names.
         trace: folder for a trace of each of our cases, for chrome://tracing or Perfetto.
     """

@@ -127,7 +127,7 @@ def _sample_problem(settings: SourceConfig, rows: int, checks: Sequence[Check], 
         return None
     reported = fatal or errors
     count = f"{len(reported)} of {len(indices)}"
-    return f"{count} rows looked at cannot be used (tools/check_data.py lists all): {reported[0]}"
+    return f"{count} rows looked at cannot be used (ovr check-data lists all): {reported[0]}"
 
 
 def _check_length(row: Row, processor: Processor, generation: bool, limit: int) -> None:

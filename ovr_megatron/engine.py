@@ -8,9 +8,10 @@ the step was cut into packs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack, blank_pack
 from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.families.adapters import is_adapter
+from ovr_megatron.model.adapters import adapters_disabled
 from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.layout import alignment, check_layout
@@ -37,8 +40,9 @@ from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.offload import OffloadedTensors
 from ovr_megatron.runtime.schedule import learning_rate
 from ovr_megatron.runtime.steps import ComputeTimer
+from ovr_megatron.weights.adapters import AdapterConfig, adapter_config, adapter_rows, check_adapter, initial_adapter
 from ovr_megatron.weights.folder import WeightFolder
-from ovr_megatron.weights.live import MOMENTS, LiveTensors
+from ovr_megatron.weights.live import MOMENTS, Holding, LiveTensors
 from ovr_megatron.weights.slices import LocalShard
 from ovr_megatron.weights.table import TensorRow, rows
 from ovr_megatron.weights.transfer import check_weights, require_finite
@@ -65,11 +69,13 @@ ForwardStep = Callable[[Iterator[Pack], torch.nn.Module], tuple[Any, Callable[..
 
 def is_frozen(name: str, model: ModelConfig) -> bool:
     """Whether ``model`` freezes the parameter of this (global) Megatron name."""
+    if is_adapter(name) or (model.lora.rank and name == VALUE_HEAD):
+        return False
     if name.startswith("vision.merger."):
-        return model.freeze_merger
+        return not model.trains_merger
     if name.startswith("vision."):
-        return model.freeze_vision
-    return model.freeze_language
+        return not model.trains_vision
+    return not model.trains_language
 
 
 class Engine:
@@ -87,7 +93,12 @@ class Engine:
     """
 
     def __init__(
-        self, shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, world: World, critic: bool = False
+        self,
+        shape: ModelShape,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        world: World,
+        critic: bool = False,
     ):
         check_layout(shape, parallel, model.fp8 != "none")
         self.shape = shape
@@ -95,6 +106,8 @@ class Engine:
         self.critic = critic
         self.parallel = parallel
         self.fp8 = model.fp8
+        self.lora = model.lora
+        self.base_folder: Path | None = None  # that the weights were loaded from
         self.layout = world.arrange(parallel)
         self.groups = self.layout.groups
         self.step_count = 0
@@ -106,14 +119,20 @@ class Engine:
             layers = "transformer_engine" if model.fp8 != "none" else model.layers
             classes = choose_layer_classes(layers, DTYPES[model.dtype])
             model_class = family_of(shape).load_model_class()
-            self.parts: list[VisionLanguageModel] = [
-                model_class(shape, self.config, parallel, self.groups, classes, critic, part).to(world.device)
-                for part in range(parallel.vpp)
-            ]
-            self.live = LiveTensors(rows(shape, critic), self.parts, shape, self.groups)
+            self.parts: list[VisionLanguageModel] = []
+            for index in range(parallel.vpp):
+                part = model_class(
+                    shape, self.config, parallel, self.groups, classes, critic, part=index, lora=model.lora
+                )
+                self.parts.append(part.to(world.device))
+            table = rows(shape, critic) + adapter_rows(shape, model.lora)
+            self.live = LiveTensors(table, self.parts, shape, self.groups)
+            names = [row.megatron for row in self.live.rows]
+            self.trained = {name for name in names if not is_frozen(name, model)}
+            # Before the data parallelism, which makes gradient buffers for what trains.
             for holding in self.live.holdings:
-                holding.parameter.requires_grad_(not is_frozen(holding.row.megatron, model))
-            self.trained = {row.megatron for row in self.live.rows if not is_frozen(row.megatron, model)}
+                trains = holding.row.megatron in self.trained
+                holding.parameter.requires_grad_(trains)
             self.models = self._data_parallel()
         self._offloaded = {
             "weights": OffloadedTensors(),
@@ -126,14 +145,19 @@ class Engine:
         config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap,
-            overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+            overlap_param_gather=self._gathers_in_forward,
             use_distributed_optimizer=parallel.distributed_optimizer,
         )
-        models = [
+        models = []
+        for index, part in enumerate(self.parts):
             # As in Megatron's own training, only the buffer of a stage's first part is cut into buckets.
-            DistributedDataParallel(self.config, config, part, disable_bucketing=index > 0)
-            for index, part in enumerate(self.parts)
-        ]
+            model = DistributedDataParallel(
+                self.config,
+                config,
+                part,
+                disable_bucketing=index > 0,
+            )
+            models.append(model)
         self.config.finalize_model_grads_func = self._finalize_gradients
         if parallel.overlap:
             # The schedule enters these for every micro-batch but the last, whose backward pass reduces gradients.
@@ -164,7 +188,7 @@ class Engine:
                     bf16=dtype == torch.bfloat16,
                     params_dtype=dtype,
                     use_distributed_optimizer=self.parallel.distributed_optimizer,
-                    overlap_param_gather=self.parallel.overlap and self.parallel.distributed_optimizer,
+                    overlap_param_gather=self._gathers_in_forward,
                 ),
                 self.models,
                 use_gloo_process_groups=False,
@@ -188,12 +212,13 @@ class Engine:
         if self._offloaded["weights"].is_empty:  # a gather in flight would write into memory that is given away
             self._finish_gathers()
         weights = list(self._weight_tensors())
-        # The weights that the optimizer updates may be views of the model's: those go with the weights.
-        weight_storages = {tensor.untyped_storage().data_ptr() for tensor in weights}
-        state = (
-            tensor for tensor in self.live.state_tensors() if tensor.untyped_storage().data_ptr() not in weight_storages
-        )
-        tensors = {"weights": weights, "gradients": self._gradient_tensors(), "optimizer": state}
+        # Read before the weights are offloaded, which frees these addresses.
+        weight_storages = {_storage_address(tensor) for tensor in weights}
+        tensors: dict[str, Iterable[Tensor]] = {
+            "weights": weights,
+            "gradients": self._gradient_tensors(),
+            "optimizer": self._state_tensors(weight_storages),
+        }
         if not kinds or "weights" in kinds:
             self._drop_fp8_copies()
         for kind in kinds or tuple(tensors):
@@ -202,7 +227,7 @@ class Engine:
             torch.cuda.empty_cache()  # vLLM takes its memory from the device, not from torch
 
     def _drop_fp8_copies(self) -> None:
-        """Free the 8-bit copies of the weights, which Transformer Engine makes anew in the next forward pass."""
+        """Free the FP8 copies of the weights, which Transformer Engine makes anew in the next forward pass."""
         for part in self.parts:
             for module in part.modules():
                 getattr(module, "_fp8_workspaces", {}).clear()
@@ -227,21 +252,34 @@ class Engine:
 
     def _weight_tensors(self) -> Iterator[Tensor]:
         for part in self.parts:
-            yield from (parameter.data for parameter in part.parameters())
+            for parameter in part.parameters():
+                yield parameter.data
 
     def _gradient_tensors(self) -> Iterator[Tensor]:
         for model in self.models:
-            yield from (buffer.grad_data for buffer in model.buffers)
+            for buffer in model.buffers:
+                yield buffer.grad_data
+
+    def _state_tensors(self, weight_storages: set[int]) -> Iterator[Tensor]:
+        # The weights that the optimizer updates may be views of the model's: those go with the weights.
+        for tensor in self.live.state_tensors():
+            if _storage_address(tensor) not in weight_storages:
+                yield tensor
 
     # Weights ---------------------------------------------------------------------------------------------
 
-    def load(self, folder: WeightFolder, head_init: str = "orz", seed: int = 0) -> Engine:
+    def load(
+        self,
+        folder: WeightFolder,
+        head_init: str = "orz",
+        seed: int = 0,
+    ) -> Engine:
         """Copy the weights of a Hugging Face folder in; a critic whose folder has no value head gets a new one.
 
         Args:
             folder: in either generation of Hugging Face names.
             head_init: how a missing value head is filled, see `init_value_head`.
-            seed: of the missing value head.
+            seed: of the missing value head, and of new adapters.
         """
         has_head = VALUE_HEAD in folder
         check_weights(folder, self.shape, critic=self.critic and has_head)
@@ -249,23 +287,59 @@ class Engine:
             for holding in self.live.holdings:
                 watchdog.touch()
                 if holding.row.megatron == VALUE_HEAD and not has_head:
-                    init_value_head(holding.parameter, head_init, torch.Generator().manual_seed(seed))
-                    continue
-                tensors = [folder.tensor(name) for name in holding.row.hf]
-                self.live.put(holding, tensors, holding.parameter)
-                require_finite(holding.parameter.detach(), " and ".join(holding.row.hf), folder.directory)
-            if hasattr(self, "optimizer"):
-                self.optimizer.reload_model_params()
+                    # One seed on all ranks: the value head is replicated.
+                    generator = torch.Generator().manual_seed(seed)
+                    init_value_head(holding.parameter, head_init, generator)
+                elif is_adapter(holding.row.megatron):
+                    self.live.put(holding, initial_adapter(holding.row, seed), holding.parameter)
+                else:
+                    self._put(holding, folder)
+            self._reload_optimizer()
+        self.base_folder = folder.directory
         return self
 
+    def load_adapter(self, folder: WeightFolder) -> Engine:
+        """Copy in an adapter, and the value head of a critic; the weights stay.
+
+        Args:
+            folder: of an adapter, as `weights` gave it.
+
+        Raises:
+            WeightError: a tensor is missing, unknown or of another size.
+        """
+        check_adapter(folder, self.saved_rows)
+        with self._onloaded("weights", "optimizer"):
+            for holding in self.live.holdings:
+                if holding.row.megatron in self.trained:
+                    watchdog.touch()
+                    self._put(holding, folder)
+            self._reload_optimizer()
+        return self
+
+    def _put(self, holding: Holding, folder: WeightFolder) -> None:
+        """Copy the tensors of a row into this rank's parameter.
+
+        Raises:
+            WeightError: a value is not finite.
+        """
+        tensors = [folder.tensor(name) for name in holding.row.hf]
+        self.live.put(holding, tensors, holding.parameter)
+        title = " and ".join(holding.row.hf)
+        require_finite(holding.parameter.detach(), title, folder.directory)
+
+    def _reload_optimizer(self) -> None:
+        """Let the optimizer's float32 copies follow weights that were loaded."""
+        if hasattr(self, "optimizer"):
+            self.optimizer.reload_model_params()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every weight as a full tensor under its Hugging Face name.  A collective: all ranks iterate to the end.
+        """Yield `saved_rows` as full tensors under Hugging Face names.  A collective: all ranks iterate to the end.
 
         A tensor may be the model's own memory, which an offloaded model frees at the end: copy what is to stay.
         """
         with self._onloaded("weights"):
             self._finish_gathers()
-            yield from self.live.whole(self.live.rows, "weight", self.config.params_dtype)
+            yield from self.live.whole(self.saved_rows, "weight", self.config.params_dtype)
 
     def held(self) -> list[LocalShard]:
         """Return this rank's shards of the weights, not copied, for `RolloutEngine.update`.  A collective."""
@@ -306,12 +380,20 @@ class Engine:
         """Return the kinds of `optimizer_state` that there are: none before the first step."""
         if not self.step_count:
             return ()
-        return MOMENTS if self.config.params_dtype == torch.float32 else (*MOMENTS, "master")
+        # The optimizer updates float32 weights in place: a copy would be the weights again.
+        if self.config.params_dtype == torch.float32:
+            return MOMENTS
+        return (*MOMENTS, "master")
 
     @property
     def trains_everything(self) -> bool:
         """Whether nothing is frozen."""
         return len(self.trained_rows) == len(self.live.rows)
+
+    @property
+    def saved_rows(self) -> list[TensorRow]:
+        """Return the rows that a checkpoint holds: all, or with adapters those that train, the rest never changes."""
+        return self.trained_rows if self.lora.rank else self.live.rows
 
     @property
     def trained_rows(self) -> list[TensorRow]:
@@ -333,6 +415,21 @@ class Engine:
                     tensors = [folders[kind].tensor(name) for name in holding.row.hf]
                     self.live.put_state(holding, kind, tensors)
 
+    def adapter_config(self) -> AdapterConfig | None:
+        """Return PEFT's configuration of the adapters; None without them."""
+        if not self.lora.rank:
+            return None
+        assert self.base_folder is not None, "adapters are saved before the weights beside them were loaded"
+        return adapter_config(self.shape, self.lora, self.base_folder)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Compute in the block as the model does without its adapters: the reference policy of a run with LoRA."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(adapters_disabled(part))
+            yield
+
     # Steps -----------------------------------------------------------------------------------------------
 
     def scores(self, packs: Sequence[Pack]) -> list[Scores]:
@@ -345,30 +442,47 @@ class Engine:
             local_rows = None
             local = None
             if outputs:
-                local_rows = outputs[index].rows
-                local = torch.stack([getattr(outputs[index], name) for name in names])
-            columns = self._collect_columns(len(aligned.tokens), local_rows, local, len(names))
+                output = outputs[index]
+                local_rows = output.rows
+                local = torch.stack([getattr(output, name) for name in names])
+            columns = self._collect_columns(
+                len(aligned.tokens),
+                local_rows,
+                local,
+                len(names),
+            )
             # Alignment adds rows without labels, so the labelled rows of both packs correspond, in order.
-            (aligned_rows,) = (aligned.labels != IGNORED).nonzero(as_tuple=True)
-            (rows,) = (pack.labels != IGNORED).nonzero(as_tuple=True)
+            aligned_rows = _labelled_rows(aligned)
             scored_columns = columns[:, send(aligned_rows, columns.device)]
-            scored.append(Scores(rows, **dict(zip(names, scored_columns, strict=True))))
+            by_name = dict(zip(names, scored_columns, strict=True))
+            pack_scores = Scores(_labelled_rows(pack), **by_name)
+            scored.append(pack_scores)
         return scored
 
     def logits(self, pack: Pack) -> Tensor:
         """Return the logits [T, vocabulary] of every row of a pack, on every rank; for verification."""
         outputs = self._without_gradients([pack], logits=True)
         aligned = self._aligned(pack)
-        local_rows = self.parts[-1]._rows(aligned) if outputs else None
-        local = outputs[0].float().t() if outputs else None
-        columns = self._collect_columns(len(aligned.tokens), local_rows, local, self.shape.vocab)
+        local_rows = None
+        local = None
+        if outputs:
+            local_rows = self.parts[-1]._rows(aligned)
+            local = outputs[0].float().t()
+        columns = self._collect_columns(
+            len(aligned.tokens),
+            local_rows,
+            local,
+            self.shape.vocab,
+        )
         # Leave out the rows that alignment added at the end of each document.
         starts = aligned.bounds.tolist()
         lengths = pack.cu_seqlens.diff().tolist()
         documents = []
         for start, length in zip(starts, lengths, strict=False):  # the last start is the end of the pack
-            documents.append(torch.arange(start, start + length))
-        return columns.t()[send(torch.cat(documents), columns.device)]
+            document_rows = torch.arange(start, start + length)
+            documents.append(document_rows)
+        rows = torch.cat(documents)
+        return columns.t()[send(rows, columns.device)]
 
     @torch.no_grad()
     def _without_gradients(self, packs: Sequence[Pack], logits: bool) -> list[Any]:
@@ -377,9 +491,16 @@ class Engine:
         def forward_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
             return model(next(iterator), logits=logits), lambda out, non_loss_data: out
 
-        return self._run(packs, forward_step, training=False)[: len(packs)]  # without the packs that fill the pipeline
+        outputs = self._run(packs, forward_step, training=False)
+        return outputs[: len(packs)]  # without the packs that fill the pipeline
 
-    def _collect_columns(self, total_rows: int, rows: Tensor | None, local: Tensor | None, width: int) -> Tensor:
+    def _collect_columns(
+        self,
+        total_rows: int,
+        rows: Tensor | None,
+        local: Tensor | None,
+        width: int,
+    ) -> Tensor:
         """Collect the context-parallel ranks' columns ``local`` [width, n] into [width, total_rows] on every stage.
 
         Args:
@@ -442,7 +563,8 @@ class Engine:
         if self.parallel.vpp > 1:
             _, pack_rows = alignment(self.parallel, self.fp8)
             missing = -len(aligned) % self.parallel.pp  # interleaving takes a multiple of ``pp`` micro-batches
-            aligned += [blank_pack(aligned[0].extras, pack_rows)] * missing
+            blank = blank_pack(aligned[0].extras, pack_rows)
+            aligned += [blank] * missing
         iterators = [iter(aligned) for _ in self.parts]
 
         def watched_step(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
@@ -471,21 +593,23 @@ class Engine:
             names = list(sums[0])
             pack_sums = []
             for entry in sums:
-                values_of_pack = [entry[name].double() for name in names]
-                pack_sums.append(torch.stack(values_of_pack))
+                pack_values = [entry[name].double() for name in names]
+                pack_sums.append(torch.stack(pack_values))
             totals = torch.stack(pack_sums).sum(0)
             # The count travels with the sums: one collective, and one wait for the device below.
             local_count = torch.tensor([sum(counts)], dtype=totals.dtype)
             totals = torch.cat((totals, send(local_count, totals.device)))
             dist.all_reduce(totals, group=self.groups.dp_cp)
             *values, count = totals.tolist()
-            means = {name: value / max(count, 1) for name, value in zip(names, values, strict=True)}
+            divisor = max(count, 1)
+            for name, value in zip(names, values, strict=True):
+                means[name] = value / divisor
             means["count"] = count
         if self.groups.pp.size() > 1:
             last_stage = self.groups.pp.size() - 1
             objects = [means]
             dist.broadcast_object_list(objects, group=self.groups.pp, group_src=last_stage)
-            means = objects[0]
+            (means,) = objects
         return means
 
     def step(self) -> dict[str, float]:
@@ -543,3 +667,14 @@ class Engine:
     def train(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
         """Run `backward` and `step`; return the metrics of both."""
         return self.backward(packs, loss) | self.step()
+
+
+def _storage_address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _labelled_rows(pack: Pack) -> Tensor:
+    """Return the rows of a pack that carry a label, int64 [n]."""
+    is_labelled = pack.labels != IGNORED
+    (rows,) = is_labelled.nonzero(as_tuple=True)
+    return rows

@@ -1,4 +1,4 @@
-"""Check every node before a run starts, with one process a rank: the checks of `tools/preflight.py`."""
+"""Check every node before a run starts, with one process a rank: the checks of `ovr preflight`."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def check_plan(config: Config, ranks: int, write_rate: float) -> list[str]:
     gpu_bytes = torch.cuda.mem_get_info()[1]
     if largest["total"] > gpu_bytes:
         memory = f"{largest['total'] / 2**30:.1f} GiB of the {gpu_bytes / 2**30:.1f} of a GPU"
-        problems.append(f"the plan takes {memory} (phase {largest['name']}); `tools/plan.py` lists layouts that fit")
+        problems.append(f"the plan takes {memory} (phase {largest['name']}); `ovr plan` lists layouts that fit")
     return problems
 
 

@@ -1,6 +1,6 @@
 """Repeat a saved PPO iteration in any layout; compare log-probabilities, values, advantages and steps with the saved.
 
-``tools/replay.py RUN ITERATION [parallel.tp=2 ...]`` needs the rollouts of that iteration and the checkpoint that it
+``ovr replay RUN ITERATION [parallel.tp=2 ...]`` needs the rollouts of that iteration and the checkpoint that it
 began from (none for iteration 0).  It changes nothing in the run folder.
 """
 
@@ -21,7 +21,7 @@ from ovr_megatron.config import ConfigError, RLConfig, build
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.iteration import Clock, learn
-from ovr_megatron.rl.training import build_models, open_model_and_prompts
+from ovr_megatron.rl.setup import build_models, open_model_and_prompts
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.step_lines import read_metrics

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -207,6 +208,12 @@ def reference(directory: Path, documents: list[Document], dtype: torch.dtype, cr
     model_class = family_of(shape).load_hf_class()
     with one_sentence(f"{directory}: Transformers cannot load its model", "see that the whole folder is there"):
         model = model_class.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    return run_reference(model, shape, documents, critic)
+
+
+def run_reference(model: Any, shape: ModelShape, documents: list[Document], critic: bool = False) -> Reference:
+    """Run a model of Transformers, as `reference` does."""
+    dtype = model.dtype
     head = torch.nn.Linear(shape.hidden, 1, bias=False, dtype=dtype)
     # `Engine.load` draws a critic's head from the same seed.
     init_value_head(head.weight, "orz", torch.Generator().manual_seed(0))

@@ -17,6 +17,7 @@ from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.coldstart import training as coldstart
 from ovr_megatron.config import (
     ColdStartConfig,
+    EvaluationSettings,
     ParallelConfig,
     RLConfig,
     RolloutConfig,
@@ -28,7 +29,6 @@ from ovr_megatron.data.row_json import row_to_json
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.evaluation import evaluator
-from ovr_megatron.evaluation.problems import Settings
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.rl import training as rl
 from ovr_megatron.runtime import distributed
@@ -51,11 +51,10 @@ def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32", *more: s
 
 
 def evaluate(checkpoint: Path, out: Path) -> None:
-    """What `tools/evaluate.py` does with a checkpoint, by an engine of its own."""
+    """What `ovr evaluate` does with a checkpoint, by an engine of its own."""
     data = recipe(ColdStartConfig, "tiny_cold_start", "run.dir=x", "model.path=x").data
-    for _ in evaluator.evaluate_sets(
-        weights_of(checkpoint), {"text": PUZZLE}, 0, Settings(max_tokens=8), data, RolloutConfig(), "float32", out
-    ):
+    settings = EvaluationSettings(sources=[SourceConfig(path=PUZZLE, name="text")], max_tokens=8)
+    for _ in evaluator.evaluate_sets(weights_of(checkpoint), settings, data, RolloutConfig(), "float32", out):
         pass
 
 

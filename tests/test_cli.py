@@ -15,7 +15,8 @@ from ovr_megatron import __version__, cli
 from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, RLConfig, build
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.schema import RowError, parse_row
+from ovr_megatron.data.row_parsing import parse_row
+from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape
@@ -24,7 +25,7 @@ from ovr_megatron.launch import read_command_line
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.rewards.rules import RuleError
-from ovr_megatron.rl.training import check_lengths
+from ovr_megatron.rl.setup import check_lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 

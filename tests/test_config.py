@@ -10,7 +10,16 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic.fields import FieldInfo
 
 from ovr_megatron import config as configuration
-from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig, build, defaults, save
+from ovr_megatron.config import (
+    ColdStartConfig,
+    ConfigError,
+    ModelConfig,
+    ParallelConfig,
+    RLConfig,
+    build,
+    defaults,
+    save,
+)
 from ovr_megatron.config.checks import fields_of, inner_schemas
 from ovr_megatron.config.described import described_yaml
 from ovr_megatron.curation.settings import PrepareConfig
@@ -233,9 +242,7 @@ def test_a_cold_start_has_one_kind_of_data_and_an_end() -> None:
 def test_data_parallel_size_is_what_the_layout_leaves() -> None:
     layout = ParallelConfig(tp=2, pp=2, cp=2)
     assert [layout.data_parallel(world) for world in (8, 64)] == [1, 8]
-    with pytest.raises(
-        ConfigError, match=r"12 processes cannot be cut into tp=2 x pp=2 x cp=2 = 8 ranks.*multiple of 8"
-    ):
+    with pytest.raises(ConfigError, match=r"12 processes cannot be cut into tp=2,pp=2,cp=2, 8 ranks.*multiple of 8"):
         layout.data_parallel(12)
 
 
@@ -311,3 +318,23 @@ def test_an_unknown_interpolation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tiny_cold_start: run\.dir: Interpolation key 'nothing' not found"):
         compose("tiny_cold_start", ["run.dir=${nothing}", "model.path=m"])
     assert complaint(ColdStartConfig, "run.dir=${nothing}") == "run.dir: Interpolation key 'nothing' not found"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora": {"rank": 8}, "freeze_language": True}, "leave out model.freeze_language"),
+        ({"lora": {"rank": 8, "vision": True}, "freeze_vision": True}, "leave out one of them"),
+        ({"lora": {"rank": -1}}, "rank"),
+        ({"lora": {"rank": 8, "layers": "heads"}}, "attention"),
+        ({"lora": {"rank": 8, "alpha": 0}}, "alpha"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(path="x", **settings)
+
+
+def test_a_frozen_tower_may_have_adapters_above_it() -> None:
+    model = ModelConfig(path="x", freeze_vision=True, freeze_merger=True, lora={"rank": 8})
+    assert not (model.trains_language or model.trains_vision or model.trains_merger or model.adapts_vision)

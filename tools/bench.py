@@ -1,4 +1,4 @@
-"""Measure the project beside named rivals on this machine, in one run: ``tools/bench.py model [--json FILE]``.
+"""Measure the project beside named rivals on this machine, in one run: ``ovr bench model [--json FILE]``.
 
 gpu: on a GPU, every part of a day's work at the published sizes: step, vision, head and rl, one after the other.
 model: forward and backward of our model beside Transformers', at layer shapes of the tiny, the 3B and the 7B model.

@@ -10,12 +10,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
 
 from ovr_megatron.errors import UserError
+from ovr_megatron.evaluation.behaviours import CheckpointRates, Emergence, TransferRate
+from ovr_megatron.evaluation.scoring import EvaluationResult, GreedyScores
 from ovr_megatron.runtime.step_lines import read_metrics
+
+if TYPE_CHECKING:
+    # The module loads the engines of local judges, which a report does without.
+    from ovr_megatron.evaluation.judging import BehaviourResult, CheckpointBehaviours
 
 # Names as in the folder, and titles as people read them; all in the order of the recipe.
 STAGES = {"base": "Base model", "cold_start": "Cold start", "rl": "RL"}
@@ -27,13 +33,36 @@ class ExperimentError(UserError, ValueError):
     """A folder that is no experiment; the message names it and says what is expected."""
 
 
+class LengthLimit(TypedDict):
+    """An entry of ``curriculum``: ``max_tokens`` until an iteration."""
+
+    until: int
+    max_tokens: int
+
+
+class StageSettings(TypedDict, total=False):
+    """The settings of ``config.yaml`` that the reports read by name; a model card reads more by their dotted keys."""
+
+    iterations: int
+    steps: int
+    packs_per_step: int
+    curriculum: list[LengthLimit]
+
+
+class MeasuredCommand(TypedDict):
+    """Content of ``measured/NAME.json``."""
+
+    wall_seconds: float
+    peak_memory_bytes: int
+
+
 @dataclass(frozen=True)
 class Stage:
     """One run folder: its resolved configuration and its metrics, one dictionary a step."""
 
     name: str
     dir: Path
-    config: dict[str, Any]
+    config: StageSettings
     metrics: list[dict[str, float]]
 
     @property
@@ -44,7 +73,9 @@ class Stage:
     @property
     def done(self) -> int:
         """Number of steps or iterations that are logged."""
-        return int(self.metrics[-1]["step"]) + 1 if self.metrics else 0  # steps count from 0
+        if not self.metrics:
+            return 0
+        return int(self.metrics[-1]["step"]) + 1  # steps count from 0
 
     @property
     def total(self) -> int:
@@ -58,12 +89,19 @@ class Stage:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return the steps at which a metric was logged, and its values."""
-        lines = [line for line in self.metrics if line.get(key) is not None]
-        return [int(line["step"]) for line in lines], [line[key] for line in lines]
+        steps: list[int] = []
+        values: list[float] = []
+        for line in self.metrics:
+            value = line.get(key)
+            if value is not None:
+                steps.append(int(line["step"]))
+                values.append(value)
+        return steps, values
 
     def values(self, key: str) -> list[float]:
         """Return the values of a metric, in the order of the steps."""
-        return self.series(key)[1]
+        _, values = self.series(key)
+        return values
 
 
 @dataclass(frozen=True)
@@ -71,20 +109,20 @@ class Experiment:
     """The content of an experiment's folder so far.
 
     ``scores[model][set]`` is an evaluation, ``measured[name]`` a timed command, ``behaviours`` the result that
-    ``tools/behaviours.py`` wrote to ``behaviours/``, empty if there is none.
+    ``ovr behaviours`` wrote to ``behaviours/``, None if there is none.
     """
 
     dir: Path
     stages: dict[str, Stage]
-    scores: dict[str, dict[str, dict[str, Any]]]
-    measured: dict[str, dict[str, float]]
-    behaviours: dict[str, Any]
+    scores: dict[str, dict[str, EvaluationResult]]
+    measured: dict[str, MeasuredCommand]
+    behaviours: BehaviourResult | None
 
-    def evaluation(self, model: str, problem_set: str) -> dict[str, Any] | None:
+    def evaluation(self, model: str, problem_set: str) -> EvaluationResult | None:
         """Return the evaluation of ``model`` on ``problem_set``, None if there is none."""
         return self.scores.get(model, {}).get(problem_set)
 
-    def score(self, model: str, problem_set: str) -> dict[str, Any] | None:
+    def score(self, model: str, problem_set: str) -> GreedyScores | None:
         """Return the greedy result of ``model`` on ``problem_set``, None if it was not evaluated."""
         evaluation = self.evaluation(model, problem_set)
         return evaluation["greedy"] if evaluation else None
@@ -92,10 +130,13 @@ class Experiment:
     @property
     def sets(self) -> dict[str, str]:
         """Name and title of every problem set that some model was evaluated on, the miniature's own first."""
-        names: set[str] = set().union(*self.scores.values())
-        miniature_sets = [name for name in SETS if name in names]
-        other_sets = sorted(names - set(SETS))
-        return {name: SETS.get(name, name) for name in miniature_sets + other_sets}
+        names: set[str] = set()
+        for evaluations in self.scores.values():
+            names.update(evaluations)
+        titles = {name: title for name, title in SETS.items() if name in names}
+        for name in sorted(names - set(SETS)):
+            titles[name] = name
+        return titles
 
     @property
     def exported(self) -> Path | None:
@@ -107,13 +148,27 @@ class Experiment:
         return None
 
     @property
+    def checkpoints(self) -> dict[str, CheckpointBehaviours]:
+        """Rates of behaviours by model, empty if no traces were judged."""
+        return self.behaviours.get("checkpoints", {}) if self.behaviours else {}
+
+    def emergence(self, model: str, behaviour: str) -> Emergence | None:
+        """Return how many of a model's traces show ``behaviour``, None if it was not counted."""
+        checkpoint = self.checkpoints.get(model)
+        if not checkpoint:
+            return None
+        rates = checkpoint.get("behaviours", {}).get(behaviour)
+        return rates.get("emergence") if rates else None
+
+    def transfer_rate(self, model: str, linguistic: str) -> TransferRate | None:
+        """Return the transfer rate of a linguistic behaviour in a model's traces, None if it was not counted."""
+        checkpoint = self.checkpoints.get(model)
+        return checkpoint.get("transfer", {}).get(linguistic) if checkpoint else None
+
+    @property
     def shows_behaviours(self) -> bool:
         """Whether any judged trace has any behaviour: without one there is nothing to draw."""
-        for checkpoint in self.behaviours.get("checkpoints", {}).values():
-            shares = [counts["emergence"] for counts in checkpoint["behaviours"].values()]
-            if any(share and share["rate"] for share in shares):
-                return True
-        return False
+        return any(map(_shows_behaviour, self.checkpoints.values()))
 
     @property
     def missing(self) -> list[str]:
@@ -127,10 +182,19 @@ class Experiment:
                 sentences.append(f"{title}: {stage.done} of {stage.total} {stage.unit} done.")
         unscored = [title for name, title in MODELS.items() if not self.scores.get(name)]
         if unscored:
-            sentences.append(f"Evaluation: nothing yet of {', '.join(unscored)}.")
+            titles = ", ".join(unscored)
+            sentences.append(f"Evaluation: nothing yet of {titles}.")
         if self.exported is None:
             sentences.append("Export: no final model yet.")
         return sentences
+
+
+def _shows_behaviour(checkpoint: CheckpointRates) -> bool:
+    for rates in checkpoint["behaviours"].values():
+        emergence = rates["emergence"]
+        if emergence and emergence["rate"]:
+            return True
+    return False
 
 
 def read_experiment(folder: Path) -> Experiment:
@@ -141,20 +205,27 @@ def read_experiment(folder: Path) -> Experiment:
     """
     if not folder.is_dir():
         raise ExperimentError(f"{folder}: there is no such folder; give the run folder of an experiment")
-    if (folder / "config.yaml").is_file():
-        stage = _read_stage(folder, "")
-        stages = {stage.name: stage}
-    else:
-        stages = {name: _read_stage(path, name) for name, path in stage_folders(folder).items()}
-    scores = {model.name: _read_json_files(model) for model in sorted((folder / "eval").glob("*/"))}
+    stages = _read_stages(folder)
+    scores: dict[str, dict[str, EvaluationResult]] = {}
+    for model_dir in sorted((folder / "eval").glob("*/")):
+        scores[model_dir.name] = _read_json_files(model_dir)
     if not stages and not scores:
-        raise ExperimentError(
-            f"{folder}: neither a run folder (config.yaml) nor an experiment ({', '.join(STAGES)}, eval) is in it"
-        )
+        parts = ", ".join([*STAGES, "eval"])
+        raise ExperimentError(f"{folder}: neither a run folder (config.yaml) nor an experiment ({parts}) is in it")
     measured = _read_json_files(folder / "measured")
     behaviours_file = folder / "behaviours/behaviours.json"
-    behaviours = _read_json(behaviours_file) if behaviours_file.is_file() else {}
+    behaviours = None
+    if behaviours_file.is_file():
+        behaviours = _read_json(behaviours_file)
     return Experiment(folder, stages, scores, measured, behaviours)
+
+
+def _read_stages(folder: Path) -> dict[str, Stage]:
+    """Read the run folders of an experiment, or ``folder`` itself if it is one."""
+    if (folder / "config.yaml").is_file():
+        stage = _read_stage(folder, "")
+        return {stage.name: stage}
+    return {name: _read_stage(path, name) for name, path in stage_folders(folder).items()}
 
 
 def stage_folders(folder: Path) -> dict[str, Path]:
@@ -164,17 +235,30 @@ def stage_folders(folder: Path) -> dict[str, Path]:
     ``config.yaml`` is of the stage, whatever their names.  ``base`` goes by its name alone, because its settings are
     those of a cold start.
     """
-    folders = {name: folder / name for name in STAGES if (folder / name).is_dir()}
-    settings = [path for path in sorted(folder.glob("*/config.yaml")) if path.parent.name not in STAGES]
+    folders: dict[str, Path] = {}
+    # By name first, so that of two files of one age the same is taken everywhere.
+    paths = sorted(folder.glob("*/config.yaml"))
     # From the oldest to the newest: the last one assigned is the one that was changed last.
-    for path in sorted(settings, key=lambda path: path.stat().st_mtime):
-        name = _stage_name(yaml.safe_load(path.read_text()) or {})
-        if name and not (folder / name).is_dir():
-            folders[name] = path.parent
+    for path in sorted(paths, key=_modification_time):
+        if path.parent.name in STAGES:
+            continue
+        config: StageSettings | None = yaml.safe_load(path.read_text())
+        stage = _stage_name(config) if config else None  # an empty file is None
+        if stage:
+            folders[stage] = path.parent
+    for name in STAGES:
+        own_folder = folder / name
+        if own_folder.is_dir():
+            folders[name] = own_folder
+    # In the order of the recipe, which is that of the report.
     return {name: folders[name] for name in STAGES if name in folders}
 
 
-def _stage_name(config: dict[str, Any]) -> str | None:
+def _modification_time(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _stage_name(config: StageSettings) -> str | None:
     """Return the stage that has such settings, None if no stage has."""
     if "iterations" in config:
         return "rl"
@@ -184,17 +268,23 @@ def _stage_name(config: dict[str, Any]) -> str | None:
 def _read_stage(folder: Path, name: str) -> Stage:
     """Read a run folder; an empty ``name`` means that its settings name the stage."""
     settings = folder / "config.yaml"
-    metrics = folder / "metrics" / "train.jsonl"
-    config = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
-    name = name or ("rl" if "iterations" in config else "cold_start")
-    return Stage(name, folder, config, read_metrics(metrics) if metrics.is_file() else [])
+    # A run that has just begun has neither file yet.
+    config: StageSettings = {}
+    if settings.is_file():
+        config = yaml.safe_load(settings.read_text())
+    metrics_file = folder / "metrics" / "train.jsonl"
+    metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
+    if not name:
+        name = "rl" if "iterations" in config else "cold_start"
+    return Stage(name, folder, config, metrics)
 
 
-def _read_json_files(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_json_files(folder: Path) -> dict[str, Any]:
     return {file.stem: _read_json(file) for file in sorted(folder.glob("*.json"))}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
+    # Files of ours, whose shapes the callers know.
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ovr_megatron.analysis.experiment import Experiment
+from ovr_megatron.evaluation.scoring import SourceScores
 
-TableRow = dict[str, Any]
+TableRow = Mapping[str, object]
+"""Cells by column; the columns are as many as metrics, sources and values of k."""
+
+# A spreadsheet takes a cell that begins so for a formula, and computes it.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -26,8 +29,8 @@ def write_numbers(experiment: Experiment) -> list[Path]:
     return paths
 
 
-def _tables(experiment: Experiment) -> dict[str, list[TableRow]]:
-    tables: dict[str, list[TableRow]] = {}
+def _tables(experiment: Experiment) -> dict[str, Sequence[TableRow]]:
+    tables: dict[str, Sequence[TableRow]] = {}
     for name, stage in experiment.stages.items():
         tables[name] = stage.metrics
     tables["scores"] = list(_score_rows(experiment))
@@ -35,11 +38,12 @@ def _tables(experiment: Experiment) -> dict[str, list[TableRow]]:
     return tables
 
 
-def _write_table(path: Path, rows: list[TableRow]) -> None:
+def _write_table(path: Path, rows: Sequence[TableRow]) -> None:
     # Rows may have different keys, for example metrics that were logged in some steps only: a column for each of them.
     columns: dict[str, None] = {}
     for row in rows:
         columns |= dict.fromkeys(row)
+    # No translation: csv writes the ends of lines itself, and those within a cell as they are.
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(columns))
         table.writerow({key: _cell(key) for key in columns})
@@ -51,33 +55,46 @@ def _score_rows(experiment: Experiment) -> Iterator[TableRow]:
     """Yield a row for each score: of a whole problem set with an empty ``source``, then of each of its sources."""
     for model, evaluations in experiment.scores.items():
         for set_name, evaluation in evaluations.items():
-            for source, scores in [("", evaluation), *evaluation["sources"].items()]:
-                for kind in ("greedy", "sampled"):
-                    if scores.get(kind):
-                        names = {"model": model, "set": set_name, "source": source, "response": kind}
-                        yield names | _flatten(scores[kind])
+            names = {"model": model, "set": set_name}
+            yield from _rows_of_source(evaluation, {**names, "source": ""})
+            for source, scores in evaluation["sources"].items():
+                yield from _rows_of_source(scores, {**names, "source": source})
+
+
+def _rows_of_source(scores: SourceScores, names: Mapping[str, str]) -> Iterator[TableRow]:
+    if greedy := scores.get("greedy"):
+        yield {**names, "response": "greedy", **_flatten(greedy)}
+    if sampled := scores.get("sampled"):
+        yield {**names, "response": "sampled", **_flatten(sampled)}
 
 
 def _behaviour_rows(experiment: Experiment) -> Iterator[TableRow]:
-    for model, checkpoint in experiment.behaviours.get("checkpoints", {}).items():
-        for name, counts in checkpoint["behaviours"].items():
-            row = {"model": model, "behaviour": name} | _flatten(counts["emergence"] or {})
-            row["per_trace"] = counts["per_trace"]
-            transfer = checkpoint["transfer"].get(name) or {}
-            yield row | {f"transfer_{key}": value for key, value in transfer.items()}
+    for model, checkpoint in experiment.checkpoints.items():
+        for name, rates in checkpoint["behaviours"].items():
+            row: dict[str, object] = {"model": model, "behaviour": name}
+            if emergence := rates["emergence"]:
+                row |= _flatten(emergence)
+            row["per_trace"] = rates["per_trace"]
+            if transfer := checkpoint["transfer"].get(name):
+                for key, value in transfer.items():
+                    row[f"transfer_{key}"] = value
+            yield row
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     """Return a value that no spreadsheet takes for a formula: names of sources and sets come from elsewhere."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
+    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
+        return f"'{value}"
+    return value
 
 
-def _flatten(tree: TableRow, prefix: str = "") -> TableRow:
+def _flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return a nested dictionary as one row, with the keys of each level joined by ``_``."""
-    row: TableRow = {}
+    row: dict[str, object] = {}
     for key, value in tree.items():
+        column = f"{prefix}{key}"
         if isinstance(value, dict):
-            row |= _flatten(value, f"{prefix}{key}_")
+            row |= _flatten(value, f"{column}_")
         else:
-            row[f"{prefix}{key}"] = value
+            row[column] = value
     return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ovr_megatron.analysis.experiment import MODELS, Experiment
 from ovr_megatron.evaluation.statistics import mean_of_first, mean_of_last
@@ -11,8 +11,37 @@ from ovr_megatron.runtime.files import write_json
 
 ENDS = 10  # iterations at either end of the reward curve
 
+ModelAccuracies = dict[str, float | int | None]
+"""Greedy accuracy by model, and under ``problems`` the least number of problems that any was evaluated on."""
 
-def summarise(experiment: Experiment) -> dict[str, Any]:
+
+class RewardEnds(TypedDict):
+    """Mean reward of the first and of the last iterations."""
+
+    first10: float | None
+    last10: float | None
+
+
+class LargestMismatch(TypedDict):
+    """Largest difference between rollout and trainer log-probabilities in any iteration."""
+
+    max: float | None
+
+
+class ExperimentSummary(TypedDict):
+    """Content of ``summary.json``, see `summarise`."""
+
+    accuracy: ModelAccuracies
+    accuracy_text: ModelAccuracies
+    accuracy_caption: ModelAccuracies
+    reward: RewardEnds
+    mismatch: LargestMismatch
+    wall_seconds: float | None
+    peak_memory_bytes: int | None
+    exported_model: str | None
+
+
+def summarise(experiment: Experiment) -> ExperimentSummary:
     """Return the numbers; None stands for those that the folder does not hold yet.
 
     Returns:
@@ -25,16 +54,21 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
     rl = experiment.stages.get("rl")
     rewards = rl.values("reward/mean") if rl else []
     mismatches = rl.values("rollout/mismatch_max") if rl else []
-    measured = experiment.measured.values()
+    wall_times = [command["wall_seconds"] for command in experiment.measured.values()]
+    peaks = [command["peak_memory_bytes"] for command in experiment.measured.values()]
+    exported = experiment.exported
     return {
-        "accuracy": _accuracy(experiment, "visual"),
-        "accuracy_text": _accuracy(experiment, "text"),
-        "accuracy_caption": _accuracy(experiment, "caption"),
-        "reward": {"first10": mean_of_first(rewards, ENDS), "last10": mean_of_last(rewards, ENDS)},
+        "accuracy": _accuracies(experiment, "visual"),
+        "accuracy_text": _accuracies(experiment, "text"),
+        "accuracy_caption": _accuracies(experiment, "caption"),
+        "reward": {
+            "first10": mean_of_first(rewards, ENDS),
+            "last10": mean_of_last(rewards, ENDS),
+        },
         "mismatch": {"max": max(mismatches, default=None)},
-        "wall_seconds": sum(command["wall_seconds"] for command in measured) if measured else None,
-        "peak_memory_bytes": max((command["peak_memory_bytes"] for command in measured), default=None),
-        "exported_model": str(experiment.exported) if experiment.exported else None,
+        "wall_seconds": sum(wall_times) if wall_times else None,  # the sum of none is 0, which reads like a measurement
+        "peak_memory_bytes": max(peaks, default=None),
+        "exported_model": str(exported) if exported else None,
     }
 
 
@@ -43,10 +77,14 @@ def write_summary(experiment: Experiment) -> Path:
     return write_json(experiment.dir / "summary.json", summarise(experiment))
 
 
-def _accuracy(experiment: Experiment, problem_set: str) -> dict[str, float | int | None]:
-    """Return the accuracy of each model, and the least number of problems that any of them was evaluated on."""
-    scores = {model: experiment.score(model, problem_set) for model in MODELS}
-    problem_counts = [score["problems"] for score in scores.values() if score]
-    problems = min(problem_counts, default=None)
-    accuracy = {model: score["accuracy"] if score else None for model, score in scores.items()}
-    return accuracy | {"problems": problems}
+def _accuracies(experiment: Experiment, problem_set: str) -> ModelAccuracies:
+    accuracies: ModelAccuracies = {}
+    problem_counts: list[int] = []
+    for model in MODELS:
+        score = experiment.score(model, problem_set)
+        accuracies[model] = score["accuracy"] if score else None
+        if score:
+            problem_counts.append(score["problems"])
+    # Every model was asked at least so many.
+    accuracies["problems"] = min(problem_counts, default=None)
+    return accuracies

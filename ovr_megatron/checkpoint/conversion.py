@@ -14,9 +14,10 @@ from ovr_megatron.data.hf_files import list_other_files
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.runtime.terminal import printable
+from ovr_megatron.weights.adapters import MergedFolder, is_adapter_folder, read_adapter_settings
 from ovr_megatron.weights.average import average
 from ovr_megatron.weights.diagnosis import HEAD
-from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
+from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, WeightFolder, copy_hf_assets
 from ovr_megatron.weights.transfer import (
     VALUE_HEAD,
     check_finite,
@@ -29,7 +30,13 @@ from ovr_megatron.weights.transfer import (
 SHOWN_DIFFERENCES = 20
 
 
-def import_hf(hf: Path, out: Path, workers: int, force: bool, yarn: float | None) -> None:
+def import_hf(
+    hf: Path,
+    out: Path,
+    workers: int,
+    force: bool,
+    yarn: float | None,
+) -> None:
     """Write ``out/policy``, stretched ``yarn`` times, and the manifest; ``out`` appears when it is complete."""
     shape = check_assets(hf)
     with WeightFolder(hf) as folder:
@@ -37,46 +44,87 @@ def import_hf(hf: Path, out: Path, workers: int, force: bool, yarn: float | None
         check_weights(folder, shape)
         check_finite(folder)
         with staged(out, [hf], force) as partial:
-            copy_hf_assets(complete_folder(hf), partial / "policy")
+            policy = partial / "policy"
+            copy_hf_assets(complete_folder(hf), policy)
             if yarn is not None:
-                shape = stretch_positions(partial / "policy", yarn)
-            copy_weights(folder, partial / "policy", workers=workers)
-            manifest = write_manifest(partial, step=0, extra={"converted_from": str(hf.resolve())})
+                shape = stretch_positions(policy, yarn)
+            copy_weights(folder, policy, workers=workers)
+            # Last: it has the hashes of all files.
+            origin = str(hf.resolve())
+            manifest = write_manifest(partial, step=0, extra={"converted_from": origin})
     total_bytes = sum(file.bytes for file in manifest.files.values())
     print(f"{out}: checkpoint of step 0, {total_bytes:,} bytes")
-    if other_files := list_other_files(hf):
+    other_files = list_other_files(hf)
+    if other_files:
         print(f"not copied, as they are no part of the model: {', '.join(other_files)}")
     if yarn is not None:
         print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")
 
 
-def export_hf(checkpoint: Path, out: Path, critic: bool, dtype: str | None, workers: int, force: bool) -> None:
-    """Write the folder ``out``, which appears when it is complete; print which parts of the checkpoint are left out."""
+def _open_weights(folder: Path, merge: bool) -> WeightFolder:
+    """Open the weights of a part of a checkpoint, with ``merge`` those of its model with its adapters added.
+
+    Raises:
+        CheckpointError: ``merge`` is set and there are no adapters, or the reverse.
+        WeightError: the adapters cannot be read, or are of another model.
+    """
+    if is_adapter_folder(folder) and not merge:
+        raise CheckpointError(
+            f"{folder} holds adapters: give --merge to add them to the model, or serve them as they are (PEFT's format)"
+        )
+    if not merge:
+        return WeightFolder(folder)
+    if not is_adapter_folder(folder):
+        raise CheckpointError(f"{folder} holds entire weights, so there is nothing to merge; leave out --merge")
+    settings = read_adapter_settings(folder)
+    return MergedFolder(settings.base, WeightFolder(folder, ADAPTER_WEIGHTS), settings.scale)
+
+
+def export_hf(
+    checkpoint: Path,
+    out: Path,
+    critic: bool,
+    dtype: str | None,
+    workers: int,
+    force: bool,
+    merge: bool = False,
+) -> None:
+    """Write the folder ``out``, which appears when it is complete; print which parts of the checkpoint are left out.
+
+    With ``merge`` the checkpoint's adapters are added to the weights of the model that they were trained beside.
+
+    Raises:
+        CheckpointError: the checkpoint lacks the part, or holds adapters and ``merge`` is not set, or the reverse.
+        WeightError: weights or adapters do not belong to the model.
+    """
     part = "critic" if critic else "policy"
+    source = checkpoint / part
     manifest = check(checkpoint, under=part)
-    if not (checkpoint / part).is_dir():
-        folders = sorted({name.split("/")[0] for name in manifest.files})
-        parts = ", ".join(folders)
-        raise CheckpointError(f"{checkpoint} has no {part}, only {parts}; use another checkpoint")
-    shape = ModelShape.from_hf(checkpoint / part)
-    assets = load_assets(checkpoint / part, shape)
+    parts = {name.split("/")[0] for name in manifest.files}
+    if not source.is_dir():
+        present = ", ".join(sorted(parts))
+        raise CheckpointError(f"{checkpoint} has no {part}, only {present}; use another checkpoint")
+    shape = ModelShape.from_hf(source)
+    assets = load_assets(source, shape)
     export_dtype = getattr(torch, dtype) if dtype else None
-    with WeightFolder(checkpoint / part) as folder:
+    with _open_weights(source, merge) as folder:
         # All checks come before anything is written.
         check_weights(folder, shape, critic)
         check_finite(folder)
         with staged(out, [checkpoint], force) as partial:
-            copy_hf_assets(checkpoint / part, partial, export_dtype)
+            copy_hf_assets(source, partial, export_dtype)
             if manifest.step:  # step 0 is the base model itself
-                write_generation_config(partial, shape, assets.tokenizer.get_vocab())
+                vocabulary = assets.tokenizer.get_vocab()
+                write_generation_config(partial, shape, vocabulary)
             copy_weights(folder, partial, export_dtype, leave_out=[VALUE_HEAD], workers=workers)
     print(f"{out}: {part} of step {manifest.step}")
-    left_out = sorted({name.split("/")[0] for name in manifest.files} - {part})
+    left_out = sorted(parts - {part})
     if critic:
         left_out.insert(0, f"{VALUE_HEAD} (a Hugging Face model has no place for it)")
         if not shape.tied:
             print("a critic has no lm_head.weight: load it with AutoModel, it cannot generate")
-    print(printable(f"left out: {', '.join(left_out) or 'nothing'}"))
+    left_out_text = ", ".join(left_out) or "nothing"
+    print(printable(f"left out: {left_out_text}"))
 
 
 def compare_export(out: Path, hf: Path, critic: bool, workers: int) -> bool:
@@ -90,7 +138,10 @@ def compare_export(out: Path, hf: Path, critic: bool, workers: int) -> bool:
     problems = differences(out, hf, ignore=ignore, workers=workers)
     for problem in problems[:SHOWN_DIFFERENCES]:
         print(printable(f"differs: {problem}"))
-    print(f"{len(problems)} differences from {hf}" if problems else f"equal to {hf}, bit by bit")
+    if problems:
+        print(f"{len(problems)} differences from {hf}")
+    else:
+        print(f"equal to {hf}, bit by bit")
     return not problems
 
 

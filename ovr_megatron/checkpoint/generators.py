@@ -18,11 +18,12 @@ def generator_states() -> dict[str, Tensor]:
     _, keys, position, has_gauss, cached_gauss = np.random.get_state()
     # Empty or one value: the second number of a normal pair that `random.gauss` keeps for its next call.
     spare = [] if gauss is None else [gauss]
+    # The words are uint32, for which torch has hardly an operation: they are widened.
+    wide_keys = np.asarray(keys, np.int64)
     states = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python.gauss": torch.tensor(spare, dtype=torch.float64),
-        # The words are uint32, for which torch has hardly an operation: they are widened.
-        "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
+        "numpy": torch.from_numpy(wide_keys),
         "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
         "numpy.gauss": torch.tensor([cached_gauss], dtype=torch.float64),
         "torch": torch.random.get_rng_state(),

@@ -25,19 +25,23 @@ def write_hf_assets(out: Path, processor: Processor) -> None:
     template = str(processor.chat_template)
     (out / "chat_template.jinja").write_text(template)
     # Transformers 4 reads the template from these two.
-    (out / "chat_template.json").write_text(json.dumps({"chat_template": template}, indent=2) + "\n")
-    _update_json(out / "tokenizer_config.json", {"chat_template": template})
+    fields = {"chat_template": template}
+    text = json.dumps(fields, indent=2) + "\n"
+    (out / "chat_template.json").write_text(text)
+    _update_json(out / "tokenizer_config.json", fields)
 
     # A run that begins from this folder, and an evaluation of it, take the rule from here.
     _update_json(out / "config.json", {"after_video": processor.after_video})
 
     # Versions of Transformers write the budget as pixels, as edges of `size`, or as both.
-    config = processor.config
-    budget = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    min_pixels = processor.config.min_pixels
+    max_pixels = processor.config.max_pixels
+    budget = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     for name in _PROCESSORS:
         _update_pixel_budget(out / name, budget, size)
-    write_generation_config(out, processor.shape, processor.tokenizer.get_vocab())
+    vocabulary = processor.tokenizer.get_vocab()
+    write_generation_config(out, processor.shape, vocabulary)
 
 
 def write_generation_config(folder: Path, shape: ModelShape, vocabulary: dict[str, int]) -> None:
@@ -79,8 +83,9 @@ def _update_json(path: Path, values: Mapping[str, object]) -> None:
     """Set top-level fields of a JSON file, if the folder has it."""
     if not path.exists():
         return
-    content = json.loads(path.read_text()) | values
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    content = json.loads(path.read_text())
+    text = json.dumps(content | values, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n")
 
 
 def _update_pixel_budget(path: Path, budget: dict[str, int], size: dict[str, int]) -> None:
@@ -88,9 +93,13 @@ def _update_pixel_budget(path: Path, budget: dict[str, int], size: dict[str, int
     if not path.exists():
         return
     content = json.loads(path.read_text())
-    nested = [part for part in content.values() if isinstance(part, dict) and ("size" in part or "min_pixels" in part)]
-    for part in nested or [content]:
+    parts = []
+    for part in content.values():
+        if isinstance(part, dict) and ("size" in part or "min_pixels" in part):
+            parts.append(part)
+    for part in parts or [content]:
         part.update(budget)
         if "size" in part:
             part["size"] = size
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2)
+    path.write_text(text + "\n")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.manifest import CheckpointError
-from ovr_megatron.checkpoint.store import ResumePoint
+from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.checkpoint.writing import DiskQueue, NonFiniteError, PendingSave
 from ovr_megatron.config import ColdStartConfig, RLConfig
 from ovr_megatron.engine import DivergenceError, Engine
@@ -116,7 +116,9 @@ class CheckpointManager:
         if final:
             self.stopped = Stop.NO  # a signal during the last step changes nothing: the run is finished
         ending = final or self.stopped > Stop.NO
-        if ending or done % self.config.save_every == 0:
+        is_due = done % self.config.save_every == 0
+        if ending or is_due:
+            # There is one save at a time: the one before is published first.
             if self.pending:
                 self._finish_save(ending=False)
             self._start_save(done, engines, state)
@@ -152,7 +154,9 @@ class CheckpointManager:
         """Close the queue and return how the run ended."""
         self.queue.pool.shutdown()
         code = REQUEUE if self.stopped is Stop.LEAVE_AND_REQUEUE else 0
-        path = self.directory / f"step_{self.last_step:06d}" if self.last_step else self.run
+        path = self.run
+        if self.last_step:
+            path = self.directory / f"step_{self.last_step:06d}"
         return RunResult(path, code)
 
     def _export(self, ending: bool) -> None:
@@ -163,8 +167,9 @@ class CheckpointManager:
             return
         checkpoint = self.directory / f"step_{step:06d}"
         # An export is a convenience: training goes on where it fails.
+        out = self.run / "exports" / checkpoint.name
         try:
-            with staged(self.run / "exports" / checkpoint.name, [checkpoint], replace=True) as partial:
+            with staged(out, [checkpoint], replace=True) as partial:
                 shutil.copytree(checkpoint / "policy", partial, copy_function=_link, dirs_exist_ok=True)
         except (OSError, WeightError) as error:
             logger.warning(f"step {step} was not exported: {error}")
@@ -172,8 +177,9 @@ class CheckpointManager:
     def _prune(self) -> None:
         if not self.world.is_main:
             return
+        config = self.config
         try:
-            store.prune(self.directory, self.config.keep_last, self.config.keep_every, self.last_step)
+            store.prune(self.directory, config.keep_last, config.keep_every, self.last_step)
         except OSError as error:
             logger.warning(f"an old checkpoint stays, remove it by hand: {error}")
 
@@ -183,7 +189,8 @@ class CheckpointManager:
         # Signals and disks do not reach all ranks at the same step, and what follows are collectives.
         flags = torch.tensor([int(self.stop.received), int(running)])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return Stop(int(flags[0])), bool(flags[1])
+        strongest, any_running = flags.tolist()
+        return Stop(strongest), bool(any_running)
 
     def _finish_save(self, ending: bool) -> None:
         """Wait for the files of all ranks and publish them."""

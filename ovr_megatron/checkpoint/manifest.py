@@ -108,14 +108,27 @@ def write_manifest(
     """
     directory = Path(directory)
     if records is None:
-        skip = {directory / MANIFEST, directory / f"{MANIFEST}.partial"}
-        paths = [path for path in directory.rglob("*") if path.is_file() and path not in skip]
-        names = [path.relative_to(directory).as_posix() for path in paths]
-        records = dict(zip(names, _map_in_threads(file_record, paths), strict=True))
-    manifest = Manifest(step, dict(sorted(records.items())), _versions(), extra or {})
+        records = _hash_files(directory)
+    manifest = Manifest(
+        step=step,
+        files=dict(sorted(records.items())),
+        versions=_versions(),
+        extra=extra or {},
+    )
+    content = {"format": FORMAT, **asdict(manifest)}
+    text = json.dumps(content, indent=1)
     # Durable: a crash could otherwise leave the final name with an empty file.
-    write_whole(directory / MANIFEST, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1), durable=True)
+    write_whole(directory / MANIFEST, text, durable=True)
     return manifest
+
+
+def _hash_files(directory: Path) -> dict[str, FileRecord]:
+    """Return the records of all files below ``directory`` but the manifest's."""
+    skip = {directory / MANIFEST, directory / f"{MANIFEST}.partial"}
+    paths = [path for path in directory.rglob("*") if path.is_file() and path not in skip]
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    records = _map_in_threads(file_record, paths)
+    return dict(zip(names, records, strict=True))
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -135,10 +148,13 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise CheckpointError(f"{path} is not JSON ({error}); use another checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_READABLE}") from error
-    version = raw.get("format") if isinstance(raw, dict) else None
+    version = None
+    if isinstance(raw, dict):
+        version = raw.get("format")
     if version != FORMAT:
-        is_newer = isinstance(version, int) and version > FORMAT
-        remedy = "it is of a newer version; use that one" if is_newer else "use the version that wrote it"
+        remedy = "use the version that wrote it"
+        if isinstance(version, int) and version > FORMAT:
+            remedy = "it is of a newer version; use that one"
         raise CheckpointError(f"{path}: format is {version!r}, this version reads {FORMAT}; {remedy}")
     try:
         manifest = _parse(raw)
@@ -156,10 +172,20 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
     files = {}
     for name, file in raw["files"].items():
         files[name] = FileRecord(int(file["bytes"]), str(file["sha256"]))
-    return Manifest(int(raw["step"]), files, dict(raw["versions"]), dict(raw["extra"]))
+    return Manifest(
+        step=int(raw["step"]),
+        files=files,
+        versions=dict(raw["versions"]),
+        extra=dict(raw["extra"]),
+    )
 
 
-def check(directory: str | Path, digests: bool = True, under: str = "", share: tuple[int, int] = (0, 1)) -> Manifest:
+def check(
+    directory: str | Path,
+    digests: bool = True,
+    under: str = "",
+    share: tuple[int, int] = (0, 1),
+) -> Manifest:
     """Check that the files of the manifest are there and unchanged, and return the manifest.
 
     Args:
@@ -175,7 +201,8 @@ def check(directory: str | Path, digests: bool = True, under: str = "", share: t
     manifest = read_manifest(directory)
     remedy = "copy the checkpoint again or use another one"
     first, stride = share
-    names = [name for name in manifest.files if PurePosixPath(name).is_relative_to(under)][first::stride]
+    names_under = [name for name in manifest.files if PurePosixPath(name).is_relative_to(under)]
+    names = names_under[first::stride]
     # Sizes of all files first: they cost nothing, and a file that was cut off is found before anything is read.
     for name in names:
         path = directory / name
@@ -189,7 +216,8 @@ def check(directory: str | Path, digests: bool = True, under: str = "", share: t
         if size != record.bytes:
             raise CheckpointError(f"{path} has {size} bytes instead of {record.bytes}; {remedy}")
     if digests:
-        records = _map_in_threads(_readable_record, [directory / name for name in names])
+        paths = [directory / name for name in names]
+        records = _map_in_threads(_readable_record, paths)
         for name, record in zip(names, records, strict=True):
             if record != manifest.files[name]:
                 raise CheckpointError(f"{directory / name} was changed: its SHA-256 is another one; {remedy}")
@@ -199,7 +227,9 @@ def check(directory: str | Path, digests: bool = True, under: str = "", share: t
 def step_of(path: Path) -> int | None:
     """Return the step of a checkpoint folder by its name, ``step_000300``; None for any other name."""
     match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
+    if match is None:
+        return None
+    return int(match[1])
 
 
 def file_record(path: Path) -> FileRecord:

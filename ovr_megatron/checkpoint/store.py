@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,23 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ovr_megatron.checkpoint.generators import set_generator_states
-from ovr_megatron.checkpoint.manifest import CheckpointError, RunRecord, check, read_manifest, step_of
+from ovr_megatron.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    OptimizerRecord,
+    RunRecord,
+    check,
+    read_manifest,
+    step_of,
+)
+from ovr_megatron.checkpoint.resume import ResumePoint, list_candidates, read_resume_point
 from ovr_megatron.checkpoint.writing import (
-    RNG,
     DiskQueue,
     NonFiniteError,
     PendingSave,
     Records,
     TensorFolder,
+    generators_path,
     publish,
     remove,
     start_writing,
@@ -42,27 +50,15 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.runtime.distributed import World, seed_everything
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.work_barrier import WorkBarrier
-from ovr_megatron.weights.folder import SHARD_BYTES, WeightFolder
+from ovr_megatron.weights.adapters import is_adapter_folder
+from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, SHARD_BYTES, WeightFolder
 from ovr_megatron.weights.table import TensorRow
 
 logger = get_logger(__name__)
 
 _REASONS = 3  # that a message spells out
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """A checkpoint that a run goes on from.
-
-    Attributes:
-        path: its folder.
-        step: steps or iterations done, so the index of the next one.
-        state: the loop's cursors as they were saved.
-    """
-
-    path: Path
-    step: int
-    state: Mapping[str, Any]
+_Problem = NonFiniteError | str | None
+_RankResult = tuple[_Problem, Records]
 
 
 def weights_of(path: str | Path, name: str = "policy") -> Path:
@@ -72,9 +68,11 @@ def weights_of(path: str | Path, name: str = "policy") -> Path:
         CheckpointError: ``path`` is a checkpoint without that part.
     """
     directory = Path(path)
-    if (directory / name / "config.json").exists():
-        return directory / name
-    if (directory / "manifest.json").exists() and not (directory / "config.json").exists():
+    part = directory / name
+    if (part / "config.json").exists():
+        return part
+    is_model = (directory / "config.json").exists()
+    if (directory / MANIFEST).exists() and not is_model:
         raise CheckpointError(f"{directory} is a checkpoint without a {name}; give one that has it")
     return directory
 
@@ -88,10 +86,11 @@ def check_weights(path: str | Path, world: World, name: str = "policy") -> None:
         CheckpointError: on all ranks; names the file that is missing, cut off or changed.
     """
     problem: str | None = None
+    share = (world.rank, world.size)
     try:
         is_checkpoint = weights_of(path, name) != Path(path)
         if is_checkpoint:
-            check(path, under=name, share=(world.rank, world.size))
+            check(path, under=name, share=share)
     except CheckpointError as error:
         problem = str(error)
     # A rank that raised alone would leave the others waiting in their next collective.
@@ -107,10 +106,13 @@ def folders_of(engines: dict[str, Engine]) -> list[TensorFolder]:
     folders = []
     for name, engine in engines.items():
         itemsize = engine.config.params_dtype.itemsize
-        folders.append(TensorFolder(name, _sizes(engine.live.rows, itemsize), engine.weights))
+        weight_sizes = _sizes(engine.saved_rows, itemsize)
+        folders.append(TensorFolder(name, weight_sizes, engine.weights, engine.adapter_config()))
+        # Moments and master weights are float32 whatever the weights are, and frozen parameters have none.
+        state_sizes = _sizes(engine.trained_rows, torch.float32.itemsize)
         for kind in engine.state_kinds:
-            sizes = _sizes(engine.trained_rows, torch.float32.itemsize)
-            folders.append(TensorFolder(f"{name}-{kind}", sizes, partial(engine.optimizer_state, kind)))
+            tensors = partial(engine.optimizer_state, kind)
+            folders.append(TensorFolder(f"{name}-{kind}", state_sizes, tensors))
     return folders
 
 
@@ -119,7 +121,8 @@ def _sizes(rows: Sequence[TensorRow], itemsize: int) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for row in rows:
         for name, shape in zip(row.hf, row.sizes, strict=True):
-            sizes[name] = math.prod(shape) * itemsize
+            numel = math.prod(shape)
+            sizes[name] = numel * itemsize
     return sizes
 
 
@@ -146,18 +149,33 @@ def start_save(
         stage: of the run, so that no other stage goes on from it.
     """
     # Through JSON now: the loop goes on changing its own state, and what is no JSON fails here and not in the manifest.
-    extra: RunRecord = {"state": json.loads(json.dumps(state)), "ranks": world.size, "optimizers": {}}
-    if stage:
-        extra["stage"] = stage
+    saved_state = json.loads(json.dumps(state))
+    optimizers: dict[str, OptimizerRecord] = {}
     for name, engine in engines.items():
-        extra["optimizers"][name] = {
+        optimizers[name] = {
             "steps": engine.step_count,
             "parts": list(engine.state_kinds),
             "skipped": [engine.skipped, engine.skipped_in_a_row],
         }
-    pending = PendingSave(step, extra, directory / f".step_{step:06d}.partial", directory / f"step_{step:06d}")
-    dtype = next(iter(engines.values())).config.params_dtype
-    start_writing(pending, folders_of(engines), hf_assets, dtype, world, queue)
+    extra: RunRecord = {
+        "state": saved_state,
+        "ranks": world.size,
+        "optimizers": optimizers,
+    }
+    if stage:
+        extra["stage"] = stage
+    folder_name = f"step_{step:06d}"
+    pending = PendingSave(
+        step=step,
+        extra=extra,
+        partial=directory / f".{folder_name}.partial",
+        final=directory / folder_name,
+    )
+    folders = folders_of(engines)
+    # All models of a run have one dtype.
+    first_engine = next(iter(engines.values()))
+    dtype = first_engine.config.params_dtype
+    start_writing(pending, folders, hf_assets, dtype, world, queue)
     return pending
 
 
@@ -174,27 +192,29 @@ def finish_save(pending: PendingSave, world: World) -> str | None:
     pending.wait(barrier.step)
     barrier.wait()
     error = pending.error()
-    local_result = (error, {} if error else pending.records())
-    results: list[Any] | None = [None] * world.size if world.is_main else None
+    records = {} if error else pending.records()
+    local_result: _RankResult = (error, records)
+    results: list[_RankResult] | None = None
+    if world.is_main:
+        results = [(None, {})] * world.size
     dist.gather_object(local_result, results)
-    answer: list[NonFiniteError | str | None] = [None]
+    answer: list[_Problem] = [None]
     if results is not None:
         answer = [_publish_results(pending, results)]
         if answer[0]:
             shutil.rmtree(pending.partial, ignore_errors=True)
     # Every rank hears of the failure of any, so that all of them stop or go on together.
     dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], NonFiniteError):
-        raise answer[0]
-    return answer[0]
+    problem = answer[0]
+    if isinstance(problem, NonFiniteError):
+        raise problem
+    return problem
 
 
-def _publish_results(pending: PendingSave, results: list[Any]) -> NonFiniteError | str | None:
-    """Publish the checkpoint whose files all ranks have written; return the problem to report, if there is one.
-
-    ``results`` has a pair for each rank: its error and the records of its files.
-    """
+def _publish_results(pending: PendingSave, results: Sequence[_RankResult]) -> _Problem:
+    """Publish the checkpoint whose files all ranks have written; return the problem to report, if there is one."""
     problems = [problem for problem, _ in results if problem]
+    # It says more than an error of a disk: the run must not go on.
     for problem in problems:
         if isinstance(problem, NonFiniteError):
             return problem
@@ -211,7 +231,12 @@ def _publish_results(pending: PendingSave, results: list[Any]) -> NonFiniteError
 
 
 def save(
-    directory: Path, step: int, engines: dict[str, Engine], hf_assets: Path, state: Mapping[str, Any], world: World
+    directory: Path,
+    step: int,
+    engines: dict[str, Engine],
+    hf_assets: Path,
+    state: Mapping[str, Any],
+    world: World,
 ) -> Path:
     """Write a checkpoint, wait for it, and return its folder.  A collective.
 
@@ -235,9 +260,15 @@ def prune(directory: Path, keep_last: int, keep_every: int = 0, newest_step: int
     """
     if not keep_last:
         return
-    folders = {step: path for path in directory.glob("step_*") if (step := step_of(path)) is not None}
-    counted = sorted(step for step in folders if newest_step is None or step <= newest_step)
-    for step in counted[:-keep_last]:
+    folders: dict[int, Path] = {}
+    for path in directory.glob("step_*"):
+        step = step_of(path)
+        if step is None:
+            continue
+        if newest_step is None or step <= newest_step:
+            folders[step] = path
+    steps = sorted(folders)
+    for step in steps[:-keep_last]:
         if not keep_every or step % keep_every:
             remove(folders[step])
 
@@ -257,78 +288,34 @@ def find(directory: Path, world: World, stage: str | None = None) -> ResumePoint
         CheckpointError: there are folders, but none that the run can go on from.
     """
     # One rank lists the folders: on a network disk others might see another list, and the loop below is collective.
-    broadcast: list[Any] = [_candidates(directory, stage) if world.is_main else None]
+    broadcast: list[tuple[list[Path], list[str]]] = [([], [])]
+    if world.is_main:
+        broadcast = [list_candidates(directory, stage)]
     dist.broadcast_object_list(broadcast, src=0)
     paths, skipped = broadcast[0]
+    share = (world.rank, world.size)
     checkpoint = None
     for path in paths:
+        problem = _problem(path, share)
+        # Each rank has read a share of the files: only together do they know whether all are whole.
         problems: list[str | None] = [None] * world.size
-        dist.all_gather_object(problems, _problem(path, (world.rank, world.size)))
-        reasons = [problem for problem in problems if problem]
+        dist.all_gather_object(problems, problem)
+        reasons = [text for text in problems if text]
         if not reasons:
-            checkpoint = _resume_point(path, stage)
+            checkpoint = read_resume_point(path, stage)
             break
         skipped.append(reasons[0])
     if checkpoint is None and skipped:
+        first_reasons = "; ".join(skipped[:_REASONS])
         raise CheckpointError(
             f"{directory} has {len(skipped)} folders and no checkpoint that this run can go on from: "
-            f"{'; '.join(skipped[:_REASONS])}. Put a whole checkpoint there, choose another run.dir, or move these "
+            f"{first_reasons}. Put a whole checkpoint there, choose another run.dir, or move these "
             "folders elsewhere to begin anew"
         )
     if world.is_main:
         for reason in skipped:
             logger.info(f"skipping a checkpoint: {reason}")
     return checkpoint
-
-
-def _candidates(directory: Path, stage: str | None) -> tuple[list[Path], list[str]]:
-    """Return the folders that may be checkpoints of this run, highest step first, and the reasons against the others.
-
-    Hidden folders are unfinished or about to be removed.
-    """
-    try:
-        folders = sorted(path for path in directory.iterdir() if not path.name.startswith(".") and path.is_dir())
-    except FileNotFoundError:
-        return [], []  # a new run
-    except OSError as error:
-        return [], [f"{directory} cannot be read ({error.strerror})"]
-    paths: list[tuple[int, Path]] = []
-    skipped: list[str] = []
-    for path in folders:
-        try:
-            step = _resume_point(path, stage).step
-            paths.append((step, path))
-        except CheckpointError as error:
-            skipped.append(str(error))
-    return [path for _, path in sorted(paths, reverse=True)], skipped
-
-
-def _resume_point(path: Path, stage: str | None = None) -> ResumePoint:
-    """Return the checkpoint ``path`` as a run resumes from it; its files are not looked at.
-
-    Raises:
-        CheckpointError: it is not called ``step_N``, or no run of ``stage`` has saved it under this name.
-    """
-    if step_of(path) is None:
-        raise CheckpointError(f"{path} is not called step_N, so it is left alone; rename it, if it is this run's")
-    manifest = read_manifest(path)
-    extra = manifest.extra
-    if not {"state", "ranks", "optimizers"} <= extra.keys():
-        raise CheckpointError(
-            f"{path} was averaged or converted and has no state of a run; begin a run from it with model.path={path}"
-        )
-    if manifest.step != step_of(path):
-        raise CheckpointError(f"{path} is of step {manifest.step}; name it step_{manifest.step:06d}")
-    if stage and extra.get("stage", stage) != stage:
-        raise CheckpointError(f"{path} is of another stage ({extra['stage']}); begin a run from it with model.path")
-    for rank in range(extra["ranks"]):
-        if _generators_path(rank) not in manifest.files:
-            raise CheckpointError(f"{path} lacks {_generators_path(rank)}; use another checkpoint")
-    return ResumePoint(path, manifest.step, extra["state"])
-
-
-def _generators_path(rank: int) -> str:
-    return f"{RNG}/rank_{rank:05d}.safetensors"
 
 
 def checkpoint_at(directory: Path, step: int, world: World) -> ResumePoint:
@@ -339,10 +326,12 @@ def checkpoint_at(directory: Path, step: int, world: World) -> ResumePoint:
     """
     path = directory / f"step_{step:06d}"
     if not path.is_dir():
-        present = ", ".join(sorted(folder.name for folder in directory.glob("step_*"))) or "nothing"
+        names = sorted(folder.name for folder in directory.glob("step_*"))
+        present = ", ".join(names) or "nothing"
         raise CheckpointError(f"{directory} has no checkpoint of step {step}, but {present}")
-    check(path, share=(world.rank, world.size))
-    return _resume_point(path)
+    share = (world.rank, world.size)
+    check(path, share=share)
+    return read_resume_point(path)
 
 
 def _problem(path: Path, share: tuple[int, int]) -> str | None:
@@ -355,11 +344,15 @@ def _problem(path: Path, share: tuple[int, int]) -> str | None:
 
 def restore_generators(checkpoint: ResumePoint, world: World) -> None:
     """Restore this rank's random generators; with another number of ranks they are seeded anew."""
-    if read_manifest(checkpoint.path).extra["ranks"] == world.size:
-        set_generator_states(load_file(checkpoint.path / _generators_path(world.rank)))
+    manifest = read_manifest(checkpoint.path)
+    if manifest.extra["ranks"] == world.size:
+        path = checkpoint.path / generators_path(world.rank)
+        states = load_file(path)
+        set_generator_states(states)
     else:
         # By the step, so that the run does not draw the numbers of its first steps again.
-        seed_everything((world.seed * 1009 + world.dp_rank) * 1_000_003 + checkpoint.step)
+        replica_seed = world.seed * 1009 + world.dp_rank
+        seed_everything(replica_seed * 1_000_003 + checkpoint.step)
 
 
 def restore(checkpoint: ResumePoint, engines: dict[str, Engine]) -> None:
@@ -368,15 +361,27 @@ def restore(checkpoint: ResumePoint, engines: dict[str, Engine]) -> None:
     Raises:
         CheckpointError: the checkpoint lacks one of the engines.
     """
-    optimizers = read_manifest(checkpoint.path).extra["optimizers"]
+    path = checkpoint.path
+    manifest = read_manifest(path)
+    optimizers: dict[str, OptimizerRecord] = manifest.extra["optimizers"]
     for name, engine in engines.items():
         if name not in optimizers:
+            raise CheckpointError(f"{path} has no {name}; it was written by another stage, use another run.dir")
+        has_adapters = is_adapter_folder(path / name)
+        if has_adapters != (engine.lora.rank > 0):
+            kind = "adapters" if has_adapters else "entire weights"
             raise CheckpointError(
-                f"{checkpoint.path} has no {name}; it was written by another stage, use another run.dir"
+                f"{path} holds {kind} and model.lora.rank is {engine.lora.rank}; go on with the setting that the run "
+                "began with, or use another run.dir"
             )
         optimizer = optimizers[name]
         # The files hold full tensors, and each engine takes the slices of its own layout.
-        engine.load(WeightFolder(checkpoint.path / name))
-        states = {kind: WeightFolder(checkpoint.path / f"{name}-{kind}") for kind in optimizer["parts"]}
+        if has_adapters:
+            engine.load_adapter(WeightFolder(path / name, ADAPTER_WEIGHTS))
+        else:
+            engine.load(WeightFolder(path / name))
+        states = {}
+        for kind in optimizer["parts"]:
+            states[kind] = WeightFolder(path / f"{name}-{kind}")
         engine.load_optimizer_state(states, optimizer["steps"])
         engine.skipped, engine.skipped_in_a_row = optimizer["skipped"]

@@ -26,7 +26,16 @@ from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import get_logger
-from ovr_megatron.weights.folder import INDEX, copy_hf_assets, cut, shard_names, write_index
+from ovr_megatron.weights.adapters import AdapterConfig, write_adapter_config
+from ovr_megatron.weights.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    copy_hf_assets,
+    cut,
+    shard_names,
+    write_index,
+)
 from ovr_megatron.weights.shard import PIECE, Pending, sync, write_shard
 
 logger = get_logger(__name__)
@@ -47,11 +56,13 @@ class TensorFolder:
         folder: its name, relative to the checkpoint.
         sizes: bytes of each tensor by name, in the order of the files.
         tensors: a collective that yields the full tensors in that order.
+        adapter: PEFT's configuration, where the tensors are those of adapters.
     """
 
     folder: str
     sizes: dict[str, int]
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    adapter: AdapterConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -95,14 +106,21 @@ class PendingSave:
 
     def error(self) -> NonFiniteError | str | None:
         """Return what went wrong on this rank, once nothing is running; a value that is not finite comes first."""
-        errors = [error for job in self.jobs if (error := job.exception()) is not None]
+        errors: list[BaseException] = []
+        for job in self.jobs:
+            error = job.exception()
+            if error is not None:
+                errors.append(error)
+        # An error of a disk is reported, so that the run may go on; any other is a defect and ends it.
         for error in errors:
             if not isinstance(error, (OSError, NonFiniteError)):
                 raise error
         for error in errors:
             if isinstance(error, NonFiniteError):
                 return error
-        return str(errors[0]) if errors else None
+        if errors:
+            return str(errors[0])
+        return None
 
     def records(self) -> Records:
         """Return the records of this rank's files, once all of them are written."""
@@ -123,9 +141,11 @@ class DiskQueue:
     def wait_for_room(self, nbytes: int) -> None:
         """Wait until copies of ``nbytes`` more fit within the limit."""
         self.queued = [(size, job) for size, job in self.queued if not job.done()]
-        while self.queued and sum(size for size, _ in self.queued) + nbytes > self.limit:
-            _, oldest = self.queued.pop(0)
+        queued_bytes = sum(size for size, _ in self.queued)
+        while self.queued and queued_bytes + nbytes > self.limit:
+            size, oldest = self.queued.pop(0)
             oldest.exception()  # only a wait: the job is in `PendingSave.jobs`, too, where its error is reported
+            queued_bytes -= size
             watchdog.touch()
 
     def submit(self, nbytes: int, job: Callable[[], Records]) -> Future[Records]:
@@ -145,15 +165,21 @@ def plan_files(folders: Sequence[TensorFolder], world: World) -> dict[str, list[
     order = sorted(range(world.size), key=lambda rank: (rank % ranks_per_node, rank))  # the first of each node first
     files = {folder.folder: _cut_into_files(folder) for folder in folders}
     shards = list(chain.from_iterable(files.values()))
+    sizes = [shard.nbytes for shard in shards]
     # In order, so that neighbouring files, which are of about the same size, go to different ranks.
-    shares = balance([shard.nbytes for shard in shards], world.size, in_order=True)
+    shares = balance(sizes, world.size, in_order=True)
     writers: dict[str, int] = {}
     for rank, share in zip(order, shares, strict=True):
         for index in share:
-            writers[shards[index].path] = rank
+            path = shards[index].path
+            writers[path] = rank
     shards_by_folder: dict[str, list[Shard]] = {}
     for name, folder_shards in files.items():
-        shards_by_folder[name] = [replace(shard, writer=writers[shard.path]) for shard in folder_shards]
+        assigned = []
+        for shard in folder_shards:
+            writer = writers[shard.path]
+            assigned.append(replace(shard, writer=writer))
+        shards_by_folder[name] = assigned
     return shards_by_folder
 
 
@@ -161,12 +187,19 @@ def _cut_into_files(folder: TensorFolder) -> list[Shard]:
     """Return the files of a folder, their writers not yet assigned."""
     names = list(folder.sizes)
     sizes = list(folder.sizes.values())
+    if folder.adapter:  # PEFT and vLLM read one file
+        return [Shard(f"{folder.folder}/{ADAPTER_WEIGHTS}", tuple(names), sum(sizes))]
     ends = cut(sizes)
+    file_names = shard_names(len(ends))
+    bounds = pairwise([0, *ends])
     shards = []
-    for file_name, (start, stop) in zip(shard_names(len(ends)), pairwise([0, *ends]), strict=True):
-        path = f"{folder.folder}/{file_name}"
-        nbytes = sum(sizes[start:stop])
-        shards.append(Shard(path, tuple(names[start:stop]), nbytes))
+    for file_name, (start, stop) in zip(file_names, bounds, strict=True):
+        shard = Shard(
+            path=f"{folder.folder}/{file_name}",
+            names=tuple(names[start:stop]),
+            nbytes=sum(sizes[start:stop]),
+        )
+        shards.append(shard)
     return shards
 
 
@@ -190,7 +223,8 @@ def start_writing(
     """
     files = plan_files(folders, world)
     if world.is_main:
-        prepared = queue.submit(0, lambda: _prepare(save.partial, files, hf_assets, dtype))
+        adapters = {folder.folder: folder.adapter for folder in folders if folder.adapter}
+        prepared = queue.submit(0, lambda: _prepare(save.partial, files, adapters, hf_assets, dtype))
         save.jobs.append(prepared)
         prepared.exception()
     # No rank may write before the first one has made the folders.
@@ -198,12 +232,22 @@ def start_writing(
     for folder in folders:
         _queue_shards(save, folder, files[folder.folder], world, queue)
     states = [_copy(name, state) for name, state in generator_states().items()]
-    path = f"{RNG}/rank_{world.rank:05d}.safetensors"
-    save.jobs.append(queue.submit(0, _ShardJob(save.partial, path, states)))
+    states_job = _ShardJob(save.partial, generators_path(world.rank), states)
+    future = queue.submit(0, states_job)
+    save.jobs.append(future)
+
+
+def generators_path(rank: int) -> str:
+    """Return the file of a rank's random generators, relative to the checkpoint."""
+    return f"{RNG}/rank_{rank:05d}.safetensors"
 
 
 def _queue_shards(
-    save: PendingSave, folder: TensorFolder, shards: Sequence[Shard], world: World, queue: DiskQueue
+    save: PendingSave,
+    folder: TensorFolder,
+    shards: Sequence[Shard],
+    world: World,
+    queue: DiskQueue,
 ) -> None:
     """Copy and queue this rank's shards of one folder.  A collective."""
     tensors = folder.tensors()
@@ -220,7 +264,9 @@ def _queue_shards(
                 copies.append(_copy(name, tensor))
         watchdog.touch()
         if is_writer:
-            save.jobs.append(queue.submit(shard.nbytes, _ShardJob(save.partial, shard.path, copies)))
+            shard_job = _ShardJob(save.partial, shard.path, copies)
+            future = queue.submit(shard.nbytes, shard_job)
+            save.jobs.append(future)
     # Also runs the collective to its end.
     assert next(tensors, None) is None, f"{folder.folder} has more tensors than planned"
 
@@ -252,27 +298,47 @@ class _ShardJob:
         finally:
             # The future keeps an exception, whose traceback keeps this job: the copies must be freed all the same.
             self.tensors = []
-        return {self.path: FileRecord(file.stat().st_size, digest.hexdigest())}
+        size = file.stat().st_size
+        record = FileRecord(size, digest.hexdigest())
+        return {self.path: record}
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(PIECE))
+    # Piece by piece: the mask of a large tensor would be a copy that no limit counts.
+    for piece in tensor.flatten().split(PIECE):
+        if not torch.isfinite(piece).all():
+            return False
+    return True
 
 
-def _prepare(partial: Path, files: dict[str, list[Shard]], hf_assets: Path, dtype: torch.dtype) -> Records:
-    """Make the folders and write the small files: HF assets and indices."""
+def _prepare(
+    partial: Path,
+    files: dict[str, list[Shard]],
+    adapters: dict[str, AdapterConfig],
+    hf_assets: Path,
+    dtype: torch.dtype,
+) -> Records:
+    """Make the folders and write the small files: HF assets, configurations of adapters, and indices."""
     shutil.rmtree(partial, ignore_errors=True)  # left over by a save that failed
     names: list[str] = []
     (partial / RNG).mkdir(parents=True)
     for folder, shards in files.items():
-        (partial / folder).mkdir(parents=True)
+        path = partial / folder
+        path.mkdir(parents=True)
         if "-" not in folder:
-            copied = copy_hf_assets(hf_assets, partial / folder, dtype=dtype)
+            copied = copy_hf_assets(hf_assets, path, dtype=dtype)
+            if folder in adapters:
+                write_adapter_config(path / ADAPTER_CONFIG, adapters[folder])
+                copied.append(ADAPTER_CONFIG)
             names += [f"{folder}/{name}" for name in copied]
         if len(shards) > 1:
-            tensors_by_file = {Path(shard.path).name: shard.names for shard in shards}
-            total_bytes = sum(shard.nbytes for shard in shards)
-            write_index(partial / folder / INDEX, tensors_by_file, total_bytes)
+            tensors_by_file: dict[str, tuple[str, ...]] = {}
+            total_bytes = 0
+            for shard in shards:
+                file_name = Path(shard.path).name
+                tensors_by_file[file_name] = shard.names
+                total_bytes += shard.nbytes
+            write_index(path / INDEX, tensors_by_file, total_bytes)
             names.append(f"{folder}/{INDEX}")
     return {name: file_record(partial / name) for name in names}
 
@@ -283,8 +349,9 @@ def publish(save: PendingSave, records: Records) -> None:
     The order makes it atomic: weights, indices and folders reach the disk before the manifest, and the manifest before
     the name.
     """
-    for folder in (path for path in save.partial.rglob("*") if path.is_dir()):
-        sync(folder)
+    for path in save.partial.rglob("*"):
+        if path.is_dir():
+            sync(path)
     write_manifest(save.partial, save.step, save.extra, records)
     sync(save.partial)
     _set_aside(save.final)
@@ -298,8 +365,11 @@ def _set_aside(folder: Path) -> None:
     It is damaged, of a newer format, or was put there by somebody, who may want it.
     """
     if folder.exists():
-        names = (folder.with_name(f"{folder.name}.unusable{count or ''}") for count in itertools.count())
-        free = next(name for name in names if not name.exists())
+        free = folder.with_name(f"{folder.name}.unusable")
+        for count in itertools.count(1):
+            if not free.exists():
+                break
+            free = folder.with_name(f"{folder.name}.unusable{count}")
         folder.rename(free)
         logger.warning(f"{folder} could not be used and is now {free}; remove it by hand")
 

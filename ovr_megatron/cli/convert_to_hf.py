@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
     parser.add_argument("--verify", type=Path, metavar="HF_DIR", help="compare the result with this folder, bit by bit")
     parser.add_argument("--critic", action="store_true", help="export the critic, without its value head")
+    parser.add_argument("--merge", action="store_true", help="add the checkpoint's adapters (LoRA) to their model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype (default: as it is stored)")
     parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="shards at a time (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace what such a tool has written there")
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ovr_megatron.checkpoint.conversion import compare_export, export_hf
 
     try:
-        export_hf(args.checkpoint, args.out, args.critic, args.dtype, args.workers, args.force)
+        export_hf(args.checkpoint, args.out, args.critic, args.dtype, args.workers, args.force, args.merge)
         equal = args.verify is None or compare_export(args.out, args.verify, args.critic, args.workers)
     except (ValueError, OSError) as error:
         parser.exit(2, printable(f"{parser.prog}: {error}\n"))

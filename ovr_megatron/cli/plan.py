@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = compose(arguments.recipe, arguments.overrides)
 
     # Imported here, so that a command line is checked before torch and Megatron are loaded.
-    from ovr_megatron.plan.report import Options, plan, processes, show
+    from ovr_megatron.plan.report import Options, plan, processes
+    from ovr_megatron.plan.text import show
 
     # The name of a recipe may end in its number of processes, as in ..._64gpu.
     world = arguments.world or processes(Path(arguments.recipe).stem, config.parallel)

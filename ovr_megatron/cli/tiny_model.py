@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the weights")
     parser.add_argument("--std", type=number(least=0), default=0.04, help="standard deviation of the matrices")
     parser.add_argument("--perturb", action="store_true", help="move norms and biases off 1 and 0")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="format of the weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
     parser.add_argument("--corpus", type=Path, help="text file to train the tokenizer on, one text a line")
     for size in fields(TinySizes):
         parser.add_argument(f"--{size.name.replace('_', '-')}", type=whole_number(1), default=size.default, help="size")

@@ -18,7 +18,7 @@ from torch import Tensor
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
-from ovr_megatron.checkpoint.store import ResumePoint
+from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.config import ColdStartConfig
 from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merge_parts, worst
 from ovr_megatron.data.packing import Pack
@@ -70,25 +70,32 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
     processor = Processor(model_folder, config.data)
     packs, steps = open_packs(config, processor, world)
     config = dataclasses.replace(config, steps=steps)  # with steps=0 those of the epochs
-    engine = Engine(ModelShape.from_hf(model_folder), config.model, config.parallel, world)
+    shape = ModelShape.from_hf(model_folder)
+    engine = Engine(shape, config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
     engines = {"policy": engine}
+    if config.model.lora.rank:
+        # The weights beside adapters are in no checkpoint.
+        load_weights(engine, config, world)
     checkpoint = checkpoints.resume(engines)
+    first_step = 0
     if checkpoint:
+        first_step = checkpoint.step
         packs.load(checkpoint.state["packs"])
-    else:
-        store.check_weights(config.model.path, world)
-        engine.load(WeightFolder(model_folder))
-    first_step = checkpoint.step if checkpoint else 0
+    elif not config.model.lora.rank:
+        load_weights(engine, config, world)
     if world.is_main:
         run_folder.record(config, run)
-        record_layers(run, layers_in_use(config.model), cautions(config.model, rollout=False))
+        layers = layers_in_use(config.model)
+        record_layers(run, layers, cautions(config.model, rollout=False))
         if launch:
             record_start(run, launch, world.size)
         write_hf_assets(run / "companions", processor)
         show_start(config, processor, engine, world, checkpoint)
     trainer = StepTrainer(config, engine, world, checkpoint)
-    evaluation = build_evaluation(config, model_folder, processor) if config.evaluation.every else None
+    evaluation = None
+    if config.evaluation.every:
+        evaluation = build_evaluation(config, model_folder, processor)
 
     with Progress(config.steps, run.name, "step", world.is_main, first_step) as progress:
         # An earlier start may have saved this checkpoint and ended before it was scored.
@@ -113,8 +120,22 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
     return checkpoints.result()
 
 
+def load_weights(engine: Engine, config: ColdStartConfig, world: World) -> None:
+    """Load the initial weights of ``model.path``.  A collective.
+
+    Raises:
+        CheckpointError: it is a checkpoint that is damaged.
+    """
+    store.check_weights(config.model.path, world)
+    engine.load(WeightFolder(store.weights_of(config.model.path)), seed=config.run.seed)
+
+
 def show_start(
-    config: ColdStartConfig, processor: Processor, engine: Engine, world: World, checkpoint: ResumePoint | None
+    config: ColdStartConfig,
+    processor: Processor,
+    engine: Engine,
+    world: World,
+    checkpoint: ResumePoint | None,
 ) -> None:
     """Print the heading of the run: batch, data, model, and the checkpoint that it goes on from."""
     step_tokens = config.packs_per_step * config.data.pack_tokens
@@ -125,8 +146,12 @@ def show_start(
     else:
         sample_count = config.steps * step_tokens / mean_length(config, processor)
         rows += source_rows(config, sample_count)
-    rows += run_rows(config, {"model": engine}, world, (checkpoint.path, checkpoint.step) if checkpoint else None)
-    logger.info(show_heading(f"cold start in {config.run.dir}", rows))
+    start = None
+    if checkpoint:
+        start = (checkpoint.path, checkpoint.step)
+    rows += run_rows(config, {"model": engine}, world, start)
+    heading = show_heading(f"cold start in {config.run.dir}", rows)
+    logger.info(heading)
 
 
 def mean_length(config: ColdStartConfig, processor: Processor) -> float:
@@ -136,25 +161,49 @@ def mean_length(config: ColdStartConfig, processor: Processor) -> float:
     stream = open_stream(config.data, config.run.seed, SkippedRows(None))
     for row in islice(stream, LENGTHS_MEASURED):
         try:
-            lengths += [length for length in processor.lengths([row], False) if isinstance(length, int)]
+            [length] = processor.lengths([row], generation=False)
         except RowError:
             continue  # the loop itself names the row and stops, or skips it
-    return statistics.mean(lengths) if lengths else float(config.data.pack_tokens)
+        if isinstance(length, int):
+            lengths.append(length)
+    if not lengths:
+        return float(config.data.pack_tokens)
+    return statistics.mean(lengths)
 
 
-def build_evaluation(config: ColdStartConfig, model_folder: Path, processor: Processor) -> PeriodicEvaluation:
+def build_evaluation(
+    config: ColdStartConfig,
+    model_folder: Path,
+    processor: Processor,
+) -> PeriodicEvaluation:
     """Start vLLM on this rank; it sleeps between the evaluations."""
     # Imported here, so that a run without evaluation does not wait for vLLM.
     from ovr_megatron.evaluation.periodic import PeriodicEvaluation  # noqa: PLC0415
     from ovr_megatron.rollout.engine import RolloutEngine  # noqa: PLC0415
 
+    shape = processor.shape
     prompt_tokens = config.data.max_prompt_tokens
-    max_length = prompt_tokens + processor.shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
-    processor.shape.check_length(max_length, "data.max_prompt_tokens with evaluation.max_tokens")
-    rollout = RolloutEngine(model_folder, config.rollout, processor, config.model.dtype, max_length, empty=True)
+    response_tokens = shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
+    max_length = prompt_tokens + response_tokens
+    shape.check_length(max_length, "data.max_prompt_tokens with evaluation.max_tokens")
+    rollout = RolloutEngine(
+        model_folder,
+        config.rollout,
+        processor,
+        config.model.dtype,
+        max_length,
+        empty=True,
+    )
+    # Before the first step: vLLM's memory is for training until an evaluation is due.
     rollout.sleep(deep=True)
     return PeriodicEvaluation(
-        config.evaluation, rollout, processor, config.rollout.tp, Path(config.run.dir), config.run.seed, keep=False
+        config.evaluation,
+        rollout,
+        processor,
+        config.rollout.tp,
+        Path(config.run.dir),
+        config.run.seed,
+        keep=False,
     )
 
 
@@ -167,16 +216,24 @@ class StepTrainer:
         peak_flops: FLOP per second of a device that the MFU refers to.
     """
 
-    def __init__(self, config: ColdStartConfig, engine: Engine, world: World, checkpoint: ResumePoint | None):
+    def __init__(
+        self,
+        config: ColdStartConfig,
+        engine: Engine,
+        world: World,
+        checkpoint: ResumePoint | None,
+    ):
         self.config = config
         self.engine = engine
         self.world = world
         self.spikes = SpikeWatch(config.run.spike_deviations, config.run.spike_window)
+        first_step = 0
         if checkpoint:
+            first_step = checkpoint.step
             self.spikes.load(checkpoint.state["spikes"])
-        first_step = checkpoint.step if checkpoint else 0
         self.log = open_log(config, first_step, world)
-        self.peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(engine.config.params_dtype)
+        peak_flops = config.run.peak_tflops * 1e12
+        self.peak_flops = peak_flops or matrix_rate(engine.config.params_dtype)
 
     def train(self, step: int, packs: SupervisedPacks, save_seconds: float) -> dict[str, float]:
         """Train step ``step`` on the next packs; return the engine's metrics.  A collective.
@@ -194,25 +251,37 @@ class StepTrainer:
         def objective(scores: Scores, pack: Pack) -> LossSum:
             loss = cross_entropy(scores, pack)
             if not self.world.groups.tp.rank():  # tensor-parallel ranks have the same log-probabilities
-                losses.add(pack, scores.rows, -cast(Tensor, scores.logprobs))
+                logprobs = cast(Tensor, scores.logprobs)
+                losses.add(pack, scores.rows, -logprobs)
             return loss
 
         metrics = self.engine.train(step_packs, objective)
         seconds = time.perf_counter() - began
-        flops = self._flops(step_packs) if self.world.layout.leads_replica else 0.0
+        flops = 0.0
+        # Once for each replica: its other ranks work on the same packs.
+        if self.world.layout.leads_replica:
+            flops = self._flops(step_packs)
         compute_seconds = self.engine.compute_timer.seconds
-        rank_step = RankStep(data_seconds, compute_seconds, flops, *memory_peaks(), documents=losses.documents())
+        rank_step = RankStep(
+            data_seconds,
+            compute_seconds,
+            flops,
+            *memory_peaks(),
+            documents=losses.documents(),
+        )
         # A collective: every rank takes part, and the main rank alone gets the result and logs it.
         rank_steps = gather(rank_step, self.world)
         if self.log and rank_steps is not None:
-            tokens = sum(len(pack.tokens) for pack in step_packs) * self.world.dp_size
+            replica_tokens = sum(len(pack.tokens) for pack in step_packs)
+            tokens = replica_tokens * self.world.dp_size
             rank_documents = itertools.chain.from_iterable(rank.documents for rank in rank_steps)
             documents = merge_parts(rank_documents)
             self._record_spike(step, metrics, documents)
             if step % self.config.run.log_every == 0:
                 values = self._step_metrics(metrics, documents, packs)
                 values |= rank_metrics(rank_steps, seconds, tokens, self.peak_flops)
-                self.log.scalars(step, values | {"timing/save": save_seconds})
+                values["timing/save"] = save_seconds
+                self.log.scalars(step, values)
         return metrics
 
     def record_scores(self, step: int, scores: dict[str, float]) -> None:
@@ -221,7 +290,10 @@ class StepTrainer:
             self.log.scalars(step, scores)
 
     def _step_metrics(
-        self, metrics: dict[str, float], documents: list[DocumentLoss], packs: SupervisedPacks
+        self,
+        metrics: dict[str, float],
+        documents: list[DocumentLoss],
+        packs: SupervisedPacks,
     ) -> dict[str, float]:
         """Return the logged metrics of loss, optimizer and data."""
         values = {"loss/train": metrics["loss"]}
@@ -242,10 +314,16 @@ class StepTrainer:
             values |= {"data/replies": replies, "data/learned_replies": learned_replies}
         return values
 
-    def _record_spike(self, step: int, metrics: dict[str, float], documents: list[DocumentLoss]) -> None:
+    def _record_spike(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        documents: list[DocumentLoss],
+    ) -> None:
         """Record the documents of a step that was skipped or whose loss is an outlier."""
         deviations = self.spikes.judge(metrics["loss"])
-        if self.log and (deviations is not None or metrics["skipped"]):
+        is_outlier = deviations is not None
+        if self.log and (is_outlier or metrics["skipped"]):
             record = {
                 "reason": "skipped" if metrics["skipped"] else "loss",
                 "loss": metrics["loss"],
@@ -263,8 +341,15 @@ class StepTrainer:
             lengths += pack.cu_seqlens.diff().tolist()
             grids += pack.grid_thw.tolist()
         model = self.config.model
-        trains = (not model.freeze_language, not model.freeze_vision, not model.freeze_merger)
-        return training_flops(self.engine.shape, lengths, grids, *trains)
+        return training_flops(
+            self.engine.shape,
+            lengths,
+            grids,
+            model.trains_language,
+            model.trains_vision,
+            model.trains_merger,
+            model.adapts_vision,
+        )
 
     def close(self) -> None:
         """Close the files of the log."""
@@ -277,7 +362,12 @@ def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
     settings = config.run
     check_trackers(settings.trackers)
     with Watchdog(Path(settings.dir), settings.hang_timeout_s):
-        world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
+        world = distributed.start(
+            config.parallel,
+            settings.seed,
+            settings.threads,
+            settings.hang_timeout_s,
+        )
         result = train(config, world, launch)
         if world.is_main:
             say(f"cold start: {result.path}", sys.stdout)

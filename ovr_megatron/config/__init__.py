@@ -12,10 +12,12 @@ from ovr_megatron.config.algorithm import AlgorithmConfig, CriticConfig, RewardC
 from ovr_megatron.config.building import build, defaults
 from ovr_megatron.config.checks import ConfigError, require
 from ovr_megatron.config.data import FORMATS, DataConfig, SourceConfig
+from ovr_megatron.config.evaluation import EvaluationConfig, EvaluationSettings
 from ovr_megatron.config.fields import section
-from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
-from ovr_megatron.config.rollout import EvaluationConfig, RolloutConfig
+from ovr_megatron.config.model import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config.rollout import RolloutConfig
 from ovr_megatron.config.run import RunConfig
+from ovr_megatron.config.sampling import Sampling
 from ovr_megatron.config.stages import ColdStartConfig, RLConfig
 from ovr_megatron.config.writing import as_yaml, save
 
@@ -27,6 +29,8 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "EvaluationConfig",
+    "EvaluationSettings",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -34,6 +38,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "Sampling",
     "SourceConfig",
     "StageConfig",
     "as_yaml",

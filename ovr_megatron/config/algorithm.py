@@ -28,12 +28,14 @@ class AlgorithmConfig:
     estimator: str = "gae"
     """Estimator of the advantage: a row of `ovr_megatron.ppo.estimators`, or package.module:NAME.  All but gae go
     without a critic."""
+    # Not 0: only the token that carries the reward would have a return.
     gamma: PositiveUnitFloat = 1.0
     """Discount of later rewards."""
     lam: UnitFloat = 1.0
     """Lambda of generalised advantage estimation: 0 trusts the values, 1 the returns."""
     loss: str = "clip"
     """Loss of the policy, a row of `ovr_megatron.ppo.losses` or package.module:NAME; checked when a run starts."""
+    # Below 1: the ratio is never negative, so that from 1 on it would have no lower bound.
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Largest distance of the policy's ratio from 1 that changes the loss."""
     clip_high: Annotated[NonNegativeFloat, ZeroMeans("as clip")] = 0.0
@@ -45,11 +47,13 @@ class AlgorithmConfig:
     every pack."""
     reduction_tokens: Annotated[Count, ZeroMeans("the curriculum's longest limit")] = 0
     """Divisor of the constant reduction in tokens, the same in the entire run."""
+    # Below 1, which is the reward of a right response.
     wrong_reward: Annotated[float, Field(lt=1)] = 0.0
     """The estimator's reward of a wrong response; that of a right response is 1, and verdicts in between are mapped
     linearly.  The metrics keep the verdicts of 0 to 1."""
     critic_steps: PositiveInt = 4
     """Optimizer steps of the critic in an iteration."""
+    # Neither the paper nor Open-Reasoner-Zero has a warm-up: docs/algorithms.md, "The critic's start".
     critic_warmup_iterations: Count = 0
     """First iterations in which the critic alone learns."""
     policy_epochs: PositiveInt = 1
@@ -137,6 +141,7 @@ class CriticConfig:
     """Folder of its initial weights; none: those of the policy."""
     parallel: ParallelConfig | None = None
     """Its own layout; none: the policy's."""
+    # The first values of the two others are not small beside rewards of 0 and 1.
     head_init: Literal["orz", "kaiming", "paper"] = "orz"
     """Initial weights of the value head, see docs/algorithms.md."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
@@ -168,4 +173,4 @@ class StageConfig:
     max_tokens: PositiveInt
     """Limit of prompt and response together."""
     mean_tokens: Annotated[Count, ZeroMeans("a third of the limit")] = 0
-    """Mean tokens of prompt and response that `tools/plan.py` expects."""
+    """Mean tokens of prompt and response that `ovr plan` expects."""

@@ -27,8 +27,8 @@ def defaults(schema: type) -> dict[str, object]:
             values[field.name] = _as_dict(field.default_factory())
         else:
             hint = hints[field.name]
-            nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-            values[field.name] = defaults(hint) if nested else "???"
+            is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+            values[field.name] = defaults(hint) if is_section else "???"
     return values
 
 
@@ -54,6 +54,7 @@ def build(schema: type[T], values: DictConfig | dict[str, object]) -> T:
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:  # an interpolation of a variable or a setting that is not there
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
+    # Before validation, which would take the mark ??? for a text.
     require(not missing, f"no value for {', '.join(missing)}; give it as KEY=VALUE on the command line")
     try:
         return TypeAdapter(schema).validate_python(resolved)

@@ -35,6 +35,7 @@ class SourceConfig:
             f"data.sources[].format={self.format!r} is not known; choose one of {', '.join(FORMATS)}, or write "
             "package.module:NAME",
         )
+        # Here, not in the type: the message names the source.
         require(self.weight > 0, f"data.sources[].weight={self.weight} of {self.path} must be positive")
 
 
@@ -45,7 +46,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """Sources of rows."""
     tokenised: str | None = None
-    """For the cold start, in place of sources: a folder that tools/tokenise.py wrote."""
+    """For the cold start, in place of sources: a folder that ovr tokenise wrote."""
     on_error: Literal["stop", "skip"] = "stop"
     """Whether a row that cannot be used stops the run, or is skipped, counted and listed."""
     template: Literal["think", "model"] = "think"
@@ -55,14 +56,17 @@ class DataConfig:
     as it is (open)."""
     learn: Literal["all", "last"] = "all"
     """Replies that are learned of a chat of several turns."""
+    # Four merged patches of 28 x 28, as in the published models' own processor.
     min_pixels: Count = 3136
     """Pixels that an image has at least after resizing."""
+    # 1,280 merged patches, each a token; the published processor allows 16,384.
     max_pixels: Count = 1003520
     """Pixels that an image has at most after resizing."""
     max_images: PositiveInt = 8
     """Images of a row."""
     max_frames: PositiveInt = 16
     """Frames of a video."""
+    # A small file can hold very many pixels, and a large one few: both are bounded.
     max_image_bytes: Count = 50_000_000
     """Bytes of an image file."""
     max_image_pixels: Count = 100_000_000
@@ -78,9 +82,9 @@ class DataConfig:
     Transformers 4), or after the larger side of the picture (grid, Transformers 5.3 and later); none: the rule that the
     model folder names, else extent.  It is written into exported models."""
     mean_tokens: Annotated[Count, ZeroMeans("from the data")] = 0
-    """Mean tokens of a sample for tools/plan.py, where there are no data to look at."""
+    """Mean tokens of a sample for ovr plan, where there are no data to look at."""
     expected_samples: Annotated[LargeCount, ZeroMeans("from the data")] = 0
-    """Number of samples for tools/plan.py, where there are no data to look at."""
+    """Number of samples for ovr plan, where there are no data to look at."""
 
     def __post_init__(self) -> None:
         # A tokenised set was made of its sources, without the rows of its own exclude file.

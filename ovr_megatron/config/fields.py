@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ovr_megatron.config.checks import LARGEST, ConfigError, sentence
+from ovr_megatron.config.checks import LARGEST, ConfigError, fields_of, sentence
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -30,7 +30,8 @@ def section(prefix: str) -> Callable[[type[T]], type[T]]:
 
     Every field has a type that allows nothing that cannot work, and a description as the docstring under it.  Unknown
     keys, empty texts and numbers that are not finite are refused everywhere.  A check across fields is a
-    ``__post_init__``, which sees fields that are right by themselves.
+    ``__post_init__``, which sees fields that are right by themselves.  A class may inherit from another, and give a
+    field another default; the field is then described as there.
 
     Args:
         prefix: what stands before the names of its fields, in the message of the `ConfigError` that an object
@@ -49,7 +50,19 @@ def section(prefix: str) -> Callable[[type[T]], type[T]]:
                 raise ConfigError(sentence(error, schema, prefix)) from None
 
         schema.__init__ = checked_init
+        _inherit_descriptions(schema)
         checked: type[T] = schema
         return checked
 
     return decorate
+
+
+def _inherit_descriptions(schema: type) -> None:
+    """Describe the fields of ``schema`` that have no docstring as the classes do that it inherits them from."""
+    # Pydantic reads the docstrings of the class alone.
+    fields = fields_of(schema)
+    for base in schema.__mro__[1:]:
+        if "__pydantic_fields__" not in vars(base):
+            continue
+        for name, inherited in fields_of(base).items():
+            fields[name].description = fields[name].description or inherited.description

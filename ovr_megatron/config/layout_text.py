@@ -22,8 +22,11 @@ def parse_layout(text: str) -> tuple[ParallelConfig, int]:
         argparse.ArgumentTypeError: an unknown or repeated key, a size that is no number, or an impossible layout.
     """
     assignments = [part for part in text.split(",") if part]
-    pairs = [part.split("=", 1) for part in assignments if "=" in part]
-    values = dict(pairs)
+    values: dict[str, str] = {}
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if sign:
+            values[key] = value
     unknown = set(values) - set(KEYS)
     # Fewer values than parts: a key stands twice, or a part has no value.
     if len(values) != len(assignments) or unknown:

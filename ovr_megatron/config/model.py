@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -19,6 +20,25 @@ from ovr_megatron.config.fields import (
 )
 
 Recompute = Literal["none", "selective", "full"]
+
+
+@section("model.lora.")
+class LoraConfig:
+    """Low-rank adapters that train beside frozen weights (LoRA, arXiv 2106.09685)."""
+
+    rank: Annotated[Count, ZeroMeans("no adapters, the weights themselves train")] = 0
+    """Rank of each adapter."""
+    alpha: PositiveFloat = 32.0
+    """What an adapter computes is multiplied by alpha / rank."""
+    layers: Literal["attention", "mlp", "all"] = "all"
+    """Linear layers that have an adapter: those of the attention, of the MLP, or both."""
+    vision: bool = False
+    """Adapters in the blocks of the vision tower, too."""
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of what an adapter computes."""
+        return self.alpha / self.rank
 
 
 @section("model.")
@@ -44,8 +64,41 @@ class ModelConfig:
     """Scaling recipe of the language model's matrix products."""
     fp8_bf16_layers: Annotated[Count, ZeroMeans("none")] = 0
     """First and last layers that stay in bfloat16, this many at each end."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in place of training the weights."""
+
+    @property
+    def trains_language(self) -> bool:
+        """Whether the language model's weights train, not only adapters beside them."""
+        return not (self.freeze_language or self.lora.rank)
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower's weights train."""
+        return not (self.freeze_vision or self.lora.rank)
+
+    @property
+    def trains_merger(self) -> bool:
+        """Whether the weights of the tower's merger train."""
+        return not (self.freeze_merger or self.lora.rank)
+
+    @property
+    def adapts_vision(self) -> bool:
+        """Whether the vision tower has adapters."""
+        return self.lora.rank > 0 and self.lora.vision
 
     def __post_init__(self) -> None:
+        require(
+            not self.lora.rank or not self.freeze_language,
+            f"model.lora.rank={self.lora.rank} trains adapters of the language model, whose weights it freezes by "
+            "itself; leave out model.freeze_language",
+        )
+        require(
+            not self.adapts_vision or not self.freeze_vision,
+            "model.lora.vision=true trains adapters of the vision tower and model.freeze_vision=true nothing of it; "
+            "leave out one of them",
+        )
+        # FP8 products are Transformer Engine's alone, whose layers are not taken in float32.
         require(
             self.fp8 == "none" or (self.dtype == "bfloat16" and self.layers != "local"),
             f"model.fp8={self.fp8} needs model.dtype=bfloat16 and Transformer Engine's layers",
@@ -80,6 +133,7 @@ class ParallelConfig:
     """Hide the gradients' traffic behind the computation; with the distributed optimizer also the parameters'."""
 
     def __post_init__(self) -> None:
+        # Megatron refuses it, too, but not before the model is built.
         require(
             not self.sequence_parallel or self.tp > 1,
             "parallel.sequence_parallel=true needs parallel.tp of at least 2",
@@ -101,8 +155,8 @@ class ParallelConfig:
         # Every replica has all of the model: a rest of ranks would have no place.
         require(
             world_size % ranks == 0,
-            f"{world_size} processes cannot be cut into tp={self.tp} x pp={self.pp} x cp={self.cp} = {ranks} ranks "
-            f"a replica; start a multiple of {ranks} processes or change parallel.*",
+            f"{world_size} processes cannot be cut into tp={self.tp},pp={self.pp},cp={self.cp}, {ranks} ranks a "
+            f"replica; start a multiple of {ranks} processes or change parallel.*",
         )
         return world_size // ranks
 
@@ -111,6 +165,7 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
+    # The policy's, as in the recipe of stage 2; that of stage 1 has its own.
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
     min_lr_ratio: UnitFloat = 1.0
@@ -119,6 +174,7 @@ class OptimizerConfig:
     """Course of the rate after the warm-up; wsd stays, and decays linearly over the last decay_share of all steps."""
     warmup_steps: Count = 50
     """Optimizer steps of the warm-up."""
+    # Below 1, as for beta2: Adam divides its means by 1 - beta^t.
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the mean gradient."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

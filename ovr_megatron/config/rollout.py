@@ -1,16 +1,15 @@
-"""Settings of vLLM: rollouts, and evaluations of the live weights."""
+"""Settings of vLLM."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ovr_megatron.config.checks import ZeroMeans, require
-from ovr_megatron.config.data import SourceConfig
 from ovr_megatron.config.fields import Count, NonNegativeFloat, PositiveFloat, PositiveInt, section
+from ovr_megatron.config.sampling import PositiveTemperature
 
 
 @section("rollout.")
@@ -22,16 +21,17 @@ class RolloutConfig:
     schedule: Literal["static", "shared"] = "static"
     """Prompts of an engine: the same number at the start, so that a repeated run draws the same batches (static), or
     the next one when it has room, which ends sooner where lengths differ (shared)."""
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveTemperature = 1.0
     """Temperature of sampling."""
     top_p: NonNegativeFloat = 1.0
     """Nucleus of sampling; 1 alone is possible."""
-    max_num_seqs: Count = 256
+    max_num_seqs: PositiveInt = 256
     """Responses that an engine generates at the same time."""
     max_model_len: Annotated[Count, ZeroMeans("the curriculum's longest limit")] = 0
     """Tokens of a prompt and its response together for which the engine is built."""
     kv_cache_gib: Annotated[NonNegativeFloat, ZeroMeans("by gpu_memory_utilization")] = 0.0
     """Size of the KV cache in GiB."""
+    # Below 1: the trainer's process has memory of its own on the GPU, also with offload.
     gpu_memory_utilization: Annotated[float, Field(ge=0, lt=1), ZeroMeans("a half; 0.85 with offload=true")] = 0.0
     """vLLM's share of the GPU while it generates; with offload=true the trainer's models leave the GPU meanwhile."""
     stop: list[str] = field(default_factory=list)
@@ -57,35 +57,3 @@ class RolloutConfig:
     def memory_share(self, offload: bool) -> float:
         """Return the share of the GPU that vLLM takes; with ``offload`` the trainer's models leave it meanwhile."""
         return self.gpu_memory_utilization or (0.85 if offload else 0.5)
-
-
-@section("evaluation.")
-class EvaluationConfig:
-    """Problem sets that the live weights answer during training."""
-
-    every: Annotated[Count, ZeroMeans("never")] = 0
-    """Steps or iterations between evaluations; another is at the end."""
-    sources: list[SourceConfig] = field(default_factory=list)
-    """Problem sets, each with a name."""
-    limit: Annotated[Count, ZeroMeans("all")] = 0
-    """First problems of each set."""
-    max_tokens: Annotated[Count, ZeroMeans("the model's positions less data.max_prompt_tokens, at most 32,768")] = 0
-    """Tokens of a greedy response, as in tools/evaluate.py."""
-    samples: Count = 0
-    """More responses at temperature 1, which give pass@k."""
-    workers: PositiveInt = 2
-    """Processes that grade."""
-
-    def __post_init__(self) -> None:
-        require(
-            not self.every or bool(self.sources),
-            f"evaluation.every={self.every} has nothing to ask: give evaluation.sources=[{{path: FILE, name: NAME}}]",
-        )
-        names = [source.name or "" for source in self.sources]
-        for source, name in zip(self.sources, names, strict=True):
-            # Files and metrics of a set carry its name.
-            require(
-                bool(re.fullmatch(r"[\w.-]+", name)),
-                f"evaluation.sources: {source.path} is called {name!r}; give it a name of letters, digits, - _ or .",
-            )
-            require(names.count(name) == 1, f"evaluation.sources: two sets are called {name}; name one of them anew")

@@ -33,10 +33,12 @@ class RunConfig:
     """End the run at a checkpoint that cannot be written; by default only the last one is needed."""
     log_every: PositiveInt = 1
     """Steps or iterations between lines of the log."""
+    # Reports, figures and replays read what jsonl writes.
     trackers: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])
     """Where metrics go: names of `ovr_megatron.runtime.trackers.table`, or package.module:function."""
     threads: Annotated[Count, ZeroMeans("as torch chooses")] = 0
     """CPU threads of a rank."""
+    # Above the longest stretch without progress: vLLM's start may compile kernels for minutes.
     hang_timeout_s: Annotated[NonNegativeFloat, ZeroMeans("no bound")] = 1800.0
     """Bound of every hang in seconds: a rank ends that has had no engine step, pack or file of weights for so long, and
     a collective fails that waits longer."""

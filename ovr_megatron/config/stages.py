@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 from ovr_megatron.config.algorithm import AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
 from ovr_megatron.config.checks import ZeroMeans, require
 from ovr_megatron.config.data import DataConfig
+from ovr_megatron.config.evaluation import EvaluationConfig
 from ovr_megatron.config.fields import Count, PositiveInt, section
 from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
-from ovr_megatron.config.rollout import EvaluationConfig, RolloutConfig
+from ovr_megatron.config.rollout import RolloutConfig
 from ovr_megatron.config.run import RunConfig
 
 
@@ -33,6 +34,7 @@ class ColdStartConfig:
     """Engine of the evaluation, which is started for nothing else."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluation of the live weights."""
+    # Five epochs and 640 packs of data.pack_tokens are the paper's (section 3.1).
     steps: Annotated[Count, ZeroMeans("as many as epochs take, which needs data.tokenised")] = 900
     """Optimizer steps."""
     epochs: PositiveInt = 5
@@ -75,6 +77,7 @@ class RLConfig:
     """Evaluation of the live weights."""
     curriculum: list[StageConfig] = field(default_factory=list)
     """Stages of the length limit."""
+    # Iterations, prompts and responses are the paper's (section 3.2).
     iterations: PositiveInt = 900
     """Iterations of rollouts and updates."""
     prompts: PositiveInt = 512
@@ -149,7 +152,7 @@ class RLConfig:
 def _check_trains(model: ModelConfig) -> None:
     """Raise `ConfigError` if nothing of the model trains."""
     require(
-        not (model.freeze_vision and model.freeze_merger and model.freeze_language),
+        bool(model.lora.rank) or model.trains_vision or model.trains_merger or model.trains_language,
         "model.freeze_vision, model.freeze_merger and model.freeze_language leave nothing to train; "
         "set one of them to false",
     )

@@ -20,6 +20,7 @@ class EnvironmentSetting:
     text: str
 
 
+# Of the process, not of a configuration: a checked dataclass has nothing but its fields.
 _environment: dict[KeyPath, EnvironmentSetting] = {}
 
 
@@ -27,9 +28,9 @@ def remember_environment(config: DictConfig) -> None:
     """Remember how settings with environment variables are written: files show that, not the variables' values."""
     if "oc.env" not in OmegaConf.to_yaml(config):
         return
-    texts = _leaves(OmegaConf.to_container(config, resolve=False))
+    written = OmegaConf.to_container(config, resolve=False)
     resolved = dict(_leaves(OmegaConf.to_container(config, resolve=True)))
-    for path, text in texts:
+    for path, text in _leaves(written):
         if isinstance(text, str) and "${" in text and path in resolved:
             _environment[path] = EnvironmentSetting(resolved[path], text)
 
@@ -59,9 +60,15 @@ def _as_written(value: Any, path: KeyPath = ()) -> Any:
     A setting that has changed since, as ``dataclasses.replace`` does, is written with its new value.
     """
     if isinstance(value, dict):
-        return {key: _as_written(item, (*path, str(key))) for key, item in value.items()}
+        written = {}
+        for key, item in value.items():
+            written[key] = _as_written(item, (*path, str(key)))
+        return written
     if isinstance(value, list):
-        return [_as_written(item, (*path, str(index))) for index, item in enumerate(value)]
+        items = []
+        for index, item in enumerate(value):
+            items.append(_as_written(item, (*path, str(index))))
+        return items
     setting = _environment.get(path)
     if setting is not None and str(setting.value) == str(value):
         return setting.text

@@ -6,13 +6,12 @@ import hashlib
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.data.images import encoded_image
-from ovr_megatron.data.processing import converted_message
+from ovr_megatron.data.row_chats import converted_message
 from ovr_megatron.data.row_json import row_to_json
 from ovr_megatron.data.schema import (
     ENDLESS,
@@ -47,7 +46,10 @@ def run(work: Work) -> None:
     for source, rows in opened:
         if len(rows) >= ENDLESS and not limit:
             raise ConfigError(f"data.sources: {source.path} never ends; set collect.limit to a number of rows")
-    counts = [min(limit or len(rows), len(rows)) for _, rows in opened]
+    counts = []
+    for _, rows in opened:
+        available = len(rows)
+        counts.append(min(limit or available, available))
     with Progress(sum(counts), "collect", "row", inner=True) as progress:
         for (source, rows), count in zip(opened, counts, strict=True):
             kept_before = work.report.kept
@@ -58,17 +60,26 @@ def run(work: Work) -> None:
                 work.empty_sources.append(source.path)
 
 
-def _collect_row(work: Work, store: ImageStore, source: SourceConfig, rows: RowSource, index: int) -> None:
+def _collect_row(
+    work: Work,
+    store: ImageStore,
+    source: SourceConfig,
+    rows: RowSource,
+    index: int,
+) -> None:
     """Keep row ``index`` of a source with its images stored, or drop it if it cannot be used."""
     label = source.name or source.path
     try:
         row = rows[index]
         label = row.source
-        stored = replace(row, messages=tuple(store.message(message) for message in row.messages))
+        messages = [store.message(message) for message in row.messages]
+        stored = replace(row, messages=tuple(messages))
     except RowError as error:
         if work.config.collect.on_error == "stop":
             raise
-        work.drop({"where": error.where, "error": str(error)}, label, f"{error.field or 'file'}: cannot be used")
+        field = error.field or "file"
+        record = {"where": error.where, "error": str(error)}
+        work.drop(record, label, f"{field}: cannot be used")
         return
     if work.config.data.template == "think":
         stored = as_continuation(stored)
@@ -81,7 +92,9 @@ def as_continuation(row: Row) -> Row:
     """Convert the traces of a row, and cut off a ``<think>`` that opens its response: the template opens it."""
     messages = [converted_message(message) for message in row.messages]
     if row.response is not None:
-        messages[-1] = replace(messages[-1], parts=(TextPart(continuation(messages[-1].text)),))
+        last = messages[-1]
+        text = continuation(last.text)
+        messages[-1] = replace(last, parts=(TextPart(text),))
     return replace(row, messages=tuple(messages))
 
 
@@ -94,18 +107,21 @@ class ImageStore:
 
     def message(self, message: Message) -> Message:
         """Store the images of a message, and return it with their names."""
-        return replace(message, parts=tuple(self._part(part) for part in message.parts))
+        parts = [self._part(part) for part in message.parts]
+        return replace(message, parts=tuple(parts))
 
     def _part(self, part: Part) -> Part:
         if isinstance(part, ImagePart):
             return self._image(part)
         if isinstance(part, VideoPart):
-            return replace(part, frames=tuple(self._image(frame) for frame in part.frames))
+            frames = [self._image(frame) for frame in part.frames]
+            return replace(part, frames=tuple(frames))
         return part
 
     def _image(self, part: ImagePart) -> ImagePart:
         if part.image is not None:  # a puzzle has drawn it; there is no encoded file yet
-            return self._image(replace(part, image=None, data=_png(part)))
+            png_part = replace(part, image=None, data=_png(part))
+            return self._image(png_part)
         data = encoded_image(part, self._config)
         digest = hashlib.sha256(data).hexdigest()
         path = self._root / IMAGES / digest[:2] / digest
@@ -122,12 +138,15 @@ def _png(part: ImagePart) -> bytes:
     return buffer.getvalue()
 
 
-def inputs(config: PrepareConfig) -> list[Any]:
+def inputs(config: PrepareConfig) -> list[object]:
     """Return fingerprints of the files of every source."""
-    return [[source.path, listing(source.path)] for source in config.data.sources]
+    fingerprints: list[object] = []
+    for source in config.data.sources:
+        fingerprints.append([source.path, listing(source.path)])
+    return fingerprints
 
 
-def settings(config: PrepareConfig) -> list[Any]:
+def settings(config: PrepareConfig) -> list[object]:
     """Return the settings on which the collected rows depend."""
     return [config.collect, config.data.sources, config.data.template]
 

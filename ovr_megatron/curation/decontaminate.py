@@ -91,12 +91,18 @@ class NgramIndex:
                 start = table.starts[i]
                 end = table.starts[i + 1]
                 occurrences.append(table.problems[start:end])
-            problems, counts = np.unique(np.concatenate(occurrences), return_counts=True)
+            all_occurrences = np.concatenate(occurrences)
+            problems, counts = np.unique(all_occurrences, return_counts=True)
             # Hashes are distinct in the table and in the text, so counts are numbers of distinct n-grams.
             shares = counts / self.sizes[problems]
             is_match = shares >= self.threshold
-            matches += zip(shares[is_match].tolist(), problems[is_match].tolist(), strict=True)
+            match_shares = shares[is_match].tolist()
+            match_problems = problems[is_match].tolist()
+            matches += zip(match_shares, match_problems, strict=True)
         return sorted(matches, reverse=True)
+
+
+IndexedHashes = tuple[int, np.ndarray]  # index of a problem, and its distinct n-grams
 
 
 def _positions(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
@@ -111,7 +117,7 @@ def _positions(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
 def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> NgramIndex:
     """Index problems by their questions; with ``masked`` all numbers count as equal."""
     sizes = np.ones(len(texts), np.int64)  # those left out keep 1, which nothing reads
-    by_length: dict[tuple[int, bool], list[tuple[int, np.ndarray]]] = {}
+    by_length: dict[tuple[int, bool], list[IndexedHashes]] = {}
     for index, text in enumerate(texts):
         text_words = words(_prepared(text, masked))
         count = len(text_words)
@@ -122,7 +128,8 @@ def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> 
         if not short:
             affordable = max(_SHORTEST, count // _EDIT)
             n = min(config.n, count, affordable)
-        hashes = np.unique(ngram_hashes(word_hashes(text_words), n))
+        ngrams = ngram_hashes(word_hashes(text_words), n)
+        hashes = np.unique(ngrams)
         sizes[index] = len(hashes)
         same_length = by_length.setdefault((n, short), [])
         same_length.append((index, hashes))
@@ -133,24 +140,28 @@ def build_index(texts: list[str], config: DecontaminateConfig, masked: bool) -> 
     return NgramIndex(sizes, tuple(tables), threshold)
 
 
-def _table(n: int, short: bool, problems: list[tuple[int, np.ndarray]]) -> NgramTable:
+def _table(n: int, short: bool, problems: list[IndexedHashes]) -> NgramTable:
     hash_parts = []
     owner_parts = []
     for index, hashes in problems:
         hash_parts.append(hashes)
-        owner_parts.append(np.full(len(hashes), index, np.int32))
+        owner = np.full(len(hashes), index, np.int32)
+        owner_parts.append(owner)
     all_hashes = np.concatenate(hash_parts)
     owners = np.concatenate(owner_parts)
     # Stable: the problems of an n-gram stay in the order of their indices.
     order = np.argsort(all_hashes, kind="stable")
-    distinct, starts = np.unique(all_hashes[order], return_index=True)
+    sorted_hashes = all_hashes[order]
+    distinct, starts = np.unique(sorted_hashes, return_index=True)
     bounds = np.append(starts, len(all_hashes))
     return NgramTable(n, short, distinct, bounds, owners[order])
 
 
 def _prepared(text: str, masked: bool) -> str:
     normalised = normalise(text)
-    return mask_numbers(normalised) if masked else normalised
+    if masked:
+        return mask_numbers(normalised)
+    return normalised
 
 
 @dataclass(frozen=True)
@@ -175,18 +186,22 @@ class Problems:
         """Return reason, name of the problem and share of its n-grams, or None for a clean row."""
         text = question(row)
         if self.config.decontaminate.fields == "row":
-            text += f"\n{response_text(row) or ''}"
+            response = response_text(row) or ""
+            text += f"\n{response}"
         row_images: frozenset[str] | None = None  # decoded only for a row whose text matches
         # The plain index first: it is the stronger reason.
-        for reason, index in ((PLAIN_MATCH, self.plain), (MASKED_MATCH, self.masked)):
+        indexes = ((PLAIN_MATCH, self.plain), (MASKED_MATCH, self.masked))
+        for reason, index in indexes:
             if index is None:
                 continue
-            text_words = words(_prepared(text, index is self.masked))
-            for share, problem in index.find(word_hashes(text_words)):
-                if self.images[problem]:
+            prepared_text = _prepared(text, index is self.masked)
+            hashes = word_hashes(words(prepared_text))
+            for share, problem in index.find(hashes):
+                images = self.images[problem]
+                if images:
                     if row_images is None:
                         row_images = self._pixels(row)
-                    if not row_images & self.images[problem]:
+                    if not row_images & images:
                         continue
                 return reason, self.names[problem], round(share, 3)
         return None
@@ -209,14 +224,17 @@ def question(row: RowJson) -> str:
         if message["role"] == "user":
             texts.append(content_text(message["content"]))
     text = "\n".join(texts)
-    return text.replace(BOX_REQUEST, "").replace(LETTER_REQUEST, "")
+    text = text.replace(BOX_REQUEST, "")
+    return text.replace(LETTER_REQUEST, "")
 
 
 def pixel_digest(image: Image.Image) -> str:
     """Return the SHA-256 of size and pixels of an RGB image."""
     # The size belongs to it: the same bytes in rows of another width are another image.
     size = f"{image.width}x{image.height}\0"
-    return hashlib.sha256(size.encode() + image.tobytes()).hexdigest()
+    digest = hashlib.sha256(size.encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
 
 
 def load_problems(config: PrepareConfig) -> Problems:
@@ -253,9 +271,12 @@ def _questions(config: PrepareConfig) -> Iterator[tuple[str, str, frozenset[str]
             digests = {pixel_digest(image) for image in images}
             for frames in videos:
                 digests.update(map(pixel_digest, frames))
-            messages = [MessageJson(role=message.role, content=message.text) for message in row.messages]
+            messages = []
+            for message in row.messages:
+                messages.append(MessageJson(role=message.role, content=message.text))
             name = f"{row.source}: {row.id}"
-            yield name, question({"messages": messages}), frozenset(digests)
+            text = question({"messages": messages})
+            yield name, text, frozenset(digests)
 
 
 def run(work: Work) -> None:
@@ -270,12 +291,26 @@ def run(work: Work) -> None:
             continue
         reason, problem, share = mapped.result
         matches[problem] = matches.get(problem, 0) + 1
-        work.drop(mapped.line, mapped.source, reason, problem=problem, share=share)
+        work.drop(
+            mapped.line,
+            mapped.source,
+            reason,
+            problem=problem,
+            share=share,
+        )
 
 
 def inputs(config: PrepareConfig) -> list[object]:
     """Return fingerprints of the files of the evaluation sets."""
-    return [[source.path, listing(source.path)] for source in config.decontaminate.sources]
+    fingerprints: list[object] = []
+    for source in config.decontaminate.sources:
+        fingerprints.append([source.path, listing(source.path)])
+    return fingerprints
 
 
-STAGE = PrepareStage("decontaminate", run, lambda config: config.decontaminate, inputs)
+STAGE = PrepareStage(
+    "decontaminate",
+    run,
+    lambda config: config.decontaminate,
+    inputs,
+)

@@ -42,11 +42,15 @@ def run(work: Work) -> None:
     # On disk: the signatures of millions of rows need not fit into memory.
     file = work.folder / SIGNATURES
     width = config.permutations if config.near else 1
-    signatures: np.ndarray = np.memmap(file, np.uint32, "w+", shape=(work.count, max(width, 1)))
+    shape = (work.count, max(width, 1))
+    signatures: np.ndarray = np.memmap(file, np.uint32, "w+", shape=shape)
     sources: list[str] = []
-    for index, mapped in enumerate(work.map(partial(hashes, config))):
+    row_hashes = work.map(partial(hashes, config))
+    for index, mapped in enumerate(row_hashes):
         sources.append(sys.intern(mapped.source))  # one string object for each source, not for each row
-        exact[index], classes[index], row_signature = mapped.result
+        content_hash, comparison_class, row_signature = mapped.result
+        exact[index] = content_hash
+        classes[index] = comparison_class
         if config.near:
             signatures[index] = row_signature
     first = first_equal(exact)
@@ -54,19 +58,26 @@ def run(work: Work) -> None:
     if config.near:
         unique = np.flatnonzero(first < 0)
         # Indexing copies the selected signatures into memory; without exact duplicates the mapped file will do.
-        unique_signatures = signatures if len(unique) == work.count else signatures[unique]
-        leaders = near_duplicates(unique_signatures, classes[unique], config.bands, config.threshold)
+        unique_signatures = signatures
+        if len(unique) < work.count:
+            unique_signatures = signatures[unique]
+        leaders = near_duplicates(
+            unique_signatures,
+            classes[unique],
+            config.bands,
+            config.threshold,
+        )
         # Indices into the unique rows become indices of rows.
         is_near = leaders >= 0
         near_rows = unique[is_near]
         near_leaders = leaders[is_near]
         originals[near_rows] = unique[near_leaders]
     for index, (line, source) in enumerate(zip(work.lines(), sources, strict=True)):
-        if originals[index] < 0:
+        original = int(originals[index])
+        if original < 0:
             work.keep(line, source)
         else:
             reason = EXACT if first[index] >= 0 else NEAR
-            original = int(originals[index])
             work.drop(line, source, reason, number=index, of=original)
     del signatures  # unmaps the file
     file.unlink()
@@ -97,8 +108,10 @@ def hashes(config: DedupConfig, row: RowJson) -> tuple[int, int, np.ndarray | No
     comparison_class = [images]
     if config.same_numbers:
         comparison_class += numbers(prompt)
-    shingles = shingles_of(word_hashes(words(text)), config.shingle)
-    return exact, hash_of(comparison_class), signature(shingles, config.permutations)
+    text_words = words(text)
+    shingles = shingles_of(word_hashes(text_words), config.shingle)
+    row_signature = signature(shingles, config.permutations)
+    return exact, hash_of(comparison_class), row_signature
 
 
 def first_equal(values: np.ndarray) -> np.ndarray:
@@ -111,8 +124,9 @@ def first_equal(values: np.ndarray) -> np.ndarray:
     first_of_runs = order[is_start]
     runs = np.cumsum(is_start) - 1
     first = first_of_runs[runs]
+    is_first = order == first
     result = np.full(len(values), -1, np.int64)
-    result[order] = np.where(order == first, -1, first)
+    result[order] = np.where(is_first, -1, first)
     return result
 
 

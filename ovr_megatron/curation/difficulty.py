@@ -51,7 +51,8 @@ def run(work: Work) -> None:
         elif rate > config.high:
             work.drop(row, source, "too easy", pass_rate=round(rate, 4))
         else:
-            work.keep({**row, "difficulty": round(1 - rate, 6)}, source, pass_rate=round(rate, 6))
+            rated_row: dict[str, object] = {**row, "difficulty": round(1 - rate, 6)}
+            work.keep(rated_row, source, pass_rate=round(rate, 6))
 
 
 def inputs(config: PrepareConfig) -> object:
@@ -62,7 +63,20 @@ def inputs(config: PrepareConfig) -> object:
 def settings(config: PrepareConfig) -> list[object]:
     """Return the settings on which the pass rates depend."""
     reward = config.reward
-    return [config.difficulty, config.data, reward.rules, reward.timeout_s, reward.memory_mib, config.seed]
+    return [
+        config.difficulty,
+        config.data,
+        reward.rules,
+        reward.timeout_s,
+        reward.memory_mib,
+        config.seed,
+    ]
 
 
-STAGE = PrepareStage("difficulty", run, settings, inputs, (*engine_files("attempt"), f"{TRIES}.*.jsonl"))
+STAGE = PrepareStage(
+    "difficulty",
+    run,
+    settings,
+    inputs,
+    (*engine_files("attempt"), f"{TRIES}.*.jsonl"),
+)

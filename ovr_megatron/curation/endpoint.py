@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict
 import httpx
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.curation.settings import TeacherConfig
+from ovr_megatron.curation.settings import EndpointConfig
 from ovr_megatron.data.row_json import PartJson
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.terminal import printable
@@ -101,34 +101,46 @@ class Endpoint:
         tokens: Prompt and response tokens so far.
     """
 
-    def __init__(self, config: TeacherConfig, requests: int = 0, tokens: int = 0, setting: str = "teacher.{}") -> None:
+    def __init__(self, config: EndpointConfig, requests: int = 0, tokens: int = 0, setting: str = "teacher.{}") -> None:
         """Read the key; ``requests`` and ``tokens`` were spent by earlier runs.
 
         ``setting`` is the pattern by which messages name a setting, as the user wrote it.
 
         Raises:
-            ConfigError: the environment variable ``teacher.key_env`` is not set, or is no key.
+            ConfigError: the environment variable ``key_env`` is not set, or is no key.
         """
         self._config = config
         self._setting = setting
-        self._key = os.environ.get(config.key_env or "", "").strip()
+        key = os.environ.get(config.key_env or "", "")
+        self._key = key.strip()
         key_setting = f"{setting.format('key_env')}={config.key_env}"
         if config.key_env and not self._key:
             raise ConfigError(f"{key_setting}: this environment variable is not set; export the key")
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"{key_setting}: the key has characters that no header takes; export it anew")
         url = httpx.URL(config.base_url or "")
-        self._url = url.copy_with(path=f"{url.path.rstrip('/')}/chat/completions")
+        path = url.path.rstrip("/")
+        self._url = url.copy_with(path=f"{path}/chat/completions")
         self.requests = requests
         self.tokens = tokens
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        headers = {
+            "content-type": "application/json",
+            "accept-encoding": "identity",  # compressed, a small reply could fill the memory
+        }
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency)
-        # Redirects are not followed: they would carry the key to another host.
-        self._client = httpx.Client(headers=headers, timeout=config.timeout_s, follow_redirects=False, limits=limits)
+        limits = httpx.Limits(
+            max_connections=None,
+            max_keepalive_connections=config.concurrency,
+        )
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=config.timeout_s,
+            follow_redirects=False,  # they would carry the key to another host
+            limits=limits,
+        )
         self._max_bytes = _ENVELOPE_BYTES + _TOKEN_BYTES * config.max_tokens
 
     def ask(self, questions: Iterable[Question]) -> Iterator[Completion]:
@@ -165,10 +177,11 @@ class Endpoint:
     def exhausted(self) -> bool:
         """Return whether the budget is spent."""
         config = self._config
-        return bool(
-            (config.max_requests and self.requests >= config.max_requests)
-            or (config.max_total_tokens and self.tokens >= config.max_total_tokens)
-        )
+        if config.max_requests and self.requests >= config.max_requests:
+            return True
+        if config.max_total_tokens and self.tokens >= config.max_total_tokens:
+            return True
+        return False
 
     def _count_failures(self, previous: int, completion: Completion) -> int:
         """Return the number of failures in a row, given that before ``completion``."""
@@ -184,6 +197,8 @@ class Endpoint:
         """Ask until there is an answer, at most ``attempts`` times; return None if the budget ended before."""
         config = self._config
         problem = ""
+        # A loop of our own: each attempt counts in the budget, a reply that is no completion is one more failure, and a
+        # stop ends the wait. httpx retries connections only, and openai's client counts nothing and sleeps on.
         for attempt in range(config.attempts):
             with self._lock:  # threads share the counts, and none may start an attempt beyond the budget
                 if self.exhausted or self._stopped.is_set():
@@ -193,7 +208,8 @@ class Endpoint:
                 completion = self._attempt(question)
             except _TransientError as error:
                 problem = str(error)
-                backoff_s = min(config.backoff_s * 2.0 ** min(attempt, 64), config.max_backoff_s)
+                factor = 2.0 ** min(attempt, 64)  # a larger exponent would overflow a float in the end
+                backoff_s = min(config.backoff_s * factor, config.max_backoff_s)
                 # Jitter, so that threads that failed together do not return together.
                 backoff_s *= random.uniform(0.5, 1.0)
                 demanded_s = min(error.wait_s, config.max_backoff_s)
@@ -202,7 +218,11 @@ class Endpoint:
             with self._lock:
                 self.tokens += completion.tokens
             return completion
-        return Completion(question.key, error=f"{config.attempts} attempts, the last: {problem}", final=False)
+        return Completion(
+            question.key,
+            error=f"{config.attempts} attempts, the last: {problem}",
+            final=False,
+        )
 
     def _attempt(self, question: Question) -> Completion:
         """Send a question once.
@@ -225,7 +245,9 @@ class Endpoint:
         problem = f"HTTP {reply.status}: {self._excerpt(reply.text)}"
         if reply.status in _FATAL or 300 <= reply.status < 400:
             self._stopped.set()
-            redirect = " (it leads elsewhere: give that address)" if reply.status < 400 else ""
+            redirect = ""
+            if reply.status < 400:
+                redirect = " (it leads elsewhere: give that address)"
             settings = ", ".join(map(self._setting.format, ("base_url", "model")))
             raise TeacherError(
                 f"{self._config.base_url} refuses model {self._config.model!r}, {problem}{redirect}; correct "
@@ -233,7 +255,8 @@ class Endpoint:
             )
         if reply.status in _REFUSED:
             return Completion(question.key, error=problem)
-        raise _TransientError(problem, retry_after(reply.headers.get("retry-after", "")))
+        wait_s = retry_after(reply.headers.get("retry-after", ""))
+        raise _TransientError(problem, wait_s)
 
     def _within_time(self, request: bytes) -> _HttpReply:
         """Post ``request`` and return the reply, at the latest ``timeout_s`` seconds from now.
@@ -242,23 +265,29 @@ class Endpoint:
         for ever.  A late request goes on in its own daemon thread, for which nothing waits.
         """
         replies: list[_HttpReply | Exception] = []
+        timeout_s = self._config.timeout_s
 
         def post() -> None:
             try:
-                replies.append(self._post(request, time.monotonic() + self._config.timeout_s))
+                reply_deadline = time.monotonic() + timeout_s
+                replies.append(self._post(request, reply_deadline))
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, RuntimeError) as error:
                 replies.append(error)
 
         thread = threading.Thread(target=post, daemon=True)
         thread.start()
-        deadline = time.monotonic() + self._config.timeout_s
-        while thread.is_alive() and time.monotonic() < deadline and not self._stopped.is_set():
-            thread.join(min(_TICK_S, max(deadline - time.monotonic(), 0.0)))
+        deadline = time.monotonic() + timeout_s
+        while thread.is_alive() and not self._stopped.is_set():
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0.0:
+                break
+            thread.join(min(_TICK_S, remaining_s))
         if not replies:
-            raise _TransientError(f"no whole answer after {self._config.timeout_s:g} s")
+            raise _TransientError(f"no whole answer after {timeout_s:g} s")
         [reply] = replies
         if isinstance(reply, Exception):
-            raise _TransientError(f"{type(reply).__name__}: {self._excerpt(str(reply))}")
+            message = self._excerpt(str(reply))
+            raise _TransientError(f"{type(reply).__name__}: {message}")
         return reply
 
     def _post(self, request: bytes, deadline: float) -> _HttpReply:
@@ -270,7 +299,8 @@ class Endpoint:
                     raise httpx.ReadError(f"the answer is longer than {self._max_bytes:,} bytes")
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the answer takes too long")
-        return _HttpReply(response.status_code, response.headers, data.decode("utf-8", "replace"))
+        text = data.decode("utf-8", "replace")
+        return _HttpReply(response.status_code, response.headers, text)
 
     def _read(self, key: int, text: str, request_bytes: int) -> Completion:
         """Read a chat completion, any field of which may be missing or of another type."""
@@ -285,18 +315,23 @@ class Endpoint:
             thought = thought if isinstance(thought, str) else None
             f"{content}{thought or ''}".encode()  # raises for half a surrogate pair, which no file could hold
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"not a chat completion ({self._excerpt(repr(error))}): {self._excerpt(text)!r}"
-            raise _TransientError(problem) from None
+            reason = self._excerpt(repr(error))
+            beginning = self._excerpt(text)
+            raise _TransientError(f"not a chat completion ({reason}): {beginning!r}") from None
         tokens = self._tokens(body.get("usage"), text, request_bytes)
         finish = choice.get("finish_reason")
-        return Completion(key, content, thought, finish[:_FINISH] if isinstance(finish, str) else "", tokens)
+        if not isinstance(finish, str):
+            finish = ""
+        return Completion(key, content, thought, finish[:_FINISH], tokens)
 
     def _tokens(self, usage: Any, text: str, request_bytes: int) -> int:
         """Return the endpoint's count of the tokens of question and answer, bounded by their sizes in bytes."""
         total = usage.get("total_tokens") if isinstance(usage, dict) else None
         if not isinstance(total, int) or isinstance(total, bool) or total <= 0:
             return len(text) // 4  # an estimate: about four characters make a token
-        return min(total, request_bytes + max(len(text.encode()), self._config.max_tokens))
+        # No token is shorter than a byte: without a bound, one false count would end the budget.
+        answer_bytes = max(len(text.encode()), self._config.max_tokens)
+        return min(total, request_bytes + answer_bytes)
 
     def _excerpt(self, text: str) -> str:
         """Return the beginning of a foreign text, without the key and without control characters."""
@@ -319,7 +354,10 @@ def retry_after(text: str) -> float:
     except ValueError:
         try:
             date = email.utils.parsedate_to_datetime(text)
-            seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
+            now = datetime.datetime.now(datetime.UTC)
+            seconds = (date - now).total_seconds()
         except (ValueError, TypeError):  # no date, or one without a time zone
             return 0.0
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+    if not math.isfinite(seconds):
+        return 0.0
+    return max(0.0, seconds)

@@ -26,7 +26,8 @@ from ovr_megatron.curation.teacher import has_video, question_key
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.row_json import RowJson
-from ovr_megatron.data.schema import Row, parse_row
+from ovr_megatron.data.row_parsing import parse_row
+from ovr_megatron.data.schema import Row
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GraderPool
@@ -61,7 +62,13 @@ class Replica:
     """
 
     def __init__(
-        self, config: PrepareConfig, world: World, journal: Path, model: str, dtype: str, max_tokens: int
+        self,
+        config: PrepareConfig,
+        world: World,
+        journal: Path,
+        model: str,
+        dtype: str,
+        max_tokens: int,
     ) -> None:
         """Open ``journal``, and start vLLM with ``model`` and ``max_tokens`` of prompt and response together."""
         self.config = config
@@ -73,8 +80,15 @@ class Replica:
         # skip rows by what they read, and must generate for the same ones.
         dist.barrier()
         # Stages look only at the last reply of a conversation.
-        self.processor = Processor(model, replace(config.data, learn="last"))
-        self.engine = RolloutEngine(model, config.rollout, self.processor, dtype, max_tokens)
+        data = replace(config.data, learn="last")
+        self.processor = Processor(model, data)
+        self.engine = RolloutEngine(
+            model,
+            config.rollout,
+            self.processor,
+            dtype,
+            max_tokens,
+        )
 
     def rows(self, input_folder: Path) -> Iterator[IndexedRow]:
         """Yield this replica's rows."""
@@ -85,37 +99,54 @@ class Replica:
             if index % self.count != self.index:
                 continue
             raw = cast(RowJson, line.parse())
+            where = f"{path}:{line.number}"
             # `parse_row` takes a prompt row without an answer for a mistake; here prompts need none.
-            row = parse_row({"answer": "-", **raw}, f"{path}:{line.number}", root)
+            row = parse_row({"answer": "-", **raw}, where, root)
             yield IndexedRow(index, raw, row)
+
+    def pending_rows(self, input_folder: Path) -> Iterator[IndexedRow]:
+        """Yield this replica's rows that have no result yet."""
+        for item in self.rows(input_folder):
+            if item.index not in self.journal:
+                yield item
 
     def add(self, key: int, result: Mapping[str, object]) -> None:
         """Write a result, once for all processes of the replica."""
         if self.is_leader:
             self.journal.add(key, result)
 
-    def answer(
-        self, requests: Sequence[Request], temperature: float, max_tokens: int
-    ) -> list[tuple[Request, list[Generation]]]:
+    def answer(self, requests: Sequence[Request]) -> list[tuple[Request, list[Generation]]]:
         """Generate the responses to ``requests``; a prompt that is too long has an error as its result."""
-        return answer_rows(self.engine, self.processor, requests, temperature, max_tokens, self.add)
+        return answer_rows(self.engine, self.processor, requests, self.add)
 
 
 def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
     """Write the negative log-likelihood per token of each response, or an error, to ``scores.N.jsonl`` by row index."""
     settings = config.proxy_loss
     assert settings.model is not None, "the configuration was checked"
-    # One more, as vLLM samples a token behind each prompt that it scores.
-    replica = Replica(config, world, folder / "scores", settings.model, settings.dtype, settings.max_tokens + 1)
-    with replica.journal as journal:
-        rows = (item for item in replica.rows(input_folder) if item.index not in journal and not item.row.is_prompt)
+    replica = Replica(
+        config,
+        world,
+        folder / "scores",
+        settings.model,
+        settings.dtype,
+        settings.max_tokens + 1,  # vLLM samples a token behind each prompt that it scores
+    )
+    with replica.journal:
+        pending = replica.pending_rows(input_folder)
+        # A generator: the rows of a set need not fit into memory.
+        rows = (item for item in pending if not item.row.is_prompt)
         for batch in batches(rows, settings.batch):
             # Apart from the batch: a row without a prompt gets its error at once and has no loss.
             prompts = []
             lengths = []
             indices = []
             for item in batch:
-                prompt, length, error = response_prompt(replica.processor, item.row, settings.max_tokens)
+                prompt, length, error = response_prompt(
+                    replica.processor,
+                    item.row,
+                    settings.max_tokens,
+                )
                 if error:
                     replica.add(item.index, {"error": error})
                 else:
@@ -124,7 +155,8 @@ def score(config: PrepareConfig, input_folder: Path, folder: Path, world: World)
                     indices.append(item.index)
             prompt_logprobs = replica.engine.score(prompts)
             for index, length, logprobs in zip(indices, lengths, prompt_logprobs, strict=True):
-                loss = -float(logprobs[-length:].mean())
+                response_logprobs = logprobs[-length:]
+                loss = -float(response_logprobs.mean())
                 replica.add(index, {"loss": loss, "tokens": length})
 
 
@@ -145,7 +177,8 @@ def response_prompt(processor: Processor, row: Row, limit: int) -> tuple[Prompt,
     if length < 1:
         return empty, 0, f"the prompt fills proxy_loss.max_tokens={limit}"
     tokens = [*sample.prompt_tokens, *response[:length]]
-    return Prompt(tokens, sample.images, sample.videos), length, None
+    prompt = Prompt(tokens, sample.images, sample.videos)
+    return prompt, length, None
 
 
 def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -153,30 +186,42 @@ def answer(config: PrepareConfig, input_folder: Path, folder: Path, world: World
     settings = config.teacher
     assert settings.model is not None, "the configuration was checked"
     max_tokens = config.data.max_prompt_tokens + settings.max_tokens
-    replica = Replica(config, world, folder / "journal", settings.model, settings.dtype, max_tokens)
+    replica = Replica(
+        config,
+        world,
+        folder / "journal",
+        settings.model,
+        settings.dtype,
+        max_tokens,
+    )
     with replica.journal as journal, Journal(folder / "journal.jsonl") as earlier:
-        rows = (
-            item for item in replica.rows(input_folder) if response_text(item.raw) is None and not has_video(item.raw)
-        )
+        rows = replica.rows(input_folder)
         # Answers of earlier runs count, too: `merge_journals` has moved them into one journal.
         requests = _questions(rows, config, (journal, earlier))
         for batch in batches(requests, config.rollout.max_num_seqs):
-            for request, [generation] in replica.answer(batch, settings.temperature, settings.max_tokens):
+            for request, [generation] in replica.answer(batch):
                 text = replica.processor.decode(generation.tokens)
                 finish = "stop" if generation.stopped else "length"
                 tokens = len(generation.prompt_tokens) + len(generation.tokens)
-                replica.add(request.key, {"text": text, "finish": finish, "tokens": tokens})
+                result = {"text": text, "finish": finish, "tokens": tokens}
+                replica.add(request.key, result)
 
 
-def _questions(rows: Iterator[IndexedRow], config: PrepareConfig, journals: Sequence[Journal]) -> Iterator[Request]:
-    """Yield a request for every sample that none of ``journals`` has."""
+def _questions(
+    rows: Iterator[IndexedRow],
+    config: PrepareConfig,
+    journals: Sequence[Journal],
+) -> Iterator[Request]:
+    """Yield a request for every sample of a prompt row that none of ``journals`` has."""
     for item in rows:
+        if response_text(item.raw) is not None or has_video(item.raw):
+            continue
         for sample in range(config.teacher.samples):
             key = question_key(config.teacher, item.raw, sample)
             is_answered = any(key in journal for journal in journals)
             if not is_answered:
                 seed = key >> 34  # 30 of the key's 64 bits
-                yield Request(key, item.row, [seed])
+                yield Request(key, item.row, [seed], config.teacher.sampling)
 
 
 def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: World) -> None:
@@ -184,21 +229,38 @@ def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: Worl
     settings = config.difficulty
     assert settings.model is not None, "the configuration was checked"
     max_tokens = config.data.max_prompt_tokens + settings.max_tokens
-    replica = Replica(config, world, folder / "tries", settings.model, settings.dtype, max_tokens)
+    replica = Replica(
+        config,
+        world,
+        folder / "tries",
+        settings.model,
+        settings.dtype,
+        max_tokens,
+    )
     reward = config.reward
-    grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
+    grader = GraderPool(
+        reward.workers,
+        reward.timeout_s,
+        reward.memory_mib,
+        reward.cache,
+    )
     watch = FailureWatch(reward.rules)
     # Four times what the engine runs at a time: the engine idles less while the longest response of a batch finishes.
     batch_size = max(4 * config.rollout.max_num_seqs // settings.samples, 1)
-    with replica.journal as journal, grader:
-        rows = (
-            item for item in replica.rows(input_folder) if item.index not in journal and response_text(item.raw) is None
-        )
-        requests = (Request(item.index, item.row, _attempt_seeds(config, item.index)) for item in rows)
+    with replica.journal, grader:
+        requests = _attempts(replica, input_folder)
         for batch in batches(requests, batch_size):
-            groups = replica.answer(batch, settings.temperature, settings.max_tokens)
+            groups = replica.answer(batch)
             if replica.is_leader:
                 _grade(replica, grader, watch, groups)
+
+
+def _attempts(replica: Replica, input_folder: Path) -> Iterator[Request]:
+    """Yield a request for every prompt row that has no pass rate yet."""
+    for item in replica.pending_rows(input_folder):
+        if response_text(item.raw) is None:
+            seeds = _attempt_seeds(replica.config, item.index)
+            yield Request(item.index, item.row, seeds, replica.config.difficulty.sampling)
 
 
 def _attempt_seeds(config: PrepareConfig, index: int) -> range:
@@ -222,22 +284,31 @@ def _grade(
     config = replica.config
     rules = config.reward.rules
     grade_requests = []
+    thinking = config.data.template == "think"
     for request, group in groups:
+        row = request.row
+        rule = rules.get(row.source, "auto")
         for generation in group:
             # A response that was cut off has no final answer, whatever stands in its last box.
             text = ""
             if generation.stopped:
                 text = replica.processor.decode(generation.tokens)
-            row = request.row
-            rule = rules.get(row.source, "auto")
-            thinking = config.data.template == "think"
-            grade_requests.append(GradeRequest(text, row.answer or "", row.options, rule, thinking))
-    by_row = batches(grader.grade(grade_requests), config.difficulty.samples)
+            grade_request = GradeRequest(
+                text,
+                row.answer or "",
+                row.options,
+                rule,
+                thinking,
+            )
+            grade_requests.append(grade_request)
+    all_verdicts = grader.grade(grade_requests)
+    by_row = batches(all_verdicts, config.difficulty.samples)
     graded = []
     by_source: list[tuple[str, Verdict]] = []
     for (request, _), verdicts in zip(groups, by_row, strict=True):
         graded.append((request, verdicts))
-        by_source.extend((request.row.source, verdict) for verdict in verdicts)
+        for verdict in verdicts:
+            by_source.append((request.row.source, verdict))
     # In one call, so that a source is judged by the whole batch and not by its first prompt.
     watch.add([count_verdicts(by_source)])
     for request, verdicts in graded:
@@ -251,10 +322,13 @@ def pass_rate(verdicts: Sequence[Verdict], rule: str) -> PassRate:
     As in training, an expression that no grader can finish is a wrong answer, but a failure of a user's function says
     nothing of the response.
     """
-    valid = [verdict for verdict in verdicts if is_plain(rule) or not verdict.failed]
+    valid = list(verdicts)
+    if not is_plain(rule):
+        valid = [verdict for verdict in verdicts if not verdict.failed]
     if not valid:
         first = verdicts[0]
-        error = ": ".join(filter(None, (first.reason, first.box)))
+        parts = (first.reason, first.box)
+        error = ": ".join(filter(None, parts))
         return {"error": error}
     right = sum(verdict.correct for verdict in valid)
     return {"right": right, "samples": len(valid)}
@@ -269,7 +343,9 @@ def main(task: str, job: str, input_folder: str) -> None:
         config: PrepareConfig = build(PrepareConfig, OmegaConf.load(job))  # type: ignore[arg-type]
         parallel = ParallelConfig(tp=config.rollout.tp)
         world = distributed.start(parallel, config.seed, 0)
-        TASKS[task](config, Path(input_folder), Path(job).parent, world)
+        run_task = TASKS[task]
+        folder = Path(job).parent
+        run_task(config, Path(input_folder), folder, world)
         distributed.finish()
     except UserError as error:
         print(printable(f"error: {error}"), flush=True)

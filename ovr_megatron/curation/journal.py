@@ -54,7 +54,10 @@ class Journal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Close the file."""
         self._file.close()
@@ -86,9 +89,11 @@ class Journal:
 
     def add(self, key: int, result: Mapping[str, object]) -> None:
         """Append a result and flush it to the operating system; lookups see it after `reopen`."""
+        line = json.dumps({"key": key, **result}, ensure_ascii=False)
         self._keys.append(key)
+        # To the end: a lookup may have moved the position.
         self._offsets.append(self._file.seek(0, 2))
-        self._file.write(json.dumps({"key": key, **result}, ensure_ascii=False).encode() + b"\n")
+        self._file.write(line.encode() + b"\n")
         # What the system has survives the end of this process; a crash of the machine may lose it.
         self._file.flush()
 
@@ -97,20 +102,31 @@ class Journal:
         self._sort()
 
     def _sort(self) -> None:
-        keys = np.frombuffer(self._keys, np.uint64) if self._keys else np.zeros(0, np.uint64)
+        keys = np.array(self._keys, np.uint64)
+        offsets = np.array(self._offsets, np.int64)
         order = np.argsort(keys, kind="stable")  # stable: the last result of a key is the last of its run
         self._sorted_keys = keys[order]
-        self._sorted_offsets = np.array(self._offsets, np.int64)[order]
+        self._sorted_offsets = offsets[order]
 
     def _offset(self, key: int) -> int:
         """Return the offset of the last result of ``key``, or -1."""
-        index = int(np.searchsorted(self._sorted_keys, np.uint64(key), side="right")) - 1
-        if index < 0 or int(self._sorted_keys[index]) != key:
+        end = np.searchsorted(self._sorted_keys, np.uint64(key), side="right")
+        index = int(end) - 1
+        if index < 0:
+            return -1
+        # The last key that is not above `key`, which need not be `key` itself.
+        nearest_key = int(self._sorted_keys[index])
+        if nearest_key != key:
             return -1
         return int(self._sorted_offsets[index])
 
 
 def _key(result: Mapping[str, object] | None) -> int | None:
     """Return the key of a result, None for an object that is no result."""
-    key = (result or {}).get("key")
-    return key if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 1 << 64 else None
+    if result is None:
+        return None
+    key = result.get("key")
+    if not isinstance(key, int) or isinstance(key, bool):
+        return None
+    # A damaged line may hold a number that the column of 64 bits would not take.
+    return key if 0 <= key < 1 << 64 else None

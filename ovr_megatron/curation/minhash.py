@@ -21,10 +21,12 @@ def signature(shingles: np.ndarray, permutations: int, seed: int = 0) -> np.ndar
     largest = np.iinfo(np.uint32).max
     minima = np.full(permutations, largest, np.uint32)
     for start in range(0, len(shingles), _BLOCK):
-        block = shingles[None, start : start + _BLOCK]
-        products = block * multipliers[:, None] + offsets[:, None]  # modulo 2**64, as multiply-shift hashing wants it
+        end = start + _BLOCK
+        block = shingles[None, start:end]
+        products = block * multipliers[:, None]  # modulo 2**64, as multiply-shift hashing wants it
+        sums = products + offsets[:, None]
         # The upper half: the low bits of a product depend on the low bits of its factors only.
-        upper_bits = products >> np.uint64(32)
+        upper_bits = sums >> np.uint64(32)
         hashes = upper_bits.astype(np.uint32)
         block_minima = hashes.min(axis=1)
         minima = np.minimum(minima, block_minima)
@@ -42,7 +44,12 @@ def _hash_functions(permutations: int, seed: int) -> tuple[np.ndarray, np.ndarra
     return multipliers, offsets
 
 
-def near_duplicates(signatures: np.ndarray, classes: np.ndarray, bands: int, threshold: float) -> np.ndarray:
+def near_duplicates(
+    signatures: np.ndarray,
+    classes: np.ndarray,
+    bands: int,
+    threshold: float,
+) -> np.ndarray:
     """Return for each row the index of an earlier row that stays and that it nearly equals, or -1: it stays itself.
 
     Args:
@@ -58,7 +65,8 @@ def near_duplicates(signatures: np.ndarray, classes: np.ndarray, bands: int, thr
     for band in range(bands):
         # A copy in memory: the signatures may be mapped from disk.
         start = band * width
-        band_columns = np.ascontiguousarray(signatures[:, start : start + width])
+        end = start + width
+        band_columns = np.ascontiguousarray(signatures[:, start:end])
         row_hashes = _row_hashes(band_columns.astype(np.uint64))
         # Rows of other classes get other buckets, so that they are never compared.
         buckets = mix(row_hashes ^ classes)
@@ -80,7 +88,11 @@ def _row_hashes(columns: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def _similar_pairs(signatures: np.ndarray, buckets: np.ndarray, threshold: float) -> list[np.ndarray]:
+def _similar_pairs(
+    signatures: np.ndarray,
+    buckets: np.ndarray,
+    threshold: float,
+) -> list[np.ndarray]:
     """Return pairs (later, earlier) of near duplicates, int64[p, 2] each.
 
     The rows of a bucket are compared with its first row.  Those unlike it form a bucket of their own, and so on.
@@ -99,19 +111,26 @@ def _similar_pairs(signatures: np.ndarray, buckets: np.ndarray, threshold: float
         later_rows = rows[is_later]
         first_rows = first[is_later]
         same = similar(signatures, first_rows, later_rows, threshold)
-        duplicate_pairs = np.stack([later_rows[same], first_rows[same]], axis=1)
-        pairs.append(duplicate_pairs)
+        duplicates = later_rows[same]
+        originals = first_rows[same]
+        pairs.append(np.stack([duplicates, originals], axis=1))
         # The first row of each bucket drops out, so that the loop ends.
         rows = later_rows[~same]
     return pairs
 
 
-def similar(signatures: np.ndarray, left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:
+def similar(
+    signatures: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    threshold: float,
+) -> np.ndarray:
     """Return bool[p]: whether the signatures of rows ``left`` [p] and ``right`` [p] agree.
 
     They do where at least the share ``threshold`` of their columns is equal.
     """
     result = np.zeros(len(left), bool)
+    # In blocks: a copy of both signatures of all pairs would be many times the signatures themselves.
     for start in range(0, len(left), _PAIRS):
         block = slice(start, start + _PAIRS)
         left_signatures = signatures[left[block]]

@@ -55,7 +55,9 @@ def leaked_template(config: PatternsConfig, think: bool, row: RowJson, response:
     """Refuse a response with tokens that only a chat template writes."""
     if not config.template_tokens:
         return None
-    return "leaked template token" if _TEMPLATE.search(response) or "<think>" in response else None
+    if "<think>" in response or _TEMPLATE.search(response):
+        return "leaked template token"
+    return None
 
 
 def truncated(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
@@ -70,7 +72,9 @@ def truncated(config: PatternsConfig, think: bool, row: RowJson, response: str) 
         return "several ends of thought"
     if not thought.strip():
         return "empty thought"
-    return None if rest.strip() else "nothing after the thought"
+    if not rest.strip():
+        return "nothing after the thought"
+    return None
 
 
 def without_box(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
@@ -78,14 +82,18 @@ def without_box(config: PatternsConfig, think: bool, row: RowJson, response: str
     if not config.need_box:
         return None
     box = last_box(response)
-    return "no box" if box is None or not clean(box) else None
+    if box is None or not clean(box):
+        return "no box"
+    return None
 
 
 def repeated(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
     """Refuse a response that repeats itself (`ovr_megatron.curation.repetition`)."""
     if config.max_repetition == 1 or len(response) < config.repetition_min_characters:
         return None
-    return "repetition" if repeatness(response) > config.max_repetition else None
+    if repeatness(response) > config.max_repetition:
+        return "repetition"
+    return None
 
 
 def foreign(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
@@ -107,7 +115,9 @@ def foreign(config: PatternsConfig, think: bool, row: RowJson, response: str) ->
         return None
     function_words = sum(1 for word in words if word in _ENGLISH)
     share = function_words / len(words)
-    return "other language" if share < config.min_function_words else None
+    if share < config.min_function_words:
+        return "other language"
+    return None
 
 
 def user_pattern(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
@@ -119,7 +129,15 @@ def user_pattern(config: PatternsConfig, think: bool, row: RowJson, response: st
 
 
 # The cheap rules first: repeatness sorts every suffix of the response.
-RULES: tuple[Check, ...] = (too_short, leaked_template, truncated, without_box, foreign, user_pattern, repeated)
+RULES: tuple[Check, ...] = (
+    too_short,
+    leaked_template,
+    truncated,
+    without_box,
+    foreign,
+    user_pattern,
+    repeated,
+)
 
 
 def unverifiable(config: PatternsConfig, row: RowJson) -> str | None:
@@ -131,12 +149,16 @@ def unverifiable(config: PatternsConfig, row: RowJson) -> str | None:
     if not has_media and not prompt_text(row).strip():
         return "empty prompt"
     options = tuple(row.get("options", ()))
-    problem = verifiable(row["answer"], options)
-    return "unverifiable answer" if problem else None
+    if verifiable(row["answer"], options):
+        return "unverifiable answer"
+    return None
 
 
 def broken_rule(
-    config: PatternsConfig, think: bool, row: RowJson, rewards: Mapping[str, str] = MappingProxyType({})
+    config: PatternsConfig,
+    think: bool,
+    row: RowJson,
+    rewards: Mapping[str, str] = MappingProxyType({}),
 ) -> str | None:
     """Return the first rule that ``row`` breaks, or None; prompt rows are not checked by the rules on the response.
 

@@ -1,4 +1,4 @@
-"""Data preparation: ``tools/prepare_data.py --config-name prepare_sft dir=DIR 'data.sources=[{path: rows.jsonl}]'``.
+"""Data preparation: ``ovr prepare --config-name prepare_sft dir=DIR 'data.sources=[{path: rows.jsonl}]'``.
 
 Run the stages of the recipe in order; a stage that is complete with the same settings and inputs does not run again.
 """

@@ -36,8 +36,12 @@ def run(work: Work) -> None:
     for name in sorted(set(names)):
         source_losses = losses[sources == name]
         bounds[name] = bound(source_losses, work.config.proxy_loss)
-    # JSON has no infinity: a source without a bound is left out.
-    work.extra["bounds"] = {name: value for name, value in bounds.items() if np.isfinite(value)}
+    finite_bounds = {}
+    for name, value in bounds.items():
+        # JSON has no infinity: a source without a bound is left out.
+        if np.isfinite(value):
+            finite_bounds[name] = value
+    work.extra["bounds"] = finite_bounds
     # The rows are read again: bounds are known only after all losses.
     for index, row in enumerate(work.rows()):
         source = sources[index]
@@ -62,7 +66,9 @@ def bound(losses: np.ndarray, config: ProxyLossConfig) -> float:
         return float("inf")
     if config.cut == "quantile":
         return float(np.quantile(scored, config.quantile))
-    return float(scored.mean() + config.z * scored.std())
+    mean = scored.mean()
+    deviation = scored.std()
+    return float(mean + config.z * deviation)
 
 
 def inputs(config: PrepareConfig) -> object:
@@ -75,4 +81,10 @@ def settings(config: PrepareConfig) -> list[object]:
     return [config.proxy_loss, config.data]
 
 
-STAGE = PrepareStage("proxy_loss", run, settings, inputs, (*engine_files("score"), "scores.*.jsonl"))
+STAGE = PrepareStage(
+    "proxy_loss",
+    run,
+    settings,
+    inputs,
+    (*engine_files("score"), "scores.*.jsonl"),
+)

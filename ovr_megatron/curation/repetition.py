@@ -18,7 +18,8 @@ def repeatness(text: str) -> float:
     if n <= 1:
         return 0.0
     repeated = common_prefixes(symbols)
-    return 2.0 * repeated / (n * (n + 1))
+    doubled_count = n * (n + 1)  # twice the number of substrings
+    return 2.0 * repeated / doubled_count
 
 
 def common_prefixes(symbols: np.ndarray) -> int:
@@ -34,7 +35,10 @@ def common_prefixes(symbols: np.ndarray) -> int:
     ranks = [longest_ranks]
     order = np.argsort(longest_ranks, kind="stable")
     length = 1  # symbols by which the last ranks are
-    while longest_ranks.max() < n - 1 and length < n:
+    while length < n:
+        # All ranks differ: more symbols change no order.
+        if longest_ranks.max() == n - 1:
+            break
         order, longest_ranks = _doubled_ranks(longest_ranks, length)
         ranks.append(longest_ranks)
         length *= 2

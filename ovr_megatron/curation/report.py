@@ -25,6 +25,9 @@ _SAMPLE = 100_000  # values of a measure that the figure shows at most
 _REASONS = 12  # bars of the figure
 
 
+Example = dict[str, object]  # of a dropped row: what `excerpt` returns, and the details of its stage
+
+
 class StageReport:
     """Counts of rows by source and reason, examples, and samples of measured values."""
 
@@ -32,7 +35,7 @@ class StageReport:
         self._start = time.perf_counter()
         self._kept: Counter[str] = Counter()
         self._dropped: dict[str, Counter[str]] = defaultdict(Counter)
-        self._examples: dict[str, list[dict[str, object]]] = defaultdict(list)
+        self._examples: dict[str, list[Example]] = defaultdict(list)
         self._values: dict[str, list[float]] = defaultdict(list)
         self._value_counts: Counter[str] = Counter()
         self._rng = np.random.default_rng(0)  # a fixed seed: the same rows give the same report
@@ -45,7 +48,10 @@ class StageReport:
     @property
     def dropped(self) -> int:
         """Number of rows dropped so far."""
-        return sum(counts.total() for counts in self._dropped.values())
+        total = 0
+        for counts in self._dropped.values():
+            total += counts.total()
+        return total
 
     def empty_sources(self) -> list[str]:
         """Describe the sources of which every row was dropped: name, number of rows, most frequent reason."""
@@ -69,7 +75,11 @@ class StageReport:
         self._kept[source] += 1
 
     def count_dropped(
-        self, source: str, reason: str, row: str | Mapping[str, object], details: Mapping[str, object]
+        self,
+        source: str,
+        reason: str,
+        row: str | Mapping[str, object],
+        details: Mapping[str, object],
     ) -> None:
         """Count a dropped row; the first `EXAMPLES` of each reason become examples, with ``details``."""
         self._dropped[reason][source] += 1
@@ -93,19 +103,25 @@ class StageReport:
 
     def write(self, folder: Path, name: str, extra: Mapping[str, object]) -> None:
         """Write ``report.json``, with the entries of ``extra`` at its end, and ``figure.png``."""
-        totals = {reason: counts.total() for reason, counts in self._dropped.items()}
-        # The sort is stable: of equally frequent reasons the one that occurred first comes first.
-        reasons = sorted(totals, key=lambda reason: -totals[reason])
-        measures = {measure: _quantiles(values) for measure, values in self._values.items()}
+        totals: Counter[str] = Counter()
+        for reason, counts in self._dropped.items():
+            totals[reason] = counts.total()
+        # Of equally frequent reasons the one that occurred first comes first.
+        dropped_counts = dict(totals.most_common())
+        reasons = list(dropped_counts)
+        measures = {}
+        for measure, values in self._values.items():
+            measures[measure] = _quantiles(values)
+        seconds = time.perf_counter() - self._start
         report = {
             "stage": name,
             "rows_in": self.kept + self.dropped,
             "kept": self.kept,
-            "dropped": {reason: totals[reason] for reason in reasons},
+            "dropped": dropped_counts,
             "by_source": self._counts_by_source(),
             "measures": measures,
             "examples": {reason: self._examples[reason] for reason in reasons},
-            "seconds": round(time.perf_counter() - self._start, 3),
+            "seconds": round(seconds, 3),
             **extra,
         }
         write_json(folder / "report.json", report, indent=1, ensure_ascii=False)
@@ -123,9 +139,13 @@ class StageReport:
 
     def _draw(self, path: Path, name: str, reasons: list[str]) -> None:
         """Draw bars of the kept rows and of the most frequent reasons, and a histogram of each measure."""
-        bars_height = 0.28 * (2 + min(len(reasons), _REASONS))
-        figure = Figure(figsize=(6.4, 1.2 + bars_height + 2.4 * len(self._values)))
-        axes = figure.subplots(1 + len(self._values), 1, squeeze=False)[:, 0]
+        histograms = len(self._values)
+        bars = 2 + min(len(reasons), _REASONS)
+        bars_height = 0.28 * bars
+        height = 1.2 + bars_height + 2.4 * histograms
+        figure = Figure(figsize=(6.4, height))
+        grid = figure.subplots(1 + histograms, 1, squeeze=False)
+        axes = grid[:, 0]
         labels = ["kept"]
         counts = [self.kept]
         colours = ["tab:green"]
@@ -133,11 +153,12 @@ class StageReport:
             labels.append(f"{reason} ")
             counts.append(self._dropped[reason].total())
             colours.append("tab:red")
-        axes[0].barh(labels, counts, color=colours)
-        axes[0].bar_label(axes[0].containers[0], fmt="{:,.0f}", padding=3)
-        axes[0].invert_yaxis()
-        axes[0].margins(x=0.15)
-        axes[0].set_title(f"{name}: rows")
+        bar_axis = axes[0]
+        container = bar_axis.barh(labels, counts, color=colours)
+        bar_axis.bar_label(container, fmt="{:,.0f}", padding=3)
+        bar_axis.invert_yaxis()  # the first bar on top
+        bar_axis.margins(x=0.15)
+        bar_axis.set_title(f"{name}: rows")
         for axis, (measure, values) in zip(axes[1:], self._values.items(), strict=True):
             axis.hist(values, bins=60, color="tab:blue")
             axis.set_yscale("log")
@@ -161,7 +182,11 @@ def excerpt(row: Mapping[str, object]) -> dict[str, object]:
         "response": shorten(response_text(whole_row) or ""),
         "answer": row.get("answer"),
     }
-    return {name: value for name, value in fields.items() if value}
+    filled_fields = {}
+    for name, value in fields.items():
+        if value:
+            filled_fields[name] = value
+    return filled_fields
 
 
 def shorten(text: str) -> str:
@@ -169,10 +194,15 @@ def shorten(text: str) -> str:
     if len(text) <= _EXCERPT:
         return text
     half = _EXCERPT // 2
-    return f"{text[:half]} [...] {text[-half:]}"
+    beginning = text[:half]
+    end = text[-half:]
+    return f"{beginning} [...] {end}"
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:
     levels = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
     quantiles = np.quantile(values, levels)
-    return {f"{level:g}": float(value) for level, value in zip(levels, quantiles, strict=True)}
+    by_level = {}
+    for level, value in zip(levels, quantiles, strict=True):
+        by_level[f"{level:g}"] = float(value)
+    return by_level

@@ -5,32 +5,41 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field
 
-from ovr_megatron.config import ConfigError, DataConfig, RewardConfig, RolloutConfig, SourceConfig, require, section
+from ovr_megatron.config import (
+    ConfigError,
+    DataConfig,
+    RewardConfig,
+    RolloutConfig,
+    Sampling,
+    SourceConfig,
+    require,
+    section,
+)
 from ovr_megatron.config.checks import LARGEST, ZeroMeans
 from ovr_megatron.config.fields import (
     Count,
     Dtype,
     LargeCount,
     NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
     PositiveUnitFloat,
     UnitFloat,
 )
+from ovr_megatron.config.sampling import MAX_SAMPLES, PositiveTemperature, ResponseTokens, Temperature
 
 _SECRET = re.compile("key|token|secret|passw|sig|auth", re.IGNORECASE)
-# Settings of an endpoint, also those of a judge: a wait lasts a week at most, a budget fits into 64 bits.
+# Settings of an endpoint: a wait lasts a week at most, a budget fits into 64 bits.
 Wait = Annotated[float, Field(ge=0, le=604800)]
 Timeout = Annotated[float, Field(gt=0, le=604800)]
 Budget = Annotated[int, Field(ge=0, le=1 << 62), ZeroMeans("unlimited")]
 Concurrency = Annotated[int, Field(gt=0, le=4096)]
 Attempts = Annotated[int, Field(gt=0, le=1000)]
-ResponseTokens = Annotated[int, Field(gt=0, le=1 << 24)]
+SampleCount = Annotated[int, Field(gt=0, le=MAX_SAMPLES)]
 
 
 @section("collect.")
@@ -158,11 +167,11 @@ class DifficultyConfig:
     """Folder of the model."""
     dtype: Dtype = "bfloat16"
     """Its dtype."""
-    samples: PositiveInt = 8
+    samples: SampleCount = 8
     """Responses to each prompt."""
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveTemperature = 1.0
     """Temperature of sampling."""
-    max_tokens: PositiveInt = 8192
+    max_tokens: ResponseTokens = 8192
     """Tokens of a response."""
     low: NonNegativeFloat = 0.01
     """Lowest pass rate."""
@@ -174,6 +183,11 @@ class DifficultyConfig:
             self.low <= self.high <= 1,
             f"difficulty.low={self.low} and difficulty.high={self.high} must be rates, low at most high",
         )
+
+    @property
+    def sampling(self) -> Sampling:
+        """Return how the responses are sampled."""
+        return Sampling(self.temperature, self.max_tokens)
 
 
 @section("verify.")
@@ -252,9 +266,9 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-@section("teacher.")
-class TeacherConfig:
-    """The teacher of the prompt rows: an OpenAI-compatible endpoint, or a local model in vLLM."""
+@section("endpoint.")
+class EndpointConfig:
+    """An OpenAI-compatible endpoint, and how it is asked: the teacher's or a judge's."""
 
     base_url: str | None = None
     """Address of the endpoint; none: the model is local."""
@@ -264,17 +278,11 @@ class TeacherConfig:
     """Environment variable with the key, which is written into the request only."""
     allow_http: bool = False
     """Send the key unencrypted to another machine."""
-    dtype: Dtype = "bfloat16"
-    """Dtype of a local model."""
-    samples: Annotated[int, Field(gt=0, le=1 << 16)] = 1
-    """Responses to each prompt."""
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.6
+    temperature: Temperature = 0.0
     """Temperature of sampling."""
-    max_tokens: ResponseTokens = 16384
+    max_tokens: ResponseTokens = 1024
     """Tokens of a response."""
-    keep_truncated: bool = False
-    """Keep responses that end at that limit."""
-    concurrency: Concurrency = 32
+    concurrency: Concurrency = 16
     """Requests at the same time."""
     attempts: Attempts = 6
     """Attempts of a request."""
@@ -282,12 +290,33 @@ class TeacherConfig:
     """Seconds before the second attempt."""
     max_backoff_s: Wait = 60.0
     """Longest wait in seconds between two requests, also one that the endpoint demands."""
-    timeout_s: Timeout = 1800.0
+    timeout_s: Timeout = 600.0
     """Seconds of a request from its first to its last byte."""
     max_requests: Budget = 0
     """Requests of all runs in this folder."""
     max_total_tokens: Budget = 0
     """Tokens of all runs in this folder."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """Return how the responses are sampled."""
+        return Sampling(self.temperature, self.max_tokens)
+
+
+@section("teacher.")
+class TeacherConfig(EndpointConfig):
+    """The teacher of the prompt rows: an OpenAI-compatible endpoint, or a local model in vLLM."""
+
+    temperature: Temperature = 0.6
+    max_tokens: ResponseTokens = 16384
+    concurrency: Concurrency = 32
+    timeout_s: Timeout = 1800.0
+    dtype: Dtype = "bfloat16"
+    """Dtype of a local model."""
+    samples: SampleCount = 1
+    """Responses to each prompt."""
+    keep_truncated: bool = False
+    """Keep responses that end at max_tokens."""
 
     def __post_init__(self) -> None:
         if self.base_url:
@@ -297,7 +326,6 @@ class TeacherConfig:
 TextStage = Literal["collect", "dedup", "decontaminate", "teacher", "patterns"]
 MeasuringStage = Literal["proxy_loss", "verify", "difficulty", "stratify", "weigh", "tokenise"]
 StageName = Literal[TextStage, MeasuringStage]  # in their order
-PREPARE_STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @section("")

@@ -51,6 +51,7 @@ _CHUNKS_PER_WORKER = 4  # submitted and not yet collected; bounds the rows in me
 
 RowFunction = Callable[[RowJson], Any]
 ChunkResults = list[tuple[str, Any]]  # source and result of each row of a chunk
+PendingChunk = tuple[tuple[str, ...], Future[ChunkResults]]  # lines, and the results to come
 T = TypeVar("T")
 
 
@@ -95,7 +96,13 @@ class Work:
         empty_sources: Sources of which `collect` could use no row.
     """
 
-    def __init__(self, name: str, config: PrepareConfig, input_folder: Path | None, count: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: PrepareConfig,
+        input_folder: Path | None,
+        count: int,
+    ) -> None:
         """Open the files of the stage ``name``, which reads ``count`` rows of ``input_folder``."""
         self.config = config
         self.count = count
@@ -106,15 +113,20 @@ class Work:
         self.extra: dict[str, object] = {}
         self.empty_sources: list[str] = []
         self._stack = ExitStack()
-        self._out = self._stack.enter_context((self.folder / ROWS).open("w", encoding="utf-8"))
-        self.progress = self._stack.enter_context(Progress(max(count, 1), name, "row", inner=True))
+        file = (self.folder / ROWS).open("w", encoding="utf-8")
+        self._out = self._stack.enter_context(file)
+        progress = Progress(max(count, 1), name, "row", inner=True)
+        self.progress = self._stack.enter_context(progress)
 
     def __enter__(self) -> Self:
         """Return the work itself."""
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Close the files."""
         self._stack.close()
@@ -137,17 +149,20 @@ class Work:
         Results come in the order of the rows; at most a few chunks are in memory.
         """
         chunks = batches(self.lines(), _CHUNK)
-        if self.config.workers == 1 or self.count <= _CHUNK:
+        workers = self.config.workers
+        if workers == 1 or self.count <= _CHUNK:
             for chunk in chunks:
-                yield from self._mapped_rows(chunk, map_chunk(function, chunk))
+                results = map_chunk(function, chunk)
+                yield from self._mapped_rows(chunk, results)
             return
-        pending: deque[tuple[tuple[str, ...], Future[ChunkResults]]] = deque()
+        pending: deque[PendingChunk] = deque()
         # Spawned, not forked: this process has threads by now, and a forked child may inherit a lock that they hold.
-        pool = ProcessPoolExecutor(self.config.workers, get_context("spawn"), _install, (function,))
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _install, (function,))
         try:
             for chunk in chunks:
-                pending.append((chunk, pool.submit(_map_with_installed, chunk)))
-                if len(pending) >= _CHUNKS_PER_WORKER * self.config.workers:
+                future = pool.submit(_map_with_installed, chunk)
+                pending.append((chunk, future))
+                if len(pending) >= _CHUNKS_PER_WORKER * workers:
                     # Wait for the oldest chunk, not for any: results must come in the order of the rows.
                     oldest, future = pending.popleft()
                     yield from self._mapped_rows(oldest, future.result())
@@ -166,8 +181,11 @@ class Work:
         if fields:
             decoded = json.loads(row) if isinstance(row, str) else row
             row = {**decoded, **fields}
-        # A row without new fields is written as it was read, byte for byte.
-        line = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n"
+        if isinstance(row, str):
+            # A row without new fields is written as it was read, byte for byte.
+            line = row
+        else:
+            line = json.dumps(row, ensure_ascii=False) + "\n"
         self._out.write(line)
         self.report.count_kept(source)
 
@@ -185,8 +203,12 @@ def batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
 
 def map_chunk(function: RowFunction, lines: tuple[str, ...]) -> ChunkResults:
     """Return the source of each row and the result of ``function`` on it; runs in a worker."""
-    rows = map(json.loads, lines)
-    return [(row.get("source", ""), function(row)) for row in rows]
+    results = []
+    for line in lines:
+        row = json.loads(line)
+        source = row.get("source", "")
+        results.append((source, function(row)))
+    return results
 
 
 _installed: RowFunction
@@ -211,19 +233,25 @@ def run_stages(stages: list[PrepareStage], config: PrepareConfig) -> Path:
         folder = Path(config.dir) / stage.name
         key = stage_key(stage, config, key)
         manifest = finished(folder, key)
+        note = " (done before)"
         if manifest is None:
+            note = ""
             clear(folder, key, stage.files)
             manifest = _run(stage, config, input_folder, count, key)
-            logger.info(_sentence(stage.name, manifest))
-        else:
-            logger.info(_sentence(stage.name, manifest) + " (done before)")
+        logger.info(_sentence(stage.name, manifest) + note)
         input_folder = folder
         count = int(manifest.extra["kept"])
     assert input_folder is not None, "there is at least one stage"
     return input_folder
 
 
-def _run(stage: PrepareStage, config: PrepareConfig, input_folder: Path | None, count: int, key: str) -> Manifest:
+def _run(
+    stage: PrepareStage,
+    config: PrepareConfig,
+    input_folder: Path | None,
+    count: int,
+    key: str,
+) -> Manifest:
     with Work(stage.name, config, input_folder, count) as work:
         stage.run(work)
     report = work.report
@@ -237,16 +265,21 @@ def _run(stage: PrepareStage, config: PrepareConfig, input_folder: Path | None, 
         raise ConfigError(
             f"{work.folder}: {stage.name} kept none of {counted} rows; report.json says why; loosen its settings"
         )
-    empty_sources = work.empty_sources if stage.name == "collect" else report.empty_sources()
+    empty_sources = report.empty_sources()
+    if stage.name == "collect":
+        # A row that cannot be read has no source yet: here the sources of the configuration count.
+        empty_sources = work.empty_sources
     if empty_sources and not config.allow_empty:
+        names = ", ".join(empty_sources)
         raise ConfigError(
-            f"{work.folder}: {stage.name} kept no row of {', '.join(empty_sources)}; report.json says why; loosen its "
+            f"{work.folder}: {stage.name} kept no row of {names}; report.json says why; loosen its "
             "settings, leave the source out, or set allow_empty=true"
         )
     extra = {"key": key, "kept": report.kept, "dropped": report.dropped, **work.extra}
     records = {}
     for file in _files_of(work.folder, (ROWS, *_REPORT, *stage.files)):
-        records[file.relative_to(work.folder).as_posix()] = file_record(file)
+        name = file.relative_to(work.folder).as_posix()
+        records[name] = file_record(file)
     # The manifest comes last: a stage that was interrupted before this line has none and runs again.
     return write_manifest(work.folder, 0, extra, records)
 
@@ -257,8 +290,10 @@ def _files_of(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
         for path in folder.glob(pattern):
             if path.is_file():
                 yield path
-            else:
-                yield from (file for file in path.rglob("*") if file.is_file())
+                continue
+            for file in path.rglob("*"):
+                if file.is_file():
+                    yield file
 
 
 def stage_key(stage: PrepareStage, config: PrepareConfig, previous_key: str) -> str:
@@ -267,7 +302,8 @@ def stage_key(stage: PrepareStage, config: PrepareConfig, previous_key: str) -> 
     inputs = as_json(stage.inputs(config))
     # The previous key stands for everything before: a change in an early stage changes all later keys.
     parts = [ovr_megatron.__version__, stage.name, config.seed, settings, inputs, previous_key]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def finished(folder: Path, key: str) -> Manifest | None:
@@ -277,7 +313,9 @@ def finished(folder: Path, key: str) -> Manifest | None:
         manifest = check(folder, digests=False)
     except CheckpointError:
         return None
-    return manifest if manifest.extra.get("key") == key else None
+    if manifest.extra.get("key") != key:
+        return None
+    return manifest
 
 
 def check_stage_folder(folder: Path) -> None:
@@ -286,11 +324,16 @@ def check_stage_folder(folder: Path) -> None:
     Raises:
         ConfigError: names the folder.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
+        return
+    if folder.is_dir() and not any(folder.iterdir()):
         return
     started = folder / "started"
-    if started.is_file() and _KEY.fullmatch(started.read_text(encoding="utf-8", errors="replace")):
-        return
+    if started.is_file():
+        # Any file may have this name: its text need not be UTF-8.
+        text = started.read_text(encoding="utf-8", errors="replace")
+        if _KEY.fullmatch(text):
+            return
     try:
         has_key = "key" in read_manifest(folder).extra
     except CheckpointError:
@@ -307,9 +350,11 @@ def clear(folder: Path, key: str, files: Sequence[str]) -> None:
     # The manifest goes first: without it the folder does not count as complete while files are being removed.
     (folder / MANIFEST).unlink(missing_ok=True)
     started = folder / "started"
-    if not (started.is_file() and started.read_text() == key):
+    is_same_run = started.is_file() and started.read_text() == key
+    if not is_same_run:
         for pattern in (*_FILES, *files):
             for path in folder.glob(pattern):
+                # `rmtree` refuses a link to a folder, whose files are not ours anyway.
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
@@ -343,7 +388,9 @@ def as_json(value: Any) -> Any:
         return asdict(value)
     if isinstance(value, Mapping):
         return {name: as_json(item) for name, item in value.items()}
-    return [as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return value
 
 
 def _sentence(name: str, manifest: Manifest) -> str:

@@ -68,8 +68,9 @@ def run_stratify(work: Work) -> None:
         name = names[index]
         if over[index]:
             work.drop(line, name, OVER)
-        else:
-            work.keep(line, name, stratum=f"{name}/d{bins[index]}")
+            continue
+        row_stratum = f"{name}/d{bins[index]}"
+        work.keep(line, name, stratum=row_stratum)
 
 
 def _draw(line: str, seed: int) -> float:
@@ -123,18 +124,23 @@ def group_weights(sizes: np.ndarray, config: WeighConfig) -> np.ndarray:
     Weights are proportional to sizes ** (power - 1) and clipped to ``min_weight`` and ``max_weight``.  The factor of
     proportionality is the one that makes the mean 1.  Bisection finds it, since the mean rises with the factor.
     """
-    unclipped = sizes.astype(float) ** (config.power - 1)
+    exponent = config.power - 1
+    unclipped = sizes.astype(float) ** exponent
     share = sizes / sizes.sum()
+
+    def clipped_weights(factor: float) -> np.ndarray:
+        return np.clip(factor * unclipped, config.min_weight, config.max_weight)
+
     low = 0.0
     high = config.max_weight / unclipped.min()
     for _ in range(200):  # more halvings than a float has bits: low and high end as neighbours
         factor = (low + high) / 2
-        weights = np.clip(factor * unclipped, config.min_weight, config.max_weight)
-        if (weights * share).sum() < 1:
+        mean = (clipped_weights(factor) * share).sum()
+        if mean < 1:
             low = factor
         else:
             high = factor
-    return np.clip(high * unclipped, config.min_weight, config.max_weight)
+    return clipped_weights(high)
 
 
 def run_weigh(work: Work) -> None:
@@ -152,11 +158,13 @@ def run_weigh(work: Work) -> None:
     for name in names:
         rows = sizes[name]
         weight = weights[name]
+        share_before = rows / counts.sum()
+        share_after = weight * rows / total
         strata[name] = {
             "rows": rows,
             "weight": round(weight, 6),
-            "share_before": round(rows / counts.sum(), 6),
-            "share_after": round(weight * rows / total, 6),
+            "share_before": round(share_before, 6),
+            "share_after": round(share_after, 6),
         }
     work.extra["strata"] = strata
     for row in work.rows():

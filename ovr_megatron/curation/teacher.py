@@ -79,7 +79,8 @@ def _questions(work: Work, journal: Journal) -> Iterator[Question]:
                 continue
             keys.add(key)
             seed = (work.config.seed << 16) + sample
-            yield Question(key, openai_messages(row, Path(work.config.dir)), seed)
+            messages = openai_messages(row, Path(work.config.dir))
+            yield Question(key, messages, seed)
 
 
 def merge_journals(folder: Path, journal: Journal) -> None:
@@ -93,7 +94,13 @@ def merge_journals(folder: Path, journal: Journal) -> None:
 
 def question_key(config: TeacherConfig, row: RowJson, sample: int) -> int:
     """Return 64 bits that are equal for the same messages to the same model with the same sampling."""
-    question = [config.model, config.temperature, config.max_tokens, sample, row["messages"]]
+    question = [
+        config.model,
+        config.temperature,
+        config.max_tokens,
+        sample,
+        row["messages"],
+    ]
     text = json.dumps(question)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
@@ -103,7 +110,9 @@ def has_video(row: RowJson) -> bool:
     """Return whether a row holds a video, which no chat endpoint takes."""
     for message in row["messages"]:
         content = message["content"]
-        if not isinstance(content, str) and any(part["type"] == "video" for part in content):
+        if isinstance(content, str):
+            continue
+        if any(part["type"] == "video" for part in content):
             return True
     return False
 
@@ -117,7 +126,10 @@ def openai_messages(row: RowJson, root: Path) -> list[ChatMessage]:
     return messages
 
 
-def _openai_content(content: str | list[PartJson], root: Path) -> str | list[PartJson | ImageUrlPart]:
+def _openai_content(
+    content: str | list[PartJson],
+    root: Path,
+) -> str | list[PartJson | ImageUrlPart]:
     if isinstance(content, str):
         return content
     parts: list[PartJson | ImageUrlPart] = []
@@ -126,17 +138,25 @@ def _openai_content(content: str | list[PartJson], root: Path) -> str | list[Par
             parts.append(part)
             continue
         name = cast(str, part["image"])  # `collect` has stored every image as a file
-        url = _data_url((root / name).read_bytes())
+        path = root / name
+        url = _data_url(path.read_bytes())
         parts.append(ImageUrlPart(type="image_url", image_url={"url": url}))
     return parts
 
 
 def _data_url(data: bytes) -> str:
-    media_type = Image.open(io.BytesIO(data)).get_format_mimetype()
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    image = Image.open(io.BytesIO(data))
+    media_type = image.get_format_mimetype()
+    base64_data = base64.b64encode(data).decode()
+    return f"data:{media_type};base64,{base64_data}"
 
 
-def _write_row(work: Work, journal: Journal, failed: dict[int, str], row: RowJson) -> None:
+def _write_row(
+    work: Work,
+    journal: Journal,
+    failed: dict[int, str],
+    row: RowJson,
+) -> None:
     """Write a row with a response as it is, and a prompt row once for each sample of the teacher."""
     config = work.config.teacher
     source = row.get("source", "")
@@ -152,7 +172,8 @@ def _write_row(work: Work, journal: Journal, failed: dict[int, str], row: RowJso
         elif key not in journal:
             work.drop(row, source, "over budget")
         else:
-            _write_completion(work, row, Completion(**journal[key]), sample)
+            completion = Completion(**journal[key])
+            _write_completion(work, row, completion, sample)
 
 
 def _write_completion(work: Work, row: RowJson, completion: Completion, sample: int) -> None:
@@ -165,15 +186,22 @@ def _write_completion(work: Work, row: RowJson, completion: Completion, sample: 
     if completion.finish == "length" and not config.keep_truncated:
         work.drop(row, source, "answer cut off")
         return
-    text = response_of(completion, work.config.data.template == "think")
+    think = work.config.data.template == "think"
+    text = response_of(completion, think)
     if not text.strip():
         work.drop(row, source, "empty answer")
         return
     name = row.get("id", "")
     if config.samples > 1:
         name = f"{name}#{sample}"
-    messages = [*row["messages"], {"role": "assistant", "content": text}]
-    work.keep({**row, "messages": messages, "id": name, "teacher": config.model}, source)
+    reply = {"role": "assistant", "content": text}
+    answered_row: dict[str, object] = {
+        **row,
+        "messages": [*row["messages"], reply],
+        "id": name,
+        "teacher": config.model,
+    }
+    work.keep(answered_row, source)
 
 
 def response_of(completion: Completion, think: bool) -> str:
@@ -181,17 +209,26 @@ def response_of(completion: Completion, think: bool) -> str:
     text = completion.text or ""
     if completion.thought:
         text = with_thought(completion.thought, text)
-    return continuation(convert(text.lstrip())) if think else text
+    if not think:
+        return text
+    trace = convert(text.lstrip())
+    return continuation(trace)
 
 
 def inputs(config: PrepareConfig) -> object:
     """Return a fingerprint of a local teacher's files."""
-    return None if config.teacher.base_url else listing(config.teacher.model or "")
+    teacher = config.teacher
+    # The files of an endpoint's model are not ours to see.
+    if teacher.base_url:
+        return None
+    return listing(teacher.model or "")
 
 
 def settings(config: PrepareConfig) -> list[object]:
     """Return the settings on which the answers depend, without address, speed and time limits."""
-    sampling = {name: value for name, value in asdict(config.teacher).items() if name not in _FREE}
+    sampling = asdict(config.teacher)
+    for name in _FREE:
+        del sampling[name]
     return [sampling, config.data.template]
 
 

@@ -72,7 +72,8 @@ def word_hashes(items: Sequence[str]) -> np.ndarray:
     """Return uint64[n], one hash for each word."""
     # CRC-32 is fast and the same in every process, unlike Python's hash; `mix` spreads its 32 bits over 64.
     checksums = (zlib.crc32(item.encode()) for item in items)
-    return mix(np.fromiter(checksums, np.uint64, len(items)))
+    hashes = np.fromiter(checksums, np.uint64, len(items))
+    return mix(hashes)
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
@@ -83,7 +84,8 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     ngrams = np.zeros(count, np.uint64)
     # A polynomial in the multiplier, modulo 2**64, so that the order of the words counts.
     for k in range(n):
-        ngrams = ngrams * _MULTIPLIER + hashes[k : k + count]
+        end = k + count
+        ngrams = ngrams * _MULTIPLIER + hashes[k:end]
     return mix(ngrams)
 
 
@@ -91,35 +93,44 @@ def hash_of(items: Sequence[str]) -> int:
     """Return one 64-bit hash of a sequence of texts, 0 for an empty one."""
     if not items:
         return 0
-    [sequence_hash] = ngram_hashes(word_hashes(items), len(items))
+    hashes = word_hashes(items)
+    [sequence_hash] = ngram_hashes(hashes, len(items))
     return int(sequence_hash)
 
 
 def prompt_text(row: RowJson) -> str:
     """Return the text of all messages of a row in JSON form, without a final message of the assistant."""
     messages = row["messages"]
-    if messages[-1]["role"] == "assistant":
+    last = messages[-1]
+    if last["role"] == "assistant":
         messages = messages[:-1]
-    return "\n".join(content_text(message["content"]) for message in messages)
+    texts = [content_text(message["content"]) for message in messages]
+    return "\n".join(texts)
 
 
 def response_text(row: RowJson) -> str | None:
     """Return the text of the final assistant message, None for a prompt row."""
     last = row["messages"][-1]
-    return content_text(last["content"]) if last["role"] == "assistant" else None
+    if last["role"] != "assistant":
+        return None
+    return content_text(last["content"])
 
 
 def content_text(content: str | Sequence[PartJson]) -> str:
     """Return the text of a message's content in JSON form, without images and videos."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text", "") for part in content]
+    return "".join(texts)
 
 
 def image_names(row: RowJson) -> Iterator[str]:
     """Yield the names of a row's stored images and video frames, which are hashes of their content."""
     for message in row["messages"]:
-        if isinstance(message["content"], str):
+        content = message["content"]
+        if isinstance(content, str):
             continue
-        for part in message["content"]:
+        for part in content:
             if part["type"] == "image":
                 yield str(part["image"])
             else:

@@ -65,8 +65,15 @@ def run(work: Work) -> None:
     (work.folder / GROUPS).write_text(f"{groups_text}\n")
     sources: list[SourceEntry] = []
     for group in groups:
-        path = str(work.folder / group.path)
-        sources.append({"path": path, "name": group.name, "weight": group.share, "image_root": work.config.dir})
+        path = work.folder / group.path
+        sources.append(
+            {
+                "path": str(path),
+                "name": group.name,
+                "weight": group.share,
+                "image_root": work.config.dir,
+            }
+        )
     sources_text = yaml.safe_dump(sources, sort_keys=False, allow_unicode=True)
     (work.folder / SOURCES).write_text(sources_text)
     work.extra["groups"] = len(groups)
@@ -75,14 +82,23 @@ def run(work: Work) -> None:
     weighted = []
     for source, group in zip(sources, groups, strict=True):
         config = SourceConfig(
-            path=source["path"], name=source["name"], weight=group.weight, image_root=source["image_root"]
+            path=source["path"],
+            name=source["name"],
+            weight=group.weight,
+            image_root=source["image_root"],
         )
         weighted.append(config)
     data = replace(work.config.data, sources=weighted, on_error="skip")
     shutil.rmtree(work.folder / SET, ignore_errors=True)  # of an interrupted run
-    tokenised = tokenise(data, work.config.model, work.folder / SET, work.config.workers)
+    tokenised = tokenise(
+        data,
+        work.config.model,
+        work.folder / SET,
+        work.config.workers,
+    )
     for count in ("samples", "tokens", "skipped"):
-        work.extra[count] = sum(getattr(source, count) for source in tokenised.sources)
+        source_counts = [getattr(source, count) for source in tokenised.sources]
+        work.extra[count] = sum(source_counts)
 
 
 def write_groups(work: Work) -> list[WeightGroup]:
@@ -105,9 +121,8 @@ def write_groups(work: Work) -> list[WeightGroup]:
             work.report.count_kept(source)
     total = sum(weights[name] * counts[name] for name in counts)
     groups = []
-    for index, name in enumerate(counts):
+    for index, (name, rows) in enumerate(counts.items()):
         path = _group_path(Path(""), index)
-        rows = counts[name]
         weight = weights[name]
         share = weight * rows / total
         groups.append(WeightGroup(name, str(path), rows, weight, share))
@@ -123,4 +138,10 @@ def inputs(config: PrepareConfig) -> object:
     return listing(config.model or "")
 
 
-STAGE = PrepareStage("tokenise", run, lambda config: [config.data], inputs, (GROUPS, SOURCES, FOLDER, SET))
+STAGE = PrepareStage(
+    "tokenise",
+    run,
+    lambda config: [config.data],
+    inputs,
+    (GROUPS, SOURCES, FOLDER, SET),
+)

@@ -28,7 +28,13 @@ def run(work: Work) -> None:
     check_sources(work.config)
     reward = work.config.reward
     watch = FailureWatch(reward.rules)
-    with GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache) as pool:
+    pool = GraderPool(
+        reward.workers,
+        reward.timeout_s,
+        reward.memory_mib,
+        reward.cache,
+    )
+    with pool:
         for batch in batches(work.rows(), _BATCH):
             verdicts = _grade(pool, batch, reward.rules)
             rows = list(zip(batch, verdicts, strict=True))
@@ -44,7 +50,11 @@ def run(work: Work) -> None:
             work.progress.update(len(batch))
 
 
-def _grade(pool: GraderPool, batch: Sequence[RowJson], rules: Mapping[str, str]) -> list[Verdict | None]:
+def _grade(
+    pool: GraderPool,
+    batch: Sequence[RowJson],
+    rules: Mapping[str, str],
+) -> list[Verdict | None]:
     """Return the verdict on each row of a batch, None for a row without a response or an answer."""
     requests = {}
     for index, row in enumerate(batch):
@@ -54,7 +64,12 @@ def _grade(pool: GraderPool, batch: Sequence[RowJson], rules: Mapping[str, str])
             source = row.get("source", "")
             rule = rules.get(source, "auto")
             options = tuple(row.get("options", ()))
-            requests[index] = GradeRequest(str(response), str(answer), options, rule)
+            requests[index] = GradeRequest(
+                str(response),
+                str(answer),
+                options,
+                rule,
+            )
     graded = pool.grade(list(requests.values()))
     verdicts = dict(zip(requests, graded, strict=True))
     return [verdicts.get(index) for index in range(len(batch))]
@@ -78,7 +93,13 @@ def _write(work: Work, row: RowJson, verdict: Verdict | None) -> None:
 
 def settings(config: PrepareConfig) -> list[object]:
     """Return the settings on which the verdicts depend."""
-    return [config.verify, config.reward.rules, config.reward.timeout_s, config.reward.memory_mib]
+    reward = config.reward
+    return [
+        config.verify,
+        reward.rules,
+        reward.timeout_s,
+        reward.memory_mib,
+    ]
 
 
 STAGE = PrepareStage("verify", run, settings)

@@ -13,17 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.data.questions import field_of, options_of, prompt_row
-from ovr_megatron.data.schema import (
-    LETTER_REQUEST,
-    Part,
-    Row,
-    RowError,
-    TextPart,
-    option_letter,
-    parse_image,
-    parse_text,
-)
+from ovr_megatron.data.questions import field_of, options_of, prompt_row, require_text
+from ovr_megatron.data.row_parsing import option_letter, parse_image, parse_text
+from ovr_megatron.data.schema import LETTER_REQUEST, Part, Row, RowError, TextPart
 
 Reader = Callable[[Any, str, Path], Row]
 
@@ -49,8 +41,10 @@ def read_math(raw: Any, where: str, image_root: Path) -> Row:
 def read_gpqa(raw: Any, where: str, image_root: Path) -> Row:
     """Read GPQA: one right and three wrong answers; their order is drawn from the question, always the same."""
     question = _text(raw, "Question", where)
-    fields = ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
-    options = [_text(raw, field, where).strip() for field in fields]
+    options = []
+    for field in ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"):
+        option = _text(raw, field, where)
+        options.append(option.strip())
     # Seeded by the text as published: other seeds would shuffle the options of every question anew.
     order = random.Random(question).sample(range(4), 4)
     return prompt_row(
@@ -66,10 +60,10 @@ def read_gpqa(raw: Any, where: str, image_root: Path) -> Row:
 def read_mmlu(raw: Any, where: str, image_root: Path) -> Row:
     """Read MMLU: ``question``, ``choices``, ``answer`` (number from 0), ``subject``; ScienceQA's ``hint`` before it."""
     options = options_of(raw, where, "choices")
-    hint = parse_text(raw.get("hint") or "", where, "hint").strip()
+    hint = parse_text(raw.get("hint") or "", where, "hint")
     question = field_of(raw, "question", where)
-    if hint:
-        question = f"{hint}\n{question}"
+    if hint.strip():
+        question = f"{hint.strip()}\n{question}"
     return prompt_row(
         (TextPart(question),),
         _letter(raw, "answer", len(options), where),
@@ -102,7 +96,8 @@ def read_mathvista(raw: Any, where: str, image_root: Path) -> Row:
     if not options:
         form = {"integer": "an integer", "list": "a list such as [1, 2, 3]"}.get(str(answer_type), "a number")
         if answer_type == "float" and precision is not None:
-            form = f"a number with {int(precision)} decimal{'s' if precision > 1 else ''}"
+            decimals = "decimals" if precision > 1 else "decimal"
+            form = f"a number with {int(precision)} {decimals}"
         if unit:
             form = f"{form}, in {unit}"
         request = f"Put your final answer, {form}, in \\boxed{{}}."
@@ -121,14 +116,15 @@ def read_mathvista(raw: Any, where: str, image_root: Path) -> Row:
 
 def read_mathverse(raw: Any, where: str, image_root: Path) -> Row:
     """Read MathVerse; ``problem_version`` is the source, of which "Vision Only" has its question in the picture."""
-    question = str(raw.get("question") or "").strip() or PICTURED
-    answer = parse_text(field_of(raw, "answer", where), where, "answer").strip()
+    question = str(raw.get("question") or "").strip()
+    answer = parse_text(field_of(raw, "answer", where), where, "answer")
+    answer = answer.strip()
     is_choice = raw.get("question_type") == "multi-choice"
     bare = answer.strip("()")
     if is_choice and len(bare) == 1:
         answer = bare
     return prompt_row(
-        (_image(raw, where, image_root), TextPart(question)),
+        (_image(raw, where, image_root), TextPart(question or PICTURED)),
         answer,
         (),
         where,
@@ -161,12 +157,18 @@ def read_wemath(raw: Any, where: str, image_root: Path) -> Row:
     """Read We-Math: ``ID`` joins the steps of a problem, ``key`` says which step it is; both are in the row's id."""
     listing = field_of(raw, "option", where)
     marks = list(_WE_MATH_OPTION.finditer(listing))
-    ends = [mark.start() for mark in marks[1:]] + [len(listing)]
-    options = [listing[mark.end() : end].strip(" ;") for mark, end in zip(marks, ends, strict=True)]
+    # An option ends where the mark of the next one begins.
+    ends = [mark.start() for mark in marks[1:]]
+    ends.append(len(listing))
+    options = []
+    for mark, end in zip(marks, ends, strict=True):
+        option = listing[mark.end() : end]
+        options.append(option.strip(" ;"))
     question = field_of(raw, "question", where)
     request = None
     letters = [mark[1] for mark in marks]
-    if not letters or letters != [option_letter(i) for i in range(len(letters))]:
+    expected_letters = [option_letter(i) for i in range(len(marks))]
+    if not letters or letters != expected_letters:
         # A few list their options in another form: it stays as it is, behind the question.
         question = f"{question}\n{listing}"
         options = []
@@ -186,16 +188,16 @@ def read_wemath(raw: Any, where: str, image_root: Path) -> Row:
 def read_logicvista(raw: Any, where: str, image_root: Path) -> Row:
     """Read LogicVista: letters of options in the picture, several of them in some questions; one has no answer."""
     image_field = "image" if raw.get("image") is not None else "imagename"
-    question = str(raw.get("question") or "").strip() or PICTURED
-    answer = str(raw.get("answer") or "").strip() or "no answer is known"
+    question = str(raw.get("question") or "").strip()
+    answer = str(raw.get("answer") or "").strip()
     skill = raw.get("skill")
     if isinstance(skill, list) and skill:
         skill = skill[0]
     else:
         skill = skill or ""
     return prompt_row(
-        (_image(raw, where, image_root, image_field), TextPart(question)),
-        answer,
+        (_image(raw, where, image_root, image_field), TextPart(question or PICTURED)),
+        answer or "no answer is known",
         (),
         where,
         request="Put the letter of the right option, or the letters of all right ones, in \\boxed{}.",
@@ -214,25 +216,45 @@ def read_mmmu_pro(raw: Any, where: str, image_root: Path) -> Row:
             options = ast.literal_eval(options)
         except (ValueError, SyntaxError):
             pass  # `options_of` refuses the text
-    if isinstance(options, list) and len(options) == 1 and isinstance(options[0], list):
-        options = options[0]  # one question of the set has its options a level deeper
+    if isinstance(options, list) and len(options) == 1:
+        if isinstance(options[0], list):
+            options = options[0]  # one question of the set has its options a level deeper
     options = options_of({"options": options}, where)
     answer = field_of(raw, "answer", where)
-    is_vision = raw.get("image") is not None
-    labels: dict[str, Any] = {"id": _id(raw, "id"), "source": "vision" if is_vision else "standard"}
-    if is_vision:
+    row_id = _id(raw, "id")
+    if raw.get("image") is not None:
         parts = (_image(raw, where, image_root), TextPart(PICTURED))
-        count = len(options)
-        row = prompt_row(parts, answer, (), where, request=LETTER_REQUEST, **labels)
-        if len(str(answer)) != 1 or not 0 <= ord(str(answer)) - ord("A") < count:
-            raise RowError(where, "answer", f"{answer!r} is none of the {count} options", "give a letter")
+        row = prompt_row(
+            parts,
+            answer,
+            (),
+            where,
+            request=LETTER_REQUEST,
+            id=row_id,
+            source="vision",
+        )
+        # The options are in the picture, so that `prompt_row` cannot compare the letter with them.
+        letters = [option_letter(i) for i in range(len(options))]
+        if str(answer) not in letters:
+            problem = f"{answer!r} is none of the {len(options)} options"
+            raise RowError(where, "answer", problem, "give a letter")
         return row
     question = field_of(raw, "question", where)
+    text = " ".join([question, *options])
     pictures = {}
-    for digit in dict.fromkeys(_MMMU_MARK.findall(" ".join([question, *options]))):  # each picture once, in order
+    for digit in dict.fromkeys(_MMMU_MARK.findall(text)):  # each picture once, in order
         field = f"image_{digit}"
-        pictures[f"<image {digit}>"] = parse_image(field_of(raw, field, where), where, field, image_root)
-    return prompt_row((TextPart(question),), answer, options, where, pictures=pictures, **labels)
+        image = field_of(raw, field, where)
+        pictures[f"<image {digit}>"] = parse_image(image, where, field, image_root)
+    return prompt_row(
+        (TextPart(question),),
+        answer,
+        options,
+        where,
+        pictures=pictures,
+        id=row_id,
+        source="standard",
+    )
 
 
 def _refuse_other_types(reader: Reader) -> Reader:
@@ -262,24 +284,36 @@ BENCHMARK_READERS = {name: _refuse_other_types(reader) for name, reader in _READ
 
 
 def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
-    value = field_of(raw, key, where)
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(where, key, f"is {type(value).__name__} {value!r:.60}", "give a text")
+    value: str = field_of(raw, key, where)
+    require_text(value, where, key)
     return value
 
 
-def _image(raw: Mapping[str, Any], where: str, root: Path, key: str = "image") -> Part:
+def _image(
+    raw: Mapping[str, Any],
+    where: str,
+    root: Path,
+    key: str = "image",
+) -> Part:
     """Return the picture of a row: the one that ``datasets`` has decoded where there is one, else the file named."""
-    key = next((name for name in ("decoded_image", key, "image") if raw.get(name) is not None), key)
+    for name in ("decoded_image", key, "image"):
+        if raw.get(name) is not None:
+            key = name
+            break
     return parse_image(field_of(raw, key, where), where, key, root)
 
 
 def _letter(raw: Mapping[str, Any], key: str, count: int, where: str) -> str:
     value = field_of(raw, key, where)
     if not isinstance(value, int) or not 0 <= value < count:
-        raise RowError(where, key, f"is {value!r}, none of the {count} options", "give its number, from 0")
+        problem = f"is {value!r}, none of the {count} options"
+        raise RowError(where, key, problem, "give its number, from 0")
     return option_letter(value)
 
 
 def _id(raw: Mapping[str, Any], *keys: str) -> str:
-    return next((str(raw[key]) for key in keys if raw.get(key) is not None), "")
+    for key in keys:
+        value = raw.get(key)
+        if value is not None:
+            return str(value)
+    return ""

@@ -18,7 +18,8 @@ class _FreeSpace:
     """Packs by their free tokens; two levels of bits find the least free space that suffices in constant time."""
 
     def __init__(self, pack_tokens: int) -> None:
-        self._words = [0] * ((pack_tokens >> _BITS) + 1)  # bit f of all words in a row: some pack has f free tokens
+        words = (pack_tokens >> _BITS) + 1
+        self._words = [0] * words  # bit f of all words in a row: some pack has f free tokens
         self._filled = 0  # bit w: word w is not zero
         self._packs: dict[int, list[int]] = {}  # free tokens -> heap of packs
 
@@ -31,39 +32,43 @@ class _FreeSpace:
         free = self._least(length)
         if free < 0:
             return None
+        # A heap: of the packs of one size, the first opened comes out first.
         heap = self._packs[free]
         pack = heapq.heappop(heap)
         if not heap:
             word = free >> _BITS
-            self._words[word] ^= 1 << (free & 255)
+            bit = 1 << (free & 255)
+            self._words[word] ^= bit
             if not self._words[word]:
                 self._filled ^= 1 << word
         return free, pack
 
     def put(self, free: int, pack: int) -> None:
         """Record that ``pack`` has ``free`` tokens of free space."""
-        heap = self._packs.get(free)
-        if heap is None:
-            heap = self._packs[free] = []
+        heap = self._packs.setdefault(free, [])
         if not heap:
             word = free >> _BITS
-            self._words[word] |= 1 << (free & 255)
+            bit = 1 << (free & 255)
+            self._words[word] |= bit
             self._filled |= 1 << word
         heapq.heappush(heap, pack)
 
     def _least(self, length: int) -> int:
         """Return the least free space of a pack that is at least ``length``, or -1."""
         word = length >> _BITS
+        # In the word of `length` itself, sizes below it are shifted out.
         if rest := self._words[word] >> (length & 255):
             return length + _lowest_bit(rest)
         if rest := self._filled >> (word + 1):
             word += 1 + _lowest_bit(rest)
-            return (word << _BITS) + _lowest_bit(self._words[word])
+            lowest = _lowest_bit(self._words[word])
+            return (word << _BITS) + lowest
         return -1
 
 
 def _lowest_bit(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
+    lowest = bits & -bits
+    return lowest.bit_length() - 1
 
 
 def assign_packs(lengths: Sequence[int] | np.ndarray, pack_tokens: int) -> np.ndarray:
@@ -76,9 +81,11 @@ def assign_packs(lengths: Sequence[int] | np.ndarray, pack_tokens: int) -> np.nd
         PackError: a document is longer than ``pack_tokens``.
     """
     lengths = np.asarray(lengths, np.int64)
-    if (over := np.flatnonzero(lengths > pack_tokens)).size:
+    over = np.flatnonzero(lengths > pack_tokens)
+    if over.size:
         index = int(over[0])
-        raise PackError(f"sample {index} has {lengths[index]} tokens and does not fit into a pack of {pack_tokens}")
+        length = int(lengths[index])
+        raise PackError(f"sample {index} has {length} tokens and does not fit into a pack of {pack_tokens}")
     free_space = _FreeSpace(pack_tokens)
     opened = 0
     assigned = np.empty(len(lengths), np.int32)
@@ -97,7 +104,9 @@ def assign_packs(lengths: Sequence[int] | np.ndarray, pack_tokens: int) -> np.nd
 def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
     """Return `assign_packs` as the indices of each pack's documents, in the order of ``lengths``."""
     packs: list[list[int]] = []
-    for index, pack in enumerate(assign_packs(lengths, pack_tokens).tolist()):
+    assigned = assign_packs(lengths, pack_tokens)
+    for index, pack in enumerate(assigned.tolist()):
+        # Packs count in the order in which they were opened.
         if pack == len(packs):
             packs.append([])
         packs[pack].append(index)

@@ -10,9 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.data.schema import Row, RowError, check_answer, parse_answer, parse_messages, parse_text
+from ovr_megatron.data.row_parsing import check_answer, parse_answer, parse_id, parse_messages, parse_text
+from ovr_megatron.data.schema import Row, RowError
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# Our role for each role name of the formats.
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def read_verl(raw: Any, where: str, image_root: Path) -> Row:
@@ -23,26 +31,32 @@ def read_verl(raw: Any, where: str, image_root: Path) -> Row:
     """
     turns = _turns(raw.get("prompt"), "user")
     for name in ("response", "completion"):
-        if raw.get(name) is not None:
-            turns = [*turns, *_turns(raw[name], "assistant")]
+        turns += _turns(raw.get(name), "assistant")
     messages = parse_messages(turns, where, "prompt", image_root, roles=_ROLES)
-    reward = raw.get("reward_model")
-    truth = reward.get("ground_truth") if isinstance(reward, Mapping) else None
-    extra = raw.get("extra_info")
-    index = extra.get("index") if isinstance(extra, Mapping) else None
+    is_prompt = messages[-1].role == "user"
+    truth = _nested(raw, "reward_model", "ground_truth")
     if truth is None:
-        answer = parse_answer(raw, where, prompt=messages[-1].role == "user")
+        answer = parse_answer(raw, where, prompt=is_prompt)
     else:
         answer = parse_text(truth, where, "reward_model.ground_truth").strip()
+    index = _nested(raw, "extra_info", "index")
     row = Row(
         messages,
         answer=answer,
         source=parse_text(raw.get("data_source") or "", where, "data_source"),
-        id=Path(where).name if index is None else parse_text(index, where, "extra_info.index"),
+        id=parse_id(index, where, "extra_info.index"),
         where=where,
     )
     check_answer(row)
     return row
+
+
+def _nested(raw: Any, column: str, key: str) -> Any:
+    """Return the field ``key`` of the object in a column; None where the column holds no object."""
+    value = raw.get(column)
+    if not isinstance(value, Mapping):
+        return None
+    return value.get(key)
 
 
 def read_llava(raw: Any, where: str, image_root: Path) -> Row:
@@ -54,36 +68,61 @@ def read_llava(raw: Any, where: str, image_root: Path) -> Row:
 def read_alpaca(raw: Any, where: str, image_root: Path) -> Row:
     """Read one row of Alpaca: ``instruction`` and ``input`` ask, ``output`` replies, ``history`` has earlier pairs."""
     question = raw.get("instruction")
+    reply = raw.get("output")
     context = raw.get("input")
     if isinstance(context, str) and context.strip():
         question = f"{question}\n{context}"
-    return _pair_row(raw, question, raw.get("output"), where, "instruction", image_root)
+    return _pair_row(raw, question, reply, where, "instruction", image_root)
 
 
 def read_query(raw: Any, where: str, image_root: Path) -> Row:
     """Read one row of ms-swift's older form: ``query`` asks, ``response`` replies, ``history`` has earlier pairs."""
-    return _pair_row(raw, raw.get("query"), raw.get("response"), where, "query", image_root)
+    question = raw.get("query")
+    reply = raw.get("response")
+    return _pair_row(raw, question, reply, where, "query", image_root)
 
 
-def _pair_row(raw: Any, question: Any, reply: Any, where: str, field: str, image_root: Path) -> Row:
+def _pair_row(
+    raw: Any,
+    question: Any,
+    reply: Any,
+    where: str,
+    field: str,
+    image_root: Path,
+) -> Row:
     """Read a question and a reply, and the pairs of ``history`` before them."""
     turns: list[Any] = []
-    for i, pair in enumerate(raw.get("history") or ()):
+    history = raw.get("history") or ()
+    for i, pair in enumerate(history):
+        # A text of two characters is no pair.
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise RowError(where, f"history[{i}]", f"is {str(pair)[:60]!r}", "give a pair: a question and its reply")
-        turns += _turns(pair[0], "user") + _turns(pair[1], "assistant")
-    turns += _turns(question, "user") + _turns(reply, "assistant")
+            problem = f"is {str(pair)[:60]!r}"
+            raise RowError(where, f"history[{i}]", problem, "give a pair: a question and its reply")
+        turns += _turns(pair[0], "user")
+        turns += _turns(pair[1], "assistant")
+    turns += _turns(question, "user")
+    turns += _turns(reply, "assistant")
     return _chat_row(raw, turns, where, field, image_root, ("role", "content"))
 
 
-def _chat_row(raw: Any, turns: Any, where: str, field: str, image_root: Path, keys: tuple[str, str]) -> Row:
+def _chat_row(
+    raw: Any,
+    turns: Any,
+    where: str,
+    field: str,
+    image_root: Path,
+    keys: tuple[str, str],
+) -> Row:
     """Read ``turns``, the value of ``field``, and the columns beside them."""
     messages = parse_messages(turns, where, field, image_root, keys, _ROLES)
+    is_prompt = messages[-1].role == "user"
+    answer = parse_answer(raw, where, prompt=is_prompt)
+    source = raw.get("source") or raw.get("data_source") or ""
     row = Row(
         messages,
-        answer=parse_answer(raw, where, prompt=messages[-1].role == "user"),
-        source=parse_text(raw.get("source") or raw.get("data_source") or "", where, "source"),
-        id=Path(where).name if raw.get("id") is None else parse_text(raw["id"], where, "id"),
+        answer=answer,
+        source=parse_text(source, where, "source"),
+        id=parse_id(raw.get("id"), where, "id"),
         where=where,
     )
     check_answer(row)
@@ -94,4 +133,7 @@ def _turns(value: Any, role: str) -> list[Any]:
     """Return a text as one turn of ``role``, turns as they are, and nothing for None."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return list(value)
-    return [] if value is None else [{"role": role, "content": value}]
+    if value is None:
+        return []
+    # Any other value is refused with the name of its field, as the content of a turn.
+    return [{"role": role, "content": value}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
@@ -12,19 +13,21 @@ from torch import Tensor
 from ovr_megatron.data.packing import Origin, Pack
 from ovr_megatron.runtime.device import send
 
+DocumentKey = tuple[int, int, int]  # data-parallel rank, index of the pack in the step, index in the pack
+
 
 @dataclass(frozen=True)
 class DocumentLoss:
     """The sum of the losses of a document's targets.
 
     Attributes:
-        key: Data-parallel rank, index of the pack in the step, index in the pack: unique in a step.
+        key: Unique in a step.
         origin: The row of the document.
         total: Sum of the losses.
         targets: Number of targets.
     """
 
-    key: tuple[int, int, int]
+    key: DocumentKey
     origin: Origin
     total: float
     targets: int
@@ -41,7 +44,8 @@ class DocumentLosses:
     def __init__(self, replica: int):
         self.replica = replica
         # Of each pack, its origins and float64[2, D]: sums of losses, and numbers of targets.
-        self.sums: list[tuple[tuple[Origin, ...], Tensor]] = []
+        self._origins: list[tuple[Origin, ...]] = []
+        self._sums: list[Tensor] = []
 
     def add(self, pack: Pack, rows: Tensor, losses: Tensor) -> None:
         """Add the losses of a pack.
@@ -53,27 +57,36 @@ class DocumentLosses:
         """
         documents = send(pack.document_of(rows), losses.device)
         # In float64: a document of 100,000 targets must not lose the small losses.  The sums stay on the device.
-        sums = torch.zeros(2, len(pack.cu_seqlens) - 1, dtype=torch.float64, device=losses.device)
-        values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
-        self.sums.append((pack.origins, sums.index_add_(1, documents, values)))
+        count = len(pack.cu_seqlens) - 1
+        sums = torch.zeros(2, count, dtype=torch.float64, device=losses.device)
+        ones = torch.ones_like(losses, dtype=torch.float64)
+        values = torch.stack([losses.detach().double(), ones])
+        sums.index_add_(1, documents, values)
+        self._origins.append(pack.origins)
+        self._sums.append(sums)
 
     def documents(self) -> tuple[DocumentLoss, ...]:
         """Return this rank's part of each document that has an origin; it waits for the device."""
         documents = []
-        for pack_index, (origins, sums) in enumerate(self.sums):
-            totals, targets = sums.tolist()
-            # Not strict: a pack of padding has documents and no origins.
-            for index, (origin, total, count) in enumerate(zip(origins, totals, targets, strict=False)):
-                documents.append(DocumentLoss((self.replica, pack_index, index), origin, total, int(count)))
+        for pack_index, origins in enumerate(self._origins):
+            totals, targets = self._sums[pack_index].tolist()
+            # By the origins: a pack of padding has documents and no origins.
+            for index, origin in enumerate(origins):
+                key = (self.replica, pack_index, index)
+                count = int(targets[index])
+                documents.append(DocumentLoss(key, origin, totals[index], count))
         return tuple(documents)
 
 
 def merge_parts(parts: Iterable[DocumentLoss]) -> list[DocumentLoss]:
     """Add up the parts of each document over the ranks (context parallelism) and return documents with targets."""
-    documents: dict[tuple[int, int, int], DocumentLoss] = {}
+    documents: dict[DocumentKey, DocumentLoss] = {}
     for part in parts:
         if earlier := documents.get(part.key):
-            part = replace(part, total=earlier.total + part.total, targets=earlier.targets + part.targets)
+            # Ranks of a context-parallel group have the losses of their own rows of it.
+            total = earlier.total + part.total
+            targets = earlier.targets + part.targets
+            part = replace(part, total=total, targets=targets)
         documents[part.key] = part
     return [document for document in documents.values() if document.targets]
 
@@ -82,10 +95,14 @@ def by_source(documents: Sequence[DocumentLoss]) -> dict[str, float]:
     """Return the mean loss of a target in each source."""
     sums: dict[str, list[float]] = {}
     for document in documents:
-        entry = sums.setdefault(document.origin.source or "unnamed", [0.0, 0.0])
+        source = document.origin.source or "unnamed"
+        entry = sums.setdefault(source, [0.0, 0.0])
         entry[0] += document.total
         entry[1] += document.targets
-    return {source: total / count for source, (total, count) in sorted(sums.items())}
+    means = {}
+    for source, (total, count) in sorted(sums.items()):
+        means[source] = total / count
+    return means
 
 
 class DocumentJson(TypedDict):
@@ -100,8 +117,13 @@ class DocumentJson(TypedDict):
 
 def worst(documents: Sequence[DocumentLoss], count: int) -> list[DocumentJson]:
     """Return the ``count`` documents of the highest loss as JSON objects; a loss that is not a number comes first."""
-    # NaN is not equal to itself, so that False sorts it before every number.
-    ordered = sorted(documents, key=lambda document: (document.mean == document.mean, -document.mean))
+
+    def severity(document: DocumentLoss) -> tuple[bool, float]:
+        loss = document.mean
+        # False sorts before true.
+        return not math.isnan(loss), -loss
+
+    ordered = sorted(documents, key=severity)
     records: list[DocumentJson] = []
     for document in ordered[:count]:
         origin = document.origin

@@ -40,7 +40,9 @@ class EpochPlan:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return the samples of pack ``index``."""
-        return self.members[self.bounds[index] : self.bounds[index + 1]]
+        start = self.bounds[index]
+        end = self.bounds[index + 1]
+        return self.members[start:end]
 
 
 def random_order(count: int, *key: int) -> np.ndarray:
@@ -48,11 +50,17 @@ def random_order(count: int, *key: int) -> np.ndarray:
 
     It sorts raw bits, which NumPy promises never to change (NEP 19); ``Generator.permutation`` may change.
     """
-    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
+    generator = np.random.PCG64(np.random.SeedSequence(key))
+    bits = generator.random_raw(count)
     return np.argsort(bits, kind="stable")
 
 
-def choose_samples(groups: Sequence[np.ndarray], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
+def choose_samples(
+    groups: Sequence[np.ndarray],
+    weights: Sequence[float],
+    seed: int,
+    epoch: int,
+) -> np.ndarray:
     """Return the samples of an epoch, with their copies, source by source.
 
     Args:
@@ -61,17 +69,21 @@ def choose_samples(groups: Sequence[np.ndarray], weights: Sequence[float], seed:
         seed: Decides the order in which epochs take the samples of a fraction.
         epoch: Counted from 0.
     """
-    samples = []
+    samples = [np.zeros(0, np.int64)]  # `np.concatenate` takes no empty list
     for source, (group, weight) in enumerate(zip(groups, weights, strict=True)):
         # Exact, from the decimal digits: the float 0.3 is a little less, and rounding down would lose a sample.
         copies, fraction = divmod(Fraction(str(weight)), 1)
         samples += [group] * int(copies)
-        start = int(fraction * len(group) * epoch)
-        end = int(fraction * len(group) * (epoch + 1))
+        size = len(group)
+        share = fraction * size
+        start = int(share * epoch)
+        end = int(share * (epoch + 1))
         if end > start:
-            order = random_order(len(group), seed, _FRACTIONS, source)
-            samples.append(group[order[np.arange(start, end) % len(group)]])
-    return np.concatenate([np.zeros(0, np.int64), *samples])
+            # One order for all epochs, in which each goes on where the last one ended.
+            order = random_order(size, seed, _FRACTIONS, source)
+            positions = np.arange(start, end) % size
+            samples.append(group[order[positions]])
+    return np.concatenate(samples)
 
 
 def plan_epoch(
@@ -93,13 +105,17 @@ def plan_epoch(
         epoch: Counted from 0.
     """
     samples = choose_samples(groups, weights, seed, epoch)
-    samples = samples[random_order(len(samples), seed, _SAMPLES, epoch)]
+    sample_order = random_order(len(samples), seed, _SAMPLES, epoch)
+    samples = samples[sample_order]
     assigned = assign_packs(lengths[samples], pack_tokens)
-    packs = int(assigned.max()) + 1 if len(assigned) else 0
-    position = np.argsort(random_order(packs, seed, _PACKS, epoch))  # of each pack in the epoch
+    packs = int(assigned.max(initial=-1)) + 1
+    pack_order = random_order(packs, seed, _PACKS, epoch)
+    position = np.argsort(pack_order)  # of each pack in the epoch
     sample_pack = position[assigned]
-    members = samples[np.argsort(sample_pack, kind="stable")]  # stable: a pack's samples stay in shuffled order
-    return EpochPlan(members, np.cumsum([0, *np.bincount(sample_pack, minlength=packs)]))
+    member_order = np.argsort(sample_pack, kind="stable")  # stable: a pack's samples stay in shuffled order
+    counts = np.bincount(sample_pack, minlength=packs)
+    bounds = np.cumsum([0, *counts])
+    return EpochPlan(samples[member_order], bounds)
 
 
 class EpochStream:
@@ -157,10 +173,14 @@ class EpochStream:
         self._dp_size = dp_size
         self._weights = [source.weight for source in tokenised.manifest.sources]
         fits = _fits_limits(tokenised, config, max_positions, skipped)
-        self.dropped = int(len(fits) - fits.sum())
-        self._groups = [np.flatnonzero(fits & (tokenised.sources == k)) for k in range(len(self._weights))]
+        self.dropped = len(fits) - int(fits.sum())
+        self._groups: list[np.ndarray] = []
+        for source in range(len(self._weights)):
+            is_of_source = tokenised.sources == source
+            self._groups.append(np.flatnonzero(fits & is_of_source))
         self._pack = 0  # of the epoch, the next to be taken
-        self._plan = (-1, EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64)))  # the last planned epoch
+        empty_plan = EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64))
+        self._plan = (-1, empty_plan)  # the last planned epoch
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self
@@ -172,13 +192,21 @@ class EpochStream:
             RowError: the set was changed since it was written.
         """
         plan = [self._next_members() for _ in range(self.packs_per_step)]
-        # In int64: the squares of lengths over 46,340 do not fit into int32.
-        lengths = [self._set.lengths[members].astype(np.int64) for members in plan]
-        self.fill = sum(int(tokens.sum()) for tokens in lengths) / (self.packs_per_step * self.pack_tokens)
-        costs = [int((tokens**2).sum()) for tokens in lengths]
+        costs = []
+        token_count = 0
+        for members in plan:
+            # In int64: the squares of lengths over 46,340 do not fit into int32.
+            lengths = self._set.lengths[members].astype(np.int64)
+            token_count += int(lengths.sum())
+            costs.append(int((lengths**2).sum()))
+        space = self.packs_per_step * self.pack_tokens
+        self.fill = token_count / space
+        # Every rank has the same plan and so computes the same shares, without a collective.
+        shares = balance(costs, self._dp_size, equal_counts=True)
         packs = []
-        for index in balance(costs, self._dp_size, equal_counts=True)[self._dp_rank]:
-            packs.append(pack([self._set[int(sample)] for sample in plan[index]]))
+        for index in shares[self._dp_rank]:
+            samples = [self._set[sample] for sample in plan[index].tolist()]
+            packs.append(pack(samples))
         return packs
 
     def steps(self, epochs: int) -> int:
@@ -186,7 +214,9 @@ class EpochStream:
 
         Each epoch is planned for it: seconds for millions of samples.
         """
-        packs = sum(len(self._planned(epoch)) for epoch in range(epochs))
+        packs = 0
+        for epoch in range(epochs):
+            packs += len(self._planned(epoch))
         return -(-packs // self.packs_per_step)
 
     def state(self) -> Mapping[str, Any]:
@@ -200,9 +230,10 @@ class EpochStream:
             ConfigError: the position is that of another set or seed, or of packs of another size.
         """
         for key, current in self._identity().items():
-            if state.get(key) != current:
+            stored = state.get(key)
+            if stored != current:
                 raise ConfigError(
-                    f"data.tokenised: the checkpoint was written with {key} {state.get(key)}, this run has {current}; "
+                    f"data.tokenised: the checkpoint was written with {key} {stored}, this run has {current}; "
                     "use the same set, seed and limits, or another run.dir"
                 )
         self.epoch = state["epoch"]
@@ -221,21 +252,34 @@ class EpochStream:
     def _next_members(self) -> np.ndarray:
         """Return the samples of the next pack, of the next epoch where this one has no more."""
         while self._pack >= len(self._planned(self.epoch)):
+            # An epoch of small weights may have no pack at all.
             self.epoch += 1
             self._pack = 0
+        members = self._planned(self.epoch)[self._pack]
         self._pack += 1
-        return self._planned(self.epoch)[self._pack - 1]
+        return members
 
     def _planned(self, epoch: int) -> EpochPlan:
         """Plan an epoch; the last plan is cached."""
-        if self._plan[0] != epoch:
-            arguments = (self._set.lengths, self._groups, self._weights, self.pack_tokens, self._seed)
-            self._plan = (epoch, plan_epoch(*arguments, epoch))
-        return self._plan[1]
+        planned_epoch, plan = self._plan
+        if planned_epoch != epoch:
+            plan = plan_epoch(
+                self._set.lengths,
+                self._groups,
+                self._weights,
+                self.pack_tokens,
+                self._seed,
+                epoch,
+            )
+            self._plan = (epoch, plan)
+        return plan
 
 
 def _fits_limits(
-    tokenised: TokenisedSet, config: DataConfig, max_positions: int | None, skipped: SkippedRows | None
+    tokenised: TokenisedSet,
+    config: DataConfig,
+    max_positions: int | None,
+    skipped: SkippedRows | None,
 ) -> np.ndarray:
     """Return bool[N], the samples within every limit, and list the others in ``skipped``.
 
@@ -250,6 +294,7 @@ def _fits_limits(
     ]
     fits = np.ones(len(tokenised), bool)
     for name, sizes, limit in limits:
+        # A sample over several limits is listed once, with the first.
         over = np.flatnonzero(fits & (sizes > limit))
         fits[over] = False
         for index in over.tolist():

@@ -24,11 +24,15 @@ def fingerprint(row: Row, config: DataConfig | None = None) -> str:
     digest = hashlib.sha256()
     for message in row.prompt:
         text = " ".join(message.text.split())
-        digest.update(f"{message.role}\0{text}\0".encode())
+        # A zero byte after each: role and text must not run into one another.
+        entry = f"{message.role}\0{text}\0"
+        digest.update(entry.encode())
     images, videos = load_media(row, config or DataConfig())
     # All images before all frames: another order changes the fingerprints that files hold.
     for image in itertools.chain(images, *videos):
-        digest.update(f"{image.width}x{image.height}\0".encode() + image.tobytes())
+        size = f"{image.width}x{image.height}\0"
+        digest.update(size.encode())
+        digest.update(image.tobytes())
     return digest.hexdigest()
 
 
@@ -36,7 +40,8 @@ def write_fingerprints(rows: Iterable[Row], path: Path, config: DataConfig | Non
     """Write the fingerprints of ``rows`` to ``path``, one a line, sorted, and return how many differ."""
     fingerprints = sorted({fingerprint(row, config) for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{item}\n" for item in fingerprints))
+    lines = [f"{item}\n" for item in fingerprints]
+    path.write_text("".join(lines))
     return len(fingerprints)
 
 
@@ -49,11 +54,13 @@ def read_fingerprints(path: Path) -> frozenset[str]:
     if not path.is_file():
         raise ConfigError(f"data.exclude={path}: there is no such file; write it with write_fingerprints or unset it")
     fingerprints = set()
-    for line_number, line in enumerate(path.read_text().splitlines(), start=1):
+    lines = path.read_text().splitlines()
+    for line_number, line in enumerate(lines, start=1):
         item = line.strip().lower()
         if not item:
             continue
         if not _SHA256.fullmatch(item):
-            raise ConfigError(f"{path}:{line_number}: {item[:40]!r} is not a SHA-256; write one fingerprint a line")
+            beginning = item[:40]
+            raise ConfigError(f"{path}:{line_number}: {beginning!r} is not a SHA-256; write one fingerprint a line")
         fingerprints.add(item)
     return frozenset(fingerprints)

@@ -1,6 +1,6 @@
 """Readers of the files that others publish: one function per format, from a decoded object to a `Row`.
 
-Each takes ``(raw, where, image_root)`` as `ovr_megatron.data.schema.parse_row` does, which is the reader
+Each takes ``(raw, where, image_root)`` as `ovr_megatron.data.row_parsing.parse_row` does, which is the reader
 of our own form, and raises `RowError` naming the field of the file, not of our schema.
 """
 
@@ -26,18 +26,10 @@ from ovr_megatron.data.media import (
     refuse_unread,
 )
 from ovr_megatron.data.questions import field_of, options_of, prompt_row, texts
-from ovr_megatron.data.schema import (
-    Message,
-    Row,
-    RowError,
-    TextPart,
-    option_letter,
-    parse_image,
-    parse_row,
-    parse_text,
-)
+from ovr_megatron.data.row_parsing import option_letter, parse_image, parse_row, parse_text
+from ovr_megatron.data.schema import Message, Row, RowError, TextPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
-from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
+from ovr_megatron.runtime.registry import Registry
 
 Reader = Callable[[Any, str, Path], Row]
 
@@ -53,22 +45,32 @@ def read_orz(raw: Any, where: str, image_root: Path) -> Row:
     """
     if isinstance(raw, Mapping) and "0" in raw:
         raw = [raw["0"], raw.get("1")]
+    turn = None
+    answer = None
     if isinstance(raw, Mapping):
-        prompt = raw.get("prompt")
-        turn = prompt[0] if isinstance(prompt, Sequence) and len(prompt) == 1 else None
         answer_field = "final_answer"
         answer = raw.get("final_answer")
+        prompt = raw.get("prompt")
+        if isinstance(prompt, Sequence) and len(prompt) == 1:
+            turn = prompt[0]
     else:
-        turn, reply = raw if isinstance(raw, Sequence) and len(raw) == 2 else (None, None)
-        truth = reply.get("ground_truth") if isinstance(reply, Mapping) else None
         answer_field = "ground_truth.value"
-        answer = truth.get("value") if isinstance(truth, Mapping) else None
-    question = turn.get("value") if isinstance(turn, Mapping) else None
+        if isinstance(raw, Sequence) and len(raw) == 2:
+            turn, reply = raw
+            answer = _value_of(_value_of(reply, "ground_truth"), "value")
+    question = _value_of(turn, "value")
     if not isinstance(question, str) or not question.strip():
         raise RowError(where, "prompt", "has no question", "give exactly one turn {'from': 'user', 'value': text}")
     if answer is None:
         raise RowError(where, answer_field, "is missing", "give the final answer or remove the row")
     return prompt_row((TextPart(question),), answer, (), where)
+
+
+def _value_of(value: Any, key: str) -> Any:
+    """Return the field ``key`` of an object; None of anything else."""
+    if isinstance(value, Mapping):
+        return value.get(key)
+    return None
 
 
 def read_mathvision(raw: Any, where: str, image_root: Path) -> Row:
@@ -79,20 +81,25 @@ def read_mathvision(raw: Any, where: str, image_root: Path) -> Row:
     """
     question = field_of(raw, "question", where)
     key = "decoded_image" if raw.get("decoded_image") is not None else "image"
-    image = parse_image(field_of(raw, key, where), where, key, image_root)
-    before, *after = _MARKER.split(question)
-    if len(after) == 1:
-        parts = (*texts(before), image, *texts(after[0]))
+    picture = field_of(raw, key, where)
+    image = parse_image(picture, where, key, image_root)
+    pieces = _MARKER.split(question)
+    if len(pieces) == 2:
+        before, after = pieces
+        parts = (*texts(before), image, *texts(after))
     else:
         parts = (image, TextPart(question))
     level = raw.get("level")
+    difficulty = None
+    if isinstance(level, (int, float)):
+        difficulty = float(level) / 5
     return prompt_row(
         parts,
         field_of(raw, "answer", where),
         options_of(raw, where),
         where,
         id=str(raw.get("id") or ""),
-        difficulty=float(level) / 5 if isinstance(level, (int, float)) else None,
+        difficulty=difficulty,
     )
 
 
@@ -106,7 +113,8 @@ def read_puzzlevqa(raw: Any, where: str, image_root: Path) -> Row:
         remedy = f"give one of {', '.join(options)}"
         raise RowError(where, "answer", f"{answer!r} is none of the options", remedy)
     question = TextPart(field_of(raw, "question", where))
-    return prompt_row((image, question), option_letter(options.index(answer)), options, where)
+    letter = option_letter(options.index(answer))
+    return prompt_row((image, question), letter, options, where)
 
 
 @dataclass(frozen=True)
@@ -126,26 +134,31 @@ class Format:
 
 
 _PICTURES = frozenset({"image", "decoded_image"})
-_FORMATS: dict[str, Format] = {
-    "messages": Format(parse_row, "messages"),
-    "orz": Format(read_orz, "prompt"),
-    "verl": Format(read_verl, "prompt"),
-    "llava": Format(read_llava, "conversations"),
-    "alpaca": Format(read_alpaca, "instruction"),
-    "query": Format(read_query, "query"),
-    "mathvision": Format(read_mathvision, media=_PICTURES),
-    "puzzlevqa": Format(read_puzzlevqa, media=_PICTURES),
-    "math": Format(BENCHMARK_READERS["math"], "problem"),
-    "gpqa": Format(BENCHMARK_READERS["gpqa"], "Question"),
-    "mmlu": Format(BENCHMARK_READERS["mmlu"]),
-    "mmlu_pro": Format(BENCHMARK_READERS["mmlu_pro"]),
-    "mathvista": Format(BENCHMARK_READERS["mathvista"], media=_PICTURES),
-    "mathverse": Format(BENCHMARK_READERS["mathverse"], media=_PICTURES),
-    "dynamath": Format(BENCHMARK_READERS["dynamath"], media=_PICTURES),
-    "wemath": Format(BENCHMARK_READERS["wemath"], media=_PICTURES | {"image_path"}),
-    "logicvista": Format(BENCHMARK_READERS["logicvista"], media=_PICTURES | {"imagename"}),
-    "mmmu_pro": Format(BENCHMARK_READERS["mmmu_pro"], media=_PICTURES | {f"image_{i}" for i in range(1, 8)}),
-}
+_FORMATS = Registry[Format](
+    "data.sources[].format",
+    {
+        "messages": Format(parse_row, "messages"),
+        "orz": Format(read_orz, "prompt"),
+        "verl": Format(read_verl, "prompt"),
+        "llava": Format(read_llava, "conversations"),
+        "alpaca": Format(read_alpaca, "instruction"),
+        "query": Format(read_query, "query"),
+        "mathvision": Format(read_mathvision, media=_PICTURES),
+        "puzzlevqa": Format(read_puzzlevqa, media=_PICTURES),
+        "math": Format(BENCHMARK_READERS["math"], "problem"),
+        "gpqa": Format(BENCHMARK_READERS["gpqa"], "Question"),
+        "mmlu": Format(BENCHMARK_READERS["mmlu"]),
+        "mmlu_pro": Format(BENCHMARK_READERS["mmlu_pro"]),
+        "mathvista": Format(BENCHMARK_READERS["mathvista"], media=_PICTURES),
+        "mathverse": Format(BENCHMARK_READERS["mathverse"], media=_PICTURES),
+        "dynamath": Format(BENCHMARK_READERS["dynamath"], media=_PICTURES),
+        "wemath": Format(BENCHMARK_READERS["wemath"], media=_PICTURES | {"image_path"}),
+        "logicvista": Format(BENCHMARK_READERS["logicvista"], media=_PICTURES | {"imagename"}),
+        "mmmu_pro": Format(BENCHMARK_READERS["mmmu_pro"], media=_PICTURES | {f"image_{i}" for i in range(1, 8)}),
+    },
+    lambda value: value if isinstance(value, Format) else None,
+    "a Format",
+)
 _LISTS = ("messages", "prompt", "completion", "conversations")  # of turns
 _READ_IN_TURNS = ("content", "value", "role", "from", "reasoning_content")
 _UNREAD_IN_TURNS = ("tools", "tool_calls", "function_call", "functions", "reasoning", "thinking", "thought", "system")
@@ -158,23 +171,33 @@ def read_row(form: Format, raw: Any, where: str, image_root: Path) -> Row:
         RowError: the row cannot be used; a column with a medium, a mark of a medium or a part of the chat is not read.
     """
     fields = raw if isinstance(raw, Mapping) else {}
-    refuse_unread(fields, form.media or {*IMAGE_COLUMNS, *VIDEO_COLUMNS}, where)
+    read_columns = form.media or {*IMAGE_COLUMNS, *VIDEO_COLUMNS}
+    refuse_unread(fields, read_columns, where)
     _refuse_unread_chat(fields, raw, form, where)
     row = form.read(raw, where, image_root)
-    media = ColumnMedia() if form.media else parse_columns(fields, where, image_root)
+    media = ColumnMedia()
+    if not form.media:
+        media = parse_columns(fields, where, image_root)
     messages = place_media(row.messages, media, where, form.text)
     refuse_marks(messages, where, form.text)
     return replace(row, messages=_with_columns(messages, fields, where))
 
 
-def _refuse_unread_chat(fields: Mapping[str, Any], raw: Any, form: Format, where: str) -> None:
+def _refuse_unread_chat(
+    fields: Mapping[str, Any],
+    raw: Any,
+    form: Format,
+    where: str,
+) -> None:
     """Raise `RowError` for tools, a history that the format does not read, and media or thoughts inside turns."""
     unread_columns = ["tools", "functions"]
     if form.read not in (read_alpaca, read_query):
         unread_columns.append("history")
     for name in unread_columns:
         value = fields.get(name)
-        if isinstance(value, (str, Sequence)) and value not in ("", "[]") and len(value):
+        # Some sets write an empty list, or its text, into every row.
+        is_filled = isinstance(value, Sequence) and len(value) > 0
+        if is_filled and value != "[]":
             raise RowError(where, name, "is not read", "remove the row, or the field if the chat does without it")
     for name in _LISTS:
         _refuse_unread_turns(fields.get(name), name, where)
@@ -195,25 +218,31 @@ def _refuse_unread_turns(turns: Any, name: str, where: str) -> None:
             raise RowError(where, prefix + unread, "is not read", remedy)
 
 
-def _with_columns(messages: tuple[Message, ...], fields: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+def _with_columns(
+    messages: tuple[Message, ...],
+    fields: Mapping[str, Any],
+    where: str,
+) -> tuple[Message, ...]:
     """Return the chat with the system message and the thought of its reply that stand in columns beside it."""
     system = fields.get("system")
     thought = fields.get("reasoning_content")
     if isinstance(system, str) and system.strip():
         if messages[0].role != "system":
-            messages = (Message("system", (TextPart(system),)), *messages)
+            first = Message("system", (TextPart(system),))
+            messages = (first, *messages)
         elif messages[0].text != system:
             raise RowError(where, "system", "stands beside a chat with another system message", "remove one of the two")
     last = messages[-1]
-    if not isinstance(thought, str) or not thought.strip() or last.role != "assistant":
+    if last.role != "assistant":
+        return messages
+    if not isinstance(thought, str) or not thought.strip():
         return messages
     if END_OF_THOUGHT in last.text:
         problem = "stands beside a reply that has a thought of its own"
         raise RowError(where, "reasoning_content", problem, "remove one of the two")
-    return (*messages[:-1], replace(last, parts=(TextPart(with_thought(thought, last.text)),)))
-
-
-READERS: dict[str, Reader] = {name: partial(read_row, form) for name, form in _FORMATS.items()}
+    trace = with_thought(thought, last.text)
+    reply = replace(last, parts=(TextPart(trace),))
+    return (*messages[:-1], reply)
 
 
 _SIGNS = {  # fields that a format is detected by; the first match counts, so the more specific ones come first
@@ -245,8 +274,7 @@ def register_format(name: str, form: Format, signs: Collection[str] = ()) -> Non
     Raises:
         RegistryError: The name is taken.
     """
-    add_row(_FORMATS, name, form)
-    READERS[name] = partial(read_row, form)
+    _FORMATS.register(name, form)
     FORMATS.append(name)
     if signs:
         _SIGNS[name] = set(signs)
@@ -258,12 +286,7 @@ def find_reader(name: str) -> Reader:
     Raises:
         RegistryError: There is none.
     """
-    if name in READERS:
-        return READERS[name]
-    form = find_row("data.sources[].format", name, _FORMATS)
-    if not isinstance(form, Format):
-        raise RegistryError(f"data.sources[].format={name} is of type {type(form).__name__}; make it a Format")
-    return partial(read_row, form)
+    return partial(read_row, _FORMATS.look_up(name))
 
 
 _ANSWERS = {"reward_model", "data_source", "response", "completion", "answer", "solution"}
@@ -284,9 +307,14 @@ def detect(raw: Any, where: str) -> str:
         return "llava"
     if "prompt" in keys and keys & _ANSWERS and "final_answer" not in keys:
         return "verl"
-    if isinstance(raw, list) or {"prompt", "final_answer"} <= keys or {"0", "1"} <= keys:
+    if {"prompt", "final_answer"} <= keys or {"0", "1"} <= keys:
         return "orz"
-    if name := next((name for name, signs in _SIGNS.items() if signs <= keys), None):
-        return name
-    remedy = f"give rows with 'messages', or set the format of the source to one of {', '.join(READERS)}"
-    raise RowError(where, "row", f"has only the fields {', '.join(sorted(keys)) or '(none)'}", remedy)
+    if isinstance(raw, list):
+        return "orz"
+    for name, signs in _SIGNS.items():
+        if signs <= keys:
+            return name
+    fields = ", ".join(sorted(keys)) or "(none)"
+    formats = ", ".join(_FORMATS.rows)
+    remedy = f"give rows with 'messages', or set the format of the source to one of {formats}"
+    raise RowError(where, "row", f"has only the fields {fields}", remedy)

@@ -62,14 +62,21 @@ def one_sentence(what: str, remedy: str) -> Iterator[None]:
     except (MemoryError, AssetError):
         raise
     except Exception as error:
-        raise AssetError(f"{what} ({reason_of(error)}); {remedy}") from error
+        reason = reason_of(error)
+        raise AssetError(f"{what} ({reason}); {remedy}") from error
 
 
 def reason_of(error: BaseException) -> str:
     """Return the first line of a library's message, bounded and printable, with the error's class."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    text = "".join(letter if letter.isprintable() else "?" for letter in f"{type(error).__name__}: {line}")
-    return text if len(text) <= _REASON_CHARACTERS else text[:_REASON_CHARACTERS] + "..."
+    # The first that is not blank: some messages begin with an empty line.
+    lines = str(error).strip().splitlines()
+    line = lines[0].strip() if lines else ""
+    reason = f"{type(error).__name__}: {line}"
+    characters = [letter if letter.isprintable() else "?" for letter in reason]
+    text = "".join(characters)
+    if len(text) > _REASON_CHARACTERS:
+        return text[:_REASON_CHARACTERS] + "..."
+    return text
 
 
 def load_assets(directory: str | Path, shape: ModelShape) -> HfAssets:
@@ -94,13 +101,20 @@ def load_assets(directory: str | Path, shape: ModelShape) -> HfAssets:
     with one_sentence(f"{directory}: its tokenizer cannot be used", "get tokenizer.json of the model again"):
         check_tokenizer(processor.tokenizer, shape, directory)
     for part in (processor.image_processor, processor.video_processor):
-        with one_sentence(f"{directory}: its {type(part).__name__} cannot be used", f"get {PREPROCESSOR} again"):
+        name = type(part).__name__
+        with one_sentence(f"{directory}: its {name} cannot be used", f"get {PREPROCESSOR} again"):
             _check_pixels(part, shape, directory)
     template = processor.chat_template or processor.tokenizer.chat_template
     if template is not None and not isinstance(template, str):
+        # Transformers gives several templates as a dictionary by name.
         names = ", ".join(template) if isinstance(template, dict) else type(template).__name__
         raise AssetError(f"{directory}: it has several chat templates ({names}); leave one, or set data.template=think")
-    return HfAssets(processor.tokenizer, processor.image_processor, processor.video_processor, template)
+    return HfAssets(
+        processor.tokenizer,
+        processor.image_processor,
+        processor.video_processor,
+        template,
+    )
 
 
 def check_assets(directory: str | Path) -> ModelShape:
@@ -125,9 +139,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, direc
         raise AssetError(f"{directory}: its tokenizer is not a fast one; save it with tokenizer.json")
     family = family_of(shape)
     vocabulary = tokenizer.get_vocab()
-    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= shape.vocab)
+    beyond = []
+    for token, index in vocabulary.items():
+        if index >= shape.vocab:
+            beyond.append((index, token))
     if beyond:
-        index, token = beyond[0]
+        index, token = min(beyond)
         raise AssetError(
             f"{directory}: {len(beyond)} ids of the tokenizer lie past the model's vocabulary of {shape.vocab}, the "
             f"first is {index} ({token!r}); tokenizer and config.json do not belong together, get both again"
@@ -140,28 +157,42 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelShape, direc
     for name in ("image", "video", "vision_start", "vision_end"):
         index = getattr(shape, f"{name}_token")
         token = getattr(family.tokens, name)
-        if vocabulary.get(token) != index:
+        token_id = vocabulary.get(token)
+        if token_id != index:
             raise AssetError(
-                f"{directory}: {token} is {vocabulary.get(token)} in the tokenizer and {index} in config.json "
+                f"{directory}: {token} is {token_id} in the tokenizer and {index} in config.json "
                 f"({name}_token_id); get both files again"
             )
-    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {}
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special[token.content] = index
     ordinary = [name for name in family.tokens.chat if name not in special]
     if ordinary:
         raise AssetError(
             f"{directory}: {ordinary[0]} is no special token of the tokenizer, so that a text could write it; get "
             "tokenizer.json and tokenizer_config.json of the model again"
         )
-    ids = _check_round_trip(tokenizer, "".join(f"{name}x" for name in special), directory)
+    text = "".join(f"{name}x" for name in special)
+    ids = _check_round_trip(tokenizer, text, directory)
     lost = [name for name, index in special.items() if index not in ids]
     if lost:
         raise AssetError(f"{directory}: {lost[0]} becomes other ids than its own; get tokenizer.json again")
 
 
-def _check_round_trip(tokenizer: PreTrainedTokenizerBase, text: str, directory: str | Path) -> list[int]:
+def _check_round_trip(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    directory: str | Path,
+) -> list[int]:
     """Return the ids of ``text``; raise `AssetError` unless they decode to ``text``."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # No cleaning up: it would drop spaces before punctuation.
+    decoded = tokenizer.decode(
+        ids,
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
     if decoded != text:
         raise AssetError(
             f"{directory}: the tokenizer does not give a text back: {text[:24]!r} becomes {decoded[:24]!r}; its "
@@ -176,7 +207,8 @@ def check_template(template: str, special: dict[str, int], directory: str | Path
     Raises:
         AssetError: names the mark.
     """
-    unknown = sorted(set(_MARK.findall(template)) - special.keys())
+    marks = set(_MARK.findall(template))
+    unknown = sorted(marks - special.keys())
     if unknown:
         raise AssetError(
             f"{directory}: the chat template writes {unknown[0]}, which is no special token of the tokenizer; template "
@@ -210,10 +242,15 @@ def _check_pixels(processor: Any, shape: ModelShape, directory: str | Path) -> N
             )
     for name in ("image_mean", "image_std"):
         values = getattr(processor, name)
-        if len(values) != 3 or not all(abs(float(value)) < 1e3 for value in values):
+        if len(values) != 3 or not all(map(_is_bounded, values)):
             raise AssetError(f"{directory}: {name} is {values!r} and not three numbers; correct {PREPROCESSOR}")
     if not all(float(value) > 0 for value in processor.image_std):
         raise AssetError(f"{directory}: image_std is {processor.image_std!r}; each must be above 0")
+
+
+def _is_bounded(value: Any) -> bool:
+    # Compared, and not only converted: no bound holds for NaN.
+    return abs(float(value)) < 1e3
 
 
 def _check_json(folder: Path) -> None:
@@ -268,16 +305,20 @@ def complete_folder(directory: Path) -> Path:
             # The resolved file: in Hugging Face's cache the path is itself a link, relative to its folder.
             (stand_in / path.name).symlink_to(path.resolve())
         # The folder's own settings count, all but the early name.
-        complete = {**published, **settings, "image_processor_type": published["image_processor_type"]}
+        image_class = published["image_processor_type"]
+        complete = {**published, **settings, "image_processor_type": image_class}
         if preprocessor or not nested:
-            (stand_in / PREPROCESSOR).write_text(json.dumps(complete, indent=2) + "\n")
+            name = PREPROCESSOR
+            contents = complete
         else:
-            (stand_in / PROCESSOR).write_text(json.dumps({**processor, "image_processor": complete}, indent=2) + "\n")
+            name = PROCESSOR
+            contents = {**processor, "image_processor": complete}
+        text = json.dumps(contents, indent=2) + "\n"
+        (stand_in / name).write_text(text)
     if os.environ.get("RANK", "0") == "0":  # once a run, before torch knows its ranks
         problem = "does not describe an image processor"
         if type_name:
             problem = f"names {type_name}, which Transformers does not know"
-        image_class = published["image_processor_type"]
         notice = f"notice: {directory} {problem}; {image_class} with {family.title}'s numbers is used"
         logger.log(NOTICE, notice)
     return stand_in

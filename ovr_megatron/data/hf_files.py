@@ -33,16 +33,25 @@ class AssetError(UserError, ValueError):
 
 def list_hf_assets(directory: Path) -> list[str]:
     """Return every file of a folder that matches `HF_ASSETS`, relative to it, sorted."""
+    templates = directory / "additional_chat_templates"
+    names = []
     # Listed and not globbed: a link that leads nowhere is there, too.
-    paths = (*directory.iterdir(), *(directory / "additional_chat_templates").glob("*"))
-    names = (path.relative_to(directory).as_posix() for path in paths if not path.is_dir())
-    return sorted(name for name in names if _matches(name, HF_ASSETS))
+    for path in (*directory.iterdir(), *templates.glob("*")):
+        name = path.relative_to(directory).as_posix()
+        if not path.is_dir() and _matches(name, HF_ASSETS):
+            names.append(name)
+    return sorted(names)
 
 
 def list_other_files(directory: Path) -> list[str]:
     """Return the files of a folder that are neither HF assets nor weights, and are not copied; hidden files aside."""
-    names = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
-    return sorted(name for name in names if not _matches(name, (*HF_ASSETS, *_WEIGHTS)))
+    known_patterns = (*HF_ASSETS, *_WEIGHTS)
+    names = []
+    for path in directory.iterdir():
+        is_hidden = path.name.startswith(".")
+        if not is_hidden and not _matches(path.name, known_patterns):
+            names.append(path.name)
+    return sorted(names)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -64,11 +73,13 @@ def copy_files(source: Path, out: Path) -> list[str]:
     for name in names:
         check_link(source, name)
         path = source / name
-        if path.stat().st_size > _MAX_BYTES:
-            raise AssetError(f"{path} has {path.stat().st_size:,} bytes; it is not what its name says, remove it")
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise AssetError(f"{path} has {size:,} bytes; it is not what its name says, remove it")
     for name in names:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, out / name)  # contents alone: a read-only source must not lock the copy
+        copy = out / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, copy)  # contents alone: a read-only source must not lock the copy
     return names
 
 
@@ -83,8 +94,11 @@ def check_link(directory: Path, name: str) -> None:
     path = directory / name
     home = directory.resolve()
     target = path.resolve()
-    is_cache = home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")
-    if not (target.is_relative_to(home) or is_cache):
+    is_inside = target.is_relative_to(home)
+    if home.parent.name == "snapshots" and not is_inside:
+        blobs = home.parent.parent / "blobs"
+        is_inside = target.is_relative_to(blobs)
+    if not is_inside:
         raise AssetError(f"{path} is a link that leaves the folder, to {target}; put the file itself there")
     if not target.is_file():
         raise AssetError(f"{path} leads to {target}, which is no file; remove it or put the file itself there")

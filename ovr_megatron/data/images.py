@@ -7,7 +7,6 @@ evaluation see the same pixels and the same limits.
 from __future__ import annotations
 
 import io
-import itertools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from ovr_megatron.config import DataConfig
-from ovr_megatron.data.schema import ImagePart, Part, Row, RowError, VideoPart
+from ovr_megatron.data.schema import ImagePart, Row, RowError, VideoPart, all_parts
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 200  # image processors of vision-language models refuse more elongated pictures
@@ -24,6 +23,7 @@ MAX_ASPECT = 200  # image processors of vision-language models refuse more elong
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe")  # keys of texts that may hold an orientation
 _TRANSPOSITIONS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,8 +60,9 @@ def image_size(part: ImagePart, config: DataConfig) -> tuple[int, int]:
         image = _open(part, config)
         width, height = image.size
         # Pillow gives a TIFF the size of the turned picture; a picture in memory is not turned.
-        is_upright = part.image is not None or image.format == "TIFF"
-        if not is_upright and _read_orientation(image) in _SIDEWAYS:
+        if part.image is not None or image.format == "TIFF":
+            return width, height
+        if _read_orientation(image) in _SIDEWAYS:
             return height, width
         return width, height
 
@@ -74,7 +75,8 @@ def _name_errors(part: ImagePart) -> Iterator[None]:
     except RowError:
         raise
     except _DECODE_ERRORS as error:
-        remedy = f"give an intact {', '.join(FORMATS)} file or remove the row"
+        formats = ", ".join(FORMATS)
+        remedy = f"give an intact {formats} file or remove the row"
         raise _error(part, f"cannot be decoded ({error})", remedy) from error
 
 
@@ -88,7 +90,8 @@ def _open(part: ImagePart, config: DataConfig) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except ValueError:  # a comment that is too large when unpacked
-            image = Image.open(io.BytesIO(_strip_png_texts(data)), formats=FORMATS)
+            data_without_texts = _strip_png_texts(data)
+            image = Image.open(io.BytesIO(data_without_texts), formats=FORMATS)
     _check_size(image, part, config)
     if image.mode in ("F", "I") and image.format != "PNG":
         remedy = "convert it to 8 bits a channel, since the range of its values is not known"
@@ -101,8 +104,9 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     start = len(_PNG)
     while start + 12 <= len(data):
         (size,) = struct.unpack_from(">I", data, start)
+        name = data[start + 4 : start + 8]
         end = start + 12 + size  # length, name and checksum take 12 bytes
-        yield data[start + 4 : start + 8], start, end
+        yield name, start, end
         start = end
 
 
@@ -110,16 +114,21 @@ def _strip_png_texts(data: bytes) -> bytes:
     """Return the file without the texts that a PNG may carry; other files as they are."""
     if not data.startswith(_PNG):
         return data
-    return _PNG + b"".join(data[start:end] for name, start, end in _png_chunks(data) if name not in _PNG_TEXTS)
+    chunks = [_PNG]
+    for name, start, end in _png_chunks(data):
+        if name not in _PNG_TEXTS:
+            chunks.append(data[start:end])
+    return b"".join(chunks)
 
 
 def _may_have_orientation(data: bytes) -> bool:
     """Return whether a chunk of a PNG may hold an orientation: EXIF, also as a text, or XMP."""
     for name, start, end in _png_chunks(data):
-        content = data[start + 8 : min(end, start + 40)]
         if name == b"eXIf":
             return True
-        if name in _PNG_TEXTS and content.startswith((b"Raw profile type exif", b"XML:com.adobe")):
+        # The beginning is enough: a text may have megabytes.
+        content = data[start + 8 : min(end, start + 40)]
+        if name in _PNG_TEXTS and content.startswith(_ORIENTATION_TEXTS):
             return True
     return False
 
@@ -127,20 +136,26 @@ def _may_have_orientation(data: bytes) -> bool:
 def _read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 where there is none; a PNG is decoded only if it may stand behind the pixels."""
     file = getattr(image, "fp", None)  # closed when the pixels were read
-    if image.format == "PNG" and isinstance(file, io.BytesIO) and "exif" not in image.info:
-        if not _may_have_orientation(file.getvalue()):
+    if image.format == "PNG" and "exif" not in image.info:
+        if isinstance(file, io.BytesIO) and not _may_have_orientation(file.getvalue()):
             return 1
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    exif = image.getexif()
+    return exif.get(ExifTags.Base.Orientation, 1)
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
     """Return the image turned by its EXIF orientation; no other EXIF field, which may be damaged, is read."""
     image.load()  # a TIFF turns itself
     transposition = _TRANSPOSITIONS.get(_read_orientation(image))
-    return image if transposition is None else image.transpose(transposition)
+    if transposition is None:
+        return image
+    return image.transpose(transposition)
 
 
-def load_media(row: Row, config: DataConfig) -> tuple[list[Image.Image], list[list[Image.Image]]]:
+def load_media(
+    row: Row,
+    config: DataConfig,
+) -> tuple[list[Image.Image], list[list[Image.Image]]]:
     """Open the images and the video frames of ``row`` in the order in which they appear.
 
     Returns:
@@ -149,28 +164,30 @@ def load_media(row: Row, config: DataConfig) -> tuple[list[Image.Image], list[li
     Raises:
         RowError: as `load_image`, or more than ``max_images`` images or ``max_frames`` frames in a video.
     """
+    # Before any is opened: too many would fill the memory.
     check_counts(row, config)
-    parts = _all_parts(row)
-    images = [load_image(part, config) for part in parts if isinstance(part, ImagePart)]
+    parts = all_parts(row.messages)
+    images = []
+    for part in parts:
+        if isinstance(part, ImagePart):
+            images.append(load_image(part, config))
     videos = []
     for part in parts:
         if isinstance(part, VideoPart):
-            videos.append([load_image(frame, config) for frame in part.frames])
+            frames = [load_image(frame, config) for frame in part.frames]
+            videos.append(frames)
     return images, videos
 
 
 def check_counts(row: Row, config: DataConfig) -> None:
     """Raise `RowError` for more than ``max_images`` images or ``max_frames`` frames in a video."""
-    parts = _all_parts(row)
+    parts = all_parts(row.messages)
     images = sum(isinstance(part, ImagePart) for part in parts)
     _check_count(row, "images", images, "max_images", config.max_images)
     for video in parts:
         if isinstance(video, VideoPart):
-            _check_count(row, "frames in a video", len(video.frames), "max_frames", config.max_frames)
-
-
-def _all_parts(row: Row) -> list[Part]:
-    return list(itertools.chain.from_iterable(message.parts for message in row.messages))
+            frames = len(video.frames)
+            _check_count(row, "frames in a video", frames, "max_frames", config.max_frames)
 
 
 def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
@@ -179,18 +196,18 @@ def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
     Raises:
         RowError: the file is missing, outside its root, or over ``max_image_bytes``.
     """
-    data = part.data if part.data is not None else _read(part, config)
-    if len(data) > config.max_image_bytes:
-        raise _too_large(part, f"has {len(data):,} bytes", "max_image_bytes", config.max_image_bytes)
+    data = part.data
+    if data is None:
+        data = _read(part, config)
+    _check_bytes(part, len(data), config)
     return data
 
 
 def _read(part: ImagePart, config: DataConfig) -> bytes:
     assert part.path is not None, "an ImagePart has a path, an image or data"
     path = _resolve_in_root(part, part.path)
-    size = path.stat().st_size
-    if size > config.max_image_bytes:
-        raise _too_large(part, f"has {size:,} bytes", "max_image_bytes", config.max_image_bytes)
+    # Before it is read: a path may name a file of any size.
+    _check_bytes(part, path.stat().st_size, config)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -201,7 +218,10 @@ def _resolve_in_root(part: ImagePart, path: Path) -> Path:
     """Return ``path`` without links; raise `RowError` if it is no file below the root of ``part``."""
     try:
         resolved = path.resolve()
-        outside = part.root is not None and not resolved.is_relative_to(part.root.resolve())
+        outside = False
+        if part.root is not None:
+            root = part.root.resolve()
+            outside = not resolved.is_relative_to(root)
         missing = not resolved.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, a zero byte
         raise _error(part, f"is no usable path ({error})", "correct the path or remove the row") from error
@@ -217,7 +237,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     if image.mode.startswith("I"):  # 16 bits; a PNG's may come as 32.  "L" would clip at 255.
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+        wide = image.convert("I")
+        image = wide.point(lambda value: value / 256).convert("L")
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
         # On white, the paper of most figures: a conversion alone would show the colour behind transparent pixels.
@@ -228,22 +249,34 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _check_size(image: Image.Image, part: ImagePart, config: DataConfig) -> None:
     width, height = image.size
+    size = f"{width} x {height} pixels"
     if width * height > config.max_image_pixels:
-        raise _too_large(part, f"has {width} x {height} pixels", "max_image_pixels", config.max_image_pixels)
+        raise _too_large(part, f"has {size}", "max_image_pixels", config.max_image_pixels)
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise _error(part, f"of {width} x {height} pixels is too elongated", f"crop it to at most 1:{MAX_ASPECT}")
+        remedy = f"crop it to at most 1:{MAX_ASPECT}"
+        raise _error(part, f"of {size} is too elongated", remedy)
+
+
+def _check_bytes(part: ImagePart, size: int, config: DataConfig) -> None:
+    if size > config.max_image_bytes:
+        raise _too_large(part, f"has {size:,} bytes", "max_image_bytes", config.max_image_bytes)
 
 
 def _check_count(row: Row, what: str, count: int, key: str, limit: int) -> None:
     if count > limit:
+        problem = f"{count} {what}, more than data.{key}={limit}"
         remedy = f"remove the row or raise data.{key}"
-        raise RowError(row.where, "messages", f"{count} {what}, more than data.{key}={limit}", remedy)
+        raise RowError(row.where, "messages", problem, remedy)
 
 
 def _too_large(part: ImagePart, problem: str, key: str, limit: int) -> RowError:
-    return _error(part, f"{problem}, more than data.{key}={limit:,}", f"shrink the image or raise data.{key}")
+    problem = f"{problem}, more than data.{key}={limit:,}"
+    remedy = f"shrink the image or raise data.{key}"
+    return _error(part, problem, remedy)
 
 
 def _error(part: ImagePart, problem: str, remedy: str) -> RowError:
-    name = f"image {str(part.path)!r} " if part.path is not None else "image "
-    return RowError(part.where, part.field, name + problem, remedy)
+    name = "image"
+    if part.path is not None:
+        name = f"image {str(part.path)!r}"
+    return RowError(part.where, part.field, f"{name} {problem}", remedy)

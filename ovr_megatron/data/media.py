@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +14,8 @@ from typing import Any
 
 import PIL.Image
 
-from ovr_megatron.data.schema import (
-    ImagePart,
-    Message,
-    Part,
-    RowError,
-    TextPart,
-    VideoPart,
-    parse_image,
-    parse_video,
-)
+from ovr_megatron.data.row_parsing import parse_image, parse_video
+from ovr_megatron.data.schema import ImagePart, Message, Part, RowError, TextPart, VideoPart
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
@@ -62,6 +53,7 @@ def is_medium(name: str, value: Any) -> bool:
     if isinstance(value, (bytes, PIL.Image.Image)):
         return True
     if isinstance(value, Mapping):
+        # `datasets` gives an object all the keys of its column, null where the file has none.
         keys = {key for key, item in value.items() if item is not None}
         if not keys:
             return False
@@ -71,18 +63,27 @@ def is_medium(name: str, value: Any) -> bool:
     if isinstance(value, str):
         if not value.strip() or _LABELS.fullmatch(name):
             return False
-        return _is_medium_name(name) or _MEDIUM_FILE.fullmatch(value) is not None
+        if _is_medium_name(name):
+            return True
+        return _MEDIUM_FILE.fullmatch(value) is not None
     if isinstance(value, Sequence):
         return any(is_medium(name, item) for item in value)
     return False
 
 
-def refuse_unread(raw: Mapping[str, Any], read: Collection[str], where: str, prefix: str = "") -> None:
+def refuse_unread(
+    raw: Mapping[str, Any],
+    read: Collection[str],
+    where: str,
+    prefix: str = "",
+) -> None:
     """Raise `RowError` for the first field of ``raw`` that holds a medium and is not one of ``read``."""
     for name, value in raw.items():
         if name not in read and is_medium(name, value):
-            problem = f"holds an image, a video or audio that this format does not read: {str(value)[:60]!r}"
-            raise RowError(where, prefix + name, problem, f"give images in a column 'images'; {_REMEDY}")
+            beginning = str(value)[:60]
+            problem = f"holds an image, a video or audio that this format does not read: {beginning!r}"
+            remedy = f"give images in a column 'images'; {_REMEDY}"
+            raise RowError(where, prefix + name, problem, remedy)
 
 
 def parse_columns(raw: Mapping[str, Any], where: str, image_root: Path) -> ColumnMedia:
@@ -92,17 +93,29 @@ def parse_columns(raw: Mapping[str, Any], where: str, image_root: Path) -> Colum
         RowError: both names of a column are filled, or a value cannot be read.
     """
     image_field, values = _read_column(raw, IMAGE_COLUMNS, where)
-    images = [parse_image(value, where, f"{image_field}[{i}]", image_root) for i, value in enumerate(values)]
+    images = []
+    for i, value in enumerate(values):
+        image = parse_image(value, where, f"{image_field}[{i}]", image_root)
+        images.append(image)
     video_field, values = _read_column(raw, VIDEO_COLUMNS, where)
-    if video_field == "video" and len(values) > 1 and isinstance(values[0], (str, Mapping)):
-        values = [values]  # the frames of one video
+    if video_field == "video" and len(values) > 1:
+        # The column of one video may hold its frames without a list around them.
+        if isinstance(values[0], (str, Mapping)):
+            values = [values]
+    fps = raw.get("fps")
     videos = []
     for i, value in enumerate(values):
-        videos.append(parse_video(value, raw.get("fps"), where, f"{video_field}[{i}]", image_root))
+        video = parse_video(value, fps, where, f"{video_field}[{i}]", image_root)
+        videos.append(video)
     return ColumnMedia(images, videos, image_field or video_field)
 
 
-def place_media(messages: tuple[Message, ...], media: ColumnMedia, where: str, text_field: str) -> tuple[Message, ...]:
+def place_media(
+    messages: tuple[Message, ...],
+    media: ColumnMedia,
+    where: str,
+    text_field: str,
+) -> tuple[Message, ...]:
     """Put media at the marks of the user's texts; media without marks of their kind go before the first user's text.
 
     Args:
@@ -115,22 +128,27 @@ def place_media(messages: tuple[Message, ...], media: ColumnMedia, where: str, t
         RowError: the numbers of marks and media differ, or the chat has media of its own.
     """
     messages = tuple(_with_plain_marks(message) for message in messages)
-    text = "\n".join(message.text for message in messages if message.role == "user")
+    user_texts = [message.text for message in messages if message.role == "user"]
+    text = "\n".join(user_texts)  # apart, so that no mark begins in one text and ends in the next
+    parts_by_mark: dict[str, Sequence[Part]] = {
+        IMAGE_MARK: media.images,
+        VIDEO_MARK: media.videos,
+    }
     media_by_mark: dict[str, Iterator[Part]] = {}
     leading: list[Part] = []
-    for mark, parts in ((IMAGE_MARK, media.images), (VIDEO_MARK, media.videos)):
+    for mark, parts in parts_by_mark.items():
         count = text.count(mark)
         if count == len(parts):
             media_by_mark[mark] = iter(parts)  # one iterator for all messages: marks are counted over the chat
         elif count == 0:
             leading += parts
         else:
-            problem = f"has {count} marks {mark}, and the row has {len(parts)} {mark.strip('<>')}s"
+            kind = mark.strip("<>")
+            problem = f"has {count} marks {mark}, and the row has {len(parts)} {kind}s"
             raise RowError(where, text_field, problem, "give one for each mark, or no marks at all")
     if not media.images and not media.videos:
         return messages
-    chat_parts = itertools.chain.from_iterable(message.parts for message in messages)
-    if not all(isinstance(part, TextPart) for part in chat_parts):
+    if not all(message.is_text for message in messages):
         problem = "has images or videos beside a chat that has some of its own"
         raise RowError(where, media.field, problem, "give them either in the column or in the content")
     return tuple(_insert_media(message, media_by_mark, leading) for message in messages)
@@ -139,7 +157,10 @@ def place_media(messages: tuple[Message, ...], media: ColumnMedia, where: str, t
 def refuse_marks(messages: Sequence[Message], where: str, text_field: str) -> None:
     """Raise `RowError` if a user's text has a mark of a medium: the medium is missing."""
     for message in messages:
-        if message.role == "user" and (mark := _ANY_MARK.search(message.text)):
+        # A reply may well write a mark; only in a question it stands for a medium.
+        if message.role != "user":
+            continue
+        if mark := _ANY_MARK.search(message.text):
             problem = f"has {mark[0]} in a user's text, and no medium for it"
             raise RowError(where, text_field, problem, "give the medium, or take the mark out of the text")
 
@@ -148,7 +169,11 @@ def _is_medium_name(name: str) -> bool:
     return _MEDIUM_NAME.fullmatch(name) is not None
 
 
-def _read_column(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[str, Sequence[Any]]:
+def _read_column(
+    raw: Mapping[str, Any],
+    names: tuple[str, str],
+    where: str,
+) -> tuple[str, Sequence[Any]]:
     """Return name and values of the filled column of two that mean the same; an empty name where neither is filled."""
     columns = {name: _column_values(raw.get(name)) for name in names}
     filled = [name for name, values in columns.items() if values]
@@ -185,16 +210,23 @@ def _with_plain_marks(message: Message) -> Message:
     return replace(message, parts=tuple(parts))
 
 
-def _insert_media(message: Message, media_by_mark: Mapping[str, Iterator[Part]], leading: list[Part]) -> Message:
+def _insert_media(
+    message: Message,
+    media_by_mark: Mapping[str, Iterator[Part]],
+    leading: list[Part],
+) -> Message:
     """Return a user's message with its media inserted; ``leading`` goes to the first such message and is emptied."""
     if message.role != "user":
         return message
     parts = list(leading)
     leading.clear()
-    marks = re.compile(f"({'|'.join(media_by_mark)})")  # in a group, so that `split` returns the marks, too
+    alternatives = "|".join(media_by_mark)
+    marks = re.compile(f"({alternatives})")  # in a group, so that `split` returns the marks, too
     for part in message.parts:
         assert isinstance(part, TextPart), "a chat with columns has texts only"
-        for piece in marks.split(part.text) if media_by_mark else [part.text]:
+        # Without a mark the pattern is empty and would split the text at every character.
+        pieces = marks.split(part.text) if media_by_mark else [part.text]
+        for piece in pieces:
             if piece in media_by_mark:
                 parts.append(next(media_by_mark[piece]))
             elif piece.strip():

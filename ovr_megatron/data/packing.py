@@ -1,28 +1,19 @@
-"""Turn samples into packs: documents one after the other, without padding, and a stream of packs that resumes."""
+"""Turn samples into packs: documents one after the other, without padding."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ovr_megatron.config import ConfigError
-from ovr_megatron.data.best_fit import PackError, plan_packs
-from ovr_megatron.data.processing import Processor, Sample, TooLongError
-from ovr_megatron.data.schema import Row, RowError
-from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
-from ovr_megatron.runtime.balance import balance
+from ovr_megatron.data.best_fit import PackError
+from ovr_megatron.data.processing import Sample
+from ovr_megatron.data.schema import Row
 
 IGNORED = -100  # label of a token that predicts nothing
-CHUNK = 64  # rows that are drawn and tokenised together
-BARREN = 16  # chunks without one row that fits, after which the stream gives up
-LOOKAHEAD = 2  # packs of waiting rows beyond those of a step, so that best fit has a choice
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,9 @@ class Pack:
 
     def document_of(self, rows: Tensor) -> Tensor:
         """Return int64[n], the index of the document in which each of ``rows`` (int64[n], on the host) lies."""
-        return torch.searchsorted(self.bounds[1:].to(rows.dtype), rows, right=True)
+        ends = self.bounds[1:].to(rows.dtype)
+        # To the right: the row at which a document ends is the first of the next.
+        return torch.searchsorted(ends, rows, right=True)
 
     def aligned(self, document: int, total: int) -> Pack:
         """Return the pack with every document's rows a multiple of ``document`` and all rows a multiple of ``total``.
@@ -81,19 +74,24 @@ class Pack:
             document: 1 where documents may have any length.
             total: a multiple of ``document``.
         """
-        lengths = np.diff(self.cu_seqlens.numpy())
+        starts = self.cu_seqlens.numpy()
+        lengths = np.diff(starts)
         padded = -(-lengths // document) * document
-        padded[-1] += -padded.sum() % total
+        tail = -padded.sum() % total
+        padded[-1] += tail
         if (padded == lengths).all():
             return self
         # Row i of the pack becomes row i + (padding of the documents before its own).
         bounds = np.cumsum([0, *padded])
-        shift = np.repeat(bounds[:-1] - self.cu_seqlens.numpy()[:-1], lengths)
-        rows = torch.from_numpy(np.arange(len(self.tokens)) + shift)
+        padding_before = bounds[:-1] - starts[:-1]
+        shift = np.repeat(padding_before, lengths)
+        row_indices = np.arange(len(self.tokens)) + shift
+        rows = torch.from_numpy(row_indices)
         size = int(bounds[-1])
 
         def pad(values: Tensor, fill: int = 0) -> Tensor:
-            out = values.new_full((*values.shape[:-1], size), fill)
+            shape = (*values.shape[:-1], size)
+            out = values.new_full(shape, fill)
             out[..., rows] = values
             return out
 
@@ -111,7 +109,10 @@ class Pack:
         )
 
 
-def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] | None = None) -> Pack:
+def pack(
+    samples: Sequence[Sample],
+    extras: Sequence[Mapping[str, np.ndarray]] | None = None,
+) -> Pack:
     """Put ``samples`` one after the other.
 
     Args:
@@ -124,8 +125,13 @@ def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] |
     """
     if not samples:
         raise PackError("a pack needs at least one sample")
-    starts = np.cumsum([0, *map(len, samples)])
+    lengths = [len(sample) for sample in samples]
+    starts = np.cumsum([0, *lengths])
     labels = [_labels(sample) for sample in samples]
+    placements = []
+    # Not strict: the last start is the end of the pack.
+    for sample, start in zip(samples, starts, strict=False):
+        placements.append(sample.placement + start)
     arrays = {
         "tokens": np.concatenate([sample.tokens for sample in samples]),
         "labels": np.concatenate(labels),
@@ -133,16 +139,22 @@ def pack(samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] |
         "cu_seqlens": starts.astype(np.int32),
         "patches": np.concatenate([sample.patches for sample in samples]),
         "grid_thw": np.concatenate([sample.grid_thw for sample in samples]),
-        "placement": np.concatenate([sample.placement + start for sample, start in zip(samples, starts, strict=False)]),
+        "placement": np.concatenate(placements),
     }
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     extra_tensors = {}
     if extras:
         for name in extras[0]:
-            aligned = [_align_extra(name, extra[name], label) for extra, label in zip(extras, labels, strict=True)]
-            extra_tensors[name] = torch.from_numpy(np.concatenate(aligned))
-    origins = tuple(Origin(sample.row.where, sample.row.id, sample.row.source) for sample in samples)
-    return Pack(**tensors, origins=origins, extras=extra_tensors)
+            aligned = []
+            for extra, sample_labels in zip(extras, labels, strict=True):
+                aligned.append(_align_extra(name, extra[name], sample_labels))
+            values = np.concatenate(aligned)
+            extra_tensors[name] = torch.from_numpy(values)
+    origins = []
+    for sample in samples:
+        row = sample.row
+        origins.append(Origin(row.where, row.id, row.source))
+    return Pack(**tensors, origins=tuple(origins), extras=extra_tensors)
 
 
 def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
@@ -167,8 +179,10 @@ def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
 def _labels(sample: Sample) -> np.ndarray:
     """Return int64[S]: the next token where it is a target, else `IGNORED`."""
     labels = np.full(len(sample), IGNORED, np.int64)
+    next_tokens = sample.tokens[1:]
+    is_target = sample.loss_mask[1:]
     # The last token predicts nothing: the next one is of another document.
-    labels[:-1] = np.where(sample.loss_mask[1:], sample.tokens[1:], IGNORED)
+    labels[:-1] = np.where(is_target, next_tokens, IGNORED)
     return labels
 
 
@@ -194,182 +208,8 @@ def count_replies(rows: Sequence[Row], learn: str) -> tuple[int, int]:
     for row in rows:
         replies = [message for message in row.messages if message.role == "assistant"]
         targets = sum(message.learn for message in replies)
+        if learn != "all":
+            targets = min(targets, 1)
         total += len(replies)
-        learned += targets if learn == "all" else min(targets, 1)
+        learned += targets
     return total, learned
-
-
-class PackingState(TypedDict):
-    """Position of `PackStream`, as JSON: that of the rows, the rows drawn since, and those of them that still wait."""
-
-    rows: Any
-    drawn: int
-    waiting: list[int]
-    dropped: int
-
-
-class ResumableRows(Protocol):
-    """An endless stream of rows whose position is JSON."""
-
-    def __next__(self) -> Row:
-        """Draw a row."""
-
-    def state(self) -> Mapping[str, Any]:
-        """Return the position."""
-
-    def load(self, state: Any, /) -> None:
-        """Go to a position."""
-
-
-@dataclass(frozen=True)
-class _WaitingRow:
-    """A row of ``length`` tokens that is in no pack yet; ``draw`` counts the rows that were drawn before it."""
-
-    draw: int
-    row: Row
-    length: int
-
-
-class PackStream:
-    """Supervised packs, step by step, from an endless stream of rows.
-
-    Every rank draws and measures every row and so makes the same plan; it processes the pixels of its own
-    packs only.  Rows that have waited longest are packed first.  A row over ``data.max_prompt_tokens`` or
-    ``pack_tokens`` is dropped and counted in ``dropped``; so is an unusable row where there is a list for it.
-
-    Attributes:
-        dropped: Rows dropped so far.
-        fill: Share of the last step's pack space that tokens took.
-        replies: Assistant messages of the last step's rows, and how many of them it learns.
-    """
-
-    def __init__(
-        self,
-        stream: ResumableRows,
-        processor: Processor,
-        pack_tokens: int,
-        packs_per_step: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        skipped: SkippedRows | None = None,
-    ) -> None:
-        """Set up; nothing is drawn yet.  ``skipped`` lists rows that are left out; None stops at a bad row.
-
-        Raises:
-            ConfigError: ``packs_per_step`` is not a multiple of ``dp_size``.
-        """
-        if packs_per_step % dp_size:
-            raise ConfigError(
-                f"packs_per_step={packs_per_step} cannot be shared by {dp_size} data-parallel replicas; "
-                f"make it a multiple of {dp_size}"
-            )
-        self.pack_tokens = pack_tokens
-        self.packs_per_step = packs_per_step
-        self.dropped = 0
-        self.fill = 0.0
-        self.replies = (0, 0)
-        self._stream = stream
-        self._processor = processor
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
-        self._skipped = skipped
-        self._waiting: list[_WaitingRow] = []
-        self._drawn = 0  # rows
-        self._barren = 0  # chunks since the last row that fits
-        self._snapshots: list[tuple[int, Mapping[str, Any]]] = []  # (rows drawn, position), before each chunk
-
-    def __iter__(self) -> Iterator[list[Pack]]:
-        return self
-
-    def __next__(self) -> list[Pack]:
-        """Return this rank's packs of the next step.
-
-        Raises:
-            RowError: a row cannot be used, or very many rows in a row are too long.
-        """
-        needed_tokens = (self.packs_per_step + LOOKAHEAD) * self.pack_tokens
-        while sum(item.length for item in self._waiting) < needed_tokens:
-            self._draw()
-        lengths = [item.length for item in self._waiting]
-        plan = plan_packs(lengths, self.pack_tokens)[: self.packs_per_step]
-        planned = set(itertools.chain.from_iterable(plan))
-        self.fill = sum(lengths[i] for i in planned) / (self.packs_per_step * self.pack_tokens)
-        # Every rank has the same lengths and so computes the same plan and shares, without a collective.
-        costs = [_attention_cost(lengths, members) for members in plan]
-        packs = []
-        for index in balance(costs, self._dp_size, equal_counts=True)[self._dp_rank]:
-            rows = [self._waiting[i].row for i in plan[index]]
-            packs.append(pack(self._processor.encode(rows, generation=False)))
-        self.replies = count_replies([self._waiting[i].row for i in planned], self._processor.config.learn)
-        self._waiting = [item for i, item in enumerate(self._waiting) if i not in planned]
-        self._forget_snapshots()
-        return packs
-
-    def state(self) -> PackingState:
-        """Return the position as JSON: a position of the rows, and which of the rows drawn since still wait."""
-        start, rows = self._snapshots[0] if self._snapshots else (self._drawn, self._stream.state())
-        # Relative to the snapshot: a resumed run counts its draws from there.
-        return {
-            "rows": copy.deepcopy(rows),
-            "drawn": self._drawn - start,
-            "waiting": [item.draw - start for item in self._waiting],
-            "dropped": self.dropped,
-        }
-
-    def load(self, state: PackingState) -> None:
-        """Go to a position: draw the rows since it again, and keep those that still waited."""
-        self._stream.load(copy.deepcopy(state["rows"]))
-        self._waiting = []
-        self._snapshots = []
-        self._drawn = 0
-        while self._drawn < state["drawn"]:
-            self._draw(keep=set(state["waiting"]))
-        self.dropped = state["dropped"]  # last: drawing again counts rows that were counted before
-
-    def _draw(self, keep: set[int] | None = None) -> None:
-        """Draw a chunk of rows and append those that fit to the waiting rows; with ``keep``, only these draws."""
-        # Before the chunk: a resumed run draws the rows that still wait again from here.
-        self._snapshots.append((self._drawn, copy.deepcopy(self._stream.state())))
-        drawn = [(draw, next(self._stream)) for draw in range(self._drawn, self._drawn + CHUNK)]
-        self._drawn += CHUNK
-        if keep is not None:
-            drawn = [(draw, row) for draw, row in drawn if draw in keep]
-        lengths = self._measure([row for _, row in drawn])
-        fitting = []
-        for (draw, row), length in zip(drawn, lengths, strict=True):
-            if isinstance(length, int):
-                fitting.append(_WaitingRow(draw, row, length))
-        self._waiting += fitting
-        self.dropped += len(drawn) - len(fitting)
-        self._barren = 0 if fitting else self._barren + 1
-        if self._barren == BARREN and drawn:
-            self._give_up(drawn[-1][1], lengths[-1])
-
-    def _measure(self, rows: list[Row]) -> list[int | RowError]:
-        """Return the tokens of each row, or the error that leaves it out."""
-        lengths = lengths_or_errors(self._processor, rows, generation=False, skipped=self._skipped)
-        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            if isinstance(length, int) and length > self.pack_tokens:
-                problem = f"has {length} tokens, more than data.pack_tokens={self.pack_tokens}"
-                error = TooLongError(row.where, "messages", problem, "raise data.pack_tokens, or leave the row out")
-                lengths[i] = error
-                if self._skipped is not None:
-                    self._skipped.add(error)
-        return lengths
-
-    def _give_up(self, row: Row, length: int | RowError) -> NoReturn:
-        assert isinstance(length, RowError)
-        remedy = f"raise data.pack_tokens={self.pack_tokens} or data.max_prompt_tokens, or correct the rows"
-        problem = f"{length.problem}; so it is with {BARREN * CHUNK} rows in a row"
-        raise TooLongError(row.where, "messages", problem, remedy)
-
-    def _forget_snapshots(self) -> None:
-        """Forget the snapshots before the one from which the oldest waiting row can be drawn again."""
-        oldest = self._waiting[0].draw if self._waiting else self._drawn
-        while len(self._snapshots) > 1 and self._snapshots[1][0] <= oldest:
-            self._snapshots.pop(0)
-
-
-def _attention_cost(lengths: Sequence[int], members: Sequence[int]) -> int:
-    """Return the sum of squared lengths of a pack's documents."""
-    return sum(lengths[i] ** 2 for i in members)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -14,7 +14,19 @@ from ovr_megatron.data.schema import Row, RowError, VideoPart
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.positions import Visual
 
-Video = tuple[np.ndarray, dict[str, Any]]  # uint8[frames, height, width, 3], metadata as vLLM takes it
+
+class VideoMetadata(TypedDict):
+    """What vLLM takes beside the frames of a video; the names are its own."""
+
+    fps: float
+    duration: float
+    total_num_frames: int
+    frames_indices: list[int]
+    video_backend: str
+    do_sample_frames: bool
+
+
+Video = tuple[np.ndarray, VideoMetadata]  # uint8[frames, height, width, 3]
 
 
 class PixelProcessor:
@@ -24,7 +36,13 @@ class PixelProcessor:
         mm_processor_kwargs: The same budget in the form that vLLM's argument of this name takes.
     """
 
-    def __init__(self, image_processor: Any, video_processor: Any, shape: ModelShape, config: DataConfig) -> None:
+    def __init__(
+        self,
+        image_processor: Any,
+        video_processor: Any,
+        shape: ModelShape,
+        config: DataConfig,
+    ) -> None:
         """Set the budget on both Hugging Face processors, which are changed in place."""
         self._image_processor = image_processor
         self._video_processor = video_processor
@@ -77,7 +95,8 @@ def frame_size(sizes: Sequence[tuple[int, int]], row: Row) -> tuple[int, int]:
     distinct = sorted(set(sizes))
     if len(distinct) > 1:
         listing = ", ".join(f"{width} x {height}" for width, height in distinct)
-        raise RowError(row.where, "video", f"has frames of different sizes ({listing})", "make all frames one size")
+        problem = f"has frames of different sizes ({listing})"
+        raise RowError(row.where, "video", problem, "make all frames one size")
     return sizes[0]
 
 
@@ -87,19 +106,25 @@ def stack_frames(frames: Sequence[Image.Image], part: VideoPart, row: Row) -> Vi
     Raises:
         RowError: the frames are not of one size.
     """
+    # Again, of the decoded frames: before, only the sizes in their headers were compared.
     frame_size([frame.size for frame in frames], row)
-    metadata = {
+    count = len(frames)
+    metadata: VideoMetadata = {
         "fps": part.fps,
-        "duration": len(frames) / part.fps,
-        "total_num_frames": len(frames),
-        "frames_indices": list(range(len(frames))),
+        "duration": count / part.fps,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
         "video_backend": "frames",
         "do_sample_frames": False,
     }
-    return np.stack([np.asarray(frame) for frame in frames]), metadata
+    pixels = np.stack([np.asarray(frame) for frame in frames])
+    return pixels, metadata
 
 
 def _split(patches: torch.Tensor, grids: torch.Tensor) -> Iterator[np.ndarray]:
     """Split float32[P, patch_dim] into the patches of each grid of int64[n, 3]."""
-    ends = np.cumsum(grids.prod(dim=1).numpy())
-    return iter(np.split(patches.numpy(), ends[:-1]))
+    sizes = grids.prod(dim=1).numpy()
+    ends = np.cumsum(sizes)
+    # At the inner ends only: the last one would make an empty part more.
+    parts = np.split(patches.numpy(), ends[:-1])
+    return iter(parts)

@@ -19,8 +19,8 @@ from ovr_megatron.data.hf_assets import check_template, complete_folder, load_as
 from ovr_megatron.data.images import check_counts, image_size, load_media
 from ovr_megatron.data.pixels import PixelProcessor, Video, frame_size, stack_frames
 from ovr_megatron.data.rendering import Chat, ChatTemplate, TemplateError, TokenisedChat
-from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
-from ovr_megatron.data.traces import END_OF_THOUGHT, continuation, convert, convert_instruction, problem_of
+from ovr_megatron.data.row_chats import converted_row, cut_after_learned, supervised_chat
+from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart, all_parts
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.positions import Visual
 
@@ -28,7 +28,6 @@ TEMPLATE_NOTICE = (
     "data.template=think: chats are written with this project's template in place of the model folder's own, and "
     "replies begin after an opened <think>; data.template=model takes the folder's"
 )
-NO_THOUGHT = f"\n{END_OF_THOUGHT}\n\n"  # closes an opened thought at once
 
 
 class TooLongError(RowError):
@@ -114,15 +113,23 @@ class Processor:
         folder_template = assets.chat_template
         self.chat_template = folder_template
         if config.template == "think":
-            self.chat_template = self._family.processor.think_template.read_text(encoding="utf-8")
-        self.template_notice = TEMPLATE_NOTICE if folder_template and folder_template != self.chat_template else ""
+            path = self._family.processor.think_template
+            self.chat_template = path.read_text(encoding="utf-8")
+        self.template_notice = ""
+        if folder_template and folder_template != self.chat_template:
+            self.template_notice = TEMPLATE_NOTICE
         if not self.chat_template:
             raise TemplateError(f"{model_dir} has no chat template; set data.template=think or add one to the folder")
         self._chat = ChatTemplate(self.tokenizer, self.chat_template, self._family)
         check_template(self.chat_template, self._chat.special, model_dir)
         self._chat.check_text(model_dir)
         self.end_token = self._chat.end_token
-        self._pixels = PixelProcessor(assets.image_processor, assets.video_processor, self.shape, config)
+        self._pixels = PixelProcessor(
+            assets.image_processor,
+            assets.video_processor,
+            self.shape,
+            config,
+        )
         self.mm_processor_kwargs = self._pixels.mm_processor_kwargs
 
     def encode(self, rows: Sequence[Row], generation: bool) -> list[Sample]:
@@ -144,13 +151,27 @@ class Processor:
         for draft in drafts:
             if error := self._length_error(draft):
                 raise error
-        media = [load_media(draft.row, self.config) for draft in drafts]
-        images = [pictures for pictures, _ in media]
-        videos = [_stack_videos(frames, draft.row) for (_, frames), draft in zip(media, drafts, strict=True)]
+        images = []
+        frames = []
+        for draft in drafts:
+            row_images, row_frames = load_media(draft.row, self.config)
+            images.append(row_images)
+            frames.append(row_frames)
+        videos = []
+        for draft, row_frames in zip(drafts, frames, strict=True):
+            videos.append(_stack_videos(row_frames, draft.row))
         patches = self._process_pixels(drafts, images, videos)
-        return [self._build_sample(*item) for item in zip(drafts, images, videos, patches, strict=True)]
+        samples = []
+        for item in zip(drafts, images, videos, patches, strict=True):
+            samples.append(self._build_sample(*item))
+        return samples
 
-    def lengths(self, rows: Sequence[Row], generation: bool, decode: bool = False) -> list[int | TooLongError]:
+    def lengths(
+        self,
+        rows: Sequence[Row],
+        generation: bool,
+        decode: bool = False,
+    ) -> list[int | TooLongError]:
         """Return the tokens of each row's sample, exactly; of an image only the header is read.
 
         A row that is too long for `encode` gives its error in place of a number, to be counted.
@@ -167,117 +188,96 @@ class Processor:
         if decode:
             for draft in drafts:
                 load_media(draft.row, self.config)
-        return [self._length_error(draft) or self._sample_length(draft) for draft in drafts]
+        lengths: list[int | TooLongError] = []
+        for draft in drafts:
+            error = self._length_error(draft)
+            lengths.append(error or self._sample_length(draft))
+        return lengths
 
     def response_sample(self, sample: Sample, response_tokens: Sequence[int] | np.ndarray) -> Sample:
         """Append the engine's tokens to a prompt's sample, as they are; they are its target."""
         response = np.asarray(response_tokens, np.int64)
+        targets = np.ones(len(response), bool)
         positions = continue_positions(sample.position_ids, len(response))
         return replace(
             sample,
             tokens=np.concatenate([sample.tokens, response]),
-            loss_mask=np.concatenate([sample.loss_mask, np.ones(len(response), bool)]),
+            loss_mask=np.concatenate([sample.loss_mask, targets]),
             position_ids=np.concatenate([sample.position_ids, positions], axis=1),
         )
 
     def decode(self, tokens: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """Return the text of ``tokens``."""
-        return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=skip_special_tokens)
+        ids = [int(token) for token in tokens]
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def _build_drafts(self, rows: Sequence[Row], generation: bool) -> list[_Draft]:
         """Tokenise the texts of ``rows`` in one batch and measure their media."""
-        rows = [self._convert_traces(row) for row in rows]
+        opens_thought = self._chat.opens_thought
+        if opens_thought:
+            rows = [converted_row(row) for row in rows]
         if generation:
             chats = [Chat(row.prompt) for row in rows]
         else:
-            rows = [self._cut_after_learned(row) for row in rows]
-            chats = [self._supervised_chat(row) for row in rows]
+            rows = [cut_after_learned(row) for row in rows]
+            chats = [supervised_chat(row, self.config, opens_thought) for row in rows]
         tokenised = self._chat.tokenise(chats)
-        return [self._build_draft(row, chat) for row, chat in zip(rows, tokenised, strict=True)]
-
-    def _convert_traces(self, row: Row) -> Row:
-        """Return the row with its reasoning traces in the form that an opened thought continues."""
-        if not self._chat.opens_thought:
-            return row
-        return replace(row, messages=tuple(converted_message(message) for message in row.messages))
-
-    def _cut_after_learned(self, row: Row) -> Row:
-        """Return the row up to the last message that is learned.
-
-        Raises:
-            RowError: there is none.
-        """
-        if row.is_prompt:
-            remedy = "a row to learn from ends with an assistant message; add it or remove the row"
-            raise RowError(row.where, "messages", "the last message is the user's", remedy)
-        learned = _learned_messages(row)
-        if not learned:
-            raise RowError(row.where, "messages", "has no message of weight 1 to learn from", "remove the row")
-        return replace(row, messages=row.messages[: learned[-1] + 1])
-
-    def _supervised_chat(self, row: Row) -> Chat:
-        """Return the chat of a row to learn from, each learned reply as it follows the generation prompt."""
-        last = len(row.messages) - 1
-        replies = {}
-        if self.config.learn == "all":
-            earlier = [index for index in _learned_messages(row) if index < last]
-            replies = {index: self._reply_text(row, index) for index in earlier}
-        return Chat(row.prompt, replies, self._reply_text(row, last))
-
-    def _reply_text(self, row: Row, index: int) -> str:
-        """Return the text of an assistant message from where the generation prompt ends.
-
-        Raises:
-            RowError: the generation prompt opens a thought, and the text does not close it, or opens another.
-        """
-        reply = row.messages[index].text
-        policy = self.config.without_thought
-        if not self._chat.opens_thought:
-            return reply
-        text = continuation(reply)
-        if policy == "open" or not (problem := problem_of(text)):
-            return text
-        if policy == "close" and text == reply and END_OF_THOUGHT not in text:
-            return NO_THOUGHT + text
-        remedy = "correct the row; for chats without thoughts set data.without_thought=close or data.template=model"
-        if index < len(row.messages) - 1:
-            remedy += ", or data.learn=last to learn the last reply alone"
-        raise RowError(row.where, f"messages[{index}]", problem, remedy)
+        drafts = []
+        for row, chat in zip(rows, tokenised, strict=True):
+            drafts.append(self._build_draft(row, chat))
+        return drafts
 
     def _build_draft(self, row: Row, chat: TokenisedChat) -> _Draft:
         """Measure the media of ``row`` and check that the template has a placeholder for each, in order."""
-        prompt_parts = itertools.chain.from_iterable(message.parts for message in row.prompt)
-        media = [part for part in prompt_parts if not isinstance(part, TextPart)]
-        part_types = {self.shape.image_token: ImagePart, self.shape.video_token: VideoPart}
-        placeholders = [part_types[token] for token in chat.prompt if token in part_types]
+        media = [part for part in all_parts(row.prompt) if not isinstance(part, TextPart)]
+        part_types = {
+            self.shape.image_token: ImagePart,
+            self.shape.video_token: VideoPart,
+        }
+        placeholders = []
+        for token in chat.prompt:
+            if token in part_types:
+                placeholders.append(part_types[token])
         if placeholders != [type(part) for part in media]:
             raise TemplateError(
                 f"{row.where}: the chat template places {len(placeholders)} images and videos where the row has "
                 f"{len(media)}, or another order; use data.template=think or correct the folder's template"
             )
         check_counts(row, self.config)
-        return _Draft(row, chat, [self._measure_visual(part, row) for part in media])
+        visuals = [self._measure_visual(part, row) for part in media]
+        return _Draft(row, chat, visuals)
 
     def _measure_visual(self, part: ImagePart | VideoPart, row: Row) -> Visual:
         """Return the grid that an image or a video will have."""
         if isinstance(part, ImagePart):
-            return self._pixels.still(*image_size(part, self.config))
+            width, height = image_size(part, self.config)
+            return self._pixels.still(width, height)
         sizes = [image_size(frame, self.config) for frame in part.frames]
-        return self._pixels.moving(len(sizes), *frame_size(sizes, row), part.fps)
+        width, height = frame_size(sizes, row)
+        return self._pixels.moving(len(sizes), width, height, part.fps)
 
     def _prompt_length(self, draft: _Draft) -> int:
         """Count the tokens before the first that is learned; of a prompt that is to be answered, all of them."""
         learned = draft.chat.learned
-        count = learned.index(True) if any(learned) else len(learned)
-        visuals = sum(self._is_visual(token) for token in draft.chat.prompt[:count])
+        count = len(learned)
+        if any(learned):
+            count = learned.index(True)
+        prompt = draft.chat.prompt[:count]
+        visuals = sum(map(self._is_visual, prompt))
         return count + self._added_tokens(draft.visuals[:visuals])
 
     def _sample_length(self, draft: _Draft) -> int:
-        return len(draft.chat.prompt) + self._added_tokens(draft.visuals) + len(draft.chat.response)
+        chat = draft.chat
+        text_tokens = len(chat.prompt) + len(chat.response)
+        return text_tokens + self._added_tokens(draft.visuals)
 
     def _added_tokens(self, visuals: Sequence[Visual]) -> int:
         """Count the tokens of ``visuals`` beyond the one placeholder of each."""
-        return sum(visual.features(self.shape.vision.merge) - 1 for visual in visuals)
+        merge = self.shape.vision.merge
+        count = 0
+        for visual in visuals:
+            count += visual.features(merge) - 1
+        return count
 
     def _is_visual(self, token: int) -> bool:
         return token in (self.shape.image_token, self.shape.video_token)
@@ -293,13 +293,16 @@ class Processor:
             remedy = "shorten the row, shrink its images or raise the limit"
         elif length > positions:
             problem = f"the row takes {length} tokens, more than the model's {positions} positions"
-            remedy = "shorten the row, or give the model more with tools/convert_from_hf.py --yarn"
+            remedy = "shorten the row, or give the model more with ovr convert from-hf --yarn"
         else:
             return None
         return TooLongError(draft.row.where, "messages", problem, remedy)
 
     def _process_pixels(
-        self, drafts: list[_Draft], images: list[list[PIL.Image.Image]], videos: list[list[Video]]
+        self,
+        drafts: list[_Draft],
+        images: list[list[PIL.Image.Image]],
+        videos: list[list[Video]],
     ) -> list[list[np.ndarray]]:
         """Return the patches of each image and video of each draft, in the order of its tokens."""
         all_images = list(itertools.chain.from_iterable(images))
@@ -308,38 +311,55 @@ class Processor:
         patches = []
         # Images and videos may alternate within a row; each iterator runs through the rows in order.
         for draft in drafts:
-            sources = [image_patches if visual.seconds is None else video_patches for visual in draft.visuals]
-            patches.append([next(source) for source in sources])
+            draft_patches = []
+            for visual in draft.visuals:
+                source = image_patches if visual.seconds is None else video_patches
+                draft_patches.append(next(source))
+            patches.append(draft_patches)
         return patches
 
     def _build_sample(
-        self, draft: _Draft, images: list[PIL.Image.Image], videos: list[Video], patches: list[np.ndarray]
+        self,
+        draft: _Draft,
+        images: list[PIL.Image.Image],
+        videos: list[Video],
+        patches: list[np.ndarray],
     ) -> Sample:
         """Repeat the placeholder of each visual for all of its features, and set positions and targets."""
         vision = self.shape.vision
         chat = draft.chat
         features = [visual.features(vision.merge) for visual in draft.visuals]
-        assert [len(part) for part in patches] == [count * vision.merge**2 for count in features], "grid and pixels"
+        expected_patches = [count * vision.merge**2 for count in features]
+        assert [len(part) for part in patches] == expected_patches, "grid and pixels"
         prompt = np.array(chat.prompt, np.int64)
-        is_visual = (prompt == self.shape.image_token) | (prompt == self.shape.video_token)
+        is_image = prompt == self.shape.image_token
+        is_video = prompt == self.shape.video_token
+        is_visual = is_image | is_video
         repeats = np.ones(len(prompt), np.int64)
         repeats[is_visual] = features
         response = np.array(chat.response, np.int64)
-        prompt_targets = np.repeat(np.array(chat.learned, bool), repeats)
+        learned = np.array(chat.learned, bool)
+        prompt_targets = np.repeat(learned, repeats)
+        response_targets = np.ones(len(response), bool)
+        grids = [visual.grid for visual in draft.visuals]
+        # Of fixed width: text alone has no patch, and its arrays still join those of other samples.
+        no_patches = np.zeros((0, vision.patch_dim), np.float32)
 
         # Positions follow the placeholders of the prompt; the text after the last visual joins the response.
         segments: list[int | Visual] = []
         start = 0
-        for index, visual in zip(np.flatnonzero(is_visual), draft.visuals, strict=True):
-            segments += [int(index) - start, visual]
-            start = int(index) + 1
-        segments.append(len(prompt) - start + len(chat.response))
+        visual_indices = np.flatnonzero(is_visual).tolist()
+        for index, visual in zip(visual_indices, draft.visuals, strict=True):
+            segments += [index - start, visual]
+            start = index + 1
+        rest = len(prompt) - start
+        segments.append(rest + len(response))
         return Sample(
             tokens=np.concatenate([np.repeat(prompt, repeats), response]),
-            loss_mask=np.concatenate([prompt_targets, np.ones(len(response), bool)]),
+            loss_mask=np.concatenate([prompt_targets, response_targets]),
             position_ids=self._family.positions(segments, self.shape, self.after_video),
-            patches=np.concatenate([np.zeros((0, vision.patch_dim), np.float32), *patches]),
-            grid_thw=np.array([visual.grid for visual in draft.visuals], np.int64).reshape(-1, 3),
+            patches=np.concatenate([no_patches, *patches]),
+            grid_thw=np.array(grids, np.int64).reshape(-1, 3),
             placement=np.flatnonzero(np.repeat(is_visual, repeats)),
             images=images,
             videos=videos,
@@ -348,27 +368,21 @@ class Processor:
         )
 
 
-def converted_message(message: Message) -> Message:
-    """Return the message with a trace, or with the request for a trace, in the form of `convert`."""
-    rewrite = {"assistant": convert, "system": convert_instruction}.get(message.role)
-    text = rewrite(message.text) if rewrite else message.text
-    return message if text == message.text else replace(message, parts=(TextPart(text),))
-
-
-def _learned_messages(row: Row) -> list[int]:
-    """Return the indices of the assistant messages that the row lets a model learn."""
-    return [i for i, message in enumerate(row.messages) if message.role == "assistant" and message.learn]
-
-
 def _stack_videos(videos: Sequence[Sequence[PIL.Image.Image]], row: Row) -> list[Video]:
     """Stack the opened frames of each video of ``row``."""
-    parts = itertools.chain.from_iterable(message.parts for message in row.messages)
-    video_parts = [part for part in parts if isinstance(part, VideoPart)]
-    return [stack_frames(frames, part, row) for frames, part in zip(videos, video_parts, strict=True)]
+    video_parts = [part for part in all_parts(row.messages) if isinstance(part, VideoPart)]
+    arrays = []
+    for frames, part in zip(videos, video_parts, strict=True):
+        arrays.append(stack_frames(frames, part, row))
+    return arrays
 
 
 def continue_positions(position_ids: np.ndarray, tokens: int) -> np.ndarray:
     """Return the positions of ``tokens`` more text tokens after a document that ends in text: int64[3, tokens]."""
-    assert position_ids.shape[1] and (position_ids[:, -1] == position_ids[0, -1]).all(), "must end in text"
-    start = position_ids[0, -1] + 1
-    return np.tile(np.arange(start, start + tokens), (3, 1))
+    assert position_ids.shape[1], "must end in text"
+    last = position_ids[:, -1]
+    # The three positions of a text token are equal, those of a visual need not be.
+    assert (last == last[0]).all(), "must end in text"
+    start = last[0] + 1
+    positions = np.arange(start, start + tokens)
+    return np.tile(positions, (3, 1))

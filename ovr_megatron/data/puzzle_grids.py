@@ -16,7 +16,12 @@ CELL = 28  # pixels: one merged visual token of 14-pixel patches
 JITTER = 2  # pixels
 SHADE = 25  # of 255, per channel
 GREY = (118, 118, 118)
-COLOURS = {"red": (240, 45, 35), "green": (40, 225, 55), "blue": (40, 55, 240), "white": (245, 245, 245)}
+COLOURS = {
+    "red": (240, 45, 35),
+    "green": (40, 225, 55),
+    "blue": (40, 55, 240),
+    "white": (245, 245, 245),
+}
 BOX_SLIP = 0.3  # share of the box task that corrects itself
 SHAPES = ("circle", "square", "triangle")
 
@@ -35,20 +40,29 @@ def _stamp(figure: str) -> Image.Image:
     elif figure == "triangle":
         draw.polygon((14, 5, 23, 22, 5, 22), fill=255)
     else:
-        draw.text((CELL / 2, CELL / 2), figure, font=ImageFont.load_default(20), fill=255, anchor="mm")
+        centre = (CELL / 2, CELL / 2)
+        font = ImageFont.load_default(20)
+        draw.text(centre, figure, font=font, fill=255, anchor="mm")
     return mask
 
 
 def render(cells: Cells, columns: int, rng: Random) -> Image.Image:
     """Paint ``cells`` on grey, 28 x 28 pixels each, with jitter of position and colour."""
-    image = Image.new("RGB", (columns * CELL, len(cells) // columns * CELL), GREY)
+    rows = len(cells) // columns
+    size = (columns * CELL, rows * CELL)
+    image = Image.new("RGB", size, GREY)
     for i, (colour, figure) in enumerate(cells):
         row, column = divmod(i, columns)
         # The order of the draws (x, y, red, green, blue) is part of the problem: another gives another picture.
         x = column * CELL + rng.randint(-JITTER, JITTER)
         y = row * CELL + rng.randint(-JITTER, JITTER)
-        shade = tuple(_clamp(value + rng.randint(-SHADE, SHADE)) for value in COLOURS[colour])
-        image.paste(shade, (x, y), _stamp(figure))
+        shade = []
+        for value in COLOURS[colour]:
+            shift = rng.randint(-SHADE, SHADE)
+            shade.append(_clamp(value + shift))
+        # The figure is a mask: the grey stays around it.
+        mask = _stamp(figure)
+        image.paste(tuple(shade), (x, y), mask)
     return image
 
 
@@ -56,7 +70,13 @@ def _clamp(value: int) -> int:
     return min(255, max(0, value))
 
 
-def _ask(cells: Cells, words: str, question: str, rng: Random, params: Params) -> tuple[Part, ...]:
+def _ask(
+    cells: Cells,
+    words: str,
+    question: str,
+    rng: Random,
+    params: Params,
+) -> tuple[Part, ...]:
     if params["form"] == "text":
         return (TextPart(f"{words}\n{question}"),)
     image = render(cells, params["cols"], rng)
@@ -66,7 +86,12 @@ def _ask(cells: Cells, words: str, question: str, rng: Random, params: Params) -
 def _draw_cells(figures: Sequence[str], rng: Random, params: Params) -> Cells:
     colours = list(COLOURS)[: params["colours"]]
     size = params["rows"] * params["cols"]
-    return tuple((rng.choice(colours), rng.choice(figures)) for _ in range(size))
+    cells = []
+    for _ in range(size):
+        colour = rng.choice(colours)
+        figure = rng.choice(figures)
+        cells.append((colour, figure))
+    return tuple(cells)
 
 
 def _add(numbers: Sequence[int], rng: Random, slip: float) -> str:
@@ -75,28 +100,37 @@ def _add(numbers: Sequence[int], rng: Random, slip: float) -> str:
     With probability ``slip`` one step is wrong and corrected at once.
     """
     totals = list(itertools.accumulate(numbers))
-    steps = [f"{a}+{b}={total}" for a, b, total in zip(totals, numbers[1:], totals[1:], strict=False)]
+    steps = []
+    for i, number in enumerate(numbers[1:]):
+        before = totals[i]
+        after = totals[i + 1]
+        steps.append(f"{before}+{number}={after}")
     if not steps:
         return ""
     if rng.random() < slip:
         i = rng.randrange(len(steps))
         terms = steps[i].split("=")[0]
-        steps[i] = f"{terms}={_off_by_one(totals[i + 1], rng)}. Wait, {steps[i]}"
+        wrong_total = _off_by_one(totals[i + 1], rng)
+        steps[i] = f"{terms}={wrong_total}. Wait, {steps[i]}"
     return f"Add {', '.join(steps)}. "
 
 
 def _off_by_one(total: int, rng: Random) -> int:
     # Drawn for 0 as well, where only 1 is a wrong answer: the stream of random numbers stays the same.
-    return total + rng.choice((-1, 1) if total else (1,))
+    offsets = (-1, 1) if total else (1,)
+    return total + rng.choice(offsets)
 
 
 def _check(answer: int, rng: Random, share: float) -> str:
-    return f"Let me check: {answer}. " if rng.random() < share else ""
+    if rng.random() < share:
+        return f"Let me check: {answer}. "
+    return ""
 
 
 def draw_digits(rng: Random, params: Params) -> Cells:
     """Draw a grid of coloured digits 1 to ``high``."""
-    digits = [str(digit) for digit in range(1, params["high"] + 1)]
+    high = params["high"]
+    digits = [str(digit) for digit in range(1, high + 1)]
     return _draw_cells(digits, rng, params)
 
 
@@ -107,24 +141,34 @@ def pose_digits(cells: Cells, rng: Random, params: Params) -> Puzzle:
     """
     if params["task"] in ("arith", "box"):
         return _pose_arithmetic(rng, params)
-    colours = [colour for colour in COLOURS if colour in dict(cells)]
+    # In the order of `COLOURS`, which the draw depends on.
+    grid_colours = dict(cells)
+    colours = [colour for colour in COLOURS if colour in grid_colours]
     target = rng.choice(colours)
-    numbers = [int(digit) for colour, digit in cells if colour == target]
-    words = " ".join(colour + digit for colour, digit in cells)
+    numbers = []
+    names = []
+    for colour, digit in cells:
+        names.append(f"{colour}{digit}")
+        if colour == target:
+            numbers.append(int(digit))
+    words = " ".join(names)
     listing = f"List: {words}."
-    selection = f"Take {target}:{','.join(map(str, numbers))}."
+    terms = ",".join(map(str, numbers))
+    selection = f"Take {target}:{terms}."
     answer = sum(numbers)
     # Drawn for the tasks that do not show it as well: the jitter of the picture comes from the same stream after it.
     addition = _add(numbers, rng, params["slip"])
     check = _check(answer, rng, params["check"])
-    thinking = f"{listing} {selection} {addition}{check}"
+    steps = f"{listing} {selection}"
+    thinking = f"{steps} {addition}{check}"
     question, response, verifiable = {
         "sum": (f"Add the {target} digits.", box(thinking, answer), str(answer)),
         "caption": ("Describe.", listing, listing),
         "pick": (f"Name the {target} digits.", selection, selection),
-        "both": (f"Describe. Name the {target} digits.", f"{listing} {selection}", f"{listing} {selection}"),
+        "both": (f"Describe. Name the {target} digits.", steps, steps),
     }[params["task"]]
-    return Puzzle(_ask(cells, words, question, rng, params), response, verifiable)
+    parts = _ask(cells, words, question, rng, params)
+    return Puzzle(parts, response, verifiable)
 
 
 def _pose_arithmetic(rng: Random, params: Params) -> Puzzle:
@@ -136,14 +180,19 @@ def _pose_arithmetic(rng: Random, params: Params) -> Puzzle:
         answer = rng.randint(0, high * size)
         question = f"Box {answer}"
         if rng.random() < BOX_SLIP:
-            thinking = f"So {_off_by_one(answer, rng)}. Wait, "
+            wrong_answer = _off_by_one(answer, rng)
+            thinking = f"So {wrong_answer}. Wait, "
     else:
         count = rng.randint(1, size)
         numbers = [rng.randint(1, high) for _ in range(count)]
         answer = sum(numbers)
-        question = f"Sum {','.join(map(str, numbers))}"
-        thinking = _add(numbers, rng, slip=0) + _check(answer, rng, params["check"])
-    return Puzzle((TextPart(question),), box(thinking, answer), str(answer))
+        terms = ",".join(map(str, numbers))
+        question = f"Sum {terms}"
+        addition = _add(numbers, rng, slip=0)
+        check = _check(answer, rng, params["check"])
+        thinking = addition + check
+    parts = (TextPart(question),)
+    return Puzzle(parts, box(thinking, answer), str(answer))
 
 
 def draw_shapes(rng: Random, params: Params) -> Cells:
@@ -155,18 +204,24 @@ def pose_shapes(cells: Cells, rng: Random, params: Params) -> Puzzle:
     """Ask for the number of shapes of one colour and form, counted row by row."""
     target = rng.choice(cells)
     columns = params["cols"]
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    lines = [", ".join(" ".join(cell) for cell in row) for row in rows]
-    counts = [row.count(target) for row in rows]
+    lines = []
+    counts = []
     goals = ""
-    for i, (line, count) in enumerate(zip(lines, counts, strict=True), start=1):
-        goals += f"Row {i}: {line}, so {count}. "
+    for start in range(0, len(cells), columns):
+        row = cells[start : start + columns]
+        line = ", ".join(" ".join(cell) for cell in row)
+        count = row.count(target)
+        lines.append(line)
+        counts.append(count)
+        goals += f"Row {len(lines)}: {line}, so {count}. "
     answer = sum(counts)
     addition = _add(counts, rng, params["slip"])
     check = _check(answer, rng, params["check"])
     thinking = goals + addition + check
-    question = f"How many {' '.join(target)}s?"
-    parts = _ask(cells, "\n".join(lines), question, rng, params)
+    shape = " ".join(target)
+    question = f"How many {shape}s?"
+    words = "\n".join(lines)
+    parts = _ask(cells, words, question, rng, params)
     return Puzzle(parts, box(thinking, answer), str(answer))
 
 
@@ -180,5 +235,13 @@ _PARAMETERS: dict[str, Number | tuple[str, ...]] = {
 }
 _TASKS = ("sum", "caption", "pick", "both", "arith", "box")
 
-DIGITS = Kind(draw_digits, pose_digits, _PARAMETERS | {"task": _TASKS, "high": Number(5, 1, 9)})
-SHAPES_COUNT = Kind(draw_shapes, pose_shapes, _PARAMETERS | {"cols": Number(3, 1, 16)})
+DIGITS = Kind(
+    draw_digits,
+    pose_digits,
+    _PARAMETERS | {"task": _TASKS, "high": Number(5, 1, 9)},
+)
+SHAPES_COUNT = Kind(
+    draw_shapes,
+    pose_shapes,
+    _PARAMETERS | {"cols": Number(3, 1, 16)},
+)

@@ -35,6 +35,7 @@ class Kind:
     """Functions that draw and pose a problem, and its parameters: a `Number`, or choices with the default first."""
 
     draw: Callable[[Random, Params], Hashable]
+    # The problem is `Any`: each kind poses the type that its own `draw` returns.
     pose: Callable[[Any, Random, Params], Puzzle]
     parameters: Mapping[str, Number | tuple[str, ...]]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from random import Random
 
@@ -16,6 +15,7 @@ NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn")
 MAX_FAILED = 2  # failed walks in a countdown trace
 Order = tuple[str, ...]
 Clue = tuple[str, str, str]  # (relation, who, whom)
+Ordering = tuple[Order, tuple[Clue, ...]]
 RELATIONS = {
     "left": "{} stands somewhere left of {}",
     "beside": "{} stands beside {}",
@@ -44,13 +44,19 @@ def _orders(people: int) -> tuple[Order, ...]:
 @functools.cache
 def _fit(clue: Clue, people: int) -> int:
     """Return the orders that fit ``clue`` as a bit set: bit i stands for order i of `_orders`."""
-    return sum(1 << i for i, order in enumerate(_orders(people)) if _holds(clue, order))
+    order_bits = 0
+    for i, order in enumerate(_orders(people)):
+        if _holds(clue, order):
+            order_bits |= 1 << i
+    return order_bits
 
 
 def _fit_all(clues: Iterable[Clue], people: int) -> int:
     """Return the orders that fit all ``clues`` as a bit set."""
-    all_orders = (1 << len(_orders(people))) - 1
-    return functools.reduce(operator.and_, (_fit(clue, people) for clue in clues), all_orders)
+    order_bits = (1 << len(_orders(people))) - 1  # without a clue, every order
+    for clue in clues:
+        order_bits &= _fit(clue, people)
+    return order_bits
 
 
 def _list_clues(people: int) -> list[Clue]:
@@ -64,12 +70,15 @@ def _list_clues(people: int) -> list[Clue]:
     return clues
 
 
-def draw_ordering(rng: Random, params: Params) -> tuple[Order, tuple[Clue, ...]]:
+def draw_ordering(rng: Random, params: Params) -> Ordering:
     """Draw an order of people and a minimal set of clues that leaves no other order."""
     people = params["people"]
     index = rng.randrange(len(_orders(people)))
     solution = 1 << index
-    true_clues = [clue for clue in _list_clues(people) if _fit(clue, people) & solution]
+    true_clues = []
+    for clue in _list_clues(people):
+        if _fit(clue, people) & solution:
+            true_clues.append(clue)
     rng.shuffle(true_clues)
     clues: list[Clue] = []
     remaining = _fit_all((), people)
@@ -84,34 +93,48 @@ def draw_ordering(rng: Random, params: Params) -> tuple[Order, tuple[Clue, ...]]
         without_clue = [other_clue for other_clue in clues if other_clue != clue]
         if _fit_all(without_clue, people) == solution:
             clues = without_clue
-    return _orders(people)[index], tuple(sorted(clues))
+    order = _orders(people)[index]
+    # Sorted, so that a problem has one hash: the clues were shuffled.
+    return order, tuple(sorted(clues))
 
 
-def pose_ordering(problem: tuple[Order, tuple[Clue, ...]], rng: Random, params: Params) -> Puzzle:
+def pose_ordering(problem: Ordering, rng: Random, params: Params) -> Puzzle:
     """Ask for the position of one person.  The trace fits all clues but the last and tries the rows that remain."""
     order, sorted_clues = problem
     clues = rng.sample(sorted_clues, len(sorted_clues))
     person = rng.choice(order)
     position = order.index(person) + 1
     last = len(clues)
-    sentences = [f"({i}) {RELATIONS[relation].format(a, b)}." for i, (relation, a, b) in enumerate(clues, start=1)]
+    sentences = []
+    for i, (relation, who, whom) in enumerate(clues, start=1):
+        statement = RELATIONS[relation].format(who, whom)
+        sentences.append(f"({i}) {statement}.")
     question = (
         f"{', '.join(sorted(order))} stand in a row. {' '.join(sentences)} "
         f"At which place from the left does {person} stand?"
     )
     remaining = _fit_all(clues[:-1], len(order))
-    rows = [row for i, row in enumerate(_orders(len(order))) if remaining >> i & 1]
-    failures = "".join(f"Try {', '.join(row)}: ({last}) fails. Wait, go back. " for row in rows if row != order)
-    verification = ", ".join(f"({i}) holds" for i in range(1, last + 1))
+    rows = []
+    failures = ""
+    for i, row in enumerate(_orders(len(order))):
+        if not remaining >> i & 1:
+            continue
+        rows.append(row)
+        if row != order:
+            failures += f"Try {', '.join(row)}: ({last}) fails. Wait, go back. "
+    checks = [f"({i}) holds" for i in range(1, last + 1)]
+    verification = ", ".join(checks)
     thinking = (
         f"I want the place of {person}, so I work back: for it I need a row that fits every clue. "
         f"First goal: rows that fit all clues but ({last}). There are {len(rows)}. Next goal: test them. {failures}"
         f"Try {', '.join(order)}: ({last}) holds. Let me check: {verification}. {person} is at place {position}. "
     )
-    return Puzzle((TextPart(f"{question} {BOX_REQUEST}"),), box(thinking, position), str(position))
+    parts = (TextPart(f"{question} {BOX_REQUEST}"),)
+    return Puzzle(parts, box(thinking, position), str(position))
 
 
 Operation = tuple[str, int]  # (operator, operand)
+Countdown = tuple[int, tuple[Operation, ...], int]  # (start, steps, target)
 
 
 def _apply(operation: Operation, value: int) -> int:
@@ -129,6 +152,7 @@ def _undo(operation: Operation, value: int) -> int | None:
     if sign == "*":
         return value // operand if value % operand == 0 else None
     before = value - operand if sign == "+" else value + operand
+    # The question asks for positive numbers on the way.
     return before if before > 0 else None
 
 
@@ -147,7 +171,7 @@ def _work_back(order: Sequence[Operation], target: int) -> list[int | None]:
     return values
 
 
-def draw_countdown(rng: Random, params: Params) -> tuple[int, tuple[Operation, ...], int]:
+def draw_countdown(rng: Random, params: Params) -> Countdown:
     """Draw a start, steps and a target.
 
     Some orders of the steps reach the target and some fail. All that reach it have the same number before the last
@@ -155,55 +179,78 @@ def draw_countdown(rng: Random, params: Params) -> tuple[int, tuple[Operation, .
     """
     while True:
         start = rng.randint(2, 9)
-        steps = tuple((rng.choice("+-*"), rng.randint(2, 9)) for _ in range(params["steps"]))
+        steps: list[Operation] = []
+        for _ in range(params["steps"]):
+            sign = rng.choice("+-*")
+            operand = rng.randint(2, 9)
+            steps.append((sign, operand))
         target: int = start
         for operation in steps:
             target = _apply(operation, target)
         if not 0 < target < 200:
             continue
-        walks = [_work_back(order, target) for order in itertools.permutations(steps)]
-        answers = {walk[0] for walk in walks if walk[-1] == start}
-        if len(answers) == 1 and any(walk[-1] != start for walk in walks):
+        answers = set()
+        has_failure = False
+        for order in itertools.permutations(steps):
+            walk = _work_back(order, target)
+            if walk[-1] == start:
+                answers.add(walk[0])
+            else:
+                has_failure = True
+        if len(answers) == 1 and has_failure:
             return start, tuple(sorted(steps)), target
 
 
-def pose_countdown(problem: tuple[int, tuple[Operation, ...], int], rng: Random, params: Params) -> Puzzle:
+def pose_countdown(problem: Countdown, rng: Random, params: Params) -> Puzzle:
     """Ask for the number before the last step.  The trace works back from the target."""
     start, steps, target = problem
     orders = list(itertools.permutations(steps))
     rng.shuffle(orders)
-    solutions = [order for order in orders if _work_back(order, target)[-1] == start]
-    failures = [order for order in orders if order not in solutions]
-    listing = ", ".join(sign + str(operand) for sign, operand in steps)
+    solutions = []
+    failures = []
+    for order in orders:
+        walk = _work_back(order, target)
+        if walk[-1] == start:
+            solutions.append(order)
+        else:
+            failures.append(order)
+    listing = ", ".join(f"{sign}{operand}" for sign, operand in steps)
     question = (
         f"Start at {start}. Use each of the steps {listing} once, in some order, to reach {target}. "
         f"Every number on the way must be positive. Which number stands before the last step? {BOX_REQUEST}"
     )
     # Different orders can fail with the same words: each text occurs once, in the shuffled order.
-    walks = dict.fromkeys(_describe_walk(order, start, target) for order in failures)
-    backtracking = "".join(f"{walk} Wait, go back. " for walk in list(walks)[:MAX_FAILED])
+    descriptions = [_describe_walk(order, start, target) for order in failures]
+    distinct_walks = list(dict.fromkeys(descriptions))
+    backtracking = ""
+    for description in distinct_walks[:MAX_FAILED]:
+        backtracking += f"{description} Wait, go back. "
     solution = solutions[0]
     numbers = [*reversed(_work_back(solution, target)), target]
-    equations = [
-        f"{before}{sign}{operand}={after}"
-        for before, (sign, operand), after in zip(numbers, solution, numbers[1:], strict=False)
-    ]
+    equations = []
+    for i, (sign, operand) in enumerate(solution):
+        before = numbers[i]
+        after = numbers[i + 1]
+        equations.append(f"{before}{sign}{operand}={after}")
+    reaching_walk = _describe_walk(solution, start, target)
     thinking = (
         f"I want {target}, so I work back from it. First goal: the last step. Next goal: the steps before. "
-        f"{backtracking}{_describe_walk(solution, start, target)} Let me check: {', '.join(equations)}. "
+        f"{backtracking}{reaching_walk} Let me check: {', '.join(equations)}. "
     )
     answer = numbers[-2]
     assert answer is not None, "a reaching order can be undone"
-    return Puzzle((TextPart(question),), box(thinking, answer), str(answer))
+    parts = (TextPart(question),)
+    return Puzzle(parts, box(thinking, answer), str(answer))
 
 
 def _describe_walk(order: Sequence[Operation], start: int, target: int) -> str:
     """Describe in words how ``order`` is undone, and whether it leads back to ``start``."""
     walk = _work_back(order, target)
-    undone = [
-        f"undo {sign}{operand}: {'impossible' if value is None else value}"
-        for (sign, operand), value in zip(reversed(order), walk, strict=False)
-    ]
+    undone = []
+    # Not strict: a walk ends at the first step that cannot be undone.
+    for (sign, operand), value in zip(reversed(order), walk, strict=False):
+        result = "impossible" if value is None else value
+        undone.append(f"undo {sign}{operand}: {result}")
     if walk[-1] is None:
         ending = ""
     elif walk[-1] == start:
@@ -213,5 +260,13 @@ def _describe_walk(order: Sequence[Operation], start: int, target: int) -> str:
     return f"Try to {', '.join(undone)}{ending}."
 
 
-ORDERING = Kind(draw_ordering, pose_ordering, {"people": Number(5, 4, len(NAMES))})
-COUNTDOWN = Kind(draw_countdown, pose_countdown, {"steps": Number(3, 3, 4)})
+ORDERING = Kind(
+    draw_ordering,
+    pose_ordering,
+    {"people": Number(5, 4, len(NAMES))},
+)
+COUNTDOWN = Kind(
+    draw_countdown,
+    pose_countdown,
+    {"steps": Number(3, 3, 4)},
+)

@@ -39,21 +39,37 @@ GENERAL: dict[str, Number | tuple[str, ...]] = {
 class PuzzleSource:
     """Rows of one kind: endless in the train split, ``count`` distinct problems in the held-out one."""
 
-    def __init__(self, path: str, kind: str, params: Params, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        params: Params,
+        name: str | None = None,
+    ) -> None:
         """Use `open_puzzle`, which checks ``params``; ``name`` labels the rows."""
         self._path = path
         self._kind = KINDS[kind]
         self._params = params
-        variants = [params[key] for key in ("task", "form") if key in params]
-        self._label = name or "/".join(["puzzle:" + kind, *variants])
+        # Each task and each form is a source of its own in the metrics.
+        label = [f"puzzle:{kind}"]
+        for key in ("task", "form"):
+            if key in params:
+                label.append(params[key])
+        self._label = name or "/".join(label)
         # The form, the response and the size of the held-out set do not change which problems are drawn.
-        seeding = sorted((key, value) for key, value in params.items() if key not in ("form", "answered", "count"))
-        self._seed = f"{kind}{seeding}"
-        self._held_out = self._draw_held_out(kind) if params["split"] == "heldout" else None
+        seeding = dict(params)
+        for key in ("form", "answered", "count"):
+            seeding.pop(key, None)
+        self._seed = f"{kind}{sorted(seeding.items())}"
+        self._held_out: Sequence[Hashable] | None = None
+        if params["split"] == "heldout":
+            self._held_out = self._draw_held_out(kind)
 
     def __len__(self) -> int:
         """Return `ENDLESS` or the size of the held-out set."""
-        return ENDLESS if self._held_out is None else len(self._held_out)
+        if self._held_out is None:
+            return ENDLESS
+        return len(self._held_out)
 
     def __getitem__(self, index: int) -> Row:
         """Return row ``index``; a prompt row if ``answered=0``."""
@@ -67,11 +83,18 @@ class PuzzleSource:
         puzzle = self._kind.pose(problem, rng, self._params)
         messages = [Message("user", puzzle.parts)]
         if self._params["answered"]:
-            messages.append(Message("assistant", (TextPart(puzzle.response),)))
-        where = f"{self._path}#{index}"
-        return Row(tuple(messages), puzzle.answer, source=self._label, id=f"{self._label}#{index}", where=where)
+            reply = TextPart(puzzle.response)
+            messages.append(Message("assistant", (reply,)))
+        return Row(
+            tuple(messages),
+            puzzle.answer,
+            source=self._label,
+            id=f"{self._label}#{index}",
+            where=f"{self._path}#{index}",
+        )
 
     def _draw(self, rng: Random, held_out: bool) -> Hashable:
+        # Narrow parameters may leave one split without a problem.
         for _ in range(10_000):
             problem = self._kind.draw(rng, self._params)
             if is_held_out(problem) == held_out:
@@ -80,15 +103,19 @@ class PuzzleSource:
 
     def _draw_held_out(self, kind: str) -> Sequence[Hashable]:
         """Draw ``count`` distinct held-out problems; every task and form of a kind sees the same ones."""
-        rng = Random(f"{kind}#{self._params['seed']}")
+        seed = self._params["seed"]
+        rng = Random(f"{kind}#{seed}")
         count = self._params["count"]
         problems: dict[Hashable, None] = {}  # a set that keeps the order of drawing
+        # Most draws repeat a problem where there are few more than `count`.
         for _ in range(20 * count):
-            problems[self._draw(rng, held_out=True)] = None
+            problem = self._draw(rng, held_out=True)
+            problems[problem] = None
             if len(problems) == count:
                 return tuple(problems)
-        remedy = f"set count={len(problems)} or less, or widen the other parameters"
-        raise ConfigError(f"{self._path}: only {len(problems)} held-out problems found; {remedy}")
+        problem_count = len(problems)
+        remedy = f"set count={problem_count} or less, or widen the other parameters"
+        raise ConfigError(f"{self._path}: only {problem_count} held-out problems found; {remedy}")
 
 
 def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
@@ -97,40 +124,58 @@ def open_puzzle(path: str, name: str | None = None) -> PuzzleSource:
     Raises:
         ConfigError: the kind or a parameter is unknown, or a value is out of bounds.
     """
-    kind, _, query = path.removeprefix("puzzle:").partition("?")
+    name_and_query = path.removeprefix("puzzle:")
+    kind, _, query = name_and_query.partition("?")
     if kind not in KINDS:
         raise ConfigError(f"{path}: no such kind of puzzle; choose one of {', '.join(KINDS)}")
     specs = GENERAL | dict(KINDS[kind].parameters)
     params: dict[str, Any] = {}
     for key, spec in specs.items():
-        params[key] = spec[0] if isinstance(spec, tuple) else spec.default
+        params[key] = _default(spec)
     try:
         settings = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}; write puzzle:KIND?parameter=value&parameter=value") from error
     for key, text in settings:
         if key not in specs:
-            raise ConfigError(f"{path}: parameter {key!r} is unknown; {kind} takes {', '.join(specs)}")
+            names = ", ".join(specs)
+            raise ConfigError(f"{path}: parameter {key!r} is unknown; {kind} takes {names}")
         params[key] = _parse_value(path, key, text, specs[key])
     return PuzzleSource(path, kind, params, name)
+
+
+def _default(spec: Number | tuple[str, ...]) -> float | str:
+    if isinstance(spec, tuple):
+        return spec[0]
+    return spec.default
 
 
 def is_held_out(problem: Hashable) -> bool:
     """Return whether a problem is the one in `HELD_OUT_SHARE` that no train split shows."""
     # SHA-256 and not `hash`, which Python salts anew in each process.
-    digest = hashlib.sha256(repr(problem).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
+    text = repr(problem)
+    digest = hashlib.sha256(text.encode()).digest()
+    number = int.from_bytes(digest[:8], "big")
+    return number % HELD_OUT_SHARE == 0
 
 
-def _parse_value(path: str, key: str, text: str, spec: Number | tuple[str, ...]) -> Any:
+def _parse_value(
+    path: str,
+    key: str,
+    text: str,
+    spec: Number | tuple[str, ...],
+) -> float | str:
     if isinstance(spec, tuple):
         if text not in spec:
-            raise ConfigError(f"{path}: {key}={text!r} is unknown; choose one of {', '.join(spec)}")
+            choices = ", ".join(spec)
+            raise ConfigError(f"{path}: {key}={text!r} is unknown; choose one of {choices}")
         return text
     try:
+        # By the type of its default, a size must be an integer and a share may have decimals.
         value = type(spec.default)(text)
     except ValueError as error:
         raise ConfigError(f"{path}: {key}={text!r} is not a number") from error
     if not spec.low <= value <= spec.high:
-        raise ConfigError(f"{path}: {key}={text} must lie in {spec.low}..{spec.high}")
+        bounds = f"{spec.low}..{spec.high}"
+        raise ConfigError(f"{path}: {key}={text} must lie in {bounds}")
     return value

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.data.schema import (
-    BOX_REQUEST,
-    LETTER_REQUEST,
-    Message,
-    Part,
-    Row,
-    RowError,
-    TextPart,
-    check_answer,
-    option_letter,
-    parse_text,
-)
+from ovr_megatron.data.row_parsing import check_answer, option_letter, parse_text
+from ovr_megatron.data.schema import BOX_REQUEST, LETTER_REQUEST, Message, Part, Row, RowError, TextPart
 
 
 def prompt_row(
@@ -49,27 +38,40 @@ def prompt_row(
     if not request:
         request = LETTER_REQUEST if options else BOX_REQUEST
     ending = f"{list_options(options)}\n{request}"
-    if parts and isinstance(parts[-1], TextPart):
-        parts = (*parts[:-1], TextPart(parts[-1].text + ending))
+    question = list(parts)
+    last = question[-1] if question else None
+    if isinstance(last, TextPart):
+        question[-1] = TextPart(last.text + ending)
     else:
-        parts = (*parts, TextPart(ending))
+        question.append(TextPart(ending))
     if pictures:
-        parts = tuple(itertools.chain.from_iterable(_insert_pictures(part, pictures) for part in parts))
+        question = _insert_pictures(question, pictures)
     fields["id"] = fields.get("id") or Path(where).name
-    message = Message("user", parts)
-    reference = parse_text(answer, where, "answer")
-    row = Row((message,), answer=reference, options=tuple(options), where=where, **fields)
+    message = Message("user", tuple(question))
+    row = Row(
+        (message,),
+        answer=parse_text(answer, where, "answer"),
+        options=tuple(options),
+        where=where,
+        **fields,
+    )
     check_answer(row)
     return row
 
 
-def _insert_pictures(part: Part, pictures: Mapping[str, Part]) -> Iterator[Part]:
-    """Split a text at its marks and yield the pieces, with the pictures in place of the marks."""
-    if not isinstance(part, TextPart):
-        yield part
-        return
-    pieces = re.split("(" + "|".join(map(re.escape, pictures)) + ")", part.text)
-    yield from (pictures.get(piece) or TextPart(piece) for piece in pieces if piece)
+def _insert_pictures(parts: Sequence[Part], pictures: Mapping[str, Part]) -> list[Part]:
+    """Split the texts at their marks and return all parts, with the pictures in place of the marks."""
+    alternatives = "|".join(map(re.escape, pictures))
+    marks = re.compile(f"({alternatives})")  # in a group, so that `split` returns the marks, too
+    result: list[Part] = []
+    for part in parts:
+        if not isinstance(part, TextPart):
+            result.append(part)
+            continue
+        for piece in marks.split(part.text):
+            if piece:
+                result.append(pictures.get(piece) or TextPart(piece))
+    return result
 
 
 def texts(text: str) -> tuple[Part, ...]:
@@ -82,7 +84,10 @@ def list_options(options: Sequence[str]) -> str:
     lines = []
     for i, option in enumerate(options):
         letter = option_letter(i)
-        lines.append(f"\n({letter})" + ("" if option == letter else f" {option}"))
+        line = f"\n({letter})"
+        if option != letter:
+            line += f" {option}"
+        lines.append(line)
     return "".join(lines)
 
 
@@ -95,9 +100,17 @@ def field_of(raw: Any, key: str, where: str) -> Any:
     value = raw.get(key) if isinstance(raw, Mapping) else None
     if value is None:
         raise RowError(where, key, "is missing", "add the field, or set the format of the source")
-    if key == "question" and not (isinstance(value, str) and value.strip()):
-        raise RowError(where, key, f"is {type(value).__name__} {value!r:.60}", "give a text")
+    if key == "question":
+        require_text(value, where, key)
     return value
+
+
+def require_text(value: Any, where: str, key: str) -> None:
+    """Raise `RowError` unless ``value`` is a text that is not blank."""
+    if isinstance(value, str) and value.strip():
+        return
+    problem = f"is {type(value).__name__} {value!r:.60}"
+    raise RowError(where, key, problem, "give a text")
 
 
 def options_of(raw: Mapping[str, Any], where: str, key: str = "options") -> list[str]:
@@ -108,5 +121,9 @@ def options_of(raw: Mapping[str, Any], where: str, key: str = "options") -> list
     """
     options = raw.get(key) or []
     if not isinstance(options, list):
-        raise RowError(where, key, f"is {type(options).__name__} {options!r:.60}", "give a list of texts")
-    return [parse_text(option, where, f"{key}[{i}]") for i, option in enumerate(options)]
+        problem = f"is {type(options).__name__} {options!r:.60}"
+        raise RowError(where, key, problem, "give a list of texts")
+    contents = []
+    for i, option in enumerate(options):
+        contents.append(parse_text(option, where, f"{key}[{i}]"))
+    return contents

@@ -10,7 +10,7 @@ A reply that is learned is tokenised apart from the text before it: its ids are 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ from ovr_megatron.families import Family
 # Private-use characters around the index of a text.
 _SLOT = "\U000f0000{}\U000f0001"
 _LAST_ONLY = "set data.learn=last to learn the last reply alone, or correct the template"
+
+_Content = str | list[dict[str, str]]  # of a turn, as templates read it: a text, or typed parts
 
 
 class TemplateError(UserError, ValueError):
@@ -78,16 +80,19 @@ class ChatTemplate:
         """
         self.tokenizer = tokenizer
         self.template = template
-        self.special = {
-            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        self.special: dict[str, int] = {}
+        for index, token in tokenizer.added_tokens_decoder.items():
+            if token.special:
+                self.special[token.content] = index
         self._end = family.tokens.end_of_turn
         if self._end not in self.special:
             raise TemplateError(f"the tokenizer lacks {self._end}; it is not {family.title}'s")
         self.end_token = self.special[self._end]
         # Longest first: a name may begin with another name.
         names = sorted(self.special, key=len, reverse=True)
-        alternatives = [_SLOT.format(r"(\d+)"), *(f"({re.escape(name)})" for name in names)]
+        alternatives = [_SLOT.format(r"(\d+)")]
+        for name in names:
+            alternatives.append(f"({re.escape(name)})")
         self._slot_or_special = re.compile("|".join(alternatives))
 
     def tokenise(self, chats: Sequence[Chat]) -> list[TokenisedChat]:
@@ -99,13 +104,20 @@ class ChatTemplate:
         rendered = [list(self._render(chat)) for chat in chats]
         texts: list[str] = []
         for pieces in rendered:
-            texts += [str(piece) for piece in pieces if isinstance(piece, str)]
-        texts += [chat.response for chat in chats if chat.response is not None]
+            texts += _texts_of(pieces)
+        for chat in chats:
+            if chat.response is not None:
+                texts.append(chat.response)
         # One call for all texts, whose ids are taken in the same order: of the prompts, then of the responses.
         ids = iter(self._tokenise_plain(texts))
         prompts = [self._join_pieces(pieces, ids) for pieces in rendered]
-        responses = [[*next(ids), self.end_token] if chat.response is not None else [] for chat in chats]
-        return [TokenisedChat(*prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        tokenised = []
+        for chat, (prompt, learned) in zip(chats, prompts, strict=True):
+            response: list[int] = []
+            if chat.response is not None:
+                response = [*next(ids), self.end_token]
+            tokenised.append(TokenisedChat(prompt, learned, response))
+        return tokenised
 
     @cached_property
     def opens_thought(self) -> bool:
@@ -119,14 +131,19 @@ class ChatTemplate:
             AssetError: the template cannot be rendered, or leaves the text out.
         """
         text = "Add 1 and 2."
-        pieces = list(self._render(Chat([Message("user", (TextPart(text),))])))
-        count = sum(piece.count(text) for piece in pieces if isinstance(piece, str))
+        message = Message("user", (TextPart(text),))
+        pieces = self._render(Chat([message]))
+        count = sum(piece.count(text) for piece in _texts_of(pieces))
         if count != 1:
             raise AssetError(
                 f"{folder}: the chat template writes a user's text {count} times; use data.template=think or correct it"
             )
 
-    def _join_pieces(self, pieces: Sequence[str | int], ids: Iterator[list[int]]) -> tuple[list[int], list[bool]]:
+    def _join_pieces(
+        self,
+        pieces: Sequence[str | int],
+        ids: Iterator[list[int]],
+    ) -> tuple[list[int], list[bool]]:
         """Return the ids of a chat's pieces, and which are learned: earlier replies, each with the token that ends it.
 
         Args:
@@ -138,7 +155,8 @@ class ChatTemplate:
         after_reply = False  # the token that ends a reply is learned with it
         for i, piece in enumerate(pieces):
             is_reply = isinstance(piece, _Reply)
-            if is_reply and list(pieces[i + 1 : i + 2]) != [self.end_token]:
+            next_pieces = list(pieces[i + 1 : i + 2])  # empty after the last piece
+            if is_reply and next_pieces != [self.end_token]:
                 raise TemplateError(f"the chat template does not end an earlier reply with {self._end}; {_LAST_ONLY}")
             # The template's special token is an id already; a text takes the next ids.
             piece_ids = [piece] if isinstance(piece, int) else next(ids)
@@ -158,7 +176,7 @@ class ChatTemplate:
 
         turns = []
         for i, message in enumerate(chat.messages):
-            content: str | list[dict[str, str]]
+            content: _Content
             if i in chat.replies:
                 reply_slots.add(len(texts))
                 content = add_slot(chat.replies[i])
@@ -201,10 +219,12 @@ class ChatTemplate:
     @cached_property
     def _opening(self) -> str:
         """The end of the generation prompt that an earlier reply does not begin with, as an opened ``<think>``."""
-        question = [{"role": "user", "content": "?"}]
+        question = {"role": "user", "content": "?"}
         slot = _SLOT.format(0)
-        dialogue = self._apply([*question, {"role": "assistant", "content": slot}], add_generation_prompt=False)
-        reply = dialogue.removeprefix(self._apply(question, add_generation_prompt=False))
+        answer = {"role": "assistant", "content": slot}
+        dialogue = self._apply([question, answer], add_generation_prompt=False)
+        rendered_question = self._apply([question], add_generation_prompt=False)
+        reply = dialogue.removeprefix(rendered_question)
         head, _, _ = reply.partition(slot)
         if not self._generation_prompt.startswith(head):
             raise TemplateError(f"the chat template begins an earlier reply otherwise than a new one; {_LAST_ONLY}")
@@ -212,26 +232,46 @@ class ChatTemplate:
 
     def _apply(self, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         with one_sentence("the chat template cannot be rendered", "use data.template=think or correct it"):
+            # Text and no ids: the special tokens of the template and those in texts are told apart by the slots.
             return self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
 
     def _tokenise_plain(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, in which a special token's name is characters."""
         if not texts:
             return []
-        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-        return self.tokenizer(texts, verbose=False, **options)["input_ids"]
+        encoding = self.tokenizer(
+            texts,
+            verbose=False,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+        )
+        return encoding["input_ids"]
 
 
-def _content(message: Message, add_slot: Callable[[str], str]) -> str | list[dict[str, str]]:
+def _texts_of(pieces: Iterable[str | int]) -> list[str]:
+    """Return the texts among the pieces of a rendered chat, without the ids."""
+    return [str(piece) for piece in pieces if isinstance(piece, str)]
+
+
+def _content(message: Message, add_slot: Callable[[str], str]) -> _Content:
     """Return a message's content in the form that chat templates read: a text, or a list of typed parts."""
-    if len(message.parts) == 1 and isinstance(message.parts[0], TextPart):
-        return add_slot(message.parts[0].text)
+    if len(message.parts) == 1:
+        part = message.parts[0]
+        # Some templates take no list for a text.
+        if isinstance(part, TextPart):
+            return add_slot(part.text)
     content = []
     for part in message.parts:
         if isinstance(part, TextPart):
             content.append({"type": "text", "text": add_slot(part.text)})
+        elif isinstance(part, ImagePart):
+            content.append({"type": "image"})
         else:
-            content.append({"type": "image" if isinstance(part, ImagePart) else "video"})
+            content.append({"type": "video"})
     return content

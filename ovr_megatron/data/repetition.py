@@ -32,14 +32,18 @@ def source_uses(data: DataConfig, samples: float) -> list[SourceUse]:
     for source in data.sources:
         rows = len(open_source(source))
         if rows < ENDLESS:
-            epochs = samples * source.weight / weights / max(rows, 1)
-            uses.append(SourceUse(source.name or source.path, rows, epochs))
+            source_samples = samples * source.weight / weights
+            epochs = source_samples / max(rows, 1)
+            name = source.name or source.path
+            uses.append(SourceUse(name, rows, epochs))
     return uses
 
 
 def show_uses(uses: Sequence[SourceUse]) -> list[str]:
     """Return a line for each source, and a warning where its rows are repeated more than `MANY` times."""
-    lines = [f"{use.name}: {use.rows:,} rows, {use.epochs:,.1f} epochs" for use in uses]
+    lines = []
+    for use in uses:
+        lines.append(f"{use.name}: {use.rows:,} rows, {use.epochs:,.1f} epochs")
     for use in uses:
         if use.epochs > MANY:
             lines.append(

@@ -1,4 +1,4 @@
-"""Write a row as the JSON object that `ovr_megatron.data.schema.parse_row` reads."""
+"""Write a row as the JSON object that `ovr_megatron.data.row_parsing.parse_row` reads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Literal, NotRequired, TypedDict
 
 from ovr_megatron.data.schema import ImagePart, Message, Part, Row, TextPart
 
+ImageJson = str | dict[str, str]
+
 
 class PartJson(TypedDict, total=False):
     """A part of a message: a text, an image (its path below the root, or PNG bytes in base64), or a video of frames."""
 
     type: Literal["text", "image", "video"]
     text: str
-    image: str | dict[str, str]
-    video: list[str | dict[str, str]]
+    image: ImageJson
+    video: list[ImageJson]
     fps: float
 
 
@@ -44,11 +46,12 @@ class RowJson(TypedDict):
 
 
 def row_to_json(row: Row) -> RowJson:
-    """Return the JSON object that `ovr_megatron.data.schema.parse_row` reads back as an equal row.
+    """Return the JSON object that `ovr_megatron.data.row_parsing.parse_row` reads back as an equal row.
 
     Image paths are written relative to their root; pictures without a file are embedded as PNG.
     """
-    fields: RowJson = {"messages": [_message_to_json(message) for message in row.messages]}
+    messages = [_message_to_json(message) for message in row.messages]
+    fields: RowJson = {"messages": messages}
     # Fields at their defaults are left out, so that files stay small and comparable.
     if row.answer:
         fields["answer"] = row.answer
@@ -64,13 +67,18 @@ def row_to_json(row: Row) -> RowJson:
 
 
 def _message_to_json(message: Message) -> MessageJson:
-    fields: MessageJson = {"role": message.role, "content": _content_to_json(message.parts)}
-    return fields if message.learn else {**fields, "weight": 0}
+    content = _content_to_json(message.parts)
+    fields: MessageJson = {"role": message.role, "content": content}
+    if not message.learn:
+        fields["weight"] = 0
+    return fields
 
 
 def _content_to_json(parts: Sequence[Part]) -> str | list[PartJson]:
-    if len(parts) == 1 and isinstance(parts[0], TextPart):
-        return parts[0].text
+    if len(parts) == 1:
+        part = parts[0]
+        if isinstance(part, TextPart):
+            return part.text
     return [_part_to_json(part) for part in parts]
 
 
@@ -79,17 +87,21 @@ def _part_to_json(part: Part) -> PartJson:
         return {"type": "text", "text": part.text}
     if isinstance(part, ImagePart):
         return {"type": "image", "image": _image_to_json(part)}
-    return {"type": "video", "video": [_image_to_json(frame) for frame in part.frames], "fps": part.fps}
+    frames = [_image_to_json(frame) for frame in part.frames]
+    return {"type": "video", "video": frames, "fps": part.fps}
 
 
-def _image_to_json(part: ImagePart) -> str | dict[str, str]:
+def _image_to_json(part: ImagePart) -> ImageJson:
     if part.path is not None:
-        path = part.path.relative_to(part.root) if part.root else part.path
+        path = part.path
+        if part.root:
+            path = path.relative_to(part.root)
         return str(path)
     data = part.data
     if part.image is not None:
         buffer = io.BytesIO()
-        part.image.save(buffer, "PNG")
+        part.image.save(buffer, "PNG")  # without loss: the pixels are those of the row
         data = buffer.getvalue()
     assert data is not None, "an ImagePart has a path, an image or data"
-    return {"bytes": base64.b64encode(data).decode()}
+    base64_data = base64.b64encode(data)
+    return {"bytes": base64_data.decode()}

@@ -41,8 +41,14 @@ class SkippedRows:
         if self._path is not None:
             # Opened with the first row: a run that skips nothing has no list.
             self._file = self._file or AppendedFile(self._path)
-            line = {"where": error.where, "field": error.field, "problem": error.problem}
-            self._file.append(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+            record = {
+                "where": error.where,
+                "field": error.field,
+                "problem": error.problem,
+            }
+            line = json.dumps(record, ensure_ascii=False)
+            # A problem may quote half a surrogate pair, which UTF-8 cannot hold.
+            self._file.append(line.encode(errors="backslashreplace") + b"\n")
 
 
 def skipped_rows(config: DataConfig, run: Path, main: bool) -> SkippedRows | None:
@@ -68,12 +74,17 @@ def lengths_or_errors(
     """
     try:
         # A damaged image must be known on every rank before one of them meets it in `Processor.encode`.
-        lengths: list[int | RowError] = [*processor.lengths(rows, generation, decode=skipped is not None)]
+        decode = skipped is not None
+        lengths: list[int | RowError] = [*processor.lengths(rows, generation, decode)]
     except RowError as error:
         if skipped is None:
             raise
+        # One by one, since the error names the first bad row alone.
         if len(rows) > 1:
-            return [lengths_or_errors(processor, [row], generation, skipped)[0] for row in rows]
+            lengths = []
+            for row in rows:
+                lengths += lengths_or_errors(processor, [row], generation, skipped)
+            return lengths
         lengths = [error]
     for length in lengths:
         if isinstance(length, RowError) and skipped is not None:

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ovr_megatron.config import ConfigError, SourceConfig
-from ovr_megatron.data.formats import detect, find_reader
+from ovr_megatron.data.formats import Reader, detect, find_reader
 from ovr_megatron.data.puzzles import open_puzzle
 from ovr_megatron.data.schema import Row, RowError, RowSource
 
@@ -49,7 +49,10 @@ def open_source(config: SourceConfig) -> RowSource:
     if config.path.startswith("puzzle:"):
         return open_puzzle(config.path, config.name)
     path, split = local_path(config.path)
-    tables = open_path(path, split) if path else [_open_hub(config.path)]
+    if path is None:
+        tables = [_open_hub(config.path)]
+    else:
+        tables = open_path(path, split)
     if config.image_root:
         root = Path(config.image_root).expanduser()
     elif path is None:
@@ -62,11 +65,14 @@ def open_source(config: SourceConfig) -> RowSource:
 def local_path(text: str) -> tuple[Path | None, str | None]:
     """Return the file or folder that the ``path`` of a source names, None if there is none, and its ``?split=``."""
     path = Path(text).expanduser()
+    # First: a file may have a question mark in its name.
     if path.exists():
         return path, None
     name, _, query = text.partition("?split=")
     folder = Path(name).expanduser()
-    return (folder, query) if query and folder.is_dir() else (None, None)
+    if query and folder.is_dir():
+        return folder, query
+    return None, None
 
 
 class Table(Protocol):
@@ -87,13 +93,22 @@ class Table(Protocol):
 class TableRows:
     """The rows of one or more tables, one after the other; parsed when they are read."""
 
-    def __init__(self, tables: Sequence[Table], format: str, image_root: Path, name: str | None) -> None:
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        format: str,
+        image_root: Path,
+        name: str | None,
+    ) -> None:
         """Join ``tables``; ``format`` 'auto' looks for the first known form in each; ``name`` labels every row."""
         self._tables = tables
-        self._ends = list(itertools.accumulate(len(table) for table in tables))
+        self._ends = list(itertools.accumulate(map(len, tables)))
         self._root = image_root
         self._name = name
-        self._readers = [find_reader(_detect(table) if format == "auto" else format) for table in tables]
+        self._readers: list[Reader] = []
+        for table in tables:
+            table_format = _detect(table) if format == "auto" else format
+            self._readers.append(find_reader(table_format))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -103,16 +118,20 @@ class TableRows:
         """Return row ``index``; raises `RowError` if it cannot be used, `IndexError` past the end."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        # To the right: an index that is the end of a table is the first of the next.
         table_index = bisect.bisect_right(self._ends, index)
         table = self._tables[table_index]
-        local_index = int(index) - (self._ends[table_index - 1] if table_index else 0)
+        start = self._ends[table_index - 1] if table_index else 0
+        local_index = int(index) - start
         read = self._readers[table_index]
         row = read(table.raw(local_index), table.where(local_index), self._root)
         for i, message in enumerate(row.messages):
             if surrogate := _SURROGATE.search(message.text):
+                problem = f"has half a character, {surrogate[0]!r}"
                 remedy = "write the text anew as UTF-8, or remove the row"
-                raise RowError(row.where, f"messages[{i}].content", f"has half a character, {surrogate[0]!r}", remedy)
-        return replace(row, source=self._name or row.source or table.label)
+                raise RowError(row.where, f"messages[{i}].content", problem, remedy)
+        source = self._name or row.source or table.label
+        return replace(row, source=source)
 
 
 def _detect(table: Table) -> str:
@@ -138,9 +157,13 @@ class LineTable:
         """Map the file at ``path``."""
         self._path = path
         self.label = _label(path)
-        # Escaped: a path may have brackets.  "utf-8-sig" drops a byte order mark.
-        self._lines = _load(str(path), "text", data_files=[glob.escape(str(path))], encoding="utf-8-sig")
-        filled = pc.not_equal(pc.utf8_trim_whitespace(self._lines.data.column("text")), "").to_numpy()
+        pattern = glob.escape(str(path))  # a path may have brackets
+        # "utf-8-sig" drops a byte order mark.
+        self._lines = _load(str(path), "text", data_files=[pattern], encoding="utf-8-sig")
+        # By Arrow, on the mapped column: millions of lines do not become Python objects.
+        texts = self._lines.data.column("text")
+        stripped_texts = pc.utf8_trim_whitespace(texts)
+        filled = pc.not_equal(stripped_texts, "").to_numpy()
         self._line_numbers = np.flatnonzero(filled)  # from 0, of lines that are not blank
 
     def __len__(self) -> int:
@@ -153,7 +176,8 @@ class LineTable:
 
     def raw(self, index: int) -> Any:
         """Decode line ``index``."""
-        line = self._lines[int(self._line_numbers[index])]["text"]
+        line_index = int(self._line_numbers[index])
+        line = self._lines[line_index]["text"]
         try:
             return json.loads(line)
         except ValueError as error:
@@ -184,7 +208,8 @@ class ArrowTable:
 
     def raw(self, index: int) -> Any:
         """Return row ``index`` as Python objects."""
-        return self._dataset[index : index + 1].to_pylist()[0]
+        table = self._dataset[index : index + 1]
+        return table.to_pylist()[0]
 
 
 class ListTable:
@@ -226,8 +251,7 @@ def open_path(path: Path, split: str | None) -> list[Table]:
     if (path / "dataset_info.json").is_file():
         return [_open_saved(path)]
     if (path / "dataset_dict.json").is_file():
-        names = sorted(item.name for item in path.iterdir() if item.is_dir())
-        folders = {name: [path / name] for name in names}
+        folders = {item.name: [item] for item in path.iterdir() if item.is_dir()}
         return [_open_saved(folder) for folder in _select_split(path, folders, split)]
     files = _list_files(path)
     if not files:
@@ -240,15 +264,19 @@ def open_path(path: Path, split: str | None) -> list[Table]:
 
 def _list_files(folder: Path) -> list[Path]:
     """Return the files of the first of `SUFFIXES` that a folder has, sorted."""
+    files = sorted(folder.iterdir())
+    # One form alone, so that rows that stand there in two forms are not read twice.
     for suffix in SUFFIXES:
-        if files := [file for file in sorted(folder.iterdir()) if file.suffix == suffix]:
-            return files
+        matches = [file for file in files if file.suffix == suffix]
+        if matches:
+            return matches
     return []
 
 
 def _split_of(file: Path) -> str:
     """Return the split that a word of a file's name says; ``train`` where no word does."""
-    for word in re.split(r"[-_.\s]+", file.stem.lower()):
+    words = re.split(r"[-_.\s]+", file.stem.lower())
+    for word in words:
         for split, names in _SPLITS.items():
             if word in names:
                 return split
@@ -263,7 +291,8 @@ def _select_split(path: Path, splits: Mapping[str, list[Path]], split: str | Non
     if split is not None:
         raise RowError(str(path), "", f"has no file of the split {split!r}", f"choose one of {names}")
     if len(splits) > 1:
-        remedy = f"name one file, or write {path}?split={min(splits, key=lambda name: (name != 'train', name))}"
+        example = "train" if "train" in splits else min(splits)
+        remedy = f"name one file, or write {path}?split={example}"
         raise RowError(str(path), "", f"has files of several splits: {names}", remedy)
     return next(iter(splits.values()), [])
 
@@ -275,7 +304,9 @@ def _open_file(path: Path) -> Table:
             raise RowError(str(path), "", "is empty", "give at least one row")
         table = LineTable(path)
     elif path.suffix == ".parquet":
-        table = ArrowTable(str(path), _label(path), _load(str(path), "parquet", data_files=[glob.escape(str(path))]))
+        pattern = glob.escape(str(path))  # a path may have brackets
+        dataset = _load(str(path), "parquet", data_files=[pattern])
+        table = ArrowTable(str(path), _label(path), dataset)
     elif path.suffix == ".json":
         table = ListTable(path)
     else:
@@ -310,7 +341,8 @@ def _open_hub(path: str) -> Table:
     if unknown:
         raise ConfigError(f"{path}: {unknown[0]!r} is not known; a hub name takes ?split=..&config=..")
     split = options.get("split", "train")
-    return ArrowTable(name, name, _load(path, name, name=options.get("config"), split=split))
+    dataset = _load(path, name, name=options.get("config"), split=split)
+    return ArrowTable(name, name, dataset)
 
 
 def _load(where: str, builder: str, split: str = "train", **options: Any) -> datasets.Dataset:
@@ -321,10 +353,11 @@ def _load(where: str, builder: str, split: str = "train", **options: Any) -> dat
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error  # the library wraps the error of the file or the cache
         _check_cache(cause)
+        remedy = "write the file anew"
         if isinstance(cause, UnicodeDecodeError):
-            where, remedy = f"{where}:{_undecodable_line(Path(where))}", "convert the file to UTF-8"
-        else:
-            remedy = "write the file anew"
+            line_number = _undecodable_line(Path(where))
+            where = f"{where}:{line_number}"
+            remedy = "convert the file to UTF-8"
         raise RowError(where, "", f"cannot be read ({cause})", remedy) from error
     except (OSError, ValueError) as error:
         _check_cache(error)
@@ -339,8 +372,10 @@ def _check_cache(error: BaseException) -> None:
     cache = str(datasets.config.HF_DATASETS_CACHE)
     if not isinstance(error, OSError):
         return
+    # `datasets` checks the free space before it writes, and then its error has no number.
     is_full = error.errno in _FULL_ERRORS or str(error).startswith("Not enough disk space")
-    if not is_full and not str(error.filename or "").startswith(cache):
+    filename = str(error.filename or "")
+    if not is_full and not filename.startswith(cache):
         return
     state = "full" if is_full else "not writable"
     problem = f"the cache of the library datasets is {state} ({error.strerror or error})"
@@ -350,7 +385,8 @@ def _check_cache(error: BaseException) -> None:
 
 def _undecodable_line(path: Path) -> int:
     """Return the number of the first line that is not UTF-8, from 1, or 0."""
-    for line_number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    lines = path.read_bytes().split(b"\n")
+    for line_number, line in enumerate(lines, start=1):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError:
@@ -360,4 +396,5 @@ def _undecodable_line(path: Path) -> int:
 
 def _label(path: Path) -> str:
     """Return ``folder/stem`` of a file: the name of its rows in statistics."""
-    return f"{path.resolve().parent.name}/{path.stem}"
+    folder = path.resolve().parent
+    return f"{folder.name}/{path.stem}"

@@ -80,13 +80,13 @@ class RowStream:
         for _ in range(_BARREN):
             # A generator of its own for each draw: the position needs no state of a generator.
             draw = random.Random(f"{self._seed}#{self._drawn}")
-            source = draw.choices(range(len(self._sources)), self._weights)[0]
+            [source] = draw.choices(range(len(self._sources)), self._weights)
             self._drawn += 1
             index = self._next_index(source)
             self._taken[source] += 1
             try:
                 row = self._sources[source][index]
-                if not self._exclude or fingerprint(row, self._config) not in self._exclude:
+                if not self._is_excluded(row):
                     return row
                 where = row.where
                 self.excluded += 1
@@ -106,7 +106,9 @@ class RowStream:
         missing = set(names)
         if not missing:
             return []
-        for indices in zip_longest(*map(self._reading_order, range(len(self._sources)))):
+        orders = map(self._reading_order, range(len(self._sources)))
+        # In turn: most names occur early, and a large source need not be read to its end.
+        for indices in zip_longest(*orders):
             for source, index in enumerate(indices):
                 if not missing:
                     return []
@@ -114,11 +116,20 @@ class RowStream:
                     missing.discard(self._source_name(source, index))
         return sorted(missing)
 
+    def _is_excluded(self, row: Row) -> bool:
+        # Without a list no fingerprint is computed: it opens the images.
+        if not self._exclude:
+            return False
+        return fingerprint(row, self._config) in self._exclude
+
     def _reading_order(self, source: int) -> list[int]:
         """Return the indices of a source's rows in an order that mixes the parts of a file; of an endless source, 0."""
         size = len(self._sources[source])
-        order = list(range(size if size < ENDLESS else 1))
-        random.Random(f"{self._seed}/{source}").shuffle(order)
+        if size >= ENDLESS:
+            return [0]
+        order = list(range(size))
+        shuffler = random.Random(f"{self._seed}/{source}")
+        shuffler.shuffle(order)
         return order
 
     def _source_name(self, source: int, index: int) -> str | None:
@@ -134,13 +145,17 @@ class RowStream:
         size = len(self._sources[source])
         if size >= ENDLESS:
             # Generated rows are new ones at every index: no shuffle is needed.
-            return (random.Random(f"{self._seed}/{source}").randrange(size) + taken) % size
+            start = random.Random(f"{self._seed}/{source}").randrange(size)
+            return (start + taken) % size
         epoch, position = divmod(taken, size)
-        if self._orders.get(source, (-1, []))[0] != epoch:
+        shuffled_epoch, order = self._orders.get(source, (-1, []))
+        if shuffled_epoch != epoch:
             order = list(range(size))
-            random.Random(f"{self._seed}/{source}/{epoch}").shuffle(order)
+            # A generator of its own for each epoch, so that a resumed run shuffles this one alone.
+            shuffler = random.Random(f"{self._seed}/{source}/{epoch}")
+            shuffler.shuffle(order)
             self._orders[source] = (epoch, order)
-        return self._orders[source][1][position]
+        return order[position]
 
     def state(self) -> StreamState:
         """Return the position as JSON."""
@@ -159,7 +174,12 @@ class RowStream:
             ConfigError: the position is that of a stream with another seed, or other sources.
         """
         sizes = [len(source) for source in self._sources]
-        for key, stored, current in (("seed", state["seed"], self._seed), ("sizes", state["sizes"], sizes)):
+        comparisons = (
+            ("seed", state["seed"], self._seed),
+            ("sizes", state["sizes"], sizes),
+        )
+        # Another seed or another file has its rows in another order: the position would mean other rows.
+        for key, stored, current in comparisons:
             if stored != current:
                 raise ConfigError(
                     f"data.sources: the checkpoint was written with {key} {stored}, this run has {current}; "
@@ -179,6 +199,8 @@ def open_stream(config: DataConfig, seed: int, skipped: SkippedRows | None = Non
     """
     if not config.sources:
         raise ConfigError("data.sources is empty: give at least one, for example 'data.sources=[{path: rows.jsonl}]'")
-    exclude = read_fingerprints(Path(config.exclude)) if config.exclude else frozenset()
+    exclude: frozenset[str] = frozenset()
+    if config.exclude:
+        exclude = read_fingerprints(Path(config.exclude))
     sources = [(open_source(source), source.weight) for source in config.sources]
     return RowStream(sources, seed, exclude, config, skipped)

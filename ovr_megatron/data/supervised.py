@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from ovr_megatron.config import ColdStartConfig, ConfigError
 from ovr_megatron.data.epochs import EpochStream
-from ovr_megatron.data.packing import Pack, PackStream
+from ovr_megatron.data.pack_stream import PackStream
+from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.data.stream import open_stream
@@ -42,7 +43,11 @@ class SupervisedPacks(Protocol):
         """Go to a position."""
 
 
-def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> tuple[SupervisedPacks, int]:
+def open_packs(
+    config: ColdStartConfig,
+    processor: Processor,
+    world: World,
+) -> tuple[SupervisedPacks, int]:
     """Open ``data.tokenised`` or ``data.sources``, whichever is given.
 
     Returns:
@@ -61,13 +66,28 @@ def open_packs(config: ColdStartConfig, processor: Processor, world: World) -> t
     if data.tokenised:
         tokenised = TokenisedSet(data.tokenised, processor)
         positions = processor.shape.max_positions
-        epochs = EpochStream(tokenised, data, config.packs_per_step, seed, *replica, positions, skipped)
+        epochs = EpochStream(
+            tokenised,
+            data,
+            config.packs_per_step,
+            seed,
+            *replica,
+            positions,
+            skipped,
+        )
         return epochs, config.steps or epochs.steps(config.epochs)
     if not data.sources:
         raise ConfigError(
             "data.sources and data.tokenised are empty: give rows, for example 'data.sources=[{path: rows.jsonl}]', or "
-            "data.tokenised=DIR that tools/tokenise.py wrote"
+            "data.tokenised=DIR that ovr tokenise wrote"
         )
     rows = open_stream(data, seed, skipped)
-    stream = PackStream(rows, processor, data.pack_tokens, config.packs_per_step, *replica, skipped)
+    stream = PackStream(
+        rows,
+        processor,
+        data.pack_tokens,
+        config.packs_per_step,
+        *replica,
+        skipped,
+    )
     return stream, config.steps

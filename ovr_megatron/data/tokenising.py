@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 from collections import deque
@@ -18,9 +17,10 @@ from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
 from ovr_megatron.data.packing import count_replies
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
-from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource, TextPart
+from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.sources import open_source
-from ovr_megatron.data.tokenised import CONTEXT, Texts, TokenisedManifest, TokenisedWriter, read_tokenised_manifest
+from ovr_megatron.data.tokenised import CONTEXT, TokenisedManifest, read_tokenised_manifest
+from ovr_megatron.data.tokenised_writer import Texts, TokenisedWriter
 from ovr_megatron.runtime.progress import Progress
 
 CHUNK_ROWS = 256  # rows that one process takes at a time
@@ -62,14 +62,17 @@ class Tokeniser:
         for source, opened in zip(config.sources, self.sources, strict=True):
             if len(opened) >= ENDLESS:
                 raise ConfigError(f"{source.path} is endless; a tokenised set needs sources that end")
-        self._exclude = read_fingerprints(Path(config.exclude)) if config.exclude else frozenset()
+        self._exclude: frozenset[str] = frozenset()
+        if config.exclude:
+            self._exclude = read_fingerprints(Path(config.exclude))
 
     def chunks(self) -> list[Chunk]:
         """Cut all rows of all sources into chunks, in order."""
         chunks = []
         for index, source in enumerate(self.sources):
             for start in range(0, len(source), CHUNK_ROWS):
-                chunks.append(Chunk(index, start, min(start + CHUNK_ROWS, len(source))))
+                stop = min(start + CHUNK_ROWS, len(source))
+                chunks.append(Chunk(index, start, stop))
         return chunks
 
     def __call__(self, chunk: Chunk) -> Tokenised:
@@ -85,37 +88,50 @@ class Tokeniser:
             try:
                 row = source[index]
                 _refuse_media(row)
-                if self._exclude and fingerprint(row, self.config) in self._exclude:
+                if self._is_excluded(row):
                     result.excluded += 1
                 else:
                     rows.append((index, row))
             except RowError as error:
                 self._leave_out(error, result)
         encoded = self._encode(rows, result)
-        indices = [index for index, _ in encoded]
-        samples = [sample for _, sample in encoded]
-        encoded_indices = set(indices)
-        encoded_rows = [row for index, row in rows if index in encoded_indices]
-        result.texts = _join_samples(samples, indices, count_replies(encoded_rows, self.config.learn))
+        samples_by_row = dict(encoded)
+        encoded_rows = [row for index, row in rows if index in samples_by_row]
+        replies = count_replies(encoded_rows, self.config.learn)
+        samples = list(samples_by_row.values())
+        indices = list(samples_by_row)
+        result.texts = _join_samples(samples, indices, replies)
         return result
+
+    def _is_excluded(self, row: Row) -> bool:
+        # Without a list no fingerprint is computed.
+        if not self._exclude:
+            return False
+        return fingerprint(row, self.config) in self._exclude
 
     def _encode(self, rows: Sequence[tuple[int, Row]], result: Tokenised) -> list[tuple[int, Sample]]:
         """Encode ``rows`` in one call, or row by row where that fails and rows may be skipped."""
+        if not rows:
+            return []
+        encoded: list[tuple[int, Sample]] = []
         try:
-            samples = self.processor.encode([row for _, row in rows], generation=False) if rows else []
-            for (_, row), sample in zip(rows, samples, strict=True):
+            samples = self.processor.encode([row for _, row in rows], generation=False)
+            for (index, row), sample in zip(rows, samples, strict=True):
                 self._check_length(row, sample)
-            return [(index, sample) for (index, _), sample in zip(rows, samples, strict=True)]
+                encoded.append((index, sample))
         except RowError as error:
+            encoded.clear()
             if len(rows) == 1 or self.config.on_error == "stop":
                 self._leave_out(error, result)
-                return []
-            samples_by_row = [self._encode([row], result) for row in rows]
-            return list(itertools.chain.from_iterable(samples_by_row))
+                return encoded
+            for indexed_row in rows:
+                encoded += self._encode([indexed_row], result)
+        return encoded
 
     def _check_length(self, row: Row, sample: Sample) -> None:
-        if len(sample) > self.config.pack_tokens:
-            problem = f"the row takes {len(sample)} tokens, more than data.pack_tokens={self.config.pack_tokens}"
+        limit = self.config.pack_tokens
+        if len(sample) > limit:
+            problem = f"the row takes {len(sample)} tokens, more than data.pack_tokens={limit}"
             remedy = "shorten the row, raise the limit, or leave out what is too long with data.on_error=skip"
             raise TooLongError(row.where, "messages", problem, remedy)
 
@@ -126,7 +142,12 @@ class Tokeniser:
         result.skipped.append(error)
 
 
-def tokenise(config: DataConfig, model: str | Path, folder: str | Path, workers: int = 1) -> TokenisedManifest:
+def tokenise(
+    config: DataConfig,
+    model: str | Path,
+    folder: str | Path,
+    workers: int = 1,
+) -> TokenisedManifest:
     """Write the rows of ``config.sources`` to a new tokenised set at ``folder``.
 
     Args:
@@ -158,7 +179,8 @@ def tokenise(config: DataConfig, model: str | Path, folder: str | Path, workers:
             while current < result.chunk.source:
                 current += 1
                 source = config.sources[current]
-                writer.begin_source(source.name or Path(source.path).stem, source.path, source.weight)
+                name = source.name or Path(source.path).stem
+                writer.begin_source(name, source.path, source.weight)
             writer.add(result.texts)
             writer.skip(result.skipped)
             writer.exclude(result.excluded)
@@ -167,7 +189,11 @@ def tokenise(config: DataConfig, model: str | Path, folder: str | Path, workers:
 
 
 def _tokenise_in_processes(
-    chunks: Sequence[Chunk], model: str | Path, config: DataConfig, workers: int, stack: ExitStack
+    chunks: Sequence[Chunk],
+    model: str | Path,
+    config: DataConfig,
+    workers: int,
+    stack: ExitStack,
 ) -> Iterator[Tokenised]:
     """Yield the chunks' results in order; a bounded number of chunks is under way, so that memory is bounded, too."""
     context = multiprocessing.get_context("spawn")  # tokenizers has threads, which a fork would lose
@@ -200,24 +226,32 @@ def _tokenise_chunk(chunk: Chunk) -> Tokenised:
 def _refuse_media(row: Row) -> None:
     """Raise `RowError` if ``row`` has an image or a video."""
     for i, message in enumerate(row.messages):
-        if not all(isinstance(part, TextPart) for part in message.parts):
+        if not message.is_text:
             remedy = "a tokenised set holds texts only; train on rows with images through data.sources"
             raise RowError(row.where, f"messages[{i}].content", "has an image or a video", remedy)
 
 
-def _join_samples(samples: Sequence[Sample], rows: Sequence[int], replies: tuple[int, int] = (0, 0)) -> Texts:
+def _join_samples(
+    samples: Sequence[Sample],
+    rows: Sequence[int],
+    replies: tuple[int, int] = (0, 0),
+) -> Texts:
     """Join the tokens of ``samples``; those behind the prompt that are no target get the bit `CONTEXT`."""
-    tokens: list[np.ndarray] = [np.zeros(0, np.int64)]
+    tokens: list[np.ndarray] = [np.zeros(0, np.int64)]  # `np.concatenate` takes no empty list
+    lengths = []
     prompts = []
     for sample in samples:
         prompt = int(np.argmax(sample.loss_mask))  # index of the first target
         # Tokens before it need no bit: the record's prompt length says that they are none.
-        is_plain = sample.loss_mask | (np.arange(len(sample)) < prompt)
-        tokens.append(np.where(is_plain, sample.tokens, sample.tokens | int(CONTEXT)))
+        is_in_prompt = np.arange(len(sample)) < prompt
+        is_plain = sample.loss_mask | is_in_prompt
+        marked_tokens = sample.tokens | int(CONTEXT)
+        tokens.append(np.where(is_plain, sample.tokens, marked_tokens))
+        lengths.append(len(sample))
         prompts.append(prompt)
     return Texts(
         tokens=np.concatenate(tokens),
-        lengths=np.array([len(sample) for sample in samples], np.int64),
+        lengths=np.array(lengths, np.int64),
         prompts=np.array(prompts, np.int64),
         rows=np.array(rows, np.int64),
         replies=replies,

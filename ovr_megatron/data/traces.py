@@ -26,7 +26,9 @@ _SHORT_ANSWER = 64  # characters of one line that is a final answer rather than 
 
 def with_thought(thought: str, answer: str) -> str:
     """Return the trace of a thought and an answer."""
-    return f"{THINK}\n{thought.strip()}\n{END_OF_THOUGHT}\n\n{answer.strip()}"
+    thought = thought.strip()
+    answer = answer.strip()
+    return f"{THINK}\n{thought}\n{END_OF_THOUGHT}\n\n{answer}"
 
 
 def convert(reply: str) -> str:
@@ -39,7 +41,9 @@ def convert(reply: str) -> str:
     text = reply.lstrip()
     for opening, closing in _THOUGHTS:
         if text.startswith(opening):
-            thought, end, rest = text.removeprefix(opening).partition(closing)
+            text = text.removeprefix(opening)
+            thought, end, rest = text.partition(closing)
+            # Cut off within the thought: there is no answer to set apart.
             if not end:
                 return reply
             answer = _SOLUTION.sub(lambda match: match[1].strip(), rest)
@@ -47,20 +51,25 @@ def convert(reply: str) -> str:
             break
     # The last end of a thought: an <answer> inside the thought stays as it is.
     before, end, answer = reply.rpartition(END_OF_THOUGHT)
-    return before + end + _ANSWER.sub(lambda match: _box(match[1].strip()), answer)
+    boxed = _ANSWER.sub(lambda match: _box(match[1].strip()), answer)
+    return before + end + boxed
 
 
 def convert_instruction(text: str) -> str:
     """Rewrite OpenThoughts' tokens in a system message that asks for them, as `convert` does in the reply."""
     opening, closing = _THOUGHTS[0]
-    return _SOLUTION.sub(lambda match: match[1], text.replace(opening, THINK).replace(closing, END_OF_THOUGHT))
+    text = text.replace(opening, THINK)
+    text = text.replace(closing, END_OF_THOUGHT)
+    return _SOLUTION.sub(lambda match: match[1], text)
 
 
 def continuation(reply: str) -> str:
     """Return what follows an opened ``<think>`` and its line break: the reply without an opening of its own."""
     text = reply.lstrip()
+    if not text.startswith(THINK):
+        return reply
     # One line break alone: the template writes one, further ones are the model's.
-    return text.removeprefix(THINK).removeprefix("\n") if text.startswith(THINK) else reply
+    return text.removeprefix(THINK).removeprefix("\n")
 
 
 def problem_of(text: str) -> str | None:
@@ -68,10 +77,14 @@ def problem_of(text: str) -> str | None:
     thought, end, answer = text.partition(END_OF_THOUGHT)
     if THINK in thought or answer.lstrip().startswith(THINK):
         return f"has {THINK} after its beginning"
-    return None if end else f"has no {END_OF_THOUGHT}, so that all of it would be learned as a thought"
+    if not end:
+        return f"has no {END_OF_THOUGHT}, so that all of it would be learned as a thought"
+    return None
 
 
 def _box(answer: str) -> str:
     """Put a short answer without a box into one; return any other answer unchanged."""
     is_short = 0 < len(answer) <= _SHORT_ANSWER and "\n" not in answer
-    return f"\\boxed{{{answer}}}" if is_short and "\\boxed" not in answer else answer
+    if not is_short or "\\boxed" in answer:
+        return answer
+    return f"\\boxed{{{answer}}}"

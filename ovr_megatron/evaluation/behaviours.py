@@ -176,7 +176,7 @@ def read_count(answer: str, trace: Trace) -> int | None:
 def read_traces(path: Path, limit: int = 0) -> list[Trace]:
     """Read the first ``limit`` traces of a file of responses, 0 for all.
 
-    The file is one of ``tools/evaluate.py``, of which only the greedy responses count, or of an iteration's rollouts.
+    The file is one of ``ovr evaluate``, of which only the greedy responses count, or of an iteration's rollouts.
 
     Raises:
         ConfigError: the file does not exist, or a line is no response.
@@ -198,8 +198,7 @@ def read_traces(path: Path, limit: int = 0) -> list[Trace]:
         raise ConfigError(f"{path}: cannot be read ({error}); give a file of responses") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}:{line.number}: is no response ({error!r}); "
-            "give NAME.responses.jsonl of tools/evaluate.py, or rollouts"
+            f"{path}:{line.number}: is no response ({error!r}); give NAME.responses.jsonl of ovr evaluate, or rollouts"
         ) from None
     return traces
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ovr_megatron.evaluation.scoring import Accuracy, GradedResponse, OfficialScore, accuracy_interval
 
-OURS = "tools/evaluate.py"
+OURS = "ovr evaluate"
 VLMEVALKIT = "VLMEvalKit"
 VARIANTS = 10  # of each question of DynaMath
 
@@ -29,7 +29,7 @@ class Benchmark:
         samples: Number of responses at temperature 1 where the score is avg@k.
         rules: Rule by source of the row (`ovr_megatron.rewards.rules.rule`); "" stands for all other sources.
         official: Own scores by title, each a function of the greedy responses, where the score is not accuracy.
-        model_judge: Whether its authors score with a model; we score with rules, and `tools/judge.py` adds a judge.
+        model_judge: Whether its authors score with a model; we score with rules, and `ovr judge` adds a judge.
         paper: The paper's scores in percent, by title.
         harness: What runs it.
         command: Name of the set in another harness.

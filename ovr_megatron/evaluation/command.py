@@ -11,14 +11,25 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
+from ovr_megatron.config import (
+    ConfigError,
+    DataConfig,
+    EvaluationSettings,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    SourceConfig,
+)
 from ovr_megatron.evaluation.benchmarks import format_benchmarks
 from ovr_megatron.evaluation.scoring import EvaluationResult, format_accuracy
 from ovr_megatron.families import LONGEST_RESPONSE, ModelShape
-from ovr_megatron.runtime.command import number, run_command, whole_number
+from ovr_megatron.runtime.command import run_command, whole_number
+from ovr_megatron.runtime.options import add_option, read_options
 from ovr_megatron.runtime.terminal import printable
 
 _NAMED_SOURCE = re.compile(r"([\w.-]+)=(.+)")
@@ -39,39 +50,32 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", action="append", required=True, metavar="[NAME=]SRC", help=data_help)
     add("--list", action=_List, nargs=0, help="show the benchmarks, and what runs and scores them")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    evaluation = partial(add_option, parser, EvaluationSettings)
+    data = partial(add_option, parser, DataConfig)
+    rollout = partial(add_option, parser, RolloutConfig)
     samples_help = (
         "sampled responses for avg@k, pass@k and maj@k (default: greedy only, or as many as the benchmark asks for)"
     )
-    add("--samples", type=whole_number(0), metavar="K", help=samples_help)
-    add("--temperature", type=number(least=0), default=1.0, metavar="T", help="of the samples (default: 1)")
-    add("--limit", type=whole_number(0), default=0, metavar="N", help="first N problems of each set (default: all)")
+    evaluation("samples", metavar="K", help=samples_help)
+    evaluation("temperature", metavar="T", help="of the samples (default: 1)")
+    evaluation("limit", metavar="N", help="first N problems of each set (default: all)")
     max_tokens_help = (
         f"longest response (default: what the model's length leaves beside a prompt, at most {LONGEST_RESPONSE})"
     )
-    add("--max-tokens", type=whole_number(0), metavar="N", help=max_tokens_help)
-    add(
-        "--max-prompt-tokens",
-        type=whole_number(0),
-        metavar="N",
-        help="longest prompt (default: what the model leaves, 8192)",
-    )
+    evaluation("max_tokens", metavar="N", help=max_tokens_help)
+    prompt_help = "longest prompt (default: what the model leaves, 8192)"
+    add("--max-prompt-tokens", type=whole_number(0), metavar="N", help=prompt_help)  # 0, too, is the default
     metric_help = "boxed: the last \\boxed{} is right; exact: the whole response is the reference text; auto: by row"
-    add("--metric", choices=("auto", "boxed", "exact"), default="auto", help=metric_help)
-    add("--template", choices=("model", "think"), default="model", help="chat template: the folder's own, or ours")
-    add("--min-pixels", type=whole_number(0), metavar="N", help="image budget (default: the folder's)")
-    add("--max-pixels", type=whole_number(0), metavar="N", help="image budget (default: the folder's)")
-    add("--max-images", type=whole_number(0), default=8, metavar="N", help="images of one prompt (default: 8)")
-    add("--dtype", choices=("float32", "bfloat16"), help="dtype (default: the folder's)")
-    add(
-        "--tp",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="processes that hold one copy of the model (default: 1)",
-    )
-    add("--max-num-seqs", type=whole_number(1), default=256, metavar="N", help="responses at a time (default: 256)")
-    add("--threads", type=whole_number(0), default=0, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--seed", type=whole_number(0), default=1, metavar="N", help="seed of the samples (default: 1)")
+    evaluation("metric", help=metric_help)
+    data("template", default="model", help="chat template: the folder's own, or ours")
+    data("min_pixels", default=None, metavar="N", help="image budget (default: the folder's)")
+    data("max_pixels", default=None, metavar="N", help="image budget (default: the folder's)")
+    data("max_images", metavar="N", help="images of one prompt (default: 8)")
+    add_option(parser, ModelConfig, "dtype", default=None, help="dtype (default: the folder's)")
+    rollout("tp", metavar="N", help="processes that hold one copy of the model (default: 1)")
+    rollout("max_num_seqs", metavar="N", help="responses at a time (default: 256)")
+    add_option(parser, RunConfig, "threads", metavar="N", help="CPU threads (default: torch's choice)")
+    evaluation("seed", metavar="N", help="seed of the samples (default: 1)")
     return parser
 
 
@@ -91,7 +95,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ovr_megatron.checkpoint.store import weights_of
     from ovr_megatron.data.hf_assets import check_assets
     from ovr_megatron.evaluation.evaluator import evaluate_sets
-    from ovr_megatron.evaluation.problems import Settings
     from ovr_megatron.runtime import distributed
     from ovr_megatron.runtime.lock import lock_folder
     from ovr_megatron.runtime.run_folder import run_folder_of
@@ -99,16 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ovr_megatron.weights.transfer import check_finite, check_weights
 
     # Every check comes before vLLM starts, which takes minutes.
-    sets = parse_sets(args.data)
+    sources = [SourceConfig(path=path, name=name) for name, path in parse_sets(args.data).items()]
     model = weights_of(args.model)
     data = data_config(model, args)
-    settings = Settings(
-        samples=args.samples,
-        temperature=args.temperature,
-        max_tokens=response_limit(model, args),
-        metric=args.metric,
-        seed=args.seed,
-    )
+    settings = read_options(EvaluationSettings, args, sources=sources, max_tokens=response_limit(model, args))
     rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
     check_assets(model)
     world = distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
@@ -118,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Every byte is read, so each rank takes its share of the tensors.
         check_finite(folder, (world.rank, world.size))
     dtype = args.dtype or dtype_of(model)
-    for result in evaluate_sets(model, sets, args.limit, settings, data, rollout, dtype, args.out):
+    for result in evaluate_sets(model, settings, data, rollout, dtype, args.out):
         print(printable(result_line(result, args.out)), flush=True)
     distributed.finish()
 

@@ -8,25 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ovr_megatron.config import DataConfig, RolloutConfig, SourceConfig
+from ovr_megatron.config import DataConfig, EvaluationSettings, RolloutConfig
 from ovr_megatron.curation.stage import listing
-from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row
-from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
+from ovr_megatron.evaluation.problems import ProblemSet, open_problems
 from ovr_megatron.evaluation.response_cache import Generated, ResponseCache, check_results, read_finished
 from ovr_megatron.evaluation.scoring import EvaluationResult, GradedResponse, add_votes, rule_of, score
 from ovr_megatron.ppo.batch import seeds_of
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import Generation, Prompt
+from ovr_megatron.rollout.offline import Request, answer_rows
+from ovr_megatron.rollout.sampling import Generation
 from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.progress import Progress
@@ -37,8 +38,12 @@ logger = get_logger(__name__)
 
 CHUNK = 512  # problems whose images are in memory at a time
 
-OnGenerations = Callable[[int, Sequence[int | None], Sequence[Generation]], None]
-"""Called with the index of a problem, its samples, and a generation for each sample."""
+
+@dataclass(frozen=True)
+class ProblemRequest(Request):
+    """Some of the responses to the problem ``key``: ``samples`` has the index of each, None for the greedy one."""
+
+    samples: Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,13 @@ class EvalContext:
 
 def evaluate_sets(
     model: Path,
-    sets: Mapping[str, str],
-    limit: int,
-    settings: Settings,
+    settings: EvaluationSettings,
     data: DataConfig,
     rollout: RolloutConfig,
     dtype: str,
     out: Path,
 ) -> Iterator[EvaluationResult]:
-    """Evaluate the folder ``model`` on every set, path by name, with one start of vLLM; a collective.
+    """Evaluate the folder ``model`` on every set of ``settings`` with one start of vLLM; a collective.
 
     ``torch.distributed`` must be initialised; vLLM ends when the last result has been taken.
 
@@ -102,13 +105,13 @@ def evaluate_sets(
     Raises:
         RowError: a row cannot be used, or has nothing to compare a response with.
     """
-    check_results(out, sets)
-    problem_sets = [open_problems(SourceConfig(path=path, name=name), limit) for name, path in sets.items()]
+    check_results(out, [source.name or "" for source in settings.sources])
+    problem_sets = [open_problems(source, settings.limit) for source in settings.sources]
     for problems in problem_sets:
         problems.check_references(settings.metric)
     processor = Processor(model, data)
     engine = RolloutEngine(model, rollout, processor, dtype, data.max_prompt_tokens + settings.max_tokens)
-    with GraderPool() as grader:
+    with GraderPool(settings.workers) as grader:
         context = EvalContext(str(model), engine, processor, grader, rollout.tp)
         for problems in problem_sets:
             set_settings = problems.resolve_settings(settings)
@@ -118,7 +121,12 @@ def evaluate_sets(
 
 
 def _fingerprint(
-    model: Path, problems: ProblemSet, settings: Settings, data: DataConfig, rollout: RolloutConfig, dtype: str
+    model: Path,
+    problems: ProblemSet,
+    settings: EvaluationSettings,
+    data: DataConfig,
+    rollout: RolloutConfig,
+    dtype: str,
 ) -> str:
     """Return a hash of all that decides about the responses; equal hashes share cached responses."""
     # A new model card does not change the responses.
@@ -128,7 +136,7 @@ def _fingerprint(
         dtype,
         listing(problems.path),
         problems.count,
-        asdict(settings),
+        settings.as_result(),
         _data_budget(data),
         rollout.stop,
     ]
@@ -136,7 +144,7 @@ def _fingerprint(
 
 
 def evaluate(
-    context: EvalContext, problems: ProblemSet, settings: Settings, out: Path, mark: str | None = None
+    context: EvalContext, problems: ProblemSet, settings: EvaluationSettings, out: Path, mark: str | None = None
 ) -> EvaluationResult | None:
     """Answer and grade every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
 
@@ -188,7 +196,7 @@ def evaluate(
 
 
 def _generate_and_grade(
-    context: EvalContext, problems: ProblemSet, settings: Settings, cache: ResponseCache, work: WorkBarrier
+    context: EvalContext, problems: ProblemSet, settings: EvaluationSettings, cache: ResponseCache, work: WorkBarrier
 ) -> list[GradedResponse]:
     """Answer this replica's share of the problems, and grade the responses on its leader; close the cache."""
     assert settings.samples is not None
@@ -211,7 +219,7 @@ def _generate(
     context: EvalContext,
     problems: ProblemSet,
     indices: Sequence[int],
-    settings: Settings,
+    settings: EvaluationSettings,
     cache: ResponseCache,
     progress: Callable[[int], None],
     between: Callable[[], bool],
@@ -232,82 +240,44 @@ def _generate(
     assert settings.samples is not None
     samples: list[int | None] = [None, *range(settings.samples)]
     rows = {index: problems.rows[index] for index in indices}
-    lengths = context.processor.lengths(list(rows.values()), generation=True)
-    # A prompt over the limit has an error in place of a length.
-    too_long = {index for index, length in zip(indices, lengths, strict=True) if not isinstance(length, int)}
-    fitting = [index for index in indices if index not in too_long]
-    missing = _missing_samples(cache, fitting, samples)
-    progress(len(fitting) * len(samples) - sum(map(len, missing.values())))
+    requests = [request for index, row in rows.items() for request in _missing_requests(cache, index, row, settings)]
+    progress(len(rows) * len(samples) - sum(len(request.samples) for request in requests))
+    too_long: set[int] = set()
 
-    # Images are decoded for the problems that need the engine only, and once for both passes.
-    encoded_samples = context.processor.encode([rows[index] for index in missing], generation=True)
-    encoded = dict(zip(missing, encoded_samples, strict=True))
+    def on_error(index: int, error: dict[str, str]) -> None:
+        too_long.add(index)
+        progress(len(samples))
 
-    def store(index: int, requested: Sequence[int | None], generations: Sequence[Generation]) -> None:
-        for sample, generation in zip(requested, generations, strict=True):
+    def on_result(request: ProblemRequest, generations: list[Generation]) -> None:
+        for sample, generation in zip(request.samples, generations, strict=True):
             text = context.processor.decode(generation.tokens)
             response = Generated(response=text, tokens=len(generation.tokens), stopped=generation.stopped)
-            cache.add(index, sample, response)
+            cache.add(request.key, sample, response)
         progress(len(generations))
 
-    # Two passes, because the engine takes one temperature for all prompts.
-    greedy_requests = _missing_samples(cache, fitting, [None])
-    _run_engine(context, encoded, greedy_requests, 0.0, settings, store, between)
-    sampled_requests = _missing_samples(cache, fitting, samples[1:])
-    _run_engine(context, encoded, sampled_requests, settings.temperature, settings, store, between)
-
+    answer_rows(context.engine, context.processor, requests, on_error, on_result, between)
     for index, row in rows.items():
         blank = _without_response(index, row, *problems.metric_of(row, settings.metric))
         for sample in samples:
             if index in too_long:
-                progress(1)
                 yield replace(blank, sample=sample, reason="prompt too long")
             else:
                 yield replace(blank, sample=sample, **cache[index, sample])
 
 
-def _missing_samples(
-    cache: ResponseCache, indices: Sequence[int], samples: Sequence[int | None]
-) -> dict[int, list[int | None]]:
-    """Return by problem the samples that are not cached; problems without any are left out."""
-    missing: dict[int, list[int | None]] = {}
-    for index in indices:
-        missing_samples = [sample for sample in samples if (index, sample) not in cache]
-        if missing_samples:
-            missing[index] = missing_samples
-    return missing
-
-
-def _run_engine(
-    context: EvalContext,
-    encoded: Mapping[int, Sample],
-    requests: Mapping[int, Sequence[int | None]],
-    temperature: float,
-    settings: Settings,
-    on_generations: OnGenerations,
-    between: Callable[[], bool],
-) -> None:
-    """Generate the requested samples of each problem."""
+def _missing_requests(
+    cache: ResponseCache, index: int, row: Row, settings: EvaluationSettings
+) -> Iterator[ProblemRequest]:
+    """Yield requests for the greedy response and for the samples of a problem that are not cached."""
     assert settings.samples is not None
-    indices = list(requests)
-    prompts = []
-    for index in indices:
-        # All seeds of the problem, so that a sample has the same seed however many are missing.
-        seeds = seeds_of(settings.seed, 0, index, settings.samples)
-        # A greedy response draws nothing; its seed does not matter.
-        request_seeds = [0 if sample is None else seeds[sample] for sample in requests[index]]
-        prompts.append(_make_prompt(encoded[index], request_seeds, settings))
-
-    def on_finished(position: int, generations: list[Generation]) -> None:
-        index = indices[position]
-        on_generations(index, requests[index], generations)
-
-    if prompts:
-        context.engine.generate(prompts, temperature, on_finished, between)
-
-
-def _make_prompt(sample: Sample, seeds: Sequence[int], settings: Settings) -> Prompt:
-    return Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, settings.max_tokens)
+    # A greedy response draws nothing; its seed does not matter.
+    if (index, None) not in cache:
+        yield ProblemRequest(index, row, [0], settings.greedy, [None])
+    # All seeds of the problem, so that a sample has the same seed however many are missing.
+    seeds = seeds_of(settings.seed, 0, index, settings.samples)
+    missing = [sample for sample in range(settings.samples) if (index, sample) not in cache]
+    if missing:
+        yield ProblemRequest(index, row, [seeds[sample] for sample in missing], settings.sampling, missing)
 
 
 def _without_response(index: int, row: Row, metric: str, reference: str) -> GradedResponse:
@@ -355,7 +325,7 @@ def _gather(context: EvalContext, responses: list[GradedResponse]) -> list[Grade
 def _result(
     context: EvalContext,
     problems: ProblemSet,
-    settings: Settings,
+    settings: EvaluationSettings,
     responses: Sequence[GradedResponse],
     seconds: float,
     mark: str | None,
@@ -368,7 +338,7 @@ def _result(
         "source": problems.path,
         "benchmark": benchmark.name if benchmark else None,
         **score(responses, problems.official),
-        "settings": asdict(settings) | _data_budget(context.processor.config),
+        "settings": settings.as_result() | _data_budget(context.processor.config),
         "rules": dict(benchmark.rules) if benchmark else {},
         "prompt": _first_prompt(context.processor, problems),
         "seconds": seconds,

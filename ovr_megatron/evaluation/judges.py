@@ -10,37 +10,26 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TypedDict, cast
 
-from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig, section
+from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.curation.endpoint import Endpoint, Question
 from ovr_megatron.curation.journal import Journal
-from ovr_megatron.curation.settings import (
-    Attempts,
-    Budget,
-    Concurrency,
-    ResponseTokens,
-    TeacherConfig,
-    Timeout,
-    Wait,
-    check_url,
-)
 from ovr_megatron.curation.stage import batches
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.schema import parse_row
+from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.evaluation import lexical
 from ovr_megatron.evaluation.behaviours import BEHAVIOURS, VERSION, Behaviour, Trace, format_question, read_count
 from ovr_megatron.evaluation.command import dtype_of
+from ovr_megatron.evaluation.judge_settings import VLLM, JudgeConfig
 from ovr_megatron.families import ModelShape
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.runtime import distributed
 
-LEXICAL = "lexical"
-VLLM = "vllm:"
 JOURNAL = "judge.jsonl"
 _BATCH = 256  # questions in one call of the local engine
 _STORED_CHARACTERS = 500  # of the end of an answer, where the verdict is
@@ -57,46 +46,6 @@ class JudgeEntry(TypedDict, total=False):
     text: str | None
     error: str | None
     tokens: int
-
-
-@section("--")
-class JudgeConfig:
-    """A judge; the fields after the first are for an endpoint and a local model."""
-
-    judge: str = LEXICAL
-    """Judge: lexical, vllm:FOLDER or URL#MODEL."""
-    key_env: str | None = None
-    """Environment variable with the key of an endpoint."""
-    allow_http: bool = False
-    """Send the key unencrypted to another machine."""
-    max_tokens: ResponseTokens = 1024
-    """Tokens of an answer."""
-    concurrency: Concurrency = 16
-    """Requests at the same time."""
-    attempts: Attempts = 6
-    """Attempts of a request."""
-    backoff_s: Wait = 1.0
-    """Seconds before the second attempt."""
-    max_backoff_s: Wait = 60.0
-    """Longest wait in seconds between two requests."""
-    timeout_s: Timeout = 600.0
-    """Seconds of a request."""
-    max_requests: Budget = 0
-    """Requests of all runs that share a folder."""
-    max_total_tokens: Budget = 0
-    """Tokens of all runs that share a folder."""
-
-    def __post_init__(self) -> None:
-        if self.judge != LEXICAL and not self.judge.startswith(VLLM) and "#" not in self.judge:
-            raise ConfigError(f"judge {self.judge!r} is none; give lexical, vllm:FOLDER or URL#MODEL")
-        if self.judge != LEXICAL and not self.judge.startswith(VLLM):
-            url = self.judge.rpartition("#")[0]
-            check_url(url, "the judge's URL", bool(self.key_env), self.allow_http, "--allow-http")
-
-    @property
-    def is_lexical(self) -> bool:
-        """Return whether the judge counts by wording, which is an approximation."""
-        return self.judge == LEXICAL
 
 
 @dataclass
@@ -220,21 +169,7 @@ def _ask_endpoint(
     questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: Journal, on_result: OnResult
 ) -> None:
     base_url, _, model = config.judge.rpartition("#")
-    settings = TeacherConfig(
-        base_url=base_url,
-        model=model,
-        key_env=config.key_env,
-        temperature=0.0,
-        max_tokens=config.max_tokens,
-        concurrency=config.concurrency,
-        attempts=config.attempts,
-        backoff_s=config.backoff_s,
-        max_backoff_s=config.max_backoff_s,
-        allow_http=config.allow_http,
-        timeout_s=config.timeout_s,
-        max_requests=config.max_requests,
-        max_total_tokens=config.max_total_tokens,
-    )
+    settings = replace(config, base_url=base_url, model=model)
     # The journal holds the requests of earlier runs, which share the budget.
     spent_tokens = sum(int(entry.get("tokens", 0)) for entry in journal)
     endpoint = Endpoint(settings, len(journal), spent_tokens, setting="judge {}")
@@ -253,8 +188,8 @@ def _ask_vllm(questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: 
             # The data format wants an answer, which generation leaves out.
             row = parse_row({"messages": [{"role": "user", "content": text}], "answer": "-"}, "a question", Path())
             # At temperature 0 nothing is drawn: the seed does not matter.
-            requests.append(Request(key, row, seeds=[0]))
-        for request, [generation] in answer_rows(engine, processor, requests, 0.0, config.max_tokens, on_result):
+            requests.append(Request(key, row, [0], config.sampling))
+        for request, [generation] in answer_rows(engine, processor, requests, on_result):
             text = processor.decode(generation.tokens)[-_STORED_CHARACTERS:]
             on_result(request.key, {"text": text, "tokens": len(generation.tokens)})
 

@@ -18,7 +18,8 @@ from ovr_megatron.evaluation.behaviours import (
     read_traces,
     summarise,
 )
-from ovr_megatron.evaluation.judges import Counts, JudgeConfig, count_behaviours
+from ovr_megatron.evaluation.judge_settings import JudgeConfig
+from ovr_megatron.evaluation.judges import Counts, count_behaviours
 from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.progress import Progress

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ovr_megatron.config import EvaluationConfig
+from ovr_megatron.config import EvaluationConfig, EvaluationSettings
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.evaluation.evaluator import EvalContext, evaluate
-from ovr_megatron.evaluation.problems import Settings, open_problems
+from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import EvaluationResult
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -54,7 +54,7 @@ class PeriodicEvaluation:
         self.run = run
         self.keep = keep
         max_tokens = processor.shape.response_limit(config.max_tokens, processor.config.max_prompt_tokens)
-        self.settings = Settings(samples=config.samples, max_tokens=max_tokens, seed=seed)
+        self.settings = EvaluationSettings(**vars(config) | {"max_tokens": max_tokens, "seed": seed})
         self.sets = [open_problems(source, config.limit) for source in config.sources]
         for problems in self.sets:
             problems.check_references(self.settings.metric)
@@ -95,7 +95,8 @@ class PeriodicEvaluation:
                 model = f"{self.run} after {done} steps"
                 context = EvalContext(model, self.engine, self.processor, grader, self.tp, stop)
                 for problems in self.sets:
-                    if result := evaluate(context, problems, self.settings, self._folder(done)):
+                    settings = problems.resolve_settings(self.settings)
+                    if result := evaluate(context, problems, settings, self._folder(done)):
                         metrics |= _metrics(f"evaluation/{problems.name}", result)
         finally:
             # The engine drops its caches: a run that resumes at this step starts with empty ones as well, and must

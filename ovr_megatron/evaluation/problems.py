@@ -1,4 +1,4 @@
-"""Open problem sets, a benchmark by its name, and hold the settings of an evaluation."""
+"""Open problem sets, a benchmark by its name."""
 
 from __future__ import annotations
 
@@ -9,31 +9,11 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
 
-from ovr_megatron.config import ConfigError, SourceConfig
+from ovr_megatron.config import ConfigError, EvaluationSettings, SourceConfig
 from ovr_megatron.data.schema import ENDLESS, Row, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, OURS, Benchmark
 from ovr_megatron.evaluation.scoring import OfficialScore, reference_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How responses are generated and graded.
-
-    Attributes:
-        samples: Sampled responses of each problem for pass@k, beside the greedy one: 0 for none,
-            None for the number that the benchmark asks for (0 without a benchmark).
-        temperature: Temperature of the samples.
-        max_tokens: Longest response, in tokens.
-        metric: ``boxed``, ``exact``, or ``auto`` (`ovr_megatron.evaluation.scoring.reference_of`).
-        seed: Seed of the samples.
-    """
-
-    samples: int | None = 0
-    temperature: float = 1.0
-    max_tokens: int = 1024
-    metric: str = "auto"
-    seed: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +39,7 @@ class ProblemSet:
         """Return the benchmark's own scores by title."""
         return self.benchmark.official if self.benchmark else None
 
-    def resolve_settings(self, settings: Settings) -> Settings:
+    def resolve_settings(self, settings: EvaluationSettings) -> EvaluationSettings:
         """Return ``settings`` with the benchmark's number of samples where they have none."""
         if settings.samples is not None:
             return settings

@@ -10,7 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ovr_megatron.evaluation.behaviour_command import add_budget, budget_of
+from ovr_megatron.evaluation.judge_settings import JudgeConfig, add_limits
+from ovr_megatron.runtime.options import add_option, read_options
 from ovr_megatron.runtime.terminal import printable
 
 
@@ -20,14 +21,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="ovr judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("scores", nargs="+", type=Path, metavar="SET.json", help="scores of ovr evaluate")
-    parser.add_argument("--judge", required=True, help="vllm:FOLDER or URL#MODEL")
-    add_budget(parser)
+    add_option(parser, JudgeConfig, "judge", required=True, help="vllm:FOLDER or URL#MODEL")
+    add_limits(parser)
     args = parser.parse_args(argv)
     # Here, so that --help does not wait for the libraries of a judge.
-    from ovr_megatron.evaluation.judges import JudgeConfig
     from ovr_megatron.evaluation.verdicts import judge_responses, summary_line
 
-    config = JudgeConfig(judge=args.judge, key_env=args.key_env, **budget_of(args))
+    config = read_options(JudgeConfig, args)
     for path in args.scores:  # a set is printed when it is done, since a judge may take hours
         summary = judge_responses(path, config)
         print(printable(summary_line(path.stem, summary)), flush=True)

@@ -13,7 +13,8 @@ from typing import TypedDict
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.behaviours import kappa
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS
-from ovr_megatron.evaluation.judges import JudgeConfig, ask_judge, key_of
+from ovr_megatron.evaluation.judge_settings import JudgeConfig
+from ovr_megatron.evaluation.judges import ask_judge, key_of
 from ovr_megatron.evaluation.scoring import EvaluationResult, EvaluationScores, GradedResponse, format_accuracy, score
 from ovr_megatron.runtime.files import write_json, write_whole
 from ovr_megatron.runtime.json_lines import json_lines
@@ -71,7 +72,7 @@ def judge_responses(scores: Path, config: JudgeConfig) -> JudgedScores:
     """Have the responses of an evaluation judged; add ``judged`` to its scores and write ``SET.verdicts.jsonl``.
 
     Args:
-        scores: ``SET.json`` of ``tools/evaluate.py``, its responses beside it.
+        scores: ``SET.json`` of ``ovr evaluate``, its responses beside it.
         config: The judge.
 
     Returns:
@@ -172,7 +173,7 @@ def read_responses(path: Path) -> list[GradedResponse]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); evaluate the model first") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}:{line.number}: is no response of tools/evaluate.py ({error!r})") from None
+        raise ConfigError(f"{path}:{line.number}: is no response of ovr evaluate ({error!r})") from None
     return responses
 
 
@@ -200,9 +201,7 @@ def _read_result(path: Path) -> EvaluationResult:
         result: EvaluationResult = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(result["set"], str) and isinstance(result["problems"], int)
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error}); give the SET.json that tools/evaluate.py wrote"
-        ) from error
+        raise ConfigError(f"{path}: cannot be read ({error}); give the SET.json that ovr evaluate wrote") from error
     except (ValueError, KeyError, TypeError, AssertionError):
-        raise ConfigError(f"{path}: is no result of tools/evaluate.py; give its SET.json") from None
+        raise ConfigError(f"{path}: is no result of ovr evaluate; give its SET.json") from None
     return result

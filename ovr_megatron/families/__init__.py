@@ -24,6 +24,7 @@ from ovr_megatron.families.config_json import ShapeError, check_kind, read_confi
 from ovr_megatron.families.positions import Visual
 from ovr_megatron.families.tiny import TinyModel
 from ovr_megatron.families.yarn import Yarn
+from ovr_megatron.runtime.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +89,10 @@ class ModelShape:
     @property
     def trained_positions(self) -> int:
         """Return the positions without YaRN."""
-        return self.yarn.original_positions if self.yarn else min(self.max_positions, family_of(self).trained_positions)
+        if self.yarn:
+            return self.yarn.original_positions
+        # ``config.json`` may allow more positions than the training had.
+        return min(self.max_positions, family_of(self).trained_positions)
 
     def check_length(self, tokens: int, setting: str) -> None:
         """Refuse a document of ``tokens``, asked for by ``setting``, that is longer than the model's positions.
@@ -97,15 +101,19 @@ class ModelShape:
             ConfigError: names the setting, both lengths and the remedy.
         """
         if tokens > self.max_positions:
+            # A factor counts from the trained positions, also in a folder that was stretched before.
             factor = math.ceil(tokens / self.trained_positions)
             raise ConfigError(
                 f"{setting} comes to {tokens} tokens, and the model has {self.max_positions} positions; lower it, or "
-                f"give the model more with YaRN: tools/convert_from_hf.py --yarn {factor}"
+                f"give the model more with YaRN: ovr convert from-hf --yarn {factor}"
             )
 
     def response_limit(self, max_tokens: int, prompt_tokens: int) -> int:
         """Return ``max_tokens``, or for 0 the positions that a prompt leaves, at most `LONGEST_RESPONSE` tokens."""
-        return max_tokens or max(1, min(LONGEST_RESPONSE, self.max_positions - prompt_tokens))
+        if max_tokens:
+            return max_tokens
+        remaining = self.max_positions - prompt_tokens
+        return max(1, min(LONGEST_RESPONSE, remaining))
 
     @staticmethod
     def from_hf(directory: str | Path) -> ModelShape:
@@ -125,6 +133,7 @@ class ModelShape:
 WeightEntry = tuple[str, tuple[str, ...], str, tuple[str, ...]]
 
 
+# By identity: its dictionaries have no hash, and vLLM's registration is cached by family.
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Family:
     """Everything that the code outside of a family's package asks of it.
@@ -182,29 +191,33 @@ class Family:
     tiny: TinyModel
 
 
-_registered: dict[str, Family] = {}
+_FAMILIES = Registry[Family]("family", {}, error=ConfigError)
 
 
 def register(family: Family) -> None:
     """Make a family known.
 
     Raises:
-        ValueError: another family has its name, one of its values of ``model_type``, or a preset of that name.
+        ConfigError: another family has its name, one of its values of ``model_type``, or a preset of that name.
     """
+    # The families of this folder first, so that a clash with one of them is the new family's error.
     _load_packages()
     _add(family)
 
 
 def _add(family: Family) -> None:
-    for registered in _registered.values():
-        if registered.name == family.name or set(registered.model_types) & set(family.model_types):
+    for registered in _FAMILIES.rows.values():
+        if set(registered.model_types) & set(family.model_types):
             types = ", ".join(registered.model_types)
-            raise ValueError(f"family {family.name}: {registered.name} (model_type {types}) is registered already")
-        if names := sorted(set(registered.presets) & set(family.presets)):
-            raise ValueError(
-                f"family {family.name}: {names[0]} names a preset of {registered.name}; give it another name"
+            raise ConfigError(f"family {family.name}: {registered.name} (model_type {types}) is registered already")
+        # A preset is asked for by its name alone, as 7B.
+        shared_presets = set(registered.presets) & set(family.presets)
+        if shared_presets:
+            preset = min(shared_presets)
+            raise ConfigError(
+                f"family {family.name}: {preset} names a preset of {registered.name}; give it another name"
             )
-    _registered[family.name] = family
+    _FAMILIES.register(family.name, family)
 
 
 @functools.cache
@@ -212,13 +225,15 @@ def _load_packages() -> None:
     """Register the families whose packages are in this folder, once a process, in the order of their names."""
     for module in pkgutil.iter_modules(__path__):
         if module.ispkg:
-            _add(import_module(f"{__name__}.{module.name}").FAMILY)
+            # Here and not at the top: a family's package imports from this module.
+            package = import_module(f"{__name__}.{module.name}")
+            _add(package.FAMILY)
 
 
 def families() -> list[Family]:
     """Return all known families."""
     _load_packages()
-    return list(_registered.values())
+    return list(_FAMILIES.rows.values())
 
 
 def titles() -> str:
@@ -234,9 +249,7 @@ def family_of(source: ModelShape | str) -> Family:
     """
     name = source if isinstance(source, str) else source.family
     _load_packages()
-    if name not in _registered:
-        raise ConfigError(f"{name!r} is no model family; choose one of {', '.join(_registered)}")
-    return _registered[name]
+    return _FAMILIES.look_up(name)
 
 
 def family_of_folder(directory: str | Path) -> Family:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,7 @@ from ovr_megatron.errors import UserError
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 _EXCERPT = 80  # characters of a value that a message repeats
 
+# Strict: Pydantic would otherwise take the text "8", the number 8.0 and true for integers.
 Width = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
 Depth = Annotated[int, Field(strict=True, ge=1, le=1000)]
 Vocabulary = Annotated[int, Field(strict=True, ge=1, le=1 << 22)]
@@ -76,8 +77,9 @@ def check_kind(raw: dict[str, object], path: Path, architecture: str) -> None:
     """
     for part in (raw, raw.get("text_config")):
         if isinstance(part, dict) and part.get("quantization_config"):
-            quantised = part["quantization_config"]
-            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+            method = part["quantization_config"]
+            if isinstance(method, dict):
+                method = method.get("quant_method", "unknown")
             raise ShapeError(
                 f"{path}: field 'quantization_config' says that the weights are quantised ({method}); give the model "
                 "that they were made from, in bfloat16 or float32"
@@ -85,12 +87,19 @@ def check_kind(raw: dict[str, object], path: Path, architecture: str) -> None:
     architectures = raw.get("architectures") or [architecture]
     if not isinstance(architectures, list) or architecture not in architectures:
         raise ShapeError(f"{path}: field 'architectures' is {excerpt(architectures)}; it must name {architecture}")
+    # Transformers has renamed torch_dtype to dtype; a folder may have either.
     for name in ("dtype", "torch_dtype"):
-        if raw.get(name) is not None and raw[name] not in _DTYPES:
-            raise ShapeError(f"{path}: field {name!r} is {excerpt(raw[name])}; it can be {', '.join(_DTYPES)}")
+        dtype = raw.get(name)
+        if dtype is not None and dtype not in _DTYPES:
+            raise ShapeError(f"{path}: field {name!r} is {excerpt(dtype)}; it can be {', '.join(_DTYPES)}")
 
 
-def read_fields(kind: type[Kind], values: Any, path: Path, prefix: str = "") -> Kind:
+def read_fields(
+    kind: type[Kind],
+    values: object,
+    path: Path,
+    prefix: str = "",
+) -> Kind:
     """Return the fields of one part of ``config.json``, each within its bounds.
 
     Args:
@@ -112,17 +121,23 @@ def read_fields(kind: type[Kind], values: Any, path: Path, prefix: str = "") -> 
         name = prefix + str(first["loc"][0])
         if first["type"] == "missing":
             raise ShapeError(f"{path}: field {name!r} is missing") from None
-        reason = first["msg"][:1].lower() + first["msg"][1:]
+        message = first["msg"]
+        # Pydantic begins a sentence where ours goes on.
+        reason = message[:1].lower() + message[1:]
         raise ShapeError(f"{path}: field {name!r} is {excerpt(first['input'])}: {reason}") from None
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether ``value`` is a finite number of JSON."""
     # True is an int of Python; NaN and Infinity are numbers of its JSON parser.
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
 
 
 def excerpt(value: object) -> str:
     """Return the value as a message shows it, cut off where it is long."""
     text = repr(value)
-    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
+    if len(text) > _EXCERPT:
+        text = text[:_EXCERPT] + "..."
+    return text

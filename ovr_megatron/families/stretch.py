@@ -28,18 +28,28 @@ def stretch_positions(directory: str | Path, factor: float) -> ModelShape:
     parts = [text]
     if text is not config:
         parts.append(config)
+    positions = int(factor * original)
     for part in parts:
+        # Transformers 4 says rope_scaling, 5 rope_parameters.
         for name in ("rope_scaling", "rope_parameters"):
             if part.get(name):
                 part[name] = _stretched(part[name], factor, original)
         if part is text or "max_position_embeddings" in part:
-            part["max_position_embeddings"] = int(factor * original)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            part["max_position_embeddings"] = positions
+    content = json.dumps(config, indent=2, ensure_ascii=False)
+    path.write_text(content + "\n")
     return ModelShape.from_hf(directory)
 
 
 def _stretched(rope: dict[str, object], factor: float, original: int) -> dict[str, object]:
     """Return the rotary part with YaRN, its type under the field names that it has."""
-    angles = {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
+    stretched: dict[str, object] = {}
+    # Nothing else stays: options of another YaRN would not fit this factor.
+    for name in ("rope_theta", "mrope_section"):
+        if name in rope:
+            stretched[name] = rope[name]
     kinds = [name for name in ("type", "rope_type") if name in rope] or ["rope_type"]
-    return angles | dict.fromkeys(kinds, "yarn") | {"factor": factor, "original_max_position_embeddings": original}
+    stretched |= dict.fromkeys(kinds, "yarn")
+    stretched["factor"] = factor
+    stretched["original_max_position_embeddings"] = original
+    return stretched

@@ -25,11 +25,13 @@ class TinySizes:
     bpe_vocab: int = 512
 
     def __post_init__(self) -> None:
+        # A head of the tower has pairs for height and as many for width.
         for name, size, heads, step in (
             ("hidden", self.hidden, self.heads, 2),
             ("vision_hidden", self.vision_hidden, self.vision_heads, 4),
         ):
-            if size % (heads * step):
+            multiple = heads * step
+            if size % multiple:
                 raise ValueError(f"{name}={size} must be a multiple of its {heads} heads times {step} (rotary pairs)")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
@@ -63,7 +65,7 @@ class TinyModel:
         chat_template: Jinja source of a base model's template, without a thinking prefix.
     """
 
-    config: Callable[[TinySizes, Mapping[str, int], bool, float, str], dict[str, Any]]
+    config: Callable[[TinySizes, Mapping[str, int], bool, float, str], dict[str, object]]
     tensors: Callable[[TinySizes, int, bool], TensorShapes]
     preprocessor: Mapping[str, Any]
     tokenizer_class: str

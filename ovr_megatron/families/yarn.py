@@ -47,16 +47,21 @@ def read_yarn(rope: dict[str, Any], positions: int, path: Path) -> Yarn | None:
         return None
     if kind != "yarn":
         raise ShapeError(f"{path}: rotary type {kind!r} is not known; it can be 'mrope', 'default' or 'yarn'")
-    if unknown := sorted(set(rope) - _FIELDS):
+    # A field that is not computed here could change the angles unseen.
+    unknown = sorted(set(rope) - _FIELDS)
+    if unknown:
         raise ShapeError(f"{path}: field {unknown[0]!r} of YaRN is not known; remove it")
     options = {name: rope[name] for name in _OPTIONS if rope.get(name) is not None}
     if "factor" not in rope:
         raise ShapeError(f"{path}: field 'factor' is missing")
+    factor = rope["factor"]
     original = rope.get("original_max_position_embeddings", positions)
-    numbers = {**options, "factor": rope["factor"], "original_max_position_embeddings": original}
+    numbers = {**options, "factor": factor, "original_max_position_embeddings": original}
     for name, value in numbers.items():
-        if not is_number(value) or value <= 0 or (name == "factor" and value < 1):
+        is_allowed = is_number(value) and value > 0 and (name != "factor" or value >= 1)
+        if not is_allowed:
             raise ShapeError(f"{path}: field {name!r} of YaRN is {value!r}; give a number above 0, for 'factor' from 1")
     # The temperature of YaRN's paper (arXiv 2309.00071): sqrt(1 / t) = 0.1 ln(factor) + 1.
-    options.setdefault("attention_factor", 0.1 * math.log(rope["factor"]) + 1.0)
-    return Yarn(rope["factor"], original, truncate=bool(rope.get("truncate", True)), **options)
+    options.setdefault("attention_factor", 0.1 * math.log(factor) + 1.0)
+    truncate = bool(rope.get("truncate", True))
+    return Yarn(factor, original, truncate=truncate, **options)

@@ -30,7 +30,8 @@ def rotary_table(angles: Tensor, dtype: torch.dtype = torch.float32, scaling: fl
         scaling: factor of cosines and sines, before they are rounded.
     """
     full = torch.cat((angles, angles), dim=-1)
-    table = torch.cat((full.cos(), full.sin()), dim=-1)[:, None, None] * scaling
+    table = torch.cat((full.cos(), full.sin()), dim=-1)[:, None, None]
+    table = table * scaling
     return table.to(dtype).float()
 
 
@@ -45,16 +46,21 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(table)  # a rotation is linear: its backward needs no input
-        return _turn(query, table, 1.0), _turn(key, table, 1.0)
+        turned_query = _turn(query, table, 1.0)
+        turned_key = _turn(key, table, 1.0)
+        return turned_query, turned_key
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (table,) = ctx.saved_tensors
-        d_query, d_key = (_turn(grad, table, -1.0) for grad in grads)
+        grad_query, grad_key = grads
+        d_query = _turn(grad_query, table, -1.0)
+        d_key = _turn(grad_key, table, -1.0)
         return d_query, d_key, None
 
 
 def _turn(x: Tensor, table: Tensor, sign: float) -> Tensor:
+    """Return ``x`` rotated by the angles of the table, for a ``sign`` of -1 by the opposite ones."""
     if x.is_cuda:
         return kernels.rotate(x, table, sign)
     half = x.size(-1) // 2
@@ -62,8 +68,13 @@ def _turn(x: Tensor, table: Tensor, sign: float) -> Tensor:
     sin = table[..., 2 * half : 3 * half]
     first, second = x.float().chunk(2, dim=-1)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
+    # Both halves are computed where they belong: a concatenation would copy the tensor once more.
+    out_first = out[..., :half]
+    torch.mul(first, cos, out=out_first)
+    out_first.addcmul_(second, sin, value=-sign)
+    out_second = out[..., half:]
+    torch.mul(second, cos, out=out_second)
+    out_second.addcmul_(first, sin, value=sign)
     return out.to(x.dtype)
 
 
@@ -94,7 +105,9 @@ class PackedSelfAttention(SelfAttention):
             attn_mask_type=self.attn_mask_type,
             packed_seq_params=packed_seq_params,
         )
-        return self.linear_proj(context.reshape(context.size(0), 1, -1))
+        row_count = context.size(0)
+        rows = context.reshape(row_count, 1, -1)
+        return self.linear_proj(rows)
 
 
 class PackedDotProductAttention(MegatronModule):
@@ -133,8 +146,11 @@ class PackedDotProductAttention(MegatronModule):
         """Return the attention output [T, N * H] of this rank's T rows."""
         if self.cp_group is not None:
             # One collective for keys and values; its backward pass reduces and scatters their gradients.
-            both = gather_from_sequence_parallel_region(torch.cat((key_TGH, value_TGH), 1), group=self.cp_group)
-            key_TGH, value_TGH = both.chunk(2, dim=1)
+            gathered = gather_from_sequence_parallel_region(
+                torch.cat((key_TGH, value_TGH), 1),
+                group=self.cp_group,
+            )
+            key_TGH, value_TGH = gathered.chunk(2, dim=1)
         queries_per_key = query_TNH.size(1) // key_TGH.size(1)
         # torch's kernels for a GPU and for prefix attention want equal heads.
         needs_equal_heads = query_TNH.is_cuda or self.cp_group is not None
@@ -142,15 +158,26 @@ class PackedDotProductAttention(MegatronModule):
             key_TGH = key_TGH.repeat_interleave(queries_per_key, dim=1)
             value_TGH = value_TGH.repeat_interleave(queries_per_key, dim=1)
         grouping = packed_seq_params.grouping
-        parts = [self._attend(query_TNH, key_TGH, value_TGH, group) for group in grouping.groups]
+        parts = []
+        for group in grouping.groups:
+            part = self._attend(query_TNH, key_TGH, value_TGH, group)
+            parts.append(part)
         if grouping.inverse is None:
             return parts[0]
-        return torch.cat(parts)[grouping.inverse]
+        outputs = torch.cat(parts)
+        return outputs[grouping.inverse]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: DocumentGroup) -> Tensor:
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        group: DocumentGroup,
+    ) -> Tensor:
         def batch(x: Tensor, index: Tensor) -> Tensor:
             rows = x if group.is_pack else x[index.flatten()]
-            return rows.view(*index.shape, *x.shape[1:]).transpose(1, 2)
+            batched = rows.view(*index.shape, *x.shape[1:])
+            return batched.transpose(1, 2)
 
         out = attend(
             batch(query, group.queries),
@@ -159,19 +186,33 @@ class PackedDotProductAttention(MegatronModule):
             self.causal,
             self.scale,
         )
-        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+        rows = out.transpose(1, 2).flatten(0, 1)
+        return rows.flatten(1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: float | None = None,
+) -> Tensor:
     """Return the attention output [B, N, L, H] of ``query`` [B, N, L, H] over ``key`` and ``value`` [B, N, K, H].
 
     Causal: the last query sees all K keys, the one before it all but the last, and so on.  No mask is built.  On a CPU
     with as many keys as queries, ``key`` and ``value`` may have fewer heads, each shared by neighbouring query heads.
     """
     if causal and query.size(2) < key.size(2):
+        # torch's own mask would begin at the first key: query i would see the keys up to i.
         return _PrefixAttention.apply(query, key, value, scale)
+    shares_keys = query.size(1) > key.size(1)
     return F.scaled_dot_product_attention(
-        query, key, value, is_causal=causal, scale=scale, enable_gqa=query.size(1) > key.size(1)
+        query,
+        key,
+        value,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=shares_keys,
     )
 
 
@@ -184,11 +225,15 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        prefix_rows = key.size(2) - query.size(2)
-        prefix_out, prefix_norm = _flash(query, key[:, :, :prefix_rows], value[:, :, :prefix_rows], False, scale)
-        causal_out, causal_norm = _flash(query, key[:, :, prefix_rows:], value[:, :, prefix_rows:], True, scale)
+        prefix_key, causal_key = _split_rows(key, query)
+        prefix_value, causal_value = _split_rows(value, query)
+        prefix_out, prefix_norm = _flash(query, prefix_key, prefix_value, False, scale)
+        causal_out, causal_norm = _flash(query, causal_key, causal_value, True, scale)
+        # A part's share of the softmax is e^(its log-sum-exp - the merged one), at most 1: nothing overflows.
         norm = torch.logaddexp(prefix_norm, causal_norm)
-        out = prefix_out * (prefix_norm - norm).exp()[..., None] + causal_out * (causal_norm - norm).exp()[..., None]
+        prefix_share = (prefix_norm - norm).exp()
+        causal_share = (causal_norm - norm).exp()
+        out = prefix_out * prefix_share[..., None] + causal_out * causal_share[..., None]
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, norm)
         ctx.scale = scale
@@ -197,21 +242,39 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, norm = ctx.saved_tensors
-        prefix_rows = key.size(2) - query.size(2)
+        prefix_key, causal_key = _split_rows(key, query)
+        prefix_value, causal_value = _split_rows(value, query)
         shared = (query, out, norm, grad.contiguous(), ctx.scale)
-        d_query_prefix, *d_prefix = _flash_backward(key[:, :, :prefix_rows], value[:, :, :prefix_rows], False, *shared)
-        d_query_causal, *d_causal = _flash_backward(key[:, :, prefix_rows:], value[:, :, prefix_rows:], True, *shared)
-        d_key, d_value = (torch.cat(pair, dim=2) for pair in zip(d_prefix, d_causal, strict=True))
-        return d_query_prefix + d_query_causal, d_key, d_value, None
+        prefix_grads = _flash_backward(prefix_key, prefix_value, False, *shared)
+        causal_grads = _flash_backward(causal_key, causal_value, True, *shared)
+        d_query_prefix, d_key_prefix, d_value_prefix = prefix_grads
+        d_query_causal, d_key_causal, d_value_causal = causal_grads
+        d_key = torch.cat((d_key_prefix, d_key_causal), dim=2)
+        d_value = torch.cat((d_value_prefix, d_value_causal), dim=2)
+        d_query = d_query_prefix + d_query_causal
+        return d_query, d_key, d_value, None
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+def _split_rows(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of ``keys`` [B, N, K, H]: the K - L rows before those of the L queries, and the last L."""
+    prefix_rows = keys.size(2) - query.size(2)
+    return keys[:, :, :prefix_rows], keys[:, :, prefix_rows:]
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
     """Return the output in float32 and the log-sum-exp [B, N, L], by torch's fused kernel."""
     if query.is_cuda:
         out, norm, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, 0.0, causal, scale=scale
         )
-        return out.float(), norm[..., : query.size(2)]
+        rows = query.size(2)
+        return out.float(), norm[..., :rows]  # the kernel pads its log-sum-exp, see `_flash_backward`
     out, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
     return out.float(), norm
 
@@ -228,13 +291,17 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value from the merged output and log-sum-exp."""
     if query.is_cuda:
+        # Without dropout the kernel draws nothing, and takes a seed and an offset all the same.
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
-        width = -(-query.size(2) // 32) * 32  # the kernel reads its log-sum-exp in rows of this multiple
-        padded = F.pad(norm, (0, width - query.size(2)), value=float("inf"))
+        rows = query.size(2)
+        width = -(-rows // 32) * 32  # the kernel reads its log-sum-exp in rows of this multiple
+        padded = F.pad(norm, (0, width - rows), value=float("inf"))
+        needs_grad = [True, True, True, False]  # of query, key, value and bias
         grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            grad, query, key, value, None, out, padded, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+            grad, query, key, value, None, out, padded, seed, seed, 0.0, needs_grad, causal, scale=scale
         )
-        return grads[:3]
+        d_query, d_key, d_value, _ = grads
+        return d_query, d_key, d_value
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, norm, 0.0, causal, scale=scale
     )

@@ -27,13 +27,16 @@ def rank_rows(bounds: Sequence[int], cp: int, rank: int) -> Tensor:
     """
     if cp == 1:
         return torch.arange(bounds[-1])
-    chunks = []
+    chunk_count = 2 * cp
+    rank_chunks = (rank, chunk_count - 1 - rank)
+    rows = []
     for start, end in pairwise(bounds):
-        size = (end - start) // (2 * cp)
-        for chunk in (rank, 2 * cp - 1 - rank):
+        size = (end - start) // chunk_count
+        for chunk in rank_chunks:
             chunk_start = start + chunk * size
-            chunks.append(torch.arange(chunk_start, chunk_start + size))
-    return torch.cat(chunks)
+            chunk_rows = torch.arange(chunk_start, chunk_start + size)
+            rows.append(chunk_rows)
+    return torch.cat(rows)
 
 
 def gathered_rows(bounds: Sequence[int], cp: int) -> Tensor:
@@ -51,4 +54,5 @@ def share_images(patches: Sequence[int], ranks: int) -> list[list[int]]:
     Returns:
         For each rank the indices of its images, rising.
     """
-    return [sorted(share) for share in balance(patches, ranks)]
+    shares = balance(patches, ranks)
+    return [sorted(share) for share in shares]

@@ -18,17 +18,24 @@ def attention_forward(shape: ModelShape, squares: float) -> float:
     return 2.0 * shape.layers * shape.heads * shape.head_dim * squares
 
 
-def training_passes(language_trains: bool, vision_trains: bool, merger_trains: bool) -> tuple[float, float, float]:
+def training_passes(
+    language_trains: bool, vision_trains: bool, merger_trains: bool, vision_adapters: bool = False
+) -> tuple[float, float, float]:
     """Return the FLOP of forward and backward over those of forward: language model's matrices, tower, merger.
 
-    Gradients only pass through a frozen part above one that trains; through the language model they always do.
+    Gradients only pass through a frozen part above one that trains, or beside adapters; through the language model they
+    always do. The adapters' own products are not counted.
     """
     language = 3.0 if language_trains else 2.0
-    tower = 3.0 if vision_trains else 1.0
+    tower = 1.0
+    if vision_trains:
+        tower = 3.0
+    elif vision_adapters:
+        tower = 2.0
     merger = 1.0
     if merger_trains:
         merger = 3.0
-    elif vision_trains:
+    elif vision_trains or vision_adapters:
         merger = 2.0
     return language, tower, merger
 
@@ -40,6 +47,7 @@ def training_flops(
     language_trains: bool = True,
     vision_trains: bool = False,
     merger_trains: bool = False,
+    vision_adapters: bool = False,
 ) -> float:
     """Return the FLOP of one forward and backward pass.
 
@@ -50,10 +58,14 @@ def training_flops(
         language_trains: whether gradients of the language model's weights are computed.
         vision_trains: whether those of the vision tower are; a tower that does not train has no backward pass.
         merger_trains: whether those of the merger are.
+        vision_adapters: whether the tower has adapters, so that gradients pass through it.
     """
     family = family_of(shape)
-    matrix_passes, tower_passes, merger_passes = training_passes(language_trains, vision_trains, merger_trains)
-    flops = 2.0 * matrix_passes * family.language_weights(shape, False) * sum(lengths)
+    matrix_passes, tower_passes, merger_passes = training_passes(
+        language_trains, vision_trains, merger_trains, vision_adapters
+    )
+    weights = family.language_weights(shape, False)
+    flops = 2.0 * matrix_passes * weights * sum(lengths)
     # Attention has no weights: its backward pass is twice the forward one, whatever trains.
     squares = sum(length**2 for length in lengths)
     flops += 3.0 * attention_forward(shape, squares)

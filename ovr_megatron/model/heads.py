@@ -39,7 +39,9 @@ def float_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    for start in range(0, count, size):
+        end = min(start + size, count)
+        yield slice(start, end)
 
 
 def tile_sides(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
@@ -48,33 +50,49 @@ def tile_sides(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
     They are powers of two, or at least multiples of a cache line, where the sizes allow it.
     """
     elements = _TILE_BYTES[device.type] // 4  # float32
-    square_side = 1 << (elements.bit_length() - 1) // 2
+    exponent = elements.bit_length() - 1
+    square_side = 1 << exponent // 2
     tile_tokens = min(tokens, square_side)
     tile_rows = elements // tile_tokens
-    return tile_tokens, min(rows, tile_rows // 64 * 64 or tile_rows)
+    whole_lines = tile_rows // 64 * 64
+    if whole_lines:
+        tile_rows = whole_lines
+    return tile_tokens, min(rows, tile_rows)
 
 
 def keeps_logits(tokens: int, rows: int, device: torch.device) -> bool:
     """Whether the logits of ``tokens`` and vocabulary ``rows`` are kept for backward."""
-    return 4 * tokens * rows <= _KEPT_BYTES[device.type]
+    logit_bytes = 4 * tokens * rows
+    return logit_bytes <= _KEPT_BYTES[device.type]
 
 
 def _shifted(tile: Tensor, scale: float, shift: Tensor, keep: bool = False) -> Tensor:
     """Return ``scale * tile - shift`` [t, v], written over the tile unless ``keep``.  ``shift`` is [t]."""
-    return torch.add(-shift[:, None], tile, alpha=scale, out=None if keep else tile)
+    target = None if keep else tile
+    # One pass over the tile: multiplied and shifted without a tensor in between.
+    return torch.add(-shift[:, None], tile, alpha=scale, out=target)
 
 
-def _rebased(total: Tensor, weighted: Tensor, peak: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+def _rebased(
+    total: Tensor,
+    weighted: Tensor,
+    peak: Tensor,
+    top: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Return sums of e^x and of x e^x with x relative to ``top`` from those relative to ``peak``; all [t]."""
     shift = peak - top
     factor = shift.exp()
-    return total * factor, (weighted + shift * total) * factor
+    rebased_total = total * factor
+    rebased_weighted = (weighted + shift * total) * factor
+    return rebased_total, rebased_weighted
 
 
 def _labels_within(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Return the labels as columns [t, 1] of a tile, any column for those outside of it, and a mask of those inside."""
     inside = (labels >= 0) & (labels < columns)
-    return torch.where(inside, labels, 0)[:, None], inside
+    # The mask takes the value of a label outside away again, but `gather` refuses columns that are not there.
+    column = torch.where(inside, labels, 0)
+    return column[:, None], inside
 
 
 def _add_tile(
@@ -93,15 +111,20 @@ def _add_tile(
         kernels.add_tile(tile, banned, labels, peak, total, weighted, target, scale)
         return
     # Over the scale, so that after scaling it is `BANNED`: finite, as an infinity less an infinity is no number.
-    tile.index_fill_(1, banned.nonzero()[:, 0], BANNED / scale)
+    banned_columns = banned.nonzero()[:, 0]
+    tile.index_fill_(1, banned_columns, BANNED / scale)
     column, inside = _labels_within(labels, tile.size(1))
-    target += torch.where(inside, tile.gather(1, column)[:, 0] * scale, 0.0)
-    top = torch.maximum(peak, tile.amax(-1) * scale)
+    label_logits = tile.gather(1, column)[:, 0]
+    target += torch.where(inside, label_logits * scale, 0.0)
+    tile_peak = tile.amax(-1) * scale
+    top = torch.maximum(peak, tile_peak)
     x = _shifted(tile, scale, top, keep)
     weights = x.exp()
     total_before, weighted_before = _rebased(total, weighted, peak, top)
-    total.copy_(total_before + weights.sum(-1))
-    weighted.copy_(weighted_before + weights.mul_(x).sum(-1))
+    tile_total = weights.sum(-1)
+    total.copy_(total_before + tile_total)
+    tile_weighted = weights.mul_(x).sum(-1)
+    weighted.copy_(weighted_before + tile_weighted)
     peak.copy_(top)
 
 
@@ -118,17 +141,33 @@ def _tile_gradient(
 ) -> Tensor:
     """Return the gradient of a tile, see `kernels.tile_gradient`."""
     if tile.is_cuda:
-        return kernels.tile_gradient(tile, banned, labels, norm, entropy, d_logprob, d_entropy, scale, dtype)
+        return kernels.tile_gradient(
+            tile,
+            banned,
+            labels,
+            norm,
+            entropy,
+            d_logprob,
+            d_entropy,
+            scale,
+            dtype,
+        )
     x = _shifted(tile, scale, norm)
     # With p = e^x:  d tile = -p (d logprob + (x + entropy) d entropy), and d logprob more at the label.
     if d_entropy is None:
         d_tile = x.exp_().mul_(-d_logprob[:, None])
     else:
         probs = x.exp()
-        d_tile = x.add_(entropy[:, None]).mul_(-d_entropy[:, None]).sub_(d_logprob[:, None]).mul_(probs)
+        x.add_(entropy[:, None])
+        x.mul_(-d_entropy[:, None])
+        x.sub_(d_logprob[:, None])
+        d_tile = x.mul_(probs)
     column, inside = _labels_within(labels, tile.size(1))
-    d_tile.scatter_add_(1, column, (d_logprob * inside)[:, None])
-    return d_tile.index_fill_(1, banned.nonzero()[:, 0], 0.0).to(dtype)
+    label_grads = d_logprob * inside
+    d_tile.scatter_add_(1, column, label_grads[:, None])
+    banned_columns = banned.nonzero()[:, 0]
+    d_tile.index_fill_(1, banned_columns, 0.0)
+    return d_tile.to(dtype)
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
@@ -161,23 +200,36 @@ class _VocabParallelScores(torch.autograd.Function):
         scale: float,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        tokens, rows = tile_sides(len(hidden), len(weight), hidden.device)
-        local = labels - group.rank() * len(weight)
-        total, weighted, target = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
+        token_count = len(hidden)
+        row_count = len(weight)
+        tokens, rows = tile_sides(token_count, row_count, hidden.device)
+        local = labels - group.rank() * row_count
+        total, weighted, target = hidden.new_zeros(3, token_count, dtype=torch.float32)
         peak = torch.full_like(total, BANNED)
-        keep = keeps_logits(len(hidden), len(weight), hidden.device)
+        keep = keeps_logits(token_count, row_count, hidden.device)
         tiles: list[Tensor] = []
-        for columns in _blocks(len(weight), rows):
-            for part in _blocks(len(hidden), tokens):
+        for columns in _blocks(row_count, rows):
+            for part in _blocks(token_count, tokens):
                 tile = float_product(hidden[part], weight[columns].t())
-                statistics = peak[part], total[part], weighted[part], target[part]
-                _add_tile(tile, banned[columns], local[part] - columns.start, *statistics, scale, keep)
+                _add_tile(
+                    tile,
+                    banned[columns],
+                    local[part] - columns.start,
+                    peak[part],
+                    total[part],
+                    weighted[part],
+                    target[part],
+                    scale,
+                    keep,
+                )
                 if keep:
                     tiles.append(tile)
         # Two collectives: the largest logit of all ranks, then the three sums, which are relative to it.
         top = peak.clone()
         _all_reduce(top, group, dist.ReduceOp.MAX)
-        sums = torch.stack((*_rebased(total, weighted, peak, top), target))
+        local_total, local_weighted = _rebased(total, weighted, peak, top)
+        # A label lies on one rank and the others have 0 for it, so that the sum is its scaled logit.
+        sums = torch.stack((local_total, local_weighted, target))
         _all_reduce(sums, group)
         total, weighted, target = sums
         norm = top + total.log()
@@ -197,13 +249,20 @@ class _VocabParallelScores(torch.autograd.Function):
             d_logprob = torch.zeros_like(norm)
         tokens, rows = tile_sides(len(hidden), len(weight), hidden.device)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        # In float32, since it is summed over the blocks of the vocabulary; a weight's block is complete at once.
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         d_weight = torch.empty_like(weight) if needs_weight else None
         for columns in _blocks(len(weight), rows):
-            d_block = torch.zeros_like(weight[columns], dtype=torch.float32) if needs_weight else None
+            d_block = None
+            if needs_weight:
+                d_block = torch.zeros_like(weight[columns], dtype=torch.float32)
             for part in _blocks(len(hidden), tokens):
                 # A stored tile is overwritten with its gradient: backward reads it once.
-                tile = tiles.pop(0) if tiles else float_product(hidden[part], weight[columns].t())
+                if tiles:
+                    tile = tiles.pop(0)
+                else:
+                    tile = float_product(hidden[part], weight[columns].t())
+                part_d_entropy = None if d_entropy is None else d_entropy[part]
                 d_tile = _tile_gradient(
                     tile,
                     banned[columns],
@@ -211,7 +270,7 @@ class _VocabParallelScores(torch.autograd.Function):
                     norm[part],
                     entropy[part],
                     d_logprob[part],
-                    None if d_entropy is None else d_entropy[part],
+                    part_d_entropy,
                     ctx.scale,
                     hidden.dtype,
                 )
@@ -229,7 +288,12 @@ class _VocabParallelScores(torch.autograd.Function):
 
 
 def token_scores(
-    hidden: Tensor, weight: Tensor, labels: Tensor, banned: Tensor, temperature: float, group: dist.ProcessGroup
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    banned: Tensor,
+    temperature: float,
+    group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each label and the entropy of its distribution.
 
@@ -249,9 +313,11 @@ def token_scores(
         Float32 log-probabilities [n] and entropies [n], the same on every rank of the group.
     """
     if len(hidden) == 0:  # hidden states and weight stay in the graph, so that backward runs on this rank, too
-        empty = (hidden.sum() + 0.0 * weight.sum()).float().expand(0)
+        zero = hidden.sum() + 0.0 * weight.sum()
+        empty = zero.float().expand(0)
         return empty, empty
-    return _VocabParallelScores.apply(hidden, weight, labels, banned, 1.0 / temperature, group)
+    scale = 1.0 / temperature
+    return _VocabParallelScores.apply(hidden, weight, labels, banned, scale, group)
 
 
 class ValueHead(torch.nn.Linear):
@@ -266,7 +332,8 @@ class ValueHead(torch.nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the values [n] of ``hidden`` [n, D]."""
-        return F.linear(hidden.float(), self.weight.float())[:, 0]
+        values = F.linear(hidden.float(), self.weight.float())
+        return values[:, 0]
 
 
 def init_value_head(weight: Tensor, how: str, generator: torch.Generator) -> None:

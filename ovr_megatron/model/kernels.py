@@ -23,10 +23,15 @@ def _swiglu(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)  # in all kernels: a tensor may have more elements than int32 counts
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn
-    gate = tl.load(gate_up + row * 2 * ffn + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * ffn + ffn + column, mask=inside, other=0.0).to(tl.float32)
-    product = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * ffn + column, product.to(out.dtype.element_ty), mask=inside)
+    gates = gate_up + row * 2 * ffn + column
+    ups = gate_up + row * 2 * ffn + ffn + column
+    targets = out + row * ffn + column
+    gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
+    denominator = 1.0 + tl.exp(-gate)
+    product = gate / denominator * up
+    rounded = product.to(out.dtype.element_ty)
+    tl.store(targets, rounded, mask=inside)
 
 
 @triton.jit
@@ -39,14 +44,21 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
     # Each program writes only the places that it alone has read: the gradient can stand in the place of its input.
     gates = gate_up + row * 2 * ffn + column
     ups = gate_up + row * 2 * ffn + ffn + column
+    grads = grad + row * ffn + column
     gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
-    upstream = tl.load(grad + row * ffn + column, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    d_gate = upstream * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    upstream = tl.load(grads, mask=inside, other=0.0).to(tl.float32)
+    denominator = 1.0 + tl.exp(-gate)
+    sigmoid = 1.0 / denominator
+    weighted = upstream * up * sigmoid
+    # The derivative of silu is sigmoid times this factor.
+    factor = 1.0 + gate * (1.0 - sigmoid)
+    d_gate = weighted * factor
     d_up = upstream * gate * sigmoid
-    tl.store(gates, d_gate.to(gate_up.dtype.element_ty), mask=inside)
-    tl.store(ups, d_up.to(gate_up.dtype.element_ty), mask=inside)
+    rounded_gate = d_gate.to(gate_up.dtype.element_ty)
+    tl.store(gates, rounded_gate, mask=inside)
+    rounded_up = d_up.to(gate_up.dtype.element_ty)
+    tl.store(ups, rounded_up, mask=inside)
 
 
 @triton.jit
@@ -65,15 +77,22 @@ def _rotate(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    inside = (head < heads) & (column < half)
-    cos = tl.load(table + row * 4 * half + column, mask=column < half, other=0.0)
-    sin = tl.load(table + row * 4 * half + 2 * half + column, mask=column < half, other=0.0) * SIGN
+    in_row = column < half
+    inside = (head < heads) & in_row
+    # A row of the table is twice half a head's cosines, then twice its sines.
+    cosines = table + row * 4 * half + column
+    sines = table + row * 4 * half + 2 * half + column
+    cos = tl.load(cosines, mask=in_row, other=0.0)
+    sin = tl.load(sines, mask=in_row, other=0.0) * SIGN
     source = x + row * row_stride + head * head_stride + column
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    target = out + (row * heads + head) * 2 * half + column
-    tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
-    tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
+    target_head = row * heads + head
+    target = out + target_head * 2 * half + column
+    turned_first = first * cos - second * sin
+    tl.store(target, turned_first.to(out.dtype.element_ty), mask=inside)
+    turned_second = second * cos + first * sin
+    tl.store(target + half, turned_second.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -98,14 +117,17 @@ def _add_tile(  # type: ignore[no-untyped-def]
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
+        # Columns past the end of the row count as banned.
         forbidden = tl.load(banned + column, mask=inside, other=1)
-        x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32) * scale
+        logit = tl.load(logits + column, mask=inside, other=0.0)
+        x = logit.to(tl.float32) * scale
         x = tl.where(forbidden != 0, BANNED, x)
         higher = tl.maximum(top, x)
         # Exponents are never positive: nothing overflows, whatever the logits.
         factor = tl.exp(top - higher)
         weight = tl.exp(x - higher)
-        products = (products + (top - higher) * sums) * factor + weight * (x - higher)
+        lane_products = products + (top - higher) * sums
+        products = lane_products * factor + weight * (x - higher)
         sums = sums * factor + weight
         top = higher
     # The lanes are brought to the maximum of the row, the tiles before this one included, and added up.
@@ -117,12 +139,20 @@ def _add_tile(  # type: ignore[no-untyped-def]
     old_factor = tl.exp(old_top - new_top)
     products = (products + (top - new_top) * sums) * factor
     tl.store(peak + row, new_top)
-    tl.store(total + row, tl.sum(sums * factor, 0) + old_sum * old_factor)
-    tl.store(weighted + row, tl.sum(products, 0) + (old_products + (old_top - new_top) * old_sum) * old_factor)
+    sums = sums * factor
+    new_sum = tl.sum(sums, 0) + old_sum * old_factor
+    tl.store(total + row, new_sum)
+    row_products = tl.sum(products, 0)
+    rebased_products = old_products + (old_top - new_top) * old_sum
+    new_products = row_products + rebased_products * old_factor
+    tl.store(weighted + row, new_products)
     label = tl.load(labels + row)
-    if (label >= 0) & (label < columns):
-        x = tl.load(logits + label).to(tl.float32) * scale
-        tl.store(target + row, tl.where(tl.load(banned + label) != 0, BANNED, x))
+    in_tile = (label >= 0) & (label < columns)
+    if in_tile:
+        label_logit = tl.load(logits + label)
+        label_x = label_logit.to(tl.float32) * scale
+        label_forbidden = tl.load(banned + label)
+        tl.store(target + row, tl.where(label_forbidden != 0, BANNED, label_x))
 
 
 @triton.jit
@@ -144,15 +174,22 @@ def _tile_gradient(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     logits = tile + row * columns + column
-    logprob = tl.load(logits, mask=inside, other=0.0).to(tl.float32) * scale - tl.load(norm + row)
+    targets = out + row * columns + column
+    logit = tl.load(logits, mask=inside, other=0.0)
+    x = logit.to(tl.float32) * scale
+    logprob = x - tl.load(norm + row)
     forbidden = tl.load(banned + column, mask=inside, other=1)
     upstream = tl.load(d_logprob + row)
     change = tl.zeros([BLOCK], tl.float32) - upstream
     if HAS_ENTROPY:
-        change -= (logprob + tl.load(entropy + row)) * tl.load(d_entropy + row)
-    change = change * tl.exp(logprob) + tl.where(column == tl.load(labels + row), upstream, 0.0)
-    gradient = tl.where(forbidden != 0, 0.0, change).to(out.dtype.element_ty)
-    tl.store(out + row * columns + column, gradient, mask=inside)
+        centred = logprob + tl.load(entropy + row)
+        change -= centred * tl.load(d_entropy + row)
+    change = change * tl.exp(logprob)
+    label = tl.load(labels + row)
+    change = change + tl.where(column == label, upstream, 0.0)
+    gradient = tl.where(forbidden != 0, 0.0, change)
+    rounded = gradient.to(out.dtype.element_ty)
+    tl.store(targets, rounded, mask=inside)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -177,8 +214,20 @@ def rotate(x: Tensor, table: Tensor, sign: float) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     assert table.is_contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    blocks = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(size // 2)}
-    _rotate[(rows,)](x, table, out, heads, size // 2, x.stride(0), x.stride(2), SIGN=int(sign), **blocks)
+    half = size // 2
+    _rotate[(rows,)](
+        x,
+        table,
+        out,
+        heads,
+        half,
+        x.stride(0),
+        x.stride(2),
+        SIGN=int(sign),
+        # A block's sides are powers of two in Triton; the mask leaves out what is beyond the tensor.
+        HEADS=triton.next_power_of_2(heads),
+        HALF=triton.next_power_of_2(half),
+    )
     return out
 
 
@@ -204,9 +253,18 @@ def add_tile(
         target: x of the label, once its tile has been added.
         scale: inverse temperature.
     """
-    statistics = peak, total, weighted, target
     _add_tile[(len(tile),)](
-        tile, banned.view(torch.uint8), labels, *statistics, tile.size(1), scale, BLOCK=2 * _BLOCK, num_warps=8
+        tile,
+        banned.view(torch.uint8),
+        labels,
+        peak,
+        total,
+        weighted,
+        target,
+        tile.size(1),
+        scale,
+        BLOCK=2 * _BLOCK,
+        num_warps=8,
     )
 
 
@@ -236,12 +294,16 @@ def tile_gradient(
     """
     rows, columns = tile.shape
     out = tile if dtype == tile.dtype else torch.empty_like(tile, dtype=dtype)
-    per_token = norm, entropy, d_logprob, d_logprob if d_entropy is None else d_entropy
+    # Without HAS_ENTROPY the kernel does not read this argument, which must be a tensor all the same.
+    entropy_grad = d_logprob if d_entropy is None else d_entropy
     _tile_gradient[(rows, triton.cdiv(columns, _BLOCK))](
         tile,
         banned.view(torch.uint8),
         labels,
-        *per_token,
+        norm,
+        entropy,
+        d_logprob,
+        entropy_grad,
         out,
         columns,
         scale,
@@ -253,4 +315,6 @@ def tile_gradient(
 
 def _grid(rows: Tensor) -> tuple[int, int]:
     """Return a grid of one program for each block of each row of ``rows`` [..., F]."""
-    return rows.numel() // rows.size(-1), triton.cdiv(rows.size(-1), _BLOCK)
+    width = rows.size(-1)
+    row_count = rows.numel() // width
+    return row_count, triton.cdiv(width, _BLOCK)

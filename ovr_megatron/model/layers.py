@@ -5,6 +5,7 @@ Parameter names are Transformer Engine's in both cases, so checkpoints of both h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -132,22 +133,31 @@ class _SwiGLU(torch.autograd.Function):
         return gate_up
 
 
+def _unchanged(name: str, linear: Any) -> Any:
+    return linear
+
+
 @dataclass(frozen=True)
 class LayerClasses:
-    """The classes of a transformer layer's modules."""
+    """The classes of a transformer layer's modules.
+
+    ``adapt`` returns the class of one linear layer, of its name in the layer (``mlp.linear_fc1``) and the class without
+    an adapter.
+    """
 
     norm: Any
     norm_linear: Any
     row_linear: Any
     core_attention: Any
+    adapt: Callable[[str, Any], Any] = _unchanged
 
 
 def choose_layer_classes(layers: str, dtype: torch.dtype) -> LayerClasses:
     """Return Transformer Engine's classes or ours.
 
     In float32 ours are taken: Transformer Engine has cuBLAS multiply float32 in TF32, with 10 bits of mantissa and
-    whatever torch's settings are (``common/gemm/cublaslt_gemm.cu``), and its attention over packs takes 16-bit dtypes
-    only.
+    whatever torch's settings are (``common/gemm/cublaslt_gemm.cu``), and its attention over packs takes bfloat16 or
+    float16 only.
 
     Args:
         layers: ``auto`` (Transformer Engine where it is installed and there is a GPU), ``local`` or
@@ -205,7 +215,7 @@ def layers_in_use(model: ModelConfig) -> str:
 
 
 def cautions(model: ModelConfig, rollout: bool) -> list[str]:
-    """List what is not exact with the 8-bit settings of ``model``; ``rollout``: its policy generates in vLLM."""
+    """List what is not exact with the FP8 settings of ``model``; ``rollout``: its policy generates in vLLM."""
     sentences = []
     if model.fp8 == "delayed":
         sentences.append(
@@ -243,9 +253,9 @@ def layer_spec(causal: bool, classes: LayerClasses) -> ModuleSpec:
                 module=PackedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.padding_causal if causal else AttnMaskType.padding},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=classes.norm_linear,
+                    linear_qkv=classes.adapt("self_attention.linear_qkv", classes.norm_linear),
                     core_attention=classes.core_attention,
-                    linear_proj=classes.row_linear,
+                    linear_proj=classes.adapt("self_attention.linear_proj", classes.row_linear),
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
@@ -254,7 +264,9 @@ def layer_spec(causal: bool, classes: LayerClasses) -> ModuleSpec:
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=classes.norm_linear, linear_fc2=classes.row_linear, activation_func=SwiGLU
+                    linear_fc1=classes.adapt("mlp.linear_fc1", classes.norm_linear),
+                    linear_fc2=classes.adapt("mlp.linear_fc2", classes.row_linear),
+                    activation_func=SwiGLU,
                 ),
             ),
             mlp_bda=get_bias_dropout_add,

@@ -11,7 +11,7 @@ from ovr_megatron.families import ModelShape
 def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False) -> None:
     """Refuse a layout that the model's sizes do not allow, before anything is allocated.
 
-    8-bit matrix products want both sizes of a rank's weight to be multiples of 16.
+    FP8 matrix products want both sizes of a rank's weight to be multiples of 16.
 
     Raises:
         ConfigError: names the values and the nearest that fit.
@@ -26,9 +26,12 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False)
     }
     for name, count in counts.items():
         if count % tp:
+            # The remedy must divide all of the counts, not this one alone.
             divisor = math.gcd(*counts.values())
-            largest = max(size for size in range(1, tp) if divisor % size == 0)
-            raise ConfigError(f"parallel.tp={tp} does not divide the model's {count} {name}; use at most tp={largest}")
+            tp_sizes = [size for size in range(1, tp) if divisor % size == 0]
+            raise ConfigError(
+                f"parallel.tp={tp} does not divide the model's {count} {name}; use at most tp={tp_sizes[-1]}"
+            )
     _check_stages(shape.layers, parallel)
     if fp8:
         _check_fp8_sizes(shape, tp)
@@ -43,11 +46,14 @@ def _check_fp8_sizes(shape: ModelShape, tp: int) -> None:
     }
     for name, size in sizes.items():
         if size % 16:
-            smaller = []
+            tp_sizes = []
             for divisor in range(1, tp):
-                if tp % divisor == 0 and size * tp // divisor % 16 == 0:
-                    smaller.append(divisor)
-            remedy = f"use tp={smaller[-1]} or model.fp8=none" if smaller else "use model.fp8=none"
+                divisor_size = size * tp // divisor
+                if tp % divisor == 0 and divisor_size % 16 == 0:
+                    tp_sizes.append(divisor)
+            remedy = "use model.fp8=none"
+            if tp_sizes:
+                remedy = f"use tp={tp_sizes[-1]} or model.fp8=none"
             raise ConfigError(f"model.fp8 with parallel.tp={tp}: {name} = {size}, not a multiple of 16; {remedy}")
 
 
@@ -65,11 +71,16 @@ def _check_stages(layers: int, parallel: ParallelConfig) -> None:
         raise ConfigError(
             f"{settings}: these stages hold {sum(uneven)} layers and the model has {layers}; make them its sum"
         )
-    if even_stages and (even_layers < even_stages or even_layers % (even_stages * parallel.vpp)):
-        pp_sizes = [size for size in range(1, layers + 1) if not layers % (size * parallel.vpp)]
+    even_parts = even_stages * parallel.vpp
+    # Too few layers may divide, too: 0 layers leave stages without any.
+    if even_stages and (even_layers < even_stages or even_layers % even_parts):
+        pp_sizes = []
+        for size in range(1, layers + 1):
+            if layers % (size * parallel.vpp) == 0:
+                pp_sizes.append(str(size))
         remedy = "lower vpp"
         if pp_sizes:
-            remedy = f"without uneven stages pp can be {', '.join(map(str, pp_sizes))}"
+            remedy = f"without uneven stages pp can be {', '.join(pp_sizes)}"
         raise ConfigError(
             f"{settings}: {even_layers} of the model's {layers} layers do not divide over {even_stages} stages x "
             f"{parallel.vpp}; {remedy}"
@@ -80,8 +91,8 @@ def _check_stages(layers: int, parallel: ParallelConfig) -> None:
 
 
 # A rank's rows must be a multiple of this for an FP8 recipe's matrix products: 16 for their operands, and full blocks
-# for block scaling.  Transformer Engine gathers the input of a sequence-parallel layer in 8 bits only where every rank
-# has full blocks (`Float8BlockQuantizer.is_quantizable`); before 2.14 it refused others, now it gathers 16 bits.
+# for block scaling.  Transformer Engine gathers the input of a sequence-parallel layer in FP8 only where every rank
+# has full blocks (`Float8BlockQuantizer.is_quantizable`); before 2.14 it refused others, now it gathers bfloat16.
 _FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "block": 128}
 
 
@@ -89,7 +100,7 @@ def alignment(parallel: ParallelConfig, fp8: str = "none") -> tuple[int, int]:
     """Return what the rows of every document, and of every pack, must be a multiple of.
 
     Context parallelism cuts a document into two chunks a rank; all ranks of a sequence-parallel group hold equally
-    many rows; 8-bit matrix products need a multiple of rows that follows from the recipe.
+    many rows; FP8 matrix products need a multiple of rows that follows from the recipe.
 
     Args:
         parallel: the model's layout.

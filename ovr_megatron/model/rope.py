@@ -17,16 +17,24 @@ def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
     They are computed on the CPU wherever they are used: another device's power function may differ in the last bit,
     which at position 40,000 is an angle of a few thousandths.
     """
-    even_columns = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu")
+    even_columns = torch.arange(
+        0,
+        shape.head_dim,
+        2,
+        dtype=torch.float32,
+        device="cpu",
+    )
     exponents = even_columns / shape.head_dim
     periods = shape.rope_theta**exponents
+    original = 1.0 / periods
     if shape.yarn is None:
-        return 1.0 / periods, 1.0
+        return original, 1.0
     yarn = shape.yarn
     extrapolation = _extrapolation_share(shape, yarn)
-    stretched = 1.0 / (yarn.factor * periods)
-    original = 1.0 / periods
-    frequencies = stretched * (1 - extrapolation) + original * extrapolation
+    stretched_periods = yarn.factor * periods
+    stretched = 1.0 / stretched_periods
+    interpolation = 1 - extrapolation
+    frequencies = stretched * interpolation + original * extrapolation
     return frequencies, yarn.attention_factor
 
 
@@ -40,8 +48,11 @@ def _extrapolation_share(shape: ModelShape, yarn: Yarn) -> Tensor:
     first = max(first, 0)
     last = min(last, shape.head_dim - 1)
     # On the CPU, as in `inverse_frequencies`.
-    pairs = torch.arange(shape.head_dim // 2, dtype=torch.float32, device="cpu")
-    length = last - first if last != first else 0.001  # a ramp of length 0 is a step
+    pair_count = shape.head_dim // 2
+    pairs = torch.arange(pair_count, dtype=torch.float32, device="cpu")
+    length = last - first
+    if length == 0:
+        length = 0.001  # a ramp of length 0 is a step
     ramp = (pairs - first) / length
     return 1 - ramp.clamp(0, 1)
 

@@ -94,16 +94,22 @@ class Segments(PackedSeqParams):
         assert lengths is None or not exact, "without a causal mask, tokens would see the tails"
         starts = bounds.tolist()
         longest = max(_row_counts(starts), default=0)
-        share = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
+        share = (1, 0)
+        if cp_group is not None:
+            share = (cp_group.size(), cp_group.rank())
         rows = send(bounds, device)
-        has_tails = share[0] > 1 and lengths is not None and lengths.tolist() != starts
-        documents = send(lengths, device) if has_tails and lengths is not None else rows
+        documents = rows
+        padded_rows = None
+        if share[0] > 1 and lengths is not None and lengths.tolist() != starts:
+            documents = send(lengths, device)
+            padded_rows = rows
+        has_tails = padded_rows is not None
         return cls(
             qkv_format="thd",
             cu_seqlens_q=documents,
             cu_seqlens_kv=documents,
-            cu_seqlens_q_padded=rows if has_tails else None,
-            cu_seqlens_kv_padded=rows if has_tails else None,
+            cu_seqlens_q_padded=padded_rows,
+            cu_seqlens_kv_padded=padded_rows,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             pad_between_seqs=has_tails,
@@ -122,43 +128,65 @@ class Segments(PackedSeqParams):
             groups = _chunk_groups(starts, widths, *self.share)
         elif len(set(widths)) == 1:
             # Documents of one length: a view of the pack is the batch, and nothing is gathered or scattered.
-            rows = torch.arange(starts[-1]).view(len(widths), widths[0])
-            index = send(rows, device)
-            return Grouping([DocumentGroup(index, index, is_pack=True)], None)
+            rows = torch.arange(starts[-1])
+            index = send(rows.view(len(widths), widths[0]), device)
+            pack_group = DocumentGroup(index, index, is_pack=True)
+            return Grouping([pack_group], None)
         else:
             groups = []
             for members in _group_by_length(widths, self.exact):
-                groups.append(_document_group(starts, widths, members))
+                group = _document_group(starts, widths, members)
+                groups.append(group)
+        # Before the groups are sent: it sets their padding to row 0.
         inverse = send(_inverse(groups), device)
-        sent = [DocumentGroup(send(group.queries, device), send(group.keys, device)) for group in groups]
-        return Grouping(sent, inverse)
+        device_groups = []
+        for group in groups:
+            queries = send(group.queries, device)
+            keys = send(group.keys, device)
+            device_groups.append(DocumentGroup(queries, keys))
+        return Grouping(device_groups, inverse)
 
 
 def _row_counts(starts: Sequence[int]) -> list[int]:
     return [end - start for start, end in pairwise(starts)]
 
 
-def _document_group(starts: Sequence[int], widths: Sequence[int], members: Sequence[int]) -> DocumentGroup:
+def _document_group(
+    starts: Sequence[int],
+    widths: Sequence[int],
+    members: Sequence[int],
+) -> DocumentGroup:
     """Batch full documents; the first of ``members`` is the longest.  A negative row is padding."""
-    columns = torch.arange(widths[members[0]])[None]
+    longest = widths[members[0]]
+    columns = torch.arange(longest)[None]
     first_rows = torch.tensor([starts[i] for i in members])[:, None]
     lengths = torch.tensor([widths[i] for i in members])[:, None]
-    index = torch.where(columns < lengths, first_rows + columns, -1)
-    return DocumentGroup(index, index.clamp(min=0))
+    rows = first_rows + columns
+    queries = torch.where(columns < lengths, rows, -1)
+    # A tensor of its own: `_inverse` reads the padding off the queries and then sets it.
+    keys = queries.clamp(min=0)
+    return DocumentGroup(queries, keys)
 
 
-def _chunk_groups(starts: Sequence[int], widths: Sequence[int], cp: int, rank: int) -> list[DocumentGroup]:
+def _chunk_groups(
+    starts: Sequence[int],
+    widths: Sequence[int],
+    cp: int,
+    rank: int,
+) -> list[DocumentGroup]:
     """Batch the two chunks that ``rank`` holds of each document, with all keys up to their end."""
     gathered = gathered_rows(starts, cp)
     groups = []
     for members in _group_by_length(widths, exact=True):
         size = widths[members[0]] // (2 * cp)
+        document_starts = torch.tensor([starts[i] for i in members])[:, None]
+        # This rank's rows of a document begin at its start over cp, the two chunks one after the other.
+        first_chunk_starts = document_starts // cp
         for half, chunk in enumerate((rank, 2 * cp - 1 - rank)):
-            # This rank's rows of a document begin at its start over cp, the two chunks one after the other.
-            local_starts = torch.tensor([starts[i] // cp + half * size for i in members])[:, None]
-            document_starts = torch.tensor([starts[i] for i in members])[:, None]
+            local_starts = first_chunk_starts + half * size
             queries = local_starts + torch.arange(size)
-            key_rows = document_starts + torch.arange((chunk + 1) * size)
+            key_count = (chunk + 1) * size
+            key_rows = document_starts + torch.arange(key_count)
             keys = gathered[key_rows]
             groups.append(DocumentGroup(queries, keys))
     return groups
@@ -167,8 +195,10 @@ def _chunk_groups(starts: Sequence[int], widths: Sequence[int], cp: int, rank: i
 def _inverse(groups: Sequence[DocumentGroup]) -> Tensor:
     """Return for each query row the index of its output; padding of ``queries`` (negative rows) is set to row 0."""
     rows = torch.cat([group.queries.flatten() for group in groups])
-    inverse = torch.empty(int(rows.max()) + 1, dtype=torch.int64)
-    outputs = (rows >= 0).nonzero()[:, 0]
+    row_count = int(rows.max()) + 1
+    inverse = torch.empty(row_count, dtype=torch.int64)
+    is_row = rows >= 0
+    outputs = is_row.nonzero()[:, 0]
     inverse[rows[outputs]] = outputs
     for group in groups:
         group.queries.clamp_(min=0)
@@ -183,8 +213,9 @@ def _group_by_length(lengths: Sequence[int], exact: bool) -> list[list[int]]:
         if groups:
             last = groups[-1]
             longest = lengths[last[0]]
-            is_alike = lengths[i] == longest if exact else lengths[i] >= _MIN_FILL * longest
-            if is_alike and (len(last) + 1) * longest <= _GROUP_TOKENS:
+            shortest = longest if exact else _MIN_FILL * longest
+            padded_tokens = (len(last) + 1) * longest
+            if lengths[i] >= shortest and padded_tokens <= _GROUP_TOKENS:
                 last.append(i)
                 continue
         groups.append([i])

@@ -71,10 +71,13 @@ def make_tiny_model(
         },
     )
     generator = torch.Generator().manual_seed(seed)
-    weights = {
-        name: _initial(name, shape, generator, std, perturb).to(dtype)
-        for name, shape in tiny.tensors(sizes, config["vocab_size"], tied)
-    }
+    vocab = config["vocab_size"]
+    assert isinstance(vocab, int)
+    weights = {}
+    for name, shape in tiny.tensors(sizes, vocab, tied):
+        # Drawn in float32 and then rounded: models of both dtypes come from the same draws.
+        tensor = _initial(name, shape, generator, std, perturb)
+        weights[name] = tensor.to(dtype)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it private
     return out

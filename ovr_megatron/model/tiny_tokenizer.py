@@ -66,6 +66,7 @@ def write_tokenizer(
     learned: LearnedVocabulary = json.loads(tokenizer.to_str())["model"]
     special = [AddedToken(token, normalized=False, special=True) for token in tiny.special_tokens]
     plain = [AddedToken(token, normalized=False) for token in tiny.added_tokens]
+    # Ids go on from the learned vocabulary in this order.
     tokenizer.add_tokens(special + plain)
     added = (*tiny.special_tokens, *tiny.added_tokens)
     ids: dict[str, int] = {}

@@ -5,6 +5,7 @@ Shapes: T rows of a pack, D width, F image features, n scored rows (those whose 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from ovr_megatron.config import ParallelConfig
+from ovr_megatron.config import LoraConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.families import ModelShape
+from ovr_megatron.model.adapters import adapted_classes
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.context import rank_rows, share_images
 from ovr_megatron.model.heads import ValueHead, float_product, token_scores
@@ -31,7 +33,7 @@ from ovr_megatron.model.segments import Segments
 from ovr_megatron.runtime.device import send
 
 
-class VisionLanguageModel(GPTModel):
+class VisionLanguageModel(GPTModel, ABC):
     """One pipeline stage of a model, or one interleaved part of it, as a policy or a value network.
 
     A family's class adds `build_vision` and `rotary_rows`.
@@ -43,6 +45,7 @@ class VisionLanguageModel(GPTModel):
         pg_collection: its process groups.
         classes: of its layers' modules.
         critic: a value head in place of the language-model head.
+        lora: adapters of its linear layers.
         part: index of the interleaved part of this stage, below ``parallel.vpp``.
     """
 
@@ -55,17 +58,23 @@ class VisionLanguageModel(GPTModel):
         classes: LayerClasses,
         critic: bool = False,
         part: int = 0,
+        lora: LoraConfig | None = None,
     ):
+        lora = lora or LoraConfig()
         stage = pg_collection.pp.rank()
         stages = pg_collection.pp.size()
         pre_process = stage == 0 and part == 0
         post_process = stage == stages - 1 and part == parallel.vpp - 1
         vp_stage = part if parallel.vpp > 1 else None
-        layers = get_num_layers_to_build(config, vp_stage, stage)
+        layer_count = get_num_layers_to_build(config, vp_stage, stage)
+        adapted = adapted_classes(classes, shape, lora)
+        layer_specs = [layer_spec(True, adapted)] * layer_count
+        # Every rank holds the same number of rows: `_padding_rows` bans those beyond the vocabulary.
+        rank_vocab = -(-shape.vocab // parallel.tp)
         super().__init__(
             config,
-            TransformerBlockSubmodules(layer_specs=[layer_spec(True, classes)] * layers, layer_norm=classes.norm),
-            vocab_size=-(-shape.vocab // parallel.tp) * parallel.tp,
+            TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=classes.norm),
+            vocab_size=rank_vocab * parallel.tp,
             max_sequence_length=shape.max_positions,
             pre_process=pre_process,
             post_process=post_process,
@@ -78,12 +87,14 @@ class VisionLanguageModel(GPTModel):
         self.first_layer = get_transformer_layer_offset(config, vp_stage, stage)
         dtype = config.params_dtype
         if pre_process:
-            self.vision = self.build_vision(shape, parallel, dtype, classes)
+            tower_classes = adapted_classes(classes, shape, lora, tower=True)
+            self.vision = self.build_vision(shape, parallel, dtype, tower_classes)
         if post_process and critic:
             del self.output_layer
             self.value_head = ValueHead(shape.hidden, dtype, torch.cuda.current_device())
         self.shape = shape
         self.critic = critic
+        self.has_adapters = lora.rank > 0
         frequencies, self.rotary_scaling = inverse_frequencies(shape)
         self.register_buffer("inv_freq", frequencies, persistent=False)
         self.register_buffer("position_row", self.rotary_rows(shape), persistent=False)
@@ -91,32 +102,44 @@ class VisionLanguageModel(GPTModel):
         self.register_buffer("banned", self._padding_rows(), persistent=False)
         self.temperature = 1.0
 
+    @abstractmethod
     def build_vision(
-        self, shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, classes: LayerClasses
+        self,
+        shape: ModelShape,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        classes: LayerClasses,
     ) -> MegatronModule:
         """Return the vision tower on this rank: patches [P, patch_dim] and grids [images, 3] to features [F, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rotary_rows(self, shape: ModelShape) -> Tensor:
         """Return for each rotary pair the row of the position ids that it turns by: int64 [head_dim / 2].
 
         The rows are time, height and width.
         """
-        raise NotImplementedError
 
     def _padding_rows(self) -> Tensor:
         """Return a mask, bool [V of this rank], of the rows that pad the vocabulary to a multiple of the ranks."""
-        rows = -(-self.shape.vocab // self.pg_collection.tp.size())
-        first = rows * self.pg_collection.tp.rank()
-        return torch.arange(first, first + rows) >= self.shape.vocab
+        group = self.pg_collection.tp
+        vocab = self.shape.vocab
+        rows = -(-vocab // group.size())
+        first = rows * group.rank()
+        token_ids = torch.arange(first, first + rows)
+        return token_ids >= vocab
 
     def sample_from(self, banned: Sequence[int], temperature: float) -> None:
         """Score by the distribution that a rollout samples from: no ``banned`` ids, logits over ``temperature``."""
         # Padding rows of the vocabulary stay banned: their logits would count in the softmax.
-        self.banned = self._padding_rows().to(self.banned.device)
-        vocab_start = len(self.banned) * self.pg_collection.tp.rank()
-        vocab_end = vocab_start + len(self.banned)
-        local_ids = [token - vocab_start for token in banned if vocab_start <= token < vocab_end]
+        padding = self._padding_rows()
+        self.banned = padding.to(self.banned.device)
+        row_count = len(self.banned)
+        vocab_start = row_count * self.pg_collection.tp.rank()
+        local_ids = []
+        for token in banned:
+            local_id = token - vocab_start
+            if 0 <= local_id < row_count:
+                local_ids.append(local_id)
         self.banned[local_ids] = True
         self.temperature = temperature
 
@@ -135,23 +158,29 @@ class VisionLanguageModel(GPTModel):
         hidden = self._decode(pack, rows)
         if not self.post_process:
             return hidden
-        return self._logits(hidden) if logits else self._score(hidden, pack, rows)
+        if logits:
+            return self._logits(hidden)
+        return self._score(hidden, pack, rows)
 
     def _rows(self, pack: Pack) -> Tensor:
         """Return the rows of the pack that this context-parallel rank holds, int64 [T / cp], on the host."""
         cp = self.pg_collection.cp
-        return rank_rows(pack.bounds.tolist(), cp.size(), cp.rank())
+        bounds = pack.bounds.tolist()
+        return rank_rows(bounds, cp.size(), cp.rank())
 
     def _decode(self, pack: Pack, rows: Tensor) -> Tensor:
         """Return hidden states [T / cp, 1, D] after this stage's layers (sequence-parallel: this rank's part)."""
-        positions = send(pack.position_ids[:, rows], self.inv_freq.device)
+        device = self.inv_freq.device
+        positions = send(pack.position_ids[:, rows], device)
         angles = positions[self.position_row].t().float() * self.inv_freq
+        # Without tails `Segments.build` takes the bounds themselves for the lengths.
+        lengths = None if pack.cu_seqlens_padded is None else pack.cu_seqlens
         segments = Segments.build(
             pack.bounds,
             exact=False,
-            device=self.inv_freq.device,
+            device=device,
             cp_group=self.pg_collection.cp,
-            lengths=None if pack.cu_seqlens_padded is None else pack.cu_seqlens,
+            lengths=lengths,
         )
         return self.decoder(
             hidden_states=self._embed(pack, rows) if self.pre_process else None,
@@ -163,23 +192,36 @@ class VisionLanguageModel(GPTModel):
     def _embed(self, pack: Pack, rows: Tensor) -> Tensor:
         """Return token embeddings [T / cp, 1, D] with the image features in the rows of ``pack.placement``."""
         device = self.inv_freq.device
-        hidden = self.embedding(input_ids=send(pack.tokens[rows], device)[None], position_ids=None)
+        token_ids = send(pack.tokens[rows], device)
+        hidden = self.embedding(input_ids=token_ids[None], position_ids=None)
         if len(pack.placement):
             features = self._features(pack)
+            # Indices are made on the host: a mask on the device would have to be waited for.
             local_rows = torch.full_like(pack.tokens, -1)
             local_rows[rows] = torch.arange(len(rows))
             feature_rows = local_rows[pack.placement]  # -1: another context-parallel rank holds the row
-            (local_features,) = (feature_rows >= 0).nonzero(as_tuple=True)
+            is_local = feature_rows >= 0
+            (local_features,) = is_local.nonzero(as_tuple=True)
             if len(local_features) < len(feature_rows):
                 features = features[send(local_features, device)]
             target_rows = send(feature_rows[local_features], device)
             hidden = hidden.index_copy(0, target_rows, features[:, None].to(hidden.dtype))
-        elif self.training and any(p.requires_grad for p in self.vision.parameters()):
+        elif self.training and self._vision_trains():
             # Every rank takes part in the tower's gradient collectives, a pack without images too.
-            hidden = hidden + 0.0 * self.vision(*self._blank()).sum()
+            blank_features = self.vision(*self._blank())
+            hidden = hidden + 0.0 * blank_features.sum()
         if self.config.sequence_parallel:
-            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(
+                hidden,
+                group=self.pg_collection.tp,
+            )
+        if self.has_adapters and torch.is_grad_enabled() and not hidden.requires_grad:
+            # The embedding is frozen. A recomputed layer has a backward pass only if its input asks for a gradient.
+            hidden.requires_grad_(True)
         return hidden
+
+    def _vision_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.vision.parameters())
 
     def _features(self, pack: Pack) -> Tensor:
         """Return features [F, D] of all images of the pack; context-parallel ranks each encode their share of them."""
@@ -190,37 +232,52 @@ class VisionLanguageModel(GPTModel):
         patches = pack.grid_thw.prod(-1).tolist()
         shares = share_images(patches, group.size())
         unit = self.shape.vision.merge**2
-        rank_patches = [sum(patches[image] for image in share) for share in shares]
-        longest = max(rank_patches) // unit
+        longest = 0
+        for share in shares:
+            rank_patches = sum(patches[image] for image in share)
+            longest = max(longest, rank_patches // unit)
         local_images = shares[group.rank()]
         if local_images:
             patches_by_image = pack.patches.split(patches)
             local_patches = torch.cat([patches_by_image[image] for image in local_images])
-            features = self.vision(send(local_patches, device), pack.grid_thw[local_images])
+            local_grids = pack.grid_thw[local_images]
+            features = self.vision(send(local_patches, device), local_grids)
         else:  # every rank takes part in the tower's gradient collectives
-            features = self.vision(*self._blank())[:0]
+            blank_features = self.vision(*self._blank())
+            features = blank_features[:0]
         # The gather takes equally many rows of every rank.
-        features = F.pad(features, (0, 0, 0, longest - len(features)))
+        padding_rows = longest - len(features)
+        features = F.pad(features, (0, 0, 0, padding_rows))
         gathered = tensor_parallel.gather_from_sequence_parallel_region(features, group=group)
-        return gathered[send(self._feature_rows(patches, shares, longest), device)]
+        pack_order = self._feature_rows(patches, shares, longest)
+        return gathered[send(pack_order, device)]
 
-    def _feature_rows(self, patches: Sequence[int], shares: Sequence[Sequence[int]], width: int) -> Tensor:
+    def _feature_rows(
+        self,
+        patches: Sequence[int],
+        shares: Sequence[Sequence[int]],
+        width: int,
+    ) -> Tensor:
         """Return for each feature of the pack its row in the ranks' features, each rank's padded to ``width``."""
         unit = self.shape.vision.merge**2
         rows: dict[int, Tensor] = {}
         for rank, share in enumerate(shares):
             start = rank * width
             for image in share:
-                end = start + patches[image] // unit
+                feature_count = patches[image] // unit
+                end = start + feature_count
                 rows[image] = torch.arange(start, end)
                 start = end
-        return torch.cat([rows[image] for image in range(len(patches))])
+        in_pack_order = [rows[image] for image in range(len(patches))]
+        return torch.cat(in_pack_order)
 
     def _blank(self) -> tuple[Tensor, Tensor]:
         """Return the patches and the grid of a blank image of one feature."""
-        merge = self.shape.vision.merge
-        patches = torch.zeros(merge * merge, self.shape.vision.patch_dim, device=self.inv_freq.device)
-        return patches, torch.tensor([[1, merge, merge]])
+        vision = self.shape.vision
+        patch_count = vision.merge * vision.merge
+        patches = torch.zeros(patch_count, vision.patch_dim, device=self.inv_freq.device)
+        grid = torch.tensor([[1, vision.merge, vision.merge]])
+        return patches, grid
 
     def _gather_rows(self, hidden: Tensor) -> Tensor:
         """Return all rows [T, D] of a sequence-parallel group.
@@ -229,7 +286,9 @@ class VisionLanguageModel(GPTModel):
         """
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+                hidden,
+                tensor_parallel_output_grad=False,
+                group=self.pg_collection.tp,
             )
         return hidden[:, 0]
 
@@ -239,11 +298,14 @@ class VisionLanguageModel(GPTModel):
         return self.output_layer.weight
 
     def _score(self, hidden: Tensor, pack: Pack, rows: Tensor) -> Scores:
-        (labelled,) = (pack.labels[rows] != IGNORED).nonzero(as_tuple=True)
+        is_labelled = pack.labels[rows] != IGNORED
+        (labelled,) = is_labelled.nonzero(as_tuple=True)
+        # Only the scored rows go through the head, which costs more than a layer.
         scored = self._gather_rows(hidden)[send(labelled, hidden.device)]
         scored_rows = rows[labelled]
         if self.critic:
-            return Scores(scored_rows, values=self.value_head(scored))
+            values = self.value_head(scored)
+            return Scores(scored_rows, values=values)
         # The head's weight is used without the layer's forward: its hooks wait for the weight's all-gather, if any.
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())
@@ -258,6 +320,11 @@ class VisionLanguageModel(GPTModel):
         return Scores(scored_rows, logprobs=logprobs, entropy=entropy)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        local = float_product(self._gather_rows(hidden), self._head_weight().t())
-        full = tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.pg_collection.tp)
+        rows = self._gather_rows(hidden)
+        local = float_product(rows, self._head_weight().t())
+        full = tensor_parallel.gather_from_tensor_model_parallel_region(
+            local,
+            group=self.pg_collection.tp,
+        )
+        # Without the rows that pad the vocabulary, which `_padding_rows` bans from the scores.
         return full[:, : self.shape.vocab]

@@ -1,36 +1,20 @@
 """Activation memory of one rank: the tensors that autograd stores for the backward pass, and the peak of live bytes.
 
-The estimate counts the tensors that the layers of `model/` store.  Elements of one layer, by row of the table: T rows
-of the pack on this rank, S of them where sequence parallelism cuts them; D width, Q query and K key columns, F MLP
-columns of this rank, N query heads:
-
-    none       S 4D + 2 norm scales + attention + T 3F      (the MLP's gate and up 2F, their product F)
-    selective  S 3D + 1 norm scale + attention              (the MLP is recomputed)
-    full       S D                                          (the layer is recomputed)
-    attention  T (3Q + 3K) + N  with Transformer Engine: query, key, output and the fused product, which the value is a
-               view of;  T 4Q + N  with ours, keys and values repeated, and T Q more where documents are batched;
-               T (3Q + 3K) + N  with ours on a CPU without context parallelism, where query heads share them
-
-On a CPU a layer stores T F more, the gate's activation.  The head stores its logits where they are few.
-
-To this come the tower's layers, the head (`model/heads.py`: tiles, float32 gradient of its input, gradient of its
-weight) and, at the peak, the transient tensors of the backward pass of one layer.
+The estimate counts the tensors that the layers of `model/` store, as `ovr_megatron.plan.layer` lists them.  To this
+come the tower's layers, the head (`ovr_megatron.plan.head`) and, at the peak, the transient tensors of the backward
+pass of one layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.families import ModelShape
-from ovr_megatron.model.heads import keeps_logits, tile_sides
+from ovr_megatron.families.adapters import has_adapter
+from ovr_megatron.plan.head import head_bytes
+from ovr_megatron.plan.layer import FLOAT_BYTES, Kernels, LayerSizes
 from ovr_megatron.plan.parameters import DTYPE_BYTES, stage_layers
-from ovr_megatron.weights.table import padded_vocab
-
-_FLOAT = 4  # bytes
-_INDEX = 8
 
 
 @dataclass(frozen=True)
@@ -50,14 +34,6 @@ class PackShape:
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """The implementation of the layers (``transformer_engine`` or ``local``) and the device (``cuda`` or ``cpu``)."""
-
-    layers: str = "transformer_engine"
-    device: str = "cuda"
-
-
-@dataclass(frozen=True)
 class Activations:
     """Bytes on one rank.
 
@@ -74,118 +50,6 @@ class Activations:
     def peak(self) -> int:
         """Return the peak bytes of a forward and backward pass."""
         return self.saved + self.working
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Sizes of a transformer layer on one rank; its properties are bytes.
-
-    ``rows`` are rows of the pack, ``sp_rows`` those of them that sequence parallelism leaves this rank, and
-    ``key_rows`` the rows of keys and values that attention without Transformer Engine reads.
-    """
-
-    rows: int
-    sp_rows: int
-    key_rows: int
-    width: int
-    query_width: int
-    key_width: int
-    heads: int
-    ffn: int
-    dtype_bytes: int
-    batched: float  # as in `PackShape`
-    kernels: Kernels
-    trains: bool = True
-    has_bias: bool = False
-    shares_keys: bool = False  # query heads of attention without Transformer Engine share keys and values
-    stores_fp8: bool = False  # inputs of matrix products are stored in 8 bits
-
-    @property
-    def is_on_cpu(self) -> bool:
-        return self.kernels == Kernels("local", "cpu")
-
-    @property
-    def input(self) -> int:
-        """Return the bytes of a layer's input, [S, D]."""
-        return self.sp_rows * self.width * self.dtype_bytes
-
-    @property
-    def norm(self) -> int:
-        """Return what a norm stores: its output, as the input of the product that follows, and its scale."""
-        # A frozen matrix needs no gradient, so its input is not stored.
-        output = self._stored_bytes(self.input) if self.trains else 0
-        # Our norm on a GPU is two operations: one stores a float32 copy of the rows, the other the normed rows.
-        in_parts = self.kernels == Kernels("local", "cuda")
-        copies = self.sp_rows * self.width * (_FLOAT + self.dtype_bytes) if in_parts else 0
-        scale = self.sp_rows * _FLOAT
-        return output + copies + scale
-
-    @property
-    def attention(self) -> int:
-        if self.kernels.layers == "transformer_engine":
-            columns = 3 * self.query_width + 3 * self.key_width
-            return self.rows * (columns * self.dtype_bytes + self.heads * _FLOAT)
-        is_batched = self.batched > 0
-        key = self.key_width if self.shares_keys else self.query_width
-        value = key
-        if not is_batched and key == self.key_width:
-            value = self.query_width + 2 * self.key_width  # a view of the fused product, which stays with it
-        rows = self.rows * (self.batched or 1)
-        key_rows = self.key_rows * (self.batched or 1)
-        unpadded_output = self.rows * self.query_width if is_batched else 0
-        query_and_output = rows * 2 * self.query_width
-        elements = query_and_output + key_rows * (key + value) + unpadded_output
-        return int(elements * self.dtype_bytes + rows * self.heads * _FLOAT)
-
-    @property
-    def gate_up(self) -> int:
-        return self.rows * 2 * self.ffn * self.dtype_bytes
-
-    @property
-    def gate_product(self) -> int:
-        """Return the bytes of gate times up, which the MLP's second matrix stores as its input."""
-        return self._stored_bytes(self.gate_up // 2) if self.trains else 0
-
-    @property
-    def mlp(self) -> int:
-        gate_activation = self.gate_up // 2 if self.is_on_cpu else 0
-        return self.norm + self.gate_up + self.gate_product + gate_activation
-
-    @property
-    def all_stored(self) -> int:
-        """Return the bytes that a layer stores without recomputation."""
-        return 2 * self.input + self.norm + self.attention + self.mlp
-
-    def _stored_bytes(self, size: int) -> int:
-        """Return the bytes of a stored product input that takes ``size`` bytes in the parameters' dtype."""
-        return size // self.dtype_bytes if self.stores_fp8 else size
-
-    def stored(self, recompute: str) -> int:
-        """Return the bytes that a layer stores between its forward and its backward pass."""
-        recomputed = {"none": 0, "selective": self.mlp, "full": self.all_stored - self.input}[recompute]
-        return self.all_stored - recomputed
-
-    def backward(self, recompute: str) -> int:
-        """Return the peak transient bytes of the backward pass, beyond the stored activations."""
-        recomputed = self.all_stored - self.stored(recompute)
-        if recompute != "none":
-            recomputed += 3 * self.input  # the recomputed part's input, its output and the gradient of the output
-        mlp = self.gate_up // 2  # gradient of the gate product; that of gate and up is written over them
-        # When attention's turn comes, the MLP's activations are freed already.
-        attention_columns = 3 * self.query_width + 2 * self.key_width
-        attention = self.rows * attention_columns * self.dtype_bytes - self.mlp
-        return recomputed + self.input + max(mlp, attention)
-
-    @property
-    def forward(self) -> int:
-        """Return the peak of a layer without gradients: its input, and the MLP's or attention's tensors."""
-        qkv_copies = 2 if self.has_bias else 1
-        qkv_columns = self.query_width + 2 * self.key_width
-        qkv = qkv_copies * self.rows * qkv_columns * self.dtype_bytes
-        attention = self.attention + qkv
-        # The gate product; on a CPU the activated gate, too.
-        mlp = self.gate_up + self.gate_up // (1 if self.is_on_cpu else 2)
-        return 3 * self.input + max(mlp, attention)
 
 
 def activations(
@@ -210,74 +74,118 @@ def activations(
         critic: a value head in place of the language-model head.
         kernels: default: Transformer Engine's on a GPU, unless ``model.layers`` is ``local``.
     """
-    needs_local = model.layers == "local" or model.dtype == "float32"
-    kernels = kernels or Kernels("local" if needs_local else "transformer_engine")
+    kernels = kernels or _default_kernels(model)
     layer = _language_layer(shape, model, parallel, pack, kernels)
     tower_layer = _tower_layer(shape, model, parallel, pack, kernels)
-    layers = stage_layers(shape.layers, parallel)[stage]
     is_first = stage == 0
     is_last = stage == parallel.pp - 1
+    has_images = is_first and pack.patches > 0
     in_flight = _in_flight(parallel, stage, micro_batches)
-
-    # Stored by one micro-batch: the layers, the rotary table and, in a pipeline, what was sent to the next stage.
-    rotary_table = layer.rows * 2 * shape.head_dim * _FLOAT
-    language = layers * layer.stored(model.recompute) + rotary_table * parallel.vpp
-    if parallel.pp > 1:
-        language += layer.input * parallel.vpp
+    rotary_table = layer.rows * 2 * shape.head_dim * FLOAT_BYTES
+    layers = stage_layers(shape.layers, parallel)[stage]
+    language = layers * layer.stored(model.recompute) + _stored_beside_layers(parallel, layer, rotary_table)
     vision = _tower_stored(shape, model, tower_layer) if is_first else 0
-    saved = int(in_flight * (language + vision))
+    stored = language + vision
 
     # Sequence parallelism gathers a layer's input in a buffer that stays, and a gradient beside it.
-    gathered = layer.rows * layer.width * layer.dtype_bytes if parallel.sequence_parallel else 0
-    head = _head_bytes(shape, parallel, pack, layer, critic)
+    gathered = 0
+    if parallel.sequence_parallel:
+        gathered = layer.rows * layer.width * layer.dtype_bytes
+    head = head_bytes(shape, parallel, pack.scored, layer, critic)
     # At the end of the last layer's forward pass the head works; then the layers go back one by one.
     working: float = layer.backward(model.recompute)
+    forward = layer.forward + rotary_table
     if is_last:
-        final_norm = layer.input // layer.dtype_bytes * 4 * _FLOAT  # its backward pass works on float32 copies
+        input_elements = layer.input // layer.dtype_bytes
+        final_norm = input_elements * 4 * FLOAT_BYTES  # its backward pass works on float32 copies
         working = max(working, head.backward, head.stored + final_norm)
-    if is_first and pack.patches:
+        forward = max(forward, head.forward)
+    forward += gathered
+    if has_images:
         # The tower's last layer goes back when the language model's activations are freed.
-        working = max(working, _tower_working(shape, model, tower_layer) - in_flight * language)
-
-    head_forward = head.forward if is_last else 0
-    forward = max(layer.forward + rotary_table, head_forward) + gathered
-    if is_first and pack.patches:
+        tower_working = _tower_working(shape, model, tower_layer)
+        working = max(working, tower_working - in_flight * language)
         forward = max(forward, tower_layer.forward)
-    return Activations(saved, int(in_flight * vision), int(working) + 2 * gathered, int(forward))
+    return Activations(
+        saved=int(in_flight * stored),
+        vision=int(in_flight * vision),
+        working=int(working) + 2 * gathered,
+        forward=int(forward),
+    )
+
+
+def _stored_beside_layers(parallel: ParallelConfig, layer: LayerSizes, rotary_table: int) -> int:
+    """Return what a micro-batch stores beside the layers: a rotary table and, in a pipeline, what was sent on."""
+    size = rotary_table
+    if parallel.pp > 1:
+        size += layer.input
+    # Each interleaved part has a table of its own, and sends its output to the next stage.
+    return size * parallel.vpp
+
+
+def _default_kernels(model: ModelConfig) -> Kernels:
+    # In float32 the model has our layers, too: Transformer Engine multiplies in TF32 (`choose_layer_classes`).
+    if model.layers == "local" or model.dtype == "float32":
+        return Kernels("local")
+    return Kernels()
 
 
 def _language_layer(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, pack: PackShape, kernels: Kernels
-) -> _Layer:
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    pack: PackShape,
+    kernels: Kernels,
+) -> LayerSizes:
     tp = parallel.tp
-    rows = -(-pack.tokens // parallel.cp)
-    # Our attention gathers the keys of all context-parallel ranks; Transformer Engine's passes them around a ring.
-    gathers_keys = parallel.cp > 1 and kernels.layers == "local"
-    return _Layer(
+    cp = parallel.cp
+    is_local = kernels.layers == "local"
+    rows = -(-pack.tokens // cp)
+    sp_rows = rows
+    if parallel.sequence_parallel:
+        sp_rows = -(-rows // tp)
+    key_rows = rows
+    batched = pack.batched
+    if cp > 1:
+        batched = max(batched, 1.0)
+        # Our attention gathers the keys of all ranks; Transformer Engine's passes them around a ring.
+        if is_local:
+            key_rows = pack.tokens
+    query_columns = shape.heads * shape.head_dim
+    key_columns = shape.kv_heads * shape.head_dim
+    return LayerSizes(
         rows=rows,
-        sp_rows=-(-rows // tp) if parallel.sequence_parallel else rows,
-        key_rows=pack.tokens if gathers_keys else rows,
+        sp_rows=sp_rows,
+        key_rows=key_rows,
         width=shape.hidden,
-        query_width=shape.heads * shape.head_dim // tp,
-        key_width=shape.kv_heads * shape.head_dim // tp,
+        query_width=query_columns // tp,
+        key_width=key_columns // tp,
         heads=shape.heads // tp,
         ffn=shape.ffn // tp,
         dtype_bytes=DTYPE_BYTES[model.dtype],
-        batched=pack.batched if parallel.cp == 1 else max(pack.batched, 1.0),
+        batched=batched,
         kernels=kernels,
-        trains=not model.freeze_language,
-        shares_keys=kernels.device == "cpu" and parallel.cp == 1,
-        stores_fp8=model.fp8 != "none",
+        attention_trains=model.trains_language or has_adapter(model.lora, "attention"),
+        mlp_trains=model.trains_language or has_adapter(model.lora, "mlp"),
+        adapter_rank=model.lora.rank,
+        shares_keys=kernels.device == "cpu" and cp == 1,
+        # An adapter computes in the parameters' dtype, and so stores its input in it.
+        stores_fp8=model.fp8 != "none" and not model.lora.rank,
     )
 
 
 def _tower_layer(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, pack: PackShape, kernels: Kernels
-) -> _Layer:
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    pack: PackShape,
+    kernels: Kernels,
+) -> LayerSizes:
     vision = shape.vision
     tp = parallel.tp
     rows = -(-pack.patches // parallel.cp)
-    return _Layer(
+    # Its tensors are [T, E] on every rank: sequence parallelism does not reach the tower.
+    return LayerSizes(
         rows=rows,
         sp_rows=rows,
         key_rows=rows,
@@ -289,115 +197,63 @@ def _tower_layer(
         dtype_bytes=DTYPE_BYTES[model.dtype],
         batched=pack.batched_patches,
         kernels=kernels,
-        trains=not model.freeze_vision,
+        attention_trains=model.trains_vision or (model.adapts_vision and has_adapter(model.lora, "attention")),
+        mlp_trains=model.trains_vision or (model.adapts_vision and has_adapter(model.lora, "mlp")),
+        adapter_rank=model.lora.rank if model.adapts_vision else 0,
         has_bias=True,
     )
 
 
 def _in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
     """Count the micro-batches whose activations a stage stores at once; an interleaved part counts its share of one."""
+    vpp = parallel.vpp
     later_stages = parallel.pp - stage
-    if parallel.vpp == 1:
+    if vpp == 1:
         return min(later_stages, micro_batches)
-    parts = 2 * (later_stages - 1) + (parallel.vpp - 1) * parallel.pp + 1
-    return min(parts, micro_batches * parallel.vpp) / parallel.vpp
+    # Megatron's interleaved schedule warms up with so many parts on this stage, and one more is at work.
+    warm_up = 2 * (later_stages - 1) + (vpp - 1) * parallel.pp
+    parts = min(warm_up + 1, micro_batches * vpp)
+    return parts / vpp
 
 
-def _merger_bytes(shape: ModelShape, layer: _Layer) -> tuple[int, int]:
+def _merger_bytes(layer: LayerSizes) -> tuple[int, int]:
     """Return bytes of all patches as the merger's input, and of its hidden layer on this rank."""
     inputs = layer.rows * layer.width * layer.dtype_bytes
-    return inputs, inputs * layer.query_width // layer.width
+    hidden = inputs * layer.query_width // layer.width
+    return inputs, hidden
 
 
-def _tower_stored(shape: ModelShape, model: ModelConfig, layer: _Layer) -> int:
+def _tower_stored(shape: ModelShape, model: ModelConfig, layer: LayerSizes) -> int:
     """Return the bytes that the vision tower and its merger store for one micro-batch."""
     if not layer.rows:
         return 0
+    vision = shape.vision
     stored = 0
-    if not model.freeze_vision:
+    if model.trains_vision or model.adapts_vision:
         # Patches arrive in float32; only a cast to a narrower dtype makes a copy.
-        patches = layer.rows * shape.vision.patch_dim * layer.dtype_bytes if layer.dtype_bytes < _FLOAT else 0
-        head_dim = layer.width // shape.vision.heads
-        rotary_table = layer.rows * 2 * head_dim * _FLOAT
-        stored += shape.vision.depth * layer.all_stored + patches + rotary_table
-    if not (model.freeze_vision and model.freeze_merger):
-        merger_input, hidden = _merger_bytes(shape, layer)
-        product_inputs = 0 if model.freeze_merger else merger_input + hidden
-        stored += merger_input + hidden + product_inputs
+        patches = 0
+        if layer.dtype_bytes < FLOAT_BYTES:
+            patches = layer.rows * vision.patch_dim * layer.dtype_bytes
+        head_dim = layer.width // vision.heads
+        rotary_table = layer.rows * 2 * head_dim * FLOAT_BYTES
+        layers = vision.depth * layer.all_stored
+        stored += layers + patches + rotary_table
+    if model.trains_vision or model.trains_merger or model.adapts_vision:
+        merger_input, hidden = _merger_bytes(layer)
+        stored += merger_input + hidden
+        # As in a layer, a frozen matrix does not store its input.
+        if model.trains_merger:
+            stored += merger_input + hidden
     return stored
 
 
-def _tower_working(shape: ModelShape, model: ModelConfig, layer: _Layer) -> int:
+def _tower_working(shape: ModelShape, model: ModelConfig, layer: LayerSizes) -> int:
     """Return the peak transient bytes of the tower's backward pass."""
-    features = layer.rows // shape.vision.merge**2 * shape.hidden * layer.dtype_bytes
-    merger = sum(_merger_bytes(shape, layer))
-    if model.freeze_vision:
+    feature_rows = layer.rows // shape.vision.merge**2
+    features = feature_rows * shape.hidden * layer.dtype_bytes
+    merger = sum(_merger_bytes(layer))
+    if not (model.trains_vision or model.adapts_vision):
         return features + merger
-    return features + max(layer.backward("none"), merger)
-
-
-@dataclass(frozen=True)
-class _HeadBytes:
-    """Bytes of the last stage's norm and head: stored, and the peaks beyond what the layers store."""
-
-    stored: int
-    forward: int
-    backward: int
-
-
-def _head_bytes(
-    shape: ModelShape, parallel: ParallelConfig, pack: PackShape, layer: _Layer, critic: bool
-) -> _HeadBytes:
-    dtype_bytes = layer.dtype_bytes
-    scored = min(-(-pack.scored // parallel.cp), layer.rows)
-    scored_elements = scored * shape.hidden
-    gathered = layer.rows * shape.hidden * dtype_bytes if parallel.sequence_parallel else layer.input
-    # The final norm's input and scale, and the scored rows of its output, which the value head widens to float32.
-    stored = layer.input + layer.sp_rows * _FLOAT + scored_elements * (_FLOAT if critic else dtype_bytes)
-    if layer.kernels == Kernels("local", "cuda"):
-        stored += layer.sp_rows * layer.width * (_FLOAT + dtype_bytes)  # as in `_Layer.norm`
-    if critic:
-        narrow_rows = scored_elements * dtype_bytes if dtype_bytes < _FLOAT else 0
-        return _HeadBytes(
-            stored=stored,
-            forward=stored + gathered + narrow_rows,
-            backward=stored + scored_elements * dtype_bytes + gathered,
-        )
-    vocab = padded_vocab(shape, parallel.tp) // parallel.tp
-    scores, forward_tiles, weight_gradient_tiles = _tile_bytes(shape, scored, vocab, layer)
-    weight = vocab * shape.hidden * dtype_bytes
-    hidden_gradient = scored_elements * (_FLOAT + (dtype_bytes if dtype_bytes < _FLOAT else 0))
-    stored += scores
-    forward = stored + forward_tiles
-    if parallel.sequence_parallel:
-        forward += gathered
-    tiles = hidden_gradient + weight_gradient_tiles
-    rows_gradient = scored_elements * dtype_bytes + gathered
-    backward = stored + weight + max(tiles, rows_gradient)
-    return _HeadBytes(stored=stored, forward=forward, backward=backward)
-
-
-def _tile_bytes(shape: ModelShape, scored: int, vocab: int, layer: _Layer) -> tuple[int, int, int]:
-    """Return bytes of a vocabulary-parallel head: stored scores, transient tiles of forward, and of backward."""
-    dtype_bytes = layer.dtype_bytes
-    device = torch.device(layer.kernels.device)
-    tile_tokens, tile_rows = tile_sides(max(scored, 1), vocab, device)
-    tile = tile_tokens * tile_rows
-    scores = scored * (3 * _FLOAT + 2 * _INDEX)
-    stores_logits = keeps_logits(scored, vocab, device)
-    if stores_logits:
-        scores += scored * vocab * _FLOAT
-    # Logits, and their gradient written over them.
-    forward_tiles = tile * _FLOAT
-    backward_tiles = tile * _FLOAT
-    product = tile_rows * shape.hidden * _FLOAT
-    if dtype_bytes < _FLOAT:  # the gradient is rounded into a tile of its own, and its product added to a float32 sum
-        backward_tiles = tile * dtype_bytes + (0 if stores_logits else tile * _FLOAT) + product
-    if layer.kernels.device == "cpu":
-        forward_tiles += tile * _FLOAT
-        if dtype_bytes < _FLOAT:  # a CPU widens both sides of a product to float32
-            widened = (tile_tokens + tile_rows) * shape.hidden * _FLOAT
-            forward_tiles = max(forward_tiles, tile * _FLOAT + widened)
-            backward_tiles += tile * _FLOAT + widened - product  # a side as large as the product is counted in it
-    weight_gradient_block = product
-    return scores, forward_tiles, backward_tiles + weight_gradient_block
+    # The tower is not recomputed, whatever the language model's layers do.
+    layer_backward = layer.backward("none")
+    return features + max(layer_backward, merger)

@@ -43,15 +43,19 @@ class Seconds:
 def model_flops(scenario: Scenario, span: Span) -> float:
     """Return the FLOP of one step or iteration without recomputation; in RL generation counts its forward pass."""
     config = scenario.config
+    shape = scenario.shape
+    load = span.load
     tokens = scenario.tokens(span)
-    policy = token_flops(scenario.shape, config.model, span.load)
+    policy = token_flops(shape, config.model, load)
     if isinstance(config, ColdStartConfig):
         return tokens * policy.training
     algorithm = config.algorithm
     forward_passes = 1 + algorithm.scoring_passes
-    per_token = policy.forward * forward_passes + policy.training * algorithm.policy_epochs
+    without_gradients = policy.forward * forward_passes
+    training = policy.training * algorithm.policy_epochs
+    per_token = without_gradients + training
     if algorithm.has_critic:
-        critic = token_flops(scenario.shape, config.model, span.load, critic=True)
+        critic = token_flops(shape, config.model, load, critic=True)
         per_token += critic.forward + critic.training
     return tokens * per_token
 
@@ -59,24 +63,30 @@ def model_flops(scenario: Scenario, span: Span) -> float:
 def seconds(scenario: Scenario, span: Span) -> Seconds:
     """Return the seconds of one step or iteration of ``span``."""
     config = scenario.config
-    policy = token_flops(scenario.shape, config.model, span.load)
+    shape = scenario.shape
+    policy = token_flops(shape, config.model, span.load)
     if isinstance(config, ColdStartConfig):
-        return Seconds(_training(scenario, span, policy, 1, False))
+        parts = _training(scenario, span, policy, 1, False)
+        return Seconds(parts)
     algorithm = config.algorithm
     parts = {"generate": generation_seconds(scenario, span)}
     if algorithm.scoring_passes:
-        scoring = _training(scenario, span, _forward_only(policy), 1, False, backward=False)
+        scoring_flops = _forward_only(policy)
+        scoring = _training(scenario, span, scoring_flops, 1, False, backward=False)
         parts["log-probabilities"] = sum(scoring.values()) * algorithm.scoring_passes
     if algorithm.has_critic:
+        # Values come from one pass over all responses, whatever the number of the critic's steps.
         critic_scenario = scenario.critic_scenario
-        critic = token_flops(scenario.shape, config.model, span.load, critic=True)
-        values = _training(critic_scenario, span, _forward_only(critic), 1, True, backward=False)
+        critic = token_flops(shape, config.model, span.load, critic=True)
+        value_flops = _forward_only(critic)
+        values = _training(critic_scenario, span, value_flops, 1, True, backward=False)
         update = _training(critic_scenario, span, critic, algorithm.critic_steps, True)
         parts["value"] = sum(values.values())
         parts["update critic"] = sum(update.values())
     epoch = _training(scenario, span, policy, algorithm.policy_steps, False)
     parts["update policy"] = sum(epoch.values()) * algorithm.policy_epochs
-    return Seconds(parts | {"sync": _sync_seconds(scenario)})
+    parts["sync"] = _sync_seconds(scenario)
+    return Seconds(parts)
 
 
 def _forward_only(flops: TokenFlops) -> TokenFlops:
@@ -90,9 +100,11 @@ def _sync_seconds(scenario: Scenario) -> float:
     gpu = scenario.gpu
     assert isinstance(config, RLConfig)
     parallel = config.parallel
-    weight_bytes = sum(count_parameters(scenario.shape).values()) * DTYPE_BYTES[config.model.dtype]
+    counts = count_parameters(scenario.shape)
+    weight_bytes = sum(counts.values()) * DTYPE_BYTES[config.model.dtype]
     engine_share = weight_bytes / config.rollout.tp
-    received = engine_share * (1 - 1 / (parallel.tp * parallel.pp))
+    model_ranks = parallel.tp * parallel.pp
+    received = engine_share * (1 - 1 / model_ranks)
     # Stages are the outermost dimension of the ranks, so with a pipeline shards come from all over the world.
     ranks_apart = parallel.tp if parallel.pp == 1 else scenario.world
     copying = 2 * engine_share / gpu.bandwidth
@@ -103,12 +115,19 @@ def _sync_seconds(scenario: Scenario) -> float:
 def bubble(scenario: Scenario, span: Span, share: int = 1) -> float:
     """Return the idle share that the pipeline adds to a step's work."""
     parallel = scenario.config.parallel
-    slots = parallel.vpp * scenario.micro_batches(span, share)
+    packs = scenario.micro_batches(span, share)
+    # A rank works `vpp` slots for each pack, one for each of its parts, and idles for `pp - 1` of them in the ramps.
+    slots = parallel.vpp * packs
     return (parallel.pp - 1) / slots
 
 
 def _training(
-    scenario: Scenario, span: Span, flops: TokenFlops, steps: int, critic: bool, backward: bool = True
+    scenario: Scenario,
+    span: Span,
+    flops: TokenFlops,
+    steps: int,
+    critic: bool,
+    backward: bool = True,
 ) -> dict[str, float]:
     """Return the seconds of passes over all tokens of an iteration, in ``steps`` optimizer steps.
 
@@ -120,9 +139,9 @@ def _training(
     packs = scenario.micro_batches(span, steps) * steps
     tokens = scenario.tokens(span) / scenario.dp
     recomputed = flops.recomputed if backward else 0.0
+    token_work = flops.training + recomputed
     replica_rate = parallel.ranks * gpu.flops * EFFICIENCY
-    work = tokens * (flops.training + recomputed) / replica_rate
-    parts = {"matrix work": work}
+    parts = {"matrix work": tokens * token_work / replica_rate}
     # A backward pass counts as two; full recomputation adds a forward pass.
     passes = 1
     if backward:
@@ -132,53 +151,70 @@ def _training(
     if parallel.pp > 1:
         parts["bubble"] = idle
     if backward:
-        # Gradients are reduced behind the last pack's backward pass, two thirds of its time.
-        last_backward = (sum(parts.values()) - idle) / packs * 2 / 3
+        # The reduction of gradients hides behind the last pack's backward pass, two thirds of its time.
+        busy = sum(parts.values()) - idle
+        last_backward = busy / packs * 2 / 3
         traffic, optimizer = _optimizer_step(scenario, critic)
-        exposed = max(0.0, traffic - last_backward) if parallel.overlap else traffic
-        parts |= {"data-parallel traffic": exposed * steps, "optimizer": optimizer * steps}
+        exposed = traffic
+        if parallel.overlap:
+            exposed = max(0.0, traffic - last_backward)
+        parts["data-parallel traffic"] = exposed * steps
+        parts["optimizer"] = optimizer * steps
     return parts
 
 
 def _replica_traffic(scenario: Scenario, tokens: float, passes: int) -> dict[str, float]:
     """Return the seconds of elementwise work and of traffic within a replica, for ``tokens`` on each replica."""
+    config = scenario.config
     shape = scenario.shape
     gpu = scenario.gpu
-    parallel = scenario.config.parallel
-    dtype_bytes = DTYPE_BYTES[scenario.config.model.dtype]
-    rows = tokens / parallel.cp
+    parallel = config.parallel
+    tp = parallel.tp
+    cp = parallel.cp
+    hidden = shape.hidden
+    dtype_bytes = DTYPE_BYTES[config.model.dtype]
+    rows = tokens / cp
     layers = shape.layers / parallel.pp
-    sp_rows = rows / parallel.tp if parallel.sequence_parallel else rows
-    stream_bytes = sp_rows * shape.hidden * dtype_bytes
-    ffn_bytes = rows * shape.ffn / parallel.tp * dtype_bytes
+    sp_rows = rows / tp if parallel.sequence_parallel else rows
+    stream_bytes = sp_rows * hidden * dtype_bytes
+    ffn_bytes = rows * shape.ffn / tp * dtype_bytes
     # `_STREAM_PASSES` and `_FFN_PASSES` count those of a forward and a backward pass: three.
     share_of_passes = passes / 3
     layer_bytes = _STREAM_PASSES * stream_bytes + _FFN_PASSES * ffn_bytes
     parts = {"elementwise": share_of_passes * layers * layer_bytes / gpu.bandwidth}
-    if parallel.tp > 1:
+    has_backward = passes > 1
+    if tp > 1:
         # Two all-reduces, or their two halves, a layer and pass; sequence parallelism gathers twice more going back.
-        reductions = 2 * (passes - 1 if passes > 1 else 1)
-        volume = reductions * 2 * rows * shape.hidden * dtype_bytes * (parallel.tp - 1) / parallel.tp
-        if parallel.sequence_parallel and passes > 1:
+        reductions = 2
+        if has_backward:
+            reductions = 2 * (passes - 1)
+        # On a ring each half of an all-reduce sends (n - 1) / n of the tensor.
+        volume = reductions * 2 * rows * hidden * dtype_bytes * (tp - 1) / tp
+        if parallel.sequence_parallel and has_backward:
             volume *= 1.25
-        parts["tensor-parallel traffic"] = layers * volume / _link_rate(gpu, parallel.tp)
-    if parallel.cp > 1:
-        key_value_bytes = 2 * shape.kv_heads * shape.head_dim / parallel.tp * dtype_bytes
-        volume = rows * (parallel.cp - 1) * key_value_bytes * passes
-        ranks_apart = parallel.tp * parallel.cp
+        link_rate = _link_rate(gpu, tp)
+        parts["tensor-parallel traffic"] = layers * volume / link_rate
+    if cp > 1:
+        key_value_bytes = 2 * shape.kv_heads * shape.head_dim / tp * dtype_bytes
+        volume = rows * (cp - 1) * key_value_bytes * passes
+        link_rate = _link_rate(gpu, tp * cp)
         # Half of it is taken to hide behind attention.
-        parts["context-parallel traffic"] = 0.5 * layers * volume / _link_rate(gpu, ranks_apart)
+        parts["context-parallel traffic"] = 0.5 * layers * volume / link_rate
     if parallel.pp > 1:
-        directions = 2 if passes > 1 else 1
-        volume = sp_rows * shape.hidden * dtype_bytes * parallel.vpp * directions
-        ranks_apart = parallel.tp * parallel.cp * parallel.pp
-        parts["pipeline traffic"] = volume / _link_rate(gpu, ranks_apart)
+        # Activations go on to the next stage, and their gradients come back.
+        directions = 2 if has_backward else 1
+        volume = sp_rows * hidden * dtype_bytes * parallel.vpp * directions
+        link_rate = _link_rate(gpu, tp * cp * parallel.pp)
+        parts["pipeline traffic"] = volume / link_rate
     return parts
 
 
 def _link_rate(gpu: Gpu, ranks_apart: int) -> float:
     """Return the bytes a second between ranks that lie within ``ranks_apart`` neighbouring ones."""
-    return WIRE * (gpu.link if ranks_apart <= gpu.per_node else gpu.network)
+    rate = gpu.link
+    if ranks_apart > gpu.per_node:
+        rate = gpu.network
+    return WIRE * rate
 
 
 def _optimizer_step(scenario: Scenario, critic: bool) -> tuple[float, float]:
@@ -186,15 +222,22 @@ def _optimizer_step(scenario: Scenario, critic: bool) -> tuple[float, float]:
     config = scenario.config
     parallel = config.parallel
     gpu = scenario.gpu
-    ranks = scenario.dp * parallel.cp
-    state = model_state(scenario.shape, config.model, parallel, scenario.dp, critic=critic)
+    dp = scenario.dp
+    ranks = dp * parallel.cp
+    state = model_state(scenario.shape, config.model, parallel, dp, critic=critic)
+    trained = state.trained
     # Reduce-scatter of gradients and all-gather of weights, or both halves of an all-reduce of gradients.
-    gathered = DTYPE_BYTES[config.model.dtype] if parallel.distributed_optimizer else GRADIENT_BYTES
-    volume = state.trained * (GRADIENT_BYTES + gathered) * (ranks - 1) / ranks
-    owned = state.trained / ranks if parallel.distributed_optimizer else state.trained
-    traffic = volume / _link_rate(gpu, scenario.world)
+    gathered = GRADIENT_BYTES
+    owned: float = trained
+    if parallel.distributed_optimizer:
+        gathered = DTYPE_BYTES[config.model.dtype]
+        owned = trained / ranks
+    sent_bytes = GRADIENT_BYTES + gathered
+    volume = trained * sent_bytes * (ranks - 1) / ranks
+    # The data-parallel ranks are spread over all nodes.
+    link_rate = _link_rate(gpu, scenario.world)
     update = owned * _OPTIMIZER_PASS / gpu.bandwidth
-    return traffic, update
+    return volume / link_rate, update
 
 
 def generation_seconds(scenario: Scenario, span: Span) -> float:
@@ -203,22 +246,28 @@ def generation_seconds(scenario: Scenario, span: Span) -> float:
     Engines run as many sequences at once as their cache has room for; at the end the longest run on alone.
     """
     config = scenario.config
+    shape = scenario.shape
     gpu = scenario.gpu
     assert isinstance(config, RLConfig)
-    engine = engine_memory(config.rollout, scenario.shape, gpu, config.model.dtype, config.offload)
-    token_bytes = cache_bytes_per_token(scenario.shape, config.rollout, config.model.dtype)
+    rollout = config.rollout
+    dtype = config.model.dtype
+    engine = engine_memory(rollout, shape, gpu, dtype, config.offload)
+    token_bytes = cache_bytes_per_token(shape, rollout, dtype)
     mean_tokens = span.load.tokens
-    requests = config.prompts * config.responses * config.rollout.tp / scenario.world
+    requests = config.prompts * config.responses * rollout.tp / scenario.world
     cached_sequences = engine["vLLM cache"] / token_bytes / mean_tokens
-    running = max(1.0, min(config.rollout.max_num_seqs, requests, cached_sequences))
+    sequences = min(rollout.max_num_seqs, requests, cached_sequences)
+    # A cache without room is the concern of the plan of memory; here it must not divide by zero.
+    running = max(1.0, sequences)
     weight_bytes = engine["vLLM weights"]
     # On average a running sequence has half of its cache.
     read_bytes = weight_bytes + running * token_bytes * mean_tokens / 2
     step_seconds = read_bytes / gpu.bandwidth + _DECODE_OVERHEAD
     steady = requests / running * mean_tokens * step_seconds
     last_step_seconds = weight_bytes / gpu.bandwidth + _DECODE_OVERHEAD
-    tail = (span.limit - mean_tokens) * last_step_seconds
-    policy = token_flops(scenario.shape, config.model, span.load)
+    tail_steps = span.limit - mean_tokens
+    tail = tail_steps * last_step_seconds
+    policy = token_flops(shape, config.model, span.load)
     prefill_flops = requests * mean_tokens * policy.forward
-    engine_rate = config.rollout.tp * gpu.flops * EFFICIENCY
+    engine_rate = rollout.tp * gpu.flops * EFFICIENCY
     return steady + tail + prefill_flops / engine_rate

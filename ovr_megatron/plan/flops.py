@@ -39,11 +39,11 @@ def token_flops(shape: ModelShape, model: ModelConfig, load: Workload, critic: b
     tower = patches_per_token * tower_patch
     merger = patches_per_token * merger_patch
 
-    # Gradients pass through a frozen language model where a part of the vision tower below it trains.
-    reaches_vision = bool(tower) and not (model.freeze_vision and model.freeze_merger)
-    language_trains = not (model.freeze_language and reaches_vision)
+    # Gradients pass through a frozen language model where a part of the vision tower below it trains, or its adapters.
+    reaches_vision = bool(tower) and (model.trains_vision or model.trains_merger)
+    passes_through = bool(model.lora.rank) or (model.freeze_language and reaches_vision)
     matrix_passes, tower_passes, merger_passes = training_passes(
-        language_trains, not model.freeze_vision, not model.freeze_merger
+        not passes_through, model.trains_vision, model.trains_merger, model.adapts_vision
     )
     training = matrices * matrix_passes + 3.0 * attention
     training += tower * tower_passes

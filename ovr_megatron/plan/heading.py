@@ -34,7 +34,10 @@ def show_heading(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 
 def run_rows(
-    config: ColdStartConfig | RLConfig, engines: Mapping[str, Engine], world: World, resumed: tuple[Path, int] | None
+    config: ColdStartConfig | RLConfig,
+    engines: Mapping[str, Engine],
+    world: World,
+    resumed: tuple[Path, int] | None,
 ) -> Rows:
     """Return the rows of both stages: models and layouts, devices, precision and layers, start or resume.
 
@@ -54,14 +57,18 @@ def run_rows(
     device = "CPU"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_properties(0).name
+    # Precision and layers are settings of the recipe: every engine has the same.
     first_engine = next(iter(engines.values()))
     precision = describe_precision(config, first_engine)
-    rows.append(("device", f"{world.size} x {device}, {precision}"))
+    devices = f"{world.size} x {device}, {precision}"
+    rows.append(("device", devices))
     if resumed:
         checkpoint, step = resumed
-        rows.append(("resumes", f"after {unit} {step:,} of {total:,}, from {checkpoint}"))
+        progress = f"after {unit} {step:,} of {total:,}, from {checkpoint}"
+        rows.append(("resumes", progress))
     else:
-        rows.append(("starts", f"from the weights of {config.model.path}; {total:,} {unit}s to do"))
+        start = f"from the weights of {config.model.path}; {total:,} {unit}s to do"
+        rows.append(("starts", start))
     return rows
 
 
@@ -86,17 +93,25 @@ def count(rows: Sequence[TensorRow]) -> int:
 
 def describe_precision(config: ColdStartConfig | RLConfig, engine: Engine) -> str:
     """Return precision, layers and recomputation."""
+    model = config.model
+    # `model.layers=auto` leaves the choice to the machine: only the modules themselves show it.
     fused = any(_has_transformer_engine(part) for part in engine.parts)
     layers = "layers of this project"
     if fused:
         version = metadata.version("transformer-engine")
         layers = f"Transformer Engine {version}"
-    fp8 = "" if config.model.fp8 == "none" else f" with FP8 {config.model.fp8}"
-    return f"{config.model.dtype}{fp8}, {layers}, recompute {config.model.recompute}"
+    fp8 = ""
+    if model.fp8 != "none":
+        fp8 = f" with FP8 {model.fp8}"
+    return f"{model.dtype}{fp8}, {layers}, recompute {model.recompute}"
 
 
 def _has_transformer_engine(part: torch.nn.Module) -> bool:
-    return any("transformer_engine" in type(module).__module__ for module in part.modules())
+    for module in part.modules():
+        package = type(module).__module__
+        if "transformer_engine" in package:
+            return True
+    return False
 
 
 def source_rows(config: ColdStartConfig | RLConfig, samples: float) -> Rows:

@@ -20,7 +20,7 @@ from ovr_megatron.plan.parameters import (
     model_state,
     rank_parameters,
 )
-from ovr_megatron.plan.scenario import Scenario, Span
+from ovr_megatron.plan.scenario import Scenario
 
 _GIB = 1 << 30
 CONTEXT = int(1.5 * _GIB)  # CUDA context, libraries' kernels and workspaces
@@ -50,7 +50,12 @@ def phases(scenario: Scenario) -> list[Phase]:
     candidates = _candidate_stages(scenario.config.parallel)
     per_stage = [_stage_phases(scenario, stage) for stage in candidates]
     by_phase = zip(*per_stage, strict=True)
-    return [max(stages, key=lambda phase: phase.total) for stages in by_phase]
+    return [fullest_phase(stages) for stages in by_phase]
+
+
+def fullest_phase(candidates: Sequence[Phase]) -> Phase:
+    """Return the first of the phases that need most."""
+    return max(candidates, key=lambda phase: phase.total)
 
 
 def _candidate_stages(parallel: ParallelConfig) -> list[int]:
@@ -66,14 +71,17 @@ def _stage_phases(scenario: Scenario, stage: int) -> list[Phase]:
     overhead = _overhead(scenario)
     state = _state(shape, config.model, config.parallel, scenario.dp, stage, False)
     if isinstance(config, ColdStartConfig):
-        largest_tensor = 2 * shape.vocab * shape.hidden  # elements: it is put together from its shards
+        saved = _state_items(state)
+        # The largest tensor is put together in float32 from its shards: both are there at once.
+        saved["whole tensors"] = 2 * shape.vocab * shape.hidden * 4
         items_by_phase = {
             "train": _training(scenario, stage, state),
-            "save": {**_state_items(state), "whole tensors": largest_tensor * 4},
+            "save": saved,
         }
     else:
-        items_by_phase = _IterationPhases(scenario, stage, state).items_by_phase()
-    return [Phase(name, stage, {**items, **overhead}) for name, items in items_by_phase.items()]
+        iteration = _IterationPhases(scenario, stage, state)
+        items_by_phase = iteration.items_by_phase()
+    return [Phase(name, stage, items | overhead) for name, items in items_by_phase.items()]
 
 
 class _IterationPhases:
@@ -81,54 +89,78 @@ class _IterationPhases:
 
     def __init__(self, scenario: Scenario, stage: int, policy: ModelState):
         config = scenario.config
+        shape = scenario.shape
         assert isinstance(config, RLConfig)
         self.scenario = scenario
         self.config = config
         self.stage = stage
         self.models = {"policy": policy}
-        fp8_policy = fp8_bytes(scenario.shape, config.model, config.parallel, stage, False)
+        fp8_policy = fp8_bytes(shape, config.model, config.parallel, stage, False)
+        # The reference has the policy's sizes and its layout.
         self.fp8_copies = {"policy": fp8_policy, "reference": fp8_policy}
         if config.algorithm.has_critic:
-            self.critic = scenario.critic_scenario
-            layout = self.critic.config.parallel
+            critic = scenario.critic_scenario
+            layout = critic.config.parallel
             # Of a pipeline of another length the first stage is taken: it has the tower.
-            self.critic_stage = stage if layout.pp == config.parallel.pp else 0
-            self.models["critic"] = _state(
-                scenario.shape, config.model, layout, self.critic.dp, self.critic_stage, True
-            )
-            self.fp8_copies["critic"] = fp8_bytes(scenario.shape, config.model, layout, self.critic_stage, True)
+            critic_stage = stage if layout.pp == config.parallel.pp else 0
+            self.critic = critic
+            self.critic_stage = critic_stage
+            self.models["critic"] = _state(shape, config.model, layout, critic.dp, critic_stage, True)
+            self.fp8_copies["critic"] = fp8_bytes(shape, config.model, layout, critic_stage, True)
 
     def items_by_phase(self) -> dict[str, dict[str, int]]:
         config = self.config
         scenario = self.scenario
         algorithm = config.algorithm
-        engine = engine_memory(config.rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
-        asleep = {} if config.offload else _graphs(config.rollout)
+        rollout = config.rollout
+        engine = engine_memory(rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
+        asleep = {} if config.offload else _graphs(rollout)
         phases = {"generate": self._resident() | engine}
         if algorithm.has_critic:
             values = _forward_items(self.critic, self.critic_stage, True)
             update = _backward_items(self.critic, self.critic_stage, True, algorithm.critic_steps)
             phases["value"] = self._resident("critic") | values | asleep
             phases["update critic"] = self._resident("critic", trains=True) | update | asleep
+        resident_policy = self._resident("policy")
         if algorithm.scoring_passes:
             scoring = _forward_items(scenario, self.stage, False)
-            phases["log-probabilities"] = self._resident("policy") | scoring | asleep
+            phases["log-probabilities"] = resident_policy | scoring | asleep
         update = _backward_items(scenario, self.stage, False, algorithm.policy_steps)
         phases["update policy"] = self._resident("policy", trains=True) | update | asleep
-        model_ranks = config.parallel.tp * config.parallel.pp
-        buckets = int(2 * config.rollout.bucket_mib * 2**20) if model_ranks > 1 else 0
         weights = {"vLLM weights": engine["vLLM weights"]}
         # Waking vLLM's weights wakes its graphs, too.
-        phases["sync"] = self._resident("policy") | weights | _graphs(config.rollout) | {"buckets": buckets}
+        phases["sync"] = resident_policy | weights | _graphs(rollout) | self._sync_buckets() | self._merged_weight()
         return phases
+
+    def _sync_buckets(self) -> dict[str, int]:
+        """Return the buckets of an update: while the messages of one travel, the rows of the one before are copied."""
+        parallel = self.config.parallel
+        model_ranks = parallel.tp * parallel.pp
+        size = 0
+        if model_ranks > 1:
+            size = int(2 * self.config.rollout.bucket_mib * 2**20)
+        return {"buckets": size}
+
+    def _merged_weight(self) -> dict[str, int]:
+        """Return the largest weight with its adapter added, beside the float32 sum and product that it is made from."""
+        if not self.config.model.lora.rank:
+            return {}
+        shape = self.scenario.shape
+        elements = 2 * shape.ffn * shape.hidden // self.config.parallel.tp
+        return {"merged weight": elements * (2 * 4 + DTYPE_BYTES[self.config.model.dtype])}
 
     def _resident(self, *working: str, trains: bool = False) -> dict[str, int]:
         """Return what the models have on the GPU while those of ``working`` run (forward only unless ``trains``)."""
+        config = self.config
         policy = self.models["policy"]
-        has_reference = bool(self.config.algorithm.kl_coefficient)
-        if not self.config.offload:
+        algorithm = config.algorithm
+        # A policy with adapters is its own reference without them.
+        shares_weights = config.model.lora.rank and not algorithm.reference
+        has_reference = bool(algorithm.kl_coefficient) and not shares_weights
+        if not config.offload:
             resident = {name: state.total for name, state in self.models.items()}
             if has_reference:
+                # The reference never trains: it has neither gradients nor an optimizer.
                 resident["reference"] = policy.weights
             return resident | _fp8_items(self.fp8_copies, tuple(resident))
         states = dict(self.models)
@@ -143,49 +175,81 @@ class _IterationPhases:
 
 def _overhead(scenario: Scenario) -> dict[str, int]:
     """Return what every phase has besides models and activations."""
-    parallel = scenario.config.parallel
-    group_sizes = (parallel.tp, parallel.pp, parallel.cp, scenario.dp, scenario.dp * parallel.cp, scenario.world)
+    config = scenario.config
+    parallel = config.parallel
+    dp = scenario.dp
+    group_sizes = [
+        parallel.tp,
+        parallel.pp,
+        parallel.cp,
+        dp,
+        dp * parallel.cp,
+        scenario.world,
+    ]
+    if isinstance(config, RLConfig):
+        group_sizes.append(config.rollout.tp)
     groups = sum(size > 1 for size in group_sizes)  # a group of one rank sends nothing
-    if isinstance(scenario.config, RLConfig):
-        groups += scenario.config.rollout.tp > 1
-    margin = int(MARGIN * scenario.gpu.memory)
-    return {"CUDA context": CONTEXT, "NCCL buffers": groups * GROUP, "fragmentation margin": margin}
+    return {
+        "CUDA context": CONTEXT,
+        "NCCL buffers": groups * GROUP,
+        "fragmentation margin": int(MARGIN * scenario.gpu.memory),
+    }
 
 
 @lru_cache(maxsize=512)
 def _cached_state(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, dp: int, stage: int, critic: bool
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dp: int,
+    stage: int,
+    critic: bool,
 ) -> ModelState:
     return model_state(shape, model, parallel, dp, stage, critic=critic)
 
 
 def _state(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, dp: int, stage: int, critic: bool
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dp: int,
+    stage: int,
+    critic: bool,
 ) -> ModelState:
     # Recomputation changes no parameter: without it in the key, a search meets the same state three times as often.
-    return _cached_state(shape, replace(model, recompute="none"), parallel, dp, stage, critic)
+    key_model = replace(model, recompute="none")
+    return _cached_state(shape, key_model, parallel, dp, stage, critic)
 
 
 def _state_items(state: ModelState) -> dict[str, int]:
-    return {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
+    return {
+        "weights": state.weights,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
+    }
 
 
-def _activations(scenario: Scenario, span: Span, stage: int, critic: bool, share: int) -> Activations:
+def _activations_by_span(scenario: Scenario, stage: int, critic: bool, share: int) -> list[Activations]:
     config = scenario.config
-    packs = scenario.micro_batches(span, share)
-    return activations(scenario.shape, config.model, config.parallel, scenario.pack(span), packs, stage, critic)
+    by_span = []
+    for span in scenario.spans:
+        pack = scenario.pack(span)
+        packs = scenario.micro_batches(span, share)
+        span_activations = activations(scenario.shape, config.model, config.parallel, pack, packs, stage, critic)
+        by_span.append(span_activations)
+    return by_span
 
 
 def _forward_items(scenario: Scenario, stage: int, critic: bool) -> dict[str, int]:
     """Return the activations of a pass without gradients, those of the span that needs most."""
-    by_span = [_activations(scenario, span, stage, critic, 1) for span in scenario.spans]
+    by_span = _activations_by_span(scenario, stage, critic, 1)
     largest = max(span_activations.forward for span_activations in by_span)
     return {"activations": largest}
 
 
 def _backward_items(scenario: Scenario, stage: int, critic: bool, share: int) -> dict[str, int]:
     """Return the activations of a forward and backward pass, those of the span that needs most."""
-    by_span = [_activations(scenario, span, stage, critic, share) for span in scenario.spans]
+    by_span = _activations_by_span(scenario, stage, critic, share)
     largest = max(by_span, key=lambda span_activations: span_activations.peak)
     return {
         "activations kept": largest.saved - largest.vision,
@@ -196,13 +260,20 @@ def _backward_items(scenario: Scenario, stage: int, critic: bool, share: int) ->
 
 def _training(scenario: Scenario, stage: int, state: ModelState) -> dict[str, int]:
     config = scenario.config
-    copies = {"model": fp8_bytes(scenario.shape, config.model, config.parallel, stage, False)}
+    fp8_model = fp8_bytes(scenario.shape, config.model, config.parallel, stage, False)
+    copies = _fp8_items({"model": fp8_model}, ("model",))
     backward = _backward_items(scenario, stage, False, 1)
-    return _state_items(state) | _fp8_items(copies, ("model",)) | backward
+    return _state_items(state) | copies | backward
 
 
-def fp8_bytes(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, stage: int, critic: bool) -> int:
-    """Return the bytes of the 8-bit copies of the layers' matrices, which Transformer Engine keeps from the first pass.
+def fp8_bytes(
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    stage: int,
+    critic: bool,
+) -> int:
+    """Return the bytes of the FP8 copies of the layers' matrices, which Transformer Engine keeps from the first pass.
 
     Two of each on Hopper, row by row and transposed (`_fp8_workspaces` of its modules); their scales are not counted.
     """
@@ -212,6 +283,7 @@ def fp8_bytes(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, s
     for part in rank_parameters(shape, model, parallel, critic, stage):
         for parameter in part:
             in_layer = parameter.name.startswith("decoder.layers.")
+            # Norms, whose names end in `layer_norm_weight`, and biases are used as they are.
             if in_layer and parameter.name.endswith(".weight"):
                 elements += parameter.numel
     # Layers at both ends may stay in bfloat16.  In a pipeline it is not asked which stage has them.
@@ -226,30 +298,49 @@ def _fp8_items(copies: dict[str, int], names: Sequence[str]) -> dict[str, int]:
     return {"FP8 copies": size} if size else {}
 
 
-def engine_memory(rollout: RolloutConfig, shape: ModelShape, gpu: Gpu, dtype: str, offload: bool) -> dict[str, int]:
+def engine_memory(
+    rollout: RolloutConfig,
+    shape: ModelShape,
+    gpu: Gpu,
+    dtype: str,
+    offload: bool,
+) -> dict[str, int]:
     """Return vLLM's memory while it generates: its share of the GPU holds weights, work, captured graphs and the cache.
 
     The work is that of a full batch of text and, on top, what vLLM tries out when it starts: the vision tower on as
     many images as a batch has room for, and their features.
     """
     dtype_bytes = DTYPE_BYTES[dtype]
+    tp = rollout.tp
+    hidden = shape.hidden
+    counts = count_parameters(shape)
+    weights = sum(counts.values()) * dtype_bytes // tp
+
+    # The merger makes one token of `merge**2` patches.
     vision = shape.vision
     patches = _ENGINE_BATCH * vision.merge**2
-    patch_elements = _TOWER_ROWS * vision.hidden + 2 * vision.ffn // rollout.tp
+    patch_elements = _TOWER_ROWS * vision.hidden + 2 * vision.ffn // tp
     images = patches * patch_elements * dtype_bytes
-    images += _ENGINE_BATCH * shape.hidden * dtype_bytes
-    weights = sum(count_parameters(shape).values()) * dtype_bytes // rollout.tp
-    token_elements = 2 * shape.ffn // rollout.tp + 4 * shape.hidden
+    images += _ENGINE_BATCH * hidden * dtype_bytes
+
+    token_elements = 2 * shape.ffn // tp + 4 * hidden
     batch = _ENGINE_BATCH * token_elements * dtype_bytes
     batch += 3 * rollout.max_num_seqs * shape.vocab * 4  # float32 logits and what sampling copies of them
     work = max(batch, images)
+
     graphs = _graphs(rollout)
     if rollout.kv_cache_gib:
         cache = int(rollout.kv_cache_gib * _GIB)
     else:
         budget = int(rollout.memory_share(offload) * gpu.memory)
-        cache = budget - weights - work - CONTEXT - sum(graphs.values())
-    return {"vLLM weights": weights, "vLLM cache": cache, "vLLM at work": work} | graphs
+        cache = budget - weights - work
+        cache -= CONTEXT + sum(graphs.values())
+    memory = {
+        "vLLM weights": weights,
+        "vLLM cache": cache,
+        "vLLM at work": work,
+    }
+    return memory | graphs
 
 
 def _graphs(rollout: RolloutConfig) -> dict[str, int]:
@@ -258,21 +349,28 @@ def _graphs(rollout: RolloutConfig) -> dict[str, int]:
 
 def cache_bytes_per_token(shape: ModelShape, rollout: RolloutConfig, dtype: str) -> int:
     """Return the bytes of a token's keys and values on one rank of the engine."""
+    # With more ranks than heads each rank has a copy of one.
     heads = max(shape.kv_heads // rollout.tp, 1)
-    return 2 * shape.layers * heads * shape.head_dim * DTYPE_BYTES[dtype]
+    elements = 2 * shape.layers * heads * shape.head_dim
+    return elements * DTYPE_BYTES[dtype]
 
 
 def checkpoint_bytes(config: ColdStartConfig | RLConfig, shape: ModelShape) -> int:
     """Return the bytes of one checkpoint on disk: weights, moments and master weights of every model of the recipe."""
     model = config.model
     kinds = [False]
-    if isinstance(config, RLConfig):
+    if isinstance(config, RLConfig) and config.algorithm.has_critic:
         kinds.append(True)
+    weight_bytes = DTYPE_BYTES[model.dtype]
     adam_bytes = MOMENT_BYTES + MASTER_BYTES[model.dtype]
+    # A folder has every tensor once, whatever the layout: so has a single rank.
+    single_rank = ParallelConfig()
     size = 0
     for critic in kinds:
-        state = model_state(shape, model, ParallelConfig(), 1, critic=critic)
-        size += state.parameters * DTYPE_BYTES[model.dtype]
+        state = model_state(shape, model, single_rank, 1, critic=critic)
+        # Of a model with adapters only those are saved.
+        saved = state.trained if model.lora.rank else state.parameters
+        size += saved * weight_bytes
         size += state.trained * adam_bytes
     return size
 
@@ -288,8 +386,10 @@ def room_for_patches(scenario: Scenario) -> int | None:
     peak = _peak_with_patches(scenario, million)
     if _peak_with_patches(scenario, 0) == peak:
         return None
-    bytes_per_patch = (peak - _peak_with_patches(scenario, half)) / half
-    further_patches = math.floor((scenario.gpu.memory - peak) / bytes_per_patch)
+    growth = peak - _peak_with_patches(scenario, half)
+    bytes_per_patch = growth / half
+    free_bytes = scenario.gpu.memory - peak
+    further_patches = math.floor(free_bytes / bytes_per_patch)
     return max(0, million + further_patches)
 
 
@@ -298,7 +398,9 @@ def _peak_with_patches(scenario: Scenario, patches: int) -> int:
     pack_tokens = scenario.config.data.pack_tokens
     spans = []
     for span in scenario.spans:
-        load = replace(span.load, patches=patches * span.load.tokens / pack_tokens)
-        spans.append(replace(span, load=load))
+        load = span.load
+        sample_patches = patches * load.tokens / pack_tokens
+        patch_load = replace(load, patches=sample_patches)
+        spans.append(replace(span, load=patch_load))
     patch_scenario = replace(scenario, spans=tuple(spans))
-    return max(phase.total for phase in phases(patch_scenario))
+    return fullest_phase(phases(patch_scenario)).total

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ovr_megatron.config import ModelConfig, ParallelConfig
+from ovr_megatron.config import LoraConfig, ModelConfig, ParallelConfig
 from ovr_megatron.engine import is_frozen
 from ovr_megatron.families import ModelShape
+from ovr_megatron.weights.adapters import adapter_rows
 from ovr_megatron.weights.table import TensorRow, cut_dim, padded_vocab, rows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -28,7 +29,7 @@ _BUCKET_NUMEL_PER_RANK = 1_000_000
 # Modules register their parameters in this order; buffers are filled from the last to the first.
 _ORDER = ("embedding.", "decoder.layers.", "decoder.final_layernorm.", "output_layer.", "vision.", "value_head.")
 _WITHIN_LAYER = ("linear_proj.", "linear_qkv.", "linear_fc1.", "linear_fc2.")
-_WITHIN_MODULE = ("layer_norm_weight", "bias", "weight")
+_WITHIN_MODULE = ("layer_norm_weight", "bias", "weight", "lora_A", "lora_B")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -90,40 +91,56 @@ def count_parameters(shape: ModelShape) -> dict[str, int]:
 
 
 def _part_of_model(name: str) -> str:
+    if name.startswith("vision.merger."):
+        return "merger"
     if name.startswith("vision."):
-        return "merger" if name.startswith("vision.merger.") else "vision"
+        return "vision"
     if name.startswith("embedding."):
         return "embedding"
-    return "head" if name == "output_layer.weight" else "layers"
+    if name == "output_layer.weight":
+        return "head"
+    return "layers"
 
 
 def _count_elements(row: TensorRow) -> int:
-    return sum(map(math.prod, row.sizes))
+    return sum(math.prod(size) for size in row.sizes)
 
 
 def stage_layers(layers: int, parallel: ParallelConfig) -> list[int]:
     """Count the language-model layers of each pipeline stage of a layout that `check_layout` accepts."""
     first = parallel.first_stage_layers
     last = parallel.last_stage_layers
+    # A stage with a number of its own is left out; the others share what remains.
     even_stages = parallel.pp - bool(first) - bool(last)
-    layers_per_even_stage = (layers - first - last) // even_stages if even_stages else 0
+    even_layers = layers - first - last
+    layers_per_even_stage = 0
+    if even_stages:
+        layers_per_even_stage = even_layers // even_stages
     counts = [layers_per_even_stage] * parallel.pp
-    counts[0] = first or counts[0]
-    counts[-1] = last or counts[-1]
+    if first:
+        counts[0] = first
+    if last:
+        counts[-1] = last
     return counts
 
 
 def rank_parameters(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, critic: bool, stage: int
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    critic: bool,
+    stage: int,
 ) -> list[list[Parameter]]:
     """Return the parameters of pipeline ``stage``, one list for each of its interleaved parts, in Megatron's order."""
     layers = stage_layers(shape.layers, parallel)[stage] // parallel.vpp
-    ordered_rows = _ordered_rows(shape, critic)
+    ordered_rows = _ordered_rows(shape, critic, model.lora)
     shares_embedding = shape.tied and not critic and parallel.pp > 1
+    last_stage = parallel.pp - 1
+    last_part = parallel.vpp - 1
     parts = []
     for part_index in range(parallel.vpp):
         is_first = stage == 0 and part_index == 0
-        is_last = stage == parallel.pp - 1 and part_index == parallel.vpp - 1
+        is_last = stage == last_stage and part_index == last_part
         part: list[Parameter] = []
         for row in ordered_rows:
             if _is_in_part(row.megatron, layers, is_first, is_last):
@@ -148,33 +165,43 @@ def _is_in_part(name: str, layers: int, is_first: bool, is_last: bool) -> bool:
     return is_first
 
 
+# A search over layouts asks for the same models again and again.
 @lru_cache(maxsize=8)
-def _ordered_rows(shape: ModelShape, critic: bool) -> list[TensorRow]:
-    return sorted(rows(shape, critic), key=_registration_order)
+def _ordered_rows(shape: ModelShape, critic: bool, lora: LoraConfig) -> list[TensorRow]:
+    table_rows = rows(shape, critic) + adapter_rows(shape, lora)
+    return sorted(table_rows, key=_registration_order)
 
 
 def _registration_order(row: TensorRow) -> tuple[int, ...]:
     """Return a key that sorts rows as the modules register their parameters."""
     name = row.megatron
     module = next(i for i, prefix in enumerate(_ORDER) if name.startswith(prefix))
-    layer = int(name.split(".")[2]) if ".layers." in name else -1
+    layer = -1
+    if ".layers." in name:
+        layer = int(name.split(".")[2])
     within_layer = next((i for i, linear in enumerate(_WITHIN_LAYER) if linear in name), -1)
+    # "weight" ends "layer_norm_weight", too: the longer name is asked for first, and comes last.
     within_module = next(i for i, end in enumerate(_WITHIN_MODULE) if name.endswith(end))
+    position_in_module = (2, 1, 0, 3, 4)[within_module]
+    tower_group = 1
     if "patch_embed" in name:
         tower_group = 0
-    else:
-        tower_group = 2 if "merger" in name else 1
-    return module, tower_group, layer, within_layer, (2, 1, 0)[within_module]
+    elif "merger" in name:
+        tower_group = 2
+    return module, tower_group, layer, within_layer, position_in_module
 
 
 def _rank_parameter(row: TensorRow, shape: ModelShape, model: ModelConfig, tp: int, own_bucket: bool) -> Parameter:
     """Return the tensor-parallel share of ``row``."""
+    name = row.megatron
     numel = _count_elements(row)
     if row.kind == "vocabulary":
-        numel = padded_vocab(shape, tp) * row.sizes[0][1]
+        width = row.sizes[0][1]
+        numel = padded_vocab(shape, tp) * width
     if cut_dim(row) is not None:
         numel //= tp
-    return Parameter(row.megatron, numel, not is_frozen(row.megatron, model), own_bucket)
+    trained = not is_frozen(name, model)
+    return Parameter(name, numel, trained, own_bucket)
 
 
 def buckets(parameters: Sequence[Parameter], parallel: ParallelConfig, dp: int, first: bool) -> Iterator[Bucket]:
@@ -187,13 +214,19 @@ def buckets(parameters: Sequence[Parameter], parallel: ParallelConfig, dp: int, 
         first: the first part of the first stage, the only one whose buffer is cut for overlap.
     """
     is_padded = parallel.distributed_optimizer
-    limit = max(_BUCKET_NUMEL, _BUCKET_NUMEL_PER_RANK * dp) if parallel.overlap and first else None
-    bucket_unit = math.lcm(dp * parallel.cp, _BUCKET_ALIGNMENT)
+    limit = None
+    if parallel.overlap and first:
+        limit = max(_BUCKET_NUMEL, _BUCKET_NUMEL_PER_RANK * dp)
+    optimizer_ranks = dp * parallel.cp
+    bucket_unit = math.lcm(optimizer_ranks, _BUCKET_ALIGNMENT)
     spans: list[tuple[int, int]] = []
     end = 0
 
     def close_bucket() -> Bucket:
-        return Bucket(_round_up(end, bucket_unit) if is_padded else end, tuple(spans))
+        numel = end
+        if is_padded:
+            numel = _round_up(end, bucket_unit)
+        return Bucket(numel, tuple(spans))
 
     for parameter in reversed(parameters):
         if not parameter.trained:
@@ -203,7 +236,9 @@ def buckets(parameters: Sequence[Parameter], parallel: ParallelConfig, dp: int, 
             yield close_bucket()
             spans = []
             end = 0
-        start = _round_up(end, _PARAMETER_ALIGNMENT) if is_padded else end
+        start = end
+        if is_padded:
+            start = _round_up(end, _PARAMETER_ALIGNMENT)
         end = start + parameter.numel
         spans.append((start, end))
         # A bucket ends with the parameter that fills it, which may reach beyond the limit.
@@ -245,10 +280,16 @@ def model_state(
     frozen = 0
     buffered = 0  # elements of the gradient buffers, padding included
     owned = 0  # elements that this rank's optimizer updates
-    for part_index, part in enumerate(rank_parameters(shape, model, parallel, critic, stage)):
-        part_trained = sum(parameter.numel for parameter in part if parameter.trained)
-        part_numel = sum(parameter.numel for parameter in part)
-        part_buckets = list(buckets(part, parallel, dp, stage == 0 and part_index == 0))
+    parts = rank_parameters(shape, model, parallel, critic, stage)
+    for part_index, part in enumerate(parts):
+        part_numel = 0
+        part_trained = 0
+        for parameter in part:
+            part_numel += parameter.numel
+            if parameter.trained:
+                part_trained += parameter.numel
+        is_first = stage == 0 and part_index == 0
+        part_buckets = list(buckets(part, parallel, dp, is_first))
         parameters += part_numel
         trained += part_trained
         frozen += part_numel - part_trained

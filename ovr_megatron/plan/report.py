@@ -1,80 +1,33 @@
-"""The plan of a recipe, as data and as text."""
+"""The plan of a recipe, as data that is ready for JSON."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict
 
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RLConfig
-from ovr_megatron.data.repetition import SourceUse, show_uses, source_uses
+from ovr_megatron.data.repetition import SourceUse, source_uses
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.presets import presets, write_config
-from ovr_megatron.plan import cost, flops, memory, search
+from ovr_megatron.plan import cost, memory, search
 from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.parameters import count_parameters, model_state
+from ovr_megatron.plan.plan_json import (
+    Plan,
+    PlannedCandidate,
+    PlannedEngine,
+    PlannedPhase,
+    PlannedRank,
+    PlannedSource,
+    PlannedSpan,
+)
 from ovr_megatron.plan.scenario import Scenario, Span, build_scenario
+from ovr_megatron.plan.text import show
 from ovr_megatron.plan.workload import read_tokenised_workload
-
-_GIB = 1 << 30
-_SHOWN_LAYOUTS = 10
-_SHOWN_REASONS = 8
-_ITEMS_PER_LINE = 5
-
-
-class PlannedSpan(TypedDict):
-    """Steps of one limit of length; ``told`` says where the samples are known from, ``parts`` are seconds."""
-
-    steps: int
-    mean_tokens: float
-    attention_length: float
-    patches: float
-    told: str
-    limit: int
-    tokens: float
-    micro_batches: int
-    flops: float
-    seconds: float
-    parts: dict[str, float]
-
-
-class PlannedEngine(TypedDict):
-    """The rollout engines: the tokens that one's cache holds, the longest sequence in tokens, and their number."""
-
-    cache_tokens: int
-    longest: int
-    engines: int
-
-
-class Plan(TypedDict):
-    """A plan as JSON; sizes in bytes, times in seconds or, where the name says so, hours."""
-
-    model: Mapping[str, Any]
-    gpu: Mapping[str, Any]
-    world: int
-    replicas: int
-    layout: Mapping[str, Any]
-    rank: Sequence[Mapping[str, Any]]
-    phases: Sequence[Mapping[str, Any]]
-    fits: bool
-    patches_of_a_pack: Mapping[str, Any]
-    engine: PlannedEngine | None
-    spans: list[PlannedSpan]
-    sources: Sequence[Mapping[str, Any]]
-    tokens: float
-    steps: int
-    flops: float
-    bubble: float
-    at_mfu: dict[str, float]
-    by_cost_model: dict[str, float]
-    checkpoint_bytes: int
-    checkpoints_kept: int
-    candidates: Sequence[Mapping[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -94,11 +47,16 @@ def read_shape(path: str) -> tuple[ModelShape, str | None]:
         ShapeError: the folder holds no model of a known family.
         ConfigError: neither a folder nor a preset.
     """
-    if path in presets() and not Path(path).exists():
+    known_presets = presets()
+    # A folder that exists comes before a preset of the same name.
+    exists = Path(path).exists()
+    if path in known_presets and not exists:
         with TemporaryDirectory() as temporary:
-            return ModelShape.from_hf(write_config(path, temporary).parent), None
-    if not Path(path).exists():
-        raise ConfigError(f"model.path={path} is no folder; for a plan it can also be one of {', '.join(presets())}")
+            config_file = write_config(path, temporary)
+            return ModelShape.from_hf(config_file.parent), None
+    if not exists:
+        names = ", ".join(known_presets)
+        raise ConfigError(f"model.path={path} is no folder; for a plan it can also be one of {names}")
     folder = weights_of(path)
     return ModelShape.from_hf(folder), str(folder)
 
@@ -119,17 +77,20 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
     spans = [_span(scenario, span) for span in scenario.spans]
     steps = sum(span["steps"] for span in spans)
     total_flops = sum(span["steps"] * span["flops"] for span in spans)
-    flops_per_second = options.mfu * scenario.world * gpu.flops
-    hours_at_mfu = total_flops / flops_per_second / 3600
-    modelled_hours = search.hours(scenario)
-    modelled_gpu_seconds = modelled_hours * 3600 * scenario.world
+    total_tokens = sum(span["steps"] * span["tokens"] for span in spans)
     first_span = scenario.spans[0]
+    checkpoints = config.run.keep_last
+    if not checkpoints:
+        checkpoints = -(-steps // config.run.save_every)
     return {
         "model": {"path": config.model.path, "parameters": count_parameters(shape)},
         "gpu": asdict(gpu),
         "world": scenario.world,
         "replicas": scenario.dp,
-        "layout": {"parallel": asdict(config.parallel), "recompute": config.model.recompute},
+        "layout": {
+            "parallel": asdict(config.parallel),
+            "recompute": config.model.recompute,
+        },
         "rank": _ranks(scenario),
         "phases": [_phase(phase) for phase in phases],
         "fits": all(phase.total <= gpu.memory for phase in phases),
@@ -140,34 +101,73 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         "engine": _engine(scenario) if isinstance(config, RLConfig) else None,
         "spans": spans,
         "sources": _sources(config, spans) if folder else [],
-        "tokens": sum(span["steps"] * span["tokens"] for span in spans),
+        "tokens": total_tokens,
         "steps": steps,
         "flops": total_flops,
         "bubble": cost.bubble(scenario, first_span),
-        "at_mfu": {"mfu": options.mfu, "hours": hours_at_mfu, "gpu_hours": hours_at_mfu * scenario.world},
-        "by_cost_model": {
-            "hours": modelled_hours,
-            "gpu_hours": modelled_hours * scenario.world,
-            "mfu": total_flops / (modelled_gpu_seconds * gpu.flops),
-        },
-        "checkpoint_bytes": memory.checkpoint_bytes(scenario.config, scenario.shape),
-        "checkpoints_kept": config.run.keep_last or -(-steps // config.run.save_every),
-        "candidates": [asdict(c) for c in search.candidates(scenario)] if options.search else None,
+        "at_mfu": _time_at_mfu(scenario, total_flops, options.mfu),
+        "by_cost_model": _modelled_time(scenario, total_flops),
+        "checkpoint_bytes": memory.checkpoint_bytes(config, shape),
+        "checkpoints_kept": checkpoints,
+        "candidates": _candidates(scenario) if options.search else None,
     }
 
 
-def _phase(phase: memory.Phase) -> Mapping[str, Any]:
-    return {"name": phase.name, "stage": phase.stage, "items": phase.items, "total": phase.total}
+def _time_at_mfu(scenario: Scenario, total_flops: float, mfu: float) -> dict[str, float]:
+    """Return the hours of the whole run at an MFU that is taken as given."""
+    flops_per_second = mfu * scenario.world * scenario.gpu.flops
+    hours = total_flops / flops_per_second / 3600
+    return {
+        "mfu": mfu,
+        "hours": hours,
+        "gpu_hours": hours * scenario.world,
+    }
+
+
+def _modelled_time(scenario: Scenario, total_flops: float) -> dict[str, float]:
+    """Return the hours of the whole run by the cost model, and the MFU that they make."""
+    hours = search.hours(scenario)
+    gpu_seconds = hours * 3600 * scenario.world
+    return {
+        "hours": hours,
+        "gpu_hours": hours * scenario.world,
+        "mfu": total_flops / (gpu_seconds * scenario.gpu.flops),
+    }
+
+
+def _phase(phase: memory.Phase) -> PlannedPhase:
+    return {
+        "name": phase.name,
+        "stage": phase.stage,
+        "items": phase.items,
+        "total": phase.total,
+    }
+
+
+def _candidates(scenario: Scenario) -> list[PlannedCandidate]:
+    candidates: list[PlannedCandidate] = []
+    for candidate in search.candidates(scenario):
+        candidates.append(
+            {
+                "parallel": asdict(candidate.parallel),
+                "recompute": candidate.recompute,
+                "bytes": candidate.bytes,
+                "hours": candidate.hours,
+                "reason": candidate.reason,
+            }
+        )
+    return candidates
 
 
 def _span(scenario: Scenario, span: Span) -> PlannedSpan:
     seconds = cost.seconds(scenario, span)
+    load = span.load
     return {
         "steps": span.steps,
-        "mean_tokens": span.load.tokens,
-        "attention_length": span.load.squares,
-        "patches": span.load.patches,
-        "told": span.load.basis,
+        "mean_tokens": load.tokens,
+        "attention_length": load.squares,
+        "patches": load.patches,
+        "told": load.basis,
         "limit": span.limit,
         "tokens": scenario.tokens(span),
         "micro_batches": scenario.micro_batches(span),
@@ -177,19 +177,24 @@ def _span(scenario: Scenario, span: Span) -> PlannedSpan:
     }
 
 
-def _sources(config: ColdStartConfig | RLConfig, spans: Sequence[PlannedSpan]) -> list[Mapping[str, Any]]:
+def _sources(config: ColdStartConfig | RLConfig, spans: Sequence[PlannedSpan]) -> list[PlannedSource]:
     """Return rows and epochs of each finite source; a tokenised set counts as one source."""
+    data = config.data
     if isinstance(config, RLConfig):
-        samples = float(config.prompts * sum(span["steps"] for span in spans))
+        # A prompt is drawn once, whatever the number of its responses.
+        iterations = sum(span["steps"] for span in spans)
+        samples = float(config.prompts * iterations)
     else:
         samples = sum(span["steps"] * span["tokens"] / span["mean_tokens"] for span in spans)
-    if config.data.tokenised:
-        _, rows = read_tokenised_workload(config.data.tokenised, config.data.pack_tokens)
-        return [asdict(SourceUse(config.data.tokenised, round(rows), samples / rows))]
-    return [asdict(use) for use in source_uses(config.data, samples)]
+    if data.tokenised:
+        _, rows = read_tokenised_workload(data.tokenised, data.pack_tokens)
+        uses = [SourceUse(data.tokenised, round(rows), samples / rows)]
+    else:
+        uses = source_uses(data, samples)
+    return [{"name": use.name, "rows": use.rows, "epochs": use.epochs} for use in uses]
 
 
-def _ranks(scenario: Scenario) -> list[Mapping[str, Any]]:
+def _ranks(scenario: Scenario) -> list[PlannedRank]:
     """Return the bytes that a rank of each pipeline stage has of each model."""
     config = scenario.config
     models = [("model", False, scenario)]
@@ -197,127 +202,43 @@ def _ranks(scenario: Scenario) -> list[Mapping[str, Any]]:
         models = [("policy", False, scenario)]
         if config.algorithm.has_critic:
             models.append(("critic", True, scenario.critic_scenario))
-    ranks: list[Mapping[str, Any]] = []
+    ranks: list[PlannedRank] = []
     for name, critic, layout in models:
         parallel = layout.config.parallel
         for stage in range(parallel.pp):
             state = model_state(layout.shape, config.model, parallel, layout.dp, stage, critic=critic)
-            ranks.append({"model": name, "stage": stage} | asdict(state))
+            ranks.append(
+                {
+                    "model": name,
+                    "stage": stage,
+                    "parameters": state.parameters,
+                    "trained": state.trained,
+                    "weights": state.weights,
+                    "gradients": state.gradients,
+                    "optimizer": state.optimizer,
+                }
+            )
     return ranks
 
 
 def _engine(scenario: Scenario) -> PlannedEngine:
     config = scenario.config
     assert isinstance(config, RLConfig)
-    engine = memory.engine_memory(config.rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
+    rollout = config.rollout
+    shape = scenario.shape
+    dtype = config.model.dtype
+    engine = memory.engine_memory(rollout, shape, scenario.gpu, dtype, config.offload)
     cache = engine["vLLM cache"]
-    token_bytes = memory.cache_bytes_per_token(scenario.shape, config.rollout, config.model.dtype)
-    longest = config.rollout.max_model_len or max(stage.max_tokens for stage in config.curriculum)
+    token_bytes = memory.cache_bytes_per_token(shape, rollout, dtype)
+    longest = rollout.max_model_len
+    if not longest:
+        longest = max(stage.max_tokens for stage in config.curriculum)
     return {
+        # Weights that leave no room make the cache's size negative.
         "cache_tokens": max(0, cache // token_bytes),
         "longest": longest,
-        "engines": scenario.world // config.rollout.tp,
+        "engines": scenario.world // rollout.tp,
     }
-
-
-def show(plan: Plan) -> str:
-    """Return the plan as text."""
-    gpu = plan["gpu"]
-    parameters = plan["model"]["parameters"]
-    total = sum(parameters.values())
-    part_counts = [f"{part} {count / 1e6:,.0f} M" for part, count in parameters.items() if count]
-    counts = ", ".join(part_counts)
-    parallel = ParallelConfig(**plan["layout"]["parallel"])
-    lines = [
-        f"model       {plan['model']['path']}: {total / 1e9:.3f} B parameters ({counts})",
-        f"processes   {plan['world']} x {gpu['name']} ({gpu['memory'] / _GIB:.1f} GiB), {plan['replicas']} replicas",
-        f"layout      {search.name(parallel, plan['layout']['recompute'])}",
-        "",
-        f"{'a rank holds, GiB':20}{'parameters':>14}{'weights':>10}{'gradients':>11}{'optimizer':>11}",
-    ]
-    for rank in plan["rank"]:
-        title = f"{rank['model']}, stage {rank['stage']}"
-        weights = f"{rank['weights'] / _GIB:10.2f}"
-        gradients = f"{rank['gradients'] / _GIB:11.2f}"
-        optimizer = f"{rank['optimizer'] / _GIB:11.2f}"
-        lines.append(f"  {title:18}{rank['parameters']:14,}{weights}{gradients}{optimizer}")
-    lines += ["", *_phase_lines(plan), "", *_work_lines(plan)]
-    if plan["candidates"] is not None:
-        lines += ["", *_candidate_lines(plan)]
-    return "\n".join(lines)
-
-
-def _phase_lines(plan: Plan) -> list[str]:
-    limit = plan["gpu"]["memory"]
-    lines = ["memory of the fullest rank in each phase, GiB"]
-    for phase in plan["phases"]:
-        verdict = "fits" if phase["total"] <= limit else f"DOES NOT FIT into {limit / _GIB:.1f}"
-        lines.append(f"  {phase['name']:16}{phase['total'] / _GIB:8.2f}  {verdict}")
-        # An item that would print as 0.00 is left out.
-        items = [f"{name} {size / _GIB:.2f}" for name, size in phase["items"].items() if size >= _GIB // 200]
-        for start in range(0, len(items), _ITEMS_PER_LINE):
-            lines.append(f"    {', '.join(items[start : start + _ITEMS_PER_LINE])}")
-    patches = plan["patches_of_a_pack"]
-    if patches["room"] is not None:  # else the tower stores nothing, and any number fits
-        lines.append(f"  images: {patches['expected']:,} patches in a pack expected, room for {patches['room']:,}")
-    if engine := plan["engine"]:
-        sequences = engine["cache_tokens"] / engine["longest"]
-        lines.append(
-            f"  vLLM: {engine['engines']} engines, cache for {engine['cache_tokens']:,} tokens each = {sequences:.1f} "
-            f"sequences of {engine['longest']:,}"
-        )
-    return lines
-
-
-def _work_lines(plan: Plan) -> list[str]:
-    lines = ["work"]
-    for span in plan["spans"]:
-        packs = f"{span['micro_batches']} packs a replica"
-        seconds = [f"{name} {value:.1f}" for name, value in span["parts"].items() if value >= 0.05]
-        lines += [
-            f"  {span['steps']} steps of {span['tokens'] / 1e6:,.1f} M tokens, {packs}; samples: {span['told']}",
-            f"    {span['flops'] / 1e15:,.0f} PFLOP and {span['seconds']:.1f} s a step, in seconds:",
-            f"    {', '.join(seconds)}",
-        ]
-    sources = [SourceUse(**use) for use in plan["sources"]]
-    lines += [f"  {line}" for line in show_uses(sources)]
-    at_mfu = plan["at_mfu"]
-    modelled = plan["by_cost_model"]
-    checkpoints = plan["checkpoints_kept"]
-    size = plan["checkpoint_bytes"]
-    return [
-        *lines,
-        f"  {plan['steps']} steps, {plan['tokens'] / 1e9:,.2f} G tokens, {plan['flops']:.3e} FLOP; bubble "
-        f"{plan['bubble']:.1%}",
-        f"  at MFU {at_mfu['mfu']:.0%}: {at_mfu['hours']:,.1f} hours, {at_mfu['gpu_hours']:,.0f} GPU-hours",
-        f"  by the cost model: {modelled['hours']:,.1f} hours, {modelled['gpu_hours']:,.0f} GPU-hours "
-        f"(MFU {modelled['mfu']:.0%})",
-        f"  a checkpoint: {size / 1e9:,.1f} GB; {checkpoints} kept: {size * checkpoints / 1e12:,.2f} TB",
-        flops.FORMULA,
-    ]
-
-
-def _candidate_lines(plan: Plan) -> list[str]:
-    candidates = plan["candidates"] or ()
-    fitting = [candidate for candidate in candidates if not candidate["reason"]]
-    reasons: Counter[str] = Counter()
-    for candidate in candidates:
-        if candidate["reason"]:
-            reasons[_kind_of_reason(candidate["reason"])] += 1
-    lines = [f"layouts that fit: {len(fitting)} of {len(candidates)}, fastest first", "  hours     GiB"]
-    for candidate in fitting[:_SHOWN_LAYOUTS]:
-        layout = search.name(ParallelConfig(**candidate["parallel"]), candidate["recompute"])
-        lines.append(f"{candidate['hours']:7,.1f}{candidate['bytes'] / _GIB:8.1f}  {layout}")
-    lines.append("layouts that cannot be")
-    lines += [f"{count:6}  {reason}" for reason, count in reasons.most_common(_SHOWN_REASONS)]
-    return lines
-
-
-def _kind_of_reason(reason: str) -> str:
-    """Return the reason without its remedy; reasons that differ in the gigabytes alone become one."""
-    if reason.startswith("out of memory"):
-        return reason.split(" needs ")[0]
-    return reason.partition(";")[0]
 
 
 def processes(name: str, parallel: ParallelConfig) -> int:
@@ -329,6 +250,7 @@ def processes(name: str, parallel: ParallelConfig) -> int:
     counts = [part.removesuffix("gpu") for part in name.split("_") if part.endswith("gpu")]
     if counts and counts[0].isdigit():
         return int(counts[0])
+    # Nothing says how many: one replica is the least that the layout runs on.
     return parallel.ranks
 
 

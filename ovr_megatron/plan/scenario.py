@@ -53,25 +53,30 @@ class Scenario:
             ConfigError: names the setting and the remedy.
         """
         config = self.config
-        check_layout(self.shape, config.parallel, config.model.fp8 != "none")
+        uses_fp8 = config.model.fp8 != "none"
+        check_layout(self.shape, config.parallel, uses_fp8)
         dp = config.parallel.data_parallel(self.world)
         if isinstance(config, ColdStartConfig):
             _check_packs(config, dp)
             return
         algorithm = config.algorithm
         critic = self.critic_scenario
-        check_layout(self.shape, critic.config.parallel, config.model.fp8 != "none")
+        check_layout(self.shape, critic.config.parallel, uses_fp8)
         replicas_by_steps = {algorithm.policy_steps: dp}
         if algorithm.has_critic:
-            replicas_by_steps |= {algorithm.critic_steps: critic.dp}
+            replicas_by_steps[algorithm.critic_steps] = critic.dp
+        prompts = config.prompts
+        responses = config.responses
         for steps, replicas in replicas_by_steps.items():
-            if config.prompts < replicas or config.prompts * config.responses < steps:
+            # Prompts are shared by the replicas, and responses by the steps.
+            if prompts < replicas or prompts * responses < steps:
                 raise ConfigError(
-                    f"prompts={config.prompts} x responses={config.responses} are too few for {replicas} replicas and "
+                    f"prompts={prompts} x responses={responses} are too few for {replicas} replicas and "
                     f"the {steps} steps of an iteration; raise prompts"
                 )
-        if self.world % config.rollout.tp:
-            raise ConfigError(f"rollout.tp={config.rollout.tp} does not divide the {self.world} processes; change one")
+        rollout_tp = config.rollout.tp
+        if self.world % rollout_tp:
+            raise ConfigError(f"rollout.tp={rollout_tp} does not divide the {self.world} processes; change one")
 
     @cached_property
     def dp(self) -> int:
@@ -84,35 +89,48 @@ class Scenario:
 
     def tokens(self, span: Span) -> float:
         """Return the tokens of all replicas in one step or iteration."""
-        if isinstance(self.config, ColdStartConfig):
-            return float(self.config.packs_per_step * self.config.data.pack_tokens)
-        return self.config.prompts * self.config.responses * span.load.tokens
+        config = self.config
+        if isinstance(config, ColdStartConfig):
+            return float(config.packs_per_step * config.data.pack_tokens)
+        return config.prompts * config.responses * span.load.tokens
 
     def micro_batches(self, span: Span, share: int = 1) -> int:
         """Return the packs of a replica in a step on one ``share``-th of the iteration's tokens."""
-        if isinstance(self.config, ColdStartConfig):
-            return max(1, self.config.packs_per_step // self.dp)
-        tokens_per_round = self.config.data.pack_tokens * self.dp * share
-        return max(1, -(-int(self.tokens(span)) // tokens_per_round))
+        config = self.config
+        if isinstance(config, ColdStartConfig):
+            packs = config.packs_per_step // self.dp
+        else:
+            # A replica of a step gets its part of the `share`-th part of all tokens.
+            tokens_per_round = config.data.pack_tokens * self.dp * share
+            tokens = int(self.tokens(span))
+            packs = -(-tokens // tokens_per_round)
+        return max(1, packs)
 
     def pack(self, span: Span) -> PackShape:
         """Return a full pack of this span's samples, every token scored."""
         tokens = self.config.data.pack_tokens
-        patches = round(tokens * span.load.patches / span.load.tokens)
+        load = span.load
+        patches = round(tokens * load.patches / load.tokens)
         return PackShape(tokens, tokens, patches, _BATCHED)
 
 
 def _check_packs(config: ColdStartConfig, dp: int) -> None:
-    if config.packs_per_step % dp:
-        raise ConfigError(
-            f"packs_per_step={config.packs_per_step} cannot be shared by {dp} replicas; make it a multiple"
-        )
-    if config.parallel.vpp > 1 and config.packs_per_step // dp < config.parallel.pp:
-        raise ConfigError(f"fewer packs a replica ({config.packs_per_step // dp}) than stages of vpp; use vpp=1")
+    parallel = config.parallel
+    packs_per_step = config.packs_per_step
+    if packs_per_step % dp:
+        raise ConfigError(f"packs_per_step={packs_per_step} cannot be shared by {dp} replicas; make it a multiple")
+    replica_packs = packs_per_step // dp
+    # Megatron's interleaved schedule takes micro-batches in groups of as many as there are stages.
+    if parallel.vpp > 1 and replica_packs < parallel.pp:
+        raise ConfigError(f"fewer packs a replica ({replica_packs}) than stages of vpp; use vpp=1")
 
 
 def build_scenario(
-    config: ColdStartConfig | RLConfig, shape: ModelShape, gpu: Gpu, world: int, model_dir: str | None
+    config: ColdStartConfig | RLConfig,
+    shape: ModelShape,
+    gpu: Gpu,
+    world: int,
+    model_dir: str | None,
 ) -> Scenario:
     """Build the scenario; lengths are measured where there are sources and a tokenizer in ``model_dir``, else assumed.
 
@@ -120,8 +138,10 @@ def build_scenario(
         ConfigError: as `Scenario.check`, and of `measure`.
     """
     data = config.data
-    prompts = isinstance(config, RLConfig)
-    measured = measure(model_dir, data, config.run.seed, prompts) if model_dir and data.sources else None
+    measured = None
+    if model_dir and data.sources:
+        generation = isinstance(config, RLConfig)
+        measured = measure(model_dir, data, config.run.seed, generation)
     if isinstance(config, ColdStartConfig):
         spans = [_cold_start_span(config, measured)]
     else:
@@ -148,7 +168,9 @@ def _cold_start_span(config: ColdStartConfig, measured: Workload | None) -> Span
     if not steps:
         if not samples:
             raise ConfigError("steps=0: give data.tokenised=DIR, data.expected_samples or steps")
-        steps = math.ceil(config.epochs * samples * load.tokens / (config.packs_per_step * data.pack_tokens))
+        total_tokens = config.epochs * samples * load.tokens
+        step_tokens = config.packs_per_step * data.pack_tokens
+        steps = math.ceil(total_tokens / step_tokens)
     return Span(steps, load, data.pack_tokens)
 
 
@@ -167,10 +189,13 @@ def _rl_spans(config: RLConfig, shape: ModelShape, measured: Workload | None) ->
     first_iteration = 0
     for stage in config.curriculum:
         steps = min(stage.until, config.iterations) - first_iteration
+        # A stage that begins after the last iteration is never reached.
         if steps <= 0:
             continue
-        mean_tokens = stage.mean_tokens or stage.max_tokens // _RL_MEAN
-        load = assume_workload(mean_tokens, stage.max_tokens, patches)
-        spans.append(Span(steps, replace(load, basis=f"{load.basis}; {images}"), stage.max_tokens))
+        limit = stage.max_tokens
+        mean_tokens = stage.mean_tokens or limit // _RL_MEAN
+        load = assume_workload(mean_tokens, limit, patches)
+        basis = f"{load.basis}; {images}"
+        spans.append(Span(steps, replace(load, basis=basis), limit))
         first_iteration += steps
     return spans

@@ -34,7 +34,13 @@ class Candidate:
 def candidates(scenario: Scenario) -> list[Candidate]:
     """Return all layouts, those that fit first, fastest first."""
     layouts = [_assess(scenario, parallel, recompute) for parallel, recompute in _layouts(scenario.world)]
-    return sorted(layouts, key=lambda candidate: (bool(candidate.reason), candidate.hours, candidate.bytes))
+    return sorted(layouts, key=_rank_candidate)
+
+
+def _rank_candidate(candidate: Candidate) -> tuple[bool, float, int]:
+    """Return a key that sorts candidates: those that fit, by hours, then the others."""
+    is_ruled_out = bool(candidate.reason)
+    return is_ruled_out, candidate.hours, candidate.bytes
 
 
 def _layouts(world: int) -> Iterator[tuple[ParallelConfig, Recompute]]:
@@ -43,43 +49,47 @@ def _layouts(world: int) -> Iterator[tuple[ParallelConfig, Recompute]]:
     Sequence parallelism is tried wherever tensors are cut; overlap goes with the distributed optimizer.
     """
     for tp, pp, vpp, cp, sharded in product(_TP_SIZES, _PP_SIZES, _VPP_SIZES, _CP_SIZES, (True, False)):
+        # Only a pipeline can be interleaved.
         if tp * pp * cp > world or (vpp > 1 and pp == 1):
             continue
         sequence_parallel = (True, False) if tp > 1 else (False,)
         for sequence, recompute in product(sequence_parallel, _RECOMPUTE):
-            yield (
-                ParallelConfig(
-                    tp=tp,
-                    pp=pp,
-                    vpp=vpp,
-                    cp=cp,
-                    sequence_parallel=sequence,
-                    distributed_optimizer=sharded,
-                    overlap=sharded,
-                ),
-                recompute,
+            parallel = ParallelConfig(
+                tp=tp,
+                pp=pp,
+                vpp=vpp,
+                cp=cp,
+                sequence_parallel=sequence,
+                distributed_optimizer=sharded,
+                overlap=sharded,
             )
+            yield parallel, recompute
 
 
 def _assess(scenario: Scenario, parallel: ParallelConfig, recompute: Recompute) -> Candidate:
     """Return the candidate of one layout: its memory and hours, or the reason that rules it out."""
     try:
-        variant = scenario.with_settings(parallel=parallel, model=replace(scenario.config.model, recompute=recompute))
+        model = replace(scenario.config.model, recompute=recompute)
+        variant = scenario.with_settings(parallel=parallel, model=model)
         variant.check()
     except ConfigError as error:
         return Candidate(parallel, recompute, reason=str(error))
-    fullest = max(memory.phases(variant), key=lambda phase: phase.total)
-    if fullest.total > scenario.gpu.memory:
-        needs = f"{fullest.total / _GIB:.0f} of {scenario.gpu.memory / _GIB:.0f} GiB"
-        return Candidate(
-            parallel, recompute, fullest.total, reason=f"out of memory: phase {fullest.name} needs {needs}"
-        )
+    fullest = memory.fullest_phase(memory.phases(variant))
+    limit = scenario.gpu.memory
+    if fullest.total > limit:
+        needs = f"{fullest.total / _GIB:.0f} of {limit / _GIB:.0f} GiB"
+        reason = f"out of memory: phase {fullest.name} needs {needs}"
+        return Candidate(parallel, recompute, fullest.total, reason=reason)
     return Candidate(parallel, recompute, fullest.total, hours(variant))
 
 
 def hours(scenario: Scenario) -> float:
     """Return the hours of the whole run by the cost model."""
-    return sum(span.steps * cost.seconds(scenario, span).total for span in scenario.spans) / 3600
+    span_seconds = []
+    for span in scenario.spans:
+        step = cost.seconds(scenario, span)
+        span_seconds.append(span.steps * step.total)
+    return sum(span_seconds) / 3600
 
 
 def name(parallel: ParallelConfig, recompute: str) -> str:

@@ -64,12 +64,20 @@ def measure(model_dir: str, data: DataConfig, seed: int, generation: bool, rows:
             refusals.append(result)
     if not fitting:
         reason = refusals[0]
-        raise reason if isinstance(reason, Exception) else ValueError(f"no sample fits into {data.pack_tokens} tokens")
-    basis = f"{len(fitting)} of {len(drawn)} rows measured" + (" (prompts)" if generation else "")
+        if isinstance(reason, Exception):
+            raise reason
+        raise ValueError(f"no sample fits into {data.pack_tokens} tokens")
+    basis = f"{len(fitting)} of {len(drawn)} rows measured"
+    if generation:
+        basis += " (prompts)"
+    samples = len(lengths)
+    tokens = sum(lengths)
+    squares = sum(length * length for length in lengths)
+    patches = _count_patches(fitting, processor, generation)
     return Workload(
-        tokens=sum(lengths) / len(lengths),
-        squares=sum(n * n for n in lengths) / sum(lengths),
-        patches=_count_patches(fitting, processor, generation) / len(lengths),
+        tokens=tokens / samples,
+        squares=squares / tokens,
+        patches=patches / samples,
         basis=basis,
     )
 
@@ -84,14 +92,18 @@ def read_tokenised_workload(folder: str, limit: int) -> tuple[Workload, float]:
     """
     manifest = read_tokenised_manifest(folder)
     records = read_records(folder)
-    fitting = records[records["length"] <= limit]
+    is_fitting = records["length"] <= limit
+    fitting = records[is_fitting]
+    # As int32, in which they are stored, squares of long samples would overflow.
     lengths = fitting["length"].astype(np.float64)
-    weights = np.array([source.weight for source in manifest.sources])[fitting["source"]]
+    source_weights = np.array([source.weight for source in manifest.sources])
+    weights = source_weights[fitting["source"]]
     tokens = float((weights * lengths).sum())
+    squares = float((weights * lengths**2).sum())
     samples = float(weights.sum())
     workload = Workload(
         tokens=tokens / samples,
-        squares=float((weights * lengths**2).sum()) / tokens,
+        squares=squares / tokens,
         patches=0.0,
         basis=f"all {len(fitting):,} samples of the set",
     )
@@ -102,24 +114,35 @@ def _count_patches(rows: Sequence[Row], processor: Processor, generation: bool) 
     """Count the patches of all images of ``rows``; pixels are processed, a few rows at a time."""
     with_images = [row for row in rows if _has_image(row)]
     patches = 0
+    # Pixels of all rows at once might not fit into memory.
     for start in range(0, len(with_images), _ENCODED_ROWS):
-        samples = processor.encode(with_images[start : start + _ENCODED_ROWS], generation)
+        encoded_rows = with_images[start : start + _ENCODED_ROWS]
+        samples = processor.encode(encoded_rows, generation)
         patches += sum(len(sample.patches) for sample in samples)
     return patches
 
 
 def _has_image(row: Row) -> bool:
     for message in row.prompt:
-        if not all(isinstance(part, TextPart) for part in message.parts):
-            return True
+        for part in message.parts:
+            if not isinstance(part, TextPart):
+                return True
     return False
 
 
 def assume_workload(tokens: int, limit: int, patches: float = 0.0) -> Workload:
     """Return lengths of a mean of ``tokens``, as if they fell off exponentially, up to ``limit``."""
-    return Workload(tokens, min(2.0 * tokens, float(limit)), patches, f"stated mean of {tokens:,} tokens")
+    # The mean square of an exponential distribution is twice the square of its mean.
+    squares = min(2.0 * tokens, float(limit))
+    return Workload(
+        tokens=tokens,
+        squares=squares,
+        patches=patches,
+        basis=f"stated mean of {tokens:,} tokens",
+    )
 
 
 def image_patches(data: DataConfig, shape: ModelShape, share: float = 0.25) -> float:
     """Return the patches of an image of ``share`` of the image budget."""
-    return share * data.max_pixels / shape.vision.patch**2
+    patch_pixels = shape.vision.patch**2
+    return share * data.max_pixels / patch_pixels

@@ -28,7 +28,10 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
         limit: most tokens of the response.
         buffer: tokens before the limit over which the penalty grows.
     """
-    return -min(max(length - (limit - buffer), 0) / buffer, 1.0) if buffer else 0.0
+    if not buffer:
+        return 0.0
+    tokens_in_buffer = max(length - (limit - buffer), 0)
+    return -min(tokens_in_buffer / buffer, 1.0)
 
 
 def token_rewards(scores: Sequence[float], lengths: Sequence[int], penalties: Ragged | None = None) -> Ragged:
@@ -46,23 +49,27 @@ def token_rewards(scores: Sequence[float], lengths: Sequence[int], penalties: Ra
     for i, reward in enumerate(rewards):
         if penalties is not None:
             reward -= penalties[i]
-        if len(reward):
+        if len(reward):  # a response may have no tokens
             reward[-1] += scores[i]
     return rewards
 
 
 def discounted_sums(rewards: Ragged, factor: float) -> Ragged:
     """Sum from each token to the end of its response: G_t = sum over k >= t of factor^(k - t) r_k, [n] per response."""
-    lengths = np.array([len(r) for r in rewards])
-    width = int(lengths.max(initial=0))
-    padded = np.zeros((len(rewards), width))
+    count = len(rewards)
+    width = max(map(len, rewards), default=0)
+    padded = np.zeros((count, width))
     for row, r in zip(padded, rewards, strict=True):
         row[: len(r)] = r
     # G_t = r_t + factor G_{t+1}, for all responses at once; the zeros behind a short response add nothing to it.
-    sums = np.zeros((len(rewards), width + 1))
+    sums = np.zeros((count, width + 1))
     for t in reversed(range(width)):
         sums[:, t] = padded[:, t] + factor * sums[:, t + 1]
-    return [row[:n].copy() for row, n in zip(sums, lengths, strict=True)]
+    response_sums = []
+    for row, r in zip(sums, rewards, strict=True):
+        # Copied: a view would keep the padded sums of all responses in memory.
+        response_sums.append(row[: len(r)].copy())
+    return response_sums
 
 
 def generalised_advantages(rewards: Ragged, values: Ragged, gamma: float, lam: float) -> tuple[Ragged, Ragged]:
@@ -83,7 +90,8 @@ def generalised_advantages(rewards: Ragged, values: Ragged, gamma: float, lam: f
     deltas = []
     for r, v in zip(rewards, values, strict=True):
         value = np.asarray(v, np.float64)
-        next_value = np.append(value[1:], 0.0)[: len(value)]  # cut, as a response may have no tokens
+        later_values = np.append(value[1:], 0.0)
+        next_value = later_values[: len(value)]  # cut, as a response may have no tokens
         deltas.append(r + gamma * next_value - value)
     advantages = discounted_sums(deltas, gamma * lam)
     returns = [a + v for a, v in zip(advantages, values, strict=True)]
@@ -102,16 +110,18 @@ def group_advantages(rewards: Ragged, groups: Sequence[int], divide: bool) -> Ra
         groups: index of the prompt of each response.
         divide: by the standard deviation of the group.
     """
-    response_rewards = np.array([r.sum() for r in rewards])
+    response_rewards = _sum_by_response(rewards)
     prompts = np.asarray(groups)
-    advantages = np.zeros(len(response_rewards))
+    advantages = np.zeros(len(rewards))
     for prompt in np.unique(prompts):
         members = prompts == prompt
         group = response_rewards[members]
-        # The small term is for a group of equal rewards, whose standard deviation is 0.
-        scale = group.std() + 1e-6 if divide else 1.0
+        scale = 1.0
+        if divide:
+            # The small term is for a group of equal rewards, whose standard deviation is 0.
+            scale = group.std() + 1e-6
         advantages[members] = (group - group.mean()) / scale
-    return [np.full(len(r), a) for r, a in zip(rewards, advantages, strict=True)]
+    return _repeat_over_tokens(advantages, rewards)
 
 
 def leave_one_out_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged:
@@ -124,29 +134,46 @@ def leave_one_out_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged:
         rewards: float [n] per response.
         groups: index of the prompt of each response.
     """
-    response_rewards = np.array([r.sum() for r in rewards])
+    response_rewards = _sum_by_response(rewards)
     prompts = np.asarray(groups)
-    advantages = np.zeros(len(response_rewards))
+    advantages = np.zeros(len(rewards))
     for prompt in np.unique(prompts):
         members = prompts == prompt
         group = response_rewards[members]
-        baselines = (group.sum() - group) / max(len(group) - 1, 1)
+        # At least 1: the only response to a prompt has a sum of 0 over the others, and so the baseline 0.
+        divisor = max(len(group) - 1, 1)
+        baselines = (group.sum() - group) / divisor
         advantages[members] = group - baselines
-    return [np.full(len(r), a) for r, a in zip(rewards, advantages, strict=True)]
+    return _repeat_over_tokens(advantages, rewards)
+
+
+def _sum_by_response(rewards: Ragged) -> np.ndarray:
+    return np.array([r.sum() for r in rewards])
+
+
+def _repeat_over_tokens(advantages: np.ndarray, rewards: Ragged) -> Ragged:
+    """Give the advantage of each response to all of its tokens, [n] per response."""
+    token_advantages = []
+    for advantage, r in zip(advantages, rewards, strict=True):
+        token_advantages.append(np.full(len(r), advantage))
+    return token_advantages
 
 
 def moments(arrays: Ragged) -> np.ndarray:
     """Return count, sum and sum of squares over all tokens, float64 [3]; they add up over ranks."""
     flat = np.concatenate([np.zeros(0), *arrays])  # the zeros: a rank may have no responses
-    return np.array([flat.size, flat.sum(), np.square(flat).sum()])
+    total = flat.sum()
+    total_of_squares = np.square(flat).sum()
+    return np.array([flat.size, total, total_of_squares])
 
 
 def mean_and_std(total: np.ndarray) -> tuple[float, float]:
     """Return mean and (biased) standard deviation from summed `moments`."""
     count, first, second = total
     mean = first / count
-    variance = max(second / count - mean * mean, 0.0)  # rounding may leave it a little below 0
-    return float(mean), float(np.sqrt(variance))
+    variance = second / count - mean * mean
+    std = np.sqrt(max(variance, 0.0))  # rounding may leave the variance a little below 0
+    return float(mean), float(std)
 
 
 def normalise(advantages: Ragged, mean: float, std: float) -> Ragged:
@@ -156,8 +183,10 @@ def normalise(advantages: Ragged, mean: float, std: float) -> Ragged:
 
 def explained_variance(error: np.ndarray, target: np.ndarray) -> float:
     """Return 1 - Var(target - value) / Var(target) from summed `moments`; 0 where the targets do not vary."""
-    target_variance = mean_and_std(target)[1] ** 2
+    _, target_std = mean_and_std(target)
+    target_variance = target_std**2
     # A difference of two sums: rounding leaves equal targets a tiny variance, which must not be divided by.
     if target_variance > 1e-12:
-        return 1.0 - mean_and_std(error)[1] ** 2 / target_variance
+        _, error_std = mean_and_std(error)
+        return 1.0 - error_std**2 / target_variance
     return 0.0

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -24,9 +23,10 @@ from ovr_megatron.data.stream import StreamState
 from ovr_megatron.errors import UserError
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.ppo.rollouts import Prompts, Rollout
+from ovr_megatron.ppo.prompts import Prompts, PromptStream
+from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.files import atomic_file, write_whole
 from ovr_megatron.runtime.json_lines import json_lines
 
@@ -124,22 +124,24 @@ def write(
     Returns:
         Why a rank could not write, on all ranks; then no file of the iteration stays.  None if all is written.
     """
-    folder = run / "rollouts" / f"{iteration:06d}"
+    folder = _folder_of(run, iteration)
+    train_prompts = [[i, tokens] for i, tokens in rollout.train_prompts.items()]
     summary: IterationSummary = {
         "limit": rollout.limit,
-        "kept": [[i, tokens] for i, tokens in rollout.train_prompts.items()],
+        "kept": train_prompts,
         "stream": stream,
         "drawn": len(rollout.prompts.rows),
     }
-    steps = [
+    part = folder / f"{world.rank:05d}"
+    steps: list[Callable[[], None] | None] = [
         partial(_make_empty, folder) if world.is_main else None,
-        partial(_write_part, run, iteration, rollout, responses, arrays, folder / f"{world.rank:05d}"),
+        partial(_write_part, run, iteration, rollout, responses, arrays, part),
         partial(_publish, folder, summary) if world.is_main else None,
     ]
     problem = None
     for step in steps:
         # Every rank takes part in every gather, so that none waits for a rank whose disk is full.
-        problem = _run_step(step, world)
+        problem = _run_step(step)
         if problem:
             if world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -147,7 +149,11 @@ def write(
     return problem
 
 
-def _run_step(step: Callable[[], None] | None, world: World) -> str | None:
+def _folder_of(run: Path, iteration: int) -> Path:
+    return run / "rollouts" / f"{iteration:06d}"
+
+
+def _run_step(step: Callable[[], None] | None) -> str | None:
     """Run this rank's ``step``; return the problem of the first rank whose disk has one, or None.  A collective."""
     problem: str | None = None
     try:
@@ -155,8 +161,7 @@ def _run_step(step: Callable[[], None] | None, world: World) -> str | None:
             step()
     except OSError as error:
         problem = str(error)
-    problems: list[str | None] = [None] * world.size
-    dist.all_gather_object(problems, problem)
+    problems = gather_objects(problem)
     return next(filter(None, problems), None)
 
 
@@ -180,9 +185,11 @@ def _write_part(
     if responses:
         _write_numbers(part.with_suffix(".safetensors"), responses, present)
     if responses or untrained:
+        advantages = present.get("advantages")
         with part.with_suffix(".jsonl").open("w", encoding="utf-8") as out:
-            for line in _build_lines(run, iteration, rollout.prompts, responses, present.get("advantages")):
+            for line in _build_lines(run, iteration, rollout.prompts, responses, advantages):
                 out.write(json.dumps(line) + "\n")
+            # Lists of their own: each saves the images of a few prompts.
             for line in _build_lines(run, iteration, rollout.prompts, untrained, None):
                 out.write(json.dumps(line) + "\n")
 
@@ -195,6 +202,7 @@ def _publish(folder: Path, summary: IterationSummary) -> None:
         for path in sorted(folder.glob("*.jsonl")):
             with path.open("rb") as lines:
                 shutil.copyfileobj(lines, out)
+    # After the rename: until then the lines of a rank are in its own file alone.
     for path in folder.glob("*.jsonl"):
         path.unlink()
     write_whole(folder / "iteration.json", json.dumps(summary))
@@ -202,7 +210,9 @@ def _publish(folder: Path, summary: IterationSummary) -> None:
 
 def iterations(run: Path) -> list[int]:
     """Return the iterations whose rollouts are complete, in order."""
-    return sorted(int(path.parent.name) for path in (run / "rollouts").glob("*/iteration.json"))
+    # `iteration.json` is written last, so that a folder with one is complete.
+    paths = (run / "rollouts").glob("*/iteration.json")
+    return sorted(int(path.parent.name) for path in paths)
 
 
 def read(run: Path, iteration: int, world: World) -> SavedIteration:
@@ -211,13 +221,14 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
     Raises:
         ArchiveError: a file is missing or damaged.
     """
-    folder = run / "rollouts" / f"{iteration:06d}"
+    folder = _folder_of(run, iteration)
     try:
         summary = json.loads((folder / "iteration.json").read_text(encoding="utf-8"))
-        lines = _read_lines(run / "rollouts" / f"{iteration:06d}.jsonl")
+        lines = _read_lines(folder.with_suffix(".jsonl"))
         responses: list[Response] = []
         # Any rank may read any file: responses are exchanged again before anything trains on them.
-        for path in sorted(folder.glob("*.safetensors"))[world.rank :: world.size]:
+        paths = sorted(folder.glob("*.safetensors"))
+        for path in paths[world.rank :: world.size]:
             responses += _read_responses(path, lines)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         complete = ", ".join(map(str, iterations(run))) or "none"
@@ -225,16 +236,26 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
             f"{folder}: the rollouts of iteration {iteration} cannot be read ({error}); whole ones: {complete}"
         ) from error
     train_prompts = dict(map(tuple, summary["kept"]))
-    return SavedIteration(summary["limit"], train_prompts, summary["stream"], summary["drawn"], responses)
+    return SavedIteration(
+        summary["limit"],
+        train_prompts,
+        summary["stream"],
+        summary["drawn"],
+        responses,
+    )
 
 
 def read_all(run: Path, iteration: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
     """Return the saved arrays [n] of every response of all ranks, by index of the prompt and of the response to it."""
     arrays_by_response: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-    for path in sorted((run / "rollouts" / f"{iteration:06d}").glob("*.safetensors")):
+    folder = _folder_of(run, iteration)
+    for path in sorted(folder.glob("*.safetensors")):
         index, arrays = _read_arrays(path)
         for i, (prompt, sample, _) in enumerate(index.tolist()):
-            arrays_by_response[prompt, sample] = {name: values[i] for name, values in arrays.items()}
+            response_arrays = {}
+            for name, values in arrays.items():
+                response_arrays[name] = values[i]
+            arrays_by_response[prompt, sample] = response_arrays
     return arrays_by_response
 
 
@@ -244,9 +265,10 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
     Raises:
         ArchiveError: ``iteration.json`` is damaged.
     """
-    path = run / "rollouts" / f"{iteration:06d}" / "iteration.json"
+    path = _folder_of(run, iteration) / "iteration.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
+        # The saved state is that before the iteration, so its prompts are drawn once more.
         prompts.stream.load(summary["stream"])
         prompts.draw(int(summary["drawn"]))
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -258,15 +280,27 @@ def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
     """Return the rollout as it was, its prompts drawn again; the stream ends where the iteration left it."""
     prompts.stream.load(saved.stream)
     rows = prompts.draw(saved.drawn)
-    return Rollout(Prompts(rows, prompts.processor), saved.limit, saved.responses, saved.train_prompts)
+    return Rollout(
+        Prompts(rows, prompts.processor),
+        saved.limit,
+        saved.responses,
+        saved.train_prompts,
+    )
 
 
 def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[str, Ragged]) -> None:
     """Write tokens and arrays of all ``responses`` one after the other; ``index`` says how to cut them."""
-    tensors = {
-        "index": np.array([(r.prompt, r.sample, len(r.tokens)) for r in responses], np.int64),
-        "tokens": np.concatenate([np.asarray(r.tokens, np.int32) for r in responses]),
-        "logprobs": np.concatenate([np.asarray(r.logprobs, np.float32) for r in responses]),
+    index = []
+    tokens = []
+    logprobs = []
+    for r in responses:
+        index.append((r.prompt, r.sample, len(r.tokens)))
+        tokens.append(np.asarray(r.tokens, np.int32))
+        logprobs.append(np.asarray(r.logprobs, np.float32))
+    tensors: dict[str, np.ndarray] = {
+        "index": np.array(index, np.int64),
+        "tokens": np.concatenate(tokens),
+        "logprobs": np.concatenate(logprobs),
     }
     for name, values in arrays.items():
         tensors[name] = np.concatenate(values)
@@ -278,9 +312,13 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, dict[str, Ragged]]:
     """Return the index [responses, 3] of a file (prompt, sample, n), and its arrays cut into [n] by response."""
     with safe_open(path, "numpy") as file:
         index = file.get_tensor("index")
-        cuts = np.cumsum(index[:, 2])[:-1]
-        names = [name for name in file.keys() if name != "index"]
-        return index, {name: np.split(file.get_tensor(name), cuts) for name in names}
+        lengths = index[:, 2]
+        cuts = np.cumsum(lengths)[:-1]
+        arrays = {}
+        for name in file.keys():
+            if name != "index":
+                arrays[name] = np.split(file.get_tensor(name), cuts)
+        return index, arrays
 
 
 def _read_lines(path: Path) -> dict[tuple[int, int], ArchivedResponse]:
@@ -294,7 +332,8 @@ def _read_lines(path: Path) -> dict[tuple[int, int], ArchivedResponse]:
         fields = line.parse_or_none()
         if fields is None:
             raise ValueError(f"line {line.number} of {path.name} is damaged")
-        lines[fields["number"], fields["sample"]] = cast(ArchivedResponse, fields)
+        response = cast(ArchivedResponse, fields)
+        lines[response["number"], response["sample"]] = response
     return lines
 
 
@@ -309,13 +348,13 @@ def _read_responses(path: Path, lines: Mapping[tuple[int, int], ArchivedResponse
             Response(
                 prompt,
                 sample,
-                response_tokens.tolist(),
-                response_logprobs,
-                line["stopped"],
-                line["response"],
-                line["reward"],
-                line["verdict"],
-                line.get("failed", False),
+                tokens=response_tokens.tolist(),
+                logprobs=response_logprobs,
+                stopped=line["stopped"],
+                text=line["response"],
+                reward=line["reward"],
+                verdict=line["verdict"],
+                failed=line.get("failed", False),
             )
         )
     return responses
@@ -332,9 +371,13 @@ def _build_lines(
         row = prompts.rows[r.prompt]
         if sample.images and r.prompt not in image_names and len(image_names) < PICTURES:
             name = f"rollouts/images/{iteration:06d}_{r.prompt}.png"
-            (run / name).parent.mkdir(parents=True, exist_ok=True)
-            sample.images[0].save(run / name)
+            path = run / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sample.images[0].save(path)
             image_names[r.prompt] = name
+        advantage_mean = None
+        if advantages and len(r.tokens):  # a mean over no tokens would be NaN, which is no JSON
+            advantage_mean = float(advantages[i].mean())
         lines.append(
             {
                 "iteration": iteration,
@@ -350,7 +393,7 @@ def _build_lines(
                 "source": row.source,
                 "tokens": len(r.tokens),
                 "stopped": r.stopped,
-                "advantage_mean": float(advantages[i].mean()) if advantages and len(r.tokens) else None,
+                "advantage_mean": advantage_mean,
                 "image": image_names.get(r.prompt),
             }
         )

@@ -47,8 +47,10 @@ class Response:
 
 def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int]:
     """Return ``count`` sampling seeds for a prompt, a function of these numbers alone; consecutive, below 2^31."""
+    sequence = np.random.SeedSequence([run_seed, iteration, prompt])
+    state = sequence.generate_state(1)
     # 30 of the 32 bits, so that the last of the consecutive seeds stays below 2^31.
-    first = int(np.random.SeedSequence([run_seed, iteration, prompt]).generate_state(1)[0]) >> 2
+    first = int(state[0]) >> 2
     return list(range(first, first + count))
 
 
@@ -63,9 +65,12 @@ def balance_prompts(costs: dict[int, int], ranks: int) -> dict[int, int]:
         ranks: data-parallel size.
     """
     prompts = sorted(costs)  # so that of equal prompts all ranks place the one of the lower index first
+    prompt_costs = [costs[prompt] for prompt in prompts]
+    shares = balance(prompt_costs, ranks, equal_counts=True)
     rank_of_prompt: dict[int, int] = {}
-    for rank, share in enumerate(balance([costs[prompt] for prompt in prompts], ranks, equal_counts=True)):
-        rank_of_prompt |= dict.fromkeys([prompts[i] for i in share], rank)
+    for rank, share in enumerate(shares):
+        for i in share:
+            rank_of_prompt[prompts[i]] = rank
     return rank_of_prompt
 
 
@@ -103,7 +108,11 @@ class Batch:
 
         The rule does not depend on the ranks, so that a step learns from the same responses in every layout.
         """
-        return [i for i, global_index in enumerate(self.global_indices) if global_index % steps == step]
+        members = []
+        for i, global_index in enumerate(self.global_indices):
+            if global_index % steps == step:
+                members.append(i)
+        return members
 
     def group_into_packs(self, members: Sequence[int]) -> list[list[int]]:
         """Distribute the responses ``members`` over packs; return the responses of each pack, in order.
@@ -112,8 +121,11 @@ class Batch:
         """
         if not members:
             return [[]]
-        plan = plan_packs([len(self.samples[i]) for i in members], self.pack_tokens)
-        return [[members[k] for k in positions] for positions in plan]
+        sample_lengths = [len(self.samples[i]) for i in members]
+        pack_members = []
+        for positions in plan_packs(sample_lengths, self.pack_tokens):
+            pack_members.append([members[position] for position in positions])
+        return pack_members
 
     def packs(self, pack_members: Sequence[Sequence[int]], **arrays: Ragged | None) -> list[Pack]:
         """Build the packs of `group_into_packs`.
@@ -132,7 +144,10 @@ class Batch:
             samples = [self.samples[i] for i in members]
             extras = []
             for i in members:
-                extras.append({name: values[i].astype(np.float32) for name, values in present.items()})
+                response_arrays = {}
+                for name, values in present.items():
+                    response_arrays[name] = values[i].astype(np.float32)
+                extras.append(response_arrays)
             packs.append(pack(samples, extras))
         return packs
 
@@ -142,7 +157,9 @@ class Batch:
         for values, members in zip(scored, pack_members, strict=True):
             if not members:  # the empty pack of a rank without responses has no rows
                 continue
-            cuts = np.cumsum([self.lengths[i] for i in members])[:-1]
-            arrays.update(zip(members, np.split(values.double().cpu().numpy(), cuts), strict=True))
+            lengths = [self.lengths[i] for i in members]
+            cuts = np.cumsum(lengths)[:-1]
+            pack_values = values.double().cpu().numpy()  # float64, as advantages are computed in it
+            arrays.update(zip(members, np.split(pack_values, cuts), strict=True))
         # In the order of the responses, which is not that of the packs.
         return [arrays[i] for i in sorted(arrays)]

@@ -13,3 +13,11 @@ def max_tokens(stages: Sequence[StageConfig], iteration: int) -> int:
     The paper's stages are 24k for the first 300 iterations, 32k up to 700, 48k after.
     """
     return next(stage.max_tokens for stage in stages if iteration < stage.until)
+
+
+def stage_starts(stages: Sequence[StageConfig]) -> list[int]:
+    """Return the first iteration of each stage: where the stage before it ends."""
+    starts = [0]
+    for stage in stages[:-1]:
+        starts.append(stage.until)
+    return starts

@@ -18,7 +18,7 @@ from ovr_megatron.ppo.advantages import (
     group_advantages,
     leave_one_out_advantages,
 )
-from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
+from ovr_megatron.runtime.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,18 @@ def _reinforce_pp(batch: EstimatorInput) -> Estimate:
 
 
 # docs/algorithms.md has the equation and the source of each.
-ESTIMATORS: dict[str, Estimator] = {
-    "gae": Estimator(_gae, needs_values=True, normalises=True),
-    "grpo": Estimator(_grpo, needs_groups=True),
-    "dr_grpo": Estimator(_dr_grpo, needs_groups=True),
-    "rloo": Estimator(_rloo, needs_groups=True),
-    "reinforce_pp": Estimator(_reinforce_pp, normalises=True),
-}
+ESTIMATORS = Registry[Estimator](
+    "algorithm.estimator",
+    {
+        "gae": Estimator(_gae, needs_values=True, normalises=True),
+        "grpo": Estimator(_grpo, needs_groups=True),
+        "dr_grpo": Estimator(_dr_grpo, needs_groups=True),
+        "rloo": Estimator(_rloo, needs_groups=True),
+        "reinforce_pp": Estimator(_reinforce_pp, normalises=True),
+    },
+    lambda value: value if isinstance(value, Estimator) else None,
+    f"an {Estimator.__module__}.{Estimator.__name__}",
+)
 
 
 def register_estimator(name: str, estimator: Estimator) -> None:
@@ -101,7 +106,7 @@ def register_estimator(name: str, estimator: Estimator) -> None:
     Raises:
         RegistryError: the name is taken.
     """
-    add_row(ESTIMATORS, name, estimator)
+    ESTIMATORS.register(name, estimator)
 
 
 def find_estimator(name: str) -> Estimator:
@@ -110,10 +115,4 @@ def find_estimator(name: str) -> Estimator:
     Raises:
         RegistryError: there is none of this name, or the object of this name is no `Estimator`.
     """
-    estimator = find_row("algorithm.estimator", name, ESTIMATORS)
-    if not isinstance(estimator, Estimator):
-        raise RegistryError(
-            f"algorithm.estimator={name} is of type {type(estimator).__name__}; make it an "
-            f"{Estimator.__module__}.{Estimator.__name__}"
-        )
-    return estimator
+    return ESTIMATORS.look_up(name)

@@ -1,10 +1,15 @@
-"""Compute from graded responses what the models learn from: log-probabilities, values, advantages, returns."""
+"""Bring graded responses to the ranks that train on them, and compute what the models learn from.
+
+That is log-probabilities, values, advantages and returns.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,20 +27,24 @@ from ovr_megatron.ppo.advantages import (
     scaled_reward,
     token_rewards,
 )
-from ovr_megatron.ppo.batch import Batch, Response
+from ovr_megatron.ppo.batch import Batch, Response, balance_prompts
 from ovr_megatron.ppo.estimators import Estimate, EstimatorInput, find_estimator
 from ovr_megatron.ppo.losses import kl_estimate
-from ovr_megatron.ppo.rollouts import Rollout, exchange_responses
+from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.exchange import exchange
+from ovr_megatron.runtime.exchange import exchange, gather_objects
 from ovr_megatron.runtime.layout import Layout
 
 ResponseKey = tuple[int, int]  # index of the prompt and of the response among those to it
+Item = TypeVar("Item")
 
 
 @dataclass
 class Models:
-    """The models of an iteration; critic and reference only where the algorithm needs them."""
+    """The models of an iteration; critic and reference only where the algorithm needs them.
+
+    A policy with adapters may be its own reference.
+    """
 
     config: RLConfig
     world: World
@@ -107,18 +116,24 @@ def compute_experience(
         experience.old = _compute_logprobs(models.policy, batch, pack_members)
     if models.reference is not None:
         models.offload_except(models.reference)
-        experience.reference = _compute_logprobs(models.reference, batch, pack_members)
-    penalties = _kl_penalties(experience, algorithm) if kl_in_reward else None
+        # A policy with adapters is its own reference without them.
+        with models.reference.without_adapters():
+            experience.reference = _compute_logprobs(models.reference, batch, pack_members)
+    penalties = None
+    if kl_in_reward:
+        penalties = _kl_penalties(experience, algorithm)
     scores = [shaped_reward(r, rollout, algorithm) for r in responses]
     rewards = token_rewards(scores, batch.lengths, penalties)
     critic_batch = None
     if algorithm.has_critic:
         critic_batch, experience.values, raw = _compute_with_critic(models, rollout, experience, rewards)
     else:
-        raw = estimate(algorithm, rewards, [r.prompt for r in responses]).advantages
+        prompts = [r.prompt for r in responses]
+        raw = estimate(algorithm, rewards, prompts).advantages
     if find_estimator(algorithm.estimator).normalises:
         # Over the batch of all ranks, so that advantages do not depend on how it is divided among them.
-        mean, std = mean_and_std(sum_over_dp(moments(raw), models.world.layout))
+        total = sum_over_dp(moments(raw), models.world.layout)
+        mean, std = mean_and_std(total)
         raw = normalise(raw, mean, std)
     experience.advantages = raw
     return experience, critic_batch
@@ -126,7 +141,8 @@ def compute_experience(
 
 def _compute_logprobs(engine: Engine, batch: Batch, pack_members: list[list[int]]) -> Ragged:
     scores = engine.scores(batch.packs(pack_members))
-    return batch.unpack([pack_scores.logprobs for pack_scores in scores], pack_members)
+    logprobs = [pack_scores.logprobs for pack_scores in scores]
+    return batch.unpack(logprobs, pack_members)
 
 
 def _kl_penalties(experience: Experience, algorithm: AlgorithmConfig) -> Ragged:
@@ -134,8 +150,8 @@ def _kl_penalties(experience: Experience, algorithm: AlgorithmConfig) -> Ragged:
     assert experience.old is not None and experience.reference is not None
     penalties = []
     for old, reference in zip(experience.old, experience.reference, strict=True):
-        divergence = kl_estimate(torch.tensor(old), torch.tensor(reference), algorithm.kl_form).numpy()
-        penalties.append(algorithm.kl_coefficient * divergence)
+        divergence = kl_estimate(torch.tensor(old), torch.tensor(reference), algorithm.kl_form)
+        penalties.append(algorithm.kl_coefficient * divergence.numpy())
     return penalties
 
 
@@ -160,17 +176,23 @@ def _compute_with_critic(
         rewards = _redistribute(policy_rewards, models.policy, responses)
     pack_members = batch.group_into_packs(range(len(batch)))
     scores = critic.scores(batch.packs(pack_members))
-    values = batch.unpack([pack_scores.values for pack_scores in scores], pack_members)
-    advantages, returns = estimate(algorithm, rewards, [r.prompt for r in responses], values)
+    pack_values = [pack_scores.values for pack_scores in scores]
+    values = batch.unpack(pack_values, pack_members)
+    prompts = [r.prompt for r in responses]
+    advantages, returns = estimate(algorithm, rewards, prompts, values)
     assert returns is not None, "an estimator that needs values returns what the critic learns"
     critic_batch = CriticBatch(batch, values, returns)
     if same_layout:
         return critic_batch, values, advantages
     # Values and advantages travel together, in one exchange instead of two.
-    critic_pairs = _by_key(responses, list(zip(values, advantages, strict=True)))
+    pairs = list(zip(values, advantages, strict=True))
+    critic_pairs = _by_key(responses, pairs)
     policy_pairs = _redistribute(critic_pairs, critic, experience.responses)
-    policy_values = [value for value, _ in policy_pairs]
-    policy_advantages = [advantage for _, advantage in policy_pairs]
+    policy_values = []
+    policy_advantages = []
+    for value, advantage in policy_pairs:
+        policy_values.append(value)
+        policy_advantages.append(advantage)
     return critic_batch, policy_values, policy_advantages
 
 
@@ -191,33 +213,78 @@ def estimate(
 
 def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConfig) -> float:
     """Return what the estimator takes for a response: its scaled verdict less the overlong penalty."""
-    limit = rollout.limit - len(rollout.prompts.sample(response.prompt))
+    prompt_tokens = len(rollout.prompts.sample(response.prompt))
+    limit = rollout.limit - prompt_tokens  # that of the rollout is of prompt and response together
     reward = scaled_reward(response.reward, algorithm.wrong_reward)
-    return reward + overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
+    penalty = overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
+    return reward + penalty
 
 
 def build_local_batch(models: Models, rollout: Rollout, engine: Engine) -> tuple[list[Response], Batch]:
     """Bring to this rank the responses that ``engine`` trains on here, and build their batch.  A collective."""
-    responses = exchange_responses(rollout, engine.groups.dp.rank(), engine.groups.dp.size())
-    samples = [models.processor.response_sample(rollout.prompts.sample(r.prompt), r.tokens) for r in responses]
+    config = models.config
+    dp = engine.groups.dp
+    responses = exchange_responses(rollout, dp.rank(), dp.size())
     # Counted without the prompts that were left out, so that every step gets its share of responses.
-    prompt_order = {prompt: i for i, prompt in enumerate(sorted(rollout.train_prompts))}
-    group_size = models.config.responses
-    global_indices = [prompt_order[r.prompt] * group_size + r.sample for r in responses]
-    lengths = [len(r.tokens) for r in responses]
-    total = len(prompt_order) * group_size
-    return responses, Batch(samples, lengths, models.config.data.pack_tokens, global_indices, total)
+    prompts = sorted(rollout.train_prompts)
+    prompt_positions = {prompt: position for position, prompt in enumerate(prompts)}
+    samples = []
+    lengths = []
+    global_indices = []
+    for r in responses:
+        prompt_sample = rollout.prompts.sample(r.prompt)
+        samples.append(models.processor.response_sample(prompt_sample, r.tokens))
+        lengths.append(len(r.tokens))
+        first_index = prompt_positions[r.prompt] * config.responses
+        global_indices.append(first_index + r.sample)
+    total = len(prompts) * config.responses
+    batch = Batch(samples, lengths, config.data.pack_tokens, global_indices, total)
+    return responses, batch
 
 
-def _by_key(responses: Sequence[Response], items: Sequence[Any]) -> dict[ResponseKey, Any]:
-    return {_key(response): item for response, item in zip(responses, items, strict=True)}
+def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Response]:
+    """Send responses to the ranks that train on them, and return this rank's, in order of their prompts.
+
+    All responses to a prompt go to the same data-parallel rank, and every rank gets equally many tokens as nearly as
+    this allows.  A collective of all ranks; ranks of the same ``dp_rank`` get the same responses.
+
+    Args:
+        rollout: has the responses of this rank's engine; the prompts of those that arrive are encoded.
+        dp_rank: of this rank, in the layout of the model that trains.
+        dp_size: data-parallel size of that layout.
+    """
+    # By prompt and not by response: group baselines compare the responses to a prompt on one rank.
+    dp_rank_of_prompt = balance_prompts(rollout.train_prompts, dp_size)
+    dp_ranks = gather_objects(dp_rank)
+    responses_by_dp_rank: dict[int, list[Response]] = defaultdict(list)
+    for r in rollout.responses:
+        if r.prompt in dp_rank_of_prompt:
+            responses_by_dp_rank[dp_rank_of_prompt[r.prompt]].append(r)
+    # The ranks of a replica work on the same batch: each of them gets all of its responses.
+    outgoing = {}
+    for peer, peer_dp_rank in enumerate(dp_ranks):
+        outgoing[peer] = responses_by_dp_rank[peer_dp_rank]
+    incoming = exchange(outgoing)
+    responses = list(chain.from_iterable(incoming))
+    # They come by rank of the sender, which changes with the number of engines and with who was free first.
+    responses.sort(key=lambda r: (r.prompt, r.sample))
+    prompt_indices = {r.prompt for r in responses}
+    rollout.prompts.encode(sorted(prompt_indices))
+    return responses
+
+
+def _by_key(responses: Sequence[Response], items: Sequence[Item]) -> dict[ResponseKey, Item]:
+    by_key = {}
+    for response, item in zip(responses, items, strict=True):
+        by_key[_key(response)] = item
+    return by_key
 
 
 def _key(response: Response) -> ResponseKey:
     return response.prompt, response.sample
 
 
-def _redistribute(items: dict[ResponseKey, Any], source: Engine, responses: Sequence[Response]) -> list[Any]:
+def _redistribute(items: dict[ResponseKey, Item], source: Engine, responses: Sequence[Response]) -> list[Item]:
     """Return the item of each of ``responses`` from the rank that has it.  A collective.
 
     Args:
@@ -225,17 +292,21 @@ def _redistribute(items: dict[ResponseKey, Any], source: Engine, responses: Sequ
         source: its replicas hold the items; of each the leader sends them, as its ranks hold the same.
         responses: those whose items this rank needs.
     """
-    requests: list[list[ResponseKey]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(requests, [_key(r) for r in responses])
+    local_keys = [_key(r) for r in responses]
+    requests = gather_objects(local_keys)
     # Ranks that lead no replica send empty replies: every rank takes part in the exchange.
     local_items = items if source.layout.leads_replica else {}
-    replies = {}
+    replies: dict[int, dict[ResponseKey, Item]] = {}
     for peer, keys in enumerate(requests):
-        replies[peer] = {key: local_items[key] for key in keys if key in local_items}
-    received: dict[ResponseKey, Any] = {}
-    for reply in exchange(replies):
-        received |= reply
-    return [received[_key(r)] for r in responses]
+        reply = {}
+        for key in keys:
+            if key in local_items:
+                reply[key] = local_items[key]
+        replies[peer] = reply
+    incoming: dict[ResponseKey, Item] = {}
+    for peer_items in exchange(replies):
+        incoming |= peer_items
+    return [incoming[key] for key in local_keys]
 
 
 def sum_over_dp(values: np.ndarray, layout: Layout) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,8 +33,9 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
     """Run iteration ``iteration`` (from 0); ``draw`` gives the next prompts, the same on every rank.  A collective."""
     clock = Clock()
     with clock("generate"):
-        models.offload_except(None)
-        rollout = rollouts.collect(draw, iteration, max_tokens(models.config.curriculum, iteration))
+        models.offload_except(None)  # with `offload`, vLLM's cache takes their memory
+        limit = max_tokens(models.config.curriculum, iteration)
+        rollout = rollouts.collect(draw, iteration, limit)
         # Deep sleep drops the engine's weights, and the next update sends all of them: too many where some are frozen.
         rollouts.engine.sleep(deep=models.policy.trains_everything)
     result = learn(models, rollout, iteration, clock)
@@ -44,8 +45,9 @@ def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]]
             # The engine's weights need the memory, and its update reads the policy's weights alone.
             models.policy.offload("gradients", "optimizer")
         traffic = rollouts.engine.update(models.policy.held())
+    result.metrics |= traffic.metrics()
     # The clock's metrics again: those of `learn` do not have the seconds of this phase yet.
-    result.metrics |= traffic.metrics() | clock.metrics(result.experience.batch, models.world)
+    result.metrics |= clock.metrics(result.experience.batch, models.world)
     return result
 
 
@@ -91,9 +93,13 @@ class Clock:
 
     def metrics(self, batch: Batch, world: World) -> dict[str, float]:
         """Return ``timing/`` in seconds and ``perf/`` in tokens per second over all ranks.  A collective."""
-        local_tokens = np.array([sum(batch.lengths), sum(map(len, batch.samples))])
-        response_tokens, all_tokens = sum_over_dp(local_tokens, world.layout)
-        metrics = {f"timing/{phase}": seconds for phase, seconds in self.seconds.items()}
+        local_response_tokens = sum(batch.lengths)
+        local_tokens = sum(map(len, batch.samples))
+        counts = np.array([local_response_tokens, local_tokens])
+        response_tokens, all_tokens = sum_over_dp(counts, world.layout)
+        metrics = {}
+        for phase, seconds in self.seconds.items():
+            metrics[f"timing/{phase}"] = seconds
         metrics["timing/iteration"] = time.perf_counter() - self.began
         train_seconds = self.seconds["value"] + self.seconds["update"]
         metrics["perf/train_tokens_per_second"] = all_tokens / train_seconds
@@ -114,23 +120,47 @@ def response_metrics(rollout: Rollout) -> dict[str, float]:
     for r in rollout.responses:
         rewarded = float(r.rewarded)
         answered = float(bool(r.tokens))
-        entry = np.array([rewarded, rewarded * r.reward, answered, len(r.tokens), r.stopped, r.failed])
+        entry = np.array(
+            [
+                rewarded,
+                rewarded * r.reward,
+                answered,
+                len(r.tokens),
+                r.stopped,
+                r.failed,
+            ]
+        )
+        source_row = 1 + sources.index(rows[r.prompt].source)
         sums[0] += entry
-        sums[1 + sources.index(rows[r.prompt].source)] += entry
+        sums[source_row] += entry
     total = torch.from_numpy(sums)
     dist.all_reduce(total)  # over all ranks: only the leaders of engines have responses
-    metrics: dict[str, float] = {}
-    for source, entry in zip([None, *sources], total.tolist(), strict=True):
-        rewarded, reward, answered, length, stopped, failed = entry
-        if source is None:
-            metrics["reward/mean"] = reward / max(rewarded, 1)
-            metrics["response/length"] = length / max(answered, 1)
-            metrics["response/stopped"] = stopped / max(answered, 1)
-            metrics["grading/failed"] = failed
-        elif len(sources) > 1:
-            metrics[f"grading/failed/source/{source}"] = failed
-            if rewarded:
-                metrics[f"reward/source/{source}"] = reward / rewarded
-            if answered:
-                metrics[f"response/length/source/{source}"] = length / answered
+    all_sums, *source_sums = total.tolist()
+    rewarded, reward, answered, length, stopped, failed = all_sums
+    metrics = {
+        "reward/mean": reward / max(rewarded, 1),
+        "response/length": length / max(answered, 1),
+        "response/stopped": stopped / max(answered, 1),
+        "grading/failed": failed,
+    }
+    # A single source has the means of all responses, which are there already.
+    if len(sources) > 1:
+        for source, entry in zip(sources, source_sums, strict=True):
+            metrics |= _source_metrics(source, entry)
+    return metrics
+
+
+def _source_metrics(source: str, sums: Sequence[float]) -> dict[str, float]:
+    """Return the metrics of one source; no mean over none.
+
+    Args:
+        source: its name.
+        sums: the row of the source in `response_metrics`.
+    """
+    rewarded, reward, answered, length, _, failed = sums
+    metrics = {f"grading/failed/source/{source}": failed}
+    if rewarded:
+        metrics[f"reward/source/{source}"] = reward / rewarded
+    if answered:
+        metrics[f"response/length/source/{source}"] = length / answered
     return metrics

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.ppo.advantages import Ragged
-from ovr_megatron.runtime.registry import RegistryError, add_row, find_row
+from ovr_megatron.runtime.registry import Registry
 
 SumOverRanks = Callable[[np.ndarray], np.ndarray]
 
@@ -42,11 +42,15 @@ class ResponseSegments:
         A collective of the context-parallel ranks: all of them call it equally often, also one without tokens.
         """
         # In float64: the sum over 100,000 tokens must not lose the small differences that a ratio is made of.
-        terms = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)])
-        totals = torch.zeros(2, self.count, dtype=torch.float64, device=values.device)
+        ones = torch.ones_like(values, dtype=torch.float64)
+        terms = torch.stack([values.detach().double(), ones])
+        local_totals = torch.zeros(2, self.count, dtype=torch.float64, device=values.device)
+        local_totals.index_add_(1, self.ids, terms)
+        # Sums and counts travel together, in one collective.
+        sums, counts = self.sum_over_ranks(local_totals)
         # A response without tokens has the mean 0 / 0, which no token takes.
-        sums, counts = self.sum_over_ranks(totals.index_add_(1, self.ids, terms))
-        return (sums / counts)[self.ids].to(values.dtype)
+        means = sums / counts
+        return means[self.ids].to(values.dtype)
 
 
 # Takes log pi [n] with a gradient, log pi_old [n], advantages [n], the tokens' responses, and the settings; returns
@@ -73,7 +77,8 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConf
     surrogate = ratio * advantages
     clipped_surrogate = ratio.clamp(1 - low, 1 + high) * advantages
     clipped = clipped_surrogate < surrogate
-    return -torch.minimum(surrogate, clipped_surrogate), {"clip_fraction": clipped.float().sum()}
+    losses = -torch.minimum(surrogate, clipped_surrogate)
+    return losses, {"clip_fraction": clipped.float().sum()}
 
 
 def clip_loss(
@@ -83,7 +88,8 @@ def clip_loss(
 
     Strictly on-policy, ``old`` is ``logprobs.detach()``: rho is exactly 1 and the gradient is the policy gradient.
     """
-    return clipped_surrogate((logprobs - old).exp(), advantages, settings)
+    ratio = (logprobs - old).exp()
+    return clipped_surrogate(ratio, advantages, settings)
 
 
 def gspo_loss(
@@ -99,11 +105,14 @@ def gspo_loss(
     """
     sequence_ratio = segments.mean(logprobs - old).exp()
     # The gradient stays on the token's own rank: a gradient through s would have to cross the context-parallel ranks.
-    ratio = sequence_ratio * (logprobs - logprobs.detach()).exp()
+    token_ratio = (logprobs - logprobs.detach()).exp()
+    ratio = sequence_ratio * token_ratio
     return clipped_surrogate(ratio, advantages, settings)
 
 
-LOSSES: dict[str, PolicyLoss] = {"clip": clip_loss, "gspo": gspo_loss}
+LOSSES = Registry[PolicyLoss](
+    "algorithm.loss", {"clip": clip_loss, "gspo": gspo_loss}, lambda value: value if callable(value) else None
+)
 
 
 def register_loss(name: str, loss: PolicyLoss) -> None:
@@ -112,7 +121,7 @@ def register_loss(name: str, loss: PolicyLoss) -> None:
     Raises:
         RegistryError: the name is taken.
     """
-    add_row(LOSSES, name, loss)
+    LOSSES.register(name, loss)
 
 
 def find_loss(name: str) -> PolicyLoss:
@@ -121,10 +130,7 @@ def find_loss(name: str) -> PolicyLoss:
     Raises:
         RegistryError: there is none of this name, or the object of this name is no function.
     """
-    loss = find_row("algorithm.loss", name, LOSSES)
-    if not callable(loss):
-        raise RegistryError(f"algorithm.loss={name} is of type {type(loss).__name__}; make it a function")
-    return loss
+    return LOSSES.look_up(name)
 
 
 def value_loss(values: Tensor, returns: Tensor, old: Tensor, clip: float) -> Tensor:
@@ -163,6 +169,7 @@ def truncated_importance(old: Tensor, rollout: Tensor, cap: float) -> Tensor:
 
     It corrects for tokens that were drawn by an engine whose probabilities differ from the trainer's.
     """
+    # Capped, as one token of tiny probability at the engine would otherwise outweigh all others of a step.
     return (old - rollout).exp().clamp(max=cap)
 
 
@@ -190,10 +197,10 @@ def token_weights(
         return None
     members = list(chain.from_iterable(packs))
     local_tokens = sum(lengths[i] for i in members)
-    local_packs = sum(map(bool, packs))
+    local_packs = sum(map(bool, packs))  # without the empty ones, which only keep a rank in step
+    local_counts = np.array([local_tokens, len(members), local_packs], np.float64)
     # Every rank takes part in the sum, also one without responses in this step.
-    totals = sum_over_ranks(np.array([local_tokens, len(members), local_packs], np.float64))
-    token_count, response_count, pack_count = totals
+    token_count, response_count, pack_count = sum_over_ranks(local_counts)
     weights = [np.zeros(n) for n in lengths]
     for pack in packs:
         pack_tokens = sum(lengths[i] for i in pack)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
-import torch.distributed as dist
 
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.experience import Experience, Models, sum_over_dp
 from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.runtime.exchange import gather_objects
 
 PERCENTILES = (50, 90, 99)
 SHOWN_CHARACTERS = 2000  # of a sample text
@@ -24,25 +24,30 @@ def spread_metrics(rollout: Rollout) -> dict[str, float]:
     ``response/reward_std`` is over all responses, ``response/mixed_prompts`` the share of prompts whose responses
     differ in reward: only these tell the policy anything by comparison.  Lengths are in tokens.
     """
-    local_responses = [(r.prompt, r.reward, len(r.tokens)) for r in rollout.responses if r.tokens]
-    ranks: list[list[tuple[int, float, int]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, local_responses)  # not reduced: a percentile needs every length
-    responses = list(chain.from_iterable(ranks))
-    if not responses:
-        return {}
-    rewards = np.array([reward for _, reward, _ in responses])
-    lengths = np.array([length for _, _, length in responses])
+    local_responses = []
+    for r in rollout.responses:
+        if r.tokens:
+            local_responses.append((r.prompt, r.reward, len(r.tokens)))
+    ranks = gather_objects(local_responses)  # not reduced: a percentile needs every length
+    rewards: list[float] = []
+    lengths: list[int] = []
     rewards_of_prompt: dict[int, set[float]] = defaultdict(set)
-    for prompt, reward, _ in responses:
+    for prompt, reward, length in chain.from_iterable(ranks):
+        rewards.append(reward)
+        lengths.append(length)
         rewards_of_prompt[prompt].add(reward)
+    if not rewards:
+        return {}
     mixed_prompts = sum(len(distinct) > 1 for distinct in rewards_of_prompt.values())
+    reward_std = np.array(rewards).std()
     metrics = {
-        "response/reward_std": float(rewards.std()),
+        "response/reward_std": float(reward_std),
         "response/mixed_prompts": mixed_prompts / len(rewards_of_prompt),
     }
     for percentile in PERCENTILES:
-        metrics[f"response/length_p{percentile}"] = float(np.percentile(lengths, percentile))
-    metrics["response/length_max"] = float(lengths.max())
+        tokens = np.percentile(lengths, percentile)
+        metrics[f"response/length_p{percentile}"] = float(tokens)
+    metrics["response/length_max"] = float(max(lengths))
     return metrics
 
 
@@ -52,25 +57,40 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
     Recomputation does not count.  A forward pass counts a third of a training pass.  The critic's layers are the
     policy's, but its head is one column.
     """
-    samples = experience.batch.samples
     algorithm = models.config.algorithm
-    model = models.config.model
-    shape = models.policy.shape
-    lengths = [len(sample) for sample in samples]
-    grids: list[list[int]] = []
-    for sample in samples:
-        grids += sample.grid_thw.tolist()
-    trains = (not model.freeze_language, not model.freeze_vision, not model.freeze_merger)
-    training_pass = training_flops(shape, lengths, grids, *trains)
-    updates = algorithm.policy_epochs if iteration >= algorithm.critic_warmup_iterations else 0
+    training_pass = _training_pass_flops(models, experience)
+    updates = 0
+    if iteration >= algorithm.critic_warmup_iterations:
+        updates = algorithm.policy_epochs
     flops = training_pass * (updates + algorithm.scoring_passes / 3)
     if models.critic is not None:
-        # A frozen head has a forward pass and the gradient of its input, 2 FLOP each for a weight and token; one that
-        # trains has the gradient of its weights as well.
-        flops_per_weight = 6.0 if not model.freeze_language else 4.0
-        head_difference = flops_per_weight * shape.hidden * (shape.vocab - 1) * sum(lengths)
-        flops += (training_pass - head_difference) * (1 + 1 / 3)
-    return float(sum_over_dp(np.array([flops]), models.world.layout)[0])
+        critic_training_pass = training_pass - _head_difference_flops(models, experience)
+        flops += critic_training_pass * (1 + 1 / 3)
+    total = sum_over_dp(np.array([flops]), models.world.layout)
+    return float(total[0])
+
+
+def _training_pass_flops(models: Models, experience: Experience) -> float:
+    """Return the FLOP of one training pass of the policy over the samples of this rank."""
+    model = models.config.model
+    lengths: list[int] = []
+    grids: list[list[int]] = []
+    for sample in experience.batch.samples:
+        lengths.append(len(sample))
+        grids += sample.grid_thw.tolist()
+    trains = (model.trains_language, model.trains_vision, model.trains_merger, model.adapts_vision)
+    return training_flops(models.policy.shape, lengths, grids, *trains)
+
+
+def _head_difference_flops(models: Models, experience: Experience) -> float:
+    """Return the FLOP by which the policy's head exceeds the critic's in a training pass."""
+    shape = models.policy.shape
+    # A frozen head has a forward pass and the gradient of its input, 2 FLOP each for a weight and token; one that
+    # trains has the gradient of its weights as well.
+    flops_per_weight = 6.0 if models.config.model.trains_language else 4.0
+    missing_columns = shape.vocab - 1
+    tokens = sum(map(len, experience.batch.samples))
+    return flops_per_weight * shape.hidden * missing_columns * tokens
 
 
 def mfu_metrics(
@@ -88,16 +108,22 @@ def mfu_metrics(
     flops = update_flops(models, experience, iteration)
     seconds = metrics["timing/value"] + metrics["timing/update"]
     flops_per_gpu = flops / seconds / models.world.size
-    return {"perf/tflops_per_gpu": flops_per_gpu / 1e12, "perf/mfu": flops_per_gpu / peak_flops}
+    return {
+        "perf/tflops_per_gpu": flops_per_gpu / 1e12,
+        "perf/mfu": flops_per_gpu / peak_flops,
+    }
 
 
 def sample_texts(responses: Sequence[Response]) -> dict[str, str]:
     """Return the first right and the first wrong response to read, cut to `SHOWN_CHARACTERS` and safe to show."""
     texts = {}
     for r in responses:
-        name = "right" if r.reward > 0 else "wrong"
+        name = "wrong"
+        if r.reward > 0:
+            name = "right"
         if r.tokens and name not in texts:
-            texts[name] = f"reward {r.reward:g}, {len(r.tokens)} tokens, {r.verdict}\n{to_printable(r.text)}"
+            heading = f"reward {r.reward:g}, {len(r.tokens)} tokens, {r.verdict}"
+            texts[name] = f"{heading}\n{to_printable(r.text)}"
     return texts
 
 
@@ -106,7 +132,12 @@ def to_printable(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
     A terminal or a page would take control characters as commands.
     """
-    printable = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text[:limit])
+    characters = []
+    for c in text[:limit]:
+        is_harmless = c.isprintable() or c == "\n"
+        characters.append(c if is_harmless else "\ufffd")
+    printable = "".join(characters)
     if len(text) <= limit:
         return printable
-    return printable + f" ... ({len(text) - limit:,} more characters)"
+    missing = len(text) - limit
+    return f"{printable} ... ({missing:,} more characters)"

@@ -25,14 +25,20 @@ _BINS = _BINS_PER_DECADE * _DECADES
 
 def modality(sample: Sample) -> int:
     """Return the index in `MODALITIES` of a prompt: video where it has one, else image where it has one, else text."""
+    name = "text"
     if sample.videos:
-        return MODALITIES.index("video")
-    return MODALITIES.index("image" if len(sample.grid_thw) else "text")
+        name = "video"
+    elif len(sample.grid_thw):
+        name = "image"
+    return MODALITIES.index(name)
 
 
 def token_modalities(samples: Sequence[Sample], lengths: Sequence[int]) -> list[np.ndarray]:
     """Return the modality of each response's prompt, for each of its tokens [n]."""
-    return [np.full(length, modality(sample)) for sample, length in zip(samples, lengths, strict=True)]
+    arrays = []
+    for sample, length in zip(samples, lengths, strict=True):
+        arrays.append(np.full(length, modality(sample)))
+    return arrays
 
 
 class Mismatch:
@@ -47,9 +53,11 @@ class Mismatch:
 
     def _start(self, like: Tensor) -> None:
         """Begin with no tokens, on the device of ``like``."""
-        self._counts = like.new_zeros(len(MODALITIES) * _BINS, dtype=torch.int64)
+        count = len(MODALITIES)
+        self._counts = like.new_zeros(count * _BINS, dtype=torch.int64)
         # In float64, as many small differences are added up.
-        self._sums = self._largest = like.new_zeros(len(MODALITIES), dtype=torch.float64)
+        self._sums = like.new_zeros(count, dtype=torch.float64)
+        self._largest = like.new_zeros(count, dtype=torch.float64)
 
     def add(self, difference: Tensor, modalities: Tensor) -> None:
         """Count the absolute differences [n] of tokens of these ``modalities`` (indices, [n])."""
@@ -61,7 +69,8 @@ class Mismatch:
         bins = (difference.log10() - _FIRST_DECADE) * _BINS_PER_DECADE
         # A difference of 0 has the logarithm -inf and falls into the first bin; NaN counts as the worst.
         bins = bins.nan_to_num(_BINS - 1).clamp(0, _BINS - 1).long()
-        self._counts = self._counts.scatter_add(0, modalities * _BINS + bins, torch.ones_like(bins))
+        cells = modalities * _BINS + bins
+        self._counts = self._counts.scatter_add(0, cells, torch.ones_like(bins))
         self._sums = self._sums.scatter_add(0, modalities, difference)
         self._largest = self._largest.scatter_reduce(0, modalities, difference, "amax")
 
@@ -70,32 +79,46 @@ class Mismatch:
 
         Ranks of a tensor-parallel group count the same tokens, all equally often: no mean and no quantile changes.
         """
-        # Copies on the host: a later call must find what this rank alone has counted.
-        counts = self._counts.cpu().clone()
-        sums = self._sums.cpu().clone()
-        largest = self._largest.cpu().clone()
-        dist.all_reduce(counts, dist.ReduceOp.SUM)
-        dist.all_reduce(sums, dist.ReduceOp.SUM)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        counts = _reduce(self._counts, dist.ReduceOp.SUM)
+        sums = _reduce(self._sums, dist.ReduceOp.SUM)
+        largest = _reduce(self._largest, dist.ReduceOp.MAX)
         table = counts.view(len(MODALITIES), _BINS)
-        metrics = _describe(table.sum(0), float(sums.sum()), float(largest.max()))
-        present = [i for i in range(len(MODALITIES)) if table[i].any()]
-        if len(present) > 1:
-            for i in present:
-                statistics = _describe(table[i], float(sums[i]), float(largest[i]))
-                for name, value in statistics.items():
-                    metrics[f"{name}/{MODALITIES[i]}"] = value
+        metrics = _describe(table.sum(0), sums.sum(), largest.max())
+        statistics = {}
+        for i, name in enumerate(MODALITIES):
+            if table[i].any():
+                statistics[name] = _describe(table[i], sums[i], largest[i])
+        # A single modality has the statistics of all tokens, which are there already.
+        if len(statistics) > 1:
+            for name, values in statistics.items():
+                for key, value in values.items():
+                    metrics[f"{key}/{name}"] = value
         return metrics
 
 
-def _describe(counts: Tensor, total: float, largest: float) -> dict[str, float]:
-    """Return mean, quantile (the upper edge of its bin, at most 10 % too high) and maximum of a histogram [bins]."""
+def _reduce(values: Tensor, operation: dist.ReduceOp) -> Tensor:
+    """Return ``values`` reduced over all ranks, on the host.  A collective."""
+    # A copy: a later call must find what this rank alone has counted.
+    reduced = values.cpu().clone()
+    dist.all_reduce(reduced, operation)
+    return reduced
+
+
+def _describe(counts: Tensor, total: Tensor, largest: Tensor) -> dict[str, float]:
+    """Return mean, quantile (the upper edge of its bin, at most 10 % too high) and maximum of a histogram [bins].
+
+    Args:
+        counts: tokens in each bin.
+        total: sum of the differences, a scalar.
+        largest: the largest difference, a scalar.
+    """
     tokens = int(counts.sum())
-    reached = counts.cumsum(0) >= QUANTILE * tokens
-    quantile_bin = int(reached.long().argmax())  # the first bin that reaches the quantile
+    maximum = float(largest)
+    reaches_quantile = counts.cumsum(0) >= QUANTILE * tokens
+    quantile_bin = int(reaches_quantile.long().argmax())  # the first of them
     upper_edge = 10.0 ** (_FIRST_DECADE + (quantile_bin + 1) / _BINS_PER_DECADE)
     return {
-        "rollout/mismatch_mean": total / max(tokens, 1),
-        "rollout/mismatch_p99": min(upper_edge, largest),
-        "rollout/mismatch_max": largest,
+        "rollout/mismatch_mean": float(total) / max(tokens, 1),
+        "rollout/mismatch_p99": min(upper_edge, maximum),
+        "rollout/mismatch_max": maximum,
     }

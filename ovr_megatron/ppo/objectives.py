@@ -45,37 +45,40 @@ class PolicyObjective:
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
         """Return the loss of one pack; the loss's own statistics are summed as ``policy/NAME``."""
         config = self.config
-        assert scores.logprobs is not None and scores.entropy is not None
+        logprobs = scores.logprobs
+        entropy = scores.entropy
+        assert logprobs is not None and entropy is not None
         rollout = scores.beside(pack, "rollout_logprobs")
         if "old_logprobs" in pack.extras:
             old = scores.beside(pack, "old_logprobs")
         else:
             # Detached: the ratio is then exactly 1, and its gradient that of the current log-probabilities.
-            old = scores.logprobs.detach()
+            old = logprobs.detach()
         advantages = scores.beside(pack, "advantages")
-        response_ids = send(pack.document_of(scores.rows), scores.logprobs.device)
-        segments = ResponseSegments(response_ids, len(pack.cu_seqlens) - 1, self.sum_over_ranks)
-        losses, statistics = self.loss(scores.logprobs, old, advantages, segments, config)
-        sums = {
-            # Detached, as these are only logged: a gradient would keep the graph of every pack.
-            "entropy": scores.entropy.detach().sum(),
-            **{f"policy/{name}": value.detach() for name, value in statistics.items()},
-            "rollout_kl": kl_estimate(rollout, old, "k3").sum(),
-        }
+        response_ids = send(pack.document_of(scores.rows), logprobs.device)
+        response_count = len(pack.cu_seqlens) - 1
+        segments = ResponseSegments(response_ids, response_count, self.sum_over_ranks)
+        losses, statistics = self.loss(logprobs, old, advantages, segments, config)
+        # Detached, as these are only logged: a gradient would keep the graph of every pack.
+        sums = {"entropy": entropy.detach().sum()}
+        for name, value in statistics.items():
+            sums[f"policy/{name}"] = value.detach()
+        sums["rollout_kl"] = kl_estimate(rollout, old, "k3").sum()
         if config.importance_cap:
             weight = truncated_importance(old, rollout, config.importance_cap)
             losses = losses * weight
             sums["importance"] = weight.sum()
         if "reference_logprobs" in pack.extras:
             reference = scores.beside(pack, "reference_logprobs")
-            divergence = kl_estimate(scores.logprobs, reference, config.kl_form)
+            divergence = kl_estimate(logprobs, reference, config.kl_form)
             sums["reference_kl"] = divergence.detach().sum()
             if config.kl_in == "loss":
                 losses = losses + config.kl_coefficient * divergence
         if config.entropy_bonus:
-            losses = losses - config.entropy_bonus * scores.entropy
+            losses = losses - config.entropy_bonus * entropy
         if "modalities" in pack.extras:
-            self.mismatch.add((old - rollout).abs(), scores.beside(pack, "modalities"))
+            difference = (old - rollout).abs()
+            self.mismatch.add(difference, scores.beside(pack, "modalities"))
         return sum_weighted(losses, scores, pack, sums)
 
 
@@ -94,14 +97,19 @@ class ValueObjective:
 
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
         """Return the loss of one pack."""
-        assert scores.values is not None
+        values = scores.values
+        assert values is not None
         returns = scores.beside(pack, "returns")
         old_values = scores.beside(pack, "values")
-        losses = value_loss(scores.values, returns, old_values, self.config.value_clip)
+        losses = value_loss(values, returns, old_values, self.config.value_clip)
         return sum_weighted(losses, scores, pack, {})
 
 
 def sum_weighted(losses: Tensor, scores: Scores, pack: Pack, sums: dict[str, Tensor]) -> LossSum:
     """Sum the losses of the tokens, each times its weight where the pack has ``weights`` (`losses.token_weights`)."""
-    weights = scores.beside(pack, "weights") if "weights" in pack.extras else torch.ones_like(losses)
-    return LossSum((losses * weights).sum(), len(scores.rows), sums)
+    if "weights" in pack.extras:
+        weights = scores.beside(pack, "weights")
+    else:
+        weights = torch.ones_like(losses)
+    total = (losses * weights).sum()
+    return LossSum(total, len(scores.rows), sums)

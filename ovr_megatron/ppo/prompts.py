@@ -1,11 +1,11 @@
-"""Draw the prompts of reinforcement learning from a stream of rows."""
+"""Draw the prompts of reinforcement learning from a stream of rows, and encode those of an iteration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.stream import RowStream
@@ -57,20 +57,41 @@ class PromptStream:
         rows: list[Row] = []
         dropped_before = self.dropped
         while len(rows) < count:
-            drawn = list(islice(self.stream, count - len(rows)))
-            problems = [self._problem(row) for row in drawn]
-            sound = [row for row, problem in zip(drawn, problems, strict=True) if problem is None]
-            lengths = lengths_or_errors(self.processor, sound, generation=True, skipped=self.skipped)
-            fitting = [row for row, length in zip(sound, lengths, strict=True) if isinstance(length, int)]
-            self.dropped += len(drawn) - len(fitting)
+            missing = count - len(rows)
+            fitting, errors = self._draw_fitting(missing)
+            self.dropped += len(errors)
             rows += fitting
             dropped_now = self.dropped - dropped_before
             if not rows and dropped_now >= MOST_DROPPED:
-                error = next(item for item in [*lengths, *problems] if isinstance(item, RowError))
+                error = errors[0]
                 problem = f"{error.problem}; so it is with {dropped_now} prompts in a row"
-                remedy = "raise data.max_prompt_tokens" if isinstance(error, TooLongError) else "correct the rows"
+                remedy = "correct the rows"
+                if isinstance(error, TooLongError):
+                    remedy = "raise data.max_prompt_tokens"
                 raise RowError(error.where, error.field, problem, remedy)
         return rows
+
+    def _draw_fitting(self, count: int) -> tuple[list[Row], list[RowError]]:
+        """Draw ``count`` rows; return those that can be prompts, and the errors of the others, of length first."""
+        # All at once: the stream lists the rows that it leaves out before the answers are looked at.
+        drawn = list(islice(self.stream, count))
+        sound: list[Row] = []
+        answer_errors: list[RowError] = []
+        for row in drawn:
+            error = self._problem(row)
+            if error is None:
+                sound.append(row)
+            else:
+                answer_errors.append(error)
+        fitting: list[Row] = []
+        length_errors: list[RowError] = []
+        lengths = lengths_or_errors(self.processor, sound, generation=True, skipped=self.skipped)
+        for row, length in zip(sound, lengths, strict=True):
+            if isinstance(length, int):
+                fitting.append(row)
+            else:
+                length_errors.append(length)
+        return fitting, length_errors + answer_errors
 
     def _problem(self, row: Row) -> RowError | None:
         """Return why the row's answer cannot be verified, or None; list the problem, or raise it without a list."""
@@ -82,3 +103,25 @@ class PromptStream:
             self.skipped.add(error)
             return error
         return None
+
+
+class Prompts:
+    """The prompts of an iteration; each is encoded once, on the ranks that need it."""
+
+    def __init__(self, rows: Sequence[Row], processor: Processor):
+        self.rows = list(rows)
+        self.processor = processor
+        self._samples: dict[int, Sample] = {}
+
+    def sample(self, i: int) -> Sample:
+        """Return prompt ``i`` as a sample, encoded if it is not yet."""
+        self.encode([i])
+        return self._samples[i]
+
+    def encode(self, indices: Sequence[int]) -> None:
+        """Encode those of the prompts ``indices`` that are not encoded yet, their images in one batch."""
+        missing = [i for i in indices if i not in self._samples]
+        if missing:
+            rows = [self.rows[i] for i in missing]
+            samples = self.processor.encode(rows, generation=True)
+            self._samples.update(zip(missing, samples, strict=True))

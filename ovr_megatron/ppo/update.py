@@ -27,10 +27,14 @@ def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]
     objective = ValueObjective(config)
     step_metrics = []
     # The number of steps goes by the responses of all ranks: each must take part in every step.
-    for step in range(min(config.critic_steps, critic_batch.batch.total)):
-        step_metrics.append(critic.train(critic_packs(models, critic_batch, step), objective))
+    step_count = min(config.critic_steps, critic_batch.batch.total)
+    for step in range(step_count):
+        packs = critic_packs(models, critic_batch, step)
+        step_metrics.append(critic.train(packs, objective))
     metrics = mean_over_steps(step_metrics)
-    errors = [a - b for a, b in zip(critic_batch.returns, critic_batch.values, strict=True)]
+    errors = []
+    for returns, values in zip(critic_batch.returns, critic_batch.values, strict=True):
+        errors.append(returns - values)
     # Moments and not deviations, as these would not add up over ranks of unequal numbers of tokens.
     value_moments = sum_over_dp(moments(critic_batch.values), critic.layout)
     error_moments = sum_over_dp(moments(errors), critic.layout)
@@ -55,7 +59,12 @@ def critic_packs(models: Models, critic_batch: CriticBatch, step: int) -> list[P
     sum_over_ranks = partial(sum_over_dp, layout=critic.layout)
     divisor = models.config.reduction_tokens
     weights = token_weights(config.reduction, batch.lengths, pack_members, divisor, sum_over_ranks)
-    return batch.packs(pack_members, returns=critic_batch.returns, values=critic_batch.values, weights=weights)
+    return batch.packs(
+        pack_members,
+        returns=critic_batch.returns,
+        values=critic_batch.values,
+        weights=weights,
+    )
 
 
 def update_policy(models: Models, experience: Experience) -> dict[str, float]:
@@ -67,21 +76,28 @@ def update_policy(models: Models, experience: Experience) -> dict[str, float]:
     batch = experience.batch
     objective = PolicyObjective(config, models.policy.groups.cp)
     modalities = token_modalities(batch.samples, batch.lengths)
+    # As many on every rank, also on one that has no responses in a step.
+    step_count = min(config.policy_steps, batch.total)
     step_metrics = []
     for _ in range(config.policy_epochs):
-        # As many on every rank, also on one that has no responses in a step.
-        for step in range(min(config.policy_steps, batch.total)):
+        for step in range(step_count):
             packs = policy_packs(models, experience, modalities, step)
             step_metrics.append(models.policy.train(packs, objective))
     means = mean_over_steps(step_metrics)
-    metrics = {"policy/loss": means["loss"], "policy/entropy": means["entropy"]}
-    metrics |= {key: value for key, value in means.items() if key.startswith("policy/")}  # the loss's own statistics
+    metrics = {
+        "policy/loss": means["loss"],
+        "policy/entropy": means["entropy"],
+    }
+    for key, value in means.items():
+        if key.startswith("policy/"):  # the loss's own statistics
+            metrics[key] = value
     metrics["policy/grad_norm"] = means["grad_norm"]
     metrics |= objective.mismatch.metrics()  # after the last step, as it waits for the device
     metrics["rollout/kl"] = means["rollout_kl"]
-    for key, name in {"importance": "rollout/importance", "reference_kl": "policy/reference_kl"}.items():
-        if key in means:
-            metrics[name] = means[key]
+    if "importance" in means:
+        metrics["rollout/importance"] = means["importance"]
+    if "reference_kl" in means:
+        metrics["policy/reference_kl"] = means["reference_kl"]
     return metrics
 
 
@@ -97,12 +113,16 @@ def policy_packs(models: Models, experience: Experience, modalities: Ragged, ste
     sum_over_ranks = partial(sum_over_dp, layout=models.policy.layout)
     divisor = models.config.reduction_tokens
     weights = token_weights(config.reduction, batch.lengths, pack_members, divisor, sum_over_ranks)
+    old_logprobs = None
+    # One step is strictly on-policy, also where a divergence in the reward has had them computed.
+    if config.policy_updates > 1:
+        old_logprobs = experience.old
     return batch.packs(
         pack_members,
         advantages=experience.advantages,
         rollout_logprobs=[r.logprobs for r in experience.responses],
         modalities=modalities,
-        old_logprobs=experience.old if config.policy_updates > 1 else None,
+        old_logprobs=old_logprobs,
         reference_logprobs=experience.reference,
         weights=weights,
     )
@@ -114,4 +134,7 @@ def mean_over_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     for metrics in steps:
         for name, value in metrics.items():
             values[name].append(value)
-    return {name: float(np.mean(numbers)) for name, numbers in values.items()}
+    means = {}
+    for name, step_values in values.items():
+        means[name] = float(np.mean(step_values))
+    return means

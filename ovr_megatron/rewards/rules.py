@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.choice import named_letter, right_option
@@ -18,6 +18,7 @@ from ovr_megatron.rewards.latex import MAX_ANSWER, clean, joined, key, last_box
 from ovr_megatron.rewards.quantity import conversion, number, split_unit
 from ovr_megatron.rewards.verdict import GradeRequest, Reason, Verdict
 from ovr_megatron.runtime.environment import child_environment
+from ovr_megatron.runtime.registry import Registry
 from ovr_megatron.runtime.stop import USER_ERROR
 
 Rule = Callable[[GradeRequest], Verdict]
@@ -29,7 +30,6 @@ RULE_ERRORS = (
 )
 # What may stand between the letters of an answer with several right options.
 _BETWEEN = re.compile(r"\bAND\b|[\s,;/&.()\[\]{}]")
-PLAIN = ("auto", "math", "exact", "choice", "letters", "numeric", "within")
 
 
 class RuleError(UserError, ValueError):
@@ -50,25 +50,12 @@ def rule(name: str) -> Rule:
     Raises:
         RuleError: there is no such rule.
     """
-    kind, _, parameter = name.partition(":")
-    if kind in ("auto", "math") and not parameter:
-        # SymPy takes a second to import, and a trainer calls only `check`.
-        from ovr_megatron.rewards import grader  # noqa: PLC0415
-
-        if kind == "auto":
-            return grader.grade
-        return lambda request: grader.grade(replace(request, options=()))
-    if kind == "exact" and not parameter:
-        return _exact
-    if kind == "choice" and not parameter:
-        return _choice
-    if kind == "letters" and not parameter:
-        return _letters
-    if kind == "numeric":
+    kind, colon, parameter = name.partition(":")
+    if kind == "numeric" and colon:
         return lambda request: _numeric(request, share=_tolerance(name, parameter))
-    if kind == "within":
+    if kind == "within" and colon:
         return lambda request: _numeric(request, distance=_tolerance(name, parameter))
-    return _user_rule(name)
+    return RULES.look_up(name)
 
 
 def check(name: str) -> None:
@@ -83,7 +70,7 @@ def check(name: str) -> None:
     kind, _, parameter = name.partition(":")
     if kind in ("numeric", "within"):
         _tolerance(name, parameter)
-    elif name not in PLAIN:
+    elif name not in RULES.rows:
         command = [sys.executable, "-m", __spec__.name, name]
         process = subprocess.run(command, capture_output=True, text=True, env=child_environment(os.environ))
         if process.returncode:
@@ -94,8 +81,8 @@ def check(name: str) -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Return whether the rule is one of `PLAIN` and no function of the user's."""
-    return name.partition(":")[0] in PLAIN
+    """Return whether the rule is one of `RULES` and no function of the user's."""
+    return name.partition(":")[0] in RULES.rows
 
 
 def cache_key(request: GradeRequest) -> tuple[object, ...] | None:
@@ -116,6 +103,17 @@ def _boxed(request: GradeRequest) -> Verdict | str:
     if not clean(box):
         return Verdict(Reason.EMPTY_BOX, box)
     return box
+
+
+def _auto(request: GradeRequest) -> Verdict:
+    # SymPy takes a second to import, and a trainer calls only `check`.
+    from ovr_megatron.rewards import grader  # noqa: PLC0415
+
+    return grader.grade(request)
+
+
+def _math(request: GradeRequest) -> Verdict:
+    return _auto(replace(request, options=()))
 
 
 def _exact(request: GradeRequest) -> Verdict:
@@ -175,6 +173,14 @@ def _letters_of(text: str) -> set[str]:
     return distinct
 
 
+def _within_share(request: GradeRequest) -> Verdict:
+    return _numeric(request, share=TOLERANCE)
+
+
+def _within_distance(request: GradeRequest) -> Verdict:
+    return _numeric(request, distance=TOLERANCE)
+
+
 def _numeric(request: GradeRequest, share: Fraction = Fraction(0), distance: Fraction = Fraction(0)) -> Verdict:
     box = _boxed(request)
     if isinstance(box, Verdict):
@@ -204,21 +210,10 @@ def _tolerance(name: str, text: str) -> Fraction:
     return tolerance
 
 
-def _user_rule(name: str) -> Rule:
-    """Import a user's function.
-
-    Raises:
-        RuleError: the name has another form, or there is no such function.
-    """
-    module, colon, attribute = name.partition(":")
-    if not colon or not module or not attribute.isidentifier():
-        raise RuleError(f"{name!r} is no rule; choose one of {', '.join(PLAIN)}, or write package.module:function")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RuleError(f"{name}: {error}; is its folder in PYTHONPATH?") from error
+def _user_rule(function: Any) -> Rule | None:
+    """Return the rule that calls a user's function; None for an object that is no function."""
     if not callable(function):
-        raise RuleError(f"{name} is no function")
+        return None
 
     def grade_by_user(request: GradeRequest) -> Verdict:
         try:
@@ -233,9 +228,27 @@ def _user_rule(name: str) -> Rule:
     return grade_by_user
 
 
+# The built-in rules without a parameter.  There is no function that registers others: graders are processes of their
+# own, which would not have them.
+RULES = Registry[Rule](
+    "rule",
+    {
+        "auto": _auto,
+        "math": _math,
+        "exact": _exact,
+        "choice": _choice,
+        "letters": _letters,
+        "numeric": _within_share,
+        "within": _within_distance,
+    },
+    _user_rule,
+    error=RuleError,
+)
+
+
 if __name__ == "__main__":  # the process that `check` starts
     try:
-        _user_rule(sys.argv[1])
+        RULES.look_up(sys.argv[1])
     except RuleError as error:
         print(error)
         sys.exit(USER_ERROR)

@@ -169,7 +169,6 @@ class RolloutEngine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        temperature: float,
         on_result: Callable[[int, list[Generation]], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[list[Generation]]:
@@ -177,7 +176,6 @@ class RolloutEngine:
 
         Args:
             prompts: The same on all ranks of a tensor-parallel group.
-            temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
             on_result: Called with a prompt's number and its responses when they are there.
             should_stop: As of `answer`.
 
@@ -205,7 +203,7 @@ class RolloutEngine:
             stopped = bool(should_stop and should_stop())
             return stopped
 
-        for index, problem in self.answer(take, store, temperature, between_steps):
+        for index, problem in self.answer(take, store, between_steps):
             raise RolloutError(f"prompt {index} of {len(prompts)} was not answered: {problem}")
         if stopped:
             raise StopRequested
@@ -215,7 +213,6 @@ class RolloutEngine:
         self,
         take: Callable[[int], Sequence[tuple[int, Prompt]]],
         on_result: Callable[[int, list[Generation]], None],
-        temperature: float,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[tuple[int, str]]:
         """Answer the prompts that ``take`` gives until it has no more, each once for each of its seeds.
@@ -224,7 +221,6 @@ class RolloutEngine:
             take: Called with the number of unfinished responses before each step in which these leave room for more;
                 returns numbered prompts, the same on all ranks of a tensor-parallel group.
             on_result: Called with a prompt's number and its responses in the order of its seeds.
-            temperature: 0 takes the most likely token; its log-probabilities are those at temperature 1.
             should_stop: Called between two steps; where it returns True, the same at the same step on all ranks of a
                 tensor-parallel group, the unfinished prompts are given up and nothing is said of them.
 
@@ -242,7 +238,7 @@ class RolloutEngine:
                     for index, prompt in take(waiting.responses):
                         has_more = True
                         try:
-                            waiting.add(index, prompt, self._enqueue(prompt, temperature))
+                            waiting.add(index, prompt, self._enqueue(prompt))
                         except (VLLMValidationError, ValueError) as error:  # a request that vLLM does not take
                             failed.append((index, str(error)))
                 if self._llm.llm_engine.has_unfinished_requests():
@@ -282,7 +278,7 @@ class RolloutEngine:
         """Compute the log-probability of every token of each prompt but its first; sampled tokens are discarded.
 
         Args:
-            prompts: The same on all ranks of a tensor-parallel group; ``seeds`` and ``max_tokens`` do not matter.
+            prompts: The same on all ranks of a tensor-parallel group; ``seeds`` and ``sampling`` do not matter.
 
         Returns:
             For each prompt float32[n - 1] of its n tokens, placeholders expanded; -inf at banned ids.
@@ -303,17 +299,18 @@ class RolloutEngine:
                 watchdog.touch()
         return [logprobs[request_id] for request_id in sorted(logprobs)]  # vLLM numbers requests in order
 
-    def _enqueue(self, prompt: Prompt, temperature: float) -> list[str]:
+    def _enqueue(self, prompt: Prompt) -> list[str]:
         """Hand the prompt to vLLM and return the ids of its requests in the order of their seeds."""
-        params = sampling_params(prompt, temperature, self._end_ids, self._stop)
+        params = sampling_params(prompt, self._end_ids, self._stop)
         return self._llm.enqueue([_request(prompt)] * len(params), params, use_tqdm=False)
 
     def sleep(self, deep: bool = False) -> None:
         """Drop the caches and free the GPU for the trainer until the next `update` or `generate`.
 
-        The weights move to the host, or with ``deep`` nowhere: then an `update` must come first.
+        The weights move to the host, or with ``deep`` nowhere: then an `update` must come first.  Weights that are on
+        the host already stay there, whatever ``deep`` says: vLLM takes no second sleep, and to drop them they would
+        have to come back to the GPU.
         """
-        self._empty |= deep
         # After an update the weights are awake while the cache may still sleep; then the weights go to sleep again.
         if "weights" in self._asleep:
             return
@@ -321,7 +318,8 @@ class RolloutEngine:
             self._reset_caches()
             if self._can_sleep:
                 self._llm.sleep(level=2 if deep else 1)
-                self._asleep = {"weights", "kv_cache"}
+        self._asleep = {"weights", "kv_cache"}
+        self._empty |= deep
 
     def _wake_to_work(self) -> None:
         if self._empty:
@@ -330,9 +328,9 @@ class RolloutEngine:
 
     def _wake(self, *parts: str) -> None:
         sleeping_parts = [part for part in parts if part in self._asleep]
-        if sleeping_parts:
+        if sleeping_parts and self._can_sleep:
             self._llm.wake_up(tags=sleeping_parts)
-            self._asleep -= set(sleeping_parts)
+        self._asleep -= set(sleeping_parts)
 
     def _reset_caches(self) -> None:
         """Drop keys and values and image features: vLLM keeps all of them over an update."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.config import Sampling
+from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
@@ -13,42 +15,73 @@ from ovr_megatron.rollout.sampling import Generation, Prompt
 
 @dataclass(frozen=True)
 class Request:
-    """A row to answer once for each of ``seeds``; its result belongs to ``key`` in the caller's journal."""
+    """A row to answer once for each of ``seeds``; its result belongs to ``key`` in the caller's journal.
+
+    Requests of the same key have the same row.
+    """
 
     key: int
     row: Row
     seeds: Sequence[int]
+    sampling: Sampling
+
+
+R = TypeVar("R", bound=Request)
 
 
 def answer_rows(
     engine: RolloutEngine,
     processor: Processor,
-    requests: Sequence[Request],
-    temperature: float,
-    max_tokens: int,
+    requests: Sequence[R],
     on_error: Callable[[int, dict[str, str]], None],
-) -> list[tuple[Request, list[Generation]]]:
+    on_result: Callable[[R, list[Generation]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[tuple[R, list[Generation]]]:
     """Generate the responses to a batch of rows.
 
     Args:
         engine: vLLM on this rank.
         processor: Turns rows into prompts.
         requests: The same on all ranks of a tensor-parallel group.
-        temperature: 0 takes the most likely token.
-        max_tokens: Longest response, its end token included.
         on_error: Called with the key of a row whose prompt is too long, and ``{"error": reason}``.
+        on_result: Called with a request and its responses as soon as all of these are there.
+        should_stop: As of `RolloutEngine.answer`.
 
     Returns:
-        Every other request and its responses, in order.
+        Every request whose prompt is not too long, and its responses, in order.
+
+    Raises:
+        RowError: a row cannot be used.
+        RolloutError: vLLM gave a request up.
+        StopRequested: ``should_stop`` returned True.
     """
+    samples = _encode_fitting(processor, {request.key: request.row for request in requests}, on_error)
+    fitting = [request for request in requests if request.key in samples]
     prompts = []
-    fitting = []
-    for request in requests:
-        try:
-            [sample] = processor.encode([request.row], generation=True)
-        except TooLongError as error:
-            on_error(request.key, {"error": f"{error.field}: {error.problem}"})
-            continue
-        prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, request.seeds, max_tokens))
-        fitting.append(request)
-    return list(zip(fitting, engine.generate(prompts, temperature), strict=True))
+    for request in fitting:
+        sample = samples[request.key]
+        prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, request.seeds, request.sampling))
+
+    if not prompts:  # an engine without work is not woken
+        return []
+
+    def on_finished(index: int, responses: list[Generation]) -> None:
+        if on_result:
+            on_result(fitting[index], responses)
+
+    return list(zip(fitting, engine.generate(prompts, on_finished, should_stop), strict=True))
+
+
+def _encode_fitting(
+    processor: Processor, rows: Mapping[int, Row], on_error: Callable[[int, dict[str, str]], None]
+) -> dict[int, Sample]:
+    """Return the samples of the rows whose prompts are not too long, by key, their images processed in one batch."""
+    lengths = processor.lengths(list(rows.values()), generation=True)
+    fitting: dict[int, Row] = {}
+    for (key, row), length in zip(rows.items(), lengths, strict=True):
+        # A prompt over the limit has an error in place of a length.
+        if isinstance(length, TooLongError):
+            on_error(key, {"error": f"{length.field}: {length.problem}"})
+        else:
+            fitting[key] = row
+    return dict(zip(fitting, processor.encode(list(fitting.values()), generation=True), strict=True))

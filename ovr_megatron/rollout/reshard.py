@@ -97,10 +97,12 @@ class Traffic:
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics to log."""
+        total_bytes = self.copied + self.received
+        rate = total_bytes / max(self.seconds, 1e-9)
         return {
             "sync/copied_mb": self.copied / 1e6,
             "sync/received_mb": self.received / 1e6,
-            "perf/sync_gb_per_second": (self.copied + self.received) / max(self.seconds, 1e-9) / 1e9,
+            "perf/sync_gb_per_second": rate / 1e9,
             "timing/sync_floor": self.floor,
         }
 
@@ -139,69 +141,83 @@ class Reshard:
             self._make_plans(layouts)
             self._measure()
             began = time.perf_counter()
-        steps = self._plans[self._is_filled and not everything]
+        trained_only = self._is_filled and not everything
+        steps = self._plans[trained_only]
         _Update(self, steps, shards).run()
         self._is_filled = True
         copied = 0
         received = 0
         for step in steps:
-            copied += sum(transfer.nbytes for transfer in step.copies)
-            received += sum(transfer.nbytes for transfer in step.receives)
+            copied += _message_bytes(step.copies)
+            received += _message_bytes(step.receives)
         # The copies into the parameters may still run: their time belongs to the update.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
         floor = copied / self._copy_rate + received / self._link_rate
-        return Traffic(copied, received, time.perf_counter() - began, floor)
+        return Traffic(copied, received, seconds, floor)
 
     def _layouts_changed(self, layouts: list[ShardLayout]) -> bool:
         """Return whether the trainer's layouts differ from the planned ones on any rank.  A collective.
 
         All ranks must plan together: one rank that planned alone would wait for the others in `_make_plans`.
         """
-        differs = torch.tensor(int(layouts != self._planned_layouts), device=self._device)
-        dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(differs.item())
+        differs = layouts != self._planned_layouts
+        flag = torch.tensor(int(differs), device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
 
     def _make_plans(self, layouts: list[ShardLayout]) -> None:
         """Plan the update of all parameters and that of the trained ones.  A collective."""
         by_rank: list[tuple[list[ShardLayout], list[ShardLayout]]] = [([], [])] * dist.get_world_size()
-        local_layouts = (layouts, [target.layout() for target in self._targets])
-        dist.all_gather_object(by_rank, local_layouts, group=self._group)
+        target_layouts = [target.layout() for target in self._targets]
+        dist.all_gather_object(by_rank, (layouts, target_layouts), group=self._group)
         sources, targets = zip(*by_rank, strict=True)
+        plans = []
         try:
-            self._plans = [
-                plan(sources, targets, dist.get_rank(), self._bucket_bytes, trained_only)
-                for trained_only in (False, True)
-            ]
+            for trained_only in (False, True):
+                steps = plan(
+                    sources,
+                    targets,
+                    dist.get_rank(),
+                    self._bucket_bytes,
+                    trained_only,
+                )
+                plans.append(steps)
         except SliceError as error:
             raise TransferError(f"the engine's weights cannot be updated: {error}") from error
+        self._plans = plans
         self._planned_layouts = layouts
         self._is_filled = False
 
     def _measure(self) -> None:
         """Measure the bytes a second of a plain copy and, on the slowest rank, of the largest step's messages."""
+        steps = self._plans[0]
         volumes = []
-        for step in self._plans[0]:
-            volumes.append(sum(transfer.nbytes for transfer in step.receives + step.sends))
+        for step in steps:
+            volume = _message_bytes(step.receives + step.sends)
+            volumes.append(volume)
         total_volumes = torch.tensor(volumes, dtype=torch.int64, device=self._device)
         # The sum is the same on all ranks, so that all of them choose the same step and exchange its messages.
         dist.all_reduce(total_volumes, group=self._group)
-        step = self._plans[0][int(total_volumes.argmax())]
-        size = max(min(self._bucket_bytes, 64 << 20), 1 << 20)
+        largest = int(total_volumes.argmax())
+        size = min(self._bucket_bytes, 64 << 20)
+        size = max(size, 1 << 20)
         source = torch.zeros(size, dtype=torch.uint8, device=self._device)
         target = torch.zeros(size, dtype=torch.uint8, device=self._device)
-        copy_rate = size / self._fastest(lambda: target.copy_(source))
+        copy_seconds = self._fastest(lambda: target.copy_(source))
         link_rate = float("inf")
         if total_volumes.any():
+            step = steps[largest]
             bucket = torch.empty(_padded_bytes(step), dtype=torch.uint8, device=self._device)
             messages = _Messages(step, bucket, self._group)
-            seconds = self._fastest(lambda: messages.start().wait())
+            link_seconds = self._fastest(lambda: messages.start().wait())
             if messages.nbytes:  # a rank without messages must not count as the slowest
-                link_rate = messages.nbytes / seconds
+                link_rate = messages.nbytes / link_seconds
             rate = torch.tensor(link_rate, device=self._device)
             dist.all_reduce(rate, op=dist.ReduceOp.MIN, group=self._group)
             link_rate = float(rate)
-        self._copy_rate = copy_rate
+        self._copy_rate = size / copy_seconds
         self._link_rate = link_rate
 
     def _fastest(self, act: Callable[[], object]) -> float:
@@ -212,8 +228,10 @@ class Reshard:
             act()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            durations.append(time.perf_counter() - began)
-        return max(min(durations), 1e-9)
+            duration = time.perf_counter() - began
+            durations.append(duration)
+        shortest = min(durations)
+        return max(shortest, 1e-9)  # rates divide by it
 
 
 class _Messages:
@@ -231,12 +249,17 @@ class _Messages:
         self._end = 0
         self._operations: list[tuple[object, Tensor, int]] = []
         self._running: list[dist.Work] = []
-        self.outgoing = self._add_messages(dist.isend, step.sends, [t.target for t in step.sends])
-        self.incoming = self._add_messages(dist.irecv, step.receives, [t.source for t in step.receives])
-        self.nbytes = sum(transfer.nbytes for transfer in step.sends + step.receives)
+        targets = [transfer.target for transfer in step.sends]
+        sources = [transfer.source for transfer in step.receives]
+        self.outgoing = self._add_messages(dist.isend, step.sends, targets)
+        self.incoming = self._add_messages(dist.irecv, step.receives, sources)
+        self.nbytes = _message_bytes(step.sends + step.receives)
 
     def _add_messages(
-        self, operation: object, transfers: Sequence[Transfer], peers: Sequence[int]
+        self,
+        operation: object,
+        transfers: Sequence[Transfer],
+        peers: Sequence[int],
     ) -> list[tuple[Transfer, Tensor]]:
         """Lay the transfers out in the bucket, those of one peer side by side, and add a message for each peer."""
         buffers: list[tuple[Transfer, Tensor]] = []
@@ -245,17 +268,22 @@ class _Messages:
             first = self._end
             for transfer, transfer_peer in zip(transfers, peers, strict=True):
                 if transfer_peer == peer:
-                    buffer = self._bucket[self._end : self._end + transfer.nbytes].view(transfer.dtype)
-                    buffers.append((transfer, buffer))
+                    end = self._end + transfer.nbytes
+                    rows = self._bucket[self._end : end]
+                    buffers.append((transfer, rows.view(transfer.dtype)))
                     self._end += transfer.padded_bytes
-            self._operations.append((operation, self._bucket[first : self._end], peer))
+            message = self._bucket[first : self._end]
+            self._operations.append((operation, message, peer))
         return buffers
 
     def start(self) -> _Messages:
         """Start all sends and receives of the step."""
         if self._operations:
             # One batch: NCCL then runs them as one group, where single ones in unlike orders could wait for each other.
-            operations = [dist.P2POp(kind, buffer, peer, self._group) for kind, buffer, peer in self._operations]
+            operations = []
+            for kind, message, peer in self._operations:
+                operation = dist.P2POp(kind, message, peer, self._group)
+                operations.append(operation)
             self._running = dist.batch_isend_irecv(operations)
         return self
 
@@ -263,6 +291,11 @@ class _Messages:
         """Wait until all messages have been sent and received."""
         for work in self._running:
             work.wait()
+
+
+def _message_bytes(transfers: Sequence[Transfer]) -> int:
+    """Return the bytes of the rows of ``transfers``, without padding."""
+    return sum(transfer.nbytes for transfer in transfers)
 
 
 def _padded_bytes(step: TransferStep) -> int:
@@ -273,13 +306,19 @@ def _padded_bytes(step: TransferStep) -> int:
 class _Update:
     """One run through the steps of a plan."""
 
-    def __init__(self, reshard: Reshard, steps: list[TransferStep], shards: Sequence[LocalShard]):
+    def __init__(
+        self,
+        reshard: Reshard,
+        steps: list[TransferStep],
+        shards: Sequence[LocalShard],
+    ):
         self._steps = steps
         self._shards = shards
         self._targets = reshard._targets
         self._group = reshard._group
         self._device = reshard._device
         self._check = reshard._check
+        self._last_merged: tuple[int, Tensor] | None = None  # index of a shard with an adapter, and its sum
         self._assembling: dict[int, Tensor] = {}  # weights that are packed once all of their rows are there
         self._free_buffers: list[Tensor] = []
         self._sent_checksums: dict[tuple[int, ...], int] = {}
@@ -292,13 +331,16 @@ class _Update:
         for parity in (0, 1):
             sizes = [_padded_bytes(step) for step in self._steps[parity::2]]
             size = max(sizes, default=0)
-            buckets.append(torch.empty(size, dtype=torch.uint8, device=self._device))
+            bucket = torch.empty(size, dtype=torch.uint8, device=self._device)
+            buckets.append(bucket)
         in_flight: tuple[TransferStep, _Messages] | None = None
         for index, step in enumerate(self._steps):
-            messages = _Messages(step, buckets[index % 2], self._group)
+            bucket = buckets[index % 2]
+            messages = _Messages(step, bucket, self._group)
             for transfer, buffer in messages.outgoing:
                 rows = self._source_rows(transfer)
-                buffer.view(rows.shape).copy_(rows)
+                target = buffer.view(rows.shape)
+                target.copy_(rows)
                 self._record_checksum(self._sent_checksums, transfer, rows)
             messages.start()
             if in_flight:
@@ -310,9 +352,27 @@ class _Update:
             self._compare_checksums()
 
     def _source_rows(self, transfer: Transfer) -> Tensor:
-        """Return a view of the rows that a transfer reads from this rank's shard."""
+        """Return the rows that a transfer reads from this rank's shard."""
         shard = self._shards[transfer.source_index]
-        return rows_of(shard.parameter, shard.dim, transfer.source_offset, transfer.length)
+        return rows_of(
+            self._merged(transfer.source_index),
+            shard.dim,
+            transfer.source_offset,
+            transfer.length,
+        )
+
+    def _merged(self, index: int) -> Tensor:
+        """Return this rank's shard with its adapter added.
+
+        The transfers of a weight follow one another: the last merged weight is the only one in memory.
+        """
+        shard = self._shards[index]
+        if shard.adapter is None:
+            return shard.parameter
+        if self._last_merged is None or self._last_merged[0] != index:
+            self._last_merged = None  # frees it before the next one is made
+            self._last_merged = index, shard.merged()
+        return self._last_merged[1]
 
     def _copy_into_params(self, step: TransferStep, messages: _Messages) -> None:
         """Copy local and received rows into vLLM's parameters, and pack those that are complete."""
@@ -331,39 +391,53 @@ class _Update:
             target.copy_(buffer.view(target.shape))
             self._record_checksum(self._stored_checksums, transfer, target)
         for index in step.complete:
-            self._pack(self._targets[index], borrowed.get(index, self._assembling.get(index)))
-            if index in self._assembling:
-                self._free_buffers.append(self._assembling.pop(index))
+            assembled = self._assembling.get(index)
+            weight = self._merged(borrowed[index]) if index in borrowed else assembled
+            self._pack(self._targets[index], weight)
+            if assembled is not None:
+                del self._assembling[index]
+                self._free_buffers.append(assembled)
 
-    def _borrowed_params(self, step: TransferStep) -> dict[int, Tensor]:
-        """Return, by target, the trainer's parameters that vLLM can pack as they are, without a copy."""
-        borrowed = {}
+    def _borrowed_params(self, step: TransferStep) -> dict[int, int]:
+        """Return, by target, the index of the trainer's shard that vLLM can pack as it is, without a copy."""
+        borrowed: dict[int, int] = {}
         for transfer in step.copies:
             target = self._targets[transfer.target_index]
             parameter = self._shards[transfer.source_index].parameter
             if _fills_packed_param(transfer, parameter, target):
-                borrowed[transfer.target_index] = parameter
+                borrowed[transfer.target_index] = transfer.source_index
         return borrowed
 
     def _target_rows(self, transfer: Transfer) -> Tensor:
         """Return a view of the rows that a transfer fills: of the parameter, or of the buffer it is assembled in."""
-        target = self._targets[transfer.target_index]
+        index = transfer.target_index
+        target = self._targets[index]
         tensor: Tensor = target.parameter.data
         if not tensor.numel():
-            if transfer.target_index not in self._assembling:
-                self._assembling[transfer.target_index] = self._assembly_buffer(target)
-            tensor = self._assembling[transfer.target_index]
-        return rows_of(tensor, target.dim, transfer.target_offset, transfer.length)
+            if index not in self._assembling:
+                self._assembling[index] = self._assembly_buffer(target)
+            tensor = self._assembling[index]
+        return rows_of(
+            tensor,
+            target.dim,
+            transfer.target_offset,
+            transfer.length,
+        )
 
     def _assembly_buffer(self, target: TargetParam) -> Tensor:
         """Return memory for a weight until it is packed; the storage of an earlier weight if that is large enough."""
         element_count = torch.Size(target.shape).numel()
         dtype = target.parameter.dtype
+        needed_bytes = element_count * dtype.itemsize
         for i, free_buffer in enumerate(self._free_buffers):
-            if free_buffer.untyped_storage().nbytes() >= element_count * dtype.itemsize:
-                storage = self._free_buffers.pop(i).untyped_storage()
-                flat = torch.empty(0, dtype=dtype, device=self._device).set_(storage)
-                return flat[:element_count].view(target.shape)
+            storage = free_buffer.untyped_storage()
+            if storage.nbytes() >= needed_bytes:
+                del self._free_buffers[i]
+                # From the storage: the buffer itself is a view in the dtype and size of an earlier weight.
+                flat = torch.empty(0, dtype=dtype, device=self._device)
+                flat.set_(storage)
+                elements = flat[:element_count]
+                return elements.view(target.shape)
         return torch.empty(target.shape, dtype=dtype, device=self._device)
 
     def _pack(self, target: TargetParam, weight: Tensor | None) -> None:
@@ -371,18 +445,26 @@ class _Update:
         if not target.packing_modules:
             return
         if weight is not None:
-            setattr(target.module, target.attribute, nn.Parameter(weight, requires_grad=False))
+            parameter = nn.Parameter(weight, requires_grad=False)
+            setattr(target.module, target.attribute, parameter)
         for module in target.packing_modules:
             module.quant_method.process_weights_after_loading(module)
         # Otherwise the parameter would alias the trainer's weight or a buffer that the next weight is assembled in.
         if weight is not None and target.parameter.numel():
             raise TransferError(f"vLLM kept {target.name}, which it used to replace by its packed copy")
 
-    def _record_checksum(self, checksums: dict[tuple[int, ...], int], transfer: Transfer, rows: Tensor) -> None:
+    def _record_checksum(
+        self,
+        checksums: dict[tuple[int, ...], int],
+        transfer: Transfer,
+        rows: Tensor,
+    ) -> None:
         """Record the CRC-32 of a transfer's rows in the source's dtype, if updates are checked."""
         if self._check:
             copy = rows.to(transfer.dtype, copy=True).flatten()  # numpy would pin the parameter's own storage
-            checksums[transfer[:7]] = zlib.crc32(copy.view(torch.uint8).cpu().numpy())
+            content = copy.view(torch.uint8).cpu()
+            key = transfer[:7]
+            checksums[key] = zlib.crc32(content.numpy())
 
     def _compare_checksums(self) -> None:
         """Compare every slice at its source and its target.  A collective.
@@ -395,7 +477,8 @@ class _Update:
         for key, checksum in self._stored_checksums.items():
             source = key[0]
             target_index = key[4]
-            if sent_by_rank[source].get(key) != checksum:
+            sent_checksum = sent_by_rank[source].get(key)
+            if sent_checksum != checksum:
                 name = self._targets[target_index].name
                 raise TransferError(f"{name}: rows from rank {source} arrived changed (checksum {checksum:08x})")
 
@@ -407,9 +490,13 @@ def _fills_packed_param(transfer: Transfer, parameter: Tensor, target: TargetPar
     if transfer.source_offset or transfer.target_offset:
         return False
     # It is packed without a copy, so that nothing would convert another shape or dtype on the way.
-    if tuple(parameter.shape) != target.shape or parameter.dtype != target.parameter.dtype:
+    if tuple(parameter.shape) != target.shape:
         return False
-    total_length = parameter.numel() if target.dim is None else parameter.shape[target.dim]
+    if parameter.dtype != target.parameter.dtype:
+        return False
+    total_length = parameter.numel()
+    if target.dim is not None:
+        total_length = parameter.shape[target.dim]
     return transfer.length == total_length
 
 
@@ -421,12 +508,22 @@ def target_params(model: nn.Module) -> Iterator[TargetParam]:
     targets: dict[int, TargetParam] = {}  # by identity: a tied parameter has several names
     for prefix, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in targets:
+            key = id(parameter)
+            if key not in targets:
                 name = f"{prefix}.{attribute}"
                 shape, dim, ranges = _layout(name, module, parameter)
-                targets[id(parameter)] = TargetParam(name, module, attribute, shape, dim, ranges, [])
+                targets[key] = TargetParam(
+                    name,
+                    module,
+                    attribute,
+                    shape,
+                    dim,
+                    ranges,
+                    packing_modules=[],
+                )
+            # vLLM's mark of a layer that multiplies with a packed copy on a CPU.
             if attribute == "weight" and hasattr(module, "cpu_linear"):
-                targets[id(parameter)].packing_modules.append(module)
+                targets[key].packing_modules.append(module)
     yield from targets.values()
 
 
@@ -435,48 +532,67 @@ def _layout(
 ) -> tuple[tuple[int, ...], int | None, tuple[RowRange, ...]]:
     """Return a parameter's shape on this rank, its sharded dimension and its row ranges."""
     hf_name = name.removeprefix("language_model.")
-    fused = next((fused_name for fused_name in _FUSED if fused_name in hf_name), None)
-    names = [hf_name.replace(fused, part) for part in _FUSED[fused]] if fused else [hf_name]
     shape = tuple(parameter.shape)
     is_matrix = name.endswith(".weight")
     if isinstance(module, LinearBase) and is_matrix:  # a weight that exists only in packed form has no shape of its own
         shape = (module.output_size_per_partition, module.input_size_per_partition)
     if isinstance(module, QKVParallelLinear):
-        return shape, 0, tuple(_qkv_ranges(names, module))
+        ranges = _qkv_ranges(_hf_names(hf_name), module)
+        return shape, 0, tuple(ranges)
     if isinstance(module, MergedColumnParallelLinear):
-        sizes = [size // module.tp_size for size in module.output_sizes]
-        ranges = []
-        offset = 0  # in vLLM's parameter
-        for part, size in zip(names, sizes, strict=True):
-            ranges.append(RowRange(part, module.tp_rank * size, offset, size))
-            offset += size
+        ranges = _merged_ranges(_hf_names(hf_name), module)
         return shape, 0, tuple(ranges)
     if isinstance(module, ColumnParallelLinear):
-        return shape, 0, (RowRange(hf_name, module.tp_rank * shape[0], 0, shape[0]),)
+        size = shape[0]
+        rows = RowRange(hf_name, module.tp_rank * size, 0, size)
+        return shape, 0, (rows,)
+    # The bias of a row-parallel layer is not sharded: it belongs to the sum over the ranks.
     if isinstance(module, RowParallelLinear) and is_matrix:
-        return shape, 1, (RowRange(hf_name, module.tp_rank * shape[1], 0, shape[1]),)
+        size = shape[1]
+        rows = RowRange(hf_name, module.tp_rank * size, 0, size)
+        return shape, 1, (rows,)
     if isinstance(module, VocabParallelEmbedding):
-        rows = module.shard_indices
         # Without the padding that vLLM adds to a vocabulary: the Hugging Face tensor has no such rows.
-        first = rows.org_vocab_start_index
-        return shape, 0, (RowRange(hf_name, first, 0, rows.org_vocab_end_index - first),)
-    return shape, None, (RowRange(hf_name, 0, 0, torch.Size(shape).numel()),)
+        first = module.shard_indices.org_vocab_start_index
+        end = module.shard_indices.org_vocab_end_index
+        rows = RowRange(hf_name, first, 0, end - first)
+        return shape, 0, (rows,)
+    elements = RowRange(hf_name, 0, 0, torch.Size(shape).numel())
+    return shape, None, (elements,)
+
+
+def _hf_names(name: str) -> list[str]:
+    """Return the Hugging Face tensors that vLLM fuses into the parameter of this name."""
+    for fused, parts in _FUSED.items():
+        if fused in name:
+            return [name.replace(fused, part) for part in parts]
+    return [name]
+
+
+def _merged_ranges(names: Sequence[str], module: MergedColumnParallelLinear) -> Iterator[RowRange]:
+    """Yield this rank's rows of tensors that vLLM puts below each other, one range for each."""
+    offset = 0  # in vLLM's parameter
+    for name, full_size in zip(names, module.output_sizes, strict=True):
+        size = full_size // module.tp_size
+        yield RowRange(name, module.tp_rank * size, offset, size)
+        offset += size
 
 
 def _qkv_ranges(names: Sequence[str], module: QKVParallelLinear) -> Iterator[RowRange]:
     """Yield the query, key and value rows of three Hugging Face tensors, or of one that stacks them (vision)."""
     is_stacked = len(names) == 1
-    heads = (module.num_heads, module.num_kv_heads, module.num_kv_heads)
-    totals = (module.total_num_heads, module.total_num_kv_heads, module.total_num_kv_heads)
+    # More ranks than key-value heads: neighbours hold the same one.
     kv_rank = module.tp_rank // module.num_kv_head_replicas
-    ranks = (module.tp_rank, kv_rank, kv_rank)
+    query = (module.num_heads, module.total_num_heads, module.tp_rank)
+    key_value = (module.num_kv_heads, module.total_num_kv_heads, kv_rank)
     offset = 0  # in vLLM's parameter
     stacked_offset = 0  # in the stacked tensor
-    for i, (count, total, rank) in enumerate(zip(heads, totals, ranks, strict=True)):
+    for i, (count, total, rank) in enumerate((query, key_value, key_value)):
         size = count * module.head_size
+        start = rank * size
         if is_stacked:
-            yield RowRange(names[0], stacked_offset + rank * size, offset, size)
+            yield RowRange(names[0], stacked_offset + start, offset, size)
         else:
-            yield RowRange(names[i], rank * size, offset, size)
+            yield RowRange(names[i], start, offset, size)
         offset += size
         stacked_offset += total * module.head_size

@@ -13,6 +13,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from ovr_megatron.config import Sampling
 from ovr_megatron.data.pixels import Video
 from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
@@ -35,16 +36,14 @@ class Prompt:
         videos: Videos, frames and metadata, in the order of theirs.
         seeds: One for each response.  A response depends on the weights, the prompt and its own seed alone, up
             to rounding.  Consecutive seeds (s, s + 1, ...) share one request and are faster.
-        max_tokens: Longest response, its end token included.
-        endless: Whether nothing but `max_tokens` ends a response.
+        sampling: How the responses are sampled.
     """
 
     tokens: Sequence[int]
     images: Sequence[Image.Image] = ()
     videos: Sequence[Video] = ()
     seeds: Sequence[int] = (0,)
-    max_tokens: int = 1024
-    endless: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Generation:
 
     Attributes:
         tokens: n sampled ids, with the end token if the model gave one.
-        logprobs: float32[n], log_softmax(masked logits / temperature) at the sampled ids.
+        logprobs: float32[n], log_softmax(masked logits / temperature) at the sampled ids; of a greedy response at
+            temperature 1.
         stopped: Whether it ended by itself: an end token or a stop string, not the length limit.
         prompt_tokens: The prompt as the engine saw it, placeholders expanded.
     """
@@ -87,32 +87,41 @@ def banned_tokens(shape: ModelShape, tokenizer: Any) -> list[int]:
     Raises:
         RolloutError: the tokenizer lacks an end token.
     """
+    # The head has rows past the tokenizer's last id, which stand for no text.
     unknown = set(range(shape.vocab)) - set(tokenizer.get_vocab().values())
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    visual = {shape.image_token, shape.video_token, shape.vision_start_token, shape.vision_end_token}
-    banned = unknown | special | set(tokenizer.all_special_ids) | visual
-    return sorted(i for i in banned - set(end_tokens(shape, tokenizer)) if i < shape.vocab)
+    special |= set(tokenizer.all_special_ids)
+    visual = {
+        shape.image_token,
+        shape.video_token,
+        shape.vision_start_token,
+        shape.vision_end_token,
+    }
+    ends = set(end_tokens(shape, tokenizer))
+    banned = (unknown | special | visual) - ends
+    return sorted(i for i in banned if i < shape.vocab)
 
 
-def sampling_params(
-    prompt: Prompt, temperature: float, end_ids: Sequence[int], stop: Sequence[str]
-) -> list[SamplingParams]:
+def sampling_params(prompt: Prompt, end_ids: Sequence[int], stop: Sequence[str]) -> list[SamplingParams]:
     """Return one request for each run of consecutive seeds; vLLM gives sample i of a request the seed ``seed + i``.
 
     Nothing is left to the model folder or to vLLM's idea of the end of a text.
     """
-    runs = _runs(prompt.seeds) if temperature else ((seed, 1) for seed in prompt.seeds)  # greedy requests are single
+    sampling = prompt.sampling
+    runs = _runs(prompt.seeds)
+    if not sampling.temperature:  # greedy requests are single
+        runs = ((seed, 1) for seed in prompt.seeds)
     return [
         SamplingParams(
             n=count,
             seed=first,
-            temperature=temperature,
+            temperature=sampling.temperature,
             top_p=1.0,
             repetition_penalty=1.0,
-            max_tokens=prompt.max_tokens,
+            max_tokens=sampling.max_tokens,
             ignore_eos=True,
-            stop_token_ids=[] if prompt.endless else list(end_ids),
-            stop=[] if prompt.endless else list(stop),
+            stop_token_ids=[] if sampling.endless else list(end_ids),
+            stop=[] if sampling.endless else list(stop),
             detokenize=bool(stop),
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
@@ -122,9 +131,15 @@ def sampling_params(
 
 
 def _runs(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Return the maximal runs of consecutive seeds, as (first, length)."""
-    cuts = [0, *(k for k in range(1, len(seeds)) if seeds[k] != seeds[k - 1] + 1), len(seeds)]
-    return ((seeds[a], b - a) for a, b in pairwise(cuts) if b > a)
+    """Yield the maximal runs of consecutive seeds, as (first, length)."""
+    cuts = [0]
+    for k in range(1, len(seeds)):
+        if seeds[k] != seeds[k - 1] + 1:
+            cuts.append(k)
+    cuts.append(len(seeds))
+    for start, end in pairwise(cuts):
+        if end > start:  # without seeds there is no run
+            yield seeds[start], end - start
 
 
 def generations(output: RequestOutput) -> list[Generation]:
@@ -133,18 +148,23 @@ def generations(output: RequestOutput) -> list[Generation]:
     Raises:
         RolloutError: vLLM gave a request up.
     """
+    prompt_tokens = list(output.prompt_token_ids or [])
     responses = []
     for sample in output.outputs:
         if sample.finish_reason not in ("stop", "length"):
             raise RolloutError(
-                f"vLLM ended a request of {len(output.prompt_token_ids or [])} prompt tokens with "
-                f"{sample.finish_reason!r}; its log says why"
+                f"vLLM ended a request of {len(prompt_tokens)} prompt tokens with {sample.finish_reason!r}; its log "
+                "says why"
             )
         tokens = list(sample.token_ids)
         assert sample.logprobs is not None and sample.logprobs.token_ids == tokens, "log-probabilities of other tokens"
-        logprobs = np.array(sample.logprobs.logprobs, np.float32)
-        prompt_tokens = list(output.prompt_token_ids or [])
-        responses.append(Generation(tokens, logprobs, sample.finish_reason == "stop", prompt_tokens))
+        response = Generation(
+            tokens=tokens,
+            logprobs=np.array(sample.logprobs.logprobs, np.float32),
+            stopped=sample.finish_reason == "stop",
+            prompt_tokens=list(prompt_tokens),
+        )
+        responses.append(response)
     return responses
 
 

@@ -61,12 +61,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return the type of a command-line option that is a whole number, ``least`` or more."""
+def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return the type of a command-line option that is a whole number from ``least`` to ``most``."""
 
     def read(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {most:,}")
         return int(text)
 
     return read

@@ -1,14 +1,23 @@
-"""Exchange Python objects between ranks, point to point."""
+"""Exchange Python objects between ranks, point to point, or gather small ones of all."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def gather_objects(item: Item) -> list[Item]:
+    """Return the object of every rank, by rank.  A collective of all ranks; `exchange` is for large objects."""
+    items = [item] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
 
 
 def exchange(outgoing: Mapping[int, Any]) -> list[Any]:

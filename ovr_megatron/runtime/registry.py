@@ -1,11 +1,12 @@
-"""Find the row of a table that a setting names: one of the table, or an object in a module of the user's."""
+"""Tables of rows by name, for the settings that take a name: estimators, losses, formats, trackers, rules, families."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping, MutableMapping
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from ovr_megatron.errors import UserError
 
@@ -16,40 +17,61 @@ class RegistryError(UserError, ValueError):
     """A name that no row of a table has, or that two rows would have; the message has the remedy."""
 
 
-def add_row(table: MutableMapping[str, Row], name: str, row: Row) -> None:
-    """Add ``row`` to ``table`` under ``name``.
+@dataclass(frozen=True)
+class Registry(Generic[Row]):
+    """The rows that a setting chooses from.
 
-    Raises:
-        RegistryError: the name is taken, or cannot be told from the place of an object.
+    Attributes:
+        setting: The setting that has the name, for messages.
+        rows: The rows by name.
+        accept: Return the row for an object of the user's, which the setting names as ``package.module:NAME``, or None
+            for an object that is none.  Without this function, rows are registered only.
+        form: What the object must be, for messages, for example ``a function``.
+        error: Class of the errors.
     """
-    if ":" in name:
-        raise RegistryError(f"{name!r} cannot be registered: a name with a colon is the place of an object in a module")
-    if name in table:
-        raise RegistryError(f"{name!r} is registered already; choose another name")
-    table[name] = row
 
+    setting: str
+    rows: dict[str, Row]
+    accept: Callable[[Any], Row | None] | None = None
+    form: str = "a function"
+    error: type[UserError] = RegistryError
 
-def find_row(setting: str, name: str, table: Mapping[str, Row]) -> Row:
-    """Return the row of ``table`` called ``name``, or the object at ``package.module:NAME``.
+    def register(self, name: str, row: Row) -> None:
+        """Add ``row`` under ``name``.
 
-    Args:
-        setting: the setting that has the name, for the error message.
-        name: of the row, or the place of the user's own.
-        table: the rows by name.
+        Raises:
+            UserError: of class ``error``; the name is taken, or cannot be told from the place of an object.
+        """
+        if ":" in name:
+            raise self.error(
+                f"{name!r} cannot be registered: a name with a colon is the place of an object in a module"
+            )
+        if name in self.rows:
+            raise self.error(f"{name!r} is registered already; choose another name")
+        self.rows[name] = row
 
-    Raises:
-        RegistryError: there is no such row or object.
-    """
-    if name in table:
-        return table[name]
-    module, _, attribute = name.partition(":")
-    if attribute.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+    def look_up(self, name: str) -> Row:
+        """Return the row called ``name``, or the one for the object at ``package.module:NAME``.
+
+        Raises:
+            UserError: of class ``error``; there is no such row or object, or the object is of another form.
+        """
+        if name in self.rows:
+            return self.rows[name]
+        module, _, attribute = name.partition(":")
+        is_place = attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+        if self.accept is None or not is_place:
+            nearest = difflib.get_close_matches(name, self.rows, n=1)
+            proposal = f" (did you mean {nearest[0]}?)" if nearest else ""
+            place = "" if self.accept is None else ", or write package.module:NAME"
+            raise self.error(
+                f"{self.setting}={name!r} is not known{proposal}; choose one of {', '.join(self.rows)}{place}"
+            )
         try:
-            return getattr(importlib.import_module(module), attribute)
+            value = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise RegistryError(f"{setting}={name}: {error}; is its folder in PYTHONPATH?") from error
-    nearest = difflib.get_close_matches(name, table, n=1)
-    proposal = f" (did you mean {nearest[0]}?)" if nearest else ""
-    raise RegistryError(
-        f"{setting}={name!r} is not known{proposal}; choose one of {', '.join(table)}, or write package.module:NAME"
-    )
+            raise self.error(f"{self.setting}={name}: {error}; is its folder in PYTHONPATH?") from error
+        row = self.accept(value)
+        if row is None:
+            raise self.error(f"{self.setting}={name} is of type {type(value).__name__}; make it {self.form}")
+        return row

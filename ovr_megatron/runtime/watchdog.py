@@ -47,6 +47,7 @@ class Watchdog:
         self._grace_s = min(_GRACE_SHARE * timeout_s, _LONGEST_GRACE_S)
         self._closed = threading.Event()
         self._deadline = 0.0
+        self._written = False
         # Files of an earlier launch stay in the folder; what grows after this is of this launch.
         self._sizes = self._sizes_of_stacks()
 
@@ -60,13 +61,13 @@ class Watchdog:
         faulthandler.dump_traceback_later(1.1 * self.timeout_s + 1, file=_STDERR, exit=True)
 
     def _watch(self) -> None:
-        written = False
+        answered = False
         while not self._closed.wait(max(0.0, min(self._deadline - time.monotonic(), self._grace_s / _LOOKS))):
             if time.monotonic() >= self._deadline:
                 self._end()
-            if not written and self._sizes_of_stacks() != self._sizes:
+            if not answered and self._sizes_of_stacks() != self._sizes:
+                answered = True
                 self._write_stacks()
-                written = True
 
     def _end(self) -> None:
         # This thread runs, so the timer that ends the process without the interpreter's lock is not needed.
@@ -85,13 +86,16 @@ class Watchdog:
         os._exit(1)
 
     def _write_stacks(self) -> str:
-        """Append the stacks of all threads to the file of this rank; return a clause that says where they are."""
+        """Append the stacks of all threads to the file of this rank, once; return a clause that says where they are."""
+        if self._written:
+            return f"its stacks are in {self.path}"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}, run.hang_timeout_s={self.timeout_s:g}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+            self._written = True
         except OSError as error:
             return f"its stacks could not be written to {self.path} ({error.strerror})"
         return f"its stacks are in {self.path}"

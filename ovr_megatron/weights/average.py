@@ -23,7 +23,9 @@ _PIECE = 1 << 22  # numbers that are summed at once
 def policy_folder(directory: Path) -> Path:
     """The Hugging Face folder of a checkpoint's policy; a folder that is a model itself stays as it is."""
     policy = directory / "policy"
-    return policy if (policy / "config.json").exists() else directory
+    if (policy / "config.json").exists():
+        return policy
+    return directory
 
 
 def average(directories: Sequence[Path], out: Path, replace: bool = False) -> None:
@@ -42,16 +44,20 @@ def average(directories: Sequence[Path], out: Path, replace: bool = False) -> No
     shapes = [check_assets(source) for source in sources]
     with ExitStack() as stack:
         folders = [stack.enter_context(WeightFolder(source)) for source in sources]
+        first_folder = folders[0]
+        first_shape = shapes[0]
         for folder, shape in zip(folders, shapes, strict=True):
             check_weights(folder, shape)
             check_finite(folder)
-            _check_alike(folders[0], shapes[0], folder, shape)
-        names = folders[0].names()
-        if shapes[0].tied:  # the embedding is the output layer, which only some folders store a second time
+            _check_alike(first_folder, first_shape, folder, shape)
+        names = first_folder.names()
+        if first_shape.tied:  # the embedding is the output layer, which only some folders store a second time
             names = [name for name in names if name != HEAD]
+        # The writer, entered last, names its files before the folder that they are in gets its own name.
         partial = stack.enter_context(staged(out, directories, replace))
         copy_hf_assets(sources[0], partial)
-        progress = stack.enter_context(Progress(len(names), f"mean of {len(folders)} models", "tensor"))
+        title = f"mean of {len(folders)} models"
+        progress = stack.enter_context(Progress(len(names), title, "tensor"))
         writer = stack.enter_context(WeightWriter(partial))
         for name in names:
             tensors = [folder.tensor(name) for folder in folders]
@@ -64,11 +70,13 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
 
     float32 is summed in float64, bfloat16 and float16 in float32, in the order given.
     """
-    wide = torch.float64 if tensors[0].dtype == torch.float32 else torch.float32
-    result = torch.empty_like(tensors[0])
-    for target, *pieces in zip(
-        result.view(-1).split(_PIECE), *(tensor.flatten().split(_PIECE) for tensor in tensors), strict=True
-    ):
+    first = tensors[0]
+    wide = torch.float64 if first.dtype == torch.float32 else torch.float32
+    result = torch.empty_like(first)
+    # Piece by piece: a wide copy of a whole embedding would take several times its memory.
+    targets = result.view(-1).split(_PIECE)
+    sources = [tensor.flatten().split(_PIECE) for tensor in tensors]
+    for target, *pieces in zip(targets, *sources, strict=True):
         total = torch.zeros_like(target, dtype=wide)
         for piece in pieces:
             total += piece
@@ -76,18 +84,27 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def _check_alike(first: WeightFolder, first_shape: ModelShape, second: WeightFolder, second_shape: ModelShape) -> None:
-    a = dataclasses.asdict(first_shape)
-    b = dataclasses.asdict(second_shape)
-    if different := [key for key in a if a[key] != b[key]]:
-        key = different[0]
-        raise WeightError(
-            f"{second.directory} is of another model than {first.directory}: {key} is {b[key]} instead of {a[key]}; "
-            "average checkpoints of one run"
-        )
-    for name in first.names():
-        if name in second and second.dtype(name) != first.dtype(name):
+def _check_alike(
+    first: WeightFolder,
+    first_shape: ModelShape,
+    second: WeightFolder,
+    second_shape: ModelShape,
+) -> None:
+    first_sizes = dataclasses.asdict(first_shape)
+    second_sizes = dataclasses.asdict(second_shape)
+    for key, size in first_sizes.items():
+        if second_sizes[key] != size:
             raise WeightError(
-                f"{second.directory}: {name} is {second.dtype(name)}, but {first.dtype(name)} in {first.directory}; "
+                f"{second.directory} is of another model than {first.directory}: {key} is {second_sizes[key]} instead "
+                f"of {size}; average checkpoints of one run"
+            )
+    for name in first.names():
+        if name not in second:
+            continue
+        first_dtype = first.dtype(name)
+        second_dtype = second.dtype(name)
+        if second_dtype != first_dtype:
+            raise WeightError(
+                f"{second.directory}: {name} is {second_dtype}, but {first_dtype} in {first.directory}; "
                 "convert them to one format first"
             )

@@ -35,7 +35,12 @@ def left_over(name: str) -> str | None:
     return _LEFT_OVERS.get(name)
 
 
-def explain(directory: Path, names: Collection[str], expected: Collection[str], critic: bool) -> str | None:
+def explain(
+    directory: Path,
+    names: Collection[str],
+    expected: Collection[str],
+    critic: bool,
+) -> str | None:
     """One sentence on a known way of saving, None where the tensors fit none.
 
     Args:
@@ -76,10 +81,15 @@ def _prefix(names: Collection[str], expected: Collection[str]) -> str | None:
     if anchor is None:
         return None
     stem = "embed_tokens.weight"
+    # The longest first: the others end it, too, and would leave a part of the model's own name in the prefix.
     for inner in (f"model.language_model.{stem}", f"language_model.{stem}", f"model.{stem}"):
-        if anchor.endswith(inner) and (prefix := anchor.removesuffix(inner)):
+        if not anchor.endswith(inner):
+            continue
+        prefix = anchor.removesuffix(inner)
+        if prefix:
             prefixed_names = [name for name in names if name.startswith(prefix)]
             bare = {canonical(name.removeprefix(prefix)) for name in prefixed_names}
-            if len(bare & set(expected)) > len(expected) // 2:
+            matching = bare & set(expected)
+            if len(matching) > len(expected) // 2:
                 return prefix
     return None

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,12 +32,21 @@ logger = get_logger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 SHARD_BYTES = 1 << 30
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
 
 
 class WeightError(UserError, ValueError):
     """Weights that are missing, damaged or of another model; names the file or the tensor, and the remedy."""
+
+
+class _StoredTensor(NamedTuple):
+    """An open safetensors file and the name that a tensor has there, of either generation."""
+
+    shard: Any
+    name: str
 
 
 class WeightFolder:
@@ -47,24 +56,26 @@ class WeightFolder:
         WeightError: no weights, a missing or damaged shard, an index that disagrees with its shards.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, file: str = "") -> None:
+        """Open ``directory``; of an adapter, ``file`` names the one file that it reads."""
         self.directory = Path(directory)
-        self._stored: dict[str, tuple[Any, str]] = {}
+        self._stored: dict[str, _StoredTensor] = {}
         self._open_files = ExitStack()
-        for file, expected in _shards(self.directory).items():
-            shard = self._open(self.directory / file)
+        shards = {file: []} if file else _shards(self.directory)
+        for file, expected in shards.items():
+            path = self.directory / file
+            shard = self._open(path)
             stored_names = list(shard.keys())
             absent = sorted(set(expected) - set(stored_names))
             if absent:
-                raise WeightError(
-                    f"{self.directory / file}: lacks {some(absent)}, which {INDEX} says it holds; get both files again"
-                )
+                absent_names = some(absent)
+                raise WeightError(f"{path}: lacks {absent_names}, which {INDEX} says it holds; get both files again")
             for stored in stored_names:
                 name = table.canonical(stored)
                 # The two generations' names of one tensor are the same name here.
                 if name in self._stored:
-                    raise WeightError(f"{self.directory / file}: {stored} is stored a second time; remove one of them")
-                self._stored[name] = (shard, stored)
+                    raise WeightError(f"{path}: {stored} is stored a second time; remove one of them")
+                self._stored[name] = _StoredTensor(shard, stored)
 
     def _open(self, path: Path) -> Any:
         try:
@@ -89,7 +100,8 @@ class WeightFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        return tuple(self._slice(name).get_shape())
+        tensor_slice = self._slice(name)
+        return tuple(tensor_slice.get_shape())
 
     def dtype(self, name: str) -> str:
         """Return the dtype of a tensor as safetensors writes it (``F32``, ``BF16``), without reading it."""
@@ -97,14 +109,14 @@ class WeightFolder:
 
     def tensor(self, name: str) -> Tensor:
         """Return the tensor, mapped from its file: pages are read when they are used.  Do not write to it."""
-        shard, stored = self._find(name)
-        return shard.get_tensor(stored)
+        stored = self._find(name)
+        return stored.shard.get_tensor(stored.name)
 
     def _slice(self, name: str) -> Any:
-        shard, stored = self._find(name)
-        return shard.get_slice(stored)
+        stored = self._find(name)
+        return stored.shard.get_slice(stored.name)
 
-    def _find(self, name: str) -> tuple[Any, str]:
+    def _find(self, name: str) -> _StoredTensor:
         if name not in self._stored:
             raise WeightError(f"{self.directory} has no tensor {name}; it is of another model or not whole")
         return self._stored[name]
@@ -114,43 +126,59 @@ def _shards(directory: Path) -> dict[str, list[str]]:
     """Return the files of a folder, with the names that the index expects in each."""
     index = directory / INDEX
     if index.exists():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise WeightError(f"{index} is not a safetensors index ({error!r}); get this file again") from error
-        shards: dict[str, list[str]] = {}
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise WeightError(f"{index} names no tensor; get this file again")
-        # An index may come from elsewhere: it must not make the reader open files outside the folder.
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise WeightError(f"{index}: {name} points outside the folder, to {file!r}")
-            shards.setdefault(file, []).append(name)
-        return shards
+        return _indexed_shards(index)
     files = _model_files(directory)
     if files == [SINGLE]:
         return {SINGLE: []}
     if files:
-        raise WeightError(f"{directory} has {some(files)} but no {INDEX}; get the index, or the whole folder, again")
-    if (directory / "adapter_config.json").exists() or (directory / "adapter_model.safetensors").exists():
-        raise WeightError(
-            f"{directory} holds a LoRA adapter and no model; merge it into its model (PEFT: merge_and_unload) and give "
-            "the folder of the whole model"
-        )
-    if pickles := sorted(path.name for path in directory.glob("*.bin")):
-        raise WeightError(f"{directory} has {some(pickles)} and no safetensors weights; save it as safetensors")
+        present = some(files)
+        raise WeightError(f"{directory} has {present} but no {INDEX}; get the index, or the whole folder, again")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if (directory / name).exists():
+            raise WeightError(
+                f"{directory} holds a LoRA adapter and no model; merge it into its model, with `ovr convert to-hf "
+                "--merge` if it is of a checkpoint of ours and else by PEFT's merge_and_unload, and give that folder"
+            )
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles:
+        present = some(pickles)
+        raise WeightError(f"{directory} has {present} and no safetensors weights; save it as safetensors")
     raise WeightError(f"{directory} has no safetensors weights; give the folder of a Hugging Face model in safetensors")
+
+
+def _indexed_shards(index: Path) -> dict[str, list[str]]:
+    """Return the files that an index names, with the names of the tensors in each."""
+    try:
+        content = json.loads(index.read_text())
+        weight_map: dict[str, str] = content["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightError(f"{index} is not a safetensors index ({error!r}); get this file again") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightError(f"{index} names no tensor; get this file again")
+    shards: dict[str, list[str]] = {}
+    # An index may come from elsewhere: it must not make the reader open files outside the folder.
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise WeightError(f"{index}: {name} points outside the folder, to {file!r}")
+        shards.setdefault(file, []).append(name)
+    return shards
 
 
 def _model_files(directory: Path) -> list[str]:
     """Return the safetensors files of a folder without those known to be no part of the model, and print these."""
     names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if SINGLE in names:
-        for name in names:
-            if kind := left_over(name):
-                logger.log(NOTICE, f"notice: {directory / name} is {kind}; {SINGLE} is read")
-        return [name for name in names if not left_over(name)]
-    return [name for name in names if name != "adapter_model.safetensors"]
+    # Only beside a whole model are the others known to be no part of it.
+    if SINGLE not in names:
+        return [name for name in names if name != ADAPTER_WEIGHTS]
+    model_names = []
+    for name in names:
+        kind = left_over(name)
+        if kind:
+            path = directory / name
+            logger.log(NOTICE, f"notice: {path} is {kind}; {SINGLE} is read")
+        else:
+            model_names.append(name)
+    return model_names
 
 
 def copy_hf_assets(source: Path, out: Path, dtype: torch.dtype | None = None) -> list[str]:
@@ -169,9 +197,12 @@ def copy_hf_assets(source: Path, out: Path, dtype: torch.dtype | None = None) ->
     if dtype is not None:
         path = out / "config.json"
         config = json.loads(path.read_text())
-        new_config = _with_dtype(config, str(dtype).removeprefix("torch."))
+        dtype_name = str(dtype).removeprefix("torch.")
+        new_config = _with_dtype(config, dtype_name)
+        # A config that names the dtype already stays as it was written, byte for byte.
         if new_config != config:
-            path.write_text(json.dumps(new_config, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(new_config, indent=2, ensure_ascii=False)
+            path.write_text(text + "\n")
     return copied
 
 
@@ -221,15 +252,26 @@ class WeightWriter:
             raise WeightError(f"{self.directory}: {name} is written twice")
         tensor = tensor.detach().cpu().contiguous()
         pending_bytes = sum(pending.nbytes for pending in self._pending)
-        if self._pending and pending_bytes + tensor.nbytes > self.shard_bytes:
+        total_bytes = pending_bytes + tensor.nbytes
+        # A tensor larger than a shard gets one of its own.
+        if self._pending and total_bytes > self.shard_bytes:
             self._flush()
-        self._pending.append(Pending(name, tensor.dtype, tuple(tensor.shape), lambda: tensor))
+        pending = Pending(
+            name=name,
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            load=lambda: tensor,
+        )
+        self._pending.append(pending)
         self._names.add(name)
         self._total_bytes += tensor.nbytes
 
     def _flush(self) -> None:
-        self._shards.append([pending.name for pending in self._pending])
-        write_shard(_partial(self.directory, len(self._shards)), self._pending)
+        names = [pending.name for pending in self._pending]
+        self._shards.append(names)
+        # How many shards there will be, which is a part of their names, is not known before the end.
+        path = _partial(self.directory, len(self._shards))
+        write_shard(path, self._pending)
         self._pending = []
 
     def __enter__(self) -> WeightWriter:
@@ -256,18 +298,28 @@ def write_folder(
     Raises:
         WeightError: the folder has weights already, or a tensor comes twice.
     """
-    if len({tensor.name for tensor in tensors}) < len(tensors):
+    distinct_names = {tensor.name for tensor in tensors}
+    if len(distinct_names) < len(tensors):
         raise WeightError(f"{directory}: a tensor is written twice")
-    cuts = cut([tensor.nbytes for tensor in tensors], shard_bytes)
-    shards = [list(tensors[start:stop]) for start, stop in pairwise([0, *cuts])]
+    sizes = [tensor.nbytes for tensor in tensors]
+    bounds = [0, *cut(sizes, shard_bytes)]
+    shards: list[list[Pending]] = []
+    paths: list[Path] = []
+    names: list[list[str]] = []
+    for start, stop in pairwise(bounds):
+        shard = list(tensors[start:stop])
+        shard_tensor_names = [tensor.name for tensor in shard]
+        shards.append(shard)
+        names.append(shard_tensor_names)
+        path = _partial(directory, len(shards))
+        paths.append(path)
     _prepare(directory)
-    paths = [_partial(directory, shard_index) for shard_index in range(1, len(shards) + 1)]
     try:
         with ThreadPoolExecutor(workers) as pool, Progress(len(tensors), what, "tensor") as progress:
+            # The results are asked for, as they raise a thread's error: no shard that failed may be published.
             for shard, _ in zip(shards, pool.map(write_shard, paths, shards), strict=True):
                 progress.update(len(shard))
-        names = [[tensor.name for tensor in shard] for shard in shards]
-        _publish(directory, names, sum(tensor.nbytes for tensor in tensors))
+        _publish(directory, names, sum(sizes))
     finally:
         _discard(directory)
 
@@ -279,7 +331,8 @@ def _partial(directory: Path, shard_index: int) -> Path:
 
 def _prepare(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.glob("*.safetensors")) or (directory / INDEX).exists():
+    has_weights = any(directory.glob("*.safetensors"))
+    if has_weights or (directory / INDEX).exists():
         raise WeightError(f"{directory} has weights already; remove them or choose another folder")
     _discard(directory)
 
@@ -294,9 +347,12 @@ def _publish(directory: Path, shards: Sequence[Sequence[str]], total_bytes: int)
     """Rename the shards to their names, the index last: a folder without it is not read as several shards."""
     names = shard_names(len(shards))
     for shard_index, name in enumerate(names, start=1):
-        _partial(directory, shard_index).rename(directory / name)
+        partial = _partial(directory, shard_index)
+        partial.rename(directory / name)
     if len(shards) > 1:
-        write_index(directory / INDEX, dict(zip(names, shards, strict=True)), total_bytes)
+        tensors_by_file = dict(zip(names, shards, strict=True))
+        write_index(directory / INDEX, tensors_by_file, total_bytes)
+    # The data of every shard is on the disk; this adds the new names.
     sync(directory)
 
 
@@ -317,7 +373,8 @@ def shard_names(count: int) -> list[str]:
     """Return Hugging Face's names of ``count`` shards."""
     if count <= 1:
         return [SINGLE]
-    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+    indices = range(1, count + 1)
+    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in indices]
 
 
 def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: int) -> None:
@@ -325,13 +382,18 @@ def write_index(path: Path, shards: Mapping[str, Sequence[str]], total_bytes: in
     weight_map: dict[str, str] = {}
     for file, tensors in shards.items():
         weight_map |= dict.fromkeys(tensors, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    write_whole(path, json.dumps(index, indent=2) + "\n", durable=True)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": weight_map,
+    }
+    text = json.dumps(index, indent=2)
+    write_whole(path, text + "\n", durable=True)
 
 
 def some(names: list[str]) -> str:
     """Return the first names of a list that may be long, and how many more there are."""
     first_names = ", ".join(names[:3])
-    if len(names) <= 3:
+    further = len(names) - 3
+    if further <= 0:
         return first_names
-    return f"{first_names} and {len(names) - 3} more"
+    return f"{first_names} and {further} more"

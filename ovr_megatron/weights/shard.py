@@ -27,7 +27,7 @@ FORMATS = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ORDER = {dtype: (place, name) for place, (name, dtype) in enumerate(FORMATS.items())}
+_ORDER = {dtype: (index, name) for index, (name, dtype) in enumerate(FORMATS.items())}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Pending:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        numel = math.prod(self.shape)
+        return numel * self.dtype.itemsize
 
 
 class TensorEntry(TypedDict):
@@ -75,8 +76,11 @@ def _content(ordered: Sequence[Pending]) -> Iterator[Any]:
     """The bytes of the file, piece by piece."""
     yield _header(ordered)
     for tensor in ordered:
-        for piece in tensor.load().flatten().split(PIECE):
-            yield as_bytes(piece.to(tensor.dtype)).numpy()
+        flat = tensor.load().flatten()
+        for piece in flat.split(PIECE):
+            # A cast of the whole tensor would be a second copy of it.
+            data = as_bytes(piece.to(tensor.dtype))
+            yield data.numpy()
 
 
 def _header(tensors: Sequence[Pending]) -> bytes:

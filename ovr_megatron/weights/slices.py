@@ -6,10 +6,10 @@ intersections of these ranges are the transfers.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,18 +36,38 @@ class RowRange(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A parameter of this rank and its row ranges along ``dim`` (None: ranges of the flattened parameter)."""
+    """A parameter of this rank and its row ranges along ``dim`` (None: ranges of the flattened parameter).
+
+    ``adapter`` returns what an adapter adds to the parameter, in float32, where there is one.
+    """
 
     parameter: Tensor
     dim: int | None
     ranges: tuple[RowRange, ...]
     trained: bool = True
+    adapter: Callable[[], Tensor] | None = None
+
+    def merged(self) -> Tensor:
+        """Return the parameter with its adapter added, rounded once; the parameter itself where there is none."""
+        if self.adapter is None:
+            return self.parameter
+        # Not in place: in float32 the conversion is no copy.
+        return (self.parameter.float() + self.adapter()).to(self.parameter.dtype)
 
     def layout(self) -> ShardLayout:
         """Return the description that other ranks plan with."""
-        row_count = self.parameter.numel() if self.dim is None else self.parameter.shape[self.dim]
-        row_bytes = self.parameter.nbytes // max(row_count, 1)
-        return ShardLayout(self.dim, row_bytes, self.parameter.dtype, self.trained, self.ranges)
+        parameter = self.parameter
+        if self.dim is None:
+            row_count = parameter.numel()
+        else:
+            row_count = parameter.shape[self.dim]
+        return ShardLayout(
+            dim=self.dim,
+            row_bytes=parameter.nbytes // max(row_count, 1),
+            dtype=parameter.dtype,
+            trained=self.trained,
+            ranges=self.ranges,
+        )
 
 
 class ShardLayout(NamedTuple):
@@ -85,7 +105,8 @@ class Transfer(NamedTuple):
     @property
     def padded_bytes(self) -> int:
         """Bytes that the transfer takes in a bucket."""
-        return -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
+        units = -(-self.nbytes // _ALIGNMENT)
+        return units * _ALIGNMENT
 
 
 @dataclass
@@ -105,7 +126,12 @@ class TransferStep:
     complete: list[int] = field(default_factory=list)
 
 
-def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[RowRange, ...]:
+def row_ranges(
+    row: TensorRow,
+    tp: int,
+    rank: int,
+    shape: ModelShape,
+) -> tuple[RowRange, ...]:
     """Return the ranges of a Megatron parameter on tensor-parallel ``rank`` of ``tp``, without its padding rows.
 
     They are read off numbered rows that went through the table, so that the layout is described in one place only.
@@ -114,28 +140,36 @@ def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[R
     if dim is None:
         (name,) = row.hf
         (size,) = row.sizes
-        return (RowRange(name, 0, 0, torch.Size(size).numel()),)
+        numel = torch.Size(size).numel()
+        return (RowRange(name, 0, 0, numel),)
     lengths = [size[dim] for size in row.sizes]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = [0, *accumulate(lengths[:-1])]
     numbered = []
     for start, length in zip(starts, lengths, strict=True):
-        numbers = torch.arange(start + 1, start + length + 1)  # 0 is padding
+        first_number = start + 1  # 0 is padding
+        numbers = torch.arange(first_number, first_number + length)
         numbered.append(numbers.unsqueeze(1 - dim))
     full = from_hf(row, numbered, shape)
-    local = split(row, full, tp, rank, shape).flatten()
-    breaks = (local.diff() != 1).nonzero().flatten() + 1
-    bounds = [0, *breaks.tolist(), len(local)]
+    part = split(row, full, tp, rank, shape)
+    local = part.flatten()
+    # A run of consecutive numbers ends where the next number is not one more.
+    is_break = local.diff() != 1
+    break_indices = is_break.nonzero().flatten()
+    run_starts = break_indices + 1
+    bounds = [0, *run_starts.tolist(), len(local)]
     ranges = []
     for begin, end in pairwise(bounds):
         offset = begin
         source_row = int(local[begin]) - 1
         # Consecutive rows may go on from one Hugging Face tensor to the next: a range ends with its tensor.
         while offset < end and source_row >= 0:
-            tensor = max(i for i, start in enumerate(starts) if start <= source_row)
-            tensor_end = starts[tensor] + lengths[tensor]
+            tensor = bisect_right(starts, source_row) - 1
+            tensor_start = starts[tensor]
+            tensor_end = tensor_start + lengths[tensor]
             length = min(end - offset, tensor_end - source_row)
-            first_row = source_row - starts[tensor]
-            ranges.append(RowRange(row.hf[tensor], first_row, offset, length))
+            first_row = source_row - tensor_start
+            rows = RowRange(row.hf[tensor], first_row, offset, length)
+            ranges.append(rows)
             offset += length
             source_row += length
     return tuple(ranges)
@@ -144,8 +178,29 @@ def row_ranges(row: TensorRow, tp: int, rank: int, shape: ModelShape) -> tuple[R
 def rows_of(tensor: Tensor, dim: int | None, first: int, length: int) -> Tensor:
     """Return a view of the rows along ``dim`` of a parameter (None: of the flattened parameter)."""
     if dim is None:
-        return tensor.view(-1)[first : first + length]
+        flat = tensor.view(-1)
+        return flat[first : first + length]
     return tensor.narrow(dim, first, length)
+
+
+class _Location(NamedTuple):
+    """Where a rank holds an interval of rows: the index of its parameter, and the rows' offset in it."""
+
+    parameter_index: int
+    offset: int
+
+
+_Interval = tuple[int, int]  # first row, and the one after the last
+_Locations = dict[int, _Location]  # by rank
+
+
+class _NearestRows(NamedTuple):
+    """Rows from a position on: their rank, its parameter, their offset in it, and where the interval ends."""
+
+    rank: int
+    parameter_index: int
+    offset: int
+    stop: int
 
 
 class Owners:
@@ -157,18 +212,20 @@ class Owners:
 
     def __init__(self, layouts: Sequence[Sequence[ShardLayout]]):
         self.layouts = layouts
-        # Tensor, interval of its rows, rank: index of the rank's parameter and offset of the interval in it.
-        locations: dict[str, dict[tuple[int, int], dict[int, tuple[int, int]]]] = {}
+        by_tensor: dict[str, dict[_Interval, _Locations]] = {}
         for rank, rank_layouts in enumerate(layouts):
             for index, layout in enumerate(rank_layouts):
                 for rows in layout.ranges:
                     interval = (rows.start, rows.start + rows.length)
-                    by_interval = locations.setdefault(rows.tensor, {})
+                    by_interval = by_tensor.setdefault(rows.tensor, {})
                     by_rank = by_interval.setdefault(interval, {})
-                    by_rank.setdefault(rank, (index, rows.offset))
-        self._intervals = {name: sorted(by_interval.items()) for name, by_interval in locations.items()}
-        self._ranks: dict[tuple[str, tuple[int, int]], list[int]] = {}
-        for name, by_interval in locations.items():
+                    location = _Location(index, rows.offset)
+                    by_rank.setdefault(rank, location)
+        # Sorted once: every transfer of every rank asks for them.
+        self._intervals: dict[str, list[tuple[_Interval, _Locations]]] = {}
+        self._ranks: dict[tuple[str, _Interval], list[int]] = {}
+        for name, by_interval in by_tensor.items():
+            self._intervals[name] = sorted(by_interval.items())
             for interval, by_rank in by_interval.items():
                 self._ranks[name, interval] = sorted(by_rank)
 
@@ -182,17 +239,18 @@ class Owners:
             position = rows.start
             end = rows.start + rows.length
             while position < end:
-                source, source_index, source_offset, stop = self._nearest(rows.tensor, position, target)
-                source_layout = self.layouts[source][source_index]
+                source = self._nearest(rows.tensor, position, target)
+                source_layouts = self.layouts[source.rank]
+                source_layout = source_layouts[source.parameter_index]
                 if source_layout.dim != layout.dim:
                     raise SliceError(
-                        f"{rows.tensor} is cut along {source_layout.dim} on rank {source}, not along {layout.dim}"
+                        f"{rows.tensor} is cut along {source_layout.dim} on rank {source.rank}, not along {layout.dim}"
                     )
-                length = min(stop, end) - position
+                length = min(source.stop, end) - position
                 yield Transfer(
-                    source=source,
-                    source_index=source_index,
-                    source_offset=source_offset,
+                    source=source.rank,
+                    source_index=source.parameter_index,
+                    source_offset=source.offset,
                     target=target,
                     target_index=index,
                     target_offset=rows.offset + position - rows.start,
@@ -202,16 +260,23 @@ class Owners:
                 )
                 position += length
 
-    def _nearest(self, name: str, position: int, target: int) -> tuple[int, int, int, int]:
-        """Return rank, parameter index, offset of row ``position`` in it, and end of the interval around the row."""
-        best: tuple[int, int, int, int] | None = None
-        for (start, stop), by_rank in self._intervals.get(name, ()):
-            if start <= position < stop:
-                rank = _closest(self._ranks[name, (start, stop)], target)
-                distance = abs(rank - target)
-                if best is None or distance < abs(best[0] - target):
-                    index, offset = by_rank[rank]
-                    best = rank, index, offset + position - start, stop
+    def _nearest(self, name: str, position: int, target: int) -> _NearestRows:
+        """Return the rows from ``position`` on that the rank nearest to ``target`` holds."""
+        best: _NearestRows | None = None
+        best_distance = 0
+        for interval, by_rank in self._intervals.get(name, ()):
+            start, stop = interval
+            if not start <= position < stop:
+                continue
+            ranks = self._ranks[name, interval]
+            rank = _closest(ranks, target)
+            distance = abs(rank - target)
+            # Of intervals at the same distance the first is taken, so that all ranks make the same plan.
+            if best is None or distance < best_distance:
+                location = by_rank[rank]
+                offset = location.offset + position - start
+                best = _NearestRows(rank, location.parameter_index, offset, stop)
+                best_distance = distance
         if best is None:
             raise SliceError(f"no rank holds row {position} of {name}")
         return best
@@ -220,9 +285,15 @@ class Owners:
 def _closest(ranks: Sequence[int], target: int) -> int:
     """Return the rank of the sorted ``ranks`` that is nearest to ``target``, the lower of two."""
     right = bisect_left(ranks, target)
-    first = max(right - 1, 0)
-    neighbours = ranks[first : right + 1]
-    return min(neighbours, key=lambda rank: abs(rank - target))
+    if right == 0:
+        return ranks[0]
+    below = ranks[right - 1]
+    if right == len(ranks):
+        return below
+    above = ranks[right]
+    if above - target < target - below:
+        return above
+    return below
 
 
 def plan(
@@ -250,39 +321,57 @@ def plan(
     for index in range(len(targets[0])):
         transfers: list[Transfer] = []
         for target, layouts in enumerate(targets):
-            transfers += owners.transfers(layouts[index], index, target)
-        if trained_only and not any(sources[t.source][t.source_index].trained for t in transfers):
+            layout = layouts[index]
+            transfers += owners.transfers(layout, index, target)
+        if trained_only and not _any_trained(transfers, sources):
             continue
+        local: list[Transfer] = []
         remote: list[Transfer] = []
         for transfer in transfers:
             if transfer.source != transfer.target:
                 remote += _cut(transfer, bucket_bytes // 2)
+            elif transfer.target == rank:
+                local.append(transfer)
         # Sorted by source and row, so that rows that several ranks need are sent in the same step.  Every rank counts
         # the loads of all ranks and so begins a new step at the same transfer: messages pair up without negotiation.
         for transfer in sorted(remote):
-            load = max(loads[transfer.source], loads[transfer.target])
-            if load and load + transfer.padded_bytes > bucket_bytes:
+            source = transfer.source
+            target = transfer.target
+            size = transfer.padded_bytes
+            load = max(loads[source], loads[target])
+            if load and load + size > bucket_bytes:
                 steps.append(TransferStep())
                 loads = [0] * len(sources)
-            loads[transfer.source] += transfer.padded_bytes
-            loads[transfer.target] += transfer.padded_bytes
-            if transfer.source == rank:
+            loads[source] += size
+            loads[target] += size
+            if source == rank:
                 steps[-1].sends.append(transfer)
-            if transfer.target == rank:
+            if target == rank:
                 steps[-1].receives.append(transfer)
-        steps[-1].copies += _merged(t for t in transfers if t.source == t.target == rank)
+        steps[-1].copies += _merged(local)
         steps[-1].complete.append(index)
     return steps
+
+
+def _any_trained(transfers: Sequence[Transfer], sources: Sequence[Sequence[ShardLayout]]) -> bool:
+    """Return whether any of the parameters that the transfers read is trained."""
+    for transfer in transfers:
+        rank_layouts = sources[transfer.source]
+        layout = rank_layouts[transfer.source_index]
+        if layout.trained:
+            return True
+    return False
 
 
 def _cut(transfer: Transfer, max_bytes: int) -> Iterator[Transfer]:
     """Split a transfer into transfers of at most ``max_bytes``, or of one row."""
     max_rows = max(max_bytes // transfer.row_bytes, 1)
     for first in range(0, transfer.length, max_rows):
+        remaining = transfer.length - first
         yield transfer._replace(
             source_offset=transfer.source_offset + first,
             target_offset=transfer.target_offset + first,
-            length=min(max_rows, transfer.length - first),
+            length=min(max_rows, remaining),
         )
 
 
@@ -293,9 +382,11 @@ def _merged(transfers: Iterable[Transfer]) -> list[Transfer]:
         begin = (transfer.source_index, transfer.source_offset, transfer.target_offset)
         if joined:
             last = joined[-1]
-            end = (last.source_index, last.source_offset + last.length, last.target_offset + last.length)
-            if end == begin:
-                joined[-1] = last._replace(length=last.length + transfer.length)
+            source_end = last.source_offset + last.length
+            target_end = last.target_offset + last.length
+            if (last.source_index, source_end, target_end) == begin:
+                length = last.length + transfer.length
+                joined[-1] = last._replace(length=length)
                 continue
         joined.append(transfer)
     return joined

@@ -22,6 +22,7 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
 
 _NEW_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+_PEFT_PREFIX = "base_model.model."  # before the name of an adapter's module
 
 
 class LayoutError(UserError, ValueError):
@@ -39,10 +40,24 @@ class TensorRow:
 
 
 def canonical(name: str) -> str:
-    """The hub's name of a Hugging Face tensor, from either generation of names."""
+    """The hub's name of a Hugging Face tensor, from either generation of names.
+
+    Of an adapter's tensor it is the name that PEFT gives it with Transformers 5.
+    """
+    if name.startswith(_PEFT_PREFIX):
+        return _PEFT_PREFIX + module_name(canonical(name.removeprefix(_PEFT_PREFIX)))
     for new, hub in _NEW_PREFIXES:
         if name.startswith(new):
-            return hub + name.removeprefix(new)
+            suffix = name.removeprefix(new)
+            return f"{hub}{suffix}"
+    return name
+
+
+def module_name(name: str) -> str:
+    """Return the name that Transformers 5 gives the parameter with the hub's name ``name``; inverse of `canonical`."""
+    for new, hub in _NEW_PREFIXES:
+        if name.startswith(hub):
+            return new + name.removeprefix(hub)
     return name
 
 
@@ -62,26 +77,37 @@ def rows(shape: ModelShape, critic: bool = False) -> list[TensorRow]:
     for megatron, hf, kind, terms in family.weight_table:
         if megatron in absent:
             continue
-        depth = shape.vision.depth if megatron.startswith("vision.") else shape.layers
         dims = []
         for term in terms:
-            dims.append(tuple(sizes[letter] for letter in term.split()))
-        copies = depth if "{i}" in megatron else 1
+            letters = term.split()
+            term_sizes = [sizes[letter] for letter in letters]
+            dims.append(tuple(term_sizes))
+        copies = 1
+        if "{i}" in megatron:
+            is_vision = megatron.startswith("vision.")
+            copies = shape.vision.depth if is_vision else shape.layers
         for i in range(copies):
-            megatron_name = megatron.format(i=i)
-            hf_names = tuple(name.format(i=i) for name in hf)
-            expanded.append(TensorRow(megatron_name, hf_names, kind, tuple(dims)))
+            hf_names = [name.format(i=i) for name in hf]
+            row = TensorRow(
+                megatron=megatron.format(i=i),
+                hf=tuple(hf_names),
+                kind=kind,
+                sizes=tuple(dims),
+            )
+            expanded.append(row)
     return expanded
 
 
 def padded_vocab(shape: ModelShape, tp: int) -> int:
     """Rows of the embedding and the output layer, over all ranks, when cut over ``tp`` of them."""
-    return math.ceil(shape.vocab / tp) * tp
+    rank_rows = math.ceil(shape.vocab / tp)
+    return rank_rows * tp
 
 
 def cut_dim(row: TensorRow) -> int | None:
     """The dimension that tensor-parallel ranks cut, or None where every rank holds the whole parameter."""
-    return _KINDS[row.kind].dim
+    kind = _KINDS[row.kind]
+    return kind.dim
 
 
 def from_hf(row: TensorRow, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
@@ -89,38 +115,50 @@ def from_hf(row: TensorRow, tensors: Sequence[Tensor], shape: ModelShape) -> Ten
 
     The result may share memory with the input.
     """
-    return _KINDS[row.kind].fuse(tensors, shape)
+    kind = _KINDS[row.kind]
+    return kind.fuse(tensors, shape)
 
 
 def to_hf(row: TensorRow, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     """The Hugging Face tensors, in the order of ``row.hf``, of a whole Megatron parameter; inverse of `from_hf`."""
-    return _KINDS[row.kind].unfuse(tensor, shape)
+    kind = _KINDS[row.kind]
+    return kind.unfuse(tensor, shape)
 
 
-def split(row: TensorRow, tensor: Tensor, tp: int, rank: int, shape: ModelShape) -> Tensor:
+def split(
+    row: TensorRow,
+    tensor: Tensor,
+    tp: int,
+    rank: int,
+    shape: ModelShape,
+) -> Tensor:
     """The part of a whole parameter that tensor-parallel ``rank`` of ``tp`` holds; vocabulary rows padded with zeros.
 
     Raises:
         LayoutError: ``tp`` does not divide what this parameter is cut by (key-value groups, heads, features).
     """
     kind = _KINDS[row.kind]
-    if kind.dim is None or tp == 1:
+    dim = kind.dim
+    if dim is None or tp == 1:
         return tensor
     if row.kind == "vocabulary":
         # Megatron gives every rank equally many rows of the vocabulary; no token has those of the padding.
-        padding_rows = padded_vocab(shape, tp) - tensor.shape[0]
-        padding = tensor.new_zeros(padding_rows, *tensor.shape[1:])
+        vocab, *width = tensor.shape
+        padding_rows = padded_vocab(shape, tp) - vocab
+        padding = tensor.new_zeros(padding_rows, *width)
         tensor = torch.cat([tensor, padding])
     # A rank holds whole heads, as attention works on them; of key-value heads, each with its query heads.
-    units, what = _units(row, tensor, shape)
+    units, unit_name = _units(row, tensor, shape)
     if units % tp:
-        divisors = [str(size) for size in range(1, tp) if not units % size]
+        smaller_sizes = range(1, tp)
+        divisors = [str(size) for size in smaller_sizes if not units % size]
         fits = ", ".join(divisors)
-        raise LayoutError(f"{row.megatron}: tp={tp} does not divide the {units} {what}; tp can be {fits}")
+        raise LayoutError(f"{row.megatron}: tp={tp} does not divide the {units} {unit_name}; tp can be {fits}")
     # [blocks, tp, -1]: gate and up are cut each for itself, so that a rank multiplies columns that belong together.
-    shards = tensor.unflatten(kind.dim, (kind.blocks, tp, -1))
-    shard = shards.select(kind.dim + 1, rank)
-    return shard.flatten(kind.dim, kind.dim + 1)
+    block_sizes = (kind.blocks, tp, -1)
+    shards = tensor.unflatten(dim, block_sizes)
+    shard = shards.select(dim + 1, rank)
+    return shard.flatten(dim, dim + 1)
 
 
 def _units(row: TensorRow, tensor: Tensor, shape: ModelShape) -> tuple[int, str]:
@@ -131,18 +169,23 @@ def _units(row: TensorRow, tensor: Tensor, shape: ModelShape) -> tuple[int, str]
         return shape.vision.heads, "vision heads"
     kind = _KINDS[row.kind]
     assert kind.dim is not None
-    return tensor.shape[kind.dim] // kind.blocks, "features"
+    size = tensor.shape[kind.dim]
+    return size // kind.blocks, "features"
 
 
 def join(row: TensorRow, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
     """Return the entire parameter of the parts of all ranks, padding removed; inverse of `split`."""
     kind = _KINDS[row.kind]
-    if kind.dim is None or len(shards) == 1:
+    dim = kind.dim
+    if dim is None or len(shards) == 1:
         return shards[0]
-    parts = [shard.unflatten(kind.dim, (kind.blocks, -1)) for shard in shards]
-    stacked = torch.stack(parts, dim=kind.dim + 1)  # [blocks, tp, -1], as in `split`
-    joined = stacked.flatten(kind.dim, kind.dim + 2)
-    return joined[: shape.vocab] if row.kind == "vocabulary" else joined
+    block_sizes = (kind.blocks, -1)
+    parts = [shard.unflatten(dim, block_sizes) for shard in shards]
+    stacked = torch.stack(parts, dim=dim + 1)  # [blocks, tp, -1], as in `split`
+    joined = stacked.flatten(dim, dim + 2)
+    if row.kind == "vocabulary":
+        return joined[: shape.vocab]
+    return joined
 
 
 def _same(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
@@ -158,29 +201,41 @@ def _fuse_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
 
 
 def _unfuse_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-    return _ungroup(tensor, shape.kv_heads, shape.heads // shape.kv_heads)
+    groups = shape.kv_heads
+    queries = shape.heads // groups
+    return _ungroup(tensor, groups, queries)
 
 
 def _fuse_vision_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    return _group(tensors[0].chunk(3), shape.vision.heads)
+    # Hugging Face stacks all query heads, all key heads and all value heads in one tensor.
+    qkv = tensors[0].chunk(3)
+    heads = shape.vision.heads
+    return _group(qkv, heads)
 
 
 def _unfuse_vision_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-    qkv = _ungroup(tensor, shape.vision.heads, 1)
-    return (torch.cat(qkv),)
+    heads = shape.vision.heads
+    qkv = _ungroup(tensor, heads, 1)
+    stacked = torch.cat(qkv)
+    return (stacked,)
 
 
 def _group(qkv: Sequence[Tensor], groups: int) -> Tensor:
     """Rows in Megatron's order: for each key-value group its query heads, its key head, its value head."""
-    by_group = [part.unflatten(0, (groups, -1)) for part in qkv]
-    return torch.cat(by_group, dim=1).flatten(0, 1)
+    group_sizes = (groups, -1)
+    by_group = [part.unflatten(0, group_sizes) for part in qkv]
+    grouped = torch.cat(by_group, dim=1)
+    return grouped.flatten(0, 1)
 
 
 def _ungroup(tensor: Tensor, groups: int, queries: int) -> tuple[Tensor, ...]:
     """Query, key and value rows; a group has ``queries`` query heads."""
-    heads = tensor.unflatten(0, (groups, queries + 2, -1))
+    group_heads = queries + 2  # and one key head and one value head
+    group_sizes = (groups, group_heads, -1)
+    heads = tensor.unflatten(0, group_sizes)
     qkv = heads.split([queries, 1, 1], dim=1)
-    return tuple(part.flatten(0, 2) for part in qkv)
+    flat = [part.flatten(0, 2) for part in qkv]
+    return tuple(flat)
 
 
 def _fuse_gate_up(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
@@ -191,14 +246,29 @@ def _unfuse_gate_up(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     return tensor.chunk(2)
 
 
+def _stack(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    return torch.cat(list(tensors))
+
+
+def _unstack_2(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    return tensor.chunk(2)
+
+
+def _unstack_3(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    return tensor.chunk(3)
+
+
 def _fuse_patch(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     return tensors[0].flatten(1)
 
 
 def _unfuse_patch(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    # Hugging Face's weight is that of a convolution, whose stride is its kernel: a matrix times a patch.
     vision = shape.vision
-    kernel = (vision.in_channels, vision.temporal_patch, vision.patch, vision.patch)
-    return (tensor.unflatten(1, kernel),)
+    patch = vision.patch
+    kernel = (vision.in_channels, vision.temporal_patch, patch, patch)
+    convolution = tensor.unflatten(1, kernel)
+    return (convolution,)
 
 
 @dataclass(frozen=True)
@@ -216,6 +286,10 @@ class _Kind:
 
 _KINDS = {
     "replicated": _Kind(),
+    # Down-projections of adapters, one for each Hugging Face tensor of the weight.
+    "stacked_1": _Kind(),
+    "stacked_2": _Kind(_stack, _unstack_2),
+    "stacked_3": _Kind(_stack, _unstack_3),
     "vocabulary": _Kind(dim=0),
     "column": _Kind(dim=0),
     "row": _Kind(dim=1),

@@ -42,31 +42,42 @@ def check_weights(folder: WeightFolder, shape: ModelShape, critic: bool = False)
     if doubled:
         expected[HEAD] = (shape.vocab, shape.hidden)
     where = folder.directory
-    for name in sorted(names & expected.keys()):
+    shared_names = names & expected.keys()
+    for name in sorted(shared_names):
         _check_tensor(folder, name, expected[name])
-    if names != expected.keys() and (reason := explain(where, names, expected, critic)):
-        raise WeightError(reason)
-    if missing := sorted(expected.keys() - names):
-        raise WeightError(f"{where}: no tensor {some(missing)}; the folder is not whole, or of another model")
-    if unknown := sorted(names - expected.keys()):
+    if names != expected.keys():
+        # A known way of saving says more than the names that it leaves missing or unknown.
+        reason = explain(where, names, expected, critic)
+        if reason:
+            raise WeightError(reason)
+    missing = sorted(expected.keys() - names)
+    if missing:
+        missing_names = some(missing)
+        raise WeightError(f"{where}: no tensor {missing_names}; the folder is not whole, or of another model")
+    unknown = sorted(names - expected.keys())
+    if unknown:
         raise WeightError(f"{where}: {some(unknown)} not in this model; weights and config.json do not belong together")
-    if doubled and not same_bits(folder.tensor(HEAD), folder.tensor(EMBEDDING)):
-        raise WeightError(
-            f"{where}: {HEAD} differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to false"
-        )
+    if doubled:
+        head = folder.tensor(HEAD)
+        embedding = folder.tensor(EMBEDDING)
+        if not same_bits(head, embedding):
+            raise WeightError(
+                f"{where}: {HEAD} differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to false"
+            )
 
 
 def _check_tensor(folder: WeightFolder, name: str, expected: tuple[int, ...]) -> None:
-    if folder.shape(name) != expected:
+    where = folder.directory
+    shape = folder.shape(name)
+    if shape != expected:
         raise WeightError(
-            f"{folder.directory}: {name} has shape {list(folder.shape(name))}, config.json makes it {list(expected)}; "
+            f"{where}: {name} has shape {list(shape)}, config.json makes it {list(expected)}; "
             "weights and config.json do not belong together"
         )
-    if folder.dtype(name) not in _FLOATS:
-        raise WeightError(
-            f"{folder.directory}: {name} is stored as {folder.dtype(name)}, not {', '.join(_FLOATS)}; "
-            "give a model that is not quantised"
-        )
+    dtype = folder.dtype(name)
+    if dtype not in _FLOATS:
+        allowed = ", ".join(_FLOATS)
+        raise WeightError(f"{where}: {name} is stored as {dtype}, not {allowed}; give a model that is not quantised")
 
 
 def check_finite(folder: WeightFolder, share: tuple[int, int] = (0, 1)) -> None:
@@ -80,8 +91,10 @@ def check_finite(folder: WeightFolder, share: tuple[int, int] = (0, 1)) -> None:
         WeightError: names the tensor and how many of its values are not finite.
     """
     rank, ranks = share
-    for name in folder.names()[rank::ranks]:
-        require_finite(folder.tensor(name), name, folder.directory)
+    names = folder.names()
+    for name in names[rank::ranks]:
+        tensor = folder.tensor(name)
+        require_finite(tensor, name, folder.directory)
 
 
 def require_finite(tensor: Tensor, name: str, directory: Path) -> None:
@@ -114,15 +127,27 @@ def copy_weights(
     ``workers`` threads write a shard each; the files are the same for any number of them.  Memory holds a few
     pieces of tensors, apart from the mapped pages of ``source``.
     """
-    tensors = [
-        Pending(name, dtype or FORMATS[source.dtype(name)], source.shape(name), partial(source.tensor, name))
-        for name in source.names()
-        if name not in leave_out
-    ]
-    write_folder(out, tensors, f"weights of {source.directory}", workers, shard_bytes)
+    tensors = []
+    for name in source.names():
+        if name in leave_out:
+            continue
+        pending = Pending(
+            name=name,
+            dtype=dtype or FORMATS[source.dtype(name)],
+            shape=source.shape(name),
+            load=partial(source.tensor, name),
+        )
+        tensors.append(pending)
+    title = f"weights of {source.directory}"
+    write_folder(out, tensors, title, workers, shard_bytes)
 
 
-def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: int = 1) -> list[str]:
+def differences(
+    ours: Path,
+    theirs: Path,
+    ignore: Sequence[str] = (),
+    workers: int = 1,
+) -> list[str]:
     """List the differences of two Hugging Face folders: each tensor bit by bit, and each other file byte by byte.
 
     ``lm_head.weight`` may be stored on one side only if the model is tied.  Hidden files and the names in
@@ -130,39 +155,59 @@ def differences(ours: Path, theirs: Path, ignore: Sequence[str] = (), workers: i
     """
     lines: list[str] = []
     with WeightFolder(ours) as a, WeightFolder(theirs) as b:
-        all_names = set(a.names()) | set(b.names())
+        all_names = {*a.names(), *b.names()}
         names = sorted(all_names.difference(ignore))
-        optional = {HEAD} if ModelShape.from_hf(ours).tied else set()
+        optional: set[str] = set()
+        if ModelShape.from_hf(ours).tied:
+            optional.add(HEAD)
         compare = partial(_difference, a, b, optional)
         with (
             ThreadPoolExecutor(workers) as pool,
             Progress(len(names), f"comparing with {theirs}", "tensor") as progress,
         ):
+            # In the order of the names, whichever thread is the first.
             for difference in pool.map(compare, names):
                 if difference:
                     lines.append(difference)
                 progress.update(1)
-    assets = set(list_hf_assets(ours) + list_hf_assets(theirs))
+    assets = {*list_hf_assets(ours), *list_hf_assets(theirs)}
     for file in sorted(assets.difference(ignore)):
-        for folder, counterpart in ((ours, theirs), (theirs, ours)):
-            if not (counterpart / file).exists():
-                lines.append(f"{file}: only in {folder}")
-        our_file = ours / file
-        their_file = theirs / file
-        if our_file.exists() and their_file.exists():
-            if our_file.read_bytes() != their_file.read_bytes():
-                lines.append(f"{file}: the files differ")
+        lines += _asset_differences(ours, theirs, file)
     return lines
 
 
-def _difference(a: WeightFolder, b: WeightFolder, optional: set[str], name: str) -> str | None:
+def _asset_differences(ours: Path, theirs: Path, file: str) -> list[str]:
+    """List the differences of a file that one of the folders names, or both."""
+    our_file = ours / file
+    their_file = theirs / file
+    lines = []
+    if not their_file.exists():
+        lines.append(f"{file}: only in {ours}")
+    if not our_file.exists():
+        lines.append(f"{file}: only in {theirs}")
+    if not lines and our_file.read_bytes() != their_file.read_bytes():
+        lines.append(f"{file}: the files differ")
+    return lines
+
+
+def _difference(
+    a: WeightFolder,
+    b: WeightFolder,
+    optional: set[str],
+    name: str,
+) -> str | None:
     holders = [folder.directory for folder in (a, b) if name in folder]
     if len(holders) == 1:
-        return None if name in optional else f"{name}: only in {holders[0]}"
+        # A tied model's head is the embedding, stored a second time.
+        if name in optional:
+            return None
+        return f"{name}: only in {holders[0]}"
     x = a.tensor(name)
     y = b.tensor(name)
     if x.dtype != y.dtype or x.shape != y.shape:
-        return f"{name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"
+        x_shape = list(x.shape)
+        y_shape = list(y.shape)
+        return f"{name}: {x.dtype} {x_shape} against {y.dtype} {y_shape}"
     if same_bits(x, y):
         return None
     count, largest = _disagreement(x, y)
@@ -173,22 +218,31 @@ def _disagreement(x: Tensor, y: Tensor) -> tuple[int, float]:
     """Return how many values of two tensors of one dtype and shape differ in a bit, and the largest difference."""
     count = 0
     largest_by_piece = [0.0]
-    for a, b in zip(x.flatten().split(PIECE), y.flatten().split(PIECE), strict=True):
+    x_pieces = x.flatten().split(PIECE)
+    y_pieces = y.flatten().split(PIECE)
+    for a, b in zip(x_pieces, y_pieces, strict=True):
         # By bytes, as in `same_bits`: a NaN equals itself, and 0 is not -0.
         differing_bytes = as_bytes(a) != as_bytes(b)
-        differs = differing_bytes.view(len(a), -1).any(1)
+        bytes_by_value = differing_bytes.view(len(a), -1)
+        differs = bytes_by_value.any(1)
         if differs.any():
             count += int(differs.sum())
-            difference = a[differs].double() - b[differs].double()
-            largest_by_piece.append(difference.abs().max().item())
-    return count, torch.tensor(largest_by_piece).max().item()  # a NaN stays one
+            a_values = a[differs].double()
+            b_values = b[differs].double()
+            largest = (a_values - b_values).abs().max()
+            largest_by_piece.append(largest.item())
+    # Python's max would pass over a NaN; torch's returns it.
+    largest_of_all = torch.tensor(largest_by_piece).max()
+    return count, largest_of_all.item()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same dtype, shape and bits (a NaN equals itself, 0 is not -0)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(as_bytes(a), as_bytes(b))
+    a_bytes = as_bytes(a)
+    b_bytes = as_bytes(b)
+    return torch.equal(a_bytes, b_bytes)
 
 
 @contextmanager
@@ -205,16 +259,19 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
     """
     out = out.resolve()
     for source in sources:
-        if out.is_relative_to(source.resolve()) or source.resolve().is_relative_to(out):
+        resolved = source.resolve()
+        if out.is_relative_to(resolved) or resolved.is_relative_to(out):
             raise WeightError(f"{out} and {source} lie in each other; choose another folder to write")
+    # Both lie beside `out`, on the same file system: a rename there is one step.
     unfinished = out.with_name(f".{out.name}.partial")
     old = out.with_name(f".{out.name}.old")
     if old.exists() and not out.exists():  # killed in the moment between the two names
         old.rename(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not _is_empty_folder(out):
         if not replace:
             raise WeightError(f"{out} exists and is not empty; choose another folder, or replace it with --force")
-        if problem := refusal(out):
+        problem = refusal(out)
+        if problem:
             raise WeightError(problem)
     out.parent.mkdir(parents=True, exist_ok=True)
     for left_over in (unfinished, old):
@@ -232,4 +289,9 @@ def staged(out: Path, sources: Sequence[Path], replace: bool = False) -> Iterato
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # what failed or was stopped; nothing once it has its name
     sync(out.parent)
+    # The replaced folder goes only when the disk has the name of the new one.
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

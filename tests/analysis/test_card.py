@@ -37,7 +37,7 @@ def test_the_card_tells_recipe_data_and_scores(experiment_dir):
     assert "24,576 tokens until iteration 50, 49,152 tokens until iteration 60" in text
     assert "| Visual puzzles (500) | 0.0% (" in text and "| 64.2% (" in text
     assert "Cognitive behaviours" not in text, "nothing was counted"
-    assert "torchrun -m ovr_megatron.rl --config-dir rl --config-name config run.dir=NEW" in text
+    assert "torchrun -m ovr_megatron rl --config-dir rl --config-name config run.dir=NEW" in text
     assert "--data visual=puzzle:visual --limit 500 --max-tokens 96 --out eval" in text
 
 

@@ -9,10 +9,6 @@ from matplotlib.colors import to_hex
 
 from ovr_megatron.analysis.experiment import read_experiment
 from ovr_megatron.analysis.figures import (
-    DARK,
-    LIGHT,
-    NARROW,
-    WIDE,
     draw_accuracy,
     draw_dynamics,
     draw_evaluations,
@@ -25,6 +21,7 @@ from ovr_megatron.analysis.figures import (
     write_figures,
 )
 from ovr_megatron.analysis.numbers import write_numbers
+from ovr_megatron.analysis.themes import DARK, LIGHT, NARROW, WIDE
 
 NAMES = ["base_loss", "cold_start_loss", "rl_dynamics", "rl_sources", "rl_health", "accuracy"]
 

@@ -18,7 +18,7 @@ from ovr_megatron.analysis.experiment import ExperimentError, read_experiment
 from ovr_megatron.analysis.report import duration, render, write_report
 from ovr_megatron.analysis.samples import pick_moments, pick_rollouts, read_picture
 from ovr_megatron.cli import report as command
-from ovr_megatron.evaluation.judges import JudgeConfig
+from ovr_megatron.evaluation.judge_settings import JudgeConfig
 from ovr_megatron.evaluation.judging import judge_behaviours
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime.preflight import commit

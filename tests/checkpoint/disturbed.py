@@ -33,7 +33,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation import evaluator
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.ppo import archive, rollouts
+from ovr_megatron.ppo import archive, experience, rollouts
 from ovr_megatron.rl import training as rl
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.runtime.command import run_command
@@ -119,7 +119,7 @@ def kill(rank: int, kind: str, victim: int, step: int, number: int) -> None:
         case "grade" if rank == victim:
             at(rollouts.Rollouts, "_submit", step, number, die)
         case "exchange" if rank == victim:
-            at(rollouts, "exchange", step, 1, die)
+            at(experience, "exchange", step, 1, die)
         case "value" if rank == victim:
             at(Engine, "scores", step, 1, die)
         case "update" if rank == victim:

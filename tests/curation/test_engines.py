@@ -21,7 +21,7 @@ from ovr_megatron.curation.settings import (
     TeacherConfig,
 )
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.schema import parse_row
+from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.families.config_json import ShapeError
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.rollout.sampling import banned_tokens

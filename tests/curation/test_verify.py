@@ -61,7 +61,7 @@ def test_a_row_is_graded_by_the_rule_of_its_source(tmp_path: Path) -> None:
     assert "no_such_name" in report["examples"]["not graded: own rule raised an error"][0]["error"]
     with pytest.raises(RuleError, match="rule for 'geometri', which is the source of no row; there are broken, essays"):
         prepare(config(tmp_path, RULES | {"geometri": "numeric"}))
-    with pytest.raises(RuleError, match="'maths' is no rule"):
+    with pytest.raises(RuleError, match="rule='maths' is not known"):
         prepare(config(tmp_path, {"geometry": "maths"}))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ovr_megatron.config import FORMATS
 from ovr_megatron.data.benchmark_formats import BENCHMARK_READERS
-from ovr_megatron.data.formats import READERS, detect
+from ovr_megatron.data.formats import _FORMATS, detect, find_reader
 from ovr_megatron.data.schema import ImagePart, RowError
 
 _buffer = io.BytesIO()
@@ -97,7 +97,7 @@ ROWS = {
 
 
 def read(name, **changes):
-    return READERS[name](ROWS[name] | changes, "set[0]", Path("/data"))
+    return find_reader(name)(ROWS[name] | changes, "set[0]", Path("/data"))
 
 
 def shape(row):
@@ -109,7 +109,7 @@ def shape(row):
 @pytest.mark.parametrize("name", list(BENCHMARK_READERS))
 def test_the_form_is_recognised(name):
     assert detect(ROWS[name], "set[0]") == name
-    assert set(FORMATS) == {"auto", *READERS}
+    assert set(FORMATS) == {"auto", *_FORMATS.rows}
 
 
 BOX, LETTER = "Put your final answer in \\boxed{}.", "Put the letter of the right option in \\boxed{}."
@@ -221,4 +221,4 @@ def test_rows_that_cannot_be_used_are_named(name, changes, message):
 @pytest.mark.parametrize("name", list(BENCHMARK_READERS))
 def test_what_is_no_object_is_refused(name):
     with pytest.raises(RowError, match=r"set\[0\]: is a list; give one object a row"):
-        READERS[name](["a"], "set[0]", Path("/data"))
+        find_reader(name)(["a"], "set[0]", Path("/data"))

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from ovr_megatron.data.formats import READERS, detect
+from ovr_megatron.data.formats import detect, find_reader
 from ovr_megatron.data.schema import Row, RowError, TextPart, VideoPart
 
 ROOT = Path("/data")
-read_verl, read_llava = READERS["verl"], READERS["llava"]
+read_verl, read_llava = find_reader("verl"), find_reader("llava")
 VERL = {
     "data_source": "geo3k",
     "prompt": [{"role": "user", "content": "<image>Find x."}],
@@ -80,7 +80,7 @@ def test_what_cannot_be_read_is_named(reader: Any, raw: Any, field: str) -> None
 MESSAGES = {"messages": [{"role": "user", "content": "<image>Left or <image>right?"}], "answer": "left"}
 REPLY = {"role": "assistant", "content": "x"}
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
-read_messages, read_alpaca = READERS["messages"], READERS["alpaca"]
+read_messages, read_alpaca = find_reader("messages"), find_reader("alpaca")
 
 
 def test_columns_fill_marks_in_order() -> None:
@@ -121,7 +121,7 @@ def test_alpaca_and_query_have_system_history_and_input() -> None:
     ]
     query = {"query": "<image>Which?", "response": "5", "images": ["a.png"]}
     assert detect(query, "") == "query"
-    assert told(READERS["query"](query, "f[0]", ROOT)) == [["/data/a.png", "Which?"], ["5"]]
+    assert told(find_reader("query")(query, "f[0]", ROOT)) == [["/data/a.png", "Which?"], ["5"]]
 
 
 def test_a_weight_of_zero_keeps_a_reply_as_context() -> None:
@@ -132,7 +132,7 @@ def test_a_weight_of_zero_keeps_a_reply_as_context() -> None:
 
 def test_a_hint_belongs_to_its_question() -> None:
     raw = {"question": "Which?", "choices": ["l", "r"], "answer": 1, "hint": "Left is red.", "image": None}
-    assert told(READERS["mmlu"](raw, "f[0]", ROOT))[0][0].startswith("Left is red.\nWhich?\n(A) l\n(B) r")
+    assert told(find_reader("mmlu")(raw, "f[0]", ROOT))[0][0].startswith("Left is red.\nWhich?\n(A) l\n(B) r")
 
 
 SFT = [{"role": "user", "content": "Hi"}, REPLY]

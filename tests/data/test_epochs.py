@@ -13,7 +13,8 @@ from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.epochs import EpochStream, choose_samples, plan_epoch, random_order
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.skipped import SkippedRows
-from ovr_megatron.data.tokenised import Texts, TokenisedSet, TokenisedWriter
+from ovr_megatron.data.tokenised import TokenisedSet
+from ovr_megatron.data.tokenised_writer import Texts, TokenisedWriter
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 PACK = 100

@@ -1,5 +1,6 @@
 """The forms of Open-Reasoner-Zero, MathVision and PuzzleVQA."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,7 @@ def test_text_parts_are_never_empty() -> None:
 
 @pytest.fixture
 def tables_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))
-    monkeypatch.setattr(formats, "READERS", dict(formats.READERS))
+    monkeypatch.setattr(formats, "_FORMATS", replace(formats._FORMATS, rows=dict(formats._FORMATS.rows)))
     monkeypatch.setattr(formats, "_SIGNS", dict(formats._SIGNS))
     names = list(FORMATS)
     monkeypatch.setattr(formats, "FORMATS", names)

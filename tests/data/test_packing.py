@@ -9,7 +9,8 @@ import torch
 
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.best_fit import PackError
-from ovr_megatron.data.packing import CHUNK, PackStream, pack
+from ovr_megatron.data.pack_stream import CHUNK, PackStream
+from ovr_megatron.data.packing import pack
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart
 from ovr_megatron.data.skipped import SkippedRows
@@ -180,7 +181,7 @@ def test_only_the_own_rows_pixels_are_processed(processor, monkeypatch):
 
 
 def test_a_stream_in_which_nothing_fits_stops(processor, monkeypatch):
-    monkeypatch.setattr("ovr_megatron.data.packing.BARREN", 2)
+    monkeypatch.setattr("ovr_megatron.data.pack_stream.BARREN", 2)
     stream = PackStream(Rows(), processor, pack_tokens=20, packs_per_step=1)
     with pytest.raises(
         TooLongError,

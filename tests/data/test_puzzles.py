@@ -19,7 +19,8 @@ from ovr_megatron.data.puzzle_grids import COLOURS, render
 from ovr_megatron.data.puzzle_kind import Kind, Puzzle
 from ovr_megatron.data.puzzles import KINDS, PuzzleSource, is_held_out, open_puzzle
 from ovr_megatron.data.row_json import row_to_json
-from ovr_megatron.data.schema import ENDLESS, ImagePart, Row, parse_row
+from ovr_megatron.data.row_parsing import parse_row
+from ovr_megatron.data.schema import ENDLESS, ImagePart, Row
 
 TASKS = ("sum", "caption", "pick", "both", "arith", "box")
 SOURCES = [f"digits?task={task}" for task in TASKS] + ["shapes", "shapes?rows=3", "ordering", "countdown"]

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ovr_megatron.config import ColdStartConfig, RLConfig, build, defaults
-from ovr_megatron.data.packing import PackStream
+from ovr_megatron.data.pack_stream import PackStream
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.launch import RECIPES

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ovr_megatron.data.row_json import row_to_json
-from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart, parse_row
+from ovr_megatron.data.row_parsing import parse_row
+from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart
 from ovr_megatron.rewards.choice import right_option
 
 ROOT = Path("/data/images")

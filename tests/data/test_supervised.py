@@ -5,7 +5,7 @@ import pytest
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig
 from ovr_megatron.data.epochs import EpochStream
-from ovr_megatron.data.packing import PackStream
+from ovr_megatron.data.pack_stream import PackStream
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.supervised import open_packs

@@ -18,12 +18,11 @@ from ovr_megatron.data.tokenised import (
     RECORD,
     SAMPLES,
     TOKENS,
-    Texts,
     TokenisedSet,
-    TokenisedWriter,
     read_tokenised_manifest,
     verify_tokenised,
 )
+from ovr_megatron.data.tokenised_writer import Texts, TokenisedWriter
 from ovr_megatron.data.tokenising import tokenise
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
@@ -198,7 +197,7 @@ def test_another_tokenizer_or_template_is_refused(written, model, config, tmp_pa
 
 
 def test_a_folder_that_is_no_set_is_refused(model, processor, config, written, tmp_path):
-    with pytest.raises(RowError, match=r"manifest.json: does not exist; name a folder that tools/tokenise.py wrote"):
+    with pytest.raises(RowError, match=r"manifest.json: does not exist; name a folder that ovr tokenise wrote"):
         TokenisedSet(tmp_path, processor)
     with pytest.raises(ConfigError, match="exists already"):
         tokenise(config, model, written)

@@ -5,20 +5,21 @@ The second set asks the same problems again, with the model's own greedy respons
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ovr_megatron.config import ParallelConfig, RolloutConfig, SourceConfig
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.config import EvaluationSettings, ParallelConfig, RolloutConfig, SourceConfig
+from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.row_json import row_to_json
 from ovr_megatron.data.schema import Message, TextPart
 from ovr_megatron.evaluation import evaluator
 from ovr_megatron.evaluation.command import build_parser, data_config, dtype_of
-from ovr_megatron.evaluation.evaluator import EvalContext, evaluate
-from ovr_megatron.evaluation.problems import ProblemSet, Settings, open_problems
+from ovr_megatron.evaluation.evaluator import EvalContext, ProblemRequest, evaluate
+from ovr_megatron.evaluation.problems import ProblemSet, open_problems
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 
 PUZZLES = "puzzle:digits?form=image&task=sum&split=heldout&count=8&answered=0"
@@ -38,17 +39,15 @@ def write_known(path: Path, problems: ProblemSet, responses: Path) -> None:
 
 
 def interrupted(context: EvalContext, known: ProblemSet, out: Path) -> list[int]:
-    """Stop between greedy and sampled responses, lose some of what was kept, go on; how often each run asked."""
-    made, asked = evaluator._make_prompt, [0, 0]
-    settings = Settings(max_tokens=12, samples=4)
+    """Stop after the greedy responses, lose some of what was kept, go on; how many requests each run had answered."""
+    answer, answered = evaluator.answer_rows, [0, 0]
+    settings = EvaluationSettings(max_tokens=12, samples=4)
 
-    def stop(sample: Sample, seeds: list[int], settings: Settings) -> Prompt:
-        if len(seeds) > 1:
-            raise KeyboardInterrupt
-        asked[0] += 1
-        return made(sample, seeds, settings)
+    def stop(engine: RolloutEngine, processor: Processor, requests: Sequence[ProblemRequest], *rest: Any) -> None:
+        answered[0] = len(answer(engine, processor, [r for r in requests if r.samples == [None]], *rest))
+        raise KeyboardInterrupt
 
-    evaluator._make_prompt = stop
+    evaluator.answer_rows = stop
     try:
         evaluate(context, known, settings, out, "mark")
     except KeyboardInterrupt:
@@ -57,18 +56,17 @@ def interrupted(context: EvalContext, known: ProblemSet, out: Path) -> list[int]
         path.write_text("".join(lines[:5]) + lines[5][:20])
         (out / ".known.other.0.answers.jsonl").write_text(lines[0])  # of other settings
 
-    def count(sample: Sample, seeds: list[int], settings: Settings) -> Prompt:
-        asked[1] += 1
-        return made(sample, seeds, settings)
+    def count(*arguments: Any) -> None:
+        answered[1] += len(answer(*arguments))
 
-    evaluator._make_prompt = count
+    evaluator.answer_rows = count
     evaluate(context, known, settings, out, "mark")
     made_again(context, known, settings, out)
-    evaluator._make_prompt = made
-    return asked
+    evaluator.answer_rows = answer
+    return answered
 
 
-def made_again(context: EvalContext, known: ProblemSet, settings: Settings, out: Path) -> None:
+def made_again(context: EvalContext, known: ProblemSet, settings: EvaluationSettings, out: Path) -> None:
     """A finished evaluation is not touched; where its rows have other answers it is graded anew, and nothing asked."""
     before = (out / "known.json").stat().st_mtime_ns
     evaluate(context, known, settings, out, "mark")
@@ -91,11 +89,11 @@ def main(model: Path, out: Path) -> None:
     with GraderPool(1) as grader:
         context = EvalContext(str(model), engine, processor, grader)
         first = open_problems(SourceConfig(path=PUZZLES, name="first"))
-        evaluate(context, first, Settings(max_tokens=12), out)
+        evaluate(context, first, EvaluationSettings(max_tokens=12, samples=0), out)
         write_known(out / "known.jsonl", first, out / "first.responses.jsonl")
         known = open_problems(SourceConfig(path=str(out / "known.jsonl"), name="known"))
         for folder in (out, out / "again"):
-            evaluate(context, known, Settings(max_tokens=12, samples=4), folder)
+            evaluate(context, known, EvaluationSettings(max_tokens=12, samples=4), folder)
         (out / "asked.json").write_text(json.dumps(interrupted(context, known, out / "resumed")))
     (out / "banned.json").write_text(json.dumps(engine.banned))
 

@@ -27,7 +27,7 @@ from ovr_megatron.evaluation.behaviours import (
     summarise,
     transfer,
 )
-from ovr_megatron.evaluation.judges import JudgeConfig
+from ovr_megatron.evaluation.judge_settings import JudgeConfig
 from ovr_megatron.evaluation.judging import ANNOTATIONS, judge_behaviours
 from ovr_megatron.model.tiny import make_tiny_model
 from tests.evaluation.judge_server import KEY, Judge

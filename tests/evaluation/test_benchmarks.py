@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ovr_megatron.config import ConfigError, SourceConfig
-from ovr_megatron.data.formats import READERS
+from ovr_megatron.config import ConfigError, EvaluationSettings, SourceConfig
+from ovr_megatron.data.formats import find_reader
 from ovr_megatron.evaluation.benchmarks import (
     BENCHMARKS,
     OURS,
@@ -16,7 +16,7 @@ from ovr_megatron.evaluation.benchmarks import (
     worst_case,
 )
 from ovr_megatron.evaluation.evaluator import grade
-from ovr_megatron.evaluation.problems import Settings, open_problems
+from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import GradedResponse, score
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import check
@@ -146,7 +146,7 @@ def test_a_benchmark_by_its_name_is_opened_where_it_is_published(monkeypatch):
 
     def opened(config):
         asked.append((config.path, config.name))
-        return Rows([READERS["math"]({"problem": "?", "answer": str(len(asked))}, "x[0]", None)])
+        return Rows([find_reader("math")({"problem": "?", "answer": str(len(asked))}, "x[0]", None)])
 
     monkeypatch.setattr("ovr_megatron.evaluation.problems.open_source", opened)
     problems = open_problems(SourceConfig(name="mmmu_pro", path="mmmu_pro"))
@@ -156,9 +156,9 @@ def test_a_benchmark_by_its_name_is_opened_where_it_is_published(monkeypatch):
     with pytest.raises(IndexError):
         problems.rows[2]
     aime = open_problems(SourceConfig(name="aime2024", path="aime2024"))
-    assert aime.resolve_settings(Settings(samples=None)).samples == 16
-    assert problems.resolve_settings(Settings(samples=None)).samples == 0
-    assert problems.resolve_settings(Settings(samples=3)).samples == 3
+    assert aime.resolve_settings(EvaluationSettings(samples=None)).samples == 16
+    assert problems.resolve_settings(EvaluationSettings(samples=None)).samples == 0
+    assert problems.resolve_settings(EvaluationSettings(samples=3)).samples == 3
     with pytest.raises(ConfigError, match=r"MME is run by VLMEvalKit \(its name there: MME\)"):
         open_problems(SourceConfig(name="mme", path="mme"))
     assert all(bool(b.paths) == (b.harness == OURS) for b in BENCHMARKS.values())

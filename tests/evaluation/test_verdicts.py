@@ -8,7 +8,8 @@ import pytest
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.errors import UserError
-from ovr_megatron.evaluation.judges import JudgeConfig, _start_engine
+from ovr_megatron.evaluation.judge_settings import JudgeConfig
+from ovr_megatron.evaluation.judges import _start_engine
 from ovr_megatron.evaluation.scoring import GradedResponse, score
 from ovr_megatron.evaluation.verdict_command import main
 from ovr_megatron.evaluation.verdicts import format_question, judge_responses, read_responses, read_verdict
@@ -102,7 +103,7 @@ def test_a_local_model_judges_by_the_same_path(scores, tmp_path, capfd):
 def test_bad_input_is_named(scores, tmp_path, capsys):
     for arguments, message in (
         (["absent.json"], "absent.json: cannot be read"),
-        ([str(scores.with_name("set.responses.jsonl"))], "is no result of tools/evaluate.py"),
+        ([str(scores.with_name("set.responses.jsonl"))], "is no result of ovr evaluate"),
         ([str(scores), "--judge", "lexical"], "counts words and answers no question"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):

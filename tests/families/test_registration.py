@@ -77,7 +77,8 @@ def dummy(folder: Path) -> Family:
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(families, "_registered", {family.name: family for family in families.families()})
+        known = {family.name: family for family in families.families()}
+        patch.setattr(families, "_FAMILIES", replace(families._FAMILIES, rows=known))
         registered = dummy(tmp_path_factory.mktemp("dummy"))
         register(registered)
         yield registered
@@ -162,9 +163,9 @@ def test_messages_name_every_known_family(family: Family, folder: Path, tmp_path
         ModelShape.from_hf(tmp_path)
     with pytest.raises(ShapeError, match=r"give the folder of a Hugging Face .* or Dummy-VL model"):
         ModelShape.from_hf(tmp_path / "absent")
-    with pytest.raises(ConfigError, match=f"'other' is no model family; choose one of .*{NAME}"):
+    with pytest.raises(ConfigError, match=f"family='other' is not known; choose one of .*{NAME}$"):
         family_of("other")
-    with pytest.raises(ConfigError, match="'other' is no model family"):
+    with pytest.raises(ConfigError, match="family='other' is not known"):
         make_tiny_model(tmp_path / "tiny", family="other")
     with pytest.raises(ValueError, match=f"'8B' is no .* or Dummy-VL; choose one of {', '.join(presets())}"):
         write_config("8B", tmp_path)
@@ -174,12 +175,13 @@ def test_messages_name_every_known_family(family: Family, folder: Path, tmp_path
     ("changes", "message"),
     [
         ({}, f"family {NAME}: {NAME} .* is registered already"),
+        ({"model_types": ("second",), "presets": {}}, f"'{NAME}' is registered already; choose another name"),
         ({"name": "second"}, f"family second: {NAME} .model_type {NAME}. is registered already"),
         ({"name": "second", "model_types": ("second",)}, f"family second: 70B names a preset of {NAME}"),
     ],
 )
 def test_a_second_family_of_a_name_is_refused(family: Family, changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         register(replace(family, **changes))
 
 

@@ -34,7 +34,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tied and an untied small model whose sizes 8-bit matrix products accept."""
+    """A tied and an untied small model whose sizes FP8 matrix products accept."""
     root = tmp_path_factory.mktemp("models")
     return {
         name: make_tiny_model(root / name, tied=name == "tied", seed=5, perturb=True, sizes=SIZES)

@@ -1,6 +1,6 @@
 """vLLM in the trainer's process: whose log-probabilities it has, what it remembers over sleep, whose weights it runs.
 
-`test_rollout.py` runs this in a process for each number format, DTYPE: an engine that sleeps wants one of its own.
+`test_rollout.py` runs this in a process for each dtype, DTYPE: an engine that sleeps wants one of its own.
 Called as a program, ``-m tests.gpu.rollout FOLDER``, it prints the greedy responses of an engine that reads FOLDER.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ovr_megatron.coldstart.training import cross_entropy
-from ovr_megatron.config import DataConfig, ParallelConfig, RolloutConfig, SourceConfig
+from ovr_megatron.config import DataConfig, ParallelConfig, RolloutConfig, Sampling, SourceConfig
 from ovr_megatron.data.packing import pack
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.data.sources import open_source
@@ -46,7 +46,7 @@ class Both:
 
     def greedy(self) -> list[list[int]]:
         """Tokens of the greedy responses."""
-        return [found.tokens for [found] in self.engine.generate(self.prompts, 0.0)]
+        return [found.tokens for [found] in self.engine.generate(self.prompts)]
 
 
 def start(folder: Path, empty: bool) -> tuple[RolloutEngine, Processor, list[Prompt]]:
@@ -56,7 +56,9 @@ def start(folder: Path, empty: bool) -> tuple[RolloutEngine, Processor, list[Pro
     engine = RolloutEngine(folder, config, processor, DTYPE, LENGTH, empty=empty)
     rows = [open_source(SourceConfig(path=path))[number] for path in PUZZLES for number in range(8)]
     samples = processor.encode(rows, generation=True)
-    return engine, processor, [Prompt(s.prompt_tokens, s.images, s.videos, [n], 24) for n, s in enumerate(samples)]
+    greedy = Sampling(temperature=0.0, max_tokens=24)
+    prompts = [Prompt(s.prompt_tokens, s.images, s.videos, [n], greedy) for n, s in enumerate(samples)]
+    return engine, processor, prompts
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def supervised(processor: Processor) -> list[Sample]:
 def test_log_probabilities_are_the_trainers(both: Both) -> None:
     worst = 0.0
     for sample in supervised(both.processor):
-        prompt = Prompt(sample.tokens.tolist(), seeds=[0], max_tokens=1)
+        prompt = Prompt(sample.tokens.tolist())
         [theirs] = both.engine.score([prompt])
         [ours] = both.trainer.scores([pack([sample])])
         found = torch.from_numpy(theirs)[ours.rows]
@@ -135,5 +137,5 @@ def test_an_update_reaches_the_engine(both: Both, tmp_path: Path) -> None:
 if __name__ == "__main__":
     distributed.start(ParallelConfig(), seed=1)
     fresh, _, asked = start(Path(sys.argv[1]), empty=False)
-    print(json.dumps([found.tokens for [found] in fresh.generate(asked, 0.0)]), flush=True)
+    print(json.dumps([found.tokens for [found] in fresh.generate(asked)]), flush=True)
     distributed.finish()

@@ -1,4 +1,4 @@
-"""The model on a GPU: Transformer Engine's layers beside ours and beside Transformers, 8-bit training, the head."""
+"""The model on a GPU: Transformer Engine's layers beside ours and beside Transformers, FP8 training, the head."""
 
 import time
 from collections.abc import Callable

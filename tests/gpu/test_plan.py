@@ -11,7 +11,8 @@ from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
-from ovr_megatron.plan.activations import Kernels, PackShape, activations
+from ovr_megatron.plan.activations import PackShape, activations
+from ovr_megatron.plan.layer import Kernels
 from ovr_megatron.plan.parameters import model_state
 from ovr_megatron.runtime.distributed import World
 

@@ -1,4 +1,4 @@
-"""`rollout.py`, in a process for each number format."""
+"""`rollout.py`, in a process for each dtype."""
 
 import os
 import subprocess

@@ -221,8 +221,8 @@ def resumed(folder: Path, out: Path) -> dict[str, list[list[float]]]:
         write_hf_assets(out / "companions", Processor(folder, DataConfig()))
     losses: dict[str, list[list[float]]] = {}
     for name, parallel in {
-        "tp=2 pp=2": ParallelConfig(tp=2, pp=2, distributed_optimizer=True, overlap=True),
-        "pp=2 zero": ParallelConfig(pp=2, distributed_optimizer=True, overlap=True),
+        "tp=2,pp=2,zero=1": ParallelConfig(tp=2, pp=2, distributed_optimizer=True, overlap=True),
+        "pp=2,zero=1": ParallelConfig(pp=2, distributed_optimizer=True, overlap=True),
     }.items():
         writer = build(folder, parallel, critic=False)
         for _ in range(3):

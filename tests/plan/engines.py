@@ -109,6 +109,9 @@ def states(models: Path) -> list[dict[str, Any]]:
     cases += [("tied", True, parse_layout(x)[0], {}) for x in ("", *LAYOUTS[::3])]
     cases += [("tied", False, parse_layout(x)[0], {}) for x in ("", "tp=2", "pp=2", "pp=2,vpp=2", "zero=1")]
     cases += [("untied", False, parallel, model) for parallel, model in VARIANTS.values()]
+    cases += [("untied", False, parse_layout(x)[0], {"lora": LORA}) for x in ("", "tp=2,sp=1", "pp=2", "zero=1,pp=2")]
+    cases += [("untied", True, ParallelConfig(), {"lora": LORA})]
+    cases += [("untied", False, parse_layout("zero=1")[0], {"lora": LORA, "dtype": "bfloat16"})]
     table = []
     for name, critic, parallel, model in cases:
         ranks = everyone(held(build(models / name, parallel, critic, **model)))
@@ -123,15 +126,18 @@ MEASURED = [
     *product(("wide",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("bfloat16",)),
     *product(("wide",), ("none", "full"), ("cp=2",), ("documents",), ("float32",)),
 ]
+LORA = {"rank": 4, "vision": True}
+ADAPTED = list(product(("wide",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("float32",)))
 CRITICS = list(product(("wide",), ("none",), ("",), ("documents",), ("float32", "bfloat16")))
 
 
 def peaks(models: Path) -> list[dict[str, Any]]:
     """Peak of live bytes in forward and backward on the fullest rank, and what the backward pass keeps."""
     table = []
-    cases = [(case, False) for case in MEASURED] + [(case, True) for case in CRITICS]
-    for (name, recompute, layout, kind, dtype), critic in cases:
-        engine = build(models / name, parse_layout(layout)[0], critic, recompute=recompute, dtype=dtype)
+    cases = [(case, False, {}) for case in MEASURED] + [(case, True, {}) for case in CRITICS]
+    cases += [(case, False, LORA) for case in ADAPTED]
+    for (name, recompute, layout, kind, dtype), critic, lora in cases:
+        engine = build(models / name, parse_layout(layout)[0], critic, recompute=recompute, dtype=dtype, lora=lora)
         pack = text_and_images(engine.shape, *PACKS[kind])
         with engine.layout.active():
             parallel_state.get_global_memory_buffer().buffer.clear()
@@ -141,7 +147,7 @@ def peaks(models: Path) -> list[dict[str, Any]]:
             engine.scores([pack])
         ranks = everyone({"peak": live.peak, "forward": forward.peak})
         row = {"name": name, "recompute": recompute, "layout": layout, "pack": kind, "dtype": dtype}
-        row["critic"] = critic
+        row |= {"critic": critic, "lora": lora}
         table.append(row | {key: max(rank[key] for rank in ranks) for key in ("peak", "forward")})
     return table
 

@@ -22,8 +22,9 @@ from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.plan import cost, search
 from ovr_megatron.plan.flops import FRAME, token_flops
 from ovr_megatron.plan.hardware import find_gpu
-from ovr_megatron.plan.report import Options, plan, processes, read_shape, show
+from ovr_megatron.plan.report import Options, plan, processes, read_shape
 from ovr_megatron.plan.scenario import Scenario, build_scenario
+from ovr_megatron.plan.text import show
 from ovr_megatron.plan.workload import Workload, assume_workload, measure
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,12 +4,14 @@ With ``reference`` only the runs that tests/ppo/test_reference.py reads, or thos
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -25,6 +27,8 @@ from ovr_megatron.ppo.objectives import ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.update import critic_packs
 from ovr_megatron.rl import training as rl
+from ovr_megatron.rl.generation import generate
+from ovr_megatron.rl.setup import build_models
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
@@ -103,12 +107,20 @@ def again(name: str, iteration: int, *more: str) -> list[dict]:
     return [vars(line) for line in replay.replay(chosen, out / name, iteration, there)]
 
 
+def resume_after_one(name: str, resumed: str, *more: str) -> None:
+    """Copy the first checkpoint of a run into another folder and train the rest there.  A collective."""
+    if world.is_main:
+        shutil.copytree(out / name / "checkpoints/step_000001", out / resumed / "checkpoints/step_000001")
+    dist.barrier()
+    train(resumed, *more)
+
+
 def critic_gradients(*more: str) -> dict[str, Tensor]:
     """Those of the first step of iteration 0, with the saved responses cut in another way."""
     chosen = config("ppo", *more)
     there = replace(world, layout=world.arrange(chosen.parallel))
     processor = Processor(out / "model", chosen.data)
-    models, _ = rl.build_models(chosen, out / "model", processor, there)
+    models, _ = build_models(chosen, out / "model", processor, there)
     prompts = PromptStream(open_stream(chosen.data, chosen.run.seed), processor, chosen.reward.rules)
     rollout = archive.restore(archive.read(out / "ppo", 0, world), prompts)
     _, critic_batch = compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy))
@@ -131,10 +143,10 @@ def refused_prompts() -> Iterator[None]:
     refused = [seeds_of(1, iteration, 1, 3) for iteration in range(2)]
     enqueue = RolloutEngine._enqueue
 
-    def refusing(engine: RolloutEngine, prompt: Prompt, temperature: float) -> list[str]:
+    def refusing(engine: RolloutEngine, prompt: Prompt) -> list[str]:
         if list(prompt.seeds) in refused:
             raise ValueError("refused")
-        return enqueue(engine, prompt, temperature)
+        return enqueue(engine, prompt)
 
     RolloutEngine._enqueue = refusing
     try:
@@ -166,9 +178,13 @@ if __name__ == "__main__":
     train("ppo_critic_tp2", "critic.parallel={tp: 2}")
     for name, settings in ALGORITHMS.items():
         train(name, *(f"algorithm.{setting}" for setting in settings))
+    adapters = ("model.lora.rank=4", "optimizer.lr=1e-2", "critic.optimizer.lr=1e-2", "algorithm.kl_coefficient=0.01")
+    train("lora", *adapters)
+    resume_after_one("lora", "lora_resumed", *adapters)
+    train("lora_tp2", *adapters, "parallel.tp=2", "rollout.check_updates=true", "offload=true")
     train("learned", "only=train", f"rollouts_from={out / 'ppo'}")
     half = config("rolled_out", "only=rollout", "iterations=1")
-    rl.generate(half, world)
+    generate(half, world)
     found = {
         "same": again("ppo", 1),
         "tp2": again("ppo", 1, "parallel.tp=2"),

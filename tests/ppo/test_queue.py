@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ovr_megatron.config import ParallelConfig
-from ovr_megatron.ppo import rollouts
-from ovr_megatron.ppo.rollouts import RolloutCounters, Rollouts
+from ovr_megatron.ppo import counters, rollouts
+from ovr_megatron.ppo.counters import RolloutCounters
+from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.runtime import distributed
 
 PROMPTS, RESPONSES, ROOM, STEPS = 10, 4, 16, 500
@@ -32,6 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     distributed.start(ParallelConfig(), seed=1)
     CountingStore.calls = Counter()
     monkeypatch.setattr(rollouts, "default_store", CountingStore)
+    monkeypatch.setattr(counters, "default_store", CountingStore)
     return CountingStore.calls
 
 
@@ -59,12 +61,12 @@ def test_an_empty_queue_is_asked_once(calls: Counter[str]) -> None:
 
 def test_the_progress_is_looked_at_once_a_second(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(rollouts.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(counters.time, "monotonic", lambda: clock.now)
     bar: Any = SimpleNamespace(done=0, update=lambda count, **shown: None)
-    counters = RolloutCounters(f"counters{id(calls)}")
+    finished = RolloutCounters(f"counters{id(calls)}")
     for _ in range(STEPS):
-        counters.show(bar)
+        finished.show(bar)
         clock.now += 0.02
     assert calls["responses"] == 10
-    counters.show(bar, at_once=True)
+    finished.show(bar, at_once=True)
     assert calls["responses"] == 11

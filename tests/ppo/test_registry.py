@@ -27,8 +27,8 @@ VALUES = [np.full(n, 0.5 * i) for i, n in enumerate(LENGTHS)]
 
 @pytest.fixture(autouse=True)
 def tables_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimators, "ESTIMATORS", dict(estimators.ESTIMATORS))
-    monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
+    monkeypatch.setattr(estimators, "ESTIMATORS", replace(estimators.ESTIMATORS, rows=dict(estimators.ESTIMATORS.rows)))
+    monkeypatch.setattr(losses, "LOSSES", replace(losses.LOSSES, rows=dict(losses.LOSSES.rows)))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))  # as PYTHONPATH
 
 

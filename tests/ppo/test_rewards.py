@@ -9,7 +9,8 @@ import torch.distributed as dist
 from ovr_megatron.data.schema import Message, Row, TextPart
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.iteration import response_metrics
-from ovr_megatron.ppo.rollouts import Prompts, Rollout, _write_verdict
+from ovr_megatron.ppo.prompts import Prompts
+from ovr_megatron.ppo.rollouts import Rollout, _write_verdict
 from ovr_megatron.rewards.failures import FEWEST, FailureWatch, RewardError, count_verdicts
 from ovr_megatron.rewards.verdict import Reason, Verdict
 

@@ -83,13 +83,13 @@ def test_no_box_is_no_answer(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", "'maths' is no rule; choose one of auto, math, exact"),
+        ("maths", r"rule='maths' is not known \(did you mean math\?\); choose one of auto, math, exact, choice, "),
         ("numeric:x", "the tolerance must be a number"),
         ("numeric:1.5", "the tolerance must be a number"),
         ("no_such_module_of_mine:f", "No module named"),
         ("json:no_such_function", "has no attribute"),
-        ("json:__doc__", "is no function"),
-        ("json:a b", "is no rule"),
+        ("json:__doc__", "rule=json:__doc__ is of type str; make it a function"),
+        ("json:a b", "rule='json:a b' is not known"),
     ],
 )
 def test_a_rule_that_does_not_work_is_refused(name, message):

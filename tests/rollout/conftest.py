@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.config import DataConfig
+from ovr_megatron.config import DataConfig, Sampling
 from ovr_megatron.data.processing import Processor, Sample
-from ovr_megatron.data.schema import Row, parse_row
+from ovr_megatron.data.row_parsing import parse_row
+from ovr_megatron.data.schema import Row
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
@@ -135,6 +136,6 @@ def long_samples(processor: Processor) -> list[Sample]:
 @pytest.fixture(scope="session")
 def ask() -> Callable[..., list[Prompt]]:
     """Requests for samples, all with the same seeds."""
-    return lambda samples, seeds, max_tokens=16: [
-        Prompt(s.prompt_tokens, s.images, s.videos, seeds, max_tokens) for s in samples
+    return lambda samples, seeds, max_tokens=16, temperature=1.0: [
+        Prompt(s.prompt_tokens, s.images, s.videos, seeds, Sampling(temperature, max_tokens)) for s in samples
     ]

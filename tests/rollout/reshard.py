@@ -51,16 +51,16 @@ def main(folder: Path) -> None:
         processor = Processor(new, job["data"])
         config = RolloutConfig(tp=job["tp"], max_num_seqs=16, bucket_mib=0.25, check_updates=True)
         engine = RolloutEngine(new, config, processor, "float32", 256)
-        expected = engine.generate(job["prompts"], 1.0)
+        expected = engine.generate(job["prompts"])
         report[f"{tied} fresh"] = expected
         for name, parallel in LAYOUTS.items():
             if not tied and name not in UNTIED:
                 continue
             trainer = Engine(ModelShape.from_hf(new), ModelConfig(path=str(new)), parallel, world)
             engine.update(trainer.load(WeightFolder(old)).held())
-            other = engine.generate(job["prompts"], 1.0)
+            other = engine.generate(job["prompts"])
             traffic = engine.update(trainer.load(WeightFolder(new)).held())
-            again = engine.generate(job["prompts"], 1.0)
+            again = engine.generate(job["prompts"])
             largest = max(sum(p.padded_bytes for p in step.sends + step.receives) for step in engine._reshard._plans[0])
             steps = len(engine._reshard._plans[0])
             report[f"{tied} {name}"] = (same(other, expected), same(again, expected), traffic, largest, steps)
@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
         for parameter in engine._reshard._targets:  # on a GPU the sleep itself would take them
             parameter.parameter.data.fill_(float("nan"))
         woken = engine.update(trainer.held())
-        report[f"{tied} frozen"] = (whole, later, woken, same(engine.generate(job["prompts"], 1.0), expected))
+        report[f"{tied} frozen"] = (whole, later, woken, same(engine.generate(job["prompts"]), expected))
         report[f"{tied} damage"] = damaged(engine, trainer, world.rank)
         if tied:
             report[f"{tied} bfloat16 tp"] = update_bfloat16(job, old, new, world)
@@ -84,16 +84,16 @@ def update_bfloat16(job: dict[str, Any], old: Path, new: Path, world: World) -> 
     """Update an engine of bfloat16 weights, whose head makes float32 logits from the embedding, over a deep sleep."""
     config = RolloutConfig(tp=job["tp"], max_num_seqs=16, bucket_mib=0.125, check_updates=True)
     engine = RolloutEngine(new, config, Processor(new, job["data"]), "bfloat16", 256)
-    expected = engine.generate(job["prompts"], 1.0)
+    expected = engine.generate(job["prompts"])
     model = ModelConfig(path=str(new), dtype="bfloat16")
     trainer = Engine(ModelShape.from_hf(new), model, ParallelConfig(tp=2), world)
     engine.update(trainer.load(WeightFolder(old)).held())
-    other = engine.generate(job["prompts"], 1.0)
+    other = engine.generate(job["prompts"])
     engine.sleep(deep=True)
     for parameter in engine._reshard._targets:  # on a GPU the sleep itself would take them
         parameter.parameter.data.fill_(float("nan"))
     traffic = engine.update(trainer.load(WeightFolder(new)).held())
-    again = engine.generate(job["prompts"], 1.0)
+    again = engine.generate(job["prompts"])
     steps = engine._reshard._plans[0]
     largest = max(sum(p.padded_bytes for p in step.sends + step.receives) for step in steps)
     return same(other, expected), same(again, expected), traffic, largest, len(steps)

@@ -79,21 +79,21 @@ def test_start_leaves_the_process_as_it_was(started):
 def test_without_weights_nothing_is_answered(started, references, samples, ask):
     for _ in range(2):
         with pytest.raises(RolloutError, match="has no weights"):
-            started.engine.generate(ask(samples, [1]), 1.0)
+            started.engine.generate(ask(samples, [1]))
         started.engine.update(references[0].held())
-        assert started.engine.generate(ask(samples, [1], 1), 1.0)
+        assert started.engine.generate(ask(samples, [1], 1))
         started.engine.sleep(deep=True)
 
 
 def test_generation_and_update_leave_the_process_as_it_was(engine, references, samples, ask):
     before = surroundings()
-    engine.generate(ask(samples, [1]), 1.0)
+    engine.generate(ask(samples, [1]))
     engine.update(references[0].held())
     assert changes(before) == []
 
 
 def test_engine_expands_prompts_like_the_trainer(engine, samples, ask):
-    for sample, (generation,) in zip(samples, engine.generate(ask(samples, [1], 1), 1.0), strict=True):
+    for sample, (generation,) in zip(samples, engine.generate(ask(samples, [1], 1)), strict=True):
         assert generation.prompt_tokens == sample.tokens.tolist()
 
 
@@ -101,25 +101,25 @@ def test_a_prompt_that_vllm_refuses_costs_itself_alone(engine, samples, ask):
     good = ask(samples, [3, 4, 9], 4)
     given = [(5, good[0]), (7, Prompt([1] * 100_000, seeds=[1])), (9, good[1])]
     found = {}
-    failed = engine.answer(lambda outstanding: [given.pop(0)] if given else [], found.__setitem__, 1.0)
+    failed = engine.answer(lambda outstanding: [given.pop(0)] if given else [], found.__setitem__)
     assert [(number, "100000" in problem) for number, problem in failed] == [(7, True)]
     assert sorted(found) == [5, 9]
-    expected = engine.generate(good[:2], 1.0)
+    expected = engine.generate(good[:2])
     assert [[g.tokens for g in found[n]] for n in (5, 9)] == [[g.tokens for g in group] for group in expected]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_transformers_over_the_allowed_ids(engine, references, samples, ask, temperature):
-    responses = engine.generate(ask(samples, [3, 4, 9]), temperature)
+    responses = engine.generate(ask(samples, [3, 4, 9], temperature=temperature))
     assert references[0].worst(samples, responses, engine.banned, temperature) < CLOSE
     assert references[0].worst(samples, responses, [], temperature) > 1e-2, "the ban must matter here"
     assert not {t for group in responses for g in group for t in g.tokens} & set(engine.banned)
 
 
 def test_update_reaches_every_part_and_drops_every_cache(engine, references, samples, ask):
-    engine.generate(ask(samples, [3, 4]), 1.0)  # fills the caches with what the old weights computed
+    engine.generate(ask(samples, [3, 4]))  # fills the caches with what the old weights computed
     engine.update(references[1].held())
-    responses = engine.generate(ask(samples, [3, 4]), 1.0)
+    responses = engine.generate(ask(samples, [3, 4]))
     assert references[1].worst(samples, responses, engine.banned, 1.0) < CLOSE
     assert references[0].worst(samples, responses, engine.banned, 1.0) > 0.1
 
@@ -128,9 +128,9 @@ def test_untied_head_is_updated_and_stop_strings_stop(started, make_reference, p
     old, new = make_reference(False, 3), make_reference(False, 4)
     config = RolloutConfig(max_num_seqs=16, stop=["a"])
     engine = RolloutEngine(old.folder, config, processor, "float32", MAX_MODEL_LEN)
-    engine.generate(ask(samples, [3, 4]), 1.0)
+    engine.generate(ask(samples, [3, 4]))
     engine.update(new.held())
-    responses = engine.generate(ask(samples, [3, 4], 64), 1.0)
+    responses = engine.generate(ask(samples, [3, 4], 64))
     assert new.worst(samples, responses, engine.banned, 1.0) < CLOSE
     texts = [(processor.decode(g.tokens), processor.decode(g.tokens[:-1])) for group in responses for g in group]
     stopped = [g.stopped for group in responses for g in group]
@@ -162,7 +162,7 @@ def test_bfloat16_weights_have_float32_logits(bfloat16_engine, references, sampl
         allowed = expected.isfinite()
         assert torch.equal(allowed, logits.isfinite()) and expected[allowed].abs().max() > 20
         assert (logits - expected)[allowed].abs().max() < 1e-4
-        responses = bfloat16_engine.generate(ask(samples, [3]), 1.0)
+        responses = bfloat16_engine.generate(ask(samples, [3]))
         assert all(group[0].logprobs.dtype == np.float32 for group in responses)
         bfloat16_engine.sleep(deep=True)
 
@@ -205,31 +205,31 @@ def test_the_warning_looks_at_a_quantile(capsys):
 def test_engine_keeps_a_copy_of_the_weights(engine, references, samples, ask):
     held = references[1].held()
     engine.update(held)
-    before = engine.generate(ask(samples, [0]), 0.0)
+    before = engine.generate(ask(samples, [0], temperature=0.0))
     for one in held:
         one.parameter.zero_()
-    after = engine.generate(ask(samples, [0]), 0.0)
+    after = engine.generate(ask(samples, [0], temperature=0.0))
     assert [g.tokens for (g,) in after] == [g.tokens for (g,) in before]
 
 
 def test_incomplete_update_is_refused_and_changes_nothing(engine, references, samples, ask):
-    before = engine.generate(ask(samples, [3]), 1.0)
+    before = engine.generate(ask(samples, [3]))
     held = references[1].held()
     incomplete = [one for one in held if one.ranges[0].tensor != "model.layers.2.mlp.down_proj.weight"]
     assert len(incomplete) == len(held) - 1
     for _ in range(2):  # the second time is no better than the first
         with pytest.raises(TransferError, match=r"no rank holds row 0 of model\.layers\.2\.mlp\.down_proj"):
             engine.update(incomplete)
-    after = engine.generate(ask(samples, [3]), 1.0)
+    after = engine.generate(ask(samples, [3]))
     assert [g.tokens for (g,) in after] == [g.tokens for (g,) in before]
     engine.update(held)
-    responses = engine.generate(ask(samples, [3]), 1.0)
+    responses = engine.generate(ask(samples, [3]))
     assert references[1].worst(samples, responses, engine.banned, 1.0) < CLOSE
 
 
 def check_greedy_tokens(engine, reference, samples, ask):
     compared = 0
-    for sample, (generation,) in zip(samples, engine.generate(ask(samples, [0], 32), 0.0), strict=True):
+    for sample, (generation,) in zip(samples, engine.generate(ask(samples, [0], 32, 0.0)), strict=True):
         expected = reference.logprobs(sample, generation.tokens, engine.banned, 1.0)
         gaps = expected.topk(2).values @ torch.tensor([1.0, -1.0])
         clear = int(torch.cumprod((gaps > 1e-4).long(), 0).sum())
@@ -258,9 +258,9 @@ def test_responses_do_not_depend_on_company_but_for_near_ties(engine, references
     alone = {}
     for sample in reversed(range(len(samples))):
         for first in range(0, len(seeds), 7):
-            [group] = engine.generate(ask([samples[sample]], seeds[first : first + 7], 24), 1.0)
+            [group] = engine.generate(ask([samples[sample]], seeds[first : first + 7], 24))
             alone.update({(sample, seeds[first + i]): g.tokens for i, g in enumerate(group)})
-    together = engine.generate(ask(samples, seeds, 24), 1.0)
+    together = engine.generate(ask(samples, seeds, 24))
     same, drawn = 0, 0
     for number, group in enumerate(together):
         for seed, generation in zip(seeds, group, strict=True):
@@ -287,7 +287,7 @@ def test_yarn_is_that_of_transformers(started, make_reference, processor, sample
     engine.update(original.held())
     stretched = type(yarn)(yarn.folder)
     stretched.model.load_state_dict(original.model.state_dict())
-    responses = engine.generate(ask(samples, [3, 4]), 1.0)
+    responses = engine.generate(ask(samples, [3, 4]))
     assert stretched.worst(samples, responses, engine.banned, 1.0) < CLOSE
     assert original.worst(samples, responses, engine.banned, 1.0) > 1e-2, "YaRN must matter here"
 
@@ -304,15 +304,15 @@ def test_rotary_table_is_filled_to_its_end(make_reference):
 
 
 def test_a_response_depends_on_its_own_seed_alone(engine, samples, ask):
-    together = engine.generate(ask(samples, [7, 8, 9]), 1.0)
-    apart = engine.generate(ask(samples[1:2], [9, 40, 7, 7]), 1.0)[0]
+    together = engine.generate(ask(samples, [7, 8, 9]))
+    apart = engine.generate(ask(samples[1:2], [9, 40, 7, 7]))[0]
     assert [g.tokens for g in (apart[2], apart[3], apart[0])] == [together[1][k].tokens for k in (0, 0, 2)]
     assert len({tuple(g.tokens) for g in [*together[1], apart[1]]}) == 4
 
 
 def test_sampling_follows_the_reported_distribution(engine, references, samples, ask):
     draws = 4096
-    generated = engine.generate(ask(samples[1:2], range(draws), 1), 1.5)[0]
+    generated = engine.generate(ask(samples[1:2], range(draws), 1, 1.5))[0]
     expected = draws * references[0].logprobs(samples[1], [0], engine.banned, 1.5)[0].exp()
     counts = torch.bincount(torch.tensor([g.tokens[0] for g in generated]), minlength=len(expected))
     common = expected > 5
@@ -323,7 +323,7 @@ def test_sampling_follows_the_reported_distribution(engine, references, samples,
 
 
 def test_responses_end_at_an_end_token_or_at_their_limit(engine, samples, ask):
-    responses = [g for group in engine.generate(ask(samples, range(30), 24), 2.0) for g in group]
+    responses = [g for group in engine.generate(ask(samples, range(30), 24, 2.0)) for g in group]
     ends = {g.tokens[-1] for g in responses if g.stopped}
     assert len(ends) == 2
     for g in responses:
@@ -333,16 +333,16 @@ def test_responses_end_at_an_end_token_or_at_their_limit(engine, samples, ask):
 
 
 def test_more_prompts_than_one_step_takes_are_answered(engine, references, long_samples, ask):
-    responses = engine.generate(ask(long_samples, [1], 3), 1.0)
+    responses = engine.generate(ask(long_samples, [1], 3))
     assert references[0].worst(long_samples[::10], responses[::10], engine.banned, 1.0) < CLOSE
 
 
 def test_every_prompt_is_handed_over_as_it_finishes(engine, samples, ask):
     handed = {}
-    returned = engine.generate(ask(samples, [1, 2, 5]), 1.0, handed.__setitem__)
+    returned = engine.generate(ask(samples, [1, 2, 5]), handed.__setitem__)
     assert [handed[number] for number in range(len(samples))] == returned
     assert all(len(group) == 3 for group in returned)
-    assert engine.generate([], 1.0) == []
+    assert engine.generate([]) == []
 
 
 def test_layout_that_does_not_divide_is_refused(started, references, processor):
@@ -352,7 +352,7 @@ def test_layout_that_does_not_divide_is_refused(started, references, processor):
 
 def test_what_is_given_up_leaves_nothing_behind(engine, references, samples, ask):
     prompts = ask(samples, [3, 4, 9])
-    expected = engine.generate(prompts, 1.0)
+    expected = engine.generate(prompts)
     given, steps, finished = list(enumerate(prompts)), [], []
 
     def between():
@@ -363,11 +363,11 @@ def test_what_is_given_up_leaves_nothing_behind(engine, references, samples, ask
         taken, given[:] = given[:], []
         return taken
 
-    failed = engine.answer(take, lambda number, found: finished.append(number), 1.0, between)
+    failed = engine.answer(take, lambda number, found: finished.append(number), between)
     assert failed == [] and len(finished) < len(prompts) and len(steps) == 5
     engine.sleep()  # refuses where requests still hold the cache
     engine.update(references[0].held())
-    found = engine.generate(prompts, 1.0)
+    found = engine.generate(prompts)
     assert [[g.tokens for g in group] for group in found] == [[g.tokens for g in group] for group in expected]
 
 

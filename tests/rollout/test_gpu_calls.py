@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.executor.abstract import Executor
 
 from ovr_megatron.config import ParallelConfig, RLConfig, RolloutConfig
 from ovr_megatron.launch import compose
-from ovr_megatron.rl import training
+from ovr_megatron.rl import setup
 from ovr_megatron.rollout import engine as engine_module
 from ovr_megatron.rollout.engine import RolloutEngine, _settings, clear_positions, undisturbed
+from ovr_megatron.rollout.sampling import RolloutError
 from ovr_megatron.runtime import distributed
 
 
@@ -33,21 +35,45 @@ class FakeLLM:
         pass
 
 
-@pytest.fixture
-def asleep() -> RolloutEngine:
-    """An engine that can sleep, and does, with all of its parts."""
+def sleeping_engine(can_sleep: bool = True) -> RolloutEngine:
+    """An engine that sleeps with all of its parts, and where ``can_sleep`` its vLLM, too, as on a GPU."""
     engine = RolloutEngine.__new__(RolloutEngine)
-    engine._llm, engine._asleep, engine._empty, engine._can_sleep = FakeLLM(), set(), False, True  # type: ignore[assignment]
+    engine._llm, engine._asleep, engine._empty, engine._can_sleep = FakeLLM(), set(), False, can_sleep  # type: ignore[assignment]
     engine.sleep()
     return engine
 
 
-def test_an_engine_sleeps_again_whose_weights_alone_are_awake(asleep: RolloutEngine) -> None:
+def test_an_engine_sleeps_again_whose_weights_alone_are_awake() -> None:
     """So it is after an update, if this rank has no problem of an evaluation to answer."""
-    asleep._wake("weights")
-    asleep.sleep(deep=True)
-    asleep.sleep(deep=True)
-    assert asleep._llm.calls == ["sleep 1", "wake weights", "sleep 2"]
+    engine = sleeping_engine()
+    engine._wake("weights")
+    engine.sleep(deep=True)
+    engine.sleep(deep=True)
+    assert engine._llm.calls == ["sleep 1", "wake weights", "sleep 2"]
+
+
+@pytest.mark.parametrize("can_sleep", [True, False], ids=["GPU", "CPU"])
+def test_a_deep_sleep_drops_no_weights_that_are_on_the_host(can_sleep: bool) -> None:
+    """VLLM would free nothing, so that the engine must go on answering with them."""
+    engine = sleeping_engine(can_sleep)
+    engine.sleep(deep=True)
+    engine._wake_to_work()
+    engine.sleep(deep=True)
+    with pytest.raises(RolloutError, match="has no weights"):
+        engine._wake_to_work()
+    engine.sleep()
+    assert engine._empty
+    assert engine._llm.calls == (["sleep 1", "wake weights kv_cache", "sleep 2"] if can_sleep else [])
+
+
+def test_vllm_takes_no_second_sleep() -> None:
+    asked: list[str] = []
+    executor = SimpleNamespace(
+        sleeping_tags=set(), is_sleeping=False, collective_rpc=lambda name, **_: asked.append(name)
+    )
+    Executor.sleep(executor, level=1)
+    Executor.sleep(executor, level=2)
+    assert asked == ["sleep"]
 
 
 def test_products_of_float32_are_float32_in_tritons_attention() -> None:
@@ -113,11 +139,11 @@ def test_the_cache_is_gone_before_an_offloaded_policy_comes_back(
         sleep=lambda deep=False: order.append("sleep deep" if deep else "sleep"),
         update=lambda held: order.append("update"),
     )
-    monkeypatch.setattr(training, "RolloutEngine", lambda *arguments, **options: fake)
-    monkeypatch.setattr(training, "GraderPool", lambda *arguments: None)
-    monkeypatch.setattr(training, "Rollouts", lambda *arguments: None)
+    monkeypatch.setattr(setup, "RolloutEngine", lambda *arguments, **options: fake)
+    monkeypatch.setattr(setup, "GraderPool", lambda *arguments: None)
+    monkeypatch.setattr(setup, "Rollouts", lambda *arguments: None)
     config = compose("tiny_rl", ["run.dir=x", "model.path=m", f"offload={offload}"])
     assert isinstance(config, RLConfig)
     models = SimpleNamespace(policy=SimpleNamespace(held=lambda: []), world=None)
-    training.build_rollouts(config, "m", SimpleNamespace(shape=None), models)  # type: ignore[arg-type]
+    setup.build_rollouts(config, "m", SimpleNamespace(shape=None), models)  # type: ignore[arg-type]
     assert order == calls

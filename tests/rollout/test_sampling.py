@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ovr_megatron.config import Sampling
 from ovr_megatron.rollout.sampling import Prompt, RolloutError, banned_tokens, end_tokens, generations, sampling_params
 
 SPECIAL_BUT_THE_ENDS = (
@@ -37,12 +38,12 @@ def test_tokenizer_without_an_end_token_is_refused(processor):
     ],
 )
 def test_consecutive_seeds_share_a_request(seeds, temperature, requests):
-    found = sampling_params(Prompt([1], seeds=seeds), temperature, [3], [])
+    found = sampling_params(Prompt([1], seeds=seeds, sampling=Sampling(temperature)), [3], [])
     assert [(params.seed, params.n) for params in found] == requests
 
 
 def test_nothing_is_inherited_from_the_model_folder():
-    (params,) = sampling_params(Prompt([1], max_tokens=9), 0.7, [3, 4], ["User:"])
+    (params,) = sampling_params(Prompt([1], sampling=Sampling(0.7, 9)), [3, 4], ["User:"])
     assert (params.temperature, params.top_p, params.top_k, params.min_p, params.max_tokens) == (0.7, 1.0, 0, 0.0, 9)
     assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1.0, 0.0, 0.0)
     assert (params.ignore_eos, params.stop_token_ids, params.stop) == (True, [3, 4], ["User:"])

@@ -63,7 +63,7 @@ def test_names_that_read_like_formulas_are_text_in_the_numbers(tmp_path: Path) -
     formula = '=HYPERLINK("http://evil","go")'
     metrics = [{"step": 0, "loss/train": -0.5, f"loss/source/{formula}": 1.0, formula: 2.0, "@SUM(A1)": 3.0}]
     score = {"greedy": {"accuracy": 0.5}, "sources": {formula: {"greedy": {"accuracy": 0.5}}}}
-    experiment = Experiment(tmp_path, {"rl": Stage("rl", tmp_path, {}, metrics)}, {"+cmd": {"-2+3": score}}, {}, {})
+    experiment = Experiment(tmp_path, {"rl": Stage("rl", tmp_path, {}, metrics)}, {"+cmd": {"-2+3": score}}, {}, None)
     cells = [cell for path in write_numbers(experiment) for row in csv.reader(path.open(newline="")) for cell in row]
     assert f"'{formula}" in cells and "'+cmd" in cells and "'-2+3" in cells and "'@SUM(A1)" in cells
     assert [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))] == ["-0.5"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ class MemoryTracker:
 
 @pytest.fixture(autouse=True)
 def trackers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "TRACKERS", dict(table.TRACKERS))
+    monkeypatch.setattr(table, "TRACKERS", replace(table.TRACKERS, rows=dict(table.TRACKERS.rows)))
 
 
 def test_a_tracker_is_added_by_registration_alone(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_a_tracker_is_added_by_registration_alone(tmp_path: Path) -> None:
     assert tracker.run.settings == {"steps": 9}
     assert json.loads((tmp_path / "metrics/train.jsonl").read_text()) == {"step": 4, "loss/train": 0.5}
     assert not (tmp_path / "tensorboard").exists()
-    with pytest.raises(ValueError, match="already a tracker 'memory'"):
+    with pytest.raises(TrackerError, match="'memory' is registered already"):
         register_tracker("memory", open_memory)
 
 
@@ -122,9 +123,14 @@ def test_a_run_takes_a_tracker_from_outside_the_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("wandbb", "'wandbb' is no tracker; choose of jsonl, tensorboard, wandb, mlflow, trackio"),
+        (
+            "wandbb",
+            r"run.trackers='wandbb' is not known \(did you mean wandb\?\); choose one of jsonl, tensorboard, wandb, "
+            "mlflow, trackio, absent, folder, or write package.module:NAME",
+        ),
         ("missing_package.module:open", "No module named 'missing_package'; is its folder in PYTHONPATH"),
         ("json:nothing", "has no attribute 'nothing'"),
+        ("json:__name__", "run.trackers=json:__name__ is of type str; make it a function"),
         ("absent", "absent is not installed; pip install 'ovr-megatron\\[absent_package\\]', or leave absent out"),
         ("folder", "folder is not installed"),
     ],
@@ -135,8 +141,8 @@ def test_a_tracker_that_cannot_be_used_is_refused(
     # A folder that has the name of a package, as wandb leaves one in the working directory.
     (tmp_path / "folder_of_records").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    table.TRACKERS["absent"] = table.TrackerKind(MemoryTracker, package="absent_package")
-    table.TRACKERS["folder"] = table.TrackerKind(MemoryTracker, package="folder_of_records")
+    table.TRACKERS.rows["absent"] = table.TrackerKind(MemoryTracker, package="absent_package")
+    table.TRACKERS.rows["folder"] = table.TrackerKind(MemoryTracker, package="folder_of_records")
     with pytest.raises(TrackerError, match=sentence):
         check_trackers(["jsonl", name])
 

@@ -47,6 +47,15 @@ def test_a_rank_that_waits_writes_its_stacks_when_another_ends(tmp_path: Path) -
     assert 'File "<string>", line 8 in <module>' in (logs / "stacks_rank_0.txt").read_text()
 
 
+def test_a_rank_that_hangs_after_another_has_its_stacks_once(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    appended = f"open({str(logs / 'stacks_rank_1.txt')!r}, 'a').write('of this launch')"
+    result = run(tmp_path, 1, "time.sleep(0.2)", appended, "time.sleep(30)")
+    assert result.returncode == 1 and f"its stacks are in {logs / 'stacks_rank_0.txt'}; it" in result.stderr
+    assert (logs / "stacks_rank_0.txt").read_text().count("run.hang_timeout_s=1\n") == 1
+
+
 def test_a_rank_that_hangs_stays_until_the_others_have_written_their_stacks(tmp_path: Path) -> None:
     began = time.monotonic()
     assert run(tmp_path, 5, "time.sleep(30)").returncode == 1

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from ovr_megatron.model.tiny import make_tiny_model
 from tests.slurm.cluster import Cluster, missing, shell_environment
 
 ROOT = Path(__file__).resolve().parents[2]
+COLD_START, RL = ROOT / "slurm/coldstart_64gpu.sh", ROOT / "slurm/rl.sh"
 STEPS, EVERY = 60, 10
 CLOCKS = ("timing/", "perf/", "memory/")
 LIMIT_S = float(os.environ.get("SLURM_TEST_LIMIT_S", "240"))
@@ -113,78 +115,96 @@ class BashRun:
             self.process.kill()
 
 
+@dataclass(frozen=True)
+class Jobs:
+    """Jobs of a cluster: each has a name, which is that of its run folder in ``folder`` and of its output."""
+
+    cluster: Cluster
+    folder: Path
+    model: Path
+
+    def submit(self, name: str, *arguments: str | Path, nodes: int = 2, ranks: int = 1, **environment: str) -> str:
+        """Submit a job of ``ranks`` on each of ``nodes``; returns its number."""
+        scale = [f"--nodes={nodes}", f"--ntasks-per-node={ranks}", "--gpus-per-node=1", f"--output={name}.out"]
+        return self.cluster.submit(*scale, *arguments, **environment)
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for ``condition``; fails with the output of every job."""
+        try:
+            self.cluster.until(condition, LIMIT_S, what)
+        except TimeoutError as error:
+            outputs = [f"{path.name}: {path.read_text()}" for path in sorted(self.cluster.folder.glob("*.out"))]
+            raise AssertionError("\n".join([str(error), *outputs])) from error
+
+    def has_ended(self, job: str) -> bool:
+        """Whether Slurm will not start it again."""
+        return self.cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+    def keep(self, name: str, job: str) -> None:
+        """Write what Slurm says of a job, and its output, to its run folder."""
+        (self.folder / name / "state").write_text(json.dumps(self.cluster.job(job)))
+        (self.folder / name / "output").write_text((self.cluster.folder / f"{name}.out").read_text())
+
+
+def disturb_cold_start(jobs: Jobs, stack: ExitStack) -> BashRun:
+    """Run ``job``, which is preempted and loses a node, and ``broken``; return PPO's undisturbed run, still at work."""
+    cluster, run = jobs.cluster, jobs.folder / "job"
+    job = jobs.submit("job", COLD_START, *arguments(run), **settings(jobs.model))
+    (jobs.folder / "broken").mkdir()
+    failing = settings(jobs.model) | {"OVR_PYTHON": "/bin/false", "OVR_MAX_FAILURES": "1"}
+    broken = jobs.submit("broken", COLD_START, *arguments(jobs.folder / "broken"), nodes=1, **failing)
+    jobs.wait(lambda: steps_seen(run) >= EVERY + 2, "the first steps")
+    jobs.wait(lambda: cluster.job(broken)["JobState"] == "FAILED", "the broken job to be given up")
+    jobs.keep("broken", broken)
+    cluster.submit("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 1")
+    jobs.wait(lambda: len(attempts(run)) == 1, "the preempted job to leave")
+    reached = checkpointed(run)
+    jobs.wait(lambda: checkpointed(run) > reached, "the requeued job")
+    cluster.kill_node(cluster.hosts(job)[-1])
+    # Slurm takes most of a minute to give up the node and to start the job again.
+    rl_alone = BashRun(RL, rl_arguments(jobs.folder / "rl_alone"), rl_settings(jobs.model))
+    stack.callback(rl_alone.stop)
+    jobs.wait(lambda: jobs.has_ended(job), "the end of the job")
+    jobs.keep("job", job)
+    return rl_alone
+
+
+def disturb_ppo(jobs: Jobs, stack: ExitStack) -> BashRun:
+    """Run ``rl``, whose time ends in an iteration, and ``absent``; return the cold start's undisturbed run, at work."""
+    run, disturbance = jobs.folder / "rl", jobs.folder / "disturbance"
+    slow = rl_settings(jobs.model) | python_of(disturbance) | {"OVR_WARNING_S": "5"}  # it is --signal that warns
+    job = jobs.submit("rl", "--signal=B:USR1@30", RL, *rl_arguments(run), **slow)
+    (jobs.folder / "absent").mkdir()
+    lacking = settings(jobs.model) | python_of(jobs.folder / "nobody") | {"OVR_WAIT_S": "2", "OVR_MAX_FAILURES": "0"}
+    (jobs.folder / "nobody/absent").touch()
+    words = [*arguments(jobs.folder / "absent"), "run.hang_timeout_s=20"]
+    absent = jobs.submit("absent", COLD_START, *words, nodes=1, ranks=2, **lacking)
+    jobs.wait(lambda: steps_seen(run) >= 3, "the first iterations")
+    (disturbance / "brake").touch()
+    short = jobs.cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+50")
+    assert short.returncode == 0, short.stderr
+    jobs.wait(lambda: bool(attempts(run)) or jobs.has_ended(job), "the PPO job to leave")
+    alone = BashRun(COLD_START, arguments(jobs.folder / "alone"), settings(jobs.model))
+    stack.callback(alone.stop)
+    # EndTime has changed the limit of the next attempt, too.
+    jobs.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    (disturbance / "brake").unlink()
+    jobs.wait(lambda: jobs.has_ended(job), "the end of the PPO job")
+    jobs.wait(lambda: jobs.has_ended(absent), "the end of the job that lacks a rank")
+    jobs.keep("absent", absent)
+    jobs.keep("rl", job)
+    return alone
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``alone`` was run by bash and not disturbed, ``job`` by Slurm, which preempted it and lost one of its nodes."""
     folder = tmp_path_factory.mktemp("slurm")
     model = make_tiny_model(folder / "model", seed=5)
-    script = ROOT / "slurm/coldstart_64gpu.sh"
     with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(folder / "cluster", nodes=4))
-        run = folder / "job"
-        scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=job.out"]
-        job = cluster.submit(*scale, script, *arguments(run), **settings(model))
-
-        (folder / "broken").mkdir()
-        broken = cluster.submit(
-            *["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=broken.out"],
-            *[script, *arguments(folder / "broken")],
-            **settings(model) | {"OVR_PYTHON": "/bin/false", "OVR_MAX_FAILURES": "1"},
-        )
-
-        def wait(condition: Callable[[], bool], what: str) -> None:
-            output = cluster.folder / "job.out"
-            try:
-                cluster.until(condition, LIMIT_S, what)
-            except TimeoutError as error:
-                raise AssertionError(f"{error}\n{output.read_text() if output.exists() else ''}") from error
-
-        wait(lambda: steps_seen(run) >= EVERY + 2, "the first steps")
-        wait(lambda: cluster.job(broken)["JobState"] == "FAILED", "the broken job to be given up")
-        (folder / "broken/state").write_text(json.dumps(cluster.job(broken)))
-        cluster.submit("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 1")
-        wait(lambda: len(attempts(run)) == 1, "the preempted job to leave")
-        reached = checkpointed(run)
-        wait(lambda: checkpointed(run) > reached, "the requeued job")
-        cluster.kill_node(cluster.hosts(job)[-1])
-        # Slurm takes most of a minute to give up the node and to start the job again.
-        rl_alone = BashRun(ROOT / "slurm/rl.sh", rl_arguments(folder / "rl_alone"), rl_settings(model))
-        stack.callback(rl_alone.stop)
-        wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the job")
-        (run / "state").write_text(json.dumps(cluster.job(job)))
-        (run / "output").write_text((cluster.folder / "job.out").read_text())
-        rl_alone.finish()
-
-        run, disturbance = folder / "rl", folder / "disturbance"
-        others = rl_settings(model) | python_of(disturbance) | {"OVR_WARNING_S": "5"}  # it is --signal that warns
-        scale = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--output=rl.out"]
-        job = cluster.submit(*scale, "--signal=B:USR1@30", ROOT / "slurm/rl.sh", *rl_arguments(run), **others)
-        (folder / "absent").mkdir()
-        others = settings(model) | python_of(folder / "nobody") | {"OVR_WAIT_S": "2", "OVR_MAX_FAILURES": "0"}
-        (folder / "nobody/absent").touch()
-        absent = cluster.submit(
-            *["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=1", "--output=absent.out"],
-            *[script, *arguments(folder / "absent"), "run.hang_timeout_s=20"],
-            **others,
-        )
-        wait(lambda: steps_seen(run) >= 3, "the first iterations")
-        (disturbance / "brake").touch()
-        short = cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+50")
-        assert short.returncode == 0, short.stderr
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-        wait(lambda: bool(attempts(run)) or cluster.job(job)["JobState"] in ended, "the PPO job to leave")
-        alone = BashRun(script, arguments(folder / "alone"), settings(model))
-        stack.callback(alone.stop)
-        # EndTime has changed the limit of the next attempt, too.
-        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-        (disturbance / "brake").unlink()
-        wait(lambda: cluster.job(job)["JobState"] in ended, "the end of the PPO job")
-        wait(lambda: cluster.job(absent)["JobState"] in ended, "the end of the job that lacks a rank")
-        (folder / "absent/output").write_text((cluster.folder / "absent.out").read_text())
-        (folder / "absent/state").write_text(json.dumps(cluster.job(absent)))
-        (run / "state").write_text(json.dumps(cluster.job(job)))
-        (run / "output").write_text((cluster.folder / "rl.out").read_text())
-        alone.finish()
+        jobs = Jobs(stack.enter_context(Cluster(folder / "cluster", nodes=4)), folder, model)
+        disturb_cold_start(jobs, stack).finish()
+        disturb_ppo(jobs, stack).finish()
     return folder
 
 

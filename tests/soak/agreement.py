@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovr_megatron.data.formats import READERS
+from ovr_megatron.data.formats import find_reader
 from ovr_megatron.data.schema import Row
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, worst_case
 from ovr_megatron.evaluation.scoring import GradedResponse
@@ -50,7 +50,7 @@ def mathvista(root: Path) -> Iterator[Item]:
     for path in sorted(root.glob("results/*/output_*.json")):
         for number, item in json.loads(path.read_text()).items():
             if "true_false" in item and item.get("answer") not in (None, ""):
-                row = READERS["mathvista"](item | {"image": IMAGE}, f"{path}[{number}]", root)
+                row = find_reader("mathvista")(item | {"image": IMAGE}, f"{path}[{number}]", root)
                 given = str(item.get("extraction") or "").strip()
                 yield Item(path.name, request("mathvista", row, boxed(given)), item["true_false"], _vista(item, given))
 
@@ -74,7 +74,7 @@ def mathvision(root: Path) -> Iterator[Item]:
     problems = {}
     for number, line in enumerate((root / "data/test.jsonl").open()):
         raw = json.loads(line)
-        problems[raw["id"]] = READERS["mathvision"](raw | {"image": IMAGE}, f"test.jsonl:{number}", root)
+        problems[raw["id"]] = find_reader("mathvision")(raw | {"image": IMAGE}, f"test.jsonl:{number}", root)
     for path in sorted(root.glob("outputs/**/*.jsonl")):
         for line in path.open():
             item = json.loads(line)
@@ -91,7 +91,7 @@ def logicvista(root: Path) -> Iterator[Item]:
     for path in sorted(root.glob("eval/results/*-results.csv")):
         for item in csv.DictReader(path.open()):
             raw = problems[item["id"]]
-            row = READERS["logicvista"](raw | {"image": IMAGE}, item["id"], root)
+            row = find_reader("logicvista")(raw | {"image": IMAGE}, item["id"], root)
             key = next(name for name in item if name.endswith("answer extracted"))
             letters = [str(letter) for letter in ast.literal_eval(item[key])]
             given = ", ".join(letters)
@@ -105,7 +105,7 @@ def mmmu(root: Path) -> Iterator[Item]:
             item = json.loads(line)
             pictures = {f"image_{n}": IMAGE for n in range(1, 8)}
             vision = {"image": IMAGE} if "vision" in path.name else {}
-            row = READERS["mmmu_pro"](item | pictures | vision, item["id"], root)
+            row = find_reader("mmmu_pro")(item | pictures | vision, item["id"], root)
             asked = request("mmmu_pro", row, boxed(str(item["pred_indexs"])))
             yield Item(path.stem, asked, item["if_right"], "a letter")
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovr_megatron.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from ovr_megatron.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, Sampling
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
@@ -140,7 +140,7 @@ def compare_rollout(policy: Engine, folder: Path, tokens: int) -> float:
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(0, policy.shape.image_token - 8, (tokens,), generator=generator).tolist()
     differences = []
-    for answer in engine.generate([Prompt(prompt, [], [], [1, 2], RESPONSE)], 1.0)[0]:
+    for answer in engine.generate([Prompt(prompt, [], [], [1, 2], Sampling(max_tokens=RESPONSE))])[0]:
         words = [*prompt, *answer.tokens]
         nothing = torch.zeros(0, policy.shape.vision.patch_dim)
         pack = as_pack([Document("answer", words, [len(words)], nothing)], policy.shape)

@@ -46,8 +46,8 @@ MUTANTS = [
     Mutant(
         "the engine forgets the temperature",
         "ppo/rollouts.py",
-        "on_result, config.rollout.temperature",
-        "on_result, 1.0",
+        "Sampling(config.rollout.temperature, ",
+        "Sampling(1.0, ",
     ),
     Mutant(
         "every step of the critic takes the whole batch",
@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "each rank normalises on its own",
         "ppo/experience.py",
-        "mean_and_std(sum_over_dp(moments(raw), models.world.layout))",
-        "mean_and_std(moments(raw))",
+        "total = sum_over_dp(moments(raw), models.world.layout)",
+        "total = moments(raw)",
         ranks=2,
     ),
     Mutant(
@@ -106,8 +106,8 @@ MUTANTS = [
     Mutant("k3 the wrong way round", "ppo/losses.py", "torch.expm1(-d) + d", "torch.expm1(d) - d"),
     Mutant(
         "the reference is the first policy whatever is set",
-        "rl/training.py",
-        "folder = store.weights_of(config.algorithm.reference)",
+        "rl/setup.py",
+        "folder = store.weights_of(algorithm.reference)",
         "folder = model_folder",
     ),
     Mutant(
@@ -119,8 +119,8 @@ MUTANTS = [
     Mutant("the curriculum is late by one", "ppo/curriculum.py", "iteration < stage.until", "iteration <= stage.until"),
     Mutant(
         "the critic has the policy's optimizer settings",
-        "rl/training.py",
-        "with_optimizer(config.critic.optimizer,",
+        "rl/setup.py",
+        "with_optimizer(settings.optimizer,",
         "with_optimizer(config.optimizer,",
     ),
     Mutant(
@@ -147,11 +147,11 @@ MUTANTS = [
     Mutant(
         "the importance cap is off", "ppo/losses.py", "(old - rollout).exp().clamp(max=cap)", "(old - rollout).exp()"
     ),
-    Mutant("the overlong penalty is a bonus", "ppo/advantages.py", "return -min(max(length", "return min(max(length"),
+    Mutant("the overlong penalty is a bonus", "ppo/advantages.py", "return -min(tokens", "return min(tokens"),
     Mutant(
         "the overlong penalty forgets the prompt",
         "ppo/experience.py",
-        "limit = rollout.limit - len(rollout.prompts.sample(response.prompt))",
+        "limit = rollout.limit - prompt_tokens",
         "limit = rollout.limit",
     ),
     Mutant(
@@ -169,7 +169,7 @@ MUTANTS = [
     ),
     Mutant(
         "the schedule counts the critic's warm-up",
-        "rl/training.py",
+        "rl/setup.py",
         "policy_iterations * algorithm.policy_updates",
         "config.iterations * algorithm.policy_updates",
     ),
@@ -189,8 +189,8 @@ MUTANTS = [
     Mutant(
         "old log-probabilities are recomputed",
         "ppo/update.py",
-        "experience.old if config.policy_updates > 1 else None",
-        "None",
+        "old_logprobs = experience.old",
+        "old_logprobs = None",
     ),
     Mutant(
         "values and advantages come after the critic's update",
@@ -219,7 +219,7 @@ MUTANTS = [
     Mutant(
         "dynamic sampling takes prompts as they come",
         "ppo/rollouts.py",
-        "order = unequal + [i for i in tokens if i not in set(unequal)]",
+        "order = unequal + equal",
         "order = list(tokens)",
     ),
 ]

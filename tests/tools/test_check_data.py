@@ -1,4 +1,4 @@
-"""tools/check_data.py and the pre-flight's sample over good and bad rows."""
+"""`ovr check-data` and the pre-flight's sample over good and bad rows."""
 
 import json
 import runpy
@@ -98,7 +98,7 @@ def test_the_sample_tells_what_would_stop_a_run(model: Path, tmp_path: Path, on_
     rl: RLConfig = replace(build(RLConfig, known), data=data)
     problems = check_sample(rl, Processor(model, data), 8)
     assert bool(problems) == stops
-    assert not stops or problems[0].startswith("1 of 2 rows looked at cannot be used (tools/check_data.py lists all)")
+    assert not stops or problems[0].startswith("1 of 2 rows looked at cannot be used (ovr check-data lists all)")
     cold = ColdStartConfig(run=RunConfig(dir="x"), model=ModelConfig(path=str(model)), data=data)
     (problem,) = check_sample(cold, Processor(model, data), 8)  # prompts are nothing to learn from
     assert "2 of 2 rows looked at cannot be used" in problem

@@ -1,4 +1,4 @@
-"""tools/grade.py: bad files, its report, and the agreement with a benchmark's own verdicts on real responses."""
+"""`ovr grade`: bad files, its report, and the agreement with a benchmark's own verdicts on real responses."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""tools/tokenise.py with two processes beside a set that one process writes."""
+"""`ovr tokenise` with two processes beside a set that one process writes."""
 
 import json
 import runpy

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+# Transformers, Megatron and vLLM take seconds to import: each function imports its own when it is called.
 def _load_processor_class() -> type[Any]:
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 

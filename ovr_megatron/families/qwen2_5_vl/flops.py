@@ -11,11 +11,14 @@ def language_weights(shape: ModelShape, critic: bool = False) -> int:
     query_width = shape.heads * shape.head_dim
     key_width = shape.kv_heads * shape.head_dim
     # Queries and output have one width, keys and values another.
-    attention = 2 * shape.hidden * query_width + 2 * shape.hidden * key_width
+    query_and_output = 2 * shape.hidden * query_width
+    key_and_value = 2 * shape.hidden * key_width
     # Gate, up and down.
     mlp = 3 * shape.hidden * shape.ffn
-    head = shape.hidden * (1 if critic else shape.vocab)
-    return shape.layers * (attention + mlp) + head
+    layer = query_and_output + key_and_value + mlp
+    head_rows = 1 if critic else shape.vocab
+    head = shape.hidden * head_rows
+    return shape.layers * layer + head
 
 
 def patch_forward(shape: ModelShape, frame: int) -> tuple[float, float]:
@@ -25,13 +28,23 @@ def patch_forward(shape: ModelShape, frame: int) -> tuple[float, float]:
     """
     vision = vision_shape(shape)
     # Queries, keys, values and output; gate, up and down.
-    layer_weights = 4 * vision.hidden**2 + 3 * vision.hidden * vision.ffn
-    weights = vision.depth * layer_weights + vision.patch_dim * vision.hidden
-    full_layers = len([layer for layer in vision.full_attention_layers if layer < vision.depth])
-    window = min(frame, (vision.window // vision.patch) ** 2)
-    attended = full_layers * frame + (vision.depth - full_layers) * window  # patches, over all layers
+    attention = 4 * vision.hidden**2
+    mlp = 3 * vision.hidden * vision.ffn
+    embedding = vision.patch_dim * vision.hidden
+    weights = vision.depth * (attention + mlp) + embedding
+    # The defaults of Transformers name layers that a small tower does not have.
+    full_layers = 0
+    for layer in vision.full_attention_layers:
+        if layer < vision.depth:
+            full_layers += 1
+    window_layers = vision.depth - full_layers
+    side = vision.window // vision.patch
+    window = min(frame, side**2)
+    attended = full_layers * frame + window_layers * window  # patches, over all layers
     # A multiplication and an addition for each weight; attention has them for scores and for values.
     tower = 2.0 * weights + 4.0 * vision.hidden * attended
-    merged_width = vision.hidden * vision.merge**2
-    merger = 2.0 * merged_width * (merged_width + shape.hidden) / vision.merge**2
+    merged_patches = vision.merge**2
+    merged_width = vision.hidden * merged_patches
+    # The two layers are computed once for the patches of a feature.
+    merger = 2.0 * merged_width * (merged_width + shape.hidden) / merged_patches
     return tower, merger

@@ -15,17 +15,37 @@ def image_grid(width: int, height: int, shape: ModelShape, config: DataConfig) -
     return Visual((1, rows, columns))
 
 
-def video_grid(frames: int, width: int, height: int, fps: float, shape: ModelShape, config: DataConfig) -> Visual:
+def video_grid(
+    frames: int,
+    width: int,
+    height: int,
+    fps: float,
+    shape: ModelShape,
+    config: DataConfig,
+) -> Visual:
     """Return the grid and the time step that a video will have; a last odd frame counts twice."""
     step = shape.vision.temporal_patch
     slices = -(-frames // step)
     rows, columns = _grid(height, width, shape, config)
-    return Visual((slices, rows, columns), seconds=step / fps)
+    seconds = step / fps
+    return Visual((slices, rows, columns), seconds=seconds)
 
 
-def _grid(height: int, width: int, shape: ModelShape, config: DataConfig) -> tuple[int, int]:
+def _grid(
+    height: int,
+    width: int,
+    shape: ModelShape,
+    config: DataConfig,
+) -> tuple[int, int]:
     """Return the rows and columns of patches of a picture, resized as Transformers does."""
     patch = shape.vision.patch
-    budget = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    height, width = smart_resize(height, width, factor=patch * shape.vision.merge, **budget)
+    side = patch * shape.vision.merge
+    # Transformers' own function: the grid must be the one that its processor makes of the picture.
+    height, width = smart_resize(
+        height,
+        width,
+        factor=side,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
     return height // patch, width // patch

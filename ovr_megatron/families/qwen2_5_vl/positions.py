@@ -45,7 +45,9 @@ def mrope_positions(
     blocks: list[np.ndarray] = [np.zeros((3, 0), np.int64)]
     for segment in segments:
         if not isinstance(segment, Visual):
-            blocks.append(np.broadcast_to(np.arange(start, start + segment), (3, segment)))
+            text_positions = np.arange(start, start + segment)
+            block = np.broadcast_to(text_positions, (3, segment))
+            blocks.append(block)
             start += segment
             continue
         block = start + _visual_offsets(segment, merge, tokens_per_second, after_video)
@@ -54,11 +56,17 @@ def mrope_positions(
             _, h, w = segment.grid
             start += max(h, w) // merge  # whatever its time row has reached
         else:
-            start = int(block.max()) + 1
+            last = int(block.max())
+            start = last + 1
     return np.concatenate(blocks, axis=1)
 
 
-def _visual_offsets(visual: Visual, merge: int, tokens_per_second: float, after_video: str) -> np.ndarray:
+def _visual_offsets(
+    visual: Visual,
+    merge: int,
+    tokens_per_second: float,
+    after_video: str,
+) -> np.ndarray:
     """Return the offsets from a visual's start, int64[3, features]: tokens vary slowest in time, fastest in width."""
     t, h, w = visual.grid
     block = np.indices((t, h // merge, w // merge), dtype=np.int64)
@@ -66,8 +74,10 @@ def _visual_offsets(visual: Visual, merge: int, tokens_per_second: float, after_
         # The seconds reach both libraries as float32; Transformers goes on in float32, vLLM in float64.
         dtype = np.dtype(np.float32 if after_video == "grid" else np.float64)
         seconds = np.array([visual.seconds], np.float32).astype(dtype)
-        step = seconds * np.array([tokens_per_second], dtype)
+        rate = np.array([tokens_per_second], dtype)
+        step = seconds * rate
         # The product is cut off only here: rounding the step would add up over the slices.
-        times = (np.arange(t, dtype=dtype) * step).astype(np.int64)
+        slices = np.arange(t, dtype=dtype)
+        times = (slices * step).astype(np.int64)
         block[0] = times[:, None, None]
     return block.reshape(3, -1)

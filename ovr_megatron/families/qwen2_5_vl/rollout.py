@@ -21,16 +21,28 @@ class Qwen25VLRollout(RolloutModel, Qwen2_5_VLForConditionalGeneration):
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Return positions [3, S] of a prompt, and what to add to an index to get the position of a later token."""
+        vision = self.config.vision_config
         segments: list[int | Visual] = []
-        merge = self.config.vision_config.spatial_merge_size
         start = 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
-            data, kind = feature.data, feature.modality
-            grid = tuple(data[f"{kind}_grid_thw"].data.tolist())
-            seconds = float(data["second_per_grid_ts"].data) if kind == "video" else None
-            segments += [feature.mm_position.offset - start, Visual(grid, seconds)]
-            start = feature.mm_position.offset + feature.mm_position.length
-        segments.append(len(input_tokens) - start)
-        per_second = self.config.vision_config.tokens_per_second
-        positions = mrope_positions(segments, merge, per_second, self.after_video)
-        return torch.from_numpy(positions), int(positions[0, -1]) + 1 - len(input_tokens)
+            offset = feature.mm_position.offset
+            kind = feature.modality
+            grid = tuple(feature.data[f"{kind}_grid_thw"].data.tolist())
+            seconds = None
+            if kind == "video":
+                seconds = float(feature.data["second_per_grid_ts"].data)
+            text_length = offset - start
+            segments.append(text_length)
+            segments.append(Visual(grid, seconds))
+            start = offset + feature.mm_position.length
+        last_text_length = len(input_tokens) - start
+        segments.append(last_text_length)
+        positions = mrope_positions(
+            segments,
+            vision.spatial_merge_size,
+            vision.tokens_per_second,
+            self.after_video,
+        )
+        # A prompt's last token is text, whose three rows are equal; generated tokens are text, too.
+        next_position = int(positions[0, -1]) + 1
+        return torch.from_numpy(positions), next_position - len(input_tokens)

@@ -64,10 +64,12 @@ class TextFields(Fields):
     rms_norm_eps: Annotated[Positive, Field(lt=1)] = 1e-5
     max_position_embeddings: Positions = 32768
     hidden_act: Literal["silu"] = "silu"
+    # Refused later where it would take effect: `_text_problems`.
     use_sliding_window: Flag | None = False
     sliding_window: Positions | None = 4096
     max_window_layers: Annotated[int, Field(strict=True, ge=0)] | None = 80
     layer_types: list[str] | None = None
+    # Dropout is not computed.
     attention_dropout: Annotated[float, Field(ge=0, le=0)] | None = 0.0
 
 
@@ -78,6 +80,7 @@ class VisionFields(Fields):
     intermediate_size: Width
     depth: Depth = 32
     num_heads: Width = 16
+    # Qwen's files say in_chans, Transformers in_channels.
     in_channels: Literal[3] | None = None
     in_chans: Literal[3] | None = None
     patch_size: Width | None = None
@@ -106,6 +109,7 @@ class RopeFields(Fields):
 
     rope_theta: Positive
     mrope_section: list[Annotated[int, Field(strict=True, ge=1)]]
+    # All columns of a head turn.
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
 
 
@@ -138,6 +142,14 @@ def read_shape(name: str, raw: dict[str, object], path: Path) -> ModelShape:
         raise ShapeError(f"{path}: mrope_section {list(section)} is not three numbers of sum {head_dim // 2}")
     positions = text.max_position_embeddings
     yarn = read_yarn(rope, positions, path)
+    if yarn:
+        # vLLM stops at the first of the two.
+        stretched_positions = int(yarn.factor * yarn.original_positions)
+        positions = min(positions, stretched_positions)
+    vision_end_token = outer.vision_end_token_id
+    if vision_end_token is None:
+        # In the vocabulary of every published model it follows the token that it closes.
+        vision_end_token = outer.vision_start_token_id + 1
     return ModelShape(
         family=name,
         layers=text.num_hidden_layers,
@@ -150,37 +162,39 @@ def read_shape(name: str, raw: dict[str, object], path: Path) -> ModelShape:
         norm_eps=text.rms_norm_eps,
         rope_theta=float(angles.rope_theta),
         mrope_section=section,
-        # vLLM stops at the first of the two.
-        max_positions=min(positions, int(yarn.factor * yarn.original_positions)) if yarn else positions,
+        max_positions=positions,
         yarn=yarn,
         tied=_read_tied(raw, values, path),
         vision=_vision_shape(vision),
         image_token=outer.image_token_id,
         video_token=outer.video_token_id,
         vision_start_token=outer.vision_start_token_id,
-        vision_end_token=(
-            outer.vision_start_token_id + 1 if outer.vision_end_token_id is None else outer.vision_end_token_id
-        ),
+        vision_end_token=vision_end_token,
         after_video=outer.after_video,
     )
 
 
 def _vision_shape(vision: VisionFields) -> WindowedVisionShape:
     """Return the sizes of the tower; ``window`` is in pixels, ``merge`` the side of a merged square in patches."""
-    # Older folders say spatial_patch_size, and some leave the size out; every published tower has patches of 14.
     return WindowedVisionShape(
         depth=vision.depth,
         hidden=vision.hidden_size,
         ffn=vision.intermediate_size,
         heads=vision.num_heads,
         in_channels=3,
-        patch=vision.patch_size or vision.spatial_patch_size or 14,
+        patch=_patch_size(vision),
         temporal_patch=vision.temporal_patch_size,
         merge=vision.spatial_merge_size,
         window=vision.window_size,
         full_attention_layers=vision.fullatt_block_indexes,
         tokens_per_second=vision.tokens_per_second,
     )
+
+
+def _patch_size(vision: VisionFields) -> int:
+    """Return the side of a patch in pixels."""
+    # Older folders say spatial_patch_size, and some leave the size out; every published tower has patches of 14.
+    return vision.patch_size or vision.spatial_patch_size or 14
 
 
 def _read_tied(raw: dict[str, object], text: dict[str, object], path: Path) -> bool:
@@ -216,33 +230,42 @@ def _text_problems(text: TextFields, head_dim: int) -> Iterator[str]:
     kinds = set(text.layer_types or ()) - {"full_attention"}
     if kinds:
         yield f"field 'layer_types' asks for {excerpt(sorted(kinds))}; only full_attention is computed"
+    # Where ``layer_types`` is given, it alone says how a layer attends.
     windowed = text.use_sliding_window and text.sliding_window is not None and text.layer_types is None
-    if windowed and (text.max_window_layers or 0) < text.num_hidden_layers:
+    full_layers = text.max_window_layers or 0
+    if windowed and full_layers < text.num_hidden_layers:
         yield (
-            f"field 'use_sliding_window' is true: layers from {text.max_window_layers or 0} on would attend to "
+            f"field 'use_sliding_window' is true: layers from {full_layers} on would attend to "
             f"{text.sliding_window} tokens; only full attention is computed, give a model without a sliding window"
         )
 
 
 def _vision_problems(text: TextFields, vision: VisionFields) -> Iterator[str]:
     heads = vision.num_heads
+    # A head's rotary pairs turn by height and by width, as many by each.
     if vision.hidden_size % (4 * heads):
         yield f"vision_config.hidden_size {vision.hidden_size} is not a multiple of 4 x num_heads {heads}"
-    if vision.patch_size and vision.spatial_patch_size and vision.patch_size != vision.spatial_patch_size:
+    both_sizes = vision.patch_size and vision.spatial_patch_size
+    if both_sizes and vision.patch_size != vision.spatial_patch_size:
         yield f"vision_config has patch_size {vision.patch_size} and spatial_patch_size {vision.spatial_patch_size}"
-    merged = (vision.patch_size or vision.spatial_patch_size or 14) * vision.spatial_merge_size
+    merged = _patch_size(vision) * vision.spatial_merge_size
     if vision.window_size % merged:
         yield f"vision_config.window_size {vision.window_size} is not a multiple of {merged} pixels, a merged patch"
     if vision.out_hidden_size not in (None, text.hidden_size):
         yield f"vision_config.out_hidden_size {vision.out_hidden_size} is not hidden_size {text.hidden_size}"
     late = [index for index in vision.fullatt_block_indexes if index >= vision.depth]
+    # Only where the file names them: the defaults of Transformers reach beyond a small tower.
     if late and "fullatt_block_indexes" in vision.model_fields_set:
         yield f"vision_config.fullatt_block_indexes names block {late[0]}, and the tower has {vision.depth}"
 
 
 def _token_problems(text: TextFields, outer: OuterFields) -> Iterator[str]:
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids = {name: getattr(outer, name) for name in names if getattr(outer, name) is not None}
+    ids: dict[str, int] = {}
+    for name in names:
+        index = getattr(outer, name)
+        if index is not None:
+            ids[name] = index
     for name, index in ids.items():
         if index >= text.vocab_size:
             yield f"field {name!r} is {index}, and vocab_size is {text.vocab_size}; ids lie below it"

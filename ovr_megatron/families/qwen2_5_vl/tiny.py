@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ovr_megatron.families.tiny import TensorShapes, TinyModel, TinySizes
 
@@ -56,7 +55,13 @@ _PREPROCESSOR = {
 }
 
 
-def _config(sizes: TinySizes, ids: Mapping[str, int], tied: bool, std: float, dtype: str) -> dict[str, Any]:
+def _config(
+    sizes: TinySizes,
+    ids: Mapping[str, int],
+    tied: bool,
+    std: float,
+    dtype: str,
+) -> dict[str, object]:
     """Return the flat layout of Transformers 4: sizes of the language model on the top level."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -103,6 +108,7 @@ def _config(sizes: TinySizes, ids: Mapping[str, int], tied: bool, std: float, dt
             "temporal_patch_size": 2,
             "tokens_per_second": 2,
             "window_size": sizes.window,
+            # The other layers attend within windows: a small tower has both kinds.
             "fullatt_block_indexes": [sizes.vision_depth - 1],
             "initializer_range": std,
         },

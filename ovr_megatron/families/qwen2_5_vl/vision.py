@@ -47,6 +47,7 @@ class GridLayout:
     frame_lengths: tuple[int, ...]
 
 
+# The sizes of pictures come again from step to step, and nothing else decides on the layout.
 @lru_cache(maxsize=1024)
 def grid_layout(grid: tuple[int, int, int], merge: int, window: int) -> GridLayout:
     """Return the layout of a ``grid`` (frames, height, width in patches); ``window`` is counted in features."""
@@ -54,6 +55,7 @@ def grid_layout(grid: tuple[int, int, int], merge: int, window: int) -> GridLayo
     frame, row, column = np.meshgrid(
         np.arange(frames), np.arange(height // merge), np.arange(width // merge), indexing="ij"
     )
+    # Rounded up: the windows at the right and lower edge may be smaller.
     windows_wide = -(-(width // merge) // window)
     windows_high = -(-(height // merge) // window)
     window_row = frame * windows_high + row // window
@@ -140,6 +142,7 @@ class VisionTower(MegatronModule):
     ):
         super().__init__(config=config)
         self.shape = shape
+        # Published as a convolution; its stride is its kernel, so that it is a product with each patch.
         self.patch_embed = torch.nn.Linear(
             shape.patch_dim,
             shape.hidden,
@@ -158,7 +161,9 @@ class VisionTower(MegatronModule):
         )
         self.merger = PatchMerger(config, shape.merge, out_size, pg_collection.tp, classes)
         head_dim = shape.hidden // shape.heads
-        exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2)
+        # Half of the columns turn by height and half by width.
+        columns = head_dim // 2
+        exponents = torch.arange(0, columns, 2, dtype=torch.float32) / columns
         # Computed, not a weight: neither checkpoints nor Hugging Face folders have it.
         self.register_buffer("inv_freq", 1.0 / 10000.0**exponents, persistent=False)
 
@@ -173,12 +178,15 @@ class VisionTower(MegatronModule):
         window = self.shape.window // self.shape.merge // self.shape.patch
         layouts = [grid_layout(tuple(grid), self.shape.merge, window) for grid in grid_thw.tolist()]
         order, feature_order = _concatenate(layouts)
-        positions = send(torch.from_numpy(np.concatenate([layout.position for layout in layouts])), device)
+        host_positions = np.concatenate([layout.position for layout in layouts])
+        positions = send(torch.from_numpy(host_positions), device)
         angles = (positions[:, :, None].float() * self.inv_freq).flatten(1)
         table = rotary_table(angles, self.config.params_dtype)
         # Full attention sees one frame, window attention one window.
-        windows = Segments.build(_bounds(layout.window_lengths for layout in layouts), exact=True, device=device)
-        frames = Segments.build(_bounds(layout.frame_lengths for layout in layouts), exact=True, device=device)
+        window_bounds = _bounds(layout.window_lengths for layout in layouts)
+        frame_bounds = _bounds(layout.frame_lengths for layout in layouts)
+        windows = Segments.build(window_bounds, exact=True, device=device)
+        frames = Segments.build(frame_bounds, exact=True, device=device)
 
         hidden = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
         hidden = hidden[send(order, device)].unsqueeze(1)

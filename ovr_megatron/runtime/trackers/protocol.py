@@ -14,7 +14,7 @@ from ovr_megatron.runtime.files import write_whole
 RUN_IDS = "tracker_ids.json"
 
 
-class TrackerError(UserError):
+class TrackerError(UserError, ValueError):
     """A tracker that is not known, is not installed or cannot be started; the message says what to do."""
 
 

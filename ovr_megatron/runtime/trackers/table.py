@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ovr_megatron.runtime.logs import get_logger
+from ovr_megatron.runtime.registry import Registry
 from ovr_megatron.runtime.trackers.background import BackgroundTracker, describe
 from ovr_megatron.runtime.trackers.built_in import JsonlTracker, TensorBoardTracker
 from ovr_megatron.runtime.trackers.hosted import MlflowTracker, TrackioTracker, WandbTracker
@@ -34,24 +34,27 @@ class TrackerKind:
     writes_files: bool = False
 
 
-TRACKERS = {
-    "jsonl": TrackerKind(JsonlTracker, writes_files=True),
-    "tensorboard": TrackerKind(TensorBoardTracker, writes_files=True),
-    "wandb": TrackerKind(WandbTracker, package="wandb"),
-    "mlflow": TrackerKind(MlflowTracker, package="mlflow"),
-    "trackio": TrackerKind(TrackioTracker, package="trackio"),
-}
+TRACKERS = Registry[TrackerKind](
+    "run.trackers",
+    {
+        "jsonl": TrackerKind(JsonlTracker, writes_files=True),
+        "tensorboard": TrackerKind(TensorBoardTracker, writes_files=True),
+        "wandb": TrackerKind(WandbTracker, package="wandb"),
+        "mlflow": TrackerKind(MlflowTracker, package="mlflow"),
+        "trackio": TrackerKind(TrackioTracker, package="trackio"),
+    },
+    lambda value: TrackerKind(value) if callable(value) else None,
+    error=TrackerError,
+)
 
 
 def register_tracker(name: str, open_tracker: OpenTracker) -> None:
-    """Add a tracker under ``name``, for example the class of one whose ``__init__`` takes a `TrackedRun`.
+    """Let ``run.trackers`` take ``name``, for example for a class whose ``__init__`` takes a `TrackedRun`.
 
     Raises:
-        ValueError: the name is taken.
+        TrackerError: the name is taken.
     """
-    if name in TRACKERS:
-        raise ValueError(f"there is already a tracker {name!r}")
-    TRACKERS[name] = TrackerKind(open_tracker)
+    TRACKERS.register(name, TrackerKind(open_tracker))
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -61,7 +64,7 @@ def check_trackers(names: Sequence[str]) -> None:
         TrackerError: names the tracker and the remedy.
     """
     for name in names:
-        package = _kind(name).package
+        package = TRACKERS.look_up(name).package
         spec = importlib.util.find_spec(package) if package else None
         # A folder of that name, such as wandb makes in the working directory, is a module without an origin.
         if package and (spec is None or spec.origin is None):
@@ -82,7 +85,7 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
     check_trackers(names)
     trackers: list[Tracker] = []
     for name in names:
-        kind = _kind(name)
+        kind = TRACKERS.look_up(name)
         if kind.writes_files:
             trackers.append(kind.open(run))
             continue
@@ -103,17 +106,3 @@ def _open(name: str, kind: TrackerKind, run: TrackedRun) -> Tracker:
             f"run.trackers: {name} cannot be started ({describe(error)}); see its settings in the environment, such "
             f"as address and key, or leave {name} out"
         ) from error
-
-
-def _kind(name: str) -> TrackerKind:
-    """Return the row of ``name``; ``package.module:function`` stands for a user's own function."""
-    if name in TRACKERS:
-        return TRACKERS[name]
-    module, colon, attribute = name.partition(":")
-    if not (colon and module and attribute.isidentifier()):
-        known = ", ".join(TRACKERS)
-        raise TrackerError(f"run.trackers: {name!r} is no tracker; choose of {known}, or write package.module:function")
-    try:
-        return TrackerKind(getattr(importlib.import_module(module), attribute))
-    except (ImportError, AttributeError) as error:
-        raise TrackerError(f"run.trackers: {name}: {error}; is its folder in PYTHONPATH?") from error

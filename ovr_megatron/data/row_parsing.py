@@ -1,0 +1,377 @@
+"""Read a row from the JSON form described in ``docs/data.md``, field by field.
+
+The readers of other forms share the parsers of single fields.  Each names its field in errors; of several faults of a
+row, the order of the calls decides which one is named.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from ovr_megatron.data.schema import ImagePart, Message, Part, Row, RowError, TextPart, VideoPart
+from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+MAX_ANSWER_CHARACTERS = 512
+DEFAULT_FPS = 2.0  # frames a second of a video without a rate
+_OPTION_LETTER = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]?[.:]?")
+
+
+def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
+    """Check one decoded JSON object and turn it into a `Row`.
+
+    Args:
+        raw: the object; fields that are missing and fields that are null are the same.
+        where: ``file:line``, for errors and as the ``id`` of a row without one.
+        image_root: the folder that bounds the image paths of the row.
+
+    Raises:
+        RowError: a field is missing, has the wrong form, or the answer cannot be verified.
+    """
+    if not isinstance(raw, Mapping):
+        raise RowError(where, "row", f"is {_describe(raw)}", "each row must be an object with 'messages'")
+    messages = parse_messages(raw.get("messages"), where, "messages", image_root)
+    is_prompt = messages[-1].role == "user"
+    raw_options = raw.get("options")
+    if raw_options is not None and not _is_list(raw_options):
+        raise RowError(where, "options", f"is {_describe(raw_options)}", "give a list of texts")
+    answer = parse_answer(raw, where, prompt=is_prompt)
+    options = []
+    for i, option in enumerate(raw_options or ()):
+        options.append(parse_text(option, where, f"options[{i}]"))
+    row = Row(
+        messages,
+        answer=answer,
+        options=tuple(options),
+        source=parse_text(raw.get("source") or "", where, "source"),
+        difficulty=_parse_number(raw.get("difficulty"), where, "difficulty"),
+        id=parse_id(raw.get("id"), where, "id"),
+        where=where,
+    )
+    check_answer(row)
+    return row
+
+
+def parse_messages(
+    turns: Any,
+    where: str,
+    field: str,
+    image_root: Path,
+    keys: tuple[str, str] = ("role", "content"),
+    roles: Mapping[str, str] = ROLES,
+) -> tuple[Message, ...]:
+    """Check a list of turns and turn it into messages.
+
+    Args:
+        turns: objects with a role and a text, or a list of parts; an assistant's may have ``reasoning_content``, which
+            becomes its thought, and ``weight`` (0 or 1) or ``loss`` (true or false), which say whether it is learned.
+        where: ``file:line``.
+        field: name of the list.
+        image_root: the folder that bounds image paths.
+        keys: names of role and content in a turn.
+        roles: our role for each role name of the format.
+
+    Raises:
+        RowError: a turn has another form, or user and assistant do not alternate.
+    """
+    if not _is_list(turns) or not turns:
+        remedy = f"give a non-empty list of {{{', '.join(keys)}}}"
+        raise RowError(where, field, f"is {_describe(turns)}", remedy)
+    messages = []
+    for i, turn in enumerate(turns):
+        turn_field = f"{field}[{i}]"
+        message = _parse_message(turn, where, turn_field, image_root, keys, roles)
+        messages.append(message)
+    check_turns(messages, where, field)
+    return tuple(messages)
+
+
+def _parse_message(
+    turn: Any,
+    where: str,
+    field: str,
+    root: Path,
+    keys: tuple[str, str],
+    roles: Mapping[str, str],
+) -> Message:
+    """Check one turn and turn it into a message; ``field`` is the turn's name in errors."""
+    role_key, content_key = keys
+    if not isinstance(turn, Mapping):
+        remedy = f"give an object with {role_key!r} and {content_key!r}"
+        raise RowError(where, field, f"is {_describe(turn)}", remedy)
+    role = turn.get(role_key)
+    if not isinstance(role, str) or role not in roles:
+        names = ", ".join(roles)
+        raise RowError(where, f"{field}.{role_key}", f"is {role!r}", f"use one of {names}")
+    role = roles[role]
+    content = turn.get(content_key)
+    content_field = f"{field}.{content_key}"
+    parts = _parse_parts(content, where, content_field, root)
+    learn = _parse_learn(turn, where, field)
+    message = Message(role, parts, learn)
+    if role != "user" and not message.is_text:
+        problem = f"the {role} message has an image or a video"
+        raise RowError(where, content_field, problem, "only user messages may have them")
+    thought = turn.get("reasoning_content")
+    if not thought:
+        return message
+    thought_field = f"{field}.reasoning_content"
+    text = _join_thought(thought, message.text, where, thought_field, role)
+    return dataclasses.replace(message, parts=(TextPart(text),))
+
+
+def _parse_parts(content: Any, where: str, field: str, root: Path) -> tuple[Part, ...]:
+    if isinstance(content, str):
+        return (TextPart(content),)
+    if not _is_list(content) or not content:
+        raise RowError(where, field, f"is {_describe(content)}", "give a text or a non-empty list of parts")
+    parts = []
+    for i, part in enumerate(content):
+        part_field = f"{field}[{i}]"
+        parts.append(_parse_part(part, where, part_field, root))
+    return tuple(parts)
+
+
+def _join_thought(
+    thought: Any,
+    text: str,
+    where: str,
+    field: str,
+    role: str,
+) -> str:
+    """Return the trace of a thought and a reply.
+
+    Raises:
+        RowError: the thought is no text, not an assistant's, or the reply has a thought of its own.
+    """
+    if role != "assistant" or not isinstance(thought, str):
+        problem = f"of the {role} is {_describe(thought)}"
+        raise RowError(where, field, problem, "give a text, in an assistant message only")
+    if END_OF_THOUGHT in text:
+        raise RowError(where, field, "stands beside a reply that has a thought of its own", "remove one of the two")
+    return with_thought(thought, text)
+
+
+def _parse_learn(turn: Mapping[str, Any], where: str, field: str) -> bool:
+    """Return whether a turn is learned: its ``weight`` and ``loss``, true where it has neither."""
+    learn = True
+    for key in ("weight", "loss"):
+        value = turn.get(key)
+        if value is None:
+            continue
+        # True and false are equal to 1 and 0.
+        if value not in (0, 1):
+            problem = f"is {_describe(value)}"
+            raise RowError(where, f"{field}.{key}", problem, "give 1 (learned) or 0 (context only)")
+        learn = learn and bool(value)
+    return learn
+
+
+def _parse_part(part: Any, where: str, field: str, root: Path) -> Part:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("text", "image", "video"):
+        raise RowError(where, f"{field}.type", f"is {kind!r}", "use text, image or video")
+    value = part.get(kind)
+    field = f"{field}.{kind}"
+    if kind != "text" and value is None:
+        return TextPart(f"<{kind}>")  # the mark of a medium that stands in a column, see `ovr_megatron.data.media`
+    if kind == "image":
+        return parse_image(value, where, field, root)
+    if kind == "video":
+        return parse_video(value, part.get("fps"), where, field, root)
+    if not isinstance(value, str):
+        raise RowError(where, field, f"is {_describe(value)}", "give a text")
+    return TextPart(value)
+
+
+def parse_video(
+    value: Any,
+    fps: Any,
+    where: str,
+    field: str,
+    root: Path,
+) -> VideoPart:
+    """Turn a list of frames, each as `parse_image` takes it, into a `VideoPart`; without ``fps`` it has 2 a second.
+
+    Raises:
+        RowError: it is no list of images, or ``fps`` is no positive number.
+    """
+    if not _is_list(value) or not value:
+        remedy = "video files are not decoded: cut it into frames, and give the non-empty list of its frame images"
+        raise RowError(where, field, f"is {_describe(value)}", remedy)
+    frames = []
+    for i, frame in enumerate(value):
+        frame_field = f"{field}[{i}]"
+        frames.append(parse_image(frame, where, frame_field, root))
+    rate = _parse_number(fps, where, f"{field}.fps")
+    if rate is None:
+        rate = DEFAULT_FPS
+    elif rate <= 0:
+        raise RowError(where, f"{field}.fps", f"is {rate}", "give a positive number of frames a second")
+    return VideoPart(tuple(frames), rate)
+
+
+def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
+    """Turn the value of an image field into an unopened `ImagePart`.
+
+    Args:
+        value: a path relative to ``root``, a picture, or ``{"bytes": ..., "path": ...}`` as the data set
+            libraries store it (bytes, or base64 text in JSON; the path counts only where the bytes are null).
+        where: ``file:line`` of the row.
+        field: name of the field.
+        root: the folder that bounds paths.
+
+    Raises:
+        RowError: none of these, or a URL.
+    """
+    data = None
+    if isinstance(value, Mapping):
+        data = value.get("bytes")
+        if data is None:
+            value = value.get("path")
+    if isinstance(value, PIL.Image.Image):
+        return ImagePart(image=value, where=where, field=field)
+    if isinstance(data, bytes):
+        return ImagePart(data=data, where=where, field=field)
+    if isinstance(data, str):
+        try:
+            # Validated: without it, characters outside the alphabet would be skipped.
+            image_bytes = base64.b64decode(data, validate=True)
+        except binascii.Error as error:
+            problem = f"'bytes' is not base64 ({error})"
+            raise RowError(where, field, problem, "encode the image file anew") from error
+        return ImagePart(data=image_bytes, where=where, field=field)
+    if not isinstance(value, str) or not value:
+        raise RowError(where, field, f"is {_describe(value)}", "give the path of an image file")
+    if "://" in value or value.startswith("data:"):
+        raise RowError(where, field, f"{value[:80]!r} is a URL", "download the image and give its path")
+    # Compared with its root when it is opened: only then are links followed.
+    return ImagePart(path=root / value, root=root, where=where, field=field)
+
+
+def check_turns(messages: Sequence[Message], where: str, field: str = "messages") -> None:
+    """Raise `RowError` unless user and assistant alternate, the user first, and no message is empty."""
+    roles = [message.role for message in messages]
+    dialogue = roles[1:] if roles[0] == "system" else roles
+    turns = len(dialogue)
+    expected = ["user", "assistant"] * turns
+    # Cut to the length: a dialogue may end with the user.
+    if not dialogue or dialogue != expected[:turns]:
+        problem = f"roles are {', '.join(roles)}"
+        raise RowError(where, field, problem, "user and assistant must alternate, user first")
+    for i, message in enumerate(messages):
+        if message.is_text and not message.text.strip():
+            raise RowError(where, f"{field}[{i}].content", "is empty", "give a text or remove the row")
+
+
+def check_answer(row: Row) -> None:
+    """Raise `RowError` unless the answer has a verifiable form: a short text, one of the options if there are any.
+
+    Only a supervised row may come without an answer.
+    """
+    answer = (row.answer or "").strip()
+    if not answer:
+        if row.is_prompt:
+            remedy = "a row that ends with a user message needs the final answer; add it or remove the row"
+            raise RowError(row.where, "answer", "is missing or empty", remedy)
+        return
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        problem = f"has {len(answer)} characters, which is no verifiable final answer"
+        remedy = f"give the bare result, at most {MAX_ANSWER_CHARACTERS} characters"
+        raise RowError(row.where, "answer", problem, remedy)
+    if row.options and not _names_option(answer, row.options):
+        count = len(row.options)
+        problem = f"{answer!r} is none of the {count} options"
+        last_letter = option_letter(count - 1)
+        remedy = f"give a letter A..{last_letter} or the text of an option"
+        raise RowError(row.where, "answer", problem, remedy)
+
+
+def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None:
+    """Return the reference answer of a row: its ``answer``, or in a prompt row without one its ``solution``.
+
+    Raises:
+        RowError: the field is no text, or the solution is a derivation.
+    """
+    if raw.get("answer") is not None:
+        return parse_text(raw["answer"], where, "answer")
+    if not prompt or raw.get("solution") is None:
+        return None
+    solution = parse_text(raw["solution"], where, "solution").strip()
+    if "\\boxed" in solution:
+        raise RowError(where, "solution", "holds a derivation", "put its final answer into a field 'answer'")
+    return solution.removeprefix("<answer>").removesuffix("</answer>").strip()
+
+
+def _names_option(answer: str, options: Sequence[str]) -> bool:
+    """Return whether an answer is an option's text or its letter, in forms such as B, b, (B) and [B]."""
+    if answer in {option.strip() for option in options}:
+        return True
+    letter = _OPTION_LETTER.fullmatch(answer)
+    if letter is None:
+        return False
+    index = ord(letter[1].upper()) - ord("A")
+    return index < len(options)
+
+
+def option_letter(index: int) -> str:
+    """Return the letter of option ``index``: A for 0."""
+    return chr(ord("A") + index)
+
+
+def parse_id(value: Any, where: str, field: str) -> str:
+    """Return the id of a row as text; of a row without one, the name of its file and its place there."""
+    if value is None:
+        return Path(where).name
+    return parse_text(value, where, field)
+
+
+def _is_list(value: Any) -> bool:
+    # A text is a sequence, too.
+    if isinstance(value, (str, bytes)):
+        return False
+    return isinstance(value, Sequence)
+
+
+def _is_number(value: Any) -> bool:
+    # A bool is an int, too.
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float))
+
+
+def parse_text(value: Any, where: str, field: str) -> str:
+    """Return a text, or a number as text; raise `RowError` for anything else."""
+    if isinstance(value, str):
+        return value
+    if _is_number(value):
+        return str(value)
+    raise RowError(where, field, f"is {_describe(value)}", "give a text")
+
+
+def _parse_number(value: Any, where: str, field: str) -> float | None:
+    if value is None:
+        return None
+    # Python's JSON reader takes NaN and Infinity as numbers.
+    if _is_number(value) and math.isfinite(value):
+        return float(value)
+    raise RowError(where, field, f"is {_describe(value)}", "give a number")
+
+
+def _describe(value: Any) -> str:
+    """Say in an error what a value is: missing, empty, or its type and its beginning."""
+    if value is None:
+        return "missing"
+    if value == "" or value == []:
+        return "empty"
+    beginning = str(value)[:60]
+    return f"{type(value).__name__} {beginning!r}"

@@ -1,0 +1,209 @@
+"""Open the data and build the models, the engine and the graders of a job; refuse settings that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ovr_megatron.checkpoint import store
+from ovr_megatron.config import ConfigError, LoraConfig, RLConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.skipped import SkippedRows
+from ovr_megatron.data.stream import open_stream
+from ovr_megatron.engine import Engine
+from ovr_megatron.families import ModelShape
+from ovr_megatron.ppo.experience import Models
+from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.rewards.pool import GraderPool
+from ovr_megatron.rollout.engine import RolloutEngine
+from ovr_megatron.rollout.sampling import banned_tokens
+from ovr_megatron.runtime.distributed import World
+from ovr_megatron.weights.folder import WeightFolder
+
+
+def open_model_and_prompts(config: RLConfig, skipped: SkippedRows | None) -> tuple[Path, PromptStream]:
+    """Open what every job begins with: the model's folder, and the prompts with its processor.
+
+    Args:
+        config: of the job.
+        skipped: lists rows that cannot be used; None stops at the first.
+
+    Raises:
+        CheckpointError: ``model.path`` is a checkpoint without a policy.
+        ConfigError: the model has no positions for the lengths, or the data or a setting of them cannot work.
+    """
+    model_folder = store.weights_of(config.model.path)
+    processor = Processor(model_folder, config.data)
+    check_lengths(config, processor.shape)
+    stream = open_stream(config.data, config.run.seed, skipped)
+    prompts = PromptStream(stream, processor, config.reward.rules, skipped)
+    return model_folder, prompts
+
+
+def check_steps(config: RLConfig, world: World) -> None:
+    """Refuse an iteration of fewer prompts than replicas, or of fewer responses than optimizer steps.
+
+    Raises:
+        ConfigError: names the settings and their values.
+    """
+    settings = {"policy_steps": config.parallel}
+    if config.algorithm.has_critic:
+        settings["critic_steps"] = config.critic.parallel or config.parallel
+    responses = config.prompts * config.responses
+    for name, parallel in settings.items():
+        replicas = parallel.data_parallel(world.size)
+        steps = getattr(config.algorithm, name)
+        if config.prompts < replicas:
+            raise ConfigError(
+                f"prompts={config.prompts} are fewer than the {replicas} data-parallel replicas, so that some would "
+                f"learn nothing; raise prompts to {replicas} or more"
+            )
+        if responses < steps:
+            raise ConfigError(
+                f"prompts={config.prompts} x responses={config.responses} are {responses} responses for "
+                f"algorithm.{name}={steps}; raise prompts"
+            )
+
+
+def check_lengths(config: RLConfig, shape: ModelShape) -> None:
+    """Refuse lengths of prompt and response together that the model has no positions for.
+
+    Raises:
+        ConfigError: names the setting and the remedy.
+    """
+    shape.check_length(config.rollout.max_model_len, "rollout.max_model_len")
+    evaluated = evaluated_tokens(config, shape)
+    shape.check_length(evaluated, "data.max_prompt_tokens with evaluation.max_tokens")
+    for index, stage in enumerate(config.curriculum):
+        shape.check_length(stage.max_tokens, f"curriculum[{index}].max_tokens")
+
+
+def evaluated_tokens(config: RLConfig, shape: ModelShape) -> int:
+    """Return the most tokens of an evaluated prompt and its response together; 0 without evaluation."""
+    if not config.evaluation.every:
+        return 0
+    prompt_tokens = config.data.max_prompt_tokens
+    response_tokens = shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
+    return prompt_tokens + response_tokens
+
+
+def build_models(
+    config: RLConfig, model_folder: Path, processor: Processor, world: World, training: bool = True
+) -> tuple[Models, dict[str, Engine]]:
+    """Build the models of an iteration; return them, and by name those that train.
+
+    Without ``training`` it is a policy to roll out, which stands in the dictionary though it does not train.
+    """
+    banned = banned_tokens(processor.shape, processor.tokenizer)
+    reference = None
+    if training:
+        engines = build_engines(config, model_folder, world)
+        if config.model.lora.rank and config.algorithm.kl_coefficient and not config.algorithm.reference:
+            reference = engines["policy"]  # without its adapters it is the initial policy
+        else:
+            reference = build_reference(config, model_folder, banned, world)
+    else:
+        engines = {"policy": build_frozen_policy(config, model_folder, world)}
+    policy = engines["policy"]
+    # As the engine samples, so that log-probabilities of both are of the same distribution.
+    policy.sample_from(banned, config.rollout.temperature)
+    critic = engines.get("critic")
+    models = Models(config, world, processor, policy, critic, reference)
+    return models, engines
+
+
+def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[str, Engine]:
+    """Build the policy, and where the algorithm needs one the critic.
+
+    The critic starts from the same weights, or those of ``critic.path``, with a fresh value head.
+    """
+    shape = ModelShape.from_hf(model_folder)
+    policy = build_policy(config, shape, model_folder, world)
+    if not config.algorithm.has_critic:
+        return {"policy": policy}
+    if config.offload:
+        policy.offload()  # before the critic takes its memory
+    critic = build_critic(config, shape, model_folder, world)
+    return {"policy": policy, "critic": critic}
+
+
+def build_policy(config: RLConfig, shape: ModelShape, model_folder: Path, world: World) -> Engine:
+    """Build the policy that trains, with the weights in ``model_folder``."""
+    algorithm = config.algorithm
+    policy = Engine(shape, config.model, config.parallel, world)
+    store.check_weights(config.model.path, world)
+    # The learning rate follows the iterations in which the policy moves.
+    policy_iterations = max(config.iterations - algorithm.critic_warmup_iterations, 1)
+    total_steps = policy_iterations * algorithm.policy_updates
+    policy.with_optimizer(config.optimizer, total_steps)
+    policy.load(WeightFolder(model_folder), seed=config.run.seed)
+    return policy
+
+
+def build_critic(config: RLConfig, shape: ModelShape, model_folder: Path, world: World) -> Engine:
+    """Build the critic with the weights in ``model_folder``, or those of ``critic.path``, and a fresh value head."""
+    settings = config.critic
+    layout = settings.parallel or config.parallel  # without one of its own the policy's
+    critic = Engine(shape, config.model, layout, world, critic=True)
+    total_steps = config.iterations * config.algorithm.critic_steps
+    critic.with_optimizer(settings.optimizer, total_steps)
+    folder = model_folder
+    if settings.path:
+        store.check_weights(settings.path, world, "critic")
+        folder = store.weights_of(settings.path, "critic")
+    critic.load(WeightFolder(folder), settings.head_init, seed=config.run.seed)
+    return critic
+
+
+def build_reference(config: RLConfig, model_folder: Path, banned: Sequence[int], world: World) -> Engine | None:
+    """Build the frozen policy whose divergence ``algorithm.kl_coefficient`` weighs; None where that is 0."""
+    algorithm = config.algorithm
+    if not algorithm.kl_coefficient:
+        return None
+    folder = model_folder
+    if algorithm.reference:
+        store.check_weights(algorithm.reference, world)
+        folder = store.weights_of(algorithm.reference)
+    reference = build_frozen_policy(config, folder, world)
+    reference.sample_from(banned, config.rollout.temperature)
+    return reference
+
+
+def build_frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
+    """Build a policy that never trains, without gradients or an optimizer."""
+    shape = ModelShape.from_hf(folder)
+    frozen = replace(
+        config.model,
+        freeze_vision=True,
+        freeze_merger=True,
+        freeze_language=True,
+        lora=LoraConfig(),
+    )
+    policy = Engine(shape, frozen, config.parallel, world)
+    return policy.load(WeightFolder(folder))
+
+
+def build_rollouts(config: RLConfig, model_folder: Path, processor: Processor, models: Models) -> Rollouts:
+    """Start vLLM on this rank with the policy's weights, and graders.  A collective."""
+    trained_tokens = config.rollout.max_model_len
+    if not trained_tokens:
+        trained_tokens = max(stage.max_tokens for stage in config.curriculum)
+    evaluated = evaluated_tokens(config, processor.shape)
+    engine = RolloutEngine(
+        model_folder,
+        config.rollout,
+        processor,
+        config.model.dtype,
+        max_model_len=max(trained_tokens, evaluated),
+        empty=True,  # the update below brings the policy's weights
+        offload=config.offload,
+    )
+    if config.offload:
+        # The cache has taken what the trainer's models left free; it must be gone before the policy comes back.
+        engine.sleep(deep=True)
+    engine.update(models.policy.held())
+    reward = config.reward
+    grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
+    return Rollouts(engine, grader, processor, config, models.world)

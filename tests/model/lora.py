@@ -1,0 +1,218 @@
+"""Adapters in every layout, for tests/model/test_lora.py: ``torchrun ... 4 processes ... lora.py MODEL OUT``.
+
+The referee is PEFT on Transformers' model, with the adapter that one of our checkpoints holds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ovr_megatron.checkpoint import store
+from ovr_megatron.checkpoint.conversion import export_hf
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
+from ovr_megatron.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from ovr_megatron.config.layout_text import parse_layout
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.engine import Engine
+from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.runtime import distributed
+from ovr_megatron.verify import (
+    ODD_LENGTHS,
+    Reference,
+    compare,
+    gradient_differences,
+    make_documents,
+    make_packs,
+    objective,
+    run_reference,
+)
+from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, WeightFolder
+from ovr_megatron.weights.table import canonical
+
+LORA = LoraConfig(rank=4, alpha=8, vision=True)
+LAYOUTS = (
+    "dp=4",
+    "tp=2",
+    "tp=2,sp=1",
+    "pp=2",
+    "pp=4",
+    "pp=2,vpp=2",
+    "cp=2",
+    "cp=4",
+    "cp=2,tp=2,sp=1",
+    "pp=2,tp=2",
+    "zero=1",
+    "zero=1,tp=2",
+    "zero=1,pp=2",
+)
+RECOMPUTED = {"recompute full": "dp=4", "recompute full, pp=2": "pp=2", "recompute selective, tp=2": "tp=2"}
+STEPS = 3
+OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, weight_decay=0.1)
+
+
+def build(layout: str, lora: LoraConfig = LORA, folder: Path | None = None, **model: object) -> Engine:
+    settings = ModelConfig(path=str(base), lora=lora, **model)
+    parallel = ParallelConfig() if layout == "dp=4" else parse_layout(layout)[0]
+    engine = Engine(shape, settings, parallel, world)
+    return engine.with_optimizer(OPTIMIZER, 10).load(WeightFolder(folder or base))
+
+
+def packs_of(engine: Engine) -> list:
+    packs = make_packs(documents, shape, packed=True, critic=False, at_least=4)
+    return packs[engine.groups.dp.rank() :: engine.groups.dp.size()]
+
+
+def train(engine: Engine, steps: int) -> list[float]:
+    return [engine.train(packs_of(engine), objective)["loss"] for _ in range(steps)]
+
+
+def save(engine: Engine, name: str) -> Path:
+    return store.save(out / name, engine.step_count, {"policy": engine}, out / "companions", {}, world)
+
+
+def peft_reference(adapter: Path, merged: Path) -> tuple[Reference, dict[str, Tensor], float]:
+    """Results of PEFT, the gradients of the adapters under the names in the adapter's file, and a difference.
+
+    It is the largest one between a weight that PEFT merges and ours in the folder ``merged``.
+    """
+    # After `ovr_megatron`, which lets Transformers import torchvision on a machine without a GPU.
+    from peft import PeftModel
+
+    model_class = family_of(shape).load_hf_class()
+    model = model_class.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    results = run_reference(model, shape, documents)
+    gradients = {
+        name.replace(".default.", "."): parameter.grad
+        for name, parameter in wrapped.named_parameters()
+        if parameter.grad is not None
+    }
+    difference = 0.0
+    with WeightFolder(merged) as folder:
+        for name, parameter in wrapped.merge_and_unload().named_parameters():
+            ours = folder.tensor(canonical(name))
+            difference = max(difference, float((parameter.detach() - ours).abs().max()))
+    return results, gradients, difference
+
+
+def row(engine: Engine, theirs: Reference | None, their_gradients: dict[str, Tensor]) -> dict[str, float]:
+    """Errors of a layout against PEFT."""
+    report = compare(engine, documents, theirs, packed=True)
+    ours = {name: tensor.float().clone() for name, tensor in engine.gradients()}
+    if theirs is None:
+        return {}
+    assert ours.keys() == their_gradients.keys()
+    return {
+        "outputs": max(report.logits.values()) / max(1.0, report.largest_logit),
+        "gradients": max(gradient_differences(ours, their_gradients).values()),
+        "loss": abs(report.loss - theirs.loss) / theirs.loss,
+    }
+
+
+def logits_of(engine: Engine) -> Tensor:
+    return torch.cat([engine.logits(pack) for pack in make_packs(documents, shape, True, False, 2)])
+
+
+def merged_equals_unmerged(adapter: Path, merged: Path) -> dict[str, float]:
+    """Largest difference of a logit between the merged model and the adapted one, relative to the largest logit."""
+    plain = build("dp=4", LoraConfig(), merged)
+    expected = logits_of(plain)
+    errors = {}
+    for layout in LAYOUTS:
+        engine = build(layout).load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
+        errors[layout] = float((logits_of(engine) - expected).abs().max() / expected.abs().max())
+    return errors
+
+
+def base_without_adapters(adapter: Path) -> float:
+    """Largest difference of a logit between the initial model and one whose adapters are disabled."""
+    engine = build("tp=2,sp=1").load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
+    with engine.without_adapters():
+        disabled = logits_of(engine)
+    return float((disabled - logits_of(build("tp=2,sp=1", LoraConfig()))).abs().max())
+
+
+def shards_are_merged(adapter: Path, merged: Path) -> dict[str, float]:
+    """Largest difference between what a rank hands to vLLM and the merged model's rows, over all weights."""
+    errors = {}
+    with WeightFolder(merged) as folder:
+        for layout in ("tp=2", "pp=2"):
+            engine = build(layout).load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
+            largest = 0.0
+            for shard in engine.held():
+                tensor = shard.merged()
+                for part in shard.ranges:
+                    full = folder.tensor(part.tensor)
+                    if shard.dim is None:
+                        expected, ours = full.flatten(), tensor.flatten()
+                        dim = 0
+                    else:
+                        expected, ours, dim = full, tensor, shard.dim
+                    rows = expected.narrow(dim, part.start, part.length)
+                    difference = ours.narrow(dim, part.offset, part.length) - rows
+                    largest = max(largest, float(difference.abs().max()))
+            errors[layout] = largest
+    return errors
+
+
+def resumed() -> dict[str, list[list[float]]]:
+    """Losses of three steps after a checkpoint, where it was written, in the same layout, and in others."""
+    losses = {}
+    writer = build("zero=1,tp=2")
+    train(writer, 2)
+    path = save(writer, "resumed")
+    losses = [train(writer, 3)]
+    for layout in ("zero=1,tp=2", "dp=4", "pp=2"):
+        engine = build(layout)
+        checkpoint = store.find(path.parent, world)
+        assert checkpoint is not None
+        store.restore(checkpoint, {"policy": engine})
+        losses.append(train(engine, 3))
+    return {"losses": losses}
+
+
+if __name__ == "__main__":
+    base, out = Path(sys.argv[1]), Path(sys.argv[2])
+    world = distributed.start(ParallelConfig(), seed=0, threads=1)
+    shape = ModelShape.from_hf(base)
+    documents = make_documents(shape, texts=ODD_LENGTHS)
+    if world.is_main:
+        write_hf_assets(out / "companions", Processor(base, DataConfig()))
+    writer = build("tp=2,sp=1")
+    begin = logits_of(writer)
+    unchanged = float((begin - logits_of(build("dp=4", LoraConfig()))).abs().max() / begin.abs().max())
+    written_losses = train(writer, STEPS)
+    checkpoint = save(writer, "checkpoints")
+    adapter = checkpoint / "policy"
+    merged = out / "merged"
+    theirs, their_gradients, merge_difference = None, {}, 0.0
+    if world.is_main:
+        export_hf(checkpoint, merged, critic=False, dtype=None, workers=1, force=False, merge=True)
+        theirs, their_gradients, merge_difference = peft_reference(adapter, merged)
+    torch.distributed.barrier()
+    table = {}
+    for layout in LAYOUTS:
+        engine = build(layout).load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
+        table[layout] = row(engine, theirs, their_gradients)
+    for name, layout in RECOMPUTED.items():
+        engine = build(layout, recompute=name.split()[1].rstrip(","))
+        engine.load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
+        table[name] = row(engine, theirs, their_gradients)
+    results = {
+        "table": table,
+        "unchanged at the start": unchanged,
+        "losses": {layout: train(build(layout), STEPS) for layout in ("tp=2,sp=1", "dp=4", "pp=2", "zero=1,cp=2")},
+        "written losses": written_losses,
+        "merged by PEFT": merge_difference,
+        "merged": merged_equals_unmerged(adapter, merged),
+        "without adapters": base_without_adapters(adapter),
+        "shards": shards_are_merged(adapter, merged),
+        "resumed": resumed()["losses"],
+        "trained": len(writer.trained_rows),
+    }
+    if world.is_main:
+        (out / "results.json").write_text(json.dumps(results, indent=1))
+    distributed.finish()
