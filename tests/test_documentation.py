@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from PIL import Image
 
 from ovr_megatron.model.tiny import make_tiny_model
 
@@ -25,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"\bneeds (a GPU|a cluster|a network|a run|the wheels)\b")
 # Commands of other projects: nothing of ours reads their arguments.
-FOREIGN = ("pip", "python3.12", "uv", "vllm", "run.py", "source", "export", "pytest")
-FOREIGN += ("tests/run.sh", "tests/gpu/run.sh", "examples/quickstart.sh")
+FOREIGN = ("pip", "python3.12", "uv", "vllm", "run.py", "source", "export", "pytest", "nvidia-smi")
+FOREIGN += ("tests/run.sh", "tests/gpu/run.sh", "examples/install.sh", "examples/quickstart.sh")
 PLACEHOLDER = re.compile(r"(^|[\s=])\.\.\.($|\s)|\[--|\bDIR\b|<\w+>")
 
 
@@ -160,6 +161,16 @@ def prepare(folder: Path) -> None:
         (folder / name).write_text(10 * (json.dumps(trace) + "\n"))
     pq.write_table(pa.Table.from_pylist(10 * [trace]), folder / "rare.parquet")
     (folder / "problems.jsonl").write_text(10 * (json.dumps(problem) + "\n"))
+    boxed = {"role": "assistant", "content": "<think>One more.</think>\\boxed{2}"}
+    answered = {"messages": [trace["messages"][0], boxed], "answer": "2"}
+    (folder / "answered.jsonl").write_text(10 * (json.dumps(answered) + "\n"))
+    riddle = {"riddle": "How many dots?", "picture": "dots.png", "solution": "3"}
+    (folder / "riddles.jsonl").write_text(json.dumps(riddle) + "\n")
+    Image.new("RGB", (56, 56)).save(folder / "dots.png")
+    # The modules that pages show are those that their commands name.
+    for page, module in (("own_reward.md", "my_rewards.py"), ("own_data.md", "my_rows.py")):
+        text = (ROOT / "docs" / page).read_text()
+        (folder / module).write_text(text.split("```python\n")[1].split("```")[0])
 
 
 def runnable(document: str) -> str:
