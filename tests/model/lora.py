@@ -155,15 +155,9 @@ def logits_of(engine: Engine) -> Tensor:
     return torch.cat([engine.logits(pack) for pack in make_packs(documents, shape, True, False, 2)])
 
 
-def merged_equals_unmerged(adapter: Path, merged: Path) -> dict[str, float]:
-    """Largest difference of a logit between the merged model and the adapted one, relative to the largest logit."""
-    plain = build("dp=4", LoraConfig(), merged)
-    expected = logits_of(plain)
-    errors = {}
-    for layout in LAYOUTS:
-        engine = build(layout).load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
-        errors[layout] = float((logits_of(engine) - expected).abs().max() / expected.abs().max())
-    return errors
+def difference(logits: Tensor, expected: Tensor) -> float:
+    """Largest difference of a logit, relative to the largest logit."""
+    return float((logits - expected).abs().max() / expected.abs().max())
 
 
 def base_without_adapters(adapter: Path) -> float:
@@ -222,7 +216,7 @@ if __name__ == "__main__":
         write_hf_assets(out / "companions", Processor(base, DataConfig()))
     writer = build("tp=2,sp=1")
     begin = logits_of(writer)
-    unchanged = float((begin - logits_of(build("dp=4", LoraConfig()))).abs().max() / begin.abs().max())
+    unchanged = difference(begin, logits_of(build("dp=4", LoraConfig())))
     written_losses = train(writer, STEPS)
     checkpoint = save(writer, "checkpoints")
     adapter = checkpoint / "policy"
@@ -232,9 +226,11 @@ if __name__ == "__main__":
         export_hf(checkpoint, merged, critic=False, dtype=None, workers=1, force=False, merge=True)
         theirs, their_gradients, merge_difference = peft_reference(adapter, merged)
     torch.distributed.barrier()
-    table = {}
+    merged_logits = logits_of(build("dp=4", LoraConfig(), merged))
+    table, merge_errors = {}, {}
     for layout in LAYOUTS:
         engine = build(layout).load_adapter(WeightFolder(adapter, ADAPTER_WEIGHTS))
+        merge_errors[layout] = difference(logits_of(engine), merged_logits)
         table[layout] = row(engine, theirs, their_gradients)
     for name, layout in RECOMPUTED.items():
         engine = build(layout, recompute=name.split()[1].rstrip(","))
@@ -246,7 +242,7 @@ if __name__ == "__main__":
         "losses": {layout: train(build(layout), STEPS) for layout in ("tp=2,sp=1", "dp=4", "pp=2", "zero=1,cp=2")},
         "written losses": written_losses,
         "merged by PEFT": merge_difference,
-        "merged": merged_equals_unmerged(adapter, merged),
+        "merged": merge_errors,
         "without adapters": base_without_adapters(adapter),
         "shards": shards_are_merged(adapter, merged),
         "resumed": resumed()["losses"],
