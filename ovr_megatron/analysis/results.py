@@ -40,7 +40,7 @@ class BehaviourSection(TypedDict):
 class ShownScore(Accuracy, total=False):
     """A score of any kind; that of greedy responses has their mean tokens."""
 
-    tokens: float
+    tokens: float | None
 
 
 def make_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], title: str = "") -> PageTable:
@@ -135,9 +135,10 @@ def _score_cell(fields: Mapping[str, object] | None) -> Cell:
     low = 100 * score["low"]
     high = 100 * score["high"]
     cell: Cell = [percent(score["accuracy"]), {"small": f"{low:.1f}\N{EN DASH}{high:.1f}"}]
-    if "tokens" not in score:
+    tokens = score.get("tokens")
+    if tokens is None:  # no prompt was answered, all were over the limit
         return cell
-    return [*cell, {"small": f"{score['tokens']:.1f} tokens"}]
+    return [*cell, {"small": f"{tokens:.1f} tokens"}]
 
 
 def show_behaviours(experiment: Experiment, chart: PageChart | None) -> BehaviourSection | None:

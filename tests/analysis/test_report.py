@@ -118,6 +118,14 @@ def test_model_output_is_text_and_nothing_else(experiment_dir, rollouts):
     assert {key for _, key, _ in page.attributes} == {key for _, key, _ in plain.attributes}
 
 
+def test_a_set_none_of_whose_prompts_was_answered_has_a_score_without_tokens(experiment_dir):
+    path = experiment_dir / "eval/rl/visual.json"
+    result = json.loads(path.read_text())
+    result["greedy"] |= {"accuracy": 0.0, "low": 0.0, "correct": 0, "tokens": None, "stopped": None}
+    path.write_text(json.dumps(result))
+    assert "None tokens" not in render(read_experiment(experiment_dir))
+
+
 def test_an_attack_in_names_and_settings_is_text_too(experiment_dir):
     shutil.rmtree(experiment_dir / "rl" / "metrics")
     (experiment_dir / "rl" / "config.yaml").write_text(f"iterations: 60\nnote: |\n  {ATTACK}\n")
