@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from ovr_megatron.data.hf_assets import reason_of
 from ovr_megatron.data.hf_files import HF_ASSETS
 from ovr_megatron.errors import UserError
 
@@ -41,8 +42,8 @@ def local_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(name["model"], revision=name["revision"], allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise HubError(
-            f"{path} is no folder on this machine, and the Hugging Face hub does not give it ({reason}); give a "
-            f"folder, or download it where there is a network: hf download {name['model']} --local-dir DIR"
+            f"{path} is no folder on this machine, and the Hugging Face hub does not give it "
+            f"({reason_of(error)}); give a folder, or download it where there is a network: "
+            f"hf download {name['model']} --local-dir DIR"
         ) from None

@@ -25,11 +25,10 @@ from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.weights.diagnosis import HEAD
 from ovr_megatron.weights.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SINGLE, WeightError, WeightFolder
 from ovr_megatron.weights.shard import FORMATS
-from ovr_megatron.weights.table import TensorRow, module_name
+from ovr_megatron.weights.table import PEFT_PREFIX, TensorRow, module_name
 from ovr_megatron.weights.table import rows as table_rows
+from ovr_megatron.weights.transfer import VALUE_HEAD
 
-VALUE_HEAD = "value_head.weight"
-_PEFT_PREFIX = "base_model.model."
 _FINGERPRINTED = 256  # numbers of each tensor
 
 
@@ -69,7 +68,7 @@ def _adapted_rows(shape: ModelShape, lora: LoraConfig) -> Iterator[TensorRow]:
 def peft_name(name: str, matrix: str) -> str:
     """Return PEFT's name of ``matrix``, A or B, of the adapter of a weight with the Hugging Face name ``name``."""
     module = module_name(name).removesuffix(".weight")
-    return f"{_PEFT_PREFIX}{module}.lora_{matrix}.weight"
+    return f"{PEFT_PREFIX}{module}.lora_{matrix}.weight"
 
 
 def initial_adapter(row: TensorRow, seed: int) -> list[Tensor]:
@@ -245,7 +244,7 @@ class MergedFolder(WeightFolder):
                 self._check_pair(name)
                 unused -= pair
         # A tensor of the adapter alone takes the place of the model's, or is one more: a critic's value head.
-        self._own = {name for name in unused if not name.startswith(_PEFT_PREFIX)}
+        self._own = {name for name in unused if not name.startswith(PEFT_PREFIX)}
         for name in self._own:
             self._stored[name] = adapter._find(name)
         if VALUE_HEAD in self._own:

@@ -22,7 +22,7 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
 
 _NEW_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
-_PEFT_PREFIX = "base_model.model."  # before the name of an adapter's module
+PEFT_PREFIX = "base_model.model."  # before the name of an adapter's module
 
 
 class LayoutError(UserError, ValueError):
@@ -44,8 +44,8 @@ def canonical(name: str) -> str:
 
     Of an adapter's tensor it is the name that PEFT gives it with Transformers 5.
     """
-    if name.startswith(_PEFT_PREFIX):
-        return _PEFT_PREFIX + module_name(canonical(name.removeprefix(_PEFT_PREFIX)))
+    if name.startswith(PEFT_PREFIX):
+        return PEFT_PREFIX + module_name(canonical(name.removeprefix(PEFT_PREFIX)))
     for new, hub in _NEW_PREFIXES:
         if name.startswith(new):
             suffix = name.removeprefix(new)
