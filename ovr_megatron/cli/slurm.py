@@ -1,0 +1,197 @@
+"""Make the batch script of a stage for Slurm: ``ovr slurm rl --nodes 2 run.dir=RUN model.path=MODEL [--submit]``.
+
+The script is printed, written to a file, or submitted.  It is `slurm/rl.sh` or `slurm/coldstart_64gpu.sh` of the source
+tree with this interpreter, these ``key=value`` and these limits: pre-flight, the run, requeue, a line of summary.  The
+settings are checked first.  Run by ``bash`` it starts the stage on this machine.  docs/slurm.md has its variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ovr_megatron import __version__
+from ovr_megatron.cli.preflight import STAGES
+from ovr_megatron.config import build
+from ovr_megatron.errors import UserError
+from ovr_megatron.launch import RECIPES, compose_values, recipe_path, spelled_out
+from ovr_megatron.plan.hardware import gpus_in_name
+from ovr_megatron.runtime.command import whole_number
+from ovr_megatron.runtime.files import write_whole
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# A link to slurm/ in a source tree; a wheel has the files.
+SCRIPTS = (PACKAGE / "slurm").resolve()
+_STAGE_SCRIPTS = {"sft": "coldstart_64gpu.sh", "coldstart": "coldstart_64gpu.sh", "rl": "rl.sh"}
+_MARK = "# Written by ovr slurm"
+_NODE_GPUS = 8
+
+
+class SlurmError(UserError):
+    """A batch script that cannot be made, written or submitted; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class StageScript:
+    """A stage's script in slurm/, as far as a job takes it over.
+
+    Attributes:
+        options: options of its ``#SBATCH`` lines, in order.
+        module: name of the stage for `launch_stage`.
+        recipe: recipe of a job that names none.
+    """
+
+    options: tuple[str, ...]
+    module: str
+    recipe: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, then print, write or submit the script; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="ovr slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("stage", choices=STAGES)
+    add("overrides", nargs="*", metavar="key=value", help="as for the stage itself")
+    add("--config-name", metavar="RECIPE", help="as for the stage itself")
+    add("--nodes", type=whole_number(1), help="(default: as many as the GPUs in the recipe's name, ..._64gpu, fill)")
+    add("--gpus-per-node", type=whole_number(1), metavar="N", help="GPUs and ranks of a node (default: 8 at most)")
+    add("--time", metavar="LIMIT", help="time limit, as sbatch takes it (default: a day); the job requeues itself")
+    add("--warning", type=whole_number(1), metavar="S", help="seconds before the limit at which it saves and leaves")
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="another option: --sbatch=--partition=gpu")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--write", type=Path, metavar="FILE", help="write the script there, for sbatch or bash")
+    target.add_argument("--submit", action="store_true", help="give the script to sbatch")
+    arguments = parser.parse_intermixed_args(spelled_out(sys.argv[1:] if argv is None else argv))
+    text = job_script(arguments)
+    if arguments.submit:
+        return submit(text, arguments.overrides)
+    if arguments.write:
+        write(text, arguments.write)
+    else:
+        print(text, end="")
+    return 0
+
+
+def job_script(arguments: argparse.Namespace) -> str:
+    """Return the batch script of a parsed command line, once its settings are checked.
+
+    Raises:
+        UserError: a recipe, a setting or an option of sbatch that cannot work.
+    """
+    stage = read_stage_script(SCRIPTS / _STAGE_SCRIPTS[arguments.stage])
+    path = recipe_path(arguments.config_name or stage.recipe)
+    check_settings(arguments.stage, path, arguments.overrides)
+    # A recipe of the package by its name, a file of the user's by its path: the job may start in another folder.
+    recipe = path.stem if path.parent == RECIPES else str(path)
+    options = merge_options(stage.options, job_options(arguments, path.stem))
+    lines = [
+        "#!/usr/bin/env bash",
+        f"{_MARK}, ovr-megatron {__version__}. Options of sbatch and SBATCH_* variables come before the lines below,",
+        "# key=value behind the name of this script before that of its last line.",
+        *(f"#SBATCH {option}" for option in options),
+        "set -euo pipefail",
+        "",
+    ]
+    if arguments.warning:
+        lines.append(f'export OVR_WARNING_S="${{OVR_WARNING_S:-{arguments.warning}}}"')
+    if (PACKAGE.parent / "setup.cfg").is_file():
+        lines.append(f"root={shlex.quote(str(PACKAGE.parent))}")
+    lines.append(f"interpreter={shlex.quote(sys.executable)}")
+    lines.append(f"source {shlex.quote(str(SCRIPTS / 'launch.sh'))}")
+    lines.append(f'launch_stage {shlex.join([stage.module, recipe, *arguments.overrides])} "$@"')
+    return "\n".join(lines) + "\n"
+
+
+def read_stage_script(path: Path) -> StageScript:
+    """Read the ``#SBATCH`` options, the stage and the recipe of one of the scripts in slurm/.
+
+    Raises:
+        SlurmError: the package has no scripts, as where its link to slurm/ was lost.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SlurmError(f"{path}: {error.strerror}; install the package again, from a wheel") from None
+    options = tuple(re.findall(r"^#SBATCH (--.+)$", text, re.MULTILINE))
+    launch = re.search(r"^launch_stage (\w+) (\w+)", text, re.MULTILINE)
+    assert launch is not None, path
+    return StageScript(options, launch[1], launch[2])
+
+
+def check_settings(stage: str, path: Path, overrides: Sequence[str]) -> None:
+    """Check the recipe with the overrides; run.dir and model.path may come from the job's environment.
+
+    Raises:
+        UserError: an unknown key, or a value that cannot work.
+    """
+    schema, _ = STAGES[stage]
+    values = compose_values(schema, path, overrides)
+    for key in {"run.dir", "model.path"} & OmegaConf.missing_keys(values):
+        OmegaConf.update(values, key, "OVR_RUN" if key == "run.dir" else "OVR_MODEL")
+    build(schema, values)
+
+
+def job_options(arguments: argparse.Namespace, recipe: str) -> list[str]:
+    """Return the options of sbatch that the command line and the recipe's name ask for.
+
+    Raises:
+        SlurmError: an option that is none.
+    """
+    gpus = gpus_in_name(recipe)
+    per_node = arguments.gpus_per_node or min(gpus or _NODE_GPUS, _NODE_GPUS)
+    options = [f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}"]
+    if arguments.nodes or gpus:
+        options.append(f"--nodes={arguments.nodes or -(-gpus // per_node)}")
+    if arguments.time:
+        options.append(f"--time={arguments.time}")
+    if arguments.warning:
+        options.append(f"--signal=B:USR1@{arguments.warning}")
+    for option in [*options, *arguments.sbatch]:
+        if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option):
+            raise SlurmError(f"{option!r} is no option of sbatch; write it in one word, as --sbatch=--partition=gpu")
+    return [*options, *arguments.sbatch]
+
+
+def merge_options(defaults: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return ``defaults`` with those replaced that ``options`` name, too, and the others of ``options`` behind them."""
+    merged = {option.partition("=")[0]: option for option in [*defaults, *options]}
+    return list(merged.values())
+
+
+def write(text: str, path: Path) -> None:
+    """Write the script to ``path``, executable, and print the path.
+
+    Raises:
+        SlurmError: a file is there that this command has not written.
+    """
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise SlurmError(f"{path} was not written by ovr slurm, so it is left alone; give another --write")
+    if not path.parent.is_dir():
+        raise SlurmError(f"{path.parent} is no folder; make it, or give another --write")
+    write_whole(path, text).chmod(0o755)
+    print(path)
+
+
+def submit(text: str, overrides: Sequence[str]) -> int:
+    """Give the script to sbatch, whose output is shown; return its exit code.
+
+    Raises:
+        SlurmError: there is no run folder, or no sbatch.
+    """
+    if not os.environ.get("OVR_RUN") and not any(word.startswith("run.dir=") for word in overrides):
+        raise SlurmError("there is no run folder; give run.dir=DIR, on a file system that all nodes share")
+    if shutil.which("sbatch") is None:
+        raise SlurmError("sbatch is not on this machine; write the script with --write FILE and submit it where it is")
+    return subprocess.run(["sbatch"], input=text, text=True).returncode
