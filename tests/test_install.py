@@ -82,8 +82,8 @@ class Machine:
             for line in self.calls.read_text().splitlines()
         ]
 
-    def install(self, **env: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(self.project / "examples/install.sh")]
+    def install(self, *switches: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(self.project / "examples/install.sh"), *switches]
         return subprocess.run(
             command, env={"PATH": str(self.commands), **env}, cwd="/", capture_output=True, text=True, timeout=120
         )
@@ -234,6 +234,34 @@ def test_gpu_extras_and_their_optional_part(machine: Machine, python: str) -> No
         "install --no-build-isolation --editable .[te]",
     ]
     assert not list(machine.venv.rglob("*.pth"))  # a GPU build of torch has torchvision's operators
+
+
+def test_a_switch_decides_and_is_remembered(machine: Machine) -> None:
+    """On a login node without a GPU: the environment of the GPU nodes, which no later command makes another one."""
+    machine.add_stub_python("3.12")
+    (machine.commands / "df").unlink()
+    machine.add_command("df", "echo header; echo /dev/sda 100 50 99999999 50% /")
+    assert machine.install("--gpu").returncode == 0
+    on_gpu = machine.pip_calls()
+    assert "install --editable .[gpu,dev]" in on_gpu
+    for again in (machine.install(), machine.install("--gpu")):
+        assert (again.returncode, again.stderr) == (0, "")
+    with (machine.project / "setup.cfg").open("a") as file:
+        file.write("# another version\n")
+    (machine.venv / "witness").touch()
+    assert machine.install(STUB="ERROR: something else").returncode == 1
+    assert "(extras: gpu,dev)" in machine.install().stderr
+    assert (machine.venv / "witness").exists()
+    assert "(extras: cpu,dev)" in machine.install("--cpu").stderr
+    assert not (machine.venv / "witness").exists()  # nothing of the other kind is left
+    machine.add_command("nvidia-smi", "echo 'GPU 0: a card'")
+    assert machine.install().stderr == ""
+
+
+def test_an_unknown_switch_is_refused(machine: Machine) -> None:
+    result = machine.install("--rocm")
+    assert result.returncode == 1
+    assert "install.sh: '--rocm' is not known; give --gpu or --cpu, or nothing" in result.stderr
 
 
 def test_environment_of_another_is_left_alone(machine: Machine) -> None:

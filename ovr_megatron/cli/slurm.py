@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from ovr_megatron import __version__
 from ovr_megatron.cli.preflight import STAGES
-from ovr_megatron.config import build
+from ovr_megatron.config import ColdStartConfig, RLConfig, build
 from ovr_megatron.errors import UserError
 from ovr_megatron.launch import RECIPES, compose_values, recipe_path, spelled_out
 from ovr_megatron.plan.hardware import gpus_in_name
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("stage", choices=STAGES)
     add("overrides", nargs="*", metavar="key=value", help="as for the stage itself")
     add("--config-name", metavar="RECIPE", help="as for the stage itself")
-    add("--nodes", type=whole_number(1), help="(default: as many as the GPUs in the recipe's name, ..._64gpu, fill)")
+    add("--nodes", type=whole_number(1), help="nodes (default: enough for a recipe named ..._64gpu, or one replica)")
     add("--gpus-per-node", type=whole_number(1), metavar="N", help="GPUs and ranks of a node (default: 8 at most)")
     add("--time", metavar="LIMIT", help="time limit, as sbatch takes it (default: a day); the job requeues itself")
     add("--warning", type=whole_number(1), metavar="S", help="seconds before the limit at which it saves and leaves")
@@ -92,10 +92,11 @@ def job_script(arguments: argparse.Namespace) -> str:
     """
     stage = read_stage_script(SCRIPTS / _STAGE_SCRIPTS[arguments.stage])
     path = recipe_path(arguments.config_name or stage.recipe)
-    check_settings(arguments.stage, path, arguments.overrides)
+    config = check_settings(arguments.stage, path, arguments.overrides)
     # A recipe of the package by its name, a file of the user's by its path: the job may start in another folder.
     recipe = path.stem if path.parent == RECIPES else str(path)
-    options = merge_options(stage.options, job_options(arguments, path.stem))
+    gpus = gpus_in_name(path.stem) or config.parallel.ranks  # as the plan counts them
+    options = merge_options(stage.options, job_options(arguments, gpus))
     lines = [
         "#!/usr/bin/env bash",
         f"{_MARK}, ovr-megatron {__version__}. Options of sbatch and SBATCH_* variables come before the lines below,",
@@ -130,8 +131,8 @@ def read_stage_script(path: Path) -> StageScript:
     return StageScript(options, launch[1], launch[2])
 
 
-def check_settings(stage: str, path: Path, overrides: Sequence[str]) -> None:
-    """Check the recipe with the overrides; run.dir and model.path may come from the job's environment.
+def check_settings(stage: str, path: Path, overrides: Sequence[str]) -> ColdStartConfig | RLConfig:
+    """Return the recipe with the overrides, checked; run.dir and model.path may come from the job's environment.
 
     Raises:
         UserError: an unknown key, or a value that cannot work.
@@ -140,20 +141,18 @@ def check_settings(stage: str, path: Path, overrides: Sequence[str]) -> None:
     values = compose_values(schema, path, overrides)
     for key in {"run.dir", "model.path"} & OmegaConf.missing_keys(values):
         OmegaConf.update(values, key, "OVR_RUN" if key == "run.dir" else "OVR_MODEL")
-    build(schema, values)
+    return build(schema, values)
 
 
-def job_options(arguments: argparse.Namespace, recipe: str) -> list[str]:
-    """Return the options of sbatch that the command line and the recipe's name ask for.
+def job_options(arguments: argparse.Namespace, gpus: int) -> list[str]:
+    """Return the options of sbatch that the command line and a run on so many ``gpus`` ask for.
 
     Raises:
         SlurmError: an option that is none.
     """
-    gpus = gpus_in_name(recipe)
-    per_node = arguments.gpus_per_node or min(gpus or _NODE_GPUS, _NODE_GPUS)
-    options = [f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}"]
-    if arguments.nodes or gpus:
-        options.append(f"--nodes={arguments.nodes or -(-gpus // per_node)}")
+    per_node = arguments.gpus_per_node or min(gpus, _NODE_GPUS)
+    nodes = arguments.nodes or -(-gpus // per_node)
+    options = [f"--nodes={nodes}", f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}"]
     if arguments.time:
         options.append(f"--time={arguments.time}")
     if arguments.warning:
