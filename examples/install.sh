@@ -54,7 +54,7 @@ version_of() {
 is_usable() {
     local version
     version="$(version_of "$venv/bin/python")" || return 1
-    [[ $version = 3.1[12] ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+    [[ $version = 3.1[123] ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || return 1
     [ ! -e "$stamp" ] || { [ "$(head -n 1 "$stamp")" = "$root" ] && [ "$(tail -n 1 "$stamp")" = complete ] &&
         [ "$(awk 'NR == 2 { print $1 }' "$stamp")" = "$extras" ]; }
 }
@@ -62,9 +62,9 @@ is_usable() {
 # Sets `python` to the first interpreter that fits.
 find_python() {
     local candidate version found="" without_venv=""
-    for candidate in ${PYTHON:+"$PYTHON"} "$best" python3.11 python3.12 python3; do
+    for candidate in ${PYTHON:+"$PYTHON"} "$best" python3.11 python3.12 python3.13 python3; do
         command -v "$candidate" >/dev/null && version="$(version_of "$candidate")" || continue
-        if [[ $version != 3.1[12] ]]; then
+        if [[ $version != 3.1[123] ]]; then
             found+=" $candidate ($version)"
         elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             without_venv="${without_venv:-$version}"
@@ -75,7 +75,7 @@ find_python() {
     done
     [ -z "$without_venv" ] || stop "Python $without_venv has no venv module; install it (on Debian and Ubuntu:" \
         "apt install python$without_venv-venv) and run the same command again."
-    stop "Python 3.11 or 3.12 is needed, and this machine offers${found:- none}; install one (on Debian and Ubuntu:" \
+    stop "Python 3.11, 3.12 or 3.13 is needed, and this machine offers${found:- none}; install one (on Debian and Ubuntu:" \
         "apt install python3.11 python3.11-venv; without root: get uv from https://docs.astral.sh/uv, then" \
         "'uv python install 3.11') or name one with PYTHON=/path/to/python3.11."
 }

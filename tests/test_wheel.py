@@ -113,6 +113,12 @@ def test_sdist_and_wheel_have_every_file_of_the_package(built: Built) -> None:
     assert {name for name in missing - names if "/." not in name} == set()
 
 
+def test_a_file_of_the_source_tree_would_be_noted(installed: Installed, tmp_path: Path) -> None:
+    read = f"open({str(ROOT / 'setup.cfg')!r}), open({str(PACKAGES / 'numpy/__init__.py')!r})"
+    assert installed.run("python", "-c", read, OPENED=str(tmp_path / "opened")).returncode == 0
+    assert (tmp_path / "opened").read_text() == f"{ROOT}/setup.cfg\n"
+
+
 def test_commands_start_from_an_empty_folder(installed: Installed) -> None:
     listed = installed.run("ovr", "--help")
     assert listed.returncode == 0 and "\n  slurm " in listed.stdout, listed.stderr
@@ -124,7 +130,6 @@ def test_commands_start_from_an_empty_folder(installed: Installed) -> None:
     assert "root=" not in script.stdout
 
 
-@pytest.mark.both_cores
 def test_the_first_run_of_the_documentation(installed: Installed) -> None:
     page = (ROOT / "docs/install.md").read_text().split("\n### A first run\n")[1].split("\n## ")[0]
     modules = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

@@ -11,7 +11,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -191,6 +190,8 @@ def submit(text: str, overrides: Sequence[str]) -> int:
     """
     if not os.environ.get("OVR_RUN") and not any(word.startswith("run.dir=") for word in overrides):
         raise SlurmError("there is no run folder; give run.dir=DIR, on a file system that all nodes share")
-    if shutil.which("sbatch") is None:
-        raise SlurmError("sbatch is not on this machine; write the script with --write FILE and submit it where it is")
-    return subprocess.run(["sbatch"], input=text, text=True).returncode
+    try:
+        return subprocess.run(["sbatch"], input=text, text=True).returncode
+    except FileNotFoundError:
+        reason = "sbatch is not on this machine; write the script with --write FILE and submit it where it is"
+        raise SlurmError(reason) from None
