@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--write", type=Path, metavar="FILE", help="write the script there, for sbatch or bash")
     target.add_argument("--submit", action="store_true", help="give the script to sbatch")
-    arguments = parser.parse_intermixed_args(spelled_out(sys.argv[1:] if argv is None else argv))
+    words = spelled_out(sys.argv[1:] if argv is None else argv)
+    # Settings may stand on both sides of an option, which `parse_args` does not take.
+    arguments = parser.parse_intermixed_args(words)
     text = job_script(arguments)
     if arguments.submit:
         return submit(text, arguments.overrides)
@@ -96,6 +98,9 @@ def job_script(arguments: argparse.Namespace) -> str:
     recipe = path.stem if path.parent == RECIPES else str(path)
     gpus = gpus_in_name(path.stem) or config.parallel.ranks  # as the plan counts them
     options = merge_options(stage.options, job_options(arguments, gpus))
+    interpreter = shlex.quote(sys.executable)
+    launcher = shlex.quote(str(SCRIPTS / "launch.sh"))
+    words = shlex.join([stage.module, recipe, *arguments.overrides])
     lines = [
         "#!/usr/bin/env bash",
         f"{_MARK}, ovr-megatron {__version__}. Options of sbatch and SBATCH_* variables come before the lines below,",
@@ -106,11 +111,14 @@ def job_script(arguments: argparse.Namespace) -> str:
     ]
     if arguments.warning:
         lines.append(f'export OVR_WARNING_S="${{OVR_WARNING_S:-{arguments.warning}}}"')
-    if (PACKAGE.parent / "setup.cfg").is_file():
-        lines.append(f"root={shlex.quote(str(PACKAGE.parent))}")
-    lines.append(f"interpreter={shlex.quote(sys.executable)}")
-    lines.append(f"source {shlex.quote(str(SCRIPTS / 'launch.sh'))}")
-    lines.append(f'launch_stage {shlex.join([stage.module, recipe, *arguments.overrides])} "$@"')
+    tree = PACKAGE.parent
+    if (tree / "setup.cfg").is_file():
+        lines.append(f"root={shlex.quote(str(tree))}")
+    lines += [
+        f"interpreter={interpreter}",
+        f"source {launcher}",
+        f'launch_stage {words} "$@"',
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -124,10 +132,11 @@ def read_stage_script(path: Path) -> StageScript:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise SlurmError(f"{path}: {error.strerror}; install the package again, from a wheel") from None
-    options = tuple(re.findall(r"^#SBATCH (--.+)$", text, re.MULTILINE))
+    options = re.findall(r"^#SBATCH (--.+)$", text, re.MULTILINE)
     launch = re.search(r"^launch_stage (\w+) (\w+)", text, re.MULTILINE)
     assert launch is not None, path
-    return StageScript(options, launch[1], launch[2])
+    module, recipe = launch.groups()
+    return StageScript(tuple(options), module, recipe)
 
 
 def check_settings(stage: str, path: Path, overrides: Sequence[str]) -> ColdStartConfig | RLConfig:
@@ -138,8 +147,11 @@ def check_settings(stage: str, path: Path, overrides: Sequence[str]) -> ColdStar
     """
     schema, _ = STAGES[stage]
     values = compose_values(schema, path, overrides)
-    for key in {"run.dir", "model.path"} & OmegaConf.missing_keys(values):
-        OmegaConf.update(values, key, "OVR_RUN" if key == "run.dir" else "OVR_MODEL")
+    missing = OmegaConf.missing_keys(values)
+    if "run.dir" in missing:
+        values.run.dir = "OVR_RUN"
+    if "model.path" in missing:
+        values.model.path = "OVR_MODEL"
     return build(schema, values)
 
 
@@ -188,7 +200,8 @@ def submit(text: str, overrides: Sequence[str]) -> int:
     Raises:
         SlurmError: there is no run folder, or no sbatch.
     """
-    if not os.environ.get("OVR_RUN") and not any(word.startswith("run.dir=") for word in overrides):
+    has_run = any(word.startswith("run.dir=") for word in overrides)
+    if not has_run and not os.environ.get("OVR_RUN"):
         raise SlurmError("there is no run folder; give run.dir=DIR, on a file system that all nodes share")
     try:
         return subprocess.run(["sbatch"], input=text, text=True).returncode
