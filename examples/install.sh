@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Makes .venv beside setup.cfg and installs the project into it; where that is done already it returns at once.
 #
-#   bash examples/install.sh        PYTHON=/path/to/python3.11 names an interpreter of your own
+#   bash examples/install.sh [--gpu | --cpu]        PYTHON=/path/to/python3.11 names an interpreter of your own
 #
 # The versions stand in setup.cfg, and all that they need, each with its hashes, in docker/cpu.lock and docker/gpu.lock.
-# A machine where nvidia-smi lists a GPU gets the extra `gpu`, any other `cpu`. The CPU build of torch comes from PyTorch's
-# own index alone where that answers, everything else from the indexes that pip is set up with: the hashes decide what is
-# the right file. torchvision is the registry's CUDA build, which ovr_megatron/runtime/torchvision_on_cpu.py makes importable.
+# A machine where nvidia-smi lists a GPU gets the extra `gpu`, any other `cpu`, unless a switch says otherwise, as on a
+# cluster's login node; an environment that a switch has made stays what it is until the other switch. The CPU build of
+# torch comes from PyTorch's own index alone where that answers, everything else from the indexes that pip is set up
+# with: the hashes decide what is the right file. torchvision is the registry's CUDA build, which
+# ovr_megatron/runtime/torchvision_on_cpu.py makes importable.
 # .venv/installed says what was installed. Without its last line an installation was cut off, and begins afresh.
 set -euo pipefail
 
@@ -16,20 +18,27 @@ stamp="$venv/installed"
 log="$venv/install.log"
 torch_index=https://download.pytorch.org/whl/cpu
 
-if nvidia-smi -L >/dev/null 2>&1; then
+stop() {
+    echo "install.sh: $*" >&2
+    exit 1
+}
+
+# The switch of this command or else of the one that made the environment, which the second line of its stamp ends with.
+case "$*" in
+    --gpu | --cpu) switch="$1" ;;
+    "") switch="$(awk 'NR == 2 && $3 ~ /^--[cg]pu$/ { print $3 }' "$stamp" 2>/dev/null || true)" ;;
+    *) stop "'$*' is not known; give --gpu or --cpu, or nothing to install what fits this machine." ;;
+esac
+if [ "$switch" = --gpu ] || { [ -z "$switch" ] && nvidia-smi -L >/dev/null 2>&1; }; then
     extras=gpu,dev needed_gb=20 lock="$root/docker/gpu.lock" best=python3.12 # that of the lock
 else
     extras=cpu,dev needed_gb=8 lock="$root/docker/cpu.lock" best=python3.11
 fi
 finder="$root/ovr_megatron/runtime/torchvision_on_cpu.py"
 # The folder is part of it: a copied .venv still points to the place that it was copied from.
+digest="$(cat "$root/setup.cfg" "$root/examples/install.sh" "$lock" "$finder" | sha256sum | cut -d ' ' -f 1)"
 wanted="$root
-$extras $(cat "$root/setup.cfg" "$root/examples/install.sh" "$lock" "$finder" | sha256sum | cut -d ' ' -f 1)"
-
-stop() {
-    echo "install.sh: $*" >&2
-    exit 1
-}
+$extras $digest${switch:+ $switch}"
 
 is_installed() {
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted
@@ -41,20 +50,21 @@ version_of() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
-# An environment that pip can go on with: made here, by a fitting Python, and not cut off.
+# An environment that pip can go on with: made here, of this kind, by a fitting Python, and not cut off.
 is_usable() {
     local version
     version="$(version_of "$venv/bin/python")" || return 1
-    [[ $version = 3.1[12] ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || return 1
-    [ ! -e "$stamp" ] || { [ "$(head -n 1 "$stamp")" = "$root" ] && [ "$(tail -n 1 "$stamp")" = complete ]; }
+    [[ $version = 3.1[123] ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+    [ ! -e "$stamp" ] || { [ "$(head -n 1 "$stamp")" = "$root" ] && [ "$(tail -n 1 "$stamp")" = complete ] &&
+        [ "$(awk 'NR == 2 { print $1 }' "$stamp")" = "$extras" ]; }
 }
 
 # Sets `python` to the first interpreter that fits.
 find_python() {
     local candidate version found="" without_venv=""
-    for candidate in ${PYTHON:+"$PYTHON"} "$best" python3.11 python3.12 python3; do
+    for candidate in ${PYTHON:+"$PYTHON"} "$best" python3.11 python3.12 python3.13 python3; do
         command -v "$candidate" >/dev/null && version="$(version_of "$candidate")" || continue
-        if [[ $version != 3.1[12] ]]; then
+        if [[ $version != 3.1[123] ]]; then
             found+=" $candidate ($version)"
         elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             without_venv="${without_venv:-$version}"
@@ -65,7 +75,7 @@ find_python() {
     done
     [ -z "$without_venv" ] || stop "Python $without_venv has no venv module; install it (on Debian and Ubuntu:" \
         "apt install python$without_venv-venv) and run the same command again."
-    stop "Python 3.11 or 3.12 is needed, and this machine offers${found:- none}; install one (on Debian and Ubuntu:" \
+    stop "Python 3.11, 3.12 or 3.13 is needed, and this machine offers${found:- none}; install one (on Debian and Ubuntu:" \
         "apt install python3.11 python3.11-venv; without root: get uv from https://docs.astral.sh/uv, then" \
         "'uv python install 3.11') or name one with PYTHON=/path/to/python3.11."
 }
@@ -106,7 +116,8 @@ explain() {
     local index="${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null)}"
     ! grep -q 'No space left on device' "$log" ||
         stop "the disk of $venv ran full; free some space and run the same command again."
-    printf '%s\nrefused\ncomplete\n' "$root" >"$stamp" # pip had everything or installed nothing: it can go on from here
+    # pip had everything or installed nothing: it can go on from here.
+    printf '%s\n%s refused%s\ncomplete\n' "$root" "$extras" "${switch:+ $switch}" >"$stamp"
     if grep -q 'DO NOT MATCH THE HASHES' "$log"; then
         grep -A 8 'DO NOT MATCH THE HASHES' "$log" >&2
         stop "a file that pip fetched is not the one that $lock names; see which index or proxy gave it."

@@ -1,8 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the scripts of the stages, which set `root`: pre-flight, the run, requeue, one line of summary.
+# Sourced by the scripts of the stages: pre-flight, the run, requeue, one line of summary. Those in slurm/ set `root`, the
+# source tree; those that `ovr slurm` writes set `interpreter`, and `root` only where the package is not installed.
 # docs/slurm.md describes the OVR_* variables.
 
 readonly EXIT_USER=2 EXIT_STOPPED=75 # as the stages leave: a user's mistake; stopped early, to be continued
+
+scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
 
 say() { echo "$(date +%FT%T) $*"; }
 
@@ -75,8 +78,9 @@ warn_in_time() {
 
 # Sets `python`, `launcher` and what the ranks find their way by.
 find_launcher() {
-    python="${OVR_PYTHON:-$root/.venv/bin/python}"
-    export OVR_STAGE="$stage" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+    python="${OVR_PYTHON:-${interpreter:-${root:-}/.venv/bin/python}}"
+    export OVR_STAGE="$stage" PYTHONUNBUFFERED=1
+    [ -z "${root:-}" ] || export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
     if in_slurm; then
         attempt="${SLURM_RESTART_COUNT:-0}" job="$SLURM_JOB_ID"
         export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
@@ -85,9 +89,10 @@ find_launcher() {
         # When one rank has left, the others get a minute, for their stacks or their last words.
         launcher=(srun --kill-on-bad-exit=0 --wait="${OVR_WAIT_S:-60}" --cpu-bind=none)
         if [ -n "${OVR_CONTAINER:-}" ]; then
+            local code="${root:-$scripts}" # an image has the package itself, unless it comes from a source tree
             python="${OVR_PYTHON:-python3}"
             launcher+=(--container-image="$OVR_CONTAINER" --container-workdir="$PWD"
-                --container-mounts="$root:$root,$PWD:$PWD,$run:$run${OVR_MOUNTS:+,$OVR_MOUNTS}")
+                --container-mounts="$code:$code,$PWD:$PWD,$run:$run${OVR_MOUNTS:+,$OVR_MOUNTS}")
         fi
     else
         attempt=0 job="local-$(date +%Y%m%dT%H%M%S)"
@@ -103,7 +108,7 @@ run_ranks() {
     local log="$logs/$1" code="$logs/.status"
     shift
     rm -f "$code"
-    local command=("${launcher[@]}" bash "$root/slurm/rank.sh" "$log" "$@")
+    local command=("${launcher[@]}" bash "$scripts/rank.sh" "$log" "$@")
     {
         status=0
         if in_slurm; then
@@ -222,7 +227,7 @@ launch_stage() {
     warn_in_time
     say "job $job, attempt $attempt: $stage on ${SLURM_JOB_NODELIST:-this machine}, run $run, logs $logs"
 
-    run_ranks preflight timeout "${OVR_PREFLIGHT_S:-300}" "$python" "$root/tools/preflight.py" \
+    run_ranks preflight timeout "${OVR_PREFLIGHT_S:-300}" "$python" -m ovr_megatron preflight \
         "$stage" --config-name "$recipe" "${arguments[@]}"
     [ "$status" != 124 ] || say "the pre-flight did not end in ${OVR_PREFLIGHT_S:-300} s: see $logs/preflight_*.log"
     [ "$status" = 0 ] || show_errors preflight

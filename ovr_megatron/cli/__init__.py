@@ -41,6 +41,7 @@ COMMANDS = (
     Command("preflight", "Before a run", "every node looked at, one process a rank", "cli.preflight"),
     Command("sft", "Training", "stage 1: the linguistic cold start", "coldstart.__main__"),
     Command("rl", "Training", "stage 2: multimodal PPO with vLLM rollouts", "rl.__main__"),
+    Command("slurm", "Training", "the batch script of a stage: printed, written or submitted", "cli.slurm"),
     Command("replay", "Training", "a saved PPO iteration once more, in any layout", "cli.replay"),
     Command("convert from-hf", "Weights", "a Hugging Face folder to a checkpoint", "cli.convert_from_hf"),
     Command("convert to-hf", "Weights", "policy or critic of a checkpoint to Hugging Face", "cli.convert_to_hf"),

@@ -84,3 +84,9 @@ def _is_sold_as(gpu: Gpu, gigabytes: int) -> bool:
     """Whether a card of ``gigabytes`` has about this memory: drivers report up to a tenth less."""
     gib = gpu.memory / (1 << 30)
     return 0.9 * gigabytes <= gib <= gigabytes
+
+
+def gpus_in_name(recipe: str) -> int | None:
+    """Return the number of GPUs in a recipe's name, as in ``..._64gpu``, or None without one."""
+    counts = [part.removesuffix("gpu") for part in recipe.split("_") if part.endswith("gpu")]
+    return int(counts[0]) if counts and counts[0].isdigit() else None

@@ -15,7 +15,7 @@ from ovr_megatron.data.repetition import SourceUse, source_uses
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.presets import presets, write_config
 from ovr_megatron.plan import cost, memory, search
-from ovr_megatron.plan.hardware import find_gpu
+from ovr_megatron.plan.hardware import find_gpu, gpus_in_name
 from ovr_megatron.plan.parameters import count_parameters, model_state
 from ovr_megatron.plan.plan_json import (
     Plan,
@@ -248,11 +248,8 @@ def processes(name: str, parallel: ParallelConfig) -> int:
         value = os.environ.get(variable, "")
         if value.isdigit() and int(value) > 1:
             return int(value)
-    counts = [part.removesuffix("gpu") for part in name.split("_") if part.endswith("gpu")]
-    if counts and counts[0].isdigit():
-        return int(counts[0])
-    # Nothing says how many: one replica is the least that the layout runs on.
-    return parallel.ranks
+    # Where nothing says how many, one replica is the least that the layout runs on.
+    return gpus_in_name(name) or parallel.ranks
 
 
 def dry_run(config: ColdStartConfig | RLConfig, name: str) -> int:

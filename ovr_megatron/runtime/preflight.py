@@ -120,6 +120,11 @@ def _outliers(values: dict[str, str]) -> tuple[list[tuple[str, str]], str]:
 
 def check_gpus(local_rank: int, local_size: int) -> list[str]:
     """Check that every rank of the node has a GPU, and that no other process uses this rank's."""
+    if torch.version.cuda is None:
+        return [
+            f"torch {torch.__version__} is a CPU build; install the GPU build with `bash examples/install.sh --gpu`, "
+            "or with the wheel's extra `gpu`, or set OVR_GPUS=0 for a run without GPUs"
+        ]
     count = torch.cuda.device_count()
     if count < local_size:
         counts = f"torch {torch.__version__} sees {count} GPUs, and {local_size} ranks were started on this node"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ovr_megatron.cli import preflight as command
 from ovr_megatron.launch import compose
@@ -83,6 +84,13 @@ def test_two_cudnns_in_a_process_are_refused(tmp_path: Path) -> None:
     )
     assert one == "[]\n"
     assert f"two cuDNN libraries are loaded, from {tmp_path}/system and {tmp_path}/wheel" in two
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is no CPU build")
+def test_a_cpu_build_of_torch_is_named_with_its_remedy() -> None:
+    (problem,) = preflight.check_gpus(0, 8)
+    assert problem.startswith(f"torch {torch.__version__} is a CPU build; install the GPU build with `bash ")
+    assert "examples/install.sh --gpu`" in problem and "OVR_GPUS=0" in problem
 
 
 def test_the_container_has_one_cudnn() -> None:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from ovr_megatron.cli import slurm
 from ovr_megatron.model.tiny import make_tiny_model
 from tests.slurm.cluster import Cluster, missing, shell_environment
 
@@ -178,7 +179,9 @@ def disturb_ppo(jobs: Jobs, stack: ExitStack) -> BashRun:
     lacking = settings(jobs.model) | python_of(jobs.folder / "nobody") | {"OVR_WAIT_S": "2", "OVR_MAX_FAILURES": "0"}
     (jobs.folder / "nobody/absent").touch()
     words = [*arguments(jobs.folder / "absent"), "run.hang_timeout_s=20"]
-    absent = jobs.submit("absent", COLD_START, *words, nodes=1, ranks=2, **lacking)
+    script = jobs.folder / "absent.sh"  # by `ovr slurm`, in the place of the one in slurm/
+    slurm.main(["sft", "--write", str(script), *words])
+    absent = jobs.submit("absent", script, nodes=1, ranks=2, **lacking)
     jobs.wait(lambda: steps_seen(run) >= 3, "the first iterations")
     (disturbance / "brake").touch()
     short = jobs.cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+50")
