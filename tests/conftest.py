@@ -20,6 +20,7 @@ LONGEST = (
     "test_documentation.py",
     "slurm/test_script.py",
     "test_stages.py",
+    "test_real_data.py",
     "model/test_layouts.py",
     "curation/test_engines.py",
     "rollout/test_reshard.py",
