@@ -1,7 +1,9 @@
 """Before any test imports Transformers: let torchvision import on a machine without a GPU."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -10,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 
 import ovr_megatron  # noqa: F401
+from tests.forked import serve
 
 # An example's seconds say how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -38,3 +41,11 @@ _PLACES = {Path(__file__).parent / name: place for place, name in enumerate(LONG
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files of `LONGEST` before the others, which keep their order."""
     items.sort(key=lambda item: _PLACES.get(item.path, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def ovr_socket() -> Iterator[Path]:
+    """The socket that tests/forked.py takes before the words of a command of ``ovr``."""
+    # In a folder of its own: the path of a socket has at most 107 characters.
+    with TemporaryDirectory() as folder, serve(Path(folder) / "socket"):
+        yield Path(folder) / "socket"

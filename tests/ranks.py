@@ -52,6 +52,7 @@ def _start_server() -> None:
     search = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     try:
         clean = shell_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "TOKENIZERS_PARALLELISM": "false"}
+        clean |= {name: value for name, value in previous.items() if name.startswith("OVR_TEST_")}
         os.environ.clear()
         os.environ.update(clean)
         forkserver.set_forkserver_preload(LIBRARIES)

@@ -10,10 +10,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +21,6 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 from ovr_megatron.model.tiny import make_tiny_model
-from tests.forked import serve
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -183,21 +180,13 @@ def runnable(document: str) -> str:
     return "\n".join(command.text for command in needs_nothing if command.words[0] not in ("pytest", "export"))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Path]:
-    """The socket of a process that has imported the libraries once for the commands of all documents."""
-    # A socket's path has at most 107 characters.
-    with TemporaryDirectory() as folder, serve(Path(folder) / "socket"):
-        yield Path(folder) / "socket"
-
-
 @pytest.mark.parametrize("document", [name for name in BLOCKS if runnable(name)])
-def test_what_needs_nothing_runs_as_it_stands(document: str, server: Path, tmp_path: Path) -> None:
+def test_what_needs_nothing_runs_as_it_stands(document: str, ovr_socket: Path, tmp_path: Path) -> None:
     prepare(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     # `ovr` of this tree, whatever is installed.
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/ovr").write_text(f'#!/bin/sh\nexec python {ROOT}/tests/forked.py {server} "$@"\n')
+    (tmp_path / "bin/ovr").write_text(f'#!/bin/sh\nexec python {ROOT}/tests/forked.py {ovr_socket} "$@"\n')
     (tmp_path / "bin/ovr").chmod(0o755)
     environment["PATH"] = f"{tmp_path}/bin:{Path(sys.executable).parent}:{environment['PATH']}"
     script = f"set -euo pipefail\n{runnable(document)}"
