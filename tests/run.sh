@@ -24,7 +24,7 @@ check() {
 check ruff check .
 check lint-imports --no-logo --no-cache
 check mypy
-check pytest -m "not both_cores" -n 2 --dist loadfile "$@"
+check pytest -m "not both_cores" -n 2 --dist loadfile --no-loadscope-reorder "$@"
 check pytest -m both_cores "$@"
 [ "$none" -lt 2 ] || failed+=" pytest (no test was chosen)"
 [ -z "$failed" ] || { echo "Failed:$failed" >&2; exit 1; }

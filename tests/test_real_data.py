@@ -14,7 +14,7 @@ from ovr_megatron.model.tiny import make_tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data"
 
-pytestmark = [pytest.mark.both_cores, pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")]
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
 
 
 def run(*command: object) -> str:

@@ -2,8 +2,6 @@
 
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ovr_megatron.model.tiny import make_tiny_model
-
-pytestmark = pytest.mark.both_cores
+from tests.ranks import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCKS = ("timing/", "perf/", "memory/")
@@ -23,11 +20,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("it's, (ü=1)")  # a path may hold any character
     make_tiny_model(out / "model", tied=True, seed=5)
     for layout in (("1", "1"), ("2", "2"), ("2", "1")):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        result = subprocess.run(
-            [*command, ROOT / "tests/stages.py", out, *layout], capture_output=True, text=True, timeout=600
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
+        launch(ROOT / "tests/stages.py", out, *layout, ranks=2, timeout_s=600)
     return out
 
 

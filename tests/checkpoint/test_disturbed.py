@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,12 @@ from ovr_megatron.checkpoint.manifest import check, read_manifest
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
+from tests.ranks import launch
 
 pytestmark = pytest.mark.both_cores
 
 LAUNCHER = Path(__file__).with_name("disturbed.py")
-KILLS = 3
+KILLS = 1  # of each stage; tests/soak/kills.py has twenty
 CLOCKS = ("timing/", "perf/", "memory/")
 
 
@@ -33,15 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every day other moments; ``KILL_SEED`` repeats those of a day."""
     out = tmp_path_factory.mktemp("disturbed")
     seed = int(os.environ.get("KILL_SEED", datetime.date.today().toordinal())) * KILLS
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
-    result = subprocess.run(
-        [sys.executable, LAUNCHER, out, str(seed), str(KILLS)],
-        capture_output=True,
-        text=True,
-        timeout=3000,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    launch(LAUNCHER, out, seed, KILLS, ranks=0, timeout_s=3000)
     return out
 
 

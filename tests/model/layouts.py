@@ -36,27 +36,25 @@ from ovr_megatron.verify import (
 )
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.table import cut_dim
+from tests.model.matrix import WHOLE
 
 # Of the 4 ranks, what a layout leaves over is data parallel.
-LAYOUTS = (
-    "tp=2",
+LAYOUTS: tuple[str, ...] = (
     "tp=2,sp=1",
-    "pp=2",
     "pp=4",
-    "pp=2,vpp=2",
-    "cp=2",
     "cp=4",
     "cp=2,tp=2",
-    "cp=2,tp=2,sp=1",
     "pp=2,tp=2",
-    "pp=2,tp=2,sp=1",
-    "pp=2,cp=2",
     "pp=2,vpp=2,cp=2",
     "zero=1",
     "zero=1,tp=2",
     "zero=1,pp=2",
     "zero=1,cp=2",
 )
+CRITIC_LAYOUTS: tuple[str, ...] = ("tp=2,sp=1", "cp=2,tp=2", "pp=2,vpp=2,cp=2", "zero=1,pp=2")
+if WHOLE:
+    LAYOUTS += ("tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "cp=2,tp=2,sp=1", "pp=2,tp=2,sp=1", "pp=2,cp=2")
+    CRITIC_LAYOUTS = LAYOUTS
 # Folder of the model: layout, and whether it is a critic.
 OTHER_SHAPES = {
     "8 heads of 32": ("tp=2,sp=1", False),
@@ -69,7 +67,6 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=1.0, weight_decay
 VARIANTS = {
     "pp=2, 3 + 1 layers": (ParallelConfig(pp=2, first_stage_layers=3, last_stage_layers=1), {}),
     "recompute selective": (ParallelConfig(), {"recompute": "selective"}),
-    "recompute full, cp=2": (ParallelConfig(cp=2), {"recompute": "full"}),
     "recompute full, pp=2, vpp=2": (ParallelConfig(pp=2, vpp=2), {"recompute": "full"}),
     "frozen vision": (ParallelConfig(), {"freeze_vision": True, "freeze_merger": True}),
     "frozen vision, zero=1, pp=2": (
@@ -77,13 +74,15 @@ VARIANTS = {
         {"freeze_vision": True, "freeze_merger": True},
     ),
     "frozen language, cp=2": (ParallelConfig(cp=2), {"freeze_language": True}),
-    "bf16": (ParallelConfig(), {"dtype": "bfloat16"}),
     "bf16, cp=2, tp=2, sp=1": (ParallelConfig(cp=2, tp=2, sequence_parallel=True), {"dtype": "bfloat16"}),
     "bf16, zero=1, pp=2": (
         ParallelConfig(pp=2, distributed_optimizer=True, overlap=True),
         {"dtype": "bfloat16"},
     ),
 }
+if WHOLE:
+    VARIANTS["recompute full, cp=2"] = (ParallelConfig(cp=2), {"recompute": "full"})
+    VARIANTS["bf16"] = (ParallelConfig(), {"dtype": "bfloat16"})
 
 
 def build(folder: Path, parallel: ParallelConfig, critic: bool, **model: object) -> Engine:
@@ -162,7 +161,8 @@ def matrix(folder: Path, critic: bool) -> dict[str, dict[str, float]]:
     after = trained(single, everything=True) if with_drift else {}
     # A tied policy differs in pipelines only, where the last stage has a copy of the embedding.
     pipelines_only = folder.name == "tied" and not critic
-    for layout in (name for name in LAYOUTS if "pp" in name or not pipelines_only):
+    layouts = CRITIC_LAYOUTS if critic else LAYOUTS
+    for layout in (name for name in layouts if "pp" in name or not pipelines_only):
         engine = build(folder, parse_layout(layout)[0], critic)
         table[layout] = row(engine, theirs, one)
         if with_drift:
@@ -220,10 +220,10 @@ def resumed(folder: Path, out: Path) -> dict[str, list[list[float]]]:
     if world.is_main:
         write_hf_assets(out / "companions", Processor(folder, DataConfig()))
     losses: dict[str, list[list[float]]] = {}
-    for name, parallel in {
-        "tp=2,pp=2,zero=1": ParallelConfig(tp=2, pp=2, distributed_optimizer=True, overlap=True),
-        "pp=2,zero=1": ParallelConfig(pp=2, distributed_optimizer=True, overlap=True),
-    }.items():
+    writers = {"tp=2,pp=2,zero=1": ParallelConfig(tp=2, pp=2, distributed_optimizer=True, overlap=True)}
+    if WHOLE:
+        writers["pp=2,zero=1"] = ParallelConfig(pp=2, distributed_optimizer=True, overlap=True)
+    for name, parallel in writers.items():
         writer = build(folder, parallel, critic=False)
         for _ in range(3):
             writer.train(packs_of(writer, everything=False), objective)

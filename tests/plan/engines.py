@@ -1,7 +1,8 @@
-"""What engines really hold, for tests/plan/test_memory.py: 4 processes of ``-m tests.plan.engines MODELS OUT``.
+"""What engines really hold, for tests/plan/test_memory.py: 4 processes of ``tests/plan/engines.py MODELS OUT``.
 
 Every layout of the parity matrix is built, some also for tied models, and makes one optimizer step; then the live bytes
-of forward and backward passes are counted for several shapes, layouts and kinds of recomputation.
+of forward and backward passes are counted for several shapes, layouts and kinds of recomputation.  How many there are
+tests/model/matrix.py says.
 """
 
 import json
@@ -26,6 +27,7 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.model.scores import Scores
 from ovr_megatron.runtime import distributed
 from tests.model.layouts import LAYOUTS, VARIANTS
+from tests.model.matrix import WHOLE
 from tests.plan.live_bytes import LiveBytes
 
 # Tokens, lengths of the documents, images of how many patches on a side.
@@ -136,6 +138,8 @@ def peaks(models: Path) -> list[dict[str, Any]]:
     table = []
     cases = [(case, False, {}) for case in MEASURED] + [(case, True, {}) for case in CRITICS]
     cases += [(case, False, LORA) for case in ADAPTED]
+    if not WHOLE:  # every third meets each value once, but for a single document and a critic
+        cases = [*cases[::3], (MEASURED[17], False, {}), (CRITICS[1], True, {})]
     for (name, recompute, layout, kind, dtype), critic, lora in cases:
         engine = build(models / name, parse_layout(layout)[0], critic, recompute=recompute, dtype=dtype, lora=lora)
         pack = text_and_images(engine.shape, *PACKS[kind])

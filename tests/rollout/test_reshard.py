@@ -1,17 +1,13 @@
 """Weights of every layout into engines of one and two ranks: the same bits as an engine built from the folder."""
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ovr_megatron.rollout.sampling import banned_tokens
-
-pytestmark = pytest.mark.both_cores
+from tests.ranks import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 4
@@ -23,11 +19,7 @@ def test_an_updated_engine_is_a_fresh_one(tp, make_reference, processor, samples
     folders = {tied: (old.folder, new.folder) for tied, (old, new) in models.items()}
     job = {"tp": tp, "models": folders, "data": processor.config, "prompts": ask(samples[:3], [1, 7], 8)}
     (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    command += [str(ROOT / "tests/rollout/reshard.py"), str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-9000:]
+    launch(ROOT / "tests/rollout/reshard.py", tmp_path, ranks=RANKS)
     ranks = [pickle.loads((tmp_path / f"rank_{rank}.pickle").read_bytes()) for rank in range(RANKS)]
     banned = banned_tokens(processor.shape, processor.tokenizer)
     for tied, (_, new) in models.items():

@@ -178,17 +178,28 @@ def all_cases() -> Iterator[Case]:
     yield from bad_input_files.cases()
 
 
+def choose(cases: list[Case], every: int) -> list[Case]:
+    """Return every ``every``-th case of each area, the first of each among them."""
+    places: Counter[str] = Counter()
+    chosen = []
+    for case in cases:
+        if places[case.area] % every == 0:
+            chosen.append(case)
+        places[case.area] += 1
+    return chosen
+
+
 def main() -> None:
     """Run the chosen cases, print those that are not refused, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--area", nargs="*", help="only these areas")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th case (default: all)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th case of an area (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name or command has this text")
     parser.add_argument("--show", action="store_true", help="print the sentence of each case")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON Lines: area, name and answer of each case")
     args = parser.parse_args()
     cases = [case for case in all_cases() if not args.area or case.area in args.area]
-    cases = [case for case in cases if args.only in f"{case.name} {' '.join(case.command)}"][:: args.every]
+    cases = choose([case for case in cases if args.only in f"{case.name} {' '.join(case.command)}"], args.every)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     load_libraries()
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
