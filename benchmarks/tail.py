@@ -1,6 +1,6 @@
 """Measure how long engines wait for the longest responses: one shared queue, and rounds that postpone long prompts.
 
-``torchrun --nproc-per-node 2 -m benchmarks.tail ITERATIONS OVERSAMPLE BETWEEN`` prints one JSON row for each way.
+``torchrun --nproc-per-node 2 -m benchmarks.tail ITERATIONS PROMPTS OVERSAMPLE BETWEEN`` prints a JSON row for each way.
 
 vLLM generates every token; only where a response ends is decided beforehand.  Lengths are log-normal with the paper's
 shape at a hundredth of its size: 70 tokens on average, at most 240 (7k and 24k).  ``BETWEEN`` is the share of the
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -36,13 +37,13 @@ from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 
 MEAN, LONGEST, SIGMA = 70, 240, 0.62  # of the paper's responses: a hundredth of 7k and of 24k
-OPTIONS = ("prompts=24", "responses=4", "rollout.max_num_seqs=64", "curriculum=[{until: 1000, max_tokens: 320}]")
+OPTIONS = ("responses=4", "rollout.max_num_seqs=64", "curriculum=[{until: 1000, max_tokens: 320}]")
 
 
-def run(iterations: int, oversample: float, between: float) -> list[BenchRow]:
+def run(iterations: int, prompts: int, oversample: float, between: float) -> list[BenchRow]:
     """Start the two processes and return the rows that they print."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    rows = run_in_subprocess(__name__, iterations, oversample, between, launcher=launcher)
+    rows = run_in_subprocess(__name__, iterations, prompts, oversample, between, launcher=launcher)
     for row in rows:
         row["ratio"] = rows[0]["seconds"] / row["seconds"]
     return rows
@@ -85,11 +86,11 @@ def force_lengths(engine: RolloutEngine, between: float) -> None:
     engine._enqueue = enqueue  # type: ignore[method-assign]
 
 
-def make_config(folder: Path) -> RLConfig:
+def make_config(folder: Path, prompts: int) -> RLConfig:
     """Return the quickstart's settings with short text prompts."""
     recipe = OmegaConf.load(RECIPES / "tiny_rl.yaml")
     recipe.pop("defaults")
-    options = [*OPTIONS, f"model.path={folder / 'model'}", f"run.dir={folder / 'run'}"]
+    options = [*OPTIONS, f"prompts={prompts}", f"model.path={folder / 'model'}", f"run.dir={folder / 'run'}"]
     source = {"data": {"sources": [{"path": "puzzle:digits?form=text&task=sum&answered=0", "name": "text"}]}}
     merged = OmegaConf.merge(defaults(RLConfig), recipe, source, OmegaConf.from_dotlist(options))
     return build(RLConfig, merged)  # type: ignore[arg-type]
@@ -126,7 +127,8 @@ def measure(rollouts: Rollouts, config: RLConfig, world: World, name: str, itera
 
 def main() -> None:
     """Measure both ways one after the other, with the same engines."""
-    iterations, oversample, between = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    iterations, prompt_count = int(sys.argv[1]), int(sys.argv[2])
+    oversample, between = float(sys.argv[3]), float(sys.argv[4])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
     names = [tempfile.mkdtemp() if world.is_main else ""]
     dist.broadcast_object_list(names)
@@ -134,7 +136,7 @@ def main() -> None:
     if world.is_main:
         make_tiny_model(folder / "model", tied=True, seed=1)
     dist.barrier()
-    config = make_config(folder)
+    config = make_config(folder, prompt_count)
     model_folder, prompts = open_model_and_prompts(config, SkippedRows())
     models, _ = build_models(config, model_folder, prompts.processor, world, training=False)
     rollouts = build_rollouts(config, model_folder, prompts.processor, models)
@@ -149,6 +151,8 @@ def main() -> None:
             row = measure(rollouts, replace(config, rollout=rollout_config), world, name, iterations)
             if world.is_main:
                 print(json.dumps(row), flush=True)
+    if world.is_main:
+        shutil.rmtree(folder)
     distributed.finish()
 
 
