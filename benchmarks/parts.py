@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from benchmarks import head, model, packing, prepare, rl, save, step, vision
+from benchmarks import head, model, packing, prepare, rl, save, step, tail, vision
 from benchmarks.shapes import LAYER_SHAPES
 from benchmarks.subprocess_bench import BenchRow
 
@@ -63,6 +63,10 @@ def _run_prepare(arguments: argparse.Namespace) -> Rows:
     return prepare.run(arguments.rows, arguments.workers, arguments.rounds)
 
 
+def _run_tail(arguments: argparse.Namespace) -> Rows:
+    return tail.run(arguments.iterations, arguments.prompts, arguments.oversample, arguments.between)
+
+
 BENCHMARKS: dict[str, Benchmark] = {
     "model": _run_model,
     "step": _run_step,
@@ -72,6 +76,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "packing": _print_at_end(_run_packing, packing.format_table),
     "prepare": _print_at_end(_run_prepare, prepare.format_table),
     "save": _print_at_end(lambda arguments: save.run(arguments.rounds), save.format_table),
+    "tail": _print_at_end(_run_tail, tail.format_table),
 }
 
 

@@ -171,7 +171,7 @@ def _measure_iteration(folder: Path, model: str, rounds: int) -> list[BenchRow]:
         for iteration in range(rounds + 1):  # the first one compiles and fills caches
             stream_state = stream.state()
             start = time.perf_counter()
-            outcome = iterate(models, rollouts, prompts.draw, iteration)
+            outcome = iterate(models, rollouts, prompts, iteration)
             experience = outcome.experience
             arrays = {name: getattr(experience, name) for name in archive.ARRAYS}
             archive.write(

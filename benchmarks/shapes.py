@@ -10,4 +10,4 @@ LAYER_SHAPES = {
 }
 
 STEP_SHAPES = ("tiny", *presets())
-PARTS = ("model", "step", "vision", "head", "rl", "packing", "prepare", "save")
+PARTS = ("model", "step", "vision", "head", "rl", "packing", "prepare", "save", "tail")

@@ -9,6 +9,7 @@ head: log-probabilities over a large vocabulary in chunks, beside the whole logi
 packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's packing where `nemo` can be imported.
 rl: one iteration's phases, generation beside plain vLLM, the weights' way into the engine beside a copy, verdicts.
 save: how long a checkpoint holds two ranks up, beside all files by the first rank.
+tail: how long two engines wait for the longest responses, with and without rollout.oversample.
 """
 
 import argparse
@@ -52,6 +53,12 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=whole_number(1), default=200_000, help="rows to prepare (prepare)")
     parser.add_argument("--workers", type=whole_number(1), default=1, help="processes that judge rows (prepare)")
+    parser.add_argument("--iterations", type=whole_number(1), default=18, help="measured of each way (tail)")
+    parser.add_argument("--prompts", type=whole_number(2), default=6, help="of an iteration (tail)")
+    parser.add_argument("--oversample", type=float, default=0.5, help="as the setting rollout.oversample (tail)")
+    parser.add_argument(
+        "--between", type=float, default=0.5, help="share of the variance of lengths that a prompt decides (tail)"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.shapes or ()) - set(LAYER_SHAPES if arguments.what == "model" else STEP_SHAPES)
     if unknown:

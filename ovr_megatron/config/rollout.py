@@ -21,6 +21,9 @@ class RolloutConfig:
     schedule: Literal["static", "shared"] = "static"
     """Prompts of an engine: the same number at the start, so that a repeated run draws the same batches (static), or
     the next one when it has room, which ends sooner where lengths differ (shared)."""
+    oversample: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
+    """Share of prompts that are started beyond those of an iteration, which ends when enough are answered; the others
+    are generated anew in a later iteration of long responses."""
     temperature: PositiveTemperature = 1.0
     """Temperature of sampling."""
     top_p: NonNegativeFloat = 1.0

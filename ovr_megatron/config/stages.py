@@ -100,6 +100,11 @@ class RLConfig:
             f"responses={self.responses}: algorithm.estimator={self.algorithm.estimator} and dynamic_sampling compare "
             "the responses to one prompt; take 2 or more",
         )
+        require(
+            not (self.rollout.oversample and self.algorithm.dynamic_sampling),
+            f"rollout.oversample={self.rollout.oversample:g} and algorithm.dynamic_sampling both start more prompts "
+            "than an iteration trains on; set one of them to 0",
+        )
         # The penalty begins so many tokens before the limit: within a shorter one it would begin before the response.
         shortest = min((stage.max_tokens for stage in self.curriculum), default=0)
         require(

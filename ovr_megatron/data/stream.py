@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
@@ -15,6 +15,13 @@ from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.sources import open_source
 
 _BARREN = 10_000  # consecutive excluded or skipped rows after which the stream gives up
+
+
+class RowPosition(NamedTuple):
+    """Where a row of a stream lies: the number of its source, and its index there."""
+
+    source: int
+    index: int
 
 
 class StreamState(TypedDict):
@@ -36,6 +43,7 @@ class RowStream:
 
     Attributes:
         excluded: Rows excluded so far.
+        last_position: Of the row drawn last.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class RowStream:
         self._drawn = 0  # rows of all sources
         self._taken = [0] * len(sources)  # rows of each source
         self.excluded = 0
+        self.last_position = RowPosition(0, 0)
         self._orders: dict[int, tuple[int, list[int]]] = {}  # by source: an epoch and its shuffle
 
     def __iter__(self) -> Iterator[Row]:
@@ -84,6 +93,7 @@ class RowStream:
             self._drawn += 1
             index = self._next_index(source)
             self._taken[source] += 1
+            self.last_position = RowPosition(source, index)
             try:
                 row = self._sources[source][index]
                 if not self._is_excluded(row):
@@ -97,6 +107,14 @@ class RowStream:
                 self._skipped.add(error)
         remedy = "remove data.exclude, correct the rows or add other sources"
         raise RowError(where, "messages", f"{_BARREN} rows in a row are excluded or cannot be used", remedy)
+
+    def row(self, position: RowPosition) -> Row:
+        """Return the row at ``position``, wherever the stream stands.
+
+        Raises:
+            RowError: the row cannot be used any more.
+        """
+        return self._sources[position.source][position.index]
 
     def absent_sources(self, names: Iterable[str]) -> list[str]:
         """Return those of ``names`` that are the source of no row.

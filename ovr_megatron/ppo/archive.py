@@ -19,11 +19,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ovr_megatron.data.stream import StreamState
+from ovr_megatron.data.schema import Row
 from ovr_megatron.errors import UserError
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.prompts import Prompts, PromptStream
+from ovr_megatron.ppo.prompts import Prompts, PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import gather_objects
@@ -72,12 +72,16 @@ class IterationSummary(TypedDict):
 
     Attributes:
         kept: index and tokens of each prompt that was trained on.
+        long: True of a long round; absent without ``rollout.oversample``.
+        postponed: indices of the prompts that were left to a long round; absent without ``rollout.oversample``.
     """
 
     limit: int
     kept: list[list[int]]
-    stream: StreamState
+    stream: PromptState
     drawn: int
+    long: NotRequired[bool]
+    postponed: NotRequired[list[int]]
 
 
 @dataclass(frozen=True)
@@ -90,20 +94,24 @@ class SavedIteration:
         stream: state of the prompt stream before the iteration.
         drawn: prompts that the iteration drew from it.
         responses: those in the files that this rank has read.
+        long: whether it was a long round.
+        postponed: indices of the prompts that were left to a long round.
     """
 
     limit: int
     train_prompts: dict[int, int]
-    stream: StreamState
+    stream: PromptState
     drawn: int
     responses: list[Response]
+    long: bool = False
+    postponed: Sequence[int] = ()
 
 
 def write(
     run: Path,
     iteration: int,
     rollout: Rollout,
-    stream: StreamState,
+    stream: PromptState,
     responses: Sequence[Response],
     arrays: Mapping[str, Ragged | None],
     world: World,
@@ -132,6 +140,9 @@ def write(
         "stream": stream,
         "drawn": len(rollout.prompts.rows),
     }
+    if rollout.long or rollout.postponed:
+        summary["long"] = rollout.long
+        summary["postponed"] = rollout.postponed
     part = folder / f"{world.rank:05d}"
     steps: list[Callable[[], None] | None] = [
         partial(_make_empty, folder) if world.is_main else None,
@@ -242,6 +253,8 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
         summary["stream"],
         summary["drawn"],
         responses,
+        summary.get("long", False),
+        summary.get("postponed", []),
     )
 
 
@@ -269,8 +282,13 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         # The saved state is that before the iteration, so its prompts are drawn once more.
-        prompts.stream.load(summary["stream"])
-        prompts.draw(int(summary["drawn"]))
+        _redraw(
+            prompts,
+            summary["stream"],
+            int(summary["drawn"]),
+            summary.get("long", False),
+            summary.get("postponed", []),
+        )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         remedy = f"remove {path.parent}, and the iteration is done again"
         raise ArchiveError(f"{path} cannot be read ({error}); {remedy}") from error
@@ -278,14 +296,21 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
 
 def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
     """Return the rollout as it was, its prompts drawn again; the stream ends where the iteration left it."""
-    prompts.stream.load(saved.stream)
-    rows = prompts.draw(saved.drawn)
+    rows = _redraw(prompts, saved.stream, saved.drawn, saved.long, saved.postponed)
     return Rollout(
         Prompts(rows, prompts.processor),
         saved.limit,
         saved.responses,
         saved.train_prompts,
     )
+
+
+def _redraw(prompts: PromptStream, before: PromptState, drawn: int, long: bool, postponed: Sequence[int]) -> list[Row]:
+    """Draw the ``drawn`` prompts of an iteration once more from the state ``before`` it, and postpone the same."""
+    prompts.load(before)
+    rows = prompts.draw_postponed(drawn) if long else prompts.draw(drawn)
+    prompts.postpone(postponed)
+    return rows
 
 
 def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[str, Ragged]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Batch
 from ovr_megatron.ppo.curriculum import max_tokens
 from ovr_megatron.ppo.experience import Experience, Models, build_local_batch, compute_experience, sum_over_dp
+from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.ppo.update import update_critic, update_policy
 from ovr_megatron.runtime.distributed import World
@@ -29,13 +29,13 @@ class IterationResult:
     experience: Experience
 
 
-def iterate(models: Models, rollouts: Rollouts, draw: Callable[[int], list[Row]], iteration: int) -> IterationResult:
-    """Run iteration ``iteration`` (from 0); ``draw`` gives the next prompts, the same on every rank.  A collective."""
+def iterate(models: Models, rollouts: Rollouts, prompts: PromptStream, iteration: int) -> IterationResult:
+    """Run iteration ``iteration`` (from 0) on the next of ``prompts``, the same on every rank.  A collective."""
     clock = Clock()
     with clock("generate"):
         models.offload_except(None)  # with `offload`, vLLM's cache takes their memory
         limit = max_tokens(models.config.curriculum, iteration)
-        rollout = rollouts.collect(draw, iteration, limit)
+        rollout = rollouts.collect(prompts, iteration, limit)
         # Deep sleep drops the engine's weights, and the next update sends all of them: too many where some are frozen.
         rollouts.engine.sleep(deep=models.policy.updates_rewrite_vllm)
     result = learn(models, rollout, iteration, clock)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from typing import NotRequired
 
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
-from ovr_megatron.data.stream import RowStream
+from ovr_megatron.data.stream import RowPosition, RowStream, StreamState
 from ovr_megatron.rewards.references import check_reference
 from ovr_megatron.rewards.rules import RuleError
 
 MOST_DROPPED = 10_000  # prompts in a row that are left out, after which the stream gives up
 
 
+class PromptState(StreamState):
+    """Position of a prompt stream, as JSON.
+
+    Attributes:
+        postponed: source and index of each prompt that waits for a long round; absent where none does.
+    """
+
+    postponed: NotRequired[list[list[int]]]
+
+
 class PromptStream:
     """Prompts from a stream of rows, without those that are too long or, where there is a list, unusable.
+
+    With `draw_round` and `postpone` it also has a queue of the prompts that an oversampled round did not wait for.
 
     Attributes:
         dropped: Rows drawn and left out so far.
@@ -46,6 +59,53 @@ class PromptStream:
         self.rules = rules
         self.skipped = skipped
         self.dropped = 0
+        self._postponed: list[RowPosition] = []
+        self._round: list[RowPosition] = []  # of the prompts drawn last
+
+    def state(self) -> PromptState:
+        """Return the position as JSON."""
+        state: PromptState = {**self.stream.state()}
+        if self._postponed:
+            state["postponed"] = [list(position) for position in self._postponed]
+        return state
+
+    def load(self, state: PromptState) -> None:
+        """Go to a position.
+
+        Raises:
+            ConfigError: the position is that of a stream with another seed, or other sources.
+        """
+        self.stream.load(state)
+        self._postponed = [RowPosition(*position) for position in state.get("postponed", [])]
+        self._round = []
+
+    @property
+    def postponed(self) -> int:
+        """Number of prompts that wait for a long round."""
+        return len(self._postponed)
+
+    def draw_round(self, count: int, oversample: float) -> tuple[list[Row], bool]:
+        """Return the prompts of a round that trains on ``count`` of them, and whether it is a long round.
+
+        A long round has ``count`` prompts that earlier rounds postponed, and comes as soon as there are so many.  A
+        short round has new prompts, the share ``oversample`` more of them than it trains on.
+
+        Raises:
+            RowError: as of `draw`.
+        """
+        if self.postponed >= count:
+            return self.draw_postponed(count), True
+        return self.draw(math.ceil(count * (1 + oversample))), False
+
+    def draw_postponed(self, count: int) -> list[Row]:
+        """Return ``count`` postponed prompts, the oldest first; they leave the queue."""
+        self._round = self._postponed[:count]
+        self._postponed = self._postponed[count:]
+        return [self.stream.row(position) for position in self._round]
+
+    def postpone(self, indices: Sequence[int]) -> None:
+        """Put those prompts of the round drawn last into the queue of a long round."""
+        self._postponed += [self._round[i] for i in indices]
 
     def draw(self, count: int) -> list[Row]:
         """Return the next ``count`` prompts.
@@ -55,12 +115,15 @@ class PromptStream:
                 them; or nothing but prompts that are left out.
         """
         rows: list[Row] = []
+        self._round = []
         dropped_before = self.dropped
         while len(rows) < count:
             missing = count - len(rows)
             fitting, errors = self._draw_fitting(missing)
             self.dropped += len(errors)
-            rows += fitting
+            for row, position in fitting:
+                rows.append(row)
+                self._round.append(position)
             dropped_now = self.dropped - dropped_before
             if not rows and dropped_now >= MOST_DROPPED:
                 error = errors[0]
@@ -71,24 +134,28 @@ class PromptStream:
                 raise RowError(error.where, error.field, problem, remedy)
         return rows
 
-    def _draw_fitting(self, count: int) -> tuple[list[Row], list[RowError]]:
+    def _draw_fitting(self, count: int) -> tuple[list[tuple[Row, RowPosition]], list[RowError]]:
         """Draw ``count`` rows; return those that can be prompts, and the errors of the others, of length first."""
         # All at once: the stream lists the rows that it leaves out before the answers are looked at.
-        drawn = list(islice(self.stream, count))
-        sound: list[Row] = []
+        drawn: list[tuple[Row, RowPosition]] = []
+        for _ in range(count):
+            row = next(self.stream)
+            drawn.append((row, self.stream.last_position))
+        sound: list[tuple[Row, RowPosition]] = []
         answer_errors: list[RowError] = []
-        for row in drawn:
+        for row, position in drawn:
             error = self._problem(row)
             if error is None:
-                sound.append(row)
+                sound.append((row, position))
             else:
                 answer_errors.append(error)
-        fitting: list[Row] = []
+        fitting: list[tuple[Row, RowPosition]] = []
         length_errors: list[RowError] = []
-        lengths = lengths_or_errors(self.processor, sound, generation=True, skipped=self.skipped)
-        for row, length in zip(sound, lengths, strict=True):
+        sound_rows = [row for row, _ in sound]
+        lengths = lengths_or_errors(self.processor, sound_rows, generation=True, skipped=self.skipped)
+        for prompt, length in zip(sound, lengths, strict=True):
             if isinstance(length, int):
-                fitting.append(row)
+                fitting.append(prompt)
             else:
                 length_errors.append(length)
         return fitting, length_errors + answer_errors

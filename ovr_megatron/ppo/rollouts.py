@@ -15,7 +15,8 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, seeds_of
 from ovr_megatron.ppo.counters import RolloutCounters
-from ovr_megatron.ppo.prompts import Prompts
+from ovr_megatron.ppo.prompts import Prompts, PromptStream
+from ovr_megatron.ppo.round_cut import RoundCut
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
 from ovr_megatron.rewards.rules import is_plain
@@ -64,6 +65,8 @@ class Rollout:
         responses: those of this rank's engine; none on the followers of a tensor-parallel group.
         train_prompts: the prompts to train on, the same on all ranks, and the tokens of each with all its responses.
         metrics: of generation, the same on all ranks.
+        long: whether the prompts are those that oversampled rounds postponed.
+        postponed: the prompts that an oversampled round left to a long one, the same on all ranks.
     """
 
     prompts: Prompts
@@ -71,6 +74,8 @@ class Rollout:
     responses: list[Response] = field(default_factory=list)
     train_prompts: dict[int, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    long: bool = False
+    postponed: list[int] = field(default_factory=list)
 
 
 class Rollouts:
@@ -97,14 +102,14 @@ class Rollouts:
         self.leads = tp_rank == 0
         self.failures = FailureWatch(config.reward.rules)
 
-    def collect(self, draw: Callable[[int], list[Row]], iteration: int, limit: int) -> Rollout:
+    def collect(self, prompts: PromptStream, iteration: int, limit: int) -> Rollout:
         """Draw prompts, generate and grade; with ``algorithm.dynamic_sampling``, until enough have unequal rewards.
 
         Where even its last round leaves too few, prompts with equal rewards fill the batch up: they change nothing
         but the number of tokens by which losses are divided.  A collective.
 
         Args:
-            draw: gives the next prompts, the same on every rank.
+            prompts: gives the next prompts, the same on every rank.
             iteration: from 0, for the seeds.
             limit: most tokens of a prompt and its response together.
 
@@ -121,7 +126,8 @@ class Rollouts:
         unequal: list[int] = []
         for sampling_round in range(max(dynamic_sampling, 1)):
             first = len(rows)
-            rows += draw(config.prompts)
+            drawn_rows, rollout.long = self._draw(prompts)
+            rows += drawn_rows
             indices = range(first, len(rows))
             # A name of its own: the store keeps the counters of earlier queues.
             name = f"{iteration}.{sampling_round}"
@@ -135,9 +141,10 @@ class Rollouts:
             # All ranks have gathered the same groups, so that they leave the loop in the same round.
             if not dynamic_sampling or len(unequal) >= config.prompts:
                 break
-        if len(tokens) * 2 <= len(rows):
+        asked = len(rows) - len(rollout.postponed)
+        if len(tokens) * 2 <= asked:
             problems = {r.verdict for r in rollout.responses if not r.rewarded}
-            raise RolloutError(f"{len(tokens)} of {len(rows)} prompts were answered and graded: {problems}")
+            raise RolloutError(f"{len(tokens)} of {asked} prompts were answered and graded: {problems}")
         order = list(tokens)
         if dynamic_sampling:
             unequal_prompts = set(unequal)
@@ -148,7 +155,17 @@ class Rollouts:
         # By index again: in `order` those with equal rewards come last.
         for prompt in sorted(order[: config.prompts]):
             rollout.train_prompts[prompt] = tokens[prompt]
+        if config.rollout.oversample:
+            prompts.postpone(rollout.postponed)
+            rollout.metrics["rollout/long_round"] = float(rollout.long)
+            rollout.metrics["rollout/postponed_prompts"] = float(prompts.postponed)
         return rollout
+
+    def _draw(self, prompts: PromptStream) -> tuple[list[Row], bool]:
+        """Return the prompts of a round, and whether it is a long one, which only ``rollout.oversample`` has."""
+        if self.config.rollout.oversample:
+            return prompts.draw_round(self.config.prompts, self.config.rollout.oversample)
+        return prompts.draw(self.config.prompts), False
 
     def _group_rewards(self, responses: Sequence[Response], rollout: Rollout) -> dict[int, GroupRewards]:
         """Gather the groups of all ranks whose responses are all graded, by prompt.  A collective."""
@@ -188,12 +205,18 @@ class Rollouts:
         queue = self._open_queue(indices, name)
         counters = RolloutCounters(f"counters/{name}")
         barrier = WorkBarrier(name, self.stop)
+        cut: RoundCut | None = None
+        needed = min(len(indices), config.prompts)
+        if needed < len(indices):
+            cut = RoundCut(name, needed, self.replicas)
         graded: list[tuple[str, Verdict]] = []
 
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
             return self._engine_prompts(queue(outstanding), rollout, iteration)
 
         def on_result(prompt: int, generations: list[Generation]) -> None:
+            if cut:
+                cut.answer(prompt)
             if not self.leads:  # the ranks of an engine have the same responses
                 return
             responses.update(self._submit_all(prompt, generations, rows[prompt]))
@@ -204,7 +227,7 @@ class Rollouts:
             verdicts = self.grader.collect(wait)
             graded.extend(self._write_verdicts(responses, rows, verdicts, counters))
 
-        total = len(indices) * config.responses
+        total = needed * config.responses
         with Progress(total, f"generating {iteration}", "response", self.world.is_main, inner=True) as bar:
 
             def between_steps() -> bool:
@@ -212,10 +235,14 @@ class Rollouts:
                     take_verdicts(wait=False)
                 if self.world.is_main:
                     counters.show(bar)
-                return barrier.engine_step(self.engine.agree)
+                if barrier.engine_step(self.engine.agree):
+                    return True
+                return cut is not None and cut.engine_step(self.engine.agree)
 
             failed = self.engine.answer(take, on_result, between_steps)
             generate_s = time.perf_counter() - began
+            if cut and self.leads:
+                cut.wait(barrier, lambda: take_verdicts(wait=False))
             # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
             while self.leads and self.grader.pending and not barrier.stop_asked():
                 take_verdicts(wait=True)
@@ -226,11 +253,17 @@ class Rollouts:
         barrier.wait()
         failed_prompts = failed if self.leads else []  # the followers of an engine have the same list
         responses |= _failed_responses(failed_prompts, config.responses)
+        if cut:
+            for prompt, _ in failed_prompts:
+                cut.fail(prompt)
+            rollout.postponed = cut.postponed(indices, self.leads)
         self._watch_failures(graded)
         total_s = time.perf_counter() - began
         self._record_idle_time(rollout, RankTimes(generate_s, total_s, len(failed_prompts)))
+        postponed = set(rollout.postponed)
         # By prompt and sample, so that the order does not depend on which response ended first.
-        return [responses[key] for key in sorted(responses)]
+        ordered = [responses[key] for key in sorted(responses)]
+        return [r for r in ordered if r.prompt not in postponed]
 
     def _engine_prompts(self, indices: Sequence[int], rollout: Rollout, iteration: int) -> list[tuple[int, Prompt]]:
         """Return each of the prompts ``indices`` as the engine takes it, with seeds and length limit."""

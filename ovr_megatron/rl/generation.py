@@ -65,9 +65,9 @@ def _generate_iteration(rollouts: Rollouts, prompts: PromptStream, run: Path, it
         ArchiveError: the disk is full.
     """
     # Before the draw: from here ``only=train`` draws the prompts again.
-    stream_state = prompts.stream.state()
+    stream_state = prompts.state()
     limit = max_tokens(rollouts.config.curriculum, iteration)
-    rollout = rollouts.collect(prompts.draw, iteration, limit)
+    rollout = rollouts.collect(prompts, iteration, limit)
     # Not exchanged: no rank trains on them, and each writes what its own engine has generated.
     responses = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
     problem = archive.write(run, iteration, rollout, stream_state, responses, {}, rollouts.world)

@@ -47,7 +47,9 @@ def rehearse(config: RLConfig, world: World) -> Path:
     run = Path(config.run.dir)
     run_folder.enter(run, run_folder.REHEARSAL, world.is_main)
     prompt_count = min(config.prompts, rehearsal_prompts(config, world))
-    config = replace(config, prompts=prompt_count)
+    # All responses have full length: there is no tail to leave to a later round.
+    rollout_config = replace(config.rollout, oversample=0.0)
+    config = replace(config, prompts=prompt_count, rollout=rollout_config)
     check_steps(config, world)
     skipped = skipped_rows(config.data, run, world.is_main)
     model_folder, prompts = open_model_and_prompts(config, skipped)
@@ -65,7 +67,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
             if first_iteration >= config.iterations:
                 break  # the run ends before this stage
             memory_peaks()  # on a GPU they begin anew
-            metrics = iterate(models, rollouts, prompts.draw, first_iteration).metrics
+            metrics = iterate(models, rollouts, prompts, first_iteration).metrics
             measurement: RehearsedStage = {
                 "max_tokens": stage.max_tokens,
                 "prompts": config.prompts,

@@ -13,7 +13,6 @@ from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import skipped_rows
-from ovr_megatron.data.stream import StreamState
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.model.layers import cautions, layers_in_use
@@ -26,6 +25,7 @@ from ovr_megatron.ppo.curriculum import stage_starts
 from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn
 from ovr_megatron.ppo.losses import find_loss
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
+from ovr_megatron.ppo.prompts import PromptState
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards import rules
 from ovr_megatron.rl.generation import generate
@@ -74,7 +74,6 @@ class PPOTrainer:
         check_steps(config, world)
         self.skipped = skipped_rows(config.data, self.run, world.is_main)
         model_folder, self.prompts = open_model_and_prompts(config, self.skipped)
-        self.stream = self.prompts.stream
         processor = self.prompts.processor
         if world.is_main and processor.template_notice:
             logger.log(NOTICE, processor.template_notice)
@@ -85,7 +84,7 @@ class PPOTrainer:
         checkpoint = self.checkpoints.resume(self.engines)
         self.first = 0
         if checkpoint:
-            self.stream.load(checkpoint.state["prompts"])
+            self.prompts.load(checkpoint.state["prompts"])
             self.first = checkpoint.step
         self.rollouts: Rollouts | None = None
         self.evaluation: PeriodicEvaluation | None = None
@@ -119,11 +118,11 @@ class PPOTrainer:
             for iteration in range(self.first, self.last):
                 set_step(iteration)
                 # Before the draw: from here the archived iteration draws its prompts again.
-                stream_state = self.stream.state()
+                stream_state = self.prompts.state()
                 dropped_before = self.prompts.dropped
                 if self.rollouts:
                     try:
-                        result = iterate(self.models, self.rollouts, self.prompts.draw, iteration)
+                        result = iterate(self.models, self.rollouts, self.prompts, iteration)
                     except StopRequested:
                         self.rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
                         self.checkpoints.stop_early(iteration, self.engines, state)
@@ -140,7 +139,7 @@ class PPOTrainer:
                 reward = metrics["reward/mean"]
                 length = metrics["response/length"]
                 progress.update(reward=f"{reward:.3f}", length=f"{length:.0f}")
-                state = {"prompts": self.stream.state(), "curriculum": metrics["curriculum/max_tokens"]}
+                state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
                 done = iteration + 1
                 is_last = done == self.last
                 if self.checkpoints.end_step(done, is_last, self.engines, state):
@@ -178,7 +177,7 @@ class PPOTrainer:
         metrics |= spread_metrics(result.rollout)
         metrics |= mfu_metrics(self.models, result.experience, iteration, metrics, self.peak_flops)
 
-    def _archive(self, result: IterationResult, iteration: int, stream_state: StreamState) -> None:
+    def _archive(self, result: IterationResult, iteration: int, stream_state: PromptState) -> None:
         """Archive the rollouts of ``result``; a full disk is a warning.  A collective.
 
         ``stream_state`` is that of the prompt stream before the iteration.

@@ -291,7 +291,7 @@ class RolloutEngine:
         with undisturbed():
             self._wake_to_work()
             if prompts:
-                inputs = [_request(prompt) for prompt in prompts]
+                inputs = [request_of(prompt) for prompt in prompts]
                 self._llm.enqueue(inputs, [SCORING] * len(inputs), use_tqdm=False)
             logprobs: dict[int, np.ndarray] = {}
             while self._llm.llm_engine.has_unfinished_requests():
@@ -304,7 +304,7 @@ class RolloutEngine:
     def _enqueue(self, prompt: Prompt) -> list[str]:
         """Hand the prompt to vLLM and return the ids of its requests in the order of their seeds."""
         params = sampling_params(prompt, self._end_ids, self._stop)
-        return self._llm.enqueue([_request(prompt)] * len(params), params, use_tqdm=False)
+        return self._llm.enqueue([request_of(prompt)] * len(params), params, use_tqdm=False)
 
     def sleep(self, deep: bool = False) -> None:
         """Drop the caches and free the GPU for the trainer until the next `update` or `generate`.
@@ -411,7 +411,7 @@ class _PendingPrompts:
             on_result(index, responses)
 
 
-def _request(prompt: Prompt) -> dict[str, object]:
+def request_of(prompt: Prompt) -> dict[str, object]:
     """Return a prompt in vLLM's form."""
     request: dict[str, object] = {"prompt_token_ids": list(prompt.tokens)}
     media: dict[str, Sequence[object]] = {}

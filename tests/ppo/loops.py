@@ -1,12 +1,14 @@
 """PPO and its relatives on two ranks, for tests/ppo: ``torchrun ... tests/ppo/loops.py OUT [reference [NAME ...]]``.
 
-With ``reference`` only the runs that tests/ppo/test_reference.py reads, or those named.
+With ``reference`` only the runs that tests/ppo/test_reference.py reads, or those named; with ``tail`` only those of
+oversampled rounds.
 """
 
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -167,9 +169,45 @@ def reference_runs(names: Sequence[str]) -> None:
             train(name, *options[name])
 
 
+def oversampled_runs() -> None:
+    """Train with rounds that postpone long prompts: whole, resumed, beside a slow engine, and from its archive."""
+    settings = ("rollout.oversample=0.5", "iterations=5")
+    train("tail", *settings)
+    resume_after_one("tail", "tail_resumed", *settings)
+    with slow_engine(rank=1):
+        train("tail_slow", *settings, "iterations=2")
+    train("tail_learned", *settings, "only=train", f"rollouts_from={out / 'tail'}")
+
+
+@contextmanager
+def slow_engine(rank: int) -> Iterator[None]:
+    """Delay every step of the engine of ``rank`` within the block."""
+    answer = RolloutEngine.answer
+
+    def answer_late(
+        engine: RolloutEngine, take: Callable, on_result: Callable, should_stop: Callable[[], bool]
+    ) -> list[tuple[int, str]]:
+        def pause() -> bool:
+            if world.rank == rank:
+                time.sleep(0.02)
+            return should_stop()
+
+        return answer(engine, take, on_result, pause)
+
+    RolloutEngine.answer = answer_late
+    try:
+        yield
+    finally:
+        RolloutEngine.answer = answer
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
+    if sys.argv[2:] == ["tail"]:
+        oversampled_runs()
+        distributed.finish()
+        sys.exit()
     reference_runs(sys.argv[3:])
     if sys.argv[2:]:  # tests/soak/mutants.py
         distributed.finish()
@@ -187,6 +225,7 @@ if __name__ == "__main__":
     resume_after_one("lora", "lora_resumed", *adapters)
     train("lora_tp2", *adapters, "parallel.tp=2", "rollout.check_updates=true", "offload=true")
     train("learned", "only=train", f"rollouts_from={out / 'ppo'}")
+    oversampled_runs()
     half = config("rolled_out", "only=rollout", "iterations=1")
     generate(half, world)
     found = {

@@ -167,3 +167,43 @@ def test_critic_gradients_do_not_depend_on_the_cut(runs: Path) -> None:
     print(found)
     assert all(cut["error"] <= 1e-6 for cut in found.values()), found
     assert found["micro-batches"]["packs"] >= 2 * found["micro-batches"]["before"]
+
+
+def trained_prompts(run: Path) -> list[list[str]]:
+    """Return where the prompts of each iteration that were learnt from stand in the data."""
+    places = []
+    for path in sorted((run / "rollouts").glob("*.jsonl")):
+        summary = json.loads((path.with_suffix("") / "iteration.json").read_text())
+        numbers = {number for number, _ in summary["kept"]}
+        lines = map(json.loads, path.read_text().splitlines())
+        places.append(sorted({line["where"] for line in lines if line["number"] in numbers}))
+    return places
+
+
+def test_long_prompts_wait_for_a_round_of_their_own(runs: Path) -> None:
+    """Two short rounds leave two prompts each, then a long round has these four; all by the current policy."""
+    lines = curve(runs / "tail")
+    assert [line["rollout/long_round"] for line in lines] == [0, 0, 1, 0, 0]
+    assert [line["rollout/postponed_prompts"] for line in lines] == [2, 4, 0, 2, 4]
+    assert all(line["rollout/mismatch_max"] <= 1e-4 for line in lines)
+    places = trained_prompts(runs / "tail")
+    assert [len(set(prompts)) for prompts in places] == [4] * 5
+    assert len({place for prompts in places for place in prompts}) == 20
+    for iteration in range(5):
+        samples = [sample for _, sample in rollouts(runs / "tail", iteration)]
+        assert sorted(samples) == sorted(4 * [0, 1, 2, 3])
+
+
+def test_a_slow_engine_changes_no_round(runs: Path) -> None:
+    assert curve(runs / "tail_slow") == curve(runs / "tail")[:2]
+    assert trained_prompts(runs / "tail_slow") == trained_prompts(runs / "tail")[:2]
+
+
+@pytest.mark.parametrize("name", ["tail_resumed", "tail_learned"])
+def test_postponed_prompts_outlive_a_restart(runs: Path, name: str) -> None:
+    """A run that goes on with prompts in the queue, and one that learns from the archive, end with the same weights."""
+    for model in ("policy", "critic"):
+        one, two = weights(runs / "tail", model), weights(runs / name, model)
+        assert [key for key in one if not np.array_equal(one[key], two[key])] == []
+    if name == "tail_resumed":
+        assert curve(runs / name) == curve(runs / "tail")[1:]

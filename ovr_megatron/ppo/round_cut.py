@@ -1,0 +1,128 @@
+"""End an oversampled round at a step that depends on token counts alone (RollPacker, arXiv 2509.21009, section 4)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from ovr_megatron.runtime.distributed import default_store
+from ovr_megatron.runtime.exchange import gather_objects
+from ovr_megatron.runtime.work_barrier import WorkBarrier
+
+INTERVAL = 16  # engine steps between two comparisons: each costs a message to the store and a broadcast in the engine
+_PAUSE_S = 0.02
+# A count of an interval is one number in the store, so that one addition publishes all of it:
+# answered prompts, then the replicas that published, then those of them that have no prompt left.
+_REPLICA = 1 << 24
+_ENDED = 1 << 40
+
+
+class RoundCut:
+    """The step after which a round has enough answered prompts over all replicas.
+
+    After every `INTERVAL` engine steps a replica publishes how many of its prompts are answered.  The round ends at
+    the first interval for which all replicas have published and whose sum is enough.  By then every replica has made
+    the steps in which the first of enough prompts were answered, and those it makes before it hears of the end answer
+    none earlier: with the same prompts on each replica the clock decides nothing.
+
+    Attributes:
+        last_step: The step with which the round ends; None while it is not known on this rank.
+    """
+
+    def __init__(self, name: str, prompts: int, replicas: int) -> None:
+        """Begin a round.
+
+        Args:
+            name: Of the round, unique in the run.
+            prompts: Answered prompts that are enough.
+            replicas: Number of engines.
+        """
+        self.last_step: int | None = None
+        self._store = default_store(f"cut/{name}")
+        self._needed = prompts
+        self._replicas = replicas
+        self._steps = 0
+        self._answer_steps: dict[int, int] = {}
+        self._failed: set[int] = set()
+        self._published = 0  # intervals
+        self._compared = 0
+
+    def answer(self, prompt: int) -> None:
+        """Record that ``prompt`` has all of its responses in the step under way."""
+        self._answer_steps[prompt] = self._steps + 1
+
+    def fail(self, prompt: int) -> None:
+        """Record that the engine gave ``prompt`` up, so that it is drawn no more."""
+        self._failed.add(prompt)
+
+    def engine_step(self, agree: Callable[[Callable[[], int]], int]) -> bool:
+        """Count a step of the engine; return whether the round has ended.
+
+        ``agree`` (`RolloutEngine.agree`) gives the engine's ranks, which make their steps together, the same answer.
+        """
+        self._steps += 1
+        if self._steps % INTERVAL:
+            return False
+        return bool(agree(self._compare_step))
+
+    def wait(self, barrier: WorkBarrier, meanwhile: Callable[[], None]) -> None:
+        """Publish for an engine that has no prompt left, until the round ends or a stop is asked for.
+
+        Args:
+            barrier: Hears of every pause, so that this rank does not pass for one that hangs.
+            meanwhile: Called in every pause.
+        """
+        while self.last_step is None and not barrier.stop_asked():
+            if self._published == self._compared:
+                self._publish(ended=True)
+            self._compare()
+            meanwhile()
+            barrier.step()
+            time.sleep(_PAUSE_S)
+
+    def postponed(self, indices: Sequence[int], leads: bool) -> list[int]:
+        """Return those of the prompts ``indices`` that the round leaves to a later one.  A collective.
+
+        Of more than enough answered prompts those that were answered in the earliest step are taken, and of one step
+        those with the smallest index.
+
+        Args:
+            indices: All prompts of the round.
+            leads: Whether this rank speaks for its engine.
+        """
+        answered = self._answer_steps if leads else {}  # the ranks of an engine answer the same prompts
+        failed = self._failed if leads else set()
+        ranks = gather_objects((answered, failed))
+        step_of_prompt: dict[int, int] = {}
+        given_up: set[int] = set()
+        for rank_answered, rank_failed in ranks:
+            step_of_prompt |= rank_answered
+            given_up |= rank_failed
+        order = sorted(step_of_prompt, key=lambda prompt: (step_of_prompt[prompt], prompt))
+        decided = given_up | set(order[: self._needed])
+        return [prompt for prompt in indices if prompt not in decided]
+
+    def _compare_step(self) -> int:
+        """Publish the interval that ends now; return whether the round has ended."""
+        self._publish(ended=False)
+        self._compare()
+        return int(self.last_step is not None)
+
+    def _publish(self, ended: bool) -> None:
+        self._published += 1
+        last_step = self._published * INTERVAL
+        answered = sum(step <= last_step for step in self._answer_steps.values())
+        self._store.add(str(self._published), answered + _REPLICA + ended * _ENDED)
+
+    def _compare(self) -> None:
+        """Compare, in order, the intervals for which all replicas have published."""
+        while self.last_step is None and self._compared < self._published:
+            count = self._store.add(str(self._compared + 1), 0)  # adding 0 reads
+            ended, rest = divmod(count, _ENDED)
+            replicas, answered = divmod(rest, _REPLICA)
+            if replicas < self._replicas:
+                return
+            self._compared += 1
+            # Without a prompt left on any replica there may be fewer than enough, as some were given up.
+            if answered >= self._needed or ended == self._replicas:
+                self.last_step = self._compared * INTERVAL

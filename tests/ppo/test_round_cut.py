@@ -1,0 +1,148 @@
+"""Oversampled rounds: which prompts are taken is decided by token counts, and none is lost or drawn twice."""
+
+import math
+import random
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from ovr_megatron.data.schema import Message, Row, TextPart
+from ovr_megatron.data.stream import RowStream
+from ovr_megatron.ppo import round_cut
+from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.round_cut import INTERVAL, RoundCut
+
+LONGEST_WAIT_S = 5
+
+
+class Round:
+    """A round of engines that are threads: each answers its prompts after so many steps, at a speed of its own."""
+
+    def __init__(self, steps: dict[int, int], failed: set[int], needed: int, replicas: int, seed: int):
+        self.steps, self.failed, self.needed, self.replicas = steps, failed, needed, replicas
+        self.store = dist.HashStore()
+        self.pace = random.Random(seed)
+
+    def cut(self) -> RoundCut:
+        cut = RoundCut("round", self.needed, self.replicas)
+        cut._store = self.store
+        return cut
+
+    def run_replica(self, replica: int) -> RoundCut:
+        """Run one engine to the end of the round."""
+        prompts = [p for p in sorted(self.steps) if p % self.replicas == replica]
+        waiting = {p: self.steps[p] for p in prompts if p not in self.failed}
+        cut = self.cut()
+        pause = self.pace.choice((0.0, 0.0, 1e-5, 2e-4))
+        step = 0
+        while waiting:
+            step += 1
+            for prompt in [p for p, last in waiting.items() if last == step]:
+                cut.answer(prompt)
+                del waiting[prompt]
+            if cut.engine_step(lambda decide: decide()):
+                break
+            if pause:
+                time.sleep(pause)
+        for prompt in self.failed.intersection(prompts):
+            cut.fail(prompt)
+        deadline = time.monotonic() + LONGEST_WAIT_S
+        # An engine that waits for ever ends here without a last step.
+        barrier: Any = SimpleNamespace(step=lambda: None, stop_asked=lambda: time.monotonic() > deadline)
+        cut.wait(barrier, lambda: None)
+        return cut
+
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], int | None]:
+        """Return what the round postpones, and its last step."""
+        with ThreadPoolExecutor(self.replicas) as threads:
+            cuts = list(threads.map(self.run_replica, range(self.replicas), timeout=60))
+        last_steps = {cut.last_step for cut in cuts}
+        assert len(last_steps) == 1 and None not in last_steps
+        last_step = cuts[0].last_step
+        # What every rank would bring to the gather.
+        reports: list[Any] = []
+        monkeypatch.setattr(round_cut, "gather_objects", lambda report: reports.append(report) or [report])
+        for cut in cuts:
+            cut.postponed([], leads=True)
+        monkeypatch.setattr(round_cut, "gather_objects", lambda report: reports)
+        return cuts[0].postponed(sorted(self.steps), leads=True), last_step
+
+
+def literal_cut(steps: dict[int, int], failed: set[int], needed: int) -> tuple[list[int], int]:
+    """Return what is postponed, and the last step, from all lengths at once."""
+    answered = {prompt: step for prompt, step in steps.items() if prompt not in failed}
+    taken = sorted(answered, key=lambda prompt: (answered[prompt], prompt))[:needed]
+    last_step = math.ceil(answered[taken[-1]] / INTERVAL) * INTERVAL
+    return [prompt for prompt in sorted(steps) if prompt not in failed.union(taken)], last_step
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_clock_decides_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random lengths, engines of random speed: what is taken is what the lengths alone say, and no engine waits on."""
+    monkeypatch.setattr(round_cut, "default_store", lambda prefix: None)
+    monkeypatch.setattr(round_cut, "_PAUSE_S", 1e-4)
+    draw = random.Random(seed)
+    replicas, needed = draw.randint(1, 5), draw.randint(1, 12)
+    count = needed + draw.randint(1, 8)
+    steps = {prompt: 1 + int(draw.lognormvariate(3.5, 0.8)) for prompt in range(count)}
+    failed = set(draw.sample(range(count), draw.choice((0, 0, 1, min(3, count - 1)))))
+    postponed, last_step = literal_cut(steps, failed, needed)
+    for pace in range(3):
+        ours, ours_last = Round(steps, failed, needed, replicas, pace).run(monkeypatch)
+        assert ours == postponed
+        if ours_last != last_step:
+            # Nothing is left on any engine: they publish once after the interval in which the last prompt ended.
+            assert len(steps) - len(failed) <= needed and ours_last is not None and ours_last > last_step
+    assert len(steps) - len(postponed) - len(failed) == min(needed, len(steps) - len(failed))
+
+
+class NumberedRows:
+    """Rows whose text is their number."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Row:
+        message = Message("user", (TextPart(str(index)),))
+        return Row((message,), answer="1", id=str(index), where=f"rows:{index}")
+
+
+def prompt_stream(count: int, monkeypatch: pytest.MonkeyPatch) -> PromptStream:
+    # Lengths are no part of this: every prompt fits.
+    monkeypatch.setattr("ovr_megatron.ppo.prompts.lengths_or_errors", lambda processor, rows, **_: [1] * len(rows))
+    unused: Any = None
+    return PromptStream(RowStream([(NumberedRows(count), 1.0)], seed=3), unused, {})
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_prompt_is_trained_on_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over random cuts, each prompt of an epoch is trained on or waits; a resumed stream goes on as the whole one."""
+    draw = random.Random(seed)
+    count, oversample = draw.randint(1, 9), draw.choice((0.1, 0.25, 1.0, 2.0))
+    prompts = prompt_stream(500, monkeypatch)
+    trained: list[str] = []
+    long_rounds = 0
+    while len(trained) + prompts.postponed + math.ceil(count * (1 + oversample)) <= 500:
+        other = prompt_stream(500, monkeypatch)
+        other.load(prompts.state())
+        rows, long = prompts.draw_round(count, oversample)
+        assert other.draw_round(count, oversample) == (rows, long)
+        assert len(rows) == (count if long else math.ceil(count * (1 + oversample)))
+        postponed = [] if long else sorted(draw.sample(range(len(rows)), len(rows) - count))
+        prompts.postpone(postponed)
+        trained += [row.id for index, row in enumerate(rows) if index not in postponed]
+        long_rounds += long
+    assert max(Counter(trained).values()) == 1
+    assert long_rounds > 0
+    waiting = [row.id for row in prompts.draw_postponed(prompts.postponed)]
+    assert not set(waiting) & set(trained)
+    drawn = prompts.stream.state()["drawn"]
+    assert len(trained) + len(waiting) == drawn
