@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ovr_megatron.coldstart.training import cross_entropy
+from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import DataConfig, ParallelConfig, RolloutConfig, Sampling, SourceConfig
 from ovr_megatron.data.packing import pack
 from ovr_megatron.data.processing import Processor, Sample
