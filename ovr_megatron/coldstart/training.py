@@ -24,7 +24,7 @@ from ovr_megatron.coldstart.setup import (
     show_start,
 )
 from ovr_megatron.coldstart.step_trainer import StepTrainer
-from ovr_megatron.config import ColdStartConfig, ConfigError
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.chats import Conversation, read_chats
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.supervised import ChatPacks, StepPacks, has_data, missing_data
@@ -57,7 +57,9 @@ class SFT:
         next_step: index of the next step, from 0.
     """
 
-    def __init__(self, config: ColdStartConfig, world: World | None = None, launch: LaunchArgs | None = None):
+    def __init__(
+        self, config: ColdStartConfig | RLConfig, world: World | None = None, launch: LaunchArgs | None = None
+    ):
         """Load the model and open data, log and checkpoints.
 
         Args:
@@ -69,6 +71,8 @@ class SFT:
         Raises:
             UserError: a setting, the model, the data or the run folder cannot work.
         """
+        if not isinstance(config, ColdStartConfig):
+            raise ConfigError("SFT takes settings of `ovr sft`, and these are of `ovr rl`; compose another recipe")
         check_trackers(config.run.trackers)
         with ExitStack() as resources:
             if world is None:
@@ -148,6 +152,7 @@ class SFT:
         if self.evaluation and self.evaluation.due(self.next_step, is_last):
             self.evaluation.engine.update(self.policy.engine.held())
             with suppress(StopRequested):  # `end_step` ends the run, and its next start scores these weights
+                # Scores of the last step are made whatever signal comes: no later start would make them.
                 stop = None if is_last else self.checkpoints.stop
                 self.trainer.record_scores(self.next_step - 1, self.evaluation.scores(self.next_step, stop))
         self._stopped = self.checkpoints.end_step(self.next_step, is_last, self._engines, self._state())

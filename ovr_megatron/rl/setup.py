@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.config import ConfigError, RLConfig
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.stream import open_stream
@@ -61,12 +61,17 @@ def check_names(config: RLConfig) -> None:
     check_trackers(config.run.trackers)
 
 
-def with_rewards(config: RLConfig, rewards: Mapping[str, RewardFunction]) -> RLConfig:
+def with_rewards(config: RLConfig | ColdStartConfig, rewards: Mapping[str, RewardFunction]) -> RLConfig:
     """Return the settings with the places of a program's functions, by source, in ``reward.rules``.
 
     Raises:
+        ConfigError: they are settings of the cold start.
         RuleError: graders could not import a function.
     """
+    if not isinstance(config, RLConfig):
+        raise ConfigError("RL takes settings of `ovr rl`, and these are of `ovr sft`; compose another recipe")
+    if not rewards:
+        return config
     places = {source: rules.place_of(function) for source, function in rewards.items()}
     return replace(config, reward=replace(config.reward, rules=config.reward.rules | places))
 

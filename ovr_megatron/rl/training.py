@@ -14,7 +14,7 @@ from ovr_megatron.chat_model import ChatModel
 from ovr_megatron.checkpoint.conversion import export_model
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.checkpoint.resume import ResumePoint
-from ovr_megatron.config import ConfigError, RLConfig
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.data.stream import StreamState
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
@@ -79,7 +79,7 @@ class RL:
 
     def __init__(
         self,
-        config: RLConfig,
+        config: RLConfig | ColdStartConfig,
         world: World | None = None,
         launch: LaunchArgs | None = None,
         rewards: Mapping[str, RewardFunction] | None = None,
@@ -97,8 +97,7 @@ class RL:
             RuleError: graders cannot import a function.
             UserError: a setting, a model, the data or the run folder cannot work.
         """
-        if rewards:
-            config = with_rewards(config, rewards)
+        config = with_rewards(config, rewards or {})
         with ExitStack() as resources:
             if world is None:
                 check_names(config)
