@@ -103,8 +103,8 @@ def _entries(title: str, block: str) -> Iterator[str]:
     # A line that goes on is indented.
     for entry in re.split(r"\n(?=\S)", body) if title != "Returns" else [body]:
         name, colon, rest = entry.partition(": ")
-        named = colon and title != "Returns"
-        yield f"- `{name}`: {_markdown(rest)}" if named else f"- {_markdown(entry)}"
+        has_name = colon and title != "Returns"
+        yield f"- `{name}`: {_markdown(rest)}" if has_name else f"- {_markdown(entry)}"
     yield ""
 
 
