@@ -65,11 +65,13 @@ def with_rewards(config: RLConfig | ColdStartConfig, rewards: Mapping[str, Rewar
     """Return the settings with the places of a program's functions, by source, in ``reward.rules``.
 
     Raises:
-        ConfigError: they are settings of the cold start.
+        ConfigError: they are settings of the cold start, or of a job that trains nothing.
         RuleError: graders could not import a function.
     """
     if not isinstance(config, RLConfig):
         raise ConfigError("RL takes settings of `ovr rl`, and these are of `ovr sft`; compose another recipe")
+    if config.only in ("rollout", "rehearsal"):
+        raise ConfigError(f"only={config.only} trains nothing: give it to `ovr rl`, and to RL all or train")
     if not rewards:
         return config
     places = {source: rules.place_of(function) for source, function in rewards.items()}

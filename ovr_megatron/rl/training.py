@@ -87,7 +87,7 @@ class RL:
         """Load the models, start vLLM and graders, and open data, log and checkpoints.
 
         Args:
-            config: settings of a recipe; with ``only=rollout`` and ``only=rehearsal`` take `run`.
+            config: settings of a recipe; ``only=rollout`` and ``only=rehearsal`` are for the command alone.
             world: the ranks, where the program has joined them already.
             launch: recipe and overrides of a command line, for the run's record.
             rewards: by source of the rows, functions that grade responses, as `ovr_megatron.rewards.rules.place_of`
