@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.shapes import LAYER_SHAPES
 from benchmarks.subprocess_bench import BenchRow, resident_bytes, run_in_subprocess
-from ovr_megatron.coldstart.training import cross_entropy
+from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine

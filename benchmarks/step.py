@@ -28,7 +28,7 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from benchmarks.model import make_text_pack, sample_lengths
 from benchmarks.random_models import randomise, randomise_engine, read_shape, write_model
 from benchmarks.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
-from ovr_megatron.coldstart.training import cross_entropy
+from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
 from ovr_megatron.model.flops import training_flops

@@ -10,10 +10,6 @@ from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
-from hydra.errors import HydraException
-
 _MOST_PROPOSALS = 3
 # Similarity of `difflib`, from 0 to 1: of entire dotted names, and of their last parts.
 _SIMILAR_NAME = 0.75
@@ -68,40 +64,6 @@ def _is_text_hint(hint: Any) -> bool:
         return all(isinstance(choice, str) for choice in typing.get_args(hint))
     arguments = typing.get_args(hint)
     return hint is str or (NoneType in arguments and all(_is_text_hint(a) for a in arguments if a is not NoneType))
-
-
-def with_plain_text(schema: type, overrides: Sequence[str]) -> list[str]:
-    """Return ``overrides`` with the values of text settings quoted, so that Hydra takes them literally.
-
-    A path may hold characters that Hydra's grammar reserves, as in ``run.dir=/data/it's (a=b), [x]``.  A value that the
-    grammar reads as text, quoted or escaped by the user or not, is left alone, and so is an interpolation.
-    """
-    text_settings = set(text_names(schema))
-    parser = OverridesParser.create()
-    plain = []
-    for override in overrides:
-        name, _, value = override.partition("=")
-        if name.lstrip("+") in text_settings and not _is_text(parser, override):
-            # In a quoted value Hydra reads backslashes as escapes only before a quote, so only there they are doubled.
-            escaped = re.sub(r"(\\*)('|$)", _escaped_quote, value)
-            override = f"{name}='{escaped}'"
-        plain.append(override)
-    return plain
-
-
-def _escaped_quote(match: re.Match[str]) -> str:
-    """Double the backslashes of ``match`` and escape the quote after them; at the end of the value there is none."""
-    backslashes = 2 * match[1]
-    return backslashes + "\\'" if match[2] else backslashes
-
-
-def _is_text(parser: OverridesParser, override: str) -> bool:
-    """Return whether Hydra reads the value as one text, or as null."""
-    try:
-        value = parser.parse_override(override).value()
-    except HydraException:
-        return False
-    return value is None or isinstance(value, str | QuotedString)
 
 
 def _inner_schemas(hint: Any) -> Iterator[tuple[type, str]]:

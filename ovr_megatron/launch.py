@@ -14,6 +14,8 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
 from ovr_megatron.config.described import described_yaml
 from ovr_megatron.families.presets import presets
-from ovr_megatron.keys import unknown_setting, with_new_keys, with_plain_text
+from ovr_megatron.keys import text_names, unknown_setting, with_new_keys
 
 RECIPES = Path(__file__).parent / "recipes"
 # Hydra's message for an override of a key that the schema does not have.
@@ -131,7 +133,9 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
 
 
 def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig:
-    """Return the checked configuration of a recipe, for a plan: ``run.dir`` and ``model.path`` may be missing.
+    """Return the checked settings of a recipe, for a program or a plan.
+
+    ``run.dir`` is ``run`` where it is missing, and ``model.path`` the size in the recipe's name, which serves a plan.
 
     Args:
         recipe: a name under ``recipes/``, or the path of a YAML file.
@@ -174,3 +178,37 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
         else:
             settings.append(argument)
     return settings
+
+
+def with_plain_text(schema: type, overrides: Sequence[str]) -> list[str]:
+    """Return ``overrides`` with the values of text settings quoted, so that Hydra takes them literally.
+
+    A path may hold characters that Hydra's grammar reserves, as in ``run.dir=/data/it's (a=b), [x]``.  A value that the
+    grammar reads as text, quoted or escaped by the user or not, is left alone, and so is an interpolation.
+    """
+    text_settings = set(text_names(schema))
+    parser = OverridesParser.create()
+    plain = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name.lstrip("+") in text_settings and not _is_text(parser, override):
+            # In a quoted value Hydra reads backslashes as escapes only before a quote, so only there they are doubled.
+            escaped = re.sub(r"(\\*)('|$)", _escaped_quote, value)
+            override = f"{name}='{escaped}'"
+        plain.append(override)
+    return plain
+
+
+def _escaped_quote(match: re.Match[str]) -> str:
+    """Double the backslashes of ``match`` and escape the quote after them; at the end of the value there is none."""
+    backslashes = 2 * match[1]
+    return backslashes + "\\'" if match[2] else backslashes
+
+
+def _is_text(parser: OverridesParser, override: str) -> bool:
+    """Return whether Hydra reads the value as one text, or as null."""
+    try:
+        value = parser.parse_override(override).value()
+    except HydraException:
+        return False
+    return value is None or isinstance(value, str | QuotedString)

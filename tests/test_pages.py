@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ovr_megatron.cli import settings
+import ovr_megatron
+from ovr_megatron import api
+from ovr_megatron.cli import reference, settings
 from ovr_megatron.config import defaults
 from ovr_megatron.config.reference import settings_page
 
@@ -77,6 +79,41 @@ def test_the_page_of_settings_is_what_the_command_prints(capsys: pytest.CaptureF
     settings.main([])
     printed = capsys.readouterr().out
     assert (DOCS / "settings.md").read_text() == printed, "run: python -m ovr_megatron settings > docs/settings.md"
+
+
+def test_the_reference_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    reference.main([])
+    printed = capsys.readouterr().out
+    assert (DOCS / "reference.md").read_text() == printed, "run: python -m ovr_megatron reference > docs/reference.md"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`from ovr_megatron import RL`",
+        "SFT.step(chats: Sequence[Conversation] | None=None) -> dict[str, float]",
+        "- `rewards`: by source of the rows, functions that grade responses",
+        "### ChatModel.sample",
+        "- `RuleError`: graders cannot import a function.",
+        "- For each chat float64[n] of its n learned tokens",
+    ],
+)
+def test_the_reference_has_calls_arguments_results_and_errors(text: str) -> None:
+    assert text in (DOCS / "reference.md").read_text()
+
+
+def test_every_name_for_programs_is_typed_and_there() -> None:
+    tree = ast.parse((ROOT / "ovr_megatron/api.py").read_text())
+    typed = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ovr_megatron"):
+            typed |= {alias.asname: node.module for alias in node.names}
+    assert typed == api.MODULES
+    # Heavy ones are imported by tests/test_api.py.
+    for name in ("compose", "Sampling", "GraderPool", "GradeRequest", "Verdict"):
+        assert getattr(ovr_megatron, name) is getattr(importlib.import_module(api.MODULES[name]), name)
+    with pytest.raises(AttributeError, match="has no attribute 'Sft'"):
+        print(ovr_megatron.Sft)
 
 
 def keys(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
@@ -162,7 +199,11 @@ def test_names_of_the_python_interface_are_there() -> None:
 
 
 def test_the_example_of_the_python_interface_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile((DOCS / "api.md").read_text().split("```python\n")[1].split("```")[0], "api.md", "exec"), {})
+    # The scripts before it are run by tests/test_api.py.
+    *_, parts, plan = (text.split("```")[0] for text in (DOCS / "api.md").read_text().split("```python\n"))
+    exec(compile(parts, "api.md", "exec"), {})
+    assert capsys.readouterr().out == "1.0 same number\n[[0, 1], [2, 3]]\n"
+    exec(compile(plan, "api.md", "exec"), {})
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["GiB"] * 5
 
 

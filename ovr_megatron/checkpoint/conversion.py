@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from ovr_megatron.checkpoint.hf_assets import write_generation_config
 from ovr_megatron.checkpoint.manifest import MANIFEST, CheckpointError, check, write_manifest
 from ovr_megatron.data.hf_assets import check_assets, complete_folder, load_assets
 from ovr_megatron.data.hf_files import list_other_files
+from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions
+from ovr_megatron.runtime.distributed import patient_group
 from ovr_megatron.runtime.terminal import printable
 from ovr_megatron.weights.adapters import MergedFolder, adapter_dtype, is_adapter_folder, read_adapter_settings
 from ovr_megatron.weights.average import average
@@ -137,6 +140,37 @@ def export_hf(
             print("a critic has no lm_head.weight: load it with AutoModel, it cannot generate")
     left_out_text = ", ".join(left_out) or "nothing"
     print(printable(f"left out: {left_out_text}"))
+
+
+def export_model(checkpoint: str | Path, out: str | Path, dtype: str | None = None, critic: bool = False) -> None:
+    """Write the policy of a checkpoint as a Hugging Face folder, adapters merged.
+
+    Where ranks are joined it is a collective: the first one writes, and all wait for it.
+
+    Args:
+        checkpoint: a folder ``step_N`` of a run.
+        out: a folder that is not there yet.
+        dtype: ``float32`` or ``bfloat16``; by default that of the run.
+        critic: export the critic instead, without its value head.
+
+    Raises:
+        CheckpointError: the checkpoint lacks the part, or is damaged.
+        WeightError: weights or adapters do not belong to the model, or ``out`` is there.
+    """
+    folder = Path(checkpoint)
+    is_joined = dist.is_initialized()
+    problem: list[UserError | OSError | None] = [None]
+    if not is_joined or dist.get_rank() == 0:
+        merge = is_adapter_folder(folder / ("critic" if critic else "policy"))
+        try:
+            export_hf(folder, Path(out), critic, dtype, workers=1, force=False, merge=merge)
+        except (UserError, OSError) as error:
+            problem = [error]
+    if is_joined:
+        # Without a time-out, as a large model takes its time; all ranks raise or none.
+        dist.broadcast_object_list(problem, src=0, group=patient_group())
+    if problem[0]:
+        raise problem[0]
 
 
 def compare_export(out: Path, hf: Path, critic: bool, workers: int) -> bool:

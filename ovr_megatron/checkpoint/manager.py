@@ -119,8 +119,7 @@ class CheckpointManager:
         is_due = done % self.config.save_every == 0
         if ending or is_due:
             # There is one save at a time: the one before is published first.
-            if self.pending:
-                self._finish_save(ending=False)
+            self.finish_pending()
             self._start_save(done, engines, state)
             if ending or not self.config.async_save:
                 self._finish_save(ending)
@@ -137,11 +136,32 @@ class CheckpointManager:
             CheckpointError: the checkpoint could not be written.
         """
         self.stopped, _ = self._agree()
-        if self.pending:
-            self._finish_save(ending=False)
+        self._save_missing(done, engines, state)
+
+    def save(self, done: int, engines: dict[str, Engine], state: Mapping[str, Any]) -> Path:
+        """Save step ``done`` now, unless its checkpoint is there; return its folder.
+
+        The arguments are those of `end_step`.
+
+        Raises:
+            CheckpointError: no step is done, or the checkpoint could not be written.
+        """
+        if not done:
+            raise CheckpointError(f"{self.run}: no step is done, so there is no checkpoint to save; train one first")
+        self._save_missing(done, engines, state)
+        return self.directory / f"step_{done:06d}"
+
+    def _save_missing(self, done: int, engines: dict[str, Engine], state: Mapping[str, Any]) -> None:
+        """Publish the save in progress, and save step ``done`` where that was not it."""
+        self.finish_pending()
         if self.last_step < done:
             self._start_save(done, engines, state)
             self._finish_save(ending=True)
+
+    def finish_pending(self) -> None:
+        """Publish the save in progress, if there is one."""
+        if self.pending:
+            self._finish_save(ending=False)
 
     def _start_save(self, done: int, engines: dict[str, Engine], state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of step ``done``."""

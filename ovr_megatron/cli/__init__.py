@@ -35,6 +35,7 @@ class Command:
 COMMANDS = (
     Command("plan", "Before a run", "memory, FLOP, hours and layouts of a recipe; no GPU needed", "cli.plan"),
     Command("settings", "Before a run", "all settings, as docs/settings.md has them", "cli.settings"),
+    Command("reference", "Before a run", "the Python interface, as docs/reference.md has it", "cli.reference"),
     Command("prepare", "Before a run", "any mix of sources to a weighted training set", "curation.command"),
     Command("check-data", "Before a run", "every row of the sources looked at; lists the bad ones", "cli.check_data"),
     Command("tokenise", "Before a run", "texts to a memory-mapped set", "cli.tokenise"),

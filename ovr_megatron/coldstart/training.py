@@ -3,373 +3,233 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import statistics
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from itertools import islice
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import TracebackType
+from typing import Self
 
-from torch import Tensor
-
+from ovr_megatron.chat_model import ChatModel
 from ovr_megatron.checkpoint import store
-from ovr_megatron.checkpoint.hf_assets import write_hf_assets
+from ovr_megatron.checkpoint.conversion import export_model
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.checkpoint.resume import ResumePoint
-from ovr_megatron.config import ColdStartConfig
-from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merge_parts, worst
-from ovr_megatron.data.packing import Pack
+from ovr_megatron.coldstart.setup import (
+    build_evaluation,
+    load_position,
+    load_weights,
+    open_data,
+    record_run,
+    show_start,
+)
+from ovr_megatron.coldstart.step_trainer import StepTrainer
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
+from ovr_megatron.data.chats import Conversation, read_chats
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.schema import RowError
-from ovr_megatron.data.skipped import SkippedRows
-from ovr_megatron.data.stream import open_stream
-from ovr_megatron.data.supervised import SupervisedPacks, open_packs
-from ovr_megatron.engine import Engine, LossSum
-from ovr_megatron.families import ModelShape
-from ovr_megatron.model.flops import training_flops
-from ovr_megatron.model.layers import cautions, layers_in_use
-from ovr_megatron.model.scores import Scores
-from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
-from ovr_megatron.runtime import distributed, run_folder
+from ovr_megatron.data.supervised import ChatPacks, StepPacks, has_data, missing_data
+from ovr_megatron.engine import Engine
+from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.logs import get_logger, set_step
+from ovr_megatron.runtime.logs import set_step
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.runtime.runlog import open_log, record_layers
-from ovr_megatron.runtime.spikes import SpikeWatch
-from ovr_megatron.runtime.starts import LaunchArgs, record_start
-from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
+from ovr_megatron.runtime.starts import LaunchArgs
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.trackers.table import check_trackers
-from ovr_megatron.runtime.watchdog import Watchdog
-from ovr_megatron.weights.folder import WeightFolder
-
-if TYPE_CHECKING:
-    from ovr_megatron.evaluation.periodic import PeriodicEvaluation
-
-logger = get_logger(__name__)
-
-SPIKE_DOCUMENTS = 16  # documents that the record of a spike names
-LENGTHS_MEASURED = 64  # rows whose mean length estimates the epochs in the heading
-
-
-def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
-    """Return the negative log-likelihood of the labelled tokens, summed: every token of a step weighs the same."""
-    assert scores.logprobs is not None
-    return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
 
 
 def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
     """Train to the last step, or until a signal comes, from the newest checkpoint if there is one.  A collective."""
-    run = Path(config.run.dir)
-    checkpoints = CheckpointManager(config, world)
-    model_folder = store.weights_of(config.model.path)
-    processor = Processor(model_folder, config.data)
-    packs, steps = open_packs(config, processor, world)
-    config = dataclasses.replace(config, steps=steps)  # with steps=0 those of the epochs
-    shape = ModelShape.from_hf(model_folder)
-    engine = Engine(shape, config.model, config.parallel, world)
-    engine.with_optimizer(config.optimizer, config.steps)
-    engines = {"policy": engine}
-    if config.model.lora.rank:
-        # The weights beside adapters are in no checkpoint.
-        load_weights(engine, config, world)
-    checkpoint = checkpoints.resume(engines)
-    first_step = 0
-    if checkpoint:
-        first_step = checkpoint.step
-        packs.load(checkpoint.state["packs"])
-    elif not config.model.lora.rank:
-        load_weights(engine, config, world)
-    if world.is_main:
-        run_folder.record(config, run)
-        layers = layers_in_use(config.model)
-        record_layers(run, layers, cautions(config.model, rollout=False))
-        if launch:
-            record_start(run, launch, world.size)
-        write_hf_assets(run / "companions", processor)
-        show_start(config, processor, engine, world, checkpoint)
-    trainer = StepTrainer(config, engine, world, checkpoint)
-    evaluation = None
-    if config.evaluation.every:
-        evaluation = build_evaluation(config, model_folder, processor)
-
-    with Progress(config.steps, run.name, "step", world.is_main, first_step) as progress:
-        # An earlier start may have saved this checkpoint and ended before it was scored.
-        if evaluation and evaluation.is_missing(first_step):
-            evaluation.engine.update(engine.held())
-            trainer.record_scores(first_step - 1, evaluation.scores(first_step))
-        for step in range(first_step, config.steps):
-            set_step(step)
-            metrics = trainer.train(step, packs, checkpoints.save_seconds)
-            progress.update(loss=f"{metrics['loss']:.4f}")
-            steps_done = step + 1
-            is_last = steps_done == config.steps
-            if evaluation and evaluation.due(steps_done, is_last):
-                evaluation.engine.update(engine.held())
-                with suppress(StopRequested):  # `end_step` ends the run, and its next start scores these weights
-                    stop = None if is_last else checkpoints.stop
-                    trainer.record_scores(step, evaluation.scores(steps_done, stop))
-            state = {"packs": packs.state(), "spikes": trainer.spikes.state()}
-            if checkpoints.end_step(steps_done, is_last, engines, state):
-                break
-    trainer.close()
-    return checkpoints.result()
+    with SFT(config, world, launch) as sft:
+        return sft.run()
 
 
-def load_weights(engine: Engine, config: ColdStartConfig, world: World) -> None:
-    """Load the initial weights of ``model.path``.  A collective.
+class SFT:
+    """Supervised training of a run, step by step or to its end.  Every method is a collective.
 
-    Raises:
-        CheckpointError: it is a checkpoint that is damaged.
-    """
-    store.check_weights(config.model.path, world)
-    engine.load(WeightFolder(store.weights_of(config.model.path)), seed=config.run.seed)
-
-
-def show_start(
-    config: ColdStartConfig,
-    processor: Processor,
-    engine: Engine,
-    world: World,
-    checkpoint: ResumePoint | None,
-) -> None:
-    """Print the heading of the run: batch, data, model, and the checkpoint that it goes on from."""
-    step_tokens = config.packs_per_step * config.data.pack_tokens
-    batch = f"{config.packs_per_step} packs of {config.data.pack_tokens:,} = {step_tokens:,} tokens a step"
-    rows = [("batch", batch)]
-    if config.data.tokenised:
-        rows.append(("data", f"{config.data.tokenised}, {config.epochs} epochs unless steps are given"))
-    else:
-        sample_count = config.steps * step_tokens / mean_length(config, processor)
-        rows += source_rows(config, sample_count)
-    start = None
-    if checkpoint:
-        start = (checkpoint.path, checkpoint.step)
-    rows += run_rows(config, {"model": engine}, world, start)
-    heading = show_heading(f"cold start in {config.run.dir}", rows)
-    logger.info(heading)
-
-
-def mean_length(config: ColdStartConfig, processor: Processor) -> float:
-    """Return the mean number of tokens of the first samples; the length of a pack if none of them can be used."""
-    lengths = []
-    # A stream of its own: the samples measured here are not taken from the training packs.
-    stream = open_stream(config.data, config.run.seed, SkippedRows(None))
-    for row in islice(stream, LENGTHS_MEASURED):
-        try:
-            [length] = processor.lengths([row], generation=False)
-        except RowError:
-            continue  # the loop itself names the row and stops, or skips it
-        if isinstance(length, int):
-            lengths.append(length)
-    if not lengths:
-        return float(config.data.pack_tokens)
-    return statistics.mean(lengths)
-
-
-def build_evaluation(
-    config: ColdStartConfig,
-    model_folder: Path,
-    processor: Processor,
-) -> PeriodicEvaluation:
-    """Start vLLM on this rank; it sleeps between the evaluations."""
-    # Imported here, so that a run without evaluation does not wait for vLLM.
-    from ovr_megatron.evaluation.periodic import PeriodicEvaluation  # noqa: PLC0415
-    from ovr_megatron.rollout.engine import RolloutEngine  # noqa: PLC0415
-
-    shape = processor.shape
-    prompt_tokens = config.data.max_prompt_tokens
-    response_tokens = shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
-    max_length = prompt_tokens + response_tokens
-    shape.check_length(max_length, "data.max_prompt_tokens with evaluation.max_tokens")
-    rollout = RolloutEngine(
-        model_folder,
-        config.rollout,
-        processor,
-        config.model.dtype,
-        max_length,
-        empty=True,
-    )
-    # Before the first step: vLLM's memory is for training until an evaluation is due.
-    rollout.sleep(deep=True)
-    return PeriodicEvaluation(
-        config.evaluation,
-        rollout,
-        processor,
-        config.rollout.tp,
-        Path(config.run.dir),
-        config.run.seed,
-        keep=False,
-    )
-
-
-class StepTrainer:
-    """Train step by step; record metrics, the loss of each source, and spikes of the loss.
+    It goes on from the newest checkpoint of ``run.dir``.  Use it in a ``with`` block, or call `close`.
 
     Attributes:
-        spikes: watches the loss; its state is part of a checkpoint.
-        log: writes the metrics, on the main rank only.
-        peak_flops: FLOP per second of a device that the MFU refers to.
+        config: the settings; ``steps`` is the number of steps, also where it follows from the epochs.
+        world: this process.
+        policy: the model that trains, for log-probabilities and samples between the steps.
+        next_step: index of the next step, from 0.
     """
 
     def __init__(
-        self,
-        config: ColdStartConfig,
-        engine: Engine,
-        world: World,
-        checkpoint: ResumePoint | None,
+        self, config: ColdStartConfig | RLConfig, world: World | None = None, launch: LaunchArgs | None = None
     ):
-        self.config = config
-        self.engine = engine
-        self.world = world
-        self.spikes = SpikeWatch(config.run.spike_deviations, config.run.spike_window)
-        first_step = 0
-        if checkpoint:
-            first_step = checkpoint.step
-            self.spikes.load(checkpoint.state["spikes"])
-        self.log = open_log(config, first_step, world)
-        peak_flops = config.run.peak_tflops * 1e12
-        self.peak_flops = peak_flops or matrix_rate(engine.config.params_dtype)
-
-    def train(self, step: int, packs: SupervisedPacks, save_seconds: float) -> dict[str, float]:
-        """Train step ``step`` on the next packs; return the engine's metrics.  A collective.
+        """Load the model and open data, log and checkpoints.
 
         Args:
-            step: counted from 0.
-            packs: stream of this rank's packs.
-            save_seconds: seconds that saving held the previous step up, for the metrics.
+            config: settings of a recipe.  Without ``data.sources`` and ``data.tokenised`` the program passes the chats
+                of each step.
+            world: the ranks, where the program has joined them already.
+            launch: recipe and overrides of a command line, for the run's record.
+
+        Raises:
+            UserError: a setting, the model, the data or the run folder cannot work.
         """
-        began = time.perf_counter()
-        step_packs = next(packs)
-        data_seconds = time.perf_counter() - began
-        losses = DocumentLosses(self.world.dp_rank)
+        if not isinstance(config, ColdStartConfig):
+            raise ConfigError("SFT takes settings of `ovr sft`, and these are of `ovr rl`; compose another recipe")
+        check_trackers(config.run.trackers)
+        with ExitStack() as resources:
+            if world is None:
+                world = resources.enter_context(distributed.process_group(config.run, config.parallel))
+            self.world = world
+            self.checkpoints = CheckpointManager(config, world)
+            model_folder = store.weights_of(config.model.path)
+            processor = Processor(model_folder, config.data)
+            self.packs, steps = open_data(config, processor, world)
+            config = dataclasses.replace(config, steps=steps)  # with steps=0 those of the epochs
+            self.config = config
+            engine = Engine(processor.shape, config.model, config.parallel, world)
+            engine.with_optimizer(config.optimizer, config.steps)
+            self.policy = ChatModel(engine, processor, config, world, model_folder)
+            checkpoint = self._load(engine)
+            self.next_step = checkpoint.step if checkpoint else 0
+            if world.is_main:
+                record_run(config, processor, world, launch)
+                show_start(config, processor, engine, world, checkpoint)
+            self.trainer = StepTrainer(config, engine, world, checkpoint)
+            self.evaluation = build_evaluation(config, self.policy) if config.evaluation.every else None
+            self._may_lack_scores = True
+            self._stopped = False
+            self._resources = resources.pop_all()
 
-        def objective(scores: Scores, pack: Pack) -> LossSum:
-            loss = cross_entropy(scores, pack)
-            if not self.world.groups.tp.rank():  # tensor-parallel ranks have the same log-probabilities
-                logprobs = cast(Tensor, scores.logprobs)
-                losses.add(pack, scores.rows, -logprobs)
-            return loss
+    def _load(self, engine: Engine) -> ResumePoint | None:
+        """Load the newest checkpoint and return it, or the initial weights."""
+        config = self.config
+        if config.model.lora.rank:
+            # The weights beside adapters are in no checkpoint.
+            load_weights(engine, config, self.world)
+        checkpoint = self.checkpoints.resume({"policy": engine})
+        if checkpoint:
+            load_position(self.packs, checkpoint)
+        elif not config.model.lora.rank:
+            load_weights(engine, config, self.world)
+        return checkpoint
 
-        metrics = self.engine.train(step_packs, objective)
-        seconds = time.perf_counter() - began
-        flops = 0.0
-        # Once for each replica: its other ranks work on the same packs.
-        if self.world.layout.leads_replica:
-            flops = self._flops(step_packs)
-        compute_seconds = self.engine.compute_timer.seconds
-        rank_step = RankStep(
-            data_seconds,
-            compute_seconds,
-            flops,
-            *memory_peaks(),
-            documents=losses.documents(),
-        )
-        # A collective: every rank takes part, and the main rank alone gets the result and logs it.
-        rank_steps = gather(rank_step, self.world)
-        if self.log and rank_steps is not None:
-            replica_tokens = sum(len(pack.tokens) for pack in step_packs)
-            tokens = replica_tokens * self.world.dp_size
-            rank_documents = itertools.chain.from_iterable(rank.documents for rank in rank_steps)
-            documents = merge_parts(rank_documents)
-            self._record_spike(step, metrics, documents)
-            if step % self.config.run.log_every == 0:
-                values = self._step_metrics(metrics, documents, packs)
-                values |= rank_metrics(rank_steps, seconds, tokens, self.peak_flops)
-                values["timing/save"] = save_seconds
-                self.log.scalars(step, values)
+    @property
+    def done(self) -> bool:
+        """Whether no step is left, or a signal has ended the run."""
+        return self._stopped or self.next_step >= self.config.steps
+
+    def run(self) -> RunResult:
+        """Train to the last step, or until a signal comes; return the result of the run."""
+        if self.packs is None:
+            raise missing_data()
+        name = Path(self.config.run.dir).name
+        with Progress(self.config.steps, name, "step", self.world.is_main, self.next_step) as progress:
+            self._score_resumed()
+            while not self.done:
+                metrics = self.step()
+                progress.update(loss=f"{metrics['loss']:.4f}")
+        return self.checkpoints.result()
+
+    def step(self, chats: Sequence[Conversation] | None = None) -> dict[str, float]:
+        """Train one step, log it, and evaluate and save where they are due; return the engine's metrics.
+
+        Args:
+            chats: all that the step learns from, the same on every rank; None takes the next packs of the data, whose
+                order does not depend on steps with chats.
+
+        Returns:
+            ``loss`` (mean of a target), ``count`` (of targets), ``lr``, ``grad_norm``, and whether it was ``skipped``.
+
+        Raises:
+            ConfigError: the run is done, or there are neither chats nor data.
+            RowError: a chat cannot be used.
+        """
+        if self.done:
+            raise ConfigError(f"{self.config.run.dir}: all {self.config.steps} steps are done; raise steps")
+        self._score_resumed()
+        set_step(self.next_step)
+        metrics = self.trainer.train(self.next_step, self._step_packs(chats), self.checkpoints.save_seconds)
+        self.next_step += 1
+        is_last = self.next_step == self.config.steps
+        if self.evaluation and self.evaluation.due(self.next_step, is_last):
+            self.evaluation.engine.update(self.policy.engine.held())
+            with suppress(StopRequested):  # `end_step` ends the run, and its next start scores these weights
+                # Scores of the last step are made whatever signal comes: no later start would make them.
+                stop = None if is_last else self.checkpoints.stop
+                self.trainer.record_scores(self.next_step - 1, self.evaluation.scores(self.next_step, stop))
+        self._stopped = self.checkpoints.end_step(self.next_step, is_last, self._engines, self._state())
         return metrics
 
-    def record_scores(self, step: int, scores: dict[str, float]) -> None:
-        """Log the ``scores`` of the weights after ``step`` under that step."""
-        if self.log:
-            self.log.scalars(step, scores)
+    def _step_packs(self, chats: Sequence[Conversation] | None) -> StepPacks:
+        if chats is not None:
+            data = self.config.data
+            dp = (self.world.dp_rank, self.world.dp_size)
+            return ChatPacks(read_chats(chats), self.policy.processor, data.pack_tokens, *dp)
+        if self.packs is None:
+            raise missing_data()
+        return self.packs
 
-    def _step_metrics(
-        self,
-        metrics: dict[str, float],
-        documents: list[DocumentLoss],
-        packs: SupervisedPacks,
-    ) -> dict[str, float]:
-        """Return the logged metrics of loss, optimizer and data."""
-        values = {"loss/train": metrics["loss"]}
-        source_losses = by_source(documents)
-        if len(source_losses) > 1:
-            for source, loss in source_losses.items():
-                values[f"loss/source/{source}"] = loss
-        values |= {
-            "optimizer/lr": metrics["lr"],
-            "optimizer/grad_norm": metrics["grad_norm"],
-            "optimizer/skipped": self.engine.skipped,
-            "data/tokens": metrics["count"],
-            "data/fill": packs.fill,
-            "data/dropped": packs.dropped,
-        }
-        replies, learned_replies = packs.replies
-        if replies:  # a tokenised set does not know them
-            values |= {"data/replies": replies, "data/learned_replies": learned_replies}
-        return values
+    def _score_resumed(self) -> None:
+        """Score the checkpoint that the run goes on from, if its scores are missing."""
+        # An earlier start may have saved this checkpoint and ended before it was scored.
+        if self.evaluation and self._may_lack_scores and self.evaluation.is_missing(self.next_step):
+            self.evaluation.engine.update(self.policy.engine.held())
+            self.trainer.record_scores(self.next_step - 1, self.evaluation.scores(self.next_step))
+        self._may_lack_scores = False
 
-    def _record_spike(
-        self,
-        step: int,
-        metrics: dict[str, float],
-        documents: list[DocumentLoss],
-    ) -> None:
-        """Record the documents of a step that was skipped or whose loss is an outlier."""
-        deviations = self.spikes.judge(metrics["loss"])
-        is_outlier = deviations is not None
-        if self.log and (is_outlier or metrics["skipped"]):
-            record = {
-                "reason": "skipped" if metrics["skipped"] else "loss",
-                "loss": metrics["loss"],
-                "deviations": deviations,
-                "grad_norm": metrics["grad_norm"],
-                "documents": worst(documents, SPIKE_DOCUMENTS),
-            }
-            self.log.spikes.write(step, record)
+    @property
+    def _engines(self) -> dict[str, Engine]:
+        return {"policy": self.policy.engine}
 
-    def _flops(self, packs: Sequence[Pack]) -> float:
-        """Return the FLOP of forward and backward passes over ``packs``."""
-        lengths: list[int] = []
-        grids: list[list[int]] = []
-        for pack in packs:
-            lengths += pack.cu_seqlens.diff().tolist()
-            grids += pack.grid_thw.tolist()
-        model = self.config.model
-        return training_flops(
-            self.engine.shape,
-            lengths,
-            grids,
-            model.trains_language,
-            model.trains_vision,
-            model.trains_merger,
-            model.adapts_vision,
-        )
+    def _state(self) -> dict[str, object]:
+        """Return the cursors of a checkpoint."""
+        position = None if self.packs is None else self.packs.state()
+        return {"packs": position, "spikes": self.trainer.spikes.state()}
+
+    def save(self) -> Path:
+        """Save a checkpoint of the steps done, unless it is there, and return its folder.
+
+        Raises:
+            CheckpointError: no step is done, or it could not be written.
+        """
+        return self.checkpoints.save(self.next_step, self._engines, self._state())
+
+    def export(self, out: str | Path, dtype: str | None = None) -> None:
+        """Save, and write the model as a Hugging Face folder, adapters merged.
+
+        Args:
+            out: a folder that is not there yet.
+            dtype: of its weights; by default that of the run.
+
+        Raises:
+            CheckpointError: no step is done, or the checkpoint could not be written.
+        """
+        export_model(self.save(), out, dtype)
 
     def close(self) -> None:
-        """Close the files of the log."""
-        if self.log:
-            self.log.close()
+        """Publish the checkpoint that is being written, close the log and leave the other ranks."""
+        self.checkpoints.finish_pending()
+        self.checkpoints.result()
+        self.trainer.close()
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        """Return the run itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        # After an error other ranks may not come to the collectives of an orderly end.
+        self._resources.__exit__(kind, error, traceback)
 
 
 def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train, and print the path of the result; return the exit code."""
-    settings = config.run
-    check_trackers(settings.trackers)
-    with Watchdog(Path(settings.dir), settings.hang_timeout_s):
-        world = distributed.start(
-            config.parallel,
-            settings.seed,
-            settings.threads,
-            settings.hang_timeout_s,
-        )
-        result = train(config, world, launch)
-        if world.is_main:
+    if not has_data(config.data):
+        raise missing_data()
+    with SFT(config, launch=launch) as sft:
+        result = sft.run()
+        if sft.world.is_main:
             say(f"cold start: {result.path}", sys.stdout)
-        distributed.finish()
     return result.exit_code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -107,6 +107,10 @@ class ModelConfig:
             self.fp8 != "delayed" or not self.fp8_bf16_layers,
             f"model.fp8_bf16_layers={self.fp8_bf16_layers}: delayed scaling is for all layers; use current or block",
         )
+
+    def frozen(self) -> ModelConfig:
+        """Return these settings for a model that never trains, without adapters."""
+        return replace(self, freeze_vision=True, freeze_merger=True, freeze_language=True, lora=LoraConfig())
 
 
 @section("parallel.")

@@ -71,7 +71,7 @@ def _section(schema: type, used: list[Place], places: Mapping[type, list[Place]]
     description = " ".join((schema.__doc__ or "").split())
     yield f"## `{_heading(first)}`"
     yield ""
-    yield _escaped(description)
+    yield escaped(description)
     if first.prefix:
         yield ""
         yield from _uses(used)
@@ -79,7 +79,7 @@ def _section(schema: type, used: list[Place], places: Mapping[type, list[Place]]
     yield "| setting | may be | default | meaning |"
     yield "| --- | --- | --- | --- |"
     for name, field in fields_of(schema).items():
-        meaning = _escaped(" ".join((field.description or "").split()))
+        meaning = escaped(" ".join((field.description or "").split()))
         value = first.defaults[name]
         is_section = bool(inner_schemas(field.annotation)) and isinstance(value, dict)
         default = "" if is_section else _default(value)
@@ -159,7 +159,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-")
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Return plain text as Markdown of a table's cell; what stands between backticks stays as it is."""
     parts = text.split("`")
     for index in range(0, len(parts), 2):

@@ -121,7 +121,7 @@ class PackStream:
         space = self.packs_per_step * self.pack_tokens
         self.fill = sum(lengths[i] for i in planned) / space
         # Every rank has the same lengths and so computes the same plan and shares, without a collective.
-        costs = [_attention_cost(lengths, members) for members in plan]
+        costs = [attention_cost(lengths, members) for members in plan]
         shares = balance(costs, self._dp_size, equal_counts=True)
         packs = []
         for index in shares[self._dp_rank]:
@@ -219,6 +219,6 @@ class PackStream:
             self._snapshots.pop(0)
 
 
-def _attention_cost(lengths: Sequence[int], members: Sequence[int]) -> int:
+def attention_cost(lengths: Sequence[int], members: Sequence[int]) -> int:
     """Return the sum of squared lengths of a pack's documents."""
     return sum(lengths[i] ** 2 for i in members)

@@ -1,17 +1,22 @@
-"""Turn samples into packs: documents one after the other, without padding."""
+"""Turn samples into packs: documents one after the other, without padding.
+
+torch, which a pack's tensors need, is imported where one is made: the module itself loads in a fraction of a second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ovr_megatron.data.best_fit import PackError
-from ovr_megatron.data.processing import Sample
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = -100  # label of a token that predicts nothing
 
@@ -60,6 +65,8 @@ class Pack:
 
     def document_of(self, rows: Tensor) -> Tensor:
         """Return int64[n], the index of the document in which each of ``rows`` (int64[n], on the host) lies."""
+        import torch  # noqa: PLC0415 - see above
+
         ends = self.bounds[1:].to(rows.dtype)
         # To the right: the row at which a document ends is the first of the next.
         return torch.searchsorted(ends, rows, right=True)
@@ -74,6 +81,8 @@ class Pack:
             document: 1 where documents may have any length.
             total: a multiple of ``document``.
         """
+        import torch  # noqa: PLC0415 - see above
+
         starts = self.cu_seqlens.numpy()
         lengths = np.diff(starts)
         padded = -(-lengths // document) * document
@@ -123,6 +132,8 @@ def pack(
     Raises:
         PackError: no sample, or an extra of another length.
     """
+    import torch  # noqa: PLC0415 - see above
+
     if not samples:
         raise PackError("a pack needs at least one sample")
     lengths = [len(sample) for sample in samples]
@@ -164,6 +175,8 @@ def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:
         extras: Names of the arrays that the other ranks' packs have; here they are zeros.
         rows: At least one.
     """
+    import torch  # noqa: PLC0415 - see above
+
     return Pack(
         tokens=torch.zeros(rows, dtype=torch.int64),
         labels=torch.full((rows,), IGNORED),

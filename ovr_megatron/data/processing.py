@@ -20,6 +20,7 @@ from ovr_megatron.data.images import check_counts, image_size, load_media
 from ovr_megatron.data.pixels import PixelProcessor, Video, frame_size, stack_frames
 from ovr_megatron.data.rendering import Chat, ChatTemplate, TemplateError, TokenisedChat
 from ovr_megatron.data.row_chats import converted_row, cut_after_learned, supervised_chat
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart, all_parts
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.positions import Visual
@@ -32,39 +33,6 @@ TEMPLATE_NOTICE = (
 
 class TooLongError(RowError):
     """A sound row that is longer than a limit: to be dropped and counted, never cut."""
-
-
-@dataclass
-class Sample:
-    """One document, ready to be packed or sent to the rollout engine.  S tokens, P patches, F features.
-
-    Attributes:
-        tokens: int64[S]; each image and video takes one token per feature.
-        loss_mask: bool[S]; True where the token itself is a training target.
-        position_ids: int64[3, S].
-        patches: float32[P, patch_dim], of images and videos in the order of the tokens.
-        grid_thw: int64[n, 3], patches in time, height and width of each image or video.
-        placement: int64[F], index in ``tokens`` of each feature; F = P / merge^2.
-        images: Pictures for the engine.
-        videos: Videos for the engine.
-        prompt_tokens: The engine's prompt: one placeholder for each image or video, no response.
-        row: The row that the sample was made of.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    position_ids: np.ndarray
-    patches: np.ndarray
-    grid_thw: np.ndarray
-    placement: np.ndarray
-    images: list[PIL.Image.Image]
-    videos: list[Video]
-    prompt_tokens: list[int]
-    row: Row
-
-    def __len__(self) -> int:
-        """Return S."""
-        return len(self.tokens)
 
 
 @dataclass

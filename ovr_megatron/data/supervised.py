@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ovr_megatron.config import ColdStartConfig, ConfigError
+from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig
+from ovr_megatron.data.best_fit import plan_packs
+from ovr_megatron.data.chats import fitting_lengths
 from ovr_megatron.data.epochs import EpochStream
-from ovr_megatron.data.pack_stream import PackStream
-from ovr_megatron.data.packing import Pack
-from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.pack_stream import PackStream, attention_cost
+from ovr_megatron.data.packing import Pack, blank_pack, count_replies, pack
+from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.schema import Row
 from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.tokenised import TokenisedSet
+from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 
 logger = get_logger(__name__)
 
 
-class SupervisedPacks(Protocol):
-    """One replica's packs, step by step, with a position that is JSON.
+class StepPacks(Protocol):
+    """One replica's packs, step by step.
 
     Attributes:
         dropped: Samples left out so far.
@@ -35,6 +39,10 @@ class SupervisedPacks(Protocol):
 
     def __next__(self) -> list[Pack]:
         """Return the packs of the next step."""
+
+
+class SupervisedPacks(StepPacks, Protocol):
+    """Packs with a position that is JSON."""
 
     def state(self) -> Mapping[str, Any]:
         """Return the position."""
@@ -76,11 +84,8 @@ def open_packs(
             skipped,
         )
         return epochs, config.steps or epochs.steps(config.epochs)
-    if not data.sources:
-        raise ConfigError(
-            "data.sources and data.tokenised are empty: give rows, for example 'data.sources=[{path: rows.jsonl}]', or "
-            "data.tokenised=DIR that ovr tokenise wrote"
-        )
+    if not has_data(data):
+        raise missing_data()
     rows = open_stream(data, seed, skipped)
     stream = PackStream(
         rows,
@@ -91,3 +96,58 @@ def open_packs(
         skipped,
     )
     return stream, config.steps
+
+
+def has_data(data: DataConfig) -> bool:
+    """Return whether the settings name any data."""
+    return bool(data.sources or data.tokenised)
+
+
+def missing_data() -> ConfigError:
+    """Return the error of settings that name no data."""
+    return ConfigError(
+        "data.sources and data.tokenised are empty: give rows, for example 'data.sources=[{path: rows.jsonl}]', or "
+        "data.tokenised=DIR that ovr tokenise wrote"
+    )
+
+
+class ChatPacks:
+    """One replica's packs of the chats of a single step, which a program passes; the attributes of `StepPacks`.
+
+    All chats are learned in the step.  Every rank passes the same ones, and so makes the same plan.
+    """
+
+    def __init__(self, rows: Sequence[Row], processor: Processor, pack_tokens: int, dp_rank: int, dp_size: int) -> None:
+        """Set up; nothing is tokenised yet."""
+        self.dropped = 0
+        self.fill = 0.0
+        self.replies = (0, 0)
+        self._rows = rows
+        self._processor = processor
+        self._pack_tokens = pack_tokens
+        self._replica = (dp_rank, dp_size)
+
+    def __next__(self) -> list[Pack]:
+        """Return the packs.
+
+        Raises:
+            RowError: a row cannot be used, or is longer than a prompt or a pack may be.
+        """
+        lengths = fitting_lengths(self._processor, self._rows, generation=False)
+        for row, length in zip(self._rows, lengths, strict=True):
+            if length > self._pack_tokens:
+                problem = f"the row takes {length} tokens, more than data.pack_tokens={self._pack_tokens}"
+                raise TooLongError(row.where, "messages", problem, "shorten the row or raise the limit")
+        plan = plan_packs(lengths, self._pack_tokens)
+        dp_rank, dp_size = self._replica
+        costs = [attention_cost(lengths, members) for members in plan]
+        packs = []
+        for index in balance(costs, dp_size, equal_counts=True)[dp_rank]:
+            rows = [self._rows[i] for i in plan[index]]
+            packs.append(pack(self._processor.encode(rows, generation=False)))
+        most_packs = -(-len(plan) // dp_size)
+        # As many on every replica: some settings (FP8 with delayed scaling) synchronise all ranks after each pack.
+        packs += [blank_pack()] * (most_packs - len(packs))
+        self.fill = sum(lengths) / (most_packs * dp_size * self._pack_tokens)
+        self.replies = count_replies(self._rows, self._processor.config.learn)
+        return packs

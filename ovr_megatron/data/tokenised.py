@@ -25,7 +25,8 @@ from typing import TypedDict
 import numpy as np
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row, RowError
 
 MANIFEST = "manifest.json"

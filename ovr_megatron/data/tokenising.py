@@ -16,7 +16,8 @@ import numpy as np
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
 from ovr_megatron.data.packing import count_replies
-from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.tokenised import CONTEXT, TokenisedManifest, read_tokenised_manifest

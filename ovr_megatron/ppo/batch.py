@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ovr_megatron.data.best_fit import plan_packs
 from ovr_megatron.data.packing import Pack, blank_pack, pack
-from ovr_megatron.data.processing import Sample
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.runtime.balance import balance
 

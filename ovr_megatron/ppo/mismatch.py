@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ovr_megatron.data.processing import Sample
+from ovr_megatron.data.samples import Sample
 
 MODALITIES = ("text", "image", "video")
 QUANTILE = 0.99

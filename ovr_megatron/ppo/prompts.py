@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NotRequired
 
-from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.stream import RowPosition, RowStream, StreamState

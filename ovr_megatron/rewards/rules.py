@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
@@ -22,6 +22,8 @@ from ovr_megatron.runtime.registry import Registry
 from ovr_megatron.runtime.stop import USER_ERROR
 
 Rule = Callable[[GradeRequest], Verdict]
+RewardFunction = Callable[[str, str, Sequence[str]], float]
+"""A user's function of response, answer and options that returns a reward in 0..1."""
 TOLERANCE = Fraction(1, 100)
 # What a user's function may raise and be reported for.  Any other error ends the worker, which is reported, too.
 RULE_ERRORS = (
@@ -78,6 +80,28 @@ def check(name: str) -> None:
             output = process.stdout if process.returncode == USER_ERROR else process.stderr
             _, _, last_line = output.strip().rpartition("\n")
             raise RuleError(last_line or f"{name}: its import ended with code {process.returncode}")
+
+
+def place_of(function: RewardFunction) -> str:
+    """Return ``module:function`` of a user's function, under which grader processes import it.
+
+    It must stand at the top level of a module, under its own name: graders are processes of their own, which get no
+    lambda, no function within another one, no method, and nothing of the script that runs.  That its folder is in
+    PYTHONPATH is left to `check`.
+
+    Raises:
+        RuleError: it is none of these; has the remedy.
+    """
+    module = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", None)
+    remedy = "write it as a function of a module whose folder is in PYTHONPATH, and import it from there"
+    if module is None or name is None:
+        raise RuleError(f"reward: an object of {type(function).__name__} is no function; {remedy}")
+    if module == "__main__":
+        raise RuleError(f"reward: {name} stands in the program itself, which graders cannot import; {remedy}")
+    if not name.isidentifier() or getattr(sys.modules.get(module), name, None) is not function:
+        raise RuleError(f"reward: {module} has no function {name} at its top level, which graders import; {remedy}")
+    return f"{module}:{name}"
 
 
 def is_plain(name: str) -> bool:

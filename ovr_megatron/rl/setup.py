@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ovr_megatron.checkpoint import store
-from ovr_megatron.config import ConfigError, LoraConfig, RLConfig
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
+from ovr_megatron.ppo import archive
+from ovr_megatron.ppo.archive import ArchiveError
 from ovr_megatron.ppo.experience import Models
+from ovr_megatron.ppo.losses import find_loss
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.rewards import rules
 from ovr_megatron.rewards.pool import GraderPool
+from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.trackers.table import check_trackers
 from ovr_megatron.weights.folder import WeightFolder
 
 
@@ -40,6 +46,36 @@ def open_model_and_prompts(config: RLConfig, skipped: SkippedRows | None) -> tup
     stream = open_stream(config.data, config.run.seed, skipped)
     prompts = PromptStream(stream, processor, config.reward.rules, skipped)
     return model_folder, prompts
+
+
+def check_names(config: RLConfig) -> None:
+    """Refuse unknown names of rules, losses and trackers before any model is loaded.
+
+    Raises:
+        RuleError: a rule of ``reward.rules`` would not work in a grader.
+        UserError: there is no such loss or tracker.
+    """
+    for name in config.reward.rules.values():
+        rules.check(name)
+    find_loss(config.algorithm.loss)
+    check_trackers(config.run.trackers)
+
+
+def with_rewards(config: RLConfig | ColdStartConfig, rewards: Mapping[str, RewardFunction]) -> RLConfig:
+    """Return the settings with the places of a program's functions, by source, in ``reward.rules``.
+
+    Raises:
+        ConfigError: they are settings of the cold start, or of a job that trains nothing.
+        RuleError: graders could not import a function.
+    """
+    if not isinstance(config, RLConfig):
+        raise ConfigError("RL takes settings of `ovr rl`, and these are of `ovr sft`; compose another recipe")
+    if config.only in ("rollout", "rehearsal"):
+        raise ConfigError(f"only={config.only} trains nothing: give it to `ovr rl`, and to RL all or train")
+    if not rewards:
+        return config
+    places = {source: rules.place_of(function) for source, function in rewards.items()}
+    return replace(config, reward=replace(config.reward, rules=config.reward.rules | places))
 
 
 def check_steps(config: RLConfig, world: World) -> None:
@@ -65,6 +101,25 @@ def check_steps(config: RLConfig, world: World) -> None:
                 f"prompts={config.prompts} x responses={config.responses} are {responses} responses for "
                 f"algorithm.{name}={steps}; raise prompts"
             )
+
+
+def count_iterations(config: RLConfig) -> int:
+    """Return the number of iterations of the run; with ``only=train`` it ends with the archived rollouts.
+
+    Raises:
+        ArchiveError: ``rollouts_from`` has no rollouts.
+    """
+    archived: list[int] = []
+    if config.rollouts_from:
+        archived = archive.iterations(Path(config.rollouts_from))
+        if not archived:
+            raise ArchiveError(
+                f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run"
+            )
+    if config.only == "train":
+        archived_end = max(archived, default=-1) + 1
+        return min(config.iterations, archived_end)
+    return config.iterations
 
 
 def check_lengths(config: RLConfig, shape: ModelShape) -> None:
@@ -174,14 +229,7 @@ def build_reference(config: RLConfig, model_folder: Path, banned: Sequence[int],
 def build_frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
     """Build a policy that never trains, without gradients or an optimizer."""
     shape = ModelShape.from_hf(folder)
-    frozen = replace(
-        config.model,
-        freeze_vision=True,
-        freeze_merger=True,
-        freeze_language=True,
-        lora=LoraConfig(),
-    )
-    policy = Engine(shape, frozen, config.parallel, world)
+    policy = Engine(shape, config.model.frozen(), config.parallel, world)
     return policy.load(WeightFolder(folder))
 
 

@@ -4,44 +4,48 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from ovr_megatron.checkpoint.hf_assets import write_hf_assets
+from ovr_megatron.chat_model import ChatModel
+from ovr_megatron.checkpoint.conversion import export_model
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.checkpoint.resume import ResumePoint
-from ovr_megatron.config import RLConfig
-from ovr_megatron.data.processing import Processor
+from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.skipped import skipped_rows
-from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
-from ovr_megatron.model.layers import cautions, layers_in_use
-from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.advantages import Ragged
-from ovr_megatron.ppo.archive import ArchiveError
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.curriculum import stage_starts
 from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn
-from ovr_megatron.ppo.losses import find_loss
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
 from ovr_megatron.ppo.rollouts import Rollouts
-from ovr_megatron.rewards import rules
+from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.generation import generate
+from ovr_megatron.rl.record import record_run, show_start
 from ovr_megatron.rl.rehearsal import rehearse
-from ovr_megatron.rl.setup import build_models, build_rollouts, check_steps, open_model_and_prompts
-from ovr_megatron.runtime import distributed, run_folder
+from ovr_megatron.rl.setup import (
+    build_models,
+    build_rollouts,
+    check_names,
+    check_steps,
+    count_iterations,
+    open_model_and_prompts,
+    with_rewards,
+)
+from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger, set_step
 from ovr_megatron.runtime.progress import Progress
-from ovr_megatron.runtime.runlog import RunLog, open_log, record_layers
-from ovr_megatron.runtime.starts import LaunchArgs, record_start
+from ovr_megatron.runtime.runlog import RunLog, open_log
+from ovr_megatron.runtime.starts import LaunchArgs
 from ovr_megatron.runtime.steps import matrix_rate, peak_gib
 from ovr_megatron.runtime.stop import StopRequested
 from ovr_megatron.runtime.terminal import say
-from ovr_megatron.runtime.trackers.table import check_trackers
-from ovr_megatron.runtime.watchdog import Watchdog
 
 logger = get_logger(__name__)
 
@@ -51,111 +55,242 @@ def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> R
 
     With ``only=train`` the rollouts are read from ``rollouts_from``, and no engine is started.
     """
-    return PPOTrainer(config, world, launch).train()
+    with RL(config, world, launch) as rl:
+        return rl.run()
 
 
-class PPOTrainer:
-    """The models, prompts and records of a run, and the loop over its iterations.
+class RL:
+    """Reinforcement learning of a run, iteration by iteration or to its end.  Every method is a collective.
+
+    It goes on from the newest checkpoint of ``run.dir``.  Use it in a ``with`` block, or call `close`.
 
     Attributes:
-        first: the iteration to begin with.
+        config: the settings, a reward that a program passed under the name of its place.
+        world: this process.
+        policy: the model that trains, for log-probabilities and samples between the iterations.
+        critic: the value network, for values; None where the algorithm has none.
+        next_iteration: index of the next iteration, from 0.
         last: the number of iterations after which the run ends.
-        rollouts: None with ``only=train``.
+        rollouts: vLLM and graders; None with ``only=train``.
         evaluation: None where it is off, and with ``only=train``.
         log: on the main rank only.
         peak_flops: FLOP per second of a device that the MFU refers to.
     """
 
-    def __init__(self, config: RLConfig, world: World, launch: LaunchArgs | None):
-        self.config = config
-        self.world = world
-        self.run = Path(config.run.dir)
-        self.checkpoints = CheckpointManager(config, world)
-        check_steps(config, world)
-        self.skipped = skipped_rows(config.data, self.run, world.is_main)
-        model_folder, self.prompts = open_model_and_prompts(config, self.skipped)
-        processor = self.prompts.processor
-        if world.is_main and processor.template_notice:
-            logger.log(NOTICE, processor.template_notice)
-        self.last = count_iterations(config)
-        self.models, self.engines = build_models(config, model_folder, processor, world)
-        # vLLM takes the memory that they leave free; each is onloaded when it works.
-        self.models.offload_except(None)
+    def __init__(
+        self,
+        config: RLConfig | ColdStartConfig,
+        world: World | None = None,
+        launch: LaunchArgs | None = None,
+        rewards: Mapping[str, RewardFunction] | None = None,
+    ):
+        """Load the models, start vLLM and graders, and open data, log and checkpoints.
+
+        Args:
+            config: settings of a recipe; ``only=rollout`` and ``only=rehearsal`` are for the command alone.
+            world: the ranks, where the program has joined them already.
+            launch: recipe and overrides of a command line, for the run's record.
+            rewards: by source of the rows, functions that grade responses, as `ovr_megatron.rewards.rules.place_of`
+                takes them; the same as ``reward.rules`` with the functions' places.
+
+        Raises:
+            RuleError: graders cannot import a function.
+            UserError: a setting, a model, the data or the run folder cannot work.
+        """
+        config = with_rewards(config, rewards or {})
+        with ExitStack() as resources:
+            if world is None:
+                check_names(config)
+                world = resources.enter_context(distributed.process_group(config.run, config.parallel))
+            self.config = config
+            self.world = world
+            self.run_folder = Path(config.run.dir)
+            self.checkpoints = CheckpointManager(config, world)
+            check_steps(config, world)
+            self.skipped = skipped_rows(config.data, self.run_folder, world.is_main)
+            model_folder, self.prompts = open_model_and_prompts(config, self.skipped)
+            processor = self.prompts.processor
+            if world.is_main and processor.template_notice:
+                logger.log(NOTICE, processor.template_notice)
+            self.last = count_iterations(config)
+            self.models, self.engines = build_models(config, model_folder, processor, world)
+            # vLLM takes the memory that they leave free; each is onloaded when it works.
+            self.models.offload_except(None)
+            checkpoint = self._resume()
+            self.rollouts = self._start_rollouts(model_folder, resources)
+            self.evaluation = self._build_evaluation()
+            self.policy, self.critic = self._chat_models(model_folder)
+            self.log = open_log(config, self.next_iteration, world)
+            if world.is_main:
+                record_run(config, processor, world, launch)
+                show_start(config, self.engines, world, checkpoint)
+            self.peak_flops = config.run.peak_tflops * 1e12
+            if not self.peak_flops:
+                self.peak_flops = matrix_rate(self.models.policy.config.params_dtype)
+            self._may_lack_scores = True
+            self._stopped = False
+            # Empty until an iteration is done; a stop before that saves no checkpoint (`stop_early`).
+            self._state: Mapping[str, object] = {}
+            self._resources = resources.pop_all()
+
+    def _resume(self) -> ResumePoint | None:
+        """Load the newest checkpoint and go to its position in the data; return it, or None without one."""
         checkpoint = self.checkpoints.resume(self.engines)
-        self.first = 0
+        self.next_iteration = 0
         if checkpoint:
             self.prompts.load(checkpoint.state["prompts"])
-            self.first = checkpoint.step
-        self.rollouts: Rollouts | None = None
-        self.evaluation: PeriodicEvaluation | None = None
-        if config.only != "train":
-            self.rollouts = build_rollouts(config, model_folder, processor, self.models)
-            self.rollouts.stop = self.checkpoints.stop
-            if config.evaluation.every:
-                # Rollouts and evaluation share the engine: there is no memory for a second one.
-                engine = self.rollouts.engine
-                self.evaluation = PeriodicEvaluation(
-                    config.evaluation, engine, processor, config.rollout.tp, self.run, config.run.seed
-                )
-        self.log = open_log(config, self.first, world)
-        if world.is_main:
-            record_run(config, processor, world, launch)
-            show_start(config, self.engines, world, checkpoint)
-        self.peak_flops = config.run.peak_tflops * 1e12
-        if not self.peak_flops:
-            self.peak_flops = matrix_rate(self.models.policy.config.params_dtype)
+            self.next_iteration = checkpoint.step
+        return checkpoint
 
-    def train(self) -> RunResult:
-        """Run the iterations up to the last one or a signal.  A collective."""
-        # The graders are processes, which end with the block, however the loop ends.
-        with (
-            self.rollouts.grader if self.rollouts else nullcontext(),
-            Progress(self.last, self.run.name, "iteration", self.world.is_main, self.first) as progress,
-        ):
+    def _start_rollouts(self, model_folder: Path, resources: ExitStack) -> Rollouts | None:
+        """Start vLLM, and graders, which end with ``resources``; with ``only=train`` there are none."""
+        if self.config.only == "train":
+            return None
+        rollouts = build_rollouts(self.config, model_folder, self.prompts.processor, self.models)
+        rollouts.stop = self.checkpoints.stop
+        # The graders are processes, which must end however the loop ends.
+        resources.enter_context(rollouts.grader)
+        return rollouts
+
+    def _build_evaluation(self) -> PeriodicEvaluation | None:
+        config = self.config
+        if self.rollouts is None or not config.evaluation.every:
+            return None
+        # Rollouts and evaluation share the engine: there is no memory for a second one.
+        engine = self.rollouts.engine
+        return PeriodicEvaluation(
+            config.evaluation, engine, self.prompts.processor, config.rollout.tp, self.run_folder, config.run.seed
+        )
+
+    def _chat_models(self, model_folder: Path) -> tuple[ChatModel, ChatModel | None]:
+        """Return the models for scores and samples between the iterations."""
+        models = self.models
+        rest = (self.prompts.processor, self.config, self.world, model_folder)
+        policy = ChatModel(models.policy, *rest)
+        if self.rollouts:
+            # The loop keeps its weights the policy's; its cache needs the memory of the trainer's models.
+            policy.rollout = self.rollouts.engine
+            policy.make_room = partial(models.offload_except, None)
+        critic = ChatModel(models.critic, *rest) if models.critic else None
+        return policy, critic
+
+    @property
+    def done(self) -> bool:
+        """Whether no iteration is left, or a signal has ended the run."""
+        return self._stopped or self.next_iteration >= self.last
+
+    def run(self) -> RunResult:
+        """Run the iterations up to the last one or a signal; return the result of the run."""
+        name = self.run_folder.name
+        with Progress(self.last, name, "iteration", self.world.is_main, self.next_iteration) as progress:
             self._score_resumed()
-            # Empty until an iteration is done; a stop before that saves no checkpoint (`stop_early`).
-            state: Mapping[str, object] = {}
-            for iteration in range(self.first, self.last):
-                set_step(iteration)
-                # Before the draw: from here the archived iteration draws its prompts again.
-                stream_state = self.prompts.state()
-                dropped_before = self.prompts.dropped
-                if self.rollouts:
-                    try:
-                        result = iterate(self.models, self.rollouts, self.prompts, iteration)
-                    except StopRequested:
-                        self.rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
-                        self.checkpoints.stop_early(iteration, self.engines, state)
-                        break
-                else:
-                    result = self._learn_archived(iteration)
-                metrics = result.metrics
-                metrics["data/dropped_prompts"] = self.prompts.dropped - dropped_before
-                self._add_metrics(result, iteration)
-                self._archive(result, iteration, stream_state)
-                self._evaluate(result, iteration)
-                if self.log:
-                    self._write_log(self.log, result, iteration)
+            while not self.done:
+                metrics = self.iterate()
+                if metrics is None:
+                    break
                 reward = metrics["reward/mean"]
                 length = metrics["response/length"]
                 progress.update(reward=f"{reward:.3f}", length=f"{length:.0f}")
-                state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
-                done = iteration + 1
-                is_last = done == self.last
-                if self.checkpoints.end_step(done, is_last, self.engines, state):
-                    break
+        return self.checkpoints.result()
+
+    def iterate(self) -> dict[str, float] | None:
+        """Generate, grade and learn once, log it, and evaluate and save where they are due.
+
+        Returns:
+            The metrics as the log has them; None where a signal has ended the run before the iteration was done.
+
+        Raises:
+            ConfigError: the run is done.
+        """
+        if self.done:
+            raise ConfigError(f"{self.run_folder}: all {self.last} iterations are done; raise iterations")
+        self._score_resumed()
+        iteration = self.next_iteration
+        set_step(iteration)
+        # Before the draw: from here the archived iteration draws its prompts again.
+        stream_state = self.prompts.state()
+        dropped_before = self.prompts.dropped
+        try:
+            result = self._learn(iteration)
+        except StopRequested:
+            assert self.rollouts is not None
+            self.rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
+            self.checkpoints.stop_early(iteration, self.engines, self._state)
+            self._stopped = True
+            return None
+        metrics = result.metrics
+        metrics["data/dropped_prompts"] = self.prompts.dropped - dropped_before
+        self._add_metrics(result, iteration)
+        self._archive(result, iteration, stream_state)
+        self._evaluate(result, iteration)
+        if self.log:
+            self._write_log(self.log, result, iteration)
+        self._state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
+        self.next_iteration += 1
+        self._stopped = self.checkpoints.end_step(self.next_iteration, self.done, self.engines, self._state)
+        return metrics
+
+    def save(self) -> Path:
+        """Save a checkpoint of the iterations done, unless it is there, and return its folder.
+
+        Raises:
+            CheckpointError: no iteration is done, or it could not be written.
+        """
+        return self.checkpoints.save(self.next_iteration, self.engines, self._state)
+
+    def export(self, out: str | Path, dtype: str | None = None, critic: bool = False) -> None:
+        """Save, and write the policy as a Hugging Face folder, adapters merged.
+
+        Args:
+            out: a folder that is not there yet.
+            dtype: of its weights; by default that of the run.
+            critic: export the critic instead, without its value head.
+
+        Raises:
+            CheckpointError: no iteration is done, the checkpoint could not be written, or there is no critic.
+        """
+        export_model(self.save(), out, dtype, critic)
+
+    def close(self) -> None:
+        """Publish the checkpoint that is being written, close log and graders, and leave the other ranks."""
+        self.checkpoints.finish_pending()
+        self.checkpoints.result()
         if self.log:
             self.log.close()
-        return self.checkpoints.result()
+        self.log = None
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        """Return the run itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        # After an error other ranks may not come to the collectives of an orderly end.
+        self._resources.__exit__(kind, error, traceback)
+
+    def _learn(self, iteration: int) -> IterationResult:
+        """Generate and learn, or learn from archived rollouts.
+
+        Raises:
+            StopRequested: a signal came while responses were generated.
+        """
+        if self.rollouts:
+            return iterate(self.models, self.rollouts, self.prompts, iteration)
+        return self._learn_archived(iteration)
 
     def _score_resumed(self) -> None:
         """Score the checkpoint that the run goes on from, if its scores are missing.  A collective."""
         # An earlier start may have saved this checkpoint and ended before it was scored.
-        if self.evaluation and self.evaluation.is_missing(self.first):
+        if self.evaluation and self._may_lack_scores and self.evaluation.is_missing(self.next_iteration):
             self.models.offload_except(None)
-            scores = self.evaluation.scores(self.first)
+            scores = self.evaluation.scores(self.next_iteration)
             if self.log:
-                self.log.scalars(self.first - 1, scores)
+                self.log.scalars(self.next_iteration - 1, scores)
+        self._may_lack_scores = False
 
     def _learn_archived(self, iteration: int) -> IterationResult:
         """Learn from the rollouts of ``iteration`` in ``rollouts_from``.  A collective."""
@@ -190,7 +325,7 @@ class PPOTrainer:
             responses = experience.responses
             for name in archive.ARRAYS:
                 arrays[name] = getattr(experience, name)
-        problem = archive.write(self.run, iteration, result.rollout, stream_state, responses, arrays, self.world)
+        problem = archive.write(self.run_folder, iteration, result.rollout, stream_state, responses, arrays, self.world)
         if problem and self.world.is_main:
             logger.warning(f"the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
 
@@ -215,64 +350,6 @@ class PPOTrainer:
         warn(metrics, iteration, self.config)
 
 
-def count_iterations(config: RLConfig) -> int:
-    """Return the number of iterations of the run; with ``only=train`` it ends with the archived rollouts.
-
-    Raises:
-        ArchiveError: ``rollouts_from`` has no rollouts.
-    """
-    archived: list[int] = []
-    if config.rollouts_from:
-        archived = archive.iterations(Path(config.rollouts_from))
-        if not archived:
-            raise ArchiveError(
-                f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run"
-            )
-    if config.only == "train":
-        archived_end = max(archived, default=-1) + 1
-        return min(config.iterations, archived_end)
-    return config.iterations
-
-
-def record_run(config: RLConfig, processor: Processor, world: World, launch: LaunchArgs | None) -> None:
-    """Write settings, layers, the start and the Hugging Face files of the model into the run folder."""
-    run = Path(config.run.dir)
-    run_folder.record(config, run)
-    layers = layers_in_use(config.model)
-    record_layers(run, layers, cautions(config.model, rollout=True))
-    if launch:
-        record_start(run, launch, world.size)
-    write_hf_assets(run / "companions", processor)
-
-
-def show_start(config: RLConfig, engines: dict[str, Engine], world: World, checkpoint: ResumePoint | None) -> None:
-    """Print the heading of the run: batch, curriculum, algorithm, data, models, and the checkpoint it goes on from."""
-    algorithm = config.algorithm
-    total_prompts = float(config.iterations * config.prompts)
-    replicas = world.size // config.rollout.tp
-    resumed = None
-    if checkpoint:
-        resumed = (checkpoint.path, checkpoint.step)
-    rows = [
-        ("batch", f"{config.prompts} prompts x {config.responses} responses an iteration"),
-        ("tokens", f"of prompt and response at most: {describe_curriculum(config)}"),
-        ("algorithm", f"{algorithm.estimator}, policy_updates={algorithm.policy_updates}"),
-        *source_rows(config, total_prompts),
-        *run_rows(config, engines, world, resumed),
-        ("rollouts", f"{replicas} vLLM engines, tp={config.rollout.tp}"),
-    ]
-    logger.info(show_heading(f"reinforcement learning in {config.run.dir}", rows))
-
-
-def describe_curriculum(config: RLConfig) -> str:
-    """Return the length limit of each stage that the run comes to, and where it begins."""
-    limits = []
-    for first_iteration, stage in zip(stage_starts(config.curriculum), config.curriculum, strict=True):
-        if first_iteration < config.iterations:
-            limits.append(f"{stage.max_tokens:,} from iteration {first_iteration}")
-    return ", ".join(limits)
-
-
 def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
     """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
     mismatch = metrics.get("rollout/mismatch_p99", 0.0)
@@ -288,23 +365,18 @@ def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
 
 def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
     """Join the process group, train or roll out, and say where the result lies; return the exit code."""
-    for name in config.reward.rules.values():
-        rules.check(name)
-    find_loss(config.algorithm.loss)  # refuses an unknown name before any model is loaded
-    settings = config.run
-    check_trackers(settings.trackers)
-    with Watchdog(Path(settings.dir), settings.hang_timeout_s):
-        world = distributed.start(config.parallel, settings.seed, settings.threads, settings.hang_timeout_s)
-        code = 0
-        if config.only == "rollout":
-            folder = generate(config, world)
-        elif config.only == "rehearsal":
-            folder = rehearse(config, world)
-        else:
-            result = train(config, world, launch)
-            folder = result.path
-            code = result.exit_code
-        if world.is_main:
-            say(f"rl: {folder}", sys.stdout)
-        distributed.finish()
-    return code
+    if config.only in ("rollout", "rehearsal"):
+        check_names(config)
+        work = generate if config.only == "rollout" else rehearse
+        with distributed.process_group(config.run, config.parallel) as world:
+            _show_result(work(config, world), world)
+        return 0
+    with RL(config, launch=launch) as rl:
+        result = rl.run()
+        _show_result(result.path, rl.world)
+    return result.exit_code
+
+
+def _show_result(folder: Path, world: World) -> None:
+    if world.is_main:
+        say(f"rl: {folder}", sys.stdout)

@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch.distributed as dist
+
 from ovr_megatron.config import Sampling
-from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
+from ovr_megatron.runtime.exchange import gather_objects
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,38 @@ def _encode_fitting(
         else:
             fitting[key] = row
     return dict(zip(fitting, processor.encode(list(fitting.values()), generation=True), strict=True))
+
+
+def sample_rows(
+    engine: RolloutEngine, processor: Processor, rows: Sequence[Row], seeds: Sequence[int], sampling: Sampling, tp: int
+) -> list[list[Generation]]:
+    """Answer every row once for each seed, the rows balanced over the engines; return all on every rank.
+
+    A collective of all ranks.
+
+    Args:
+        engine: vLLM on this rank.
+        processor: Turns rows into prompts.
+        rows: The same on all ranks, none too long.
+        seeds: Of the responses to each row.
+        sampling: How they are sampled.
+        tp: Ranks that hold one engine.
+
+    Raises:
+        RowError: a row cannot be used.
+        RolloutError: vLLM gave a request up.
+    """
+    replica, tp_rank = divmod(dist.get_rank(), tp)
+    replicas = dist.get_world_size() // tp
+    share = range(replica, len(rows), replicas)
+    samples = processor.encode([rows[index] for index in share], generation=True)
+    prompts = []
+    for sample in samples:
+        prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, list(seeds), sampling))
+    responses = engine.generate(prompts) if prompts else []
+    # The ranks of an engine have the same responses: its first one sends them.
+    local = dict(zip(share, responses, strict=True)) if tp_rank == 0 else {}
+    by_row: dict[int, list[Generation]] = {}
+    for rank_responses in gather_objects(local):
+        by_row |= rank_responses
+    return [by_row[index] for index in range(len(rows))]

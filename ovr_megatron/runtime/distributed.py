@@ -9,16 +9,17 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ovr_megatron.config import ParallelConfig
-from ovr_megatron.runtime import cpu
+from ovr_megatron.config import ParallelConfig, RunConfig
+from ovr_megatron.runtime import cpu, watchdog
 from ovr_megatron.runtime.layout import Layout
 from ovr_megatron.runtime.stop import JoinError
 
@@ -125,6 +126,25 @@ def start(parallel: ParallelConfig, seed: int, threads: int = 0, hang_timeout_s:
     world = World(rank, size, local_rank, device, seed, layout, {_sizes(parallel): layout}, hang_timeout_s)
     seed_everything(seed * 1009 + world.dp_rank)
     return world
+
+
+@contextmanager
+def process_group(run: RunConfig, parallel: ParallelConfig) -> Iterator[World]:
+    """Join the ranks for the block, watched by a `Watchdog`; leave them where this block has joined them.
+
+    A block within another one shares its process group and its watchdog.
+
+    Raises:
+        ConfigError: the world size is not a multiple of the layout's ranks.
+        JoinError: the ranks did not come together.
+    """
+    joins = not dist.is_initialized()
+    watch = nullcontext() if watchdog.is_watching() else watchdog.Watchdog(Path(run.dir), run.hang_timeout_s)
+    with watch:
+        yield start(parallel, run.seed, run.threads, run.hang_timeout_s)
+        # Not after an error: other ranks may not come to this barrier.
+        if joins:
+            finish()
 
 
 def time_limit(seconds: float) -> datetime.timedelta:

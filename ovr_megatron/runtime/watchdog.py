@@ -31,6 +31,11 @@ def touch() -> None:
         _active.touch()
 
 
+def is_watching() -> bool:
+    """Return whether this process has a `Watchdog`."""
+    return _active is not None
+
+
 class Watchdog:
     """End this process with code 1 when nobody has called `touch` for ``timeout_s`` seconds (0: never).
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NEW_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 PEFT_PREFIX = "base_model.model."  # before the name of an adapter's module
@@ -146,7 +147,7 @@ def split(
         vocab, *width = tensor.shape
         padding_rows = padded_vocab(shape, tp) - vocab
         padding = tensor.new_zeros(padding_rows, *width)
-        tensor = torch.cat([tensor, padding])
+        tensor = _cat([tensor, padding])
     # A rank holds whole heads, as attention works on them; of key-value heads, each with its query heads.
     units, unit_name = _units(row, tensor, shape)
     if units % tp:
@@ -181,10 +182,18 @@ def join(row: TensorRow, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
         return shards[0]
     block_sizes = (kind.blocks, -1)
     parts = [shard.unflatten(dim, block_sizes) for shard in shards]
-    stacked = torch.stack(parts, dim=dim + 1)  # [blocks, tp, -1], as in `split`
+    stacked = _cat([part.unsqueeze(dim + 1) for part in parts], dim + 1)  # [blocks, tp, -1], as in `split`
     joined = stacked.flatten(dim, dim + 2)
     if row.kind == "vocabulary":
         return joined[: shape.vocab]
+    return joined
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    # Imported here: names and sizes of the table are there without torch, which takes seconds to load.
+    import torch  # noqa: PLC0415
+
+    joined: Tensor = torch.cat(list(tensors), dim=dim)
     return joined
 
 
@@ -216,7 +225,7 @@ def _fuse_vision_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
 def _unfuse_vision_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     heads = shape.vision.heads
     qkv = _ungroup(tensor, heads, 1)
-    stacked = torch.cat(qkv)
+    stacked = _cat(qkv)
     return (stacked,)
 
 
@@ -224,7 +233,7 @@ def _group(qkv: Sequence[Tensor], groups: int) -> Tensor:
     """Rows in Megatron's order: for each key-value group its query heads, its key head, its value head."""
     group_sizes = (groups, -1)
     by_group = [part.unflatten(0, group_sizes) for part in qkv]
-    grouped = torch.cat(by_group, dim=1)
+    grouped = _cat(by_group, dim=1)
     return grouped.flatten(0, 1)
 
 
@@ -239,7 +248,7 @@ def _ungroup(tensor: Tensor, groups: int, queries: int) -> tuple[Tensor, ...]:
 
 
 def _fuse_gate_up(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    return torch.cat(list(tensors))
+    return _cat(tensors)
 
 
 def _unfuse_gate_up(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
@@ -247,7 +256,7 @@ def _unfuse_gate_up(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
 
 
 def _stack(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    return torch.cat(list(tensors))
+    return _cat(tensors)
 
 
 def _unstack_2(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:

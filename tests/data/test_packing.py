@@ -11,7 +11,8 @@ from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.best_fit import PackError
 from ovr_megatron.data.pack_stream import CHUNK, PackStream
 from ovr_megatron.data.packing import pack
-from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ovr_megatron.coldstart.training import cross_entropy
+from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import DataConfig, ParallelConfig, RolloutConfig, Sampling, SourceConfig
 from ovr_megatron.data.packing import pack
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.engine import Engine
 from ovr_megatron.rollout.engine import RolloutEngine

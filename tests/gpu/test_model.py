@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovr_megatron.coldstart.training import cross_entropy
+from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, SourceConfig
 from ovr_megatron.data.packing import Pack, pack
 from ovr_megatron.data.processing import Processor

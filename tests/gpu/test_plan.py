@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ovr_megatron.coldstart.training import cross_entropy
+from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import Engine

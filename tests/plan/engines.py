@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from ovr_megatron.coldstart.training import cross_entropy
+from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.packing import Pack

@@ -23,7 +23,8 @@ from torch.nn import Parameter
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.config import RLConfig, build
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.ppo.prompts import PromptStream
 from tests.ppo.reference_maths import Steps, divergence, hub, literal_advantages, mismatch

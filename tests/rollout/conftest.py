@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.config import DataConfig, Sampling
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.row_parsing import parse_row
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions

@@ -1,0 +1,144 @@
+"""Load the weights of a cold start, start its evaluation, and print its heading."""
+
+from __future__ import annotations
+
+import statistics
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ovr_megatron.chat_model import ChatModel, start_empty_rollout
+from ovr_megatron.checkpoint import store
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
+from ovr_megatron.checkpoint.resume import ResumePoint
+from ovr_megatron.config import ColdStartConfig, ConfigError
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import RowError
+from ovr_megatron.data.skipped import SkippedRows
+from ovr_megatron.data.stream import open_stream
+from ovr_megatron.data.supervised import SupervisedPacks, has_data, open_packs
+from ovr_megatron.engine import Engine
+from ovr_megatron.model.layers import cautions, layers_in_use
+from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
+from ovr_megatron.runtime import run_folder
+from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.logs import get_logger
+from ovr_megatron.runtime.runlog import record_layers
+from ovr_megatron.runtime.starts import LaunchArgs, record_start
+from ovr_megatron.weights.folder import WeightFolder
+
+if TYPE_CHECKING:
+    from ovr_megatron.evaluation.periodic import PeriodicEvaluation
+
+logger = get_logger(__name__)
+
+LENGTHS_MEASURED = 64  # rows whose mean length estimates the epochs in the heading
+
+
+def open_data(config: ColdStartConfig, processor: Processor, world: World) -> tuple[SupervisedPacks | None, int]:
+    """Open the packs as `open_packs` does; without any data return None: a program passes the chats of each step."""
+    if has_data(config.data):
+        return open_packs(config, processor, world)
+    return None, config.steps
+
+
+def load_position(packs: SupervisedPacks | None, checkpoint: ResumePoint) -> None:
+    """Go to the checkpoint's position in the data.
+
+    Raises:
+        ConfigError: the run has learned from data and now has none, or the reverse.
+    """
+    position = checkpoint.state["packs"]
+    if (packs is None) != (position is None):
+        source = "chats that a program passed" if position is None else "data.sources or data.tokenised"
+        raise ConfigError(
+            f"{checkpoint.path}: its run has learned from {source}, this one has other settings of data; go on with "
+            "the same, or choose another run.dir"
+        )
+    if packs is not None:
+        packs.load(position)
+
+
+def load_weights(engine: Engine, config: ColdStartConfig, world: World) -> None:
+    """Load the initial weights of ``model.path``.  A collective.
+
+    Raises:
+        CheckpointError: it is a checkpoint that is damaged.
+    """
+    store.check_weights(config.model.path, world)
+    engine.load(WeightFolder(store.weights_of(config.model.path)), seed=config.run.seed)
+
+
+def record_run(config: ColdStartConfig, processor: Processor, world: World, launch: LaunchArgs | None) -> None:
+    """Write settings, layers, the start and the Hugging Face files of the model into the run folder."""
+    run = Path(config.run.dir)
+    run_folder.record(config, run)
+    layers = layers_in_use(config.model)
+    record_layers(run, layers, cautions(config.model, rollout=False))
+    if launch:
+        record_start(run, launch, world.size)
+    write_hf_assets(run / "companions", processor)
+
+
+def show_start(
+    config: ColdStartConfig,
+    processor: Processor,
+    engine: Engine,
+    world: World,
+    checkpoint: ResumePoint | None,
+) -> None:
+    """Print the heading of the run: batch, data, model, and the checkpoint that it goes on from."""
+    step_tokens = config.packs_per_step * config.data.pack_tokens
+    batch = f"{config.packs_per_step} packs of {config.data.pack_tokens:,} = {step_tokens:,} tokens a step"
+    rows = [("batch", batch)]
+    if config.data.tokenised:
+        rows.append(("data", f"{config.data.tokenised}, {config.epochs} epochs unless steps are given"))
+    elif config.data.sources:
+        sample_count = config.steps * step_tokens / mean_length(config, processor)
+        rows += source_rows(config, sample_count)
+    start = None
+    if checkpoint:
+        start = (checkpoint.path, checkpoint.step)
+    rows += run_rows(config, {"model": engine}, world, start)
+    heading = show_heading(f"cold start in {config.run.dir}", rows)
+    logger.info(heading)
+
+
+def mean_length(config: ColdStartConfig, processor: Processor) -> float:
+    """Return the mean number of tokens of the first samples; the length of a pack if none of them can be used."""
+    lengths = []
+    # A stream of its own: the samples measured here are not taken from the training packs.
+    stream = open_stream(config.data, config.run.seed, SkippedRows(None))
+    for row in islice(stream, LENGTHS_MEASURED):
+        try:
+            [length] = processor.lengths([row], generation=False)
+        except RowError:
+            continue  # the loop itself names the row and stops, or skips it
+        if isinstance(length, int):
+            lengths.append(length)
+    if not lengths:
+        return float(config.data.pack_tokens)
+    return statistics.mean(lengths)
+
+
+def build_evaluation(config: ColdStartConfig, policy: ChatModel) -> PeriodicEvaluation:
+    """Start vLLM on this rank, for the model's samples, too; it sleeps between the evaluations."""
+    # Imported here, so that a run without evaluation does not wait for vLLM.
+    from ovr_megatron.evaluation.periodic import PeriodicEvaluation  # noqa: PLC0415
+
+    processor = policy.processor
+    shape = processor.shape
+    prompt_tokens = config.data.max_prompt_tokens
+    response_tokens = shape.response_limit(config.evaluation.max_tokens, prompt_tokens)
+    max_length = prompt_tokens + response_tokens
+    shape.check_length(max_length, "data.max_prompt_tokens with evaluation.max_tokens")
+    policy.rollout = start_empty_rollout(config, policy.folder, processor, max_length)
+    return PeriodicEvaluation(
+        config.evaluation,
+        policy.rollout,
+        processor,
+        config.rollout.tp,
+        Path(config.run.dir),
+        config.run.seed,
+        keep=False,
+    )
