@@ -33,6 +33,7 @@ from ovr_megatron.rl.rehearsal import rehearse
 from ovr_megatron.rl.setup import build_models, build_rollouts, check_steps, open_model_and_prompts
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.folder_kinds import describe_folder
 from ovr_megatron.runtime.logs import NOTICE, get_logger, set_step
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, open_log, record_layers
@@ -226,9 +227,8 @@ def count_iterations(config: RLConfig) -> int:
     if config.rollouts_from:
         archived = archive.iterations(Path(config.rollouts_from))
         if not archived:
-            raise ArchiveError(
-                f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run"
-            )
+            problem = f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run"
+            raise ArchiveError(describe_folder(config.rollouts_from, "run") or problem)
     if config.only == "train":
         archived_end = max(archived, default=-1) + 1
         return min(config.iterations, archived_end)
