@@ -104,7 +104,7 @@ def _newest_step(path: Path) -> str:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() and not (path / "manifest.json").exists()
+    return (path / "config.yaml").is_file() and not _has(path, "manifest.json", "config.json", "adapter_config.json")
 
 
 def _is_checkpoint(path: Path) -> bool:

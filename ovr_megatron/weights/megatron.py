@@ -10,7 +10,7 @@ written, which is what both programs expect by default.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -189,11 +189,14 @@ class MegatronFolder(WeightFolder):
             return self._tower.tensor(name)
         part = self._part(name)
         parameter = self._load(part.parameter, part.row)
-        tensors = (parameter,) if part.row is None else table.to_hf(part.row, parameter, self._shape)
-        tensor = tensors[part.index]
-        if tuple(tensor.shape) != part.size:
+        tensor = parameter
+        if part.row is not None:
+            tensors = table.to_hf(part.row, parameter, self._shape)
+            tensor = tensors[part.index]
+        shape = tuple(tensor.shape)
+        if shape != part.size:
             raise WeightError(
-                f"{self.directory}: {part.parameter} gives {name} the shape {list(tensor.shape)}, and config.json "
+                f"{self.directory}: {part.parameter} gives {name} the shape {list(shape)}, and config.json "
                 f"makes it {list(part.size)}; the checkpoint and --hf do not belong together"
             )
         return tensor
@@ -209,11 +212,13 @@ class MegatronFolder(WeightFolder):
         wholes = []
         for key in stored.keys:
             shards = self._source.shards(key, stored.layer)
-            # Transformers' tower is on every rank entire.
-            wholes.append(shards[0] if row is None else table.join(row, shards, self._shape))
+            if row is None:
+                # Transformers' tower is on every rank entire.
+                return shards[0]
+            whole = table.join(row, shards, self._shape)
+            wholes.append(whole)
+        assert row is not None
         whole = wholes[0] if len(wholes) == 1 else torch.cat(wholes)
-        if row is None:
-            return whole
         if row.kind == "vocabulary":
             return whole[: self._shape.vocab]
         self._check_elements(parameter, whole, row)
@@ -221,13 +226,20 @@ class MegatronFolder(WeightFolder):
 
     def _check_elements(self, parameter: str, whole: Tensor, row: TensorRow) -> None:
         """Refuse a fused parameter of another size: it could not be taken apart."""
-        rows = sum(size[0] for size in row.sizes)
-        expected = (rows, *row.sizes[0][1:])
-        if tuple(whole.shape) != expected:
+        expected = _fused_size(row)
+        shape = tuple(whole.shape)
+        if shape != expected:
             raise WeightError(
-                f"{self.directory}: {parameter} has shape {list(whole.shape)}, and config.json makes it "
+                f"{self.directory}: {parameter} has shape {list(shape)}, and config.json makes it "
                 f"{list(expected)}; the checkpoint and --hf do not belong together"
             )
+
+
+def _fused_size(row: TensorRow) -> tuple[int, ...]:
+    """Return the size of a whole parameter: its Hugging Face tensors are stacked along the first dimension."""
+    row_counts = [size[0] for size in row.sizes]
+    _, *width = row.sizes[0]
+    return (sum(row_counts), *width)
 
 
 def _parameters(sizes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, _Stored]:
@@ -255,8 +267,12 @@ def _parameters(sizes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, 
         if rest == name or re.match(r"\d+\.", rest):
             parameters[name] = _Stored(keys, None)
             continue
-        if not size or size[0] != layers:
-            raise WeightError(f"{key} has {size[0] if size else 0} layers, and config.json says {layers}")
+        stacked_layers = size[0] if size else 0
+        if stacked_layers != layers:
+            raise WeightError(
+                f"{key} has {stacked_layers} layers, and config.json says {layers}; the checkpoint and --hf do not "
+                "belong together"
+            )
         for layer in range(layers):
             parameters[f"{_LAYERS}{layer}.{rest}"] = _Stored(keys, layer)
     return parameters
@@ -282,26 +298,26 @@ def chunks(
         if row.megatron.startswith(_TABLE_TOWER):
             if not text_only:
                 for name, size in zip(row.hf, row.sizes, strict=True):
-                    yield Chunk(name, size, (0,) * len(size), size, stored, partial(folder.tensor, name))
+                    load = partial(folder.tensor, name)
+                    yield Chunk(name, size, (0,) * len(size), size, stored, load)
             continue
-        size = (sum(part[0] for part in row.sizes), *row.sizes[0][1:])
-        load = _fused(folder, row, shape)
-        layer, _, rest = row.megatron.removeprefix(_LAYERS).partition(".")
+        size = _fused_size(row)
+        start = (0,) * len(size)
+        load = partial(_fuse, folder, row, shape)
         if not row.megatron.startswith(_LAYERS):
-            yield Chunk(prefix + row.megatron, size, (0,) * len(size), size, stored, load)
+            yield Chunk(f"{prefix}{row.megatron}", size, start, size, stored, load)
             continue
-        offsets = (int(layer), *(0 for _ in size))
-        yield Chunk(f"{prefix}{_LAYERS}{rest}", (shape.layers, *size), offsets, (1, *size), stored, load)
+        name = row.megatron.removeprefix(_LAYERS)
+        layer, _, rest = name.partition(".")
+        stacked_size = (shape.layers, *size)
+        offsets = (int(layer), *start)
+        yield Chunk(f"{prefix}{_LAYERS}{rest}", stacked_size, offsets, (1, *size), stored, load)
 
 
-def _fused(folder: WeightFolder, row: TensorRow, shape: ModelShape) -> Callable[[], Tensor]:
-    """Return a function that reads a parameter when it is called."""
-
-    def load() -> Tensor:
-        tensors = [folder.tensor(name) for name in row.hf]
-        return table.from_hf(row, tensors, shape)
-
-    return load
+def _fuse(folder: WeightFolder, row: TensorRow, shape: ModelShape) -> Tensor:
+    """Read a parameter."""
+    tensors = [folder.tensor(name) for name in row.hf]
+    return table.from_hf(row, tensors, shape)
 
 
 def empty_states(shape: ModelShape, text_only: bool) -> list[str]:

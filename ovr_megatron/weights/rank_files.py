@@ -20,6 +20,7 @@ from ovr_megatron.weights.torch_dist import PlainRecord
 
 FILE = "model_optim_rng.pt"
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_MODEL = re.compile(r"model(\d*)")
 _LAYER = re.compile(r"(.*\bdecoder\.layers\.)(\d+)(\..*)")
 # What a training program stores beside the weights. None of it is made: an empty record takes its place.
 _RECORDS = ("argparse.Namespace", "megatron.", "numpy.", "_io.BytesIO", "pathlib.", "signal.", "transformer_engine.")
@@ -48,20 +49,28 @@ class RankFiles:
     def __init__(self, directory: Path):
         self.directory = directory
         files = _read_files(directory)
-        tp = 1 + max(rank for rank, _ in files)
-        stages = 1 + max(stage for _, stage in files)
-        absent = [f"mp_rank_{r:02d}_{s:03d}" for s in range(stages) for r in range(tp) if (r, s) not in files]
-        if absent:
-            raise WeightError(f"{directory} lacks {some(absent)}; copy the checkpoint again")
+        ranks = {rank for rank, _ in files}
+        stages = {stage for _, stage in files}
+        tp = max(ranks) + 1
+        stage_count = max(stages) + 1
+        if len(files) != tp * stage_count:
+            raise WeightError(
+                f"{directory} has {len(files)} of the {tp * stage_count} files of {tp} tensor-parallel ranks and "
+                f"{stage_count} stages; copy the checkpoint again"
+            )
         self._shards: dict[str, list[Tensor]] = {}
         for rank in range(tp):
-            parts = [files[rank, stage].parts for stage in range(stages)]
-            for key, tensor in _join_stages(parts).items():
-                self._shards.setdefault(key, []).append(tensor)
+            parts = [files[rank, stage].parts for stage in range(stage_count)]
+            joined = _join_stages(parts)
+            for key, tensor in joined.items():
+                shards = self._shards.setdefault(key, [])
+                shards.append(tensor)
         for key, shards in self._shards.items():
             if len(shards) != tp:
                 raise WeightError(f"{directory}: {len(shards)} of {tp} ranks have {key}; copy the checkpoint again")
-        self.sizes = {key: tuple(shards[0].shape) for key, shards in self._shards.items()}
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        for key, shards in self._shards.items():
+            self.sizes[key] = tuple(shards[0].shape)
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype of a tensor."""
@@ -82,9 +91,11 @@ def _read_files(directory: Path) -> dict[tuple[int, int], _RankFile]:
             raise WeightError(
                 f"{folder}: a rank of expert parallelism, or of another form; save the checkpoint as torch_dist"
             )
-        rank, stage = int(match[1]), int(match[2] or 0)
+        rank = int(match[1])
+        stage = int(match[2] or 0)
         path = folder / FILE
-        files[rank, stage] = _RankFile(path, _read_parts(path))
+        parts = _read_parts(path)
+        files[rank, stage] = _RankFile(path, parts)
     if not files:
         raise WeightError(f"{directory} has no mp_rank_* folder; give the folder of an iteration")
     return files
@@ -93,9 +104,15 @@ def _read_files(directory: Path) -> dict[tuple[int, int], _RankFile]:
 def _read_parts(path: Path) -> list[_ModelPart]:
     """Return the weights in a file: ``model``, or ``model0`` and so on of an interleaved pipeline."""
     content = _load(path)
-    names = [name for name in content if re.fullmatch(r"model\d*", name)]
+    numbered: dict[int, str] = {}
+    for name in content:
+        match = _MODEL.fullmatch(name)
+        if match:
+            number = int(match[1] or 0)
+            numbered[number] = name
     parts: list[_ModelPart] = []
-    for name in sorted(names, key=lambda name: int(name.removeprefix("model") or 0)):
+    for number in sorted(numbered):
+        name = numbered[number]
         weights = content[name]
         if not isinstance(weights, Mapping):
             raise WeightError(f"{path}: {name} is no dictionary of weights; give a checkpoint of Megatron-Core")
@@ -156,8 +173,10 @@ def _join_stages(stages: list[list[_ModelPart]]) -> _ModelPart:
                 if match is None:
                     joined.setdefault(key, tensor)
                     continue
-                layer = int(match[2])
+                prefix, local, rest = match.groups()
+                layer = int(local)
                 layers = max(layers, layer + 1)
-                joined[f"{match[1]}{offset + layer}{match[3]}"] = tensor
+                name = f"{prefix}{offset + layer}{rest}"
+                joined[name] = tensor
             offset += layers
     return joined

@@ -150,7 +150,9 @@ class TorchDistFolder:
             if isinstance(entry, TensorStorageMetadata):
                 self._entries[key] = entry
         self._storage = index.storage_data
-        self.sizes = {key: tuple(entry.size) for key, entry in self._entries.items()}
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        for key, tensor_entry in self._entries.items():
+            self.sizes[key] = tuple(tensor_entry.size)
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype of a stored tensor."""
@@ -183,8 +185,9 @@ class TorchDistFolder:
         stop = min(chunk.offsets[0] + chunk.sizes[0], first + count)
         if start >= stop:
             return 0
-        part = self._load(key, chunk)[start - chunk.offsets[0] : stop - chunk.offsets[0]]
-        region = target[start - first : stop - first]
+        row_count = stop - start
+        part = self._load(key, chunk).narrow(0, start - chunk.offsets[0], row_count)
+        region = target.narrow(0, start - first, row_count)
         for dim in range(1, target.dim()):
             region = region.narrow(dim, chunk.offsets[dim], chunk.sizes[dim])
         region.copy_(part)

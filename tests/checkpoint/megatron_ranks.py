@@ -6,6 +6,7 @@ Transformers' model, our two checkpoints of it, and where to write.  Prints the 
 
 import argparse
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -134,22 +135,27 @@ def sharded(model: MegatronModule, **metadata: object) -> dict[str, object]:
 def save(reference: Qwen2_5_VLForConditionalGeneration, out: Path) -> None:
     bridge = BridgeModel(filled(reference, 2, 1), reference.model.visual)
     _save(out / "bridge/iter_0000010", {"model": sharded(bridge), "iteration": 10})
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    _save_rank(out / f"ranks/iter_0000040/mp_rank_{rank:02d}", bridge)
     model = filled(reference, 1, 2)
     singletons = sharded(model, singleton_local_shards=True)
     _save(out / "gpt/iter_0000020", {"model": singletons, "args": argparse.Namespace(tensor_model_parallel_size=1)})
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    folder = out / f"ranks/iter_0000030/mp_rank_00_{stage:03d}"
+    _save_rank(out / f"stages/iter_0000030/mp_rank_00_{stage:03d}", model)
+    for name, step in (("bridge", 10), ("gpt", 20), ("stages", 30), ("ranks", 40)):
+        (out / name / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def _save_rank(folder: Path, model: MegatronModule) -> None:
+    """Write the file of this rank, with what Megatron-LM stores beside the weights."""
     folder.mkdir(parents=True)
     content = {
         "args": argparse.Namespace(attention_backend=AttnBackend.flash),
         "checkpoint_version": 3.0,
-        "iteration": 30,
         "model": model.state_dict_for_save_checkpoint(),
-        "rng_state": [{"np_rng_state": np.random.get_state(), "random_rng_state": (3, (1, 2), None)}],
+        "rng_state": [{"np_rng_state": np.random.get_state(), "random_rng_state": random.getstate()}],
     }
     torch.save(content, folder / "model_optim_rng.pt")
-    for name, step in (("bridge", 10), ("gpt", 20), ("ranks", 30)):
-        (out / name / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 
 def _save(folder: Path, state: dict[str, object]) -> None:
@@ -163,8 +169,9 @@ def load(reference: Qwen2_5_VLForConditionalGeneration, bridge: Path, gpt: Path)
     model = BridgeModel(build(reference, 2, 1), tower)
     # What a module of Transformer Engine asks for beside its weights, with the layer's place among all of them.
     layers = model.config.num_layers
+    replica = (0, parallel_state.get_tensor_model_parallel_rank(), 0)
     state_key = "language_model.decoder.layers.self_attention.linear_qkv._extra_state"
-    states = {f"state {i}": ShardedObject(state_key, None, (layers,), (i,)) for i in range(layers)}
+    states = {f"state {i}": ShardedObject(state_key, None, (layers,), (i,), replica) for i in range(layers)}
     state = dist_checkpointing.load({"model": sharded(model), **states}, str(bridge / "release"))
     assert [state[name] for name in states] == [None] * layers
     model.load_state_dict(state["model"], strict=False)

@@ -60,10 +60,10 @@ def test_megatron_core_loads_what_is_written(written: SimpleNamespace) -> None:
     assert written.differing == [{"bridge": [], "gpt": []}] * 2
 
 
-@pytest.mark.parametrize("name", ["bridge", "gpt", "ranks"])
+@pytest.mark.parametrize("name", ["bridge", "gpt", "stages", "ranks"])
 def test_a_checkpoint_of_megatron_core_becomes_ours(written: SimpleNamespace, name: str, tmp_path: Path) -> None:
-    """Layers stacked and a tower, layers apart with gate and up apart, and files of two pipeline stages."""
-    words = [] if name == "bridge" else ["--text-only"]
+    """Layers stacked and a tower; layers apart, gate and up apart; files of two stages; files of two tensor ranks."""
+    words = [] if name in ("bridge", "ranks") else ["--text-only"]
     assert_equal(convert(written.out / name, written.hf, tmp_path / "ckpt", *words), written.hf)
 
 
@@ -83,12 +83,12 @@ def test_a_language_model_alone_asks_for_a_tower(
     assert not (tmp_path / "ckpt").exists()
 
 
-@pytest.mark.parametrize("name", ["bridge", "gpt", "ranks"])
+@pytest.mark.parametrize("name", ["bridge", "gpt", "stages", "ranks"])
 def test_a_model_of_other_sizes_is_refused(
     written: SimpleNamespace, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"ffn": TinySizes(**{**vars(SIZES), "ffn": 128}), "layers": TinySizes(**{**vars(SIZES), "layers": 3})}
-    words = [] if name == "bridge" else ["--text-only"]
+    words = [] if name in ("bridge", "ranks") else ["--text-only"]
     for field, other in sizes.items():
         hf = make_tiny_model(tmp_path / field, tied=False, sizes=other)
         path = written.out / name
