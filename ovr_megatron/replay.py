@@ -24,6 +24,7 @@ from ovr_megatron.ppo.iteration import Clock, learn
 from ovr_megatron.rl.setup import build_models, open_model_and_prompts
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.folder_kinds import describe_folder
 from ovr_megatron.runtime.step_lines import read_metrics
 
 METRICS = (
@@ -54,7 +55,7 @@ def load(run: Path, overrides: Sequence[str]) -> RLConfig:
     """
     path = run / run_folder.SETTINGS
     if not path.is_file():
-        raise ConfigError(f"{run} is no run folder: it has no config.yaml")
+        raise ConfigError(describe_folder(run, "run") or f"{run} is no run folder: it has no config.yaml")
     try:
         values = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:

@@ -17,6 +17,7 @@ import yaml
 from ovr_megatron.errors import UserError
 from ovr_megatron.evaluation.behaviours import CheckpointRates, Emergence, TransferRate
 from ovr_megatron.evaluation.scoring import EvaluationResult, GreedyScores
+from ovr_megatron.runtime.folder_kinds import describe_folder
 from ovr_megatron.runtime.step_lines import read_metrics
 
 if TYPE_CHECKING:
@@ -204,14 +205,16 @@ def read_experiment(folder: Path) -> Experiment:
         ExperimentError: there is no such folder, or nothing in it comes from a run.
     """
     if not folder.is_dir():
-        raise ExperimentError(f"{folder}: there is no such folder; give the run folder of an experiment")
+        problem = f"{folder}: there is no such folder; give the run folder of an experiment"
+        raise ExperimentError(describe_folder(folder, "run") or problem)
     stages = _read_stages(folder)
     scores: dict[str, dict[str, EvaluationResult]] = {}
     for model_dir in sorted((folder / "eval").glob("*/")):
         scores[model_dir.name] = _read_json_files(model_dir)
     if not stages and not scores:
         parts = ", ".join([*STAGES, "eval"])
-        raise ExperimentError(f"{folder}: neither a run folder (config.yaml) nor an experiment ({parts}) is in it")
+        problem = f"{folder}: neither a run folder (config.yaml) nor an experiment ({parts}) is in it"
+        raise ExperimentError(describe_folder(folder, "run") or problem)
     measured = _read_json_files(folder / "measured")
     behaviours_file = folder / "behaviours/behaviours.json"
     behaviours = None

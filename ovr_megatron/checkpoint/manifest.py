@@ -22,6 +22,7 @@ from typing import Any, NotRequired, TypedDict
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.folder_kinds import describe_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -142,10 +143,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     try:
         raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist: not a checkpoint, or its writing was interrupted; use another checkpoint"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"{path} does not exist: not a checkpoint, or its writing was interrupted; use another checkpoint"
+        raise CheckpointError(describe_folder(directory, "checkpoint") or problem) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); use another checkpoint") from None
     except OSError as error:

@@ -46,6 +46,13 @@ COMMANDS = (
     Command("replay", "Training", "a saved PPO iteration once more, in any layout", "cli.replay"),
     Command("convert from-hf", "Weights", "a Hugging Face folder to a checkpoint", "cli.convert_from_hf"),
     Command("convert to-hf", "Weights", "policy or critic of a checkpoint to Hugging Face", "cli.convert_to_hf"),
+    Command(
+        "convert from-megatron",
+        "Weights",
+        "a checkpoint of Megatron-LM or -Bridge to ours",
+        "cli.convert_from_megatron",
+    ),
+    Command("convert to-megatron", "Weights", "a policy for Megatron-LM or -Bridge", "cli.convert_to_megatron"),
     Command("average", "Weights", "the uniform average of checkpoints", "cli.average"),
     Command("verify", "Weights", "a model through ours and Transformers: logits and gradients", "cli.verify"),
     Command("tiny-model", "Weights", "a small random model", "cli.tiny_model"),

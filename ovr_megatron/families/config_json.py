@@ -13,6 +13,7 @@ from typing import Annotated, TypeGuard, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ovr_megatron.errors import UserError
+from ovr_megatron.runtime.folder_kinds import describe_folder
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 _EXCERPT = 80  # characters of a value that a message repeats
@@ -53,8 +54,9 @@ def read_config(directory: str | Path, title: str) -> tuple[dict[str, object], P
     path = Path(directory) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ShapeError(f"{path} does not exist; give the folder of a Hugging Face {title} model") from None
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"{path} does not exist; give the folder of a Hugging Face {title} model"
+        raise ShapeError(describe_folder(directory, "model") or problem) from None
     except json.JSONDecodeError as error:
         raise ShapeError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError:

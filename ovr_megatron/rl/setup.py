@@ -25,6 +25,7 @@ from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.folder_kinds import describe_folder
 from ovr_megatron.runtime.trackers.table import check_trackers
 from ovr_megatron.weights.folder import WeightFolder
 
@@ -113,9 +114,8 @@ def count_iterations(config: RLConfig) -> int:
     if config.rollouts_from:
         archived = archive.iterations(Path(config.rollouts_from))
         if not archived:
-            raise ArchiveError(
-                f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run"
-            )
+            problem = f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run"
+            raise ArchiveError(describe_folder(config.rollouts_from, "run") or problem)
     if config.only == "train":
         archived_end = max(archived, default=-1) + 1
         return min(config.iterations, archived_end)

@@ -22,8 +22,9 @@ from ovr_megatron.config import LoraConfig
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.adapters import adapted_linears
 from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.folder_kinds import ADAPTER, kind_of
 from ovr_megatron.weights.diagnosis import HEAD
-from ovr_megatron.weights.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SINGLE, WeightError, WeightFolder
+from ovr_megatron.weights.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WeightError, WeightFolder
 from ovr_megatron.weights.shard import FORMATS
 from ovr_megatron.weights.table import PEFT_PREFIX, TensorRow, module_name
 from ovr_megatron.weights.table import rows as table_rows
@@ -138,8 +139,7 @@ def write_adapter_config(path: Path, config: AdapterConfig) -> None:
 
 def is_adapter_folder(folder: Path) -> bool:
     """Whether ``folder`` holds an adapter and no weights of a model."""
-    has_weights = (folder / SINGLE).exists() or (folder / INDEX).exists()
-    return (folder / ADAPTER_CONFIG).exists() and not has_weights
+    return kind_of(folder) is ADAPTER
 
 
 def adapter_dtype(folder: Path) -> torch.dtype | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ovr_megatron.data.hf_files import copy_files
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.files import write_whole
+from ovr_megatron.runtime.folder_kinds import describe_folder
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
@@ -133,17 +134,8 @@ def _shards(directory: Path) -> dict[str, list[str]]:
     if files:
         present = some(files)
         raise WeightError(f"{directory} has {present} but no {INDEX}; get the index, or the whole folder, again")
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if (directory / name).exists():
-            raise WeightError(
-                f"{directory} holds a LoRA adapter and no model; merge it into its model, with `ovr convert to-hf "
-                "--merge` if it is of a checkpoint of ours and else by PEFT's merge_and_unload, and give that folder"
-            )
-    pickles = sorted(path.name for path in directory.glob("*.bin"))
-    if pickles:
-        present = some(pickles)
-        raise WeightError(f"{directory} has {present} and no safetensors weights; save it as safetensors")
-    raise WeightError(f"{directory} has no safetensors weights; give the folder of a Hugging Face model in safetensors")
+    problem = f"{directory} has no safetensors weights; give the folder of a Hugging Face model in safetensors"
+    raise WeightError(describe_folder(directory, "model") or problem)
 
 
 def _indexed_shards(index: Path) -> dict[str, list[str]]:

@@ -1,9 +1,15 @@
 """A model's name on the Hugging Face hub is a folder in Hugging Face's cache."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +70,67 @@ def test_a_path_of_this_machine_is_no_name(tmp_path: Path, monkeypatch: pytest.M
     # A mistyped run of this machine is not looked for elsewhere.
     for path in ("org/model", "runs/mistyped", "7B", "/data/model", "./model", "a/b/c"):
         assert not is_hub_name(path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A server with the part of the hub's interface that a download asks for; counts the files that it sends."""
+    model = make_tiny_model(tmp_path / "model", tied=True, seed=1)
+    (model / "modeling.py").write_text("raise SystemExit")
+    sent: Counter[str] = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(True)
+
+        def do_HEAD(self) -> None:
+            self.answer(False)
+
+        def answer(self, with_body: bool) -> None:
+            if self.path.startswith("/api/models/org/tiny/revision/main"):
+                files = [{"rfilename": path.name} for path in model.iterdir()]
+                body = json.dumps({"id": "org/tiny", "sha": REVISION, "siblings": files}).encode()
+                self.reply(body, {"Content-Type": "application/json"}, with_body)
+                return
+            name = self.path.rpartition("/")[2]
+            if not self.path.startswith("/org/tiny/resolve/") or not (model / name).is_file():
+                self.send_error(404)
+                return
+            sent[name] += with_body
+            headers = {"ETag": f'"{name}"', "X-Repo-Commit": REVISION}
+            self.reply((model / name).read_bytes(), headers, with_body)
+
+        def reply(self, body: bytes, headers: dict[str, str], with_body: bool) -> None:
+            self.send_response(200)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(model=model, sent=sent, url=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    server.server_close()
+
+
+def test_ranks_of_a_machine_download_a_model_once(hub: SimpleNamespace, tmp_path: Path) -> None:
+    """Each file once for all processes, no code, into the cache that HF_HOME names; later without the hub."""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", ASK, "org/tiny"]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    answers = {rank.communicate(timeout=120)[0].strip() for rank in ranks}
+    snapshot = tmp_path / "cache/hub/models--org--tiny/snapshots" / REVISION
+    assert answers == {str(snapshot)}
+    names = {path.name for path in hub.model.iterdir()} - {"modeling.py"}
+    assert hub.sent == dict.fromkeys(names, 1)
+    assert all((snapshot / name).read_bytes() == (hub.model / name).read_bytes() for name in names)
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=offline)
+    assert result.stdout.strip() == str(snapshot) and hub.sent.total() == len(names)
