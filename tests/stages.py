@@ -12,7 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from PIL import Image
 
+from ovr_megatron import SFT, load_model
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.coldstart import training as coldstart
 from ovr_megatron.config import (
@@ -40,6 +42,13 @@ def recipe(schema: type, name: str, *overrides: str) -> Any:
     return build(schema, OmegaConf.merge(defaults(schema), values, OmegaConf.from_dotlist(list(overrides))))
 
 
+REPLY = {"role": "assistant", "content": "<think>One more.</think>\\boxed{2}"}
+PICTURE = {"type": "image", "image": Image.new("RGB", (56, 56), "red")}
+# Three over two replicas.
+CHATS = [
+    {"messages": [{"role": "user", "content": content}, REPLY]}
+    for content in ("1 + 1?", [PICTURE, {"type": "text", "text": "How many?"}], "How many ones are there in 1 + 1 + 1?")
+]
 PUZZLE = "puzzle:digits?form=text&task=sum&split=heldout&answered=0&count=6"
 EVALUATION = ["evaluation.every=2", f"evaluation.sources=[{{path: '{PUZZLE}', name: text}}]", "evaluation.max_tokens=8"]
 
@@ -48,6 +57,24 @@ def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32", *more: s
     options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", "steps=4", "run.save_every=2", *more]
     config = recipe(ColdStartConfig, "tiny_cold_start", *options, "data.pack_tokens=512", f"model.dtype={dtype}")
     coldstart.train(config, world)
+
+
+def cold_start_by_steps(run: Path, model: Path) -> None:
+    """The run of `cold_start`, step by step, with scores of chats between the steps."""
+    options = [f"run.dir={run}", f"model.path={model}", "steps=4", "run.save_every=2", "data.pack_tokens=512"]
+    with SFT(recipe(ColdStartConfig, "tiny_cold_start", *options), world) as sft:
+        while not sft.done:
+            sft.step()
+            sft.policy.logprobs(CHATS)
+
+
+def score(checkpoint: Path, out: Path) -> None:
+    """The log-probabilities of `CHATS` in this launch's layout."""
+    options = ["run.dir=x", f"model.path={checkpoint}", f"parallel.tp={tp}"]
+    with load_model(recipe(ColdStartConfig, "tiny_cold_start", *options), world=world) as model:
+        logprobs = [array.tolist() for array in model.logprobs(CHATS)]
+    if world.is_main:
+        out.write_text(json.dumps(logprobs))
 
 
 def evaluate(checkpoint: Path, out: Path) -> None:
@@ -94,6 +121,8 @@ if __name__ == "__main__":
     model = out / "model"
     if tp == 1:
         cold_start(out / "cold", model, tp)
+        cold_start_by_steps(out / "cold_by_steps", model)
+        score(out / "cold/checkpoints/step_000004", out / "scores_tp1.json")
         copy_without_last(out / "cold", out / "cold_resumed")
         cold_start(out / "cold_resumed", model, tp)
         tokenised_cold_start(out / "epochs", model)
@@ -122,6 +151,7 @@ if __name__ == "__main__":
     else:
         if rollout_tp == 2:
             cold_start(out / "cold_tp2", model, tp)
+            score(out / "cold", out / "scores_tp2.json")  # the run's newest checkpoint
             copy_without_last(out / "cold", out / "cold_resumed_tp2")
             cold_start(out / "cold_resumed_tp2", model, tp)
         ppo(out / f"rl_tp2_engine_tp{rollout_tp}", model, tp, rollout_tp)

@@ -69,6 +69,18 @@ def test_evaluation_on_the_way_is_that_of_the_checkpoint(runs: Path, step: str) 
     assert [json.loads(line)["response"] for line in found] == [json.loads(line)["response"] for line in fresh]
 
 
+def test_a_run_by_steps_is_the_run_itself(runs: Path) -> None:
+    assert curve(runs / "cold_by_steps") == curve(runs / "cold")
+    assert_same_bits(weights(runs / "cold_by_steps"), weights(runs / "cold"))
+
+
+def test_scores_of_chats_are_the_same_in_another_layout(runs: Path) -> None:
+    one, two = (json.loads((runs / f"scores_tp{tp}.json").read_text()) for tp in (1, 2))
+    assert len(one) == 3 and min(map(len, one)) > 3
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_two_epochs_of_a_tokenised_set_are_learnt_whole(runs: Path) -> None:
     steps = curve(runs / "epochs")
     records = json.loads((runs / "tokenised/manifest.json").read_text())["sources"][0]
