@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.families import ModelShape
-from ovr_megatron.runtime.folder_kinds import TRACKER, newest_iteration
+from ovr_megatron.runtime.folder_kinds import TRACKER, describe_folder, newest_iteration
 from ovr_megatron.weights import table
 from ovr_megatron.weights.diagnosis import HEAD
 from ovr_megatron.weights.folder import WeightError, WeightFolder, some
@@ -89,10 +89,11 @@ def open_megatron(path: Path) -> MegatronTensors:
     """
     iteration = newest_iteration(path)
     if iteration is None:
-        raise WeightError(
-            f"{path} is no checkpoint of Megatron-LM or Megatron-Bridge: neither {TRACKER} nor an iteration's files "
-            "are in it; give the folder that has iter_0000010 or the like"
+        problem = (
+            f"{path} is no checkpoint of Megatron-LM or Megatron-Bridge: no iteration's files are in it; give the folder "
+            f"that has {TRACKER}"
         )
+        raise WeightError(describe_folder(path, "megatron") or problem)
     if any(RANK_FOLDER.match(folder.name) for folder in iteration.iterdir()):
         return RankFiles(iteration)
     return TorchDistFolder(iteration)
