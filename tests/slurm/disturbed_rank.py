@@ -20,7 +20,7 @@ def brake(file: Path) -> None:
 
     def room_left(*args: Any) -> bool:
         if file.exists():
-            time.sleep(0.5)
+            time.sleep(1)
         return original(*args)
 
     RolloutEngine.room_left = room_left  # type: ignore[method-assign]
