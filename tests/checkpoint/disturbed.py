@@ -373,16 +373,15 @@ def scenarios(out: Path) -> dict[str, Any]:
     go.touch()
     codes["first"] = first.codes()
     codes["slow"] = slow.codes()
-    # They mostly sleep, too.
     waiting = {
         "hang": Run(out / "hang", hang, "run.hang_timeout_s=15"),
         "hang_in_start": Run(out / "hang_in_start", hang_in_start, "run.hang_timeout_s=15"),
         "absent": Run(out / "absent", None, "run.hang_timeout_s=5", ranks=1),
         "elsewhere": Run(out / "elsewhere", elsewhere, "run.hang_timeout_s=5"),
     }
+    codes |= {name: run.codes() for name, run in waiting.items()}
     codes["full"] = Run(out / "full", full_disk).codes()
     codes["full_stop"] = Run(out / "full_stop", full_disk, "run.stop_on_failed_save=true").codes()
-    codes |= {name: run.codes() for name, run in waiting.items()}
     codes |= without_room(out)
     codes["infinite"] = Run(out / "infinite", poison_weights).codes()
     codes["skip"] = Run(out / "skip", partial(bad_gradient, steps=range(3, 4))).codes()

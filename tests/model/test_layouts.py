@@ -94,7 +94,7 @@ def test_every_layout_computes_what_transformers_computes(results: dict[str, Any
         bounds = BF16_BOUNDS if "bf16" in name else BOUNDS
         wrong += [(name, c, row[c]) for c, bound in bounds.items() if c in row and not row[c] <= bound]
     assert not wrong
-    assert len(rows(results)) == (60 if WHOLE else 33)
+    assert len(rows(results)) == (60 if WHOLE else 34)
 
 
 def test_what_is_frozen_has_no_gradient(results: dict[str, Any]) -> None:
