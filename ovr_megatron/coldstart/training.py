@@ -19,8 +19,10 @@ from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.checkpoint.resume import ResumePoint
+from ovr_megatron.coldstart.validation import open_validation
 from ovr_megatron.config import ColdStartConfig
 from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merge_parts, worst
+from ovr_megatron.data.epochs import EpochStream
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError
@@ -91,8 +93,9 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
         if launch:
             record_start(run, launch, world.size)
         write_hf_assets(run / "companions", processor)
-        show_start(config, processor, engine, world, checkpoint)
+        show_start(config, processor, engine, world, checkpoint, packs)
     trainer = StepTrainer(config, engine, world, checkpoint)
+    validation = open_validation(config, processor, engine, world)
     evaluation = None
     if config.evaluation.every:
         evaluation = build_evaluation(config, model_folder, processor)
@@ -108,6 +111,9 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
             progress.update(loss=f"{metrics['loss']:.4f}")
             steps_done = step + 1
             is_last = steps_done == config.steps
+            # Before `end_step`: a checkpoint is resumed from after its losses are in the log.
+            if validation and validation.due(steps_done, is_last):
+                trainer.record_scores(step, validation.losses())
             if evaluation and evaluation.due(steps_done, is_last):
                 evaluation.engine.update(engine.held())
                 with suppress(StopRequested):  # `end_step` ends the run, and its next start scores these weights
@@ -136,13 +142,14 @@ def show_start(
     engine: Engine,
     world: World,
     checkpoint: ResumePoint | None,
+    packs: SupervisedPacks,
 ) -> None:
     """Print the heading of the run: batch, data, model, and the checkpoint that it goes on from."""
     step_tokens = config.packs_per_step * config.data.pack_tokens
     batch = f"{config.packs_per_step} packs of {config.data.pack_tokens:,} = {step_tokens:,} tokens a step"
     rows = [("batch", batch)]
-    if config.data.tokenised:
-        rows.append(("data", f"{config.data.tokenised}, {config.epochs} epochs unless steps are given"))
+    if isinstance(packs, EpochStream):
+        rows.append(("data", describe_epochs(config, packs)))
     else:
         sample_count = config.steps * step_tokens / mean_length(config, processor)
         rows += source_rows(config, sample_count)
@@ -152,6 +159,16 @@ def show_start(
     rows += run_rows(config, {"model": engine}, world, start)
     heading = show_heading(f"cold start in {config.run.dir}", rows)
     logger.info(heading)
+
+
+def describe_epochs(config: ColdStartConfig, packs: EpochStream) -> str:
+    """Return the rows of an epoch, its steps, and how many epochs the run takes."""
+    source = config.data.tokenised or "data.sources"
+    rows = f"{source}: {packs.trained_rows:,} rows to train on, {packs.dropped:,} left out"
+    if not packs.epoch_steps:  # with very small weights an epoch may have no row
+        return rows
+    epochs = config.steps / packs.epoch_steps
+    return f"{rows}; an epoch takes {packs.epoch_steps:,.1f} steps, the run {epochs:,.1f} epochs"
 
 
 def mean_length(config: ColdStartConfig, processor: Processor) -> float:
@@ -309,6 +326,8 @@ class StepTrainer:
             "data/fill": packs.fill,
             "data/dropped": packs.dropped,
         }
+        if isinstance(packs, EpochStream):
+            values["data/epoch"] = packs.progress
         replies, learned_replies = packs.replies
         if replies:  # a tokenised set does not know them
             values |= {"data/replies": replies, "data/learned_replies": learned_replies}

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ovr_megatron.config import ColdStartConfig, ConfigError
+import numpy as np
+
+from ovr_megatron.config import ColdStartConfig, ConfigError, ValidationConfig
 from ovr_megatron.data.epochs import EpochStream
+from ovr_megatron.data.fingerprints import read_fingerprints
+from ovr_megatron.data.held_out import hold_out, open_training_source
 from ovr_megatron.data.pack_stream import PackStream
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.skipped import skipped_rows
+from ovr_megatron.data.row_set import RowSet
+from ovr_megatron.data.skipped import SkippedRows, skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.runtime.distributed import World
@@ -48,7 +53,7 @@ def open_packs(
     processor: Processor,
     world: World,
 ) -> tuple[SupervisedPacks, int]:
-    """Open ``data.tokenised`` or ``data.sources``, whichever is given.
+    """Open ``data.tokenised`` or ``data.sources``, whichever is given.  A collective where rows are measured.
 
     Returns:
         The packs of this process's replica, and the number of steps: ``steps``, or those of ``epochs``.
@@ -63,25 +68,32 @@ def open_packs(
     if world.is_main and processor.template_notice:
         logger.log(NOTICE, processor.template_notice)
     skipped = skipped_rows(data, Path(config.run.dir), world.is_main)
-    if data.tokenised:
-        tokenised = TokenisedSet(data.tokenised, processor)
+    if not data.tokenised and not data.sources:
+        raise ConfigError(
+            "data.sources and data.tokenised are empty: give rows, for example 'data.sources=[{path: rows.jsonl}]', or "
+            "data.tokenised=DIR that ovr tokenise wrote"
+        )
+    if data.tokenised or not config.steps:
+        samples: TokenisedSet | RowSet
+        held_out = None
+        if data.tokenised:
+            samples = TokenisedSet(data.tokenised, processor)
+            held_out = held_out_samples(samples, config.validation)
+        else:
+            samples = measure_rows(config, processor, world, skipped)
         positions = processor.shape.max_positions
         epochs = EpochStream(
-            tokenised,
+            samples,
             data,
             config.packs_per_step,
             seed,
             *replica,
             positions,
             skipped,
+            held_out,
         )
         return epochs, config.steps or epochs.steps(config.epochs)
-    if not data.sources:
-        raise ConfigError(
-            "data.sources and data.tokenised are empty: give rows, for example 'data.sources=[{path: rows.jsonl}]', or "
-            "data.tokenised=DIR that ovr tokenise wrote"
-        )
-    rows = open_stream(data, seed, skipped)
+    rows = open_stream(data, seed, skipped, config.validation)
     stream = PackStream(
         rows,
         processor,
@@ -91,3 +103,38 @@ def open_packs(
         skipped,
     )
     return stream, config.steps
+
+
+def measure_rows(
+    config: ColdStartConfig,
+    processor: Processor,
+    world: World,
+    skipped: SkippedRows | None,
+) -> RowSet:
+    """Measure the training rows of ``data.sources``, without those that are held out.  A collective.
+
+    Raises:
+        ConfigError: a source has no end, or no row can be used.
+        RowError: a source or a row cannot be used.
+    """
+    data = config.data
+    sources = [(source, open_training_source(source, config.validation)) for source in data.sources]
+    exclude: frozenset[str] = frozenset()
+    if data.exclude:
+        exclude = read_fingerprints(Path(data.exclude))
+    return RowSet(sources, processor, world, exclude, skipped)
+
+
+def held_out_samples(tokenised: TokenisedSet, validation: ValidationConfig) -> np.ndarray | None:
+    """Return bool[N], the samples of a tokenised set that are held out; None if none are.
+
+    Raises:
+        ConfigError: of a source no sample would be left for training or for validation.
+    """
+    if not validation.holds_out:
+        return None
+    held_out = np.zeros(len(tokenised), bool)
+    for number, source in enumerate(tokenised.manifest.sources):
+        indices = np.flatnonzero(tokenised.sources == number)
+        held_out[indices] = hold_out(source.path, len(indices), validation)
+    return held_out
