@@ -99,6 +99,11 @@ def copy_without_last(run: Path, copy: Path) -> None:
     if world.is_main:
         shutil.copytree(run, copy)
         shutil.rmtree(sorted((copy / "checkpoints").glob("step_*"))[-1])
+        for manifest in (copy / "checkpoints").glob("step_*/manifest.json"):
+            former = manifest.read_text().replace(
+                '"stage": "SFT"', '"stage": "cold start"'
+            )  # as earlier versions wrote
+            manifest.write_text(former)
     dist.barrier()
 
 

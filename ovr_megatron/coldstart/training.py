@@ -1,4 +1,4 @@
-"""Train the cold start: supervised training on packed samples (paper, section 3.1)."""
+"""Train on packed samples of text, images and video: supervised fine-tuning (SFT)."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def show_start(
     if checkpoint:
         start = (checkpoint.path, checkpoint.step)
     rows += run_rows(config, {"model": engine}, world, start)
-    heading = show_heading(f"cold start in {config.run.dir}", rows)
+    heading = show_heading(f"SFT in {config.run.dir}", rows)
     logger.info(heading)
 
 
@@ -389,6 +389,6 @@ def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
         )
         result = train(config, world, launch)
         if world.is_main:
-            say(f"cold start: {result.path}", sys.stdout)
+            say(f"sft: {result.path}", sys.stdout)
         distributed.finish()
     return result.exit_code

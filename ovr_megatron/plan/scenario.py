@@ -16,7 +16,7 @@ from ovr_megatron.plan.workload import Workload, assume_workload, image_patches,
 
 # Documents of like length make a padded batch where Transformer Engine is not there: at most 1.5 times their rows.
 _BATCHED = 1.1
-_COLD_START_MEAN = 4  # a sample takes a quarter of a pack where no length is measured or stated
+_SFT_MEAN = 4  # a sample takes a quarter of a pack where no length is measured or stated
 _RL_MEAN = 3
 
 
@@ -167,7 +167,7 @@ def _sft_span(config: ColdStartConfig, measured: Workload | None) -> Span:
     if data.tokenised:
         load, samples = read_tokenised_workload(data.tokenised, data.pack_tokens)
     else:
-        mean_tokens = data.mean_tokens or data.pack_tokens // _COLD_START_MEAN
+        mean_tokens = data.mean_tokens or data.pack_tokens // _SFT_MEAN
         load = measured or assume_workload(mean_tokens, data.pack_tokens)
     steps = config.steps
     if not steps:
