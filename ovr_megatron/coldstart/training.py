@@ -19,6 +19,7 @@ from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.checkpoint.resume import ResumePoint
+from ovr_megatron.coldstart.balance import row_work
 from ovr_megatron.coldstart.validation import open_validation
 from ovr_megatron.config import ColdStartConfig
 from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merge_parts, worst
@@ -70,9 +71,9 @@ def train(config: ColdStartConfig, world: World, launch: LaunchArgs | None = Non
     checkpoints = CheckpointManager(config, world)
     model_folder = store.weights_of(config.model.path)
     processor = Processor(model_folder, config.data)
-    packs, steps = open_packs(config, processor, world)
-    config = dataclasses.replace(config, steps=steps)  # with steps=0 those of the epochs
     shape = ModelShape.from_hf(model_folder)
+    packs, steps = open_packs(config, processor, world, row_work(config, processor, shape))
+    config = dataclasses.replace(config, steps=steps)  # with steps=0 those of the epochs
     engine = Engine(shape, config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps)
     engines = {"policy": engine}

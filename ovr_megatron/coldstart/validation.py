@@ -148,12 +148,12 @@ def open_validation(
 
 def _means(documents: Iterable[DocumentLoss]) -> dict[str, float]:
     """Return the mean loss of a target over all documents, and over those of each source where there are several."""
-    everything = list(documents)
+    measured = list(documents)
     by_source: dict[str, list[DocumentLoss]] = {}
-    for document in everything:
+    for document in measured:
         name = document.origin.source or "unnamed"
         by_source.setdefault(name, []).append(document)
-    losses = {"validation/loss": _mean(everything)}
+    losses = {"validation/loss": _mean(measured)}
     if len(by_source) > 1:
         for source in sorted(by_source):
             losses[f"validation/loss/source/{source}"] = _mean(by_source[source])

@@ -73,6 +73,9 @@ class DataConfig:
     """Pixels of an image file."""
     pack_tokens: PositiveInt = 65536
     """Tokens of a pack."""
+    balance: Literal["attention", "flops"] = "attention"
+    """Work of rows by which ovr sft shares a step's packs among replicas: the language model's attention, or all FLOP,
+    those of the vision tower included; a tokenised set, which has no images, is shared by attention."""
     max_prompt_tokens: PositiveInt = 8192
     """Tokens of a prompt; longer ones are dropped and counted."""
     exclude: str | None = None

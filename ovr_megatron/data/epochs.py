@@ -126,6 +126,7 @@ class SampleSet(Protocol):
         prompts: int32[N], tokens of each sample before its first target.
         sources: int32[N], index of the source of each.
         weights: How often an epoch has each sample of a source.
+        work: int64[N] or float64[N], the work of each, in any unit.
         dropped: Rows that are no sample.
         digest: A fingerprint of what the order depends on.
     """
@@ -135,6 +136,7 @@ class SampleSet(Protocol):
     prompts: np.ndarray
     sources: np.ndarray
     weights: list[float]
+    work: np.ndarray
     dropped: int
     digest: str
 
@@ -234,10 +236,8 @@ class EpochStream:
         costs = []
         token_count = 0
         for members in plan:
-            # In int64: the squares of lengths over 46,340 do not fit into int32.
-            lengths = self._set.lengths[members].astype(np.int64)
-            token_count += int(lengths.sum())
-            costs.append(int((lengths**2).sum()))
+            token_count += int(self._set.lengths[members].sum())
+            costs.append(self._set.work[members].sum().item())
         space = self.packs_per_step * self.pack_tokens
         self.fill = token_count / space
         self.replies = self._set.replies(np.concatenate(plan))

@@ -17,6 +17,7 @@ from ovr_megatron.data.packing import count_replies
 from ovr_megatron.data.processing import Processor, Sample, TooLongError
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
+from ovr_megatron.data.work import RowWork, attention_work
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import gather_objects
@@ -31,11 +32,18 @@ class _Measures:
 
     Attributes:
         values: int32[n, 3], tokens of each sample (0 where it is left out), assistant messages, and those learned.
+        work: float64[n], the work of each row.
         errors: The error of a row that has one, by its position in all sources.
     """
 
     values: np.ndarray
+    work: np.ndarray
     errors: dict[int, RowError]
+
+    @staticmethod
+    def empty(count: int) -> _Measures:
+        """Return measures of ``count`` rows that are all left out."""
+        return _Measures(np.zeros((count, 3), np.int32), np.zeros(count), {})
 
 
 class RowSet:
@@ -51,6 +59,7 @@ class RowSet:
         sources: int32[N], index of the source of each.
         weights: How often an epoch has each row of a source.
         dropped: Rows left out.
+        work: float64[N], the work of each row, by which packs are shared among the replicas.
         digest: A fingerprint of the lengths, on which the order of an epoch depends.
     """
 
@@ -62,6 +71,7 @@ class RowSet:
         exclude: frozenset[str] = frozenset(),
         skipped: SkippedRows | None = None,
         title: str = "data.sources",
+        work: RowWork = attention_work,
     ) -> None:
         """Measure all rows.  A collective.
 
@@ -72,6 +82,7 @@ class RowSet:
             exclude: Fingerprints of rows that are left out.
             skipped: Lists rows that cannot be used; None stops at the first.
             title: The setting that names the rows, for errors.
+            work: The work of a row.
 
         Raises:
             ConfigError: a source has no end, or no row is left.
@@ -86,6 +97,7 @@ class RowSet:
         self._starts = np.cumsum([0, *counts])
         self._processor = processor
         self._exclude = exclude
+        self._row_work = work
         self._skips = skipped is not None
         measures = self._measure(world)
         _report(measures.errors, skipped)
@@ -99,6 +111,7 @@ class RowSet:
             remedy = "correct them, or the limits of data"
             raise ConfigError(f"{title}: none of the {len(lengths)} rows can be used: {cause}; {remedy}")
         self.lengths = lengths[self._indices]
+        self.work = measures.work[self._indices]
         self.prompts = np.zeros(len(self), np.int32)
         ends = self._starts[1:]
         self.sources = np.searchsorted(ends, self._indices, side="right").astype(np.int32)
@@ -137,37 +150,33 @@ class RowSet:
         """Measure this rank's part of the rows and return the measures of all.  A collective."""
         count = int(self._starts[-1])
         positions = range(world.rank, count, world.size)
-        local = _Measures(np.zeros((len(positions), 3), np.int32), {})
+        local = _Measures.empty(len(positions))
         with Progress(len(positions), self.title, "row", world.is_main, inner=True) as progress:
             for start in range(0, len(positions), _CHUNK):
                 watchdog.touch()
                 chunk = positions[start : start + _CHUNK]
-                self._measure_chunk(chunk, local.values[start : start + _CHUNK], local.errors)
+                self._measure_chunk(chunk, start, local)
                 progress.update(len(chunk))
         if world.size == 1:
             return local
-        measures = _Measures(np.zeros((count, 3), np.int32), {})
+        measures = _Measures.empty(count)
         for rank, part in enumerate(gather_objects(local)):
             measures.values[rank :: world.size] = part.values
+            measures.work[rank :: world.size] = part.work
             measures.errors.update(part.errors)
         return measures
 
-    def _measure_chunk(
-        self,
-        positions: Sequence[int],
-        values: np.ndarray,
-        errors: dict[int, RowError],
-    ) -> None:
-        """Write the measures of the rows at ``positions`` into ``values`` (int32[n, 3]) and ``errors``."""
+    def _measure_chunk(self, positions: Sequence[int], start: int, measures: _Measures) -> None:
+        """Write the measures of the rows at ``positions``, of which the first is row ``start`` of ``measures``."""
         config = self._processor.config
-        rows: list[tuple[int, Row]] = []  # number in the chunk, and row
-        for number, position in enumerate(positions):
+        rows: list[tuple[int, Row]] = []  # number in the measures, and row
+        for number, position in enumerate(positions, start=start):
             try:
                 row = self._row(position)
                 if not self._exclude or fingerprint(row, config) not in self._exclude:
                     rows.append((number, row))
             except RowError as unreadable:
-                errors[position] = unreadable
+                measures.errors[position] = unreadable
         # An error is kept in any case: raised here, on one rank, the others would wait in the exchange.  Images are
         # decoded only where rows are skipped.
         chunk_rows = [row for _, row in rows]
@@ -176,9 +185,10 @@ class RowSet:
         for (number, row), length in zip(rows, lengths, strict=True):
             error = length if isinstance(length, RowError) else _pack_error(row, length, config)
             if error is not None:
-                errors[positions[number]] = error
+                measures.errors[positions[number - start]] = error
             else:
-                values[number] = (length, *count_replies([row], config.learn))
+                measures.values[number] = (length, *count_replies([row], config.learn))
+                measures.work[number] = self._row_work(row, length)
 
 
 def check_finite(title: str, path: str, rows: RowSource) -> None:

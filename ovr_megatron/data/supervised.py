@@ -19,6 +19,7 @@ from ovr_megatron.data.row_set import RowSet
 from ovr_megatron.data.skipped import SkippedRows, skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.tokenised import TokenisedSet
+from ovr_megatron.data.work import RowWork, attention_work
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 
@@ -52,8 +53,11 @@ def open_packs(
     config: ColdStartConfig,
     processor: Processor,
     world: World,
+    work: RowWork = attention_work,
 ) -> tuple[SupervisedPacks, int]:
     """Open ``data.tokenised`` or ``data.sources``, whichever is given.  A collective where rows are measured.
+
+    ``work`` is that of a row of ``data.sources``, by which packs are shared among the replicas.
 
     Returns:
         The packs of this process's replica, and the number of steps: ``steps``, or those of ``epochs``.
@@ -80,7 +84,7 @@ def open_packs(
             samples = TokenisedSet(data.tokenised, processor)
             held_out = held_out_samples(samples, config.validation)
         else:
-            samples = measure_rows(config, processor, world, skipped)
+            samples = measure_rows(config, processor, world, skipped, work)
         positions = processor.shape.max_positions
         epochs = EpochStream(
             samples,
@@ -101,6 +105,7 @@ def open_packs(
         config.packs_per_step,
         *replica,
         skipped,
+        work,
     )
     return stream, config.steps
 
@@ -110,6 +115,7 @@ def measure_rows(
     processor: Processor,
     world: World,
     skipped: SkippedRows | None,
+    work: RowWork,
 ) -> RowSet:
     """Measure the training rows of ``data.sources``, without those that are held out.  A collective.
 
@@ -122,7 +128,7 @@ def measure_rows(
     exclude: frozenset[str] = frozenset()
     if data.exclude:
         exclude = read_fingerprints(Path(data.exclude))
-    return RowSet(sources, processor, world, exclude, skipped)
+    return RowSet(sources, processor, world, exclude, skipped, work=work)
 
 
 def held_out_samples(tokenised: TokenisedSet, validation: ValidationConfig) -> np.ndarray | None:

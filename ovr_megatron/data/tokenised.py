@@ -137,6 +137,7 @@ class TokenisedSet:
         prompts: int32[N], tokens of each sample before its first target.
         sources: int32[N], index into ``manifest.sources``.
         weights: How often an epoch has each sample of a source.
+        work: int64[N], the squared length of each sample.
         digest: A fingerprint of the contents.
         dropped: Zero: what was left out is counted in the manifest.
         title: The setting that names the set, for errors.
@@ -174,6 +175,8 @@ class TokenisedSet:
         self.lengths = np.ascontiguousarray(records["length"])
         self.prompts = np.ascontiguousarray(records["prompt"])
         self.sources = np.ascontiguousarray(records["source"])
+        # In int64: the squares of lengths over 46,340 do not fit into int32.
+        self.work = self.lengths.astype(np.int64) ** 2
         self.weights = [source.weight for source in self.manifest.sources]
         self.digest = self.manifest.digest
 
