@@ -107,7 +107,8 @@ class RowSet:
         if not len(self._indices):
             cause = "all are excluded"
             if measures.errors:
-                cause = f"the first {measures.errors[min(measures.errors)].problem}"
+                first = min(measures.errors)
+                cause = f"the first {measures.errors[first].problem}"
             remedy = "correct them, or the limits of data"
             raise ConfigError(f"{title}: none of the {len(lengths)} rows can be used: {cause}; {remedy}")
         self.lengths = lengths[self._indices]
@@ -116,8 +117,9 @@ class RowSet:
         ends = self._starts[1:]
         self.sources = np.searchsorted(ends, self._indices, side="right").astype(np.int32)
         self._replies = measures.values[self._indices, 1:]
-        sizes = ",".join(map(str, self._starts))
-        self.digest = hashlib.sha256(sizes.encode() + lengths.tobytes()).hexdigest()
+        digest = hashlib.sha256(self._starts.tobytes())
+        digest.update(lengths.tobytes())
+        self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
         """Return N."""
@@ -125,7 +127,8 @@ class RowSet:
 
     def where(self, index: int) -> str:
         """Return ``file:line`` of row ``index``."""
-        return self._row(int(self._indices[index])).where
+        position = self._indices[index]
+        return self._row(position).where
 
     def samples(self, indices: Sequence[int] | np.ndarray) -> list[Sample]:
         """Return the samples of rows, with their pixels.
@@ -133,18 +136,22 @@ class RowSet:
         Raises:
             RowError: an image cannot be used.
         """
-        rows = [self._row(int(self._indices[index])) for index in indices]
+        positions = self._indices[indices]
+        rows = [self._row(position) for position in positions]
         return self._processor.encode(rows, generation=False)
 
     def replies(self, indices: np.ndarray) -> tuple[int, int]:
         """Count the assistant messages of rows, and those of them that are learned."""
-        total, learned = self._replies[indices].sum(0).tolist()
+        counts = self._replies[indices]
+        total, learned = counts.sum(axis=0).tolist()
         return total, learned
 
     def _row(self, position: int) -> Row:
         """Return a row by its position in all sources."""
-        source = int(np.searchsorted(self._starts[1:], position, side="right"))
-        return self._rows[source][position - int(self._starts[source])]
+        ends = self._starts[1:]
+        source = int(np.searchsorted(ends, position, side="right"))
+        index = position - self._starts[source]
+        return self._rows[source][int(index)]
 
     def _measure(self, world: World) -> _Measures:
         """Measure this rank's part of the rows and return the measures of all.  A collective."""
@@ -154,7 +161,8 @@ class RowSet:
         with Progress(len(positions), self.title, "row", world.is_main, inner=True) as progress:
             for start in range(0, len(positions), _CHUNK):
                 watchdog.touch()
-                chunk = positions[start : start + _CHUNK]
+                end = start + _CHUNK
+                chunk = positions[start:end]
                 self._measure_chunk(chunk, start, local)
                 progress.update(len(chunk))
         if world.size == 1:
@@ -183,12 +191,14 @@ class RowSet:
         skipped = SkippedRows(None)
         lengths = lengths_or_errors(self._processor, chunk_rows, generation=False, skipped=skipped, decode=self._skips)
         for (number, row), length in zip(rows, lengths, strict=True):
-            error = length if isinstance(length, RowError) else _pack_error(row, length, config)
-            if error is not None:
-                measures.errors[positions[number - start]] = error
-            else:
-                measures.values[number] = (length, *count_replies([row], config.learn))
-                measures.work[number] = self._row_work(row, length)
+            fitting_length = _check_pack(row, length, config)
+            if isinstance(fitting_length, RowError):
+                position = positions[number - start]
+                measures.errors[position] = fitting_length
+                continue
+            replies, learned = count_replies([row], config.learn)
+            measures.values[number] = (fitting_length, replies, learned)
+            measures.work[number] = self._row_work(row, fitting_length)
 
 
 def check_finite(title: str, path: str, rows: RowSource) -> None:
@@ -210,9 +220,9 @@ def _report(errors: dict[int, RowError], skipped: SkippedRows | None) -> None:
             raise error
 
 
-def _pack_error(row: Row, length: int, config: DataConfig) -> TooLongError | None:
-    """Return the error of a row of ``length`` tokens that is longer than a pack."""
-    if length <= config.pack_tokens:
-        return None
+def _check_pack(row: Row, length: int | RowError, config: DataConfig) -> int | RowError:
+    """Return the length of a row, or the error that leaves it out: its own, or that it is longer than a pack."""
+    if isinstance(length, RowError) or length <= config.pack_tokens:
+        return length
     problem = f"has {length} tokens, more than data.pack_tokens={config.pack_tokens}"
     return TooLongError(row.where, "messages", problem, "raise data.pack_tokens, or leave the row out")
