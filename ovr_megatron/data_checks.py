@@ -40,6 +40,13 @@ def checks_of(config: ColdStartConfig | RLConfig, processor: Processor | None) -
     return checks
 
 
+def row_sources(config: ColdStartConfig | RLConfig) -> list[SourceConfig]:
+    """Return the sources of a run's rows: to train on, and for SFT those of the validation."""
+    if isinstance(config, RLConfig):
+        return config.data.sources
+    return [*config.data.sources, *config.validation.sources]
+
+
 def bad_rows(source: RowSource, indices: Sequence[int], checks: Sequence[Check]) -> Iterator[RowError]:
     """Yield the error of every row among ``indices`` that cannot be used."""
     for index in indices:
@@ -68,7 +75,7 @@ def check_sample(config: ColdStartConfig | RLConfig, processor: Processor, rows:
     problems = []
     checks = checks_of(config, processor)
     skip_errors = config.data.on_error == "skip"
-    for settings in config.data.sources:
+    for settings in row_sources(config):
         if problem := _sample_problem(settings, rows, checks, skip_errors):
             problems.append(problem)
     return problems
@@ -90,7 +97,7 @@ def report_bad_rows(config: ColdStartConfig | RLConfig, rows: int = 0) -> int:
     else:
         logger.log(NOTICE, f"model.path={config.model.path} is no folder: lengths are not looked at")
     checks = checks_of(config, processor)
-    return sum(_report_source(settings, checks, rows) for settings in config.data.sources)
+    return sum(_report_source(settings, checks, rows) for settings in row_sources(config))
 
 
 def _report_source(settings: SourceConfig, checks: Sequence[Check], rows: int) -> int:

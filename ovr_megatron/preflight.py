@@ -16,7 +16,7 @@ from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.sources import SUFFIXES, local_path
 from ovr_megatron.data.tokenised import TokenisedSet
-from ovr_megatron.data_checks import check_sample
+from ovr_megatron.data_checks import check_sample, row_sources
 from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.config_json import ShapeError
@@ -41,7 +41,7 @@ def list_inputs(config: Config) -> tuple[list[Path], list[str]]:
     """Return the files and folders that the run reads, and a problem if it has no data."""
     paths = [weights_of(config.model.path)]
     problems = []
-    for source in config.data.sources:
+    for source in row_sources(config):
         if source.path.startswith("puzzle:"):
             continue
         path = local_path(source.path)[0]

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from PIL import Image
+from tests.validation import layout_losses
 
 from ovr_megatron import SFT, load_model
 from ovr_megatron.checkpoint.store import weights_of
@@ -51,6 +52,11 @@ CHATS = [
 ]
 PUZZLE = "puzzle:digits?form=text&task=sum&split=heldout&answered=0&count=6"
 EVALUATION = ["evaluation.every=2", f"evaluation.sources=[{{path: '{PUZZLE}', name: text}}]", "evaluation.max_tokens=8"]
+VALIDATION = [
+    "validation.every=3",
+    "validation.sources=[{path: 'puzzle:digits?form=image&split=heldout&count=5', name: image}, "
+    "{path: 'puzzle:digits?form=text&split=heldout&count=3', name: text}]",
+]
 
 
 def cold_start(run: Path, model: Path, tp: int, dtype: str = "float32", *more: str) -> None:
@@ -100,6 +106,14 @@ def tokenised_cold_start(run: Path, model: Path) -> None:
     coldstart.train(config, world)
 
 
+def row_epochs(run: Path, model: Path) -> None:
+    """Two epochs of the rows that `tokenised_cold_start` wrote, some of them held out."""
+    options = [f"run.dir={run}", f"model.path={model}", "steps=0", "epochs=2", "validation.share=0.2"]
+    config = recipe(ColdStartConfig, "tiny_cold_start", *options, "run.save_every=2", "data.pack_tokens=512")
+    data = replace(config.data, sources=[SourceConfig(path=str(run.parent / "rows.jsonl"))])
+    coldstart.train(replace(config, data=data), world)
+
+
 def ppo(run: Path, model: Path, tp: int, rollout_tp: int, *layout: str) -> None:
     options = [f"run.dir={run}", f"model.path={model}", f"parallel.tp={tp}", f"rollout.tp={rollout_tp}"]
     sizes = ["iterations=3", "prompts=4", "responses=4", "run.save_every=2", "run.keep_last=0"]
@@ -112,6 +126,11 @@ def copy_without_last(run: Path, copy: Path) -> None:
     if world.is_main:
         shutil.copytree(run, copy)
         shutil.rmtree(sorted((copy / "checkpoints").glob("step_*"))[-1])
+        for manifest in (copy / "checkpoints").glob("step_*/manifest.json"):
+            former = manifest.read_text().replace(
+                '"stage": "SFT"', '"stage": "cold start"'
+            )  # as earlier versions wrote
+            manifest.write_text(former)
     dist.barrier()
 
 
@@ -128,12 +147,19 @@ if __name__ == "__main__":
         tokenised_cold_start(out / "epochs", model)
         copy_without_last(out / "epochs", out / "epochs_resumed")
         tokenised_cold_start(out / "epochs_resumed", model)
+        row_epochs(out / "row_epochs", model)
+        copy_without_last(out / "row_epochs", out / "row_epochs_resumed")
+        row_epochs(out / "row_epochs_resumed", model)
+        cold_start(out / "validated", model, tp, "float32", *VALIDATION)
+        copy_without_last(out / "validated", out / "validated_resumed")
+        cold_start(out / "validated_resumed", model, tp, "float32", *VALIDATION)
         cold_start(out / "bf16", model, tp, "bfloat16")
         copy_without_last(out / "bf16", out / "bf16_resumed")
         cold_start(out / "bf16_resumed", model, tp, "bfloat16")
         cold_start(out / "cold_evaluated", model, tp, "float32", *EVALUATION)
         for step in ("step_000002", "step_000004"):
             evaluate(out / "cold_evaluated/checkpoints" / step, out / "cold_evaluated/fresh" / step)
+        (out / f"validation_{world.rank}.json").write_text(json.dumps(layout_losses(model, out / "chats", world)))
         ppo(out / "rl", model, tp, 1)
         ppo(out / "rl_evaluated", model, tp, 1, *EVALUATION)
         copy_without_last(out / "rl", out / "rl_resumed")

@@ -224,14 +224,20 @@ def test_help_is_the_recipe_with_comments(schema: type, recipe: str) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_validation_needs_rows_of_one_kind() -> None:
+    assert "validation.every=5 has no rows" in complaint(ColdStartConfig, "validation.every=5")
+    both = complaint(ColdStartConfig, "validation.share=0.1", "validation.sources=[{path: a.jsonl}]")
+    assert "validation.share=0.1 holds rows out of the training sources, and validation.sources are given" in both
+    assert "validation.share=1" in complaint(ColdStartConfig, "validation.share=1")
+
+
 @pytest.mark.parametrize("key", ["epochs", "packs_per_step"])
 def test_refused_cold_start_value(key: str) -> None:
     assert f"{key}=0 must be positive" in complaint(ColdStartConfig, f"{key}=0")
 
 
-def test_a_cold_start_has_one_kind_of_data_and_an_end() -> None:
+def test_supervised_training_has_one_kind_of_data() -> None:
     rows = "data.sources=[{path: a.jsonl}]"
-    assert "only the epochs of data.tokenised=DIR have an end" in complaint(ColdStartConfig, "steps=0", rows)
     both = complaint(ColdStartConfig, rows, "data.tokenised=DIR")
     assert "data.tokenised=DIR replaces data.sources and data.exclude" in both
     assert "data.on_error='ignore' is not known; choose one of stop, skip" in complaint(

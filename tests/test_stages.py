@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ovr_megatron.model.tiny import make_tiny_model
 from tests.ranks import launch
+from tests.validation import reference, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCKS = ("timing/", "perf/", "memory/")
@@ -19,6 +20,7 @@ CLOCKS = ("timing/", "perf/", "memory/")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("it's, (ü=1)")  # a path may hold any character
     make_tiny_model(out / "model", tied=True, seed=5)
+    write_rows(out / "chats")
     for layout in (("1", "1"), ("2", "2"), ("2", "1")):
         launch(ROOT / "tests/stages.py", out, *layout, ranks=2, timeout_s=600)
     return out
@@ -39,7 +41,7 @@ def assert_same_bits(a: dict, b: dict) -> None:
     assert [name for name in a if not a[name].equal(b[name])] == []
 
 
-@pytest.mark.parametrize("stage", ["cold", "epochs", "bf16", "rl"])
+@pytest.mark.parametrize("stage", ["cold", "epochs", "row_epochs", "validated", "bf16", "rl"])
 def test_a_resumed_run_is_the_undisturbed_one(runs: Path, stage: str) -> None:
     assert curve(runs / stage) == curve(runs / f"{stage}_resumed")
     assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_resumed"))
@@ -57,6 +59,32 @@ def test_the_same_seed_gives_the_same_run_with_evaluation_on_the_way(
     plain = [{key: value for key, value in line.items() if not key.startswith("evaluation/")} for line in lines]
     assert [line for line in plain if len(line) > 1] == curve(runs / stage)
     assert_same_bits(weights(runs / stage), weights(runs / f"{stage}_evaluated"))
+
+
+def test_a_validation_loss_leaves_the_training_as_it_is(runs: Path) -> None:
+    lines = curve(runs / "validated")
+    losses = {line["step"]: line for line in lines if "validation/loss" in line}
+    assert list(losses) == [2, 3]  # after three steps, and at the end
+    for line in losses.values():
+        image, text = (line[f"validation/loss/source/{name}"] for name in ("image", "text"))
+        assert min(image, text) < line["validation/loss"] < max(image, text)
+    plain = [line for line in lines if "validation/loss" not in line]
+    assert plain == curve(runs / "cold")
+    assert_same_bits(weights(runs / "cold"), weights(runs / "validated"))
+    held_out = [line["validation/loss"] for line in curve(runs / "row_epochs") if "validation/loss" in line]
+    assert len(held_out) == 1
+
+
+def test_the_validation_loss_is_that_of_transformers_in_every_layout(runs: Path) -> None:
+    losses = json.loads((runs / "validation_0.json").read_text())
+    expected = reference(runs / "model", runs / "chats")
+    assert expected.keys() == {"", "images", "texts"} and len(losses) == 5
+    for layout, (once, again) in losses.items():
+        assert once == again, layout
+        for source, loss in expected.items():
+            key = f"validation/loss/source/{source}" if source else "validation/loss"
+            assert once[key] == pytest.approx(loss, rel=1e-6), layout
+    assert losses["dp=2"] == losses["zero=1"]
 
 
 @pytest.mark.parametrize("step", ["step_000002", "step_000004"])

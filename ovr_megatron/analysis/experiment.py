@@ -68,7 +68,9 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """The stage's name for people."""
+        """The stage's name for people; of supervised training in a folder of another name, not that of the paper."""
+        if self.name == "cold_start" and not self.dir.resolve().name.startswith("cold"):
+            return "SFT"
         return STAGES.get(self.name, self.name)
 
     @property

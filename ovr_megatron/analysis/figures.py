@@ -121,6 +121,10 @@ def draw_loss(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     index = 0 if stage.name == "base" else 1
     colour = theme.models[index]
     _curve(axes, steps, losses, colour, "{:.3f}")
+    steps, losses = stage.series("validation/loss")
+    if losses:
+        axes.plot(steps, losses, color=theme.models[2], marker="o", label="validation")
+        axes.legend(loc="upper right")
     axes.set_ylim(bottom=0)
     return figure
 

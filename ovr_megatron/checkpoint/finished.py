@@ -27,7 +27,7 @@ def report_finished(config: ColdStartConfig | RLConfig) -> bool:
     if os.environ.get("RANK", "0") == "0":
         is_rl = isinstance(config, RLConfig)
         unit = "iterations" if is_rl else "steps"
-        stage = "rl" if is_rl else "cold start"
+        stage = "rl" if is_rl else "sft"
         print(f"finished: all {steps} {unit} are done; for another run give another run.dir, to go on more {unit}")
         print(f"{stage}: {path}", flush=True)
     return True

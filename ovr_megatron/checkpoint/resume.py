@@ -10,6 +10,8 @@ from typing import Any
 from ovr_megatron.checkpoint.manifest import CheckpointError, read_manifest, step_of
 from ovr_megatron.checkpoint.writing import generators_path
 
+_FORMER_STAGES = {"cold start": "SFT"}  # names in checkpoints of earlier versions
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -72,6 +74,7 @@ def read_resume_point(path: Path, stage: str | None = None) -> ResumePoint:
         raise CheckpointError(f"{path} is of step {step}; name it step_{step:06d}")
     # A checkpoint without the field is taken as one of this stage.
     saved_stage = extra.get("stage", stage)
+    saved_stage = _FORMER_STAGES.get(saved_stage, saved_stage)
     if stage and saved_stage != stage:
         raise CheckpointError(f"{path} is of another stage ({saved_stage}); begin a run from it with model.path")
     for rank in range(extra["ranks"]):

@@ -40,7 +40,7 @@ COMMANDS = (
     Command("check-data", "Before a run", "every row of the sources looked at; lists the bad ones", "cli.check_data"),
     Command("tokenise", "Before a run", "texts to a memory-mapped set", "cli.tokenise"),
     Command("preflight", "Before a run", "every node looked at, one process a rank", "cli.preflight"),
-    Command("sft", "Training", "stage 1: the linguistic cold start", "coldstart.__main__"),
+    Command("sft", "Training", "supervised fine-tuning: text, images, video", "coldstart.__main__"),
     Command("rl", "Training", "stage 2: multimodal PPO with vLLM rollouts", "rl.__main__"),
     Command("slurm", "Training", "the batch script of a stage: printed, written or submitted", "cli.slurm"),
     Command("replay", "Training", "a saved PPO iteration once more, in any layout", "cli.replay"),

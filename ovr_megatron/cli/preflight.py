@@ -19,11 +19,11 @@ from ovr_megatron.launch import compose_values, recipe_path, spelled_out
 from ovr_megatron.runtime import environment
 from ovr_megatron.runtime.terminal import printable
 
-COLD_START = (ColdStartConfig, "cold_start_7b_64gpu")
+SFT = (ColdStartConfig, "cold_start_7b_64gpu")
 # The stage has two names: that of its command, ``ovr sft``, and that of its module.
 STAGES: dict[str, tuple[type[ColdStartConfig | RLConfig], str]] = {
-    "sft": COLD_START,
-    "coldstart": COLD_START,
+    "sft": SFT,
+    "coldstart": SFT,
     "rl": (RLConfig, "rl_7b_64gpu"),
 }
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ovr preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", nargs="?", default="coldstart", choices=STAGES)
+    parser.add_argument("stage", nargs="?", default="sft", choices=STAGES)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the stage itself")
     parser.add_argument("--config-name", metavar="RECIPE", help="as for the stage itself")
     parser.add_argument("--settings", action="store_true", help="print the table of environment settings")

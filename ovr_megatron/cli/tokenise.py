@@ -1,4 +1,4 @@
-"""Tokenise text rows once into a folder that the cold start maps into memory (``data.tokenised=DIR``).
+"""Tokenise text rows once into a folder that `ovr sft` maps into memory (``data.tokenised=DIR``).
 
     ovr tokenise DIR --model MODEL [--workers N] 'data.sources=[{path: traces.jsonl, weight: 2}]' [data.KEY=VALUE]
     ovr tokenise DIR --verify

@@ -1,7 +1,8 @@
-"""Stage 1: the linguistic cold start, supervised training on packed samples (paper, section 3.1).
+"""Supervised fine-tuning (SFT) on chats of text, images and video.
 
-``ovr sft --config-name tiny_cold_start run.dir=RUN model.path=MODEL``; under ``torchrun``
-or ``srun`` for more than one process.  The same command on the same run folder goes on where the run ended.
+``ovr sft --config-name sft_7b_8gpu run.dir=RUN model.path=MODEL 'data.sources=[{path: chats.jsonl}]'``; under
+``torchrun`` or ``srun`` for more than one process.  Without ``--config-name`` the recipe is that of the paper's cold
+start.  The same command on the same run folder goes on where the run ended.
 """
 
 from __future__ import annotations

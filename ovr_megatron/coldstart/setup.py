@@ -1,4 +1,4 @@
-"""Load the weights of a cold start, start its evaluation, and print its heading."""
+"""Load the weights of a supervised run, start its evaluation, and print its heading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from ovr_megatron.chat_model import ChatModel, start_empty_rollout
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.resume import ResumePoint
+from ovr_megatron.coldstart.balance import row_work
 from ovr_megatron.config import ColdStartConfig, ConfigError
+from ovr_megatron.data.epochs import EpochStream
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.skipped import SkippedRows
@@ -38,7 +40,7 @@ LENGTHS_MEASURED = 64  # rows whose mean length estimates the epochs in the head
 def open_data(config: ColdStartConfig, processor: Processor, world: World) -> tuple[SupervisedPacks | None, int]:
     """Open the packs as `open_packs` does; without any data return None: a program passes the chats of each step."""
     if has_data(config.data):
-        return open_packs(config, processor, world)
+        return open_packs(config, processor, world, row_work(config, processor))
     return None, config.steps
 
 
@@ -86,13 +88,14 @@ def show_start(
     engine: Engine,
     world: World,
     checkpoint: ResumePoint | None,
+    packs: SupervisedPacks | None,
 ) -> None:
     """Print the heading of the run: batch, data, model, and the checkpoint that it goes on from."""
     step_tokens = config.packs_per_step * config.data.pack_tokens
     batch = f"{config.packs_per_step} packs of {config.data.pack_tokens:,} = {step_tokens:,} tokens a step"
     rows = [("batch", batch)]
-    if config.data.tokenised:
-        rows.append(("data", f"{config.data.tokenised}, {config.epochs} epochs unless steps are given"))
+    if isinstance(packs, EpochStream):
+        rows.append(("data", describe_epochs(config, packs)))
     elif config.data.sources:
         sample_count = config.steps * step_tokens / mean_length(config, processor)
         rows += source_rows(config, sample_count)
@@ -100,8 +103,18 @@ def show_start(
     if checkpoint:
         start = (checkpoint.path, checkpoint.step)
     rows += run_rows(config, {"model": engine}, world, start)
-    heading = show_heading(f"cold start in {config.run.dir}", rows)
+    heading = show_heading(f"SFT in {config.run.dir}", rows)
     logger.info(heading)
+
+
+def describe_epochs(config: ColdStartConfig, packs: EpochStream) -> str:
+    """Return the rows of an epoch, its steps, and how many epochs the run takes."""
+    source = config.data.tokenised or "data.sources"
+    rows = f"{source}: {packs.trained_rows:,} rows to train on, {packs.dropped:,} left out"
+    if not packs.epoch_steps:  # with very small weights an epoch may have no row
+        return rows
+    epochs = config.steps / packs.epoch_steps
+    return f"{rows}; an epoch takes {packs.epoch_steps:,.1f} steps, the run {epochs:,.1f} epochs"
 
 
 def mean_length(config: ColdStartConfig, processor: Processor) -> float:

@@ -1,4 +1,4 @@
-"""Train a step of the cold start and record it: loss, its sources and spikes, throughput, memory."""
+"""Train a supervised step and record it: loss, its sources and spikes, throughput, memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.config import ColdStartConfig
 from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses, by_source, merge_parts, worst
+from ovr_megatron.data.epochs import EpochStream
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.supervised import StepPacks
 from ovr_megatron.engine import Engine, LossSum
@@ -133,6 +134,8 @@ class StepTrainer:
             "data/fill": packs.fill,
             "data/dropped": packs.dropped,
         }
+        if isinstance(packs, EpochStream):
+            values["data/epoch"] = packs.progress
         replies, learned_replies = packs.replies
         if replies:  # a tokenised set does not know them
             values |= {"data/replies": replies, "data/learned_replies": learned_replies}

@@ -1,4 +1,4 @@
-"""Train the cold start: supervised training on packed samples (paper, section 3.1)."""
+"""Train on packed samples of text, images and video: supervised fine-tuning (SFT)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ovr_megatron.coldstart.setup import (
     show_start,
 )
 from ovr_megatron.coldstart.step_trainer import StepTrainer
+from ovr_megatron.coldstart.validation import open_validation
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.chats import Conversation, read_chats
 from ovr_megatron.data.processing import Processor
@@ -91,8 +92,9 @@ class SFT:
             self.next_step = checkpoint.step if checkpoint else 0
             if world.is_main:
                 record_run(config, processor, world, launch)
-                show_start(config, processor, engine, world, checkpoint)
+                show_start(config, processor, engine, world, checkpoint, self.packs)
             self.trainer = StepTrainer(config, engine, world, checkpoint)
+            self.validation = open_validation(config, processor, engine, world)
             self.evaluation = build_evaluation(config, self.policy) if config.evaluation.every else None
             self._may_lack_scores = True
             self._stopped = False
@@ -149,6 +151,9 @@ class SFT:
         metrics = self.trainer.train(self.next_step, self._step_packs(chats), self.checkpoints.save_seconds)
         self.next_step += 1
         is_last = self.next_step == self.config.steps
+        # Before `end_step`: a checkpoint is resumed from after its losses are in the log.
+        if self.validation and self.validation.due(self.next_step, is_last):
+            self.trainer.record_scores(self.next_step - 1, self.validation.losses())
         if self.evaluation and self.evaluation.due(self.next_step, is_last):
             self.evaluation.engine.update(self.policy.engine.held())
             with suppress(StopRequested):  # `end_step` ends the run, and its next start scores these weights
@@ -231,5 +236,5 @@ def run(config: ColdStartConfig, launch: LaunchArgs | None = None) -> int:
     with SFT(config, launch=launch) as sft:
         result = sft.run()
         if sft.world.is_main:
-            say(f"cold start: {result.path}", sys.stdout)
+            say(f"sft: {result.path}", sys.stdout)
     return result.exit_code

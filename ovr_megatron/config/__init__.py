@@ -19,6 +19,7 @@ from ovr_megatron.config.rollout import RolloutConfig
 from ovr_megatron.config.run import RunConfig
 from ovr_megatron.config.sampling import Sampling
 from ovr_megatron.config.stages import ColdStartConfig, RLConfig
+from ovr_megatron.config.validation import ValidationConfig
 from ovr_megatron.config.writing import as_yaml, save
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Sampling",
     "SourceConfig",
     "StageConfig",
+    "ValidationConfig",
     "as_yaml",
     "build",
     "defaults",

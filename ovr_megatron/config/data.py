@@ -21,7 +21,7 @@ class SourceConfig:
     path: str
     """JSONL, JSON or parquet file, a folder, a Hugging Face data set name, or puzzle:KIND for a generated stream."""
     weight: NonNegativeFloat = 1.0
-    """Share of the mixture; in a tokenised set, how often an epoch has each row."""
+    """Share of the mixture; in epochs (steps=0, or a tokenised set), how often one has each row."""
     format: str = "auto"
     """Format of the rows: one of docs/data.md, or package.module:NAME; auto detects it from the rows of each file."""
     image_root: str | None = None
@@ -46,7 +46,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """Sources of rows."""
     tokenised: str | None = None
-    """For the cold start, in place of sources: a folder that ovr tokenise wrote."""
+    """For ovr sft, in place of sources: a folder that ovr tokenise wrote."""
     on_error: Literal["stop", "skip"] = "stop"
     """Whether a row that cannot be used stops the run, or is skipped, counted and listed."""
     template: Literal["think", "model"] = "think"
@@ -73,6 +73,9 @@ class DataConfig:
     """Pixels of an image file."""
     pack_tokens: PositiveInt = 65536
     """Tokens of a pack."""
+    balance: Literal["attention", "flops"] = "attention"
+    """Work of rows by which ovr sft shares a step's packs among replicas: the language model's attention, or all FLOP,
+    those of the vision tower included; a tokenised set, which has no images, is shared by attention."""
     max_prompt_tokens: PositiveInt = 8192
     """Tokens of a prompt; longer ones are dropped and counted."""
     exclude: str | None = None

@@ -14,11 +14,12 @@ from ovr_megatron.config.fields import Count, PositiveInt, section
 from ovr_megatron.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.rollout import RolloutConfig
 from ovr_megatron.config.run import RunConfig
+from ovr_megatron.config.validation import ValidationConfig
 
 
 @section("")
 class ColdStartConfig:
-    """Stage 1: supervised training on packed samples (paper, section 3.1)."""
+    """Supervised fine-tuning on packed samples; in the paper the linguistic cold start (section 3.1)."""
 
     run: RunConfig
     """Run folder, checkpoints and logs."""
@@ -34,20 +35,18 @@ class ColdStartConfig:
     """Engine of the evaluation, which is started for nothing else."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluation of the live weights."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Rows whose loss is measured and not trained."""
     # Five epochs and 640 packs of data.pack_tokens are the paper's (section 3.1).
-    steps: Annotated[Count, ZeroMeans("as many as epochs take, which needs data.tokenised")] = 900
+    steps: Annotated[Count, ZeroMeans("as many as epochs take")] = 900
     """Optimizer steps."""
     epochs: PositiveInt = 5
-    """Epochs of a tokenised set."""
+    """With steps=0, how often the data are gone through; data.sources[].weight then repeats the rows of a source."""
     packs_per_step: PositiveInt = 640
     """Packs of an optimizer step, over all ranks."""
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
-        require(
-            self.steps > 0 or not self.data.sources,
-            "steps=0 with data.sources: only the epochs of data.tokenised=DIR have an end; give steps",
-        )
         _check_trains(self.model)
 
 

@@ -1,4 +1,4 @@
-"""Plan epochs over a tokenised set: the samples, their packs and the order, a function of seed and epoch alone.
+"""Plan epochs over samples of known lengths: their packs and the order, a function of seed and epoch alone.
 
 An epoch has every sample of a source of weight w floor(w) times, and for the fraction of w a share of the samples that
 moves on from epoch to epoch: with weight 0.2, five epochs have every sample once.  The copies are shuffled, packed by
@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.best_fit import assign_packs
 from ovr_megatron.data.packing import Pack, pack
-from ovr_megatron.data.processing import TooLongError
+from ovr_megatron.data.processing import Sample, TooLongError
 from ovr_megatron.data.skipped import SkippedRows
-from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.runtime.balance import balance
 
 # Each shuffle has a stream of random numbers of its own: of the copies, of a source's fraction, of the packs.
@@ -118,21 +117,57 @@ def plan_epoch(
     return EpochPlan(samples[member_order], bounds)
 
 
+class SampleSet(Protocol):
+    """Finitely many samples whose lengths are known: `TokenisedSet` or `RowSet`.
+
+    Attributes:
+        title: The setting that names the set, for errors.
+        lengths: int32[N], tokens of each sample.
+        prompts: int32[N], tokens of each sample before its first target.
+        sources: int32[N], index of the source of each.
+        weights: How often an epoch has each sample of a source.
+        work: int64[N] or float64[N], the work of each, in any unit.
+        dropped: Rows that are no sample.
+        digest: A fingerprint of what the order depends on.
+    """
+
+    title: str
+    lengths: np.ndarray
+    prompts: np.ndarray
+    sources: np.ndarray
+    weights: list[float]
+    work: np.ndarray
+    dropped: int
+    digest: str
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def where(self, index: int) -> str:
+        """Return the place of a sample's row."""
+
+    def samples(self, indices: Sequence[int] | np.ndarray) -> list[Sample]:
+        """Return several samples."""
+
+    def replies(self, indices: np.ndarray) -> tuple[int, int]:
+        """Return the assistant messages of samples, and how many are learned; zeros where they are not known."""
+
+
 class EpochStream:
-    """Supervised packs of a tokenised set, step by step, epoch after epoch.
+    """Supervised packs of a set of samples, step by step, epoch after epoch.
 
     Every rank makes the same plan and reads the samples of its own packs only.
 
     Attributes:
-        dropped: Samples left out because they are too long.
+        dropped: Samples left out, because they are too long or cannot be used.
         fill: Share of the last step's pack space that tokens took.
-        replies: Zeros, since a set does not hold them by sample: its manifest counts the replies of each source.
+        replies: Assistant messages of the last step's samples, and how many are learned; zeros of a tokenised set.
         epoch: Epoch of the next pack, counted from 0.
     """
 
     def __init__(
         self,
-        tokenised: TokenisedSet,
+        samples: SampleSet,
         config: DataConfig,
         packs_per_step: int,
         seed: int,
@@ -140,11 +175,12 @@ class EpochStream:
         dp_size: int = 1,
         max_positions: int | None = None,
         skipped: SkippedRows | None = None,
+        held_out: np.ndarray | None = None,
     ) -> None:
         """Set up; nothing is planned yet.
 
         Args:
-            tokenised: The set.
+            samples: The set.
             config: Length limits, and ``on_error``.
             packs_per_step: Packs of a step over all replicas.
             seed: The run's seed.
@@ -152,6 +188,7 @@ class EpochStream:
             dp_size: Number of replicas.
             max_positions: The model's longest document.
             skipped: Where samples left out are listed.
+            held_out: bool[N], the samples that are not trained; they are not counted as dropped.
 
         Raises:
             ConfigError: ``packs_per_step`` is not a multiple of ``dp_size``, or no sample is left.
@@ -167,17 +204,21 @@ class EpochStream:
         self.fill = 0.0
         self.epoch = 0
         self.replies = (0, 0)
-        self._set = tokenised
+        self._set = samples
         self._seed = seed
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        self._weights = [source.weight for source in tokenised.manifest.sources]
-        fits = _fits_limits(tokenised, config, max_positions, skipped)
-        self.dropped = len(fits) - int(fits.sum())
+        self._weights = samples.weights
+        trained = fits_limits(samples, config, max_positions, skipped)
+        self.dropped = samples.dropped + len(trained) - int(trained.sum())
+        self._held_out = 0
+        if held_out is not None:
+            self._held_out = int(held_out.sum())
+            trained &= ~held_out
         self._groups: list[np.ndarray] = []
         for source in range(len(self._weights)):
-            is_of_source = tokenised.sources == source
-            self._groups.append(np.flatnonzero(fits & is_of_source))
+            is_of_source = samples.sources == source
+            self._groups.append(np.flatnonzero(trained & is_of_source))
         self._pack = 0  # of the epoch, the next to be taken
         empty_plan = EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64))
         self._plan = (-1, empty_plan)  # the last planned epoch
@@ -195,19 +236,33 @@ class EpochStream:
         costs = []
         token_count = 0
         for members in plan:
-            # In int64: the squares of lengths over 46,340 do not fit into int32.
-            lengths = self._set.lengths[members].astype(np.int64)
-            token_count += int(lengths.sum())
-            costs.append(int((lengths**2).sum()))
+            token_count += int(self._set.lengths[members].sum())
+            costs.append(self._set.work[members].sum().item())
         space = self.packs_per_step * self.pack_tokens
         self.fill = token_count / space
+        self.replies = self._set.replies(np.concatenate(plan))
         # Every rank has the same plan and so computes the same shares, without a collective.
         shares = balance(costs, self._dp_size, equal_counts=True)
         packs = []
         for index in shares[self._dp_rank]:
-            samples = [self._set[sample] for sample in plan[index].tolist()]
+            samples = self._set.samples(plan[index])
             packs.append(pack(samples))
         return packs
+
+    @property
+    def epoch_steps(self) -> float:
+        """Steps of the first epoch; others differ by a few packs."""
+        return len(self._planned(0)) / self.packs_per_step
+
+    @property
+    def progress(self) -> float:
+        """Epochs that are done, with the part of the current one."""
+        return self.epoch + self._pack / max(1, len(self._planned(self.epoch)))
+
+    @property
+    def trained_rows(self) -> int:
+        """Number of samples that are trained, each counted once."""
+        return sum(len(group) for group in self._groups)
 
     def steps(self, epochs: int) -> int:
         """Return the number of steps that take all packs of ``epochs`` epochs; the epoch after fills up the last step.
@@ -221,7 +276,9 @@ class EpochStream:
 
     def state(self) -> Mapping[str, Any]:
         """Return the position as JSON."""
-        return {**self._identity(), "epoch": self.epoch, "pack": self._pack}
+        # Without what there is none of: a run that holds no sample out writes what it always did.
+        identity = {key: value for key, value in self._identity().items() if value is not None}
+        return {**identity, "epoch": self.epoch, "pack": self._pack}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go to a position.
@@ -233,8 +290,8 @@ class EpochStream:
             stored = state.get(key)
             if stored != current:
                 raise ConfigError(
-                    f"data.tokenised: the checkpoint was written with {key} {stored}, this run has {current}; "
-                    "use the same set, seed and limits, or another run.dir"
+                    f"{self._set.title}: the checkpoint was written with {key} {stored}, this run has {current}; "
+                    "use the same data, seed and limits, or another run.dir"
                 )
         self.epoch = state["epoch"]
         self._pack = state["pack"]
@@ -243,10 +300,11 @@ class EpochStream:
         """Return the values on which the order depends."""
         return {
             "seed": self._seed,
-            "set": self._set.manifest.digest,
+            "set": self._set.digest,
             "weights": self._weights,
             "pack_tokens": self.pack_tokens,
             "dropped": self.dropped,
+            "held_out": self._held_out or None,
         }
 
     def _next_members(self) -> np.ndarray:
@@ -275,8 +333,8 @@ class EpochStream:
         return plan
 
 
-def _fits_limits(
-    tokenised: TokenisedSet,
+def fits_limits(
+    samples: SampleSet,
     config: DataConfig,
     max_positions: int | None,
     skipped: SkippedRows | None,
@@ -288,11 +346,11 @@ def _fits_limits(
         ConfigError: no sample is within the limits.
     """
     limits = [
-        ("data.pack_tokens", tokenised.lengths, config.pack_tokens),
-        ("data.max_prompt_tokens", tokenised.prompts, config.max_prompt_tokens),
-        ("the model's positions", tokenised.lengths, max_positions or 2**31),
+        ("data.pack_tokens", samples.lengths, config.pack_tokens),
+        ("data.max_prompt_tokens", samples.prompts, config.max_prompt_tokens),
+        ("the model's positions", samples.lengths, max_positions or 2**31),
     ]
-    fits = np.ones(len(tokenised), bool)
+    fits = np.ones(len(samples), bool)
     for name, sizes, limit in limits:
         # A sample over several limits is listed once, with the first.
         over = np.flatnonzero(fits & (sizes > limit))
@@ -300,11 +358,11 @@ def _fits_limits(
         for index in over.tolist():
             remedy = f"raise the limit, or leave out what is too long with data.on_error=skip ({len(over)} samples)"
             problem = f"takes {sizes[index]} tokens, more than {name}={limit}"
-            error = TooLongError(tokenised.where(index), "messages", problem, remedy)
+            error = TooLongError(samples.where(index), "messages", problem, remedy)
             if config.on_error == "stop":
                 raise error
             if skipped is not None:
                 skipped.add(error)
     if not fits.any():
-        raise ConfigError(f"data.tokenised={tokenised.folder}: no sample is within the limits; raise data.pack_tokens")
+        raise ConfigError(f"{samples.title}: no sample is within the limits; raise data.pack_tokens")
     return fits

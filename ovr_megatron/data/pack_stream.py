@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypedDict
 
@@ -14,6 +14,7 @@ from ovr_megatron.data.packing import Pack, count_replies, pack
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
+from ovr_megatron.data.work import RowWork, attention_work
 from ovr_megatron.runtime.balance import balance
 
 CHUNK = 64  # rows that are drawn and tokenised together
@@ -50,6 +51,7 @@ class _WaitingRow:
     draw: int
     row: Row
     length: int
+    work: float
 
 
 _Snapshot = tuple[int, Mapping[str, Any]]  # rows drawn, and the position of the rows then
@@ -77,8 +79,19 @@ class PackStream:
         dp_rank: int = 0,
         dp_size: int = 1,
         skipped: SkippedRows | None = None,
+        work: RowWork = attention_work,
     ) -> None:
-        """Set up; nothing is drawn yet.  ``skipped`` lists rows that are left out; None stops at a bad row.
+        """Set up; nothing is drawn yet.
+
+        Args:
+            stream: Rows.
+            processor: Of the model.
+            pack_tokens: Tokens of a pack.
+            packs_per_step: Packs of a step over all replicas.
+            dp_rank: This replica.
+            dp_size: Number of replicas.
+            skipped: Lists rows that are left out; None stops at a bad row.
+            work: The work of a row, by which packs are shared among the replicas.
 
         Raises:
             ConfigError: ``packs_per_step`` is not a multiple of ``dp_size``.
@@ -98,6 +111,7 @@ class PackStream:
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._skipped = skipped
+        self._work = work
         self._waiting: list[_WaitingRow] = []
         self._drawn = 0  # rows
         self._barren = 0  # chunks since the last row that fits
@@ -121,7 +135,8 @@ class PackStream:
         space = self.packs_per_step * self.pack_tokens
         self.fill = sum(lengths[i] for i in planned) / space
         # Every rank has the same lengths and so computes the same plan and shares, without a collective.
-        costs = [attention_cost(lengths, members) for members in plan]
+        work = [item.work for item in self._waiting]
+        costs = [sum(work[i] for i in members) for members in plan]
         shares = balance(costs, self._dp_size, equal_counts=True)
         packs = []
         for index in shares[self._dp_rank]:
@@ -180,7 +195,7 @@ class PackStream:
         fitting = []
         for (draw, row), length in zip(drawn, lengths, strict=True):
             if isinstance(length, int):
-                fitting.append(_WaitingRow(draw, row, length))
+                fitting.append(_WaitingRow(draw, row, length, self._work(row, length)))
         self._waiting += fitting
         self.dropped += len(drawn) - len(fitting)
         self._barren = 0 if fitting else self._barren + 1
@@ -217,8 +232,3 @@ class PackStream:
             if next_start > oldest:
                 break
             self._snapshots.pop(0)
-
-
-def attention_cost(lengths: Sequence[int], members: Sequence[int]) -> int:
-    """Return the sum of squared lengths of a pack's documents."""
-    return sum(lengths[i] ** 2 for i in members)

@@ -162,6 +162,15 @@ class Processor:
             lengths.append(error or self._sample_length(draft))
         return lengths
 
+    def grids(self, row: Row) -> list[tuple[int, int, int]]:
+        """Return the patches in time, height and width of each image and video of a row; only headers are read.
+
+        Raises:
+            RowError: as `encode`, of an image.
+        """
+        media = [part for part in all_parts(row.prompt) if not isinstance(part, TextPart)]
+        return [self._measure_visual(part, row).grid for part in media]
+
     def response_sample(self, sample: Sample, response_tokens: Sequence[int] | np.ndarray) -> Sample:
         """Append the engine's tokens to a prompt's sample, as they are; they are its target."""
         response = np.asarray(response_tokens, np.int64)

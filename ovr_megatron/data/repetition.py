@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ovr_megatron.config import DataConfig
+from ovr_megatron.config import DataConfig, ValidationConfig
+from ovr_megatron.data.held_out import open_training_source
+from ovr_megatron.data.row_set import check_finite
 from ovr_megatron.data.schema import ENDLESS
 from ovr_megatron.data.sources import open_source
 
@@ -19,6 +21,23 @@ class SourceUse:
     name: str
     rows: int
     epochs: float
+
+
+def epoch_data(data: DataConfig, validation: ValidationConfig) -> DataConfig:
+    """Return ``data`` with, as the weight of each source, the number of its samples in an epoch.
+
+    A stream with these weights draws as often from each source as epochs do.
+
+    Raises:
+        ConfigError: a source has no end, or no row of it is left for training.
+        RowError: a source cannot be read.
+    """
+    sources = []
+    for source in data.sources:
+        rows = open_training_source(source, validation)
+        check_finite("data.sources", source.path, rows)
+        sources.append(replace(source, weight=source.weight * len(rows)))
+    return replace(data, sources=sources)
 
 
 def source_uses(data: DataConfig, samples: float) -> list[SourceUse]:

@@ -6,8 +6,6 @@ row, the order of the calls decides which one is named.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import math
 import re
@@ -17,6 +15,7 @@ from typing import Any
 
 import PIL.Image
 
+from ovr_megatron.data.part_forms import PART_KINDS, data_url_content, decode_base64, part_value
 from ovr_megatron.data.schema import ImagePart, Message, Part, Row, RowError, TextPart, VideoPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
 
@@ -177,11 +176,13 @@ def _parse_learn(turn: Mapping[str, Any], where: str, field: str) -> bool:
 
 
 def _parse_part(part: Any, where: str, field: str, root: Path) -> Part:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "image", "video"):
-        raise RowError(where, f"{field}.type", f"is {kind!r}", "use text, image or video")
-    value = part.get(kind)
-    field = f"{field}.{kind}"
+    name = part.get("type") if isinstance(part, Mapping) else None
+    kind = PART_KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        names = ", ".join(PART_KINDS)
+        raise RowError(where, f"{field}.type", f"is {name!r}", f"use one of {names}")
+    key, value = part_value(part, kind)
+    field = f"{field}.{key}"
     if kind != "text" and value is None:
         return TextPart(f"<{kind}>")  # the mark of a medium that stands in a column, see `ovr_megatron.data.media`
     if kind == "image":
@@ -224,14 +225,15 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     """Turn the value of an image field into an unopened `ImagePart`.
 
     Args:
-        value: a path relative to ``root``, a picture, or ``{"bytes": ..., "path": ...}`` as the data set
-            libraries store it (bytes, or base64 text in JSON; the path counts only where the bytes are null).
+        value: a path relative to ``root``, a ``file:`` or ``data:`` URL, a picture, or ``{"bytes": ..., "path": ...}``
+            as the data set libraries store it (bytes, or base64 text in JSON; the path counts only where the bytes are
+            null).
         where: ``file:line`` of the row.
         field: name of the field.
         root: the folder that bounds paths.
 
     Raises:
-        RowError: none of these, or a URL.
+        RowError: none of these, or a URL of another kind.
     """
     data = None
     if isinstance(value, Mapping):
@@ -243,15 +245,12 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     if isinstance(data, bytes):
         return ImagePart(data=data, where=where, field=field)
     if isinstance(data, str):
-        try:
-            # Validated: without it, characters outside the alphabet would be skipped.
-            image_bytes = base64.b64decode(data, validate=True)
-        except binascii.Error as error:
-            problem = f"'bytes' is not base64 ({error})"
-            raise RowError(where, field, problem, "encode the image file anew") from error
-        return ImagePart(data=image_bytes, where=where, field=field)
+        return ImagePart(data=decode_base64(data, "'bytes'", where, field), where=where, field=field)
     if not isinstance(value, str) or not value:
         raise RowError(where, field, f"is {_describe(value)}", "give the path of an image file")
+    if (encoded := data_url_content(value)) is not None:
+        return ImagePart(data=decode_base64(encoded, "the data: URL", where, field), where=where, field=field)
+    value = value.removeprefix("file://")
     if "://" in value or value.startswith("data:"):
         raise RowError(where, field, f"{value[:80]!r} is a URL", "download the image and give its path")
     # Compared with its root when it is opened: only then are links followed.

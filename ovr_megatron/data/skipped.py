@@ -65,17 +65,23 @@ def skipped_rows(config: DataConfig, run: Path, main: bool) -> SkippedRows | Non
 
 
 def lengths_or_errors(
-    processor: Processor, rows: Sequence[Row], generation: bool, skipped: SkippedRows | None
+    processor: Processor,
+    rows: Sequence[Row],
+    generation: bool,
+    skipped: SkippedRows | None,
+    decode: bool = True,
 ) -> list[int | RowError]:
     """Return the tokens of each row's sample, or the error that leaves it out; errors are listed in ``skipped``.
+
+    With ``decode``, images are decoded where rows are skipped.
 
     Raises:
         RowError: a row cannot be used, and there is no list for it.
     """
     try:
         # A damaged image must be known on every rank before one of them meets it in `Processor.encode`.
-        decode = skipped is not None
-        lengths: list[int | RowError] = [*processor.lengths(rows, generation, decode)]
+        decodes = decode and skipped is not None
+        lengths: list[int | RowError] = [*processor.lengths(rows, generation, decodes)]
     except RowError as error:
         if skipped is None:
             raise
@@ -83,7 +89,7 @@ def lengths_or_errors(
         if len(rows) > 1:
             lengths = []
             for row in rows:
-                lengths += lengths_or_errors(processor, [row], generation, skipped)
+                lengths += lengths_or_errors(processor, [row], generation, skipped, decode)
             return lengths
         lengths = [error]
     for length in lengths:

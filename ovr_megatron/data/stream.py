@@ -8,11 +8,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
-from ovr_megatron.config import ConfigError, DataConfig
+from ovr_megatron.config import ConfigError, DataConfig, ValidationConfig
 from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
+from ovr_megatron.data.held_out import open_training_source
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.skipped import SkippedRows
-from ovr_megatron.data.sources import open_source
 
 _BARREN = 10_000  # consecutive excluded or skipped rows after which the stream gives up
 
@@ -208,11 +208,18 @@ class RowStream:
         self.excluded = state["excluded"]
 
 
-def open_stream(config: DataConfig, seed: int, skipped: SkippedRows | None = None) -> RowStream:
-    """Open every source of ``config`` as one stream; ``skipped`` as of `RowStream`.
+def open_stream(
+    config: DataConfig,
+    seed: int,
+    skipped: SkippedRows | None = None,
+    validation: ValidationConfig | None = None,
+) -> RowStream:
+    """Open every source of ``config`` as one stream, without the rows that ``validation`` holds out.
+
+    ``skipped`` as of `RowStream`.
 
     Raises:
-        ConfigError: there is no source.
+        ConfigError: there is no source, or of one no row is left.
         RowError: a source cannot be read.
     """
     if not config.sources:
@@ -220,5 +227,5 @@ def open_stream(config: DataConfig, seed: int, skipped: SkippedRows | None = Non
     exclude: frozenset[str] = frozenset()
     if config.exclude:
         exclude = read_fingerprints(Path(config.exclude))
-    sources = [(open_source(source), source.weight) for source in config.sources]
+    sources = [(open_training_source(source, validation), source.weight) for source in config.sources]
     return RowStream(sources, seed, exclude, config, skipped)

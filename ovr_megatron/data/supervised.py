@@ -6,17 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig
+import numpy as np
+
+from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, ValidationConfig
 from ovr_megatron.data.best_fit import plan_packs
 from ovr_megatron.data.chats import fitting_lengths
 from ovr_megatron.data.epochs import EpochStream
-from ovr_megatron.data.pack_stream import PackStream, attention_cost
+from ovr_megatron.data.fingerprints import read_fingerprints
+from ovr_megatron.data.held_out import hold_out, open_training_source
+from ovr_megatron.data.pack_stream import PackStream
 from ovr_megatron.data.packing import Pack, blank_pack, count_replies, pack
 from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.row_set import RowSet
 from ovr_megatron.data.schema import Row
-from ovr_megatron.data.skipped import skipped_rows
+from ovr_megatron.data.skipped import SkippedRows, skipped_rows
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data.tokenised import TokenisedSet
+from ovr_megatron.data.work import RowWork, attention_work
 from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger
@@ -55,8 +61,11 @@ def open_packs(
     config: ColdStartConfig,
     processor: Processor,
     world: World,
+    work: RowWork = attention_work,
 ) -> tuple[SupervisedPacks, int]:
-    """Open ``data.tokenised`` or ``data.sources``, whichever is given.
+    """Open ``data.tokenised`` or ``data.sources``, whichever is given.  A collective where rows are measured.
+
+    ``work`` is that of a row of ``data.sources``, by which packs are shared among the replicas.
 
     Returns:
         The packs of this process's replica, and the number of steps: ``steps``, or those of ``epochs``.
@@ -71,22 +80,29 @@ def open_packs(
     if world.is_main and processor.template_notice:
         logger.log(NOTICE, processor.template_notice)
     skipped = skipped_rows(data, Path(config.run.dir), world.is_main)
-    if data.tokenised:
-        tokenised = TokenisedSet(data.tokenised, processor)
+    if not has_data(data):
+        raise missing_data()
+    if data.tokenised or not config.steps:
+        samples: TokenisedSet | RowSet
+        held_out = None
+        if data.tokenised:
+            samples = TokenisedSet(data.tokenised, processor)
+            held_out = held_out_samples(samples, config.validation)
+        else:
+            samples = measure_rows(config, processor, world, skipped, work)
         positions = processor.shape.max_positions
         epochs = EpochStream(
-            tokenised,
+            samples,
             data,
             config.packs_per_step,
             seed,
             *replica,
             positions,
             skipped,
+            held_out,
         )
         return epochs, config.steps or epochs.steps(config.epochs)
-    if not has_data(data):
-        raise missing_data()
-    rows = open_stream(data, seed, skipped)
+    rows = open_stream(data, seed, skipped, config.validation)
     stream = PackStream(
         rows,
         processor,
@@ -94,8 +110,45 @@ def open_packs(
         config.packs_per_step,
         *replica,
         skipped,
+        work,
     )
     return stream, config.steps
+
+
+def measure_rows(
+    config: ColdStartConfig,
+    processor: Processor,
+    world: World,
+    skipped: SkippedRows | None,
+    work: RowWork,
+) -> RowSet:
+    """Measure the training rows of ``data.sources``, without those that are held out.  A collective.
+
+    Raises:
+        ConfigError: a source has no end, or no row can be used.
+        RowError: a source or a row cannot be used.
+    """
+    data = config.data
+    sources = [(source, open_training_source(source, config.validation)) for source in data.sources]
+    exclude: frozenset[str] = frozenset()
+    if data.exclude:
+        exclude = read_fingerprints(Path(data.exclude))
+    return RowSet(sources, processor, world, exclude, skipped, work=work)
+
+
+def held_out_samples(tokenised: TokenisedSet, validation: ValidationConfig) -> np.ndarray | None:
+    """Return bool[N], the samples of a tokenised set that are held out; None if none are.
+
+    Raises:
+        ConfigError: of a source no sample would be left for training or for validation.
+    """
+    if not validation.holds_out:
+        return None
+    held_out = np.zeros(len(tokenised), bool)
+    for number, source in enumerate(tokenised.manifest.sources):
+        indices = np.flatnonzero(tokenised.sources == number)
+        held_out[indices] = hold_out(source.path, len(indices), validation)
+    return held_out
 
 
 def has_data(data: DataConfig) -> bool:
@@ -140,7 +193,8 @@ class ChatPacks:
                 raise TooLongError(row.where, "messages", problem, "shorten the row or raise the limit")
         plan = plan_packs(lengths, self._pack_tokens)
         dp_rank, dp_size = self._replica
-        costs = [attention_cost(lengths, members) for members in plan]
+        work = [attention_work(row, length) for row, length in zip(self._rows, lengths, strict=True)]
+        costs = [sum(work[i] for i in members) for members in plan]
         packs = []
         for index in balance(costs, dp_size, equal_counts=True)[dp_rank]:
             rows = [self._rows[i] for i in plan[index]]

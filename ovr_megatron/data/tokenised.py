@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypedDict
@@ -136,11 +137,19 @@ class TokenisedSet:
         lengths: int32[N], tokens of each sample.
         prompts: int32[N], tokens of each sample before its first target.
         sources: int32[N], index into ``manifest.sources``.
+        weights: How often an epoch has each sample of a source.
+        work: int64[N], the squared length of each sample.
+        digest: A fingerprint of the contents.
+        dropped: Zero: what was left out is counted in the manifest.
+        title: The setting that names the set, for errors.
 
     Raises:
         RowError: the folder is no set, or a file of it is missing, cut off or changed.
         ConfigError: it was written with another tokenizer, vocabulary or template than ``processor`` has.
     """
+
+    title = "data.tokenised"
+    dropped = 0
 
     def __init__(self, folder: str | Path, processor: Processor) -> None:
         """Open the set at ``folder`` for the model of ``processor``."""
@@ -167,6 +176,10 @@ class TokenisedSet:
         self.lengths = np.ascontiguousarray(records["length"])
         self.prompts = np.ascontiguousarray(records["prompt"])
         self.sources = np.ascontiguousarray(records["source"])
+        # In int64: the squares of lengths over 46,340 do not fit into int32.
+        self.work = self.lengths.astype(np.int64) ** 2
+        self.weights = [source.weight for source in self.manifest.sources]
+        self.digest = self.manifest.digest
 
     def __len__(self) -> int:
         """Return N."""
@@ -177,6 +190,14 @@ class TokenisedSet:
         record = self._records[index]
         source = self.manifest.sources[record["source"]]
         return f"{source.path}[{record['row']}]"
+
+    def samples(self, indices: Sequence[int] | np.ndarray) -> list[Sample]:
+        """Return several samples; errors as of a single one."""
+        return [self[int(index)] for index in indices]
+
+    def replies(self, indices: np.ndarray) -> tuple[int, int]:
+        """Return zeros: a set does not hold the replies by sample, its manifest counts those of each source."""
+        return 0, 0
 
     def __getitem__(self, index: int) -> Sample:
         """Return sample ``index``.

@@ -101,7 +101,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         },
         "engine": _engine(scenario) if isinstance(config, RLConfig) else None,
         "spans": spans,
-        "sources": _sources(config, spans) if folder else [],
+        "sources": _sources(scenario.config, spans) if folder else [],
         "tokens": total_tokens,
         "steps": steps,
         "flops": total_flops,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
+from ovr_megatron.data.repetition import epoch_data
 from ovr_megatron.families import ModelShape
 from ovr_megatron.model.layout import check_layout
 from ovr_megatron.plan.activations import PackShape
@@ -15,7 +16,7 @@ from ovr_megatron.plan.workload import Workload, assume_workload, image_patches,
 
 # Documents of like length make a padded batch where Transformer Engine is not there: at most 1.5 times their rows.
 _BATCHED = 1.1
-_COLD_START_MEAN = 4  # a sample takes a quarter of a pack where no length is measured or stated
+_SFT_MEAN = 4  # a sample takes a quarter of a pack where no length is measured or stated
 _RL_MEAN = 3
 
 
@@ -138,12 +139,15 @@ def build_scenario(
         ConfigError: as `Scenario.check`, and of `measure`.
     """
     data = config.data
+    if isinstance(config, ColdStartConfig) and not config.steps:
+        data = epoch_data(data, config.validation)
+        config = replace(config, data=data)
     measured = None
     if model_dir and data.sources:
         generation = isinstance(config, RLConfig)
         measured = measure(model_dir, data, config.run.seed, generation)
     if isinstance(config, ColdStartConfig):
-        spans = [_cold_start_span(config, measured)]
+        spans = [_sft_span(config, measured)]
     else:
         spans = _rl_spans(config, shape, measured)
     scenario = Scenario(config, shape, gpu, world, tuple(spans))
@@ -151,23 +155,26 @@ def build_scenario(
     return scenario
 
 
-def _cold_start_span(config: ColdStartConfig, measured: Workload | None) -> Span:
-    """Return the steps of the cold start and the lengths of its samples.
+def _sft_span(config: ColdStartConfig, measured: Workload | None) -> Span:
+    """Return the steps of supervised training and the lengths of its samples.
 
     ``config.steps`` counts where it is set; 0 derives the steps from epochs and samples, as if every pack were full.  A
-    tokenised set comes before ``measured`` lengths and before ``data.expected_samples``.
+    tokenised set comes before ``measured`` lengths, and the sources, whose weights are then those of `epoch_data`,
+    before ``data.expected_samples``.
     """
     data = config.data
     samples = float(data.expected_samples)
     if data.tokenised:
         load, samples = read_tokenised_workload(data.tokenised, data.pack_tokens)
     else:
-        mean_tokens = data.mean_tokens or data.pack_tokens // _COLD_START_MEAN
+        mean_tokens = data.mean_tokens or data.pack_tokens // _SFT_MEAN
         load = measured or assume_workload(mean_tokens, data.pack_tokens)
     steps = config.steps
     if not steps:
+        if data.sources:
+            samples = sum(source.weight for source in data.sources)
         if not samples:
-            raise ConfigError("steps=0: give data.tokenised=DIR, data.expected_samples or steps")
+            raise ConfigError("steps=0: give data.sources, data.tokenised=DIR, data.expected_samples or steps")
         total_tokens = config.epochs * samples * load.tokens
         step_tokens = config.packs_per_step * data.pack_tokens
         steps = math.ceil(total_tokens / step_tokens)

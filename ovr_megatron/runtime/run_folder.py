@@ -20,7 +20,7 @@ from ovr_megatron.runtime.logs import get_logger
 logger = get_logger(__name__)
 
 SETTINGS = "config.yaml"
-COLD_START = "cold start"
+SFT = "SFT"
 PPO = "PPO"
 ROLLOUTS = "rollouts alone"
 LEARNING = "PPO from stored rollouts"
@@ -50,7 +50,7 @@ def stage_of(settings: Mapping[str, Any]) -> str | None:
     """Return the stage that resolved ``settings`` are for; None if they are no run's."""
     if "iterations" in settings:
         return _MODES.get(str(settings.get("only", "all")))
-    return COLD_START if "packs_per_step" in settings else None
+    return SFT if "packs_per_step" in settings else None
 
 
 def enter(run: Path, stage: str, is_main: bool) -> None:

@@ -130,3 +130,13 @@ def test_a_run_that_is_going_gives_the_figures_it_can(experiment_dir):
         "base_loss",
         "cold_start_loss",
     ]
+
+
+def test_a_validation_loss_is_drawn_beside_the_loss(experiment_dir):
+    metrics = experiment_dir / "cold_start" / "metrics" / "train.jsonl"
+    with metrics.open("a") as file:
+        for step, loss in ((9, 2.5), (19, 1.25)):
+            file.write(json.dumps({"step": step, "validation/loss": loss}) + "\n")
+    figure = draw_loss(read_experiment(experiment_dir).stages["cold_start"], LIGHT)
+    [line] = [line for line in figure.axes[0].get_lines() if line.get_label() == "validation"]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([9, 19], [2.5, 1.25])

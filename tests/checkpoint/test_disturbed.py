@@ -242,7 +242,7 @@ def test_no_usable_checkpoint_is_not_a_fresh_start(runs: Path, codes: dict[str, 
 def test_a_folder_of_another_stage_is_refused(runs: Path, codes: dict[str, Any]) -> None:
     assert codes["other_stage"] == [2, 2]
     log = (runs / "whole_other_stage.log").read_text()
-    assert "is the folder of another job (cold start, this one is PPO)" in log
+    assert "is the folder of another job (SFT, this one is PPO)" in log
 
 
 def test_changed_settings_are_said_and_the_former_ones_kept(runs: Path, codes: dict[str, Any]) -> None:

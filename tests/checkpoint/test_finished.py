@@ -30,7 +30,7 @@ def test_a_run_is_finished_at_its_last_whole_checkpoint(config, tmp_path, capsys
     assert report_finished(config)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "finished: all 4 steps are done; for another run give another run.dir, to go on more steps"
-    assert second == f"cold start: {last}"
+    assert second == f"sft: {last}"
     assert not report_finished(replace(config, steps=5))
     (last / "policy/model.safetensors").write_bytes(b"half")
     assert not report_finished(config), "a checkpoint that was cut off is none"

@@ -1,5 +1,6 @@
 """Chats of others: verl's, LLaVA's, Alpaca's and ms-swift's rows, and what stands in columns beside them."""
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,114 @@ def test_columns_fill_marks_in_order() -> None:
     assert told(read_messages({**placed, **two}, "f[0]", ROOT)) == [[*expected[0][:3], "r"]]
     unmarked = {"messages": [{"role": "user", "content": "Both?"}], "answer": "left"}
     assert told(read_messages({**unmarked, **two}, "f[0]", ROOT)) == [["/data/a.png", "/data/b.png", "Both?"]]
+
+
+PNG_URL = "data:image/png;base64," + base64.b64encode(b"png").decode()
+IMAGES = ["/data/a.png", b"png"]
+
+
+def ask(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [*parts, {"type": "text", "text": "Same?"}]}
+
+
+@pytest.mark.parametrize(
+    ("form", "raw", "expected"),
+    [
+        # OpenAI: a chat as its interface takes it, and as Responses
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "system", "content": [{"type": "text", "text": "Look."}]},
+                    ask(
+                        {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+                        {"type": "image_url", "image_url": {"url": PNG_URL}},
+                    ),
+                    {"role": "assistant", "content": "No."},
+                ]
+            },
+            [["Look."], [*IMAGES, "Same?"], ["No."]],
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "input_image", "image_url": "file:///data/a.png"},
+                            {"type": "input_image", "image_url": PNG_URL},
+                            {"type": "input_text", "text": "Same?"},
+                        ],
+                    },
+                    {"role": "assistant", "content": [{"type": "output_text", "text": "No."}]},
+                ]
+            },
+            [[*IMAGES, "Same?"], ["No."]],
+        ),
+        # Transformers: parts with a path or a URL
+        (
+            "messages",
+            {
+                "messages": [
+                    ask({"type": "image", "path": "a.png"}, {"type": "image", "url": PNG_URL}),
+                    {"role": "assistant", "content": "No."},
+                ]
+            },
+            [[*IMAGES, "Same?"], ["No."]],
+        ),
+        # TRL: messages and a column of images, and a prompt with its completion
+        (
+            "messages",
+            {
+                "messages": [ask({"type": "image"}, {"type": "image"}), {"role": "assistant", "content": "No."}],
+                "images": ["a.png", {"bytes": b"png", "path": None}],
+            },
+            [[*IMAGES, "Same?"], ["No."]],
+        ),
+        (
+            "verl",
+            {
+                "prompt": [ask({"type": "image"}, {"type": "image"})],
+                "completion": [{"role": "assistant", "content": "No."}],
+                "images": ["a.png", PNG_URL],
+            },
+            [[*IMAGES, "Same?"], ["No."]],
+        ),
+        ("verl", {"prompt": "Same?", "completion": "No."}, [["Same?"], ["No."]]),
+        # Alpaca, as published and with an image
+        ("alpaca", {"instruction": "Add.", "input": "1 1", "output": "2"}, [["Add.\n1 1"], ["2"]]),
+        (
+            "alpaca",
+            {"instruction": "What?", "input": "", "output": "A bus.", "images": ["a.png"]},
+            [["/data/a.png", "What?"], ["A bus."]],
+        ),
+        # ShareGPT: several turns, a system message as a column or as the first turn
+        (
+            "llava",
+            {
+                "system": "Be short.",
+                "conversations": [
+                    {"from": "human", "value": "1?"},
+                    {"from": "gpt", "value": "2"},
+                    {"from": "human", "value": "3?"},
+                    {"from": "gpt", "value": "4"},
+                ],
+            },
+            [["Be short."], ["1?"], ["2"], ["3?"], ["4"]],
+        ),
+    ],
+)
+def test_rows_of_other_trainers_are_recognised(form: str, raw: Any, expected: list[list[Any]]) -> None:
+    assert detect(raw, "f[0]") == form
+    assert told(find_reader(form)(raw, "f[0]", ROOT)) == expected
+
+
+def test_a_url_that_cannot_be_read_is_named() -> None:
+    for url, problem in (("https://a/b.png", "is a URL"), ("data:image/png;base64,###", "the data: URL is not base64")):
+        with pytest.raises(RowError) as error:
+            read_messages({"messages": [ask({"type": "image_url", "image_url": {"url": url}})]}, "f[3]", ROOT)
+        assert problem in str(error.value) and error.value.field == "messages[0].content[0].image_url"
 
 
 def test_a_column_of_frames_is_a_video() -> None:

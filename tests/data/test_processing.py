@@ -459,3 +459,62 @@ def test_a_folder_without_a_template_or_with_one_that_drops_images_is_refused(tm
     (tmp_path / "chat_template.json").unlink()
     with pytest.raises(TemplateError, match="has no chat template"):
         Processor(tmp_path, DataConfig(template="model"))
+
+
+# Qwen's published template for texts and images, with the marks by which Transformers tells what an assistant wrote.
+MARKED_TEMPLATE = """{%- for message in messages %}
+{%- if loop.first and message.role != 'system' %}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' and (not last_only or loop.last) %}
+{%- generation %}{{- message.content }}{{- '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}
+{%- elif message.content is string %}{{- message.content + '<|im_end|>\\n' }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- else %}{{- part.text }}{%- endif %}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}"""  # noqa: E501
+SYSTEM = Message("system", (TextPart("Be brief."),))
+CHATS = {
+    "one turn": row(user("Add 1+2"), assistant("3")),
+    "system": row(SYSTEM, user("Hi"), assistant(" Hello\n")),
+    "three turns": row(
+        SYSTEM, user("1?"), assistant("one"), user("2?"), assistant("two\n\ntwo"), user("3?"), assistant("3")
+    ),
+    "images in a row": row(
+        user(picture(56, 84, 1), picture(112, 56, 2), picture(70, 70, 3), "Same?"),
+        assistant("No <tag>."),
+        user("And ", picture(56, 56), " this?"),
+        assistant("Yes."),
+    ),
+}
+
+
+@pytest.mark.parametrize("learn", ["all", "last"])
+@pytest.mark.parametrize("name", CHATS)
+def test_targets_are_the_assistant_tokens_of_transformers(folder, transformers_processor, name, learn):
+    settings = DataConfig(template="model", learn=learn, max_images=4, **BUDGET)
+    [sample] = Processor(folder, settings).encode([CHATS[name]], generation=False)
+    messages = []
+    for message in CHATS[name].messages:
+        parts = []
+        for part in message.parts:
+            is_text = isinstance(part, TextPart)
+            parts.append({"type": "text", "text": part.text} if is_text else {"type": "image", "image": part.image})
+        messages.append({"role": message.role, "content": message.text if message.is_text else parts})
+    size = {"shortest_edge": BUDGET["min_pixels"], "longest_edge": BUDGET["max_pixels"]}
+    expected = transformers_processor.apply_chat_template(
+        messages,
+        chat_template=MARKED_TEMPLATE,
+        last_only=learn == "last",
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        processor_kwargs={"images_kwargs": {"size": size}},
+    )
+    ids, mask = expected["input_ids"][0].tolist(), expected["assistant_masks"][0]
+    # Transformers ends a chat with the line feed after the last end of turn, which no reply is followed by.
+    assert [*sample.tokens.tolist(), ids[-1]] == ids and not mask[-1]
+    assert sample.loss_mask.tolist() == [bool(value) for value in mask[:-1]]

@@ -11,7 +11,7 @@ from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RL
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.lock import RunFolderError
-from ovr_megatron.runtime.run_folder import COLD_START, LEARNING, PPO, REHEARSAL, REPLAY, ROLLOUTS
+from ovr_megatron.runtime.run_folder import LEARNING, PPO, REHEARSAL, REPLAY, ROLLOUTS, SFT
 
 
 def recipe(schema: type, name: str, *overrides: str) -> ColdStartConfig | RLConfig:
@@ -21,7 +21,7 @@ def recipe(schema: type, name: str, *overrides: str) -> ColdStartConfig | RLConf
 
 
 def settings(run: Path, kind: str) -> ColdStartConfig | RLConfig:
-    if kind == COLD_START:
+    if kind == SFT:
         return recipe(ColdStartConfig, "tiny_cold_start", f"run.dir={run}", "model.path=m")
     only = {PPO: "all", ROLLOUTS: "rollout", LEARNING: "train", REHEARSAL: "rehearsal"}[kind]
     more = ["rollouts_from=elsewhere"] if only == "train" else []
@@ -34,7 +34,7 @@ def group() -> None:
     assert dist.get_rank() == 0
 
 
-KINDS = (COLD_START, PPO, ROLLOUTS, LEARNING)
+KINDS = (SFT, PPO, ROLLOUTS, LEARNING)
 
 
 @pytest.mark.parametrize("job", [*KINDS, REHEARSAL, REPLAY])

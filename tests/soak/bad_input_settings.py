@@ -200,13 +200,13 @@ def handwritten(table: dict[str, tuple[str, str]], command: tuple[str, ...], are
 
 def cases() -> Iterator[Case]:
     """Yield every case of this file."""
-    yield from numeric_cases(ColdStartConfig, COLD_START, "cold start", frozenset())
+    yield from numeric_cases(ColdStartConfig, COLD_START, "sft", frozenset())
     shared = frozenset(typing.get_type_hints(ColdStartConfig)) - {"optimizer"}
     yield from numeric_cases(RLConfig, RL, "rl", shared)
     training = frozenset({"data", "rollout", "reward"})
     yield from numeric_cases(PrepareConfig, PREPARE, "preparation", training)
     for key in LARGE:
-        yield Case("cold start", f"{key} is 10^12", (*COLD_START, f"{key}=1000000000000"), key.rpartition(".")[2])
-    yield from handwritten(COLD_START_CASES, COLD_START, "cold start")
+        yield Case("sft", f"{key} is 10^12", (*COLD_START, f"{key}=1000000000000"), key.rpartition(".")[2])
+    yield from handwritten(COLD_START_CASES, COLD_START, "sft")
     yield from handwritten(RL_CASES, RL, "rl")
     yield from handwritten(PREPARE_CASES, PREPARE, "preparation")
