@@ -13,7 +13,6 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from PIL import Image
-from tests.validation import layout_losses
 
 from ovr_megatron import SFT, load_model
 from ovr_megatron.checkpoint.store import weights_of
@@ -35,6 +34,7 @@ from ovr_megatron.evaluation import evaluator
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.rl import training as rl
 from ovr_megatron.runtime import distributed
+from tests.validation import layout_losses
 
 
 def recipe(schema: type, name: str, *overrides: str) -> Any:
