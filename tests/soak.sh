@@ -18,6 +18,7 @@ done
 .venv/bin/python tests/soak/long_context.py --yarn 2 --rollout
 .venv/bin/python tests/soak/serve.py
 .venv/bin/python tests/soak/kills.py
+ALL_RECIPES=1 .venv/bin/python -m pytest -q -s tests/recipes
 .venv/bin/python tests/soak/prepared.py
 .venv/bin/python tests/soak/mutants.py
 .venv/bin/python tests/soak/algorithms.py --run "${SOAK_DIR:-runs/soak}/algorithms" --out docs/images

@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import LAYER_SHAPES, PARTS, STEP_SHAPES
+from ovr_megatron.launch import parse_options
 from ovr_megatron.runtime.command import run_command, whole_number
 
 GPU = ("step", "vision", "head", "rl")
@@ -52,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=whole_number(1), default=200_000, help="rows to prepare (prepare)")
     parser.add_argument("--workers", type=whole_number(1), default=1, help="processes that judge rows (prepare)")
-    arguments = parser.parse_args()
+    arguments = parse_options(parser, None)
     unknown = set(arguments.shapes or ()) - set(LAYER_SHAPES if arguments.what == "model" else STEP_SHAPES)
     if unknown:
         parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")

@@ -45,7 +45,11 @@ def show(plan: Plan) -> str:
         lines.append("")
         lines += _candidate_lines(plan["candidates"])
     if plan["best_command"]:
-        lines += ["", "the fastest; give run.dir and model.path where the recipe and you have not", f"  {plan['best_command']}"]
+        lines += [
+            "",
+            "the fastest; give run.dir and model.path where the recipe and you have not",
+            f"  {plan['best_command']}",
+        ]
     return "\n".join(lines)
 
 
