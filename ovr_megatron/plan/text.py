@@ -47,7 +47,7 @@ def show(plan: Plan) -> str:
     if plan["best_command"]:
         lines += [
             "",
-            "the fastest; give run.dir and model.path where the recipe and you have not",
+            "the fastest (give run.dir and model.path, if they are not there)",
             f"  {plan['best_command']}",
         ]
     return "\n".join(lines)

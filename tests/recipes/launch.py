@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/recipes/launch.py OUT RECIPE ...
 
-OUT has the folder ``model`` and the files ``chats.jsonl`` and ``problems.jsonl``; the run folder of a recipe is OUT/RECIPE.
+OUT has the folder ``model`` and the files ``chats.jsonl`` and ``problems.jsonl``.  The run folder of a recipe is
+OUT/RECIPE.
 """
 
 import sys
@@ -46,7 +47,7 @@ def scale_down(recipe: str, out: Path) -> list[str]:
 
 
 def reward(response: str, answer: str, options: Sequence[str]) -> float:
-    """Return 0 or 1 by the letters of a response: a random model solves no problem, and GRPO learns from differences."""
+    """Return 0 or 1 by a response's letters: a random model solves nothing, and GRPO learns from differences."""
     return float(zlib.crc32(response.encode()) % 2)
 
 
