@@ -45,8 +45,9 @@ class Layout:
     @property
     def settings(self) -> dict[str, object]:
         """Return the layout as settings: dotted name and value."""
-        settings = {f"parallel.{field.name}": getattr(self.parallel, field.name) for field in fields(self.parallel)}
-        settings["model.recompute"] = self.recompute
+        settings: dict[str, object] = {"model.recompute": self.recompute}
+        for field in fields(self.parallel):
+            settings[f"parallel.{field.name}"] = getattr(self.parallel, field.name)
         if self.rollout_tp is not None:
             settings |= {"rollout.tp": self.rollout_tp, "offload": self.offload}
         return settings
@@ -95,10 +96,15 @@ def _layouts(scenario: Scenario, fixed: Collection[str]) -> Iterator[Layout]:
     searched = dict(SEARCHED)
     if isinstance(scenario.config, RLConfig):
         searched |= SEARCHED_IN_RL
-    # The recipe's own value comes first: of layouts that are equally fast and large the nearest to the recipe wins.
-    choices = [[own[name]] if _is_fixed(name, fixed) else [own[name], *values] for name, values in searched.items()]
-    for values in product(*map(dict.fromkeys, choices)):
-        settings = dict(zip(searched, values, strict=True))
+    choices = []
+    for name, values in searched.items():
+        # The recipe's own value comes first: of layouts that are equally fast and large the nearest to the recipe wins.
+        options = dict.fromkeys([own[name], *values])
+        if _is_fixed(name, fixed):
+            options = {own[name]: None}
+        choices.append(options)
+    for combination in product(*choices):
+        settings = dict(zip(searched, combination, strict=True))
         if not _is_sensible(settings, scenario.world):
             continue
         # Overlap goes with the distributed optimizer, and a stage's own number of layers with the number of stages.
@@ -116,18 +122,26 @@ def _is_fixed(name: str, fixed: Collection[str]) -> bool:
 
 def _is_sensible(settings: Mapping[str, Any], world: int) -> bool:
     """Return whether the values go together; what else is impossible is left to `_assess`, which says why."""
-    tp, pp, cp = (settings[f"parallel.{size}"] for size in ("tp", "pp", "cp"))
-    if tp * pp * cp > world or settings.get("rollout.tp", 1) > world:
+    tp = settings["parallel.tp"]
+    pp = settings["parallel.pp"]
+    ranks = tp * pp * settings["parallel.cp"]
+    if ranks > world or settings.get("rollout.tp", 1) > world:
         return False
-    # Only a pipeline can be interleaved, and only cut tensors have a sequence to cut.
-    return (settings["parallel.vpp"] == 1 or pp > 1) and (tp > 1 or not settings["parallel.sequence_parallel"])
+    if settings["parallel.vpp"] > 1 and pp == 1:  # only a pipeline can be interleaved
+        return False
+    return tp > 1 or not settings["parallel.sequence_parallel"]
 
 
 def _make_layout(settings: Mapping[str, Any]) -> Layout:
     """Build a layout of its settings."""
-    parallel = {field.name: settings[f"parallel.{field.name}"] for field in fields(ParallelConfig)}
+    parallel = {}
+    for field in fields(ParallelConfig):
+        parallel[field.name] = settings[f"parallel.{field.name}"]
     return Layout(
-        ParallelConfig(**parallel), settings["model.recompute"], settings.get("rollout.tp"), settings.get("offload")
+        parallel=ParallelConfig(**parallel),
+        recompute=settings["model.recompute"],
+        rollout_tp=settings.get("rollout.tp"),
+        offload=settings.get("offload"),
     )
 
 
@@ -179,9 +193,11 @@ def name(parallel: ParallelConfig, recompute: str) -> str:
 def describe(layout: Layout) -> str:
     """Return the text of a layout with all that the search chooses."""
     text = name(layout.parallel, layout.recompute)
-    if layout.rollout_tp is None:
-        return text
-    return f"{text} rollout.tp={layout.rollout_tp}" + (" offload" if layout.offload else "")
+    if layout.rollout_tp is not None:
+        text += f" rollout.tp={layout.rollout_tp}"
+    if layout.offload:
+        text += " offload"
+    return text
 
 
 def fixed_names(overrides: Sequence[str]) -> frozenset[str]:
@@ -204,7 +220,8 @@ def command_line(scenario: Scenario, layout: Layout, recipe: str, overrides: Seq
     settings = list(overrides)
     for setting, value in layout.settings.items():
         if value != own[setting]:
-            settings.append(f"{setting}={str(value).lower() if isinstance(value, bool) else value}")
+            text = str(value).lower()  # Hydra writes true and false
+            settings.append(f"{setting}={text}")
     is_rl = isinstance(scenario.config, RLConfig)
     per_node = scenario.gpu.per_node
     if scenario.world > per_node:
