@@ -117,6 +117,9 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
             raise ConfigError(f"{override!r} cannot be read; write a setting as KEY=VALUE")
     try:
         hydra_overrides = with_new_keys(schema, with_plain_text(schema, overrides))
+        # A recipe elsewhere may be built on one of the package's.
+        packaged = str(RECIPES).replace("'", "\\'")
+        hydra_overrides.append(f"hydra.searchpath=['file://{packaged}']")
         with hydra.initialize_config_dir(str(path.parent), version_base=None):
             values = hydra.compose(path.stem, hydra_overrides)
         OmegaConf.missing_keys(values)  # follows every ${interpolation}, so that an unknown one is refused here
@@ -193,8 +196,21 @@ def _option_words(path: Path, words: Sequence[str]) -> list[str]:
 
 
 def stage_of(path: Path) -> type[ColdStartConfig | RLConfig]:
-    """Return the settings of the stage that the recipe at ``path`` is for."""
-    return RLConfig if "curriculum" in OmegaConf.load(path) else ColdStartConfig
+    """Return the settings of the stage that the recipe at ``path`` is for: only that of RL has a curriculum.
+
+    What a recipe does not say itself stands in those that its ``defaults`` name.
+    """
+    files = [path]
+    for file in files:  # grows on the way
+        values = OmegaConf.load(file)
+        if "curriculum" in values:
+            return RLConfig
+        for base in values.get("defaults") or []:
+            nearby = (folder / f"{base}.yaml" for folder in (file.parent, RECIPES))
+            base_file = next(filter(Path.is_file, nearby), file)
+            if base_file not in files:
+                files.append(base_file)
+    return ColdStartConfig
 
 
 def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig:

@@ -10,11 +10,11 @@ import pytest
 
 from ovr_megatron.cli import COMMANDS, select
 from ovr_megatron.cli.tokenise import settings
-from ovr_megatron.config import ConfigError
+from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, OURS
 from ovr_megatron.evaluation.command import build_parser, sampling_temperature
-from ovr_megatron.launch import parse_options
+from ovr_megatron.launch import compose, parse_options
 from ovr_megatron.runtime.command import whole_number
 
 TRAINING = "defaults: [schema, _self_]\nrun: {dir: r}\nmodel: {path: m}\ndata: {pack_tokns: 512}\n"
@@ -83,6 +83,19 @@ def test_the_command_line_comes_before_the_recipe(tmp_path: Path) -> None:
     assert parse_options(parser(), ["--data", "b", "x"]).files == ["x"]
 
 
+def test_a_recipe_is_built_on_one_of_the_package_or_one_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "it's, (ü=1)"  # a path may hold any character
+    folder.mkdir()
+    (folder / "base.yaml").write_text("defaults: [ppo_7b_8gpu, _self_]\nprompts: 64\n")
+    (folder / "own.yaml").write_text("defaults: [base, _self_]\niterations: 10\n")
+    config = compose(str(folder / "own.yaml"), ["model.path=7B", "responses=4"])
+    assert isinstance(config, RLConfig)
+    assert (config.parallel.tp, config.prompts, config.iterations, config.responses) == (4, 64, 10, 4)
+    (folder / "own.yaml").write_text("defaults: [nowhere, _self_]\n")
+    with pytest.raises(ConfigError, match="nowhere"):
+        compose(str(folder / "own.yaml"), ["model.path=7B"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -113,10 +126,10 @@ def test_a_bad_value_of_a_recipe_is_refused_as_on_the_command_line(
 def test_the_data_of_a_training_recipe_are_those_of_tokenise(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("defaults: [sft_3b_1gpu, _self_]\ndata: {learn: last}\n")
+    own = settings([], str(file))
+    assert (own.learn, own.template, own.pack_tokens) == ("last", "model", 8192)
     packaged = settings(["data.sources=[{path: rows.jsonl}]"], "sft_3b_1gpu")
     assert (packaged.template, packaged.pack_tokens, packaged.sources[0].path) == ("model", 8192, "rows.jsonl")
-    with pytest.raises(ConfigError, match="sft_3b_1gpu"):  # beside the file there is no such recipe
-        settings([], str(file))
     file.write_text("defaults: [schema, _self_]\ndata: {learn: last, template: model}\n")
     own = settings(["data.pack_tokens=512"], str(file))
     assert (own.learn, own.template, own.pack_tokens) == ("last", "model", 512)
