@@ -85,9 +85,11 @@ def _phase_lines(plan: Plan) -> list[str]:
         cache_tokens = engine["cache_tokens"]
         longest = engine["longest"]
         sequences = cache_tokens / longest
+        # vLLM does not start with less room than for one sequence.
+        verdict = "" if cache_tokens >= longest else "  DOES NOT FIT"
         lines.append(
             f"  vLLM: {engine['engines']} engines, cache for {cache_tokens:,} tokens each = {sequences:.1f} "
-            f"sequences of {longest:,}"
+            f"sequences of {longest:,}{verdict}"
         )
     return lines
 

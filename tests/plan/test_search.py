@@ -12,6 +12,7 @@ from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.launch import compose, read_command_line
 from ovr_megatron.plan.plan_json import Plan
 from ovr_megatron.plan.report import Options, plan
+from ovr_megatron.plan.text import show
 
 NODE = 8
 
@@ -84,4 +85,4 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_engine_without_room_for_one_sequence_does_not_fit() -> None:
     found = plan(compose("grpo_lora_3b_24gb", ["rollout.kv_cache_gib=0.01"]), Options(1, "a10", search=False))
-    assert not found["fits"]
+    assert not found["fits"] and "sequences of 2,048  DOES NOT FIT" in show(found)
