@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
 # Transformers, an export served by vLLM, twenty kills of each stage, 200,000 rows from sources to a checkpoint, all inputs
-# that cannot work, all faults put into PPO's loop, and PPO, GRPO and RLOO on three seeds of the miniature. The results of
-# the last run stand in docs/layouts.md, running.md, data.md, faults.md and algorithms.md.
+# that cannot work, all faults put into PPO's loop, every training recipe at a small size, and PPO, GRPO and RLOO on three
+# seeds of the miniature. The results of the last run stand in docs/layouts.md, running.md, data.md, faults.md, recipes.md
+# and algorithms.md.
 #
 #   bash tests/soak.sh
 set -euo pipefail
