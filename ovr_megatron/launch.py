@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, defaults
+from ovr_megatron.config.checks import require
 from ovr_megatron.config.described import described_yaml
 from ovr_megatron.families.presets import presets
 from ovr_megatron.keys import text_names, unknown_setting, with_new_keys
@@ -116,6 +119,9 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
             raise ConfigError(f"{override!r} cannot be read; write a setting as KEY=VALUE")
     try:
         hydra_overrides = with_new_keys(schema, with_plain_text(schema, overrides))
+        # A recipe elsewhere may be built on one of the package's.
+        packaged = str(RECIPES).replace("'", "\\'")
+        hydra_overrides.append(f"hydra.searchpath=['file://{packaged}']")
         with hydra.initialize_config_dir(str(path.parent), version_base=None):
             values = hydra.compose(path.stem, hydra_overrides)
         OmegaConf.missing_keys(values)  # follows every ${interpolation}, so that an unknown one is refused here
@@ -132,6 +138,83 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
         raise ConfigError(f"{where}: {str(cause).splitlines()[0]}") from error
 
 
+def parse_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line of a command whose settings are options, with ``--config-name RECIPE`` for some of them.
+
+    A recipe is a YAML file of options by their names, a list for one that is repeated; the command line comes
+    before it.
+
+    Args:
+        parser: of the command; gets the option.
+        arguments: words after the command's name; None takes those of this process.
+
+    Raises:
+        ConfigError: no such file, or it is no mapping of options of ``parser``.
+    """
+    recipe_help = "YAML file, or a name under ovr_megatron/recipes/, with values for these options"
+    parser.add_argument("--config-name", metavar="RECIPE", help=recipe_help)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Found before the rest is parsed: what the recipe gives need not be on the command line.
+    name_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    name_parser.add_argument("--config-name")
+    recipe = name_parser.parse_known_args(words)[0].config_name
+    if not recipe:
+        return parser.parse_args(words)
+    path = recipe_path(recipe)
+    recipe_words = _option_words(path, words)
+    # The recipe comes first: of an option that is abbreviated on the command line the later value holds.
+    options, unknown = parser.parse_known_args([*recipe_words, *words])
+    for word in unknown:
+        require(word not in recipe_words, f"{path.name}: {parser.prog} has no option {word}; --help lists them")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
+
+
+def _option_words(path: Path, words: Sequence[str]) -> list[str]:
+    """Return the options in the recipe at ``path`` that ``words`` do not give, as words of a command line."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}; write it as YAML, OPTION: VALUE") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name} is no mapping; write it as YAML, OPTION: VALUE")
+    on_command_line = {word.partition("=")[0] for word in words}
+    option_words: list[str] = []
+    for key, value in values.items():
+        option = f"--{str(key).replace('_', '-')}"
+        if option in on_command_line or value is None or value is False:
+            continue
+        if value is True:
+            option_words.append(option)
+            continue
+        for element in value if isinstance(value, list) else [value]:
+            require(
+                not isinstance(element, dict | list),
+                f"{path.name}: {key} has a section; the recipe of a command with options is a flat list of them",
+            )
+            option_words.append(f"{option}={element}")
+    return option_words
+
+
+def stage_of(path: Path) -> type[ColdStartConfig | RLConfig]:
+    """Return the settings of the stage that the recipe at ``path`` is for: only that of RL has a curriculum.
+
+    What a recipe does not say itself stands in those that its ``defaults`` name.
+    """
+    files = [path]
+    for file in files:  # grows on the way
+        values = OmegaConf.load(file)
+        if "curriculum" in values:
+            return RLConfig
+        for base in values.get("defaults") or []:
+            nearby = (folder / f"{base}.yaml" for folder in (file.parent, RECIPES))
+            base_file = next(filter(Path.is_file, nearby), file)
+            if base_file not in files:
+                files.append(base_file)
+    return ColdStartConfig
+
+
 def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig:
     """Return the checked settings of a recipe, for a program or a plan.
 
@@ -145,7 +228,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig
         ConfigError: no such recipe, an unknown key, or a value that cannot work.
     """
     path = recipe_path(recipe)
-    schema: type[ColdStartConfig | RLConfig] = RLConfig if "curriculum" in OmegaConf.load(path) else ColdStartConfig
+    schema = stage_of(path)
     return build(schema, fill_in(compose_values(schema, path, overrides), path.stem))
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
-# Transformers, an export served by vLLM, twenty kills of each stage, every layout and every method of PPO's tests, 200,000 rows from sources to a checkpoint, all inputs
-# that cannot work, all faults put into PPO's loop, and PPO, GRPO and RLOO on three seeds of the miniature. The results of
-# the last run stand in docs/layouts.md, running.md, data.md, faults.md and algorithms.md.
+# Transformers, an export served by vLLM, twenty kills of each stage, every layout and every method of PPO's tests, every
+# training recipe at a small size, 200,000 rows from sources to a checkpoint, all inputs that cannot work, all faults put
+# into PPO's loop, and PPO, GRPO and RLOO on three seeds of the miniature. The results of the last run stand in
+# docs/layouts.md, running.md, data.md, faults.md, recipes.md and algorithms.md.
 #
 #   bash tests/soak.sh
 set -euo pipefail
@@ -19,7 +20,8 @@ done
 .venv/bin/python tests/soak/serve.py
 .venv/bin/python tests/soak/kills.py
 OVR_TEST_WHOLE=1 .venv/bin/python -m pytest -q tests/model/test_layouts.py tests/model/test_lora.py tests/plan/test_memory.py \
-    tests/rollout/test_reshard.py tests/ppo/test_loops.py
+    tests/rollout/test_reshard.py tests/ppo/test_loops.py \
+    tests/recipes
 .venv/bin/python tests/soak/prepared.py
 .venv/bin/python tests/soak/mutants.py
 .venv/bin/python tests/soak/algorithms.py --run "${SOAK_DIR:-runs/soak}/algorithms" --out docs/images

@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import LAYER_SHAPES, PARTS, STEP_SHAPES
+from ovr_megatron.launch import parse_options
 from ovr_megatron.runtime.command import run_command, whole_number
 
 GPU = ("step", "vision", "head", "rl")
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--between", type=float, default=0.5, help="share of the variance of lengths that a prompt decides (tail)"
     )
-    arguments = parser.parse_args()
+    arguments = parse_options(parser, None)
     unknown = set(arguments.shapes or ()) - set(LAYER_SHAPES if arguments.what == "model" else STEP_SHAPES)
     if unknown:
         parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")

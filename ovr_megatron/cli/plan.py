@@ -1,9 +1,10 @@
 """What a recipe costs before it is submitted: ``ovr plan RECIPE [key=value ...]``; no GPU, no process group.
 
 Parameters, gradients and optimizer state of a rank (exact), activations and the other memory of each phase
-(estimated), FLOP, hours and GPU-hours, the checkpoint's size, and every layout: those that fit, fastest first, and why
-others cannot be.  ``model.path`` is a folder, or 3B, 7B, 32B or 72B for a model that is not there.  Exits with 1 if
-the recipe does not fit, with 2 if it cannot work.
+(estimated), FLOP, hours and GPU-hours, the checkpoint's size, and every layout (parallel sizes, recomputation,
+``offload``, ``rollout.tp``; settings of the command line stay): those that fit, fastest first, the command that runs
+the fastest, and why others cannot be.  ``model.path`` is a folder, or 3B, 7B, 32B or 72B for a model that is not there.
+Exits with 1 if the recipe does not fit, with 2 if it cannot work.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # The name of a recipe may end in its number of processes, as in ..._64gpu.
     world = arguments.world or processes(name, config.parallel)
-    summary = plan(config, Options(world, gpu, arguments.mfu, not arguments.no_search))
+    options = Options(world, gpu, arguments.mfu, not arguments.no_search, arguments.recipe, tuple(arguments.overrides))
+    summary = plan(config, options)
     print(json.dumps(summary) if arguments.json else show(summary))
     return 0 if summary["fits"] else 1

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovr_megatron.config.layout_text import parse_layout
+from ovr_megatron.launch import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", type=full_name, default="float32", choices=dtypes, help="dtype of both models")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     words = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_args(words)
+    arguments = parse_options(parser, words)
     layout, replicas = arguments.layout
     processes = layout.ranks * replicas
     # torchrun sets WORLD_SIZE: a process that has it is a rank already and starts no others.

@@ -152,6 +152,17 @@ class RLConfig:
         """
         return self.algorithm.reduction_tokens or max(stage.max_tokens for stage in self.curriculum)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Return the tokens of a prompt and its response for which the engine is built."""
+        return self.rollout.max_model_len or max(stage.max_tokens for stage in self.curriculum)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the divergence is measured from a model of its own; a policy with adapters has it without them."""
+        shares_weights = self.model.lora.rank > 0 and not self.algorithm.reference
+        return self.algorithm.kl_coefficient > 0 and not shares_weights
+
 
 def _check_trains(model: ModelConfig) -> None:
     """Raise `ConfigError` if nothing of the model trains."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.judge_settings import JudgeConfig, add_limits
+from ovr_megatron.launch import parse_options
 from ovr_megatron.runtime.command import whole_number
 from ovr_megatron.runtime.options import add_option, read_options
 from ovr_megatron.runtime.terminal import printable
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--limit", type=whole_number(0), default=0, metavar="N", help="first traces of each file (default: all)"
     )
     add_limits(parser)
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     # Here, so that --help does not wait for the libraries of a judge.
     from ovr_megatron.evaluation.judging import format_table, judge_behaviours
 

@@ -28,6 +28,7 @@ from ovr_megatron.config import (
 from ovr_megatron.evaluation.benchmarks import format_benchmarks
 from ovr_megatron.evaluation.scoring import EvaluationResult, format_accuracy
 from ovr_megatron.families import LONGEST_RESPONSE, ModelShape
+from ovr_megatron.launch import parse_options
 from ovr_megatron.runtime.command import run_command, whole_number
 from ovr_megatron.runtime.options import add_option, read_options
 from ovr_megatron.runtime.terminal import printable
@@ -57,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         "sampled responses for avg@k, pass@k and maj@k (default: greedy only, or as many as the benchmark asks for)"
     )
     evaluation("samples", metavar="K", help=samples_help)
-    evaluation("temperature", metavar="T", help="of the samples (default: 1)")
+    evaluation("temperature", default=None, metavar="T", help="of the samples (default: 1)")
+    model_sampling_help = "without --temperature that of the folder's generation_config.json, if it has one and samples"
+    add("--model-sampling", action="store_true", help=model_sampling_help)
     evaluation("limit", metavar="N", help="first N problems of each set (default: all)")
     max_tokens_help = (
         f"longest response (default: what the model's length leaves beside a prompt, at most {LONGEST_RESPONSE})"
@@ -89,7 +92,7 @@ class _List(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate."""
-    args = build_parser().parse_args(argv)
+    args = parse_options(build_parser(), argv)
 
     # Here, so that --help does not wait for vLLM.
     from ovr_megatron.checkpoint.store import weights_of
@@ -105,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sources = [SourceConfig(path=path, name=name) for name, path in parse_sets(args.data).items()]
     model = weights_of(args.model)
     data = data_config(model, args)
-    settings = read_options(EvaluationSettings, args, sources=sources, max_tokens=response_limit(model, args))
+    temperature = sampling_temperature(model, args)
+    settings = read_options(
+        EvaluationSettings, args, sources=sources, max_tokens=response_limit(model, args), temperature=temperature
+    )
     rollout = RolloutConfig(tp=args.tp, max_num_seqs=args.max_num_seqs, gpu_memory_utilization=0.85)
     check_assets(model)
     world = distributed.start(ParallelConfig(tp=args.tp), args.seed, args.threads)
@@ -180,6 +186,27 @@ def response_limit(model: Path, args: argparse.Namespace) -> int:
     # Not `data_config`, which needs this limit for the longest prompt.
     prompt_tokens = args.max_prompt_tokens or min(DataConfig.max_prompt_tokens, shape.max_positions // 4)
     return shape.response_limit(args.max_tokens or 0, prompt_tokens)
+
+
+def sampling_temperature(model: Path, args: argparse.Namespace) -> float:
+    """Return ``--temperature``, or with ``--model-sampling`` that of the folder's generation config, else the default.
+
+    Raises:
+        ConfigError: the folder's is no positive number.
+    """
+    file = model / "generation_config.json"
+    if args.temperature is not None:
+        return float(args.temperature)
+    if not args.model_sampling or not file.is_file():
+        return EvaluationSettings.temperature
+    config = _read(file)
+    value = config.get("temperature") if isinstance(config, dict) else None
+    # A folder that does not sample has a temperature that nothing uses, and samples at 0 would all be the greedy one.
+    if value is None or not config.get("do_sample") or value == 0:
+        return EvaluationSettings.temperature
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 100:
+        raise ConfigError(f"{file}: temperature is {value!r}; it must be a number up to 100")
+    return float(value)
 
 
 def image_budget(model: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovr_megatron.evaluation.judge_settings import JudgeConfig, add_limits
+from ovr_megatron.launch import parse_options
 from ovr_megatron.runtime.options import add_option, read_options
 from ovr_megatron.runtime.terminal import printable
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("scores", nargs="+", type=Path, metavar="SET.json", help="scores of ovr evaluate")
     add_option(parser, JudgeConfig, "judge", required=True, help="vllm:FOLDER or URL#MODEL")
     add_limits(parser)
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     # Here, so that --help does not wait for the libraries of a judge.
     from ovr_megatron.evaluation.verdicts import judge_responses, summary_line
 

@@ -8,6 +8,7 @@ pass of one layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ovr_megatron.config import ModelConfig, ParallelConfig
 from ovr_megatron.families import ModelShape
@@ -52,6 +53,7 @@ class Activations:
         return self.saved + self.working
 
 
+@lru_cache(maxsize=4096)  # a search asks again for every layout of the engines
 def activations(
     shape: ModelShape,
     model: ModelConfig,

@@ -7,6 +7,7 @@ bubble        (pp - 1) / (vpp x micro-batches) of the above
 data traffic  gradients (4 B) and gathered weights, once a step; with overlap what the last backward pass hides is free
 optimizer     its parameters and state read and written / memory bandwidth
 sync          an engine's weights written once / memory bandwidth, what its rank lacks / (`WIRE` x link)
+offload       weights and optimizer state of every model to the host and back, once an iteration / (`WIRE` x PCIe)
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def seconds(scenario: Scenario, span: Span) -> Seconds:
     epoch = _training(scenario, span, policy, algorithm.policy_steps, False)
     parts["update policy"] = sum(epoch.values()) * algorithm.policy_epochs
     parts["sync"] = _sync_seconds(scenario)
+    if config.offload:
+        parts["offload"] = _offload_seconds(scenario)
     return Seconds(parts)
 
 
@@ -110,6 +113,22 @@ def _sync_seconds(scenario: Scenario) -> float:
     copying = 2 * engine_share / gpu.bandwidth
     receiving = received / _link_rate(gpu, ranks_apart)
     return copying + receiving
+
+
+def _offload_seconds(scenario: Scenario) -> float:
+    """Return the seconds in which the models' tensors go to host memory and come back; gradients are not copied."""
+    config = scenario.config
+    assert isinstance(config, RLConfig)
+    algorithm = config.algorithm
+    policy = model_state(scenario.shape, config.model, config.parallel, scenario.dp)
+    size = policy.weights + policy.optimizer
+    if algorithm.has_critic:
+        critic = scenario.critic_scenario
+        state = model_state(scenario.shape, config.model, critic.config.parallel, critic.dp, critic=True)
+        size += state.weights + state.optimizer
+    if config.has_reference:
+        size += policy.weights
+    return 2 * size / (WIRE * scenario.gpu.host)
 
 
 def bubble(scenario: Scenario, span: Span, share: int = 1) -> float:

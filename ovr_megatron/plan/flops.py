@@ -39,11 +39,10 @@ def token_flops(shape: ModelShape, model: ModelConfig, load: Workload, critic: b
     tower = patches_per_token * tower_patch
     merger = patches_per_token * merger_patch
 
-    # Gradients pass through a frozen language model where a part of the vision tower below it trains, or its adapters.
-    reaches_vision = bool(tower) and (model.trains_vision or model.trains_merger)
-    passes_through = bool(model.lora.rank) or (model.freeze_language and reaches_vision)
+    # Gradients pass through a frozen language model in a pack without images, too: it has a blank one, see
+    # `ovr_megatron.model.vision_language`.
     matrix_passes, tower_passes, merger_passes = training_passes(
-        language_trains=not passes_through,
+        language_trains=model.trains_language,
         vision_trains=model.trains_vision,
         merger_trains=model.trains_merger,
         vision_adapters=model.adapts_vision,

@@ -11,8 +11,8 @@ from ovr_megatron.config import ConfigError
 class Gpu:
     """One GPU in a node of ``per_node``.
 
-    ``memory`` in bytes; ``flops`` bfloat16 FLOP/s; ``bandwidth`` of the memory, ``link`` to the GPUs of the node and
-    ``network`` beyond it in bytes/s, one direction.
+    ``memory`` in bytes; ``flops`` bfloat16 FLOP/s; ``bandwidth`` of the memory, ``link`` to the GPUs of the node,
+    ``network`` beyond it and PCIe to the ``host`` in bytes/s, one direction.
     """
 
     name: str
@@ -21,6 +21,7 @@ class Gpu:
     bandwidth: float
     link: float
     network: float
+    host: float
     per_node: int = 8
 
 
@@ -28,17 +29,17 @@ _MIB = 1 << 20
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100", 81559 * _MIB, 989e12, 3.35e12, 450e9, 50e9),
-        Gpu("h200", 143771 * _MIB, 989e12, 4.8e12, 450e9, 50e9),
-        Gpu("h20", 97871 * _MIB, 148e12, 4.0e12, 450e9, 50e9),
-        Gpu("a100-80", 81920 * _MIB, 312e12, 2.0e12, 300e9, 25e9),
-        Gpu("a100-40", 40960 * _MIB, 312e12, 1.555e12, 300e9, 25e9),
-        Gpu("b200", 183359 * _MIB, 2250e12, 8.0e12, 900e9, 50e9),
+        Gpu("h100", 81559 * _MIB, 989e12, 3.35e12, 450e9, 50e9, 64e9),
+        Gpu("h200", 143771 * _MIB, 989e12, 4.8e12, 450e9, 50e9, 64e9),
+        Gpu("h20", 97871 * _MIB, 148e12, 4.0e12, 450e9, 50e9, 64e9),
+        Gpu("a100-80", 81920 * _MIB, 312e12, 2.0e12, 300e9, 25e9, 32e9),
+        Gpu("a100-40", 40960 * _MIB, 312e12, 1.555e12, 300e9, 25e9, 32e9),
+        Gpu("b200", 183359 * _MIB, 2250e12, 8.0e12, 900e9, 50e9, 64e9),
         # Cards without NVLink: the link is PCIe, 4.0 with 16 lanes.
-        Gpu("l40s", 46068 * _MIB, 362e12, 0.864e12, 32e9, 25e9),
-        Gpu("a6000", 49140 * _MIB, 155e12, 0.768e12, 32e9, 25e9),
-        Gpu("rtx4090", 24564 * _MIB, 165e12, 1.008e12, 32e9, 25e9),
-        Gpu("a10", 23028 * _MIB, 125e12, 0.6e12, 32e9, 25e9),
+        Gpu("l40s", 46068 * _MIB, 362e12, 0.864e12, 32e9, 25e9, 32e9),
+        Gpu("a6000", 49140 * _MIB, 155e12, 0.768e12, 32e9, 25e9, 32e9),
+        Gpu("rtx4090", 24564 * _MIB, 165e12, 1.008e12, 32e9, 25e9, 32e9),
+        Gpu("a10", 23028 * _MIB, 125e12, 0.6e12, 32e9, 25e9, 32e9),
     )
 }
 

@@ -69,7 +69,7 @@ def _stage_phases(scenario: Scenario, stage: int) -> list[Phase]:
     config = scenario.config
     shape = scenario.shape
     overhead = _overhead(scenario)
-    state = _state(shape, config.model, config.parallel, scenario.dp, stage, False)
+    state = model_state(shape, config.model, config.parallel, scenario.dp, stage)
     if isinstance(config, ColdStartConfig):
         saved = _state_items(state)
         # The largest tensor is put together in float32 from its shards: both are there at once.
@@ -105,7 +105,7 @@ class _IterationPhases:
             critic_stage = stage if layout.pp == config.parallel.pp else 0
             self.critic = critic
             self.critic_stage = critic_stage
-            self.models["critic"] = _state(shape, config.model, layout, critic.dp, critic_stage, True)
+            self.models["critic"] = model_state(shape, config.model, layout, critic.dp, critic_stage, critic=True)
             self.fp8_copies["critic"] = fp8_bytes(shape, config.model, layout, critic_stage, True)
 
     def items_by_phase(self) -> dict[str, dict[str, int]]:
@@ -153,10 +153,7 @@ class _IterationPhases:
         """Return what the models have on the GPU while those of ``working`` run (forward only unless ``trains``)."""
         config = self.config
         policy = self.models["policy"]
-        algorithm = config.algorithm
-        # A policy with adapters is its own reference without them.
-        shares_weights = config.model.lora.rank and not algorithm.reference
-        has_reference = bool(algorithm.kl_coefficient) and not shares_weights
+        has_reference = config.has_reference
         if not config.offload:
             resident = {name: state.total for name, state in self.models.items()}
             if has_reference:
@@ -194,31 +191,6 @@ def _overhead(scenario: Scenario) -> dict[str, int]:
         "NCCL buffers": groups * GROUP,
         "fragmentation margin": int(MARGIN * scenario.gpu.memory),
     }
-
-
-@lru_cache(maxsize=512)
-def _cached_state(
-    shape: ModelShape,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    dp: int,
-    stage: int,
-    critic: bool,
-) -> ModelState:
-    return model_state(shape, model, parallel, dp, stage, critic=critic)
-
-
-def _state(
-    shape: ModelShape,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    dp: int,
-    stage: int,
-    critic: bool,
-) -> ModelState:
-    # Recomputation changes no parameter: without it in the key, a search meets the same state three times as often.
-    key_model = replace(model, recompute="none")
-    return _cached_state(shape, key_model, parallel, dp, stage, critic)
 
 
 def _state_items(state: ModelState) -> dict[str, int]:
@@ -279,6 +251,24 @@ def fp8_bytes(
     """
     if model.fp8 == "none":
         return 0
+    # As in `model_state`: recomputation changes no parameter.
+    elements = _count_matrix_elements(shape, replace(model, recompute="none"), parallel, stage, critic)
+    # Layers at both ends may stay in bfloat16.  In a pipeline it is not asked which stage has them.
+    fp8_share = 1.0
+    if parallel.pp == 1:
+        fp8_share = 1 - 2 * model.fp8_bf16_layers / shape.layers
+    return int(2 * elements * fp8_share)
+
+
+@lru_cache(maxsize=4096)
+def _count_matrix_elements(
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    stage: int,
+    critic: bool,
+) -> int:
+    """Count the elements of the layers' matrices of a rank."""
     elements = 0
     for part in rank_parameters(shape, model, parallel, critic, stage):
         for parameter in part:
@@ -286,11 +276,7 @@ def fp8_bytes(
             # Norms, whose names end in `layer_norm_weight`, and biases are used as they are.
             if in_layer and parameter.name.endswith(".weight"):
                 elements += parameter.numel
-    # Layers at both ends may stay in bfloat16.  In a pipeline it is not asked which stage has them.
-    fp8_share = 1.0
-    if parallel.pp == 1:
-        fp8_share = 1 - 2 * model.fp8_bf16_layers / shape.layers
-    return int(2 * elements * fp8_share)
+    return elements
 
 
 def _fp8_items(copies: dict[str, int], names: Sequence[str]) -> dict[str, int]:
@@ -341,6 +327,23 @@ def engine_memory(
         "vLLM at work": work,
     }
     return memory | graphs
+
+
+def cache_shortage(scenario: Scenario) -> str:
+    """Return why the engines' cache cannot hold one sequence of the longest kind, without which vLLM does not start.
+
+    Empty where it can.
+    """
+    config = scenario.config
+    if not isinstance(config, RLConfig):
+        return ""
+    rollout = config.rollout
+    dtype = config.model.dtype
+    engine = engine_memory(rollout, scenario.shape, scenario.gpu, dtype, config.offload)
+    tokens = max(0, engine["vLLM cache"] // cache_bytes_per_token(scenario.shape, rollout, dtype))
+    if tokens >= config.longest_sequence:
+        return ""
+    return f"no room for vLLM's cache: it holds {tokens:,} tokens, a sequence has {config.longest_sequence:,}"
 
 
 def _graphs(rollout: RolloutConfig) -> dict[str, int]:

@@ -8,9 +8,10 @@ float32 gradients lie in contiguous buffers cut into buckets; the distributed op
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 
 from ovr_megatron.config import LoraConfig, ModelConfig, ParallelConfig
 from ovr_megatron.engine import is_frozen
@@ -82,12 +83,13 @@ class ModelState:
         return self.weights + self.gradients + self.optimizer
 
 
-def count_parameters(shape: ModelShape) -> dict[str, int]:
+@lru_cache(maxsize=8)
+def count_parameters(shape: ModelShape) -> Mapping[str, int]:
     """Count the parameters of the whole model by part; a tied head counts once, in the embedding."""
     counts = dict.fromkeys(("vision", "merger", "embedding", "layers", "head"), 0)
     for row in rows(shape):
         counts[_part_of_model(row.megatron)] += _count_elements(row)
-    return counts
+    return MappingProxyType(counts)  # every caller has the same
 
 
 def _part_of_model(name: str) -> str:
@@ -274,6 +276,21 @@ def model_state(
         optimizer_rank: rank among the ``dp x cp`` ranks that share an optimizer.
         critic: a value head in place of the language-model head.
     """
+    # Recomputation changes no parameter: without it in the key, a search meets the same state three times as often.
+    key_model = replace(model, recompute="none")
+    return _count_state(shape, key_model, parallel, dp, stage, optimizer_rank, critic)
+
+
+@lru_cache(maxsize=4096)
+def _count_state(
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dp: int,
+    stage: int,
+    optimizer_rank: int,
+    critic: bool,
+) -> ModelState:
     optimizer_ranks = dp * parallel.cp
     parameters = 0
     trained = 0

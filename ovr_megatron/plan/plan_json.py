@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+from ovr_megatron.config.model import Recompute
+
 
 class PlannedModel(TypedDict):
     """The model: its folder or preset, and its parameters by part."""
@@ -17,7 +19,7 @@ class PlannedLayout(TypedDict):
     """The recipe's layout: the fields of `ParallelConfig`, and the kind of recomputation."""
 
     parallel: Mapping[str, Any]
-    recompute: str
+    recompute: Recompute
 
 
 class PlannedRank(TypedDict):
@@ -57,10 +59,12 @@ class PlannedSource(TypedDict):
 
 
 class PlannedCandidate(TypedDict):
-    """A layout of the search, as in `search.Candidate`."""
+    """A layout of the search, as in `search.Candidate` and `search.Layout`."""
 
     parallel: Mapping[str, Any]
-    recompute: str
+    recompute: Recompute
+    rollout_tp: int | None
+    offload: bool | None
     bytes: int
     hours: float
     reason: str
@@ -91,7 +95,10 @@ class PlannedEngine(TypedDict):
 
 
 class Plan(TypedDict):
-    """A plan as JSON; sizes in bytes, times in seconds or, where the name says so, hours."""
+    """A plan as JSON; sizes in bytes, times in seconds or, where the name says so, hours.
+
+    ``best_command`` runs the fastest of ``candidates``; None where none fits, or there was no search.
+    """
 
     model: PlannedModel
     gpu: Mapping[str, Any]
@@ -114,3 +121,4 @@ class Plan(TypedDict):
     checkpoint_bytes: int
     checkpoints_kept: int
     candidates: list[PlannedCandidate] | None
+    best_command: str | None

@@ -33,12 +33,23 @@ from ovr_megatron.plan.workload import read_tokenised_workload
 
 @dataclass(frozen=True)
 class Options:
-    """Options beside the recipe: GPUs and their kind, the MFU to reckon with, whether to search layouts."""
+    """Options beside the configuration.
+
+    Attributes:
+        world: processes, one a GPU.
+        gpu: their kind, or memory in GiB.
+        mfu: the MFU to reckon with.
+        search: whether to search layouts.
+        recipe: its name or path, for the command of the best layout.
+        overrides: settings of the command line, which the search leaves as they are.
+    """
 
     world: int
     gpu: str = "h100"
     mfu: float = 0.4
     search: bool = True
+    recipe: str = "RECIPE"
+    overrides: tuple[str, ...] = ()
 
 
 def read_shape(path: str) -> tuple[ModelShape, str | None]:
@@ -80,11 +91,14 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
     total_flops = sum(span["steps"] * span["flops"] for span in spans)
     total_tokens = sum(span["steps"] * span["tokens"] for span in spans)
     first_span = scenario.spans[0]
+    candidates: list[search.Candidate] | None = None
+    if options.search:
+        candidates = search.candidates(scenario, search.fixed_names(options.overrides))
     checkpoints = config.run.keep_last
     if not checkpoints:
         checkpoints = -(-steps // config.run.save_every)
     return {
-        "model": {"path": config.model.path, "parameters": count_parameters(shape)},
+        "model": {"path": config.model.path, "parameters": dict(count_parameters(shape))},
         "gpu": asdict(gpu),
         "world": scenario.world,
         "replicas": scenario.dp,
@@ -94,7 +108,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         },
         "rank": _ranks(scenario),
         "phases": [_phase(phase) for phase in phases],
-        "fits": all(phase.total <= gpu.memory for phase in phases),
+        "fits": all(phase.total <= gpu.memory for phase in phases) and not memory.cache_shortage(scenario),
         "patches_of_a_pack": {
             "expected": scenario.pack(first_span).patches,
             "room": memory.room_for_patches(scenario),
@@ -110,7 +124,8 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         "by_cost_model": _modelled_time(scenario, total_flops),
         "checkpoint_bytes": memory.checkpoint_bytes(config, shape),
         "checkpoints_kept": checkpoints,
-        "candidates": _candidates(scenario) if options.search else None,
+        "candidates": _candidates(candidates) if candidates else None,
+        "best_command": _best_command(scenario, candidates, options) if candidates else None,
     }
 
 
@@ -145,19 +160,30 @@ def _phase(phase: memory.Phase) -> PlannedPhase:
     }
 
 
-def _candidates(scenario: Scenario) -> list[PlannedCandidate]:
-    candidates: list[PlannedCandidate] = []
-    for candidate in search.candidates(scenario):
-        candidates.append(
+def _candidates(candidates: Sequence[search.Candidate]) -> list[PlannedCandidate]:
+    planned: list[PlannedCandidate] = []
+    for candidate in candidates:
+        layout = candidate.layout
+        planned.append(
             {
-                "parallel": asdict(candidate.parallel),
-                "recompute": candidate.recompute,
+                "parallel": asdict(layout.parallel),
+                "recompute": layout.recompute,
+                "rollout_tp": layout.rollout_tp,
+                "offload": layout.offload,
                 "bytes": candidate.bytes,
                 "hours": candidate.hours,
                 "reason": candidate.reason,
             }
         )
-    return candidates
+    return planned
+
+
+def _best_command(scenario: Scenario, candidates: Sequence[search.Candidate], options: Options) -> str | None:
+    """Return the command that runs the fastest layout, or None where no layout fits."""
+    best = candidates[0]
+    if best.reason:
+        return None
+    return search.command_line(scenario, best.layout, options.recipe, options.overrides)
 
 
 def _span(scenario: Scenario, span: Span) -> PlannedSpan:
@@ -231,13 +257,10 @@ def _engine(scenario: Scenario) -> PlannedEngine:
     engine = memory.engine_memory(rollout, shape, scenario.gpu, dtype, config.offload)
     cache = engine["vLLM cache"]
     token_bytes = memory.cache_bytes_per_token(shape, rollout, dtype)
-    longest = rollout.max_model_len
-    if not longest:
-        longest = max(stage.max_tokens for stage in config.curriculum)
     return {
         # Weights that leave no room make the cache's size negative.
         "cache_tokens": max(0, cache // token_bytes),
-        "longest": longest,
+        "longest": config.longest_sequence,
         "engines": scenario.world // rollout.tp,
     }
 

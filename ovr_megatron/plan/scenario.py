@@ -78,6 +78,11 @@ class Scenario:
         rollout_tp = config.rollout.tp
         if self.world % rollout_tp:
             raise ConfigError(f"rollout.tp={rollout_tp} does not divide the {self.world} processes; change one")
+        # vLLM cuts the heads of the queries evenly; those of keys and values it may repeat.
+        if self.shape.heads % rollout_tp:
+            raise ConfigError(
+                f"rollout.tp={rollout_tp} does not divide the model's {self.shape.heads} heads; lower rollout.tp"
+            )
 
     @cached_property
     def dp(self) -> int:

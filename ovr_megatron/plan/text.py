@@ -44,6 +44,12 @@ def show(plan: Plan) -> str:
     if plan["candidates"] is not None:
         lines.append("")
         lines += _candidate_lines(plan["candidates"])
+    if plan["best_command"]:
+        lines += [
+            "",
+            "the fastest (give run.dir and model.path, if they are not there)",
+            f"  {plan['best_command']}",
+        ]
     return "\n".join(lines)
 
 
@@ -79,9 +85,11 @@ def _phase_lines(plan: Plan) -> list[str]:
         cache_tokens = engine["cache_tokens"]
         longest = engine["longest"]
         sequences = cache_tokens / longest
+        # vLLM does not start with less room than for one sequence.
+        verdict = "" if cache_tokens >= longest else "  DOES NOT FIT"
         lines.append(
             f"  vLLM: {engine['engines']} engines, cache for {cache_tokens:,} tokens each = {sequences:.1f} "
-            f"sequences of {longest:,}"
+            f"sequences of {longest:,}{verdict}"
         )
     return lines
 
@@ -139,9 +147,9 @@ def _candidate_lines(candidates: Sequence[PlannedCandidate]) -> list[str]:
     ]
     for candidate in fitting[:_SHOWN_LAYOUTS]:
         parallel = ParallelConfig(**candidate["parallel"])
-        layout = search.name(parallel, candidate["recompute"])
+        layout = search.Layout(parallel, candidate["recompute"], candidate["rollout_tp"], candidate["offload"])
         gib = candidate["bytes"] / _GIB
-        lines.append(f"{candidate['hours']:7,.1f}{gib:8.1f}  {layout}")
+        lines.append(f"{candidate['hours']:7,.1f}{gib:8.1f}  {search.describe(layout)}")
     lines.append("layouts that cannot be")
     for reason, count in reasons.most_common(_SHOWN_REASONS):
         lines.append(f"{count:6}  {reason}")

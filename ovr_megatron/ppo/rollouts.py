@@ -129,8 +129,8 @@ class Rollouts:
             drawn_rows, rollout.long = self._draw(prompts)
             rows += drawn_rows
             indices = range(first, len(rows))
-            # A name of its own: the store keeps the counters of earlier queues.
-            name = f"{iteration}.{sampling_round}"
+            # A name of its own: the store keeps the counters of earlier queues, also those of another run's.
+            name = f"{config.run.dir}:{iteration}.{sampling_round}"
             responses = self._generate(rollout, indices, iteration, name)
             rollout.responses += responses
             groups = self._group_rewards(responses, rollout)
@@ -196,7 +196,7 @@ class Rollouts:
             rollout: has the prompts; metrics are added to it.
             indices: the prompts of all ranks.
             iteration: from 0, for the seeds.
-            name: of the queue, unique in the run.
+            name: of the queue, unique in the process group.
         """
         config = self.config
         rows = rollout.prompts.rows

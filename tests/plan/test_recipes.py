@@ -7,7 +7,8 @@ from ovr_megatron.launch import RECIPES, compose
 from ovr_megatron.plan.hardware import GPUS, find_gpu, gpu_in_name
 from ovr_megatron.plan.report import Options, plan, processes
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("prepare", "tiny")))
+ELSEWHERE = ("prepare", "tiny", "evaluate")
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(ELSEWHERE))
 NODE = 8
 
 

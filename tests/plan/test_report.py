@@ -18,6 +18,7 @@ from ovr_megatron.data.sources import open_source
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.qwen2_5_vl.flops import patch_forward
 from ovr_megatron.launch import compose
+from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.plan import cost, search
 from ovr_megatron.plan.flops import FRAME, token_flops
@@ -76,6 +77,10 @@ def test_training_flop_follow_what_is_frozen(folder: Path) -> None:
     # Attention has a backward pass in any case.
     attention = 2 * shape.layers * shape.heads * shape.head_dim * load.attended_length
     assert projector.training == pytest.approx(2 * language + attention + tower + 3 * merger)
+    text = Workload(100, 100, 0, "")
+    without_images = token_flops(shape, ModelConfig(path="x", freeze_language=True), text)
+    assert without_images.training == pytest.approx(2 * language + attention)
+    assert 100 * without_images.training == pytest.approx(training_flops(shape, [100], language_trains=False))
 
 
 def test_lengths_and_patches_are_measured_on_the_data(folder: Path) -> None:
@@ -142,9 +147,9 @@ def test_layouts_are_listed_fastest_first_with_reasons_for_the_others() -> None:
     reasons = {c.reason.split(" needs ")[0] for c in found if c.reason}
     assert any("does not divide the model's 4 key-value heads" in reason for reason in reasons)
     assert "out of memory: phase train" in reasons
-    assert any(c.parallel == work.config.parallel and c.recompute == "selective" for c in fitting)
+    assert any(c.layout == search.layout_of(work) for c in fitting)
     # The recipe's own layout costs what the plan of the recipe says.
-    own = next(c for c in fitting if c.parallel == work.config.parallel and c.recompute == "selective")
+    own = next(c for c in fitting if c.layout == search.layout_of(work))
     assert own.hours == search.hours(work)
 
 

@@ -68,10 +68,12 @@ def test_pre_flight_names_every_problem(model: Path, run: Path) -> None:
 
 
 def test_a_rehearsal_passes_the_pre_flight_and_is_finished(model: Path, run: Path) -> None:
+    own = run.with_name("own recipe.yaml")
+    own.write_text("defaults: [tiny_rl, _self_]\n")
     process = start(
         *["--rehearse", "prompts=4", "responses=2", f"run.dir={run}", "curriculum=[{until: 100, max_tokens: 72}]"],
         script=ROOT / "slurm/rl.sh",
-        OVR_RECIPE="tiny_rl",
+        OVR_RECIPE=str(own),
         OVR_MODEL=str(model),
         OVR_RANKS="1",
     )

@@ -1,0 +1,76 @@
+"""Train recipes for two steps at a small size, in one process group, for tests/recipes/test_recipe_runs.py.
+
+    torchrun --nproc-per-node 2 tests/recipes/launch.py OUT RECIPE ...
+
+OUT has the folder ``model`` and the files ``chats.jsonl`` and ``problems.jsonl``.  The run folder of a recipe is
+OUT/RECIPE.
+"""
+
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ovr_megatron.config import ParallelConfig, RLConfig
+from ovr_megatron.launch import compose
+
+RANKS = 2
+LONGEST = 84  # tokens of a prompt and its response
+SIZES = (
+    *("run.threads=1", "run.save_every=2", "run.peak_tflops=1", "parallel.pp=1", "parallel.cp=1"),
+    *("data.min_pixels=784", "data.max_pixels=3136", "data.max_prompt_tokens=72", "data.pack_tokens=512"),
+)
+SFT_SIZES = ("steps=2", "packs_per_step=2")
+RL_SIZES = (
+    *("iterations=2", "prompts=2", "responses=2", f"curriculum=[{{until: 2, max_tokens: {LONGEST}}}]"),
+    *("algorithm.critic_warmup_iterations=0", "rollout.tp=1", "rollout.max_num_seqs=8", "rollout.kv_cache_gib=0.05"),
+    *("reward.workers=1", "reward.rules.problems=tests.recipes.launch:reward"),
+)
+
+
+def scale_down(recipe: str, out: Path) -> list[str]:
+    """Return the overrides that let any training recipe run on two ranks of a CPU: sizes, paths and parallel sizes.
+
+    Estimator, loss, adapters, frozen parts, dtype, recomputation, optimizer, template and offload stay the recipe's.
+    """
+    own = compose(recipe, [f"model.path={out / 'model'}"])
+    is_rl = isinstance(own, RLConfig)
+    name = "problems" if is_rl else "chats"
+    paths = [f"run.dir={out / recipe}", f"model.path={out / 'model'}"]
+    paths.append(f"data.sources=[{{path: '{out / name}.jsonl', name: {name}}}]")
+    layout = [f"parallel.tp={min(own.parallel.tp, RANKS)}"]
+    # A CPU has no FP8.
+    precision = [] if own.model.fp8 == "none" else ["model.fp8=none", "model.fp8_bf16_layers=0"]
+    return [*paths, *layout, *precision, *SIZES, *(RL_SIZES if is_rl else SFT_SIZES)]
+
+
+def reward(response: str, answer: str, options: Sequence[str]) -> float:
+    """Return 0 or 1 by a response's letters: a random model solves nothing, and GRPO learns from differences."""
+    return float(zlib.crc32(response.encode()) % 2)
+
+
+def train(recipe: str, out: Path) -> None:
+    """Train one recipe in the process group."""
+    from ovr_megatron.coldstart import training as coldstart
+    from ovr_megatron.rl import training as rl
+
+    config = compose(recipe, scale_down(recipe, out))
+    placed = replace(world, layout=world.arrange(config.parallel))
+    if isinstance(config, RLConfig):
+        rl.train(config, placed)
+    else:
+        coldstart.train(config, placed)
+
+
+if __name__ == "__main__":
+    from ovr_megatron.runtime import distributed
+
+    world = distributed.start(ParallelConfig(), seed=1, threads=1)
+    for recipe in sys.argv[2:]:
+        began = time.perf_counter()
+        train(recipe, Path(sys.argv[1]))
+        if world.is_main:
+            print(f"{recipe}: {time.perf_counter() - began:.1f} s", flush=True)
+    distributed.finish()

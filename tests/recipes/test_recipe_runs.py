@@ -1,0 +1,118 @@
+"""Every training recipe, scaled down to two ranks of a CPU, trains two steps with the choices that its file makes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ovr_megatron.config import SourceConfig
+from ovr_megatron.data.row_json import row_to_json
+from ovr_megatron.data.sources import open_source
+from ovr_megatron.launch import RECIPES
+from ovr_megatron.model.tiny import make_tiny_model
+from tests.recipes.launch import LONGEST, scale_down
+
+pytestmark = pytest.mark.both_cores
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("prepare", "evaluate")))
+# One of each kind; tests/soak.sh trains all of them.
+KINDS = ["cold_start_7b_64gpu", "sft_7b_8gpu", "sft_lora_3b_24gb", "ppo_7b_8gpu", "grpo_7b_8gpu", "grpo_lora_3b_24gb"]
+NAMES = ALL if os.environ.get("OVR_TEST_WHOLE") else KINDS
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folders of the recipes, all trained by one launch on chats and problems with images."""
+    out = tmp_path_factory.mktemp("recipes")
+    make_tiny_model(out / "model", tied=True, seed=5)
+    for name, kind in (("chats", ""), ("problems", "&answered=0")):
+        rows = open_source(SourceConfig(path=f"puzzle:digits?form=image&task=sum{kind}"))
+        lines = [json.dumps(row_to_json(rows[index])) for index in range(24)]
+        assert all('"image"' in line for line in lines)
+        (out / f"{name}.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "tests/recipes/launch.py"), str(out), *NAMES]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # graders import the reward from it
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(*(line for line in done.stdout.splitlines() if line.endswith(" s")), sep="\n")
+    return out
+
+
+def values_of(recipe: str) -> Any:
+    """What the recipe's file says, with those that it is built on."""
+    values = OmegaConf.load(RECIPES / f"{recipe}.yaml")
+    bases = [base for base in values.pop("defaults") if base not in ("schema", "_self_")]
+    return OmegaConf.merge(*map(values_of, bases), values)
+
+
+def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    found = {}
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_a_recipe_trains_two_steps_with_its_own_choices(runs: Path, recipe: str) -> None:
+    run = runs / recipe
+    lines = [json.loads(line) for line in (run / "metrics/train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    checkpoint = run / "checkpoints/step_000002"
+    assert json.loads((checkpoint / "manifest.json").read_text())["step"] == 2
+
+    chosen = leaves(OmegaConf.to_container(values_of(recipe)))
+    scaled = {override.partition("=")[0] for override in scale_down(recipe, runs)}
+    built = leaves(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    kept = {name: value for name, value in chosen.items() if name not in scaled}
+    assert kept and {name: built[name] for name in kept} == kept
+    assert not {name for name in scaled if name.startswith(("model.", "optimizer.", "critic."))} - {"model.path"}
+
+    assert_moments_of_what_trains(checkpoint, "policy", chosen)
+    is_rl = "iterations" in chosen
+    has_critic = is_rl and chosen.get("algorithm.estimator", "gae") == "gae"
+    assert (checkpoint / "critic").exists() == has_critic and ("critic/loss" in lines[0]) == has_critic
+    if has_critic:
+        assert_moments_of_what_trains(checkpoint, "critic", chosen)
+    if is_rl:
+        assert_rollouts(run, lines)
+    else:
+        warmup = chosen["optimizer.warmup_steps"]
+        rates = [line["optimizer/lr"] for line in lines]
+        assert rates == pytest.approx([chosen["optimizer.lr"] * step / warmup for step in (1, 2)])
+        assert all(line["optimizer/grad_norm"] > 0 for line in lines)
+
+
+def assert_moments_of_what_trains(checkpoint: Path, name: str, chosen: dict[str, Any]) -> None:
+    """Adam has moments of the parts that the recipe trains, which gradients have reached, and of no others."""
+    moments = load_file(checkpoint / f"{name}-exp_avg/model.safetensors")
+    moved = {key for key, tensor in moments.items() if tensor.any()}
+    if chosen.get("model.lora.rank"):
+        # The gradient of A is 0 until B has moved, after the first step.
+        assert all("lora_" in key or key == "v_head.weight" for key in moments) and moved
+        assert not any("visual" in key for key in moments)
+        return
+    vision = {key for key in moments if "visual." in key}
+    merger = {key for key in vision if "merger." in key}
+    assert bool(vision - merger) != chosen.get("model.freeze_vision", False)
+    assert bool(merger) != chosen.get("model.freeze_merger", False)
+    matrices = {key for key in moments if key.endswith(("proj.weight", "qkv.weight"))}
+    assert matrices and matrices <= moved
+
+
+def assert_rollouts(run: Path, lines: list[dict[str, float]]) -> None:
+    """Both iterations have responses within the limit; the groups of the first differ, and the policy has learned."""
+    for index, line in enumerate(lines):
+        rows = [json.loads(row) for row in (run / f"rollouts/{index:06d}.jsonl").read_text().splitlines()]
+        assert len(rows) == 4 and all(row["image"] and 0 < row["tokens"] <= LONGEST for row in rows)
+        assert line["rollout/mismatch_mean"] < 0.02
+    assert max(line["policy/grad_norm"] for line in lines) > 0
