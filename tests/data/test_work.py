@@ -73,7 +73,7 @@ def test_a_7b_models_imbalance_before_and_after(trains_tower, capsys):
     draw = np.random.default_rng(0)
     lengths, grids = [], []
     for index in range(2048):
-        text = int(draw.lognormal(6, 0.8).clip(16, 8000))
+        text = int(np.clip(draw.lognormal(6, 0.8), 16, 8000))
         sides = (2 * np.sqrt(draw.uniform(0.05e6, 1e6)) / 28 * draw.uniform(0.7, 1.4, 2)).round().astype(int)
         height, width = np.maximum(sides - sides % 2, 2).tolist()
         grids.append([(1, height, width)] if index % 2 else [])
