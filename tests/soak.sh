@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
 # Transformers, an export served by vLLM, twenty kills of each stage, 200,000 rows from sources to a checkpoint, all inputs
-# that cannot work, all faults put into PPO's loop, and PPO, GRPO and RLOO on three seeds of the miniature. The results of
+# that cannot work, all faults put into PPO's loop, PPO, GRPO and RLOO on three seeds of the miniature, and other versions of
+# packages, for which it needs a network. The results of
 # the last run stand in docs/layouts.md, running.md, data.md, faults.md and algorithms.md.
 #
 #   bash tests/soak.sh
@@ -22,3 +23,4 @@ done
 .venv/bin/python tests/soak/mutants.py
 .venv/bin/python tests/soak/algorithms.py --run "${SOAK_DIR:-runs/soak}/algorithms" --out docs/images
 .venv/bin/python tests/soak/bad_inputs.py
+bash tests/soak/versions.sh
