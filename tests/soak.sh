@@ -2,8 +2,8 @@
 # What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
 # Transformers, an export served by vLLM, twenty kills of each stage, 200,000 rows from sources to a checkpoint, all inputs
 # that cannot work, all faults put into PPO's loop, PPO, GRPO and RLOO on three seeds of the miniature, and other versions of
-# packages, for which it needs a network. The results of
-# the last run stand in docs/layouts.md, running.md, data.md, faults.md and algorithms.md.
+# packages, for which it needs a network. The results of the last run stand in docs/layouts.md, running.md, data.md,
+# faults.md, algorithms.md and versions.md.
 #
 #   bash tests/soak.sh
 set -euo pipefail
