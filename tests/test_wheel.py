@@ -23,11 +23,11 @@ FOLDERS = ("benchmarks", "docker", "docs", "examples", "ovr_megatron", "slurm", 
 # In every interpreter of the environment: files of the source tree that it opens.
 WITNESS = f"""
 import os, sys
-root, packages = {str(ROOT)!r} + os.sep, {str(PACKAGES)!r} + os.sep
+root, others = {str(ROOT)!r} + os.sep, os.path.realpath({sys.prefix!r}) + os.sep
 def note(event, arguments):
     if event == "open" and isinstance(arguments[0], str):
         path = os.path.abspath(arguments[0])
-        if path.startswith(root) and not os.path.realpath(path).startswith(os.path.realpath(packages)):
+        if path.startswith(root) and not os.path.realpath(path).startswith(others):
             descriptor = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.write(descriptor, (path + "\\n").encode())
             os.close(descriptor)

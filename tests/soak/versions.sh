@@ -26,6 +26,6 @@ with_packages() {
 }
 common=(tests/model/test_parity.py tests/test_engine.py)
 with_packages oldest "${common[@]}" tests/data tests/test_config.py tests/test_cli.py -- \
-    transformers==5.16.1 pydantic==2.12.0 pydantic-core==2.41.1
+    transformers==5.16.1 huggingface-hub==1.33.0 pydantic==2.12.0 pydantic-core==2.41.1
 with_packages megatron "${common[@]}" tests/model/test_layouts.py -- megatron-core==0.19.2
 [ -z "$failed" ] || { echo "Failed:$failed" >&2; exit 1; }
