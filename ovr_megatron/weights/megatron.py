@@ -90,7 +90,7 @@ def open_megatron(path: Path) -> MegatronTensors:
     iteration = newest_iteration(path)
     if iteration is None:
         problem = (
-            f"{path} is no checkpoint of Megatron-LM or Megatron-Bridge: no iteration's files are in it; give the folder "
+            f"{path} is no checkpoint of Megatron-LM or Megatron-Bridge: no iteration is in it; give the folder "
             f"that has {TRACKER}"
         )
         raise WeightError(describe_folder(path, "megatron") or problem)

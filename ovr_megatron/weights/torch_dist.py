@@ -43,6 +43,7 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_PLAIN = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
 _AGAIN = "copy the checkpoint again"
 
 
@@ -100,7 +101,8 @@ class IndexUnpickler(pickle.Unpickler):
         """
         if known := self.known.get(f"{module}.{name}"):
             return known
-        if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
+        # Plans of the writer, and the path that it wrote to.
+        if module.startswith(_PLAIN):
             return PlainRecord
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 

@@ -10,6 +10,9 @@ import random
 import sys
 from pathlib import Path
 
+import ovr_megatron  # noqa: F401  before Transformers: it lets torchvision be imported on a machine without a GPU
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -22,8 +25,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
-
-import ovr_megatron  # noqa: F401  CPU in place of CUDA
 
 PADDED = 128  # rows of the vocabulary come in multiples of this, over all ranks
 
