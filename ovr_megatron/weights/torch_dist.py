@@ -241,7 +241,7 @@ def _check_format(directory: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorChunk:
     """A part of a tensor that is to be written: ``load`` gives it when its turn comes.
 
     Attributes:
@@ -264,7 +264,7 @@ class Chunk:
 class _StreamPlanner(dcp.DefaultSavePlanner):
     """Plans the chunks of one process, and loads each of them only when the writer asks for its data."""
 
-    def __init__(self, chunks: Sequence[Chunk], objects: Sequence[str]):
+    def __init__(self, chunks: Sequence[TensorChunk], objects: Sequence[str]):
         super().__init__(flatten_state_dict=False)
         self._chunks = {MetadataIndex(chunk.key, chunk.offsets): chunk for chunk in chunks}
         self._objects = objects
@@ -289,7 +289,7 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
 
 def write_torch_dist(
     directory: Path,
-    chunks: Sequence[Chunk],
+    chunks: Sequence[TensorChunk],
     objects: Sequence[str],
     common: Mapping[str, object],
 ) -> None:
