@@ -164,6 +164,8 @@ ALIASES = {
     "replay": ("tools/replay.py", ["run", "-1"]),
     "convert from-hf": ("tools/convert_from_hf.py", ["--hf", "m"]),
     "convert to-hf": ("tools/convert_to_hf.py", ["--checkpoint", "c", "--out", "o", "--dtype", "int8"]),
+    "convert from-megatron": ("tools/convert_from_megatron.py", ["--megatron", "m"]),
+    "convert to-megatron": ("tools/convert_to_megatron.py", ["--checkpoint", "c", "--out", "o", "--dtype", "int8"]),
     "average": ("tools/average_checkpoints.py", ["--out", "o"]),
     "verify": ("tools/verify.py", ["--hf", "m", "--layout", "tp=two"]),
     "tiny-model": ("tools/make_tiny_model.py", ["--out", "."]),
@@ -174,6 +176,7 @@ ALIASES = {
     "report": ("tools/report.py", ["run", "--every", "-1"]),
     "bench": ("tools/bench.py", ["no_part"]),
 }
+CONVERSIONS = ("ovr convert from-hf", "ovr convert to-hf", "ovr convert from-megatron", "ovr convert to-megatron")
 
 
 def run_light(script: str) -> str:
@@ -269,8 +272,8 @@ def test_the_entry_points_are_there() -> None:
     [
         ("plann x", "there is no command ovr plann; did you mean ovr plan?"),
         ("tokenize", "there is no command ovr tokenize; did you mean ovr tokenise?"),
-        ("convert", "ovr convert needs another word: write ovr convert from-hf or ovr convert to-hf"),
-        ("convert to_hf", "ovr convert needs another word: write ovr convert from-hf or ovr convert to-hf"),
+        ("convert", f"ovr convert needs another word: write {' or '.join(CONVERSIONS)}"),
+        ("convert to_hf", f"ovr convert needs another word: write {' or '.join(CONVERSIONS)}"),
         ("zebra", "there is no command ovr zebra; ovr --help lists all commands"),
         ("--zebra", "there is no command ovr --zebra; ovr --help lists all commands"),
     ],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Wanted = Literal["model", "checkpoint", "run", "megatron"]
+Purpose = Literal["model", "checkpoint", "run", "megatron"]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_\d{7}|release")
@@ -27,8 +27,8 @@ class FolderKind:
         name: short, unique.
         sentence: what a path of this kind is or has, to stand behind the path.
         holds: whether a path is of this kind.
-        remedies: what to do, by what the tool wants, or ``other``; ``{path}`` stands for the path. The kind itself is
-            right for a tool that has no entry.
+        remedies: what to do, by the purpose of the tool, or ``other``; ``{path}`` stands for the path. The kind serves
+            a purpose that has no entry.
     """
 
     name: str
@@ -60,18 +60,18 @@ def kind_of(path: Path) -> FolderKind | None:
     return next((kind for kind in KINDS if kind.holds(path)), None)
 
 
-def describe_folder(path: str | Path, wanted: Wanted) -> str | None:
-    """Return one sentence on what a path is and the command that is right, for a tool that wants something else.
+def describe_folder(path: str | Path, purpose: Purpose) -> str | None:
+    """Return one sentence on what a path is and the command that is right, where it does not serve a tool's purpose.
 
     Returns:
-        None where the path is of the wanted kind or of none that is known.
+        None where the path serves the purpose or is of no kind that is known.
     """
     path = Path(path)
     kind = kind_of(path)
     if kind is None:
         return None
-    remedy = kind.remedies.get(wanted)
-    if remedy is None and wanted == "run":
+    remedy = kind.remedies.get(purpose)
+    if remedy is None and purpose == "run":
         remedy = _RUN_REMEDY if kind is not _RUN else None
     elif remedy is None and _OTHER in kind.remedies:
         remedy = kind.remedies[_OTHER]

@@ -1,7 +1,7 @@
 """Weights of checkpoints that Megatron-LM and Megatron-Bridge write, under Hugging Face names, and the way back.
 
-Megatron-Bridge names Qwen2.5-VL's language model ``language_model.*``, as Megatron-Core's GPTModel names it, and keeps
-Transformers' own tower as ``visual.*``.  Megatron-LM's GPTModel has the first names without their prefix and no tower.
+Megatron-Bridge names the language model ``language_model.*``, as Megatron-Core's GPTModel names it, and keeps the tower
+of Transformers as ``visual.*``.  Megatron-LM's GPTModel has the first names without their prefix and no tower.
 How parameters are fused stands in `ovr_megatron.weights.table`.  In torch_dist the layers of a parameter are stacked
 along a first dimension, unless the model was saved with ``non_homogeneous_layers``: both are read, and the first is
 written, which is what both programs expect by default.
@@ -27,7 +27,7 @@ from ovr_megatron.weights.folder import WeightError, WeightFolder, some
 from ovr_megatron.weights.rank_files import RANK_FOLDER, RankFiles
 from ovr_megatron.weights.shard import FORMATS
 from ovr_megatron.weights.table import TensorRow
-from ovr_megatron.weights.torch_dist import Chunk, TorchDistFolder
+from ovr_megatron.weights.torch_dist import TensorChunk, TorchDistFolder
 
 LANGUAGE = "language_model."
 _TOWER = "visual."
@@ -53,8 +53,13 @@ _FORMAT_NAMES = {dtype: name for name, dtype in FORMATS.items()}
 class MegatronTensors(Protocol):
     """The stored tensors of a checkpoint, of `TorchDistFolder` or `RankFiles`."""
 
-    directory: Path
-    sizes: Mapping[str, tuple[int, ...]]
+    @property
+    def directory(self) -> Path:
+        """Return the folder of the iteration."""
+
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the sizes of all stored tensors; of the parts that one rank has, where they are apart."""
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype of a stored tensor."""
@@ -90,7 +95,7 @@ def open_megatron(path: Path) -> MegatronTensors:
     iteration = newest_iteration(path)
     if iteration is None:
         problem = (
-            f"{path} is no checkpoint of Megatron-LM or Megatron-Bridge: it has no iteration; give the folder "
+            f"{path} is no checkpoint of Megatron-LM or Megatron-Bridge: no iteration is in it; give the folder "
             f"that has {TRACKER}"
         )
         raise WeightError(describe_folder(path, "megatron") or problem)
@@ -136,8 +141,8 @@ class MegatronFolder(WeightFolder):
         rows = table.rows(self._shape)
         if self._shape.tied:
             # The last stage of a pipeline may have stored its copy of the embedding.
-            size = (self._shape.vocab, self._shape.hidden)
-            rows.append(TensorRow("output_layer.weight", (HEAD,), "vocabulary", (size,)))
+            head_size = (self._shape.vocab, self._shape.hidden)
+            rows.append(TensorRow("output_layer.weight", (HEAD,), "vocabulary", (head_size,)))
         for row in rows:
             is_tower = row.megatron.startswith(_TABLE_TOWER)
             for index, (name, size) in enumerate(zip(row.hf, row.sizes, strict=True)):
@@ -284,7 +289,7 @@ def chunks(
     shape: ModelShape,
     text_only: bool,
     dtype: torch.dtype | None,
-) -> Iterator[Chunk]:
+) -> Iterator[TensorChunk]:
     """Yield the chunks of a torch_dist checkpoint of a policy, its layers stacked, in the order of the table.
 
     Args:
@@ -300,19 +305,19 @@ def chunks(
             if not text_only:
                 for name, size in zip(row.hf, row.sizes, strict=True):
                     load = partial(folder.tensor, name)
-                    yield Chunk(name, size, (0,) * len(size), size, stored, load)
+                    yield TensorChunk(name, size, (0,) * len(size), size, stored, load)
             continue
         size = _fused_size(row)
         start = (0,) * len(size)
         load = partial(_fuse, folder, row, shape)
         if not row.megatron.startswith(_LAYERS):
-            yield Chunk(f"{prefix}{row.megatron}", size, start, size, stored, load)
+            yield TensorChunk(f"{prefix}{row.megatron}", size, start, size, stored, load)
             continue
         name = row.megatron.removeprefix(_LAYERS)
         layer, _, rest = name.partition(".")
         stacked_size = (shape.layers, *size)
         offsets = (int(layer), *start)
-        yield Chunk(f"{prefix}{_LAYERS}{rest}", stacked_size, offsets, (1, *size), stored, load)
+        yield TensorChunk(f"{prefix}{_LAYERS}{rest}", stacked_size, offsets, (1, *size), stored, load)
 
 
 def _fuse(folder: WeightFolder, row: TensorRow, shape: ModelShape) -> Tensor:

@@ -43,6 +43,7 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_PLAIN = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
 _AGAIN = "copy the checkpoint again"
 
 
@@ -100,7 +101,8 @@ class IndexUnpickler(pickle.Unpickler):
         """
         if known := self.known.get(f"{module}.{name}"):
             return known
-        if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
+        # Plans of the writer, and the path that it wrote to.
+        if module.startswith(_PLAIN):
             return PlainRecord
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
@@ -239,7 +241,7 @@ def _check_format(directory: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorChunk:
     """A part of a tensor that is to be written: ``load`` gives it when its turn comes.
 
     Attributes:
@@ -262,7 +264,7 @@ class Chunk:
 class _StreamPlanner(dcp.DefaultSavePlanner):
     """Plans the chunks of one process, and loads each of them only when the writer asks for its data."""
 
-    def __init__(self, chunks: Sequence[Chunk], objects: Sequence[str]):
+    def __init__(self, chunks: Sequence[TensorChunk], objects: Sequence[str]):
         super().__init__(flatten_state_dict=False)
         self._chunks = {MetadataIndex(chunk.key, chunk.offsets): chunk for chunk in chunks}
         self._objects = objects
@@ -287,7 +289,7 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
 
 def write_torch_dist(
     directory: Path,
-    chunks: Sequence[Chunk],
+    chunks: Sequence[TensorChunk],
     objects: Sequence[str],
     common: Mapping[str, object],
 ) -> None:

@@ -10,6 +10,9 @@ import random
 import sys
 from pathlib import Path
 
+from ovr_megatron.runtime.cpu import let_megatron_run  # before Transformers: torchvision is imported without a GPU
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -22,8 +25,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
-
-import ovr_megatron  # noqa: F401  CPU in place of CUDA
 
 PADDED = 128  # rows of the vocabulary come in multiples of this, over all ranks
 
@@ -191,6 +192,7 @@ def _differences(model: torch.nn.Module, values: dict[str, Tensor]) -> list[str]
 
 
 def main() -> None:
+    let_megatron_run()
     dist.init_process_group("gloo")
     torch.manual_seed(dist.get_rank())
     reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32)

@@ -1,0 +1,7 @@
+"""Run ``ovr convert from-megatron``, which `ovr_megatron.cli.convert_from_megatron` describes."""
+
+from ovr_megatron.cli.convert_from_megatron import main
+from ovr_megatron.runtime.command import run_command
+
+if __name__ == "__main__":
+    run_command(main)
