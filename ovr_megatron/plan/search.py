@@ -206,7 +206,7 @@ def fixed_names(overrides: Sequence[str]) -> frozenset[str]:
 
 
 def _nodes(world: int, per_node: int) -> str:
-    """Return sbatch's options for ``world`` ranks on equal nodes of at most ``per_node`` GPUs, as few as there can be."""
+    """Return the options of sbatch for ``world`` ranks on equal nodes of at most ``per_node`` GPUs, few of them."""
     nodes = -(-world // per_node)
     while world % nodes:
         nodes += 1
