@@ -155,7 +155,7 @@ def parse_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
     parser.add_argument("--config-name", metavar="RECIPE", help=recipe_help)
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Found before the rest is parsed: what the recipe gives need not be on the command line.
-    name_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    name_parser = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     name_parser.add_argument("--config-name")
     recipe = name_parser.parse_known_args(words)[0].config_name
     if not recipe:
@@ -175,7 +175,7 @@ def _option_words(path: Path, words: Sequence[str]) -> list[str]:
     """Return the options in the recipe at ``path`` that ``words`` do not give, as words of a command line."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}; write it as YAML, OPTION: VALUE") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} is no mapping; write it as YAML, OPTION: VALUE")

@@ -205,6 +205,18 @@ def fixed_names(overrides: Sequence[str]) -> frozenset[str]:
     return frozenset(override.lstrip("+~").partition("=")[0] for override in overrides)
 
 
+def _nodes(world: int, per_node: int) -> str:
+    """Return the options of sbatch for ``world`` ranks on equal nodes of at most ``per_node`` GPUs, few of them."""
+    nodes = -(-world // per_node)
+    while world % nodes:
+        nodes += 1
+    ranks = world // nodes
+    options = f"--nodes={nodes}"
+    if ranks != per_node:  # the scripts ask for whole nodes
+        options += f" --ntasks-per-node={ranks} --gpus-per-node={ranks}"
+    return options
+
+
 def command_line(scenario: Scenario, layout: Layout, recipe: str, overrides: Sequence[str]) -> str:
     """Return the command that runs ``recipe`` in this layout on the scenario's processes, ready for a shell.
 
@@ -226,8 +238,8 @@ def command_line(scenario: Scenario, layout: Layout, recipe: str, overrides: Seq
     per_node = scenario.gpu.per_node
     if scenario.world > per_node:
         script = "slurm/rl.sh" if is_rl else "slurm/coldstart_64gpu.sh"
-        nodes = -(-scenario.world // per_node)
-        return f"OVR_RECIPE={shlex.quote(recipe)} sbatch --nodes={nodes} {shlex.join([script, *settings])}"
+        options = _nodes(scenario.world, per_node)
+        return f"OVR_RECIPE={shlex.quote(recipe)} sbatch {options} {shlex.join([script, *settings])}"
     stage = "rl" if is_rl else "sft"
     words = shlex.join([stage, "--config-name", recipe, *settings])
     if scenario.world == 1:

@@ -75,6 +75,9 @@ def test_beyond_a_node_the_command_is_slurms() -> None:
     words = shlex.split(searched("rl_7b_64gpu", *fixed, world=64)["best_command"])
     assert words[:4] == ["OVR_RECIPE=rl_7b_64gpu", "sbatch", "--nodes=8", "slurm/rl.sh"]
     compose("rl_7b_64gpu", words[4:])
+    fixed += ["parallel.tp=2", "rollout.tp=2", "offload=true", "parallel.sequence_parallel=true", "prompts=48"]
+    words = shlex.split(searched("ppo_7b_8gpu", *fixed, world=12)["best_command"])
+    assert words[1:6] == ["sbatch", "--nodes=2", "--ntasks-per-node=6", "--gpus-per-node=6", "slurm/rl.sh"]
 
 
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:

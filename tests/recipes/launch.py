@@ -24,7 +24,7 @@ SIZES = (
 )
 SFT_SIZES = ("steps=2", "packs_per_step=2")
 RL_SIZES = (
-    *("iterations=2", "prompts=2", "responses=2", f"curriculum=[{{until: 2, max_tokens: {LONGEST}}}]"),
+    *("iterations=2", "prompts=2", "responses=4", f"curriculum=[{{until: 2, max_tokens: {LONGEST}}}]"),
     *("algorithm.critic_warmup_iterations=0", "rollout.tp=1", "rollout.max_num_seqs=8", "rollout.kv_cache_gib=0.05"),
     *("reward.workers=1", "reward.rules.problems=tests.recipes.launch:reward"),
 )

@@ -111,8 +111,8 @@ def assert_moments_of_what_trains(checkpoint: Path, name: str, chosen: dict[str,
 
 def assert_rollouts(run: Path, lines: list[dict[str, float]]) -> None:
     """Both iterations have responses within the limit; the groups of the first differ, and the policy has learned."""
-    for index, line in enumerate(lines):
-        rows = [json.loads(row) for row in (run / f"rollouts/{index:06d}.jsonl").read_text().splitlines()]
-        assert len(rows) == 4 and all(row["image"] and 0 < row["tokens"] <= LONGEST for row in rows)
-        assert line["rollout/mismatch_mean"] < 0.02
+    for line, file in zip(lines, sorted((run / "rollouts").glob("*.jsonl")), strict=True):
+        rows = [json.loads(row) for row in file.read_text().splitlines()]
+        assert len(rows) == 8 and all(row["image"] and 0 < row["tokens"] <= LONGEST for row in rows)
+        assert line["rollout/mismatch_mean"] < 0.05  # as rollout.mismatch_warning
     assert max(line["policy/grad_norm"] for line in lines) > 0
