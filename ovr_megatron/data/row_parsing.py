@@ -224,8 +224,8 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     """Turn the value of an image field into an unopened `ImagePart`.
 
     Args:
-        value: a path relative to ``root``, a picture, or ``{"bytes": ..., "path": ...}`` as the data set
-            libraries store it (bytes, or base64 text in JSON; the path counts only where the bytes are null).
+        value: a path relative to ``root``, a picture, bytes of a file, or ``{"bytes": ..., "path": ...}`` as the data
+            set libraries store it (bytes, or base64 text in JSON; the path counts only where the bytes are null).
         where: ``file:line`` of the row.
         field: name of the field.
         root: the folder that bounds paths.
@@ -233,7 +233,7 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     Raises:
         RowError: none of these, or a URL.
     """
-    data = None
+    data = value if isinstance(value, bytes) else None
     if isinstance(value, Mapping):
         data = value.get("bytes")
         if data is None:
