@@ -17,6 +17,7 @@ from typing import Any
 
 import PIL.Image
 
+from ovr_megatron.data.file_slices import FileSlice
 from ovr_megatron.data.schema import ImagePart, Message, Part, Row, RowError, TextPart, VideoPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
 
@@ -224,8 +225,8 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     """Turn the value of an image field into an unopened `ImagePart`.
 
     Args:
-        value: a path relative to ``root``, a picture, bytes of a file, or ``{"bytes": ..., "path": ...}`` as the data
-            set libraries store it (bytes, or base64 text in JSON; the path counts only where the bytes are null).
+        value: a path relative to ``root``, a picture, bytes or a part of a file, or ``{"bytes": ..., "path": ...}`` as
+            the data set libraries store it (bytes, or base64 text in JSON; the path counts where the bytes are null).
         where: ``file:line`` of the row.
         field: name of the field.
         root: the folder that bounds paths.
@@ -240,6 +241,8 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
             value = value.get("path")
     if isinstance(value, PIL.Image.Image):
         return ImagePart(image=value, where=where, field=field)
+    if isinstance(value, FileSlice):
+        return ImagePart(file=value, where=where, field=field)
     if isinstance(data, bytes):
         return ImagePart(data=data, where=where, field=field)
     if isinstance(data, str):
