@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 import datasets
@@ -36,8 +37,13 @@ def open_source(config: SourceConfig) -> RowSource:
 
     Raises:
         RowError: there is no such file or data set, it is empty or unreadable, or its form is unknown.
-        ConfigError: a parameter of a puzzle is unknown or has a wrong value.
+        ConfigError: the source is streamed, or a parameter of a puzzle is unknown or has a wrong value.
     """
+    if config.streaming:
+        raise ConfigError(
+            f"{config.path}: a streamed source has no numbered rows, which this command needs; leave streaming out, or "
+            "write the rows to a file"
+        )
     if config.path.startswith("puzzle:"):
         return open_puzzle(config.path, config.name)
     path, split = local_path(config.path)
@@ -106,13 +112,22 @@ class TableRows:
         local_index = int(index) - start
         read = self._readers[table_index]
         row = read(table.raw(local_index), table.where(local_index), self._root)
-        for i, message in enumerate(row.messages):
-            if surrogate := _SURROGATE.search(message.text):
-                problem = f"has half a character, {surrogate[0]!r}"
-                remedy = "write the text anew as UTF-8, or remove the row"
-                raise RowError(row.where, f"messages[{i}].content", problem, remedy)
-        source = self._name or row.source or table.label
-        return replace(row, source=source)
+        return labelled_row(row, self._name, table.label)
+
+
+def labelled_row(row: Row, name: str | None, label: str) -> Row:
+    """Return the row with its source: ``name``, else its own, else ``label``.
+
+    Raises:
+        RowError: a text has half a character.
+    """
+    for i, message in enumerate(row.messages):
+        if surrogate := _SURROGATE.search(message.text):
+            problem = f"has half a character, {surrogate[0]!r}"
+            remedy = "write the text anew as UTF-8, or remove the row"
+            raise RowError(row.where, f"messages[{i}].content", problem, remedy)
+    source = name or row.source or label
+    return replace(row, source=source)
 
 
 def _detect(table: Table) -> str:
@@ -144,13 +159,22 @@ def open_path(path: Path, split: str | None) -> list[Table]:
     if (path / "dataset_dict.json").is_file():
         folders = {item.name: [item] for item in path.iterdir() if item.is_dir()}
         return [_open_saved(folder) for folder in _select_split(path, folders, split)]
+    return [_open_file(file) for file in split_files(path, split)]
+
+
+def split_files(path: Path, split: str | None) -> list[Path]:
+    """Return the files with rows of a folder that are of ``split``.
+
+    Raises:
+        RowError: there are none, or files of several splits and ``split`` names none of them.
+    """
     files = _list_files(path)
     if not files:
         raise RowError(str(path), "", f"has no {', '.join(SUFFIXES)} file", "name a file, or a folder with such files")
     files_by_split: dict[str, list[Path]] = {}
     for file in files:
         files_by_split.setdefault(_split_of(file), []).append(file)
-    return [_open_file(file) for file in _select_split(path, files_by_split, split)]
+    return _select_split(path, files_by_split, split)
 
 
 def _list_files(folder: Path) -> list[Path]:
@@ -228,6 +252,13 @@ def _refuse_empty(table: Table, path: Path) -> None:
 
 def _open_hub(path: str) -> Table:
     """Open a Hugging Face data set, ``name?split=..&config=..``."""
+    name, options = parse_hub(path)
+    dataset = load_table(path, name, **options)
+    return ArrowTable(name, name, dataset)
+
+
+def parse_hub(path: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a Hugging Face data set and the options ``name`` and ``split`` of ``load_dataset``."""
     name, _, query = path.partition("?")
     if not _HUB_NAME.fullmatch(name) or Path(name).suffix in SUFFIXES:
         raise RowError(path, "", "there is no such file or folder", "correct data.sources[].path")
@@ -235,6 +266,4 @@ def _open_hub(path: str) -> Table:
     unknown = sorted(set(options) - {"split", "config"})
     if unknown:
         raise ConfigError(f"{path}: {unknown[0]!r} is not known; a hub name takes ?split=..&config=..")
-    split = options.get("split", "train")
-    dataset = load_table(path, name, name=options.get("config"), split=split)
-    return ArrowTable(name, name, dataset)
+    return name, {"name": options.get("config"), "split": options.get("split", "train")}

@@ -64,15 +64,16 @@ class LineTable:
         """Decode line ``index``."""
         line_index = int(self._line_numbers[index])
         line = self._lines[line_index]["text"]
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise RowError(
-                self.where(index),
-                "",
-                f"is not JSON ({error}): {line[:60]!r}",
-                "write one JSON object a line, or remove the line",
-            ) from error
+        return decode_line(line, self.where(index))
+
+
+def decode_line(line: str, where: str) -> Any:
+    """Decode the line of a JSONL file that stands at ``where``."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        problem = f"is not JSON ({error}): {line[:60]!r}"
+        raise RowError(where, "", problem, "write one JSON object a line, or remove the line") from error
 
 
 class ArrowTable:

@@ -6,7 +6,6 @@ names of members are keys alone and never become paths. Images are read when the
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import operator
@@ -35,8 +34,9 @@ _VERSION = 1  # of the index: a change of its form makes old ones unused
 
 @dataclass(frozen=True)
 class Member:
-    """A member of a shard: its name, its suffix behind the first dot, and where its content stands."""
+    """A member of a shard: the key of its row, its name, its suffix, and where its content stands."""
 
+    key: str
     name: str
     suffix: str
     offset: int
@@ -111,39 +111,38 @@ def _index_rows(path: str, stamp: str) -> Iterator[dict[str, Any]]:
     """Yield key and members of each row; ``stamp`` only tells the cache one state of the file from another."""
     seen: set[str] = set()
     with open_file(path) as file:
-        for key, members in group_members(file, "r:", path):
+        for key, members in group_members(file, path):
             if key in seen:
                 problem = "has members in several places of the shard"
                 raise RowError(f"{path}:{key}", "", problem, "write the members of a key one after the other")
             seen.add(key)
-            records = [{"name": m.name, "offset": m.offset, "size": m.size} for m, _ in members]
+            records = [{"name": m.name, "offset": m.offset, "size": m.size} for m in members]
             yield {"key": key, "members": records}
 
 
-def group_members(file: IO[bytes], mode: str, path: str) -> Iterator[tuple[str, list[tuple[Member, bytes | None]]]]:
-    """Yield the keys of a shard in order, each with its members; with mode ``r|*`` also their content.
+def group_members(file: IO[bytes], path: str) -> Iterator[tuple[str, list[Member]]]:
+    """Yield the keys of a shard in order, each with its members.
 
     Raises:
         RowError: the file is no such shard, is cut off, or a member is a link, a sparse file or twice there.
     """
-    streamed = mode != "r:"
-    members = _regular_members(file, mode, path)
-    for key, group in itertools.groupby(members, key=operator.itemgetter(0)):
-        row: list[tuple[Member, bytes | None]] = []
+    members = _regular_members(file, path)
+    for key, group in itertools.groupby(members, key=operator.attrgetter("key")):
+        row: list[Member] = []
         suffixes: set[str] = set()
-        for _, member, content in group:
+        for member in group:
             if member.suffix in suffixes:
                 problem = f"has the member {member.name!r} twice"
                 raise RowError(f"{path}:{key}", member.suffix, problem, "remove one of the two")
             suffixes.add(member.suffix)
-            row.append((member, content() if streamed else None))
+            row.append(member)
         yield key, row
 
 
-def _regular_members(file: IO[bytes], mode: str, path: str) -> Iterator[tuple[str, Member, Callable[[], bytes]]]:
-    """Yield key, member and a function that reads its content, of every file in a shard."""
+def _regular_members(file: IO[bytes], path: str) -> Iterator[Member]:
+    """Yield every file of a shard that is not hidden."""
     try:
-        with tarfile.open(fileobj=file, mode=mode) as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 tar.members = []  # else the library keeps every member of a shard in memory
                 if info.isdir():
@@ -156,20 +155,10 @@ def _regular_members(file: IO[bytes], mode: str, path: str) -> Iterator[tuple[st
                     raise RowError(f"{path}:{key}", suffix, problem, "write the file itself into the shard")
                 # Hidden files are notes of the system that wrote the shard.
                 if stem:
-                    member = Member(info.name, suffix.lower(), info.offset_data, info.size)
-                    yield key, member, functools.partial(_content, tar, info, path)
+                    yield Member(key, info.name, suffix.lower(), info.offset_data, info.size)
     except (tarfile.TarError, EOFError) as error:
         remedy = "write the shard anew, as a tar file that is not compressed"
         raise RowError(path, "", f"is no intact tar file ({error})", remedy) from error
-
-
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, path: str) -> bytes:
-    if info.size > MAX_TEXT_BYTES:
-        problem = f"the member {info.name!r} has {info.size:,} bytes, more than {MAX_TEXT_BYTES:,}"
-        raise RowError(path, "", problem, "shrink it, or read the shard without streaming")
-    file = tar.extractfile(info)  # a reader in memory: nothing is written
-    assert file is not None, "a regular member has content"
-    return file.read()
 
 
 def row_of(

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ovr_megatron.data import tar_shards
 from ovr_megatron.data.images import load_media
 from ovr_megatron.data.schema import Row, RowError, RowSource
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.data.streamed import StreamedRows
 
 NAME = Path(__file__).stem
 
@@ -160,3 +162,25 @@ def test_shards_that_are_no_plain_tar_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"a-1.tar: there is no such file"):
         write(tmp_path / "a-0.tar", ("0.json", ask("?")))
         opened(tmp_path / "a-{0..1}.tar")
+
+
+def test_a_stream_of_shards_has_the_rows_of_the_index(tmp_path: Path) -> None:
+    for i in range(2):
+        members = [
+            (f"{k}.{suffix}", data)
+            for k in range(5)
+            for suffix, data in (("json", ask(f"{i}-{k}")), ("png", picture("blue")))
+        ]
+        write(tmp_path / f"s{i}.tar", *members)
+    settings = SourceConfig(path=f"{tmp_path}/s{{0..1}}.tar", streaming=True, shuffle_rows=3)
+    by_index = open_source(SourceConfig(path=settings.path))
+    expected = {by_index[i].where: by_index[i] for i in range(10)}
+    stream = StreamedRows(settings, "1")
+    rows = list(islice(stream, 7))
+    state = json.loads(json.dumps(stream.state()))
+    resumed = StreamedRows(settings, "1")
+    resumed.load(state)
+    rest = list(islice(resumed, 3))
+    assert rest == list(islice(stream, 3))
+    assert {row.where: row for row in rows + rest} == expected
+    assert colours(rest[0]) == [BLUE]
