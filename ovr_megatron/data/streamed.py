@@ -222,7 +222,7 @@ def _hub_shards(path: str) -> list[_Shard]:
     except (OSError, ValueError) as error:
         remedy = "correct the name, ?split=.. and ?config=.., or go online"
         raise RowError(path, "", f"cannot be loaded ({error})", remedy) from error
-    dataset = dataset.decode(False)  # images stay encoded
+    dataset = _without_decoding(dataset)
     count = dataset.num_shards
     shards = []
     for index in range(count):
@@ -252,7 +252,14 @@ def _file_shard(path: Path) -> _Shard:
 
 def _load_file(builder: str, **options: Any) -> datasets.IterableDataset:
     dataset = datasets.load_dataset(builder, split="train", streaming=True, **options)
-    return dataset.decode(False)  # images stay encoded
+    return _without_decoding(dataset)
+
+
+def _without_decoding(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Return the set with its images encoded; one that does not know its columns decodes none."""
+    if dataset.features is None:
+        return dataset
+    return dataset.decode(False)
 
 
 def _tar_rows(path: str) -> Iterator[dict[str, Any]]:
