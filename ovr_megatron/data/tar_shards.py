@@ -29,6 +29,8 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _TEXTS = ("txt", "text", "caption", "cls")
 _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 _MEDIA_FIELDS = (*IMAGE_COLUMNS, *VIDEO_COLUMNS)
+_MEMBER = {"name": datasets.Value("string"), "offset": datasets.Value("int64"), "size": datasets.Value("int64")}
+_COLUMNS = datasets.Features(key=datasets.Value("string"), members=datasets.List(_MEMBER))
 _VERSION = 1  # of the index: a change of its form makes old ones unused
 
 
@@ -92,7 +94,7 @@ def _load_index(path: str) -> datasets.Dataset:
     settings = {"path": path, "stamp": f"{_VERSION}-{stat.st_size}-{stat.st_mtime_ns}"}
     try:
         # The library's lock lets one process of a machine write the index and the others wait.
-        index = datasets.Dataset.from_generator(_index_rows, gen_kwargs=settings)
+        index = datasets.Dataset.from_generator(_index_rows, _COLUMNS, gen_kwargs=settings)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         if isinstance(cause, RowError):
@@ -102,8 +104,6 @@ def _load_index(path: str) -> datasets.Dataset:
     except OSError as error:
         check_cache(error)
         raise RowError(path, "", f"cannot be read ({error})", "check the file and its permissions") from error
-    if len(index) == 0:
-        raise RowError(path, "", "has no rows", "give at least one member, such as 000.json")
     return index
 
 
@@ -118,6 +118,8 @@ def _index_rows(path: str, stamp: str) -> Iterator[dict[str, Any]]:
             seen.add(key)
             records = [{"name": m.name, "offset": m.offset, "size": m.size} for m in members]
             yield {"key": key, "members": records}
+    if not seen:
+        raise RowError(path, "", "has no rows", "give at least one member, such as 000.json")
 
 
 def group_members(file: IO[bytes], path: str) -> Iterator[tuple[str, list[Member]]]:

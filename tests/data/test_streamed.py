@@ -90,7 +90,7 @@ def test_a_resumed_mixture_goes_on_with_the_same_rows(lines: Path, table: Path) 
         states.append(json.dumps(whole.state()))
         expected += texts(whole, 1)
     assert Counter(text.split()[0] for text in expected)["by"] > 10
-    for position in range(0, 90, 7):
+    for position in range(0, 78, 11):
         resumed = mixture(lines, table, 4)
         resumed.load(json.loads(states[position]))
         assert json.dumps(resumed.state()) == states[position]
