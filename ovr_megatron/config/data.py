@@ -41,6 +41,11 @@ class SourceConfig:
             "package.module:NAME",
         )
         require(
+            "://" not in (self.image_root or ""),
+            f"data.sources[].image_root={self.image_root} is a URL; give a folder, or put the images into tar shards "
+            "or parquet",
+        )
+        require(
             not (self.streaming and self.path.startswith("puzzle:")),
             f"data.sources[].streaming of {self.path}: a puzzle is generated; leave streaming out",
         )

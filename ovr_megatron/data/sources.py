@@ -17,6 +17,7 @@ import datasets
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.data.formats import Reader, detect, find_reader
 from ovr_megatron.data.puzzles import open_puzzle
+from ovr_megatron.data.remote_files import is_url, local_copy
 from ovr_megatron.data.schema import Row, RowError, RowSource
 from ovr_megatron.data.tables import ArrowTable, LineTable, ListTable, Table, label_of, load_table
 from ovr_megatron.data.tar_shards import TarTable, expand_shards
@@ -48,6 +49,9 @@ def open_source(config: SourceConfig) -> RowSource:
         return open_puzzle(config.path, config.name)
     path, split = local_path(config.path)
     shards = expand_shards(config.path)
+    if is_url(config.path):
+        files = [local_copy(url) for url in shards]
+        return TableRows([_open_file(file) for file in files], config.format, _image_root(config), config.name)
     if path is None and len(shards) > 1:
         tables = [_open_file(Path(shard).expanduser()) for shard in shards]
         path = Path(shards[0]).expanduser()
@@ -62,6 +66,11 @@ def open_source(config: SourceConfig) -> RowSource:
     else:
         root = path if path.is_dir() else path.parent
     return TableRows(tables, config.format, root, config.name)
+
+
+def _image_root(config: SourceConfig) -> Path:
+    """Return the folder of the images of a source whose rows lie elsewhere: without ``image_root`` the current one."""
+    return Path(config.image_root).expanduser() if config.image_root else Path.cwd()
 
 
 def local_path(text: str) -> tuple[Path | None, str | None]:

@@ -21,6 +21,7 @@ import datasets
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.data.file_slices import FileSlice, open_file, read_slice
 from ovr_megatron.data.formats import detect, find_reader
+from ovr_megatron.data.remote_files import file_system, is_url, url_suffix
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.sources import labelled_row, local_path, parse_hub, split_files
 from ovr_megatron.data.tables import decode_line, label_of
@@ -205,6 +206,10 @@ def _open_shards(path: str) -> tuple[list[_Shard], Path]:
     """Return the shards of a source, and the folder in which its images stand."""
     local, split = local_path(path)
     ranges = expand_shards(path)
+    if is_url(path):
+        for url in ranges:
+            file_system(url)  # a missing package is an error now
+        return [_file_shard(url) for url in ranges], Path.cwd()
     if local is None and len(ranges) == 1:
         return _hub_shards(path), Path.cwd()
     if local is None:
@@ -212,7 +217,7 @@ def _open_shards(path: str) -> tuple[list[_Shard], Path]:
     else:
         files = [local] if local.is_file() else split_files(local, split)
     root = local if local is not None and local.is_dir() else files[0].parent
-    return [_file_shard(file) for file in files], root
+    return [_file_shard(str(file)) for file in files], root
 
 
 def _hub_shards(path: str) -> list[_Shard]:
@@ -232,22 +237,23 @@ def _hub_shards(path: str) -> list[_Shard]:
     return shards
 
 
-def _file_shard(path: Path) -> _Shard:
-    name = str(path)
-    pattern = glob.escape(name)  # a path may have brackets
-    if not path.is_file():
+def _file_shard(name: str) -> _Shard:
+    path = Path(name)
+    suffix = url_suffix(name) if is_url(name) else path.suffix
+    pattern = name if is_url(name) else glob.escape(name)  # a path may have brackets
+    if not is_url(name) and not path.is_file():
         raise RowError(name, "", "there is no such file", "correct data.sources[].path")
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         load = partial(_load_file, "text", data_files=[pattern], encoding="utf-8-sig")
         return _Shard(name, label_of(path), load, partial(_decode_line, name))
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         load = partial(_load_file, "parquet", data_files=[pattern])
         return _Shard(name, label_of(path), load, partial(_decode_object, name))
-    if path.suffix == ".tar":
+    if suffix == ".tar" and not is_url(name):
         load = partial(datasets.IterableDataset.from_generator, _tar_rows, gen_kwargs={"path": name})
         return _Shard(name, label_of(path), load, partial(_decode_members, name))
-    remedy = "give .jsonl, .parquet or .tar files, or leave streaming out"
-    raise RowError(name, "", f"a {path.suffix or 'file without a suffix'} cannot be streamed", remedy)
+    remedy = "give .jsonl or .parquet files, or .tar files on a disk, or leave streaming out"
+    raise RowError(name, "", f"a {suffix or 'file without a suffix'} cannot be streamed", remedy)
 
 
 def _load_file(builder: str, **options: Any) -> datasets.IterableDataset:
