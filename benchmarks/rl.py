@@ -169,7 +169,7 @@ def _measure_iteration(folder: Path, model: str, rounds: int) -> list[BenchRow]:
     tokens = 0
     with rollouts.grader:
         for iteration in range(rounds + 1):  # the first one compiles and fills caches
-            stream_state = stream.state()
+            stream_state = prompts.state()
             start = time.perf_counter()
             outcome = iterate(models, rollouts, prompts, iteration)
             experience = outcome.experience

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
 from ovr_megatron.config import ParallelConfig, RLConfig, build, defaults
@@ -89,6 +89,7 @@ def force_lengths(engine: RolloutEngine, between: float) -> None:
 def make_config(folder: Path, prompts: int) -> RLConfig:
     """Return the quickstart's settings with short text prompts."""
     recipe = OmegaConf.load(RECIPES / "tiny_rl.yaml")
+    assert isinstance(recipe, DictConfig)
     recipe.pop("defaults")
     options = [*OPTIONS, f"prompts={prompts}", f"model.path={folder / 'model'}", f"run.dir={folder / 'run'}"]
     source = {"data": {"sources": [{"path": "puzzle:digits?form=text&task=sum&answered=0", "name": "text"}]}}

@@ -12,6 +12,7 @@ from ovr_megatron.data.images import load_media
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.data.streamed import StreamedRows, StreamError
 from ovr_megatron.rewards.references import check_reference
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 from ovr_megatron.runtime.progress import Progress
@@ -102,6 +103,8 @@ def report_bad_rows(config: ColdStartConfig | RLConfig, rows: int = 0) -> int:
 
 def _report_source(settings: SourceConfig, checks: Sequence[Check], rows: int) -> int:
     """Print the errors of one source and a line of totals; return the number of rows that cannot be used."""
+    if settings.streaming:
+        return _report_streamed(settings, checks, rows or GENERATED_ROWS)
     source = open_source(settings)
     endless = len(source) >= ENDLESS
     if endless:
@@ -120,21 +123,57 @@ def _report_source(settings: SourceConfig, checks: Sequence[Check], rows: int) -
     return bad
 
 
+def streamed_errors(settings: SourceConfig, checks: Sequence[Check], rows: int) -> Iterator[RowError | None]:
+    """Yield for each of the first ``rows`` rows of a streamed source its error, None for one that can be used."""
+    source = StreamedRows(settings, "check")
+    for _ in range(rows):
+        try:
+            row = next(source)
+            if source.epoch > 0:  # the set has fewer rows
+                return
+            for check in checks:
+                check(row)
+            yield None
+        except RowError as error:
+            if source.epoch > 0:
+                return
+            yield error
+
+
+def _report_streamed(settings: SourceConfig, checks: Sequence[Check], rows: int) -> int:
+    """Print the errors among the first rows of a streamed source; return the number of rows that cannot be used."""
+    count = 0
+    bad = 0
+    for error in streamed_errors(settings, checks, rows):
+        count += 1
+        if error is not None:
+            print(printable(error), flush=True)
+            bad += 1
+    print(f"{settings.path}: the first {count:,} rows of a stream looked at, {bad:,} cannot be used", flush=True)
+    return bad
+
+
 def _sample_problem(settings: SourceConfig, rows: int, checks: Sequence[Check], skip_errors: bool) -> str | None:
     """Return the sentence of a source that the run would stop at, None if a sample of its rows lets it go on."""
     try:
-        source = open_source(settings)
-    except RowError as error:
+        if settings.streaming:
+            results = list(streamed_errors(settings, checks, rows))
+            count = len(results)
+            errors = [error for error in results if error is not None]
+        else:
+            source = open_source(settings)
+            indices = spread(len(source), rows)
+            count = len(indices)
+            errors = list(bad_rows(source, indices, checks))
+    except (RowError, StreamError) as error:
         return str(error)
-    indices = spread(len(source), rows)
-    errors = list(bad_rows(source, indices, checks))
     # A row that is too long is dropped and counted, so it stops the run only if no other row is left.
     fatal = [] if skip_errors else [error for error in errors if not isinstance(error, TooLongError)]
-    if not fatal and len(errors) < len(indices):
+    if not fatal and len(errors) < count:
         return None
     reported = fatal or errors
-    count = f"{len(reported)} of {len(indices)}"
-    return f"{count} rows looked at cannot be used (ovr check-data lists all): {reported[0]}"
+    share = f"{len(reported)} of {count}"
+    return f"{share} rows looked at cannot be used (ovr check-data lists all): {reported[0]}"
 
 
 def _check_length(row: Row, processor: Processor, generation: bool, limit: int) -> None:

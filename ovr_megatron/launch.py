@@ -193,7 +193,7 @@ def _option_words(path: Path, words: Sequence[str]) -> list[str]:
                 not isinstance(element, dict | list),
                 f"{path.name}: {key} has a section; the recipe of a command with options is a flat list of them",
             )
-            option_words.append(f"{option}={element}")
+            option_words.append(f"{option}={element!s}")
     return option_words
 
 
@@ -205,6 +205,8 @@ def stage_of(path: Path) -> type[ColdStartConfig | RLConfig]:
     files = [path]
     for file in files:  # grows on the way
         values = OmegaConf.load(file)
+        if not isinstance(values, DictConfig):  # composing it says what is wrong
+            continue
         if "curriculum" in values:
             return RLConfig
         for base in values.get("defaults") or []:

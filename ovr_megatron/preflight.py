@@ -14,7 +14,9 @@ import torch.distributed as dist
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.remote_files import is_url
 from ovr_megatron.data.sources import SUFFIXES, local_path
+from ovr_megatron.data.tar_shards import expand_shards
 from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.data_checks import check_sample, row_sources
 from ovr_megatron.errors import UserError
@@ -42,10 +44,13 @@ def list_inputs(config: Config) -> tuple[list[Path], list[str]]:
     paths = [weights_of(config.model.path)]
     problems = []
     for source in row_sources(config):
-        if source.path.startswith("puzzle:"):
+        if source.path.startswith("puzzle:") or is_url(source.path):
             continue
         path = local_path(source.path)[0]
-        if path is None and (source.path.endswith(SUFFIXES) or os.environ.get("HF_HUB_OFFLINE") == "1"):
+        shards = expand_shards(source.path)
+        if path is None and len(shards) > 1:
+            paths += [Path(shard).expanduser() for shard in shards]
+        elif path is None and (source.path.endswith(SUFFIXES) or os.environ.get("HF_HUB_OFFLINE") == "1"):
             path = Path(source.path).expanduser()  # any other source is the name of a Hugging Face data set
         if path is not None:
             paths.append(path)

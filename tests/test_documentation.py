@@ -171,9 +171,11 @@ def prepare(folder: Path) -> None:
     (folder / "riddles.jsonl").write_text(json.dumps(riddle) + "\n")
     Image.new("RGB", (56, 56)).save(folder / "dots.png")
     # The modules that pages show are those that their commands name.
-    for page, module in (("own_reward.md", "my_rewards.py"), ("own_data.md", "my_rows.py")):
-        text = (ROOT / "docs" / page).read_text()
-        (folder / module).write_text(text.split("```python\n")[1].split("```")[0])
+    pages = {"own_reward.md": ["my_rewards.py"], "own_data.md": ["my_rows.py", "my_formats.py"]}
+    for page, modules in pages.items():
+        _, *blocks = (ROOT / "docs" / page).read_text().split("```python\n")
+        for module, block in zip(modules, blocks, strict=False):
+            (folder / module).write_text(block.split("```")[0])
 
 
 def runnable(document: str) -> str:

@@ -28,12 +28,26 @@ class SourceConfig:
     """Folder outside of which the rows may name no image; none: the folder of the file."""
     name: str | None = None
     """Name of the source in metrics and reports; none: its path."""
+    streaming: bool = False
+    """Read the rows from the beginning to the end without a copy on the disk, for training on a set that does not fit
+    it."""
+    shuffle_rows: PositiveInt = 1000
+    """Rows of a streamed source that are read and shuffled together; each rank holds them in memory."""
 
     def __post_init__(self) -> None:
         require(
             self.format in FORMATS or ":" in self.format,
             f"data.sources[].format={self.format!r} is not known; choose one of {', '.join(FORMATS)}, or write "
             "package.module:NAME",
+        )
+        require(
+            "://" not in (self.image_root or ""),
+            f"data.sources[].image_root={self.image_root} is a URL; give a folder, or put the images into tar shards "
+            "or parquet",
+        )
+        require(
+            not (self.streaming and self.path.startswith("puzzle:")),
+            f"data.sources[].streaming of {self.path}: a puzzle is generated; leave streaming out",
         )
         # Here, not in the type: the message names the source.
         require(self.weight > 0, f"data.sources[].weight={self.weight} of {self.path} must be positive")

@@ -104,6 +104,11 @@ class RLConfig:
             f"rollout.oversample={self.rollout.oversample:g} and algorithm.dynamic_sampling both start more prompts "
             "than an iteration trains on; set one of them to 0",
         )
+        require(
+            not (self.rollout.oversample and any(source.streaming for source in self.data.sources)),
+            f"rollout.oversample={self.rollout.oversample:g} draws long prompts once more, which a streamed source "
+            "cannot; leave data.sources[].streaming out, or set rollout.oversample to 0",
+        )
         # The penalty begins so many tokens before the limit: within a shorter one it would begin before the response.
         shortest = min((stage.max_tokens for stage in self.curriculum), default=0)
         require(

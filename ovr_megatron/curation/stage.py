@@ -37,6 +37,7 @@ from ovr_megatron.curation.report import StageReport
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.data.sources import local_path
+from ovr_megatron.data.tar_shards import expand_shards
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.progress import Progress
 
@@ -369,6 +370,9 @@ def listing(path: str) -> Any:
     A path that is not on this disk (a puzzle, a Hugging Face name) is returned as it is.
     """
     root, _ = local_path(path)
+    shards = expand_shards(path)
+    if root is None and len(shards) > 1:
+        return [listing(shard) for shard in shards]
     if root is None:
         return path
     files = [root]

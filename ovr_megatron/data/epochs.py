@@ -18,7 +18,8 @@ import numpy as np
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.data.best_fit import assign_packs
 from ovr_megatron.data.packing import Pack, pack
-from ovr_megatron.data.processing import Sample, TooLongError
+from ovr_megatron.data.processing import TooLongError
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.runtime.balance import balance
 

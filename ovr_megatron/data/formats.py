@@ -26,6 +26,7 @@ from ovr_megatron.data.media import (
     refuse_unread,
 )
 from ovr_megatron.data.questions import field_of, options_of, prompt_row, texts
+from ovr_megatron.data.row_functions import RowFunction, row_function
 from ovr_megatron.data.row_parsing import option_letter, parse_image, parse_row, parse_text
 from ovr_megatron.data.schema import Message, Row, RowError, TextPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
@@ -126,11 +127,23 @@ class Format:
         text: The field with the question or the chat, which errors name.
         media: The media columns that ``read`` places itself.  Where there are none, `read_row` places those of
             `ovr_megatron.data.media`.
+        function: Is called first; what it returns is read in place of the object.
     """
 
     read: Reader
     text: str = "question"
     media: frozenset[str] = frozenset()
+    function: RowFunction | None = None
+
+
+def _as_format(value: Any) -> Format | None:
+    """Return the format that an object of the user's stands for: a `Format`, or a function from a row to a chat."""
+    if isinstance(value, Format):
+        return value
+    function = row_function(value)
+    if function is None:
+        return None
+    return Format(parse_row, "messages", function=function)
 
 
 _PICTURES = frozenset({"image", "decoded_image"})
@@ -156,8 +169,8 @@ _FORMATS = Registry[Format](
         "logicvista": Format(BENCHMARK_READERS["logicvista"], media=_PICTURES | {"imagename"}),
         "mmmu_pro": Format(BENCHMARK_READERS["mmmu_pro"], media=_PICTURES | {f"image_{i}" for i in range(1, 8)}),
     },
-    lambda value: value if isinstance(value, Format) else None,
-    "a Format",
+    _as_format,
+    "a Format, or a function that takes a row and returns its chat",
 )
 _LISTS = ("messages", "prompt", "completion", "conversations")  # of turns
 _READ_IN_TURNS = ("content", "value", "role", "from", "reasoning_content")
@@ -170,6 +183,17 @@ def read_row(form: Format, raw: Any, where: str, image_root: Path) -> Row:
     Raises:
         RowError: the row cannot be used; a column with a medium, a mark of a medium or a part of the chat is not read.
     """
+    if form.function is None:
+        return _read_fields(form, raw, where, image_root)
+    chat = form.function(raw, where)
+    try:
+        return _read_fields(form, chat, where, image_root)
+    except RowError as error:
+        raise form.function.name_in(error) from error
+
+
+def _read_fields(form: Format, raw: Any, where: str, image_root: Path) -> Row:
+    """Read the object of a file, or the one that the user's function returned; see `read_row`."""
     fields = raw if isinstance(raw, Mapping) else {}
     read_columns = form.media or {*IMAGE_COLUMNS, *VIDEO_COLUMNS}
     refuse_unread(fields, read_columns, where)
@@ -281,7 +305,7 @@ def register_format(name: str, form: Format, signs: Collection[str] = ()) -> Non
 
 
 def find_reader(name: str) -> Reader:
-    """Return the reader of a format: one of the table, or of a `Format` at ``package.module:NAME``.
+    """Return the reader of a format: one of the table, or of a `Format` or function at ``package.module:NAME``.
 
     Raises:
         RegistryError: There is none.

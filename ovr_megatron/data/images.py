@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from ovr_megatron.config import DataConfig
+from ovr_megatron.data.file_slices import FileSlice, read_slice
 from ovr_megatron.data.schema import ImagePart, Row, RowError, VideoPart, all_parts
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -197,14 +198,25 @@ def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
         RowError: the file is missing, outside its root, or over ``max_image_bytes``.
     """
     data = part.data
+    if data is None and part.file is not None:
+        data = _read_slice(part, part.file, config)
     if data is None:
         data = _read(part, config)
     _check_bytes(part, len(data), config)
     return data
 
 
+def _read_slice(part: ImagePart, file: FileSlice, config: DataConfig) -> bytes:
+    # Before it is read: a member may have any size.
+    _check_bytes(part, file.size, config)
+    try:
+        return read_slice(file)
+    except OSError as error:
+        raise _error(part, f"cannot be read ({error})", "check the shard and the connection") from error
+
+
 def _read(part: ImagePart, config: DataConfig) -> bytes:
-    assert part.path is not None, "an ImagePart has a path, an image or data"
+    assert part.path is not None, "an ImagePart has a path, a file, an image or data"
     path = _resolve_in_root(part, part.path)
     # Before it is read: a path may name a file of any size.
     _check_bytes(part, path.stat().st_size, config)
@@ -279,4 +291,6 @@ def _error(part: ImagePart, problem: str, remedy: str) -> RowError:
     name = "image"
     if part.path is not None:
         name = f"image {str(part.path)!r}"
+    elif part.file is not None:
+        name = f"image {part.file.name!r}"
     return RowError(part.where, part.field, f"{name} {problem}", remedy)

@@ -14,6 +14,7 @@ from typing import Any
 
 import PIL.Image
 
+from ovr_megatron.data.file_slices import FileSlice
 from ovr_megatron.data.row_parsing import parse_image, parse_video
 from ovr_megatron.data.schema import ImagePart, Message, Part, RowError, TextPart, VideoPart
 
@@ -50,7 +51,7 @@ class ColumnMedia:
 
 def is_medium(name: str, value: Any) -> bool:
     """Return whether a field holds an image, a video or audio: by its form, or by its name where it holds a text."""
-    if isinstance(value, (bytes, PIL.Image.Image)):
+    if isinstance(value, (bytes, PIL.Image.Image, FileSlice)):
         return True
     if isinstance(value, Mapping):
         # `datasets` gives an object all the keys of its column, null where the file has none.

@@ -49,6 +49,8 @@ def source_uses(data: DataConfig, samples: float) -> list[SourceUse]:
     weights = sum(source.weight for source in data.sources)
     uses = []
     for source in data.sources:
+        if source.streaming:  # nobody knows how many rows it has
+            continue
         rows = len(open_source(source))
         if rows < ENDLESS:
             source_samples = samples * source.weight / weights

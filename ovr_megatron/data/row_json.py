@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Literal, NotRequired, TypedDict
 
+from ovr_megatron.data.file_slices import read_slice
 from ovr_megatron.data.schema import ImagePart, Message, Part, Row, TextPart
 
 ImageJson = str | dict[str, str]
@@ -98,6 +99,8 @@ def _image_to_json(part: ImagePart) -> ImageJson:
             path = path.relative_to(part.root)
         return str(path)
     data = part.data
+    if part.file is not None:
+        data = read_slice(part.file)
     if part.image is not None:
         buffer = io.BytesIO()
         part.image.save(buffer, "PNG")  # without loss: the pixels are those of the row

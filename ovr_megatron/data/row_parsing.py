@@ -15,6 +15,7 @@ from typing import Any
 
 import PIL.Image
 
+from ovr_megatron.data.file_slices import FileSlice
 from ovr_megatron.data.part_forms import PART_KINDS, data_url_content, decode_base64, part_value
 from ovr_megatron.data.schema import ImagePart, Message, Part, Row, RowError, TextPart, VideoPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
@@ -225,9 +226,9 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     """Turn the value of an image field into an unopened `ImagePart`.
 
     Args:
-        value: a path relative to ``root``, a ``file:`` or ``data:`` URL, a picture, or ``{"bytes": ..., "path": ...}``
-            as the data set libraries store it (bytes, or base64 text in JSON; the path counts only where the bytes are
-            null).
+        value: a path relative to ``root``, a ``file:`` or ``data:`` URL, a picture, bytes or a part of a file, or
+            ``{"bytes": ..., "path": ...}`` as the data set libraries store it (bytes, or base64 text in JSON; the path
+            counts only where the bytes are null).
         where: ``file:line`` of the row.
         field: name of the field.
         root: the folder that bounds paths.
@@ -235,13 +236,15 @@ def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:
     Raises:
         RowError: none of these, or a URL of another kind.
     """
-    data = None
+    data = value if isinstance(value, bytes) else None
     if isinstance(value, Mapping):
         data = value.get("bytes")
         if data is None:
             value = value.get("path")
     if isinstance(value, PIL.Image.Image):
         return ImagePart(image=value, where=where, field=field)
+    if isinstance(value, FileSlice):
+        return ImagePart(file=value, where=where, field=field)
     if isinstance(data, bytes):
         return ImagePart(data=data, where=where, field=field)
     if isinstance(data, str):

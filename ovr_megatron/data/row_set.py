@@ -14,7 +14,8 @@ import numpy as np
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
 from ovr_megatron.data.fingerprints import fingerprint
 from ovr_megatron.data.packing import count_replies
-from ovr_megatron.data.processing import Processor, Sample, TooLongError
+from ovr_megatron.data.processing import Processor, TooLongError
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.work import RowWork, attention_work

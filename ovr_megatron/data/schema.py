@@ -15,6 +15,7 @@ from typing import Protocol
 
 import PIL.Image
 
+from ovr_megatron.data.file_slices import FileSlice
 from ovr_megatron.errors import UserError
 
 ENDLESS = 2**31  # length of a source that never runs out
@@ -50,7 +51,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """An unopened image: exactly one of ``path``, ``data`` (an encoded file) and ``image`` is set.
+    """An unopened image: exactly one of ``path``, ``data`` (an encoded file), ``image`` and ``file`` is set.
 
     ``root`` bounds ``path``; ``where`` and ``field`` say in errors which row names the image.
     """
@@ -59,6 +60,7 @@ class ImagePart:
     image: PIL.Image.Image | None = None
     data: bytes | None = None
     root: Path | None = None
+    file: FileSlice | None = None
     where: str = dataclasses.field(default="", compare=False)
     field: str = dataclasses.field(default="image", compare=False)
 

@@ -1,33 +1,28 @@
-"""Sources of rows: JSONL, JSON and parquet files, folders of them, Hugging Face data sets, generated puzzles.
-
-JSONL, parquet and Hugging Face data go through ``datasets``: memory-mapped, a row is decoded when it is read.
-JSONL is read as lines of text, so that rows may differ in form and an error can name its line.
-"""
+"""Sources of rows: JSONL, JSON and parquet files, tar shards, folders of them, Hugging Face data sets, puzzles."""
 
 from __future__ import annotations
 
 import bisect
-import errno
 import glob
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qsl
 
 import datasets
-import numpy as np
-import pyarrow.compute as pc
 
 from ovr_megatron.config import ConfigError, SourceConfig
 from ovr_megatron.data.formats import Reader, detect, find_reader
 from ovr_megatron.data.puzzles import open_puzzle
+from ovr_megatron.data.remote_files import is_url, local_copy
 from ovr_megatron.data.schema import Row, RowError, RowSource
+from ovr_megatron.data.tables import ArrowTable, LineTable, ListTable, Table, label_of, load_table
+from ovr_megatron.data.tar_shards import TarTable, expand_shards
 
-SUFFIXES = (".jsonl", ".parquet", ".json")
+SUFFIXES = (".jsonl", ".parquet", ".json", ".tar")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON may escape half of a pair; no tokenizer takes it
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DETECTION_ROWS = 100  # rows of a file among which the first of a known form is looked for
@@ -36,7 +31,6 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "train": ("train", "training"),
 }
-_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_source(config: SourceConfig) -> RowSource:
@@ -44,12 +38,24 @@ def open_source(config: SourceConfig) -> RowSource:
 
     Raises:
         RowError: there is no such file or data set, it is empty or unreadable, or its form is unknown.
-        ConfigError: a parameter of a puzzle is unknown or has a wrong value.
+        ConfigError: the source is streamed, or a parameter of a puzzle is unknown or has a wrong value.
     """
+    if config.streaming:
+        raise ConfigError(
+            f"{config.path}: a streamed source has no numbered rows, which this command needs; leave streaming out, or "
+            "write the rows to a file"
+        )
     if config.path.startswith("puzzle:"):
         return open_puzzle(config.path, config.name)
     path, split = local_path(config.path)
-    if path is None:
+    shards = expand_shards(config.path)
+    if is_url(config.path):
+        files = [local_copy(url) for url in shards]
+        return TableRows([_open_file(file) for file in files], config.format, _image_root(config), config.name)
+    if path is None and len(shards) > 1:
+        tables = [_open_file(Path(shard).expanduser()) for shard in shards]
+        path = Path(shards[0]).expanduser()
+    elif path is None:
         tables = [_open_hub(config.path)]
     else:
         tables = open_path(path, split)
@@ -60,6 +66,11 @@ def open_source(config: SourceConfig) -> RowSource:
     else:
         root = path if path.is_dir() else path.parent
     return TableRows(tables, config.format, root, config.name)
+
+
+def _image_root(config: SourceConfig) -> Path:
+    """Return the folder of the images of a source whose rows lie elsewhere: without ``image_root`` the current one."""
+    return Path(config.image_root).expanduser() if config.image_root else Path.cwd()
 
 
 def local_path(text: str) -> tuple[Path | None, str | None]:
@@ -73,21 +84,6 @@ def local_path(text: str) -> tuple[Path | None, str | None]:
     if query and folder.is_dir():
         return folder, query
     return None, None
-
-
-class Table(Protocol):
-    """Decoded objects by index, and the names under which errors and statistics know them."""
-
-    label: str
-
-    def __len__(self) -> int:
-        """Return the number of objects."""
-
-    def where(self, index: int) -> str:
-        """Return the place of object ``index``."""
-
-    def raw(self, index: int) -> Any:
-        """Return object ``index`` as decoded from the file."""
 
 
 class TableRows:
@@ -125,13 +121,22 @@ class TableRows:
         local_index = int(index) - start
         read = self._readers[table_index]
         row = read(table.raw(local_index), table.where(local_index), self._root)
-        for i, message in enumerate(row.messages):
-            if surrogate := _SURROGATE.search(message.text):
-                problem = f"has half a character, {surrogate[0]!r}"
-                remedy = "write the text anew as UTF-8, or remove the row"
-                raise RowError(row.where, f"messages[{i}].content", problem, remedy)
-        source = self._name or row.source or table.label
-        return replace(row, source=source)
+        return labelled_row(row, self._name, table.label)
+
+
+def labelled_row(row: Row, name: str | None, label: str) -> Row:
+    """Return the row with its source: ``name``, else its own, else ``label``.
+
+    Raises:
+        RowError: a text has half a character.
+    """
+    for i, message in enumerate(row.messages):
+        if surrogate := _SURROGATE.search(message.text):
+            problem = f"has half a character, {surrogate[0]!r}"
+            remedy = "write the text anew as UTF-8, or remove the row"
+            raise RowError(row.where, f"messages[{i}].content", problem, remedy)
+    source = name or row.source or label
+    return replace(row, source=source)
 
 
 def _detect(table: Table) -> str:
@@ -150,96 +155,6 @@ def _detect(table: Table) -> str:
     raise first_error
 
 
-class LineTable:
-    """A JSONL file, held as lines; lines of nothing but white space are skipped."""
-
-    def __init__(self, path: Path) -> None:
-        """Map the file at ``path``."""
-        self._path = path
-        self.label = _label(path)
-        pattern = glob.escape(str(path))  # a path may have brackets
-        # "utf-8-sig" drops a byte order mark.
-        self._lines = _load(str(path), "text", data_files=[pattern], encoding="utf-8-sig")
-        # By Arrow, on the mapped column: millions of lines do not become Python objects.
-        texts = self._lines.data.column("text")
-        stripped_texts = pc.utf8_trim_whitespace(texts)
-        filled = pc.not_equal(stripped_texts, "").to_numpy()
-        self._line_numbers = np.flatnonzero(filled)  # from 0, of lines that are not blank
-
-    def __len__(self) -> int:
-        """Return the number of lines that are not blank."""
-        return len(self._line_numbers)
-
-    def where(self, index: int) -> str:
-        """Return ``file:line``."""
-        return f"{self._path}:{self._line_numbers[index] + 1}"
-
-    def raw(self, index: int) -> Any:
-        """Decode line ``index``."""
-        line_index = int(self._line_numbers[index])
-        line = self._lines[line_index]["text"]
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise RowError(
-                self.where(index),
-                "",
-                f"is not JSON ({error}): {line[:60]!r}",
-                "write one JSON object a line, or remove the line",
-            ) from error
-
-
-class ArrowTable:
-    """A table of ``datasets``; images stay encoded."""
-
-    def __init__(self, name: str, label: str, dataset: datasets.Dataset) -> None:
-        """Wrap ``dataset``, which errors call ``name`` and statistics ``label``."""
-        self._name = name
-        self.label = label
-        self._dataset = dataset.with_format("arrow")
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._dataset)
-
-    def where(self, index: int) -> str:
-        """Return ``name[row]``."""
-        return f"{self._name}[{index}]"
-
-    def raw(self, index: int) -> Any:
-        """Return row ``index`` as Python objects."""
-        table = self._dataset[index : index + 1]
-        return table.to_pylist()[0]
-
-
-class ListTable:
-    """A JSON file with one array of objects."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the file at ``path``."""
-        self._path = path
-        self.label = _label(path)
-        try:
-            self._rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            remedy = "give one array of objects; a file with one object a line must be named .jsonl"
-            raise RowError(str(path), "", f"is not JSON ({error})", remedy) from error
-        if not isinstance(self._rows, list):
-            raise RowError(str(path), "", f"holds a {type(self._rows).__name__}", "give one array of objects")
-
-    def __len__(self) -> int:
-        """Return the number of objects."""
-        return len(self._rows)
-
-    def where(self, index: int) -> str:
-        """Return ``file[index]``."""
-        return f"{self._path}[{index}]"
-
-    def raw(self, index: int) -> Any:
-        """Return object ``index``."""
-        return self._rows[index]
-
-
 def open_path(path: Path, split: str | None) -> list[Table]:
     """Open the tables of a file, or of a folder; ``split`` selects files by the split that their name says.
 
@@ -253,13 +168,22 @@ def open_path(path: Path, split: str | None) -> list[Table]:
     if (path / "dataset_dict.json").is_file():
         folders = {item.name: [item] for item in path.iterdir() if item.is_dir()}
         return [_open_saved(folder) for folder in _select_split(path, folders, split)]
+    return [_open_file(file) for file in split_files(path, split)]
+
+
+def split_files(path: Path, split: str | None) -> list[Path]:
+    """Return the files with rows of a folder that are of ``split``.
+
+    Raises:
+        RowError: there are none, or files of several splits and ``split`` names none of them.
+    """
     files = _list_files(path)
     if not files:
         raise RowError(str(path), "", f"has no {', '.join(SUFFIXES)} file", "name a file, or a folder with such files")
     files_by_split: dict[str, list[Path]] = {}
     for file in files:
         files_by_split.setdefault(_split_of(file), []).append(file)
-    return [_open_file(file) for file in _select_split(path, files_by_split, split)]
+    return _select_split(path, files_by_split, split)
 
 
 def _list_files(folder: Path) -> list[Path]:
@@ -298,6 +222,8 @@ def _select_split(path: Path, splits: Mapping[str, list[Path]], split: str | Non
 
 
 def _open_file(path: Path) -> Table:
+    if not path.is_file():
+        raise RowError(str(path), "", "there is no such file", "correct data.sources[].path")
     table: Table
     if path.suffix == ".jsonl":
         if path.stat().st_size == 0:
@@ -305,8 +231,10 @@ def _open_file(path: Path) -> Table:
         table = LineTable(path)
     elif path.suffix == ".parquet":
         pattern = glob.escape(str(path))  # a path may have brackets
-        dataset = _load(str(path), "parquet", data_files=[pattern])
-        table = ArrowTable(str(path), _label(path), dataset)
+        dataset = load_table(str(path), "parquet", data_files=[pattern])
+        table = ArrowTable(str(path), label_of(path), dataset)
+    elif path.suffix == ".tar":
+        table = TarTable(str(path))
     elif path.suffix == ".json":
         table = ListTable(path)
     else:
@@ -321,7 +249,7 @@ def _open_saved(path: Path) -> Table:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise RowError(str(path), "", f"cannot be loaded ({error})", "write the folder anew by save_to_disk") from error
-    table = ArrowTable(str(path), _label(path), dataset)
+    table = ArrowTable(str(path), label_of(path), dataset)
     _refuse_empty(table, path)
     return table
 
@@ -333,6 +261,13 @@ def _refuse_empty(table: Table, path: Path) -> None:
 
 def _open_hub(path: str) -> Table:
     """Open a Hugging Face data set, ``name?split=..&config=..``."""
+    name, options = parse_hub(path)
+    dataset = load_table(path, name, **options)
+    return ArrowTable(name, name, dataset)
+
+
+def parse_hub(path: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a Hugging Face data set and the options ``name`` and ``split`` of ``load_dataset``."""
     name, _, query = path.partition("?")
     if not _HUB_NAME.fullmatch(name) or Path(name).suffix in SUFFIXES:
         raise RowError(path, "", "there is no such file or folder", "correct data.sources[].path")
@@ -340,61 +275,4 @@ def _open_hub(path: str) -> Table:
     unknown = sorted(set(options) - {"split", "config"})
     if unknown:
         raise ConfigError(f"{path}: {unknown[0]!r} is not known; a hub name takes ?split=..&config=..")
-    split = options.get("split", "train")
-    dataset = _load(path, name, name=options.get("config"), split=split)
-    return ArrowTable(name, name, dataset)
-
-
-def _load(where: str, builder: str, split: str = "train", **options: Any) -> datasets.Dataset:
-    """Call ``datasets.load_dataset`` and turn its errors into a `RowError` at ``where``."""
-    datasets.disable_progress_bars()  # every rank would show its own
-    try:
-        return datasets.load_dataset(builder, split=split, **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error  # the library wraps the error of the file or the cache
-        _check_cache(cause)
-        remedy = "write the file anew"
-        if isinstance(cause, UnicodeDecodeError):
-            line_number = _undecodable_line(Path(where))
-            where = f"{where}:{line_number}"
-            remedy = "convert the file to UTF-8"
-        raise RowError(where, "", f"cannot be read ({cause})", remedy) from error
-    except (OSError, ValueError) as error:
-        _check_cache(error)
-        remedy = "correct the name, ?split=.. and ?config=.., or go online"
-        if "data_files" in options:
-            remedy = "write the file anew, or give it the suffix of its form"
-        raise RowError(where, "", f"cannot be loaded ({error})", remedy) from error
-
-
-def _check_cache(error: BaseException) -> None:
-    """Raise `RowError` if ``error`` says that the cache of ``datasets`` is full or cannot be written."""
-    cache = str(datasets.config.HF_DATASETS_CACHE)
-    if not isinstance(error, OSError):
-        return
-    # `datasets` checks the free space before it writes, and then its error has no number.
-    is_full = error.errno in _FULL_ERRORS or str(error).startswith("Not enough disk space")
-    filename = str(error.filename or "")
-    if not is_full and not filename.startswith(cache):
-        return
-    state = "full" if is_full else "not writable"
-    problem = f"the cache of the library datasets is {state} ({error.strerror or error})"
-    remedy = "free space there, or let the environment variable HF_DATASETS_CACHE name a folder that can be written"
-    raise RowError(cache, "", problem, remedy) from error
-
-
-def _undecodable_line(path: Path) -> int:
-    """Return the number of the first line that is not UTF-8, from 1, or 0."""
-    lines = path.read_bytes().split(b"\n")
-    for line_number, line in enumerate(lines, start=1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError:
-            return line_number
-    return 0
-
-
-def _label(path: Path) -> str:
-    """Return ``folder/stem`` of a file: the name of its rows in statistics."""
-    folder = path.resolve().parent
-    return f"{folder.name}/{path.stem}"
+    return name, {"name": options.get("config"), "split": options.get("split", "train")}

@@ -6,32 +6,48 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from ovr_megatron.config import ConfigError, DataConfig, ValidationConfig
 from ovr_megatron.data.fingerprints import fingerprint, read_fingerprints
 from ovr_megatron.data.held_out import open_training_source
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.skipped import SkippedRows
+from ovr_megatron.data.streamed import StreamedRows, StreamedState
 
 _BARREN = 10_000  # consecutive excluded or skipped rows after which the stream gives up
 
 
+Source = RowSource | StreamedRows
+
+
 class RowPosition(NamedTuple):
-    """Where a row of a stream lies: the number of its source, and its index there."""
+    """Where a row of a stream lies: the number of its source, and its number there."""
 
     source: int
-    index: int
+    row: int
 
 
 class StreamState(TypedDict):
-    """Position of a stream, as JSON: rows drawn and excluded in all, and taken of each source of a size."""
+    """Position of a stream, as JSON: rows drawn and excluded in all, and taken of each source of a size.
+
+    The size of a streamed source is None, and ``streamed`` holds the positions of such sources, in order.
+    """
 
     seed: int
-    sizes: list[int]
+    sizes: list[int | None]
     drawn: int
     taken: list[int]
     excluded: int
+    streamed: NotRequired[list[StreamedState]]
+
+
+def source_length(source: Source) -> int | None:
+    """Return the number of rows of a source; None where it has no end, or is streamed and does not say."""
+    if isinstance(source, StreamedRows):
+        return source.length
+    size = len(source)
+    return None if size >= ENDLESS else size
 
 
 class RowStream:
@@ -43,12 +59,12 @@ class RowStream:
 
     Attributes:
         excluded: Rows excluded so far.
-        last_position: Of the row drawn last.
+        last_position: Of the row drawn last, of a source that is not streamed.
     """
 
     def __init__(
         self,
-        sources: Sequence[tuple[RowSource, float]],
+        sources: Sequence[tuple[Source, float]],
         seed: int,
         exclude: frozenset[str] = frozenset(),
         config: DataConfig | None = None,
@@ -65,6 +81,8 @@ class RowStream:
         """
         self._sources = [source for source, _ in sources]
         self._weights = [weight for _, weight in sources]
+        self._streamed = [source for source in self._sources if isinstance(source, StreamedRows)]
+        self._sizes = [None if isinstance(source, StreamedRows) else len(source) for source in self._sources]
         self._seed = seed
         self._exclude = exclude
         self._config = config
@@ -91,11 +109,8 @@ class RowStream:
             draw = random.Random(f"{self._seed}#{self._drawn}")
             [source] = draw.choices(range(len(self._sources)), self._weights)
             self._drawn += 1
-            index = self._next_index(source)
-            self._taken[source] += 1
-            self.last_position = RowPosition(source, index)
             try:
-                row = self._sources[source][index]
+                row = self._next_row(source)
                 if not self._is_excluded(row):
                     return row
                 where = row.where
@@ -113,16 +128,23 @@ class RowStream:
 
         Raises:
             RowError: the row cannot be used any more.
+            TypeError: the source is streamed.
         """
-        return self._sources[position.source][position.index]
+        opened = self._sources[position.source]
+        if isinstance(opened, StreamedRows):
+            raise TypeError("a streamed source has no numbered rows")
+        return opened[position.row]
 
     def absent_sources(self, names: Iterable[str]) -> list[str]:
         """Return those of ``names`` that are the source of no row.
 
         Rows are read, of all sources in turn, until every name has occurred; an endless source has one name.
         """
-        missing = set(names)
+        missing = set(names) - {source.name for source in self._streamed}
         if not missing:
+            return []
+        # Which sources the rows of a stream name, nobody knows before its end.
+        if any(source.name is None for source in self._streamed):
             return []
         orders = map(self._reading_order, range(len(self._sources)))
         # In turn: most names occur early, and a large source need not be read to its end.
@@ -142,7 +164,9 @@ class RowStream:
 
     def _reading_order(self, source: int) -> list[int]:
         """Return the indices of a source's rows in an order that mixes the parts of a file; of an endless source, 0."""
-        size = len(self._sources[source])
+        size = self._sizes[source]
+        if size is None:
+            return []
         if size >= ENDLESS:
             return [0]
         order = list(range(size))
@@ -152,15 +176,27 @@ class RowStream:
 
     def _source_name(self, source: int, index: int) -> str | None:
         """Return the ``source`` of a row; None of an unusable row, which is reported when it is drawn."""
+        opened = self._sources[source]
+        assert not isinstance(opened, StreamedRows), "a streamed source has no indices"
         try:
-            return self._sources[source][index].source
+            return opened[index].source
         except RowError:
             return None
 
-    def _next_index(self, source: int) -> int:
-        """Return the index of the next row of a source."""
+    def _next_row(self, source: int) -> Row:
+        """Take the next row of a source; one that cannot be used is taken, too."""
+        opened = self._sources[source]
+        if isinstance(opened, StreamedRows):
+            self._taken[source] += 1
+            return next(opened)
+        index = self._next_index(source, len(opened))
+        self._taken[source] += 1
+        self.last_position = RowPosition(source, index)
+        return opened[index]
+
+    def _next_index(self, source: int, size: int) -> int:
+        """Return the index of the next row of a source of ``size`` rows."""
         taken = self._taken[source]
-        size = len(self._sources[source])
         if size >= ENDLESS:
             # Generated rows are new ones at every index: no shuffle is needed.
             start = random.Random(f"{self._seed}/{source}").randrange(size)
@@ -177,13 +213,16 @@ class RowStream:
 
     def state(self) -> StreamState:
         """Return the position as JSON."""
-        return {
+        state: StreamState = {
             "seed": self._seed,
-            "sizes": [len(source) for source in self._sources],
+            "sizes": list(self._sizes),
             "drawn": self._drawn,
             "taken": list(self._taken),
             "excluded": self.excluded,
         }
+        if self._streamed:
+            state["streamed"] = [source.state() for source in self._streamed]
+        return state
 
     def load(self, state: StreamState) -> None:
         """Go to a position.
@@ -191,10 +230,9 @@ class RowStream:
         Raises:
             ConfigError: the position is that of a stream with another seed, or other sources.
         """
-        sizes = [len(source) for source in self._sources]
         comparisons = (
             ("seed", state["seed"], self._seed),
-            ("sizes", state["sizes"], sizes),
+            ("sizes", state["sizes"], self._sizes),
         )
         # Another seed or another file has its rows in another order: the position would mean other rows.
         for key, stored, current in comparisons:
@@ -203,6 +241,8 @@ class RowStream:
                     f"data.sources: the checkpoint was written with {key} {stored}, this run has {current}; "
                     "use the same seed and sources, or another run.dir"
                 )
+        for source, position in zip(self._streamed, state.get("streamed", []), strict=True):
+            source.load(position)
         self._drawn = state["drawn"]
         self._taken = list(state["taken"])
         self.excluded = state["excluded"]
@@ -227,5 +267,14 @@ def open_stream(
     exclude: frozenset[str] = frozenset()
     if config.exclude:
         exclude = read_fingerprints(Path(config.exclude))
-    sources = [(open_training_source(source, validation), source.weight) for source in config.sources]
+    sources: list[tuple[Source, float]] = []
+    for index, source in enumerate(config.sources):
+        # The index, so that a set that is named twice comes in two orders.
+        opened: Source
+        # Rows can be held out of a source that has numbers for them; another one is refused as it is opened.
+        if source.streaming and not (validation and validation.holds_out):
+            opened = StreamedRows(source, f"{seed}/{index}")
+        else:
+            opened = open_training_source(source, validation)
+        sources.append((opened, source.weight))
     return RowStream(sources, seed, exclude, config, skipped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NotRequired
+from typing import NotRequired, cast
 
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.samples import Sample
@@ -65,7 +65,7 @@ class PromptStream:
 
     def state(self) -> PromptState:
         """Return the position as JSON."""
-        state: PromptState = {**self.stream.state()}
+        state = cast(PromptState, dict(self.stream.state()))
         if self._postponed:
             state["postponed"] = [list(position) for position in self._postponed]
         return state
