@@ -232,7 +232,7 @@ def _hub_shards(path: str) -> list[_Shard]:
     shards = []
     for index in range(count):
         open_shard = partial(dataset.shard, num_shards=count, index=index)
-        part = f"{name}/{index}"
+        part = f"{path}#{index}"  # split and configuration are of its identity
         shards.append(_Shard(part, name, open_shard, partial(_decode_object, part)))
     return shards
 
