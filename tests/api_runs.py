@@ -31,7 +31,10 @@ def run_block(block: str) -> None:
 
 
 def convert(run: str, step: int, out: str) -> None:
-    main(["convert", "to-hf", "--checkpoint", f"{run}/checkpoints/step_{step:06d}", "--out", out])
+    try:
+        main(["convert", "to-hf", "--checkpoint", f"{run}/checkpoints/step_{step:06d}", "--out", out])
+    except SystemExit as end:  # the command ends its process
+        assert end.code == 0
 
 
 def step_on_chats() -> float:
