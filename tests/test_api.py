@@ -26,8 +26,10 @@ CLOCKS = ("timing/", "perf/", "memory/")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
-    reward = (ROOT / "docs/own_reward.md").read_text().split("```python\n")[1].split("```")[0]
-    (folder / "my_rewards.py").write_text(reward)
+    # A reward that a model without training earns now and then.
+    (folder / "my_rewards.py").write_text(
+        "def score(response, answer, options):\n    return float(len(response) % 2)\n"
+    )
     Image.new("RGB", (56, 56)).save(folder / "dots.png")
     picture = [{"type": "image", "image": "dots.png"}, {"type": "text", "text": "How many dots?"}]
     with (folder / "chats.jsonl").open("w") as chats, (folder / "problems.jsonl").open("w") as problems:
