@@ -1,14 +1,13 @@
 """Our side of ``ovr bench peers``: ``python -m benchmarks.peer_ours TASK FOLDER`` prints a JSON row.
 
-The loops' own parts run with the rows of each step fixed: `StepTrainer` of ``ovr sft``, `iterate` of ``ovr rl``.  A step
-lasts from the end of the step before to its own end: its data, its computation and its log.
+The loops' own parts run with the rows of each step fixed: `StepTrainer` of ``ovr sft``, `iterate` of ``ovr rl``.  A
+step lasts from the end of the step before to its own end: its data, its computation and its log.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from benchmarks.peer_task import (
     ROWS,
     RULE,
     PeerTask,
+    StepClock,
     replayed_texts,
     score,
-    seconds_between,
 )
 from benchmarks.subprocess_bench import BenchRow
 from ovr_megatron.coldstart.training import StepTrainer
@@ -124,14 +123,14 @@ def train_sft(task: PeerTask, folder: Path) -> BenchRow:
     engine.with_optimizer(config.optimizer, config.steps).load(WeightFolder(folder / MODEL))
     packs = StepPacks(read_rows(config), task.rows, processor)
     trainer = StepTrainer(config, engine, world, None)
-    ends = []
+    clock = StepClock()
     steps = []
     for step in range(config.steps):
         steps.append(trainer.train(step, packs, save_seconds=0.0))
-        ends.append(time.perf_counter())
+        clock.end_step()
     trainer.close()
     return {
-        "seconds": seconds_between(ends),
+        **clock.columns(),
         "tokens": [step["count"] for step in steps],
         "losses": [step["loss"] for step in steps],
         "norms": [step["grad_norm"] for step in steps],
@@ -178,7 +177,7 @@ def replay(task: PeerTask, models: Models, rows: list[Row]) -> BenchRow:
     metrics = learn(models, rollout, 0, Clock()).metrics
     tokens = sum(len(response.tokens) for response in rollout.responses)
     return {
-        "seconds": [],
+        **StepClock().columns(),
         "tokens": [tokens],
         "losses": [metrics["policy/loss"]],
         "norms": [metrics["policy/grad_norm"]],
@@ -190,7 +189,7 @@ def run_iterations(task: PeerTask, folder: Path, models: Models, rows: list[Row]
     rollouts = build_rollouts(models.config, folder / MODEL, models.processor, models)
     log = open_log(models.config, 0, models.world)
     assert log is not None
-    ends = []
+    clock = StepClock()
     tokens = []
     phases = []
     with rollouts.grader:
@@ -199,11 +198,11 @@ def run_iterations(task: PeerTask, folder: Path, models: Models, rows: list[Row]
             step_rows = rows[first : first + task.rows]
             result = iterate(models, rollouts, lambda count, step_rows=step_rows: step_rows, iteration)
             log.scalars(iteration, result.metrics)
-            ends.append(time.perf_counter())
+            clock.end_step()
             tokens.append(sum(result.experience.batch.lengths))
             phases.append({name: result.metrics[f"timing/{name}"] for name in ("generate", "update", "sync")})
     log.close()
-    return {"seconds": seconds_between(ends), "tokens": tokens, "losses": [], "norms": [], "phases": phases}
+    return {**clock.columns(), "tokens": tokens, "losses": [], "norms": [], "phases": phases}
 
 
 def main() -> None:

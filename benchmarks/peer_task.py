@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,22 @@ def score(response: str, answer: str, options: Sequence[str]) -> float:
     return len(response) % 9 / 8
 
 
-def seconds_between(ends: Sequence[float]) -> list[float]:
-    """Return the seconds of each step after the first, from the times at which the steps ended."""
+class StepClock:
+    """Records the ends of steps, by the wall and by the processor, which other load of the machine does not change."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+
+    def end_step(self) -> None:
+        """Record that a step has ended."""
+        self.wall.append(time.perf_counter())
+        self.processor.append(time.process_time())
+
+    def columns(self) -> dict[str, list[float]]:
+        """Return ``seconds`` and ``cpu_seconds``, of all threads, of each step after the first."""
+        return {"seconds": _differences(self.wall), "cpu_seconds": _differences(self.processor)}
+
+
+def _differences(ends: Sequence[float]) -> list[float]:
     return [end - start for start, end in itertools.pairwise(ends)]

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import sys
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ from benchmarks.peer_task import (
     ROWS,
     SINGLE_ROWS,
     PeerTask,
+    StepClock,
     replayed_texts,
     score,
-    seconds_between,
 )
 from benchmarks.subprocess_bench import BenchRow
 from ovr_megatron.families import ModelShape
-from ovr_megatron.rollout.sampling import banned_tokens
+from ovr_megatron.rollout.sampling import banned_tokens, end_tokens
 
 GENERATION_MARKS = ("{%- generation %}", "{%- endgeneration %}")
 CACHE_BYTES = 256 << 20  # of vLLM, as ours
@@ -55,14 +55,14 @@ class StepRecorder(TrainerCallback):
     """Record the end of each step, and the loss and the learned tokens of each micro-batch."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.clock = StepClock()
         self.losses: list[float] = []
         self.tokens: list[int] = []
         self.logs: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the end of a step."""
-        self.ends.append(time.perf_counter())
+        self.clock.end_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Record what TRL logs of a step."""
@@ -84,7 +84,7 @@ class StepRecorder(TrainerCallback):
             tokens.append(sum(counts))
             losses.append(sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts))
         norms = [float(log["grad_norm"]) for log in self.logs]
-        return {"seconds": seconds_between(self.ends), "tokens": tokens, "losses": losses, "norms": norms}
+        return {**self.clock.columns(), "tokens": tokens, "losses": losses, "norms": norms}
 
 
 class OrderedSFTTrainer(SFTTrainer):
@@ -259,7 +259,7 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
         recorder,
         replayed,
         model=load_model(folder),
-        reward_funcs=[reward],
+        reward_funcs=[make_reward(end_tokens(shape, tokenizer))],
         args=settings,
         train_dataset=read_rows(task, folder, "prompt"),
         processing_class=processor,
@@ -287,14 +287,17 @@ def _multiply_by_torch(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = functional.linear
 
 
-def reward(completions: list[Any], completion_ids: list[Any], **kwargs: Any) -> list[float]:
-    """Return the rewards of ``completions``; as ours, one that did not end by itself gets 0."""
-    longest = max(map(len, completion_ids))
-    rewards = []
-    for (message,), ids in zip(completions, completion_ids, strict=True):
-        ended = len(ids) < longest
-        rewards.append(score(message["content"], "", ()) if ended else 0.0)
-    return rewards
+def make_reward(end_ids: Sequence[int]) -> Callable[..., list[float]]:
+    """Return TRL's form of our rule: a response that did not end by itself gets 0."""
+
+    def reward(completions: list[Any], completion_ids: list[Any], **kwargs: Any) -> list[float]:
+        rewards = []
+        for (message,), ids in zip(completions, completion_ids, strict=True):
+            ended = ids[-1] in end_ids
+            rewards.append(score(message["content"], "", ()) if ended else 0.0)
+        return rewards
+
+    return reward
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # of the first step's loss and gradient, as a share of them
 SAMPLE_S = 0.25  # seconds between samples of the memory
 MODULES = {OURS: "benchmarks.peer_ours"}  # any other side is TRL
 TRL_MODULE = "benchmarks.peer_trl"
-HEADER = f"{'':52}{'s/step':>9}{'tokens/s':>10}{'peak GiB':>10}{'ratio':>8}  first step's difference"
+HEADER = f"{'':52}{'s/step':>9}{'tokens/s':>10}{'peak GiB':>10}{'ratio':>8}{'CPU':>7}  first step's difference"
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[Case]:
     """Return the cases of ``shapes`` that have ``only`` in their names."""
     cases = []
     for shape in shapes:
-        steps = 8 if shape == "tiny" else 4
-        sft = PeerTask(kind="sft", who=OURS, rows=16, tokens=96, steps=steps)
-        grpo = PeerTask(kind="grpo", who=OURS, rows=8, tokens=128, responses=8, steps=min(steps, 5))
+        is_tiny = shape == "tiny"
+        sft = PeerTask(kind="sft", who=OURS, rows=16, tokens=96, steps=8 if is_tiny else 3)
+        prompts = 8 if is_tiny else 4
+        grpo = PeerTask(kind="grpo", who=OURS, rows=prompts, tokens=128, responses=8, steps=sft.steps // 2 + 1)
         text = replace(sft, images=False)
         cases += [
             Case(f"{shape}, SFT, equal lengths", shape, replace(sft, equal=True), (PADDING,)),
@@ -83,7 +84,8 @@ def run(cases: Sequence[Case], rounds: int, trl: Path) -> Iterator[BenchRow]:
     """Measure case after case, its sides in turn; the best of the rounds counts.
 
     A row has the median ``seconds`` of a step, learned ``tokens_per_second``, ``peak_bytes`` of the process tree, and
-    beside a peer ``ratio``, ours over its tokens per second, and ``difference`` of the first step.
+    beside a peer ``ratio``, ours over its tokens per second, ``cpu_ratio``, the same per second of the processor, which
+    other load of the machine does not change, and ``difference`` of the first step.
     """
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="bench_peers_") as name:
@@ -112,10 +114,16 @@ def measure(task: PeerTask, folder: Path, trl: Path) -> BenchRow:
     row: BenchRow = {"peak_bytes": steps["peak_bytes"], "norm": steps["norms"][:1], "loss": steps["losses"][:1]}
     if steps["seconds"]:
         tokens = steps["tokens"][1:]  # the first step warms up
-        rates = [count / seconds for count, seconds in zip(tokens, steps["seconds"], strict=True)]
-        row |= {"seconds": statistics.median(steps["seconds"]), "tokens_per_second": statistics.median(rates)}
-        row |= {"step_seconds": steps["seconds"], "step_tokens": tokens}
+        row["seconds"] = statistics.median(steps["seconds"])
+        row["tokens_per_second"] = median_rate(tokens, steps["seconds"])
+        row["tokens_per_cpu_second"] = median_rate(tokens, steps["cpu_seconds"])
+        row |= {"step_seconds": steps["seconds"], "step_cpu_seconds": steps["cpu_seconds"], "step_tokens": tokens}
     return row | ({"phases": steps["phases"]} if "phases" in steps else {})
+
+
+def median_rate(counts: Sequence[int], seconds: Sequence[float]) -> float:
+    """Return the median over the steps of tokens a second."""
+    return statistics.median(count / step for count, step in zip(counts, seconds, strict=True))
 
 
 def compare(ours: BenchRow, peer: BenchRow, who: str) -> BenchRow:
@@ -124,7 +132,8 @@ def compare(ours: BenchRow, peer: BenchRow, who: str) -> BenchRow:
         return {}
     result: BenchRow = {}
     if "tokens_per_second" in ours:
-        result["ratio"] = ours["tokens_per_second"] / peer["tokens_per_second"]
+        for name, rate in (("ratio", "tokens_per_second"), ("cpu_ratio", "tokens_per_cpu_second")):
+            result[name] = ours[rate] / peer[rate]
     pairs = list(zip(ours["loss"], peer["loss"], strict=False))
     # Micro-batches weigh the same in TRL, however many tokens they learn: row by row another gradient comes of it.
     if who == PADDING:
@@ -143,7 +152,7 @@ def format_row(row: BenchRow) -> str:
     line = f"{row['name']:52}"
     line += f"{row['seconds']:9.3f}{row['tokens_per_second']:10,.0f}" if timed else " " * 19
     line += f"{row['peak_bytes'] / 2**30:10.2f}"
-    line += f"{row['ratio']:8.2f}" if "ratio" in row else " " * 8
+    line += f"{row['ratio']:8.2f}{row['cpu_ratio']:7.2f}" if "ratio" in row else " " * 15
     if "difference" in row:
         line += f"  {row['difference']:.1e}"
         line += f": over {TOLERANCE:g}, so the comparison is void" if row["void"] else ""

@@ -12,7 +12,7 @@ LAYER_SHAPES = {
 STEP_SHAPES = ("tiny", *presets())
 PEER_SHAPES = {
     "tiny": TinySizes(),
-    "29M": TinySizes(
+    "30M": TinySizes(
         hidden=512, layers=8, heads=8, kv_heads=2, ffn=1536, vision_hidden=256, vision_depth=4, vision_ffn=768
     ),
 }
