@@ -6,6 +6,7 @@ step lasts from the end of the step before to its own end: its data, its computa
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -74,7 +75,10 @@ class StepPacks:
         self._rows = self._rows[self._rows_per_step :]
         samples = self._processor.encode(rows, generation=False)
         plan = plan_packs([len(sample) for sample in samples], PACK_TOKENS)
-        return [pack([samples[i] for i in members]) for members in plan]
+        packs = []
+        for members in plan:
+            packs.append(pack([samples[i] for i in members]))
+        return packs
 
     def state(self) -> Mapping[str, Any]:
         """Return nothing: the benchmark does not resume."""
@@ -189,14 +193,17 @@ def run_iterations(task: PeerTask, folder: Path, models: Models, rows: list[Row]
     rollouts = build_rollouts(models.config, folder / MODEL, models.processor, models)
     log = open_log(models.config, 0, models.world)
     assert log is not None
+    remaining = iter(rows)
+
+    def draw(count: int) -> list[Row]:
+        return list(itertools.islice(remaining, count))
+
     clock = StepClock()
     tokens = []
     phases = []
     with rollouts.grader:
         for iteration in range(task.steps + 1):
-            first = iteration * task.rows
-            step_rows = rows[first : first + task.rows]
-            result = iterate(models, rollouts, lambda count, step_rows=step_rows: step_rows, iteration)
+            result = iterate(models, rollouts, draw, iteration)
             log.scalars(iteration, result.metrics)
             clock.end_step()
             tokens.append(sum(result.experience.batch.lengths))
