@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from benchmarks import head, model, packing, prepare, rl, save, step, tail, vision
-from benchmarks.shapes import LAYER_SHAPES
+from benchmarks import head, model, packing, peers, prepare, rl, save, step, tail, vision
+from benchmarks.shapes import LAYER_SHAPES, PEER_SHAPES
 from benchmarks.subprocess_bench import BenchRow
 
 Rows = list[BenchRow]
@@ -67,6 +67,16 @@ def _run_tail(arguments: argparse.Namespace) -> Rows:
     return tail.run(arguments.iterations, arguments.prompts, arguments.oversample, arguments.between)
 
 
+def _run_peers(arguments: argparse.Namespace) -> Rows:
+    """Measure ours beside TRL, and print each row as soon as it is measured."""
+    shapes = arguments.shapes or list(PEER_SHAPES)
+    cases = peers.make_cases(shapes, arguments.only)
+    folder = arguments.peer.resolve()
+    print(peers.find_trl(folder))
+    print(peers.HEADER)
+    return _print_each(peers.run(cases, arguments.rounds, folder), peers.format_row)
+
+
 BENCHMARKS: dict[str, Benchmark] = {
     "model": _run_model,
     "step": _run_step,
@@ -77,6 +87,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "prepare": _print_at_end(_run_prepare, prepare.format_table),
     "save": _print_at_end(lambda arguments: save.run(arguments.rounds), save.format_table),
     "tail": _print_at_end(_run_tail, tail.format_table),
+    "peers": _run_peers,
 }
 
 

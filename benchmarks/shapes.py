@@ -10,4 +10,10 @@ LAYER_SHAPES = {
 }
 
 STEP_SHAPES = ("tiny", *presets())
-PARTS = ("model", "step", "vision", "head", "rl", "packing", "prepare", "save", "tail")
+PEER_SHAPES = {
+    "tiny": TinySizes(),
+    "30M": TinySizes(
+        hidden=512, layers=8, heads=8, kv_heads=2, ffn=1536, vision_hidden=256, vision_depth=4, vision_ffn=768
+    ),
+}
+PARTS = ("model", "step", "vision", "head", "rl", "packing", "prepare", "save", "tail", "peers")

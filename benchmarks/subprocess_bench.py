@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.measure import PeakMemory
+
 BenchRow = dict[str, Any]
 """A row of a benchmark's table and of its JSON file: ``name``, ``seconds`` and whatever else was measured."""
 
@@ -22,28 +24,42 @@ class MeasurementError(RuntimeError):
     """A measurement that failed, with the line that says why."""
 
 
-def run_in_subprocess(module: str, *arguments: object, launcher: Sequence[str] = ()) -> list[BenchRow]:
+def run_in_subprocess(
+    module: str,
+    *arguments: object,
+    launcher: Sequence[str] = (),
+    search_path: Sequence[Path] = (),
+    sample_s: float = 0.0,
+) -> list[BenchRow]:
     """Run ``module`` as a program and return the JSON objects among the lines of its output.
 
     Args:
         module: of the checkout.
         arguments: of the program.
         launcher: arguments of the interpreter that start the program, such as ``-m torch.distributed.run ...``.
+        search_path: folders of packages that this environment lacks.
+        sample_s: seconds between samples of the memory of all its processes; each row gets their ``peak_bytes``.  0:
+            none.
 
     Raises:
         MeasurementError: the program failed.
     """
     command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
     # This package is not installed: Python finds it, and its version of `ovr_megatron`, in the checkout.
-    search_path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": search_path}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        error = MeasurementError(_exception_line(result.stderr))
-        error.add_note(result.stderr[-3000:])  # Python prints it below the traceback
+    folders = [str(_ROOT), os.environ.get("PYTHONPATH"), *map(str, search_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    sampler = PeakMemory(process.pid, sample_s)
+    if sample_s:
+        sampler.start()
+    output, errors = process.communicate()
+    memory = {"peak_bytes": sampler.stop()} if sample_s else {}
+    if process.returncode:
+        error = MeasurementError(_exception_line(errors))
+        error.add_note(errors[-3000:])  # Python prints it below the traceback
         raise error
     # Libraries print to standard output, too: only lines that begin an object are rows.
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) | memory for line in output.splitlines() if line.startswith('{"')]
 
 
 def resident_bytes(field: str) -> int:

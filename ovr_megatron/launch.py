@@ -193,7 +193,7 @@ def _option_words(path: Path, words: Sequence[str]) -> list[str]:
                 not isinstance(element, dict | list),
                 f"{path.name}: {key} has a section; the recipe of a command with options is a flat list of them",
             )
-            option_words.append(f"{option}={element!s}")
+            option_words.append("=".join((option, str(element))))
     return option_words
 
 

@@ -10,6 +10,7 @@ packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's 
 rl: one iteration's phases, generation beside plain vLLM, the weights' way into the engine beside a copy, verdicts.
 save: how long a checkpoint holds two ranks up, beside all files by the first rank.
 tail: how long two engines wait for the longest responses, with and without rollout.oversample.
+peers: steps of supervised training and of GRPO beside TRL's trainers, on the same rows, whose losses have to agree.
 """
 
 import argparse
@@ -24,11 +25,13 @@ from typing import Any
 # The benchmarks belong to the checkout and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shapes import LAYER_SHAPES, PARTS, STEP_SHAPES
+from benchmarks.shapes import LAYER_SHAPES, PARTS, PEER_SHAPES, STEP_SHAPES
 from ovr_megatron.launch import parse_options
 from ovr_megatron.runtime.command import run_command, whole_number
 
 GPU = ("step", "vision", "head", "rl")
+SHAPES = f"of {', '.join(LAYER_SHAPES)} (model), tiny, 3B, 7B (step) or {', '.join(PEER_SHAPES)} (peers)"
+SHAPES_OF = {"model": LAYER_SHAPES, "peers": PEER_SHAPES}
 
 
 def main() -> None:
@@ -38,12 +41,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file, too; after each part")
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--parts", nargs="+", choices=GPU, default=GPU, help="some of them only (gpu)")
-    parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(LAYER_SHAPES)} (model) or tiny, 3B, 7B (step)")
+    parser.add_argument("--shapes", nargs="+", help=SHAPES)
     parser.add_argument("--fp8", choices=("delayed", "current", "block"), default="current", help="scaling (step)")
     parser.add_argument("--trace", type=Path, help="folder for a trace of each of our steps (step)")
     parser.add_argument(
-        "--only", default="", metavar="WORD", help="rows with this word in their name (model, step, rl)"
+        "--only", default="", metavar="WORD", help="rows with this word in their name (model, step, rl, peers)"
     )
+    parser.add_argument("--peer", type=Path, default=Path("runs/peers"), help="folder that has TRL (peers)")
     parser.add_argument("--tokens", type=whole_number(1), default=1024, help="tokens of a pack (model)")
     parser.add_argument("--mean", type=whole_number(1), default=64, help="mean length of a document (model)")
     parser.add_argument(
@@ -61,7 +65,7 @@ def main() -> None:
         "--between", type=float, default=0.5, help="share of the variance of lengths that a prompt decides (tail)"
     )
     arguments = parse_options(parser, None)
-    unknown = set(arguments.shapes or ()) - set(LAYER_SHAPES if arguments.what == "model" else STEP_SHAPES)
+    unknown = set(arguments.shapes or ()) - set(SHAPES_OF.get(arguments.what, STEP_SHAPES))
     if unknown:
         parser.error(f"argument --shapes: {', '.join(sorted(unknown))}: no shape of {arguments.what}")
 

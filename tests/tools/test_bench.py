@@ -1,0 +1,52 @@
+"""`ovr bench peers` without its peer: the sentence that says how to get it, and our own side in a small form."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import peers
+from benchmarks.peer_task import OURS, PADDING, PeerTask, reply_lengths, write_rows
+from ovr_megatron import cli
+from ovr_megatron.model.tiny import make_tiny_model
+
+
+def test_an_absent_peer_is_named_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["bench", "peers", "--shapes", "tiny", "--peer", str(tmp_path)])
+    assert left.value.code == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path} has no TRL" in message
+    assert f"pip install --no-deps --target {tmp_path} trl=={peers.TRL_VERSION}" in message
+
+
+def test_our_side_learns_the_rows_of_each_step(tmp_path: Path) -> None:
+    task = PeerTask(kind="sft", who=OURS, rows=3, tokens=8, steps=2, threads=1)
+    make_tiny_model(tmp_path / "model")
+    write_rows(task, tmp_path)
+    row = peers.measure(task, tmp_path, tmp_path)
+    # Of a reply its digits and the token that ends it are learned.
+    lengths = reply_lengths(task)
+    assert row["step_tokens"] == [sum(lengths[first : first + 3]) + 3 for first in (3, 6)]
+    assert 5 < row["loss"][0] < 7  # about the logarithm of 448 ids
+    assert math.log2(row["peak_bytes"]) > 27
+    assert len(row["step_seconds"]) == 2
+
+
+def test_a_peer_of_another_first_loss_makes_a_comparison_void() -> None:
+    ours = {"loss": [6.0], "norm": [2.0], "tokens_per_second": 20.0, "tokens_per_cpu_second": 30.0}
+    peer = ours | {"tokens_per_second": 10.0}
+    same = peers.compare(ours, peer, PADDING)
+    assert (same["ratio"], same["cpu_ratio"], same["void"]) == (2.0, 1.0, False)
+    assert peers.compare(ours, peer | {"loss": [6.001]}, PADDING)["void"]
+    assert peers.compare(ours, peer | {"norm": [2.001]}, PADDING)["void"]
+    assert peers.compare(ours, {"failed": "reason"}, PADDING) == {}
+
+
+def test_cases_have_the_same_rows_for_both_sides() -> None:
+    cases = peers.make_cases(["tiny", "30M"], "equal")
+    assert [case.name for case in cases] == ["tiny, SFT, equal lengths", "30M, SFT, equal lengths"]
+    for case in cases:
+        assert reply_lengths(case.task) == reply_lengths(replace(case.task, who=PADDING))
+        assert set(reply_lengths(case.task)) == {case.task.tokens}
