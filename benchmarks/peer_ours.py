@@ -32,18 +32,19 @@ from benchmarks.peer_task import (
     score,
 )
 from benchmarks.subprocess_bench import BenchRow
-from ovr_megatron.coldstart.training import StepTrainer
+from ovr_megatron.coldstart.step_trainer import StepTrainer
 from ovr_megatron.config import ColdStartConfig, RLConfig, build, defaults
 from ovr_megatron.data.best_fit import plan_packs
 from ovr_megatron.data.packing import Pack, pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import Row
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.data.stream import RowStream
 from ovr_megatron.engine import Engine
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.experience import Models
 from ovr_megatron.ppo.iteration import Clock, iterate, learn
-from ovr_megatron.ppo.prompts import Prompts
+from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.rl.setup import build_models, build_rollouts
 from ovr_megatron.runtime import distributed
@@ -179,13 +180,25 @@ def replay(task: PeerTask, models: Models, rows: list[Row]) -> BenchRow:
         rollout.responses.append(Response(prompt, sample, tokens, logprobs, True, text, reward))
     rollout.train_prompts = {prompt: PACK_TOKENS for prompt in range(task.rows)}
     metrics = learn(models, rollout, 0, Clock()).metrics
-    tokens = sum(len(response.tokens) for response in rollout.responses)
+    token_count = sum(len(response.tokens) for response in rollout.responses)
     return {
         **StepClock().columns(),
-        "tokens": [tokens],
+        "tokens": [token_count],
         "losses": [metrics["policy/loss"]],
         "norms": [metrics["policy/grad_norm"]],
     }
+
+
+class PromptsInOrder(PromptStream):
+    """Rows as prompts in the order of their file, as TRL takes them."""
+
+    def __init__(self, rows: list[Row], processor: Processor) -> None:
+        super().__init__(RowStream([(rows, 1.0)], seed=0), processor, {})
+        self._rows = iter(rows)
+
+    def draw(self, count: int) -> list[Row]:
+        """Return the next ``count`` rows."""
+        return list(itertools.islice(self._rows, count))
 
 
 def run_iterations(task: PeerTask, folder: Path, models: Models, rows: list[Row]) -> BenchRow:
@@ -193,17 +206,13 @@ def run_iterations(task: PeerTask, folder: Path, models: Models, rows: list[Row]
     rollouts = build_rollouts(models.config, folder / MODEL, models.processor, models)
     log = open_log(models.config, 0, models.world)
     assert log is not None
-    remaining = iter(rows)
-
-    def draw(count: int) -> list[Row]:
-        return list(itertools.islice(remaining, count))
-
+    prompts = PromptsInOrder(rows, models.processor)
     clock = StepClock()
-    tokens = []
+    tokens: list[int] = []
     phases = []
     with rollouts.grader:
         for iteration in range(task.steps + 1):
-            result = iterate(models, rollouts, draw, iteration)
+            result = iterate(models, rollouts, prompts, iteration)
             log.scalars(iteration, result.metrics)
             clock.end_step()
             tokens.append(sum(result.experience.batch.lengths))

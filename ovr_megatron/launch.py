@@ -182,7 +182,8 @@ def _option_words(path: Path, words: Sequence[str]) -> list[str]:
     on_command_line = {word.partition("=")[0] for word in words}
     option_words: list[str] = []
     for key, value in values.items():
-        option = f"--{str(key).replace('_', '-')}"
+        name = str(key)
+        option = f"--{name.replace('_', '-')}"
         if option in on_command_line or value is None or value is False:
             continue
         if value is True:
@@ -191,9 +192,9 @@ def _option_words(path: Path, words: Sequence[str]) -> list[str]:
         for element in value if isinstance(value, list) else [value]:
             require(
                 not isinstance(element, dict | list),
-                f"{path.name}: {key} has a section; the recipe of a command with options is a flat list of them",
+                f"{path.name}: {name} has a section; the recipe of a command with options is a flat list of them",
             )
-            option_words.append("=".join((option, str(element))))
+            option_words.append(f"{option}={element}")
     return option_words
 
 
