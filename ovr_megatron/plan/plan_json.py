@@ -59,7 +59,7 @@ class PlannedSource(TypedDict):
 
 
 class PlannedCandidate(TypedDict):
-    """A layout of the search, as in `search.Candidate` and `search.Layout`."""
+    """A layout of the search, as in `search.Candidate` and `search.SearchedLayout`."""
 
     parallel: Mapping[str, Any]
     recompute: Recompute

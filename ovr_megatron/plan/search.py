@@ -34,7 +34,7 @@ _LAUNCHER = "python -m ovr_megatron.torchrun --nproc-per-node"
 
 
 @dataclass(frozen=True)
-class Layout:
+class SearchedLayout:
     """What the search chooses; the last two are those of reinforcement learning, and None elsewhere."""
 
     parallel: ParallelConfig
@@ -57,18 +57,18 @@ class Layout:
 class Candidate:
     """A layout: the fullest phase's bytes and the hours of the whole run, or the reason that rules it out."""
 
-    layout: Layout
+    layout: SearchedLayout
     bytes: int = 0
     hours: float = 0.0
     reason: str = ""
 
 
-def layout_of(scenario: Scenario) -> Layout:
+def layout_of(scenario: Scenario) -> SearchedLayout:
     """Return the layout that the recipe itself has."""
     config = scenario.config
     if isinstance(config, RLConfig):
-        return Layout(config.parallel, config.model.recompute, config.rollout.tp, config.offload)
-    return Layout(config.parallel, config.model.recompute)
+        return SearchedLayout(config.parallel, config.model.recompute, config.rollout.tp, config.offload)
+    return SearchedLayout(config.parallel, config.model.recompute)
 
 
 def candidates(scenario: Scenario, fixed: Collection[str] = ()) -> list[Candidate]:
@@ -90,7 +90,7 @@ def _rank_candidate(candidate: Candidate) -> tuple[bool, float, int]:
     return is_ruled_out, candidate.hours, candidate.bytes
 
 
-def _layouts(scenario: Scenario, fixed: Collection[str]) -> Iterator[Layout]:
+def _layouts(scenario: Scenario, fixed: Collection[str]) -> Iterator[SearchedLayout]:
     """Yield layouts of at most as many ranks as there are, with the values of ``fixed`` settings."""
     own = layout_of(scenario).settings
     searched = dict(SEARCHED)
@@ -132,12 +132,12 @@ def _is_sensible(settings: Mapping[str, Any], world: int) -> bool:
     return tp > 1 or not settings["parallel.sequence_parallel"]
 
 
-def _make_layout(settings: Mapping[str, Any]) -> Layout:
+def _make_layout(settings: Mapping[str, Any]) -> SearchedLayout:
     """Build a layout of its settings."""
     parallel = {}
     for field in fields(ParallelConfig):
         parallel[field.name] = settings[f"parallel.{field.name}"]
-    return Layout(
+    return SearchedLayout(
         parallel=ParallelConfig(**parallel),
         recompute=settings["model.recompute"],
         rollout_tp=settings.get("rollout.tp"),
@@ -145,7 +145,7 @@ def _make_layout(settings: Mapping[str, Any]) -> Layout:
     )
 
 
-def with_layout(scenario: Scenario, layout: Layout) -> Scenario:
+def with_layout(scenario: Scenario, layout: SearchedLayout) -> Scenario:
     """Return the same work in another layout."""
     config = scenario.config
     settings: dict[str, object] = {
@@ -157,7 +157,7 @@ def with_layout(scenario: Scenario, layout: Layout) -> Scenario:
     return scenario.with_settings(**settings)
 
 
-def _assess(scenario: Scenario, layout: Layout) -> Candidate:
+def _assess(scenario: Scenario, layout: SearchedLayout) -> Candidate:
     """Return the candidate of one layout: its memory and hours, or the reason that rules it out."""
     try:
         variant = with_layout(scenario, layout)
@@ -190,7 +190,7 @@ def name(parallel: ParallelConfig, recompute: str) -> str:
     return f"{layout} recompute {recompute}" if recompute else layout
 
 
-def describe(layout: Layout) -> str:
+def describe(layout: SearchedLayout) -> str:
     """Return the text of a layout with all that the search chooses."""
     text = name(layout.parallel, layout.recompute)
     if layout.rollout_tp is not None:
@@ -217,7 +217,7 @@ def _nodes(world: int, per_node: int) -> str:
     return options
 
 
-def command_line(scenario: Scenario, layout: Layout, recipe: str, overrides: Sequence[str]) -> str:
+def command_line(scenario: Scenario, layout: SearchedLayout, recipe: str, overrides: Sequence[str]) -> str:
     """Return the command that runs ``recipe`` in this layout on the scenario's processes, ready for a shell.
 
     On one node it is torchrun's, beyond it Slurm's.

@@ -147,7 +147,7 @@ def _candidate_lines(candidates: Sequence[PlannedCandidate]) -> list[str]:
     ]
     for candidate in fitting[:_SHOWN_LAYOUTS]:
         parallel = ParallelConfig(**candidate["parallel"])
-        layout = search.Layout(parallel, candidate["recompute"], candidate["rollout_tp"], candidate["offload"])
+        layout = search.SearchedLayout(parallel, candidate["recompute"], candidate["rollout_tp"], candidate["offload"])
         gib = candidate["bytes"] / _GIB
         lines.append(f"{candidate['hours']:7,.1f}{gib:8.1f}  {search.describe(layout)}")
     lines.append("layouts that cannot be")

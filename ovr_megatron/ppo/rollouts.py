@@ -205,10 +205,8 @@ class Rollouts:
         queue = self._open_queue(indices, name)
         counters = RolloutCounters(f"counters/{name}")
         barrier = WorkBarrier(name, self.stop)
-        cut: RoundCut | None = None
         needed = min(len(indices), config.prompts)
-        if needed < len(indices):
-            cut = RoundCut(name, needed, self.replicas)
+        cut = RoundCut(name, needed, self.replicas) if needed < len(indices) else None
         graded: list[tuple[str, Verdict]] = []
 
         def take(outstanding: int) -> list[tuple[int, Prompt]]:
@@ -232,7 +230,7 @@ class Rollouts:
 
             def between_steps() -> bool:
                 if self.leads:
-                    take_verdicts(wait=False)
+                    take_verdicts(False)
                 if self.world.is_main:
                     counters.show(bar)
                 if barrier.engine_step(self.engine.agree):
@@ -241,12 +239,8 @@ class Rollouts:
 
             failed = self.engine.answer(take, on_result, between_steps)
             generate_s = time.perf_counter() - began
-            if cut and self.leads:
-                cut.wait(barrier, lambda: take_verdicts(wait=False))
-            # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
-            while self.leads and self.grader.pending and not barrier.stop_asked():
-                take_verdicts(wait=True)
-                barrier.step()
+            if self.leads:
+                self._finish_grading(barrier, cut, take_verdicts)
             if self.world.is_main:
                 counters.show(bar, at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
@@ -254,9 +248,7 @@ class Rollouts:
         failed_prompts = failed if self.leads else []  # the followers of an engine have the same list
         responses |= _failed_responses(failed_prompts, config.responses)
         if cut:
-            for prompt, _ in failed_prompts:
-                cut.fail(prompt)
-            rollout.postponed = cut.postponed(indices, self.leads)
+            rollout.postponed = cut.postponed(indices, [prompt for prompt, _ in failed_prompts], self.leads)
         self._watch_failures(graded)
         total_s = time.perf_counter() - began
         self._record_idle_time(rollout, RankTimes(generate_s, total_s, len(failed_prompts)))
@@ -264,6 +256,17 @@ class Rollouts:
         # By prompt and sample, so that the order does not depend on which response ended first.
         ordered = [responses[key] for key in sorted(responses)]
         return [r for r in ordered if r.prompt not in postponed]
+
+    def _finish_grading(
+        self, barrier: WorkBarrier, cut: RoundCut | None, take_verdicts: Callable[[bool], None]
+    ) -> None:
+        """Wait for the end of the round and for the verdicts on this engine's responses."""
+        if cut:
+            cut.wait(barrier, lambda: take_verdicts(False))
+        # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
+        while self.grader.pending and not barrier.stop_asked():
+            take_verdicts(True)
+            barrier.step()
 
     def _engine_prompts(self, indices: Sequence[int], rollout: Rollout, iteration: int) -> list[tuple[int, Prompt]]:
         """Return each of the prompts ``indices`` as the engine takes it, with seeds and length limit."""

@@ -43,17 +43,12 @@ class RoundCut:
         self._replicas = replicas
         self._steps = 0
         self._answer_steps: dict[int, int] = {}
-        self._failed: set[int] = set()
         self._published = 0  # intervals
         self._compared = 0
 
     def answer(self, prompt: int) -> None:
         """Record that ``prompt`` has all of its responses in the step under way."""
         self._answer_steps[prompt] = self._steps + 1
-
-    def fail(self, prompt: int) -> None:
-        """Record that the engine gave ``prompt`` up, so that it is drawn no more."""
-        self._failed.add(prompt)
 
     def engine_step(self, agree: Callable[[Callable[[], int]], int]) -> bool:
         """Count a step of the engine; return whether the round has ended.
@@ -80,7 +75,7 @@ class RoundCut:
             barrier.step()
             time.sleep(_PAUSE_S)
 
-    def postponed(self, indices: Sequence[int], leads: bool) -> list[int]:
+    def postponed(self, indices: Sequence[int], failed: Sequence[int], leads: bool) -> list[int]:
         """Return those of the prompts ``indices`` that the round leaves to a later one.  A collective.
 
         Of more than enough answered prompts those that were answered in the earliest step are taken, and of one step
@@ -88,16 +83,16 @@ class RoundCut:
 
         Args:
             indices: All prompts of the round.
+            failed: Those that this rank's engine gave up, which are drawn no more.
             leads: Whether this rank speaks for its engine.
         """
         answered = self._answer_steps if leads else {}  # the ranks of an engine answer the same prompts
-        failed = self._failed if leads else set()
-        ranks = gather_objects((answered, failed))
+        ranks = gather_objects((answered, failed if leads else []))
         step_of_prompt: dict[int, int] = {}
         given_up: set[int] = set()
         for rank_answered, rank_failed in ranks:
             step_of_prompt |= rank_answered
-            given_up |= rank_failed
+            given_up.update(rank_failed)
         order = sorted(step_of_prompt, key=lambda prompt: (step_of_prompt[prompt], prompt))
         decided = given_up | set(order[: self._needed])
         return [prompt for prompt in indices if prompt not in decided]

@@ -49,8 +49,6 @@ class Round:
                 break
             if pause:
                 time.sleep(pause)
-        for prompt in self.failed.intersection(prompts):
-            cut.fail(prompt)
         deadline = time.monotonic() + LONGEST_WAIT_S
         # An engine that waits for ever ends here without a last step.
         barrier: Any = SimpleNamespace(step=lambda: None, stop_asked=lambda: time.monotonic() > deadline)
@@ -68,9 +66,9 @@ class Round:
         reports: list[Any] = []
         monkeypatch.setattr(round_cut, "gather_objects", lambda report: reports.append(report) or [report])
         for cut in cuts:
-            cut.postponed([], leads=True)
+            cut.postponed([], sorted(self.failed), leads=True)
         monkeypatch.setattr(round_cut, "gather_objects", lambda report: reports)
-        return cuts[0].postponed(sorted(self.steps), leads=True), last_step
+        return cuts[0].postponed(sorted(self.steps), sorted(self.failed), leads=True), last_step
 
 
 def literal_cut(steps: dict[int, int], failed: set[int], needed: int) -> tuple[list[int], int]:
