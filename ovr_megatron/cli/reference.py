@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ovr_megatron.api import MODULES
 from ovr_megatron.config.reference import escaped
 
 HEAD = """# Reference of the Python interface
@@ -17,7 +16,7 @@ Every name for programs, from its docstring; `ovr reference` prints this page. [
 in use.
 """
 PACKAGE = Path(__file__).resolve().parents[1]
-# Parts that load without Megatron and vLLM, beside those of `MODULES`.
+# Parts that load without Megatron and vLLM, beside those of `ovr_megatron.api`.
 PARTS = {
     "plan_packs": "ovr_megatron.data.best_fit",
     "pack": "ovr_megatron.data.packing",
@@ -37,10 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def reference_page() -> str:
     """Return the page: a section for each name, read from the syntax tree, so that nothing heavy is imported."""
+    # Imported here: its table comes with imports for type checkers, which a reader of imports follows to torch.
+    from ovr_megatron.api import MODULES
+
     lines = [HEAD]
     for name, module in (MODULES | PARTS).items():
         place = f"from ovr_megatron import {name}" if name in MODULES else f"from {module} import {name}"
-        lines += [f"## {name}", "", f"`{place}`", "", *_describe(_find(module, name), name)]
+        definition = _find(module, name)
+        # A class and a function may differ in capitals alone, which the links of a page do not tell apart.
+        title = f"class {name}" if isinstance(definition, ast.ClassDef) else name
+        lines += [f"## {title}", "", f"`{place}`", "", *_describe(definition, name)]
     return "\n".join(lines).rstrip() + "\n"
 
 
