@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Other versions than the lock's, which is the newest end of setup.cfg's ranges: the oldest end, and a newer
-# Megatron-Core, which is not allowed yet. Their packages lie in a folder in front of those of .venv; the tests are those that compare with
-# Transformers and those of the configuration. All run in any case; exits 1 if one of them fails.
+# Megatron-Core, which is not allowed yet. Their packages lie in a folder in front of those of .venv; the tests are those
+# that compare with Transformers and those of the configuration. All run in any case; exits 1 if one of them fails.
 #
 #   bash tests/soak/versions.sh        needs a network; another Python: PYTHON=python3.13 bash tests/run.sh
 set -euo pipefail
