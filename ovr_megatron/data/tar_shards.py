@@ -146,7 +146,8 @@ def _regular_members(file: IO[bytes], path: str) -> Iterator[Member]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                tar.members = []  # else the library keeps every member of a shard in memory
+                # Else the library keeps every member of a shard in memory; its stubs leave the attribute out.
+                tar.members = []  # type: ignore[attr-defined]
                 if info.isdir():
                     continue
                 folder, _, base = info.name.rpartition("/")
