@@ -146,7 +146,8 @@ def _regular_members(file: IO[bytes], path: str) -> Iterator[Member]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else the library keeps every member of a shard in memory
+                # Else the library keeps every member of a shard in memory; its stubs leave the attribute out.
+                tar.members = []  # type: ignore[attr-defined]
                 if info.isdir():
                     continue
                 folder, _, base = info.name.rpartition("/")
@@ -193,13 +194,15 @@ def row_of(
             if name in columns:
                 raise RowError(where, name, "stands in the JSON and in a member", "give one of the two")
             columns[name] = field
-    used: set[str] = set()
-    placed: dict[str, Any] = _place_images(columns, images, used, where)
-    if images and not used:
-        placed["images"] = list(images.values())
-    elif unused := sorted(set(images) - used):
-        raise RowError(where, "json", f"does not name the image {unused[0]!r}", "name all images of the key, or none")
-    return placed
+    image_names: set[str] = set()
+    row: dict[str, Any] = _place_images(columns, images, image_names, where)
+    if images and not image_names:
+        row["images"] = list(images.values())
+    elif missing_names := sorted(set(images) - image_names):
+        raise RowError(
+            where, "json", f"does not name the image {missing_names[0]!r}", "name all images of the key, or none"
+        )
+    return row
 
 
 def _read_text(item: FileSlice, kind: str, read: Callable[[FileSlice], bytes], where: str) -> Any:
@@ -216,29 +219,29 @@ def _read_text(item: FileSlice, kind: str, read: Callable[[FileSlice], bytes], w
         raise RowError(where, kind, problem, "write it anew as UTF-8") from error
 
 
-def _place_images(value: Any, images: Mapping[str, FileSlice], used: set[str], where: str) -> Any:
-    """Return a JSON value with the images in place of their names, at any depth; ``used`` gains the names."""
+def _place_images(value: Any, images: Mapping[str, FileSlice], image_names: set[str], where: str) -> Any:
+    """Return a JSON value with the images in place of their names, at any depth; ``image_names`` gains the names."""
     if isinstance(value, list):
-        return [_place_images(item, images, used, where) for item in value]
+        return [_place_images(item, images, image_names, where) for item in value]
     if not isinstance(value, Mapping):
         return value
     result = {}
     for name, item in value.items():
         if name in _MEDIA_FIELDS:
-            result[name] = _named_images(item, images, used, where, name)
+            result[name] = _named_images(item, images, image_names, where, name)
         else:
-            result[name] = _place_images(item, images, used, where)
+            result[name] = _place_images(item, images, image_names, where)
     return result
 
 
-def _named_images(value: Any, images: Mapping[str, FileSlice], used: set[str], where: str, field: str) -> Any:
+def _named_images(value: Any, images: Mapping[str, FileSlice], image_names: set[str], where: str, field: str) -> Any:
     """Return the value of a media field with the images in place of their names.
 
     Raises:
         RowError: a name is that of no image of the key: files outside of the shard are not read.
     """
     if isinstance(value, list):
-        return [_named_images(item, images, used, where, field) for item in value]
+        return [_named_images(item, images, image_names, where, field) for item in value]
     if isinstance(value, Mapping) and value.get("bytes") is None:
         value = value.get("path")
     if not isinstance(value, str) or not value:
@@ -247,5 +250,5 @@ def _named_images(value: Any, images: Mapping[str, FileSlice], used: set[str], w
     if base not in images:
         remedy = f"name one of {', '.join(images) or '(none)'}"
         raise RowError(where, field, f"{value[:80]!r} is no image of this key", remedy)
-    used.add(base)
+    image_names.add(base)
     return images[base]
