@@ -128,7 +128,7 @@ class ImageStore:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)  # an interruption leaves no half image under a content hash
-        return replace(part, path=path, data=None, file=None, root=self._root)
+        return replace(part, path=path, data=None, file=None, frame=None, root=self._root)
 
 
 def _png(part: ImagePart) -> bytes:

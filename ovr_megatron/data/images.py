@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.file_slices import FileSlice, read_slice
 from ovr_megatron.data.schema import ImagePart, Row, RowError, VideoPart, all_parts
+from ovr_megatron.data.video_files import VideoFrame, decode_frame
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 200  # image processors of vision-language models refuse more elongated pictures
@@ -46,7 +47,7 @@ def load_image(part: ImagePart, config: DataConfig) -> Image.Image:
     """
     with _name_errors(part):
         image = _open(part, config)
-        if part.image is None:
+        if part.image is None and part.frame is None:
             image = _apply_orientation(image)
         return _to_rgb(image)
 
@@ -57,6 +58,10 @@ def image_size(part: ImagePart, config: DataConfig) -> tuple[int, int]:
     Raises:
         RowError: as `load_image`, but for damage behind the header.
     """
+    if part.frame is not None:
+        frame_size = (part.frame.width, part.frame.height)
+        _check_size(frame_size, part, config)
+        return frame_size
     with _name_errors(part):
         image = _open(part, config)
         width, height = image.size
@@ -84,6 +89,10 @@ def _name_errors(part: ImagePart) -> Iterator[None]:
 def _open(part: ImagePart, config: DataConfig) -> Image.Image:
     """Return the image of ``part``, checked by its header and not yet decoded."""
     image = part.image
+    if part.frame is not None:
+        # Before it is decoded.
+        _check_size((part.frame.width, part.frame.height), part, config)
+        image = Image.fromarray(decode_frame(part.frame))
     if image is None:
         data = encoded_image(part, config)
         # Pillow's own bound would refuse what `data.max_image_pixels` allows; `_check_size` holds before any decoding.
@@ -93,7 +102,7 @@ def _open(part: ImagePart, config: DataConfig) -> Image.Image:
         except ValueError:  # a comment that is too large when unpacked
             data_without_texts = _strip_png_texts(data)
             image = Image.open(io.BytesIO(data_without_texts), formats=FORMATS)
-    _check_size(image, part, config)
+    _check_size(image.size, part, config)
     if image.mode in ("F", "I") and image.format != "PNG":
         remedy = "convert it to 8 bits a channel, since the range of its values is not known"
         raise _error(part, f"has pixels of 32 bits (mode {image.mode})", remedy)
@@ -197,6 +206,9 @@ def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
     Raises:
         RowError: the file is missing, outside its root, or over ``max_image_bytes``.
     """
+    if part.frame is not None:
+        with _name_errors(part):
+            return frame_png(part.frame)
     data = part.data
     if data is None and part.file is not None:
         data = _read_slice(part, part.file, config)
@@ -204,6 +216,22 @@ def encoded_image(part: ImagePart, config: DataConfig) -> bytes:
         data = _read(part, config)
     _check_bytes(part, len(data), config)
     return data
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return a picture as a PNG file, which keeps its pixels as they are."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def frame_png(frame: VideoFrame) -> bytes:
+    """Return a frame of a video file as a PNG file.
+
+    Raises:
+        VideoFileError: it cannot be decoded.
+    """
+    return png_bytes(Image.fromarray(decode_frame(frame)))
 
 
 def _read_slice(part: ImagePart, file: FileSlice, config: DataConfig) -> bytes:
@@ -217,7 +245,7 @@ def _read_slice(part: ImagePart, file: FileSlice, config: DataConfig) -> bytes:
 
 def _read(part: ImagePart, config: DataConfig) -> bytes:
     assert part.path is not None, "an ImagePart has a path, a file, an image or data"
-    path = _resolve_in_root(part, part.path)
+    path = resolve_in_root(part, part.path)
     # Before it is read: a path may name a file of any size.
     _check_bytes(part, path.stat().st_size, config)
     try:
@@ -226,7 +254,7 @@ def _read(part: ImagePart, config: DataConfig) -> bytes:
         raise _error(part, f"cannot be read ({error.strerror})", "check the permissions of the file") from error
 
 
-def _resolve_in_root(part: ImagePart, path: Path) -> Path:
+def resolve_in_root(part: ImagePart, path: Path) -> Path:
     """Return ``path`` without links; raise `RowError` if it is no file below the root of ``part``."""
     try:
         resolved = path.resolve()
@@ -259,8 +287,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_size(image: Image.Image, part: ImagePart, config: DataConfig) -> None:
-    width, height = image.size
+def _check_size(size_of_image: tuple[int, int], part: ImagePart, config: DataConfig) -> None:
+    width, height = size_of_image
     size = f"{width} x {height} pixels"
     if width * height > config.max_image_pixels:
         raise _too_large(part, f"has {size}", "max_image_pixels", config.max_image_pixels)
@@ -293,4 +321,6 @@ def _error(part: ImagePart, problem: str, remedy: str) -> RowError:
         name = f"image {str(part.path)!r}"
     elif part.file is not None:
         name = f"image {part.file.name!r}"
+    elif part.frame is not None:
+        name = f"frame {part.frame.index} of {str(part.frame.path)!r}"
     return RowError(part.where, part.field, f"{name} {problem}", remedy)

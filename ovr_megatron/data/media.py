@@ -17,6 +17,7 @@ import PIL.Image
 from ovr_megatron.data.file_slices import FileSlice
 from ovr_megatron.data.row_parsing import parse_image, parse_video
 from ovr_megatron.data.schema import ImagePart, Message, Part, RowError, TextPart, VideoPart
+from ovr_megatron.data.video_files import is_video_name
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
@@ -88,7 +89,7 @@ def refuse_unread(
 
 
 def parse_columns(raw: Mapping[str, Any], where: str, image_root: Path) -> ColumnMedia:
-    """Read the columns `IMAGE_COLUMNS` and `VIDEO_COLUMNS` of ``raw``; a video is the list of its frames.
+    """Read the columns `IMAGE_COLUMNS` and `VIDEO_COLUMNS` of ``raw``; a video is a file or the list of its frames.
 
     Raises:
         RowError: both names of a column are filled, or a value cannot be read.
@@ -101,7 +102,7 @@ def parse_columns(raw: Mapping[str, Any], where: str, image_root: Path) -> Colum
     video_field, values = _read_column(raw, VIDEO_COLUMNS, where)
     if video_field == "video" and len(values) > 1:
         # The column of one video may hold its frames without a list around them.
-        if isinstance(values[0], (str, Mapping)):
+        if isinstance(values[0], (str, Mapping)) and not is_video_name(values[0]):
             values = [values]
     fps = raw.get("fps")
     videos = []

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from typing import Literal, NotRequired, TypedDict
 
 from ovr_megatron.data.file_slices import read_slice
+from ovr_megatron.data.images import frame_png, png_bytes
 from ovr_megatron.data.schema import ImagePart, Message, Part, Row, TextPart
 
 ImageJson = str | dict[str, str]
@@ -102,9 +102,9 @@ def _image_to_json(part: ImagePart) -> ImageJson:
     if part.file is not None:
         data = read_slice(part.file)
     if part.image is not None:
-        buffer = io.BytesIO()
-        part.image.save(buffer, "PNG")  # without loss: the pixels are those of the row
-        data = buffer.getvalue()
+        data = png_bytes(part.image)  # without loss: the pixels are those of the row
+    if part.frame is not None:
+        data = frame_png(part.frame)
     assert data is not None, "an ImagePart has a path, an image or data"
     base64_data = base64.b64encode(data)
     return {"bytes": base64_data.decode()}

@@ -16,9 +16,11 @@ from typing import Any
 import PIL.Image
 
 from ovr_megatron.data.file_slices import FileSlice
+from ovr_megatron.data.images import resolve_in_root
 from ovr_megatron.data.part_forms import PART_KINDS, data_url_content, decode_base64, part_value
 from ovr_megatron.data.schema import ImagePart, Message, Part, Row, RowError, TextPart, VideoPart
 from ovr_megatron.data.traces import END_OF_THOUGHT, with_thought
+from ovr_megatron.data.video_files import SUFFIXES, VideoFileError, is_video_name, sample_frames
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 MAX_ANSWER_CHARACTERS = 512
@@ -202,24 +204,49 @@ def parse_video(
     field: str,
     root: Path,
 ) -> VideoPart:
-    """Turn a list of frames, each as `parse_image` takes it, into a `VideoPart`; without ``fps`` it has 2 a second.
+    """Turn a video file, or a list of frames, each as `parse_image` takes it, into a `VideoPart`.
+
+    Of a file ``fps`` frames a second are taken; without ``fps`` there are 2 a second.
 
     Raises:
-        RowError: it is no list of images, or ``fps`` is no positive number.
+        RowError: it is neither, the file cannot be decoded, or ``fps`` is no positive number.
     """
+    rate = _parse_fps(fps, where, f"{field}.fps")
+    if is_video_name(value):
+        return _open_video(value, rate, where, field, root)
     if not _is_list(value) or not value:
-        remedy = "video files are not decoded: cut it into frames, and give the non-empty list of its frame images"
+        remedy = f"give the path of a video file ({', '.join(SUFFIXES)}), or the non-empty list of its frame images"
         raise RowError(where, field, f"is {_describe(value)}", remedy)
     frames = []
     for i, frame in enumerate(value):
         frame_field = f"{field}[{i}]"
         frames.append(parse_image(frame, where, frame_field, root))
-    rate = _parse_number(fps, where, f"{field}.fps")
-    if rate is None:
-        rate = DEFAULT_FPS
-    elif rate <= 0:
-        raise RowError(where, f"{field}.fps", f"is {rate}", "give a positive number of frames a second")
     return VideoPart(tuple(frames), rate)
+
+
+def _parse_fps(fps: Any, where: str, field: str) -> float:
+    rate = _parse_number(fps, where, field)
+    if rate is None:
+        return DEFAULT_FPS
+    if rate <= 0:
+        raise RowError(where, field, f"is {rate}", "give a positive number of frames a second")
+    return rate
+
+
+def _open_video(value: str, fps: float, where: str, field: str, root: Path) -> VideoPart:
+    """Choose the frames of a video file; their pixels are decoded when they are needed."""
+    name = value.removeprefix("file://")
+    if "://" in name or name.startswith("data:"):
+        raise RowError(where, field, f"{name[:80]!r} is a URL", "download the video and give its path")
+    # Compared with its root now: the header says how many frames there are.
+    path = resolve_in_root(ImagePart(path=root / name, root=root, where=where, field=field), root / name)
+    try:
+        frames, rate = sample_frames(path, fps)
+    except VideoFileError as error:
+        remedy = "give a whole video file, a lower fps, or the list of its frame images"
+        raise RowError(where, field, f"video {name!r} {error}", remedy) from error
+    parts = [ImagePart(frame=frame, where=where, field=field) for frame in frames]
+    return VideoPart(tuple(parts), rate)
 
 
 def parse_image(value: Any, where: str, field: str, root: Path) -> ImagePart:

@@ -16,6 +16,7 @@ from typing import Protocol
 import PIL.Image
 
 from ovr_megatron.data.file_slices import FileSlice
+from ovr_megatron.data.video_files import VideoFrame
 from ovr_megatron.errors import UserError
 
 ENDLESS = 2**31  # length of a source that never runs out
@@ -51,7 +52,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """An unopened image: exactly one of ``path``, ``data`` (an encoded file), ``image`` and ``file`` is set.
+    """An unopened image: one of ``path``, ``data`` (an encoded file), ``image``, ``file`` and ``frame`` is set.
 
     ``root`` bounds ``path``; ``where`` and ``field`` say in errors which row names the image.
     """
@@ -61,6 +62,7 @@ class ImagePart:
     data: bytes | None = None
     root: Path | None = None
     file: FileSlice | None = None
+    frame: VideoFrame | None = None
     where: str = dataclasses.field(default="", compare=False)
     field: str = dataclasses.field(default="image", compare=False)
 
