@@ -1,7 +1,7 @@
 """Two ranks of Megatron-Core: save models of known weights in Megatron's formats, and load what we have written.
 
-The parameters are filled by a literal transcription of Megatron's layout, apart from our table.  ``HF BRIDGE GPT OUT``:
-Transformers' model, our two checkpoints of it, and where to write.  Prints the parameters that differ after a load.
+The parameters are filled by a literal transcription of Megatron's layout, apart from our table.  ``save HF OUT``
+writes what Megatron writes; ``load HF BRIDGE GPT`` loads our two checkpoints and prints the parameters that differ.
 """
 
 import argparse
@@ -195,14 +195,17 @@ def main() -> None:
     let_megatron_run()
     dist.init_process_group("gloo")
     torch.manual_seed(dist.get_rank())
-    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32)
-    bridge, gpt, out = (Path(argument) for argument in sys.argv[2:])
-    save(reference, out)
-    differing = load(reference, bridge, gpt)
-    gathered: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, differing)
-    if dist.get_rank() == 0:
-        print(json.dumps(gathered), flush=True)
+    mode, model, *arguments = sys.argv[1:]
+    paths = [Path(argument) for argument in arguments]
+    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    if mode == "save":
+        save(reference, *paths)
+    else:
+        gathered: list[object] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, load(reference, *paths))
+        if dist.get_rank() == 0:
+            print(json.dumps(gathered), flush=True)
+    dist.barrier()
     dist.destroy_process_group()
 
 
