@@ -52,7 +52,7 @@ from ovr_megatron.runtime.runlog import open_log
 from ovr_megatron.weights.folder import WeightFolder
 
 
-class StepPacks:
+class OrderedPacks:
     """Packs of the rows of each step, which are encoded when the step asks for them.
 
     Attributes:
@@ -126,7 +126,7 @@ def train_sft(task: PeerTask, folder: Path) -> BenchRow:
     processor = Processor(folder / MODEL, config.data)
     engine = Engine(processor.shape, config.model, config.parallel, world)
     engine.with_optimizer(config.optimizer, config.steps).load(WeightFolder(folder / MODEL))
-    packs = StepPacks(read_rows(config), task.rows, processor)
+    packs = OrderedPacks(read_rows(config), task.rows, processor)
     trainer = StepTrainer(config, engine, world, None)
     clock = StepClock()
     steps = []

@@ -29,7 +29,7 @@ HEADER = f"{'':52}{'s/step':>9}{'tokens/s':>10}{'peak GiB':>10}{'ratio':>8}{'CPU
 
 
 @dataclass(frozen=True)
-class Case:
+class PeerCase:
     """Sides that are compared on the same rows.
 
     Attributes:
@@ -46,7 +46,7 @@ class Case:
     peers: tuple[str, ...]
 
 
-def make_cases(shapes: Sequence[str], only: str = "") -> list[Case]:
+def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
     """Return the cases of ``shapes`` that have ``only`` in their names."""
     cases = []
     for shape in shapes:
@@ -56,11 +56,11 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[Case]:
         grpo = PeerTask(kind="grpo", who=OURS, rows=prompts, tokens=128, responses=8, steps=sft.steps // 2 + 1)
         text = replace(sft, images=False)
         cases += [
-            Case(f"{shape}, SFT, equal lengths", shape, replace(sft, equal=True), (PADDING,)),
-            Case(f"{shape}, SFT, natural lengths", shape, sft, (PADDING, SINGLE_ROWS)),
-            Case(f"{shape}, SFT, natural lengths, text", shape, text, (PADDING, PACKING)),
-            Case(f"{shape}, GRPO, replayed", shape, replace(grpo, replay=True, steps=0), (PADDING,)),
-            Case(f"{shape}, GRPO", shape, grpo, (PADDING,)),
+            PeerCase(f"{shape}, SFT, equal lengths", shape, replace(sft, equal=True), (PADDING,)),
+            PeerCase(f"{shape}, SFT, natural lengths", shape, sft, (PADDING, SINGLE_ROWS)),
+            PeerCase(f"{shape}, SFT, natural lengths, text", shape, text, (PADDING, PACKING)),
+            PeerCase(f"{shape}, GRPO, replayed", shape, replace(grpo, replay=True, steps=0), (PADDING,)),
+            PeerCase(f"{shape}, GRPO", shape, grpo, (PADDING,)),
         ]
     return [case for case in cases if only in case.name]
 
@@ -80,7 +80,7 @@ def find_trl(folder: Path) -> str:
     return versions[0].removesuffix(".dist-info").replace("-", " ")
 
 
-def run(cases: Sequence[Case], rounds: int, trl: Path) -> Iterator[BenchRow]:
+def run(cases: Sequence[PeerCase], rounds: int, trl: Path) -> Iterator[BenchRow]:
     """Measure case after case, its sides in turn; the best of the rounds counts.
 
     A row has the median ``seconds`` of a step, learned ``tokens_per_second``, ``peak_bytes`` of the process tree, and

@@ -154,6 +154,7 @@ OVR = ROOT / "ovr_megatron/__main__.py"
 ALIASES = {
     "plan": ("tools/plan.py", ["no_recipe"]),
     "settings": ("tools/settings.py", ["optimizer"]),
+    "reference": ("tools/reference.py", ["SFT"]),
     "prepare": ("tools/prepare_data.py", ["teacher.sample=3"]),
     "check-data": ("tools/check_data.py", ["tiny_rl", "--rows", "-1"]),
     "tokenise": ("tools/tokenise.py", ["set", "--model", "m", "max_images=1"]),

@@ -33,10 +33,12 @@ WITH_RECIPE = {
     "judge": ("scores.json --judge j --config-name FILE", OPTIONS, "has no option --no-such-option=1"),
     "behaviours": ("a=b --out o --config-name=FILE", OPTIONS, "has no option --no-such-option=1"),
     "verify": ("--hf m --config-name FILE", OPTIONS, "has no option --no-such-option=1"),
+    "slurm": ("sft --config-name FILE", TRAINING, "pack_tokns"),
     "bench": ("model --config-name FILE", OPTIONS, "has no option --no-such-option=1"),
 }
 # `replay` takes those of its run, RUN/config.yaml; the others have no settings, only paths and a few options.
-WITHOUT = {"replay", "settings", "convert from-hf", "convert to-hf", "average", "tiny-model", "grade", "report"}
+WITHOUT = {"replay", "settings", "reference", "average", "tiny-model", "grade", "report"}
+WITHOUT |= {f"convert {way}" for way in ("from-hf", "to-hf", "from-megatron", "to-megatron")}
 
 
 def test_every_command_is_in_the_table() -> None:

@@ -148,7 +148,7 @@ def test_a_path_that_is_not_there_is_refused(path: str) -> None:
 
 
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RowError, match=r"has no \.jsonl, \.parquet, \.json file"):
+    with pytest.raises(RowError, match=r"has no \.jsonl, \.parquet, \.json, \.tar file"):
         opened(tmp_path)
 
 

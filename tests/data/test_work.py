@@ -48,7 +48,7 @@ def replica_flops(model, source, balance, steps):
     ratios, rows, loads = [], [], np.zeros((steps, 2))
     for rank in range(2):
         world = SimpleNamespace(rank=0, size=1, dp_rank=rank, dp_size=2, is_main=False)
-        packs, _ = open_packs(config, processor, world, row_work(config, processor, shape))
+        packs, _ = open_packs(config, processor, world, row_work(config, processor))
         for step in range(steps):
             for pack in next(packs):
                 loads[step, rank] += training_flops(shape, pack.cu_seqlens.diff().tolist(), pack.grid_thw.tolist())

@@ -238,7 +238,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "mean is a text": (edit(PREPROCESSOR, image_mean="abc"), "image_mean|cannot be used|cannot load"),
     # weights
     "no weights": (remove(WEIGHTS), "has no safetensors weights"),
-    "pickled weights": (both(remove(WEIGHTS), write("pytorch_model.bin", "x")), "pytorch_model.bin and no safetensors"),
+    "pickled weights": (both(remove(WEIGHTS), write("pytorch_model.bin", "x")), "and no safetensors weights; save"),
     "adapter alone": (both(remove(WEIGHTS), write("adapter_config.json", "{}")), "holds a LoRA adapter and no model"),
     "weights cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "damaged or cut off"),
     "weights are a pointer": (write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"), "damaged or cut off"),
