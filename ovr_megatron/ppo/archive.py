@@ -289,7 +289,7 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
             summary.get("long", False),
             summary.get("postponed", []),
         )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
         remedy = f"remove {path.parent}, and the iteration is done again"
         raise ArchiveError(f"{path} cannot be read ({error}); {remedy}") from error
 
@@ -302,6 +302,8 @@ def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
         saved.limit,
         saved.responses,
         saved.train_prompts,
+        long=saved.long,
+        postponed=list(saved.postponed),
     )
 
 

@@ -96,7 +96,7 @@ class PromptStream:
         """
         if self.postponed >= count:
             return self.draw_postponed(count), True
-        return self.draw(math.ceil(count * (1 + oversample))), False
+        return self.draw(count + math.ceil(count * oversample)), False
 
     def draw_postponed(self, count: int) -> list[Row]:
         """Return ``count`` postponed prompts, the oldest first; they leave the queue."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.stop import StopRequest
 from ovr_megatron.runtime.work_barrier import WorkBarrier
+
+_rounds = itertools.count()  # of this process; ranks open rounds together, and so count alike
 
 
 class GroupRewards(NamedTuple):
@@ -129,8 +132,8 @@ class Rollouts:
             drawn_rows, rollout.long = self._draw(prompts)
             rows += drawn_rows
             indices = range(first, len(rows))
-            # A name of its own: the store keeps the counters of earlier queues, also those of another run's.
-            name = f"{config.run.dir}:{iteration}.{sampling_round}"
+            # A name of its own: the store keeps the counters of earlier queues, also of another run in this process.
+            name = f"{iteration}.{sampling_round}#{next(_rounds)}"
             responses = self._generate(rollout, indices, iteration, name)
             rollout.responses += responses
             groups = self._group_rewards(responses, rollout)
@@ -155,17 +158,28 @@ class Rollouts:
         # By index again: in `order` those with equal rewards come last.
         for prompt in sorted(order[: config.prompts]):
             rollout.train_prompts[prompt] = tokens[prompt]
-        if config.rollout.oversample:
+        if config.rollout.oversample or rollout.long:
             prompts.postpone(rollout.postponed)
             rollout.metrics["rollout/long_round"] = float(rollout.long)
             rollout.metrics["rollout/postponed_prompts"] = float(prompts.postponed)
         return rollout
 
     def _draw(self, prompts: PromptStream) -> tuple[list[Row], bool]:
-        """Return the prompts of a round, and whether it is a long one, which only ``rollout.oversample`` has."""
-        if self.config.rollout.oversample:
-            return prompts.draw_round(self.config.prompts, self.config.rollout.oversample)
-        return prompts.draw(self.config.prompts), False
+        """Return the prompts of a round, and whether it is a long one.
+
+        Prompts may wait for a long round although ``rollout.oversample`` is 0, where a run goes on with this setting.
+
+        Raises:
+            RolloutError: with ``algorithm.dynamic_sampling``, which has no long rounds.
+        """
+        if self.config.algorithm.dynamic_sampling:
+            if prompts.postponed:
+                raise RolloutError(
+                    f"{prompts.postponed} prompts of the checkpoint wait for a long round, which "
+                    "algorithm.dynamic_sampling does not have; set it to 0 until they are trained on"
+                )
+            return prompts.draw(self.config.prompts), False
+        return prompts.draw_round(self.config.prompts, self.config.rollout.oversample)
 
     def _group_rewards(self, responses: Sequence[Response], rollout: Rollout) -> dict[int, GroupRewards]:
         """Gather the groups of all ranks whose responses are all graded, by prompt.  A collective."""
@@ -206,11 +220,8 @@ class Rollouts:
         counters = RolloutCounters(f"counters/{name}")
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
-        cut = RoundCut(name, needed, self.replicas) if needed < len(indices) else None
-        graded: list[tuple[str, Verdict]] = []
-
-        def take(outstanding: int) -> list[tuple[int, Prompt]]:
-            return self._engine_prompts(queue(outstanding), rollout, iteration)
+        cut = RoundCut(name, needed, self.replica, self.replicas) if needed < len(indices) else None
+        graded: dict[tuple[int, int], tuple[str, Verdict]] = {}
 
         def on_result(prompt: int, generations: list[Generation]) -> None:
             if cut:
@@ -223,7 +234,7 @@ class Rollouts:
 
         def take_verdicts(wait: bool) -> None:
             verdicts = self.grader.collect(wait)
-            graded.extend(self._write_verdicts(responses, rows, verdicts, counters))
+            graded.update(self._write_verdicts(responses, rows, verdicts, counters))
 
         total = needed * config.responses
         with Progress(total, f"generating {iteration}", "response", self.world.is_main, inner=True) as bar:
@@ -237,10 +248,15 @@ class Rollouts:
                     return True
                 return cut is not None and cut.engine_step(self.engine.agree)
 
-            failed = self.engine.answer(take, on_result, between_steps)
+            failed = self.engine.answer(
+                lambda outstanding: self._engine_prompts(queue(outstanding), rollout, iteration),
+                on_result,
+                between_steps,
+            )
             generate_s = time.perf_counter() - began
-            if self.leads:
-                self._finish_grading(barrier, cut, take_verdicts)
+            if cut:
+                cut.wait(barrier, lambda: take_verdicts(False), self.leads)
+            self._finish_grading(barrier, take_verdicts)
             if self.world.is_main:
                 counters.show(bar, at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
@@ -249,22 +265,17 @@ class Rollouts:
         responses |= _failed_responses(failed_prompts, config.responses)
         if cut:
             rollout.postponed = cut.postponed(indices, [prompt for prompt, _ in failed_prompts], self.leads)
-        self._watch_failures(graded)
+        postponed = set(rollout.postponed)
+        self._watch_failures(graded, postponed)
         total_s = time.perf_counter() - began
         self._record_idle_time(rollout, RankTimes(generate_s, total_s, len(failed_prompts)))
-        postponed = set(rollout.postponed)
         # By prompt and sample, so that the order does not depend on which response ended first.
-        ordered = [responses[key] for key in sorted(responses)]
-        return [r for r in ordered if r.prompt not in postponed]
+        return [responses[key] for key in sorted(responses) if key[0] not in postponed]
 
-    def _finish_grading(
-        self, barrier: WorkBarrier, cut: RoundCut | None, take_verdicts: Callable[[bool], None]
-    ) -> None:
-        """Wait for the end of the round and for the verdicts on this engine's responses."""
-        if cut:
-            cut.wait(barrier, lambda: take_verdicts(False))
+    def _finish_grading(self, barrier: WorkBarrier, take_verdicts: Callable[[bool], None]) -> None:
+        """Wait for the verdicts on this engine's responses, or until a stop is asked for."""
         # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
-        while self.grader.pending and not barrier.stop_asked():
+        while self.leads and self.grader.pending and not barrier.stop_asked():
             take_verdicts(True)
             barrier.step()
 
@@ -355,13 +366,13 @@ class Rollouts:
         rows: Sequence[Row],
         verdicts: Iterable[tuple[Any, Verdict]],
         counters: RolloutCounters,
-    ) -> list[tuple[str, Verdict]]:
-        """Write ``verdicts`` into their responses and return them, each with the source of its row."""
-        graded = []
+    ) -> dict[tuple[int, int], tuple[str, Verdict]]:
+        """Write ``verdicts`` into their responses and return them by prompt and sample, with the source of the row."""
+        graded = {}
         for key, verdict in verdicts:
             response = responses[key]
             source = rows[response.prompt].source
-            graded.append((source, verdict))
+            graded[key] = (source, verdict)
             reward = _write_verdict(response, verdict, self._rule_for(source))
             counters.add_reward(reward)
         return graded
@@ -370,9 +381,11 @@ class Rollouts:
         """Return the rule by which responses to rows of ``source`` are graded."""
         return self.config.reward.rules.get(source, "auto")
 
-    def _watch_failures(self, graded: Sequence[tuple[str, Verdict]]) -> None:
+    def _watch_failures(self, graded: Mapping[tuple[int, int], tuple[str, Verdict]], postponed: set[int]) -> None:
         """Count what failed on all ranks, so that all stop where one source has hardly any verdict.  A collective."""
-        local_counts = count_verdicts(graded)
+        # Without postponed prompts: how many of these are graded depends on the clock.
+        verdicts = [verdict for (prompt, _), verdict in graded.items() if prompt not in postponed]
+        local_counts = count_verdicts(verdicts)
         self.failures.add(gather_objects(local_counts))
 
     def _record_idle_time(self, rollout: Rollout, times: RankTimes) -> None:

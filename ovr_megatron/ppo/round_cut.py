@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 from ovr_megatron.runtime.distributed import default_store
@@ -10,7 +9,6 @@ from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.work_barrier import WorkBarrier
 
 INTERVAL = 16  # engine steps between two comparisons: each costs a message to the store and a broadcast in the engine
-_PAUSE_S = 0.02
 # A count of an interval is one number in the store, so that one addition publishes all of it:
 # answered prompts, then the replicas that published, then those of them that have no prompt left.
 _REPLICA = 1 << 24
@@ -29,17 +27,19 @@ class RoundCut:
         last_step: The step with which the round ends; None while it is not known on this rank.
     """
 
-    def __init__(self, name: str, prompts: int, replicas: int) -> None:
+    def __init__(self, name: str, prompts: int, replica: int, replicas: int) -> None:
         """Begin a round.
 
         Args:
-            name: Of the round, unique in the run.
+            name: Of the round, unique in the process group.
             prompts: Answered prompts that are enough.
+            replica: Number of this rank's engine.
             replicas: Number of engines.
         """
         self.last_step: int | None = None
         self._store = default_store(f"cut/{name}")
         self._needed = prompts
+        self._replica = replica
         self._replicas = replicas
         self._steps = 0
         self._answer_steps: dict[int, int] = {}
@@ -60,23 +60,29 @@ class RoundCut:
             return False
         return bool(agree(self._compare_step))
 
-    def wait(self, barrier: WorkBarrier, meanwhile: Callable[[], None]) -> None:
-        """Publish for an engine that has no prompt left, until the round ends or a stop is asked for.
+    def wait(self, barrier: WorkBarrier, meanwhile: Callable[[], None], leads: bool) -> None:
+        """Wait for all engines to end their work, and publish meanwhile for this one, which has.  A collective.
 
         Args:
-            barrier: Hears of every pause, so that this rank does not pass for one that hangs.
-            meanwhile: Called in every pause.
+            barrier: That of the round.
+            meanwhile: Called while this rank waits, if it speaks for its engine.
+            leads: Whether it does.
+
+        Raises:
+            StopRequested: on all ranks, as one was asked to stop.
         """
-        while self.last_step is None and not barrier.stop_asked():
-            if self._published == self._compared:
-                self._publish(ended=True)
-            self._compare()
+
+        def publish() -> None:
+            if self.last_step is None:
+                if self._published == self._compared:
+                    self._publish(ended=True)
+                self._compare()
             meanwhile()
-            barrier.step()
-            time.sleep(_PAUSE_S)
+
+        barrier.wait(publish if leads else None)
 
     def postponed(self, indices: Sequence[int], failed: Sequence[int], leads: bool) -> list[int]:
-        """Return those of the prompts ``indices`` that the round leaves to a later one.  A collective.
+        """Return those of the prompts ``indices`` that the round leaves to a later one; forget it.  A collective.
 
         Of more than enough answered prompts those that were answered in the earliest step are taken, and of one step
         those with the smallest index.
@@ -87,12 +93,18 @@ class RoundCut:
             leads: Whether this rank speaks for its engine.
         """
         answered = self._answer_steps if leads else {}  # the ranks of an engine answer the same prompts
-        ranks = gather_objects((answered, failed if leads else []))
+        ranks = gather_objects((answered, failed if leads else [], self._published))
         step_of_prompt: dict[int, int] = {}
         given_up: set[int] = set()
-        for rank_answered, rank_failed in ranks:
+        most_published = 0
+        for rank_answered, rank_failed, published in ranks:
             step_of_prompt |= rank_answered
             given_up.update(rank_failed)
+            most_published = max(most_published, published)
+        if leads and self._replica == 0:
+            # All ranks are done with them, and a long run would fill the memory of the rank that holds the store.
+            for interval in range(1, most_published + 1):
+                self._store.delete_key(str(interval))
         order = sorted(step_of_prompt, key=lambda prompt: (step_of_prompt[prompt], prompt))
         decided = given_up | set(order[: self._needed])
         return [prompt for prompt in indices if prompt not in decided]

@@ -17,6 +17,7 @@ _REPORT_S = 1.0  # between two reports of a rank: the store is one process for a
 _CHECK_EVERY = 16  # steps between two checks of the stop request, each a broadcast within an engine
 _FIRST_PAUSE_S = 0.002
 _LONGEST_PAUSE_S = 0.25
+_BUSY_PAUSE_S = 0.02  # where others wait for what this rank does meanwhile
 
 
 class WorkBarrier:
@@ -66,8 +67,11 @@ class WorkBarrier:
         self._publish_signal()
         return self._store.add("stop", 0) > 0
 
-    def wait(self) -> None:
+    def wait(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Wait for every rank, for as long as any of them reports steps.  A collective.
+
+        Args:
+            meanwhile: called again and again while this rank waits.
 
         Raises:
             RuntimeError: a rank has died.
@@ -85,8 +89,10 @@ class WorkBarrier:
             if steps != last_steps:
                 watchdog.touch()
             last_steps = steps
+            if meanwhile is not None:
+                meanwhile()
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            pause = min(2 * pause, _LONGEST_PAUSE_S if meanwhile is None else _BUSY_PAUSE_S)
         barrier.wait()  # raises where a rank has died
         if self._request is None:
             return

@@ -4,6 +4,7 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from ovr_megatron.data.schema import Message, Row, TextPart
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.ppo import round_cut
 from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.ppo.round_cut import INTERVAL, RoundCut
+from ovr_megatron.ppo.round_cut import RoundCut
 
 LONGEST_WAIT_S = 5
 
@@ -27,9 +28,21 @@ class Round:
         self.steps, self.failed, self.needed, self.replicas = steps, failed, needed, replicas
         self.store = dist.HashStore()
         self.pace = random.Random(seed)
+        self.unfinished = 0
+        self.arrived: list[None] = []
+        self.barrier: Any = SimpleNamespace(wait=self.wait)
 
-    def cut(self) -> RoundCut:
-        cut = RoundCut("round", self.needed, self.replicas)
+    def wait(self, meanwhile: Callable[[], None]) -> None:
+        """Wait for all threads as the barrier of ranks does."""
+        self.arrived.append(None)
+        deadline = time.monotonic() + LONGEST_WAIT_S
+        while len(self.arrived) < self.replicas:
+            assert time.monotonic() < deadline, "an engine waits for ever"
+            meanwhile()
+            time.sleep(1e-4)
+
+    def cut(self, replica: int) -> RoundCut:
+        cut = RoundCut("round", self.needed, replica, self.replicas)
         cut._store = self.store
         return cut
 
@@ -37,7 +50,7 @@ class Round:
         """Run one engine to the end of the round."""
         prompts = [p for p in sorted(self.steps) if p % self.replicas == replica]
         waiting = {p: self.steps[p] for p in prompts if p not in self.failed}
-        cut = self.cut()
+        cut = self.cut(replica)
         pause = self.pace.choice((0.0, 0.0, 1e-5, 2e-4))
         step = 0
         while waiting:
@@ -49,54 +62,57 @@ class Round:
                 break
             if pause:
                 time.sleep(pause)
-        deadline = time.monotonic() + LONGEST_WAIT_S
-        # An engine that waits for ever ends here without a last step.
-        barrier: Any = SimpleNamespace(step=lambda: None, stop_asked=lambda: time.monotonic() > deadline)
-        cut.wait(barrier, lambda: None)
+        self.unfinished += len(waiting)
+        cut.wait(self.barrier, lambda: None, leads=True)
         return cut
 
-    def run(self, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], int | None]:
-        """Return what the round postpones, and its last step."""
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Return what the round postpones."""
         with ThreadPoolExecutor(self.replicas) as threads:
             cuts = list(threads.map(self.run_replica, range(self.replicas), timeout=60))
-        last_steps = {cut.last_step for cut in cuts}
-        assert len(last_steps) == 1 and None not in last_steps
-        last_step = cuts[0].last_step
         # What every rank would bring to the gather.
         reports: list[Any] = []
         monkeypatch.setattr(round_cut, "gather_objects", lambda report: reports.append(report) or [report])
         for cut in cuts:
             cut.postponed([], sorted(self.failed), leads=True)
         monkeypatch.setattr(round_cut, "gather_objects", lambda report: reports)
-        return cuts[0].postponed(sorted(self.steps), sorted(self.failed), leads=True), last_step
+        return cuts[0].postponed(sorted(self.steps), sorted(self.failed), leads=True)
 
 
-def literal_cut(steps: dict[int, int], failed: set[int], needed: int) -> tuple[list[int], int]:
-    """Return what is postponed, and the last step, from all lengths at once."""
+def literal_postponed(steps: dict[int, int], failed: set[int], needed: int) -> list[int]:
+    """Return what is postponed, from all lengths at once."""
     answered = {prompt: step for prompt, step in steps.items() if prompt not in failed}
     taken = sorted(answered, key=lambda prompt: (answered[prompt], prompt))[:needed]
-    last_step = math.ceil(answered[taken[-1]] / INTERVAL) * INTERVAL
-    return [prompt for prompt in sorted(steps) if prompt not in failed.union(taken)], last_step
+    return [prompt for prompt in sorted(steps) if prompt not in failed.union(taken)]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_cut, "default_store", lambda prefix: None)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_clock_decides_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_decides_nothing(seed: int, monkeypatch: pytest.MonkeyPatch, store: None) -> None:
     """Random lengths, engines of random speed: what is taken is what the lengths alone say, and no engine waits on."""
-    monkeypatch.setattr(round_cut, "default_store", lambda prefix: None)
-    monkeypatch.setattr(round_cut, "_PAUSE_S", 1e-4)
     draw = random.Random(seed)
     replicas, needed = draw.randint(1, 5), draw.randint(1, 12)
     count = needed + draw.randint(1, 8)
     steps = {prompt: 1 + int(draw.lognormvariate(3.5, 0.8)) for prompt in range(count)}
     failed = set(draw.sample(range(count), draw.choice((0, 0, 1, min(3, count - 1)))))
-    postponed, last_step = literal_cut(steps, failed, needed)
+    postponed = literal_postponed(steps, failed, needed)
     for pace in range(3):
-        ours, ours_last = Round(steps, failed, needed, replicas, pace).run(monkeypatch)
-        assert ours == postponed
-        if ours_last != last_step:
-            # Nothing is left on any engine: they publish once after the interval in which the last prompt ended.
-            assert len(steps) - len(failed) <= needed and ours_last is not None and ours_last > last_step
+        finished = Round(steps, failed, needed, replicas, pace)
+        assert finished.run(monkeypatch) == postponed
+        assert finished.store.num_keys() == 0
     assert len(steps) - len(postponed) - len(failed) == min(needed, len(steps) - len(failed))
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_round_ends_without_its_longest_prompt(replicas: int, monkeypatch: pytest.MonkeyPatch, store: None) -> None:
+    steps = {prompt: 40 for prompt in range(8)} | {3: 10**7}
+    finished = Round(steps, set(), 6, replicas, seed=0)
+    assert finished.run(monkeypatch) == [3, 7]
+    assert finished.unfinished == 1
 
 
 class NumberedRows:
@@ -128,12 +144,12 @@ def test_every_prompt_is_trained_on_once(seed: int, monkeypatch: pytest.MonkeyPa
     prompts = prompt_stream(500, monkeypatch)
     trained: list[str] = []
     long_rounds = 0
-    while len(trained) + prompts.postponed + math.ceil(count * (1 + oversample)) <= 500:
+    while len(trained) + prompts.postponed + count + math.ceil(count * oversample) <= 500:
         other = prompt_stream(500, monkeypatch)
         other.load(prompts.state())
         rows, long = prompts.draw_round(count, oversample)
         assert other.draw_round(count, oversample) == (rows, long)
-        assert len(rows) == (count if long else math.ceil(count * (1 + oversample)))
+        assert len(rows) == (count if long else count + math.ceil(count * oversample))
         postponed = [] if long else sorted(draw.sample(range(len(rows)), len(rows) - count))
         prompts.postpone(postponed)
         trained += [row.id for index, row in enumerate(rows) if index not in postponed]
