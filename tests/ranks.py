@@ -67,7 +67,9 @@ def _run(script: Path, arguments: list[str], variables: dict[str, str], output: 
     file = os.open(output, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(file, stream)
-    os.environ.update(variables)
+    # Processes that a rank starts, such as graders, find the neighbours of the script, too.
+    search = os.pathsep.join([str(script.parent), os.environ["PYTHONPATH"]])
+    os.environ.update(variables, PYTHONPATH=search)
     environment.apply(os.environ)  # the import of the package has found no rank
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
