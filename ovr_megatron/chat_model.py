@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import torch.distributed as dist
 
 from ovr_megatron.checkpoint import store
+from ovr_megatron.checkpoint.conversion import open_weights
 from ovr_megatron.checkpoint.finished import last_checkpoint
 from ovr_megatron.checkpoint.manifest import CheckpointError
 from ovr_megatron.config import ColdStartConfig, RLConfig, Sampling
@@ -23,8 +25,8 @@ from ovr_megatron.ppo.batch import Batch
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.exchange import gather_objects
-from ovr_megatron.weights.folder import WeightFolder
+from ovr_megatron.runtime.exchange import call_on_all, gather_objects
+from ovr_megatron.weights.adapters import is_adapter_folder
 
 if TYPE_CHECKING:
     from ovr_megatron.rollout.engine import RolloutEngine
@@ -110,7 +112,8 @@ class ChatModel:
         dp = self.engine.groups.dp
         share = sorted(balance(lengths, dp.size())[dp.rank()])
         # The pixels of other replicas' chats are left alone.
-        samples = self.processor.encode([rows[index] for index in share], generation=False)
+        replica_rows = [rows[index] for index in share]
+        samples = call_on_all(lambda: self.processor.encode(replica_rows, generation=False))
         # The first token of a sample is predicted by none.
         targets = [int(sample.loss_mask[1:].sum()) for sample in samples]
         batch = Batch(samples, targets, self.config.data.pack_tokens, share, len(rows))
@@ -147,14 +150,17 @@ class ChatModel:
         rows = read_chats(chats)
         fitting_lengths(self.processor, rows, generation=True)
         rollout = self.start_rollout()
-        if self.make_room:
-            self.make_room()
-        else:
-            rollout.update(self.engine.held())
         seeds = range(seed, seed + responses)
-        generations = sample_rows(rollout, self.processor, rows, seeds, sampling or Sampling(), self.config.rollout.tp)
-        # A loop that keeps the weights in step needs them again; else the next call brings newer ones.
-        rollout.sleep(deep=self.make_room is None)
+        settings = sampling or Sampling()
+        try:
+            if self.make_room:
+                self.make_room()
+            else:
+                rollout.update(self.engine.held())
+            generations = sample_rows(rollout, self.processor, rows, seeds, settings, self.config.rollout.tp)
+        finally:
+            # A loop that keeps the weights in step needs them again; else the next call brings newer ones.
+            rollout.sleep(deep=self.make_room is None)
         replies = []
         for row_generations in generations:
             row_replies = []
@@ -196,6 +202,8 @@ class ChatModel:
 def load_model(config: ColdStartConfig | RLConfig, critic: bool = False, world: World | None = None) -> ChatModel:
     """Load ``model.path`` in the layout of ``parallel``, to score and to sample; nothing of it trains.  A collective.
 
+    Adapters of a checkpoint are added to the weights that they were trained beside.
+
     Args:
         config: settings of a recipe.  ``model.path`` is a folder of Hugging Face, a name on its hub, a checkpoint, or
             the folder of a run, which stands for its newest checkpoint.
@@ -210,21 +218,36 @@ def load_model(config: ColdStartConfig | RLConfig, critic: bool = False, world: 
     with ExitStack() as stack:
         if world is None:
             world = stack.enter_context(distributed.process_group(config.run, config.parallel))
-        path = newest_weights(config.model.path)
+        path = newest_weights(config.model.path, world)
         store.check_weights(path, world, part)
         folder = store.weights_of(path, part)
         processor = Processor(folder, config.data)
         engine = Engine(processor.shape, config.model.frozen(), config.parallel, world, critic)
-        engine.load(WeightFolder(folder), seed=config.run.seed)
+        engine.load(open_weights(folder, merge=is_adapter_folder(folder)), seed=config.run.seed)
         return ChatModel(engine, processor, config, world, folder, resources=stack.pop_all())
 
 
-def newest_weights(path: str) -> str:
-    """Return the newest complete checkpoint of a run folder, and any other ``path`` as it is.
+def newest_weights(path: str, world: World) -> str:
+    """Return the newest complete checkpoint of a run folder, and any other ``path`` as it is.  A collective.
 
     Raises:
-        CheckpointError: the run has no complete checkpoint.
+        CheckpointError: on all ranks, as the run has no complete checkpoint.
     """
+    answer: list[str | CheckpointError] = [""]
+    if world.is_main:
+        try:
+            answer = [_newest_weights(path)]
+        except CheckpointError as error:
+            answer = [error]
+    # One rank looks: the run may go on meanwhile, and others would see a newer checkpoint.
+    dist.broadcast_object_list(answer, src=0)
+    newest = answer[0]
+    if isinstance(newest, CheckpointError):
+        raise newest
+    return newest
+
+
+def _newest_weights(path: str) -> str:
     directory = Path(path) / "checkpoints"
     if not directory.is_dir():
         return path

@@ -3,7 +3,10 @@
 It works in the current folder, which has the files that the page names, and writes the scores of chats to scores.npz.
 """
 
+import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 
 from ovr_megatron import SFT, compose, load_model
 from ovr_megatron.cli import main
+from ovr_megatron.config import ConfigError
 
 ANSWER = "<think>Dots.</think>\\boxed{3}"
 CHATS = [
@@ -27,7 +31,10 @@ RL_WORDS += ["reward.rules.mine=my_rewards:score"]
 
 
 def run_block(block: str) -> None:
-    exec(compile(block, "api.md", "exec"), {})
+    try:
+        exec(compile(block, "api.md", "exec"), {})
+    except SystemExit as end:  # the script ends its process
+        assert end.code == 0
 
 
 def convert(run: str, step: int, out: str) -> None:
@@ -44,6 +51,31 @@ def step_on_chats() -> float:
         return sft.step(CHATS)["loss"]
 
 
+def stopped_run() -> dict[str, object]:
+    """The end of a run with adapters that a signal stops in its second of three steps."""
+    words = ["run.dir=runs/stopped", "model.path=runs/tiny", "steps=3", "data.sources=[]"]
+    config = compose("tiny_cold_start", [*words, "model.lora.rank=2", "optimizer.lr=0.01"])
+    handler = signal.getsignal(signal.SIGTERM)
+    message = ""
+    with SFT(config) as sft:
+        sft.step(CHATS)
+        stopped_before = sft.stopped
+        os.kill(os.getpid(), signal.SIGTERM)
+        sft.step(CHATS)
+        try:
+            sft.step(CHATS)
+        except ConfigError as error:
+            message = str(error)
+        sft.export("runs/stopped_hf")
+    return {
+        "stopped": [stopped_before, sft.stopped],
+        "next_step": sft.next_step,
+        "exit_code": sft.result().exit_code,
+        "message": message,
+        "handler_restored": signal.getsignal(signal.SIGTERM) == handler,
+    }
+
+
 def scores() -> dict[str, np.ndarray]:
     """Log-probabilities, samples and values of the chats."""
     arrays = {}
@@ -54,6 +86,9 @@ def scores() -> dict[str, np.ndarray]:
         alone = model.sample(CHATS[1:], responses=1, seed=6)[0][0]
         arrays["same"] = np.array([replies[3].tokens == alone.tokens, replies[2].tokens == alone.tokens])
         arrays["lengths"] = np.array([len(reply.tokens) for reply in replies])
+    with load_model(compose("tiny_cold_start", ["model.path=runs/stopped"])) as adapted:
+        for index, logprobs in enumerate(adapted.logprobs(CHATS)):
+            arrays[f"adapted_{index}"] = logprobs
     with load_model(compose("tiny_rl", ["model.path=runs/sft_hf"]), critic=True) as critic:
         for index, values in enumerate(critic.values(CHATS)):
             arrays[f"values_{index}"] = values
@@ -72,4 +107,5 @@ if __name__ == "__main__":
     run_block(rl_block)
     convert("runs/rl_command", 2, "runs/rl_command_hf")
     run_block(model_block)
+    Path("stopped.json").write_text(json.dumps(stopped_run()))
     np.savez("scores.npz", loss=step_on_chats(), **scores())

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from ovr_megatron.config import DataConfig
 from ovr_megatron.data.chats import read_chats
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.rewards.rules import RuleError, place_of
+from ovr_megatron.runtime.stop import Stop, StopRequest
 from tests import api_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +117,33 @@ def test_a_sample_depends_on_its_own_seed_alone(folder: Path) -> None:
     arrays = np.load(folder / "scores.npz")
     assert arrays["same"].tolist() == [True, False]
     assert (arrays["lengths"] > 0).all()
+
+
+def test_a_signal_stops_a_program_as_it_stops_a_command(folder: Path) -> None:
+    stopped = json.loads((folder / "stopped.json").read_text())
+    assert "start the same program again" in stopped.pop("message")
+    # The second of three steps is done and saved; 75 asks for another start.
+    assert stopped == {"stopped": [False, True], "next_step": 2, "exit_code": 75, "handler_restored": True}
+    assert (folder / "runs/stopped/checkpoints/step_000002").is_dir()
+
+
+@pytest.mark.parametrize("chat", [0, 1], ids=["text", "image"])
+def test_scores_of_a_run_with_adapters_are_those_of_the_merged_model(
+    folder: Path, chat: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    logprobs = np.load("scores.npz")[f"adapted_{chat}"]
+    np.testing.assert_allclose(logprobs, transformers_scores(folder / "runs/stopped_hf", chat, None), atol=1e-4)
+    assert np.abs(logprobs - transformers_scores(folder / "runs/tiny", chat, None)).max() > 1e-3
+
+
+def test_stop_request_leaves_signals_to_the_program_outside_of_the_main_thread() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(StopRequest).result()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    request.close()
+    assert request.received is Stop.NO
 
 
 def local_reward(response: str, answer: str, options: tuple[str, ...]) -> float:

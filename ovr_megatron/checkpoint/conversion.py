@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from ovr_megatron.data.hf_files import list_other_files
 from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.stretch import stretch_positions
-from ovr_megatron.runtime.distributed import patient_group
+from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.terminal import printable
+from ovr_megatron.runtime.work_barrier import WorkBarrier
 from ovr_megatron.weights.adapters import MergedFolder, adapter_dtype, is_adapter_folder, read_adapter_settings
 from ovr_megatron.weights.average import average
 from ovr_megatron.weights.diagnosis import HEAD
@@ -31,6 +33,7 @@ from ovr_megatron.weights.transfer import (
 )
 
 SHOWN_DIFFERENCES = 20
+_exports = itertools.count()  # of `export_model`: the same on all ranks
 
 
 def import_hf(
@@ -64,7 +67,7 @@ def import_hf(
         print(f"YaRN: {shape.max_positions:,} positions in config.json, {yarn:g} times {shape.trained_positions:,}")
 
 
-def _open_weights(folder: Path, merge: bool, base: Path | None) -> WeightFolder:
+def open_weights(folder: Path, merge: bool, base: Path | None = None) -> WeightFolder:
     """Open the weights of a part of a checkpoint, with ``merge`` those of its model with its adapters added.
 
     ``base`` is the model's folder, where it is not the one that ``adapter_config.json`` names.
@@ -100,11 +103,13 @@ def export_hf(
     force: bool,
     merge: bool = False,
     base: Path | None = None,
+    on_progress: Callable[[], None] = watchdog.touch,
 ) -> None:
     """Write the folder ``out``, which appears when it is complete; print which parts of the checkpoint are left out.
 
     With ``merge`` the checkpoint's adapters are added to the weights of the model that they were trained beside, which
-    ``base`` names where it has moved; without ``dtype`` the result has the dtype of the run.
+    ``base`` names where it has moved; without ``dtype`` the result has the dtype of the run.  ``on_progress`` is called
+    for each tensor and file that is read.
 
     Raises:
         CheckpointError: the checkpoint lacks the part, or holds adapters and ``merge`` is not set, or the reverse.
@@ -112,7 +117,7 @@ def export_hf(
     """
     part = "critic" if critic else "policy"
     source = checkpoint / part
-    manifest = check(checkpoint, under=part)
+    manifest = check(checkpoint, under=part, on_file=on_progress)
     parts = {name.split("/")[0] for name in manifest.files}
     if not source.is_dir():
         present = ", ".join(sorted(parts))
@@ -122,16 +127,16 @@ def export_hf(
     export_dtype = getattr(torch, dtype) if dtype else None
     if merge and export_dtype is None:
         export_dtype = adapter_dtype(source)
-    with _open_weights(source, merge, base) as folder:
+    with open_weights(source, merge, base) as folder:
         # All checks come before anything is written.
         check_weights(folder, shape, critic)
-        check_finite(folder)
+        check_finite(folder, on_tensor=on_progress)
         with staged(out, [checkpoint], force) as partial:
             copy_hf_assets(source, partial, export_dtype)
             if manifest.step:  # step 0 is the base model itself
                 vocabulary = assets.tokenizer.get_vocab()
                 write_generation_config(partial, shape, vocabulary)
-            copy_weights(folder, partial, export_dtype, leave_out=[VALUE_HEAD], workers=workers)
+            copy_weights(folder, partial, export_dtype, [VALUE_HEAD], workers, on_tensor=on_progress)
     print(f"{out}: {part} of step {manifest.step}")
     left_out = sorted(parts - {part})
     if critic:
@@ -160,15 +165,19 @@ def export_model(checkpoint: str | Path, out: str | Path, dtype: str | None = No
     folder = Path(checkpoint)
     is_joined = dist.is_initialized()
     problem: list[UserError | OSError | None] = [None]
+    work = WorkBarrier(f"export/{next(_exports)}") if is_joined else None
     if not is_joined or dist.get_rank() == 0:
         merge = is_adapter_folder(folder / ("critic" if critic else "policy"))
         try:
-            export_hf(folder, Path(out), critic, dtype, workers=1, force=False, merge=merge)
+            on_progress = work.step if work else watchdog.touch
+            export_hf(folder, Path(out), critic, dtype, 1, force=False, merge=merge, on_progress=on_progress)
         except (UserError, OSError) as error:
             problem = [error]
-    if is_joined:
-        # Without a time-out, as a large model takes its time; all ranks raise or none.
-        dist.broadcast_object_list(problem, src=0, group=patient_group())
+    if work:
+        # A large model takes its time: the wait lasts for as long as the first rank makes progress.
+        work.wait()
+        # All ranks raise or none.
+        dist.broadcast_object_list(problem, src=0)
     if problem[0]:
         raise problem[0]
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, NotRequired, TypedDict
@@ -187,6 +188,7 @@ def check(
     digests: bool = True,
     under: str = "",
     share: tuple[int, int] = (0, 1),
+    on_file: Callable[[], None] = watchdog.touch,
 ) -> Manifest:
     """Check that the files of the manifest are there and unchanged, and return the manifest.
 
@@ -195,6 +197,7 @@ def check(
         digests: whether the files are read and hashed; else only their sizes are compared.
         under: a folder of the checkpoint; only files below it are checked.
         share: (i, n) limits the check to every n-th file from the i-th on, for n checkers that share the work.
+        on_file: called after each file that was read, from several threads.
 
     Raises:
         CheckpointError: names the file that is missing, cut off or changed.
@@ -219,7 +222,7 @@ def check(
             raise CheckpointError(f"{path} has {size} bytes instead of {record.bytes}; {remedy}")
     if digests:
         paths = [directory / name for name in names]
-        records = _map_in_threads(_readable_record, paths)
+        records = _map_in_threads(partial(_readable_record, on_file=on_file), paths)
         for name, record in zip(names, records, strict=True):
             if record != manifest.files[name]:
                 raise CheckpointError(f"{directory / name} was changed: its SHA-256 is another one; {remedy}")
@@ -242,11 +245,13 @@ def file_record(path: Path) -> FileRecord:
         return FileRecord(file.tell(), digest.hexdigest())
 
 
-def _readable_record(path: Path) -> FileRecord:
+def _readable_record(path: Path, on_file: Callable[[], None]) -> FileRecord:
     try:
-        return file_record(path)
+        record = file_record(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_READABLE}") from error
+    on_file()
+    return record
 
 
 def _map_in_threads(record_of: Callable[[Path], FileRecord], paths: list[Path]) -> list[FileRecord]:

@@ -35,7 +35,7 @@ from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import set_step
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.starts import LaunchArgs
-from ovr_megatron.runtime.stop import StopRequested
+from ovr_megatron.runtime.stop import Stop, StopRequested
 from ovr_megatron.runtime.terminal import say
 from ovr_megatron.runtime.trackers.table import check_trackers
 
@@ -80,6 +80,9 @@ class SFT:
                 world = resources.enter_context(distributed.process_group(config.run, config.parallel))
             self.world = world
             self.checkpoints = CheckpointManager(config, world)
+            if launch is None:
+                # A command's process ends with its run: until then a signal must not change the exit code.
+                resources.callback(self.checkpoints.stop.close)
             model_folder = store.weights_of(config.model.path)
             processor = Processor(model_folder, config.data)
             self.packs, steps = open_data(config, processor, world)
@@ -118,6 +121,15 @@ class SFT:
         """Whether no step is left, or a signal has ended the run."""
         return self._stopped or self.next_step >= self.config.steps
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has ended the run before its last step; the same program, started again, goes on."""
+        return self.checkpoints.stopped > Stop.NO
+
+    def result(self) -> RunResult:
+        """Return the last checkpoint and the exit code, 75 where the run is to be started again; call it at the end."""
+        return self.checkpoints.result()
+
     def run(self) -> RunResult:
         """Train to the last step, or until a signal comes; return the result of the run."""
         if self.packs is None:
@@ -141,9 +153,13 @@ class SFT:
             ``loss`` (mean of a target), ``count`` (of targets), ``lr``, ``grad_norm``, and whether it was ``skipped``.
 
         Raises:
-            ConfigError: the run is done, or there are neither chats nor data.
+            ConfigError: the run is done, a signal has ended it, or there are neither chats nor data.
             RowError: a chat cannot be used.
         """
+        if self.stopped:
+            raise ConfigError(
+                f"{self.config.run.dir}: a signal has ended the run; start the same program again to go on"
+            )
         if self.done:
             raise ConfigError(f"{self.config.run.dir}: all {self.config.steps} steps are done; raise steps")
         self._score_resumed()
@@ -211,10 +227,13 @@ class SFT:
 
     def close(self) -> None:
         """Publish the checkpoint that is being written, close the log and leave the other ranks."""
-        self.checkpoints.finish_pending()
-        self.checkpoints.result()
-        self.trainer.close()
-        self._resources.close()
+        # The stack gets an error of these, after which other ranks may not come to the collectives of an orderly end.
+        with self._resources:
+            try:
+                self.checkpoints.finish_pending()
+            finally:
+                self.checkpoints.result()
+                self.trainer.close()
 
     def __enter__(self) -> Self:
         """Return the run itself."""

@@ -44,7 +44,7 @@ from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, open_log
 from ovr_megatron.runtime.starts import LaunchArgs
 from ovr_megatron.runtime.steps import matrix_rate, peak_gib
-from ovr_megatron.runtime.stop import StopRequested
+from ovr_megatron.runtime.stop import Stop, StopRequested
 from ovr_megatron.runtime.terminal import say
 
 logger = get_logger(__name__)
@@ -99,13 +99,16 @@ class RL:
         """
         config = with_rewards(config, rewards or {})
         with ExitStack() as resources:
+            check_names(config)
             if world is None:
-                check_names(config)
                 world = resources.enter_context(distributed.process_group(config.run, config.parallel))
             self.config = config
             self.world = world
             self.run_folder = Path(config.run.dir)
             self.checkpoints = CheckpointManager(config, world)
+            if launch is None:
+                # A command's process ends with its run: until then a signal must not change the exit code.
+                resources.callback(self.checkpoints.stop.close)
             check_steps(config, world)
             self.skipped = skipped_rows(config.data, self.run_folder, world.is_main)
             model_folder, self.prompts = open_model_and_prompts(config, self.skipped)
@@ -179,6 +182,15 @@ class RL:
         """Whether no iteration is left, or a signal has ended the run."""
         return self._stopped or self.next_iteration >= self.last
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has ended the run before its last iteration; the same program, started again, goes on."""
+        return self.checkpoints.stopped > Stop.NO
+
+    def result(self) -> RunResult:
+        """Return the last checkpoint and the exit code, 75 where the run is to be started again; call it at the end."""
+        return self.checkpoints.result()
+
     def run(self) -> RunResult:
         """Run the iterations up to the last one or a signal; return the result of the run."""
         name = self.run_folder.name
@@ -200,8 +212,10 @@ class RL:
             The metrics as the log has them; None where a signal has ended the run before the iteration was done.
 
         Raises:
-            ConfigError: the run is done.
+            ConfigError: the run is done, or a signal has ended it.
         """
+        if self.stopped:
+            raise ConfigError(f"{self.run_folder}: a signal has ended the run; start the same program again to go on")
         if self.done:
             raise ConfigError(f"{self.run_folder}: all {self.last} iterations are done; raise iterations")
         self._score_resumed()
@@ -253,12 +267,15 @@ class RL:
 
     def close(self) -> None:
         """Publish the checkpoint that is being written, close log and graders, and leave the other ranks."""
-        self.checkpoints.finish_pending()
-        self.checkpoints.result()
-        if self.log:
-            self.log.close()
-        self.log = None
-        self._resources.close()
+        # The stack gets an error of these, after which other ranks may not come to the collectives of an orderly end.
+        with self._resources:
+            try:
+                self.checkpoints.finish_pending()
+            finally:
+                self.checkpoints.result()
+                if self.log:
+                    self.log.close()
+                self.log = None
 
     def __enter__(self) -> Self:
         """Return the run itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,9 +13,13 @@ from ovr_megatron.config import Sampling
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row
+from ovr_megatron.errors import UserError
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
-from ovr_megatron.runtime.exchange import gather_objects
+from ovr_megatron.runtime.exchange import call_on_all, gather_objects, raise_first
+from ovr_megatron.runtime.work_barrier import WorkBarrier
+
+_calls = itertools.count()  # of `sample_rows`: the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -107,17 +112,29 @@ def sample_rows(
         tp: Ranks that hold one engine.
 
     Raises:
-        RowError: a row cannot be used.
-        RolloutError: vLLM gave a request up.
+        RowError: on all ranks, as a row cannot be used.
+        RolloutError: on all ranks, as vLLM gave a request up.
     """
     replica, tp_rank = divmod(dist.get_rank(), tp)
     replicas = dist.get_world_size() // tp
     share = range(replica, len(rows), replicas)
-    samples = processor.encode([rows[index] for index in share], generation=True)
+    replica_rows = [rows[index] for index in share]
+    # Before generation, in which the ranks of an engine make their steps together.
+    samples = call_on_all(lambda: processor.encode(replica_rows, generation=True))
     prompts = []
     for sample in samples:
         prompts.append(Prompt(sample.prompt_tokens, sample.images, sample.videos, list(seeds), sampling))
-    responses = engine.generate(prompts) if prompts else []
+    work = WorkBarrier(f"sample/{next(_calls)}")
+    responses: list[list[Generation]] = []
+    problem: UserError | None = None
+    try:
+        if prompts:
+            responses = engine.generate(prompts, should_stop=lambda: work.engine_step(engine.agree))
+    except UserError as error:
+        problem = error
+    # Engines take very different times, and some have no prompt: this waits for as long as any of them makes steps.
+    work.wait()
+    raise_first(problem)
     # The ranks of an engine have the same responses: its first one sends them.
     local = dict(zip(share, responses, strict=True)) if tp_rank == 0 else {}
     by_row: dict[int, list[Generation]] = {}

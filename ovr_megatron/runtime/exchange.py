@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ovr_megatron.errors import UserError
 
 Item = TypeVar("Item")
 
@@ -18,6 +20,27 @@ def gather_objects(item: Item) -> list[Item]:
     items = [item] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def call_on_all(work: Callable[[], Item]) -> Item:
+    """Return ``work()``; where it raises a `UserError` on any rank, raise the first one on all ranks.  A collective."""
+    try:
+        item = work()
+    except UserError as error:
+        raise_first(error)
+        raise
+    raise_first(None)
+    return item
+
+
+def raise_first(problem: UserError | None) -> None:
+    """Raise the first problem of any rank on all ranks, where there is one.  A collective of all ranks.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+    """
+    for rank_problem in gather_objects(problem):
+        if rank_problem is not None:
+            raise rank_problem
 
 
 def exchange(outgoing: Mapping[int, Any]) -> list[Any]:

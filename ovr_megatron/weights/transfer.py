@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ovr_megatron.data.hf_files import list_hf_assets
 from ovr_megatron.families import ModelShape
+from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.ownership import refusal, write_record
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights import table
@@ -80,12 +81,15 @@ def _check_tensor(folder: WeightFolder, name: str, expected: tuple[int, ...]) ->
         raise WeightError(f"{where}: {name} is stored as {dtype}, not {allowed}; give a model that is not quantised")
 
 
-def check_finite(folder: WeightFolder, share: tuple[int, int] = (0, 1)) -> None:
+def check_finite(
+    folder: WeightFolder, share: tuple[int, int] = (0, 1), on_tensor: Callable[[], None] = watchdog.touch
+) -> None:
     """Refuse weights that are NaN or infinite; every byte is read, piece by piece.
 
     Args:
         folder: The weights.
         share: Rank and number of ranks, each of which reads every so-manyth tensor.
+        on_tensor: Called before each tensor is read.
 
     Raises:
         WeightError: names the tensor and how many of its values are not finite.
@@ -93,6 +97,7 @@ def check_finite(folder: WeightFolder, share: tuple[int, int] = (0, 1)) -> None:
     rank, ranks = share
     names = folder.names()
     for name in names[rank::ranks]:
+        on_tensor()
         tensor = folder.tensor(name)
         require_finite(tensor, name, folder.directory)
 
@@ -121,12 +126,18 @@ def copy_weights(
     leave_out: Sequence[str] = (),
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
+    on_tensor: Callable[[], None] = watchdog.touch,
 ) -> None:
     """Write the tensors of ``source`` to ``out``, except those named in ``leave_out``, in ``dtype`` or as stored.
 
     ``workers`` threads write a shard each; the files are the same for any number of them.  Memory holds a few
-    pieces of tensors, apart from the mapped pages of ``source``.
+    pieces of tensors, apart from the mapped pages of ``source``.  ``on_tensor`` is called before each tensor is read.
     """
+
+    def load(name: str) -> Tensor:
+        on_tensor()
+        return source.tensor(name)
+
     tensors = []
     for name in source.names():
         if name in leave_out:
@@ -135,7 +146,7 @@ def copy_weights(
             name=name,
             dtype=dtype or FORMATS[source.dtype(name)],
             shape=source.shape(name),
-            load=partial(source.tensor, name),
+            load=partial(load, name),
         )
         tensors.append(pending)
     title = f"weights of {source.directory}"
