@@ -163,7 +163,7 @@ def warn_in_update(rank: int, number: signal.Signals, victim: int, step: int) ->
 
 def hang_in_start(rank: int) -> None:
     if rank == 1:
-        wrap(coldstart, "open_packs", lambda *args: time.sleep(DEADLINE_S))
+        wrap(coldstart, "open_data", lambda *args: time.sleep(DEADLINE_S))
 
 
 def slow_steps(rank: int, steps: int, seconds: float) -> None:
