@@ -48,7 +48,7 @@ def list_inputs(config: Config) -> tuple[list[Path], list[str]]:
             continue
         path = local_path(source.path)[0]
         shards = expand_shards(source.path)
-        if path is None and len(shards) > 1:
+        if path is None and shards != [source.path]:
             paths += [Path(shard).expanduser() for shard in shards]
         elif path is None and (source.path.endswith(SUFFIXES) or os.environ.get("HF_HUB_OFFLINE") == "1"):
             path = Path(source.path).expanduser()  # any other source is the name of a Hugging Face data set

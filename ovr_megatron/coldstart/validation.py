@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from ovr_megatron.config import ColdStartConfig
+from ovr_megatron.config import ColdStartConfig, ConfigError
 from ovr_megatron.data.best_fit import plan_packs
 from ovr_megatron.data.document_losses import DocumentLoss, DocumentLosses
 from ovr_megatron.data.epochs import SampleSet, fits_limits
@@ -139,6 +139,10 @@ def open_validation(
         sources = open_validation_sources(data, validation)
         samples = RowSet(sources, processor, world, skipped=skipped, title=title)
         indices = np.arange(len(samples))
+    if not len(indices):
+        raise ConfigError(
+            "validation: none of the held-out samples is within the limits; raise validation.share or validation.rows"
+        )
     tokens = int(samples.lengths[indices].sum())
     if world.is_main:
         logger.info(f"validation: {len(indices):,} rows, {tokens:,} tokens; {samples.dropped:,} rows are left out")

@@ -254,7 +254,7 @@ def _read(part: ImagePart, config: DataConfig) -> bytes:
         raise _error(part, f"cannot be read ({error.strerror})", "check the permissions of the file") from error
 
 
-def resolve_in_root(part: ImagePart, path: Path) -> Path:
+def resolve_in_root(part: ImagePart, path: Path, medium: str = "image") -> Path:
     """Return ``path`` without links; raise `RowError` if it is no file below the root of ``part``."""
     try:
         resolved = path.resolve()
@@ -264,11 +264,12 @@ def resolve_in_root(part: ImagePart, path: Path) -> Path:
             outside = not resolved.is_relative_to(root)
         missing = not resolved.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, a zero byte
-        raise _error(part, f"is no usable path ({error})", "correct the path or remove the row") from error
+        raise _error(part, f"is no usable path ({error})", "correct the path or remove the row", medium) from error
     if outside:
-        raise _error(part, f"lies outside the image root {part.root}", "move the image below it or set image_root")
+        remedy = f"move the {medium} below it or set image_root"
+        raise _error(part, f"lies outside the image root {part.root}", remedy, medium)
     if missing:
-        raise _error(part, "does not exist", "correct the path, set image_root, or remove the row")
+        raise _error(part, "does not exist", "correct the path, set image_root, or remove the row", medium)
     return resolved
 
 
@@ -315,10 +316,10 @@ def _too_large(part: ImagePart, problem: str, key: str, limit: int) -> RowError:
     return _error(part, problem, remedy)
 
 
-def _error(part: ImagePart, problem: str, remedy: str) -> RowError:
-    name = "image"
+def _error(part: ImagePart, problem: str, remedy: str, medium: str = "image") -> RowError:
+    name = medium
     if part.path is not None:
-        name = f"image {str(part.path)!r}"
+        name = f"{medium} {str(part.path)!r}"
     elif part.file is not None:
         name = f"image {part.file.name!r}"
     elif part.frame is not None:

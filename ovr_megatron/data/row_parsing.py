@@ -239,7 +239,8 @@ def _open_video(value: str, fps: float, where: str, field: str, root: Path) -> V
     if "://" in name or name.startswith("data:"):
         raise RowError(where, field, f"{name[:80]!r} is a URL", "download the video and give its path")
     # Compared with its root now: the header says how many frames there are.
-    path = resolve_in_root(ImagePart(path=root / name, root=root, where=where, field=field), root / name)
+    part = ImagePart(path=root / name, root=root, where=where, field=field)
+    path = resolve_in_root(part, root / name, "video")
     try:
         frames, rate = sample_frames(path, fps)
     except VideoFileError as error:

@@ -52,7 +52,7 @@ def open_source(config: SourceConfig) -> RowSource:
     if is_url(config.path):
         files = [local_copy(url) for url in shards]
         return TableRows([_open_file(file) for file in files], config.format, _image_root(config), config.name)
-    if path is None and len(shards) > 1:
+    if path is None and shards != [config.path]:
         tables = [_open_file(Path(shard).expanduser()) for shard in shards]
         path = Path(shards[0]).expanduser()
     elif path is None:

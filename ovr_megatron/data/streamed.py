@@ -47,14 +47,26 @@ class StreamedState(TypedDict):
     taken: int
 
 
+def _is_blank_line(item: Any) -> bool:
+    return not item["text"].strip()
+
+
+def _never_blank(item: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class _Shard:
-    """A part of a source that is read in order; ``decode`` turns item and number of an item into place and object."""
+    """A part of a source that is read in order; ``decode`` turns item and number of an item into place and object.
+
+    Blank items, of white space in a JSONL file, are counted and left out.
+    """
 
     name: str
     label: str
     open: Callable[[], datasets.IterableDataset]
     decode: Callable[[Any, int], tuple[str, Callable[[], Any]]]
+    is_blank: Callable[[Any], bool] = _never_blank
 
 
 class StreamedRows:
@@ -183,7 +195,7 @@ class StreamedRows:
                     f"{shard.name} broke off after {self._row} rows ({error}); correct the file or the connection, "
                     "then the same command goes on from the last checkpoint"
                 ) from error
-            if item != {"text": ""}:  # a blank line of a JSONL file
+            if not shard.is_blank(item):
                 block.append((shard, *shard.decode(item, self._row)))
             self._row += 1
         # Seeded by where the block begins, so that a resumed run shuffles this block alone.
@@ -210,7 +222,7 @@ def _open_shards(path: str) -> tuple[list[_Shard], Path]:
         for url in ranges:
             file_system(url)  # a missing package is an error now
         return [_file_shard(url) for url in ranges], Path.cwd()
-    if local is None and len(ranges) == 1:
+    if local is None and ranges == [path]:
         return _hub_shards(path), Path.cwd()
     if local is None:
         files = [Path(shard).expanduser() for shard in ranges]
@@ -245,7 +257,7 @@ def _file_shard(name: str) -> _Shard:
         raise RowError(name, "", "there is no such file", "correct data.sources[].path")
     if suffix == ".jsonl":
         load = partial(_load_file, "text", data_files=[pattern], encoding="utf-8-sig")
-        return _Shard(name, label_of(path), load, partial(_decode_line, name))
+        return _Shard(name, label_of(path), load, partial(_decode_line, name), _is_blank_line)
     if suffix == ".parquet":
         load = partial(_load_file, "parquet", data_files=[pattern])
         return _Shard(name, label_of(path), load, partial(_decode_object, name))

@@ -31,7 +31,7 @@ _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 _MEDIA_FIELDS = (*IMAGE_COLUMNS, *VIDEO_COLUMNS)
 _MEMBER = {"name": datasets.Value("string"), "offset": datasets.Value("int64"), "size": datasets.Value("int64")}
 _COLUMNS = datasets.Features(key=datasets.Value("string"), members=datasets.List(_MEMBER))
-_VERSION = 1  # of the index: a change of its form makes old ones unused
+_VERSION = 2  # of the index: a change of its form makes old ones unused
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,17 @@ class Member:
 
 
 def expand_shards(path: str) -> list[str]:
-    """Return the paths that ``shard-{000000..000123}.tar`` stands for; a path without a range as it is."""
+    """Return the paths that ``shard-{000000..000123}.tar`` stands for; a path without a range as it is.
+
+    Raises:
+        RowError: a range ends before it begins.
+    """
     match = _RANGE.search(path)
     if match is None:
         return [path]
     first, last = match.groups()
+    if int(last) < int(first):
+        raise RowError(path, "", "has a range that ends before it begins", "write the smaller number first")
     paths = []
     for number in range(int(first), int(last) + 1):
         shard = path[: match.start()] + str(number).zfill(len(first)) + path[match.end() :]
@@ -159,6 +165,10 @@ def _regular_members(file: IO[bytes], path: str) -> Iterator[Member]:
                 # Hidden files are notes of the system that wrote the shard.
                 if stem:
                     yield Member(key, info.name, suffix.lower(), info.offset_data, info.size)
+            # The library takes a header that is damaged or missing for the end: rows would be lost without a word.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end of the archive at byte {tar.offset:,}")
     except (tarfile.TarError, EOFError) as error:
         remedy = "write the shard anew, as a tar file that is not compressed"
         raise RowError(path, "", f"is no intact tar file ({error})", remedy) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 MOST_FRAMES = 10_000  # of a row: a header may claim any number
+MOST_PIXELS = 100_000_000  # of a frame: the first is decoded before data.max_image_pixels is known
 # What such files begin with, by offset. FFmpeg goes by content and would take a playlist, which names other files and
 # addresses, whatever the file is called.
 _BEGINNINGS = (
     (4, (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")),
-    (0, (b"\x1a\x45\xdf\xa3", b"RIFF", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3")),
+    (0, (b"\x1a\x45\xdf\xa3", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3")),
+    (8, (b"AVI ",)),
 )
 
 
@@ -85,11 +88,14 @@ def _read_header(path: Path, modified_ns: int) -> _Header:
     if not any(beginning[offset:].startswith(marks) for offset, marks in _BEGINNINGS):
         raise VideoFileError("is no video file")
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    claimed = capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT)
+    if claimed > MOST_PIXELS:
+        raise VideoFileError(f"has frames of {claimed:,.0f} pixels, more than {MOST_PIXELS:,}")
     read, first = capture.read()
     frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     fps = float(capture.get(cv2.CAP_PROP_FPS))
     capture.release()
-    if not read or frames < 1 or not fps > 0:
+    if not read or frames < 1 or not 0 < fps < math.inf:
         raise VideoFileError("cannot be decoded")
     height, width = first.shape[:2]
     return _Header(frames, fps, width, height)

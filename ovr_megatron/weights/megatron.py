@@ -99,6 +99,15 @@ def open_megatron(path: Path) -> MegatronTensors:
             f"that has {TRACKER}"
         )
         raise WeightError(describe_folder(path, "megatron") or problem)
+    tracker = path / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(errors="replace").strip()[:20]
+        newest = f"iter_{int(text):07d}" if text.isdecimal() else text
+        if iteration.name != newest:
+            raise WeightError(
+                f"{tracker} names {newest!r}, which is not there or not whole; copy it again, or give the folder of "
+                "another iteration"
+            )
     if any(RANK_FOLDER.match(folder.name) for folder in iteration.iterdir()):
         return RankFiles(iteration)
     return TorchDistFolder(iteration)

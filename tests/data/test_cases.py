@@ -84,9 +84,9 @@ def test_paths_of_pictures_are_bounded_by_the_root() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lost-columns/messages_videos.jsonl", r"messages_videos.jsonl:1: videos\[0\]: is str 'a.mp4'; .*into frames"),
-        ("lost-columns/llava_video_mark.json", r"mark.json\[0\]: video\[0\]: is str 'a.mp4'; .*into frames"),
-        ("lost-columns/llava_video_image_mark.json", r"mark.json\[0\]: video\[0\]: is str 'a.mp4'; .*into frames"),
+        ("lost-columns/messages_videos.jsonl", r"messages_videos.jsonl:1: videos\[0\]: video '.*a.mp4' does not exist"),
+        ("lost-columns/llava_video_mark.json", r"mark.json\[0\]: video\[0\]: video '.*a.mp4' does not exist"),
+        ("lost-columns/llava_video_image_mark.json", r"mark.json\[0\]: video\[0\]: video '.*a.mp4' does not exist"),
         ("lost-columns/messages_audios.jsonl", r"messages_audios.jsonl:1: audios: holds .*'a.wav'"),
         ("lost-columns/problem_image_path.jsonl", r"problem_image_path.jsonl:1: image_path: holds .*column 'images'"),
         ("traces/s1k.jsonl", r"s1k.jsonl:1: row: has only the fields answer, attempt, question, thinking_traj"),

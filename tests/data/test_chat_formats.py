@@ -278,7 +278,7 @@ SFT = [{"role": "user", "content": "Hi"}, REPLY]
             "another system message",
         ),
         ({"messages": SFT[:1], "solution": "So \\boxed{3}"}, "solution", "derivation"),
-        ({"messages": SFT[:1], "answer": "1", "video": "a.mp4"}, "video[0]", "'a.mp4'"),
+        ({"messages": SFT[:1], "answer": "1", "video": "a.mp4"}, "video[0]", "a.mp4' does not exist"),
     ],
 )
 def test_nothing_that_belongs_to_a_chat_is_left_out_without_a_word(raw: Any, field: str, problem: str) -> None:

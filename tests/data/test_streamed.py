@@ -11,7 +11,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
+from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, SourceConfig, build
 from ovr_megatron.data.images import load_media
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows
@@ -151,3 +151,16 @@ def test_rules_need_the_name_of_a_stream(lines: Path) -> None:
     assert open_stream(DataConfig(sources=[named]), 1).absent_sources(["mine", "other"]) == ["other"]
     unnamed = SourceConfig(path=str(lines), streaming=True)
     assert open_stream(DataConfig(sources=[unnamed]), 1).absent_sources(["unknown"]) == []
+
+
+def test_settings_that_need_numbered_rows_are_refused_before_the_run() -> None:
+    streamed, read = {"path": "a.jsonl", "streaming": True}, {"path": "b.jsonl"}
+    values = {"run": {"dir": "r"}, "model": {"path": "m"}, "data": {"sources": [streamed], "pack_tokens": 512}}
+    cases = {
+        "steps=0 with the streamed source": {"steps": 0},
+        "no rows can be held out of the streamed source": {"validation": {"share": 0.1}},
+        "validation rows are read by number": {"data": {"sources": [read]}, "validation": {"sources": [streamed]}},
+    }
+    for message, more in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            build(ColdStartConfig, values | more)

@@ -153,6 +153,14 @@ def test_shards_that_are_no_plain_tar_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(RowError, match=r"a.tar: is no intact tar file"):
         opened(path)
+    whole = write(path, *((f"{number}.json", ask("?")) for number in range(5))).read_bytes()
+    headers = [start for start in range(0, len(whole), 512) if whole[start + 257 : start + 262] == b"ustar"]
+    assert len(headers) == 5
+    damaged = whole[: headers[2] + 148] + b"x" + whole[headers[2] + 149 :]  # its checksum
+    for content in (whole[: headers[3]], whole[: headers[3] + 100], damaged):
+        path.write_bytes(content)
+        with pytest.raises(RowError, match=r"a.tar: is no intact tar file \(no end of the archive at byte"):
+            opened(path)
     with tarfile.open(path, "w") as tar:
         link = tarfile.TarInfo("0.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -162,6 +170,9 @@ def test_shards_that_are_no_plain_tar_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"a-1.tar: there is no such file"):
         write(tmp_path / "a-0.tar", ("0.json", ask("?")))
         opened(tmp_path / "a-{0..1}.tar")
+    assert len(opened(tmp_path / "a-{0..0}.tar")) == 1
+    with pytest.raises(RowError, match="has a range that ends before it begins"):
+        opened(tmp_path / "a-{1..0}.tar")
 
 
 def test_a_stream_of_shards_has_the_rows_of_the_index(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_what_is_no_video_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.avi").write_bytes((folder / "clip.avi").read_bytes())
     (folder / "link.avi").symlink_to(tmp_path / "secret.avi")
     (folder / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{folder / 'clip.avi'}\n")
+    (folder / "riff.avi").write_bytes(b"RIFF\nc=IN IP4 0.0.0.0\n")
     (folder / "cut.avi").write_bytes((folder / "clip.avi").read_bytes()[:300])
     cases = {
         "link.avi": "lies outside the image root",
@@ -107,6 +108,7 @@ def test_what_is_no_video_is_refused(folder: Path, tmp_path: Path) -> None:
         "absent.avi": "does not exist",
         "list.mp4": "is no video file",
         "cut.avi": "cannot be decoded",
+        "riff.avi": "is no video file",
         "https://a.b/c.mp4": "is a URL; download the video",
         "frame.png": r"give the path of a video file \(.mp4",
     }
