@@ -221,9 +221,7 @@ class EpochStream:
             is_of_source = samples.sources == source
             self._groups.append(np.flatnonzero(trained & is_of_source))
         if not trained.any():
-            raise ConfigError(
-                f"{samples.title}: all samples within the limits are held out; lower validation.share or .rows"
-            )
+            raise ConfigError(f"{samples.title}: all usable samples are held out; lower validation.share or .rows")
         self._pack = 0  # of the epoch, the next to be taken
         empty_plan = EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64))
         self._plan = (-1, empty_plan)  # the last planned epoch

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -217,6 +218,7 @@ class Rollouts:
         began = time.perf_counter()
         responses: dict[tuple[int, int], Response] = {}
         queue = self._open_queue(indices, name)
+        take = partial(self._take_prompts, queue, rollout, iteration)
         counters = RolloutCounters(f"counters/{name}")
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
@@ -233,26 +235,20 @@ class Rollouts:
             counters.add(len(generations), token_count)
 
         def take_verdicts(wait: bool) -> None:
-            verdicts = self.grader.collect(wait)
-            graded.update(self._write_verdicts(responses, rows, verdicts, counters))
+            graded.update(self._write_verdicts(responses, rows, self.grader.collect(wait), counters))
 
-        total = needed * config.responses
-        with Progress(total, f"generating {iteration}", "response", self.world.is_main, inner=True) as bar:
+        title = f"generating {iteration}"
+        with Progress(needed * config.responses, title, "response", self.world.is_main, inner=True) as bar:
 
             def between_steps() -> bool:
                 if self.leads:
                     take_verdicts(False)
                 if self.world.is_main:
                     counters.show(bar)
-                if barrier.engine_step(self.engine.agree):
-                    return True
-                return cut is not None and cut.engine_step(self.engine.agree)
+                stops = barrier.engine_step(self.engine.agree)
+                return stops or (cut is not None and cut.engine_step(self.engine.agree))
 
-            failed = self.engine.answer(
-                lambda outstanding: self._engine_prompts(queue(outstanding), rollout, iteration),
-                on_result,
-                between_steps,
-            )
+            failed = self.engine.answer(take, on_result, between_steps)
             generate_s = time.perf_counter() - began
             if cut:
                 cut.wait(barrier, lambda: take_verdicts(False), self.leads)
@@ -265,12 +261,15 @@ class Rollouts:
         responses |= _failed_responses(failed_prompts, config.responses)
         if cut:
             rollout.postponed = cut.postponed(indices, [prompt for prompt, _ in failed_prompts], self.leads)
-        postponed = set(rollout.postponed)
-        self._watch_failures(graded, postponed)
-        total_s = time.perf_counter() - began
-        self._record_idle_time(rollout, RankTimes(generate_s, total_s, len(failed_prompts)))
+        self._watch_failures(graded, rollout.postponed)
+        self._record_idle_time(rollout, RankTimes(generate_s, time.perf_counter() - began, len(failed_prompts)))
+        return self._in_round(responses, rollout.postponed)
+
+    def _in_round(self, responses: Mapping[tuple[int, int], Response], postponed: Sequence[int]) -> list[Response]:
+        """Return the responses to prompts that are not postponed."""
+        left_out = set(postponed)
         # By prompt and sample, so that the order does not depend on which response ended first.
-        return [responses[key] for key in sorted(responses) if key[0] not in postponed]
+        return [responses[key] for key in sorted(responses) if key[0] not in left_out]
 
     def _finish_grading(self, barrier: WorkBarrier, take_verdicts: Callable[[bool], None]) -> None:
         """Wait for the verdicts on this engine's responses, or until a stop is asked for."""
@@ -278,6 +277,12 @@ class Rollouts:
         while self.leads and self.grader.pending and not barrier.stop_asked():
             take_verdicts(True)
             barrier.step()
+
+    def _take_prompts(
+        self, queue: Callable[[int], list[int]], rollout: Rollout, iteration: int, outstanding: int
+    ) -> list[tuple[int, Prompt]]:
+        """Return the engine's next prompts, where it still works on ``outstanding`` responses."""
+        return self._engine_prompts(queue(outstanding), rollout, iteration)
 
     def _engine_prompts(self, indices: Sequence[int], rollout: Rollout, iteration: int) -> list[tuple[int, Prompt]]:
         """Return each of the prompts ``indices`` as the engine takes it, with seeds and length limit."""
@@ -381,10 +386,11 @@ class Rollouts:
         """Return the rule by which responses to rows of ``source`` are graded."""
         return self.config.reward.rules.get(source, "auto")
 
-    def _watch_failures(self, graded: Mapping[tuple[int, int], tuple[str, Verdict]], postponed: set[int]) -> None:
+    def _watch_failures(self, graded: Mapping[tuple[int, int], tuple[str, Verdict]], postponed: Sequence[int]) -> None:
         """Count what failed on all ranks, so that all stop where one source has hardly any verdict.  A collective."""
         # Without postponed prompts: how many of these are graded depends on the clock.
-        verdicts = [verdict for (prompt, _), verdict in graded.items() if prompt not in postponed]
+        left_out = set(postponed)
+        verdicts = [verdict for (prompt, _), verdict in graded.items() if prompt not in left_out]
         local_counts = count_verdicts(verdicts)
         self.failures.add(gather_objects(local_counts))
 
