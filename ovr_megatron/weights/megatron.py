@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.families import ModelShape
-from ovr_megatron.runtime.folder_kinds import TRACKER, describe_folder, newest_iteration
+from ovr_megatron.runtime.folder_kinds import TRACKER, describe_folder, newest_iteration, tracked_iteration
 from ovr_megatron.weights import table
 from ovr_megatron.weights.diagnosis import HEAD
 from ovr_megatron.weights.folder import WeightError, WeightFolder, some
@@ -99,15 +99,12 @@ def open_megatron(path: Path) -> MegatronTensors:
             f"that has {TRACKER}"
         )
         raise WeightError(describe_folder(path, "megatron") or problem)
-    tracker = path / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text(errors="replace").strip()[:20]
-        newest = f"iter_{int(text):07d}" if text.isdecimal() else text
-        if iteration.name != newest:
-            raise WeightError(
-                f"{tracker} names {newest!r}, which is not there or not whole; copy it again, or give the folder of "
-                "another iteration"
-            )
+    tracked = tracked_iteration(path)
+    if tracked not in (None, iteration.name):
+        raise WeightError(
+            f"{path / TRACKER} names {tracked!r}, which is not there or not whole; copy it again, or give the folder "
+            "of another iteration"
+        )
     if any(RANK_FOLDER.match(folder.name) for folder in iteration.iterdir()):
         return RankFiles(iteration)
     return TorchDistFolder(iteration)

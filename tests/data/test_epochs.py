@@ -47,6 +47,18 @@ def stream(tokenised, packs_per_step=3, dp_rank=0, dp_size=1, seed=7, config=CON
     return EpochStream(tokenised, config, packs_per_step, seed, dp_rank, dp_size, **more)
 
 
+def test_held_out_samples_are_part_of_the_position(tokenised):
+    """As many in all, but of other sources, are other samples; and some have to be left to train on."""
+    first, last = np.zeros(len(tokenised), bool), np.zeros(len(tokenised), bool)
+    first[:5], last[-5:] = True, True
+    state = stream(tokenised, held_out=first).state()
+    stream(tokenised, held_out=first).load(state)
+    with pytest.raises(ConfigError, match="was written with held_out"):
+        stream(tokenised, held_out=last).load(state)
+    with pytest.raises(ConfigError, match="all usable samples are held out"):
+        stream(tokenised, held_out=np.ones(len(tokenised), bool))
+
+
 def documents(step):
     """The samples of each pack of a step, by number."""
     return [tuple(p.tokens[p.cu_seqlens[:-1].long()].tolist()) for p in step]

@@ -131,6 +131,9 @@ def test_bad_rows_are_listed_and_a_broken_stream_ends(lines: Path, table: Path, 
     table.write_bytes(table.read_bytes()[:-20])
     with pytest.raises(StreamError, match=r"c.parquet broke off after 0 rows .*the same command goes on"):
         next(StreamedRows(SourceConfig(path=str(table), streaming=True), "1"))
+    (tmp_path / "blank.jsonl").write_text("\n  \n" + (lines / "a.jsonl").read_text().splitlines()[0] + "\n\t\n")
+    blank = StreamedRows(SourceConfig(path=str(tmp_path / "blank.jsonl"), streaming=True), "1")
+    assert {row.where for row in islice(blank, 2)} == {f"{tmp_path}/blank.jsonl:3"}
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(StreamError, match=r"none.jsonl has no rows"):
         next(StreamedRows(SourceConfig(path=str(tmp_path / "none.jsonl"), streaming=True), "1"))

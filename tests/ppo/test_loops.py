@@ -205,5 +205,9 @@ def test_postponed_prompts_outlive_a_restart(runs: Path, name: str) -> None:
     for model in ("policy", "critic"):
         one, two = weights(runs / "tail", model), weights(runs / name, model)
         assert [key for key in one if not np.array_equal(one[key], two[key])] == []
+    # Both write the queue as the run did: an archive of an archive draws the same prompts.
+    for path in (runs / name / "rollouts").glob("*/iteration.json"):
+        ours, theirs = (json.loads((runs / run / path.relative_to(runs / name)).read_text()) for run in (name, "tail"))
+        assert ours == theirs
     if name == "tail_resumed":
         assert curve(runs / name) == curve(runs / "tail")[1:]

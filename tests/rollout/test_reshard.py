@@ -1,6 +1,7 @@
 """Weights of every layout into engines of one and two ranks: the same bits as an engine built from the folder."""
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 RANKS = 4
 
 
+@pytest.fixture
+def remains() -> Iterator[None]:
+    """Leave what a killed job leaves: the shared memory that vLLM names after the ranks alone."""
+    paths = [Path(f"/dev/shm/-tp:0-[{ranks}]-cpushm_{rank}") for ranks in ("0-1", "2-3") for rank in (0, 1)]
+    for path in paths:
+        path.touch()
+    yield
+    for path in paths:
+        path.unlink()
+
+
+@pytest.mark.usefixtures("remains")
 @pytest.mark.parametrize("tp", [1, 2])
 def test_an_updated_engine_is_a_fresh_one(tp, make_reference, processor, samples, ask, tmp_path):
     models = {tied: (make_reference(tied, 5), make_reference(tied, 6)) for tied in (True, False)}

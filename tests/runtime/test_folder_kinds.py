@@ -12,7 +12,7 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape
 from ovr_megatron.replay import load
 from ovr_megatron.runtime.folder_kinds import KINDS, describe_folder, kind_of, newest_iteration
-from ovr_megatron.weights.folder import WeightFolder
+from ovr_megatron.weights.folder import WeightError, WeightFolder
 from ovr_megatron.weights.megatron import open_megatron
 
 # Files by kind, as the programs name them; the folder's name is the kind's.
@@ -169,10 +169,19 @@ def test_the_newest_iteration_is_the_one_that_the_tracker_names(tmp_path: Path) 
         (tmp_path / name / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
         (tmp_path / name / "common.pt").write_bytes(b"")
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
-    for text, name in (("10", "iter_0000010"), ("200\n", "iter_0000200"), ("release", "release"), ("7", "release")):
+    for text, name in (
+        ("10", "iter_0000010"),
+        ("200\n", "iter_0000200"),
+        ("release", "release"),
+        ("7", "iter_0000200"),
+    ):
         tracker.write_text(text)
         assert newest_iteration(tmp_path) == tmp_path / name
     assert newest_iteration(tmp_path / "release") == tmp_path / "release"
     # A name in the tracker leads to no folder elsewhere.
     tracker.write_text("../../etc")
-    assert newest_iteration(tmp_path) == tmp_path / "release"
+    assert newest_iteration(tmp_path) == tmp_path / "iter_0000200"
+    # To convert other weights than the tracker's would be a silent mistake.
+    tracker.write_text("7")
+    with pytest.raises(WeightError, match=r"iterations.txt names 'iter_0000007', which is not there or not whole"):
+        open_megatron(tmp_path)
