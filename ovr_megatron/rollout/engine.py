@@ -7,7 +7,6 @@ which holds one copy of the model, needs the same prompts on all of its ranks an
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 from vllm import LLM
 from vllm.device_allocator.alloc_conf import EXPANDABLE_SEGMENTS, alloc_conf_from_env, conf_flag_enabled
-from vllm.distributed.device_communicators import cpu_communicator
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
@@ -40,6 +38,7 @@ from ovr_megatron.rollout.sampling import (
     prompt_logprobs,
     sampling_params,
 )
+from ovr_megatron.rollout.shared_memory import private_segments
 from ovr_megatron.runtime import watchdog
 from ovr_megatron.runtime.distributed import keep_generators, share_timeout
 from ovr_megatron.runtime.stop import StopRequested
@@ -85,25 +84,6 @@ def undisturbed() -> Iterator[None]:
         os.sched_setaffinity(0, affinity)
         if cuda_generator is not None:
             torch.cuda.set_rng_state(cuda_generator)
-
-
-def name_shared_memory(group: dist.ProcessGroup | None) -> None:
-    """Have vLLM give the shared memory of a tensor-parallel group on a CPU a name of its own.  A collective of it.
-
-    vLLM takes the port of the launch for it, which an external launcher does not tell, so that the name is the same
-    for all jobs of a machine: two could not start, nor one after a job that was killed and left its segments.
-    """
-    if group is None:
-        return
-    names = [uuid.uuid4().hex if group.rank() == 0 else ""]
-    dist.broadcast_object_list(names, group=group, group_src=0)
-    shared_memory = cpu_communicator._CPUSHMDistributed
-
-    def name_group(communicator: cpu_communicator.CpuCommunicator) -> str:
-        ranks = "-".join(map(str, communicator.ranks))
-        return f"ovr-{names[0]}-{communicator.unique_name}-{ranks}"
-
-    shared_memory.make_group_name = staticmethod(name_group)
 
 
 class RolloutEngine:
@@ -161,10 +141,9 @@ class RolloutEngine:
             # Without a stream set in Python, vLLM's NCCL communicator makes one of its own current for good, and the
             # trainer's gradients would be accumulated on another stream than they are computed on.
             torch.cuda.set_stream(torch.cuda.current_stream())
-        else:
-            name_shared_memory(self._group)
         with undisturbed():
-            self._llm = LLM(model=str(complete_folder(Path(model_dir))), seed=seed, **settings)
+            with private_segments(None if torch.cuda.is_available() else self._group):
+                self._llm = LLM(model=str(complete_folder(Path(model_dir))), seed=seed, **settings)
             _started.append(self._llm)
             (model,) = self._llm.apply_model(lambda model: model)
             model.follow(self.banned, processor.after_video, processor.shape)

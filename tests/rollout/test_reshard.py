@@ -1,6 +1,7 @@
 """Weights of every layout into engines of one and two ranks: the same bits as an engine built from the folder."""
 
 import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,13 +17,19 @@ RANKS = 4
 
 @pytest.fixture
 def remains() -> Iterator[None]:
-    """Leave what a killed job leaves: the shared memory that vLLM names after the ranks alone."""
+    """Leave what a killed job leaves, the shared memory that vLLM names after the ranks alone; see that none is new."""
+    shared = Path("/dev/shm")
+    before = set(shared.glob("ovr-*"))
     paths = [Path(f"/dev/shm/-tp:0-[{ranks}]-cpushm_{rank}") for ranks in ("0-1", "2-3") for rank in (0, 1)]
     for path in paths:
         path.touch()
     yield
     for path in paths:
         path.unlink()
+    deadline = time.monotonic() + 10  # an engine of another test may be starting
+    while added := set(shared.glob("ovr-*")) - before:
+        assert time.monotonic() < deadline, added
+        time.sleep(0.1)
 
 
 @pytest.mark.usefixtures("remains")

@@ -183,5 +183,5 @@ def test_the_newest_iteration_is_the_one_that_the_tracker_names(tmp_path: Path) 
     assert newest_iteration(tmp_path) == tmp_path / "iter_0000200"
     # To convert other weights than the tracker's would be a silent mistake.
     tracker.write_text("7")
-    with pytest.raises(WeightError, match=r"iterations.txt names 'iter_0000007', which is not there or not whole"):
+    with pytest.raises(WeightError, match=r"iteration.txt names 'iter_0000007', which is not there or not whole"):
         open_megatron(tmp_path)
