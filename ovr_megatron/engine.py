@@ -28,6 +28,7 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.adapters import is_adapter
 from ovr_megatron.model.adapters import adapters_disabled
+from ovr_megatron.model.attention import PackedDotProductAttention
 from ovr_megatron.model.heads import init_value_head
 from ovr_megatron.model.layers import choose_layer_classes
 from ovr_megatron.model.layout import alignment, check_layout
@@ -126,6 +127,7 @@ class Engine:
             self.config = language_config(shape, parallel, model)
             layers = "transformer_engine" if model.fp8 != "none" else model.layers
             classes = choose_layer_classes(layers, DTYPES[model.dtype])
+            self.has_own_layers = classes.core_attention is PackedDotProductAttention
             model_class = family_of(shape).load_model_class()
             self.parts: list[VisionLanguageModel] = []
             for index in range(parallel.vpp):

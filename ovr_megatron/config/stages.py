@@ -100,6 +100,9 @@ class RLConfig:
     """Responses to each prompt."""
     offload: bool = False
     """Offload weights, gradients and optimizer state that a phase does not need to host memory."""
+    share_prompts: bool = False
+    """Compute a prompt with its images once for all of its responses in a pack; algorithm.reduction=pack then weighs
+    other packs."""
     only: Literal["all", "rollout", "train", "rehearsal"] = "all"
     """Half of the system: generate and grade with the weights of model.path (rollout), or learn from the rollouts of
     another run (train); rehearsal tries each stage of the curriculum once."""

@@ -5,8 +5,9 @@ torch, which a pack's tensors need, is imported where one is made: the module it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,6 +46,8 @@ class Pack:
         extras: More arrays [T] in line with ``labels``: what belongs to a target stands where it is predicted.
         cu_seqlens_padded: int32[D + 1], where the documents' rows begin, alignment tails included.
         origins: The row of each document; empty where no record needs it.
+        prefix_of: int64[D], for each document the index of the one before whose end its own first row follows, a prompt
+            that several documents share, or -1 for none; None: no document has one.
     """
 
     tokens: Tensor
@@ -57,6 +60,7 @@ class Pack:
     extras: dict[str, Tensor] = field(default_factory=dict)
     cu_seqlens_padded: Tensor | None = None
     origins: tuple[Origin, ...] = ()
+    prefix_of: Tensor | None = None
 
     @property
     def bounds(self) -> Tensor:
@@ -115,12 +119,14 @@ class Pack:
             extras={name: pad(values) for name, values in self.extras.items()},
             cu_seqlens_padded=torch.from_numpy(bounds.astype(np.int32)),
             origins=self.origins,
+            prefix_of=self.prefix_of,
         )
 
 
 def pack(
     samples: Sequence[Sample],
     extras: Sequence[Mapping[str, np.ndarray]] | None = None,
+    prompts: Sequence[int] | None = None,
 ) -> Pack:
     """Put ``samples`` one after the other.
 
@@ -128,6 +134,8 @@ def pack(
         samples: At least one.
         extras: For each sample, arrays with one number per target in order, or one per token in line with
             the labels.  All samples have the same names.
+        prompts: A number of each sample's prompt; a prompt of several samples becomes a document of its own before
+            them, without labels, see `share_prompts`.  None: every sample is one document.
 
     Raises:
         PackError: no sample, or an extra of another length.
@@ -136,6 +144,10 @@ def pack(
 
     if not samples:
         raise PackError("a pack needs at least one sample")
+    prefix_of = None
+    if prompts is not None:
+        samples, extras, prefixes = share_prompts(samples, extras, prompts)
+        prefix_of = torch.tensor(prefixes)
     lengths = [len(sample) for sample in samples]
     starts = np.cumsum([0, *lengths])
     labels = [_labels(sample) for sample in samples]
@@ -165,7 +177,67 @@ def pack(
     for sample in samples:
         row = sample.row
         origins.append(Origin(row.where, row.id, row.source))
-    return Pack(**tensors, origins=tuple(origins), extras=extra_tensors)
+    return Pack(**tensors, origins=tuple(origins), extras=extra_tensors, prefix_of=prefix_of)
+
+
+def share_prompts(
+    samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] | None, prompts: Sequence[int]
+) -> tuple[list[Sample], list[Mapping[str, np.ndarray]] | None, list[int]]:
+    """Cut samples of one prompt into the prompt, once, and what follows it; return the documents.
+
+    The last token of the prompt stays with every sample: its row predicts the first target, which is another one in
+    each.  Images and videos lie in the prompt, and so are encoded once.
+
+    Args:
+        samples: As of `pack`; those of one prompt begin with the same tokens, and have targets behind them alone.
+        extras: As of `pack`; documents without targets get empty arrays.
+        prompts: A number of each sample's prompt.
+
+    Returns:
+        Documents, prompts first and samples in their order; their extras; and `Pack.prefix_of` of each.
+    """
+    counts = Counter(prompts)
+    shared = {}  # the document of each prompt that has several samples
+    documents = []
+    for sample, prompt in zip(samples, prompts, strict=True):
+        if counts[prompt] > 1 and prompt not in shared and _prefix_rows(sample) > 0:
+            shared[prompt] = len(documents)
+            documents.append(_cut_rows(sample, 0, _prefix_rows(sample)))
+    prefix_of = [-1] * len(documents)
+    for sample, prompt in zip(samples, prompts, strict=True):
+        document = shared.get(prompt, -1)
+        prefix_of.append(document)
+        documents.append(sample if document < 0 else _cut_rows(sample, _prefix_rows(sample), len(sample)))
+    if extras is None:
+        return documents, None, prefix_of
+    empty = {name: values[:0] for name, values in extras[0].items()}
+    return documents, [empty] * len(shared) + list(extras), prefix_of
+
+
+def _prefix_rows(sample: Sample) -> int:
+    """Return the number of rows before the one that predicts the first target."""
+    first_target = int(sample.loss_mask.argmax())
+    return first_target - 1
+
+
+def _cut_rows(sample: Sample, start: int, stop: int) -> Sample:
+    """Return rows ``start`` to ``stop`` of a sample, with its images if these are the first."""
+    rows = {
+        "tokens": sample.tokens[start:stop],
+        "loss_mask": sample.loss_mask[start:stop],
+        "position_ids": sample.position_ids[:, start:stop],
+    }
+    if start == 0:
+        return replace(sample, **rows)
+    return replace(
+        sample,
+        **rows,
+        patches=sample.patches[:0],
+        grid_thw=sample.grid_thw[:0],
+        placement=sample.placement[:0],
+        images=[],
+        videos=[],
+    )
 
 
 def blank_pack(extras: Iterable[str] = (), rows: int = 1) -> Pack:

@@ -153,7 +153,8 @@ class PackedDotProductAttention(MegatronModule):
             key_TGH, value_TGH = gathered.chunk(2, dim=1)
         queries_per_key = query_TNH.size(1) // key_TGH.size(1)
         # torch's kernels for a GPU and for prefix attention want equal heads.
-        needs_equal_heads = query_TNH.is_cuda or self.cp_group is not None
+        has_prefixes = bool(packed_seq_params.prefixes)
+        needs_equal_heads = query_TNH.is_cuda or self.cp_group is not None or has_prefixes
         if queries_per_key > 1 and needs_equal_heads:
             key_TGH = key_TGH.repeat_interleave(queries_per_key, dim=1)
             value_TGH = value_TGH.repeat_interleave(queries_per_key, dim=1)

@@ -48,6 +48,7 @@ def training_flops(
     vision_trains: bool = False,
     merger_trains: bool = False,
     vision_adapters: bool = False,
+    prefixes: Sequence[int] | None = None,
 ) -> float:
     """Return the FLOP of one forward and backward pass.
 
@@ -59,6 +60,7 @@ def training_flops(
         vision_trains: whether those of the vision tower are; a tower that does not train has no backward pass.
         merger_trains: whether those of the merger are.
         vision_adapters: whether the tower has adapters, so that gradients pass through it.
+        prefixes: for each document the tokens of another that it attends to before its own; None: no tokens.
     """
     family = family_of(shape)
     matrix_passes, tower_passes, merger_passes = training_passes(
@@ -67,7 +69,9 @@ def training_flops(
     weights = family.language_weights(shape, False)
     flops = 2.0 * matrix_passes * weights * sum(lengths)
     # Attention has no weights: its backward pass is twice the forward one, whatever trains.
-    squares = sum(length**2 for length in lengths)
+    squares = 0
+    for length, prefix in zip(lengths, prefixes or [0] * len(lengths), strict=True):
+        squares += (prefix + length) ** 2 - prefix**2
     flops += 3.0 * attention_forward(shape, squares)
     images: float = 0
     for frames, height, width in grids:

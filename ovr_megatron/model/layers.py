@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from ovr_megatron.config import ConfigError, ModelConfig
 from ovr_megatron.model import kernels
 from ovr_megatron.model.attention import PackedDotProductAttention, PackedSelfAttention
+from ovr_megatron.model.segments import Segments
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -194,7 +196,7 @@ def choose_layer_classes(layers: str, dtype: torch.dtype) -> LayerClasses:
         )
     if not torch.cuda.is_available():
         raise ConfigError("model.layers=transformer_engine needs a GPU; set model.layers=auto")
-    attention = _without_device_wait(te.TEDotProductAttention)
+    attention = _packed_attention(te.TEDotProductAttention)
     return LayerClasses(te.TENorm, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, attention)
 
 
@@ -230,16 +232,51 @@ def cautions(model: ModelConfig, rollout: bool) -> list[str]:
     return sentences
 
 
-def _without_device_wait(attention: Any) -> Any:
-    """Return Transformer Engine's attention with ``pad_between_seqs`` from `Segments`.
+class BottomRightMask(Enum):
+    """Transformer Engine's name of a causal mask under which a document's last query sees all of its keys.
 
-    Without it the attention would ask the device, and wait for the answer, in every layer.
+    Megatron's `AttnMaskType` has no name for it over packs; its wrapper passes the name on.
+    """
+
+    padding_causal_bottom_right = 1
+
+
+def _packed_attention(attention: Any) -> Any:
+    """Return Transformer Engine's attention with ``pad_between_seqs`` and ``key_rows`` from `Segments`.
+
+    Without the former the attention would ask the device, and wait for the answer, in every layer.
     """
 
     class PackedTEAttention(attention):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.kept_packed_seq_params.add("pad_between_seqs")
+
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any,
+            *,
+            packed_seq_params: Segments,
+            attn_mask_type: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if packed_seq_params.key_rows is not None:
+                # A document's keys are those of the prompt that it shares, and its own.
+                key = key[packed_seq_params.key_rows]
+                value = value[packed_seq_params.key_rows]
+                attn_mask_type = BottomRightMask.padding_causal_bottom_right
+            return super().forward(
+                query,
+                key,
+                value,
+                attention_mask,
+                packed_seq_params=packed_seq_params,
+                attn_mask_type=attn_mask_type,
+                **kwargs,
+            )
 
     return PackedTEAttention
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -55,12 +56,18 @@ class Segments(PackedSeqParams):
     Attributes:
         pad_between_seqs: whether documents end before their rows do; unset, Transformer Engine would ask the device.
         starts: [D + 1], the ``bounds`` of `build`.
+        prefixes: for each document the first row and the number of rows of the shared prompt before it; empty where no
+            document has one.
+        key_rows: int64, for Transformer Engine the rows of the keys of all documents, one after the other, as
+            ``cu_seqlens_kv`` cuts them; None: the rows of the pack.
         exact: as for `build`.
         share: size of the context-parallel group and this rank in it.
     """
 
     pad_between_seqs: bool = False
     starts: Sequence[int] = ()
+    prefixes: Sequence[tuple[int, int]] = ()
+    key_rows: Tensor | None = None
     exact: bool = False
     share: tuple[int, int] = (1, 0)
 
@@ -72,6 +79,7 @@ class Segments(PackedSeqParams):
         device: torch.device,
         cp_group: dist.ProcessGroup | None = None,
         lengths: Tensor | None = None,
+        prefix_of: Tensor | None = None,
     ) -> Segments:
         """Describe the segments of a pack.
 
@@ -90,8 +98,10 @@ class Segments(PackedSeqParams):
             cp_group: context-parallel group; each rank holds the rows of `context.rank_rows`.
             lengths: int32 [D + 1] on the host, cumulated lengths without alignment tails; None without tails.  The
                 mask must be causal.
+            prefix_of: int64 [D] on the host, `Pack.prefix_of`; the mask must be causal.
         """
         assert lengths is None or not exact, "without a causal mask, tokens would see the tails"
+        assert prefix_of is None or not exact, "without a causal mask, a prompt would have to see its documents"
         starts = bounds.tolist()
         longest = max(_row_counts(starts), default=0)
         share = (1, 0)
@@ -104,7 +114,7 @@ class Segments(PackedSeqParams):
             documents = send(lengths, device)
             padded_rows = rows
         has_tails = padded_rows is not None
-        return cls(
+        segments = cls(
             qkv_format="thd",
             cu_seqlens_q=documents,
             cu_seqlens_kv=documents,
@@ -117,6 +127,35 @@ class Segments(PackedSeqParams):
             exact=exact,
             share=share,
         )
+        if prefix_of is not None and (prefix_of >= 0).any():
+            segments._put_prefixes_first(prefix_of.tolist(), (bounds if lengths is None else lengths).diff().tolist())
+        return segments
+
+    def _put_prefixes_first(self, prefix_of: Sequence[int], lengths: Sequence[int]) -> None:
+        """Give each document the keys of the shared prompt before its own.
+
+        Args:
+            prefix_of: of each document, `Pack.prefix_of`.
+            lengths: rows of each document without its tail, which no later document may see.
+        """
+        prefixes = []
+        key_rows = []
+        key_counts = []
+        for document, (start, end) in enumerate(pairwise(self.starts)):
+            prefix = prefix_of[document]
+            first, count = (self.starts[prefix], lengths[prefix]) if prefix >= 0 else (start, 0)
+            prefixes.append((first, count))
+            rows = torch.cat((torch.arange(first, first + count), torch.arange(start, end)))
+            key_rows.append(rows)
+            key_counts.append(len(rows))
+        self.prefixes = prefixes
+        if self.share[0] > 1:
+            return  # Transformer Engine's ring attention has no such keys, see `Engine`
+        device = self.cu_seqlens_q.device
+        self.key_rows = send(torch.cat(key_rows), device)
+        key_bounds = np.cumsum([0, *key_counts]).astype(np.int32)
+        self.cu_seqlens_kv = send(torch.from_numpy(key_bounds), device)
+        self.max_seqlen_kv = max(key_counts)
 
     @cached_property
     def grouping(self) -> Grouping:
@@ -124,9 +163,10 @@ class Segments(PackedSeqParams):
         starts = self.starts
         device = self.cu_seqlens_q.device
         widths = _row_counts(starts)
+        prefixes = self.prefixes or [(0, 0)] * len(widths)
         if self.share[0] > 1:
-            groups = _chunk_groups(starts, widths, *self.share)
-        elif len(set(widths)) == 1:
+            groups = _chunk_groups(starts, widths, prefixes, *self.share)
+        elif len(set(widths)) == 1 and not self.prefixes:
             # Documents of one length: a view of the pack is the batch, and nothing is gathered or scattered.
             rows = torch.arange(starts[-1])
             index = send(rows.view(len(widths), widths[0]), device)
@@ -134,8 +174,8 @@ class Segments(PackedSeqParams):
             return Grouping([pack_group], None)
         else:
             groups = []
-            for members in _group_by_length(widths, self.exact):
-                group = _document_group(starts, widths, members)
+            for members in _group_by_length(widths, prefixes, self.exact):
+                group = _document_group(starts, widths, prefixes, members)
                 groups.append(group)
         # Before the groups are sent: it sets their padding to row 0.
         inverse = send(_inverse(groups), device)
@@ -154,9 +194,14 @@ def _row_counts(starts: Sequence[int]) -> list[int]:
 def _document_group(
     starts: Sequence[int],
     widths: Sequence[int],
+    prefixes: Sequence[tuple[int, int]],
     members: Sequence[int],
 ) -> DocumentGroup:
-    """Batch full documents; the first of ``members`` is the longest.  A negative row is padding."""
+    """Batch full documents; the first of ``members`` is the longest.  A negative row is padding.
+
+    Their prefixes have equally many rows: padding at the end of a document is seen by no row of it, padding between
+    prefix and document would be.
+    """
     longest = widths[members[0]]
     columns = torch.arange(longest)[None]
     first_rows = torch.tensor([starts[i] for i in members])[:, None]
@@ -165,19 +210,29 @@ def _document_group(
     queries = torch.where(columns < lengths, rows, -1)
     # A tensor of its own: `_inverse` reads the padding off the queries and then sets it.
     keys = queries.clamp(min=0)
-    return DocumentGroup(queries, keys)
+    prefix_keys = _prefix_rows(prefixes, members)
+    return DocumentGroup(queries, torch.cat((prefix_keys, keys), dim=1))
+
+
+def _prefix_rows(prefixes: Sequence[tuple[int, int]], members: Sequence[int]) -> Tensor:
+    """Return the rows of the prefixes of ``members``, [B, rows of a prefix]."""
+    first_rows = torch.tensor([prefixes[i][0] for i in members])[:, None]
+    _, count = prefixes[members[0]]
+    return first_rows + torch.arange(count)
 
 
 def _chunk_groups(
     starts: Sequence[int],
     widths: Sequence[int],
+    prefixes: Sequence[tuple[int, int]],
     cp: int,
     rank: int,
 ) -> list[DocumentGroup]:
-    """Batch the two chunks that ``rank`` holds of each document, with all keys up to their end."""
+    """Batch the two chunks that ``rank`` holds of each document, with the prefix's keys and its own up to their end."""
     gathered = gathered_rows(starts, cp)
     groups = []
-    for members in _group_by_length(widths, exact=True):
+    for members in _group_by_length(widths, prefixes, exact=True):
+        prefix_rows = _prefix_rows(prefixes, members)
         size = widths[members[0]] // (2 * cp)
         document_starts = torch.tensor([starts[i] for i in members])[:, None]
         # This rank's rows of a document begin at its start over cp, the two chunks one after the other.
@@ -187,7 +242,7 @@ def _chunk_groups(
             queries = local_starts + torch.arange(size)
             key_count = (chunk + 1) * size
             key_rows = document_starts + torch.arange(key_count)
-            keys = gathered[key_rows]
+            keys = gathered[torch.cat((prefix_rows, key_rows), dim=1)]
             groups.append(DocumentGroup(queries, keys))
     return groups
 
@@ -205,9 +260,9 @@ def _inverse(groups: Sequence[DocumentGroup]) -> Tensor:
     return inverse
 
 
-def _group_by_length(lengths: Sequence[int], exact: bool) -> list[list[int]]:
-    """Return indices of ``lengths`` in groups of like length, longest first within a group."""
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def _group_by_length(lengths: Sequence[int], prefixes: Sequence[tuple[int, int]], exact: bool) -> list[list[int]]:
+    """Return indices of ``lengths`` in groups of like length and equal prefix, longest first within a group."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: (prefixes[i][1], -lengths[i]))
     groups: list[list[int]] = []
     for i in longest_first:
         if groups:
@@ -215,7 +270,8 @@ def _group_by_length(lengths: Sequence[int], exact: bool) -> list[list[int]]:
             longest = lengths[last[0]]
             shortest = longest if exact else _MIN_FILL * longest
             padded_tokens = (len(last) + 1) * longest
-            if lengths[i] >= shortest and padded_tokens <= _GROUP_TOKENS:
+            same_prefix = prefixes[i][1] == prefixes[last[0]][1]
+            if same_prefix and lengths[i] >= shortest and padded_tokens <= _GROUP_TOKENS:
                 last.append(i)
                 continue
         groups.append([i])

@@ -181,6 +181,7 @@ class VisionLanguageModel(GPTModel, ABC):
             device=device,
             cp_group=self.pg_collection.cp,
             lengths=lengths,
+            prefix_of=pack.prefix_of,
         )
         return self.decoder(
             hidden_states=self._embed(pack, rows) if self.pre_process else None,

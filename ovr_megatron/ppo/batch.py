@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from torch import Tensor
@@ -45,6 +47,27 @@ class Response:
     rewarded: bool = True
 
 
+@dataclass
+class PassWork:
+    """The documents that a pass over a batch computes, and their images.
+
+    Attributes:
+        lengths: rows of each document.
+        prefixes: rows of the shared prompt that each attends to before its own.
+        grids: frames, height and width in patches of each image or video.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    prefixes: list[int] = field(default_factory=list)
+    grids: list[list[int]] = field(default_factory=list)
+
+    def add(self, length: int, prefix: int, grid_thw: np.ndarray) -> None:
+        """Add a document."""
+        self.lengths.append(length)
+        self.prefixes.append(prefix)
+        self.grids += grid_thw.tolist()
+
+
 def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int]:
     """Return ``count`` sampling seeds for a prompt, a function of these numbers alone; consecutive, below 2^31."""
     sequence = np.random.SeedSequence([run_seed, iteration, prompt])
@@ -83,6 +106,7 @@ class Batch:
         pack_tokens: of a pack, at most (one longer sample fills a pack alone).
         global_indices: the index of each response among those of all ranks, which `minibatch` goes by.
         total: responses of all ranks.
+        prompts: the prompt of each, which the responses of a pack share; None: each has its own rows of it.
     """
 
     def __init__(
@@ -92,12 +116,14 @@ class Batch:
         pack_tokens: int,
         global_indices: Sequence[int],
         total: int,
+        prompts: Sequence[int] | None = None,
     ):
         self.samples = samples
         self.pack_tokens = pack_tokens
         self.lengths = list(response_lengths)
         self.global_indices = list(global_indices)
         self.total = total
+        self.prompts = prompts
 
     def __len__(self) -> int:
         """Return the number of responses of this rank."""
@@ -121,11 +147,53 @@ class Batch:
         """
         if not members:
             return [[]]
-        sample_lengths = [len(self.samples[i]) for i in members]
+        bundles = [[i] for i in members]
+        if self.prompts is not None:
+            bundles = self._bundle_by_prompt(members)
         pack_members = []
-        for positions in plan_packs(sample_lengths, self.pack_tokens):
-            pack_members.append([members[position] for position in positions])
+        for positions in plan_packs([self._rows(bundle) for bundle in bundles], self.pack_tokens):
+            pack_members.append(list(chain.from_iterable(bundles[position] for position in positions)))
         return pack_members
+
+    def _bundle_by_prompt(self, members: Sequence[int]) -> list[list[int]]:
+        """Return the responses to each prompt in bundles, each of them as long as a pack at most."""
+        assert self.prompts is not None
+        bundles: list[list[int]] = []
+        bundle_of_prompt: dict[int, list[int]] = {}
+        for i in members:
+            bundle = bundle_of_prompt.get(self.prompts[i])
+            if bundle is None or self._rows([*bundle, i]) > self.pack_tokens:
+                bundle = []
+                bundles.append(bundle)
+                bundle_of_prompt[self.prompts[i]] = bundle
+            bundle.append(i)
+        return bundles
+
+    def _rows(self, bundle: Sequence[int]) -> int:
+        """Return the rows of a pack that the responses ``bundle`` to one prompt take."""
+        first = bundle[0]
+        # The last token of the prompt, which predicts the first of the response, is a row of each.
+        return len(self.samples[first]) + sum(self.lengths[i] + 1 for i in bundle[1:])
+
+    def work(self) -> PassWork:
+        """Return what one pass over the batch computes."""
+        work = PassWork()
+        for members in self.group_into_packs(range(len(self))):
+            counts = Counter(self.prompts[i] for i in members) if self.prompts is not None else Counter()
+            computed = set()
+            for i in members:
+                sample = self.samples[i]
+                rows = len(sample)
+                prompt = self.prompts[i] if self.prompts is not None else -1
+                if counts[prompt] < 2:
+                    work.add(rows, 0, sample.grid_thw)
+                    continue
+                prefix_rows = rows - self.lengths[i] - 1
+                if prompt not in computed:
+                    computed.add(prompt)
+                    work.add(prefix_rows, 0, sample.grid_thw)
+                work.add(rows - prefix_rows, prefix_rows, sample.grid_thw[:0])
+        return work
 
     def packs(self, pack_members: Sequence[Sequence[int]], **arrays: Ragged | None) -> list[Pack]:
         """Build the packs of `group_into_packs`.
@@ -148,7 +216,8 @@ class Batch:
                 for name, values in present.items():
                     response_arrays[name] = values[i].astype(np.float32)
                 extras.append(response_arrays)
-            packs.append(pack(samples, extras))
+            prompts = None if self.prompts is None else [self.prompts[i] for i in members]
+            packs.append(pack(samples, extras, prompts))
         return packs
 
     def unpack(self, scored: Sequence[Tensor], pack_members: Sequence[Sequence[int]]) -> Ragged:

@@ -238,7 +238,8 @@ def build_local_batch(models: Models, rollout: Rollout, engine: Engine) -> tuple
         first_index = prompt_positions[r.prompt] * config.responses
         global_indices.append(first_index + r.sample)
     total = len(prompts) * config.responses
-    batch = Batch(samples, lengths, config.data.pack_tokens, global_indices, total)
+    shared_prompts = [r.prompt for r in responses] if config.share_prompts else None
+    batch = Batch(samples, lengths, config.data.pack_tokens, global_indices, total, shared_prompts)
     return responses, batch
 
 

@@ -73,13 +73,9 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
 def _training_pass_flops(models: Models, experience: Experience) -> float:
     """Return the FLOP of one training pass of the policy over the samples of this rank."""
     model = models.config.model
-    lengths: list[int] = []
-    grids: list[list[int]] = []
-    for sample in experience.batch.samples:
-        lengths.append(len(sample))
-        grids += sample.grid_thw.tolist()
+    work = experience.batch.work()
     trains = (model.trains_language, model.trains_vision, model.trains_merger, model.adapts_vision)
-    return training_flops(models.policy.shape, lengths, grids, *trains)
+    return training_flops(models.policy.shape, work.lengths, work.grids, *trains, prefixes=work.prefixes)
 
 
 def _head_difference_flops(models: Models, experience: Experience) -> float:
@@ -89,7 +85,7 @@ def _head_difference_flops(models: Models, experience: Experience) -> float:
     # trains has the gradient of its weights as well.
     flops_per_weight = 6.0 if models.config.model.trains_language else 4.0
     missing_columns = shape.vocab - 1
-    tokens = sum(map(len, experience.batch.samples))
+    tokens = sum(experience.batch.work().lengths)
     return flops_per_weight * shape.hidden * missing_columns * tokens
 
 
