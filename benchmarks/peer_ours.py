@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.peer_task import (
     BETA2,
+    IMPORTANCE_CAP,
     LEARNING_RATE,
     MAX_PIXELS,
     MIN_PIXELS,
@@ -144,13 +145,16 @@ def train_sft(task: PeerTask, folder: Path) -> BenchRow:
 
 def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
     """Run the iterations of GRPO, or learn from replayed responses."""
-    algorithm = {"estimator": "dr_grpo", "reduction": "token"}
+    algorithm: dict[str, Any] = {"estimator": "dr_grpo", "reduction": "token"}
+    if task.corrected:
+        algorithm["importance_cap"] = IMPORTANCE_CAP
     values = shared_settings(task, folder)
     values["data"] |= {"max_prompt_tokens": PROMPT_TOKENS}
     values |= {
         "iterations": task.steps + 1,
         "prompts": task.rows,
         "responses": task.responses,
+        "share_prompts": True,
         "algorithm": algorithm,
         "curriculum": [{"until": 1000, "max_tokens": PROMPT_TOKENS + task.tokens}],
         "rollout": {"max_num_seqs": task.rows * task.responses},

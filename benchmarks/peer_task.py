@@ -20,6 +20,7 @@ MAX_PIXELS = IMAGE_SIDE**2  # images keep their size
 QUESTION = "Which digits follow?"
 LEARNING_RATE = 1e-4
 BETA2 = 0.95
+IMPORTANCE_CAP = 3.0  # TRL's default
 PACK_TOKENS = 2048  # of our packs, and of TRL's where it packs
 PROMPT_TOKENS = 47  # of a row with an image: the limit of both sides holds for the response alone then
 MODEL = "model"
@@ -41,6 +42,7 @@ class PeerTask:
         who: `OURS`, `PADDING`, `SINGLE_ROWS` or `PACKING`.
         equal: Whether all replies have ``max_tokens``; else their lengths are log-normal.
         images: Whether each prompt has an image.
+        corrected: Whether GRPO corrects for the engine's probabilities by truncated importance sampling.
         replay: Whether GRPO learns from `replayed_texts` in place of responses that it generates.
         rows: Rows, or prompts, of a step.
         tokens: Mean length of a reply; of GRPO the most tokens of a response.
@@ -54,6 +56,7 @@ class PeerTask:
     equal: bool = False
     images: bool = True
     replay: bool = False
+    corrected: bool = False
     rows: int
     tokens: int
     responses: int = 1

@@ -28,6 +28,7 @@ from vllm.model_executor.layers import utils as vllm_layers
 
 from benchmarks.peer_task import (
     BETA2,
+    IMPORTANCE_CAP,
     LEARNING_RATE,
     MAX_PIXELS,
     MIN_PIXELS,
@@ -245,8 +246,10 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
         use_vllm=not task.replay,
         vllm_mode="colocate",
         vllm_max_model_length=PROMPT_TOKENS + task.tokens,
-        # One on-policy step: it would cost a second pass and change nothing but rounding errors.
-        vllm_importance_sampling_correction=False,
+        # TRL computes the log-probabilities for it in a pass of their own.
+        vllm_importance_sampling_correction=task.corrected,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=IMPORTANCE_CAP,
         generation_kwargs={} if task.replay else {"allowed_token_ids": allowed},
         scale_rewards="none",
         **shared_settings(task, folder, micro_rows, responses // micro_rows),

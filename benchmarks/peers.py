@@ -54,13 +54,16 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
         sft = PeerTask(kind="sft", who=OURS, rows=16, tokens=96, steps=8 if is_tiny else 3)
         prompts = 8 if is_tiny else 4
         grpo = PeerTask(kind="grpo", who=OURS, rows=prompts, tokens=128, responses=8, steps=sft.steps // 2 + 1)
+        long_grpo = replace(grpo, tokens=512)
         text = replace(sft, images=False)
         cases += [
             PeerCase(f"{shape}, SFT, equal lengths", shape, replace(sft, equal=True), (PADDING,)),
             PeerCase(f"{shape}, SFT, natural lengths", shape, sft, (PADDING, SINGLE_ROWS)),
             PeerCase(f"{shape}, SFT, natural lengths, text", shape, text, (PADDING, PACKING)),
             PeerCase(f"{shape}, GRPO, replayed", shape, replace(grpo, replay=True, steps=0), (PADDING,)),
-            PeerCase(f"{shape}, GRPO", shape, grpo, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 128 tokens", shape, grpo, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 512 tokens", shape, long_grpo, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 512, corrected", shape, replace(long_grpo, corrected=True), (PADDING,)),
         ]
     return [case for case in cases if only in case.name]
 
