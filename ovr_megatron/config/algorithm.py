@@ -18,6 +18,7 @@ from ovr_megatron.config.fields import (
     section,
 )
 from ovr_megatron.config.model import OptimizerConfig, ParallelConfig
+from ovr_megatron.ppo.corrections import problem_of_bounds
 from ovr_megatron.ppo.estimators import find_estimator
 
 
@@ -71,8 +72,13 @@ class AlgorithmConfig:
     """Folder of the weights that the divergence is measured from; none: the policy's initial weights."""
     entropy_bonus: NonNegativeFloat = 0.0
     """Weight of the policy's entropy in its objective."""
-    importance_cap: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
-    """Cap of the weight of a token: the trainer's probability over the rollout engine's."""
+    correction: str | None = None
+    """Weight of a token by the trainer's probability over that of the distribution that drew it, a row of
+    `ovr_megatron.ppo.corrections` or package.module:NAME; none: every token weighs the same."""
+    correction_low: Annotated[NonNegativeFloat, ZeroMeans("that of the correction")] = 0.0
+    """Lower bound of the correction."""
+    correction_high: Annotated[NonNegativeFloat, ZeroMeans("that of the correction")] = 0.0
+    """Upper bound of the correction."""
     dynamic_sampling: Annotated[Count, ZeroMeans("off")] = 0
     """Times that prompts are drawn until enough have responses that differ in reward."""
     overlong_buffer: Annotated[Count, ZeroMeans("off")] = 0
@@ -95,6 +101,20 @@ class AlgorithmConfig:
             "algorithm.kl_form=k1 in the loss has the gradient of the policy's own log-probability, which is none of "
             "the divergence; use k2 or k3, or algorithm.kl_in=reward",
         )
+        self._check_correction()
+
+    def _check_correction(self) -> None:
+        """Raise `ConfigError` if the bounds do not go with the correction, `RegistryError` if there is none such."""
+        if self.correction is None:
+            for name, bound in (("low", self.correction_low), ("high", self.correction_high)):
+                require(
+                    not bound,
+                    f"algorithm.correction_{name}={bound:g} needs algorithm.correction, which is null; name one, or "
+                    "leave the bound out",
+                )
+            return
+        problem = problem_of_bounds(self.correction, self.correction_low, self.correction_high)
+        require(problem is None, problem or "")
 
     @property
     def has_critic(self) -> bool:
