@@ -9,23 +9,22 @@ update of the iteration, the loss of a token is multiplied by a weight that is a
 without a gradient.  `ovr_megatron.ppo.losses` bounds pi / pi_old, so that behaviour, proximal and current policy stay
 apart (Hilton et al. 2021).
 
-A new correction is a new row here, or `register_correction` before the settings are built, or a `Correction` in a
-module of the user's that ``algorithm.correction=package.module:NAME`` names.  Settings read the rows, so nothing here
-imports torch or the settings.
+A new correction is a new row of `CORRECTIONS`, or `register_correction` before the run starts, or a `Correction` in a
+module of the user's that ``algorithm.correction=package.module:NAME`` names.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from ovr_megatron.config import AlgorithmConfig, ConfigError
+from ovr_megatron.ppo.losses import ResponseSegments
 from ovr_megatron.runtime.registry import Registry
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ovr_megatron.ppo.losses import ResponseSegments
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,6 @@ class Correction:
     low: float | None = None
     high: float | None = None
     masks: bool = False
-
-    def bounds(self, low: float, high: float) -> tuple[float, float]:
-        """Return the lower and the upper bound that hold for ``low`` and ``high`` of the settings, 0 where not set."""
-        return low or self.low or 0.0, high or self.high or float("inf")
 
 
 def _truncate(ratio: Tensor, high: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,7 +111,7 @@ def geometric_mask(batch: CorrectionInput) -> tuple[Tensor, dict[str, Tensor]]:
     """
     mean_ratio = batch.segments.mean(batch.log_ratio).exp()
     inside = (mean_ratio >= batch.low) & (mean_ratio <= batch.high)
-    return _mask(mean_ratio.new_ones(len(mean_ratio)), inside)
+    return _mask(torch.ones_like(mean_ratio), inside)
 
 
 def icepop(batch: CorrectionInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -168,37 +163,38 @@ def find_correction(name: str) -> Correction:
     return CORRECTIONS.look_up(name)
 
 
-def problem_of_bounds(name: str, low: float, high: float) -> str | None:
-    """Return why the correction ``name`` cannot work with these settings (0 where not set), or None if it can.
+def correction_bounds(settings: AlgorithmConfig) -> tuple[float, float]:
+    """Return the lower and the upper bound of the correction that ``settings`` name: theirs, or else the row's own.
 
-    Args:
-        name: ``algorithm.correction``.
-        low: ``algorithm.correction_low``.
-        high: ``algorithm.correction_high``.
+    A correction without the one has 0, without the other infinity.
 
     Raises:
         RegistryError: as `find_correction`.
+        ConfigError: the bounds do not go with the correction, or nothing would be learned.
     """
+    name = settings.correction
+    assert name is not None
     correction = find_correction(name)
-    if low and correction.low is None:
-        return (
-            f"algorithm.correction_low={low:g}: algorithm.correction={name} has no lower bound; leave it out, or "
-            "take icepop or geometric_mask"
+    if settings.correction_low and correction.low is None:
+        raise ConfigError(
+            f"algorithm.correction_low={settings.correction_low:g}: algorithm.correction={name} has no lower bound; "
+            "leave it out, or take icepop or geometric_mask"
         )
-    if high and correction.high is None:
-        return (
-            f"algorithm.correction_high={high:g}: algorithm.correction={name} has no upper bound; leave it out, or "
-            "take token_truncate or token_mask"
+    if settings.correction_high and correction.high is None:
+        raise ConfigError(
+            f"algorithm.correction_high={settings.correction_high:g}: algorithm.correction={name} has no upper bound; "
+            "leave it out, or take token_truncate or token_mask"
         )
-    lowest, highest = correction.bounds(low, high)
-    if lowest >= highest:
-        return (
-            f"algorithm.correction={name}: correction_low={lowest:g} must be below correction_high={highest:g}; "
-            "change one of them"
+    low = settings.correction_low or correction.low or 0.0
+    high = settings.correction_high or correction.high or math.inf
+    if low >= high:
+        raise ConfigError(
+            f"algorithm.correction={name}: correction_low={low:g} must be below correction_high={high:g}; change one "
+            "of them"
         )
-    if correction.masks and not lowest <= 1 <= highest:
-        return (
-            f"algorithm.correction={name} with bounds {lowest:g} and {highest:g} masks every token on which engine and "
+    if correction.masks and not low <= 1 <= high:
+        raise ConfigError(
+            f"algorithm.correction={name} with bounds {low:g} and {high:g} masks every token on which engine and "
             "trainer agree; let algorithm.correction_low be at most 1 and algorithm.correction_high at least 1"
         )
-    return None
+    return low, high

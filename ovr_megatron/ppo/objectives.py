@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import LossSum
 from ovr_megatron.model.scores import Scores
-from ovr_megatron.ppo.corrections import Correction, CorrectionInput, find_correction
+from ovr_megatron.ppo.corrections import Correction, CorrectionInput, correction_bounds, find_correction
 from ovr_megatron.ppo.losses import ResponseSegments, find_loss, kl_estimate, value_loss
 from ovr_megatron.ppo.mismatch import Mismatch
 from ovr_megatron.runtime.device import send
@@ -37,6 +38,7 @@ class PolicyObjective:
 
     Raises:
         RegistryError: there is no such loss or correction.
+        ConfigError: the correction cannot have these bounds.
     """
 
     def __init__(self, config: AlgorithmConfig, cp: dist.ProcessGroup | None = None, by_staleness: bool = False):
@@ -44,6 +46,7 @@ class PolicyObjective:
         self.mismatch = Mismatch(by_staleness)
         self.loss = find_loss(config.loss)
         self.correction = find_correction(config.correction) if config.correction else None
+        self.bounds = correction_bounds(config) if config.correction else (0.0, math.inf)
         self.sum_over_ranks = partial(_sum_over, group=cp)
 
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
@@ -95,8 +98,7 @@ class PolicyObjective:
 
         The correction's own statistics are summed as ``rollout/NAME``.
         """
-        low, high = correction.bounds(self.config.correction_low, self.config.correction_high)
-        batch = CorrectionInput(log_ratio, segments, staleness, low, high)
+        batch = CorrectionInput(log_ratio, segments, staleness, *self.bounds)
         importance, statistics = correction.weigh(batch)
         # In float64: the square of a weight without a bound may be too large for float32.
         square = importance.double().square()

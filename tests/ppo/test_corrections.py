@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig, ConfigError
+from ovr_megatron.errors import UserError
 from ovr_megatron.launch import compose
 from ovr_megatron.ppo import corrections
 from ovr_megatron.ppo.batch import Response
@@ -18,6 +19,7 @@ from ovr_megatron.ppo.corrections import CORRECTIONS, Correction, register_corre
 from ovr_megatron.ppo.losses import ResponseSegments
 from ovr_megatron.ppo.mismatch import token_staleness
 from ovr_megatron.ppo.update import effective_sample_size
+from ovr_megatron.rl.setup import check_names
 from ovr_megatron.runtime.registry import RegistryError
 from tests.ppo.off_policy import LENGTHS, OffPolicy, chunked_rows
 
@@ -45,7 +47,7 @@ def paper_weight(name: str, low: float, high: float, response: list[float], toke
 
     TIS (Yao et al. 2025): min(r, C).  MIS and the sequence-level forms (Liu, Li et al. 2025): r 1{r <= C}, and the same
     of the product.  Geometric rejection (verl, rollout_corr_math.md, 3.3.3): 1{low <= product^(1/n) <= high}.  IcePop:
-    M(r) = r if alpha <= r <= beta, else 0.  AReaL, eq. 5: r.
+    M(r) = r if alpha <= r <= beta, else 0.  AReaL (Fu et al. 2025): r.
     """
     ratio = response[token]
     product = 1.0
@@ -76,7 +78,7 @@ def paper_weights(problem: OffPolicy, name: str, low: float, high: float) -> Ten
 
 
 def paper_loss(problem: OffPolicy, weights: Tensor, new: Tensor) -> Tensor:
-    """-sum of w min(u A, clip(u, 1 - eps, 1 + eps) A), u = pi / pi_old, w a constant (AReaL, eq. 5; verl, 1.3)."""
+    """-sum of w min(u A, clip(u, 1 - eps, 1 + eps) A), u = pi / pi_old, w a constant (AReaL; verl, 1.3)."""
     total = torch.zeros((), dtype=torch.float64)
     for i, advantage in enumerate(problem.advantages.tolist()):
         ratio = new[i].exp() / problem.old[i].exp()
@@ -94,7 +96,7 @@ def test_a_correction_is_its_papers_weight(name: str, low: float, high: float) -
     expected = paper_loss(problem, weights, new)
     expected.backward()
     loss, gradient, sums = problem.objective(settings(name, low, high))
-    assert loss == pytest.approx(float(expected), rel=1e-12)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(gradient, new.grad, rtol=1e-12, atol=1e-14)
     assert sums["importance"] == pytest.approx(float(weights.sum()), rel=1e-12)
     size = effective_sample_size({key: sums[key] / len(weights) for key in ("importance", "importance_square")})
@@ -200,22 +202,33 @@ def test_bounds_that_are_not_set_are_those_of_the_row() -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["correction=token_trunkate"], r"'token_trunkate' is not known \(did you mean token_truncate\?\)"),
-        (["correction=json:loads"], "json:loads is of type function; make it an ovr_megatron.ppo.corrections.Correct"),
         (["correction_high=2"], "algorithm.correction_high=2 needs algorithm.correction, which is null"),
         (["correction_low=0.5"], "algorithm.correction_low=0.5 needs algorithm.correction, which is null"),
-        (["correction=token_mask", "correction_low=0.5"], "token_mask has no lower bound; .* icepop"),
-        (["correction=decoupled", "correction_high=5"], "decoupled has no upper bound; .* token_mask"),
-        (["correction=icepop", "correction_low=6"], "correction_low=6 must be below correction_high=5"),
-        (["correction=sequence_mask", "correction_high=0.5"], "masks every token on which engine and trainer agree"),
-        (["correction=geometric_mask", "correction_low=1.0005"], "bounds 1.0005 and 1.001 masks every token"),
         (["correction=icepop", "correction_high=-1"], "must be 0 .that of the correction. or more"),
         (["importance_cap=2"], "no setting algorithm.importance_cap any more; .*correction=token_truncate"),
     ],
 )
-def test_what_cannot_work_is_refused(overrides: list[str], says: str) -> None:
+def test_what_no_correction_can_have_is_refused_with_the_settings(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         compose("tiny_rl", ["model.path=m", *(f"algorithm.{override}" for override in overrides)])
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "says"),
+    [
+        ("token_trunkate", 0, 0, r"'token_trunkate' is not known \(did you mean token_truncate\?\)"),
+        ("json:loads", 0, 0, "json:loads is of type function; make it an ovr_megatron.ppo.corrections.Correction"),
+        ("token_mask", 0.5, 0, "token_mask has no lower bound; .* icepop"),
+        ("decoupled", 0, 5, "decoupled has no upper bound; .* token_mask"),
+        ("icepop", 6, 0, "correction_low=6 must be below correction_high=5"),
+        ("sequence_mask", 0, 0.5, "masks every token on which engine and trainer agree"),
+        ("geometric_mask", 1.0005, 0, "bounds 1.0005 and 1.001 masks every token"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(name: str, low: float, high: float, says: str) -> None:
+    changes = [f"algorithm.correction={name}", f"algorithm.correction_low={low}", f"algorithm.correction_high={high}"]
+    with pytest.raises(UserError, match=says):
+        check_names(compose("tiny_rl", ["model.path=m", *changes]))
 
 
 def test_the_former_setting_is_named_in_python_too() -> None:
