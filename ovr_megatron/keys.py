@@ -14,6 +14,11 @@ _MOST_PROPOSALS = 3
 # Similarity of `difflib`, from 0 to 1: of entire dotted names, and of their last parts.
 _SIMILAR_NAME = 0.75
 _SIMILAR_LAST_PART = 0.6
+# By the dotted name of a setting of former versions, what to write instead.
+_FORMER_SETTINGS = {
+    "algorithm.importance_cap": "write algorithm.correction=token_truncate algorithm.correction_high=CAP, and nothing "
+    "where the cap was 0",
+}
 
 
 def setting_names(schema: type) -> Iterator[str]:
@@ -83,6 +88,8 @@ def unknown_setting(schema: type, name: str) -> str:
         schema: root dataclass of the configuration.
         name: dotted; the index of a list may be in it, as in ``data.sources.0.pth``.
     """
+    if name in _FORMER_SETTINGS:
+        return f"there is no setting {name} any more; {_FORMER_SETTINGS[name]}"
     without_indices = re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "[]", name)
     nearest = nearest_names(without_indices, list(setting_names(schema)))
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists all settings"

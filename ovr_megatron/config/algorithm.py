@@ -71,8 +71,14 @@ class AlgorithmConfig:
     """Folder of the weights that the divergence is measured from; none: the policy's initial weights."""
     entropy_bonus: NonNegativeFloat = 0.0
     """Weight of the policy's entropy in its objective."""
-    importance_cap: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
-    """Cap of the weight of a token: the trainer's probability over the rollout engine's."""
+    correction: str | None = None
+    """Weight of a token by the trainer's probability over that of the distribution that drew it, a row of
+    `ovr_megatron.ppo.corrections` or package.module:NAME, checked when a run starts; none: every token weighs the
+    same."""
+    correction_low: Annotated[NonNegativeFloat, ZeroMeans("that of the correction")] = 0.0
+    """Lower bound of the correction."""
+    correction_high: Annotated[NonNegativeFloat, ZeroMeans("that of the correction")] = 0.0
+    """Upper bound of the correction."""
     dynamic_sampling: Annotated[Count, ZeroMeans("off")] = 0
     """Times that prompts are drawn until enough have responses that differ in reward."""
     overlong_buffer: Annotated[Count, ZeroMeans("off")] = 0
@@ -95,6 +101,12 @@ class AlgorithmConfig:
             "algorithm.kl_form=k1 in the loss has the gradient of the policy's own log-probability, which is none of "
             "the divergence; use k2 or k3, or algorithm.kl_in=reward",
         )
+        for name, bound in (("low", self.correction_low), ("high", self.correction_high)):
+            require(
+                not bound or self.correction is not None,
+                f"algorithm.correction_{name}={bound:g} needs algorithm.correction, which is null; name one, or leave "
+                "the bound out",
+            )
 
     @property
     def has_critic(self) -> bool:

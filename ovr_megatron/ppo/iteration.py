@@ -63,7 +63,7 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
             metrics |= update_critic(models, critic_batch)
         if iteration >= models.config.algorithm.critic_warmup_iterations:
             models.offload_except(models.policy)
-            metrics |= update_policy(models, experience)
+            metrics |= update_policy(models, experience, iteration)
     metrics = {
         "curriculum/max_tokens": rollout.limit,
         **response_metrics(rollout),

@@ -41,16 +41,30 @@ class ResponseSegments:
 
         A collective of the context-parallel ranks: all of them call it equally often, also one without tokens.
         """
+        sums, counts = self._totals(values)
+        # A response without tokens has the mean 0 / 0, which no token takes.
+        means = sums / counts
+        return means[self.ids].to(values.dtype)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return for each token the sum of ``values`` over all tokens of its response, [n], without a gradient.
+
+        A collective of the context-parallel ranks, as `mean`.
+        """
+        sums, _ = self._totals(values)
+        return sums[self.ids].to(values.dtype)
+
+    def _totals(self, values: Tensor) -> Tensor:
+        """Return the sum of ``values`` over each response and its number of tokens, float64 [2, count].  A collective.
+
+        Both travel together, in one collective.
+        """
         # In float64: the sum over 100,000 tokens must not lose the small differences that a ratio is made of.
         ones = torch.ones_like(values, dtype=torch.float64)
         terms = torch.stack([values.detach().double(), ones])
         local_totals = torch.zeros(2, self.count, dtype=torch.float64, device=values.device)
         local_totals.index_add_(1, self.ids, terms)
-        # Sums and counts travel together, in one collective.
-        sums, counts = self.sum_over_ranks(local_totals)
-        # A response without tokens has the mean 0 / 0, which no token takes.
-        means = sums / counts
-        return means[self.ids].to(values.dtype)
+        return self.sum_over_ranks(local_totals)
 
 
 # Takes log pi [n] with a gradient, log pi_old [n], advantages [n], the tokens' responses, and the settings; returns
@@ -162,15 +176,6 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, form: str) -> Tensor:
     if form == "k3":
         return torch.expm1(-d) + d  # expm1: exp(-d) - 1 would lose the digits of a small d
     raise KeyError(form)
-
-
-def truncated_importance(old: Tensor, rollout: Tensor, cap: float) -> Tensor:
-    """Return min(pi_old / pi_rollout, cap) [n] from log-probabilities (Yao et al. 2025).
-
-    It corrects for tokens that were drawn by an engine whose probabilities differ from the trainer's.
-    """
-    # Capped, as one token of tiny probability at the engine would otherwise outweigh all others of a step.
-    return (old - rollout).exp().clamp(max=cap)
 
 
 def token_weights(

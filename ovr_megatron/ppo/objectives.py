@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -12,7 +13,8 @@ from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.engine import LossSum
 from ovr_megatron.model.scores import Scores
-from ovr_megatron.ppo.losses import ResponseSegments, find_loss, kl_estimate, truncated_importance, value_loss
+from ovr_megatron.ppo.corrections import Correction, CorrectionInput, correction_bounds, find_correction
+from ovr_megatron.ppo.losses import ResponseSegments, find_loss, kl_estimate, value_loss
 from ovr_megatron.ppo.mismatch import Mismatch
 from ovr_megatron.runtime.device import send
 
@@ -22,24 +24,29 @@ class PolicyObjective:
 
     It reads ``advantages`` and ``rollout_logprobs`` of a pack, and where the pack has them ``old_logprobs`` (else the
     step is strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs``,
-    ``weights`` and ``modalities``.
+    ``weights``, ``modalities`` and ``staleness``.  The loss of a token is multiplied by the weight that
+    ``algorithm.correction`` gives it.
 
     Args:
         config: the settings.
         cp: the context-parallel ranks of the policy, each of which has a part of every response; None: this rank has
             all of them.
+        by_staleness: whether the packs of all ranks have ``staleness``.
 
     Attributes:
         mismatch: differences between old log-probabilities and the rollout engine's.
 
     Raises:
-        RegistryError: there is no such loss.
+        RegistryError: there is no such loss or correction.
+        ConfigError: the correction cannot have these bounds.
     """
 
-    def __init__(self, config: AlgorithmConfig, cp: dist.ProcessGroup | None = None):
+    def __init__(self, config: AlgorithmConfig, cp: dist.ProcessGroup | None = None, by_staleness: bool = False):
         self.config = config
-        self.mismatch = Mismatch()
+        self.mismatch = Mismatch(by_staleness)
         self.loss = find_loss(config.loss)
+        self.correction = find_correction(config.correction) if config.correction else None
+        self.bounds = correction_bounds(config) if config.correction else (0.0, math.inf)
         self.sum_over_ranks = partial(_sum_over, group=cp)
 
     def __call__(self, scores: Scores, pack: Pack) -> LossSum:
@@ -64,10 +71,13 @@ class PolicyObjective:
         for name, value in statistics.items():
             sums[f"policy/{name}"] = value.detach()
         sums["rollout_kl"] = kl_estimate(rollout, old, "k3").sum()
-        if config.importance_cap:
-            weight = truncated_importance(old, rollout, config.importance_cap)
-            losses = losses * weight
-            sums["importance"] = weight.sum()
+        staleness = scores.beside(pack, "staleness") if "staleness" in pack.extras else None
+        if staleness is not None:
+            sums["staleness"] = staleness.sum()
+        if self.correction is not None:
+            importance, correction_sums = self._importance(self.correction, old - rollout, segments, staleness)
+            losses = losses * importance
+            sums |= correction_sums
         if "reference_logprobs" in pack.extras:
             reference = scores.beside(pack, "reference_logprobs")
             divergence = kl_estimate(logprobs, reference, config.kl_form)
@@ -78,8 +88,24 @@ class PolicyObjective:
             losses = losses - config.entropy_bonus * entropy
         if "modalities" in pack.extras:
             difference = (old - rollout).abs()
-            self.mismatch.add(difference, scores.beside(pack, "modalities"))
+            self.mismatch.add(difference, scores.beside(pack, "modalities"), staleness)
         return sum_weighted(losses, scores, pack, sums)
+
+    def _importance(
+        self, correction: Correction, log_ratio: Tensor, segments: ResponseSegments, staleness: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weight of each token [n] in the correction, and sums to log.
+
+        The correction's own statistics are summed as ``rollout/NAME``.
+        """
+        batch = CorrectionInput(log_ratio, segments, staleness, *self.bounds)
+        importance, statistics = correction.weigh(batch)
+        # In float64: the square of a weight without a bound may be too large for float32.
+        square = importance.double().square()
+        sums = {"importance": importance.sum(), "importance_square": square.sum()}
+        for name, value in statistics.items():
+            sums[f"rollout/{name}"] = value
+        return importance, sums
 
 
 def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

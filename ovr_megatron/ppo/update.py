@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,8 +12,9 @@ from ovr_megatron.data.packing import Pack
 from ovr_megatron.ppo.advantages import Ragged, explained_variance, mean_and_std, moments
 from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_over_dp
 from ovr_megatron.ppo.losses import token_weights
-from ovr_megatron.ppo.mismatch import token_modalities
+from ovr_megatron.ppo.mismatch import token_modalities, token_staleness
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
+from ovr_megatron.runtime.exchange import gather_objects
 
 
 def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]:
@@ -67,44 +68,80 @@ def critic_packs(models: Models, critic_batch: CriticBatch, step: int) -> list[P
     )
 
 
-def update_policy(models: Models, experience: Experience) -> dict[str, float]:
+def update_policy(models: Models, experience: Experience, iteration: int) -> dict[str, float]:
     """Go ``policy_epochs`` times over the batch in ``policy_steps`` steps each.  A collective.
 
-    It is strictly on-policy if that is one step.
+    It is strictly on-policy if that is one step, and the weights before it drew all tokens.
     """
     config = models.config.algorithm
     batch = experience.batch
-    objective = PolicyObjective(config, models.policy.groups.cp)
-    modalities = token_modalities(batch.samples, batch.lengths)
+    token_arrays: dict[str, Ragged] = {"modalities": token_modalities(batch.samples, batch.lengths)}
+    # All ranks or none: those that share a pack, and the sums of all packs, must have the same arrays.
+    has_versions = any(response.versions is not None for response in experience.responses)
+    by_staleness = any(gather_objects(has_versions))
+    if by_staleness:
+        token_arrays["staleness"] = token_staleness(experience.responses, iteration)
+    objective = PolicyObjective(config, models.policy.groups.cp, by_staleness)
     # As many on every rank, also on one that has no responses in a step.
     step_count = min(config.policy_steps, batch.total)
     step_metrics = []
     for _ in range(config.policy_epochs):
         for step in range(step_count):
-            packs = policy_packs(models, experience, modalities, step)
+            packs = policy_packs(models, experience, token_arrays, step)
             step_metrics.append(models.policy.train(packs, objective))
-    means = mean_over_steps(step_metrics)
+            if objective.correction is not None:
+                step_metrics[-1]["sample_size"] = effective_sample_size(step_metrics[-1])
+    mismatch = objective.mismatch.metrics()  # after the last step, as it waits for the device
+    return policy_metrics(mean_over_steps(step_metrics), mismatch)
+
+
+def effective_sample_size(means: dict[str, float]) -> float:
+    """Return (sum of w)^2 / (N times the sum of w^2), w the weight of each of N tokens of a step (Kong 1992).
+
+    It is the share of tokens that, weighed alike, would give as small a variance: 1 where all weights are the same, and
+    0 where all are 0.
+
+    Args:
+        means: over the tokens of the step, of w as ``importance`` and of w^2 as ``importance_square``.
+    """
+    square = means["importance_square"]
+    return means["importance"] ** 2 / square if square else 0.0
+
+
+def policy_metrics(means: dict[str, float], mismatch: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of an iteration, under the names of the log.
+
+    Args:
+        means: over the iteration's steps.
+        mismatch: those of `Mismatch.metrics`.
+    """
     metrics = {
         "policy/loss": means["loss"],
         "policy/entropy": means["entropy"],
     }
     for key, value in means.items():
-        if key.startswith("policy/"):  # the loss's own statistics
+        if key.startswith(("policy/", "rollout/")):  # statistics of the loss and of the correction
             metrics[key] = value
     metrics["policy/grad_norm"] = means["grad_norm"]
-    metrics |= objective.mismatch.metrics()  # after the last step, as it waits for the device
-    metrics["rollout/kl"] = means["rollout_kl"]
-    if "importance" in means:
-        metrics["rollout/importance"] = means["importance"]
-    if "reference_kl" in means:
-        metrics["policy/reference_kl"] = means["reference_kl"]
+    metrics |= mismatch
+    logged_names = {
+        "rollout_kl": "rollout/kl",
+        "staleness": "rollout/staleness",
+        "importance": "rollout/importance",
+        "sample_size": "rollout/effective_sample_size",
+        "reference_kl": "policy/reference_kl",
+    }
+    for key, name in logged_names.items():
+        if key in means:
+            metrics[name] = means[key]
     return metrics
 
 
-def policy_packs(models: Models, experience: Experience, modalities: Ragged, step: int) -> list[Pack]:
+def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[str, Ragged], step: int) -> list[Pack]:
     """Build the packs of the policy's step ``step``, with what its objective reads.  A collective.
 
-    ``modalities`` [n] are those of each response (`token_modalities`).
+    ``token_arrays`` has further arrays [n] of each response by name, the same names on all ranks: ``modalities``
+    (`token_modalities`) and, where responses have versions, ``staleness`` (`token_staleness`).
     """
     config = models.config.algorithm
     batch = experience.batch
@@ -121,7 +158,7 @@ def policy_packs(models: Models, experience: Experience, modalities: Ragged, ste
         pack_members,
         advantages=experience.advantages,
         rollout_logprobs=[r.logprobs for r in experience.responses],
-        modalities=modalities,
+        **token_arrays,
         old_logprobs=old_logprobs,
         reference_logprobs=experience.reference,
         weights=weights,

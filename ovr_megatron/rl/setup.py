@@ -15,6 +15,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import ArchiveError
+from ovr_megatron.ppo.corrections import correction_bounds
 from ovr_megatron.ppo.experience import Models
 from ovr_megatron.ppo.losses import find_loss
 from ovr_megatron.ppo.prompts import PromptStream
@@ -50,15 +51,17 @@ def open_model_and_prompts(config: RLConfig, skipped: SkippedRows | None) -> tup
 
 
 def check_names(config: RLConfig) -> None:
-    """Refuse unknown names of rules, losses and trackers before any model is loaded.
+    """Refuse unknown names of rules, losses, corrections and trackers before any model is loaded.
 
     Raises:
         RuleError: a rule of ``reward.rules`` would not work in a grader.
-        UserError: there is no such loss or tracker.
+        UserError: there is no such loss, correction or tracker, or the correction cannot have these bounds.
     """
     for name in config.reward.rules.values():
         rules.check(name)
     find_loss(config.algorithm.loss)
+    if config.algorithm.correction:
+        correction_bounds(config.algorithm)
     check_trackers(config.run.trackers)
 
 

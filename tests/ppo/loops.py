@@ -13,21 +13,29 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from ovr_megatron import replay
-from ovr_megatron.config import ParallelConfig, RLConfig, build, defaults
+from ovr_megatron.config import AlgorithmConfig, ParallelConfig, RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.batch import seeds_of
-from ovr_megatron.ppo.experience import build_local_batch, compute_experience
+from ovr_megatron.ppo.experience import (
+    CriticBatch,
+    Experience,
+    Models,
+    build_local_batch,
+    compute_experience,
+    sum_over_dp,
+)
 from ovr_megatron.ppo.objectives import ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.ppo.update import critic_packs
+from ovr_megatron.ppo.update import critic_packs, update_policy
 from ovr_megatron.rl import training as rl
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.setup import build_models
@@ -35,6 +43,7 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 from tests.model.matrix import WHOLE
+from tests.ppo.off_policy import largest_difference_on_ranks
 
 SIZES = ("iterations=2", "prompts=4", "responses=4", "run.save_every=1", "run.keep_last=0")
 RULES = "reward.rules={image: 'parity:even', text: 'parity:even'}"
@@ -42,7 +51,7 @@ ALGORITHMS = {
     "grpo": ("estimator=grpo",),
     "dapo": (
         *("estimator=grpo", "clip_high=0.28", "policy_steps=2", "wrong_reward=-1", "dynamic_sampling=3"),
-        *("overlong_buffer=16", "importance_cap=2.0"),
+        *("overlong_buffer=16", "correction=token_truncate"),
     ),
     "dr_grpo": ("estimator=dr_grpo", "reduction=constant", "kl_coefficient=0.01", "entropy_bonus=0.001"),
     "rloo": (
@@ -53,7 +62,10 @@ ALGORITHMS = {
         "kl_in=reward",
         "kl_form=k1",
     ),
-    "reinforce_pp": ("estimator=reinforce_pp", "policy_epochs=2", "policy_steps=2"),
+    "reinforce_pp": (
+        *("estimator=reinforce_pp", "policy_epochs=2", "policy_steps=2"),
+        "correction=sequence_truncate",
+    ),
     "ppo_epochs": ("policy_epochs=2", "reduction=pack", "value_clip=0.2"),
     "ppo_stored": ("policy_epochs=2",),
     "gspo": ("estimator=grpo", "loss=gspo", "reduction=sequence", "clip=0.02", "policy_steps=2"),
@@ -71,7 +83,8 @@ EVERYTHING = (
     *("algorithm.policy_epochs=2", "algorithm.policy_steps=2", "algorithm.gamma=0.98", "algorithm.lam=0.9"),
     *("algorithm.clip=0.02", "algorithm.clip_high=0.05", "algorithm.value_clip=0.01", "algorithm.reduction=sequence"),
     *("algorithm.kl_coefficient=0.05", "algorithm.kl_form=k3", "algorithm.entropy_bonus=0.02"),
-    *("algorithm.importance_cap=0.5", "algorithm.dynamic_sampling=2", "algorithm.overlong_buffer=24"),
+    *("algorithm.correction=token_truncate", "algorithm.correction_high=0.5"),
+    *("algorithm.dynamic_sampling=2", "algorithm.overlong_buffer=24"),
     "algorithm.wrong_reward=-0.5",
 )
 IN_REWARD = (
@@ -118,15 +131,33 @@ def resume_after_one(name: str, resumed: str, *more: str) -> None:
     train(resumed, *more)
 
 
-def critic_gradients(*more: str) -> dict[str, Tensor]:
-    """Those of the first step of iteration 0, with the saved responses cut in another way."""
-    chosen = config("ppo", *more)
+def saved_experience(chosen: RLConfig) -> tuple[Models, Experience, CriticBatch | None]:
+    """Build the models as they are initially, and what they learn from the responses of iteration 0 of ``ppo``."""
     there = replace(world, layout=world.arrange(chosen.parallel))
     processor = Processor(out / "model", chosen.data)
     models, _ = build_models(chosen, out / "model", processor, there)
     prompts = PromptStream(open_stream(chosen.data, chosen.run.seed), processor, chosen.reward.rules)
     rollout = archive.restore(archive.read(out / "ppo", 0, world), prompts)
-    _, critic_batch = compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy))
+    return models, *compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy))
+
+
+def stale_update(stale_rank: int | None) -> dict[str, float]:
+    """Metrics of an update in iteration 7, half of whose tokens on one rank weights of iteration 5 drew."""
+    models, experience, _ = saved_experience(config("ppo", "algorithm.estimator=grpo", "algorithm.correction=icepop"))
+    ages = []
+    for response in experience.responses:
+        age = np.arange(len(response.tokens)) % 2 * 2 * (world.rank == stale_rank)
+        ages.append(age)
+        if world.rank == stale_rank:
+            response.versions = (7 - age).astype(np.int32)
+    total, count = sum_over_dp(np.array([sum(map(sum, ages)), sum(map(len, ages))]), models.policy.layout)
+    return update_policy(models, experience, 7) | {"expected_staleness": total / count}
+
+
+def critic_gradients(*more: str) -> dict[str, Tensor]:
+    """Those of the first step of iteration 0, with the saved responses cut in another way."""
+    chosen = config("ppo", *more)
+    models, _, critic_batch = saved_experience(chosen)
     packs = critic_packs(models, critic_batch, 0)
     models.critic.backward(packs, ValueObjective(chosen.algorithm))
     return {name: gradient.clone() for name, gradient in models.critic.gradients()} | {"packs": len(packs)}
@@ -242,7 +273,13 @@ if __name__ == "__main__":
     small = "data.max_prompt_tokens=64", "data.pack_tokens=160"
     cuts = {"micro-batches": small, "ranks": ("critic.parallel={cp: 2}",), "both": (*small, "critic.parallel={tp: 2}")}
     gradients = {name: differences(critic_gradients(*more), whole) for name, more in cuts.items()}
+    stale = {"none": stale_update(None), "one_rank": stale_update(1)}
+    shared = {}
+    for name in ("sequence_truncate", "sequence_mask", "geometric_mask", "icepop"):
+        shared[name] = largest_difference_on_ranks(AlgorithmConfig(correction=name))
     if world.is_main:
+        (out / "stale.json").write_text(json.dumps(stale))
+        (out / "shared.json").write_text(json.dumps(shared))
         (out / "gradients.json").write_text(json.dumps(gradients))
         (out / "replays.json").write_text(json.dumps(found))
     distributed.finish()

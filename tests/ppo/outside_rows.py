@@ -1,9 +1,10 @@
-"""An estimator and a loss as a user writes them: in a module of their own, which settings name."""
+"""An estimator, a loss and a correction as a user writes them: in a module of their own, which settings name."""
 
 from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig
 from ovr_megatron.ppo.advantages import leave_one_out_advantages
+from ovr_megatron.ppo.corrections import Correction, CorrectionInput
 from ovr_megatron.ppo.estimators import Estimate, Estimator, EstimatorInput
 from ovr_megatron.ppo.losses import ResponseSegments
 
@@ -28,3 +29,11 @@ def sequence_weighted(
     """The policy gradient, each response weighed by its own ratio, at most 1 + ``clip``."""
     weight = segments.mean(logprobs - old).exp().clamp(max=1 + settings.clip)
     return -weight * advantages * logprobs, {"response_weight": weight.sum()}
+
+
+def halve(batch: CorrectionInput) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the weight for every iteration that a token is old."""
+    return 0.5**batch.staleness, {"halved": (batch.staleness > 0).float().sum()}
+
+
+HALVED = Correction(halve)

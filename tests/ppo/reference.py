@@ -323,8 +323,11 @@ class Iteration:
                 "policy/clip_fraction": (bounded * advantage < ratio * advantage).float(),
                 "rollout/kl": divergence(rollout, old, "k3"),
             }
-            if a.importance_cap:
-                log["rollout/importance"] = ((old - rollout).exp()).clamp(max=a.importance_cap)
+            if a.correction:
+                assert a.correction == "token_truncate"
+                importance = (old - rollout).exp()
+                log["rollout/truncated"] = (importance > a.correction_high).float()
+                log["rollout/importance"] = importance.clamp(max=a.correction_high)
                 loss = loss * log["rollout/importance"]
             if a.kl_coefficient:
                 distance = divergence(now, answer.arrays["reference"].float(), a.kl_form)
@@ -335,6 +338,10 @@ class Iteration:
             per_token.append(loss - a.entropy_bonus * entropy)
             logs.append(log)
         means = {name: float(torch.cat([log[name] for log in logs]).mean()) for name in logs[0]}
+        if a.correction:
+            importance = torch.cat([log["rollout/importance"] for log in logs]).double()
+            share = importance.sum() ** 2 / importance.square().sum() / len(importance)
+            means["rollout/effective_sample_size"] = float(share)
         return self._reduce(per_token), means
 
     def _reduce(self, per_token: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from ovr_megatron.ppo.advantages import (
     token_rewards,
 )
 from ovr_megatron.ppo.batch import balance_prompts
-from ovr_megatron.ppo.losses import kl_estimate, token_weights, truncated_importance
+from ovr_megatron.ppo.losses import kl_estimate, token_weights
 
 SEEDS = st.integers(0, 2**31)
 
@@ -81,14 +81,12 @@ def test_estimators_by_hand() -> None:
 
 
 @given(SEEDS)
-def test_divergences_and_importance(seed: int) -> None:
+def test_divergences(seed: int) -> None:
     new, old = np.random.default_rng(seed).normal(size=(2, 15))
     tensors = torch.from_numpy(new), torch.from_numpy(old)
     literal = {"k1": new - old, "k2": 0.5 * (new - old) ** 2, "k3": np.exp(old - new) - 1 - (old - new)}
     for form, expected in literal.items():
         np.testing.assert_allclose(kl_estimate(*tensors, form), expected, atol=1e-12)
-    found = truncated_importance(*tensors, 2.0)
-    np.testing.assert_allclose(found, [min(math.exp(a) / math.exp(b), 2.0) for a, b in zip(new, old, strict=True)])
 
 
 def test_divergences_estimate_the_divergence() -> None:

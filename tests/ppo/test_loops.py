@@ -169,6 +169,26 @@ def test_critic_gradients_do_not_depend_on_the_cut(runs: Path) -> None:
     assert found["micro-batches"]["packs"] >= 2 * found["micro-batches"]["before"]
 
 
+def test_tokens_of_older_weights_are_measured_apart(runs: Path) -> None:
+    """Only one rank has responses with versions: both count them, and no other number changes."""
+    stale = json.loads((runs / "stale.json").read_text())
+    plain, one_rank = stale["none"], stale["one_rank"]
+    share = one_rank.pop("expected_staleness")
+    assert plain.pop("expected_staleness") == 0 < share < 2
+    assert one_rank["rollout/staleness"] == pytest.approx(share, rel=1e-12)
+    added = {f"rollout/mismatch_{kind}/staleness_{age}" for kind in ("mean", "p99", "max") for age in (0, 2)}
+    assert one_rank.keys() - plain.keys() == {"rollout/staleness", *added}
+    assert all(one_rank[key] == value for key, value in plain.items())
+    means = [one_rank[f"rollout/mismatch_mean/staleness_{age}"] for age in (0, 2)]
+    assert means[0] * (1 - share / 2) + means[1] * share / 2 == pytest.approx(plain["rollout/mismatch_mean"], rel=1e-9)
+    assert plain["rollout/effective_sample_size"] == pytest.approx(1, abs=1e-6)
+
+
+def test_corrections_of_responses_that_ranks_share(runs: Path) -> None:
+    differences = json.loads((runs / "shared.json").read_text())
+    assert len(differences) == 4 and max(differences.values()) <= 1e-12
+
+
 def trained_prompts(run: Path) -> list[list[str]]:
     """Return where the prompts of each iteration that were learnt from stand in the data."""
     places = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ovr_megatron.config import ParallelConfig
-from ovr_megatron.ppo.mismatch import MODALITIES, QUANTILE, Mismatch, token_modalities
+from ovr_megatron.ppo.mismatch import MODALITIES, QUANTILE, STALENESS, Mismatch, token_modalities
 from ovr_megatron.runtime import distributed
 
 EDGE = 10 ** (1 / 24) * (1 + 1e-9)  # of one bin to the next
@@ -59,6 +59,20 @@ def test_one_modality_is_not_said_twice() -> None:
     metrics = counted(differences, modalities)
     check(metrics, differences)
     assert len(metrics) == 3
+
+
+def test_every_staleness_has_its_own_numbers() -> None:
+    """Ages 0, 2 and 11, of which the last belongs to the group of 8 and more."""
+    differences, modalities = drawn([0])
+    ages = torch.tensor([0.0, 2.0, 11.0])[torch.arange(len(differences)) % 3]
+    mismatch = Mismatch(by_staleness=True)
+    for first, end in pairwise([0, 700, 700, len(differences)]):
+        mismatch.add(differences[first:end], modalities[first:end].float(), ages[first:end])
+    metrics = mismatch.metrics()
+    check(metrics, differences)
+    for age, group in ((0, 0), (2, 2), (11, 8)):
+        check(metrics, differences[ages == age], f"/{STALENESS[group]}")
+    assert len(metrics) == 12
 
 
 def test_one_token_does_not_move_the_quantile() -> None:

@@ -145,7 +145,7 @@ MUTANTS = [
     Mutant("the value clip is off", "ppo/losses.py", "(values - old).clamp(-clip, clip)", "(values - old)"),
     Mutant("the clipped value loss has no half", "ppo/losses.py", "0.5 * torch.maximum(error", "torch.maximum(error"),
     Mutant(
-        "the importance cap is off", "ppo/losses.py", "(old - rollout).exp().clamp(max=cap)", "(old - rollout).exp()"
+        "importance weights are not truncated", "ppo/corrections.py", "return ratio.clamp(max=high)", "return ratio"
     ),
     Mutant("the overlong penalty is a bonus", "ppo/advantages.py", "return -min(tokens", "return min(tokens"),
     Mutant(
