@@ -103,7 +103,7 @@ class Engine:
     def add(self, pieces: Iterable[Piece]) -> None:
         """Have the engine generate ``pieces``, as soon as there is room."""
         self._waiting.extend(pieces)
-        self._fill()
+        self.fill()
 
     def next_end(self) -> tuple[int, float] | None:
         """Return the step after which the next response ends, and its second; None without a running response."""
@@ -128,8 +128,6 @@ class Engine:
             _, piece = heapq.heappop(self._running)
             self._context -= piece.context + piece.tokens
             ended.append(piece)
-        if ended:
-            self._fill()
         return ended
 
     def stop(self) -> list[tuple[Piece, int]]:
@@ -141,8 +139,8 @@ class Engine:
         self._context = 0
         return unfinished
 
-    def _fill(self) -> None:
-        """Start waiting responses while there is room."""
+    def fill(self) -> None:
+        """Start waiting responses while there is room; call it after responses have ended."""
         prefill = 0
         while self._waiting and len(self._running) < self.slots:
             piece = self._waiting.popleft()

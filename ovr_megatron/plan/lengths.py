@@ -135,14 +135,17 @@ def read_lengths(path: Path) -> tuple[list[list[int]], int | None]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--lengths {path} cannot be read ({error}); give a file of lengths or a run folder") from None
+        raise ConfigError(
+            f"--lengths {path} cannot be read ({error}); give a file of lengths or a run folder"
+        ) from None
     groups: list[list[int]] = []
     for number, entry in enumerate(_entries(path, text), 1):
-        group = entry if isinstance(entry, list) else [entry]
-        if not group or not all(type(length) is int and length > 0 for length in group):
+        values = entry if isinstance(entry, list) else [entry]
+        group = [value for value in values if type(value) is int and value > 0]
+        if not group or len(group) < len(values):
             raise ConfigError(
-                f"--lengths {path}: entry {number} is {json.dumps(entry)[:60]}, and not a whole number of tokens above 0 "
-                "or a list of them; correct it"
+                f"--lengths {path}: entry {number} is {json.dumps(entry)[:60]}, and not a whole number of tokens above "
+                "0 or a list of them; correct it"
             )
         groups.append(group)
     if not groups:
@@ -156,7 +159,9 @@ def _entries(path: Path, text: str) -> list[object]:
         try:
             return list(json.loads(text))
         except json.JSONDecodeError as error:
-            raise ConfigError(f"--lengths {path} is not JSON ({error}); correct it, or write one length a line") from None
+            raise ConfigError(
+                f"--lengths {path} is not JSON ({error}); correct it, or write one length a line"
+            ) from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return [int(line) if line.isdecimal() else line for line in lines]
 
@@ -178,6 +183,8 @@ def _read_run(run: Path) -> tuple[list[list[int]], int | None]:
                 if lengths := by_prompt.get(prompt):
                     prompt_tokens.append((tokens - sum(lengths)) / len(lengths))
     if not groups:
-        raise ConfigError(f"--lengths {run}: there are no responses in {run / 'rollouts'}; give a run of ovr rl or a file")
+        raise ConfigError(
+            f"--lengths {run}: there are no responses in {run / 'rollouts'}; give a run of ovr rl or a file"
+        )
     mean = round(sum(prompt_tokens) / len(prompt_tokens)) if prompt_tokens else None
     return groups, mean

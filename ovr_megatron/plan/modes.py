@@ -76,6 +76,13 @@ class Setup:
     update_s: float = 0.0
     workers: int = 2
     verdict_s: float = 0.0
+    _problems: dict[int, Problem] = field(default_factory=dict, repr=False)  # drawn so far: every way has the same
+
+    def problem(self, index: int) -> Problem:
+        """Return prompt ``index`` of the stream."""
+        if index not in self._problems:
+            self._problems[index] = self.lengths.problem(index)
+        return self._problems[index]
 
     def engines(self, mode: Mode) -> list[Engine]:
         """Return the engines of a round."""
@@ -180,7 +187,7 @@ def _continuing_rounds(setup: Setup, mode: Mode, iterations: int) -> Iterator[Ge
 
 
 def _begin(setup: Setup, index: int, iteration: int) -> _Entry:
-    problem = setup.lengths.problem(index)
+    problem = setup.problem(index)
     return _Entry(index, problem, iteration, [0] * len(problem.lengths))
 
 
@@ -204,4 +211,3 @@ def _run(setup: Setup, mode: Mode, entries: Sequence[_Entry], cut: Cut | None) -
         response_tokens=sum(sum(problem.lengths) for problem in problems),
         stale_tokens=sum(done_before[position] for position in selected),
     )
-

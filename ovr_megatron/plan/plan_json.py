@@ -124,6 +124,7 @@ class PlannedMode(TypedDict):
     oversample: float
     staleness: int
     generators: int
+    world: int
     engines: int
     iterations: int
     generate_s: float

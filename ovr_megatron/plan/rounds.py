@@ -1,4 +1,4 @@
-"""A round of generation on several engines, simulated: who takes which prompt, when the round ends, what is left over."""
+"""Simulate a round of generation on several engines: which engine takes which prompt, and when the round ends."""
 
 from __future__ import annotations
 
@@ -108,6 +108,7 @@ class _Simulation:
         self.missing = [len(group) for group in groups]  # responses of each prompt that have not ended
         self.outstanding = [0] * len(engines)  # responses of the prompts that an engine has not answered
         self.queue: deque[int] = deque(index for index, group in enumerate(groups) if group)
+        self.clock = 0.0  # of the last end
         self.events: list[tuple[float, int, int]] = []  # second, engine and step of the next end of each engine
 
     def run(self) -> Round:
@@ -120,7 +121,7 @@ class _Simulation:
             if cut_clock is not None and cut_clock <= self.events[0][0]:
                 self._end_round(cut_clock)
                 break
-            _, index, step = heapq.heappop(self.events)
+            self.clock, index, step = heapq.heappop(self.events)
             self._advance(index, step)
             while self.queue and self._has_room(index):
                 self._take(index)
@@ -179,6 +180,7 @@ class _Simulation:
                 self.outstanding[index] -= len(self.groups[prompt])
                 self.round.answer_steps[prompt] = step
                 insort(self.steps, step)
+        engine.fill()
 
     def _cut_step(self) -> int | None:
         """Return the step that decides the end of the round, by the answers so far; None while there are too few."""
@@ -196,7 +198,8 @@ class _Simulation:
         cut_step = self._cut_step()
         if cut_step is None:
             return None
-        clock = 0.0
+        # Engines that have no work left, or are further, have published by now.
+        clock = self.clock
         for engine in self.engines:
             end = engine.next_end()
             if end is None or engine.step >= cut_step:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ovr_megatron.config import ConfigError, RLConfig
@@ -60,9 +60,15 @@ def simulate(scenario: Scenario, options: SimulationOptions) -> PlannedSimulatio
     lengths = source_of(options.lengths, config, span)
     setup = _setup(scenario, span, lengths)
     modes = _modes(config, scenario.world, options)
+    most_staleness = max(mode.staleness for mode in modes)
     planned: list[PlannedMode] = []
+    rounds_of_generators: dict[int, list[Generated]] = {}
     for mode in modes:
-        rounds = list(generate(setup, mode, _iterations(mode)))
+        rounds = rounds_of_generators.get(mode.generators, [])
+        # How far generation runs ahead changes when a round begins, and nothing within it.
+        if not rounds or not mode.generators:
+            rounds = list(generate(setup, mode, _iterations(mode, most_staleness)))
+            rounds_of_generators[mode.generators] = rounds
         planned.append(summarise_mode(setup, mode, rounds))
     shared = next(mode["iteration_s"] for mode in planned if mode["name"] == Mode("shared").name)
     for mode_summary in planned:
@@ -123,13 +129,17 @@ def _setup(scenario: Scenario, span: Span, lengths: LengthSource) -> Setup:
     config = scenario.config
     assert isinstance(config, RLConfig)
     rollout = config.rollout
+    problems = [lengths.problem(index) for index in range(config.prompts)]
+    sizes = [problem.prompt_tokens + length for problem in problems for length in problem.lengths]
+    mean_tokens = sum(sizes) / len(sizes)
+    attended_length = sum(size * size for size in sizes) / sum(sizes)
+    load = replace(span.load, tokens=mean_tokens, attended_length=attended_length)
+    span = replace(span, load=load)
     parts = cost.seconds(scenario, span).parts
     update_s = parts["sync"] + parts.get("offload", 0.0)
     training_s = sum(parts.values()) - parts["generate"] - update_s
     engine = engine_memory(rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
     cache_tokens = engine["vLLM cache"] / cache_bytes_per_token(scenario.shape, rollout, config.model.dtype)
-    problems = [lengths.problem(index) for index in range(config.prompts)]
-    mean_tokens = sum(problem.tokens for problem in problems) / (config.prompts * config.responses)
     return Setup(
         world=scenario.world,
         tp=rollout.tp,
@@ -168,16 +178,19 @@ def _modes(config: RLConfig, world: int, options: SimulationOptions) -> list[Mod
     share = shares[len(shares) // 2]
     modes += [Mode("shared", share, staleness=updates) for updates in staleness if updates]
     for ranks in generators:
-        modes += [Mode("shared", staleness=updates, generators=ranks) for updates in (0, *staleness)]
+        modes += [Mode("shared", staleness=updates, generators=ranks) for updates in sorted({0, *staleness})]
     return modes
 
 
-def _iterations(mode: Mode) -> int:
-    """Return how many iterations of a way are simulated, whole cycles of short and long rounds where it has any."""
+def _iterations(mode: Mode, most_staleness: int) -> int:
+    """Return how many iterations of a way are simulated, whole cycles of short and long rounds where it has any.
+
+    Those that start a way are simulated, too, with ranks that generate only as many as for ``most_staleness``.
+    """
     if mode.continues:
         return _STEADY_ITERATIONS + mode.staleness + 1
     if not mode.oversample:
-        return ITERATIONS + (mode.staleness + 1 if mode.generators else 0)
+        return ITERATIONS + (most_staleness + 1 if mode.generators else 0)
     cycle = 1 + math.ceil(1 / mode.oversample)
     return cycle * max(2, round(_STEADY_ITERATIONS / cycle))
 
@@ -204,7 +217,9 @@ def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[Generated]) -> Pla
     busy += sum(entry["train_end_s"] - entry["train_begin_s"] for entry in timeline[first:last]) * trainers
     stale = sum(generated.stale_tokens for generated in counted)
     if mode.generators:
-        lagging = [generated for i, generated in enumerate(rounds) if first <= i < last and timeline[i]["updates_behind"]]
+        lagging = [
+            generated for i, generated in enumerate(rounds) if first <= i < last and timeline[i]["updates_behind"]
+        ]
         stale = sum(generated.response_tokens for generated in lagging)
     generated_tokens = sum(generated.round.generated for generated in counted)
     count = last - first
@@ -214,6 +229,7 @@ def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[Generated]) -> Pla
         "oversample": mode.oversample,
         "staleness": mode.staleness,
         "generators": mode.generators,
+        "world": setup.world,
         "engines": engines,
         "iterations": count,
         "generate_s": generate_s / count,

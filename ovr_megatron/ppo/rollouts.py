@@ -19,6 +19,7 @@ from ovr_megatron.ppo.batch import Response, seeds_of
 from ovr_megatron.ppo.counters import RolloutCounters
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
+from ovr_megatron.ppo.timeline import Timeline
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
 from ovr_megatron.rewards.rules import is_plain
@@ -71,6 +72,7 @@ class Rollout:
         metrics: of generation, the same on all ranks.
         long: whether the prompts are those that oversampled rounds postponed.
         postponed: the prompts that an oversampled round left to a long one, the same on all ranks.
+        timeline: of this rank; generation adds what it does.
     """
 
     prompts: Prompts
@@ -80,6 +82,7 @@ class Rollout:
     metrics: dict[str, float] = field(default_factory=dict)
     long: bool = False
     postponed: list[int] = field(default_factory=list)
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 class Rollouts:
@@ -106,7 +109,9 @@ class Rollouts:
         self.leads = tp_rank == 0
         self.failures = FailureWatch(config.reward.rules)
 
-    def collect(self, prompts: PromptStream, iteration: int, limit: int) -> Rollout:
+    def collect(
+        self, prompts: PromptStream, iteration: int, limit: int, timeline: Timeline | None = None
+    ) -> Rollout:
         """Draw prompts, generate and grade; with ``algorithm.dynamic_sampling``, until enough have unequal rewards.
 
         Where even its last round leaves too few, prompts with equal rewards fill the batch up: they change nothing
@@ -116,6 +121,7 @@ class Rollouts:
             prompts: gives the next prompts, the same on every rank.
             iteration: from 0, for the seeds.
             limit: most tokens of a prompt and its response together.
+            timeline: of this rank's iteration so far; None starts one.
 
         Raises:
             RolloutError: half of the prompts or more were given up, or have responses without a reward.
@@ -124,7 +130,7 @@ class Rollouts:
         """
         config = self.config
         dynamic_sampling = config.algorithm.dynamic_sampling
-        rollout = Rollout(Prompts([], self.processor), limit)
+        rollout = Rollout(Prompts([], self.processor), limit, timeline=timeline or Timeline())
         rows = rollout.prompts.rows
         tokens: dict[int, int] = {}
         unequal: list[int] = []
@@ -215,6 +221,8 @@ class Rollouts:
         """
         config = self.config
         rows = rollout.prompts.rows
+        timeline = rollout.timeline
+        timeline.end("draw")
         began = time.perf_counter()
         responses: dict[tuple[int, int], Response] = {}
         queue = self._open_queue(indices, name)
@@ -250,13 +258,17 @@ class Rollouts:
 
             failed = self.engine.answer(take, on_result, between_steps)
             generate_s = time.perf_counter() - began
+            timeline.end("engine")
             if cut:
                 cut.wait(barrier, lambda: take_verdicts(False), self.leads)
+                timeline.end("wait")
             self._finish_grading(barrier, take_verdicts)
+            timeline.end("grade")
             if self.world.is_main:
                 counters.show(bar, at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
+        timeline.end("wait")
         failed_prompts = failed if self.leads else []  # the followers of an engine have the same list
         responses |= _failed_responses(failed_prompts, config.responses)
         if cut:

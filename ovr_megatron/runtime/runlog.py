@@ -19,6 +19,7 @@ from ovr_megatron.runtime.trackers.table import open_trackers
 logger = get_logger(__name__)
 
 LAYERS = "layers.txt"
+TIMELINE = "timeline.jsonl"
 
 
 def record_layers(run: Path, layers: str, cautions: Sequence[str]) -> None:
