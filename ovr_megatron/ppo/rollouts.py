@@ -84,6 +84,11 @@ class Rollout:
     postponed: list[int] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each response of this rank's engine, without those that were given up."""
+        return [len(r.tokens) for r in self.responses if r.tokens]
+
 
 class Rollouts:
     """Generate on all replicas and grade finished responses meanwhile.
@@ -109,9 +114,7 @@ class Rollouts:
         self.leads = tp_rank == 0
         self.failures = FailureWatch(config.reward.rules)
 
-    def collect(
-        self, prompts: PromptStream, iteration: int, limit: int, timeline: Timeline | None = None
-    ) -> Rollout:
+    def collect(self, prompts: PromptStream, iteration: int, limit: int, timeline: Timeline | None = None) -> Rollout:
         """Draw prompts, generate and grade; with ``algorithm.dynamic_sampling``, until enough have unequal rewards.
 
         Where even its last round leaves too few, prompts with equal rewards fill the batch up: they change nothing

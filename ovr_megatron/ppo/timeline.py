@@ -10,7 +10,6 @@ import numpy as np
 
 from ovr_megatron.runtime.exchange import gather_objects
 
-FILE = "timeline.jsonl"
 LENGTH_BINS = 64  # of a histogram, from 0 to the limit of prompt and response together
 
 

@@ -236,12 +236,11 @@ class RL:
         metrics = result.metrics
         metrics["data/dropped_prompts"] = self.prompts.dropped - dropped_before
         self._add_metrics(result, iteration)
-        lengths = [len(r.tokens) for r in result.rollout.responses if r.tokens]
-        timeline = gather_timeline(result.timeline, lengths, result.rollout.limit)
+        timeline = gather_timeline(result.timeline, result.rollout.lengths, result.rollout.limit)
         self._archive(result, iteration, stream_state)
         self._evaluate(result, iteration)
         if self.log:
-            self.log.timeline.write(iteration, timeline)
+            self.log.timeline(iteration, timeline)
             self._write_log(self.log, result, iteration)
         self._state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
         self.next_iteration += 1
