@@ -174,8 +174,11 @@ def _draw_lengths(axes: Axes, stage: Stage, lines: Sequence[TimelineLine], theme
 
 def _last_bin(line: TimelineLine) -> int:
     """Return the number of bins up to the last one that has responses, at least 1."""
-    counts = line["lengths"]["counts"]
-    return max([1, *(index + 1 for index, count in enumerate(counts) if count)])
+    last = 1
+    for index, count in enumerate(line["lengths"]["counts"], 1):
+        if count:
+            last = index
+    return last
 
 
 def _idle_share(stage: Stage) -> tuple[list[int], list[float]]:
@@ -192,8 +195,12 @@ def _idle_share(stage: Stage) -> tuple[list[int], list[float]]:
 
 def _staleness(stage: Stage) -> list[int]:
     """Return the ages, in updates, for which the run logged a share of tokens."""
-    keys = {key for line in stage.metrics for key in line}
-    return sorted(int(match[1]) for key in keys if (match := _STALENESS.fullmatch(key)))
+    ages = set()
+    for line in stage.metrics:
+        for key in line:
+            if match := _STALENESS.fullmatch(key):
+                ages.add(int(match[1]))
+    return sorted(ages)
 
 
 def _draw_staleness(axes: Axes, stage: Stage, ages: Sequence[int], theme: Theme) -> None:

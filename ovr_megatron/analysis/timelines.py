@@ -29,7 +29,7 @@ _SIMULATED = {"engine": "Engine busy", "wait": "Wait for others", "grade": "Grad
 DPI = 180
 
 Bar = tuple[float, float, float, float]
-"""Left and width in seconds, bottom and height in rows."""
+"""Begin and width in seconds, bottom and height in rows."""
 
 
 def colours(theme: Theme) -> dict[str, str]:
@@ -59,8 +59,10 @@ def draw_bars(axes: Axes, bars: Mapping[str, Sequence[Bar]], theme: Theme) -> No
     palette = colours(theme)
     for activity, boxes in bars.items():
         if boxes:
-            left, width, bottom, height = zip(*boxes, strict=True)
-            axes.barh(bottom, width, height, left, align="edge", color=palette[activity], linewidth=0, gid=activity)
+            begins, widths, bottoms, heights = zip(*boxes, strict=True)
+            axes.barh(
+                bottoms, widths, heights, begins, align="edge", color=palette[activity], linewidth=0, gid=activity
+            )
     axes.invert_yaxis()
     axes.set_yticks([])
     axes.grid(False)

@@ -28,47 +28,7 @@ _LISTED = "values to compare, with commas between them"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and print the plan; return the exit code, 1 if the recipe does not fit."""
-    parser = argparse.ArgumentParser(
-        prog="ovr plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")
-    parser.add_argument("--world", type=whole_number(1), help="processes (default: the 64 of a recipe named ..._64gpu)")
-    parser.add_argument(
-        "--gpu",
-        metavar="KIND",
-        help=f"{', '.join(GPUS)}, or the memory in GiB (default: that of a recipe named ..._24gb, else h100, 80 GB)",
-    )
-    parser.add_argument(
-        "--mfu", type=number(above=0, most=1), default=0.4, help="model FLOP utilisation to reckon with (default: 0.4)"
-    )
-    parser.add_argument("--no-search", action="store_true", help="the recipe's own layout only")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
-    group = parser.add_argument_group("simulated iterations")
-    group.add_argument("--simulate", action="store_true", help="simulate generation, grading and training")
-    group.add_argument(
-        "--lengths",
-        default="",
-        metavar="FILE|RUN|MEAN:LONGEST",
-        help="tokens of responses: a file (one a line, or JSON), a run's rollouts, or log-normal (default: log-normal "
-        "by the recipe's mean and limit)",
-    )
-    group.add_argument("--oversample", type=_listed(number(above=0)), default=(), metavar="SHARE,...", help=_LISTED)
-    group.add_argument(
-        "--staleness",
-        type=_listed(whole_number(1)),
-        default=(),
-        metavar="UPDATES,...",
-        help=f"{_LISTED} (default: 1,2)",
-    )
-    group.add_argument(
-        "--generators",
-        type=_listed(whole_number(1)),
-        default=(),
-        metavar="RANKS,...",
-        help="ranks that generate only (default: a quarter and a half of them)",
-    )
-    group.add_argument("--figure", type=Path, metavar="FILE", help="draw the iterations: .svg, .png or .pdf")
+    parser = _parser()
     # Settings may stand on both sides of an option, which `parse_args` does not take.
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.simulate and (arguments.lengths or arguments.figure):
@@ -100,6 +60,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_simulation(summary["simulation"], arguments.figure)
     print(json.dumps(summary) if arguments.json else show(summary))
     return 0 if summary["fits"] else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="ovr plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")
+    parser.add_argument("--world", type=whole_number(1), help="processes (default: the 64 of a recipe named ..._64gpu)")
+    parser.add_argument(
+        "--gpu",
+        metavar="KIND",
+        help=f"{', '.join(GPUS)}, or the memory in GiB (default: that of a recipe named ..._24gb, else h100, 80 GB)",
+    )
+    parser.add_argument(
+        "--mfu", type=number(above=0, most=1), default=0.4, help="model FLOP utilisation to reckon with (default: 0.4)"
+    )
+    parser.add_argument("--no-search", action="store_true", help="the recipe's own layout only")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON: bytes, seconds, FLOP")
+    _add_simulation(parser)
+    return parser
+
+
+def _add_simulation(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a simulation."""
+    group = parser.add_argument_group("simulated iterations")
+    group.add_argument("--simulate", action="store_true", help="simulate generation, grading and training")
+    group.add_argument(
+        "--lengths",
+        default="",
+        metavar="FILE|RUN|MEAN:LONGEST",
+        help="tokens of responses: a file (one a line, or JSON), a run's rollouts, or log-normal (default: log-normal "
+        "by the recipe's mean and limit)",
+    )
+    group.add_argument("--oversample", type=_listed(number(above=0)), default=(), metavar="SHARE,...", help=_LISTED)
+    group.add_argument(
+        "--staleness",
+        type=_listed(whole_number(1)),
+        default=(),
+        metavar="UPDATES,...",
+        help=f"{_LISTED} (default: 1,2)",
+    )
+    group.add_argument(
+        "--generators",
+        type=_listed(whole_number(1)),
+        default=(),
+        metavar="RANKS,...",
+        help="ranks that generate only (default: a quarter and a half of them)",
+    )
+    group.add_argument("--figure", type=Path, metavar="FILE", help="draw the iterations: .svg, .png or .pdf")
 
 
 def _listed(read: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:

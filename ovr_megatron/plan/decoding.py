@@ -75,7 +75,7 @@ class Piece(NamedTuple):
     prefill: int = 0
 
 
-class Engine:
+class SimulatedEngine:
     """One engine: its clock in seconds, its steps, the responses that run and those that wait for room.
 
     Attributes:

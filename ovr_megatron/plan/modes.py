@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ovr_megatron.plan.decoding import DecodeRates, Engine, Piece
+from ovr_megatron.plan.decoding import DecodeRates, Piece, SimulatedEngine
 from ovr_megatron.plan.lengths import LengthSource, Problem
-from ovr_megatron.plan.rounds import Cut, Round, Schedule, last_verdict, run_round
+from ovr_megatron.plan.rounds import Cut, RoundResult, Schedule, last_verdict, run_round
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Setup:
             self._problems[index] = self.lengths.problem(index)
         return self._problems[index]
 
-    def engines(self, mode: Mode) -> list[Engine]:
+    def engines(self, mode: Mode) -> list[SimulatedEngine]:
         """Return the engines of a round."""
         ranks = mode.generators or self.world
-        return [Engine(self.rates, self.slots) for _ in range(ranks // self.tp)]
+        return [SimulatedEngine(self.rates, self.slots) for _ in range(ranks // self.tp)]
 
 
 @dataclass(frozen=True)
-class Generated:
+class SimulatedRound:
     """What a round came to, for the iteration that trains on it.
 
     Attributes:
@@ -105,7 +105,7 @@ class Generated:
         long: whether it is a round of postponed prompts.
     """
 
-    round: Round
+    round: RoundResult
     graded_s: float
     trained: Sequence[int]
     tokens: int
@@ -141,7 +141,7 @@ class _Entry:
         return pieces
 
 
-def generate(setup: Setup, mode: Mode, iterations: int) -> Iterator[Generated]:
+def generate(setup: Setup, mode: Mode, iterations: int) -> Iterator[SimulatedRound]:
     """Yield the rounds of ``iterations`` iterations."""
     if mode.continues:
         yield from _continuing_rounds(setup, mode, iterations)
@@ -169,7 +169,7 @@ def generate(setup: Setup, mode: Mode, iterations: int) -> Iterator[Generated]:
         yield replace(generated, discarded=discarded, long=long)
 
 
-def _continuing_rounds(setup: Setup, mode: Mode, iterations: int) -> Iterator[Generated]:
+def _continuing_rounds(setup: Setup, mode: Mode, iterations: int) -> Iterator[SimulatedRound]:
     """Yield rounds whose unfinished responses go on in the next one, at most ``mode.staleness`` rounds long."""
     drawn = 0
     entries: list[_Entry] = []
@@ -191,7 +191,7 @@ def _begin(setup: Setup, index: int, iteration: int) -> _Entry:
     return _Entry(index, problem, iteration, [0] * len(problem.lengths))
 
 
-def _run(setup: Setup, mode: Mode, entries: Sequence[_Entry], cut: Cut | None) -> Generated:
+def _run(setup: Setup, mode: Mode, entries: Sequence[_Entry], cut: Cut | None) -> SimulatedRound:
     """Simulate a round of ``entries``, and write into them what it generated."""
     groups = [entry.pieces(position) for position, entry in enumerate(entries)]
     done_before = [sum(entry.done) for entry in entries]
@@ -203,7 +203,7 @@ def _run(setup: Setup, mode: Mode, entries: Sequence[_Entry], cut: Cut | None) -
     selected = range(len(entries)) if cut is None else result.selected(cut)
     problems = [entries[position].problem for position in selected]
     graded_s = max(last_verdict(ends, setup.workers, setup.verdict_s) for ends in result.end_s)
-    return Generated(
+    return SimulatedRound(
         round=result,
         graded_s=max(graded_s, result.seconds),
         trained=[entries[position].index for position in selected],

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ovr_megatron.plan.decoding import Engine, Piece
+from ovr_megatron.plan.decoding import Piece, SimulatedEngine
 
 INTERVAL = 16  # steps between two comparisons of an oversampled round, as in `ovr_megatron.ppo.round_cut`
 Schedule = Literal["static", "shared"]
@@ -31,7 +31,7 @@ class Cut:
 
 
 @dataclass
-class Round:
+class RoundResult:
     """What a round came to.
 
     Attributes:
@@ -69,11 +69,11 @@ class Round:
 
 def run_round(
     groups: Sequence[Sequence[Piece]],
-    engines: Sequence[Engine],
+    engines: Sequence[SimulatedEngine],
     schedule: Schedule,
     max_num_seqs: int,
     cut: Cut | None = None,
-) -> Round:
+) -> RoundResult:
     """Simulate a round.
 
     Args:
@@ -93,7 +93,7 @@ class _Simulation:
     def __init__(
         self,
         groups: Sequence[Sequence[Piece]],
-        engines: Sequence[Engine],
+        engines: Sequence[SimulatedEngine],
         schedule: Schedule,
         max_num_seqs: int,
         cut: Cut | None,
@@ -103,7 +103,7 @@ class _Simulation:
         self.schedule = schedule
         self.max_num_seqs = max_num_seqs
         self.cut = cut
-        self.round = Round([], [[] for _ in engines], dict.fromkeys(cut.answered if cut else (), 0))
+        self.round = RoundResult([], [[] for _ in engines], dict.fromkeys(cut.answered if cut else (), 0))
         self.steps = sorted(self.round.answer_steps.values())
         self.missing = [len(group) for group in groups]  # responses of each prompt that have not ended
         self.outstanding = [0] * len(engines)  # responses of the prompts that an engine has not answered
@@ -111,7 +111,7 @@ class _Simulation:
         self.clock = 0.0  # of the last end
         self.events: list[tuple[float, int, int]] = []  # second, engine and step of the next end of each engine
 
-    def run(self) -> Round:
+    def run(self) -> RoundResult:
         """Go from end to end in the order of the clock."""
         self._deal()
         for index in range(len(self.engines)):

@@ -17,7 +17,7 @@ from ovr_megatron.plan import cost
 from ovr_megatron.plan.decoding import decode_rates
 from ovr_megatron.plan.lengths import LengthSource, LogNormalLengths, MeasuredLengths, read_lengths
 from ovr_megatron.plan.memory import cache_bytes_per_token, engine_memory
-from ovr_megatron.plan.modes import Generated, Mode, Setup, generate
+from ovr_megatron.plan.modes import Mode, Setup, SimulatedRound, generate
 from ovr_megatron.plan.plan_json import PlannedMode, PlannedRound, PlannedSimulation
 from ovr_megatron.plan.scenario import Scenario, Span
 
@@ -62,7 +62,7 @@ def simulate(scenario: Scenario, options: SimulationOptions) -> PlannedSimulatio
     modes = _modes(config, scenario.world, options)
     most_staleness = max(mode.staleness for mode in modes)
     planned: list[PlannedMode] = []
-    rounds_of_generators: dict[int, list[Generated]] = {}
+    rounds_of_generators: dict[int, list[SimulatedRound]] = {}
     for mode in modes:
         rounds = rounds_of_generators.get(mode.generators, [])
         # How far generation runs ahead changes when a round begins, and nothing within it.
@@ -130,9 +130,13 @@ def _setup(scenario: Scenario, span: Span, lengths: LengthSource) -> Setup:
     assert isinstance(config, RLConfig)
     rollout = config.rollout
     problems = [lengths.problem(index) for index in range(config.prompts)]
-    sizes = [problem.prompt_tokens + length for problem in problems for length in problem.lengths]
-    mean_tokens = sum(sizes) / len(sizes)
-    attended_length = sum(size * size for size in sizes) / sum(sizes)
+    sizes: list[int] = []
+    for problem in problems:
+        sizes += [problem.prompt_tokens + length for length in problem.lengths]
+    tokens = sum(sizes)
+    squares = sum(size * size for size in sizes)
+    mean_tokens = tokens / len(sizes)
+    attended_length = squares / tokens
     load = replace(span.load, tokens=mean_tokens, attended_length=attended_length)
     span = replace(span, load=load)
     parts = cost.seconds(scenario, span).parts
@@ -195,7 +199,7 @@ def _iterations(mode: Mode, most_staleness: int) -> int:
     return cycle * max(2, round(_STEADY_ITERATIONS / cycle))
 
 
-def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[Generated]) -> PlannedMode:
+def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -> PlannedMode:
     """Return the means of a way of generating, without iterations that start it or end within a cycle.
 
     ``gain`` is 1; `simulate` knows the shared queue.
@@ -243,7 +247,7 @@ def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[Generated]) -> Pla
     }
 
 
-def _timeline(setup: Setup, mode: Mode, rounds: Sequence[Generated]) -> list[PlannedRound]:
+def _timeline(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -> list[PlannedRound]:
     """Return when each round is generated and trained on.
 
     A round begins when the engines are free and have the weights of the update ``mode.staleness`` before it; without

@@ -144,6 +144,7 @@ class Rollouts:
             indices = range(first, len(rows))
             # A name of its own: the store keeps the counters of earlier queues, also of another run in this process.
             name = f"{iteration}.{sampling_round}#{next(_rounds)}"
+            rollout.timeline.end("draw")
             responses = self._generate(rollout, indices, iteration, name)
             rollout.responses += responses
             groups = self._group_rewards(responses, rollout)
@@ -224,8 +225,6 @@ class Rollouts:
         """
         config = self.config
         rows = rollout.prompts.rows
-        timeline = rollout.timeline
-        timeline.end("draw")
         began = time.perf_counter()
         responses: dict[tuple[int, int], Response] = {}
         queue = self._open_queue(indices, name)
@@ -261,17 +260,13 @@ class Rollouts:
 
             failed = self.engine.answer(take, on_result, between_steps)
             generate_s = time.perf_counter() - began
-            timeline.end("engine")
-            if cut:
-                cut.wait(barrier, lambda: take_verdicts(False), self.leads)
-                timeline.end("wait")
-            self._finish_grading(barrier, take_verdicts)
-            timeline.end("grade")
+            rollout.timeline.end("engine")
+            self._finish_round(barrier, cut, take_verdicts, rollout.timeline)
             if self.world.is_main:
                 counters.show(bar, at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
-        timeline.end("wait")
+        rollout.timeline.end("wait")
         failed_prompts = failed if self.leads else []  # the followers of an engine have the same list
         responses |= _failed_responses(failed_prompts, config.responses)
         if cut:
@@ -286,12 +281,18 @@ class Rollouts:
         # By prompt and sample, so that the order does not depend on which response ended first.
         return [responses[key] for key in sorted(responses) if key[0] not in left_out]
 
-    def _finish_grading(self, barrier: WorkBarrier, take_verdicts: Callable[[bool], None]) -> None:
-        """Wait for the verdicts on this engine's responses, or until a stop is asked for."""
+    def _finish_round(
+        self, barrier: WorkBarrier, cut: RoundCut | None, take_verdicts: Callable[[bool], None], timeline: Timeline
+    ) -> None:
+        """Wait for the other engines where the round is cut, then for the verdicts, or until a stop is asked for."""
+        if cut:
+            cut.wait(barrier, lambda: take_verdicts(False), self.leads)
+            timeline.end("wait")
         # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
         while self.leads and self.grader.pending and not barrier.stop_asked():
             take_verdicts(True)
             barrier.step()
+        timeline.end("grade")
 
     def _take_prompts(
         self, queue: Callable[[int], list[int]], rollout: Rollout, iteration: int, outstanding: int

@@ -95,9 +95,7 @@ def test_what_a_run_does_not_log_is_not_drawn(tail_dir: Path, finished_dir: Path
     assert not {"rl_timeline", "rl_tail"} & {chart.name for chart in draw_figures(read_experiment(finished_dir), LIGHT)}
 
 
-def test_an_iteration_is_chosen_and_its_numbers_are_written(
-    tail_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_iteration_is_chosen_and_its_numbers_are_written(tail_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = {path.stem: path for path in write_numbers(read_experiment(tail_dir, iteration=7))}
     rows = list(csv.DictReader(paths["rl_timeline"].open()))
     assert {row["step"] for row in rows} == {"7"} and len(rows) == 2 * len(ACTIVITIES)

@@ -13,12 +13,12 @@ from ovr_megatron import cli
 from ovr_megatron.config import ConfigError
 from ovr_megatron.launch import compose
 from ovr_megatron.plan.cost import generation_seconds
-from ovr_megatron.plan.decoding import DecodeRates, Engine, Piece, decode_rates
+from ovr_megatron.plan.decoding import DecodeRates, Piece, SimulatedEngine, decode_rates
 from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.lengths import LogNormalLengths, MeasuredLengths, Problem, read_lengths
 from ovr_megatron.plan.modes import Mode, Setup, generate
 from ovr_megatron.plan.report import read_shape
-from ovr_megatron.plan.rounds import INTERVAL, Cut, Round, last_verdict, run_round
+from ovr_megatron.plan.rounds import INTERVAL, Cut, RoundResult, last_verdict, run_round
 from ovr_megatron.plan.scenario import build_scenario
 from ovr_megatron.plan.simulation import SimulationOptions, simulate, summarise_mode
 
@@ -72,9 +72,9 @@ def literal_round(
     schedule: str,
     max_num_seqs: int,
     cut: Cut | None,
-) -> Round:
+) -> RoundResult:
     """Make every step of every engine in the order of the clock, and compare counts as `RoundCut` does."""
-    result = Round([], [[] for _ in engines], dict.fromkeys(cut.answered if cut else (), 0))
+    result = RoundResult([], [[] for _ in engines], dict.fromkeys(cut.answered if cut else (), 0))
     missing = {index: len(group) for index, group in enumerate(groups)}
     queue = [index for index, group in enumerate(groups) if group]
 
@@ -156,7 +156,7 @@ def test_from_end_to_end_is_step_by_step(seed: int, schedule: str) -> None:
         groups = [[] if prompt in answered else group for prompt, group in enumerate(groups)]
         required = frozenset(draw.sample(range(count), min(count, seed % 2)))
         cut = Cut(draw.randint(1, count), required, answered)
-    found = run_round(groups, [Engine(RATES, slots) for _ in range(engine_count)], schedule, max_num_seqs, cut)
+    found = run_round(groups, [SimulatedEngine(RATES, slots) for _ in range(engine_count)], schedule, max_num_seqs, cut)
     literal = literal_round(
         groups, [LiteralEngine(RATES, slots) for _ in range(engine_count)], schedule, max_num_seqs, cut
     )
@@ -316,10 +316,12 @@ def test_slower_or_longer_is_never_sooner() -> None:
         once_s = [found.round.seconds for found in generate(work, mode, 6)]
         assert [found.round.seconds for found in generate(twice, mode, 6)] == [2 * seconds for seconds in once_s]
     groups = random_groups(random.Random(1), 8, 2)
-    static = [run_round(groups[:n], [Engine(RATES, 8) for _ in range(2)], "static", 8).seconds for n in range(1, 9)]
+    static = [
+        run_round(groups[:n], [SimulatedEngine(RATES, 8) for _ in range(2)], "static", 8).seconds for n in range(1, 9)
+    ]
     assert static == sorted(static)
     longer = [[piece._replace(tokens=piece.tokens + 5) for piece in group] for group in groups]
-    assert run_round(longer, [Engine(RATES, 8) for _ in range(2)], "static", 8).seconds > static[-1]
+    assert run_round(longer, [SimulatedEngine(RATES, 8) for _ in range(2)], "static", 8).seconds > static[-1]
 
 
 def test_lengths_come_from_files_and_runs(tmp_path: Path) -> None:
@@ -376,7 +378,7 @@ def test_the_rates_are_those_of_the_plan() -> None:
     """One response an engine, of the mean length: the plan's formula without its tail."""
     scenario = small_scenario("prompts=16", "responses=1", "iterations=1", ONE_LENGTH)
     span = scenario.spans[0]
-    engine = Engine(decode_rates(scenario, span), 1)
+    engine = SimulatedEngine(decode_rates(scenario, span), 1)
     engine.add([Piece((0, 0), 4223)])
     step, _ = engine.next_end()
     engine.advance(step)
