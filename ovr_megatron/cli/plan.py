@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     # Settings may stand on both sides of an option, which `parse_args` does not take.
     arguments = parser.parse_intermixed_args(argv)
-    if not arguments.simulate and (arguments.lengths or arguments.figure):
-        parser.error("--lengths and --figure are of a simulation; add --simulate")
+    for option in ("lengths", "oversample", "staleness", "generators", "figure"):
+        if getattr(arguments, option) and not arguments.simulate:
+            parser.error(f"--{option} is an option of a simulation; add --simulate")
     if arguments.figure and arguments.figure.suffix not in _FIGURES:
         parser.error(f"--figure {arguments.figure}: the name must end in {', '.join(_FIGURES)}")
     name = Path(arguments.recipe).stem

@@ -204,8 +204,7 @@ class _Simulation:
             end = engine.next_end()
             if end is None or engine.step >= cut_step:
                 continue
-            if end[0] < cut_step:
-                return None  # an answer that comes first may decide for an earlier step
+            # Too late where a response ends before that step, which then is the next event: it may decide otherwise.
             clock = max(clock, engine.clock_at(cut_step))
         return clock
 

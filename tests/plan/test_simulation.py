@@ -229,6 +229,14 @@ def test_rounds_that_continue_by_hand() -> None:
     assert list(third.trained) == [4, 5] and third.stale_tokens == 22
 
 
+def test_what_continues_is_computed_anew() -> None:
+    """The keys and values of 16 tokens each are lost with the weights of the first round."""
+    problems = [(5,), (100,), (16,), (90,), (10,), (12,)]
+    work = Setup(4, 1, DecodeRates(step_s=1, prefill_s=1), 64, 1, 2, ListedLengths(problems))
+    _, second = generate(work, Mode("shared", oversample=1.0, staleness=1), 2)
+    assert second.round.engine_s == [16 + 84, 16 + 74, 10, 12]
+
+
 def test_ranks_that_generate_only_by_hand() -> None:
     """Rounds of 30 s on one of two ranks, updates of 20 s on the other."""
     rounds = list(generate(setup([(30,)] * 8, 1), Mode("shared", generators=1), 6))
@@ -308,6 +316,10 @@ def test_no_response_is_older_than_the_bound() -> None:
         assert max(ages) == staleness
 
 
+def static_seconds(groups: Sequence[Sequence[Piece]]) -> float:
+    return run_round(groups, [SimulatedEngine(RATES, 8) for _ in range(2)], "static", 8).seconds
+
+
 def test_slower_or_longer_is_never_sooner() -> None:
     lengths = LogNormalLengths(70, 240, responses=4, prompt_tokens=8, seed=7)
     for mode in MODES:
@@ -316,12 +328,10 @@ def test_slower_or_longer_is_never_sooner() -> None:
         once_s = [found.round.seconds for found in generate(work, mode, 6)]
         assert [found.round.seconds for found in generate(twice, mode, 6)] == [2 * seconds for seconds in once_s]
     groups = random_groups(random.Random(1), 8, 2)
-    static = [
-        run_round(groups[:n], [SimulatedEngine(RATES, 8) for _ in range(2)], "static", 8).seconds for n in range(1, 9)
-    ]
+    static = [static_seconds(groups[:count]) for count in range(1, 9)]
     assert static == sorted(static)
     longer = [[piece._replace(tokens=piece.tokens + 5) for piece in group] for group in groups]
-    assert run_round(longer, [SimulatedEngine(RATES, 8) for _ in range(2)], "static", 8).seconds > static[-1]
+    assert static_seconds(longer) > static[-1]
 
 
 def test_lengths_come_from_files_and_runs(tmp_path: Path) -> None:
@@ -441,7 +451,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     )
     assert "Engine busy" in figures[0].read_text() and "max_staleness=1" in figures[0].read_text()
     assert figures[1].read_bytes().startswith(b"\x89PNG")
-    for option in (["--figure", "x.svg"], ["--lengths", "7:9"]):
+    for option in (["--figure", "x.svg"], ["--lengths", "7:9"], ["--staleness", "2"]):
         with pytest.raises(SystemExit) as left:
             cli.main(["plan", "rl_7b_64gpu", *option])
         assert left.value.code == 2
