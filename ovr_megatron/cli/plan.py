@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     # Settings may stand on both sides of an option, which `parse_args` does not take.
     arguments = parser.parse_intermixed_args(argv)
-    for option in ("lengths", "oversample", "staleness", "generators", "figure"):
+    for option in ("lengths", "oversample", "staleness", "ranks", "figure"):
         if getattr(arguments, option) and not arguments.simulate:
             parser.error(f"--{option} is an option of a simulation; add --simulate")
     if arguments.figure and arguments.figure.suffix not in _FIGURES:
@@ -50,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = arguments.world or processes(name, config.parallel)
     options = Options(world, gpu, arguments.mfu, not arguments.no_search, arguments.recipe, tuple(arguments.overrides))
     if arguments.simulate:
-        simulation = SimulationOptions(
-            arguments.lengths, arguments.oversample, arguments.staleness, arguments.generators
-        )
+        simulation = SimulationOptions(arguments.lengths, arguments.oversample, arguments.staleness, arguments.ranks)
         options = replace(options, simulation=simulation)
     summary = plan(config, options)
     if arguments.figure and summary["simulation"]:
@@ -105,7 +103,7 @@ def _add_simulation(parser: argparse.ArgumentParser) -> None:
         help=f"{_LISTED} (default: 1,2)",
     )
     group.add_argument(
-        "--generators",
+        "--ranks",
         type=_listed(whole_number(1)),
         default=(),
         metavar="RANKS,...",

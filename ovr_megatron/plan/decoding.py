@@ -131,9 +131,10 @@ class SimulatedEngine:
         return ended
 
     def stop(self) -> list[tuple[Piece, int]]:
-        """Give up what runs and waits; return each with the tokens of it that are generated."""
-        unfinished = [(piece, piece.tokens - (last_step - self.step)) for last_step, piece in self._running]
-        unfinished += [(piece, 0) for piece in self._waiting]
+        """Give up what runs and waits; return each with the step after which it would have ended."""
+        unfinished = [(piece, last_step) for last_step, piece in self._running]
+        # Those that wait would have begun now at the earliest.
+        unfinished += [(piece, self.step + piece.tokens) for piece in self._waiting]
         self._running.clear()
         self._waiting.clear()
         self._context = 0

@@ -18,10 +18,11 @@ class Mode:
     Attributes:
         schedule: ``rollout.schedule``.
         oversample: ``rollout.oversample``.
-        staleness: most updates between the first token of a response and its training.  0: every response is of the
-            current policy.  Without ``generators`` unfinished responses of an oversampled round continue in the next
-            one, instead of waiting for a long round; with them generation runs ahead of training by so many updates.
-        generators: ranks that generate only, while the others train; 0: every rank does both in turn.
+        staleness: ``rollout.max_staleness``, the most updates between the policy that draws a token and the one that
+            learns from it.  Without ``generators`` unfinished responses of an oversampled round continue in the next
+            one, instead of beginning anew in a long round; with them generation runs ahead by so many updates.
+        generators: ``rollout.ranks``, ranks that generate only, while the others train; 0: every rank does both in
+            turn.
     """
 
     schedule: Schedule
@@ -36,7 +37,7 @@ class Mode:
         if self.oversample:
             parts.append(f"oversample={self.oversample:g}")
         if self.generators:
-            parts.append(f"{self.generators} generators")
+            parts.append(f"ranks={self.generators}")
         if self.staleness or self.generators:
             parts.append(f"max_staleness={self.staleness}")
         return ", ".join(parts)
@@ -101,7 +102,7 @@ class SimulatedRound:
         tokens: of these with all their responses, the prompt counted with each.
         response_tokens: of their responses alone.
         stale_tokens: those of the response tokens that earlier rounds generated.
-        discarded: tokens that are generated again in a later round.
+        discarded: tokens of responses that begin anew, and those that were generated after the cut.
         long: whether it is a round of postponed prompts.
     """
 
@@ -165,25 +166,32 @@ def generate(setup: Setup, mode: Mode, iterations: int) -> Iterator[SimulatedRou
         left_over = [entry for entry in entries if entry.index not in trained]
         postponed += [entry.index for entry in left_over]
         # They begin anew: nothing of them is kept.
-        discarded = sum(sum(entry.done) for entry in left_over)
+        discarded = generated.discarded + sum(sum(entry.done) for entry in left_over)
         yield replace(generated, discarded=discarded, long=long)
 
 
 def _continuing_rounds(setup: Setup, mode: Mode, iterations: int) -> Iterator[SimulatedRound]:
-    """Yield rounds whose unfinished responses go on in the next one, at most ``mode.staleness`` rounds long."""
+    """Yield rounds whose unfinished responses go on in the next one, but for those that would become too old.
+
+    These begin anew, before further prompts are drawn.
+    """
     drawn = 0
     entries: list[_Entry] = []
     for iteration in range(iterations):
-        started = setup.prompts + math.ceil(setup.prompts * mode.oversample)
-        for _ in range(started - len(entries)):
-            entries.append(_begin(setup, drawn, iteration))
-            drawn += 1
-        required = frozenset(i for i, entry in enumerate(entries) if iteration - entry.begun >= mode.staleness)
-        answered = frozenset(i for i, entry in enumerate(entries) if entry.is_answered)
-        generated = _run(setup, mode, entries, Cut(setup.prompts, required, answered))
+        continued = [e for e in entries if any(e.done) and iteration - e.begun <= mode.staleness]
+        continued_indices = {entry.index for entry in continued}
+        begun_anew = [entry for entry in entries if entry.index not in continued_indices]
+        discarded = sum(sum(entry.done) for entry in begun_anew)
+        begins = [entry.index for entry in begun_anew]
+        missing = setup.prompts + math.ceil(setup.prompts * mode.oversample) - len(continued) - len(begins)
+        begins += range(drawn, drawn + missing)
+        drawn += missing
+        entries = continued + [_begin(setup, index, iteration) for index in begins]
+        answered = frozenset(i for i, entry in enumerate(continued) if entry.is_answered)
+        generated = _run(setup, mode, entries, Cut(setup.prompts, answered), len(continued))
         trained = set(generated.trained)
         entries = [entry for entry in entries if entry.index not in trained]
-        yield generated
+        yield replace(generated, discarded=generated.discarded + discarded)
 
 
 def _begin(setup: Setup, index: int, iteration: int) -> _Entry:
@@ -191,11 +199,11 @@ def _begin(setup: Setup, index: int, iteration: int) -> _Entry:
     return _Entry(index, problem, iteration, [0] * len(problem.lengths))
 
 
-def _run(setup: Setup, mode: Mode, entries: Sequence[_Entry], cut: Cut | None) -> SimulatedRound:
-    """Simulate a round of ``entries``, and write into them what it generated."""
+def _run(setup: Setup, mode: Mode, entries: Sequence[_Entry], cut: Cut | None, continued: int = 0) -> SimulatedRound:
+    """Simulate a round of ``entries``, the first of them ``continued``, and write into them what it generated."""
     groups = [entry.pieces(position) for position, entry in enumerate(entries)]
     done_before = [sum(entry.done) for entry in entries]
-    result = run_round(groups, setup.engines(mode), mode.schedule, setup.max_num_seqs, cut)
+    result = run_round(groups, setup.engines(mode), mode.schedule, setup.max_num_seqs, cut, continued)
     for group in groups:
         for piece in group:
             position, sample = piece.key
@@ -210,4 +218,6 @@ def _run(setup: Setup, mode: Mode, entries: Sequence[_Entry], cut: Cut | None) -
         tokens=sum(problem.tokens for problem in problems),
         response_tokens=sum(sum(problem.lengths) for problem in problems),
         stale_tokens=sum(done_before[position] for position in selected),
+        # What engines generated after the step of the cut.
+        discarded=result.generated - (sum(sum(entry.done) for entry in entries) - sum(done_before)),
     )

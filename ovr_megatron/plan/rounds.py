@@ -21,12 +21,10 @@ class Cut:
 
     Attributes:
         needed: answered prompts that are enough.
-        required: prompts that must be among them.
         answered: prompts that are answered when the round begins.
     """
 
     needed: int
-    required: frozenset[int] = frozenset()
     answered: frozenset[int] = frozenset()
 
 
@@ -38,8 +36,9 @@ class RoundResult:
         engine_s: seconds until each engine was done.
         end_s: of each engine, the second at which each response ended.
         answer_steps: by prompt, the step of its engine after which it had all responses.
-        unfinished: tokens generated of each response, by prompt and response, that has not ended.
-        generated: tokens of all engines.
+        unfinished: tokens of each response, by prompt and response, that has not ended with the step of the cut, or
+            without a cut at all; what an engine generates after that step until it hears of the cut does not count.
+        generated: tokens of all engines, those that do not count included.
     """
 
     engine_s: list[float]
@@ -59,12 +58,9 @@ class RoundResult:
         return self.seconds - sum(self.engine_s) / len(self.engine_s)
 
     def selected(self, cut: Cut) -> list[int]:
-        """Return the prompts that the round trains on: of the answered ones those of the earliest step, as a run does.
-
-        Those that must be among them come first.
-        """
-        order = sorted(self.answer_steps, key=lambda i: (i not in cut.required, self.answer_steps[i], i))
-        return sorted(order[: max(cut.needed, len(cut.required))])
+        """Return the prompts that the round trains on: as in a run those that were answered in the earliest steps."""
+        order = sorted(self.answer_steps, key=lambda prompt: (self.answer_steps[prompt], prompt))
+        return sorted(order[: cut.needed])
 
 
 def run_round(
@@ -73,6 +69,7 @@ def run_round(
     schedule: Schedule,
     max_num_seqs: int,
     cut: Cut | None = None,
+    continued: int = 0,
 ) -> RoundResult:
     """Simulate a round.
 
@@ -83,8 +80,9 @@ def run_round(
         schedule: ``rollout.schedule``.
         max_num_seqs: responses of an engine beyond which it takes no further prompt from the shared queue.
         cut: None has every prompt answered.
+        continued: the first so many prompts are dealt out beforehand, whatever the schedule.
     """
-    return _Simulation(groups, engines, schedule, max_num_seqs, cut).run()
+    return _Simulation(groups, engines, schedule, max_num_seqs, cut).run(continued)
 
 
 class _Simulation:
@@ -108,12 +106,13 @@ class _Simulation:
         self.missing = [len(group) for group in groups]  # responses of each prompt that have not ended
         self.outstanding = [0] * len(engines)  # responses of the prompts that an engine has not answered
         self.queue: deque[int] = deque(index for index, group in enumerate(groups) if group)
+        self.ended: list[tuple[Piece, int]] = []  # responses, and the step after which each ends
         self.clock = 0.0  # of the last end
         self.events: list[tuple[float, int, int]] = []  # second, engine and step of the next end of each engine
 
-    def run(self) -> RoundResult:
+    def run(self, continued: int) -> RoundResult:
         """Go from end to end in the order of the clock."""
-        self._deal()
+        self._deal(len(self.groups) if self.schedule == "static" else continued)
         for index in range(len(self.engines)):
             self._push(index)
         while self.events:
@@ -127,24 +126,30 @@ class _Simulation:
                 self._take(index)
             self._push(index)
         for engine in self.engines:
-            for piece, tokens in engine.stop():
-                self.round.unfinished[piece.key] = tokens
+            self.ended += engine.stop()
             self.round.engine_s.append(engine.clock)
             self.round.generated += engine.generated
-        for index in self.queue:
-            for piece in self.groups[index]:
-                self.round.unfinished[piece.key] = 0
+        self._leave_unfinished()
         return self.round
 
-    def _deal(self) -> None:
-        """Give the engines their first prompts."""
-        if self.schedule == "static":
-            order = list(self.queue)
-            self.queue.clear()
-            for index, engine in enumerate(self.engines):
-                for prompt in order[index :: len(self.engines)]:
-                    engine.add(self.groups[prompt])
+    def _leave_unfinished(self) -> None:
+        """Record the tokens that responses, which end later, have at the step of the cut."""
+        cut_step = self._cut_step()
+        if cut_step is None:
             return
+        for piece, last_step in self.ended:
+            if last_step > cut_step:
+                self.round.unfinished[piece.key] = max(piece.tokens - (last_step - cut_step), 0)
+        for prompt in self.queue:
+            for piece in self.groups[prompt]:
+                self.round.unfinished[piece.key] = 0
+
+    def _deal(self, count: int) -> None:
+        """Give the engines the first ``count`` prompts in turn, and of the queue as many as they have room for."""
+        dealt = 0
+        while self.queue and self.queue[0] < count:
+            self._take(dealt % len(self.engines))
+            dealt += 1
         # All engines ask at once, so that they take turns.
         asking = list(range(len(self.engines)))
         while self.queue and asking:
@@ -175,6 +180,7 @@ class _Simulation:
         for piece in ended:
             prompt = piece.key[0]
             self.round.end_s[index].append(engine.clock)
+            self.ended.append((piece, step))
             self.missing[prompt] -= 1
             if not self.missing[prompt]:
                 self.outstanding[index] -= len(self.groups[prompt])
@@ -187,10 +193,8 @@ class _Simulation:
         cut = self.cut
         if cut is None or len(self.steps) < cut.needed:
             return None
-        if not all(prompt in self.round.answer_steps for prompt in cut.required):
-            return None
-        last_steps = [self.round.answer_steps[prompt] for prompt in cut.required]
-        last_step = max([self.steps[cut.needed - 1], *last_steps])
+        # At the earliest the first interval, also where enough prompts were answered before.
+        last_step = max(self.steps[cut.needed - 1], 1)
         return -(-last_step // INTERVAL) * INTERVAL
 
     def _cut_clock(self) -> float | None:

@@ -21,8 +21,8 @@ from ovr_megatron.plan.modes import Mode, Setup, SimulatedRound, generate
 from ovr_megatron.plan.plan_json import PlannedMode, PlannedRound, PlannedSimulation
 from ovr_megatron.plan.scenario import Scenario, Span
 
-ITERATIONS = 6  # of ways in which every iteration begins anew
-_STEADY_ITERATIONS = 12  # the same where prompts go over from one iteration to a later one
+ITERATIONS = 4  # of ways in which every iteration begins anew
+_STEADY_ITERATIONS = 8  # the same where prompts go over from one iteration to a later one
 _SHOWN_ROUNDS = 3  # of the timeline
 _PROMPT_SHARE = 8  # a prompt takes an eighth of the mean of prompt and response, where none is measured
 _VERDICT_S = 0.0003  # of a worker: docs/algorithms.md, "What an iteration costs"
@@ -37,8 +37,8 @@ class SimulationOptions:
     Attributes:
         lengths: as `source_of` takes it.
         oversample: values of ``rollout.oversample``.
-        staleness: most updates that a response may be older than the policy.
-        generators: numbers of ranks that generate only.
+        staleness: values of ``rollout.max_staleness`` with ``rollout.oversample``; with ``rollout.ranks`` 0 and 1.
+        generators: values of ``rollout.ranks``.
     """
 
     lengths: str = ""
@@ -60,14 +60,13 @@ def simulate(scenario: Scenario, options: SimulationOptions) -> PlannedSimulatio
     lengths = source_of(options.lengths, config, span)
     setup = _setup(scenario, span, lengths)
     modes = _modes(config, scenario.world, options)
-    most_staleness = max(mode.staleness for mode in modes)
     planned: list[PlannedMode] = []
     rounds_of_generators: dict[int, list[SimulatedRound]] = {}
     for mode in modes:
         rounds = rounds_of_generators.get(mode.generators, [])
         # How far generation runs ahead changes when a round begins, and nothing within it.
         if not rounds or not mode.generators:
-            rounds = list(generate(setup, mode, _iterations(mode, most_staleness)))
+            rounds = list(generate(setup, mode, _iterations(mode)))
             rounds_of_generators[mode.generators] = rounds
         planned.append(summarise_mode(setup, mode, rounds))
     shared = next(mode["iteration_s"] for mode in planned if mode["name"] == Mode("shared").name)
@@ -174,7 +173,7 @@ def _modes(config: RLConfig, world: int, options: SimulationOptions) -> list[Mod
     for ranks in generators:
         if ranks >= world or ranks % rollout.tp:
             raise ConfigError(
-                f"--generators {ranks}: must be below the {world} processes and a multiple of rollout.tp={rollout.tp}"
+                f"--ranks {ranks}: must be below the {world} processes and a multiple of rollout.tp={rollout.tp}"
             )
     modes = [Mode("static"), Mode("shared")]
     modes += [Mode("shared", share) for share in shares]
@@ -182,19 +181,18 @@ def _modes(config: RLConfig, world: int, options: SimulationOptions) -> list[Mod
     share = shares[len(shares) // 2]
     modes += [Mode("shared", share, staleness=updates) for updates in staleness if updates]
     for ranks in generators:
-        modes += [Mode("shared", staleness=updates, generators=ranks) for updates in sorted({0, *staleness})]
+        modes += [Mode("shared", staleness=updates, generators=ranks) for updates in (0, 1)]
     return modes
 
 
-def _iterations(mode: Mode, most_staleness: int) -> int:
-    """Return how many iterations of a way are simulated, whole cycles of short and long rounds where it has any.
-
-    Those that start a way are simulated, too, with ranks that generate only as many as for ``most_staleness``.
-    """
+def _iterations(mode: Mode) -> int:
+    """Return how many iterations of a way are simulated, whole cycles of short and long rounds where it has any."""
     if mode.continues:
         return _STEADY_ITERATIONS + mode.staleness + 1
+    if mode.generators:
+        return ITERATIONS + 2  # the first two start generation that runs ahead
     if not mode.oversample:
-        return ITERATIONS + (most_staleness + 1 if mode.generators else 0)
+        return ITERATIONS
     cycle = 1 + math.ceil(1 / mode.oversample)
     return cycle * max(2, round(_STEADY_ITERATIONS / cycle))
 

@@ -163,16 +163,17 @@ def _simulation_lines(simulation: PlannedSimulation) -> list[str]:
     """Return the table of simulated ways of generating."""
     rates = simulation["rates"]
     responses = simulation["prompts"] * simulation["responses"]
+    width = max(len(mode["name"]) for mode in simulation["modes"])
     lines = [
         f"simulated iterations of {simulation['prompts']:,} prompts, {responses:,} responses: {simulation['lengths']}",
         f"  an engine runs {simulation['slots']:,} at once; a step: {1000 * rates['step_s']:.2f} ms, and "
         f"{1e6 * rates['sequence_s']:.1f} us a response, {1e9 * rates['context_s']:.1f} ns a token of context",
-        f"  {'':38}{'generate':>9}{'engines':>9}{'iteration':>10}{'GPUs':>7}{'stale':>7}{'again':>7}",
-        f"  {'':38}{'s':>9}{'idle':>9}{'s':>10}{'idle':>7}{'tokens':>7}{'tokens':>7}{'gain':>7}",
+        f"  {'':{width}}{'generate':>9}{'engines':>9}{'iteration':>10}{'GPUs':>7}{'stale':>7}{'again':>7}",
+        f"  {'':{width}}{'s':>9}{'idle':>9}{'s':>10}{'idle':>7}{'tokens':>7}{'tokens':>7}{'gain':>7}",
     ]
     for mode in simulation["modes"]:
         lines.append(
-            f"  {mode['name']:38}{mode['generate_s']:9.1f}{mode['engine_idle']:9.1%}{mode['iteration_s']:10.1f}"
+            f"  {mode['name']:{width}}{mode['generate_s']:9.1f}{mode['engine_idle']:9.1%}{mode['iteration_s']:10.1f}"
             f"{mode['gpu_idle']:7.1%}{mode['stale']:7.1%}{mode['discarded']:7.1%}{mode['gain']:7.2f}"
         )
     return lines

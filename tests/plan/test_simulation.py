@@ -37,6 +37,7 @@ class LiteralEngine:
     step: int = 0
     generated: int = 0
     running: list[list] = field(default_factory=list)  # key, tokens left, context
+    starts: dict[tuple[int, int], int] = field(default_factory=dict)
     waiting: list[Piece] = field(default_factory=list)
     outstanding: int = 0
     stopped: bool = False
@@ -45,6 +46,7 @@ class LiteralEngine:
         while self.waiting and len(self.running) < self.slots:
             piece = self.waiting.pop(0)
             self.running.append([piece.key, piece.tokens, piece.context])
+            self.starts[piece.key] = self.step
             self.clock += self.rates.prefill_s * piece.prefill
 
     @property
@@ -72,6 +74,7 @@ def literal_round(
     schedule: str,
     max_num_seqs: int,
     cut: Cut | None,
+    continued: int,
 ) -> RoundResult:
     """Make every step of every engine in the order of the clock, and compare counts as `RoundCut` does."""
     result = RoundResult([], [[] for _ in engines], dict.fromkeys(cut.answered if cut else (), 0))
@@ -84,12 +87,13 @@ def literal_round(
         engine.outstanding += len(groups[prompt])
         engine.fill()
 
-    if schedule == "static":
-        for position, prompt in enumerate(list(queue)):
-            engines[position % len(engines)].waiting += groups[prompt]
-        queue.clear()
-        for engine in engines:
-            engine.fill()
+    dealt = queue if schedule == "static" else [prompt for prompt in queue if prompt < continued]
+    for index, engine in enumerate(engines):
+        for prompt in dealt[index :: len(engines)]:
+            engine.waiting += groups[prompt]
+            engine.outstanding += len(groups[prompt])
+        engine.fill()
+    queue = [prompt for prompt in queue if prompt not in dealt]
     while queue and any(engine.outstanding < max_num_seqs for engine in engines):
         for engine in engines:
             if queue and engine.outstanding < max_num_seqs:
@@ -101,7 +105,7 @@ def literal_round(
         if cut and decided is None:
             for step in range(INTERVAL, max([0, *result.answer_steps.values()]) + INTERVAL, INTERVAL):
                 early = {prompt for prompt, last in result.answer_steps.items() if last <= step}
-                if min(published) >= step and len(early) >= cut.needed and cut.required <= early:
+                if min(published) >= step and len(early) >= cut.needed:
                     decided = step, now
                     break
         for engine in engines:
@@ -128,6 +132,12 @@ def literal_round(
     for engine in engines:
         result.engine_s.append(engine.clock)
         result.generated += engine.generated
+    for group in groups if decided else []:
+        for piece in group:
+            starts = [engine.starts[piece.key] for engine in engines if piece.key in engine.starts]
+            done = max(decided[0] - starts[0], 0) if starts else 0
+            if done < piece.tokens:
+                result.unfinished[piece.key] = done
     return result
 
 
@@ -154,21 +164,21 @@ def test_from_end_to_end_is_step_by_step(seed: int, schedule: str) -> None:
     if seed % 3:
         answered = frozenset({0}) if seed % 5 == 0 else frozenset()
         groups = [[] if prompt in answered else group for prompt, group in enumerate(groups)]
-        required = frozenset(draw.sample(range(count), min(count, seed % 2)))
-        cut = Cut(draw.randint(1, count), required, answered)
-    found = run_round(groups, [SimulatedEngine(RATES, slots) for _ in range(engine_count)], schedule, max_num_seqs, cut)
-    literal = literal_round(
-        groups, [LiteralEngine(RATES, slots) for _ in range(engine_count)], schedule, max_num_seqs, cut
-    )
-    assert found.engine_s == literal.engine_s
-    assert found.end_s == literal.end_s
-    assert found.answer_steps == literal.answer_steps
-    assert found.generated == literal.generated
+        cut = Cut(draw.randint(1, count), answered)
+    continued = draw.choice((0, count // 2))
+    engines = [SimulatedEngine(RATES, slots) for _ in range(engine_count)]
+    literal_engines = [LiteralEngine(RATES, slots) for _ in range(engine_count)]
+    found = run_round(groups, engines, schedule, max_num_seqs, cut, continued)
+    assert found == literal_round(groups, literal_engines, schedule, max_num_seqs, cut, continued)
     whole = sum(piece.tokens for group in groups for piece in group)
-    left = sum(piece.tokens - found.unfinished.get(piece.key, piece.tokens) for group in groups for piece in group)
-    assert found.generated == whole - left
-    if cut:
-        assert len(found.selected(cut)) == min(max(cut.needed, len(cut.required)), len(found.answer_steps))
+    tokens = {piece.key: piece.tokens for group in groups for piece in group}
+    left_over = sum(tokens[key] - done for key, done in found.unfinished.items())
+    if cut is None:
+        assert found.generated == whole and not found.unfinished
+    else:
+        # Until an engine hears of the cut it goes on for some steps.
+        assert whole - left_over <= found.generated <= whole
+        assert len(found.selected(cut)) == min(cut.needed, len(found.answer_steps))
 
 
 class ListedLengths:
@@ -217,16 +227,28 @@ def test_oversampled_rounds_by_hand() -> None:
 
 
 def test_rounds_that_continue_by_hand() -> None:
-    """What is left of two prompts goes on; in the second round they are waited for, as they may be no older."""
-    problems = [(5,), (100,), (16,), (90,), (10,), (12,), (80,), (70,)]
+    """What is left of two prompts goes on in the second round, and would be too old in the third: it begins anew."""
+    problems = [(5,), (100,), (16,), (90,), (10,), (12,), (40,), (15,)]
     mode = Mode("shared", oversample=1.0, staleness=1)
     first, second, third = generate(setup(problems, 2, world=4), mode, 3)
     assert list(first.trained) == [0, 2] and first.round.engine_s == [5, 16, 16, 16]
-    assert list(second.trained) == [1, 3]
-    # 84 and 74 tokens are left; the prompts of 10 and 12 tokens are answered, and wait for the third round.
-    assert second.round.engine_s == [84, 74, 10, 12]
-    assert (second.stale_tokens, second.round.generated) == (32, 84 + 74 + 10 + 12)
-    assert list(third.trained) == [4, 5] and third.stale_tokens == 22
+    assert (first.round.unfinished, first.discarded) == ({(1, 0): 16, (3, 0): 16}, 0)
+    # 84 and 74 tokens are left; the prompts of 10 and 12 tokens are answered before.
+    assert list(second.trained) == [4, 5] and second.round.engine_s == [16, 16, 10, 12]
+    assert (second.stale_tokens, second.round.generated) == (0, 16 + 16 + 10 + 12)
+    # 32 tokens of each are lost; 40 and 15 are drawn besides, of which one is answered after 48 steps.
+    assert list(third.trained) == [6, 7] and third.round.engine_s == [48, 48, 40, 15]
+    assert third.discarded == 32 + 32
+
+
+def test_what_is_generated_after_the_cut_does_not_count() -> None:
+    """The first engine is done with 16 steps long before the second, whose steps take three times as long."""
+    groups = [[Piece((0, 0), 16)], [Piece((1, 0), 16, 20)], [Piece((2, 0), 400)], [Piece((3, 0), 400, 20)]]
+    engines = [SimulatedEngine(DecodeRates(step_s=1), 4), SimulatedEngine(DecodeRates(step_s=3), 4)]
+    found = run_round(groups, engines, "static", 4, Cut(2))
+    assert found.engine_s == [48, 48]
+    assert found.unfinished == {(2, 0): 16, (3, 0): 16}
+    assert found.generated == 16 + 48 + 16 + 16
 
 
 def test_what_continues_is_computed_anew() -> None:
@@ -234,7 +256,7 @@ def test_what_continues_is_computed_anew() -> None:
     problems = [(5,), (100,), (16,), (90,), (10,), (12,)]
     work = Setup(4, 1, DecodeRates(step_s=1, prefill_s=1), 64, 1, 2, ListedLengths(problems))
     _, second = generate(work, Mode("shared", oversample=1.0, staleness=1), 2)
-    assert second.round.engine_s == [16 + 84, 16 + 74, 10, 12]
+    assert second.round.engine_s == [16 + 16, 16 + 16, 10, 12]
 
 
 def test_ranks_that_generate_only_by_hand() -> None:
@@ -289,31 +311,27 @@ def test_every_token_is_generated_once(mode: Mode) -> None:
     trained_tokens = sum(sum(lengths.problem(index).lengths) for index in trained)
     assert trained_tokens == sum(found.response_tokens for found in rounds)
     discarded = sum(found.discarded for found in rounds)
+    under_way = generated - trained_tokens - discarded
     if mode.continues:
-        # The rest is of the prompts that are under way after the last round.
-        unfinished = generated - trained_tokens
-        assert 0 <= unfinished <= sum(sum(lengths.problem(max(trained) + i).lengths) for i in range(-9, 10))
-        assert discarded == 0 < sum(found.stale_tokens for found in rounds)
+        # Of the prompts that the next round goes on with.
+        assert 0 < under_way < 6 * 4 * 240
+        assert sum(found.stale_tokens for found in rounds) > 0
     else:
-        assert generated == trained_tokens + discarded
+        assert under_way == 0
         assert (discarded > 0) == bool(mode.oversample)
 
 
-def test_no_response_is_older_than_the_bound() -> None:
+@pytest.mark.parametrize("staleness", [1, 2, 3])
+def test_a_response_that_is_older_than_the_bound_begins_anew(staleness: int) -> None:
+    """The longer a response may go on, the fewer are generated again; far beyond all lengths none is."""
     lengths = LogNormalLengths(70, 240, responses=4, prompt_tokens=8, seed=5)
-    for staleness in (1, 2, 3):
-        rounds = list(generate(Setup(4, 1, RATES, 10, 12, 6, lengths), Mode("shared", 1.0, staleness), 12))
-        begun: dict[int, int] = {}
-        drawn = 0
-        waiting = 0
-        ages = []
-        for iteration, found in enumerate(rounds):
-            for index in range(drawn, drawn + 12 - waiting):
-                begun[index] = iteration
-            drawn += 12 - waiting
-            waiting = 12 - len(found.trained)
-            ages += [iteration - begun[index] for index in found.trained]
-        assert max(ages) == staleness
+
+    def discarded(bound: int) -> int:
+        # One engine: nothing is generated after the cut that another one would have to hear of.
+        rounds = generate(Setup(1, 1, RATES, 64, 64, 6, lengths), Mode("shared", 1.0, bound), 20)
+        return sum(found.discarded for found in rounds)
+
+    assert discarded(staleness) > discarded(staleness + 3) >= discarded(50) == 0
 
 
 def static_seconds(groups: Sequence[Sequence[Piece]]) -> float:
@@ -405,8 +423,8 @@ def test_a_simulation_compares_every_way_with_the_shared_queue() -> None:
         "shared queue",
         "shared queue, oversample=0.5",
         "shared queue, oversample=0.5, max_staleness=1",
-        "shared queue, 32 generators, max_staleness=0",
-        "shared queue, 32 generators, max_staleness=1",
+        "shared queue, ranks=32, max_staleness=0",
+        "shared queue, ranks=32, max_staleness=1",
     ]
     shared = found["modes"][1]
     for mode in found["modes"]:
@@ -420,7 +438,7 @@ def test_a_simulation_compares_every_way_with_the_shared_queue() -> None:
 
 @pytest.mark.parametrize("generators", [(64,), (6,)])
 def test_ranks_that_cannot_generate_are_refused(generators: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match=f"--generators {generators[0]}: must be below the 64 processes"):
+    with pytest.raises(ConfigError, match=f"--ranks {generators[0]}: must be below the 64 processes"):
         simulate(small_scenario(), SimulationOptions("2000:8000", generators=generators))
 
 
