@@ -103,7 +103,7 @@ def literal_round(
     now = 0.0
     while True:
         if cut and decided is None:
-            for step in range(INTERVAL, max([0, *result.answer_steps.values()]) + INTERVAL, INTERVAL):
+            for step in range(INTERVAL, max([1, *result.answer_steps.values()]) + INTERVAL, INTERVAL):
                 early = {prompt for prompt, last in result.answer_steps.items() if last <= step}
                 if min(published) >= step and len(early) >= cut.needed:
                     decided = step, now
