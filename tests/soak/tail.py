@@ -1,4 +1,4 @@
-"""The plan's simulator beside two engines of this machine: ``tests/soak/tail.py [--iterations N] [--json FILE]``.
+"""The plan's simulator beside two engines of this machine: ``tests/soak/tail.py [--blocks N] [--json FILE]``.
 
 Steps of the engines are timed while they generate with a shared queue, and an engine's rates fitted to them.  Then
 rounds of each way are measured, with other prompts, and simulated with those rates and the same lengths, which are
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -37,7 +39,8 @@ BETWEEN = 0.5
 BOUND = 0.15
 POINTS = 0.03
 RANKS = 2
-# Two settings of the queue, so that batches of many sizes are timed.
+BLOCK = 6  # iterations: two cycles of two short rounds and a long one
+QUEUE_SEQS, ENGINE_SEQS = 8, 64
 MODES = (Mode("static"), Mode("shared"), Mode("static", oversample=0.5), Mode("shared", oversample=0.5))
 
 
@@ -45,13 +48,25 @@ MODES = (Mode("static"), Mode("shared"), Mode("static", oversample=0.5), Mode("s
 class StepTimes:
     """What an engine's steps worked on, and the seconds from the begin of each to the begin of the next one."""
 
-    begins: list[float] = field(default_factory=list)
     rows: list[tuple[int, int, int]] = field(default_factory=list)  # running, their context, prompts that start
-    running: int = 0
-    context: int = 0
-    started: int = 0
-    sizes: dict[str, int] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        self.running = self.context = self.started = 0
+        self.sizes: dict[str, int] = {}
+        self.begins: list[float] = []
+        self.round_rows: list[tuple[int, int, int]] = []
+
+    def end_round(self, counts: bool) -> None:
+        """Add the steps of the round, but for the last one, which has no successor."""
+        if counts:
+            self.seconds += np.diff(self.begins).tolist()
+            self.rows += self.round_rows[:-1]
+        self._begin_round()
 
     def watch(self, rollouts: Rollouts) -> None:
         """Record the steps of ``rollouts.engine`` from now on."""
@@ -71,7 +86,7 @@ class StepTimes:
 
         def step_and_count() -> list:
             self.begins.append(time.perf_counter())
-            self.rows.append((self.running, self.context, self.started))
+            self.round_rows.append((self.running, self.context, self.started))
             self.started = 0
             outputs = step()
             self.context += self.running
@@ -84,33 +99,17 @@ class StepTimes:
         engine._enqueue = enqueue_and_count
         engine._llm.llm_engine.step = step_and_count
 
-    def end_round(self) -> None:
-        """Forget what a round that was cut has left, and the step without a successor."""
-        self.running = self.context = self.started = 0
-        self.sizes.clear()
-        self.rows.append((0, 0, 0))
-        self.begins.append(float("nan"))
-
 
 def fit_rates(times: StepTimes) -> DecodeRates:
     """Return the rates of the steps, by least squares over those of all ranks.  A collective."""
-    seconds = np.diff(times.begins)
-    rows = np.array(times.rows[:-1], dtype=float)
-    valid = np.isfinite(seconds) & (rows[:, 0] > 0)
     parts: list = [None] * RANKS
-    dist.all_gather_object(parts, (rows[valid], seconds[valid], np.mean(times.prompt_tokens)))
-    rows = np.concatenate([part[0] for part in parts])
-    seconds = np.concatenate([part[1] for part in parts])
-    # Without steps that something else of the machine held up.
-    usual = seconds < np.quantile(seconds, 0.99)
-    columns = np.column_stack([np.ones(len(rows)), rows])[usual]
-    step_s, sequence_s, context_s, prompt_s = np.linalg.lstsq(columns, seconds[usual], rcond=None)[0]
-    # The mean of all steps counts: the slow ones take their time as well.
-    scale = (
-        seconds.sum() / (np.column_stack([np.ones(len(rows)), rows]) @ [step_s, sequence_s, context_s, prompt_s]).sum()
-    )
-    prompt_tokens = parts[0][2]
-    return DecodeRates(scale * step_s, scale * sequence_s, scale * context_s, scale * prompt_s / prompt_tokens)
+    dist.all_gather_object(parts, (times.rows, times.seconds, times.prompt_tokens))
+    rows = np.array([row for part in parts for row in part[0]], dtype=float)
+    seconds = np.array([value for part in parts for value in part[1]])
+    prompt_tokens = np.mean([tokens for part in parts for tokens in part[2]])
+    columns = np.column_stack([np.ones(len(rows)), rows])
+    step_s, sequence_s, context_s, prompt_s = np.linalg.lstsq(columns, seconds, rcond=None)[0]
+    return DecodeRates(step_s, sequence_s, context_s, prompt_s / prompt_tokens)
 
 
 class StreamLengths:
@@ -132,28 +131,43 @@ class StreamLengths:
         return self.problems[index]
 
 
-def measure(rollouts: Rollouts, config: RLConfig, iterations: int, skip: int, times: StepTimes) -> dict[str, float]:
-    """Return seconds and idle share of the engines over ``iterations``, after one that warms up.  A collective."""
+@dataclass
+class Measured:
+    """Seconds of rounds: of the last engine, and of all engines on average."""
+
+    seconds: float = 0.0
+    busy_s: float = 0.0
+
+    def add(self, engine_s: Sequence[float]) -> None:
+        self.seconds += max(engine_s)
+        self.busy_s += sum(engine_s) / len(engine_s)
+
+    @property
+    def idle_share(self) -> float:
+        return 1 - self.busy_s / self.seconds
+
+
+def measure(rollouts: Rollouts, config: RLConfig, skip: int, times: StepTimes, fits: bool, measured: Measured) -> None:
+    """Add `BLOCK` iterations, after one that warms up, with the prompts after the first ``skip``.  A collective.
+
+    Their steps are added to ``times`` where ``fits`` says so.
+    """
     rollouts.config = config
     stream = open_model_and_prompts(config, SkippedRows())[1]
     stream.draw(skip)
-    seconds = idle_s = 0.0
-    for iteration in range(iterations + 1):
+    for iteration in range(BLOCK + 1):
         dist.barrier()
         timeline = Timeline()
         rollouts.collect(stream, iteration, config.curriculum[0].max_tokens, timeline)
         record = gather_timeline(timeline, [], LONGEST)
         position = record["activities"].index("engine")
-        engine_s = [ends[position] - ends[position - 1] for ends in record["ends"]]
         if iteration:
-            seconds += max(engine_s)
-            idle_s += max(engine_s) - sum(engine_s) / len(engine_s)
+            measured.add([ends[position] - ends[position - 1] for ends in record["ends"]])
         rollouts.engine.sleep()
-        times.end_round()
-    return {"seconds": seconds, "idle_share": idle_s / seconds}
+        times.end_round(counts=fits and iteration > 0)
 
 
-def run_rank(iterations: int, prompts: int) -> None:
+def run_rank(blocks: int, prompts: int) -> None:
     """Measure and simulate on this rank; the first one prints."""
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
     names = [tempfile.mkdtemp() if world.is_main else ""]
@@ -163,47 +177,55 @@ def run_rank(iterations: int, prompts: int) -> None:
         make_tiny_model(folder / "model", tied=True, seed=1)
     dist.barrier()
     config = make_config(folder, prompts)
+    # Few for each engine, so that both have work from the begin on, and the queue decides.
+    config = replace(config, rollout=replace(config.rollout, max_num_seqs=QUEUE_SEQS))
     model_folder, stream = open_model_and_prompts(config, SkippedRows())
     models, _ = build_models(config, model_folder, stream.processor, world, training=False)
-    rollouts = build_rollouts(config, model_folder, stream.processor, models)
+    engine_rollout = replace(config.rollout, max_num_seqs=ENGINE_SEQS)
+    rollouts = build_rollouts(replace(config, rollout=engine_rollout), model_folder, stream.processor, models)
     force_lengths(rollouts.engine, BETWEEN)
+    times = StepTimes()
+    measured = {mode: Measured() for mode in MODES}
+    simulated = {mode: Measured() for mode in MODES}
     with rollouts.grader:
-        shared = replace(config, rollout=replace(config.rollout, schedule="shared"))
-        measure(rollouts, shared, 2, 0, StepTimes())
-        times = StepTimes()
         times.watch(rollouts)
-        for count in (prompts, 3 * prompts):
-            measure(rollouts, replace(shared, prompts=count), max(iterations // 4, 2), 300, times)
-        rates = fit_rates(times)
-        if world.is_main:
-            print(json.dumps({"name": "rates", **asdict(rates)}), flush=True)
+        # In turns, as the machine may be faster at one time than at another.
+        for block in range(blocks):
+            for count in (prompts, 3 * prompts):
+                measure(rollouts, replace(config, prompts=count), 200 * block, times, True, Measured())
+            for mode in MODES:
+                rollout = replace(config.rollout, schedule=mode.schedule, oversample=mode.oversample)
+                measure(rollouts, replace(config, rollout=rollout), 5_000 + 200 * block, times, False, measured[mode])
+    rates = fit_rates(times)
+    for block in range(blocks):
+        lengths = StreamLengths(config, 5_000 + 200 * block)
+        setup = Setup(RANKS, 1, rates, ENGINE_SEQS, QUEUE_SEQS, prompts, lengths)
         for mode in MODES:
-            rollout = replace(config.rollout, schedule=mode.schedule, oversample=mode.oversample)
-            measured = measure(rollouts, replace(config, rollout=rollout), iterations, 1_000, times)
-            setup = Setup(RANKS, 1, rates, 64, 64, prompts, StreamLengths(config, 1_000))
-            rounds = [found.round for found in list(generate(setup, mode, iterations + 1))[1:]]
-            seconds = sum(found.seconds for found in rounds)
-            row = {"name": mode.name, "seconds": measured["seconds"], "simulated_s": seconds}
-            row |= {"idle_share": measured["idle_share"]}
-            row |= {"simulated_idle": sum(found.idle_s for found in rounds) / seconds}
-            if world.is_main:
-                print(json.dumps(row), flush=True)
+            for found in list(generate(setup, mode, BLOCK + 1))[1:]:
+                simulated[mode].add(found.round.engine_s)
+    if world.is_main:
+        print(json.dumps({"name": "rates", **asdict(rates)}))
+        for mode in MODES:
+            row = {"name": mode.name, "seconds": measured[mode].seconds, "simulated_s": simulated[mode].seconds}
+            row |= {"idle_share": measured[mode].idle_share, "simulated_idle": simulated[mode].idle_share}
+            print(json.dumps(row), flush=True)
+        shutil.rmtree(folder)
     distributed.finish()
 
 
 def main() -> int:
     """Start the ranks, print the table, and return 1 where a way is out of bounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=18, help="measured of each way")
+    parser.add_argument("--blocks", type=int, default=3, help=f"of {BLOCK} iterations of each way")
     parser.add_argument("--prompts", type=int, default=6, help="of an iteration")
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
-        run_rank(arguments.iterations, arguments.prompts)
+        run_rank(arguments.blocks, arguments.prompts)
         return 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
-    command += ["--rank", "--iterations", str(arguments.iterations), "--prompts", str(arguments.prompts)]
+    command += ["--rank", "--blocks", str(arguments.blocks), "--prompts", str(arguments.prompts)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     rates, *rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     print("a step: " + ", ".join(f"{name} {1e6 * rates[name]:.2f} us" for name in rates if name != "name"))
