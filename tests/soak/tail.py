@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from benchmarks.tail import LONGEST, force_lengths, make_config, response_lengths
 from ovr_megatron.config import ParallelConfig, RLConfig
 from ovr_megatron.data.skipped import SkippedRows
