@@ -22,8 +22,10 @@ from ovr_megatron.runtime.step_lines import read_metrics
 TableRow = Mapping[str, object]
 """Cells by column; the columns are as many as metrics, sources and values of k."""
 
-_STALENESS = re.compile(r"rollout/staleness_share_(\d+)")
-_QUEUE = "rollout/postponed_prompts"
+_STALENESS = re.compile(r"rollout/staleness_share[/_](\d+)")
+_NAMED_RANKS = 16  # a timeline of more has no room for their names
+# What waits for a long round, and what the next round goes on with.
+_QUEUES = {"rollout/postponed_prompts": "for a long round", "rollout/unfinished_prompts": "to be continued"}
 
 
 class TimelineLine(TimelineRecord):
@@ -49,17 +51,19 @@ def select_iteration(lines: Sequence[TimelineLine], iteration: int | None) -> Ti
     for line in lines:
         if line["step"] == iteration:
             return line
-    first, last = lines[0]["step"], lines[-1]["step"]
-    raise ExperimentError(f"--iteration {iteration}: {TIMELINE} has iterations {first} to {last}; choose one of these")
+    known = f"{lines[0]['step']} to {lines[-1]['step']}"
+    raise ExperimentError(f"--iteration {iteration}: {TIMELINE} has iterations {known}; choose one of these")
 
 
 def draw_ranks(line: TimelineLine, theme: Theme, width: float = WIDE) -> Figure:
     """Draw what each rank did in an iteration, a row for each rank, the first at the top."""
-    ranks = drawn_rows(len(line["ends"]))
+    total = len(line["ends"])
+    ranks = drawn_rows(total)
     height = min(6.0, 1.4 + 0.16 * len(ranks))
     figure = Figure(figsize=(width, height), layout="constrained")
-    total = len(line["ends"])
-    selection = "" if len(ranks) == total else f", {len(ranks)} of {total}"
+    selection = ""
+    if len(ranks) < total:
+        selection = f", {len(ranks)} of {total}"
     axes = figure.add_subplot(title=f"RL: iteration {line['step']} by rank{selection}", xlabel="Seconds")
     bars: dict[str, list[Bar]] = {activity: [] for activity in ACTIVITIES}
     for position, rank in enumerate(ranks):
@@ -67,8 +71,10 @@ def draw_ranks(line: TimelineLine, theme: Theme, width: float = WIDE) -> Figure:
             bars.setdefault(activity, []).append((begin, end - begin, position, 0.9))
     drawn = {activity: title for activity, title in ACTIVITIES.items() if bars[activity]}
     draw_bars(axes, {activity: bars[activity] for activity in drawn}, theme)
-    if total <= 16:
-        axes.set_yticks([position + 0.45 for position in range(total)], [f"rank {rank}" for rank in range(total)])
+    if total <= _NAMED_RANKS:
+        # A bar is 0.9 rows high.
+        middles = [position + 0.45 for position in range(total)]
+        axes.set_yticks(middles, [f"rank {rank}" for rank in range(total)])
     axes.set_xlim(left=0)
     add_legend(figure, drawn, theme, width)
     return figure
@@ -112,7 +118,7 @@ def draw_tail(stage: Stage, lines: Sequence[TimelineLine], theme: Theme, width: 
         panels.append("idle")
     if shares:
         panels.append("staleness")
-    if stage.values(_QUEUE):
+    if any(stage.values(key) for key in _QUEUES):
         panels.append("queue")
     figure = Figure(figsize=(width, 2.1 * len(panels)), layout="constrained")
     axes_of = dict(zip(panels, figure.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True))
@@ -127,49 +133,69 @@ def draw_tail(stage: Stage, lines: Sequence[TimelineLine], theme: Theme, width: 
     if axes := axes_of.get("staleness"):
         _draw_staleness(axes, stage, shares, theme)
     if axes := axes_of.get("queue"):
-        axes.set_title("Prompts that wait for a later round")
-        draw_curve(axes, *stage.series(_QUEUE), theme.models[3], "{:.0f}", smooth=False)
-        axes.set_ylim(bottom=0)
+        _draw_queues(axes, stage, theme)
     if panels[-1] != "lengths":
         axes_of[panels[-1]].set_xlabel("Iteration")
     return figure
 
 
+def _draw_queues(axes: Axes, stage: Stage, theme: Theme) -> None:
+    """Draw the prompts that wait for a later round after each iteration."""
+    axes.set_title("Prompts that wait for a later round")
+    for (key, title), colour in zip(_QUEUES.items(), theme.models[3:1:-1], strict=True):
+        steps, counts = stage.series(key)
+        if counts:
+            axes.plot(steps, counts, color=colour, label=title)
+    use_whole_steps(axes)
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best")
+
+
 def _draw_lengths(axes: Axes, stage: Stage, lines: Sequence[TimelineLine], theme: Theme) -> None:
-    """Draw the lengths of the last short round and, with oversampled rounds, of the last long one and the cut."""
-    long_steps, long_values = stage.series("rollout/long_round")
-    long_rounds = {step for step, value in zip(long_steps, long_values, strict=True) if value}
-    short_lines = [line for line in lines if line["step"] not in long_rounds]
-    long_lines = [line for line in lines if line["step"] in long_rounds]
+    """Draw the lengths of the last iteration, or with oversampled rounds those of the last round of each kind."""
     axes.set_title("Lengths of responses", pad=16)
     axes.set_xlabel("Tokens")
-    for title, group, colour in (("short round", short_lines, 1), ("long round", long_lines, 2)):
-        if not group:
-            continue
-        line = group[-1]
-        width, counts = line["lengths"]["width"], line["lengths"]["counts"]
+    long_rounds = dict(zip(*stage.series("rollout/long_round"), strict=True))
+    last_lines: dict[str, TimelineLine] = {}
+    for line in lines:
+        kind = ""
+        if line["step"] in long_rounds:
+            kind = "long round, " if long_rounds[line["step"]] else "short round, "
+        last_lines[kind] = line
+    longest = 0
+    for kind, line in last_lines.items():
+        width = line["lengths"]["width"]
+        counts = line["lengths"]["counts"]
         edges = [index * width for index in range(len(counts) + 1)]
-        label = f"{title}, iteration {line['step']}" if long_steps else f"iteration {line['step']}"
-        axes.stairs(counts, edges, fill=True, alpha=0.6, color=theme.models[colour], label=label)
-    longest = max(line["lengths"]["width"] * _last_bin(line) for line in [*short_lines[-1:], *long_lines[-1:]])
+        colour = theme.models[2 if kind.startswith("long") else 1]
+        label = f"{kind}iteration {line['step']}"
+        axes.stairs(counts, edges, fill=True, alpha=0.6, color=colour, label=label)
+        longest = max(longest, width * _last_bin(line))
+    # The limit lies far beyond the longest response of many runs.
     axes.set_xlim(0, longest * 1.02)
     axes.legend(loc="upper right")
-    step = short_lines[-1]["step"] if short_lines and long_steps else None
+    if short := last_lines.get("short round, "):
+        _mark_cut(axes, stage, short["step"], theme)
+
+
+def _mark_cut(axes: Axes, stage: Stage, step: int, theme: Theme) -> None:
+    """Mark where the short round ``step`` was cut: no response in it is longer."""
     cuts = dict(zip(*stage.series("response/length_max"), strict=True))
-    if step in cuts:
-        axes.axvline(cuts[step], color=theme.muted, linestyle=(0, (4, 3)), linewidth=1, gid="cut")
-        axes.annotate(
-            f"the short round ends: {cuts[step]:,.0f} tokens",
-            xy=(cuts[step], 1),
-            # x in tokens, y as a share of the height: the label lies above the bars.
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            xytext=(0, 3),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=theme.muted,
-        )
+    if step not in cuts:
+        return
+    axes.axvline(cuts[step], color=theme.muted, linestyle=(0, (4, 3)), linewidth=1, gid="cut")
+    axes.annotate(
+        f"the short round ends: {cuts[step]:,.0f} tokens",
+        xy=(cuts[step], 1),
+        # x in tokens, y as a share of the height: the label lies above the bars.
+        xycoords=axes.get_xaxis_transform(),
+        textcoords="offset points",
+        xytext=(0, 3),
+        ha="center",
+        va="bottom",
+        fontsize=8,
+        color=theme.muted,
+    )
 
 
 def _last_bin(line: TimelineLine) -> int:
@@ -193,21 +219,21 @@ def _idle_share(stage: Stage) -> tuple[list[int], list[float]]:
     return steps, shares
 
 
-def _staleness(stage: Stage) -> list[int]:
-    """Return the ages, in updates, for which the run logged a share of tokens."""
-    ages = set()
+def _staleness(stage: Stage) -> dict[int, str]:
+    """Return the ages, in updates, for which the run logged a share of tokens, and the name of each share."""
+    ages = {}
     for line in stage.metrics:
         for key in line:
             if match := _STALENESS.fullmatch(key):
-                ages.add(int(match[1]))
-    return sorted(ages)
+                ages[int(match[1])] = key
+    return dict(sorted(ages.items()))
 
 
-def _draw_staleness(axes: Axes, stage: Stage, ages: Sequence[int], theme: Theme) -> None:
+def _draw_staleness(axes: Axes, stage: Stage, ages: Mapping[int, str], theme: Theme) -> None:
     """Draw the share of the tokens by the updates between their policy and the one that learns from them."""
     axes.set_title("Share of tokens by the age of their policy, in updates")
-    for age in ages:
-        steps, shares = stage.series(f"rollout/staleness_share_{age}")
+    for age, key in ages.items():
+        steps, shares = stage.series(key)
         axes.plot(steps, shares, color=theme.models[age % len(theme.models)], label=f"{age}")
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.set_ylim(0, 1.02)

@@ -108,7 +108,7 @@ class SimulatedRound:
 
     round: RoundResult
     graded_s: float
-    trained: Sequence[int]
+    trained: frozenset[int]
     tokens: int
     response_tokens: int
     stale_tokens: int = 0
@@ -128,6 +128,10 @@ class _Entry:
     @property
     def is_answered(self) -> bool:
         return tuple(self.done) == self.problem.lengths
+
+    @property
+    def tokens_done(self) -> int:
+        return sum(self.done)
 
     def pieces(self, position: int) -> list[Piece]:
         """Return what is left of it, as prompt ``position`` of a round."""
@@ -160,13 +164,16 @@ def generate(setup: Setup, mode: Mode, iterations: int) -> Iterator[SimulatedRou
             indices = list(range(drawn, drawn + count))
             drawn += count
         entries = [_begin(setup, index, iteration) for index in indices]
-        cut = Cut(setup.prompts) if len(entries) > setup.prompts else None
+        cut = None
+        if len(entries) > setup.prompts:
+            cut = Cut(setup.prompts)
         generated = _run(setup, mode, entries, cut)
-        trained = set(generated.trained)
-        left_over = [entry for entry in entries if entry.index not in trained]
-        postponed += [entry.index for entry in left_over]
-        # They begin anew: nothing of them is kept.
-        discarded = generated.discarded + sum(sum(entry.done) for entry in left_over)
+        discarded = generated.discarded
+        for entry in entries:
+            if entry.index not in generated.trained:
+                postponed.append(entry.index)
+                # It begins anew: nothing of it is kept.
+                discarded += entry.tokens_done
         yield replace(generated, discarded=discarded, long=long)
 
 
@@ -176,21 +183,26 @@ def _continuing_rounds(setup: Setup, mode: Mode, iterations: int) -> Iterator[Si
     These begin anew, before further prompts are drawn.
     """
     drawn = 0
-    entries: list[_Entry] = []
+    unfinished: list[_Entry] = []
     for iteration in range(iterations):
-        continued = [e for e in entries if any(e.done) and iteration - e.begun <= mode.staleness]
-        continued_indices = {entry.index for entry in continued}
-        begun_anew = [entry for entry in entries if entry.index not in continued_indices]
-        discarded = sum(sum(entry.done) for entry in begun_anew)
-        begins = [entry.index for entry in begun_anew]
-        missing = setup.prompts + math.ceil(setup.prompts * mode.oversample) - len(continued) - len(begins)
-        begins += range(drawn, drawn + missing)
-        drawn += missing
-        entries = continued + [_begin(setup, index, iteration) for index in begins]
-        answered = frozenset(i for i, entry in enumerate(continued) if entry.is_answered)
-        generated = _run(setup, mode, entries, Cut(setup.prompts, answered), len(continued))
-        trained = set(generated.trained)
-        entries = [entry for entry in entries if entry.index not in trained]
+        entries: list[_Entry] = []
+        restarted: list[_Entry] = []
+        discarded = 0
+        for entry in unfinished:
+            if entry.tokens_done and iteration - entry.begun <= mode.staleness:
+                entries.append(entry)
+            else:
+                discarded += entry.tokens_done
+                restarted.append(_begin(setup, entry.index, iteration))
+        continued = len(entries)
+        answered = frozenset(position for position, entry in enumerate(entries) if entry.is_answered)
+        entries += restarted
+        # As `PromptStream.continue_round`: so many prompts as a short round has.
+        while len(entries) < setup.prompts + math.ceil(setup.prompts * mode.oversample):
+            entries.append(_begin(setup, drawn, iteration))
+            drawn += 1
+        generated = _run(setup, mode, entries, Cut(setup.prompts, answered), continued)
+        unfinished = [entry for entry in entries if entry.index not in generated.trained]
         yield replace(generated, discarded=generated.discarded + discarded)
 
 
@@ -202,22 +214,33 @@ def _begin(setup: Setup, index: int, iteration: int) -> _Entry:
 def _run(setup: Setup, mode: Mode, entries: Sequence[_Entry], cut: Cut | None, continued: int = 0) -> SimulatedRound:
     """Simulate a round of ``entries``, the first of them ``continued``, and write into them what it generated."""
     groups = [entry.pieces(position) for position, entry in enumerate(entries)]
-    done_before = [sum(entry.done) for entry in entries]
+    done_before = [entry.tokens_done for entry in entries]
     result = run_round(groups, setup.engines(mode), mode.schedule, setup.max_num_seqs, cut, continued)
+    counted = 0
     for group in groups:
         for piece in group:
             position, sample = piece.key
-            entries[position].done[sample] += result.unfinished.get(piece.key, piece.tokens)
-    selected = range(len(entries)) if cut is None else result.selected(cut)
-    problems = [entries[position].problem for position in selected]
-    graded_s = max(last_verdict(ends, setup.workers, setup.verdict_s) for ends in result.end_s)
+            tokens = result.unfinished.get(piece.key, piece.tokens)
+            entries[position].done[sample] += tokens
+            counted += tokens
+    selected = list(range(len(entries)))
+    if cut is not None:
+        selected = result.selected(cut)
+    graded_s = result.seconds
+    for end_s in result.end_s:
+        graded_s = max(graded_s, last_verdict(end_s, setup.workers, setup.verdict_s))
+    trained = []
+    tokens_with_prompts = 0
+    response_tokens = 0
+    stale_tokens = 0
+    for position in selected:
+        entry = entries[position]
+        trained.append(entry.index)
+        tokens_with_prompts += entry.problem.tokens
+        response_tokens += entry.tokens_done
+        stale_tokens += done_before[position]
+    # The rest of what was generated came after the step of the cut.
+    discarded = result.generated - counted
     return SimulatedRound(
-        round=result,
-        graded_s=max(graded_s, result.seconds),
-        trained=[entries[position].index for position in selected],
-        tokens=sum(problem.tokens for problem in problems),
-        response_tokens=sum(sum(problem.lengths) for problem in problems),
-        stale_tokens=sum(done_before[position] for position in selected),
-        # What engines generated after the step of the cut.
-        discarded=result.generated - (sum(sum(entry.done) for entry in entries) - sum(done_before)),
+        result, graded_s, frozenset(trained), tokens_with_prompts, response_tokens, stale_tokens, discarded
     )

@@ -8,6 +8,7 @@ lengths again.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,21 +101,19 @@ def source_of(text: str, config: RLConfig, span: Span) -> LengthSource:
         span: iterations that are simulated.
     """
     prompt_tokens = max(1, min(round(span.load.tokens / _PROMPT_SHARE), config.data.max_prompt_tokens))
-    mean, longest = span.load.tokens - prompt_tokens, span.limit - prompt_tokens
+    mean = span.load.tokens - prompt_tokens
+    longest = span.limit - prompt_tokens
     numbers = text.split(":")
     if text and not (len(numbers) == 2 and all(number.isdecimal() for number in numbers)):
         groups, measured_prompt = read_lengths(Path(text))
         responses = sum(map(len, groups))
-        return MeasuredLengths(
-            groups,
-            config.responses,
-            measured_prompt or prompt_tokens,
-            span.limit,
-            config.run.seed,
-            f"{responses:,} responses of {text}, mean {sum(map(sum, groups)) / responses:,.0f} tokens",
-        )
+        measured_mean = sum(map(sum, groups)) / responses
+        basis = f"{responses:,} responses of {text}, mean {measured_mean:,.0f} tokens"
+        prompt_tokens = measured_prompt or prompt_tokens
+        return MeasuredLengths(groups, config.responses, prompt_tokens, span.limit, config.run.seed, basis)
     if text:
-        mean, longest = float(numbers[0]), int(numbers[1])
+        mean = float(numbers[0])
+        longest = int(numbers[1])
     if not 1 <= mean < longest:
         raise ConfigError(
             f"--lengths {text or 'of the recipe'}: a mean of {mean:,.0f} tokens and longest responses of {longest:,}; "
@@ -204,26 +203,21 @@ def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -
     """
     timeline = _timeline(setup, mode, rounds)
     first = mode.staleness + 1 if mode.staleness or mode.generators else 0
-    last = len(rounds)
-    long_rounds = [i for i, generated in enumerate(rounds) if generated.long]
-    if long_rounds:
-        last = long_rounds[-1] + 1
-    counted = rounds[first:last]
-    engines = len(counted[0].round.engine_s)
+    last = _last_of_cycle(rounds)
+    totals: defaultdict[str, float] = defaultdict(float)
+    for generated, entry in zip(rounds[first:last], timeline[first:last], strict=True):
+        totals["generate_s"] += generated.round.seconds
+        totals["idle_s"] += generated.round.idle_s
+        totals["engine_s"] += sum(generated.round.engine_s)
+        totals["train_s"] += entry["train_end_s"] - entry["train_begin_s"]
+        totals["tokens"] += generated.response_tokens
+        totals["generated"] += generated.round.generated
+        totals["discarded"] += generated.discarded
+        # Weights of an earlier update draw all tokens of a round that runs ahead.
+        totals["stale"] += generated.response_tokens if entry["updates_behind"] else generated.stale_tokens
     began = timeline[first - 1]["train_end_s"] if first else 0.0
     seconds = timeline[last - 1]["train_end_s"] - began
-    generate_s = sum(generated.round.seconds for generated in counted)
-    idle_s = sum(generated.round.idle_s for generated in counted)
-    busy = sum(sum(generated.round.engine_s) for generated in counted) * setup.tp
-    trainers = setup.world - mode.generators
-    busy += sum(entry["train_end_s"] - entry["train_begin_s"] for entry in timeline[first:last]) * trainers
-    stale = sum(generated.stale_tokens for generated in counted)
-    if mode.generators:
-        lagging = [
-            generated for i, generated in enumerate(rounds) if first <= i < last and timeline[i]["updates_behind"]
-        ]
-        stale = sum(generated.response_tokens for generated in lagging)
-    generated_tokens = sum(generated.round.generated for generated in counted)
+    busy = totals["engine_s"] * setup.tp + totals["train_s"] * (setup.world - mode.generators)
     count = last - first
     return {
         "name": mode.name,
@@ -232,17 +226,25 @@ def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -
         "staleness": mode.staleness,
         "generators": mode.generators,
         "world": setup.world,
-        "engines": engines,
+        "engines": len(rounds[0].round.engine_s),
         "iterations": count,
-        "generate_s": generate_s / count,
-        "engine_idle": idle_s / generate_s,
+        "generate_s": totals["generate_s"] / count,
+        "engine_idle": totals["idle_s"] / totals["generate_s"],
         "iteration_s": seconds / count,
         "gpu_idle": 1 - busy / (setup.world * seconds),
-        "stale": stale / sum(generated.response_tokens for generated in counted),
-        "discarded": sum(generated.discarded for generated in counted) / generated_tokens,
+        "stale": totals["stale"] / totals["tokens"],
+        "discarded": totals["discarded"] / totals["generated"],
         "gain": 1.0,
         "rounds": timeline[max(first, last - _SHOWN_ROUNDS) : last],
     }
+
+
+def _last_of_cycle(rounds: Sequence[SimulatedRound]) -> int:
+    """Return the number of rounds up to the last long one, all of them where none is long."""
+    last = len(rounds)
+    while any(generated.long for generated in rounds) and not rounds[last - 1].long:
+        last -= 1
+    return last
 
 
 def _timeline(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -> list[PlannedRound]:

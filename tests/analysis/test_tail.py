@@ -40,7 +40,7 @@ def tail_dir(experiment_dir: Path) -> Path:
         line["rollout/long_round"] = float(step % 3 == 2)
         line["rollout/postponed_prompts"] = float([2, 4, 0][step % 3])
         line["response/length_max"] = 37.0 if step % 3 != 2 else 48.0
-        line["rollout/staleness_share_0"], line["rollout/staleness_share_1"] = 0.75, 0.25
+        line["rollout/staleness_share/0"], line["rollout/staleness_share/1"] = 0.75, 0.25
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (rl / "timeline.jsonl").write_text("".join(json.dumps(timeline_line(step)) + "\n" for step in range(60)))
     return experiment_dir

@@ -1,8 +1,8 @@
 """The plan's simulator beside two engines of this machine: ``tests/soak/tail.py [--blocks N] [--json FILE]``.
 
-Steps of the engines are timed while they generate with a shared queue, and an engine's rates fitted to them.  Then
-rounds of each way are measured, with other prompts, and simulated with those rates and the same lengths, which are
-decided beforehand as in ``ovr bench tail``.  Exits 1 if a way's seconds differ by more than 15 %, or its idle share by
+Steps of the engines are timed in rounds of several sizes, and an engine's rates fitted to them.  Rounds of each way are
+measured in turns with these, on other prompts, and simulated with those rates and the same lengths, which are decided
+beforehand as in ``ovr bench tail``.  Exits 1 if a way's seconds differ by more than 15 %, or its idle share by
 more than 15 % of it and 3 points.
 """
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -41,6 +42,8 @@ BETWEEN = 0.5
 BOUND = 0.15
 POINTS = 0.03
 RANKS = 2
+# Schedules and multiples of the prompts to which rates are fitted, so that batches of all sizes are timed.
+FITTED: tuple[tuple[Literal["static", "shared"], int], ...] = (("static", 1), ("static", 2), ("shared", 2))
 BLOCK = 6  # iterations: two cycles of two short rounds and a long one
 QUEUE_SEQS, ENGINE_SEQS = 8, 64
 MODES = (Mode("static"), Mode("shared"), Mode("static", oversample=0.5), Mode("shared", oversample=0.5))
@@ -193,8 +196,10 @@ def run_rank(blocks: int, prompts: int) -> None:
         times.watch(rollouts)
         # In turns, as the machine may be faster at one time than at another.
         for block in range(blocks):
-            for count in (prompts, 3 * prompts):
-                measure(rollouts, replace(config, prompts=count), 200 * block, times, True, Measured())
+            for schedule, count in FITTED:
+                rollout = replace(config.rollout, schedule=schedule)
+                fitted = replace(config, rollout=rollout, prompts=count * prompts)
+                measure(rollouts, fitted, 200 * block, times, True, Measured())
             for mode in MODES:
                 rollout = replace(config.rollout, schedule=mode.schedule, oversample=mode.oversample)
                 measure(rollouts, replace(config, rollout=rollout), 5_000 + 200 * block, times, False, measured[mode])
