@@ -68,7 +68,7 @@ class MeasuredLengths:
     def problem(self, index: int) -> Problem:
         """Return a prompt of ``groups``; responses that the group lacks are drawn from it once more."""
         draw = random.Random(f"{self.seed} {index}")
-        longest = self.limit - self.prompt_tokens
+        longest = max(self.limit - self.prompt_tokens, 1)
         if all(len(group) == 1 for group in self.groups):
             lengths = [draw.choice(self.groups)[0] for _ in range(self.responses)]
         else:
