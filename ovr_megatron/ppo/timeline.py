@@ -26,7 +26,8 @@ class TimelineRecord(TypedDict):
     Attributes:
         activities: what every rank does, in order; the first begins with the iteration, each other one where the one
             before it ended.
-        ends: of each rank, the second of the iteration at which each of its activities ended.
+        ends: of each rank, the second at which each of its activities ended, from the begin of the first rank's
+            iteration.
         lengths: of the responses that are trained on.
     """
 
@@ -65,12 +66,24 @@ def gather_timeline(timeline: Timeline, lengths: Sequence[int], limit: int) -> T
     width = -(-limit // LENGTH_BINS)
     bins = np.asarray(lengths, dtype=np.int64) // width
     local_counts = np.bincount(bins, minlength=LENGTH_BINS)
-    # Milliseconds: a line has a number for each rank and activity.
-    local_ends = [round(end, 3) for end in timeline.ends]
-    ranks = gather_objects((local_ends, local_counts))
+    ranks = gather_objects((timeline.ends, local_counts))
     counts = np.sum([rank_counts for _, rank_counts in ranks], axis=0)
     return {
         "activities": timeline.activities,
-        "ends": [ends for ends, _ in ranks],
+        "ends": align_ends([ends for ends, _ in ranks]),
         "lengths": {"width": width, "counts": counts.tolist()},
     }
+
+
+def align_ends(ranks: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return the ends of all ranks by the clock of the first one, to the millisecond.
+
+    Each rank counts from its own begin, which the first one may reach later, as it writes the log.  The last activity
+    of all ranks is a wait for each other, so that it ends for all of them at once.
+    """
+    aligned = []
+    for ends in ranks:
+        lead = ends[-1] - ranks[0][-1]
+        # What a rank does before the first one begins is none of the iteration.
+        aligned.append([max(round(end - lead, 3), 0.0) for end in ends])
+    return aligned

@@ -227,6 +227,7 @@ def test_every_iteration_has_a_timeline_of_its_ranks(runs: Path) -> None:
         assert line["activities"] == [*generation, *TRAINING, "sync", "wait"]
         assert len(line["ends"]) == 2 and all(ends == sorted(ends) and ends[0] >= 0 for ends in line["ends"])
         assert all(ends[-1] == pytest.approx(values["timing/iteration"], abs=0.05) for ends in line["ends"])
+        assert len({ends[-1] for ends in line["ends"]}) == 1
         for name, key in (("value", "timing/value"), ("update", "timing/update"), ("sync", "timing/sync")):
             assert max(activity_seconds(line, name)) == pytest.approx(values[key], abs=0.05)
         engine = activity_seconds(line, "engine")
