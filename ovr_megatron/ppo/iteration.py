@@ -93,8 +93,8 @@ class Clock:
             torch.cuda.synchronize()  # kernels may still run when the block has returned
         self.timeline.end(activity or phase)
         dist.barrier()
-        self.timeline.end("wait")
         self.seconds[phase] = time.perf_counter() - began
+        self.timeline.end("wait")
 
     def metrics(self, batch: Batch, world: World) -> dict[str, float]:
         """Return ``timing/`` in seconds and ``perf/`` in tokens per second over all ranks.  A collective."""

@@ -259,8 +259,7 @@ class Rollouts:
                 return stops or (cut is not None and cut.engine_step(self.engine.agree))
 
             failed = self.engine.answer(take, on_result, between_steps)
-            generate_s = time.perf_counter() - began
-            rollout.timeline.end("engine")
+            generate_s = rollout.timeline.end("engine")
             self._finish_round(barrier, cut, take_verdicts, rollout.timeline)
             if self.world.is_main:
                 counters.show(bar, at_once=True)

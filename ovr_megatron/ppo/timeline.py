@@ -49,10 +49,13 @@ class Timeline:
         self.ends: list[float] = []
         self._began = time.perf_counter()
 
-    def end(self, activity: str) -> None:
-        """Record that ``activity`` ends now."""
+    def end(self, activity: str) -> float:
+        """Record that ``activity`` ends now, and return its seconds."""
+        begin = self.ends[-1] if self.ends else 0.0
+        end = time.perf_counter() - self._began
         self.activities.append(activity)
-        self.ends.append(time.perf_counter() - self._began)
+        self.ends.append(end)
+        return end - begin
 
 
 def gather_timeline(timeline: Timeline, lengths: Sequence[int], limit: int) -> TimelineRecord:

@@ -226,12 +226,15 @@ def test_every_iteration_has_a_timeline_of_its_ranks(runs: Path) -> None:
         generation = ROUND[:2] + ROUND[3:] if values["rollout/long_round"] else ROUND
         assert line["activities"] == [*generation, *TRAINING, "sync", "wait"]
         assert len(line["ends"]) == 2 and all(ends == sorted(ends) and ends[0] >= 0 for ends in line["ends"])
-        assert all(ends[-1] == pytest.approx(values["timing/iteration"], abs=0.05) for ends in line["ends"])
-        assert len({ends[-1] for ends in line["ends"]}) == 1
-        for name, key in (("value", "timing/value"), ("update", "timing/update"), ("sync", "timing/sync")):
-            assert max(activity_seconds(line, name)) == pytest.approx(values[key], abs=0.05)
+        (end,) = {ends[-1] for ends in line["ends"]}
+        assert end <= values["timing/iteration"] + 0.001
+        for name in ("value", "update", "sync"):
+            # On the first rank, whose seconds the metrics are: with the wait for the other one.
+            index = line["activities"].index(name)
+            begin, after_wait = (line["ends"][0][index + step] for step in (-1, 1))
+            assert values[f"timing/{name}"] - 0.002 <= after_wait - begin <= end
         engine = activity_seconds(line, "engine")
-        assert max(engine) - sum(engine) / 2 == pytest.approx(values["timing/rollout_idle"], abs=0.01)
+        assert max(engine) - sum(engine) / 2 == pytest.approx(values["timing/rollout_idle"], abs=0.002)
         lengths = [len(tokens) for tokens, *_ in rollouts(runs / "tail", line["step"]).values()]
         width, counts = line["lengths"]["width"], line["lengths"]["counts"]
         assert counts == [sum(length // width == i for length in lengths) for i in range(64)]
