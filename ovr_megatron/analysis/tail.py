@@ -82,7 +82,7 @@ def draw_ranks(line: TimelineLine, theme: Theme, width: float = WIDE) -> Figure:
 
 def _activities(line: TimelineLine, rank: int) -> Iterator[tuple[str, float, float]]:
     """Yield each activity of a rank, and the seconds of its begin and end."""
-    spans = pairwise([0.0, *line["ends"][rank]])
+    spans = pairwise([line["begins"][rank], *line["ends"][rank]])
     for activity, (begin, end) in zip(line["activities"], spans, strict=True):
         yield activity, begin, end
 

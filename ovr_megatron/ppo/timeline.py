@@ -24,14 +24,14 @@ class TimelineRecord(TypedDict):
     """A line of the file, without its step.
 
     Attributes:
-        activities: what every rank does, in order; the first begins with the iteration, each other one where the one
-            before it ended.
-        ends: of each rank, the second at which each of its activities ended, from the begin of the first rank's
-            iteration.
+        activities: what every rank does, in order; each begins where the one before it ended.
+        begins: of each rank, the second at which it began the iteration; 0 for the earliest.
+        ends: of each rank, the second at which each of its activities ended.
         lengths: of the responses that are trained on.
     """
 
     activities: list[str]
+    begins: list[float]
     ends: list[list[float]]
     lengths: Lengths
 
@@ -71,22 +71,25 @@ def gather_timeline(timeline: Timeline, lengths: Sequence[int], limit: int) -> T
     local_counts = np.bincount(bins, minlength=LENGTH_BINS)
     ranks = gather_objects((timeline.ends, local_counts))
     counts = np.sum([rank_counts for _, rank_counts in ranks], axis=0)
+    begins, ends = align_ranks([rank_ends for rank_ends, _ in ranks])
     return {
         "activities": timeline.activities,
-        "ends": align_ends([ends for ends, _ in ranks]),
+        "begins": begins,
+        "ends": ends,
         "lengths": {"width": width, "counts": counts.tolist()},
     }
 
 
-def align_ends(ranks: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return the ends of all ranks by the clock of the first one, to the millisecond.
+def align_ranks(ranks: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
+    """Return the begin of each rank and its ends by one clock, to the millisecond.
 
-    Each rank counts from its own begin, which the first one may reach later, as it writes the log.  The last activity
-    of all ranks is a wait for each other, so that it ends for all of them at once.
+    Each rank counts from its own begin, which the first one reaches later than others, as it writes the log.  The last
+    activity of all ranks is a wait for each other, so that it ends for all of them at once.
     """
+    last = max(ends[-1] for ends in ranks)
+    begins = [round(last - ends[-1], 3) for ends in ranks]
     aligned = []
     for ends in ranks:
-        lead = ends[-1] - ranks[0][-1]
-        # What a rank does before the first one begins is none of the iteration.
-        aligned.append([max(round(end - lead, 3), 0.0) for end in ends])
-    return aligned
+        late = last - ends[-1]
+        aligned.append([round(late + end, 3) for end in ends])
+    return begins, aligned

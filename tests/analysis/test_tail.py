@@ -25,7 +25,9 @@ def timeline_line(step: int, ranks: int = 2) -> dict:
     counts = [0, 3, 5, 2] + 60 * [0]
     if step % 3 == 2:
         counts = [0, 0, 1, 4, 5] + 59 * [0]
-    return {"step": step, "activities": ACTIVITIES, "ends": ends, "lengths": {"width": 10, "counts": counts}}
+    begins = [0.125, *(ranks - 1) * [0.0]]
+    line = {"step": step, "activities": ACTIVITIES, "begins": begins, "ends": ends}
+    return line | {"lengths": {"width": 10, "counts": counts}}
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ def test_the_timeline_has_a_bar_for_each_activity_of_each_rank(tail_dir: Path) -
         colour = to_hex(patch.get_facecolor())
         activity = next(name for name, value in colours(LIGHT).items() if value == colour)
         bars.setdefault((int(patch.get_y()), activity), []).append((patch.get_x(), patch.get_width()))
+    assert (bars[0, "draw"], bars[1, "draw"]) == ([(0.125, 0.125)], [(0.0, 0.25)])
     assert bars[0, "engine"] == [(0.25, 1.75)]
     assert bars[1, "engine"] == [(0.25, 3.75)]
     assert bars[0, "wait"] == [(2.0, 2.0), (4.5, 0.0), (9.0, 1.0)]
