@@ -173,7 +173,7 @@ def _draw_lengths(axes: Axes, stage: Stage, lines: Sequence[TimelineLine], theme
         longest = max(longest, width * _last_bin(line))
     # The limit lies far beyond the longest response of many runs.
     axes.set_xlim(0, longest * 1.02)
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
     if short := last_lines.get("short round, "):
         _mark_cut(axes, stage, short["step"], theme)
 
@@ -191,7 +191,8 @@ def _mark_cut(axes: Axes, stage: Stage, step: int, theme: Theme) -> None:
         xycoords=axes.get_xaxis_transform(),
         textcoords="offset points",
         xytext=(0, 3),
-        ha="center",
+        # Beside the line, on the side that has room.
+        ha="right" if cuts[step] > axes.get_xlim()[1] / 2 else "left",
         va="bottom",
         fontsize=8,
         color=theme.muted,

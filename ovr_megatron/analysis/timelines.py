@@ -21,9 +21,9 @@ ACTIVITIES = {
     "wait": "Wait for others",
     "grade": "Grade",
     "sleep": "Engine to sleep",
-    "value": "Values, log-probabilities",
+    "value": "Score, value",
     "update": "Update",
-    "sync": "Weights to vLLM",
+    "sync": "Send weights",
 }
 _SIMULATED = {"engine": "Engine busy", "wait": "Wait for others", "grade": "Grade", "update": "Train"}
 DPI = 180
@@ -73,7 +73,7 @@ def add_legend(figure: Figure, titles: Mapping[str, str], theme: Theme, width: f
     """Add a legend of the activities below the panels."""
     palette = colours(theme)
     patches = [Patch(color=palette[activity], label=title) for activity, title in titles.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=legend_columns(width))
+    figure.legend(handles=patches, loc="outside lower center", ncols=legend_columns(width), fontsize=8)
 
 
 def write_simulation(simulation: PlannedSimulation, path: Path) -> None:
