@@ -112,7 +112,8 @@ class Experiment:
     """The content of an experiment's folder so far.
 
     ``scores[model][set]`` is an evaluation, ``measured[name]`` a timed command, ``behaviours`` the result that
-    ``ovr behaviours`` wrote to ``behaviours/``, None if there is none.
+    ``ovr behaviours`` wrote to ``behaviours/``, None if there is none.  ``iteration`` is the one of the RL whose
+    timeline is shown, None for the last one.
     """
 
     dir: Path
@@ -120,6 +121,7 @@ class Experiment:
     scores: dict[str, dict[str, EvaluationResult]]
     measured: dict[str, MeasuredCommand]
     behaviours: BehaviourResult | None
+    iteration: int | None = None
 
     def evaluation(self, model: str, problem_set: str) -> EvaluationResult | None:
         """Return the evaluation of ``model`` on ``problem_set``, None if there is none."""
@@ -200,8 +202,8 @@ def _shows_behaviour(checkpoint: CheckpointRates) -> bool:
     return False
 
 
-def read_experiment(folder: Path) -> Experiment:
-    """Read what ``folder`` holds so far.
+def read_experiment(folder: Path, iteration: int | None = None) -> Experiment:
+    """Read what ``folder`` holds so far; the timeline of ``iteration`` is shown, else that of the last one.
 
     Raises:
         ExperimentError: there is no such folder, or nothing in it comes from a run.
@@ -222,7 +224,7 @@ def read_experiment(folder: Path) -> Experiment:
     behaviours = None
     if behaviours_file.is_file():
         behaviours = _read_json(behaviours_file)
-    return Experiment(folder, stages, scores, measured, behaviours)
+    return Experiment(folder, stages, scores, measured, behaviours, iteration)
 
 
 def _read_stages(folder: Path) -> dict[str, Stage]:

@@ -14,10 +14,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from ovr_megatron.analysis.bars import draw_accuracy, draw_behaviours
+from ovr_megatron.analysis.curves import average_window, draw_curve, use_whole_steps
 from ovr_megatron.analysis.experiment import Experiment, Stage
+from ovr_megatron.analysis.tail import draw_ranks, draw_tail, has_tail, read_timeline, select_iteration
 from ovr_megatron.analysis.themes import LIGHT, WIDE, Theme, legend_columns
 from ovr_megatron.evaluation.statistics import moving_average
 
@@ -72,6 +74,7 @@ def _figures(experiment: Experiment, theme: Theme, width: float) -> Iterator[tup
     rl = experiment.stages.get("rl")
     if rl:
         yield from _rl_figures(rl, theme, width)
+        yield from _tail_figures(rl, experiment.iteration, theme, width)
     if evaluations := list_periodic_evaluations(experiment):
         caption = "Greedy accuracy of the live weights on the chosen problem sets while a stage trains."
         yield "evaluation", caption, draw_evaluations(evaluations, theme, width)
@@ -98,6 +101,16 @@ def _rl_figures(stage: Stage, theme: Theme, width: float) -> Iterator[tuple[str,
         yield "rl_health", caption, draw_health(stage, theme, width)
 
 
+def _tail_figures(stage: Stage, iteration: int | None, theme: Theme, width: float) -> Iterator[tuple[str, str, Figure]]:
+    lines = read_timeline(stage)
+    if line := select_iteration(lines, iteration):
+        caption = "What each rank does in one iteration. Engines that are done wait for the longest responses."
+        yield "rl_timeline", caption, draw_ranks(line, theme, width)
+    if has_tail(stage, lines):
+        caption = "The tail: lengths of responses, and what is waited for, stale or postponed because of the longest."
+        yield "rl_tail", caption, draw_tail(stage, lines, theme, width)
+
+
 def write_figures(experiment: Experiment) -> list[Path]:
     """Write ``figures/NAME.png`` and ``.pdf`` in the light theme, and return the paths."""
     folder = experiment.dir / "figures"
@@ -120,7 +133,7 @@ def draw_loss(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     # The colour of the model that the stage trains, as in the bars.
     index = 0 if stage.name == "base" else 1
     colour = theme.models[index]
-    _curve(axes, steps, losses, colour, "{:.3f}")
+    draw_curve(axes, steps, losses, colour, "{:.3f}")
     steps, losses = stage.series("validation/loss")
     if losses:
         axes.plot(steps, losses, color=theme.models[2], marker="o", label="validation")
@@ -133,8 +146,8 @@ def draw_dynamics(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
     """Draw mean reward above mean response length by iteration, with the curriculum's switches (paper, figure 3b)."""
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     reward, length = figure.subplots(2, 1, sharex=True)
-    _curve(reward, *stage.series("reward/mean"), theme.models[2], "{:.2f}")
-    _curve(length, *stage.series("response/length"), theme.models[3], "{:.0f}")
+    draw_curve(reward, *stage.series("reward/mean"), theme.models[2], "{:.2f}")
+    draw_curve(length, *stage.series("response/length"), theme.models[3], "{:.0f}")
     reward.set_title("RL: mean reward", pad=22)  # room for the switches' labels
     length.set_title("RL: mean response length in tokens")
     length.set_xlabel("Iteration")
@@ -203,10 +216,10 @@ def draw_sources(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
         axes.set_title(title)
         for source, colour in zip(sources, colours, strict=False):
             steps, values = stage.series(group + source)
-            means = moving_average(values, _window(values))
+            means = moving_average(values, average_window(values))
             axes.plot(steps, means, color=colour, label=source)
     lengths.set_xlabel("Iteration")
-    _use_whole_steps(lengths)
+    use_whole_steps(lengths)
     # The lines of one panel: both have the same sources in the same colours.
     lines, labels = rewards.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=legend_columns(width))
@@ -241,7 +254,7 @@ def draw_health(stage: Stage, theme: Theme, width: float = WIDE) -> Figure:
             continue
         # The mismatch spans orders of magnitude; a moving average would hide its peaks.
         is_mismatch = key == "rollout/mismatch_max"
-        _curve(axes, steps, values, theme.models[2], form, smooth=not is_mismatch)
+        draw_curve(axes, steps, values, theme.models[2], form, smooth=not is_mismatch)
         if is_mismatch and min(values) > 0:  # a logarithmic axis has no place for a 0
             axes.set_yscale("log")
     return figure
@@ -289,43 +302,7 @@ def _draw_accuracies(axes: Axes, stage: Stage, keys: Sequence[str], theme: Theme
             color=theme.models[(index + 1) % len(theme.models)],
             label=problem_set,
         )
-    _use_whole_steps(axes)
+    use_whole_steps(axes)
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.set_ylim(0, 1.02)  # a marker at 100 % is not cut
     axes.legend(loc="best")
-
-
-def _curve(
-    axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, form: str, smooth: bool = True
-) -> None:
-    """Plot ``values``, faint, with a strong moving average over a twentieth of the run, and label the last mean."""
-    _use_whole_steps(axes)
-    if not values:
-        return
-    window = _window(values) if smooth else 1
-    strong = moving_average(values, window)
-    if window > 1:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.4)
-    marker = "o" if len(values) == 1 else None  # a line through a single point would not be seen
-    axes.plot(steps, strong, color=colour, marker=marker)
-    axes.annotate(
-        form.format(strong[-1]),
-        xy=(steps[-1], strong[-1]),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="center",
-        color=colour,
-        fontweight="bold",
-        annotation_clip=False,  # the label lies beside the axes, where Matplotlib would clip it
-    )
-
-
-def _window(values: Sequence[float]) -> int:
-    """Return the length of a moving average: a twentieth of the run."""
-    return max(1, len(values) // 20)
-
-
-def _use_whole_steps(axes: Axes) -> None:
-    """Put the ticks of the x axis at whole steps, a round number of them apart."""
-    locator = MaxNLocator(integer=True, steps=[1, 2, 5, 10])
-    axes.xaxis.set_major_locator(locator)

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ovr_megatron.analysis.experiment import Experiment
+from ovr_megatron.analysis.tail import TableRow, length_rows, read_timeline, select_iteration, timeline_rows
 from ovr_megatron.evaluation.scoring import SourceScores
-
-TableRow = Mapping[str, object]
-"""Cells by column; the columns are as many as metrics, sources and values of k."""
 
 # A spreadsheet takes a cell that begins so for a formula, and computes it.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -33,6 +31,11 @@ def _tables(experiment: Experiment) -> dict[str, Sequence[TableRow]]:
     tables: dict[str, Sequence[TableRow]] = {}
     for name, stage in experiment.stages.items():
         tables[name] = stage.metrics
+    if rl := experiment.stages.get("rl"):
+        lines = read_timeline(rl)
+        if line := select_iteration(lines, experiment.iteration):
+            tables["rl_timeline"] = list(timeline_rows(line))
+        tables["rl_lengths"] = list(length_rows(lines))
     tables["scores"] = list(_score_rows(experiment))
     tables["behaviours"] = list(_behaviour_rows(experiment))
     return tables

@@ -13,13 +13,13 @@ from ovr_megatron.analysis.summary import write_summary
 from ovr_megatron.runtime.terminal import printable
 
 
-def write_everything(run_dir: Path, refresh: int = 0) -> None:
+def write_everything(run_dir: Path, refresh: int = 0, iteration: int | None = None) -> None:
     """Write figures, numbers, summary, report and the card of an exported model; print their paths and what is missing.
 
     Raises:
         ExperimentError: the folder holds no run, or a file of it cannot be read.
     """
-    experiment = read_experiment(run_dir)
+    experiment = read_experiment(run_dir, iteration)
     for path in write_figures(experiment):
         print(f"figure:  {path}")
     for path in write_numbers(experiment):

@@ -18,6 +18,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of an experiment, or of a single run")
     every_help = "write them again every so many seconds until Ctrl-C; an open page follows"
     parser.add_argument("--every", type=whole_number(0), default=0, metavar="SECONDS", help=every_help)
+    parser.add_argument(
+        "--iteration",
+        type=whole_number(0),
+        metavar="N",
+        help="the timeline of this iteration of the RL (default: the last)",
+    )
     args = parser.parse_args(argv)
 
     # Imported here, so that --help does not wait for torch and Matplotlib.
@@ -25,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     while True:
         try:
-            write_everything(args.run_dir, args.every)
+            write_everything(args.run_dir, args.every, args.iteration)
         except UserError as error:
             if not args.every:
                 raise

@@ -26,7 +26,7 @@ WIRE = 0.7  # of a link's rate, reached by large collectives
 _STREAM_PASSES = 20  # reads and writes of [S, D] in a layer, forward and backward
 _FFN_PASSES = 8  # the same of [T, F]
 _OPTIMIZER_PASS = 32  # bytes read and written for each parameter that Adam updates
-_DECODE_OVERHEAD = 0.008  # seconds of a decoding step beside its memory traffic
+DECODE_OVERHEAD = 0.008  # seconds of a decoding step beside its memory traffic
 
 
 @dataclass(frozen=True)
@@ -281,9 +281,9 @@ def generation_seconds(scenario: Scenario, span: Span) -> float:
     weight_bytes = engine["vLLM weights"]
     # On average a running sequence has half of its cache.
     read_bytes = weight_bytes + running * token_bytes * mean_tokens / 2
-    step_seconds = read_bytes / gpu.bandwidth + _DECODE_OVERHEAD
+    step_seconds = read_bytes / gpu.bandwidth + DECODE_OVERHEAD
     steady = requests / running * mean_tokens * step_seconds
-    last_step_seconds = weight_bytes / gpu.bandwidth + _DECODE_OVERHEAD
+    last_step_seconds = weight_bytes / gpu.bandwidth + DECODE_OVERHEAD
     tail_steps = span.limit - mean_tokens
     tail = tail_steps * last_step_seconds
     policy = token_flops(shape, config.model, span.load)

@@ -94,10 +94,67 @@ class PlannedEngine(TypedDict):
     engines: int
 
 
+class PlannedRound(TypedDict):
+    """A round of a simulated timeline, in seconds from its begin.
+
+    ``engine_end_s`` has the end of each engine, ``updates_behind`` the updates that its weights lack of those before
+    the one that trains on it; ``long`` says that its prompts are postponed ones.
+    """
+
+    begin_s: float
+    engine_end_s: list[float]
+    graded_s: float
+    train_begin_s: float
+    train_end_s: float
+    updates_behind: int
+    long: bool
+
+
+class PlannedMode(TypedDict):
+    """A way of generating (`ovr_megatron.plan.modes.Mode`), simulated; seconds are means of its ``iterations``.
+
+    ``engine_idle`` is the share of generation that engines wait for the last one, ``gpu_idle`` the share of all ranks'
+    time in which they neither generate nor train, ``stale`` the share of the response tokens that an older policy
+    generated, ``discarded`` that of the generated tokens which are generated again, ``gain`` the iteration of the
+    shared queue over this one.  ``rounds`` are the last ones.
+    """
+
+    name: str
+    schedule: str
+    oversample: float
+    staleness: int
+    generators: int
+    world: int
+    engines: int
+    iterations: int
+    generate_s: float
+    engine_idle: float
+    iteration_s: float
+    gpu_idle: float
+    stale: float
+    discarded: float
+    gain: float
+    rounds: list[PlannedRound]
+
+
+class PlannedSimulation(TypedDict):
+    """The simulated iterations: where the lengths are known from, an engine's rates and room, and each way."""
+
+    lengths: str
+    limit: int
+    prompts: int
+    responses: int
+    slots: int
+    tp: int
+    rates: dict[str, float]
+    modes: list[PlannedMode]
+
+
 class Plan(TypedDict):
     """A plan as JSON; sizes in bytes, times in seconds or, where the name says so, hours.
 
-    ``best_command`` runs the fastest of ``candidates``; None where none fits, or there was no search.
+    ``best_command`` runs the fastest of ``candidates``; None where none fits, or there was no search.  ``simulation``
+    is None where none was asked for.
     """
 
     model: PlannedModel
@@ -122,3 +179,4 @@ class Plan(TypedDict):
     checkpoints_kept: int
     candidates: list[PlannedCandidate] | None
     best_command: str | None
+    simulation: PlannedSimulation | None

@@ -27,6 +27,7 @@ from ovr_megatron.plan.plan_json import (
     PlannedSpan,
 )
 from ovr_megatron.plan.scenario import Scenario, Span, build_scenario
+from ovr_megatron.plan.simulation import SimulationOptions, simulate
 from ovr_megatron.plan.text import show
 from ovr_megatron.plan.workload import read_tokenised_workload
 
@@ -42,6 +43,7 @@ class Options:
         search: whether to search layouts.
         recipe: its name or path, for the command of the best layout.
         overrides: settings of the command line, which the search leaves as they are.
+        simulation: what to simulate; None simulates nothing.
     """
 
     world: int
@@ -50,6 +52,7 @@ class Options:
     search: bool = True
     recipe: str = "RECIPE"
     overrides: tuple[str, ...] = ()
+    simulation: SimulationOptions | None = None
 
 
 def read_shape(path: str) -> tuple[ModelShape, str | None]:
@@ -126,6 +129,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         "checkpoints_kept": checkpoints,
         "candidates": _candidates(candidates) if candidates else None,
         "best_command": _best_command(scenario, candidates, options) if candidates else None,
+        "simulation": simulate(scenario, options.simulation) if options.simulation else None,
     }
 
 

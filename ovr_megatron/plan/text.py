@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.data.repetition import SourceUse, show_uses
 from ovr_megatron.plan import flops, search
-from ovr_megatron.plan.plan_json import Plan, PlannedCandidate, PlannedRank, PlannedSpan
+from ovr_megatron.plan.plan_json import Plan, PlannedCandidate, PlannedRank, PlannedSimulation, PlannedSpan
 
 _GIB = 1 << 30
 _SHOWN_LAYOUTS = 10
@@ -50,6 +50,9 @@ def show(plan: Plan) -> str:
             "the fastest (give run.dir and model.path, if they are not there)",
             f"  {plan['best_command']}",
         ]
+    if plan["simulation"]:
+        lines.append("")
+        lines += _simulation_lines(plan["simulation"])
     return "\n".join(lines)
 
 
@@ -153,6 +156,26 @@ def _candidate_lines(candidates: Sequence[PlannedCandidate]) -> list[str]:
     lines.append("layouts that cannot be")
     for reason, count in reasons.most_common(_SHOWN_REASONS):
         lines.append(f"{count:6}  {reason}")
+    return lines
+
+
+def _simulation_lines(simulation: PlannedSimulation) -> list[str]:
+    """Return the table of simulated ways of generating."""
+    rates = simulation["rates"]
+    responses = simulation["prompts"] * simulation["responses"]
+    width = max(len(mode["name"]) for mode in simulation["modes"])
+    lines = [
+        f"simulated iterations of {simulation['prompts']:,} prompts, {responses:,} responses: {simulation['lengths']}",
+        f"  an engine runs {simulation['slots']:,} at once; a step: {1000 * rates['step_s']:.2f} ms, and "
+        f"{1e6 * rates['sequence_s']:.1f} us a response, {1e9 * rates['context_s']:.1f} ns a token of context",
+        f"  {'':{width}}{'generate':>9}{'engines':>9}{'iteration':>10}{'GPUs':>7}{'stale':>7}{'again':>7}",
+        f"  {'':{width}}{'s':>9}{'idle':>9}{'s':>10}{'idle':>7}{'tokens':>7}{'tokens':>7}{'gain':>7}",
+    ]
+    for mode in simulation["modes"]:
+        lines.append(
+            f"  {mode['name']:{width}}{mode['generate_s']:9.1f}{mode['engine_idle']:9.1%}{mode['iteration_s']:10.1f}"
+            f"{mode['gpu_idle']:7.1%}{mode['stale']:7.1%}{mode['discarded']:7.1%}{mode['gain']:7.2f}"
+        )
     return lines
 
 

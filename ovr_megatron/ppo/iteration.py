@@ -16,26 +16,28 @@ from ovr_megatron.ppo.curriculum import max_tokens
 from ovr_megatron.ppo.experience import Experience, Models, build_local_batch, compute_experience, sum_over_dp
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
+from ovr_megatron.ppo.timeline import Timeline
 from ovr_megatron.ppo.update import update_critic, update_policy
 from ovr_megatron.runtime.distributed import World
 
 
 @dataclass
 class IterationResult:
-    """Metrics of an iteration, its rollout, and what this rank's policy learned from."""
+    """Metrics of an iteration, its rollout, what this rank's policy learned from, and what the rank did when."""
 
     metrics: dict[str, float]
     rollout: Rollout
     experience: Experience
+    timeline: Timeline
 
 
 def iterate(models: Models, rollouts: Rollouts, prompts: PromptStream, iteration: int) -> IterationResult:
     """Run iteration ``iteration`` (from 0) on the next of ``prompts``, the same on every rank.  A collective."""
     clock = Clock()
-    with clock("generate"):
+    with clock("generate", "sleep"):
         models.offload_except(None)  # with `offload`, vLLM's cache takes their memory
         limit = max_tokens(models.config.curriculum, iteration)
-        rollout = rollouts.collect(prompts, iteration, limit)
+        rollout = rollouts.collect(prompts, iteration, limit, clock.timeline)
         # Deep sleep drops the engine's weights, and the next update sends all of them: too many where some are frozen.
         rollouts.engine.sleep(deep=models.policy.updates_rewrite_vllm)
     result = learn(models, rollout, iteration, clock)
@@ -71,25 +73,28 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
         **clock.metrics(batch, models.world),
         **rollout.metrics,
     }
-    return IterationResult(metrics, rollout, experience)
+    return IterationResult(metrics, rollout, experience, clock.timeline)
 
 
 class Clock:
-    """Seconds of each phase, including the wait for the slowest rank."""
+    """Seconds of each phase, including the wait for the slowest rank; its timeline has that wait apart."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.timeline = Timeline()
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time the block as ``phase``.  A collective."""
+    def __call__(self, phase: str, activity: str = "") -> Iterator[None]:
+        """Time the block as ``phase``, its end in the timeline as that of ``activity``.  A collective."""
         began = time.perf_counter()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # kernels may still run when the block has returned
+        self.timeline.end(activity or phase)
         dist.barrier()
         self.seconds[phase] = time.perf_counter() - began
+        self.timeline.end("wait")
 
     def metrics(self, batch: Batch, world: World) -> dict[str, float]:
         """Return ``timing/`` in seconds and ``perf/`` in tokens per second over all ranks.  A collective."""

@@ -19,6 +19,7 @@ from ovr_megatron.ppo.batch import Response, seeds_of
 from ovr_megatron.ppo.counters import RolloutCounters
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
+from ovr_megatron.ppo.timeline import Timeline
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
 from ovr_megatron.rewards.rules import is_plain
@@ -71,6 +72,7 @@ class Rollout:
         metrics: of generation, the same on all ranks.
         long: whether the prompts are those that oversampled rounds postponed.
         postponed: the prompts that an oversampled round left to a long one, the same on all ranks.
+        timeline: of this rank; generation adds what it does.
     """
 
     prompts: Prompts
@@ -80,6 +82,12 @@ class Rollout:
     metrics: dict[str, float] = field(default_factory=dict)
     long: bool = False
     postponed: list[int] = field(default_factory=list)
+    timeline: Timeline = field(default_factory=Timeline)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each response of this rank's engine, without those that were given up."""
+        return [len(r.tokens) for r in self.responses if r.tokens]
 
 
 class Rollouts:
@@ -106,7 +114,7 @@ class Rollouts:
         self.leads = tp_rank == 0
         self.failures = FailureWatch(config.reward.rules)
 
-    def collect(self, prompts: PromptStream, iteration: int, limit: int) -> Rollout:
+    def collect(self, prompts: PromptStream, iteration: int, limit: int, timeline: Timeline | None = None) -> Rollout:
         """Draw prompts, generate and grade; with ``algorithm.dynamic_sampling``, until enough have unequal rewards.
 
         Where even its last round leaves too few, prompts with equal rewards fill the batch up: they change nothing
@@ -116,6 +124,7 @@ class Rollouts:
             prompts: gives the next prompts, the same on every rank.
             iteration: from 0, for the seeds.
             limit: most tokens of a prompt and its response together.
+            timeline: of this rank's iteration so far; None starts one.
 
         Raises:
             RolloutError: half of the prompts or more were given up, or have responses without a reward.
@@ -124,7 +133,7 @@ class Rollouts:
         """
         config = self.config
         dynamic_sampling = config.algorithm.dynamic_sampling
-        rollout = Rollout(Prompts([], self.processor), limit)
+        rollout = Rollout(Prompts([], self.processor), limit, timeline=timeline or Timeline())
         rows = rollout.prompts.rows
         tokens: dict[int, int] = {}
         unequal: list[int] = []
@@ -135,6 +144,7 @@ class Rollouts:
             indices = range(first, len(rows))
             # A name of its own: the store keeps the counters of earlier queues, also of another run in this process.
             name = f"{iteration}.{sampling_round}#{next(_rounds)}"
+            rollout.timeline.end("draw")
             responses = self._generate(rollout, indices, iteration, name)
             rollout.responses += responses
             groups = self._group_rewards(responses, rollout)
@@ -249,14 +259,13 @@ class Rollouts:
                 return stops or (cut is not None and cut.engine_step(self.engine.agree))
 
             failed = self.engine.answer(take, on_result, between_steps)
-            generate_s = time.perf_counter() - began
-            if cut:
-                cut.wait(barrier, lambda: take_verdicts(False), self.leads)
-            self._finish_grading(barrier, take_verdicts)
+            generate_s = rollout.timeline.end("engine")
+            self._finish_round(barrier, cut, take_verdicts, rollout.timeline)
             if self.world.is_main:
                 counters.show(bar, at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
+        rollout.timeline.end("wait")
         failed_prompts = failed if self.leads else []  # the followers of an engine have the same list
         responses |= _failed_responses(failed_prompts, config.responses)
         if cut:
@@ -271,12 +280,18 @@ class Rollouts:
         # By prompt and sample, so that the order does not depend on which response ended first.
         return [responses[key] for key in sorted(responses) if key[0] not in left_out]
 
-    def _finish_grading(self, barrier: WorkBarrier, take_verdicts: Callable[[bool], None]) -> None:
-        """Wait for the verdicts on this engine's responses, or until a stop is asked for."""
+    def _finish_round(
+        self, barrier: WorkBarrier, cut: RoundCut | None, take_verdicts: Callable[[bool], None], timeline: Timeline
+    ) -> None:
+        """Wait for the other engines where the round is cut, then for the verdicts, or until a stop is asked for."""
+        if cut:
+            cut.wait(barrier, lambda: take_verdicts(False), self.leads)
+            timeline.end("wait")
         # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
         while self.leads and self.grader.pending and not barrier.stop_asked():
             take_verdicts(True)
             barrier.step()
+        timeline.end("grade")
 
     def _take_prompts(
         self, queue: Callable[[int], list[int]], rollout: Rollout, iteration: int, outstanding: int

@@ -24,6 +24,7 @@ from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
 from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.ppo.timeline import gather_timeline
 from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.record import record_run, show_start
@@ -235,9 +236,11 @@ class RL:
         metrics = result.metrics
         metrics["data/dropped_prompts"] = self.prompts.dropped - dropped_before
         self._add_metrics(result, iteration)
+        timeline = gather_timeline(result.timeline, result.rollout.lengths, result.rollout.limit)
         self._archive(result, iteration, stream_state)
         self._evaluate(result, iteration)
         if self.log:
+            self.log.timeline(iteration, timeline)
             self._write_log(self.log, result, iteration)
         self._state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
         self.next_iteration += 1

@@ -19,6 +19,7 @@ from ovr_megatron.runtime.trackers.table import open_trackers
 logger = get_logger(__name__)
 
 LAYERS = "layers.txt"
+TIMELINE = "timeline.jsonl"
 
 
 def record_layers(run: Path, layers: str, cautions: Sequence[str]) -> None:
@@ -30,7 +31,7 @@ def record_layers(run: Path, layers: str, cautions: Sequence[str]) -> None:
 
 
 class RunLog:
-    """Passes metrics and texts to trackers and writes ``RUN/spikes.jsonl``.
+    """Passes metrics and texts to trackers and writes ``RUN/spikes.jsonl`` and ``RUN/timeline.jsonl``.
 
     The default trackers write ``RUN/metrics/STAGE.jsonl`` and ``RUN/tensorboard/STAGE``.
     """
@@ -45,6 +46,8 @@ class RunLog:
     ):
         self.trackers = open_trackers(trackers, TrackedRun(run, stage, resume_at, settings or {}))
         self.spikes = StepLines(run / "spikes.jsonl", resume_at)
+        self._timeline: StepLines | None = None
+        self._timeline_start = (run / TIMELINE, resume_at)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` under ``step``, for example ``{"loss/train": 0.3}``."""
@@ -56,11 +59,19 @@ class RunLog:
         for tracker in self.trackers:
             tracker.log_text(step, name, text)
 
+    def timeline(self, step: int, record: Mapping[str, object]) -> None:
+        """Append what the ranks did in ``step`` to ``RUN/timeline.jsonl``, which supervised training does not have."""
+        if self._timeline is None:
+            self._timeline = StepLines(*self._timeline_start)
+        self._timeline.write(step, record)
+
     def close(self) -> None:
         """Close every tracker and file."""
         for tracker in self.trackers:
             tracker.close()
         self.spikes.close()
+        if self._timeline is not None:
+            self._timeline.close()
 
 
 def open_log(config: ColdStartConfig | RLConfig, resume_at: int, world: World) -> RunLog | None:

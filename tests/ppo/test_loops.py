@@ -219,6 +219,57 @@ def test_a_slow_engine_changes_no_round(runs: Path) -> None:
     assert trained_prompts(runs / "tail_slow") == trained_prompts(runs / "tail")[:2]
 
 
+ROUND = ["draw", "engine", "wait", "grade", "wait", "sleep", "wait"]
+TRAINING = ["value", "wait", "update", "wait"]
+
+
+def timeline(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "timeline.jsonl").read_text().splitlines()]
+
+
+def activity_seconds(line: dict, activity: str) -> list[float]:
+    """Seconds of each rank in an activity."""
+    seconds = []
+    for first, ends in zip(line["begins"], line["ends"], strict=True):
+        parts = zip(line["activities"], [first, *ends[:-1]], ends, strict=True)
+        seconds.append(sum(end - begin for name, begin, end in parts if name == activity))
+    return seconds
+
+
+def test_every_iteration_has_a_timeline_of_its_ranks(runs: Path) -> None:
+    metrics = [json.loads(line) for line in (runs / "tail/metrics/train.jsonl").read_text().splitlines()]
+    lines = timeline(runs / "tail")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    for line, values in zip(lines, metrics, strict=True):
+        # A long round has no cut to wait at.
+        generation = ROUND[:2] + ROUND[3:] if values["rollout/long_round"] else ROUND
+        assert line["activities"] == [*generation, *TRAINING, "sync", "wait"]
+        assert len(line["ends"]) == 2 and all(ends == sorted(ends) and ends[0] >= 0 for ends in line["ends"])
+        (end,) = {ends[-1] for ends in line["ends"]}
+        assert min(line["begins"]) == 0 <= end - line["begins"][0] <= values["timing/iteration"] + 0.001
+        for name in ("value", "update", "sync"):
+            # On the first rank, whose seconds the metrics are: with the wait for the other one.
+            index = line["activities"].index(name)
+            begin, after_wait = (line["ends"][0][index + step] for step in (-1, 1))
+            assert values[f"timing/{name}"] - 0.002 <= after_wait - begin <= end
+        engine = activity_seconds(line, "engine")
+        assert max(engine) - sum(engine) / 2 == pytest.approx(values["timing/rollout_idle"], abs=0.002)
+        lengths = [len(tokens) for tokens, *_ in rollouts(runs / "tail", line["step"]).values()]
+        width, counts = line["lengths"]["width"], line["lengths"]["counts"]
+        assert counts == [sum(length // width == i for length in lengths) for i in range(64)]
+    assert [line["step"] for line in timeline(runs / "tail_resumed")] == [1, 2, 3, 4]
+    (learned, *_) = timeline(runs / "tail_learned")
+    assert learned["activities"] == TRAINING
+
+
+def test_a_slow_engine_is_waited_for(runs: Path) -> None:
+    for line in timeline(runs / "tail_slow"):
+        fast, slow = activity_seconds(line, "engine")
+        assert slow > fast
+        waits = activity_seconds(line, "wait")
+        assert waits[0] - waits[1] > 0.5 * (slow - fast) > 0
+
+
 @pytest.mark.parametrize("name", ["tail_resumed", "tail_learned"])
 def test_postponed_prompts_outlive_a_restart(runs: Path, name: str) -> None:
     """A run that goes on with prompts in the queue, and one that learns from the archive, end with the same weights."""

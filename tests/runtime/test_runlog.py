@@ -33,6 +33,19 @@ def test_a_resumed_record_has_every_step_once(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["train.jsonl"]
 
 
+def test_a_timeline_is_written_where_there_is_one_and_resumed_with_the_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, "train", trackers=["jsonl"])
+    log.close()
+    assert not (tmp_path / "timeline.jsonl").exists()
+    for first, last in ((0, 3), (2, 4)):
+        log = RunLog(tmp_path, "train", first, trackers=["jsonl"])
+        for step in range(first, last):
+            log.timeline(step, {"activities": ["engine"], "ends": [[float(first)]]})
+        log.close()
+    lines = read_metrics(tmp_path / "timeline.jsonl")
+    assert [(line["step"], line["ends"]) for line in lines] == [(0, [[0.0]]), (1, [[0.0]]), (2, [[2.0]]), (3, [[2.0]])]
+
+
 BAD = [b"\x00" * 40, b'{"step": 1, "loss": 0.', b"null", b"[1, 2]", b'{"loss": 2}', b'{"step": "1"}', b"\xff\xfe"]
 
 
