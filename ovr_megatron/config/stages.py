@@ -124,6 +124,11 @@ class RLConfig:
             f"rollout.oversample={self.rollout.oversample:g} draws long prompts once more, which a streamed source "
             "cannot; leave data.sources[].streaming out, or set rollout.oversample to 0",
         )
+        require(
+            self.only != "rollout" or not self.rollout.max_staleness,
+            f"only=rollout with rollout.max_staleness={self.rollout.max_staleness}: one policy draws all tokens, so "
+            "that none is older than another; set rollout.max_staleness to 0",
+        )
         # The penalty begins so many tokens before the limit: within a shorter one it would begin before the response.
         shortest = min((stage.max_tokens for stage in self.curriculum), default=0)
         require(

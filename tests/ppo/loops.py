@@ -110,10 +110,11 @@ def again(name: str, iteration: int, *more: str) -> list[dict]:
     return [vars(line) for line in replay.replay(chosen, out / name, iteration, there)]
 
 
-def resume_after_one(name: str, resumed: str, *more: str) -> None:
-    """Copy the first checkpoint of a run into another folder and train the rest there.  A collective."""
+def resume_after(name: str, step: int, resumed: str, *more: str) -> None:
+    """Copy a checkpoint of a run into another folder and train the rest there.  A collective."""
     if world.is_main:
-        shutil.copytree(out / name / "checkpoints/step_000001", out / resumed / "checkpoints/step_000001")
+        folder = f"checkpoints/step_{step:06d}"
+        shutil.copytree(out / name / folder, out / resumed / folder)
     dist.barrier()
     train(resumed, *more)
 
@@ -173,10 +174,20 @@ def oversampled_runs() -> None:
     """Train with rounds that postpone long prompts: whole, resumed, beside a slow engine, and from its archive."""
     settings = ("rollout.oversample=0.5", "iterations=5")
     train("tail", *settings)
-    resume_after_one("tail", "tail_resumed", *settings)
+    resume_after("tail", 1, "tail_resumed", *settings)
     with slow_engine(rank=1):
         train("tail_slow", *settings, "iterations=2")
     train("tail_learned", *settings, "only=train", f"rollouts_from={out / 'tail'}")
+
+
+def continued_runs() -> None:
+    """Train with rounds that go on with unfinished responses: whole, resumed, beside a slow engine, from its archive."""
+    settings = ("rollout.oversample=0.5", "rollout.max_staleness=1", "iterations=5")
+    train("partial", *settings)
+    resume_after("partial", 2, "partial_resumed", *settings)
+    with slow_engine(rank=1):
+        train("partial_slow", *settings, "iterations=3")
+    train("partial_learned", *settings, "only=train", f"rollouts_from={out / 'partial'}")
 
 
 @contextmanager
@@ -185,14 +196,14 @@ def slow_engine(rank: int) -> Iterator[None]:
     answer = RolloutEngine.answer
 
     def answer_late(
-        engine: RolloutEngine, take: Callable, on_result: Callable, should_stop: Callable[[], bool]
+        engine: RolloutEngine, take: Callable, on_result: Callable, should_stop: Callable[[], bool], *more: Callable | None
     ) -> list[tuple[int, str]]:
         def pause() -> bool:
             if world.rank == rank:
                 time.sleep(0.02)
             return should_stop()
 
-        return answer(engine, take, on_result, pause)
+        return answer(engine, take, on_result, pause, *more)
 
     RolloutEngine.answer = answer_late
     try:
@@ -204,8 +215,8 @@ def slow_engine(rank: int) -> Iterator[None]:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
-    if sys.argv[2:] == ["tail"]:
-        oversampled_runs()
+    if sys.argv[2:] in (["tail"], ["partial"]):
+        oversampled_runs() if sys.argv[2] == "tail" else continued_runs()
         distributed.finish()
         sys.exit()
     reference_runs(sys.argv[3:])
@@ -222,10 +233,11 @@ if __name__ == "__main__":
         train(name, *(f"algorithm.{setting}" for setting in settings))
     adapters = ("model.lora.rank=4", "optimizer.lr=1e-2", "critic.optimizer.lr=1e-2", "algorithm.kl_coefficient=0.01")
     train("lora", *adapters)
-    resume_after_one("lora", "lora_resumed", *adapters)
+    resume_after("lora", 1, "lora_resumed", *adapters)
     train("lora_tp2", *adapters, "parallel.tp=2", "rollout.check_updates=true", "offload=true")
     train("learned", "only=train", f"rollouts_from={out / 'ppo'}")
     oversampled_runs()
+    continued_runs()
     half = config("rolled_out", "only=rollout", "iterations=1")
     generate(half, world)
     found = {
