@@ -14,6 +14,7 @@ from ovr_megatron.config import RLConfig, Sampling
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.ppo.batch import Response, seeds_of
 from ovr_megatron.ppo.counters import RolloutCounters
+from ovr_megatron.ppo.engine_round import EngineRound
 from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
@@ -24,7 +25,7 @@ from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rewards.failures import FailureWatch
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import Generation, Prompt, RolloutError
+from ovr_megatron.rollout.sampling import Prompt, RolloutError
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.progress import Progress
@@ -274,18 +275,12 @@ class Rollouts:
         parts = RoundResponses(config.responses, iteration, work.groups)
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
-        keeps_parts = rollout.restarted is not None and self.leads
+        continues = rollout.restarted is not None
         cut = None
         if needed < len(indices):
-            counts = self.engine.token_counts if keeps_parts else None
-            cut = RoundCut(name, needed, self.replica, self.replicas, counts)
-
-        def answer(prompt: int) -> None:
-            if cut:
-                cut.answer(prompt)
-            if self.leads:  # the ranks of an engine have the same responses
-                grading.submit(prompt, parts.group(prompt), iteration)
-
+            token_counts = self.engine.token_counts if continues and self.leads else None
+            cut = RoundCut(name, needed, self.replica, self.replicas, token_counts)
+        engine_round = EngineRound(self.engine, parts, grading, cut, barrier, iteration, self.leads, continues)
         take = open_queue(work, name, config.responses, config.rollout.max_num_seqs, self.engine.agree)
 
         def take_requests(outstanding: int) -> list[tuple[int, Prompt]]:
@@ -295,38 +290,19 @@ class Rollouts:
                 requests += parts.requests(prompt, template, rollout.limit, prompt_tokens)
             return requests
 
-        def on_result(request: int, generations: list[Generation]) -> None:
-            prompt = parts.finish(request, generations)
-            if prompt is not None:
-                answer(prompt)
-
-        for prompt in work.complete:
-            answer(prompt)
         title = f"generating {iteration}"
         with Progress(needed * config.responses, title, "response", self.world.is_main, inner=True) as bar:
 
-            def between_steps() -> bool:
-                if self.leads:
-                    grading.take_verdicts(False)
+            def show(at_once: bool = False) -> None:
                 if self.world.is_main:
-                    counters.show(bar)
-                stops = barrier.engine_step(self.engine.agree)
-                return stops or (cut is not None and cut.engine_step(self.engine.agree))
+                    counters.show(bar, at_once)
 
-            interrupt = parts.interrupt if keeps_parts else None
-            failed = self.engine.answer(take_requests, on_result, between_steps, interrupt)
+            problems = engine_round.run(work.complete, take_requests, show)
             generate_s = time.perf_counter() - began
-            if cut:
-                cut.wait(barrier, lambda: grading.take_verdicts(False), self.leads)
-            self._finish_grading(barrier, grading)
-            if self.world.is_main:
-                counters.show(bar, at_once=True)
+            engine_round.wait()
+            show(at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
-        problems = {}
-        if self.leads:  # the followers of an engine have the same list
-            # Of a prompt with several requests the first problem.
-            problems = {parts.prompt_of(request): problem for request, problem in reversed(failed)}
         grading.add_failed(list(problems.items()), config.responses)
         if cut:
             self._leave_out(rollout, cut.postponed(indices, list(problems), self.leads), cut, parts)
@@ -348,13 +324,6 @@ class Rollouts:
         queue_position = {prompt: position for position, prompt in enumerate(prompts)}
         # Replaced at the end of the round alone: a checkpoint of a run that stops within it has the groups before it.
         self.unfinished.groups = {queue_position[prompt]: group for prompt, group in groups.items()}
-
-    def _finish_grading(self, barrier: WorkBarrier, grading: RoundGrading) -> None:
-        """Wait for the verdicts on this engine's responses, or until a stop is asked for."""
-        # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
-        while self.leads and grading.pending and not barrier.stop_asked():
-            grading.take_verdicts(True)
-            barrier.step()
 
     def _engine_prompts(self, indices: Sequence[int], rollout: Rollout, iteration: int) -> list[tuple[int, Prompt]]:
         """Return each of the prompts ``indices`` as the engine takes it, with seeds and length limit."""

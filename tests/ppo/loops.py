@@ -181,12 +181,12 @@ def oversampled_runs() -> None:
 
 
 def continued_runs() -> None:
-    """Train with rounds that go on with unfinished responses: whole, resumed, beside a slow engine, from its archive."""
+    """Train with rounds that go on with responses: the entire run, resumed, beside a slow engine, from its archive."""
     settings = ("rollout.oversample=0.5", "rollout.max_staleness=1", "iterations=5")
     train("partial", *settings)
     resume_after("partial", 2, "partial_resumed", *settings)
     with slow_engine(rank=1):
-        train("partial_slow", *settings, "iterations=3")
+        train("partial_slow", *settings, "iterations=2")
     train("partial_learned", *settings, "only=train", f"rollouts_from={out / 'partial'}")
 
 
@@ -196,7 +196,11 @@ def slow_engine(rank: int) -> Iterator[None]:
     answer = RolloutEngine.answer
 
     def answer_late(
-        engine: RolloutEngine, take: Callable, on_result: Callable, should_stop: Callable[[], bool], *more: Callable | None
+        engine: RolloutEngine,
+        take: Callable,
+        on_result: Callable,
+        should_stop: Callable[[], bool],
+        *more: Callable | None,
     ) -> list[tuple[int, str]]:
         def pause() -> bool:
             if world.rank == rank:
