@@ -1,7 +1,8 @@
 """PPO and its relatives on two ranks, for tests/ppo: ``torchrun ... tests/ppo/loops.py OUT [reference [NAME ...]]``.
 
 With ``reference`` only the runs that tests/ppo/test_reference.py reads, or those named; with ``tail`` only those of
-oversampled rounds.
+oversampled rounds, with ``partial`` those that go on with unfinished responses, with ``one_engine`` one that resumes
+these.
 """
 
 import json
@@ -190,6 +191,12 @@ def continued_runs() -> None:
     train("partial_learned", *settings, "only=train", f"rollouts_from={out / 'partial'}")
 
 
+def run_of_one_engine() -> None:
+    """Have one engine of two ranks go on with what two engines have left; no process can have engines of both sizes."""
+    settings = ("rollout.oversample=0.5", "rollout.max_staleness=1", "rollout.tp=2")
+    resume_after("partial", 3, "partial_tp2", *settings, "iterations=4")
+
+
 @contextmanager
 def slow_engine(rank: int) -> Iterator[None]:
     """Delay every step of the engine of ``rank`` within the block."""
@@ -219,8 +226,10 @@ def slow_engine(rank: int) -> Iterator[None]:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
-    if sys.argv[2:] in (["tail"], ["partial"]):
-        oversampled_runs() if sys.argv[2] == "tail" else continued_runs()
+    if parts := {"tail": oversampled_runs, "partial": continued_runs, "one_engine": run_of_one_engine}.get(
+        sys.argv[-1]
+    ):
+        parts()
         distributed.finish()
         sys.exit()
     reference_runs(sys.argv[3:])
@@ -250,6 +259,7 @@ if __name__ == "__main__":
         "rloo": again("rloo", 1, "parallel.pp=2"),
         "reinforce_pp": again("reinforce_pp", 1, "parallel.cp=2"),
         "everything": again("everything", 1, "parallel.tp=2"),
+        "partial": again("partial", 3, "parallel.tp=2"),
         "critic_tp2": again("ppo_critic_tp2", 1, "critic.parallel=null"),
     }
     if WHOLE:

@@ -1,7 +1,7 @@
 """Rounds that go on with unfinished responses: what each has is what a literal reading of the rules gives.
 
-The ranks are threads with engines that draw one token a step for each response, at speeds of their own; everything above
-the engine is the real thing.
+The ranks are threads with engines that draw one token a step for each response, at speeds of their own; everything
+above the engine is the real thing.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -197,7 +197,7 @@ class ThreadBarrier:
     """The barrier of a round for threads; ``stop`` ends nothing here."""
 
     ranks: Ranks
-    arrived: Counter[str] = Counter()
+    arrived: ClassVar[Counter[str]] = Counter()
     lock = threading.Lock()
 
     def __init__(self, name: str, request: Any = None):
