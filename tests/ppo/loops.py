@@ -75,6 +75,11 @@ EVERYTHING = (
     *("algorithm.importance_cap=0.5", "algorithm.dynamic_sampling=2", "algorithm.overlong_buffer=24"),
     "algorithm.wrong_reward=-0.5",
 )
+# Engines that begin some responses late, and a limit that rises, after which responses that had reached it go on.
+CONTINUED = (
+    *("rollout.oversample=0.5", "rollout.max_staleness=1", "rollout.max_num_seqs=3", "iterations=5"),
+    "curriculum=[{until: 2, max_tokens: 72}, {until: 9, max_tokens: 88}]",
+)
 IN_REWARD = (
     *(
         "algorithm.kl_in=reward",
@@ -183,18 +188,16 @@ def oversampled_runs() -> None:
 
 def continued_runs() -> None:
     """Train with rounds that go on with responses: the entire run, resumed, beside a slow engine, from its archive."""
-    settings = ("rollout.oversample=0.5", "rollout.max_staleness=1", "iterations=5")
-    train("partial", *settings)
-    resume_after("partial", 2, "partial_resumed", *settings)
+    train("partial", *CONTINUED)
+    resume_after("partial", 2, "partial_resumed", *CONTINUED)
     with slow_engine(rank=1):
-        train("partial_slow", *settings, "iterations=2")
-    train("partial_learned", *settings, "only=train", f"rollouts_from={out / 'partial'}")
+        train("partial_slow", *CONTINUED, "iterations=2")
+    train("partial_learned", *CONTINUED, "only=train", f"rollouts_from={out / 'partial'}")
 
 
 def run_of_one_engine() -> None:
     """Have one engine of two ranks go on with what two engines have left; no process can have engines of both sizes."""
-    settings = ("rollout.oversample=0.5", "rollout.max_staleness=1", "rollout.tp=2")
-    resume_after("partial", 3, "partial_tp2", *settings, "iterations=4")
+    resume_after("partial", 3, "partial_tp2", *CONTINUED, "iterations=4", "rollout.tp=2")
 
 
 @contextmanager

@@ -268,7 +268,8 @@ def test_a_slow_engine_changes_no_unfinished_response(runs: Path) -> None:
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_an_engine_of_two_ranks_goes_on_with_the_responses_of_two_engines(runs: Path) -> None:
+def test_an_engine_of_two_ranks_goes_on_with_the_responses_of_two_engines(one_engine: Path) -> None:
+    runs = one_engine
     [line] = curve(runs / "partial_tp2")
     entire = curve(runs / "partial")[3]
     assert line["rollout/unfinished_prompts"] == 2 and line["rollout/staleness_mean"] > 0.2
