@@ -177,7 +177,8 @@ def _write_part(
     present = {name: values for name, values in arrays.items() if values is not None}
     untrained = [r for r in rollout.responses if r.prompt not in rollout.train_prompts]
     if responses:
-        write_arrays(part.with_suffix(".safetensors"), responses, present, iteration)
+        version = None if rollout.restarted is None else iteration
+        write_arrays(part.with_suffix(".safetensors"), responses, present, version)
     if responses or untrained:
         advantages = present.get("advantages")
         with part.with_suffix(".jsonl").open("w", encoding="utf-8") as out:

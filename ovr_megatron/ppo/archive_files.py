@@ -43,10 +43,10 @@ class ArchivedResponse(TypedDict):
     image: str | None
 
 
-def write_arrays(path: Path, responses: Sequence[Response], arrays: Mapping[str, Ragged], iteration: int) -> None:
+def write_arrays(path: Path, responses: Sequence[Response], arrays: Mapping[str, Ragged], version: int | None) -> None:
     """Write tokens and arrays of all ``responses`` one after the other; ``index`` says how to cut them.
 
-    ``versions`` is there where a token is older than the policy of ``iteration``.
+    With ``version``, that of the current policy, there is an array of the tokens' versions, too.
     """
     index = []
     tokens = []
@@ -60,17 +60,17 @@ def write_arrays(path: Path, responses: Sequence[Response], arrays: Mapping[str,
         "tokens": np.concatenate(tokens),
         "logprobs": np.concatenate(logprobs),
     }
-    if any(r.versions is not None for r in responses):
-        tensors["versions"] = np.concatenate([_versions(r, iteration) for r in responses])
+    if version is not None:
+        tensors["versions"] = np.concatenate([_versions(r, version) for r in responses])
     for name, values in arrays.items():
         tensors[name] = np.concatenate(values)
     # Not the library's `save_file`, whose files nobody else may read, and whose error for a full disk is no OSError.
     path.write_bytes(save(tensors))
 
 
-def _versions(response: Response, iteration: int) -> np.ndarray:
+def _versions(response: Response, version: int) -> np.ndarray:
     if response.versions is None:
-        return np.full(len(response.tokens), iteration, np.int32)
+        return np.full(len(response.tokens), version, np.int32)
     return response.versions
 
 

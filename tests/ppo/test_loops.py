@@ -229,7 +229,7 @@ def test_unfinished_responses_go_on(runs: Path) -> None:
     assert all(
         line["rollout/staleness_share/0"] + line["rollout/staleness_share/1"] == pytest.approx(1) for line in lines
     )
-    assert all(0.2 < line["rollout/staleness_mean"] < 0.8 for line in lines[1:])
+    assert all(0.05 < line["rollout/staleness_mean"] < 0.8 for line in lines[1:])
     places = trained_prompts(runs / "partial")
     assert [len(set(prompts)) for prompts in places] == [4] * 5
     assert len({place for prompts in places for place in prompts}) == 20
