@@ -167,18 +167,24 @@ class Rollouts:
         # By index again: in `order` those with equal rewards come last.
         for prompt in sorted(order[: config.prompts]):
             rollout.train_prompts[prompt] = tokens[prompt]
+        self._leave_to_later(prompts, rollout, iteration)
+        return rollout
+
+    def _leave_to_later(self, prompts: PromptStream, rollout: Rollout, iteration: int) -> None:
+        """Put what the iteration does not train on into the queues of ``prompts``, and count it.  A collective."""
+        settings = self.config.rollout
+        metrics = rollout.metrics
         if rollout.restarted is not None:
             prompts.keep_unfinished(rollout.unfinished)
-            rollout.metrics["rollout/unfinished_prompts"] = float(prompts.unfinished)
+            metrics["rollout/unfinished_prompts"] = float(prompts.unfinished)
             trained = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
-            rollout.metrics |= staleness_metrics(trained, iteration, config.rollout.max_staleness)
-            return rollout
+            metrics |= staleness_metrics(trained, iteration, settings.max_staleness)
+            return
         self.unfinished.groups = {}  # their prompts began again
-        if config.rollout.oversample or rollout.long:
+        if settings.oversample or rollout.long:
             prompts.postpone(rollout.postponed)
-            rollout.metrics["rollout/long_round"] = float(rollout.long)
-            rollout.metrics["rollout/postponed_prompts"] = float(prompts.postponed)
-        return rollout
+            metrics["rollout/long_round"] = float(rollout.long)
+            metrics["rollout/postponed_prompts"] = float(prompts.postponed)
 
     def _draw(self, prompts: PromptStream, rollout: Rollout, iteration: int) -> RoundWork:
         """Draw the prompts of a round into ``rollout``; return what this rank's engine does.  A collective.
