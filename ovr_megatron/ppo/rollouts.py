@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ovr_megatron.config import RLConfig, Sampling
@@ -287,7 +287,8 @@ class Rollouts:
             token_counts = self.engine.token_counts if continues and self.leads else None
             cut = RoundCut(name, needed, self.replica, self.replicas, token_counts)
         engine_round = EngineRound(self.engine, parts, grading, cut, barrier, iteration, self.leads, continues)
-        take = open_queue(work, name, config.responses, config.rollout.max_num_seqs, self.engine.agree)
+        started_responses = config.responses + config.rollout.extra_responses
+        take = open_queue(work, name, started_responses, config.rollout.max_num_seqs, self.engine.agree)
 
         def take_requests(outstanding: int) -> list[tuple[int, Prompt]]:
             requests = []
@@ -338,10 +339,13 @@ class Rollouts:
         prompts = []
         for i in indices:
             sample = rollout.prompts.sample(i)
-            seeds = seeds_of(config.run.seed, iteration, i, config.responses)
+            extra = config.rollout.extra_responses
+            seeds = seeds_of(config.run.seed, iteration, i, config.responses + extra)
             response_limit = rollout.limit - len(sample)
             sampling = Sampling(config.rollout.temperature, response_limit, self.endless)
             prompt = Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, sampling)
+            if extra:
+                prompt = replace(prompt, enough=config.responses)
             prompts.append((i, prompt))
         return prompts
 

@@ -48,7 +48,10 @@ class RoundResponses:
         self._missing[prompt] = set(missing)
         beginning = [k for k in missing if not len(group.responses[k])]
         requests = []
-        if beginning:
+        if len(beginning) == self._count:
+            # With all seeds of the template: it may have more, of which the first finished responses are taken.
+            requests.append(self._number(prompt, beginning, template))
+        elif beginning:
             seeds = [template.seeds[k] for k in beginning]
             requests.append(self._number(prompt, beginning, replace(template, seeds=seeds)))
         for k in missing:

@@ -253,6 +253,7 @@ class RolloutEngine:
                     for output in self._llm.llm_engine.step():
                         if output.finished:
                             waiting.finish(output, on_result, failed)
+                    self._finish_early(waiting, on_result, failed)
                 watchdog.touch()
                 if should_stop and should_stop():
                     if on_unfinished:
@@ -260,6 +261,25 @@ class RolloutEngine:
                     self._abort(waiting)
                     break
         return failed
+
+    def _finish_early(
+        self,
+        waiting: PendingPrompts,
+        on_result: Callable[[int, list[Generation]], None],
+        failed: list[tuple[int, str]],
+    ) -> None:
+        """Finish the requests that have enough responses, and give up the others of these requests."""
+        processor = self._llm.llm_engine.output_processor
+        parents = processor.parent_requests
+        outputs = waiting.finish_early(parents.values(), processor.request_states)
+        if not outputs:
+            return
+        ids = [output.request_id for output in outputs]
+        self._llm.llm_engine.abort_request(ids)
+        for output in outputs:
+            waiting.finish(output, on_result, failed)
+        for name in [name for name, parent in parents.items() if parent.external_req_id in set(ids)]:
+            del parents[name]  # vLLM forgets the samples alone
 
     def token_counts(self) -> dict[SampleKey, int]:
         """Return the tokens so far of each response that `answer` has not finished; between two of its steps."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import RequestState
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from ovr_megatron.rollout.sampling import Generation, Prompt, RolloutError, generation_of, generations
 
@@ -26,6 +27,7 @@ class PendingPrompts:
         self._first_seed: dict[str, int] = {}  # of each request, the index of its first seed
         self._generations: dict[int, dict[str, list[Generation]]] = {}  # of each prompt, by request
         self._seed_counts: dict[int, int] = {}
+        self._first_finished: dict[str, FirstFinished] = {}  # of each request that does not need all of its seeds
 
     def __bool__(self) -> bool:
         """Whether any prompt is pending."""
@@ -47,6 +49,9 @@ class PendingPrompts:
             first_seed += seeds
         self._seed_counts[index] = len(prompt.seeds)
         self.responses += len(prompt.seeds)
+        if prompt.enough:
+            assert len(requests) == 1, "only the responses of one request are told apart by when they are finished"
+            self._first_finished[public_id] = FirstFinished(prompt.enough)
 
     def finish(
         self,
@@ -61,6 +66,9 @@ class PendingPrompts:
         index = self._prompt_of_request.pop(output.request_id)
         if index not in self._seed_counts:
             return
+        if first := self._first_finished.pop(output.request_id, None):
+            first.add(output.outputs)
+            output = first.select(output)
         by_request = self._generations[index]
         try:
             by_request[output.request_id] = generations(output)
@@ -74,6 +82,25 @@ class PendingPrompts:
             for request_generations in self._generations.pop(index).values():
                 responses += request_generations
             on_result(index, responses)
+
+    def finish_early(self, parents: Iterable[ParentRequest], states: Mapping[str, RequestState]) -> list[RequestOutput]:
+        """Return the output of each request that has enough finished responses since the last step, but not all.
+
+        Args:
+            parents: vLLM's record of unfinished requests of several seeds.
+            states: Its record of their unfinished samples, by id.
+        """
+        outputs = []
+        for parent in parents:
+            first = self._first_finished.get(parent.external_req_id)
+            if first is None:
+                continue
+            first.add(parent.output_aggregator)
+            if first.is_enough:
+                prompt_tokens = states[next(iter(parent.child_requests))].prompt_token_ids
+                samples = list(parent.output_aggregator)
+                outputs.append(RequestOutput(parent.external_req_id, None, prompt_tokens, None, samples, finished=True))
+        return outputs
 
     def token_counts(self, states: Iterable[RequestState]) -> dict[SampleKey, int]:
         """Return the tokens so far of each unfinished response, from vLLM's ``states`` of its requests."""
@@ -127,6 +154,35 @@ class PendingPrompts:
                 prompt_tokens = list(state.prompt_token_ids or [])
                 stopped = output.finish_reason == "stop"
                 responses[key] = generation_of(list(output.token_ids), output.logprobs, stopped, prompt_tokens)
+
+
+class FirstFinished:
+    """The samples of a request in the order in which they are finished, and of one step in their own.
+
+    Attributes:
+        enough: So many are taken.
+    """
+
+    def __init__(self, enough: int) -> None:
+        self.enough = enough
+        self._order: list[int] = []
+
+    def add(self, outputs: Sequence[CompletionOutput | None]) -> None:
+        """Add those of ``outputs`` that have been finished since the step before; None is not finished."""
+        for sample, output in enumerate(outputs):
+            if output is not None and output.finish_reason in ("stop", "length") and sample not in self._order:
+                self._order.append(sample)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether enough are finished."""
+        return len(self._order) >= self.enough
+
+    def select(self, output: RequestOutput) -> RequestOutput:
+        """Leave the first finished samples alone in ``output``, in the order of their seeds."""
+        if self.is_enough:
+            output.outputs = [output.outputs[sample] for sample in sorted(self._order[: self.enough])]
+        return output
 
 
 def public(request_id: str) -> str:

@@ -38,6 +38,8 @@ class Prompt:
             to rounding.  Consecutive seeds (s, s + 1, ...) share one request and are faster.
         sampling: How the responses are sampled.
         response: Ids of a response so far, after the prompt; what is sampled goes on from there.
+        enough: So many responses are enough, those that are finished first and of one step those of the first seeds;
+            the others are given up.  All where it is 0; only of consecutive seeds.
     """
 
     tokens: Sequence[int]
@@ -46,6 +48,7 @@ class Prompt:
     seeds: Sequence[int] = (0,)
     sampling: Sampling = field(default_factory=Sampling)
     response: Sequence[int] = ()
+    enough: int = 0
 
 
 @dataclass(frozen=True)

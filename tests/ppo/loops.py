@@ -190,6 +190,7 @@ def continued_runs() -> None:
     """Train with rounds that go on with responses: the entire run, resumed, beside a slow engine, from its archive."""
     train("partial", *CONTINUED)
     resume_after("partial", 2, "partial_resumed", *CONTINUED)
+    train("first_responses", "rollout.extra_responses=3", "rollout.temperature=1.3", "iterations=1")
     with slow_engine(rank=1):
         train("partial_slow", *CONTINUED, "iterations=2")
     train("partial_learned", *CONTINUED, "only=train", f"rollouts_from={out / 'partial'}")

@@ -268,6 +268,15 @@ def test_a_slow_engine_changes_no_unfinished_response(runs: Path) -> None:
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_groups_have_the_first_of_more_responses(runs: Path) -> None:
+    """Each prompt has as many responses as it is trained on with, and the shortest: the others were given up."""
+    responses = rollouts(runs / "first_responses", 0)
+    assert sorted(sample for _, sample in responses) == sorted(4 * [0, 1, 2, 3])
+    [line] = curve(runs / "first_responses")
+    assert line["policy/grad_norm"] > 0 and line["rollout/mismatch_max"] <= 1e-4
+    assert line["response/stopped"] > 0.5
+
+
 def test_an_engine_of_two_ranks_goes_on_with_the_responses_of_two_engines(one_engine: Path) -> None:
     runs = one_engine
     [line] = curve(runs / "partial_tp2")

@@ -26,6 +26,7 @@ from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.rewards.verdict import Reason, Verdict
 from ovr_megatron.rollout.sampling import Generation, Prompt
+from ovr_megatron.runtime.stop import StopRequested
 
 PROMPT_TOKENS = 3
 LONGEST_WAIT_S = 10
@@ -188,6 +189,12 @@ class Ranks:
         """Count the rounds of this thread, as every process does by itself."""
         self.local.rounds = getattr(self.local, "rounds", 0) + 1
         return self.local.rounds
+
+    def start_again(self) -> None:
+        """Forget what a start that was stopped has left."""
+        self.barrier.reset()
+        self.store = dist.HashStore()
+        ThreadBarrier.arrived.clear()
 
     def part(self, prefix: str) -> Any:
         return dist.PrefixStore(prefix, self.store)
@@ -375,6 +382,7 @@ class Run:
             max_staleness=case.max_staleness,
             oversample=case.oversample,
             max_num_seqs=case.room,
+            extra_responses=0,
             temperature=1.0,
         )
         config: Any = SimpleNamespace(
@@ -409,9 +417,10 @@ class Run:
             thread.start()
         for thread in threads:
             thread.join(60)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        errors = [result for result in results if isinstance(result, BaseException)]
+        # A rank that fails leaves the others at a broken barrier, which says nothing.
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
         return results
 
     def trained(self, iteration: int) -> dict[int, list[list[int]]]:
@@ -530,6 +539,30 @@ def test_other_ranks_go_on_from_the_checkpoint(seed: int, monkeypatch: pytest.Mo
             member.unfinished.load(files[rank :: case.replicas])
         assert run.waiting() == before
     check_once(trained, literal, rows)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_stops_within_a_round_has_the_responses_before_it(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is written with the state of the stream before the round, and the next start draws it again."""
+    case, rows = random_case(seed), prompt_rows(300)
+    run, literal = Run(case, monkeypatch), LiteralRun(case)
+    for iteration in range(4):
+        check_iteration(run, literal, iteration, rows)
+        state, before = run.streams[0].state(), run.waiting()
+        with monkeypatch.context() as stopping:
+            stopping.setattr(ThreadBarrier, "wait", stop)
+            with pytest.raises(StopRequested):
+                run.iterate(iteration + 1)
+        run.ranks.start_again()
+        for stream in run.streams:
+            stream.load(state)
+        assert run.waiting() == before
+
+
+def stop(barrier: ThreadBarrier, meanwhile: Any = None) -> None:
+    raise StopRequested
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -135,3 +135,18 @@ def test_a_stop_string_may_lie_across_the_interruption(engine, processor, sample
             break
         monkeypatch.setattr(engine, "_stop", [])
     assert crossed > 5
+
+
+def test_the_first_finished_responses_are_enough(engine, samples, ask):
+    """Of all that start: those with the fewest tokens, of equal ones the first seeds; the others leave no trace."""
+    prompts = ask(samples[:2], range(20), 40, 2.0)
+    entire = engine.generate(prompts)
+    for enough in (1, 3, 20):
+        chosen = engine.generate([replace(prompt, enough=enough) for prompt in prompts])
+        for group, everything in zip(chosen, entire, strict=True):
+            order = sorted(range(20), key=lambda k: (len(everything[k].tokens), k))[:enough]
+            assert [g.tokens for g in group] == [everything[k].tokens for k in sorted(order)]
+            assert all(g.prompt_tokens == everything[0].prompt_tokens for g in group)
+    processor = engine._llm.llm_engine.output_processor
+    assert not processor.parent_requests and not processor.request_states
+    engine.sleep()  # refuses where requests still hold the cache
