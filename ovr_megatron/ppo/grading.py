@@ -39,14 +39,15 @@ class RoundGrading:
     def submit(self, prompt: int, group: Sequence[ResponseSoFar], version: int) -> None:
         """Have all responses to ``prompt`` graded; ``version`` is that of the current policy."""
         for k, finished in enumerate(group):
+            tokens: list[int] = finished.tokens.tolist()
             is_current = bool((finished.versions == version).all())
             response = Response(
                 prompt,
                 k,
-                finished.tokens,
+                tokens,
                 finished.logprobs,
                 finished.stopped,
-                self._processor.decode(finished.tokens),
+                self._processor.decode(tokens),
                 versions=None if is_current else finished.versions,
             )
             self._submit(response)

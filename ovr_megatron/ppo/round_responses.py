@@ -59,7 +59,7 @@ class RoundResponses:
             if not len(response):
                 continue
             sampling = replace(template.sampling, max_tokens=limit - prompt_tokens - len(response))
-            request = replace(template, seeds=[template.seeds[k]], sampling=sampling, response=response.tokens)
+            request = replace(template, seeds=[template.seeds[k]], sampling=sampling, response=response.tokens.tolist())
             requests.append(self._number(prompt, [k], request))
         return requests
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +24,13 @@ class ResponseSoFar:
     """A response of n tokens that may not be finished.
 
     Attributes:
-        tokens: n token ids.
+        tokens: int32 [n], the token ids; arrays, as a list takes nine times the memory.
         logprobs: float32 [n], of the engine that drew them.
         versions: int32 [n], the iteration whose weights drew each.
         stopped: whether it ended by itself.
     """
 
-    tokens: list[int]
+    tokens: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
     stopped: bool
@@ -50,7 +49,7 @@ class ResponseSoFar:
         """Return the response with the tokens that weights of iteration ``version`` have drawn after it."""
         new_versions = np.full(len(generation.tokens), version, np.int32)
         return ResponseSoFar(
-            self.tokens + generation.tokens,
+            np.concatenate([self.tokens, np.array(generation.tokens, np.int32)]),
             np.concatenate([self.logprobs, generation.logprobs]),
             np.concatenate([self.versions, new_versions]),
             generation.stopped,
@@ -59,7 +58,7 @@ class ResponseSoFar:
 
 def empty_response() -> ResponseSoFar:
     """Return a response of no tokens."""
-    return ResponseSoFar([], np.zeros(0, np.float32), np.zeros(0, np.int32), stopped=False)
+    return ResponseSoFar(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), stopped=False)
 
 
 @dataclass(frozen=True)
@@ -154,10 +153,9 @@ class UnfinishedResponses:
             for response in group.responses:
                 table.append((position, group.prompt_tokens, len(response), response.stopped))
                 responses.append(response)
-        tokens = np.fromiter(chain.from_iterable(r.tokens for r in responses), np.int32)
         return {
             "responses": torch.tensor(table, dtype=torch.int64),
-            "tokens": torch.from_numpy(tokens),
+            "tokens": torch.from_numpy(np.concatenate([r.tokens for r in responses])),
             "logprobs": torch.from_numpy(np.concatenate([r.logprobs for r in responses])),
             "versions": torch.from_numpy(np.concatenate([r.versions for r in responses])),
         }
@@ -171,4 +169,4 @@ class UnfinishedResponses:
             arrays = [np.split(file[name].numpy(), cuts) for name in ("tokens", "logprobs", "versions")]
             for (position, prompt_tokens, _, stopped), tokens, logprobs, versions in zip(table, *arrays, strict=True):
                 group = self.groups.setdefault(position, UnfinishedGroup(prompt_tokens, []))
-                group.responses.append(ResponseSoFar(tokens.tolist(), logprobs, versions, bool(stopped)))
+                group.responses.append(ResponseSoFar(tokens, logprobs, versions, bool(stopped)))

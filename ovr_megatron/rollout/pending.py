@@ -90,6 +90,8 @@ class PendingPrompts:
             parents: vLLM's record of unfinished requests of several seeds.
             states: Its record of their unfinished samples, by id.
         """
+        if not self._first_finished:
+            return []
         outputs = []
         for parent in parents:
             first = self._first_finished.get(parent.external_req_id)

@@ -190,7 +190,6 @@ def continued_runs() -> None:
     """Train with rounds that go on with responses: the entire run, resumed, beside a slow engine, from its archive."""
     train("partial", *CONTINUED)
     resume_after("partial", 2, "partial_resumed", *CONTINUED)
-    train("first_responses", "rollout.extra_responses=3", "rollout.temperature=1.3", "iterations=1")
     with slow_engine(rank=1):
         train("partial_slow", *CONTINUED, "iterations=2")
     train("partial_learned", *CONTINUED, "only=train", f"rollouts_from={out / 'partial'}")
@@ -243,6 +242,7 @@ if __name__ == "__main__":
     train("ppo_offload", "offload=true", "rollout.check_updates=true", "rollout.bucket_mib=0.1")
     train("ppo_shared", "rollout.schedule=shared", "rollout.max_num_seqs=8")
     train("ppo_critic_tp2", "critic.parallel={tp: 2}")
+    train("ppo_first_responses", "rollout.extra_responses=8", "iterations=1")
     if not WHOLE:  # another row has the estimator, or the epochs; the equations have tests of their own
         for name in ("grpo", "dr_grpo", "ppo_epochs"):
             del ALGORITHMS[name]

@@ -269,12 +269,19 @@ def test_a_slow_engine_changes_no_unfinished_response(runs: Path) -> None:
 
 
 def test_groups_have_the_first_of_more_responses(runs: Path) -> None:
-    """Each prompt has as many responses as it is trained on with, and the shortest: the others were given up."""
-    responses = rollouts(runs / "first_responses", 0)
-    assert sorted(sample for _, sample in responses) == sorted(4 * [0, 1, 2, 3])
-    [line] = curve(runs / "first_responses")
+    """Of the same seeds and more: as many responses to each prompt, of which the k-th shortest is no longer."""
+    first, plain = rollouts(runs / "ppo_first_responses", 0), rollouts(runs / "ppo", 0)
+    assert sorted(first) == sorted(plain)
+    lengths: list[list[int]] = []
+    for responses in (first, plain):
+        groups: dict[int, list[int]] = {}
+        for (prompt, _), (tokens, *_) in responses.items():
+            groups.setdefault(prompt, []).append(len(tokens))
+        lengths.append([length for prompt in sorted(groups) for length in sorted(groups[prompt])])
+    assert all(ours <= theirs for ours, theirs in zip(*lengths, strict=True))
+    assert sum(lengths[0]) < 0.9 * sum(lengths[1])
+    [line] = curve(runs / "ppo_first_responses")
     assert line["policy/grad_norm"] > 0 and line["rollout/mismatch_max"] <= 1e-4
-    assert line["response/stopped"] > 0.5
 
 
 def test_an_engine_of_two_ranks_goes_on_with_the_responses_of_two_engines(one_engine: Path) -> None:
