@@ -77,7 +77,7 @@ EVERYTHING = (
 )
 # Engines that begin some responses late, and a limit that rises, after which responses that had reached it go on.
 CONTINUED = (
-    *("rollout.oversample=0.5", "rollout.max_staleness=1", "rollout.max_num_seqs=3", "iterations=5"),
+    *("rollout.oversample=0.5", "rollout.max_staleness=1", "rollout.max_num_seqs=3", "iterations=4"),
     "curriculum=[{until: 2, max_tokens: 72}, {until: 9, max_tokens: 88}]",
 )
 IN_REWARD = (
@@ -197,7 +197,7 @@ def continued_runs() -> None:
 
 def run_of_one_engine() -> None:
     """Have one engine of two ranks go on with what two engines have left; no process can have engines of both sizes."""
-    resume_after("partial", 3, "partial_tp2", *CONTINUED, "iterations=4", "rollout.tp=2")
+    resume_after("partial", 3, "partial_tp2", *CONTINUED, "rollout.tp=2")
 
 
 @contextmanager
