@@ -239,9 +239,10 @@ def start_writing(
     future = queue.submit(0, states_job)
     save.jobs.append(future)
     if loop_arrays:
+        nbytes = sum(array.nbytes for array in loop_arrays.values())
+        queue.wait_for_room(nbytes)
         arrays = [_copy(name, array) for name, array in loop_arrays.items()]
         arrays_job = _ShardJob(save.partial, f"{LOOP}/{rank_file(world.rank)}", arrays)
-        nbytes = sum(array.nbytes for array in arrays)
         save.jobs.append(queue.submit(nbytes, arrays_job))
 
 

@@ -220,7 +220,7 @@ class Rollouts:
         oldest = iteration - config.rollout.max_staleness
         continued = [position for position, state in states.items() if state.oldest >= oldest]
         # Also the prompts that no engine has begun, and those that have another number of responses.
-        rollout.restarted = [position for position in range(prompts.unfinished) if position not in set(continued)]
+        rollout.restarted = sorted(set(range(prompts.unfinished)) - set(continued))
         rollout.metrics["rollout/dropped_for_age"] = float(len(states) - len(continued))
         count = config.prompts + math.ceil(config.prompts * config.rollout.oversample)
         rollout.prompts.rows += prompts.continue_round(count, rollout.restarted)
