@@ -270,16 +270,21 @@ class RolloutEngine:
     ) -> None:
         """Finish the requests that have enough responses, and give up the others of these requests."""
         processor = self._llm.llm_engine.output_processor
-        parents = processor.parent_requests
-        outputs = waiting.finish_early(parents.values(), processor.request_states)
+        outputs = waiting.finish_early(processor.parent_requests.values(), processor.request_states)
         if not outputs:
             return
-        ids = [output.request_id for output in outputs]
-        self._llm.llm_engine.abort_request(ids)
+        self._give_up([output.request_id for output in outputs])
         for output in outputs:
             waiting.finish(output, on_result, failed)
-        for name in [name for name, parent in parents.items() if parent.external_req_id in set(ids)]:
-            del parents[name]  # vLLM forgets the samples alone
+
+    def _give_up(self, request_ids: Sequence[str]) -> None:
+        """Abort requests of vLLM."""
+        self._llm.llm_engine.abort_request(list(request_ids))
+        # It forgets their samples alone, and would keep the finished ones of each request for as long as it lives.
+        given_up = set(request_ids)
+        parents = self._llm.llm_engine.output_processor.parent_requests
+        for name in [name for name, parent in parents.items() if parent.external_req_id in given_up]:
+            del parents[name]
 
     def token_counts(self) -> dict[SampleKey, int]:
         """Return the tokens so far of each response that `answer` has not finished; between two of its steps."""
@@ -295,7 +300,7 @@ class RolloutEngine:
         The steps that follow end what asynchronous scheduling has under way and have the model forget the requests;
         without them sleep would find blocks of the cache in use.
         """
-        self._llm.llm_engine.abort_request(waiting.request_ids())
+        self._give_up(waiting.request_ids())
         core = self._llm.llm_engine.engine_core.engine_core
         while core.batch_queue or core.scheduler.has_requests():
             self._llm.llm_engine.step()

@@ -72,6 +72,7 @@ def test_an_interrupted_response_is_the_begin_of_the_entire_one(engine, samples,
         kept += not is_finished
         siblings += is_finished
     assert kept > 2 and siblings > 0
+    assert not engine._llm.llm_engine.output_processor.parent_requests
     for before, after in pairwise(counts):
         assert all(after[key] >= count for key, count in before.items() if key in after)
 
