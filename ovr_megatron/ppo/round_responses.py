@@ -42,25 +42,30 @@ class RoundResponses:
             limit: Most tokens of the prompt and a response together.
             prompt_tokens: Of the prompt, placeholders expanded.
         """
-        new_group = UnfinishedGroup(prompt_tokens, [empty_response() for _ in range(self._count)])
-        group = self._groups.setdefault(prompt, new_group)
+        if prompt not in self._groups:
+            responses = [empty_response() for _ in range(self._count)]
+            self._groups[prompt] = UnfinishedGroup(prompt_tokens, responses)
+        group = self._groups[prompt]
         missing = group.unfinished(limit)
         self._missing[prompt] = set(missing)
-        beginning = [k for k in missing if not len(group.responses[k])]
+        beginning = []
+        continued = []
+        for sample in missing:
+            part = continued if len(group.responses[sample]) else beginning
+            part.append(sample)
         requests = []
         if len(beginning) == self._count:
             # With all seeds of the template: it may have more, of which the first finished responses are taken.
             requests.append(self._number(prompt, beginning, template))
         elif beginning:
-            seeds = [template.seeds[k] for k in beginning]
-            requests.append(self._number(prompt, beginning, replace(template, seeds=seeds)))
-        for k in missing:
-            response = group.responses[k]
-            if not len(response):
-                continue
-            sampling = replace(template.sampling, max_tokens=limit - prompt_tokens - len(response))
-            request = replace(template, seeds=[template.seeds[k]], sampling=sampling, response=response.tokens.tolist())
-            requests.append(self._number(prompt, [k], request))
+            seeds = [template.seeds[sample] for sample in beginning]
+            request = replace(template, seeds=seeds)
+            requests.append(self._number(prompt, beginning, request))
+        for sample in continued:
+            tokens = group.responses[sample].tokens.tolist()
+            sampling = replace(template.sampling, max_tokens=limit - prompt_tokens - len(tokens))
+            request = replace(template, seeds=[template.seeds[sample]], sampling=sampling, response=tokens)
+            requests.append(self._number(prompt, [sample], request))
         return requests
 
     def _number(self, prompt: int, samples: list[int], request: Prompt) -> tuple[int, Prompt]:
@@ -91,7 +96,10 @@ class RoundResponses:
         responses = []
         for sample, response in enumerate(self._groups[prompt].responses):
             generation = self._generations.get((prompt, sample))
-            responses.append(response if generation is None else response.extend(generation, self._version))
+            if generation is None:
+                responses.append(response)
+            else:
+                responses.append(response.extend(generation, self._version))
         return responses
 
     def unfinished(self, prompts: Sequence[int], counts: Mapping[SampleKey, int]) -> dict[int, UnfinishedGroup]:
@@ -102,11 +110,7 @@ class RoundResponses:
             counts: By request and index of its seed, how many of the tokens that the engine added count, where the
                 response was unfinished at the last step of the round: it may have more, and may have ended since.
         """
-        lengths = {}
-        for (request, index), count in counts.items():
-            prompt, samples = self._requests[request]
-            earlier = len(self._groups[prompt].responses[samples[index]])
-            lengths[prompt, samples[index]] = earlier + count
+        lengths = self._lengths(counts)
         groups = {}
         for prompt in prompts:
             if prompt not in self._groups:
@@ -119,3 +123,13 @@ class RoundResponses:
             if group.tokens:
                 groups[prompt] = group
         return groups
+
+    def _lengths(self, counts: Mapping[SampleKey, int]) -> dict[tuple[int, int], int]:
+        """Return the tokens of responses, by prompt and sample, of which the engine's part has so many ``counts``."""
+        lengths = {}
+        for (request, index), count in counts.items():
+            prompt, samples = self._requests[request]
+            sample = samples[index]
+            earlier = len(self._groups[prompt].responses[sample])
+            lengths[prompt, sample] = earlier + count
+        return lengths
