@@ -48,8 +48,8 @@ class RoundResponses:
         group = self._groups[prompt]
         missing = group.unfinished(limit)
         self._missing[prompt] = set(missing)
-        beginning = []
-        continued = []
+        beginning: list[int] = []
+        continued: list[int] = []
         for sample in missing:
             part = continued if len(group.responses[sample]) else beginning
             part.append(sample)
