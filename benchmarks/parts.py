@@ -64,7 +64,8 @@ def _run_prepare(arguments: argparse.Namespace) -> Rows:
 
 
 def _run_tail(arguments: argparse.Namespace) -> Rows:
-    return tail.run(arguments.iterations, arguments.prompts, arguments.oversample, arguments.between)
+    numbers = (arguments.iterations, arguments.prompts, arguments.oversample, arguments.between, arguments.staleness)
+    return tail.run(*numbers)
 
 
 def _run_peers(arguments: argparse.Namespace) -> Rows:

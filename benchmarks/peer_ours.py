@@ -147,7 +147,7 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
     """Run the iterations of GRPO, or learn from replayed responses."""
     algorithm: dict[str, Any] = {"estimator": "dr_grpo", "reduction": "token"}
     if task.corrected:
-        algorithm["importance_cap"] = IMPORTANCE_CAP
+        algorithm |= {"correction": "token_truncate", "correction_high": IMPORTANCE_CAP}
     values = shared_settings(task, folder)
     values["data"] |= {"max_prompt_tokens": PROMPT_TOKENS}
     values |= {

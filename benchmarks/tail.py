@@ -1,11 +1,12 @@
-"""Measure how long engines wait for the longest responses: one shared queue, and rounds that postpone long prompts.
+"""Measure how long engines wait for the longest responses: one shared queue, and rounds that postpone or continue them.
 
-``torchrun --nproc-per-node 2 -m benchmarks.tail ITERATIONS PROMPTS OVERSAMPLE BETWEEN`` prints a JSON row for each way.
+``torchrun --nproc-per-node 2 -m benchmarks.tail ITERATIONS PROMPTS OVERSAMPLE BETWEEN STALENESS`` prints a JSON row for
+each way.
 
 vLLM generates every token; only where a response ends is decided beforehand.  Lengths are log-normal with the paper's
 shape at a hundredth of its size: 70 tokens on average, at most 240 (7k and 24k).  ``BETWEEN`` is the share of the
 variance that all responses to a prompt have in common, since a hard prompt has long responses.  A prompt that is
-generated again has the same lengths again.
+generated again has the same lengths again, and a response that goes on becomes as long as it would have.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ from pathlib import Path
 
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from vllm.outputs import RequestOutput
 
 from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
 from ovr_megatron.config import ParallelConfig, RLConfig, build, defaults
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.ppo.batch import Response
+from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.ppo.round_responses import RoundResponses
+from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rl.setup import build_models, build_rollouts, open_model_and_prompts
+from ovr_megatron.rollout import pending
 from ovr_megatron.rollout.engine import RolloutEngine, request_of
-from ovr_megatron.rollout.sampling import Prompt, sampling_params
+from ovr_megatron.rollout.sampling import Generation, Prompt, generations, sampling_params
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 
@@ -40,10 +47,10 @@ MEAN, LONGEST, SIGMA = 70, 240, 0.62  # of the paper's responses: a hundredth of
 OPTIONS = ("responses=4", "rollout.max_num_seqs=64", "curriculum=[{until: 1000, max_tokens: 320}]")
 
 
-def run(iterations: int, prompts: int, oversample: float, between: float) -> list[BenchRow]:
+def run(iterations: int, prompts: int, oversample: float, between: float, staleness: int) -> list[BenchRow]:
     """Start the two processes and return the rows that they print."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    rows = run_in_subprocess(__name__, iterations, prompts, oversample, between, launcher=launcher)
+    rows = run_in_subprocess(__name__, iterations, prompts, oversample, between, staleness, launcher=launcher)
     for row in rows:
         row["ratio"] = rows[0]["seconds"] / row["seconds"]
     return rows
@@ -51,10 +58,11 @@ def run(iterations: int, prompts: int, oversample: float, between: float) -> lis
 
 def format_table(rows: Sequence[BenchRow]) -> str:
     """Return the rows as a table of text; ``ratio`` is the first row's seconds over the row's."""
-    lines = [f"{'':34}{'prompts':>8}{'seconds':>9}{'idle':>7}{'ratio':>7}"]
+    lines = [f"{'':46}{'prompts':>8}{'seconds':>9}{'idle':>7}{'stale':>7}{'dropped':>9}{'ratio':>7}"]
     for row in rows:
         lines.append(
-            f"{row['name']:34}{row['prompts']:8}{row['seconds']:9.2f}{row['idle_share']:7.1%}{row['ratio']:7.2f}"
+            f"{row['name']:46}{row['prompts']:8}{row['seconds']:9.2f}{row['idle_share']:7.1%}"
+            f"{row['staleness']:7.2f}{row['dropped']:9.0f}{row['ratio']:7.2f}"
         )
     return "\n".join(lines)
 
@@ -72,18 +80,39 @@ def response_lengths(prompt: Sequence[int], count: int, between: float) -> list[
     return lengths
 
 
-def force_lengths(engine: RolloutEngine, between: float) -> None:
-    """Have ``engine`` end each response after its length of `response_lengths`, and nowhere else."""
+def force_lengths(engine: RolloutEngine, responses: int, between: float) -> None:
+    """Have ``engine`` end each response after its length of `response_lengths`, and nowhere else; none is graded."""
+    lengths_of_seed: dict[int, int] = {}
+    make_requests = RoundResponses.requests
 
-    def enqueue(prompt: Prompt) -> list[str]:
+    def requests(
+        parts: RoundResponses, index: int, template: Prompt, limit: int, prompt_tokens: int
+    ) -> list[tuple[int, Prompt]]:
+        lengths = response_lengths(template.tokens, responses, between)
+        lengths_of_seed.update(zip(template.seeds, lengths, strict=True))
+        return make_requests(parts, index, template, limit, prompt_tokens)
+
+    def enqueue(prompt: Prompt) -> list[tuple[str, int]]:
         params = []
-        lengths = response_lengths(prompt.tokens, len(prompt.seeds), between)
-        for seed, length in zip(prompt.seeds, lengths, strict=True):
-            sampling = replace(prompt.sampling, max_tokens=length, endless=True)
+        for seed in prompt.seeds:
+            remaining = lengths_of_seed[seed] - len(prompt.response)
+            sampling = replace(prompt.sampling, max_tokens=remaining, endless=True)
             params += sampling_params(replace(prompt, seeds=[seed], sampling=sampling), [], [])
-        return engine._llm.enqueue([request_of(prompt)] * len(params), params, use_tqdm=False)
+        ids = engine._llm.enqueue([request_of(prompt)] * len(params), params, use_tqdm=False)
+        return [(request_id, 1) for request_id in ids]
 
+    def finished(output: RequestOutput) -> list[Generation]:
+        # The length limit ended them: without this they would go on in the next round.
+        return [replace(generation, stopped=True) for generation in generations(output)]
+
+    RoundResponses.requests = requests  # type: ignore[assignment, method-assign]
     engine._enqueue = enqueue  # type: ignore[method-assign]
+    RoundGrading._submit = leave_ungraded  # type: ignore[assignment, method-assign]
+    vars(pending)["generations"] = finished
+
+
+def leave_ungraded(grading: RoundGrading, response: Response) -> None:
+    """Give a response no verdict, as it has none that means anything."""
 
 
 def make_config(folder: Path, prompts: int) -> RLConfig:
@@ -100,10 +129,13 @@ def make_config(folder: Path, prompts: int) -> RLConfig:
 def measure(rollouts: Rollouts, config: RLConfig, world: World, name: str, iterations: int) -> BenchRow:
     """Generate ``iterations`` iterations, after one that warms up; ``config`` says how.  A collective."""
     rollouts.config = config
+    rollouts.unfinished = UnfinishedResponses()
     _, prompts = open_model_and_prompts(config, SkippedRows())
     seconds = 0.0
     idle_s = 0.0
     trained = 0
+    staleness = 0.0
+    dropped = 0.0
     limit = config.curriculum[0].max_tokens
     for iteration in range(iterations + 1):
         dist.barrier()
@@ -114,6 +146,8 @@ def measure(rollouts: Rollouts, config: RLConfig, world: World, name: str, itera
             seconds += time.perf_counter() - began
             idle_s += rollout.metrics["timing/rollout_idle"]
             trained += len(rollout.train_prompts)
+            staleness += rollout.metrics.get("rollout/staleness_mean", 0.0) / iterations
+            dropped += rollout.metrics.get("rollout/dropped_for_age", 0.0)
         rollouts.engine.sleep()  # drops the caches, as an update would
     return {
         "name": name,
@@ -121,13 +155,15 @@ def measure(rollouts: Rollouts, config: RLConfig, world: World, name: str, itera
         "seconds": seconds,
         "idle_s": idle_s,
         "idle_share": idle_s / seconds,
+        "staleness": staleness,
+        "dropped": dropped,
     }
 
 
 def main() -> None:
-    """Measure both ways one after the other, with the same engines."""
+    """Measure all ways one after the other, with the same engines."""
     iterations, prompt_count = int(sys.argv[1]), int(sys.argv[2])
-    oversample, between = float(sys.argv[3]), float(sys.argv[4])
+    oversample, between, max_staleness = float(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
     names = [tempfile.mkdtemp() if world.is_main else ""]
     dist.broadcast_object_list(names)
@@ -139,11 +175,15 @@ def main() -> None:
     model_folder, prompts = open_model_and_prompts(config, SkippedRows())
     models, _ = build_models(config, model_folder, prompts.processor, world, training=False)
     rollouts = build_rollouts(config, model_folder, prompts.processor, models)
-    force_lengths(rollouts.engine, between)
+    force_lengths(rollouts.engine, config.responses, between)
+    static = replace(config.rollout, oversample=oversample)
     ways = {
         "shared queue": replace(config.rollout, schedule="shared"),
-        f"shared queue, oversample={oversample:g}": replace(config.rollout, schedule="shared", oversample=oversample),
-        f"static, oversample={oversample:g}": replace(config.rollout, oversample=oversample),
+        f"shared queue, oversample={oversample:g}": replace(static, schedule="shared"),
+        f"static, oversample={oversample:g}": static,
+        f"static, oversample={oversample:g}, max_staleness={max_staleness}": replace(
+            static, max_staleness=max_staleness
+        ),
     }
     with rollouts.grader:
         for name, rollout_config in ways.items():

@@ -179,6 +179,7 @@ REFUSED = [
     ("data.sources=[{path: ''}]", "data.sources[0].path is empty"),
     ("critic.path=''", "critic.path is empty"),
     ("rollout.stop=['a', '']", "rollout.stop[1] is empty"),
+    ("rollout.max_staleness=2", "without rollout.oversample a round finishes all; set rollout.oversample above 0"),
     ("reward.rules={image: ''}", "reward.rules.image is empty"),
 ]
 
@@ -186,6 +187,21 @@ REFUSED = [
 @pytest.mark.parametrize(("override", "message"), REFUSED)
 def test_refused_value_says_what_to_change(override: str, message: str) -> None:
     assert message in complaint(RLConfig, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("only=rollout", "only=rollout with rollout.max_staleness=2: one policy draws all tokens"),
+        (
+            "algorithm.dynamic_sampling=3",
+            "rollout.oversample=0.5 and algorithm.dynamic_sampling both start more prompts",
+        ),
+        ("data.sources=[{path: rows.jsonl, streaming: true}]", "draws long prompts once more"),
+    ],
+)
+def test_rounds_that_continue_responses_are_refused_where_they_cannot_be(override: str, message: str) -> None:
+    assert message in complaint(RLConfig, "rollout.oversample=0.5", "rollout.max_staleness=2", override)
 
 
 SCHEMAS = [ColdStartConfig, RLConfig, PrepareConfig]

@@ -9,7 +9,7 @@ head: log-probabilities over a large vocabulary in chunks, beside the whole logi
 packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's packing where `nemo` can be imported.
 rl: one iteration's phases, generation beside plain vLLM, the weights' way into the engine beside a copy, verdicts.
 save: how long a checkpoint holds two ranks up, beside all files by the first rank.
-tail: how long two engines wait for the longest responses, with and without rollout.oversample.
+tail: how long two engines wait for the longest responses, also with rollout.oversample and rollout.max_staleness.
 peers: steps of supervised training and of GRPO beside TRL's trainers, on the same rows, whose losses have to agree.
 """
 
@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=whole_number(1), default=18, help="measured of each way (tail)")
     parser.add_argument("--prompts", type=whole_number(2), default=6, help="of an iteration (tail)")
     parser.add_argument("--oversample", type=float, default=0.5, help="as the setting rollout.oversample (tail)")
+    parser.add_argument(
+        "--staleness", type=whole_number(1), default=4, help="as the setting rollout.max_staleness (tail)"
+    )
     parser.add_argument(
         "--between", type=float, default=0.5, help="share of the variance of lengths that a prompt decides (tail)"
     )

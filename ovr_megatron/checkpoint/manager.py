@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.manifest import CheckpointError
@@ -81,6 +82,8 @@ class CheckpointManager:
         self.last_step = 0  # of the newest complete checkpoint
         self.stopped = Stop.NO
         self.save_seconds = 0.0  # that the last `end_step` took
+        # Returns what of the loop's state goes into a checkpoint as arrays: those of this rank.
+        self.loop_arrays: Callable[[], Mapping[str, Tensor]] | None = None
 
     def resume(self, engines: dict[str, Engine]) -> ResumePoint | None:
         """Load the newest complete checkpoint into ``engines`` and return it; None: there is none."""
@@ -166,8 +169,9 @@ class CheckpointManager:
     def _start_save(self, done: int, engines: dict[str, Engine], state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of step ``done``."""
         hf_assets = self.run / "companions"
+        arrays = self.loop_arrays() if self.loop_arrays else {}
         self.pending = store.start_save(
-            self.directory, done, engines, hf_assets, state, self.world, self.queue, self.stage
+            self.directory, done, engines, hf_assets, state, self.world, self.queue, self.stage, arrays
         )
 
     def result(self) -> RunResult:

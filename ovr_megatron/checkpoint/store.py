@@ -7,6 +7,7 @@ A checkpoint does not depend on the layout that wrote it::
       policy-exp_avg/ ...    Adam's moments (and float32 master weights) as safetensors, under the same names
       critic/ ...            likewise, with value_head.weight
       rng/rank_00000.safetensors ...
+      loop/rank_00000.safetensors ...   arrays of the loop's own state, of the ranks that have some
       manifest.json          written last: files with hashes, step, the loop's own state
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ovr_megatron.checkpoint.generators import set_generator_states
 from ovr_megatron.checkpoint.manifest import (
@@ -42,6 +44,7 @@ from ovr_megatron.checkpoint.writing import (
     Records,
     TensorFolder,
     generators_path,
+    is_loop_file,
     publish,
     remove,
     start_writing,
@@ -139,6 +142,7 @@ def start_save(
     world: World,
     queue: DiskQueue,
     stage: str | None = None,
+    loop_arrays: Mapping[str, Tensor] | None = None,
 ) -> PendingSave:
     """Copy the state of ``step`` and write it below ``directory`` in the background, see `finish_save`.  A collective.
 
@@ -151,6 +155,7 @@ def start_save(
         world: this process.
         queue: writes this rank's share.
         stage: of the run, so that no other stage goes on from it.
+        loop_arrays: what of the loop's state is too large for JSON, by name; that of this rank, which may have none.
     """
     # Through JSON now: the loop goes on changing its own state, and what is no JSON fails here and not in the manifest.
     saved_state = json.loads(json.dumps(state))
@@ -181,7 +186,7 @@ def start_save(
     # All models of a run have one dtype.
     first_engine = next(iter(engines.values()))
     dtype = first_engine.config.params_dtype
-    start_writing(pending, folders, hf_assets, dtype, world, queue)
+    start_writing(pending, folders, hf_assets, dtype, world, queue, loop_arrays)
     return pending
 
 
@@ -359,6 +364,16 @@ def restore_generators(checkpoint: ResumePoint, world: World) -> None:
         # By the step, so that the run does not draw the numbers of its first steps again.
         replica_seed = world.seed * 1009 + world.dp_rank
         seed_everything(replica_seed * 1_000_003 + checkpoint.step)
+
+
+def read_loop_arrays(checkpoint: ResumePoint, world: World) -> list[dict[str, Tensor]]:
+    """Return this rank's share of the loop's arrays: those of a rank that wrote them stay together.
+
+    Any number of ranks share the files of any other.
+    """
+    manifest = read_manifest(checkpoint.path)
+    names = sorted(name for name in manifest.files if is_loop_file(name))
+    return [load_file(checkpoint.path / name) for name in names[world.rank :: world.size]]
 
 
 def _check_adapters(folder: Path, engine: Engine, record: OptimizerRecord) -> None:

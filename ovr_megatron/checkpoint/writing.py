@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
@@ -42,6 +42,7 @@ logger = get_logger(__name__)
 
 Records = dict[str, FileRecord]
 RNG = "rng"
+LOOP = "loop"
 
 
 class NonFiniteError(ValueError):
@@ -210,6 +211,7 @@ def start_writing(
     dtype: torch.dtype,
     world: World,
     queue: DiskQueue,
+    loop_arrays: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Copy this rank's share of ``folders`` and queue it; when it returns, the model may change.  A collective.
 
@@ -220,6 +222,7 @@ def start_writing(
         dtype: dtype of the models' weights.
         world: this process.
         queue: writes.
+        loop_arrays: this rank's part of the loop's state, by name.
     """
     files = plan_files(folders, world)
     if world.is_main:
@@ -235,11 +238,27 @@ def start_writing(
     states_job = _ShardJob(save.partial, generators_path(world.rank), states)
     future = queue.submit(0, states_job)
     save.jobs.append(future)
+    if loop_arrays:
+        nbytes = sum(array.nbytes for array in loop_arrays.values())
+        queue.wait_for_room(nbytes)
+        arrays = [_copy(name, array) for name, array in loop_arrays.items()]
+        arrays_job = _ShardJob(save.partial, f"{LOOP}/{rank_file(world.rank)}", arrays)
+        save.jobs.append(queue.submit(nbytes, arrays_job))
 
 
 def generators_path(rank: int) -> str:
     """Return the file of a rank's random generators, relative to the checkpoint."""
-    return f"{RNG}/rank_{rank:05d}.safetensors"
+    return f"{RNG}/{rank_file(rank)}"
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of a file that a rank writes alone."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def is_loop_file(path: str) -> bool:
+    """Return whether a file, relative to the checkpoint, has arrays of the loop's own state."""
+    return path.startswith(f"{LOOP}/")
 
 
 def _queue_shards(
@@ -294,6 +313,7 @@ class _ShardJob:
                 # In the thread that writes, as it costs less than the hash.
                 if tensor.dtype.is_floating_point and not _is_finite(tensor.load()):
                     raise NonFiniteError(f"{self.path}: {tensor.name} has values that are not finite")
+            file.parent.mkdir(exist_ok=True)  # that of the loop's arrays is there only where a rank has some
             write_shard(file, self.tensors, digest)
         finally:
             # The future keeps an exception, whose traceback keeps this job: the copies must be freed all the same.

@@ -23,7 +23,13 @@ class RolloutConfig:
     the next one when it has room, which ends sooner where lengths differ (shared)."""
     oversample: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
     """Share of prompts that are started beyond those of an iteration, which ends when enough are answered; the others
-    are generated anew in a later iteration of long responses."""
+    are generated anew in a later iteration of long responses, or with rollout.max_staleness continued in the next."""
+    max_staleness: Annotated[Count, ZeroMeans("the current one alone")] = 0
+    """With rollout.oversample, how many iterations older than the policy a token may be that is trained on: responses
+    that a round leaves unfinished are continued with the new weights, not generated anew."""
+    extra_responses: Annotated[Count, ZeroMeans("off")] = 0
+    """Responses to each prompt that are started beyond those that are trained on. The first to be finished are taken,
+    the others given up: short responses are taken more often than the policy gives them, and the policy learns that."""
     temperature: PositiveTemperature = 1.0
     """Temperature of sampling."""
     top_p: NonNegativeFloat = 1.0
@@ -55,6 +61,16 @@ class RolloutConfig:
         require(
             self.top_p == 1.0,
             f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must too; use 1.0",
+        )
+        require(
+            not self.max_staleness or self.oversample > 0,
+            f"rollout.max_staleness={self.max_staleness} continues responses that a round left unfinished, and without "
+            "rollout.oversample a round finishes all; set rollout.oversample above 0, as 0.5",
+        )
+        require(
+            not (self.max_staleness and self.extra_responses),
+            f"rollout.max_staleness={self.max_staleness} keeps the long responses that "
+            f"rollout.extra_responses={self.extra_responses} gives up; set one of them to 0",
         )
 
     def memory_share(self, offload: bool) -> float:

@@ -117,16 +117,7 @@ class RLConfig:
             f"responses={self.responses}: algorithm.estimator={self.algorithm.estimator} and dynamic_sampling compare "
             "the responses to one prompt; take 2 or more",
         )
-        require(
-            not (self.rollout.oversample and self.algorithm.dynamic_sampling),
-            f"rollout.oversample={self.rollout.oversample:g} and algorithm.dynamic_sampling both start more prompts "
-            "than an iteration trains on; set one of them to 0",
-        )
-        require(
-            not (self.rollout.oversample and any(source.streaming for source in self.data.sources)),
-            f"rollout.oversample={self.rollout.oversample:g} draws long prompts once more, which a streamed source "
-            "cannot; leave data.sources[].streaming out, or set rollout.oversample to 0",
-        )
+        _check_rounds(self)
         # The penalty begins so many tokens before the limit: within a shorter one it would begin before the response.
         shortest = min((stage.max_tokens for stage in self.curriculum), default=0)
         require(
@@ -185,6 +176,25 @@ class RLConfig:
         """Whether the divergence is measured from a model of its own; a policy with adapters has it without them."""
         shares_weights = self.model.lora.rank > 0 and not self.algorithm.reference
         return self.algorithm.kl_coefficient > 0 and not shares_weights
+
+
+def _check_rounds(config: RLConfig) -> None:
+    """Raise `ConfigError` if rounds that end before their longest prompts cannot work."""
+    require(
+        not (config.rollout.oversample and config.algorithm.dynamic_sampling),
+        f"rollout.oversample={config.rollout.oversample:g} and algorithm.dynamic_sampling both start more prompts "
+        "than an iteration trains on; set one of them to 0",
+    )
+    require(
+        not (config.rollout.oversample and any(source.streaming for source in config.data.sources)),
+        f"rollout.oversample={config.rollout.oversample:g} draws long prompts once more, which a streamed source "
+        "cannot; leave data.sources[].streaming out, or set rollout.oversample to 0",
+    )
+    require(
+        config.only != "rollout" or not config.rollout.max_staleness,
+        f"only=rollout with rollout.max_staleness={config.rollout.max_staleness}: one policy draws all tokens, so "
+        "that none is older than another; set rollout.max_staleness to 0",
+    )
 
 
 def _check_trains(model: ModelConfig) -> None:

@@ -13,22 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
 
 from ovr_megatron.data.schema import Row
 from ovr_megatron.errors import UserError
 from ovr_megatron.ppo.advantages import Ragged
+from ovr_megatron.ppo.archive_files import ArchivedResponse, read_arrays, read_lines, read_responses, write_arrays
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.prompts import Prompts, PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.files import atomic_file, write_whole
-from ovr_megatron.runtime.json_lines import json_lines
 
 PICTURES = 2  # images saved of a rank's responses that are trained on, and as many of its others
 # Fields of `Experience`, and the names of their arrays in the files.
@@ -39,34 +38,6 @@ class ArchiveError(UserError, ValueError):
     """Archived rollouts are missing or damaged; the message names the file."""
 
 
-class ArchivedResponse(TypedDict):
-    """A line of ``rollouts/ITERATION.jsonl``; of its fields a rollout is restored, or people read them.
-
-    Attributes:
-        number: index of the prompt in the iteration.
-        sample: index among the responses to this prompt.
-        where: file and line of the prompt's row.
-        tokens: count of the response's tokens.
-        image: path below the run folder of the prompt's first image, of a few prompts.
-    """
-
-    iteration: int
-    number: int
-    sample: int
-    where: str
-    prompt: str
-    response: str
-    reward: float
-    verdict: str
-    failed: NotRequired[bool]
-    answer: str | None
-    source: str
-    tokens: int
-    stopped: bool
-    advantage_mean: float | None
-    image: str | None
-
-
 class IterationSummary(TypedDict):
     """``iteration.json``: what else an iteration is restored from (see `SavedIteration`).
 
@@ -74,6 +45,9 @@ class IterationSummary(TypedDict):
         kept: index and tokens of each prompt that was trained on.
         long: True of a long round; absent without ``rollout.oversample``.
         postponed: indices of the prompts that were left to a long round; absent without ``rollout.oversample``.
+        restarted: indices in the queue of unfinished prompts of those that began again; absent without
+            ``rollout.max_staleness``.
+        unfinished: indices of the prompts that the next round went on with; absent likewise.
     """
 
     limit: int
@@ -82,6 +56,8 @@ class IterationSummary(TypedDict):
     drawn: int
     long: NotRequired[bool]
     postponed: NotRequired[list[int]]
+    restarted: NotRequired[list[int]]
+    unfinished: NotRequired[list[int]]
 
 
 @dataclass(frozen=True)
@@ -96,6 +72,8 @@ class SavedIteration:
         responses: those in the files that this rank has read.
         long: whether it was a long round.
         postponed: indices of the prompts that were left to a long round.
+        restarted: as in `Rollout`.
+        unfinished: indices of the prompts that the next round went on with.
     """
 
     limit: int
@@ -105,6 +83,8 @@ class SavedIteration:
     responses: list[Response]
     long: bool = False
     postponed: Sequence[int] = ()
+    restarted: Sequence[int] | None = None
+    unfinished: Sequence[int] = ()
 
 
 def write(
@@ -143,6 +123,9 @@ def write(
     if rollout.long or rollout.postponed:
         summary["long"] = rollout.long
         summary["postponed"] = rollout.postponed
+    if rollout.restarted is not None:
+        summary["restarted"] = rollout.restarted
+        summary["unfinished"] = rollout.unfinished
     part = folder / f"{world.rank:05d}"
     steps: list[Callable[[], None] | None] = [
         partial(_make_empty, folder) if world.is_main else None,
@@ -194,7 +177,8 @@ def _write_part(
     present = {name: values for name, values in arrays.items() if values is not None}
     untrained = [r for r in rollout.responses if r.prompt not in rollout.train_prompts]
     if responses:
-        _write_numbers(part.with_suffix(".safetensors"), responses, present)
+        version = None if rollout.restarted is None else iteration
+        write_arrays(part.with_suffix(".safetensors"), responses, present, version)
     if responses or untrained:
         advantages = present.get("advantages")
         with part.with_suffix(".jsonl").open("w", encoding="utf-8") as out:
@@ -235,18 +219,22 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
     folder = _folder_of(run, iteration)
     try:
         summary = json.loads((folder / "iteration.json").read_text(encoding="utf-8"))
-        lines = _read_lines(folder.with_suffix(".jsonl"))
+        lines = read_lines(folder.with_suffix(".jsonl"))
         responses: list[Response] = []
         # Any rank may read any file: responses are exchanged again before anything trains on them.
         paths = sorted(folder.glob("*.safetensors"))
         for path in paths[world.rank :: world.size]:
-            responses += _read_responses(path, lines)
+            responses += read_responses(path, lines, iteration)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         complete = ", ".join(map(str, iterations(run))) or "none"
         raise ArchiveError(
             f"{folder}: the rollouts of iteration {iteration} cannot be read ({error}); whole ones: {complete}"
         ) from error
-    train_prompts = dict(map(tuple, summary["kept"]))
+    return _saved(summary, responses)
+
+
+def _saved(summary: IterationSummary, responses: list[Response]) -> SavedIteration:
+    train_prompts = {prompt: tokens for prompt, tokens in summary["kept"]}
     return SavedIteration(
         summary["limit"],
         train_prompts,
@@ -255,6 +243,8 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
         responses,
         summary.get("long", False),
         summary.get("postponed", []),
+        summary.get("restarted"),
+        summary.get("unfinished", []),
     )
 
 
@@ -263,7 +253,7 @@ def read_all(run: Path, iteration: int) -> dict[tuple[int, int], dict[str, np.nd
     arrays_by_response: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     folder = _folder_of(run, iteration)
     for path in sorted(folder.glob("*.safetensors")):
-        index, arrays = _read_arrays(path)
+        index, arrays = read_arrays(path)
         for i, (prompt, sample, _) in enumerate(index.tolist()):
             response_arrays = {}
             for name, values in arrays.items():
@@ -282,13 +272,7 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         # The saved state is that before the iteration, so its prompts are drawn once more.
-        _redraw(
-            prompts,
-            summary["stream"],
-            int(summary["drawn"]),
-            summary.get("long", False),
-            summary.get("postponed", []),
-        )
+        _redraw(prompts, _saved(summary, []))
     except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
         remedy = f"remove {path.parent}, and the iteration is done again"
         raise ArchiveError(f"{path} cannot be read ({error}); {remedy}") from error
@@ -296,7 +280,7 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
 
 def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
     """Return the rollout as it was, its prompts drawn again; the stream ends where the iteration left it."""
-    rows = _redraw(prompts, saved.stream, saved.drawn, saved.long, saved.postponed)
+    rows = _redraw(prompts, saved)
     return Rollout(
         Prompts(rows, prompts.processor),
         saved.limit,
@@ -304,87 +288,22 @@ def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
         saved.train_prompts,
         long=saved.long,
         postponed=list(saved.postponed),
+        restarted=None if saved.restarted is None else list(saved.restarted),
+        unfinished=list(saved.unfinished),
     )
 
 
-def _redraw(prompts: PromptStream, before: PromptState, drawn: int, long: bool, postponed: Sequence[int]) -> list[Row]:
-    """Draw the ``drawn`` prompts of an iteration once more from the state ``before`` it, and postpone the same."""
-    prompts.load(before)
-    rows = prompts.draw_postponed(drawn) if long else prompts.draw(drawn)
-    prompts.postpone(postponed)
+def _redraw(prompts: PromptStream, saved: SavedIteration) -> list[Row]:
+    """Draw the prompts of an iteration once more from the state before it, and leave the same to later ones."""
+    prompts.load(saved.stream)
+    if saved.restarted is not None:
+        rows = prompts.continue_round(saved.drawn, saved.restarted)
+        prompts.keep_unfinished(saved.unfinished)
+        return rows
+    prompts.restart(range(prompts.unfinished))
+    rows = prompts.draw_postponed(saved.drawn) if saved.long else prompts.draw(saved.drawn)
+    prompts.postpone(saved.postponed)
     return rows
-
-
-def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[str, Ragged]) -> None:
-    """Write tokens and arrays of all ``responses`` one after the other; ``index`` says how to cut them."""
-    index = []
-    tokens = []
-    logprobs = []
-    for r in responses:
-        index.append((r.prompt, r.sample, len(r.tokens)))
-        tokens.append(np.asarray(r.tokens, np.int32))
-        logprobs.append(np.asarray(r.logprobs, np.float32))
-    tensors: dict[str, np.ndarray] = {
-        "index": np.array(index, np.int64),
-        "tokens": np.concatenate(tokens),
-        "logprobs": np.concatenate(logprobs),
-    }
-    for name, values in arrays.items():
-        tensors[name] = np.concatenate(values)
-    # Not the library's `save_file`, whose files nobody else may read, and whose error for a full disk is no OSError.
-    path.write_bytes(save(tensors))
-
-
-def _read_arrays(path: Path) -> tuple[np.ndarray, dict[str, Ragged]]:
-    """Return the index [responses, 3] of a file (prompt, sample, n), and its arrays cut into [n] by response."""
-    with safe_open(path, "numpy") as file:
-        index = file.get_tensor("index")
-        lengths = index[:, 2]
-        cuts = np.cumsum(lengths)[:-1]
-        arrays = {}
-        for name in file.keys():
-            if name != "index":
-                arrays[name] = np.split(file.get_tensor(name), cuts)
-        return index, arrays
-
-
-def _read_lines(path: Path) -> dict[tuple[int, int], ArchivedResponse]:
-    """Return the lines of an iteration by index of the prompt and of the response to it.
-
-    Raises:
-        ValueError: a line is damaged; without it the same iteration cannot be learned from.
-    """
-    lines = {}
-    for line in json_lines(path):
-        fields = line.parse_or_none()
-        if fields is None:
-            raise ValueError(f"line {line.number} of {path.name} is damaged")
-        response = cast(ArchivedResponse, fields)
-        lines[response["number"], response["sample"]] = response
-    return lines
-
-
-def _read_responses(path: Path, lines: Mapping[tuple[int, int], ArchivedResponse]) -> list[Response]:
-    """Return the responses of a file."""
-    index, arrays = _read_arrays(path)
-    numbers = zip(index.tolist(), arrays["tokens"], arrays["logprobs"], strict=True)
-    responses = []
-    for (prompt, sample, _), response_tokens, response_logprobs in numbers:
-        line = lines[prompt, sample]
-        responses.append(
-            Response(
-                prompt,
-                sample,
-                tokens=response_tokens.tolist(),
-                logprobs=response_logprobs,
-                stopped=line["stopped"],
-                text=line["response"],
-                reward=line["reward"],
-                verdict=line["verdict"],
-                failed=line.get("failed", False),
-            )
-        )
-    return responses
 
 
 def _build_lines(

@@ -22,15 +22,20 @@ class PromptState(StreamState):
 
     Attributes:
         postponed: source and index of each prompt that waits for a long round; absent where none does.
+        unfinished: the same of each prompt whose responses the next round continues; absent where there are none.
+        returned: the same of each prompt that is drawn before the stream's next; absent where there are none.
     """
 
     postponed: NotRequired[list[list[int]]]
+    unfinished: NotRequired[list[list[int]]]
+    returned: NotRequired[list[list[int]]]
 
 
 class PromptStream:
     """Prompts from a stream of rows, without those that are too long or, where there is a list, unusable.
 
-    With `draw_round` and `postpone` it also has a queue of the prompts that an oversampled round did not wait for.
+    With `draw_round` and `postpone` it also has a queue of the prompts that an oversampled round did not wait for, or
+    with `continue_round` and `keep_unfinished` of those whose responses go on in the next round.
 
     Attributes:
         dropped: Rows drawn and left out so far.
@@ -61,13 +66,20 @@ class PromptStream:
         self.skipped = skipped
         self.dropped = 0
         self._postponed: list[RowPosition] = []
+        self._unfinished: list[RowPosition] = []
+        self._returned: list[RowPosition] = []
         self._round: list[RowPosition] = []  # of the prompts drawn last
 
     def state(self) -> PromptState:
         """Return the position as JSON."""
         state = cast(PromptState, dict(self.stream.state()))
+        # Absent where there are none, as in checkpoints of runs without such rounds.
         if self._postponed:
             state["postponed"] = [list(position) for position in self._postponed]
+        if self._unfinished:
+            state["unfinished"] = [list(position) for position in self._unfinished]
+        if self._returned:
+            state["returned"] = [list(position) for position in self._returned]
         return state
 
     def load(self, state: PromptState) -> None:
@@ -78,12 +90,19 @@ class PromptStream:
         """
         self.stream.load(state)
         self._postponed = [RowPosition(*position) for position in state.get("postponed", [])]
+        self._unfinished = [RowPosition(*position) for position in state.get("unfinished", [])]
+        self._returned = [RowPosition(*position) for position in state.get("returned", [])]
         self._round = []
 
     @property
     def postponed(self) -> int:
         """Number of prompts that wait for a long round."""
         return len(self._postponed)
+
+    @property
+    def unfinished(self) -> int:
+        """Number of prompts whose responses the next round continues."""
+        return len(self._unfinished)
 
     def draw_round(self, count: int, oversample: float) -> tuple[list[Row], bool]:
         """Return the prompts of a round that trains on ``count`` of them, and whether it is a long round.
@@ -108,15 +127,49 @@ class PromptStream:
         """Put those prompts of the round drawn last into the queue of a long round."""
         self._postponed += [self._round[i] for i in indices]
 
+    def continue_round(self, count: int, restarted: Sequence[int]) -> list[Row]:
+        """Return ``count`` prompts: those whose responses are continued, in order, then those that begin.
+
+        Prompts begin in this order: the ``restarted`` ones, those that wait for a long round (there are some where a
+        run goes on with another setting), those that were returned before, and the stream's next.  More than ``count``
+        unfinished prompts are all continued.
+
+        Args:
+            count: Prompts of the round.
+            restarted: Indices among the unfinished prompts of those that begin again.
+
+        Raises:
+            RowError: as of `draw`.
+        """
+        self._returned, self._postponed = self._postponed + self._returned, []
+        self.restart(restarted)
+        continued, self._unfinished = self._unfinished, []
+        rows = [self.stream.row(position) for position in continued]
+        rows += self.draw(max(count - len(continued), 0))
+        self._round = continued + self._round
+        return rows
+
+    def restart(self, indices: Sequence[int]) -> None:
+        """Return the unfinished prompts ``indices``: they are drawn before the stream's next, and begin again."""
+        restarted = set(indices)
+        self._returned = [self._unfinished[i] for i in sorted(restarted)] + self._returned
+        self._unfinished = [position for i, position in enumerate(self._unfinished) if i not in restarted]
+
+    def keep_unfinished(self, indices: Sequence[int]) -> None:
+        """Have the next round continue those prompts of the round drawn last."""
+        self._unfinished = [self._round[i] for i in indices]
+
     def draw(self, count: int) -> list[Row]:
-        """Return the next ``count`` prompts.
+        """Return the next ``count`` prompts, first those that were returned.
 
         Raises:
             RowError: a row that cannot be used or an answer that no grader could verify, unless there is a list for
                 them; or nothing but prompts that are left out.
         """
-        rows: list[Row] = []
-        self._round = []
+        self._round = self._returned[:count]
+        self._returned = self._returned[count:]
+        rows = [self.stream.row(position) for position in self._round]
+        returned = len(rows)
         dropped_before = self.dropped
         while len(rows) < count:
             missing = count - len(rows)
@@ -126,7 +179,7 @@ class PromptStream:
                 rows.append(row)
                 self._round.append(position)
             dropped_now = self.dropped - dropped_before
-            if not rows and dropped_now >= MOST_DROPPED:
+            if len(rows) == returned and dropped_now >= MOST_DROPPED:
                 error = errors[0]
                 problem = f"{error.problem}; so it is with {dropped_now} prompts in a row"
                 remedy = "correct the rows"

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ovr_megatron.config import RLConfig, Sampling
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response, seeds_of
 from ovr_megatron.ppo.counters import RolloutCounters
+from ovr_megatron.ppo.engine_round import EngineRound
+from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
+from ovr_megatron.ppo.round_responses import RoundResponses
+from ovr_megatron.ppo.round_work import RoundWork, assign, assign_continued, open_queue
+from ovr_megatron.ppo.staleness import staleness_metrics
 from ovr_megatron.ppo.timeline import Timeline
-from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
-from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
-from ovr_megatron.rewards.rules import is_plain
+from ovr_megatron.ppo.unfinished import UnfinishedResponses
+from ovr_megatron.rewards.failures import FailureWatch
+from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.rollout.sampling import Generation, Prompt, RolloutError
-from ovr_megatron.runtime.distributed import World, default_store
+from ovr_megatron.rollout.sampling import Prompt, RolloutError
+from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.stop import StopRequest
@@ -72,6 +74,9 @@ class Rollout:
         metrics: of generation, the same on all ranks.
         long: whether the prompts are those that oversampled rounds postponed.
         postponed: the prompts that an oversampled round left to a long one, the same on all ranks.
+        restarted: in a round that goes on with unfinished responses, indices in the queue of unfinished prompts of
+            those that began again; None in any other round.
+        unfinished: the prompts whose responses the next round goes on with, the same on all ranks.
         timeline: of this rank; generation adds what it does.
     """
 
@@ -82,6 +87,8 @@ class Rollout:
     metrics: dict[str, float] = field(default_factory=dict)
     long: bool = False
     postponed: list[int] = field(default_factory=list)
+    restarted: list[int] | None = None
+    unfinished: list[int] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
 
     @property
@@ -94,6 +101,7 @@ class Rollouts:
     """Generate on all replicas and grade finished responses meanwhile.
 
     Attributes:
+        unfinished: the responses that this rank keeps for the next round.
         endless: makes every response as long as the limit allows, as a rehearsal needs it.
         stop: ends generation when a signal comes, on any rank; None generates to the end.
     """
@@ -113,6 +121,7 @@ class Rollouts:
         self.replica, tp_rank = divmod(world.rank, config.rollout.tp)
         self.leads = tp_rank == 0
         self.failures = FailureWatch(config.reward.rules)
+        self.unfinished = UnfinishedResponses()
 
     def collect(self, prompts: PromptStream, iteration: int, limit: int, timeline: Timeline | None = None) -> Rollout:
         """Draw prompts, generate and grade; with ``algorithm.dynamic_sampling``, until enough have unequal rewards.
@@ -139,13 +148,12 @@ class Rollouts:
         unequal: list[int] = []
         for sampling_round in range(max(dynamic_sampling, 1)):
             first = len(rows)
-            drawn_rows, rollout.long = self._draw(prompts)
-            rows += drawn_rows
+            work = self._draw(prompts, rollout, iteration)
             indices = range(first, len(rows))
             # A name of its own: the store keeps the counters of earlier queues, also of another run in this process.
             name = f"{iteration}.{sampling_round}#{next(_rounds)}"
             rollout.timeline.end("draw")
-            responses = self._generate(rollout, indices, iteration, name)
+            responses = self._generate(rollout, indices, work, iteration, name)
             rollout.responses += responses
             groups = self._group_rewards(responses, rollout)
             for prompt, group in groups.items():
@@ -155,7 +163,7 @@ class Rollouts:
             # All ranks have gathered the same groups, so that they leave the loop in the same round.
             if not dynamic_sampling or len(unequal) >= config.prompts:
                 break
-        asked = len(rows) - len(rollout.postponed)
+        asked = len(rows) - len(rollout.postponed) - len(rollout.unfinished)
         if len(tokens) * 2 <= asked:
             problems = {r.verdict for r in rollout.responses if not r.rewarded}
             raise RolloutError(f"{len(tokens)} of {asked} prompts were answered and graded: {problems}")
@@ -169,28 +177,78 @@ class Rollouts:
         # By index again: in `order` those with equal rewards come last.
         for prompt in sorted(order[: config.prompts]):
             rollout.train_prompts[prompt] = tokens[prompt]
-        if config.rollout.oversample or rollout.long:
-            prompts.postpone(rollout.postponed)
-            rollout.metrics["rollout/long_round"] = float(rollout.long)
-            rollout.metrics["rollout/postponed_prompts"] = float(prompts.postponed)
+        self._leave_to_later(prompts, rollout, iteration)
         return rollout
 
-    def _draw(self, prompts: PromptStream) -> tuple[list[Row], bool]:
-        """Return the prompts of a round, and whether it is a long one.
+    def _leave_to_later(self, prompts: PromptStream, rollout: Rollout, iteration: int) -> None:
+        """Put what the iteration does not train on into the queues of ``prompts``, and count it.  A collective."""
+        settings = self.config.rollout
+        metrics = rollout.metrics
+        if rollout.restarted is not None:
+            prompts.keep_unfinished(rollout.unfinished)
+            metrics["rollout/unfinished_prompts"] = float(prompts.unfinished)
+            trained = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
+            metrics |= staleness_metrics(trained, iteration, settings.max_staleness)
+            return
+        self.unfinished.groups = {}  # their prompts began again
+        if settings.oversample or rollout.long:
+            prompts.postpone(rollout.postponed)
+            metrics["rollout/long_round"] = float(rollout.long)
+            metrics["rollout/postponed_prompts"] = float(prompts.postponed)
 
-        Prompts may wait for a long round although ``rollout.oversample`` is 0, where a run goes on with this setting.
+    def _draw(self, prompts: PromptStream, rollout: Rollout, iteration: int) -> RoundWork:
+        """Draw the prompts of a round into ``rollout``; return what this rank's engine does.  A collective.
+
+        Prompts may wait for a long round, or have unfinished responses, although the settings have no such rounds any
+        more, where a run goes on with others.
 
         Raises:
             RolloutError: with ``algorithm.dynamic_sampling``, which has no long rounds.
         """
-        if self.config.algorithm.dynamic_sampling:
+        config = self.config
+        rows = rollout.prompts.rows
+        if config.rollout.max_staleness:
+            return self._draw_continued(prompts, rollout, iteration)
+        prompts.restart(range(prompts.unfinished))
+        first = len(rows)
+        if config.algorithm.dynamic_sampling:
             if prompts.postponed:
                 raise RolloutError(
                     f"{prompts.postponed} prompts of the checkpoint wait for a long round, which "
                     "algorithm.dynamic_sampling does not have; set it to 0 until they are trained on"
                 )
-            return prompts.draw(self.config.prompts), False
-        return prompts.draw_round(self.config.prompts, self.config.rollout.oversample)
+            rows += prompts.draw(config.prompts)
+        else:
+            round_rows, rollout.long = prompts.draw_round(config.prompts, config.rollout.oversample)
+            rows += round_rows
+        return assign(range(first, len(rows)), self.replica, self.replicas, config.rollout.schedule == "static")
+
+    def _draw_continued(self, prompts: PromptStream, rollout: Rollout, iteration: int) -> RoundWork:
+        """Draw a round that goes on with unfinished responses, but for those that would be too old.  A collective."""
+        config = self.config
+        states = self.unfinished.states(rollout.limit, config.responses)
+        oldest = iteration - config.rollout.max_staleness
+        continued = [position for position, state in states.items() if state.oldest >= oldest]
+        # Also the prompts that no engine has begun, and those that have another number of responses.
+        rollout.restarted = sorted(set(range(prompts.unfinished)) - set(continued))
+        rollout.metrics["rollout/dropped_for_age"] = float(len(states) - len(continued))
+        count = config.prompts + math.ceil(config.prompts * config.rollout.oversample)
+        rollout.prompts.rows += prompts.continue_round(count, rollout.restarted)
+        complete = {index for index, position in enumerate(continued) if states[position].is_complete}
+        total = len(rollout.prompts.rows)
+        shares, replica_of_prompt = assign_continued(
+            len(continued), complete, total, self.replicas, config.rollout.schedule == "static"
+        )
+        work = shares[self.replica]
+        ranks_of_group = {}
+        for index, replica in replica_of_prompt.items():
+            first_rank = replica * config.rollout.tp
+            ranks_of_group[continued[index]] = range(first_rank, first_rank + config.rollout.tp)
+        groups = self.unfinished.send(ranks_of_group)
+        for index, position in enumerate(continued):
+            if position in groups:
+                work.groups[index] = groups[position].cut(rollout.limit)
+        return work
 
     def _group_rewards(self, responses: Sequence[Response], rollout: Rollout) -> dict[int, GroupRewards]:
         """Gather the groups of all ranks whose responses are all graded, by prompt.  A collective."""
@@ -214,90 +272,76 @@ class Rollouts:
             groups |= rank_groups
         return dict(sorted(groups.items()))  # the same order for any number of ranks
 
-    def _generate(self, rollout: Rollout, indices: Sequence[int], iteration: int, name: str) -> list[Response]:
+    def _generate(
+        self, rollout: Rollout, indices: Sequence[int], work: RoundWork, iteration: int, name: str
+    ) -> list[Response]:
         """Generate this engine's share of the prompts ``indices`` and grade it.  A collective.
 
         Args:
             rollout: has the prompts; metrics are added to it.
             indices: the prompts of all ranks.
+            work: this engine's share.
             iteration: from 0, for the seeds.
             name: of the queue, unique in the process group.
         """
         config = self.config
-        rows = rollout.prompts.rows
         began = time.perf_counter()
-        responses: dict[tuple[int, int], Response] = {}
-        queue = self._open_queue(indices, name)
-        take = partial(self._take_prompts, queue, rollout, iteration)
         counters = RolloutCounters(f"counters/{name}")
+        grading = RoundGrading(self.grader, self.processor, config, rollout.prompts.rows, counters)
+        parts = RoundResponses(config.responses, iteration, work.groups)
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
-        cut = RoundCut(name, needed, self.replica, self.replicas) if needed < len(indices) else None
-        graded: dict[tuple[int, int], tuple[str, Verdict]] = {}
+        continues = rollout.restarted is not None
+        cut = None
+        if needed < len(indices):
+            token_counts = self.engine.token_counts if continues and self.leads else None
+            cut = RoundCut(name, needed, self.replica, self.replicas, token_counts)
+        engine_round = EngineRound(self.engine, parts, grading, cut, barrier, iteration, self.leads, continues)
+        started_responses = config.responses + config.rollout.extra_responses
+        take = open_queue(work, name, started_responses, config.rollout.max_num_seqs, self.engine.agree)
 
-        def on_result(prompt: int, generations: list[Generation]) -> None:
-            if cut:
-                cut.answer(prompt)
-            if not self.leads:  # the ranks of an engine have the same responses
-                return
-            responses.update(self._submit_all(prompt, generations, rows[prompt]))
-            token_count = sum(len(generation.tokens) for generation in generations)
-            counters.add(len(generations), token_count)
-
-        def take_verdicts(wait: bool) -> None:
-            graded.update(self._write_verdicts(responses, rows, self.grader.collect(wait), counters))
+        def take_requests(outstanding: int) -> list[tuple[int, Prompt]]:
+            requests = []
+            for prompt, template in self._engine_prompts(take(outstanding), rollout, iteration):
+                prompt_tokens = len(rollout.prompts.sample(prompt))
+                requests += parts.requests(prompt, template, rollout.limit, prompt_tokens)
+            return requests
 
         title = f"generating {iteration}"
         with Progress(needed * config.responses, title, "response", self.world.is_main, inner=True) as bar:
 
-            def between_steps() -> bool:
-                if self.leads:
-                    take_verdicts(False)
+            def show(at_once: bool = False) -> None:
                 if self.world.is_main:
-                    counters.show(bar)
-                stops = barrier.engine_step(self.engine.agree)
-                return stops or (cut is not None and cut.engine_step(self.engine.agree))
+                    counters.show(bar, at_once)
 
-            failed = self.engine.answer(take, on_result, between_steps)
+            problems = engine_round.run(work.complete, take_requests, show)
             generate_s = rollout.timeline.end("engine")
-            self._finish_round(barrier, cut, take_verdicts, rollout.timeline)
-            if self.world.is_main:
-                counters.show(bar, at_once=True)
+            engine_round.wait(rollout.timeline)
+            show(at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
         rollout.timeline.end("wait")
-        failed_prompts = failed if self.leads else []  # the followers of an engine have the same list
-        responses |= _failed_responses(failed_prompts, config.responses)
+        grading.add_failed(list(problems.items()), config.responses)
         if cut:
-            rollout.postponed = cut.postponed(indices, [prompt for prompt, _ in failed_prompts], self.leads)
-        self._watch_failures(graded, rollout.postponed)
-        self._record_idle_time(rollout, RankTimes(generate_s, time.perf_counter() - began, len(failed_prompts)))
-        return self._in_round(responses, rollout.postponed)
+            self._leave_out(rollout, cut.postponed(indices, list(problems), self.leads), cut, parts)
+        left_out = set(rollout.postponed + rollout.unfinished)
+        # All ranks, so that all stop where one source has hardly any verdict.
+        self.failures.add(gather_objects(grading.count_verdicts(left_out)))
+        self._record_idle_time(rollout, RankTimes(generate_s, time.perf_counter() - began, len(problems)))
+        return grading.responses_without(left_out)
 
-    def _in_round(self, responses: Mapping[tuple[int, int], Response], postponed: Sequence[int]) -> list[Response]:
-        """Return the responses to prompts that are not postponed."""
-        left_out = set(postponed)
-        # By prompt and sample, so that the order does not depend on which response ended first.
-        return [responses[key] for key in sorted(responses) if key[0] not in left_out]
-
-    def _finish_round(
-        self, barrier: WorkBarrier, cut: RoundCut | None, take_verdicts: Callable[[bool], None], timeline: Timeline
-    ) -> None:
-        """Wait for the other engines where the round is cut, then for the verdicts, or until a stop is asked for."""
-        if cut:
-            cut.wait(barrier, lambda: take_verdicts(False), self.leads)
-            timeline.end("wait")
-        # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
-        while self.leads and self.grader.pending and not barrier.stop_asked():
-            take_verdicts(True)
-            barrier.step()
-        timeline.end("grade")
-
-    def _take_prompts(
-        self, queue: Callable[[int], list[int]], rollout: Rollout, iteration: int, outstanding: int
-    ) -> list[tuple[int, Prompt]]:
-        """Return the engine's next prompts, where it still works on ``outstanding`` responses."""
-        return self._engine_prompts(queue(outstanding), rollout, iteration)
+    def _leave_out(self, rollout: Rollout, prompts: list[int], cut: RoundCut, parts: RoundResponses) -> None:
+        """Leave ``prompts`` to a later round, and keep what there is of their responses where that round goes on."""
+        if rollout.restarted is None:
+            rollout.postponed = prompts
+            return
+        rollout.unfinished = prompts
+        groups = {}
+        if self.leads:
+            groups = parts.unfinished(prompts, cut.unfinished_counts())
+        queue_position = {prompt: position for position, prompt in enumerate(prompts)}
+        # Replaced at the end of the round alone: a checkpoint of a run that stops within it has the groups before it.
+        self.unfinished.groups = {queue_position[prompt]: group for prompt, group in groups.items()}
 
     def _engine_prompts(self, indices: Sequence[int], rollout: Rollout, iteration: int) -> list[tuple[int, Prompt]]:
         """Return each of the prompts ``indices`` as the engine takes it, with seeds and length limit."""
@@ -306,108 +350,15 @@ class Rollouts:
         prompts = []
         for i in indices:
             sample = rollout.prompts.sample(i)
-            seeds = seeds_of(config.run.seed, iteration, i, config.responses)
+            extra = config.rollout.extra_responses
+            seeds = seeds_of(config.run.seed, iteration, i, config.responses + extra)
             response_limit = rollout.limit - len(sample)
             sampling = Sampling(config.rollout.temperature, response_limit, self.endless)
             prompt = Prompt(sample.prompt_tokens, sample.images, sample.videos, seeds, sampling)
+            if extra:
+                prompt = replace(prompt, enough=config.responses)
             prompts.append((i, prompt))
         return prompts
-
-    def _open_queue(self, indices: Sequence[int], name: str) -> Callable[[int], list[int]]:
-        """Return a function that gives the engine's next prompts for the number of responses it still works on.
-
-        ``static``: replica r of R answers every R-th prompt from the r-th, all of them at once.  ``shared``: each takes
-        the next prompt from one queue whenever it has capacity, so that one with short responses takes more of them.
-        """
-        config = self.config
-        if config.rollout.schedule == "static":
-            remaining = list(indices[self.replica :: self.replicas])
-
-            def take_all(outstanding: int) -> list[int]:
-                taken = list(remaining)
-                remaining.clear()
-                return taken
-
-            return take_all
-        counter = default_store(f"queue/{name}")
-        # Remembered, as asking costs a message to the store and a broadcast before each decoding step.
-        is_empty = False
-
-        def take_next(outstanding: int) -> list[int]:
-            nonlocal is_empty
-            taken: list[int] = []
-            while not is_empty and outstanding < config.rollout.max_num_seqs:
-                # Asked by the leader alone: the ranks of an engine must take the same prompts.  The store adds for one
-                # rank at a time, so that no position is given to two engines.
-                position = self.engine.agree(lambda: counter.add("next", 1) - 1)
-                is_empty = position >= len(indices)
-                if not is_empty:
-                    taken.append(indices[position])
-                    outstanding += config.responses
-            return taken
-
-        return take_next
-
-    def _submit_all(self, prompt: int, generations: Sequence[Generation], row: Row) -> dict[tuple[int, int], Response]:
-        """Have all responses to ``prompt`` graded; return them by prompt and sample."""
-        responses = {}
-        for k, generation in enumerate(generations):
-            text = self.processor.decode(generation.tokens)
-            response = Response(
-                prompt,
-                k,
-                generation.tokens,
-                generation.logprobs,
-                generation.stopped,
-                text,
-            )
-            self._submit(response, row)
-            responses[prompt, k] = response
-        return responses
-
-    def _submit(self, response: Response, row: Row) -> None:
-        """Have ``response`` graded; one that did not stop by itself gets 0 and costs the graders nothing."""
-        response.verdict = "not finished"
-        if response.stopped:
-            thinking = self.config.data.template == "think"
-            rule = self._rule_for(row.source)
-            request = GradeRequest(
-                response.text,
-                row.answer or "",
-                row.options,
-                rule,
-                thinking,
-            )
-            self.grader.submit((response.prompt, response.sample), request)
-
-    def _write_verdicts(
-        self,
-        responses: Mapping[tuple[int, int], Response],
-        rows: Sequence[Row],
-        verdicts: Iterable[tuple[Any, Verdict]],
-        counters: RolloutCounters,
-    ) -> dict[tuple[int, int], tuple[str, Verdict]]:
-        """Write ``verdicts`` into their responses and return them by prompt and sample, with the source of the row."""
-        graded = {}
-        for key, verdict in verdicts:
-            response = responses[key]
-            source = rows[response.prompt].source
-            graded[key] = (source, verdict)
-            reward = _write_verdict(response, verdict, self._rule_for(source))
-            counters.add_reward(reward)
-        return graded
-
-    def _rule_for(self, source: str) -> str:
-        """Return the rule by which responses to rows of ``source`` are graded."""
-        return self.config.reward.rules.get(source, "auto")
-
-    def _watch_failures(self, graded: Mapping[tuple[int, int], tuple[str, Verdict]], postponed: Sequence[int]) -> None:
-        """Count what failed on all ranks, so that all stop where one source has hardly any verdict.  A collective."""
-        # Without postponed prompts: how many of these are graded depends on the clock.
-        left_out = set(postponed)
-        verdicts = [verdict for (prompt, _), verdict in graded.items() if prompt not in left_out]
-        local_counts = count_verdicts(verdicts)
-        self.failures.add(gather_objects(local_counts))
 
     def _record_idle_time(self, rollout: Rollout, times: RankTimes) -> None:
         """Add what the ranks waited for, and how many prompts failed, to the metrics of ``rollout``.  A collective.
@@ -433,40 +384,6 @@ class Rollouts:
         }
         for key, value in values.items():
             rollout.metrics[key] = rollout.metrics.get(key, 0.0) + value
-
-
-def _failed_responses(failed: Sequence[tuple[int, str]], count: int) -> dict[tuple[int, int], Response]:
-    """Return ``count`` responses without tokens and reward for each prompt (and problem) that the engine gave up."""
-    responses = {}
-    for prompt, problem in failed:
-        for sample in range(count):
-            responses[prompt, sample] = Response(
-                prompt,
-                sample,
-                tokens=[],
-                logprobs=np.zeros(0, np.float32),
-                stopped=False,
-                text="",
-                verdict=f"failed: {problem}",
-                rewarded=False,
-            )
-    return responses
-
-
-def _write_verdict(response: Response, verdict: Verdict, rule: str) -> float:
-    """Write ``verdict``, made by ``rule``, into its response; return the reward.
-
-    An expression that two graders cannot finish is no right answer, but of a user's function that fails nothing is
-    known, so that there is no reward.
-    """
-    response.reward = verdict.reward
-    response.verdict = verdict.reason
-    response.failed = verdict.failed
-    if verdict.failed and not is_plain(rule):
-        response.rewarded = False
-        parts = filter(None, (verdict.reason, verdict.box))
-        response.verdict = ": ".join(parts)
-    return response.reward
 
 
 def group_by_prompt(responses: Iterable[Response]) -> dict[int, list[Response]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from ovr_megatron.rollout.pending import SampleKey
 from ovr_megatron.runtime.distributed import default_store
 from ovr_megatron.runtime.exchange import gather_objects
 from ovr_megatron.runtime.work_barrier import WorkBarrier
@@ -21,13 +22,21 @@ class RoundCut:
     After every `INTERVAL` engine steps a replica publishes how many of its prompts are answered.  The round ends at
     the first interval for which all replicas have published and whose sum is enough.  By then every replica has made
     the steps in which the first of enough prompts were answered, and those it makes before it hears of the end answer
-    none earlier: with the same prompts on each replica the clock decides nothing.
+    none earlier: with the same prompts on each replica the clock decides nothing.  Where unfinished responses are kept,
+    they are cut to the tokens that they had at that step, which ``token_counts`` tells at the end of each interval.
 
     Attributes:
         last_step: The step with which the round ends; None while it is not known on this rank.
     """
 
-    def __init__(self, name: str, prompts: int, replica: int, replicas: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        prompts: int,
+        replica: int,
+        replicas: int,
+        token_counts: Callable[[], Mapping[SampleKey, int]] | None = None,
+    ) -> None:
         """Begin a round.
 
         Args:
@@ -35,8 +44,11 @@ class RoundCut:
             prompts: Answered prompts that are enough.
             replica: Number of this rank's engine.
             replicas: Number of engines.
+            token_counts: Returns the tokens of the engine's unfinished responses, on a rank that keeps them.
         """
         self.last_step: int | None = None
+        self._token_counts = token_counts
+        self._counts_by_step: dict[int, Mapping[SampleKey, int]] = {}  # of the intervals that may be the last
         self._store = default_store(f"cut/{name}")
         self._needed = prompts
         self._replica = replica
@@ -58,7 +70,19 @@ class RoundCut:
         self._steps += 1
         if self._steps % INTERVAL:
             return False
+        if self._token_counts:
+            self._counts_by_step[self._steps] = self._token_counts()
         return bool(agree(self._compare_step))
+
+    def unfinished_counts(self) -> Mapping[SampleKey, int]:
+        """Return the tokens at the last step of each response of this engine that was not finished then.
+
+        To be called after `postponed`.  Without an entry are those that were finished, which are all where the engine
+        had ended its work before.
+        """
+        if self.last_step is None:
+            return {}
+        return self._counts_by_step.get(self.last_step, {})
 
     def wait(self, barrier: WorkBarrier, meanwhile: Callable[[], None], leads: bool) -> None:
         """Wait for all engines to end their work, and publish meanwhile for this one, which has.  A collective.
@@ -101,11 +125,15 @@ class RoundCut:
             step_of_prompt |= rank_answered
             given_up.update(rank_failed)
             most_published = max(most_published, published)
+        order = sorted(step_of_prompt, key=lambda prompt: (step_of_prompt[prompt], prompt))
+        if len(order) >= self._needed:
+            # A rank whose engine ended its work first may not have heard of the last step, or no rank has: they are
+            # let out of the barrier as soon as all are in it.  It is the end of the first interval with enough.
+            self.last_step = -(-step_of_prompt[order[self._needed - 1]] // INTERVAL) * INTERVAL
         if leads and self._replica == 0:
             # All ranks are done with them, and a long run would fill the memory of the rank that holds the store.
             for interval in range(1, most_published + 1):
                 self._store.delete_key(str(interval))
-        order = sorted(step_of_prompt, key=lambda prompt: (step_of_prompt[prompt], prompt))
         decided = given_up | set(order[: self._needed])
         return [prompt for prompt in indices if prompt not in decided]
 
@@ -130,6 +158,7 @@ class RoundCut:
             if replicas < self._replicas:
                 return
             self._compared += 1
+            self._counts_by_step.pop((self._compared - 1) * INTERVAL, None)
             # Without a prompt left on any replica there may be fewer than enough, as some were given up.
             if answered >= self._needed or ended == self._replicas:
                 self.last_step = self._compared * INTERVAL

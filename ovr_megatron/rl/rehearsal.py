@@ -48,7 +48,7 @@ def rehearse(config: RLConfig, world: World) -> Path:
     run_folder.enter(run, run_folder.REHEARSAL, world.is_main)
     prompt_count = min(config.prompts, rehearsal_prompts(config, world))
     # All responses have full length: there is no tail to leave to a later round.
-    rollout_config = replace(config.rollout, oversample=0.0)
+    rollout_config = replace(config.rollout, oversample=0.0, max_staleness=0, extra_responses=0)
     config = replace(config, prompts=prompt_count, rollout=rollout_config)
     check_steps(config, world)
     skipped = skipped_rows(config.data, run, world.is_main)

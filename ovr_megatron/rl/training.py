@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from ovr_megatron.chat_model import ChatModel
+from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.conversion import export_model
 from ovr_megatron.checkpoint.manager import CheckpointManager, RunResult
 from ovr_megatron.checkpoint.resume import ResumePoint
@@ -122,6 +123,7 @@ class RL:
             self.models.offload_except(None)
             checkpoint = self._resume()
             self.rollouts = self._start_rollouts(model_folder, resources)
+            self._resume_responses(checkpoint)
             self.evaluation = self._build_evaluation()
             self.policy, self.critic = self._chat_models(model_folder)
             self.log = open_log(config, self.next_iteration, world)
@@ -145,6 +147,15 @@ class RL:
             self.prompts.load(checkpoint.state["prompts"])
             self.next_iteration = checkpoint.step
         return checkpoint
+
+    def _resume_responses(self, checkpoint: ResumePoint | None) -> None:
+        """Load the unfinished responses of ``checkpoint``, and have later checkpoints save those of then."""
+        if self.rollouts is None:
+            return
+        unfinished = self.rollouts.unfinished
+        if checkpoint:
+            unfinished.load(store.read_loop_arrays(checkpoint, self.world))
+        self.checkpoints.loop_arrays = unfinished.tensors
 
     def _start_rollouts(self, model_folder: Path, resources: ExitStack) -> Rollouts | None:
         """Start vLLM, and graders, which end with ``resources``; with ``only=train`` there are none."""

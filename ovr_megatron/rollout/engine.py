@@ -19,13 +19,14 @@ import torch.distributed as dist
 from vllm import LLM
 from vllm.device_allocator.alloc_conf import EXPANDABLE_SEGMENTS, alloc_conf_from_env, conf_flag_enabled
 from vllm.exceptions import VLLMValidationError
-from vllm.outputs import RequestOutput
+from vllm.v1.engine.output_processor import RequestState
 
 from ovr_megatron.config import RolloutConfig
 from ovr_megatron.data.hf_assets import complete_folder
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.rollout.model import EMPTY, register_model
+from ovr_megatron.rollout.pending import PendingPrompts, SampleKey, continue_text, public
 from ovr_megatron.rollout.reshard import Reshard, Traffic
 from ovr_megatron.rollout.sampling import (
     SCORING,
@@ -34,7 +35,6 @@ from ovr_megatron.rollout.sampling import (
     RolloutError,
     banned_tokens,
     end_tokens,
-    generations,
     prompt_logprobs,
     sampling_params,
 )
@@ -132,6 +132,7 @@ class RolloutEngine:
         self._stop = list(config.stop)
         self._max_num_seqs = config.max_num_seqs
         self._asleep: set[str] = set()
+        self._pending = PendingPrompts()
         self._empty = empty
         register_model(family_of(processor.shape))
         settings = _settings(config, processor, dtype, max_model_len, offload)
@@ -218,6 +219,7 @@ class RolloutEngine:
         take: Callable[[int], Sequence[tuple[int, Prompt]]],
         on_result: Callable[[int, list[Generation]], None],
         should_stop: Callable[[], bool] | None = None,
+        on_unfinished: Callable[[dict[SampleKey, Generation]], None] | None = None,
     ) -> list[tuple[int, str]]:
         """Answer the prompts that ``take`` gives until it has no more, each once for each of its seeds.
 
@@ -226,7 +228,9 @@ class RolloutEngine:
                 returns numbered prompts, the same on all ranks of a tensor-parallel group.
             on_result: Called with a prompt's number and its responses in the order of its seeds.
             should_stop: Called between two steps; where it returns True, the same at the same step on all ranks of a
-                tensor-parallel group, the unfinished prompts are given up and nothing is said of them.
+                tensor-parallel group, the unfinished prompts are given up.
+            on_unfinished: Called with what these prompts have of responses then, by a prompt's number and the index of
+                the seed; without it nothing is said of them.
 
         Returns:
             The prompts that vLLM gave up or did not take, and why; for these `on_result` is not called.
@@ -234,7 +238,7 @@ class RolloutEngine:
         failed: list[tuple[int, str]] = []
         with undisturbed():
             self._wake_to_work()
-            waiting = _PendingPrompts()
+            waiting = self._pending = PendingPrompts()
             has_more = True
             while has_more or waiting:
                 has_more = False
@@ -249,19 +253,54 @@ class RolloutEngine:
                     for output in self._llm.llm_engine.step():
                         if output.finished:
                             waiting.finish(output, on_result, failed)
+                    self._finish_early(waiting, on_result, failed)
                 watchdog.touch()
                 if should_stop and should_stop():
+                    if on_unfinished:
+                        on_unfinished(waiting.responses_so_far(self._request_states()))
                     self._abort(waiting)
                     break
         return failed
 
-    def _abort(self, waiting: _PendingPrompts) -> None:
+    def _finish_early(
+        self,
+        waiting: PendingPrompts,
+        on_result: Callable[[int, list[Generation]], None],
+        failed: list[tuple[int, str]],
+    ) -> None:
+        """Finish the requests that have enough responses, and give up the others of these requests."""
+        processor = self._llm.llm_engine.output_processor
+        outputs = waiting.finish_early(processor.parent_requests.values(), processor.request_states)
+        if not outputs:
+            return
+        self._give_up([output.request_id for output in outputs])
+        for output in outputs:
+            waiting.finish(output, on_result, failed)
+
+    def _give_up(self, request_ids: Sequence[str]) -> None:
+        """Abort requests of vLLM."""
+        self._llm.llm_engine.abort_request(list(request_ids))
+        # It forgets their samples alone, and would keep the finished ones of each request for as long as it lives.
+        given_up = set(request_ids)
+        parents = self._llm.llm_engine.output_processor.parent_requests
+        for name in [name for name, parent in parents.items() if parent.external_req_id in given_up]:
+            del parents[name]
+
+    def token_counts(self) -> dict[SampleKey, int]:
+        """Return the tokens so far of each response that `answer` has not finished; between two of its steps."""
+        return self._pending.token_counts(self._request_states())
+
+    def _request_states(self) -> list[RequestState]:
+        """Return what vLLM has of each sample of an unfinished request."""
+        return list(self._llm.llm_engine.output_processor.request_states.values())
+
+    def _abort(self, waiting: PendingPrompts) -> None:
         """Abort the requests that vLLM has not finished.
 
         The steps that follow end what asynchronous scheduling has under way and have the model forget the requests;
         without them sleep would find blocks of the cache in use.
         """
-        self._llm.llm_engine.abort_request(waiting.request_ids())
+        self._give_up(waiting.request_ids())
         core = self._llm.llm_engine.engine_core.engine_core
         while core.batch_queue or core.scheduler.has_requests():
             self._llm.llm_engine.step()
@@ -303,10 +342,16 @@ class RolloutEngine:
                 watchdog.touch()
         return [logprobs[request_id] for request_id in sorted(logprobs)]  # vLLM numbers requests in order
 
-    def _enqueue(self, prompt: Prompt) -> list[str]:
-        """Hand the prompt to vLLM and return the ids of its requests in the order of their seeds."""
+    def _enqueue(self, prompt: Prompt) -> list[tuple[str, int]]:
+        """Hand the prompt to vLLM; return the ids of its requests with the numbers of their seeds, in their order."""
         params = sampling_params(prompt, self._end_ids, self._stop)
-        return self._llm.enqueue([request_of(prompt)] * len(params), params, use_tqdm=False)
+        ids = self._llm.enqueue([request_of(prompt)] * len(params), params, use_tqdm=False)
+        if self._stop and prompt.response and not prompt.sampling.endless:
+            public_ids = set(map(public, ids))
+            for state in self._request_states():
+                if state.external_req_id in public_ids:
+                    continue_text(state, prompt.response, self._stop)
+        return [(request_id, request_params.n) for request_id, request_params in zip(ids, params, strict=True)]
 
     def sleep(self, deep: bool = False) -> None:
         """Drop the caches and free the GPU for the trainer until the next `update` or `generate`.
@@ -355,67 +400,9 @@ def clear_positions(worker: Any) -> None:
         state.positions.zero_()
 
 
-class _PendingPrompts:
-    """Prompts that vLLM works on; one whose seeds are not consecutive is several requests.
-
-    Attributes:
-        responses: Number of responses that the pending prompts ask for together.
-    """
-
-    def __init__(self) -> None:
-        self.responses = 0
-        self._prompt_of_request: dict[str, int] = {}
-        self._generations: dict[int, dict[str, list[Generation]]] = {}  # of each prompt, by request
-        self._seed_counts: dict[int, int] = {}
-
-    def __bool__(self) -> bool:
-        """Whether any prompt is pending."""
-        return bool(self._seed_counts)
-
-    def request_ids(self) -> list[str]:
-        """Return the requests that vLLM has not finished."""
-        return list(self._prompt_of_request)
-
-    def add(self, index: int, prompt: Prompt, request_ids: Sequence[str]) -> None:
-        """Record that prompt ``index`` went to vLLM as ``request_ids``."""
-        # vLLM appends letters to the ids that it uses inside; its outputs carry the ids without them.
-        public_ids = [request_id.partition("-")[0] for request_id in request_ids]
-        self._prompt_of_request.update(dict.fromkeys(public_ids, index))
-        self._generations[index] = {request_id: [] for request_id in public_ids}
-        self._seed_counts[index] = len(prompt.seeds)
-        self.responses += len(prompt.seeds)
-
-    def finish(
-        self,
-        output: RequestOutput,
-        on_result: Callable[[int, list[Generation]], None],
-        failed: list[tuple[int, str]],
-    ) -> None:
-        """Store a finished request; call ``on_result`` with the responses of its prompt if it was the last of them.
-
-        Of a prompt with several requests the first failure goes to ``failed``; its other requests are then ignored.
-        """
-        index = self._prompt_of_request.pop(output.request_id)
-        if index not in self._seed_counts:
-            return
-        by_request = self._generations[index]
-        try:
-            by_request[output.request_id] = generations(output)
-        except RolloutError as error:
-            failed.append((index, str(error)))
-            self.responses -= self._seed_counts.pop(index)
-            return
-        if all(by_request.values()):
-            self.responses -= self._seed_counts.pop(index)
-            responses: list[Generation] = []
-            for request_generations in self._generations.pop(index).values():
-                responses += request_generations
-            on_result(index, responses)
-
-
 def request_of(prompt: Prompt) -> dict[str, object]:
     """Return a prompt in vLLM's form."""
-    request: dict[str, object] = {"prompt_token_ids": list(prompt.tokens)}
+    request: dict[str, object] = {"prompt_token_ids": [*prompt.tokens, *prompt.response]}
     media: dict[str, Sequence[object]] = {}
     if images := list(prompt.images):
         media["image"] = images

@@ -37,6 +37,9 @@ class Prompt:
         seeds: One for each response.  A response depends on the weights, the prompt and its own seed alone, up
             to rounding.  Consecutive seeds (s, s + 1, ...) share one request and are faster.
         sampling: How the responses are sampled.
+        response: Ids of a response so far, after the prompt; what is sampled goes on from there.
+        enough: So many responses are enough, those that are finished first and of one step those of the first seeds;
+            the others are given up.  All where it is 0; only of consecutive seeds.
     """
 
     tokens: Sequence[int]
@@ -44,18 +47,20 @@ class Prompt:
     videos: Sequence[Video] = ()
     seeds: Sequence[int] = (0,)
     sampling: Sampling = field(default_factory=Sampling)
+    response: Sequence[int] = ()
+    enough: int = 0
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One response of n tokens.
+    """One response of n tokens; of a prompt that has a response so far, the tokens after it.
 
     Attributes:
         tokens: n sampled ids, with the end token if the model gave one.
         logprobs: float32[n], log_softmax(masked logits / temperature) at the sampled ids; of a greedy response at
             temperature 1.
         stopped: Whether it ended by itself: an end token or a stop string, not the length limit.
-        prompt_tokens: The prompt as the engine saw it, placeholders expanded.
+        prompt_tokens: The prompt as the engine saw it, placeholders expanded, with the response so far.
     """
 
     tokens: list[int]
@@ -156,16 +161,15 @@ def generations(output: RequestOutput) -> list[Generation]:
                 f"vLLM ended a request of {len(prompt_tokens)} prompt tokens with {sample.finish_reason!r}; its log "
                 "says why"
             )
-        tokens = list(sample.token_ids)
-        assert sample.logprobs is not None and sample.logprobs.token_ids == tokens, "log-probabilities of other tokens"
-        response = Generation(
-            tokens=tokens,
-            logprobs=np.array(sample.logprobs.logprobs, np.float32),
-            stopped=sample.finish_reason == "stop",
-            prompt_tokens=list(prompt_tokens),
-        )
-        responses.append(response)
+        stopped = sample.finish_reason == "stop"
+        responses.append(generation_of(list(sample.token_ids), sample.logprobs, stopped, list(prompt_tokens)))
     return responses
+
+
+def generation_of(tokens: list[int], logprobs: Any, stopped: bool, prompt_tokens: list[int]) -> Generation:
+    """Return a response of ``tokens`` with vLLM's own record of their log-probabilities."""
+    assert logprobs is not None and logprobs.token_ids == tokens, "log-probabilities of other tokens"
+    return Generation(tokens, np.array(logprobs.logprobs, np.float32), stopped, prompt_tokens)
 
 
 def prompt_logprobs(output: RequestOutput) -> np.ndarray:

@@ -33,7 +33,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation import evaluator
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.ppo import archive, experience, rollouts
+from ovr_megatron.ppo import archive, experience, grading, rollouts
 from ovr_megatron.rl import training as rl
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.runtime.command import run_command
@@ -117,7 +117,7 @@ def kill(rank: int, kind: str, victim: int, step: int, number: int) -> None:
         case "generate" if rank == victim:  # in the middle: some responses are there, others are not
             at(RolloutEngine, "room_left", step, 5 * number, die)
         case "grade" if rank == victim:
-            at(rollouts.Rollouts, "_submit", step, number, die)
+            at(grading.RoundGrading, "_submit", step, number, die)
         case "exchange" if rank == victim:
             at(experience, "exchange", step, 1, die)
         case "value" if rank == victim:
@@ -127,7 +127,7 @@ def kill(rank: int, kind: str, victim: int, step: int, number: int) -> None:
         case "sync" if rank == victim:
             at(RolloutEngine, "update", step, 1, die)
         case "archive" if rank == victim:
-            at(archive, "_write_numbers", step, 1, lambda path, *rest: die_in_the_file(path))
+            at(archive, "write_arrays", step, 1, lambda path, *rest: die_in_the_file(path))
         case "step" if rank == victim:
             at(Engine, "step", step, 1, die)
         case "save" if rank == victim:

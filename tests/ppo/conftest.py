@@ -23,3 +23,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = os.environ.get("OVR_TEST_LOOPS", "").split()
     launch(ROOT / "tests/ppo/loops.py", out, *words, ranks=int(os.environ.get("OVR_TEST_RANKS", "2")))
     return out
+
+
+@pytest.fixture(scope="session")
+def one_engine(runs: Path) -> Path:
+    """Return the run folders with ``partial_tp2``, for which processes of their own have started."""
+    launch(ROOT / "tests/ppo/loops.py", runs, "one_engine", ranks=2)
+    return runs

@@ -1,7 +1,8 @@
 """PPO and its relatives on two ranks, for tests/ppo: ``torchrun ... tests/ppo/loops.py OUT [reference [NAME ...]]``.
 
 With ``reference`` only the runs that tests/ppo/test_reference.py reads, or those named; with ``tail`` only those of
-oversampled rounds.
+oversampled rounds, with ``partial`` those that go on with unfinished responses, with ``one_engine`` one that resumes
+these.
 """
 
 import json
@@ -87,6 +88,11 @@ EVERYTHING = (
     *("algorithm.dynamic_sampling=2", "algorithm.overlong_buffer=24"),
     "algorithm.wrong_reward=-0.5",
 )
+# Engines that begin some responses late, and a limit that rises, after which responses that had reached it go on.
+CONTINUED = (
+    *("rollout.oversample=0.5", "rollout.max_staleness=1", "rollout.max_num_seqs=3", "iterations=4"),
+    "curriculum=[{until: 2, max_tokens: 72}, {until: 9, max_tokens: 88}]",
+)
 IN_REWARD = (
     *(
         "algorithm.kl_in=reward",
@@ -123,10 +129,11 @@ def again(name: str, iteration: int, *more: str) -> list[dict]:
     return [vars(line) for line in replay.replay(chosen, out / name, iteration, there)]
 
 
-def resume_after_one(name: str, resumed: str, *more: str) -> None:
-    """Copy the first checkpoint of a run into another folder and train the rest there.  A collective."""
+def resume_after(name: str, step: int, resumed: str, *more: str) -> None:
+    """Copy a checkpoint of a run into another folder and train the rest there.  A collective."""
     if world.is_main:
-        shutil.copytree(out / name / "checkpoints/step_000001", out / resumed / "checkpoints/step_000001")
+        folder = f"checkpoints/step_{step:06d}"
+        shutil.copytree(out / name / folder, out / resumed / folder)
     dist.barrier()
     train(resumed, *more)
 
@@ -204,10 +211,24 @@ def oversampled_runs() -> None:
     """Train with rounds that postpone long prompts: whole, resumed, beside a slow engine, and from its archive."""
     settings = ("rollout.oversample=0.5", "iterations=5")
     train("tail", *settings)
-    resume_after_one("tail", "tail_resumed", *settings)
+    resume_after("tail", 1, "tail_resumed", *settings)
     with slow_engine(rank=1):
         train("tail_slow", *settings, "iterations=2")
     train("tail_learned", *settings, "only=train", f"rollouts_from={out / 'tail'}")
+
+
+def continued_runs() -> None:
+    """Train with rounds that go on with responses: the entire run, resumed, beside a slow engine, from its archive."""
+    train("partial", *CONTINUED)
+    resume_after("partial", 2, "partial_resumed", *CONTINUED)
+    with slow_engine(rank=1):
+        train("partial_slow", *CONTINUED, "iterations=2")
+    train("partial_learned", *CONTINUED, "only=train", f"rollouts_from={out / 'partial'}")
+
+
+def run_of_one_engine() -> None:
+    """Have one engine of two ranks go on with what two engines have left; no process can have engines of both sizes."""
+    resume_after("partial", 3, "partial_tp2", *CONTINUED, "rollout.tp=2")
 
 
 @contextmanager
@@ -216,14 +237,18 @@ def slow_engine(rank: int) -> Iterator[None]:
     answer = RolloutEngine.answer
 
     def answer_late(
-        engine: RolloutEngine, take: Callable, on_result: Callable, should_stop: Callable[[], bool]
+        engine: RolloutEngine,
+        take: Callable,
+        on_result: Callable,
+        should_stop: Callable[[], bool],
+        *more: Callable | None,
     ) -> list[tuple[int, str]]:
         def pause() -> bool:
             if world.rank == rank:
                 time.sleep(0.02)
             return should_stop()
 
-        return answer(engine, take, on_result, pause)
+        return answer(engine, take, on_result, pause, *more)
 
     RolloutEngine.answer = answer_late
     try:
@@ -235,8 +260,10 @@ def slow_engine(rank: int) -> Iterator[None]:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
-    if sys.argv[2:] == ["tail"]:
-        oversampled_runs()
+    if parts := {"tail": oversampled_runs, "partial": continued_runs, "one_engine": run_of_one_engine}.get(
+        sys.argv[-1]
+    ):
+        parts()
         distributed.finish()
         sys.exit()
     reference_runs(sys.argv[3:])
@@ -246,6 +273,7 @@ if __name__ == "__main__":
     train("ppo_offload", "offload=true", "rollout.check_updates=true", "rollout.bucket_mib=0.1")
     train("ppo_shared", "rollout.schedule=shared", "rollout.max_num_seqs=8")
     train("ppo_critic_tp2", "critic.parallel={tp: 2}")
+    train("ppo_first_responses", "rollout.extra_responses=8", "iterations=1")
     if not WHOLE:  # another row has the estimator, or the epochs; the equations have tests of their own
         for name in ("grpo", "dr_grpo", "ppo_epochs"):
             del ALGORITHMS[name]
@@ -253,10 +281,11 @@ if __name__ == "__main__":
         train(name, *(f"algorithm.{setting}" for setting in settings))
     adapters = ("model.lora.rank=4", "optimizer.lr=1e-2", "critic.optimizer.lr=1e-2", "algorithm.kl_coefficient=0.01")
     train("lora", *adapters)
-    resume_after_one("lora", "lora_resumed", *adapters)
+    resume_after("lora", 1, "lora_resumed", *adapters)
     train("lora_tp2", *adapters, "parallel.tp=2", "rollout.check_updates=true", "offload=true")
     train("learned", "only=train", f"rollouts_from={out / 'ppo'}")
     oversampled_runs()
+    continued_runs()
     half = config("rolled_out", "only=rollout", "iterations=1")
     generate(half, world)
     found = {
@@ -265,6 +294,7 @@ if __name__ == "__main__":
         "rloo": again("rloo", 1, "parallel.pp=2"),
         "reinforce_pp": again("reinforce_pp", 1, "parallel.cp=2"),
         "everything": again("everything", 1, "parallel.tp=2"),
+        "partial": again("partial", 3, "parallel.tp=2"),
         "critic_tp2": again("ppo_critic_tp2", 1, "critic.parallel=null"),
     }
     if WHOLE:

@@ -62,9 +62,12 @@ class Iteration:
         self.lines = {(line["number"], line["sample"]): line for line in lines}
         self.processor = Processor(self.policy_folder, self.config.data)
         rows = open_stream(self.config.data, self.config.run.seed)
-        rows.load(self.archive["stream"])
         stream = PromptStream(rows, self.processor, self.config.reward.rules)
-        self.rows = stream.draw(self.archive["drawn"])
+        stream.load(self.archive["stream"])
+        if "restarted" in self.archive:
+            self.rows = stream.continue_round(self.archive["drawn"], self.archive["restarted"])
+        else:
+            self.rows = stream.draw(self.archive["drawn"])
         self.dropped = stream.dropped
         self.samples: list[Sample] = self.processor.encode(self.rows, generation=True)
         self.tokenizer = AutoTokenizer.from_pretrained(start)

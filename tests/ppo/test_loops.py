@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from tests.model.matrix import WHOLE
+from tests.ppo.reference import Iteration
 
 pytestmark = pytest.mark.both_cores
 
@@ -270,15 +272,95 @@ def test_a_slow_engine_is_waited_for(runs: Path) -> None:
         assert waits[0] - waits[1] > 0.5 * (slow - fast) > 0
 
 
-@pytest.mark.parametrize("name", ["tail_resumed", "tail_learned"])
+@pytest.mark.parametrize("name", ["tail_resumed", "tail_learned", "partial_resumed", "partial_learned"])
 def test_postponed_prompts_outlive_a_restart(runs: Path, name: str) -> None:
     """A run that goes on with prompts in the queue, and one that learns from the archive, end with the same weights."""
+    entire = name.partition("_")[0]
     for model in ("policy", "critic"):
-        one, two = weights(runs / "tail", model), weights(runs / name, model)
+        one, two = weights(runs / entire, model), weights(runs / name, model)
         assert [key for key in one if not np.array_equal(one[key], two[key])] == []
     # Both write the queue as the run did: an archive of an archive draws the same prompts.
     for path in (runs / name / "rollouts").glob("*/iteration.json"):
-        ours, theirs = (json.loads((runs / run / path.relative_to(runs / name)).read_text()) for run in (name, "tail"))
+        ours, theirs = (json.loads((runs / run / path.relative_to(runs / name)).read_text()) for run in (name, entire))
         assert ours == theirs
-    if name == "tail_resumed":
-        assert curve(runs / name) == curve(runs / "tail")[1:]
+    if name.endswith("resumed"):
+        assert curve(runs / name) == curve(runs / entire)[-len(curve(runs / name)) :]
+        assert len(curve(runs / name)) == {"tail": 4, "partial": 2}[entire]
+
+
+def kept_responses(run: Path, step: int) -> list[dict]:
+    """The arrays of unfinished responses in a checkpoint."""
+    return [load_file(path) for path in sorted((run / f"checkpoints/step_{step:06d}/loop").glob("*"))]
+
+
+def test_unfinished_responses_go_on(runs: Path) -> None:
+    """All four rounds are short, each trains on four prompts of its own, and tokens are at most one iteration old."""
+    lines = curve(runs / "partial")
+    assert all(line["rollout/unfinished_prompts"] == 2 for line in lines)
+    assert all(
+        line["rollout/staleness_share/0"] + line["rollout/staleness_share/1"] == pytest.approx(1) for line in lines
+    )
+    assert all(0.05 < line["rollout/staleness_mean"] < 0.8 for line in lines[1:])
+    places = trained_prompts(runs / "partial")
+    assert [len(set(prompts)) for prompts in places] == [4] * 4
+    assert len({place for prompts in places for place in prompts}) == 16
+    for iteration in range(4):
+        samples = [sample for _, sample in rollouts(runs / "partial", iteration)]
+        assert sorted(samples) == sorted(4 * [0, 1, 2, 3])
+
+
+def test_each_token_has_the_log_probability_of_its_version(runs: Path) -> None:
+    """Transformers scores the responses under the weights of every iteration that drew a token of them."""
+    mixed = 0
+    for number in (1, 2, 3):
+        iteration = Iteration(runs / "partial", number)
+        for version in (number - 1, number):
+            folder = runs / f"partial/checkpoints/step_{version:06d}/policy" if version else runs / "model"
+            with torch.no_grad():
+                scores = iteration.scores(iteration.load(folder), iteration.answers)
+            own, other = [], []
+            for answer, (logprobs, _) in zip(iteration.answers, scores, strict=True):
+                versions = answer.saved["versions"]
+                difference = np.abs(logprobs.numpy() - answer.saved["logprobs"])
+                own.append(difference[versions == version])
+                other.append(difference[versions != version])
+                mixed += len(set(versions)) == 2
+            assert np.concatenate(own).max() < 3e-5
+            assert np.concatenate(other).mean() > 1e-2, "the policy must have moved"
+    assert mixed > 10
+
+
+def test_a_slow_engine_changes_no_unfinished_response(runs: Path) -> None:
+    assert curve(runs / "partial_slow") == curve(runs / "partial")[:2]
+    assert trained_prompts(runs / "partial_slow") == trained_prompts(runs / "partial")[:2]
+    one, two = kept_responses(runs / "partial", 2), kept_responses(runs / "partial_slow", 2)
+    assert len(one) == len(two) > 0
+    for ours, theirs in zip(one, two, strict=True):
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_groups_have_the_first_of_more_responses(runs: Path) -> None:
+    """Of the same seeds and more: as many responses to each prompt, of which the k-th shortest is no longer."""
+    first, plain = rollouts(runs / "ppo_first_responses", 0), rollouts(runs / "ppo", 0)
+    assert sorted(first) == sorted(plain)
+    lengths: list[list[int]] = []
+    for responses in (first, plain):
+        groups: dict[int, list[int]] = {}
+        for (prompt, _), (tokens, *_) in responses.items():
+            groups.setdefault(prompt, []).append(len(tokens))
+        lengths.append([length for prompt in sorted(groups) for length in sorted(groups[prompt])])
+    assert all(ours <= theirs for ours, theirs in zip(*lengths, strict=True))
+    assert sum(lengths[0]) < 0.9 * sum(lengths[1])
+    [line] = curve(runs / "ppo_first_responses")
+    assert line["policy/grad_norm"] > 0 and line["rollout/mismatch_max"] <= 1e-4
+
+
+def test_an_engine_of_two_ranks_goes_on_with_the_responses_of_two_engines(one_engine: Path) -> None:
+    runs = one_engine
+    [line] = curve(runs / "partial_tp2")
+    entire = curve(runs / "partial")[3]
+    assert line["rollout/unfinished_prompts"] == 2 and line["rollout/staleness_mean"] > 0.2
+    ours, theirs = rollouts(runs / "partial_tp2", 3), rollouts(runs / "partial", 3)
+    stale = {tuple(tokens[:8]) for tokens, *_ in theirs.values()}
+    assert len(stale & {tuple(tokens[:8]) for tokens, *_ in ours.values()}) >= 8  # begun before, and gone on with
+    assert line["curriculum/max_tokens"] == entire["curriculum/max_tokens"]

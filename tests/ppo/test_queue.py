@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from ovr_megatron.config import ParallelConfig
-from ovr_megatron.ppo import counters, rollouts
+from ovr_megatron.ppo import counters, round_work
 from ovr_megatron.ppo.counters import RolloutCounters
-from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.ppo.round_work import assign, open_queue
 from ovr_megatron.runtime import distributed
 
 PROMPTS, RESPONSES, ROOM, STEPS = 10, 4, 16, 500
@@ -32,7 +32,7 @@ class CountingStore:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     distributed.start(ParallelConfig(), seed=1)
     CountingStore.calls = Counter()
-    monkeypatch.setattr(rollouts, "default_store", CountingStore)
+    monkeypatch.setattr(round_work, "default_store", CountingStore)
     monkeypatch.setattr(counters, "default_store", CountingStore)
     return CountingStore.calls
 
@@ -45,12 +45,8 @@ def test_an_empty_queue_is_asked_once(calls: Counter[str]) -> None:
         broadcasts.append(decide())
         return broadcasts[-1]
 
-    settings = SimpleNamespace(schedule="shared", tp=1, max_num_seqs=ROOM)
-    config: Any = SimpleNamespace(rollout=settings, reward=SimpleNamespace(rules={}), responses=RESPONSES)
-    engine: Any = SimpleNamespace(agree=agree)
-    world: Any = SimpleNamespace(size=1, rank=0)
-    unused: Any = None
-    queue = Rollouts(engine, unused, unused, config, world)._open_queue(range(100, 100 + PROMPTS), f"once{id(calls)}")
+    work = assign(range(100, 100 + PROMPTS), replica=0, replicas=1, static=False)
+    queue = open_queue(work, f"once{id(calls)}", RESPONSES, ROOM, agree)
     taken: list[int] = []
     for step in range(STEPS):
         finished = min(step // 10, len(taken))

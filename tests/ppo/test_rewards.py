@@ -8,9 +8,10 @@ import torch.distributed as dist
 
 from ovr_megatron.data.schema import Message, Row, TextPart
 from ovr_megatron.ppo.batch import Response
+from ovr_megatron.ppo.grading import write_verdict
 from ovr_megatron.ppo.iteration import response_metrics
 from ovr_megatron.ppo.prompts import Prompts
-from ovr_megatron.ppo.rollouts import Rollout, _write_verdict
+from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.rewards.failures import FEWEST, FailureWatch, RewardError, count_verdicts
 from ovr_megatron.rewards.verdict import Reason, Verdict
 
@@ -29,7 +30,7 @@ def one_rank():
 
 def response(prompt: int, verdict: Verdict, rule: str = "auto", tokens: int = 3) -> Response:
     made = Response(prompt, 0, list(range(tokens)), np.zeros(tokens, np.float32), True, "text")
-    _write_verdict(made, verdict, rule)
+    write_verdict(made, verdict, rule)
     return made
 
 

@@ -36,7 +36,7 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("truncated responses are rewarded", "ppo/rollouts.py", "if response.stopped:", "if True:"),
+    Mutant("truncated responses are rewarded", "ppo/grading.py", "if response.stopped:", "if True:"),
     Mutant(
         "the trainer forgets the temperature",
         "model/vision_language.py",

@@ -1,0 +1,135 @@
+"""Have the responses of a round graded while others are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ovr_megatron.config import RLConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import Row
+from ovr_megatron.ppo.batch import Response
+from ovr_megatron.ppo.counters import RolloutCounters
+from ovr_megatron.ppo.unfinished import ResponseSoFar
+from ovr_megatron.rewards.failures import VerdictCounts, count_verdicts
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
+from ovr_megatron.rewards.rules import is_plain
+
+
+class RoundGrading:
+    """The responses of this rank's engine to the prompts that it has answered in a round, and their verdicts.
+
+    Attributes:
+        responses: by prompt and sample; those whose verdict is missing have none yet.
+    """
+
+    def __init__(
+        self, grader: GraderPool, processor: Processor, config: RLConfig, rows: Sequence[Row], counters: RolloutCounters
+    ) -> None:
+        self.responses: dict[tuple[int, int], Response] = {}
+        self._grader = grader
+        self._processor = processor
+        self._config = config
+        self._rows = rows
+        self._counters = counters
+        self._verdicts: dict[tuple[int, int], tuple[str, Verdict]] = {}  # with the source of the row
+
+    def submit(self, prompt: int, group: Sequence[ResponseSoFar], version: int) -> None:
+        """Have all responses to ``prompt`` graded; ``version`` is that of the current policy."""
+        for k, finished in enumerate(group):
+            tokens: list[int] = finished.tokens.tolist()
+            is_current = bool((finished.versions == version).all())
+            response = Response(
+                prompt,
+                k,
+                tokens,
+                finished.logprobs,
+                finished.stopped,
+                self._processor.decode(tokens),
+                versions=None if is_current else finished.versions,
+            )
+            self._submit(response)
+            self.responses[prompt, k] = response
+        token_count = sum(map(len, group))
+        self._counters.add(len(group), token_count)
+
+    def _submit(self, response: Response) -> None:
+        """Have ``response`` graded; one that did not stop by itself gets 0 and costs the graders nothing."""
+        response.verdict = "not finished"
+        if response.stopped:
+            row = self._rows[response.prompt]
+            request = GradeRequest(
+                response.text,
+                row.answer or "",
+                row.options,
+                self._rule_for(row.source),
+                self._config.data.template == "think",
+            )
+            self._grader.submit((response.prompt, response.sample), request)
+
+    def add_failed(self, failed: Sequence[tuple[int, str]], count: int) -> None:
+        """Add ``count`` responses without tokens and reward for each prompt (and problem) that the engine gave up."""
+        for prompt, problem in failed:
+            for sample in range(count):
+                self.responses[prompt, sample] = Response(
+                    prompt,
+                    sample,
+                    tokens=[],
+                    logprobs=np.zeros(0, np.float32),
+                    stopped=False,
+                    text="",
+                    verdict=f"failed: {problem}",
+                    rewarded=False,
+                )
+
+    @property
+    def pending(self) -> bool:
+        """Whether a verdict is missing."""
+        return bool(self._grader.pending)
+
+    def take_verdicts(self, wait: bool) -> None:
+        """Write the verdicts that are there into their responses; ``wait`` for at least one."""
+        for key, verdict in self._grader.collect(wait):
+            self._write(key, verdict)
+
+    def _write(self, key: Any, verdict: Verdict) -> None:
+        response = self.responses[key]
+        source = self._rows[response.prompt].source
+        self._verdicts[key] = (source, verdict)
+        reward = write_verdict(response, verdict, self._rule_for(source))
+        self._counters.add_reward(reward)
+
+    def _rule_for(self, source: str) -> str:
+        """Return the rule by which responses to rows of ``source`` are graded."""
+        return self._config.reward.rules.get(source, "auto")
+
+    def responses_without(self, left_out: set[int]) -> list[Response]:
+        """Return the responses to the prompts that are not in ``left_out``."""
+        # By prompt and sample, so that the order does not depend on which response ended first.
+        return [self.responses[key] for key in sorted(self.responses) if key[0] not in left_out]
+
+    def count_verdicts(self, left_out: set[int]) -> dict[str, VerdictCounts]:
+        """Count verdicts by source, and the failed ones, without the prompts in ``left_out``.
+
+        How many of these are graded depends on the clock.
+        """
+        verdicts = [verdict for (prompt, _), verdict in self._verdicts.items() if prompt not in left_out]
+        return count_verdicts(verdicts)
+
+
+def write_verdict(response: Response, verdict: Verdict, rule: str) -> float:
+    """Write ``verdict``, made by ``rule``, into its response; return the reward.
+
+    An expression that two graders cannot finish is no right answer, but of a user's function that fails nothing is
+    known, so that there is no reward.
+    """
+    response.reward = verdict.reward
+    response.verdict = verdict.reason
+    response.failed = verdict.failed
+    if verdict.failed and not is_plain(rule):
+        response.rewarded = False
+        parts = filter(None, (verdict.reason, verdict.box))
+        response.verdict = ": ".join(parts)
+    return response.reward
