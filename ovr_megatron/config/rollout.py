@@ -18,6 +18,11 @@ class RolloutConfig:
 
     tp: PositiveInt = 1
     """Tensor-parallel size of an engine."""
+    ranks: Annotated[Count, ZeroMeans("all train and generate in turn")] = 0
+    """Ranks of the job, the last ones, that only generate; the others only train."""
+    max_staleness: Annotated[Count, ZeroMeans("the current ones alone")] = 0
+    """With rollout.ranks, how many iterations older than the policy the weights may be that draw a response: with 1 the
+    responses of an iteration are generated while the iteration before it trains."""
     schedule: Literal["static", "shared"] = "static"
     """Prompts of an engine: the same number at the start, so that a repeated run draws the same batches (static), or
     the next one when it has room, which ends sooner where lengths differ (shared)."""
@@ -35,7 +40,7 @@ class RolloutConfig:
     kv_cache_gib: Annotated[NonNegativeFloat, ZeroMeans("by gpu_memory_utilization")] = 0.0
     """Size of the KV cache in GiB."""
     # Below 1: the trainer's process has memory of its own on the GPU, also with offload.
-    gpu_memory_utilization: Annotated[float, Field(ge=0, lt=1), ZeroMeans("a half; 0.85 with offload=true")] = 0.0
+    gpu_memory_utilization: Annotated[float, Field(ge=0, lt=1), ZeroMeans("a half; 0.85 with offload or ranks")] = 0.0
     """vLLM's share of the GPU while it generates; with offload=true the trainer's models leave the GPU meanwhile."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a response."""
@@ -56,7 +61,24 @@ class RolloutConfig:
             self.top_p == 1.0,
             f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must too; use 1.0",
         )
+        require(
+            self.ranks % self.tp == 0,
+            f"rollout.ranks={self.ranks} is no multiple of rollout.tp={self.tp}, the ranks of an engine; change one of "
+            "them",
+        )
+        require(
+            self.max_staleness <= 1,
+            f"rollout.max_staleness={self.max_staleness}: generation is at most one iteration ahead; use 0 or 1",
+        )
+        require(
+            self.ranks > 0 or not self.max_staleness,
+            f"rollout.max_staleness={self.max_staleness} needs ranks that generate while others train; give "
+            "rollout.ranks, or leave it at 0",
+        )
 
     def memory_share(self, offload: bool) -> float:
-        """Return the share of the GPU that vLLM takes; with ``offload`` the trainer's models leave it meanwhile."""
-        return self.gpu_memory_utilization or (0.85 if offload else 0.5)
+        """Return the share of the GPU that vLLM takes.
+
+        With ``offload`` the trainer's models leave it meanwhile, and with ``rollout.ranks`` there are none.
+        """
+        return self.gpu_memory_utilization or (0.85 if offload or self.ranks else 0.5)

@@ -309,7 +309,8 @@ def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
 
 def _redraw(prompts: PromptStream, before: PromptState, drawn: int, long: bool, postponed: Sequence[int]) -> list[Row]:
     """Draw the ``drawn`` prompts of an iteration once more from the state ``before`` it, and postpone the same."""
-    prompts.load(before)
+    if prompts.state() != before:  # a streamed source goes to a position by reading on to it
+        prompts.load(before)
     rows = prompts.draw_postponed(drawn) if long else prompts.draw(drawn)
     prompts.postpone(postponed)
     return rows
@@ -329,6 +330,9 @@ def _write_numbers(path: Path, responses: Sequence[Response], arrays: Mapping[st
         "tokens": np.concatenate(tokens),
         "logprobs": np.concatenate(logprobs),
     }
+    versions = [r.versions for r in responses if r.versions is not None]
+    if len(versions) == len(responses):
+        tensors["versions"] = np.concatenate(versions)
     for name, values in arrays.items():
         tensors[name] = np.concatenate(values)
     # Not the library's `save_file`, whose files nobody else may read, and whose error for a full disk is no OSError.
@@ -367,9 +371,10 @@ def _read_lines(path: Path) -> dict[tuple[int, int], ArchivedResponse]:
 def _read_responses(path: Path, lines: Mapping[tuple[int, int], ArchivedResponse]) -> list[Response]:
     """Return the responses of a file."""
     index, arrays = _read_arrays(path)
-    numbers = zip(index.tolist(), arrays["tokens"], arrays["logprobs"], strict=True)
+    versions = arrays.get("versions", [None] * len(index))
+    numbers = zip(index.tolist(), arrays["tokens"], arrays["logprobs"], versions, strict=True)
     responses = []
-    for (prompt, sample, _), response_tokens, response_logprobs in numbers:
+    for (prompt, sample, _), response_tokens, response_logprobs, response_versions in numbers:
         line = lines[prompt, sample]
         responses.append(
             Response(
@@ -382,6 +387,7 @@ def _read_responses(path: Path, lines: Mapping[tuple[int, int], ArchivedResponse
                 reward=line["reward"],
                 verdict=line["verdict"],
                 failed=line.get("failed", False),
+                versions=response_versions,
             )
         )
     return responses

@@ -31,6 +31,7 @@ class Response:
         failed: whether no grader came to a verdict.
         rewarded: whether ``reward`` says anything about the response.  False where the prompt was given up and where
             the user's own rule failed.
+        versions: int32 [n], the iteration whose weights drew each token; None: the current ones drew all of them.
     """
 
     prompt: int
@@ -43,6 +44,7 @@ class Response:
     verdict: str = ""
     failed: bool = False
     rewarded: bool = True
+    versions: np.ndarray | None = None
 
 
 def seeds_of(run_seed: int, iteration: int, prompt: int, count: int) -> list[int]:

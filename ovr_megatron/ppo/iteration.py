@@ -75,7 +75,7 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
 
 
 class Clock:
-    """Seconds of each phase, including the wait for the slowest rank."""
+    """Seconds of each phase, including the wait for the slowest rank; those of a phase that comes again add up."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -89,7 +89,7 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # kernels may still run when the block has returned
         dist.barrier()
-        self.seconds[phase] = time.perf_counter() - began
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
     def metrics(self, batch: Batch, world: World) -> dict[str, float]:
         """Return ``timing/`` in seconds and ``perf/`` in tokens per second over all ranks.  A collective."""

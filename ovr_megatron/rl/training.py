@@ -20,6 +20,7 @@ from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
+from ovr_megatron.ppo.generators import Generators, ReceivedRollout, iterate_split
 from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
@@ -28,6 +29,8 @@ from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.record import record_run, show_start
 from ovr_megatron.rl.rehearsal import rehearse
+from ovr_megatron.rl.remote_evaluation import RemoteEvaluation
+from ovr_megatron.rl.serving import serve
 from ovr_megatron.rl.setup import (
     build_models,
     build_rollouts,
@@ -53,8 +56,11 @@ logger = get_logger(__name__)
 def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
     """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.  A collective.
 
-    With ``only=train`` the rollouts are read from ``rollouts_from``, and no engine is started.
+    With ``only=train`` the rollouts are read from ``rollouts_from``, and no engine is started.  A rank of
+    ``rollout.ranks`` generates for the others until they are done.
     """
+    if world.job and world.job.generates:
+        return RunResult(Path(config.run.dir), serve(config, world))
     with RL(config, world, launch) as rl:
         return rl.run()
 
@@ -71,7 +77,8 @@ class RL:
         critic: the value network, for values; None where the algorithm has none.
         next_iteration: index of the next iteration, from 0.
         last: the number of iterations after which the run ends.
-        rollouts: vLLM and graders; None with ``only=train``.
+        rollouts: vLLM and graders; None with ``only=train`` and where other ranks generate.
+        generators: the ranks that only generate; None without ``rollout.ranks``.
         evaluation: None where it is off, and with ``only=train``.
         log: on the main rank only.
         peak_flops: FLOP per second of a device that the MFU refers to.
@@ -97,11 +104,18 @@ class RL:
             RuleError: graders cannot import a function.
             UserError: a setting, a model, the data or the run folder cannot work.
         """
+        if config.rollout.ranks and (world is None or world.job is None):
+            raise ConfigError(
+                f"rollout.ranks={config.rollout.ranks} is for `ovr rl`: in a program all ranks train and generate; "
+                "leave it at 0"
+            )
         config = with_rewards(config, rewards or {})
         with ExitStack() as resources:
             check_names(config)
             if world is None:
                 world = resources.enter_context(distributed.process_group(config.run, config.parallel))
+            if world.job:
+                resources.enter_context(world.job.announcing())
             self.config = config
             self.world = world
             self.run_folder = Path(config.run.dir)
@@ -120,6 +134,7 @@ class RL:
             # vLLM takes the memory that they leave free; each is onloaded when it works.
             self.models.offload_except(None)
             checkpoint = self._resume()
+            self.generators = self._join_generators(checkpoint, resources)
             self.rollouts = self._start_rollouts(model_folder, resources)
             self.evaluation = self._build_evaluation()
             self.policy, self.critic = self._chat_models(model_folder)
@@ -133,7 +148,7 @@ class RL:
             self._may_lack_scores = True
             self._stopped = False
             # Empty until an iteration is done; a stop before that saves no checkpoint (`stop_early`).
-            self._state: Mapping[str, object] = {}
+            self._state: dict[str, object] = {}
             self._resources = resources.pop_all()
 
     def _resume(self) -> ResumePoint | None:
@@ -145,9 +160,29 @@ class RL:
             self.next_iteration = checkpoint.step
         return checkpoint
 
+    def _join_generators(self, checkpoint: ResumePoint | None, resources: ExitStack) -> Generators | None:
+        """Bring the weights to the ranks that only generate, which end with ``resources``; None if there are none."""
+        job = self.world.job
+        if job is None:
+            return None
+        stop = self.checkpoints.stop
+        resources.enter_context(job.reporting(stop))
+        generators = Generators(self.config, job, stop, self.last)
+        generators.update(self.models, self.next_iteration)
+        if checkpoint and checkpoint.state.get("ahead"):
+            saved = archive.read(self.run_folder, self.next_iteration, self.world)
+            generators.received = ReceivedRollout(saved, {})
+
+        def end(kind: object, error: BaseException | None, traceback: object) -> None:
+            if error is None:  # after an error the generators end with it
+                generators.end(self.checkpoints.result().exit_code)
+
+        resources.push(end)
+        return generators
+
     def _start_rollouts(self, model_folder: Path, resources: ExitStack) -> Rollouts | None:
-        """Start vLLM, and graders, which end with ``resources``; with ``only=train`` there are none."""
-        if self.config.only == "train":
+        """Start vLLM, and graders, which end with ``resources``; None if no rank generates or others do."""
+        if self.config.only == "train" or self.generators:
             return None
         rollouts = build_rollouts(self.config, model_folder, self.prompts.processor, self.models)
         rollouts.stop = self.checkpoints.stop
@@ -155,9 +190,13 @@ class RL:
         resources.enter_context(rollouts.grader)
         return rollouts
 
-    def _build_evaluation(self) -> PeriodicEvaluation | None:
+    def _build_evaluation(self) -> PeriodicEvaluation | RemoteEvaluation | None:
         config = self.config
-        if self.rollouts is None or not config.evaluation.every:
+        if not config.evaluation.every:
+            return None
+        if self.generators:
+            return RemoteEvaluation(config, self.generators, self.prompts.processor, self.run_folder)
+        if self.rollouts is None:
             return None
         # Rollouts and evaluation share the engine: there is no memory for a second one.
         engine = self.rollouts.engine
@@ -227,8 +266,8 @@ class RL:
         try:
             result = self._learn(iteration)
         except StopRequested:
-            assert self.rollouts is not None
-            self.rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
+            if self.rollouts:
+                self.rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
             self.checkpoints.stop_early(iteration, self.engines, self._state)
             self._stopped = True
             return None
@@ -241,6 +280,10 @@ class RL:
             self._write_log(self.log, result, iteration)
         self._state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
         self.next_iteration += 1
+        if self.generators and self.next_iteration % self.config.run.save_every == 0:
+            # Before the checkpoint, which is complete with these responses alone.
+            ahead = self.generators.archive_received(self.run_folder, self.next_iteration, self.prompts, self.world)
+            self._state |= {"ahead": ahead}
         self._stopped = self.checkpoints.end_step(self.next_iteration, self.done, self.engines, self._state)
         return metrics
 
@@ -295,6 +338,8 @@ class RL:
         Raises:
             StopRequested: a signal came while responses were generated.
         """
+        if self.generators:
+            return iterate_split(self.models, self.generators, self.prompts, iteration)
         if self.rollouts:
             return iterate(self.models, self.rollouts, self.prompts, iteration)
         return self._learn_archived(iteration)
@@ -388,9 +433,11 @@ def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
         with distributed.process_group(config.run, config.parallel) as world:
             _show_result(work(config, world), world)
         return 0
-    with RL(config, launch=launch) as rl:
-        result = rl.run()
-        _show_result(result.path, rl.world)
+    check_names(config)
+    with distributed.process_group(config.run, config.parallel, config.rollout.ranks) as world:
+        result = train(config, world, launch)
+        if not (world.job and world.job.generates):
+            _show_result(result.path, world)
     return result.exit_code
 
 
