@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.config import RLConfig
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import SavedIteration
@@ -154,6 +155,24 @@ class Generators:
         rollout = config.rollout
         self._reshard = Reshard(None, int(rollout.bucket_mib * 2**20), rollout.check_updates, job.group)
 
+    def start(self, models: Models, iteration: int, checkpoint: ResumePoint | None, run: Path) -> None:
+        """Bring the weights of the beginning, and the responses that the checkpoint goes on with.
+
+        Args:
+            models: have the policy.
+            iteration: the first one of this process.
+            checkpoint: that the run goes on from, if it does.
+            run: the run folder.
+
+        Raises:
+            ArchiveError: the responses that belong to the checkpoint are damaged.
+        """
+        self.update(models, iteration)
+        ahead = checkpoint.state.get("ahead") if checkpoint else None
+        if ahead is not None:
+            saved = archive.read(run, iteration, models.world)
+            self.received = ReceivedRollout(saved, ahead)
+
     def update(self, models: Models, version: int) -> Traffic:
         """Send the policy's weights, those after ``version`` iterations."""
         models.offload_except(models.policy)
@@ -189,20 +208,26 @@ class Generators:
         except StopRequested:
             self.received = None  # the iteration that has trained is complete: the run ends after it
 
-    def archive_received(self, run: Path, iteration: int, prompts: PromptStream, world: World) -> bool:
-        """Archive responses that wait for their turn, so that a checkpoint goes on with them; return whether it did.
+    def archive_received(
+        self, run: Path, iteration: int, prompts: PromptStream, world: World
+    ) -> dict[str, float] | None:
+        """Archive responses that wait for their turn, so that a run goes on with them from a checkpoint.
 
         They were drawn by weights that no checkpoint of this iteration has.  The stream stays where it is.
+
+        Returns:
+            The metrics of their generation, for the checkpoint; None where none wait or the disk does not take them.
         """
         if self.received is None:
-            return False
+            return None
         stream = prompts.state()
         dropped = prompts.dropped
         rollout = archive.restore(self.received.saved, prompts)
         prompts.load(stream)
         prompts.dropped = dropped
         responses = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
-        return archive.write(run, iteration, rollout, stream, responses, {}, world) is None
+        problem = archive.write(run, iteration, rollout, stream, responses, {}, world)
+        return None if problem else self.received.metrics
 
     def scores(self, done: int, may_stop: bool) -> dict[str, float]:
         """Score the weights after ``done`` iterations, which the generators have.
@@ -282,6 +307,5 @@ def iterate_split(models: Models, generators: Generators, prompts: PromptStream,
     metrics |= traffic.metrics()
     # Again: those of `learn` do not have the seconds of these phases yet.
     metrics |= clock.metrics(result.experience.batch, models.world)
-    if "timing/rollout" in metrics:  # not of responses that a checkpoint went on with
-        metrics["perf/generate_tokens_per_second"] *= metrics["timing/generate"] / metrics["timing/rollout"]
+    metrics["perf/generate_tokens_per_second"] *= metrics["timing/generate"] / metrics["timing/rollout"]
     return result

@@ -20,7 +20,7 @@ from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.generators import Generators, ReceivedRollout, iterate_split
+from ovr_megatron.ppo.generators import Generators, iterate_split
 from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
@@ -29,7 +29,6 @@ from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.record import record_run, show_start
 from ovr_megatron.rl.rehearsal import rehearse
-from ovr_megatron.rl.remote_evaluation import RemoteEvaluation
 from ovr_megatron.rl.serving import serve
 from ovr_megatron.rl.setup import (
     build_models,
@@ -40,6 +39,7 @@ from ovr_megatron.rl.setup import (
     open_model_and_prompts,
     with_rewards,
 )
+from ovr_megatron.rl.split import RemoteEvaluation, join_generators
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger, set_step
@@ -120,6 +120,9 @@ class RL:
             self.world = world
             self.run_folder = Path(config.run.dir)
             self.checkpoints = CheckpointManager(config, world)
+            if world.job:
+                # From here on, as the generators wait while the models are loaded.
+                resources.enter_context(world.job.reporting(self.checkpoints.stop))
             if launch is None:
                 # A command's process ends with its run: until then a signal must not change the exit code.
                 resources.callback(self.checkpoints.stop.close)
@@ -134,7 +137,10 @@ class RL:
             # vLLM takes the memory that they leave free; each is onloaded when it works.
             self.models.offload_except(None)
             checkpoint = self._resume()
-            self.generators = self._join_generators(checkpoint, resources)
+            self.generators: Generators | None = None
+            if world.job:
+                self.generators = join_generators(config, world.job, self.checkpoints, self.last, resources)
+                self.generators.start(self.models, self.next_iteration, checkpoint, self.run_folder)
             self.rollouts = self._start_rollouts(model_folder, resources)
             self.evaluation = self._build_evaluation()
             self.policy, self.critic = self._chat_models(model_folder)
@@ -159,26 +165,6 @@ class RL:
             self.prompts.load(checkpoint.state["prompts"])
             self.next_iteration = checkpoint.step
         return checkpoint
-
-    def _join_generators(self, checkpoint: ResumePoint | None, resources: ExitStack) -> Generators | None:
-        """Bring the weights to the ranks that only generate, which end with ``resources``; None if there are none."""
-        job = self.world.job
-        if job is None:
-            return None
-        stop = self.checkpoints.stop
-        resources.enter_context(job.reporting(stop))
-        generators = Generators(self.config, job, stop, self.last)
-        generators.update(self.models, self.next_iteration)
-        if checkpoint and checkpoint.state.get("ahead"):
-            saved = archive.read(self.run_folder, self.next_iteration, self.world)
-            generators.received = ReceivedRollout(saved, {})
-
-        def end(kind: object, error: BaseException | None, traceback: object) -> None:
-            if error is None:  # after an error the generators end with it
-                generators.end(self.checkpoints.result().exit_code)
-
-        resources.push(end)
-        return generators
 
     def _start_rollouts(self, model_folder: Path, resources: ExitStack) -> Rollouts | None:
         """Start vLLM, and graders, which end with ``resources``; None if no rank generates or others do."""
@@ -283,7 +269,7 @@ class RL:
         if self.generators and self.next_iteration % self.config.run.save_every == 0:
             # Before the checkpoint, which is complete with these responses alone.
             ahead = self.generators.archive_received(self.run_folder, self.next_iteration, self.prompts, self.world)
-            self._state |= {"ahead": ahead}
+            self._state["ahead"] = ahead
         self._stopped = self.checkpoints.end_step(self.next_iteration, self.done, self.engines, self._state)
         return metrics
 

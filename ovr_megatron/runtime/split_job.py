@@ -88,7 +88,7 @@ class SplitJob:
 
     def join(self, backend: str, timeout: datetime.timedelta, no_timeout: datetime.timedelta) -> None:
         """Make the groups of all ranks, after the default group of this side.  A collective of all ranks."""
-        self.group = self._make_group("job", backend, timeout)
+        self.group = self._make_group("job", dist.Backend(backend), timeout)
         self.messages = self._make_group("messages", "gloo", no_timeout)
 
     def _make_group(self, name: str, backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup:

@@ -76,7 +76,9 @@ def test_every_update_is_a_fresh_engine(runs: Path) -> None:
 
 def test_turns_resume_bit_for_bit(runs: Path) -> None:
     assert_same_run(runs / "turns_resumed", runs / "turns", range(2, 3))
-    assert curve(runs / "turns_resumed") == curve(runs / "turns")[2:]
+    # The other folder lacks the scores of the checkpoint, which are made before anything else.
+    scores, *rest = curve(runs / "turns_resumed")
+    assert scores.items() <= curve(runs / "turns")[1].items() and rest == curve(runs / "turns")[2:]
 
 
 def test_generation_overlaps_training(runs: Path) -> None:

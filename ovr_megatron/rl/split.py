@@ -1,14 +1,39 @@
-"""Evaluate the live weights on the ranks that only generate."""
+"""Train beside ranks that only generate: begin and end with them, and have them evaluate."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
+from ovr_megatron.checkpoint.manager import CheckpointManager
 from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.evaluation.periodic import EvaluationSchedule
 from ovr_megatron.ppo.generators import Generators
+from ovr_megatron.runtime.split_job import SplitJob
 from ovr_megatron.runtime.stop import StopRequest
+
+
+def join_generators(
+    config: RLConfig, job: SplitJob, checkpoints: CheckpointManager, last: int, resources: ExitStack
+) -> Generators:
+    """Return the ranks that only generate, which end with ``resources`` as the run does.
+
+    Args:
+        config: of the job.
+        job: all ranks.
+        checkpoints: says how the run ends, and hears of signals.
+        last: iterations after which the run ends.
+        resources: of the run.
+    """
+    generators = Generators(config, job, checkpoints.stop, last)
+
+    def end(kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:  # with an error the generators end by themselves
+            generators.end(checkpoints.result().exit_code)
+
+    resources.push(end)
+    return generators
 
 
 class RemoteEvaluation(EvaluationSchedule):
