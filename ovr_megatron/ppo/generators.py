@@ -97,7 +97,7 @@ class Delivery:
 
 
 @dataclass(frozen=True)
-class Scores:
+class EvaluationReply:
     """Reply to `Evaluate`: the scores, and the signal that ended the evaluation."""
 
     metrics: dict[str, float]
@@ -237,7 +237,7 @@ class Generators:
         """
         self._send(Evaluate(done, may_stop))
         self._job.meet(self._stop)
-        reply: Scores = self._job.broadcast(None, self._job.trainers)
+        reply: EvaluationReply = self._job.broadcast(None, self._job.trainers)
         self._enter_stop(reply.stopped)
         return reply.metrics
 

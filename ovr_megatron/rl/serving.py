@@ -12,7 +12,7 @@ from ovr_megatron.config import RLConfig
 from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.generators import Command, Delivery, End, Evaluate, Generate, Scores, Update, deliver
+from ovr_megatron.ppo.generators import Command, Delivery, End, Evaluate, EvaluationReply, Generate, Update, deliver
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.rl.setup import open_model_and_prompts, start_engine, start_graders
@@ -35,7 +35,7 @@ def serve(config: RLConfig, world: World) -> int:
     with ExitStack() as resources:
         stop = StopRequest()
         resources.callback(stop.close)
-        resources.enter_context(job.announcing())
+        resources.push(job.announce)
         resources.enter_context(job.reporting(stop))
         server = _Server(config, world, job, stop, resources)
         return server.run()
@@ -101,16 +101,17 @@ class _Server:
         """Score the weights and send the scores, or that a signal has stopped it."""
         assert self._evaluation is not None, "the trainers have the same settings"
         try:
-            scores = Scores(self._evaluation.scores(command.done, self._stop if command.may_stop else None))
+            metrics = self._evaluation.scores(command.done, self._stop if command.may_stop else None)
+            reply = EvaluationReply(metrics)
         except StopRequested:
-            scores = Scores({}, self._level())
+            reply = EvaluationReply({}, self._level())
         self._job.meet(self._stop)
-        self._job.broadcast(scores, self._job.trainers)
+        self._job.broadcast(reply, self._job.trainers)
 
     def _level(self) -> Stop:
         """Return the signal that has stopped the generators: of this rank or of another one."""
         # A generator that was not asked itself may not have looked at the store yet.
-        return max(self._stop.received, self._job.stop_asked(), Stop.LEAVE)
+        return max(self._stop.received, self._job.stop_level(), Stop.LEAVE)
 
 
 def _go_to(prompts: PromptStream, command: Generate) -> None:

@@ -6,12 +6,26 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ovr_megatron.checkpoint.manager import CheckpointManager
-from ovr_megatron.config import RLConfig
+from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.evaluation.periodic import EvaluationSchedule
 from ovr_megatron.ppo.generators import Generators
+from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.split_job import SplitJob
 from ovr_megatron.runtime.stop import StopRequest
+
+
+def check_sides(config: RLConfig, world: World | None) -> None:
+    """Refuse ``rollout.ranks`` where the ranks have not joined as two sides.
+
+    Raises:
+        ConfigError: a program asks for it.
+    """
+    if config.rollout.ranks and (world is None or world.job is None):
+        raise ConfigError(
+            f"rollout.ranks={config.rollout.ranks} is for `ovr rl`: in a program all ranks train and generate; "
+            "leave it at 0"
+        )
 
 
 def join_generators(

@@ -39,7 +39,7 @@ from ovr_megatron.rl.setup import (
     open_model_and_prompts,
     with_rewards,
 )
-from ovr_megatron.rl.split import RemoteEvaluation, join_generators
+from ovr_megatron.rl.split import RemoteEvaluation, check_sides, join_generators
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger, set_step
@@ -104,25 +104,16 @@ class RL:
             RuleError: graders cannot import a function.
             UserError: a setting, a model, the data or the run folder cannot work.
         """
-        if config.rollout.ranks and (world is None or world.job is None):
-            raise ConfigError(
-                f"rollout.ranks={config.rollout.ranks} is for `ovr rl`: in a program all ranks train and generate; "
-                "leave it at 0"
-            )
         config = with_rewards(config, rewards or {})
+        check_sides(config, world)
         with ExitStack() as resources:
             check_names(config)
             if world is None:
                 world = resources.enter_context(distributed.process_group(config.run, config.parallel))
-            if world.job:
-                resources.enter_context(world.job.announcing())
             self.config = config
             self.world = world
             self.run_folder = Path(config.run.dir)
-            self.checkpoints = CheckpointManager(config, world)
-            if world.job:
-                # From here on, as the generators wait while the models are loaded.
-                resources.enter_context(world.job.reporting(self.checkpoints.stop))
+            self.checkpoints = self._open_checkpoints(resources)
             if launch is None:
                 # A command's process ends with its run: until then a signal must not change the exit code.
                 resources.callback(self.checkpoints.stop.close)
@@ -137,10 +128,7 @@ class RL:
             # vLLM takes the memory that they leave free; each is onloaded when it works.
             self.models.offload_except(None)
             checkpoint = self._resume()
-            self.generators: Generators | None = None
-            if world.job:
-                self.generators = join_generators(config, world.job, self.checkpoints, self.last, resources)
-                self.generators.start(self.models, self.next_iteration, checkpoint, self.run_folder)
+            self.generators = self._join_generators(checkpoint, resources)
             self.rollouts = self._start_rollouts(model_folder, resources)
             self.evaluation = self._build_evaluation()
             self.policy, self.critic = self._chat_models(model_folder)
@@ -156,6 +144,25 @@ class RL:
             # Empty until an iteration is done; a stop before that saves no checkpoint (`stop_early`).
             self._state: dict[str, object] = {}
             self._resources = resources.pop_all()
+
+    def _open_checkpoints(self, resources: ExitStack) -> CheckpointManager:
+        """Enter the run folder, and have ranks that only generate hear of errors and progress from here on."""
+        job = self.world.job
+        if job:
+            resources.push(job.announce)
+        checkpoints = CheckpointManager(self.config, self.world)
+        if job:
+            # The generators wait while the models are loaded.
+            resources.enter_context(job.reporting(checkpoints.stop))
+        return checkpoints
+
+    def _join_generators(self, checkpoint: ResumePoint | None, resources: ExitStack) -> Generators | None:
+        """Bring the weights to the ranks that only generate, which end with ``resources``; None if there are none."""
+        if self.world.job is None:
+            return None
+        generators = join_generators(self.config, self.world.job, self.checkpoints, self.last, resources)
+        generators.start(self.models, self.next_iteration, checkpoint, self.run_folder)
+        return generators
 
     def _resume(self) -> ResumePoint | None:
         """Load the newest checkpoint and go to its position in the data; return it, or None without one."""

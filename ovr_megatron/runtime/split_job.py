@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime import watchdog
-from ovr_megatron.runtime.stop import Stop, StopRequest, StopRequested
+from ovr_megatron.runtime.stop import Stop, StopRequest
 
 Item = TypeVar("Item")
 
@@ -150,17 +150,6 @@ class SplitJob:
             self._raise_ended(error)
 
     @contextmanager
-    def announcing(self) -> Iterator[None]:
-        """Tell the other side of an error that leaves the block, so that it ends with the same one."""
-        try:
-            yield
-        except StopRequested:
-            raise
-        except BaseException as error:
-            self._announce(error)
-            raise
-
-    @contextmanager
     def reporting(self, request: StopRequest) -> Iterator[None]:
         """Within the block tell the other side of this rank's progress, and this rank of stop requests of all ranks."""
         self._runs += 1
@@ -173,10 +162,10 @@ class SplitJob:
             self._next_report = now + _REPORT_S
             self._store.add("steps", 1)
             self._publish(request)
-            asked = self.stop_asked()
+            level = self.stop_level()
             # Not a plain maximum: a signal may come between the comparison and the assignment.
-            if asked > request.received:
-                request.received = asked
+            if level > request.received:
+                request.received = level
 
         previous = watchdog.listen(report)
         try:
@@ -184,15 +173,17 @@ class SplitJob:
         finally:
             watchdog.listen(previous)
 
-    def stop_asked(self) -> Stop:
+    def stop_level(self) -> Stop:
         """Return the strongest stop request that any rank has published."""
         count = self._store.add(f"stop/{self._runs}", 0)
         if count >= _REQUEUE:
             return Stop.LEAVE_AND_REQUEUE
         return Stop.LEAVE if count else Stop.NO
 
-    def _announce(self, error: BaseException) -> None:
-        """Leave word for the other side that this rank ends with ``error``."""
+    def announce(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Leave word for the other side that this rank ends with ``error``; for `contextlib.ExitStack.push`."""
+        if error is None:
+            return
         failure: BaseException = SideError(
             f"rank {self.rank}, one of the {self.side}, has ended with {type(error).__name__}: {error}"
         )

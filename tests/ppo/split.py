@@ -1,6 +1,7 @@
 """Runs whose last ranks only generate, beside the same runs of one side: ``split.py OUT PART``.
 
-``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``both`` has more ranks on either side.
+``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``tp1`` and ``tp2`` have two ranks on
+either side, with engines of one and of two ranks.
 """
 
 import json
@@ -51,8 +52,9 @@ def config(name: str, *more: str) -> RLConfig:
 def train(name: str, *more: str) -> int:
     """Train with ranks that only generate; return the exit code."""
     chosen = config(name, f"rollout.ranks={world.job.generators}", *more)
+    side = world if world.job.generates else replace(world, layout=world.arrange(chosen.parallel))
     with timed(name):
-        return rl.train(chosen, world).exit_code
+        return rl.train(chosen, side).exit_code
 
 
 def train_alone(name: str, *more: str) -> None:
@@ -185,12 +187,14 @@ def refused(name: str, *more: str) -> None:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     part = sys.argv[2]
-    world = distributed.start(ParallelConfig(), seed=1, threads=1, generators=2 if part == "both" else 1)
-    if part == "both":
-        train("turns", *EVALUATION)
-        train_alone("one", *EVALUATION)
-        train("ahead", *AHEAD, "rollout.tp=2", "parallel.tp=2", "rollout.check_updates=true")
-        resume("ahead", "ahead_resumed", 2, *AHEAD, "rollout.tp=2", "parallel.tp=2")
+    world = distributed.start(ParallelConfig(), seed=1, threads=1, generators=2 if part in ("tp1", "tp2") else 1)
+    if part in ("tp1", "tp2"):
+        tp = f"rollout.tp={part[-1]}"
+        train("turns", tp, *EVALUATION)
+        train_alone("one", tp, *EVALUATION)
+        ahead = (*AHEAD, tp, "parallel.tp=2", "rollout.check_updates=true", "rollout.bucket_mib=0.1", "offload=true")
+        train("ahead", *ahead)
+        resume("ahead", "ahead_resumed", 2, *ahead)
     elif part == "first":
         with checked_updates("turns"):
             train("turns", *EVALUATION)

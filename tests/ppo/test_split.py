@@ -109,9 +109,10 @@ def test_an_error_of_a_generator_ends_both_sides(runs: Path) -> None:
 
 
 @pytest.mark.skipif(not WHOLE, reason="OVR_TEST_WHOLE is not set")
-def test_two_ranks_on_either_side(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["tp1", "tp2"])
+def test_two_ranks_on_either_side(part: str, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", tied=True, seed=5)
-    launch(SCRIPT, tmp_path, "both", ranks=4)
+    launch(SCRIPT, tmp_path, part, ranks=4)
     assert_same_run(tmp_path / "turns", tmp_path / "one", range(3))
     assert curve(tmp_path / "turns") == curve(tmp_path / "one")
     assert_same_run(tmp_path / "ahead_resumed", tmp_path / "ahead", range(2, 4))
