@@ -146,12 +146,12 @@ class Reshard:
         """
         began = time.perf_counter()
         layouts = [shard.layout() for shard in shards]
-        changed, everything = self._agree(layouts != self._planned_layouts, everything)
+        changed, sends_all = self._agree(layouts != self._planned_layouts, everything)
         if changed:
             self._make_plans(layouts)
             self._measure()
             began = time.perf_counter()
-        trained_only = self._is_filled and not everything
+        trained_only = self._is_filled and not sends_all
         steps = self._plans[trained_only]
         _Update(self, steps, shards).run()
         self._is_filled = True
@@ -167,16 +167,16 @@ class Reshard:
         floor = copied / self._copy_rate + received / self._link_rate
         return Traffic(copied, received, seconds, floor)
 
-    def _agree(self, differs: bool, everything: bool) -> tuple[bool, bool]:
-        """Return whether layouts differ from the planned ones, and whether everything is sent, on any rank.
+    def _agree(self, differs: bool, sends_all: bool) -> tuple[bool, bool]:
+        """Return whether layouts differ from the planned ones, and whether all parameters are sent, on any rank.
 
         A collective.  All ranks must plan together: one rank that planned alone would wait for the others in
         `_make_plans`.  And a rank that only sends does not know what the engines have lost.
         """
-        flags = torch.tensor([int(differs), int(everything)], device=self._device)
+        flags = torch.tensor([int(differs), int(sends_all)], device=self._device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        any_differs, any_everything = flags.tolist()
-        return bool(any_differs), bool(any_everything)
+        any_differs, any_sends_all = flags.tolist()
+        return bool(any_differs), bool(any_sends_all)
 
     def _make_plans(self, layouts: list[ShardLayout]) -> None:
         """Plan the update of all parameters and that of the trained ones.  A collective."""
