@@ -30,7 +30,7 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime import distributed
 
-SIZES = ("iterations=3", "prompts=4", "responses=2", "run.save_every=1", "run.keep_last=0", "run.peak_tflops=1")
+SIZES = ("iterations=2", "prompts=4", "responses=2", "run.save_every=1", "run.keep_last=0", "run.peak_tflops=1")
 RULES = "reward.rules={image: 'parity:even', text: 'parity:even'}"
 EVALUATION = (
     "evaluation.every=2",
@@ -38,7 +38,10 @@ EVALUATION = (
     "evaluation.max_tokens=8",
     "evaluation.sources=[{path: 'puzzle:digits?form=text&task=sum', name: sums}]",
 )
-AHEAD = ("iterations=4", "run.save_every=2", "rollout.max_staleness=1")
+AHEAD = ("iterations=4", "run.save_every=2", "rollout.max_staleness=1", *EVALUATION)
+# Rounds that draw more prompts than they train on, of which the generators alone know how many.
+SAMPLED = ("iterations=3", "prompts=3", "algorithm.dynamic_sampling=3")
+TAIL = ("iterations=3", "rollout.oversample=0.5")
 
 
 def config(name: str, *more: str) -> RLConfig:
@@ -168,6 +171,18 @@ def ask_generators_to_stop() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def ask_trainers_to_stop() -> None:
+    if not world.job.generates:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped(name: str, act: Any, *more: str) -> None:
+    """Train with a signal in iteration 1, and write the exit code of either side."""
+    with on_iteration(1, act):
+        code = train(name, *more)
+    (out / f"{name}.{world.job.side}.txt").write_text(str(code))
+
+
 def refused(name: str, *more: str) -> None:
     """Train with prompts that the engine refuses, and write what either side says of it."""
     enqueue = RolloutEngine._enqueue
@@ -195,18 +210,21 @@ if __name__ == "__main__":
         ahead = (*AHEAD, tp, "parallel.tp=2", "rollout.check_updates=true", "rollout.bucket_mib=0.1", "offload=true")
         train("ahead", *ahead)
         resume("ahead", "ahead_resumed", 2, *ahead)
+        for name, settings in (("sampled", SAMPLED), ("tail", TAIL)):
+            train(name, tp, *settings)
+            train_alone(f"{name}_one", tp, *settings)
     elif part == "first":
         with checked_updates("turns"):
             train("turns", *EVALUATION)
         train_alone("one", *EVALUATION)
-        resume("turns", "turns_resumed", 2, *EVALUATION)
+        resume("turns", "turns_resumed", 1, *EVALUATION)
         train("ahead", *AHEAD)
         with on_iteration(3, kill_trainers):
             train("killed", *AHEAD)
     else:
         train("killed", *AHEAD)
-        with on_iteration(1, ask_generators_to_stop):
-            code = train("stopped")
-        (out / f"stopped.{world.job.side}.txt").write_text(str(code))
+        stopped("stopped", ask_generators_to_stop)
+        stopped("stopped_ahead", ask_trainers_to_stop, *AHEAD)
+        train("stopped_ahead", *AHEAD)
         refused("refused")
     distributed.finish()
