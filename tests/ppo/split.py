@@ -38,7 +38,7 @@ EVALUATION = (
     "evaluation.max_tokens=8",
     "evaluation.sources=[{path: 'puzzle:digits?form=text&task=sum', name: sums}]",
 )
-AHEAD = ("iterations=4", "run.save_every=2", "rollout.max_staleness=1", *EVALUATION)
+AHEAD = ("iterations=4", "run.save_every=2", "rollout.max_staleness=1")
 # Rounds that draw more prompts than they train on, of which the generators alone know how many.
 SAMPLED = ("iterations=3", "prompts=3", "algorithm.dynamic_sampling=3")
 TAIL = ("iterations=3", "rollout.oversample=0.5")
@@ -218,11 +218,11 @@ if __name__ == "__main__":
             train("turns", *EVALUATION)
         train_alone("one", *EVALUATION)
         resume("turns", "turns_resumed", 1, *EVALUATION)
-        train("ahead", *AHEAD)
+        train("ahead", *AHEAD, *EVALUATION)
         with on_iteration(3, kill_trainers):
-            train("killed", *AHEAD)
+            train("killed", *AHEAD, *EVALUATION)
     else:
-        train("killed", *AHEAD)
+        train("killed", *AHEAD, *EVALUATION)
         stopped("stopped", ask_generators_to_stop)
         stopped("stopped_ahead", ask_trainers_to_stop, *AHEAD)
         train("stopped_ahead", *AHEAD)

@@ -104,7 +104,7 @@ def test_a_signal_to_a_trainer_drops_what_is_generated_ahead(runs: Path) -> None
     assert [line["step"] for line in curve(runs / "stopped_ahead")] == [0, 1, 2, 3]
     # The next start draws the third iteration once more, by the newest weights.
     assert [versions(runs / "stopped_ahead", iteration) for iteration in range(4)] == [{0}, {0}, {2}, {2}]
-    assert curve(runs / "stopped_ahead")[:2] == curve(runs / "ahead")[:2]
+    assert curve(runs / "stopped_ahead")[0] == curve(runs / "ahead")[0]
 
 
 def test_an_error_of_a_generator_ends_both_sides(runs: Path) -> None:
