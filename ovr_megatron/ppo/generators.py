@@ -168,7 +168,9 @@ class Generators:
             ArchiveError: the responses that belong to the checkpoint are damaged.
         """
         self.update(models, iteration)
-        ahead = checkpoint.state.get("ahead") if checkpoint else None
+        ahead = None
+        if checkpoint and self._config.rollout.max_staleness:  # the run may have had another setting
+            ahead = checkpoint.state.get("ahead")
         if ahead is not None:
             saved = archive.read(run, iteration, models.world)
             self.received = ReceivedRollout(saved, ahead)
