@@ -224,7 +224,8 @@ if __name__ == "__main__":
     else:
         train("killed", *AHEAD, *EVALUATION)
         stopped("stopped", ask_generators_to_stop)
-        stopped("stopped_ahead", ask_trainers_to_stop, *AHEAD)
-        train("stopped_ahead", *AHEAD)
+        # No checkpoint is due then, so that what was generated ahead is not kept, whenever the signal is heard of.
+        stopped("stopped_ahead", ask_trainers_to_stop, *AHEAD, "run.save_every=5")
+        train("stopped_ahead", *AHEAD, "run.save_every=5")
         refused("refused")
     distributed.finish()
