@@ -81,12 +81,14 @@ class Delivery:
     """Reply to `Generate` without the responses themselves.
 
     Attributes:
+        stream: position of the prompt stream after the iteration.
         drawn: prompts drawn.
         seconds: from the command to the last verdict.
         rest: see `Rollout`.
         stopped: the signal that ended generation; the other fields then say nothing.
     """
 
+    stream: PromptState | None = None
     drawn: int = 0
     seconds: float = 0.0
     train_prompts: dict[int, int] = field(default_factory=dict)
@@ -106,10 +108,17 @@ class EvaluationReply:
 
 @dataclass(frozen=True)
 class ReceivedRollout:
-    """Responses that have come and wait for their turn: those of this rank, and the metrics of their generation."""
+    """Responses that have come and wait for their turn.
+
+    Attributes:
+        saved: has those of this rank.
+        metrics: of their generation.
+        stream: position of the prompt stream after their iteration; None where a checkpoint goes on with them.
+    """
 
     saved: SavedIteration
     metrics: dict[str, float]
+    stream: PromptState | None = None
 
 
 def deliver(job: SplitJob, delivery: Delivery, responses: Sequence[Response], stop: StopRequest) -> None:
@@ -197,9 +206,20 @@ class Generators:
         self.received = None
         rollout = archive.restore(received.saved, prompts)
         rollout.metrics |= received.metrics
-        if self._config.rollout.max_staleness and iteration + 1 < self._last:
-            self._generate(iteration + 1, prompts.state())
+        self._generate_ahead(iteration + 1, prompts.state())
         return rollout
+
+    def go_on(self, iteration: int) -> None:
+        """With ``rollout.max_staleness`` begin the iteration after ``iteration``, whose responses wait for their turn.
+
+        `collect` would begin it as well, after what the trainers do between two iterations.
+        """
+        if self.received is not None and self.received.stream is not None:
+            self._generate_ahead(iteration + 1, self.received.stream)
+
+    def _generate_ahead(self, iteration: int, stream: PromptState) -> None:
+        if self._config.rollout.max_staleness and self._running is None and iteration < self._last:
+            self._generate(iteration, stream)
 
     def wait(self) -> None:
         """Wait for responses that are generated meanwhile, if any are; a stop request leaves them out."""
@@ -245,8 +265,7 @@ class Generators:
 
     def end(self, code: int) -> None:
         """End the generators with an exit code."""
-        if self._running is not None:  # a program has left the loop early
-            self.wait()
+        self.wait()  # a signal has ended the run, and ends what is generated ahead
         self._send(End(code))
 
     def _generate(self, iteration: int, stream: PromptState) -> None:
@@ -276,7 +295,8 @@ class Generators:
             delivery.long,
             delivery.postponed,
         )
-        return ReceivedRollout(saved, delivery.metrics | {"timing/rollout": delivery.seconds})
+        metrics = delivery.metrics | {"timing/rollout": delivery.seconds}
+        return ReceivedRollout(saved, metrics, delivery.stream)
 
     def _enter_stop(self, stopped: Stop) -> None:
         """Enter a signal that has ended the generators' work, and raise `StopRequested` if one has."""
@@ -289,10 +309,20 @@ class Generators:
         self._job.broadcast(command, 0)
 
 
-def iterate_split(models: Models, generators: Generators, prompts: PromptStream, iteration: int) -> IterationResult:
+def iterate_split(
+    models: Models, generators: Generators, prompts: PromptStream, iteration: int, goes_on: bool
+) -> IterationResult:
     """Run iteration ``iteration`` (from 0) with responses of the generators.  A collective of the trainers.
 
     ``timing/generate`` is what the trainers waited for responses.
+
+    Args:
+        models: those of the trainers.
+        generators: the other ranks.
+        prompts: the same on every trainer.
+        iteration: from 0.
+        goes_on: whether the generators may begin to generate ahead before the next call, as they have nothing to
+            evaluate.
 
     Raises:
         StopRequested: a signal came while the trainers waited for the responses.
@@ -305,6 +335,8 @@ def iterate_split(models: Models, generators: Generators, prompts: PromptStream,
         generators.wait()
     with clock("sync"):
         traffic = generators.update(models, iteration + 1)
+        if goes_on:
+            generators.go_on(iteration + 1)
     metrics = result.metrics
     metrics |= traffic.metrics()
     # Again: those of `learn` do not have the seconds of these phases yet.

@@ -13,7 +13,7 @@ from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.generators import Command, Delivery, End, Evaluate, EvaluationReply, Generate, Update, deliver
-from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.prompts import PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.rl.setup import open_model_and_prompts, start_engine, start_graders
 from ovr_megatron.runtime.distributed import World
@@ -95,7 +95,8 @@ class _Server:
         responses = rollout.responses if self._rollouts.leads else []
         for response in responses:
             response.versions = _versions(response, self._version)
-        deliver(self._job, _delivery(rollout, time.perf_counter() - began), responses, self._stop)
+        delivery = _delivery(rollout, self._prompts.state(), time.perf_counter() - began)
+        deliver(self._job, delivery, responses, self._stop)
 
     def _evaluate(self, command: Evaluate) -> None:
         """Score the weights and send the scores, or that a signal has stopped it."""
@@ -125,9 +126,10 @@ def _versions(response: Response, version: int) -> np.ndarray:
     return np.full(len(response.tokens), version, np.int32)
 
 
-def _delivery(rollout: Rollout, seconds: float) -> Delivery:
+def _delivery(rollout: Rollout, stream: PromptState, seconds: float) -> Delivery:
     """Return what the trainers need of ``rollout`` to draw its prompts and train on its responses."""
     return Delivery(
+        stream,
         len(rollout.prompts.rows),
         seconds,
         rollout.train_prompts,

@@ -332,7 +332,8 @@ class RL:
             StopRequested: a signal came while responses were generated.
         """
         if self.generators:
-            return iterate_split(self.models, self.generators, self.prompts, iteration)
+            goes_on = not self._evaluates(iteration + 1)
+            return iterate_split(self.models, self.generators, self.prompts, iteration, goes_on)
         if self.rollouts:
             return iterate(self.models, self.rollouts, self.prompts, iteration)
         return self._learn_archived(iteration)
@@ -384,11 +385,15 @@ class RL:
         if problem and self.world.is_main:
             logger.warning(f"the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
 
+    def _evaluates(self, done: int) -> bool:
+        """Return whether the weights after ``done`` iterations are to be scored."""
+        is_end = done == self.config.iterations
+        return self.evaluation is not None and self.evaluation.due(done, is_end)
+
     def _evaluate(self, result: IterationResult, iteration: int) -> None:
         """Score the new weights where an evaluation is due, and add the scores to ``result``.  A collective."""
         done = iteration + 1
-        is_end = done == self.config.iterations
-        if self.evaluation and self.evaluation.due(done, is_end):
+        if self.evaluation and self._evaluates(done):
             self.models.offload_except(None)
             # Scores of the last iteration are made whatever signal comes: no later start would make them.
             stop = None if done == self.last else self.checkpoints.stop

@@ -52,11 +52,11 @@ def config(name: str, *more: str) -> RLConfig:
     return build(RLConfig, OmegaConf.merge(merged, OmegaConf.from_dotlist(options)))
 
 
-def train(name: str, *more: str) -> int:
-    """Train with ranks that only generate; return the exit code."""
+def train(name: str, *more: str, pause_s: float = 0.0) -> int:
+    """Train with ranks that only generate, each iteration ``pause_s`` longer; return the exit code."""
     chosen = config(name, f"rollout.ranks={world.job.generators}", *more)
     side = world if world.job.generates else replace(world, layout=world.arrange(chosen.parallel))
-    with timed(name):
+    with timed(name, pause_s):
         return rl.train(chosen, side).exit_code
 
 
@@ -67,21 +67,22 @@ def train_alone(name: str, *more: str) -> None:
 
 
 @contextmanager
-def timed(name: str) -> Iterator[None]:
+def timed(name: str, pause_s: float) -> Iterator[None]:
     """Write when this side generated or learned within the block, [iteration, begin, end], to ``NAME.SIDE.json``."""
     spans: list[tuple[int, float, float]] = []
 
-    def record(work: Any, position: int) -> Any:
+    def record(work: Any, pause_s: float) -> Any:
         def run(*arguments: Any) -> Any:
             began = time.time()
             result = work(*arguments)
-            spans.append((arguments[position], began, time.time()))
+            time.sleep(pause_s)
+            spans.append((arguments[2], began, time.time()))
             return result
 
         return run
 
     learn, collect = generators.learn, Rollouts.collect
-    generators.learn, Rollouts.collect = record(learn, 2), record(collect, 2)
+    generators.learn, Rollouts.collect = record(learn, 0.0), record(collect, pause_s)
     try:
         yield
     finally:
@@ -218,7 +219,8 @@ if __name__ == "__main__":
             train("turns", *EVALUATION)
         train_alone("one", *EVALUATION)
         resume("turns", "turns_resumed", 1, *EVALUATION)
-        train("ahead", *AHEAD, *EVALUATION)
+        # Longer than what the trainers do between two iterations: this shows what they do meanwhile.
+        train("ahead", *AHEAD, *EVALUATION, pause_s=0.7)
         with on_iteration(3, kill_trainers):
             train("killed", *AHEAD, *EVALUATION)
     else:
