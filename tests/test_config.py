@@ -236,7 +236,8 @@ def test_validation_needs_rows_of_one_kind() -> None:
 
 def test_ranks_that_only_generate_need_two_sides_at_work() -> None:
     assert "only=rollout with rollout.ranks=2" in complaint(RLConfig, "only=rollout", "rollout.ranks=2")
-    assert "only=rehearsal with rollout.ranks=2" in complaint(RLConfig, "only=rehearsal", "rollout.ranks=2")
+    learning = complaint(RLConfig, "only=train", "rollouts_from=runs/other", "rollout.ranks=2")
+    assert "only=train with rollout.ranks=2" in learning
     both = complaint(RLConfig, "rollout={ranks: 2, max_staleness: 1, oversample: 0.5}")
     assert "rollout.max_staleness=1 and rollout.oversample=0.5 are two ways" in both
     assert "rollout.ranks=2: supervised fine-tuning has no rollouts" in complaint(ColdStartConfig, "rollout.ranks=2")

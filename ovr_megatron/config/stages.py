@@ -201,7 +201,7 @@ def _check_trains(model: ModelConfig) -> None:
 def _check_sides(only: str, rollout: RolloutConfig) -> None:
     """Raise `ConfigError` if ranks that only generate have nothing to do, or the others have nothing to learn from."""
     require(
-        not rollout.ranks or only == "all",
+        not rollout.ranks or only in ("all", "rehearsal"),
         f"only={only} with rollout.ranks={rollout.ranks}: one of the two sides would have nothing to do; leave "
         "rollout.ranks at 0",
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.config import RLConfig
 from ovr_megatron.ppo import archive
-from ovr_megatron.ppo.archive import SavedIteration
+from ovr_megatron.ppo.archive import ArchiveError, SavedIteration
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.curriculum import max_tokens
 from ovr_megatron.ppo.experience import Models
@@ -31,9 +31,12 @@ from ovr_megatron.ppo.prompts import PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.rollout.reshard import Reshard, Traffic
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.exchange import exchange
+from ovr_megatron.runtime.exchange import call_on_all, exchange
+from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.split_job import SplitJob
 from ovr_megatron.runtime.stop import Stop, StopRequest, StopRequested
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -172,17 +175,20 @@ class Generators:
             iteration: the first one of this process.
             checkpoint: that the run goes on from, if it does.
             run: the run folder.
-
-        Raises:
-            ArchiveError: the responses that belong to the checkpoint are damaged.
         """
         self.update(models, iteration)
         ahead = None
         if checkpoint and self._config.rollout.max_staleness:  # the run may have had another setting
             ahead = checkpoint.state.get("ahead")
-        if ahead is not None:
-            saved = archive.read(run, iteration, models.world)
-            self.received = ReceivedRollout(saved, ahead)
+        if ahead is None:
+            return
+        try:
+            saved = call_on_all(lambda: archive.read(run, iteration, models.world))
+        except ArchiveError as error:
+            if models.world.is_main:
+                logger.warning(f"{error}; the responses to go on with are generated anew, by newer weights")
+            return
+        self.received = ReceivedRollout(saved, ahead)
 
     def update(self, models: Models, version: int) -> Traffic:
         """Send the policy's weights, those after ``version`` iterations."""

@@ -19,6 +19,7 @@ from ovr_megatron.rl.setup import open_model_and_prompts, start_engine, start_gr
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import set_step
 from ovr_megatron.runtime.split_job import SplitJob
+from ovr_megatron.runtime.steps import peak_gib
 from ovr_megatron.runtime.stop import Stop, StopRequest, StopRequested
 
 
@@ -57,6 +58,7 @@ class _Server:
         grader = resources.enter_context(start_graders(config))
         self._rollouts = Rollouts(engine, grader, processor, config, world)
         self._rollouts.stop = stop
+        self._rollouts.endless = config.only == "rehearsal"
         self._version = 0
         self._evaluation: PeriodicEvaluation | None = None
         if config.evaluation.every:
@@ -95,6 +97,7 @@ class _Server:
         responses = rollout.responses if self._rollouts.leads else []
         for response in responses:
             response.versions = _versions(response, self._version)
+        rollout.metrics["memory/rollout_peak_gib"] = peak_gib()
         delivery = _delivery(rollout, self._prompts.state(), time.perf_counter() - began)
         deliver(self._job, delivery, responses, self._stop)
 

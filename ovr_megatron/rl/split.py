@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from ovr_megatron.checkpoint.manager import CheckpointManager
 from ovr_megatron.config import ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.evaluation.periodic import EvaluationSchedule
@@ -29,22 +29,23 @@ def check_sides(config: RLConfig, world: World | None) -> None:
 
 
 def join_generators(
-    config: RLConfig, job: SplitJob, checkpoints: CheckpointManager, last: int, resources: ExitStack
+    config: RLConfig, job: SplitJob, stop: StopRequest, last: int, exit_code: Callable[[], int], resources: ExitStack
 ) -> Generators:
     """Return the ranks that only generate, which end with ``resources`` as the run does.
 
     Args:
         config: of the job.
         job: all ranks.
-        checkpoints: says how the run ends, and hears of signals.
+        stop: requests to stop on this rank.
         last: iterations after which the run ends.
+        exit_code: returns that of the run, at its end.
         resources: of the run.
     """
-    generators = Generators(config, job, checkpoints.stop, last)
+    generators = Generators(config, job, stop, last)
 
     def end(kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:  # with an error the generators end by themselves
-            generators.end(checkpoints.result().exit_code)
+            generators.end(exit_code())
 
     resources.push(end)
     return generators

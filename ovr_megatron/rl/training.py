@@ -160,7 +160,10 @@ class RL:
         """Bring the weights to the ranks that only generate, which end with ``resources``; None if there are none."""
         if self.world.job is None:
             return None
-        generators = join_generators(self.config, self.world.job, self.checkpoints, self.last, resources)
+        stop = self.checkpoints.stop
+        generators = join_generators(
+            self.config, self.world.job, stop, self.last, lambda: self.checkpoints.result().exit_code, resources
+        )
         generators.start(self.models, self.next_iteration, checkpoint, self.run_folder)
         return generators
 
@@ -413,7 +416,8 @@ class RL:
 def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
     """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
     mismatch = metrics.get("rollout/mismatch_p99", 0.0)
-    if mismatch > config.rollout.mismatch_warning:
+    # Older weights have drawn the responses with `max_staleness`: that the two differ is no fault then.
+    if mismatch > config.rollout.mismatch_warning and not config.rollout.max_staleness:
         logger.warning(
             f"iteration {iteration}: a hundredth of the tokens' log-probabilities differ by {mismatch:.2e} or "
             f"more between rollout and trainer (rollout.mismatch_warning={config.rollout.mismatch_warning:g})"
@@ -428,17 +432,16 @@ def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
     if config.only in ("rollout", "rehearsal"):
         check_names(config)
         work = generate if config.only == "rollout" else rehearse
-        with distributed.process_group(config.run, config.parallel) as world:
+        with distributed.process_group(config.run, config.parallel, config.rollout.ranks) as world:
             _show_result(work(config, world), world)
         return 0
     check_names(config)
     with distributed.process_group(config.run, config.parallel, config.rollout.ranks) as world:
         result = train(config, world, launch)
-        if not (world.job and world.job.generates):
-            _show_result(result.path, world)
+        _show_result(result.path, world)
     return result.exit_code
 
 
 def _show_result(folder: Path, world: World) -> None:
-    if world.is_main:
+    if world.is_main and not (world.job and world.job.generates):
         say(f"rl: {folder}", sys.stdout)

@@ -217,6 +217,6 @@ class SplitJob:
         except RuntimeError:
             pass  # the store has ended as well
         raise SideError(
-            f"rank {self.rank}, one of the {self.side}, has lost another rank of the job ({error}); see the log of "
-            "that rank, then start the same command again"
+            f"rank {self.rank}, one of the {self.side}, has lost another rank of the job, which has ended; see the log "
+            "of that rank, then start the same command again"
         ) from error

@@ -26,6 +26,7 @@ from ovr_megatron.launch import RECIPES
 from ovr_megatron.ppo import generators
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rl import training as rl
+from ovr_megatron.rl.rehearsal import rehearse
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime import distributed
@@ -150,12 +151,12 @@ def on_iteration(iteration: int, act: Any) -> Iterator[None]:
         generators.learn, Rollouts.collect = learn, collect
 
 
-def resume(name: str, resumed: str, step: int, *more: str) -> None:
-    """Copy a checkpoint and the rollouts that are there into another folder, and train the rest."""
+def resume(name: str, resumed: str, step: int, *more: str, rollouts: bool = True) -> None:
+    """Copy a checkpoint, and with ``rollouts`` those that are there, into another folder, and train the rest."""
     if world.job.rank == 0:
         checkpoint = f"checkpoints/step_{step:06d}"
         shutil.copytree(out / name / checkpoint, out / resumed / checkpoint)
-        if (out / name / "rollouts").exists():
+        if rollouts:
             shutil.copytree(out / name / "rollouts", out / resumed / "rollouts")
     dist.barrier(world.job.messages)
     train(resumed, *more)
@@ -211,6 +212,7 @@ if __name__ == "__main__":
         ahead = (*AHEAD, tp, "parallel.tp=2", "rollout.check_updates=true", "rollout.bucket_mib=0.1", "offload=true")
         train("ahead", *ahead)
         resume("ahead", "ahead_resumed", 2, *ahead)
+        resume("ahead", "ahead_lost", 2, *ahead, rollouts=False)
         for name, settings in (("sampled", SAMPLED), ("tail", TAIL)):
             train(name, tp, *settings)
             train_alone(f"{name}_one", tp, *settings)
@@ -225,6 +227,7 @@ if __name__ == "__main__":
             train("killed", *AHEAD, *EVALUATION)
     else:
         train("killed", *AHEAD, *EVALUATION)
+        rehearse(config("rehearsed", "only=rehearsal", "rollout.ranks=1"), world)
         stopped("stopped", ask_generators_to_stop)
         # No checkpoint is due then, so that what was generated ahead is not kept, whenever the signal is heard of.
         stopped("stopped_ahead", ask_trainers_to_stop, *AHEAD, "run.save_every=5")

@@ -94,6 +94,14 @@ def test_a_killed_run_goes_on_with_what_was_generated_ahead(runs: Path) -> None:
     assert curve(runs / "killed") == curve(runs / "ahead")
 
 
+def test_a_rehearsal_measures_both_sides(runs: Path) -> None:
+    (stage,) = json.loads((runs / "rehearsed/rehearsal.json").read_text())
+    # The same prompts as those of a run's first iteration, where some responses stop by themselves.
+    first = curve(runs / "turns")[0]
+    assert stage["length"] > first["response/length"] and first["response/stopped"] > 0
+    assert stage["rollout_peak_gib"] > 0 and stage["peak_gib"] > 0 and {"update", "rollout"} <= stage["seconds"].keys()
+
+
 def test_a_signal_to_a_generator_ends_both_sides(runs: Path) -> None:
     assert [(runs / f"stopped.{side}.txt").read_text() for side in ("trainers", "generators")] == ["75", "75"]
     assert [path.name for path in (runs / "stopped/checkpoints").glob("step_*")] == ["step_000001"]
@@ -125,3 +133,5 @@ def test_two_ranks_on_either_side(part: str, tmp_path: Path) -> None:
         assert curve(tmp_path / name) == curve(tmp_path / f"{name}_one")
     assert_same_run(tmp_path / "ahead_resumed", tmp_path / "ahead", range(2, 4))
     assert [versions(tmp_path / "ahead", iteration) for iteration in range(4)] == [{0}, {0}, {1}, {2}]
+    # Without the archive of the responses that were generated ahead newer weights draw them again.
+    assert [versions(tmp_path / "ahead_lost", iteration) for iteration in (2, 3)] == [{2}, {2}]
