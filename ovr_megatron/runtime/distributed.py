@@ -129,11 +129,7 @@ def start(
     """
     cpu.let_megatron_run()
     _, size, local_rank = _environment()
-    if generators >= size:
-        raise ConfigError(
-            f"rollout.ranks={generators} of {size} processes leaves none to train; start more processes or lower it"
-        )
-    parallel.data_parallel(size - generators)
+    _check_sides(parallel, size, generators)
     if threads:
         torch.set_num_threads(threads)
     device = join(hang_timeout_s, generators=generators)
@@ -154,6 +150,20 @@ def start(
     )
     seed_everything(seed * 1009 + world.dp_rank)
     return world
+
+
+def _check_sides(parallel: ParallelConfig, size: int, generators: int) -> None:
+    """Raise `ConfigError` unless ``parallel`` divides those of ``size`` ranks that do not only generate."""
+    if generators >= size:
+        raise ConfigError(
+            f"rollout.ranks={generators} of {size} processes leaves none to train; start more processes or lower it"
+        )
+    try:
+        parallel.data_parallel(size - generators)
+    except ConfigError as error:
+        if not generators:
+            raise
+        raise ConfigError(f"{error} (of {size} processes rollout.ranks={generators} only generate)") from error
 
 
 @contextmanager
