@@ -250,7 +250,8 @@ def check_plan(config: Config, ranks: int, write_rate: float) -> list[str]:
 def check_layout(config: Config, ranks: int) -> list[str]:
     """Check that the layout divides the ranks, and that the data-parallel replicas divide the batch."""
     try:
-        replicas = config.parallel.data_parallel(ranks)
+        # `report.plan` says so where there would be no rank to train.
+        replicas = config.parallel.data_parallel(max(ranks - config.rollout.ranks, 0)) or 1
     except ConfigError as error:
         return [str(error)]
     batch_key = "packs_per_step" if isinstance(config, ColdStartConfig) else "prompts"

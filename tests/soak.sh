@@ -21,7 +21,7 @@ done
 .venv/bin/python tests/soak/serve.py
 .venv/bin/python tests/soak/kills.py
 OVR_TEST_WHOLE=1 .venv/bin/python -m pytest -q tests/model/test_layouts.py tests/model/test_lora.py tests/plan/test_memory.py \
-    tests/rollout/test_reshard.py tests/ppo/test_loops.py \
+    tests/rollout/test_reshard.py tests/ppo/test_loops.py tests/ppo/test_split.py \
     tests/recipes
 .venv/bin/python tests/soak/prepared.py
 .venv/bin/python tests/soak/mutants.py

@@ -150,6 +150,9 @@ REFUSED = [
     ("rollout.temperature=0", "rollout.temperature=0.0 must be positive"),
     ("rollout.top_p=0.9", "rollout.top_p=0.9: the trainer scores the whole distribution"),
     ("rollout.tp=0", "rollout.tp=0 must be positive"),
+    ("rollout={ranks: 3, tp: 2}", "rollout.ranks=3 is no multiple of rollout.tp=2"),
+    ("rollout.max_staleness=1", "rollout.max_staleness=1 needs ranks that generate while others train"),
+    ("rollout={ranks: 2, max_staleness: 2}", "rollout.max_staleness=2: generation is at most one iteration ahead"),
     ("algorithm.reduction=mean", "algorithm.reduction='mean' is not known; choose one of token, sequence"),
     ("algorithm.gamma=0", "algorithm.gamma=0.0 must be positive and at most 1"),
     ("algorithm.lam=1.1", "algorithm.lam=1.1 must lie in 0..1"),
@@ -245,6 +248,15 @@ def test_validation_needs_rows_of_one_kind() -> None:
     both = complaint(ColdStartConfig, "validation.share=0.1", "validation.sources=[{path: a.jsonl}]")
     assert "validation.share=0.1 holds rows out of the training sources, and validation.sources are given" in both
     assert "validation.share=1" in complaint(ColdStartConfig, "validation.share=1")
+
+
+def test_ranks_that_only_generate_need_two_sides_at_work() -> None:
+    assert "only=rollout with rollout.ranks=2" in complaint(RLConfig, "only=rollout", "rollout.ranks=2")
+    learning = complaint(RLConfig, "only=train", "rollouts_from=runs/other", "rollout.ranks=2")
+    assert "only=train with rollout.ranks=2" in learning
+    both = complaint(RLConfig, "rollout={ranks: 2, max_staleness: 1, oversample: 0.5}")
+    assert "rollout.max_staleness=1 and rollout.oversample=0.5 are two ways" in both
+    assert "rollout.ranks=2: supervised fine-tuning has no rollouts" in complaint(ColdStartConfig, "rollout.ranks=2")
 
 
 @pytest.mark.parametrize("key", ["epochs", "packs_per_step"])

@@ -18,6 +18,8 @@ class RolloutConfig:
 
     tp: PositiveInt = 1
     """Tensor-parallel size of an engine."""
+    ranks: Annotated[Count, ZeroMeans("all train and generate in turn")] = 0
+    """Ranks of the job, the last ones, that only generate; the others only train."""
     schedule: Literal["static", "shared"] = "static"
     """Prompts of an engine: the same number at the start, so that a repeated run draws the same batches (static), or
     the next one when it has room, which ends sooner where lengths differ (shared)."""
@@ -25,8 +27,9 @@ class RolloutConfig:
     """Share of prompts that are started beyond those of an iteration, which ends when enough are answered; the others
     are generated anew in a later iteration of long responses, or with rollout.max_staleness continued in the next."""
     max_staleness: Annotated[Count, ZeroMeans("the current one alone")] = 0
-    """With rollout.oversample, how many iterations older than the policy a token may be that is trained on: responses
-    that a round leaves unfinished are continued with the new weights, not generated anew."""
+    """How many iterations older than the policy a token may be that is trained on. With rollout.oversample responses
+    that a round leaves unfinished are continued with the new weights, not generated anew; with rollout.ranks 1 has the
+    responses of an iteration generated while the iteration before it trains."""
     extra_responses: Annotated[Count, ZeroMeans("off")] = 0
     """Responses to each prompt that are started beyond those that are trained on. The first to be finished are taken,
     the others given up: short responses are taken more often than the policy gives them, and the policy learns that."""
@@ -41,7 +44,7 @@ class RolloutConfig:
     kv_cache_gib: Annotated[NonNegativeFloat, ZeroMeans("by gpu_memory_utilization")] = 0.0
     """Size of the KV cache in GiB."""
     # Below 1: the trainer's process has memory of its own on the GPU, also with offload.
-    gpu_memory_utilization: Annotated[float, Field(ge=0, lt=1), ZeroMeans("a half; 0.85 with offload=true")] = 0.0
+    gpu_memory_utilization: Annotated[float, Field(ge=0, lt=1), ZeroMeans("a half; 0.85 with offload or ranks")] = 0.0
     """vLLM's share of the GPU while it generates; with offload=true the trainer's models leave the GPU meanwhile."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a response."""
@@ -63,9 +66,20 @@ class RolloutConfig:
             f"rollout.top_p={self.top_p}: the trainer scores the whole distribution, so sampling must too; use 1.0",
         )
         require(
-            not self.max_staleness or self.oversample > 0,
+            self.ranks % self.tp == 0,
+            f"rollout.ranks={self.ranks} is no multiple of rollout.tp={self.tp}, the ranks of an engine; change one of "
+            "them",
+        )
+        require(
+            self.ranks == 0 or self.max_staleness <= 1,
+            f"rollout.max_staleness={self.max_staleness} with rollout.ranks={self.ranks}: generation is at most one "
+            "iteration ahead; use 0 or 1",
+        )
+        require(
+            self.ranks > 0 or not self.max_staleness or self.oversample > 0,
             f"rollout.max_staleness={self.max_staleness} continues responses that a round left unfinished, and without "
-            "rollout.oversample a round finishes all; set rollout.oversample above 0, as 0.5",
+            "rollout.oversample a round finishes all; set rollout.oversample above 0, as 0.5, or let rollout.ranks "
+            "generate ahead",
         )
         require(
             not (self.max_staleness and self.extra_responses),
@@ -73,6 +87,14 @@ class RolloutConfig:
             f"rollout.extra_responses={self.extra_responses} gives up; set one of them to 0",
         )
 
+    @property
+    def continues_responses(self) -> bool:
+        """Whether a round goes on with the responses that the one before it left unfinished."""
+        return self.max_staleness > 0 and not self.ranks
+
     def memory_share(self, offload: bool) -> float:
-        """Return the share of the GPU that vLLM takes; with ``offload`` the trainer's models leave it meanwhile."""
-        return self.gpu_memory_utilization or (0.85 if offload else 0.5)
+        """Return the share of the GPU that vLLM takes.
+
+        With ``offload`` the trainer's models leave it meanwhile, and with ``rollout.ranks`` there are none.
+        """
+        return self.gpu_memory_utilization or (0.85 if offload or self.ranks else 0.5)

@@ -48,6 +48,10 @@ class ColdStartConfig:
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
         _check_trains(self.model)
+        require(
+            not self.rollout.ranks,
+            f"rollout.ranks={self.rollout.ranks}: supervised fine-tuning has no rollouts; leave it at 0",
+        )
         for source in self.data.sources:
             if not source.streaming:
                 continue
@@ -112,6 +116,7 @@ class RLConfig:
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
         _check_trains(self.model)
+        _check_sides(self.only, self.rollout)
         require(
             self.responses > 1 or not (self.algorithm.in_groups or self.algorithm.dynamic_sampling),
             f"responses={self.responses}: algorithm.estimator={self.algorithm.estimator} and dynamic_sampling compare "
@@ -203,6 +208,20 @@ def _check_trains(model: ModelConfig) -> None:
         bool(model.lora.rank) or model.trains_vision or model.trains_merger or model.trains_language,
         "model.freeze_vision, model.freeze_merger and model.freeze_language leave nothing to train; "
         "set one of them to false",
+    )
+
+
+def _check_sides(only: str, rollout: RolloutConfig) -> None:
+    """Raise `ConfigError` if ranks that only generate have nothing to do, or the others have nothing to learn from."""
+    require(
+        not rollout.ranks or only in ("all", "rehearsal"),
+        f"only={only} with rollout.ranks={rollout.ranks}: one of the two sides would have nothing to do; leave "
+        "rollout.ranks at 0",
+    )
+    require(
+        not (rollout.ranks and rollout.max_staleness and rollout.oversample),
+        f"rollout.max_staleness={rollout.max_staleness} and rollout.oversample={rollout.oversample:g} with "
+        f"rollout.ranks={rollout.ranks}: generators that are ahead finish all responses; set one of the first two to 0",
     )
 
 

@@ -16,7 +16,51 @@ from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.runtime.stop import StopRequest
 
 
-class PeriodicEvaluation:
+class EvaluationSchedule:
+    """The problem sets of ``config.sources``, and the steps at which they are due."""
+
+    def __init__(self, config: EvaluationConfig, processor: Processor, run: Path, seed: int):
+        """Open the problem sets.
+
+        Args:
+            config: The problem sets, and every how many steps they are due.
+            processor: The trainer's processor.
+            run: The run folder.
+            seed: Seed of the samples.
+
+        Raises:
+            ConfigError: a set is endless and ``evaluation.limit`` is 0.
+            RowError: a set cannot be opened.
+        """
+        self.config = config
+        self.processor = processor
+        self.run = run
+        max_tokens = processor.shape.response_limit(config.max_tokens, processor.config.max_prompt_tokens)
+        self.settings = EvaluationSettings(**vars(config) | {"max_tokens": max_tokens, "seed": seed})
+        self.sets = [open_problems(source, config.limit) for source in config.sources]
+        for problems in self.sets:
+            problems.check_references(self.settings.metric)
+
+    def due(self, done: int, last: bool) -> bool:
+        """Return whether the weights after ``done`` steps are to be scored."""
+        return done % self.config.every == 0 or last
+
+    def is_missing(self, done: int) -> bool:
+        """Return whether the weights after ``done`` steps were due, but the run ended before they were scored.
+
+        A collective.
+        """
+        folder = self._folder(done)
+        # The first rank looks for all: the others may not see its files yet, and all must take the same path.
+        box = [not all((folder / f"{problems.name}.json").exists() for problems in self.sets)]
+        dist.broadcast_object_list(box, src=0)
+        return done > 0 and self.due(done, last=False) and box[0]
+
+    def _folder(self, done: int) -> Path:
+        return self.run / "evaluation" / f"step_{done:06d}"
+
+
+class PeriodicEvaluation(EvaluationSchedule):
     """Evaluates every set of ``config.sources`` at the steps that are due.
 
     Scores and responses are written to ``RUN/evaluation/step_NNNNNN/``, in the format of `evaluate`.
@@ -47,32 +91,10 @@ class PeriodicEvaluation:
             ConfigError: a set is endless and ``evaluation.limit`` is 0.
             RowError: a set cannot be opened.
         """
-        self.config = config
+        super().__init__(config, processor, run, seed)
         self.engine = engine
-        self.processor = processor
         self.tp = tp
-        self.run = run
         self.keep = keep
-        max_tokens = processor.shape.response_limit(config.max_tokens, processor.config.max_prompt_tokens)
-        self.settings = EvaluationSettings(**vars(config) | {"max_tokens": max_tokens, "seed": seed})
-        self.sets = [open_problems(source, config.limit) for source in config.sources]
-        for problems in self.sets:
-            problems.check_references(self.settings.metric)
-
-    def due(self, done: int, last: bool) -> bool:
-        """Return whether the weights after ``done`` steps are to be scored."""
-        return done % self.config.every == 0 or last
-
-    def is_missing(self, done: int) -> bool:
-        """Return whether the weights after ``done`` steps were due, but the run ended before they were scored.
-
-        A collective.
-        """
-        folder = self._folder(done)
-        # The first rank looks for all: the others may not see its files yet, and all must take the same path.
-        box = [not all((folder / f"{problems.name}.json").exists() for problems in self.sets)]
-        dist.broadcast_object_list(box, src=0)
-        return done > 0 and self.due(done, last=False) and box[0]
 
     def scores(self, done: int, stop: StopRequest | None = None) -> dict[str, float]:
         """Score the weights after ``done`` steps; a collective.
@@ -103,9 +125,6 @@ class PeriodicEvaluation:
             # generate the same. A checkpoint may need the memory of weights that are not used again.
             self.engine.sleep(deep=not self.keep)
         return metrics
-
-    def _folder(self, done: int) -> Path:
-        return self.run / "evaluation" / f"step_{done:06d}"
 
 
 def _metrics(prefix: str, result: EvaluationResult) -> dict[str, float]:

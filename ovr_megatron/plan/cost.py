@@ -89,6 +89,10 @@ def seconds(scenario: Scenario, span: Span) -> Seconds:
     parts["sync"] = _sync_seconds(scenario)
     if config.offload:
         parts["offload"] = _offload_seconds(scenario)
+    if config.rollout.max_staleness:
+        # Generation goes on meanwhile: what it takes longer is waited for.
+        training = sum(parts.values()) - parts["generate"]
+        parts["generate"] = max(0.0, parts["generate"] - training)
     return Seconds(parts)
 
 
@@ -108,8 +112,11 @@ def _sync_seconds(scenario: Scenario) -> float:
     engine_share = weight_bytes / config.rollout.tp
     model_ranks = parallel.tp * parallel.pp
     received = engine_share * (1 - 1 / model_ranks)
+    if config.rollout.ranks:  # they hold nothing themselves
+        received = engine_share
     # Stages are the outermost dimension of the ranks, so with a pipeline shards come from all over the world.
-    ranks_apart = parallel.tp if parallel.pp == 1 else scenario.world
+    near = parallel.pp == 1 and not config.rollout.ranks
+    ranks_apart = parallel.tp if near else scenario.world
     copying = 2 * engine_share / gpu.bandwidth
     receiving = received / _link_rate(gpu, ranks_apart)
     return copying + receiving
@@ -273,7 +280,7 @@ def generation_seconds(scenario: Scenario, span: Span) -> float:
     engine = engine_memory(rollout, shape, gpu, dtype, config.offload)
     token_bytes = cache_bytes_per_token(shape, rollout, dtype)
     mean_tokens = span.load.tokens
-    requests = config.prompts * config.responses * rollout.tp / scenario.world
+    requests = config.prompts * config.responses * rollout.tp / scenario.engine_ranks
     cached_sequences = engine["vLLM cache"] / token_bytes / mean_tokens
     sequences = min(rollout.max_num_seqs, requests, cached_sequences)
     # A cache without room is the concern of the plan of memory; here it must not divide by zero.

@@ -114,8 +114,13 @@ class _IterationPhases:
         algorithm = config.algorithm
         rollout = config.rollout
         engine = engine_memory(rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
+        resident = self._resident()
         asleep = {} if config.offload else _graphs(rollout)
-        phases = {"generate": self._resident() | engine}
+        if rollout.ranks:
+            # Other ranks have the engines, and nothing else.
+            resident = {}
+            asleep = {}
+        phases = {"generate": resident | engine}
         if algorithm.has_critic:
             values = _forward_items(self.critic, self.critic_stage, True)
             update = _backward_items(self.critic, self.critic_stage, True, algorithm.critic_steps)
@@ -129,7 +134,8 @@ class _IterationPhases:
         phases["update policy"] = self._resident("policy", trains=True) | update | asleep
         weights = {"vLLM weights": engine["vLLM weights"]}
         # Waking vLLM's weights wakes its graphs, too.
-        phases["sync"] = resident_policy | weights | _graphs(rollout) | self._sync_buckets() | self._merged_weight()
+        awake = {} if rollout.ranks else weights | _graphs(rollout)
+        phases["sync"] = resident_policy | awake | self._sync_buckets() | self._merged_weight()
         return phases
 
     def _sync_buckets(self) -> dict[str, int]:
@@ -137,7 +143,7 @@ class _IterationPhases:
         parallel = self.config.parallel
         model_ranks = parallel.tp * parallel.pp
         size = 0
-        if model_ranks > 1:
+        if model_ranks > 1 or self.config.rollout.ranks:
             size = int(2 * self.config.rollout.bucket_mib * 2**20)
         return {"buckets": size}
 

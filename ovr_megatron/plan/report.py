@@ -265,7 +265,7 @@ def _engine(scenario: Scenario) -> PlannedEngine:
         # Weights that leave no room make the cache's size negative.
         "cache_tokens": max(0, cache // token_bytes),
         "longest": config.longest_sequence,
-        "engines": scenario.world // rollout.tp,
+        "engines": scenario.engine_ranks // rollout.tp,
     }
 
 

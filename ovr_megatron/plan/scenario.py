@@ -56,7 +56,9 @@ class Scenario:
         config = self.config
         uses_fp8 = config.model.fp8 != "none"
         check_layout(self.shape, config.parallel, uses_fp8)
-        dp = config.parallel.data_parallel(self.world)
+        if self.trainers < 1:
+            raise ConfigError(f"rollout.ranks={config.rollout.ranks} of {self.world} processes leaves none to train")
+        dp = config.parallel.data_parallel(self.trainers)
         if isinstance(config, ColdStartConfig):
             _check_packs(config, dp)
             return
@@ -76,8 +78,8 @@ class Scenario:
                     f"the {steps} steps of an iteration; raise prompts"
                 )
         rollout_tp = config.rollout.tp
-        if self.world % rollout_tp:
-            raise ConfigError(f"rollout.tp={rollout_tp} does not divide the {self.world} processes; change one")
+        if self.engine_ranks % rollout_tp:
+            raise ConfigError(f"rollout.tp={rollout_tp} does not divide the {self.engine_ranks} processes; change one")
         # vLLM cuts the heads of the queries evenly; those of keys and values it may repeat.
         if self.shape.heads % rollout_tp:
             raise ConfigError(
@@ -87,7 +89,17 @@ class Scenario:
     @cached_property
     def dp(self) -> int:
         """Return the number of data-parallel replicas."""
-        return self.config.parallel.data_parallel(self.world)
+        return self.config.parallel.data_parallel(self.trainers)
+
+    @property
+    def trainers(self) -> int:
+        """Return the number of ranks that train."""
+        return self.world - self.config.rollout.ranks
+
+    @property
+    def engine_ranks(self) -> int:
+        """Return the number of ranks that hold engines: all, or those that only generate."""
+        return self.config.rollout.ranks or self.world
 
     def with_settings(self, **settings: object) -> Scenario:
         """Return the same work with other settings of the recipe."""

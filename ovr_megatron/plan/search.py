@@ -105,7 +105,7 @@ def _layouts(scenario: Scenario, fixed: Collection[str]) -> Iterator[SearchedLay
         choices.append(options)
     for combination in product(*choices):
         settings = dict(zip(searched, combination, strict=True))
-        if not _is_sensible(settings, scenario.world):
+        if not _is_sensible(settings, scenario):
             continue
         # Overlap goes with the distributed optimizer, and a stage's own number of layers with the number of stages.
         if not _is_fixed("parallel.overlap", fixed):
@@ -120,12 +120,12 @@ def _is_fixed(name: str, fixed: Collection[str]) -> bool:
     return name in fixed or name.partition(".")[0] in fixed
 
 
-def _is_sensible(settings: Mapping[str, Any], world: int) -> bool:
+def _is_sensible(settings: Mapping[str, Any], scenario: Scenario) -> bool:
     """Return whether the values go together; what else is impossible is left to `_assess`, which says why."""
     tp = settings["parallel.tp"]
     pp = settings["parallel.pp"]
     ranks = tp * pp * settings["parallel.cp"]
-    if ranks > world or settings.get("rollout.tp", 1) > world:
+    if ranks > scenario.trainers or settings.get("rollout.tp", 1) > scenario.engine_ranks:
         return False
     if settings["parallel.vpp"] > 1 and pp == 1:  # only a pipeline can be interleaved
         return False

@@ -177,7 +177,9 @@ def _write_part(
     present = {name: values for name, values in arrays.items() if values is not None}
     untrained = [r for r in rollout.responses if r.prompt not in rollout.train_prompts]
     if responses:
-        version = None if rollout.restarted is None else iteration
+        # Of all tokens where some may be older than the weights of the iteration.
+        has_versions = rollout.restarted is not None or any(r.versions is not None for r in responses)
+        version = iteration if has_versions else None
         write_arrays(part.with_suffix(".safetensors"), responses, present, version)
     if responses or untrained:
         advantages = present.get("advantages")
@@ -295,7 +297,8 @@ def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
 
 def _redraw(prompts: PromptStream, saved: SavedIteration) -> list[Row]:
     """Draw the prompts of an iteration once more from the state before it, and leave the same to later ones."""
-    prompts.load(saved.stream)
+    if prompts.state() != saved.stream:  # a streamed source goes to a position by reading on to it
+        prompts.load(saved.stream)
     if saved.restarted is not None:
         rows = prompts.continue_round(saved.drawn, saved.restarted)
         prompts.keep_unfinished(saved.unfinished)

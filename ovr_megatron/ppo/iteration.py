@@ -77,7 +77,10 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
 
 
 class Clock:
-    """Seconds of each phase, including the wait for the slowest rank; its timeline has that wait apart."""
+    """Seconds of each phase, including the wait for the slowest rank; those of a phase that comes again add up.
+
+    Its timeline has the waits apart.
+    """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -93,7 +96,7 @@ class Clock:
             torch.cuda.synchronize()  # kernels may still run when the block has returned
         self.timeline.end(activity or phase)
         dist.barrier()
-        self.seconds[phase] = time.perf_counter() - began
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
         self.timeline.end("wait")
 
     def metrics(self, batch: Batch, world: World) -> dict[str, float]:

@@ -207,7 +207,7 @@ class Rollouts:
         """
         config = self.config
         rows = rollout.prompts.rows
-        if config.rollout.max_staleness:
+        if config.rollout.continues_responses:
             return self._draw_continued(prompts, rollout, iteration)
         prompts.restart(range(prompts.unfinished))
         first = len(rows)

@@ -28,7 +28,7 @@ def record_run(config: RLConfig, processor: Processor, world: World, launch: Lau
     layers = layers_in_use(config.model)
     record_layers(run, layers, cautions(config.model, rollout=True))
     if launch:
-        record_start(run, launch, world.size)
+        record_start(run, launch, world.job.size if world.job else world.size)
     write_hf_assets(run / "companions", processor)
 
 
@@ -36,7 +36,8 @@ def show_start(config: RLConfig, engines: dict[str, Engine], world: World, check
     """Print the heading of the run: batch, curriculum, algorithm, data, models, and the checkpoint it goes on from."""
     algorithm = config.algorithm
     total_prompts = float(config.iterations * config.prompts)
-    replicas = world.size // config.rollout.tp
+    engines_on = f"the last {world.job.generators} ranks" if world.job else "all ranks"
+    replicas = (config.rollout.ranks or world.size) // config.rollout.tp
     resumed = None
     if checkpoint:
         resumed = (checkpoint.path, checkpoint.step)
@@ -46,7 +47,7 @@ def show_start(config: RLConfig, engines: dict[str, Engine], world: World, check
         ("algorithm", f"{algorithm.estimator}, policy_updates={algorithm.policy_updates}"),
         *source_rows(config, total_prompts),
         *run_rows(config, engines, world, resumed),
-        ("rollouts", f"{replicas} vLLM engines, tp={config.rollout.tp}"),
+        ("rollouts", f"{replicas} vLLM engines, tp={config.rollout.tp}, on {engines_on}"),
     ]
     logger.info(show_heading(f"reinforcement learning in {config.run.dir}", rows))
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ovr_megatron.checkpoint import store
 from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.processing import Processor
@@ -238,23 +240,42 @@ def build_frozen_policy(config: RLConfig, folder: Path, world: World) -> Engine:
 
 def build_rollouts(config: RLConfig, model_folder: Path, processor: Processor, models: Models) -> Rollouts:
     """Start vLLM on this rank with the policy's weights, and graders.  A collective."""
+    engine = start_engine(config, model_folder, processor)
+    if config.offload:
+        # The cache has taken what the trainer's models left free; it must be gone before the policy comes back.
+        engine.sleep(deep=True)
+    engine.update(models.policy.held())
+    return Rollouts(engine, start_graders(config), processor, config, models.world)
+
+
+def start_graders(config: RLConfig) -> GraderPool:
+    """Start the processes that grade on this rank; they end with the pool's ``with`` block."""
+    reward = config.reward
+    return GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
+
+
+def start_engine(
+    config: RLConfig, model_folder: Path, processor: Processor, group: dist.ProcessGroup | None = None
+) -> RolloutEngine:
+    """Start vLLM on this rank without weights, for rollouts and evaluation.  A collective.
+
+    Args:
+        config: of the job.
+        model_folder: Hugging Face folder of the model.
+        processor: the trainer's.
+        group: of all ranks that send weights or have an engine; None: all ranks do both.
+    """
     trained_tokens = config.rollout.max_model_len
     if not trained_tokens:
         trained_tokens = max(stage.max_tokens for stage in config.curriculum)
     evaluated = evaluated_tokens(config, processor.shape)
-    engine = RolloutEngine(
+    return RolloutEngine(
         model_folder,
         config.rollout,
         processor,
         config.model.dtype,
         max_model_len=max(trained_tokens, evaluated),
-        empty=True,  # the update below brings the policy's weights
-        offload=config.offload,
+        empty=True,  # an update brings the policy's weights
+        offload=config.offload and group is None,
+        group=group,
     )
-    if config.offload:
-        # The cache has taken what the trainer's models left free; it must be gone before the policy comes back.
-        engine.sleep(deep=True)
-    engine.update(models.policy.held())
-    reward = config.reward
-    grader = GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
-    return Rollouts(engine, grader, processor, config, models.world)

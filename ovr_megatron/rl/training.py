@@ -21,6 +21,7 @@ from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
+from ovr_megatron.ppo.generators import Generators, iterate_split
 from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
@@ -30,6 +31,7 @@ from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.record import record_run, show_start
 from ovr_megatron.rl.rehearsal import rehearse
+from ovr_megatron.rl.serving import serve
 from ovr_megatron.rl.setup import (
     build_models,
     build_rollouts,
@@ -39,6 +41,7 @@ from ovr_megatron.rl.setup import (
     open_model_and_prompts,
     with_rewards,
 )
+from ovr_megatron.rl.split import RemoteEvaluation, check_sides, join_generators
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger, set_step
@@ -55,8 +58,11 @@ logger = get_logger(__name__)
 def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
     """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.  A collective.
 
-    With ``only=train`` the rollouts are read from ``rollouts_from``, and no engine is started.
+    With ``only=train`` the rollouts are read from ``rollouts_from``, and no engine is started.  A rank of
+    ``rollout.ranks`` generates for the others until they are done.
     """
+    if world.job and world.job.generates:
+        return RunResult(Path(config.run.dir), serve(config, world))
     with RL(config, world, launch) as rl:
         return rl.run()
 
@@ -73,7 +79,8 @@ class RL:
         critic: the value network, for values; None where the algorithm has none.
         next_iteration: index of the next iteration, from 0.
         last: the number of iterations after which the run ends.
-        rollouts: vLLM and graders; None with ``only=train``.
+        rollouts: vLLM and graders; None with ``only=train`` and where other ranks generate.
+        generators: the ranks that only generate; None without ``rollout.ranks``.
         evaluation: None where it is off, and with ``only=train``.
         log: on the main rank only.
         peak_flops: FLOP per second of a device that the MFU refers to.
@@ -100,6 +107,7 @@ class RL:
             UserError: a setting, a model, the data or the run folder cannot work.
         """
         config = with_rewards(config, rewards or {})
+        check_sides(config, world)
         with ExitStack() as resources:
             check_names(config)
             if world is None:
@@ -107,7 +115,7 @@ class RL:
             self.config = config
             self.world = world
             self.run_folder = Path(config.run.dir)
-            self.checkpoints = CheckpointManager(config, world)
+            self.checkpoints = self._open_checkpoints(resources)
             if launch is None:
                 # A command's process ends with its run: until then a signal must not change the exit code.
                 resources.callback(self.checkpoints.stop.close)
@@ -122,6 +130,7 @@ class RL:
             # vLLM takes the memory that they leave free; each is onloaded when it works.
             self.models.offload_except(None)
             checkpoint = self._resume()
+            self.generators = self._join_generators(checkpoint, resources)
             self.rollouts = self._start_rollouts(model_folder, resources)
             self._resume_responses(checkpoint)
             self.evaluation = self._build_evaluation()
@@ -136,8 +145,30 @@ class RL:
             self._may_lack_scores = True
             self._stopped = False
             # Empty until an iteration is done; a stop before that saves no checkpoint (`stop_early`).
-            self._state: Mapping[str, object] = {}
+            self._state: dict[str, object] = {}
             self._resources = resources.pop_all()
+
+    def _open_checkpoints(self, resources: ExitStack) -> CheckpointManager:
+        """Enter the run folder, and have ranks that only generate hear of errors and progress from here on."""
+        job = self.world.job
+        if job:
+            resources.push(job.announce)
+        checkpoints = CheckpointManager(self.config, self.world)
+        if job:
+            # The generators wait while the models are loaded.
+            resources.enter_context(job.reporting(checkpoints.stop))
+        return checkpoints
+
+    def _join_generators(self, checkpoint: ResumePoint | None, resources: ExitStack) -> Generators | None:
+        """Bring the weights to the ranks that only generate, which end with ``resources``; None if there are none."""
+        if self.world.job is None:
+            return None
+        stop = self.checkpoints.stop
+        generators = join_generators(
+            self.config, self.world.job, stop, self.last, lambda: self.checkpoints.result().exit_code, resources
+        )
+        generators.start(self.models, self.next_iteration, checkpoint, self.run_folder)
+        return generators
 
     def _resume(self) -> ResumePoint | None:
         """Load the newest checkpoint and go to its position in the data; return it, or None without one."""
@@ -158,8 +189,8 @@ class RL:
         self.checkpoints.loop_arrays = unfinished.tensors
 
     def _start_rollouts(self, model_folder: Path, resources: ExitStack) -> Rollouts | None:
-        """Start vLLM, and graders, which end with ``resources``; with ``only=train`` there are none."""
-        if self.config.only == "train":
+        """Start vLLM, and graders, which end with ``resources``; None if no rank generates or others do."""
+        if self.config.only == "train" or self.generators:
             return None
         rollouts = build_rollouts(self.config, model_folder, self.prompts.processor, self.models)
         rollouts.stop = self.checkpoints.stop
@@ -167,9 +198,13 @@ class RL:
         resources.enter_context(rollouts.grader)
         return rollouts
 
-    def _build_evaluation(self) -> PeriodicEvaluation | None:
+    def _build_evaluation(self) -> PeriodicEvaluation | RemoteEvaluation | None:
         config = self.config
-        if self.rollouts is None or not config.evaluation.every:
+        if not config.evaluation.every:
+            return None
+        if self.generators:
+            return RemoteEvaluation(config, self.generators, self.prompts.processor, self.run_folder)
+        if self.rollouts is None:
             return None
         # Rollouts and evaluation share the engine: there is no memory for a second one.
         engine = self.rollouts.engine
@@ -239,8 +274,8 @@ class RL:
         try:
             result = self._learn(iteration)
         except StopRequested:
-            assert self.rollouts is not None
-            self.rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
+            if self.rollouts:
+                self.rollouts.engine.sleep(deep=True)  # with `offload`, what is saved needs its memory
             self.checkpoints.stop_early(iteration, self.engines, self._state)
             self._stopped = True
             return None
@@ -255,6 +290,10 @@ class RL:
             self._write_log(self.log, result, iteration)
         self._state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
         self.next_iteration += 1
+        if self.generators and self.next_iteration % self.config.run.save_every == 0:
+            # Before the checkpoint, which is complete with these responses alone.
+            ahead = self.generators.archive_received(self.run_folder, self.next_iteration, self.prompts, self.world)
+            self._state["ahead"] = ahead
         self._stopped = self.checkpoints.end_step(self.next_iteration, self.done, self.engines, self._state)
         return metrics
 
@@ -309,6 +348,9 @@ class RL:
         Raises:
             StopRequested: a signal came while responses were generated.
         """
+        if self.generators:
+            goes_on = not self._evaluates(iteration + 1)
+            return iterate_split(self.models, self.generators, self.prompts, iteration, goes_on)
         if self.rollouts:
             return iterate(self.models, self.rollouts, self.prompts, iteration)
         return self._learn_archived(iteration)
@@ -360,11 +402,15 @@ class RL:
         if problem and self.world.is_main:
             logger.warning(f"the rollouts of iteration {iteration} are not kept ({problem}); training goes on")
 
+    def _evaluates(self, done: int) -> bool:
+        """Return whether the weights after ``done`` iterations are to be scored."""
+        is_end = done == self.config.iterations
+        return self.evaluation is not None and self.evaluation.due(done, is_end)
+
     def _evaluate(self, result: IterationResult, iteration: int) -> None:
         """Score the new weights where an evaluation is due, and add the scores to ``result``.  A collective."""
         done = iteration + 1
-        is_end = done == self.config.iterations
-        if self.evaluation and self.evaluation.due(done, is_end):
+        if self.evaluation and self._evaluates(done):
             self.models.offload_except(None)
             # Scores of the last iteration are made whatever signal comes: no later start would make them.
             stop = None if done == self.last else self.checkpoints.stop
@@ -384,7 +430,8 @@ class RL:
 def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
     """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
     mismatch = metrics.get("rollout/mismatch_p99", 0.0)
-    if mismatch > config.rollout.mismatch_warning:
+    # Older weights have drawn the responses with `max_staleness`: that the two differ is no fault then.
+    if mismatch > config.rollout.mismatch_warning and not config.rollout.max_staleness:
         logger.warning(
             f"iteration {iteration}: a hundredth of the tokens' log-probabilities differ by {mismatch:.2e} or "
             f"more between rollout and trainer (rollout.mismatch_warning={config.rollout.mismatch_warning:g})"
@@ -399,15 +446,16 @@ def run(config: RLConfig, launch: LaunchArgs | None = None) -> int:
     if config.only in ("rollout", "rehearsal"):
         check_names(config)
         work = generate if config.only == "rollout" else rehearse
-        with distributed.process_group(config.run, config.parallel) as world:
+        with distributed.process_group(config.run, config.parallel, config.rollout.ranks) as world:
             _show_result(work(config, world), world)
         return 0
-    with RL(config, launch=launch) as rl:
-        result = rl.run()
-        _show_result(result.path, rl.world)
+    check_names(config)
+    with distributed.process_group(config.run, config.parallel, config.rollout.ranks) as world:
+        result = train(config, world, launch)
+        _show_result(result.path, world)
     return result.exit_code
 
 
 def _show_result(folder: Path, world: World) -> None:
-    if world.is_main:
+    if world.is_main and not (world.job and world.job.generates):
         say(f"rl: {folder}", sys.stdout)

@@ -105,6 +105,7 @@ class RolloutEngine:
         seed: int = 0,
         empty: bool = False,
         offload: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """Start vLLM; ``torch.distributed`` must be initialised.
 
@@ -118,6 +119,7 @@ class RolloutEngine:
             empty: Read no weights; the first `update` brings them.
             offload: The trainer's models are not on the GPU while the engine works, and nothing of the engine is to
                 stay there while it sleeps.
+            group: Of all ranks that send weights or have an engine; None: these are the ranks of the default group.
 
         Raises:
             RolloutError: ``rollout.tp`` does not divide the number of processes.
@@ -143,12 +145,14 @@ class RolloutEngine:
             # trainer's gradients would be accumulated on another stream than they are computed on.
             torch.cuda.set_stream(torch.cuda.current_stream())
         with undisturbed():
+            # vLLM takes the launcher's rank for that in the default group, which may have a part of the ranks alone.
+            os.environ["RANK"] = str(dist.get_rank())
             with private_segments(None if torch.cuda.is_available() else self._group):
                 self._llm = LLM(model=str(complete_folder(Path(model_dir))), seed=seed, **settings)
             _started.append(self._llm)
             (model,) = self._llm.apply_model(lambda model: model)
             model.follow(self.banned, processor.after_video, processor.shape)
-            self._reshard = Reshard(model, int(config.bucket_mib * 2**20), config.check_updates)
+            self._reshard = Reshard(model, int(config.bucket_mib * 2**20), config.check_updates, group)
         share_timeout()
         self._can_sleep = settings.get("enable_sleep_mode", False)
 
@@ -369,6 +373,11 @@ class RolloutEngine:
                 self._llm.sleep(level=2 if deep else 1)
         self._asleep = {"weights", "kv_cache"}
         self._empty |= deep
+
+    def drop_caches(self) -> None:
+        """Drop keys, values and image features: responses then depend on no prompts of earlier calls."""
+        with undisturbed():
+            self._reset_caches()
 
     def _wake_to_work(self) -> None:
         if self._empty:

@@ -1,9 +1,9 @@
 """Re-shard the trainer's weights into vLLM's parameters.
 
-Trainer and engine share the processes.  A plan, made once from the shards of every rank's trainer and the parameters of
-its engine, lists the transfers; an update follows it in steps of at most ``bucket_bytes``: while the messages of one
-step travel, the rows of the step before are copied into the parameters.  Rows that a rank holds itself are copied
-straight into vLLM's parameter.
+Trainer and engine share the processes, or a rank has one of them alone.  A plan, made once from the shards of every
+rank's trainer and the parameters of its engine, lists the transfers; an update follows it in steps of at most
+``bucket_bytes``: while the messages of one step travel, the rows of the step before are copied into the parameters.
+Rows that a rank holds itself are copied straight into vLLM's parameter.
 
 On a CPU vLLM multiplies with packed copies of its weights, and most weights exist only in that form.  Such a weight is
 assembled in a temporary buffer, or borrowed from the trainer where both have the same layout, and packed.
@@ -111,17 +111,26 @@ class Reshard:
     """Copies the trainer's weights into the parameters of this rank's vLLM.
 
     Args:
-        model: vLLM's model.
+        model: vLLM's model; None on a rank that only sends.
         bucket_bytes: most bytes of a step; two steps are in memory at once.
         check: compare checksums of every slice at both ends.
+        group: of all ranks that send or receive; None: a new one of all ranks.
     """
 
-    def __init__(self, model: nn.Module, bucket_bytes: int, check: bool = False):
-        self._targets = list(target_params(model))
+    def __init__(
+        self,
+        model: nn.Module | None,
+        bucket_bytes: int,
+        check: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self._targets = list(target_params(model)) if model else []
         self._bucket_bytes = bucket_bytes
         self._check = check
-        self._device = next(model.parameters()).device
-        self._group = dist.new_group()
+        self._device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._group = group or dist.new_group()
         self._planned_layouts: list[ShardLayout] | None = None
         self._plans: list[list[TransferStep]] = []  # of all parameters, of those that are trained
         self._is_filled = False
@@ -137,11 +146,12 @@ class Reshard:
         """
         began = time.perf_counter()
         layouts = [shard.layout() for shard in shards]
-        if self._layouts_changed(layouts):
+        changed, sends_all = self._agree(layouts != self._planned_layouts, everything)
+        if changed:
             self._make_plans(layouts)
             self._measure()
             began = time.perf_counter()
-        trained_only = self._is_filled and not everything
+        trained_only = self._is_filled and not sends_all
         steps = self._plans[trained_only]
         _Update(self, steps, shards).run()
         self._is_filled = True
@@ -157,19 +167,20 @@ class Reshard:
         floor = copied / self._copy_rate + received / self._link_rate
         return Traffic(copied, received, seconds, floor)
 
-    def _layouts_changed(self, layouts: list[ShardLayout]) -> bool:
-        """Return whether the trainer's layouts differ from the planned ones on any rank.  A collective.
+    def _agree(self, differs: bool, sends_all: bool) -> tuple[bool, bool]:
+        """Return whether layouts differ from the planned ones, and whether all parameters are sent, on any rank.
 
-        All ranks must plan together: one rank that planned alone would wait for the others in `_make_plans`.
+        A collective.  All ranks must plan together: one rank that planned alone would wait for the others in
+        `_make_plans`.  And a rank that only sends does not know what the engines have lost.
         """
-        differs = layouts != self._planned_layouts
-        flag = torch.tensor(int(differs), device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
+        flags = torch.tensor([int(differs), int(sends_all)], device=self._device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        any_differs, any_sends_all = flags.tolist()
+        return bool(any_differs), bool(any_sends_all)
 
     def _make_plans(self, layouts: list[ShardLayout]) -> None:
         """Plan the update of all parameters and that of the trained ones.  A collective."""
-        by_rank: list[tuple[list[ShardLayout], list[ShardLayout]]] = [([], [])] * dist.get_world_size()
+        by_rank: list[tuple[list[ShardLayout], list[ShardLayout]]] = [([], [])] * self._group.size()
         target_layouts = [target.layout() for target in self._targets]
         dist.all_gather_object(by_rank, (layouts, target_layouts), group=self._group)
         sources, targets = zip(*by_rank, strict=True)
@@ -179,7 +190,7 @@ class Reshard:
                 steps = plan(
                     sources,
                     targets,
-                    dist.get_rank(),
+                    self._group.rank(),
                     self._bucket_bytes,
                     trained_only,
                 )
@@ -472,7 +483,7 @@ class _Update:
         Raises:
             TransferError: a slice of this rank differs from its source.
         """
-        sent_by_rank: list[dict[tuple[int, ...], int]] = [{}] * dist.get_world_size()
+        sent_by_rank: list[dict[tuple[int, ...], int]] = [{}] * self._group.size()
         dist.all_gather_object(sent_by_rank, self._sent_checksums, group=self._group)
         for key, checksum in self._stored_checksums.items():
             source = key[0]

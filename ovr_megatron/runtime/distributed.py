@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ovr_megatron.config import ParallelConfig, RunConfig
+from ovr_megatron.config import ConfigError, ParallelConfig, RunConfig
 from ovr_megatron.runtime import cpu, watchdog
 from ovr_megatron.runtime.layout import Layout
+from ovr_megatron.runtime.split_job import SplitJob
 from ovr_megatron.runtime.stop import JoinError
 
 HANG_TIMEOUT_S = 1800.0
@@ -34,6 +35,7 @@ _COLLECTIVE_SHARE = 1.1
 _NO_LIMIT_S = 14 * 86400.0  # in milliseconds it still fits 32 bits
 
 _patient: list[dist.ProcessGroup] = []  # the group of `patient_group`, once it is made
+_split: list[SplitJob] = []  # the job, where its last ranks only generate
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class World:
     Attributes:
         layout: the policy's layout, over which data are balanced.
         hang_timeout_s: seconds after which a collective of any of its groups fails; 0: never.
+        job: all ranks, where the last of them only generate; rank and size are then those within this rank's side.
     """
 
     rank: int
@@ -53,6 +56,7 @@ class World:
     layout: Layout
     _layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
     hang_timeout_s: float = HANG_TIMEOUT_S
+    job: SplitJob | None = None
 
     def arrange(self, parallel: ParallelConfig) -> Layout:
         """Return the layout of ``parallel``, made on first use, which is a collective.
@@ -103,7 +107,13 @@ def _environment() -> tuple[int, int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
 
 
-def start(parallel: ParallelConfig, seed: int, threads: int = 0, hang_timeout_s: float = HANG_TIMEOUT_S) -> World:
+def start(
+    parallel: ParallelConfig,
+    seed: int,
+    threads: int = 0,
+    hang_timeout_s: float = HANG_TIMEOUT_S,
+    generators: int = 0,
+) -> World:
     """Join the process group and make the layout of the models.
 
     Args:
@@ -111,28 +121,57 @@ def start(parallel: ParallelConfig, seed: int, threads: int = 0, hang_timeout_s:
         seed: run seed; each data-parallel rank derives its own.
         threads: CPU threads of this process, 0 leaves torch's choice.
         hang_timeout_s: seconds after which a collective fails, of every group and backend; 0: never.
+        generators: number of ranks, the last ones, that only generate: ``parallel`` is the layout of the others.
 
     Raises:
-        ConfigError: the world size is not a multiple of the layout's ranks.
+        ConfigError: the number of ranks that train is not a multiple of the layout's ranks.
         JoinError: the ranks did not come together.
     """
     cpu.let_megatron_run()
-    rank, size, local_rank = _environment()
-    parallel.data_parallel(size)
+    _, size, local_rank = _environment()
+    _check_sides(parallel, size, generators)
     if threads:
         torch.set_num_threads(threads)
-    device = join(hang_timeout_s)
+    device = join(hang_timeout_s, generators=generators)
+    job = _split[0] if generators else None
+    if job and job.generates:
+        parallel = ParallelConfig()  # it has no model of Megatron
     layout = Layout(parallel, seed, time_limit(hang_timeout_s))
-    world = World(rank, size, local_rank, device, seed, layout, {_sizes(parallel): layout}, hang_timeout_s)
+    world = World(
+        dist.get_rank(),
+        dist.get_world_size(),
+        local_rank,
+        device,
+        seed,
+        layout,
+        {_sizes(parallel): layout},
+        hang_timeout_s,
+        job,
+    )
     seed_everything(seed * 1009 + world.dp_rank)
     return world
 
 
+def _check_sides(parallel: ParallelConfig, size: int, generators: int) -> None:
+    """Raise `ConfigError` unless ``parallel`` divides those of ``size`` ranks that do not only generate."""
+    if generators >= size:
+        raise ConfigError(
+            f"rollout.ranks={generators} of {size} processes leaves none to train; start more processes or lower it"
+        )
+    try:
+        parallel.data_parallel(size - generators)
+    except ConfigError as error:
+        if not generators:
+            raise
+        raise ConfigError(f"{error} (of {size} processes rollout.ranks={generators} only generate)") from error
+
+
 @contextmanager
-def process_group(run: RunConfig, parallel: ParallelConfig) -> Iterator[World]:
+def process_group(run: RunConfig, parallel: ParallelConfig, generators: int = 0) -> Iterator[World]:
     """Join the ranks for the block, watched by a `Watchdog`; leave them where this block has joined them.
 
-    A block within another one shares its process group and its watchdog.
+    A block within another one shares its process group and its watchdog.  Of the ranks the last ``generators`` only
+    generate.
 
     Raises:
         ConfigError: the world size is not a multiple of the layout's ranks.
@@ -141,7 +180,7 @@ def process_group(run: RunConfig, parallel: ParallelConfig) -> Iterator[World]:
     joins = not dist.is_initialized()
     watch = nullcontext() if watchdog.is_watching() else watchdog.Watchdog(Path(run.dir), run.hang_timeout_s)
     with watch:
-        yield start(parallel, run.seed, run.threads, run.hang_timeout_s)
+        yield start(parallel, run.seed, run.threads, run.hang_timeout_s, generators)
         # Not after an error: other ranks may not come to this barrier.
         if joins:
             finish()
@@ -152,14 +191,16 @@ def time_limit(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=_COLLECTIVE_SHARE * seconds or _NO_LIMIT_S)
 
 
-def join(hang_timeout_s: float, join_timeout_s: float = JOIN_S) -> torch.device:
-    """Join the process group of all ranks and return this rank's device.
+def join(hang_timeout_s: float, join_timeout_s: float = JOIN_S, generators: int = 0) -> torch.device:
+    """Join the process group of all ranks, or that of this rank's side, and return this rank's device.
 
     Args:
         hang_timeout_s: seconds after which a collective fails; 0: never.
         join_timeout_s: seconds that ranks wait for each other here, at most four fifths of ``hang_timeout_s``.
+        generators: number of ranks, the last ones, that only generate; each side then has a default group of its own.
 
     Raises:
+        ConfigError: the ranks have joined already, with another number of them that only generate.
         JoinError: the ranks did not come together.
     """
     rank, size, local_rank = _environment()
@@ -169,6 +210,12 @@ def join(hang_timeout_s: float, join_timeout_s: float = JOIN_S) -> torch.device:
     else:
         device, backend = torch.device("cpu"), "gloo"
     if dist.is_initialized():
+        joined = _split[0].generators if _split else 0
+        if joined != generators:
+            raise ConfigError(
+                f"rollout.ranks={generators}, and the processes have joined with {joined} that only generate; start "
+                "other processes for other sides"
+            )
         return device
     limit_s = min(join_timeout_s, _JOIN_SHARE * hang_timeout_s or join_timeout_s)
     deadline = time.monotonic() + limit_s
@@ -176,8 +223,18 @@ def join(hang_timeout_s: float, join_timeout_s: float = JOIN_S) -> torch.device:
     # Before the process group, whose own time-out would not say which rank is missing.
     _wait_for_all_ranks(store, rank, size, limit_s, deadline)
     store.set_timeout(time_limit(hang_timeout_s))  # groups that are made later exchange their addresses there
+    limit = time_limit(hang_timeout_s)
+    job = SplitJob(rank, size, generators, store) if generators else None
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=time_limit(hang_timeout_s))
+        if job:
+            side_store = dist.PrefixStore(job.side, store)
+            dist.init_process_group(
+                backend, store=side_store, rank=job.side_rank, world_size=job.side_size, timeout=limit
+            )
+            job.join(backend, limit, time_limit(0))
+        else:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        _split[:] = [job] if job else []
         _patient[:] = [dist.new_group(backend="gloo", timeout=time_limit(0))]
     except RuntimeError as error:  # Gloo raises no narrower type
         raise JoinError(
@@ -279,13 +336,14 @@ def patient_group() -> dist.ProcessGroup:
 def share_timeout() -> None:
     """Give every process group the time-out of the group of all ranks; vLLM makes its own with torch's default."""
     limit = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    patient = [patient_group(), *(job.messages for job in _split)]
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not patient_group():
+        if group not in patient:
             dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def default_store(prefix: str) -> dist.Store:
-    """Return the key-value store of all ranks, with ``prefix`` before every key."""
+    """Return the key-value store of all ranks of this side, with ``prefix`` before every key."""
     return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
 
 

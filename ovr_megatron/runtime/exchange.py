@@ -43,16 +43,18 @@ def raise_first(problem: UserError | None) -> None:
             raise rank_problem
 
 
-def exchange(outgoing: Mapping[int, Any]) -> list[Any]:
+def exchange(outgoing: Mapping[int, Any], group: dist.ProcessGroup | None = None) -> list[Any]:
     """Send ``outgoing[rank]`` to each rank that it names and return the objects for this one, by rank of the sender.
 
-    A collective of all ranks, through the host. No rank holds objects of others: a gather of a large batch on every
-    rank would not fit into a node.
+    A collective of all ranks of ``group`` (None: all ranks), through the host. No rank holds objects of others: a
+    gather of a large batch on every rank would not fit into a node.
     """
-    rank = dist.get_rank()
+    group = group or dist.group.WORLD
+    assert group is not None
+    rank = group.rank()
     buffers = {peer: _to_bytes(payload) for peer, payload in outgoing.items()}
     # The lengths go first: a receiver must allocate its buffer before the message comes.
-    expected = _incoming_lengths({peer: len(buffer) for peer, buffer in buffers.items()})
+    expected = _incoming_lengths({peer: len(buffer) for peer, buffer in buffers.items()}, group)
     received: dict[int, Tensor] = {}
     for peer, length in expected.items():
         if peer != rank:
@@ -62,9 +64,9 @@ def exchange(outgoing: Mapping[int, Any]) -> list[Any]:
     requests = []
     for peer, buffer in buffers.items():
         if peer != rank:
-            requests.append(dist.isend(buffer, peer))
+            requests.append(dist.isend(buffer, group=group, group_dst=peer))
     for peer, buffer in received.items():
-        requests.append(dist.irecv(buffer, peer))
+        requests.append(dist.irecv(buffer, group=group, group_src=peer))
     for request in requests:
         assert request is not None
         request.wait()
@@ -83,14 +85,14 @@ def _to_bytes(payload: Any) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(payload)), dtype=torch.uint8)
 
 
-def _incoming_lengths(lengths: Mapping[int, int]) -> dict[int, int]:
+def _incoming_lengths(lengths: Mapping[int, int], group: dist.ProcessGroup) -> dict[int, int]:
     """Return the bytes that each peer sends to this rank, without the peers that send nothing.  A collective.
 
-    ``lengths`` has the bytes that this rank sends to each peer.
+    ``lengths`` has the bytes that this rank sends to each peer of ``group``.
     """
-    size = dist.get_world_size()
+    size = group.size()
     row = torch.tensor([lengths.get(peer, 0) for peer in range(size)])
     table = [torch.empty_like(row) for _ in range(size)]
-    dist.all_gather(table, row)
-    column = [int(peer_row[dist.get_rank()]) for peer_row in table]
+    dist.all_gather(table, row, group=group)
+    column = [int(peer_row[group.rank()]) for peer_row in table]
     return {peer: length for peer, length in enumerate(column) if length}

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -23,12 +24,28 @@ _LONGEST_GRACE_S = 60.0
 _LOOKS = 5  # times that a rank looks for the stacks of others within the grace
 _STDERR = 2
 _active: Watchdog | None = None
+_listener: Callable[[], None] | None = None
 
 
 def touch() -> None:
-    """Report progress to this process's `Watchdog`, if there is one."""
+    """Report progress to this process's `Watchdog` and to the function of `listen`, where there are such."""
+    defer()
+    if _listener is not None:
+        _listener()
+
+
+def defer() -> None:
+    """Begin the limit anew for a process that waits, as the processes that it waits for make progress."""
     if _active is not None:
         _active.touch()
+
+
+def listen(listener: Callable[[], None] | None) -> Callable[[], None] | None:
+    """Have ``listener`` called at each `touch`, in the thread that makes progress; return the former one."""
+    global _listener
+    previous = _listener
+    _listener = listener
+    return previous
 
 
 def is_watching() -> bool:

@@ -206,6 +206,8 @@ class _NearestRows(NamedTuple):
 class Owners:
     """Index of the ranks that hold each range of every Hugging Face tensor.
 
+    A rank takes rows from the nearest one that holds them; ranks that hold nothing share the others equally.
+
     Args:
         layouts: Of each rank, the parameters that it holds.
     """
@@ -269,7 +271,11 @@ class Owners:
             if not start <= position < stop:
                 continue
             ranks = self._ranks[name, interval]
-            rank = _closest(ranks, target)
+            if self.layouts[target]:
+                rank = _closest(ranks, target)
+            else:
+                # The nearest one would be the same for all of them, and send every byte.
+                rank = ranks[target % len(ranks)]
             distance = abs(rank - target)
             # Of intervals at the same distance the first is taken, so that all ranks make the same plan.
             if best is None or distance < best_distance:
@@ -307,7 +313,8 @@ def plan(
 
     Args:
         sources: of each rank, the parameters that it holds.
-        targets: of each rank, the parameters that are to be filled; the same ones in the same order on every rank.
+        targets: of each rank, the parameters that are to be filled; the same ones in the same order on every rank that
+            has any.
         rank: whose plan this is.
         bucket_bytes: most bytes that a rank sends and receives in a step, or one row; its own copies do not count.
         trained_only: leave out parameters that none of the sources trains.
@@ -318,11 +325,11 @@ def plan(
     owners = Owners(sources)
     steps = [TransferStep()]
     loads = [0] * len(sources)  # bytes of each rank in the last step
-    for index in range(len(targets[0])):
+    for index in range(max(map(len, targets))):
         transfers: list[Transfer] = []
         for target, layouts in enumerate(targets):
-            layout = layouts[index]
-            transfers += owners.transfers(layout, index, target)
+            if layouts:
+                transfers += owners.transfers(layouts[index], index, target)
         if trained_only and not _any_trained(transfers, sources):
             continue
         local: list[Transfer] = []
@@ -349,7 +356,8 @@ def plan(
             if target == rank:
                 steps[-1].receives.append(transfer)
         steps[-1].copies += _merged(local)
-        steps[-1].complete.append(index)
+        if targets[rank]:
+            steps[-1].complete.append(index)
     return steps
 
 

@@ -254,3 +254,21 @@ def test_with_offload_vllm_has_the_gpu_to_itself_and_leaves_nothing() -> None:
     assert items["true"]["generate"]["vLLM cache"] > 1.8 * items["false"]["generate"]["vLLM cache"]
     assert all(("vLLM graphs" in held) == (name in ("generate", "sync")) for name, held in items["true"].items())
     assert all("vLLM graphs" in held for held in items["false"].values())
+
+
+def test_ranks_that_only_generate_have_the_engines_and_nothing_else() -> None:
+    config = compose("rl_7b_64gpu", ["model.path=7B", "rollout.ranks=32"])
+    split = plan(config, Options(64, search=False))
+    items = {phase["name"]: phase["items"] for phase in split["phases"]}
+    assert {name for name in items["generate"] if name in ("policy", "critic")} == set()
+    for name in ("value", "update critic", "update policy", "sync"):
+        assert "policy" in items[name] and not any(item.startswith("vLLM") for item in items[name]), name
+    assert split["replicas"] == 32 // config.parallel.ranks and split["engine"]["engines"] == 32 // config.rollout.tp
+    turns = split["spans"][0]
+    ahead = plan(replace(config, rollout=replace(config.rollout, max_staleness=1)), Options(64, search=False))
+    generate = turns["parts"]["generate"]
+    training = turns["seconds"] - generate
+    # Of the two the longer one is what an iteration takes.
+    assert ahead["spans"][0]["seconds"] == pytest.approx(max(generate, training))
+    with pytest.raises(ConfigError, match=r"rollout\.ranks=64 of 64 processes leaves none to train"):
+        plan(compose("rl_7b_64gpu", ["model.path=7B", "rollout.ranks=64"]), Options(64, search=False))

@@ -95,7 +95,24 @@ def test_what_nobody_holds() -> None:
 
 def test_the_nearest_rank_sends() -> None:
     part = ShardLayout(0, 4, torch.float32, True, (RowRange("a", 0, 0, 3),))
-    held = [[part], [], [], [part], []]
+    other = part._replace(ranges=(RowRange("b", 0, 0, 3),))
+    held = [[part], [other], [other], [part], [other]]
     wanted = [[part]] * 5
-    sources = [[p.source for s in plan(held, wanted, r, 100) for p in s.receives + s.copies] for r in range(5)]
-    assert sources == [[0], [0], [3], [3], [3]]
+    assert sources(held, wanted) == [[0], [0], [3], [3], [3]]
+
+
+def test_ranks_that_hold_nothing_share_those_that_want_nothing() -> None:
+    """Four ranks receive from the three that train, which complete nothing themselves."""
+    part = ShardLayout(0, 4, torch.float32, True, (RowRange("a", 0, 0, 3),))
+    held = [[part], [part], [part], [], [], [], []]
+    wanted = [[], [], [], [part], [part], [part], [part]]
+    assert sources(held, wanted) == [[], [], [], [0], [1], [2], [0]]
+    assert [plan(held, wanted, rank, 100)[-1].complete for rank in range(7)] == [[]] * 3 + [[0]] * 4
+
+
+def sources(held: list[list[ShardLayout]], wanted: list[list[ShardLayout]]) -> list[list[int]]:
+    """Return from which ranks each rank takes what it wants."""
+    return [
+        [piece.source for step in plan(held, wanted, rank, 100) for piece in step.receives + step.copies]
+        for rank in range(len(held))
+    ]
