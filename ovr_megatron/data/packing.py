@@ -198,7 +198,7 @@ def share_prompts(
     """
     counts = Counter(prompts)
     shared = {}  # the document of each prompt that has several samples
-    documents = []
+    documents: list[Sample] = []
     for sample, prompt in zip(samples, prompts, strict=True):
         if counts[prompt] > 1 and prompt not in shared and _prefix_rows(sample) > 0:
             shared[prompt] = len(documents)
@@ -222,16 +222,16 @@ def _prefix_rows(sample: Sample) -> int:
 
 def _cut_rows(sample: Sample, start: int, stop: int) -> Sample:
     """Return rows ``start`` to ``stop`` of a sample, with its images if these are the first."""
-    rows = {
-        "tokens": sample.tokens[start:stop],
-        "loss_mask": sample.loss_mask[start:stop],
-        "position_ids": sample.position_ids[:, start:stop],
-    }
-    if start == 0:
-        return replace(sample, **rows)
-    return replace(
+    rows = replace(
         sample,
-        **rows,
+        tokens=sample.tokens[start:stop],
+        loss_mask=sample.loss_mask[start:stop],
+        position_ids=sample.position_ids[:, start:stop],
+    )
+    if start == 0:
+        return rows
+    return replace(
+        rows,
         patches=sample.patches[:0],
         grid_thw=sample.grid_thw[:0],
         placement=sample.placement[:0],

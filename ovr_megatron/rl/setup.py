@@ -166,12 +166,29 @@ def build_models(
             reference = build_reference(config, model_folder, banned, world)
     else:
         engines = {"policy": build_frozen_policy(config, model_folder, world)}
+    if config.share_prompts:
+        _check_shared_prompts(engines)
     policy = engines["policy"]
     # As the engine samples, so that log-probabilities of both are of the same distribution.
     policy.sample_from(banned, config.rollout.temperature)
     critic = engines.get("critic")
     models = Models(config, world, processor, policy, critic, reference)
     return models, engines
+
+
+def _check_shared_prompts(engines: Mapping[str, Engine]) -> None:
+    """Refuse shared prompts where keys are passed around a ring of ranks, which knows whole documents alone.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    for name, engine in engines.items():
+        cp = engine.parallel.cp
+        if cp > 1 and not engine.has_own_layers:
+            raise ConfigError(
+                f"share_prompts=true with context parallelism ({name}: cp={cp}): Transformer Engine's ring attention "
+                "has no shared prompts; set share_prompts to false, cp to 1, or model.layers=local"
+            )
 
 
 def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[str, Engine]:
