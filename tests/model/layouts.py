@@ -36,6 +36,7 @@ from ovr_megatron.verify import (
 )
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.table import cut_dim
+from tests.model import shared_prompts
 from tests.model.matrix import WHOLE
 
 # Of the 4 ranks, what a layout leaves over is data parallel.
@@ -215,6 +216,16 @@ def packed_equals_separate(folder: Path) -> dict[str, float]:
     return errors
 
 
+def with_shared_prompts(folder: Path) -> dict[str, dict[str, float]]:
+    """Packs whose responses share their prompts against packs of whole samples, in several layouts."""
+    table = {}
+    for layout in ("tp=2,sp=1", "cp=2,tp=2", "pp=2,vpp=2,cp=2"):
+        for critic in (False, True):
+            engine = build(folder, parse_layout(layout)[0], critic)
+            table[f"{layout}, {'critic' if critic else 'policy'}"] = shared_prompts.compare(engine)
+    return table
+
+
 def resumed(folder: Path, out: Path) -> dict[str, list[list[float]]]:
     """Losses of four steps after a checkpoint, where it was written and in other layouts."""
     if world.is_main:
@@ -255,6 +266,7 @@ if __name__ == "__main__":
         "side by side": two_layouts(models / "untied"),
         "other shapes": other_shapes(models),
         "packed": packed_equals_separate(models / "untied"),
+        "shared prompts": with_shared_prompts(models / "untied"),
         "resumed": resumed(models / "tied", out / "checkpoints"),
     }
     if world.is_main:

@@ -110,6 +110,15 @@ def test_replicas_stay_bit_identical(results: dict[str, Any]) -> None:
     assert len(checked) > (15 if WHOLE else 8) and all(checked)
 
 
+def test_shared_prompts_change_nothing_but_the_work(results: dict[str, Any]) -> None:
+    assert len(results["shared prompts"]) == 6
+    for name, differences in results["shared prompts"].items():
+        assert differences["scores"] < 1e-5, name
+        assert differences["loss"] < 1e-6, name
+        assert differences["gradients"] < 2e-5, name
+        assert differences["rows"] < 0.7, name
+
+
 def test_a_pack_is_its_documents(results: dict[str, Any]) -> None:
     print(results["packed"])
     assert max(results["packed"].values()) < 1e-5
