@@ -139,9 +139,7 @@ class RL:
             if world.is_main:
                 record_run(config, processor, world, launch)
                 show_start(config, self.engines, world, checkpoint)
-            self.peak_flops = config.run.peak_tflops * 1e12
-            if not self.peak_flops:
-                self.peak_flops = matrix_rate(self.models.policy.config.params_dtype)
+            self.peak_flops = config.run.peak_tflops * 1e12 or matrix_rate(self.models.policy.config.params_dtype)
             self._may_lack_scores = True
             self._stopped = False
             # Empty until an iteration is done; a stop before that saves no checkpoint (`stop_early`).
