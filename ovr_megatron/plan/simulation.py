@@ -164,8 +164,10 @@ def _modes(config: RLConfig, world: int, options: SimulationOptions) -> list[Mod
     shares = list(options.oversample)
     if not shares:
         shares = [rollout.oversample] if rollout.oversample else list(OVERSAMPLE)
-    staleness = list(options.staleness or STALENESS)
-    generators = list(options.generators)
+    staleness = list(options.staleness)
+    if not staleness:
+        staleness = [rollout.max_staleness] if rollout.continues_responses else list(STALENESS)
+    generators = list(options.generators or filter(None, [rollout.ranks]))
     if not generators:
         parts = {world // part // rollout.tp * rollout.tp for part in (4, 2)}
         generators = sorted(ranks for ranks in parts if 0 < ranks < world)
