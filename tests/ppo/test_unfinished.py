@@ -380,6 +380,7 @@ class Run:
             tp=1,
             schedule=case.schedule,
             max_staleness=case.max_staleness,
+            continues_responses=case.max_staleness > 0,
             oversample=case.oversample,
             max_num_seqs=case.room,
             extra_responses=0,
@@ -588,7 +589,8 @@ def test_a_run_that_goes_on_without_generates_anew(monkeypatch: pytest.MonkeyPat
     trained = list(run.trained(0))
     waiting = [row for _, row in run.streams[0].state()["unfinished"]]
     for member in run.members:
-        member.config.rollout.max_staleness, member.config.rollout.oversample = 0, 0.0
+        settings = member.config.rollout
+        settings.max_staleness, settings.continues_responses, settings.oversample = 0, False, 0.0
     groups = run.trained(1)
     assert sorted(groups) == sorted(waiting)
     assert all(version == 1 for group in groups.values() for response in group for version in response)
