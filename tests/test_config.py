@@ -151,8 +151,8 @@ REFUSED = [
     ("rollout.top_p=0.9", "rollout.top_p=0.9: the trainer scores the whole distribution"),
     ("rollout.tp=0", "rollout.tp=0 must be positive"),
     ("rollout={ranks: 3, tp: 2}", "rollout.ranks=3 is no multiple of rollout.tp=2"),
-    ("rollout.max_staleness=1", "rollout.max_staleness=1 needs ranks that generate while others train"),
-    ("rollout={ranks: 2, max_staleness: 2}", "rollout.max_staleness=2: generation is at most one iteration ahead"),
+    ("rollout.max_staleness=1", "set rollout.oversample above 0, as 0.5, or let rollout.ranks"),
+    ("rollout={ranks: 2, max_staleness: 2}", "rollout.max_staleness=2 with rollout.ranks=2: generation is at most one"),
     ("algorithm.reduction=mean", "algorithm.reduction='mean' is not known; choose one of token, sequence"),
     ("algorithm.gamma=0", "algorithm.gamma=0.0 must be positive and at most 1"),
     ("algorithm.lam=1.1", "algorithm.lam=1.1 must lie in 0..1"),
@@ -255,7 +255,7 @@ def test_ranks_that_only_generate_need_two_sides_at_work() -> None:
     learning = complaint(RLConfig, "only=train", "rollouts_from=runs/other", "rollout.ranks=2")
     assert "only=train with rollout.ranks=2" in learning
     both = complaint(RLConfig, "rollout={ranks: 2, max_staleness: 1, oversample: 0.5}")
-    assert "rollout.max_staleness=1 and rollout.oversample=0.5 are two ways" in both
+    assert "rollout.max_staleness=1 and rollout.oversample=0.5 with rollout.ranks=2" in both
     assert "rollout.ranks=2: supervised fine-tuning has no rollouts" in complaint(ColdStartConfig, "rollout.ranks=2")
 
 

@@ -95,8 +95,9 @@ class _Server:
             deliver(self._job, delivery, [], self._stop)
             return
         responses = rollout.responses if self._rollouts.leads else []
-        for response in responses:
-            response.versions = _versions(response, self._version)
+        if self._version != command.iteration:  # older weights than those that learn from it
+            for response in responses:
+                response.versions = _versions(response, self._version)
         rollout.metrics["memory/rollout_peak_gib"] = peak_gib()
         delivery = _delivery(rollout, self._prompts.state(), time.perf_counter() - began)
         deliver(self._job, delivery, responses, self._stop)

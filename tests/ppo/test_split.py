@@ -45,7 +45,7 @@ def spans(out: Path, name: str, side: str) -> dict[int, tuple[float, float]]:
 def versions(run: Path, iteration: int) -> set[int]:
     """Return the iterations whose weights drew the tokens of an iteration."""
     files = (run / "rollouts" / f"{iteration:06d}").glob("*.safetensors")
-    return {int(version) for path in files for version in load_file(path)["versions"]}
+    return {int(version) for path in files for version in load_file(path).get("versions", [iteration])}
 
 
 @pytest.fixture(scope="module")
