@@ -35,6 +35,7 @@ from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.round_responses import RoundResponses
+from ovr_megatron.ppo.staleness import staleness_metrics, token_staleness
 from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rl.setup import build_models, build_rollouts, open_model_and_prompts
 from ovr_megatron.rollout import pending
@@ -146,7 +147,9 @@ def measure(rollouts: Rollouts, config: RLConfig, world: World, name: str, itera
             seconds += time.perf_counter() - began
             idle_s += rollout.metrics["timing/rollout_idle"]
             trained += len(rollout.train_prompts)
-            staleness += rollout.metrics.get("rollout/staleness_mean", 0.0) / iterations
+            trained_responses = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
+            ages = token_staleness(trained_responses, iteration)
+            staleness += staleness_metrics(ages, ages=1)["rollout/staleness_mean"] / iterations
             dropped += rollout.metrics.get("rollout/dropped_for_age", 0.0)
         rollouts.engine.sleep()  # drops the caches, as an update would
     return {

@@ -22,7 +22,7 @@ from ovr_megatron.runtime.step_lines import read_metrics
 TableRow = Mapping[str, object]
 """Cells by column; the columns are as many as metrics, sources and values of k."""
 
-_STALENESS = re.compile(r"rollout/staleness_share[/_](\d+)")
+_STALENESS = re.compile(r"rollout/staleness_share/(\d+)")
 _NAMED_RANKS = 16  # a timeline of more has no room for their names
 # What waits for a long round, and what the next round goes on with.
 _QUEUES = {"rollout/postponed_prompts": "for a long round", "rollout/unfinished_prompts": "to be continued"}

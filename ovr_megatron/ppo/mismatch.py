@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ovr_megatron.data.samples import Sample
-from ovr_megatron.ppo.batch import Response
 
 MODALITIES = ("text", "image", "video")
 # Of a token, in iterations; the last group has all that are as old or older.
@@ -42,17 +41,6 @@ def token_modalities(samples: Sequence[Sample], lengths: Sequence[int]) -> list[
     arrays = []
     for sample, length in zip(samples, lengths, strict=True):
         arrays.append(np.full(length, modality(sample)))
-    return arrays
-
-
-def token_staleness(responses: Sequence[Response], iteration: int) -> list[np.ndarray]:
-    """Return the iterations from the weights that drew each token of a response to those of ``iteration`` [n]."""
-    arrays = []
-    for response in responses:
-        versions = response.versions
-        if versions is None:
-            versions = np.full(len(response.tokens), iteration)
-        arrays.append((iteration - versions).astype(np.float64))
     return arrays
 
 

@@ -72,8 +72,6 @@ class PolicyObjective:
             sums[f"policy/{name}"] = value.detach()
         sums["rollout_kl"] = kl_estimate(rollout, old, "k3").sum()
         staleness = scores.beside(pack, "staleness") if "staleness" in pack.extras else None
-        if staleness is not None:
-            sums["staleness"] = staleness.sum()
         if self.correction is not None:
             importance, correction_sums = self._importance(self.correction, old - rollout, segments, staleness)
             losses = losses * importance

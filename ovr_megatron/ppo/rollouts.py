@@ -20,7 +20,6 @@ from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
 from ovr_megatron.ppo.round_responses import RoundResponses
 from ovr_megatron.ppo.round_work import RoundWork, assign, assign_continued, open_queue
-from ovr_megatron.ppo.staleness import staleness_metrics
 from ovr_megatron.ppo.timeline import Timeline
 from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rewards.failures import FailureWatch
@@ -177,21 +176,18 @@ class Rollouts:
         # By index again: in `order` those with equal rewards come last.
         for prompt in sorted(order[: config.prompts]):
             rollout.train_prompts[prompt] = tokens[prompt]
-        self._leave_to_later(prompts, rollout, iteration)
+        self._leave_to_later(prompts, rollout)
         return rollout
 
-    def _leave_to_later(self, prompts: PromptStream, rollout: Rollout, iteration: int) -> None:
-        """Put what the iteration does not train on into the queues of ``prompts``, and count it.  A collective."""
-        settings = self.config.rollout
+    def _leave_to_later(self, prompts: PromptStream, rollout: Rollout) -> None:
+        """Put what the iteration does not train on into the queues of ``prompts``, and count it."""
         metrics = rollout.metrics
         if rollout.restarted is not None:
             prompts.keep_unfinished(rollout.unfinished)
             metrics["rollout/unfinished_prompts"] = float(prompts.unfinished)
-            trained = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
-            metrics |= staleness_metrics(trained, iteration, settings.max_staleness)
             return
         self.unfinished.groups = {}  # their prompts began again
-        if settings.oversample or rollout.long:
+        if self.config.rollout.oversample or rollout.long:
             prompts.postpone(rollout.postponed)
             metrics["rollout/long_round"] = float(rollout.long)
             metrics["rollout/postponed_prompts"] = float(prompts.postponed)

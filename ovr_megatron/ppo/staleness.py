@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
+from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.runtime.exchange import gather_objects
 
 
-def staleness_metrics(responses: Iterable[Response], iteration: int, max_staleness: int) -> dict[str, float]:
-    """Return the mean staleness of the tokens of ``responses`` over all ranks, and the share of each.  A collective.
+def token_staleness(responses: Sequence[Response], iteration: int) -> Ragged:
+    """Return the iterations from the weights that drew each token of a response to those of ``iteration`` [n]."""
+    arrays = []
+    for response in responses:
+        versions = response.versions
+        if versions is None:
+            versions = np.full(len(response.tokens), iteration)
+        arrays.append((iteration - versions).astype(np.float64))
+    return arrays
 
-    The staleness of a token is ``iteration`` minus its version.
+
+def staleness_metrics(staleness: Ragged, ages: int) -> dict[str, float]:
+    """Return the mean staleness of the tokens of all ranks, and the share of each age.  A collective.
 
     Args:
-        responses: those of this rank that are trained on.
-        iteration: that of the current policy.
-        max_staleness: the largest that occurs.
+        staleness: of this rank's responses, as of `token_staleness`.
+        ages: number of shares at least, from age 0; more where tokens are older.
     """
-    local_counts = np.zeros(max_staleness + 1, np.int64)  # tokens by staleness
-    for response in responses:
-        if response.versions is None:
-            local_counts[0] += len(response.tokens)
-        else:
-            local_counts += np.bincount(iteration - response.versions, minlength=max_staleness + 1)
-    counts = np.sum(gather_objects(local_counts), axis=0)
+    local_ages = np.concatenate([np.zeros(0), *staleness]).astype(np.int64)
+    ranks = gather_objects(np.bincount(local_ages, minlength=ages))
+    counts = np.zeros(max(map(len, ranks)), np.int64)  # tokens by age
+    for rank_counts in ranks:
+        counts[: len(rank_counts)] += rank_counts
     shares = counts / max(counts.sum(), 1)
-    metrics = {"rollout/staleness_mean": float(shares @ np.arange(max_staleness + 1))}
-    for staleness, share in enumerate(shares):
-        metrics[f"rollout/staleness_share/{staleness}"] = float(share)
+    metrics = {"rollout/staleness_mean": float(shares @ np.arange(len(shares)))}
+    for age, share in enumerate(shares):
+        metrics[f"rollout/staleness_share/{age}"] = float(share)
     return metrics

@@ -12,8 +12,9 @@ from ovr_megatron.data.packing import Pack
 from ovr_megatron.ppo.advantages import Ragged, explained_variance, mean_and_std, moments
 from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_over_dp
 from ovr_megatron.ppo.losses import token_weights
-from ovr_megatron.ppo.mismatch import token_modalities, token_staleness
+from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
+from ovr_megatron.ppo.staleness import staleness_metrics, token_staleness
 from ovr_megatron.runtime.exchange import gather_objects
 
 
@@ -78,9 +79,12 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
     token_arrays: dict[str, Ragged] = {"modalities": token_modalities(batch.samples, batch.lengths)}
     # All ranks or none: those that share a pack, and the sums of all packs, must have the same arrays.
     has_versions = any(response.versions is not None for response in experience.responses)
-    by_staleness = any(gather_objects(has_versions))
+    max_staleness = models.config.rollout.max_staleness
+    by_staleness = max_staleness > 0 or any(gather_objects(has_versions))
+    staleness: dict[str, float] = {}
     if by_staleness:
         token_arrays["staleness"] = token_staleness(experience.responses, iteration)
+        staleness = staleness_metrics(token_arrays["staleness"], ages=max_staleness + 1)
     objective = PolicyObjective(config, models.policy.groups.cp, by_staleness)
     # As many on every rank, also on one that has no responses in a step.
     step_count = min(config.policy_steps, batch.total)
@@ -92,7 +96,7 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
             if objective.correction is not None:
                 step_metrics[-1]["sample_size"] = effective_sample_size(step_metrics[-1])
     mismatch = objective.mismatch.metrics()  # after the last step, as it waits for the device
-    return policy_metrics(mean_over_steps(step_metrics), mismatch)
+    return policy_metrics(mean_over_steps(step_metrics), mismatch) | staleness
 
 
 def effective_sample_size(means: dict[str, float]) -> float:
@@ -126,7 +130,6 @@ def policy_metrics(means: dict[str, float], mismatch: dict[str, float]) -> dict[
     metrics |= mismatch
     logged_names = {
         "rollout_kl": "rollout/kl",
-        "staleness": "rollout/staleness",
         "importance": "rollout/importance",
         "sample_size": "rollout/effective_sample_size",
         "reference_kl": "policy/reference_kl",

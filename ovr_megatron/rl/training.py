@@ -428,8 +428,10 @@ class RL:
 def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
     """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
     mismatch = metrics.get("rollout/mismatch_p99", 0.0)
-    # Older weights have drawn the responses with `max_staleness`: that the two differ is no fault then.
-    if mismatch > config.rollout.mismatch_warning and not config.rollout.max_staleness:
+    if metrics.get("rollout/staleness_share/0", 1.0) < 1:
+        # Tokens that older weights drew differ by what the policy has learned since, which is no fault.
+        mismatch = metrics.get("rollout/mismatch_p99/staleness_0", 0.0)
+    if mismatch > config.rollout.mismatch_warning:
         logger.warning(
             f"iteration {iteration}: a hundredth of the tokens' log-probabilities differ by {mismatch:.2e} or "
             f"more between rollout and trainer (rollout.mismatch_warning={config.rollout.mismatch_warning:g})"

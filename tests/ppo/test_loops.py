@@ -177,9 +177,12 @@ def test_tokens_of_older_weights_are_measured_apart(runs: Path) -> None:
     plain, one_rank = stale["none"], stale["one_rank"]
     share = one_rank.pop("expected_staleness")
     assert plain.pop("expected_staleness") == 0 < share < 2
-    assert one_rank["rollout/staleness"] == pytest.approx(share, rel=1e-12)
+    assert one_rank["rollout/staleness_mean"] == pytest.approx(share, rel=1e-12)
     added = {f"rollout/mismatch_{kind}/staleness_{age}" for kind in ("mean", "p99", "max") for age in (0, 2)}
-    assert one_rank.keys() - plain.keys() == {"rollout/staleness", *added}
+    added |= {"rollout/staleness_mean", *(f"rollout/staleness_share/{age}" for age in range(3))}
+    assert one_rank.keys() - plain.keys() == added
+    shares = [one_rank[f"rollout/staleness_share/{age}"] for age in range(3)]
+    assert shares == pytest.approx([1 - share / 2, 0, share / 2], rel=1e-12)
     assert all(one_rank[key] == value for key, value in plain.items())
     means = [one_rank[f"rollout/mismatch_mean/staleness_{age}"] for age in (0, 2)]
     assert means[0] * (1 - share / 2) + means[1] * share / 2 == pytest.approx(plain["rollout/mismatch_mean"], rel=1e-9)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ovr_megatron.config import ParallelConfig
+from ovr_megatron.config import ParallelConfig, RolloutConfig
 from ovr_megatron.ppo.mismatch import MODALITIES, QUANTILE, STALENESS, Mismatch, token_modalities
+from ovr_megatron.rl.training import warn
 from ovr_megatron.runtime import distributed
 
 EDGE = 10 ** (1 / 24) * (1 + 1e-9)  # of one bin to the next
@@ -99,3 +100,38 @@ def test_a_prompt_is_what_it_shows() -> None:
 
     arrays = token_modalities([sample(0, 0), sample(2, 0), sample(1, 1), sample(0, 1)], [2, 1, 3, 1])
     assert [array.tolist() for array in arrays] == [[0, 0], [1], [2, 2, 2], [2]]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "warns"),
+    [
+        ({"rollout/mismatch_p99": 0.1}, True),
+        ({"rollout/mismatch_p99": 0.01}, False),
+        # All tokens are the current policy's: their statistics are those of all.
+        ({"rollout/mismatch_p99": 0.1, "rollout/staleness_share/0": 1.0}, True),
+        ({"rollout/mismatch_p99": 0.1, "rollout/staleness_share/0": 0.0}, False),
+        (
+            {
+                "rollout/mismatch_p99": 0.1,
+                "rollout/mismatch_p99/staleness_0": 0.01,
+                "rollout/staleness_share/0": 0.5,
+            },
+            False,
+        ),
+        (
+            {
+                "rollout/mismatch_p99": 0.2,
+                "rollout/mismatch_p99/staleness_0": 0.1,
+                "rollout/staleness_share/0": 0.5,
+            },
+            True,
+        ),
+    ],
+)
+def test_what_the_policy_has_learned_since_is_not_warned_of(
+    caplog: pytest.LogCaptureFixture, metrics: dict[str, float], warns: bool
+) -> None:
+    config: Any = SimpleNamespace(rollout=RolloutConfig())
+    with caplog.at_level("WARNING"):
+        warn(metrics, 3, config)
+    assert bool(caplog.records) == warns

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ovr_megatron.data.schema import Message, Row, TextPart
 from ovr_megatron.data.stream import RowStream
-from ovr_megatron.ppo import counters, rollouts, round_cut, round_work, staleness, unfinished
+from ovr_megatron.ppo import counters, rollouts, round_cut, round_work, unfinished
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.rewards.verdict import Reason, Verdict
@@ -361,7 +361,7 @@ class Run:
         self.ranks = Ranks(case.replicas)
         ThreadBarrier.ranks = self.ranks
         ThreadBarrier.arrived = Counter()
-        for module in (rollouts, round_cut, staleness, unfinished):
+        for module in (rollouts, round_cut, unfinished):
             monkeypatch.setattr(module, "gather_objects", self.ranks.gather)
         monkeypatch.setattr(unfinished, "exchange", self.ranks.exchange)
         monkeypatch.setattr(rollouts, "WorkBarrier", ThreadBarrier)
