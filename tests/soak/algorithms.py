@@ -1,10 +1,12 @@
-"""PPO, GRPO and RLOO on the miniature, three seeds each: reward by iteration as a figure and a table.
-
-The settings of each method are those of its row in docs/algorithms.md.
+"""Three seeds of the miniature in several variants of RL: reward by iteration as a figure and a table.
 
     python tests/soak/algorithms.py --run runs/algorithms --out docs/images [--iterations 60] [--seeds 1 2 3]
+    python tests/soak/algorithms.py --run runs/algorithms --out docs/images --compare rounds
 
-Every seed has its own base model and cold start, from which the three methods set out with as many responses an
+`methods`, the default, compares PPO, GRPO and RLOO, with the settings of their rows in docs/algorithms.md.  `rounds`
+compares rounds of PPO that wait for every response with tail batching and with partial rollouts at staleness 1.
+
+Every seed has its own base model and cold start, from which all variants set out with as many responses an
 iteration.  What is there already is not done again, so the command can be stopped and given again.
 """
 
@@ -31,9 +33,16 @@ sys.path.insert(0, str(ROOT / "tests/ppo"))
 
 from methods import documented_methods  # noqa: E402
 
+WITH_CRITIC = ("prompts=128", "responses=2")
 WITHOUT_CRITIC = ("prompts=32", "responses=8", "algorithm.critic_warmup_iterations=0")
-METHODS = {"PPO": ("prompts=128", "responses=2"), "GRPO": WITHOUT_CRITIC, "RLOO": WITHOUT_CRITIC}
-COLOURS = {"PPO": "#d9652b", "GRPO": "#3a7cbd", "RLOO": "#1d7a46"}
+METHODS = {"PPO": WITH_CRITIC, "GRPO": WITHOUT_CRITIC, "RLOO": WITHOUT_CRITIC}
+TAIL_BATCHING = (*WITH_CRITIC, "rollout.schedule=static", "rollout.oversample=0.5")
+ROUNDS = {
+    "PPO": WITH_CRITIC,
+    "tail batching": TAIL_BATCHING,
+    "staleness 1": (*TAIL_BATCHING, "rollout.max_staleness=1", "algorithm.correction=token_truncate"),
+}
+COLOURS = ("#d9652b", "#3a7cbd", "#1d7a46")
 WINDOW = 5  # iterations of the moving average
 
 
@@ -52,15 +61,25 @@ def rewards(run: Path) -> list[float]:
     return [line["reward/mean"] for line in lines]
 
 
+def variants(comparison: str) -> dict[str, tuple[str, ...]]:
+    """Return the settings of each variant of a comparison, by its name."""
+    if comparison == "rounds":
+        return ROUNDS
+    methods = documented_methods()
+    return {name: (*sizes, *(f"algorithm.{setting}" for setting in methods[name])) for name, sizes in METHODS.items()}
+
+
 def main() -> None:
     """Train what is missing, then draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", choices=["methods", "rounds"], default="methods")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
-    curves: dict[str, list[list[float]]] = {name: [] for name in METHODS}
+    settings = variants(args.compare)
+    curves: dict[str, list[list[float]]] = {name: [] for name in settings}
     for seed in args.seeds:
         folder = (args.run / f"seed{seed}").resolve()
         if not (folder / "init/config.json").exists():
@@ -70,31 +89,32 @@ def main() -> None:
         base = f"model.path={folder / 'base/checkpoints/step_001000'}"
         launch("coldstart", "tiny_cold_start", folder / "cold_start", 130, base, f"run.seed={seed}")
         start = f"model.path={folder / 'cold_start/checkpoints/step_000130'}"
-        for name, sizes in METHODS.items():
-            run = folder / name.lower()
-            settings = [f"algorithm.{setting}" for setting in documented_methods()[name]]
-            more = (start, f"run.seed={seed}", f"iterations={args.iterations}", "run.keep_last=1", *sizes, *settings)
-            launch("rl", "tiny_rl", run, args.iterations, *more)
+        for name, variant in settings.items():
+            run = folder / name.lower().replace(" ", "_")
+            common = (start, f"run.seed={seed}", f"iterations={args.iterations}", "run.keep_last=1")
+            launch("rl", "tiny_rl", run, args.iterations, *common, *variant)
             curves[name].append(rewards(run))
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(curves, args.out / "algorithms.png")
-    with (args.out / "algorithms.csv").open("w", newline="") as file:
+    file_name = "algorithms" if args.compare == "methods" else args.compare
+    draw(curves, args.out / f"{file_name}.png")
+    path = args.out / f"{file_name}.csv"
+    with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["method", "seed", "first 10 iterations", "last 10 iterations"])
-        for name, found in curves.items():
-            for seed, values in zip(args.seeds, found, strict=True):
+        table.writerow(["variant", "seed", "first 10 iterations", "last 10 iterations"])
+        for name, seeds in curves.items():
+            for seed, values in zip(args.seeds, seeds, strict=True):
                 table.writerow([name, seed, f"{np.mean(values[:10]):.3f}", f"{np.mean(values[-10:]):.3f}"])
-    print((args.out / "algorithms.csv").read_text())
+    print(path.read_text())
 
 
 def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     """Mean over the seeds, and the range between them."""
     figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=150)
-    for name, found in curves.items():
-        smooth = np.array([moving_average(values, WINDOW) for values in found])
+    for (name, seeds), colour in zip(curves.items(), COLOURS, strict=True):
+        smooth = np.array([moving_average(values, WINDOW) for values in seeds])
         places = np.arange(1, smooth.shape[1] + 1)
-        axes.fill_between(places, smooth.min(0), smooth.max(0), color=COLOURS[name], alpha=0.15, linewidth=0)
-        axes.plot(places, smooth.mean(0), color=COLOURS[name], label=name, linewidth=2)
+        axes.fill_between(places, smooth.min(0), smooth.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(places, smooth.mean(0), color=colour, label=name, linewidth=2)
     axes.set(xlabel="iteration", ylabel=f"mean reward (moving average of {WINDOW})", ylim=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
