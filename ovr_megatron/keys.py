@@ -21,6 +21,15 @@ _FORMER_SETTINGS = {
 }
 
 
+def replace_former_settings(settings: dict[str, Any]) -> None:
+    """Replace the settings of former versions in the stored ``settings`` of a run by those that mean the same."""
+    algorithm = settings.get("algorithm")
+    if isinstance(algorithm, dict) and "importance_cap" in algorithm:
+        cap = algorithm.pop("importance_cap")
+        if cap:
+            algorithm |= {"correction": "token_truncate", "correction_high": cap}
+
+
 def setting_names(schema: type) -> Iterator[str]:
     """Yield every dotted name of the dataclass ``schema``; elements of a list are written ``data.sources[].path``."""
     hints = typing.get_type_hints(schema)

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ovr_megatron.checkpoint import store
 from ovr_megatron.config import ConfigError, RLConfig, build
 from ovr_megatron.data.skipped import SkippedRows
+from ovr_megatron.keys import replace_former_settings
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.iteration import Clock, learn
 from ovr_megatron.rl.setup import build_models, open_model_and_prompts
@@ -57,7 +58,10 @@ def load(run: Path, overrides: Sequence[str]) -> RLConfig:
     if not path.is_file():
         raise ConfigError(describe_folder(run, "run") or f"{run} is no run folder: it has no config.yaml")
     try:
-        values = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        settings = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(settings, dict)
+        replace_former_settings(settings)  # type: ignore[arg-type]
+        values = OmegaConf.merge(settings, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path} with {' '.join(overrides)}: {error}") from error
     assert isinstance(values, DictConfig)

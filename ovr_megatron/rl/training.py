@@ -426,7 +426,15 @@ class RL:
 
 
 def warn(metrics: dict[str, float], iteration: int, config: RLConfig) -> None:
-    """Say what a person should know at once: rollout and trainer disagree, or the value head starts too wide."""
+    """Say what a person should know at once.
+
+    Rollout and trainer disagree, the value head starts too wide, or stale tokens are learned from without a correction.
+    """
+    if iteration == 0 and config.rollout.max_staleness and config.algorithm.correction is None:
+        logger.warning(
+            f"rollout.max_staleness={config.rollout.max_staleness} without algorithm.correction: tokens that earlier "
+            "weights drew count as the current policy's; algorithm.correction=token_truncate weighs them"
+        )
     mismatch = metrics.get("rollout/mismatch_p99", 0.0)
     if metrics.get("rollout/staleness_share/0", 1.0) < 1:
         # Tokens that older weights drew differ by what the policy has learned since, which is no fault.

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from ovr_megatron.config import AlgorithmConfig, ConfigError
+from ovr_megatron.config.writing import as_yaml
 from ovr_megatron.errors import UserError
 from ovr_megatron.launch import compose
 from ovr_megatron.ppo import corrections
@@ -19,6 +21,7 @@ from ovr_megatron.ppo.corrections import CORRECTIONS, Correction, register_corre
 from ovr_megatron.ppo.losses import ResponseSegments
 from ovr_megatron.ppo.staleness import token_staleness
 from ovr_megatron.ppo.update import effective_sample_size
+from ovr_megatron.replay import load as load_settings
 from ovr_megatron.rl.setup import check_names
 from ovr_megatron.runtime.registry import RegistryError
 from tests.ppo.off_policy import LENGTHS, OffPolicy, chunked_rows
@@ -234,6 +237,19 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(name: str, low: fl
 def test_the_former_setting_is_named_in_python_too() -> None:
     with pytest.raises(ConfigError, match=r"algorithm.importance_cap any more"):
         AlgorithmConfig(importance_cap=2.0)
+
+
+@pytest.mark.parametrize(("cap", "correction", "high"), [(0.0, None, 0.0), (1.5, "token_truncate", 1.5)])
+def test_the_settings_of_an_earlier_run_are_read(
+    tmp_path: Path, cap: float, correction: str | None, high: float
+) -> None:
+    settings = yaml.safe_load(as_yaml(compose("tiny_rl", ["model.path=m"])))
+    for name in ("correction", "correction_low", "correction_high"):
+        del settings["algorithm"][name]
+    settings["algorithm"]["importance_cap"] = cap
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    algorithm = load_settings(tmp_path, []).algorithm
+    assert (algorithm.correction, algorithm.correction_high) == (correction, high)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ovr_megatron.config import ParallelConfig, RolloutConfig
+from ovr_megatron.launch import compose
 from ovr_megatron.ppo.mismatch import MODALITIES, QUANTILE, STALENESS, Mismatch, token_modalities
 from ovr_megatron.rl.training import warn
 from ovr_megatron.runtime import distributed
@@ -135,3 +136,16 @@ def test_what_the_policy_has_learned_since_is_not_warned_of(
     with caplog.at_level("WARNING"):
         warn(metrics, 3, config)
     assert bool(caplog.records) == warns
+
+
+@pytest.mark.parametrize(
+    ("staleness", "correction", "warns"), [(1, None, True), (1, "icepop", False), (0, None, False)]
+)
+def test_stale_tokens_without_a_correction_are_warned_of(
+    caplog: pytest.LogCaptureFixture, staleness: int, correction: str | None, warns: bool
+) -> None:
+    changes = ["model.path=m", "rollout.oversample=0.5", f"rollout.max_staleness={staleness}"]
+    config = compose("tiny_rl", [*changes, f"algorithm.correction={correction or 'null'}"])
+    with caplog.at_level("WARNING"):
+        warn({}, 0, config)
+    assert ("algorithm.correction=token_truncate weighs them" in caplog.text) == warns
