@@ -173,6 +173,7 @@ ALIASES = {
     "evaluate": ("tools/evaluate.py", ["--model", "m"]),
     "judge": ("tools/judge.py", ["s.json"]),
     "behaviours": ("tools/behaviours.py", ["a=b"]),
+    "support": ("tools/support.py", ["a.jsonl"]),
     "grade": ("tools/grade.py", ["no_rows.jsonl"]),
     "report": ("tools/report.py", ["run", "--every", "-1"]),
     "bench": ("tools/bench.py", ["no_part"]),

@@ -37,7 +37,7 @@ WITH_RECIPE = {
     "bench": ("model --config-name FILE", OPTIONS, "has no option --no-such-option=1"),
 }
 # `replay` takes those of its run, RUN/config.yaml; the others have no settings, only paths and a few options.
-WITHOUT = {"replay", "settings", "reference", "average", "tiny-model", "grade", "report"}
+WITHOUT = {"replay", "settings", "reference", "average", "tiny-model", "grade", "report", "support"}
 WITHOUT |= {f"convert {way}" for way in ("from-hf", "to-hf", "from-megatron", "to-megatron")}
 
 

@@ -59,6 +59,7 @@ COMMANDS = (
     Command("evaluate", "Results", "a model on problem sets, with vLLM", "evaluation.command"),
     Command("judge", "Results", "a model's verdicts on evaluated responses", "evaluation.verdict_command"),
     Command("behaviours", "Results", "cognitive behaviours in responses", "evaluation.behaviour_command"),
+    Command("support", "Results", "problems that training keeps, finds and loses", "evaluation.support_command"),
     Command("grade", "Results", "verdicts on a JSONL file of responses", "cli.grade"),
     Command("report", "Results", "figures, page, summary and model card of a run folder", "cli.report"),
     Command("bench", "Speed", "speed and memory beside named rivals, from a checkout", "cli.bench"),
