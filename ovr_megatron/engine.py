@@ -169,11 +169,11 @@ class Engine:
     def _take_base(self, base: Engine) -> None:
         """Put the storage of ``base``'s frozen weights in the place of this engine's own, which is freed."""
         assert base.layout is self.layout and base.config.params_dtype == self.config.params_dtype
-        parameters = {holding.row.megatron: holding.parameter for holding in base.live.holdings if base._is_base(holding)}
         holdings = [holding for holding in self.live.holdings if self._is_base(holding)]
-        assert parameters.keys() == {holding.row.megatron for holding in holdings}
-        for holding in holdings:
-            holding.parameter.data = parameters[holding.row.megatron].data
+        base_holdings = [holding for holding in base.live.holdings if base._is_base(holding)]
+        for holding, base_holding in zip(holdings, base_holdings, strict=True):
+            assert holding.row == base_holding.row
+            holding.parameter.data = base_holding.parameter.data
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # vLLM takes its memory from the device, not from torch
 

@@ -80,9 +80,7 @@ def test_a_policy_and_a_critic_have_the_frozen_weights_once(models: Path, measur
             scenarios.append(build_scenario(config, shape, find_gpu("h100"), 4, None))
         for phase, apart in zip(*map(memory.phases, scenarios), strict=True):
             (real,) = {
-                rank["bytes"]
-                for rank in case["ranks"]
-                if (rank["stage"], rank["optimizer_rank"]) == (phase.stage, 0)
+                rank["bytes"] for rank in case["ranks"] if (rank["stage"], rank["optimizer_rank"]) == (phase.stage, 0)
             }
             assert phase.items["policy"] + phase.items["critic"] == real, (case["name"], case["layout"], phase.name)
             assert phase.items["critic"] < 0.8 * apart.items["critic"], "most of the miniature is frozen"
