@@ -56,9 +56,9 @@ def run(shapes: Sequence[str], rounds: int) -> list[BenchRow]:
     """Measure each of `PEER_SHAPES` that ``shapes`` names; return two rows of the ways and two of the memory for it.
 
     A row of a way has the ``seconds`` of generating and ``tokens_per_second``, the best of the rounds; the least
-    ``update_seconds``; the ``update_bytes`` that travel to vLLM; ``same_tokens``, the share of tokens that both ways have
-    in common; and ``mean`` and ``max``, the absolute differences of log-probabilities to the trainer's.  A row of the
-    memory has the ``peak_bytes`` of the process and the ``weight_bytes`` of both models.
+    ``update_seconds``; the ``update_bytes`` that travel to vLLM; ``same_tokens``, the share of tokens that both ways
+    have in common; and ``mean`` and ``max``, the absolute differences of log-probabilities to the trainer's.  A row of
+    the memory has the ``peak_bytes`` of the process and the ``weight_bytes`` of both models.
     """
     rows: list[BenchRow] = []
     for shape in shapes:
