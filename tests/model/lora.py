@@ -19,7 +19,9 @@ from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.launch import compose
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.ppo.experience import Models
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import (
     ODD_LENGTHS,
@@ -228,18 +230,20 @@ def one_base(layout: str) -> dict[str, bool]:
         "memory of its own": not set(base_storages(own).values()) & set(storages.values()),
         "most of the weights": 2 * len(storages) > len(policy.live.holdings) - len(policy.trained),
     }
+    config = compose("tiny_rl", [f"model.path={base}", "offload=true"])
+    models = Models(config, world, Processor(base, config.data), policy, sharing, reference=policy)
     losses = []
     sizes = []
     for _ in range(2):
-        policy.offload()
-        sizes.append(base_bytes(sharing))
-        losses.append(train(sharing, 1))
-        sizes.append(base_bytes(policy) - whole)
-        policy.offload("weights", "gradients", "optimizer")
-        sizes.append(base_bytes(policy) - whole)
-        sharing.offload()
+        models.offload_except(None)
         sizes.append(base_bytes(policy))
-    facts["offloaded together"] = sizes == [0] * 8
+        losses.append(train(sharing, 1))
+        sizes.append(base_bytes(policy))
+        models.offload_except(policy)
+        sizes.append(base_bytes(policy))
+        models.offload_except(sharing)
+        sizes.append(base_bytes(policy))
+    facts["offloaded when neither works"] = sizes == [0, whole, whole, whole] * 2
     facts["no bit of a loss"] = losses == [train(own, 1) for _ in range(2)]
     equal = True
     for (_, ours), (_, theirs) in zip(sharing.weights(), own.weights(), strict=True):
