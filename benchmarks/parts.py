@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from benchmarks import head, model, packing, peers, prepare, rl, save, step, tail, vision
+from benchmarks import adapters, head, model, packing, peers, prepare, rl, save, step, tail, vision
 from benchmarks.shapes import LAYER_SHAPES, PEER_SHAPES
 from benchmarks.subprocess_bench import BenchRow
 
@@ -68,6 +68,10 @@ def _run_tail(arguments: argparse.Namespace) -> Rows:
     return tail.run(*numbers)
 
 
+def _run_adapters(arguments: argparse.Namespace) -> Rows:
+    return adapters.run(arguments.shapes or list(PEER_SHAPES), arguments.rounds)
+
+
 def _run_peers(arguments: argparse.Namespace) -> Rows:
     """Measure ours beside TRL, and print each row as soon as it is measured."""
     shapes = arguments.shapes or list(PEER_SHAPES)
@@ -88,6 +92,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "prepare": _print_at_end(_run_prepare, prepare.format_table),
     "save": _print_at_end(lambda arguments: save.run(arguments.rounds), save.format_table),
     "tail": _print_at_end(_run_tail, tail.format_table),
+    "adapters": _print_at_end(_run_adapters, adapters.format_table),
     "peers": _run_peers,
 }
 

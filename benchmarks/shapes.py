@@ -16,4 +16,4 @@ PEER_SHAPES = {
         hidden=512, layers=8, heads=8, kv_heads=2, ffn=1536, vision_hidden=256, vision_depth=4, vision_ffn=768
     ),
 }
-PARTS = ("model", "step", "vision", "head", "rl", "packing", "prepare", "save", "tail", "peers")
+PARTS = ("model", "step", "vision", "head", "rl", "packing", "prepare", "save", "tail", "adapters", "peers")

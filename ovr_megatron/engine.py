@@ -56,6 +56,9 @@ from ovr_megatron.weights.table import TensorRow, rows
 from ovr_megatron.weights.transfer import check_weights, require_finite
 
 VALUE_HEAD = "value_head.weight"
+HEAD = "output_layer.weight"
+MEMORY_KINDS = ("base", "weights", "gradients", "optimizer")
+"""Memory of an engine that is offloaded apart: ``base`` are the frozen weights that a policy and a critic both have."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Engine:
         parallel: this model's own layout; engines of different layouts live side by side.
         world: the processes.
         critic: a value head in place of the language-model head.
+        base: an engine of the same sizes, dtype and layout whose frozen weights are this one's, too: they are in memory
+            once, and offloaded for both together. None: this engine has its own.
 
     Raises:
         ConfigError: the layout does not fit the model or the number of processes.
@@ -107,6 +112,7 @@ class Engine:
         parallel: ParallelConfig,
         world: World,
         critic: bool = False,
+        base: Engine | None = None,
     ):
         check_layout(shape, parallel, model.fp8 != "none")
         self.shape = shape
@@ -115,6 +121,7 @@ class Engine:
         self.parallel = parallel
         self.fp8 = model.fp8
         self.lora = model.lora
+        self.base = base
         self.base_folder: Path | None = None  # that the weights were loaded from
         self.base_fingerprint = ""  # of them, where adapters stand beside them
         self.layout = world.arrange(parallel)
@@ -143,12 +150,36 @@ class Engine:
             for holding in self.live.holdings:
                 trains = holding.row.megatron in self.trained
                 holding.parameter.requires_grad_(trains)
+            if base is not None:
+                self._take_base(base)
             self.models = self._data_parallel()
         self._offloaded = {
+            "base": OffloadedTensors() if base is None else base._offloaded["base"],
             "weights": OffloadedTensors(),
             "gradients": OffloadedTensors(keep=False),
             "optimizer": OffloadedTensors(),
         }
+
+    def _is_base(self, holding: Holding) -> bool:
+        """Whether a weight is frozen and one that a policy and a critic both have: of the heads each has its own."""
+        name = holding.row.megatron
+        is_head = holding.is_copy or name in (HEAD, VALUE_HEAD)
+        return name not in self.trained and not is_head
+
+    def _take_base(self, base: Engine) -> None:
+        """Put the storage of ``base``'s frozen weights in the place of this engine's own, which is freed."""
+        assert base.layout is self.layout and base.config.params_dtype == self.config.params_dtype
+        holdings = [holding for holding in self.live.holdings if self._is_base(holding)]
+        base_holdings = [holding for holding in base.live.holdings if base._is_base(holding)]
+        for holding, base_holding in zip(holdings, base_holdings, strict=True):
+            assert holding.row == base_holding.row
+            holding.parameter.data = base_holding.parameter.data
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # vLLM takes its memory from the device, not from torch
+
+    def shares_base(self, other: Engine) -> bool:
+        """Whether the frozen weights of this engine and of ``other`` are the same memory."""
+        return self._offloaded["base"] is other._offloaded["base"]
 
     def _data_parallel(self) -> list[DistributedDataParallel]:
         parallel = self.parallel
@@ -215,16 +246,18 @@ class Engine:
     # Memory ----------------------------------------------------------------------------------------------
 
     def offload(self, *kinds: str) -> None:
-        """Offload ``weights``, ``gradients`` and ``optimizer`` (all by default) until their next use.
+        """Offload some of `MEMORY_KINDS` (all by default) until their next use.
 
         Gradients are lost: their memory is freed without a copy.
         """
         if self._offloaded["weights"].is_empty:  # a gather in flight would write into memory that is given away
             self._finish_gathers()
-        weights = list(self._weight_tensors())
         # Read before the weights are offloaded, which frees these addresses.
-        weight_storages = {_storage_address(tensor) for tensor in weights}
+        weight_storages = {_storage_address(tensor) for tensor in self._weight_tensors()}
+        base = [holding.parameter.data for holding in self.live.holdings if self._is_base(holding)]
+        weights = [holding.parameter.data for holding in self.live.holdings if not self._is_base(holding)]
         tensors: dict[str, Iterable[Tensor]] = {
+            "base": base,
             "weights": weights,
             "gradients": self._gradient_tensors(),
             "optimizer": self._state_tensors(weight_storages),
@@ -293,9 +326,12 @@ class Engine:
         """
         has_head = VALUE_HEAD in folder
         check_weights(folder, self.shape, critic=self.critic and has_head)
-        with self._onloaded("weights", "optimizer"):
+        assert self.base is None or self.base.base_folder == folder.directory, "the base is of another folder"
+        with self._onloaded("base", "weights", "optimizer"):
             for holding in self.live.holdings:
                 watchdog.touch()
+                if self.base is not None and self._is_base(holding):
+                    continue  # loaded with the engine that it belongs to
                 if holding.row.megatron == VALUE_HEAD and not has_head:
                     # One seed on all ranks: the value head is replicated.
                     generator = torch.Generator().manual_seed(seed)
@@ -349,13 +385,13 @@ class Engine:
 
         A tensor may be the model's own memory, which an offloaded model frees at the end: copy what is to stay.
         """
-        with self._onloaded("weights"):
+        with self._onloaded("base", "weights"):
             self._finish_gathers()
             yield from self.live.whole(self.saved_rows, "weight", self.config.params_dtype)
 
     def held(self) -> list[LocalShard]:
         """Return this rank's shards of the weights, not copied, for `RolloutEngine.update`.  A collective."""
-        self._wait_onloaded("weights")
+        self._wait_onloaded("base", "weights")
         self._finish_gathers()
         return self.live.held(self.trained)
 
@@ -562,7 +598,7 @@ class Engine:
 
             return model(pack), reduce
 
-        self._wait_onloaded("weights", "gradients")
+        self._wait_onloaded("base", "weights", "gradients")
         self.onload("optimizer")
         for model in self.models:
             model.zero_grad_buffer()
@@ -573,7 +609,7 @@ class Engine:
 
     def _run(self, packs: Sequence[Pack], forward_step: ForwardStep, training: bool) -> list[Any]:
         """Run Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""
-        self._wait_onloaded("weights")
+        self._wait_onloaded("base", "weights")
         if not training:
             self._finish_gathers()
         for part in self.parts:

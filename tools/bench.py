@@ -10,6 +10,7 @@ packing: an epoch of natural lengths into packs of 65,536 tokens, beside NeMo's 
 rl: one iteration's phases, generation beside plain vLLM, the weights' way into the engine beside a copy, verdicts.
 save: how long a checkpoint holds two ranks up, beside all files by the first rank.
 tail: how long two engines wait for the longest responses, also with rollout.oversample and rollout.max_staleness.
+adapters: adapters merged into vLLM's weights beside vLLM's own LoRA path; a critic's memory beside a policy's.
 peers: steps of supervised training and of GRPO beside TRL's trainers, on the same rows, whose losses have to agree.
 """
 
@@ -30,8 +31,8 @@ from ovr_megatron.launch import parse_options
 from ovr_megatron.runtime.command import run_command, whole_number
 
 GPU = ("step", "vision", "head", "rl")
-SHAPES = f"of {', '.join(LAYER_SHAPES)} (model), tiny, 3B, 7B (step) or {', '.join(PEER_SHAPES)} (peers)"
-SHAPES_OF = {"model": LAYER_SHAPES, "peers": PEER_SHAPES}
+SHAPES = f"of {', '.join(LAYER_SHAPES)} (model), tiny, 3B, 7B (step) or {', '.join(PEER_SHAPES)} (adapters, peers)"
+SHAPES_OF = {"model": LAYER_SHAPES, "adapters": PEER_SHAPES, "peers": PEER_SHAPES}
 
 
 def main() -> None:

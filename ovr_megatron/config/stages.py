@@ -182,6 +182,16 @@ class RLConfig:
         shares_weights = self.model.lora.rank > 0 and not self.algorithm.reference
         return self.algorithm.kl_coefficient > 0 and not shares_weights
 
+    @property
+    def critic_shares_base(self) -> bool:
+        """Whether the critic's frozen weights are the policy's memory: beside adapters, from one folder in one layout.
+
+        A ``critic.path`` counts as another folder; a run shares the memory also where it turns out to be the same one.
+        """
+        own_layout = self.critic.parallel is not None and self.critic.parallel != self.parallel
+        has_adapters = self.model.lora.rank > 0 and self.algorithm.has_critic
+        return has_adapters and not self.critic.path and not own_layout
+
 
 def _check_rounds(config: RLConfig) -> None:
     """Raise `ConfigError` if rounds that end before their longest prompts cannot work."""

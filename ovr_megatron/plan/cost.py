@@ -132,6 +132,8 @@ def _offload_seconds(scenario: Scenario) -> float:
     if algorithm.has_critic:
         critic = scenario.critic_scenario
         state = model_state(scenario.shape, config.model, critic.config.parallel, critic.dp, critic=True)
+        if config.critic_shares_base:
+            state = state.without_frozen()
         size += state.weights + state.optimizer
     if config.has_reference:
         size += policy.weights

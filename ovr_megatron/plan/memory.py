@@ -162,6 +162,8 @@ class _IterationPhases:
         has_reference = config.has_reference
         if not config.offload:
             resident = {name: state.total for name, state in self.models.items()}
+            if config.critic_shares_base:
+                resident["critic"] = self.models["critic"].without_frozen().total
             if has_reference:
                 # The reference never trains: it has neither gradients nor an optimizer.
                 resident["reference"] = policy.weights

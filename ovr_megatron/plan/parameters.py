@@ -67,13 +67,15 @@ class Bucket:
 class ModelState:
     """Bytes of a model on one rank between steps, and the number of its parameters there.
 
-    ``weights`` includes the padding of the buffer that the distributed optimizer keeps them in.  ``optimizer`` is
-    Adam's two moments and, beside bfloat16 weights, a float32 master copy; its step counters are not counted.
+    ``weights`` includes the padding of the buffer that the distributed optimizer keeps them in, and ``frozen``, the
+    weights that do not train.  ``optimizer`` is Adam's two moments and, beside bfloat16 weights, a float32 master copy;
+    its step counters are not counted.
     """
 
     parameters: int
     trained: int
     weights: int
+    frozen: int
     gradients: int
     optimizer: int
 
@@ -81,6 +83,10 @@ class ModelState:
     def total(self) -> int:
         """Return the bytes of weights, gradients and optimizer."""
         return self.weights + self.gradients + self.optimizer
+
+    def without_frozen(self) -> ModelState:
+        """Return the state of a model whose frozen weights are another model's memory."""
+        return replace(self, weights=self.weights - self.frozen, frozen=0)
 
 
 @lru_cache(maxsize=8)
@@ -319,6 +325,7 @@ def _count_state(
         parameters=parameters,
         trained=trained,
         weights=(frozen + buffered) * DTYPE_BYTES[model.dtype],
+        frozen=frozen * DTYPE_BYTES[model.dtype],
         gradients=buffered * GRADIENT_BYTES,
         optimizer=owned * (MOMENT_BYTES + MASTER_BYTES[model.dtype]),
     )

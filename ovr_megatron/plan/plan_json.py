@@ -23,7 +23,7 @@ class PlannedLayout(TypedDict):
 
 
 class PlannedRank(TypedDict):
-    """One model on a rank of one pipeline stage, as in `ModelState`."""
+    """One model on a rank of one pipeline stage, as in `ModelState`; weights that two models share count once."""
 
     model: str
     stage: int

@@ -238,6 +238,8 @@ def _ranks(scenario: Scenario) -> list[PlannedRank]:
         parallel = layout.config.parallel
         for stage in range(parallel.pp):
             state = model_state(layout.shape, config.model, parallel, layout.dp, stage, critic=critic)
+            if critic and isinstance(config, RLConfig) and config.critic_shares_base:
+                state = state.without_frozen()
             ranks.append(
                 {
                     "model": name,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ovr_megatron.config import AlgorithmConfig, RLConfig
 from ovr_megatron.data.processing import Processor
-from ovr_megatron.engine import Engine
+from ovr_megatron.engine import MEMORY_KINDS, Engine
 from ovr_megatron.ppo.advantages import (
     Ragged,
     mean_and_std,
@@ -58,8 +58,12 @@ class Models:
         if not self.config.offload:
             return
         for engine in (self.policy, self.critic, self.reference):
-            if engine is not None and engine is not active:
-                engine.offload()
+            if engine is None or engine is active:
+                continue
+            kinds = MEMORY_KINDS
+            if active is not None and active.shares_base(engine):
+                kinds = tuple(kind for kind in MEMORY_KINDS if kind != "base")
+            engine.offload(*kinds)
 
 
 @dataclass

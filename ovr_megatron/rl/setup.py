@@ -194,7 +194,8 @@ def _check_shared_prompts(engines: Mapping[str, Engine]) -> None:
 def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[str, Engine]:
     """Build the policy, and where the algorithm needs one the critic.
 
-    The critic starts from the same weights, or those of ``critic.path``, with a fresh value head.
+    The critic starts from the same weights, or those of ``critic.path``, with a fresh value head. Beside adapters the
+    weights of the two never change, and are in memory once where they are the same.
     """
     shape = ModelShape.from_hf(model_folder)
     policy = build_policy(config, shape, model_folder, world)
@@ -202,7 +203,7 @@ def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[st
         return {"policy": policy}
     if config.offload:
         policy.offload()  # before the critic takes its memory
-    critic = build_critic(config, shape, model_folder, world)
+    critic = build_critic(config, policy, model_folder, world)
     return {"policy": policy, "critic": critic}
 
 
@@ -219,17 +220,21 @@ def build_policy(config: RLConfig, shape: ModelShape, model_folder: Path, world:
     return policy
 
 
-def build_critic(config: RLConfig, shape: ModelShape, model_folder: Path, world: World) -> Engine:
+def build_critic(config: RLConfig, policy: Engine, model_folder: Path, world: World) -> Engine:
     """Build the critic with the weights in ``model_folder``, or those of ``critic.path``, and a fresh value head."""
     settings = config.critic
-    layout = settings.parallel or config.parallel  # without one of its own the policy's
-    critic = Engine(shape, config.model, layout, world, critic=True)
-    total_steps = config.iterations * config.algorithm.critic_steps
-    critic.with_optimizer(settings.optimizer, total_steps)
     folder = model_folder
     if settings.path:
         store.check_weights(settings.path, world, "critic")
         folder = store.weights_of(settings.path, "critic")
+    layout = settings.parallel or config.parallel  # without one of its own the policy's
+    base = None
+    if config.model.lora.rank and layout == config.parallel and folder.resolve() == model_folder.resolve():
+        base = policy
+        folder = model_folder  # it may be written in several ways
+    critic = Engine(policy.shape, config.model, layout, world, critic=True, base=base)
+    total_steps = config.iterations * config.algorithm.critic_steps
+    critic.with_optimizer(settings.optimizer, total_steps)
     critic.load(WeightFolder(folder), settings.head_init, seed=config.run.seed)
     return critic
 

@@ -19,7 +19,9 @@ from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.launch import compose
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.ppo.experience import Models
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import (
     ODD_LENGTHS,
@@ -41,16 +43,22 @@ RECOMPUTED = {"recompute full, pp=2": "pp=2", "recompute selective, tp=2": "tp=2
 if WHOLE:
     LAYOUTS += ("tp=2,sp=1", "pp=2", "pp=4", "cp=2", "cp=4", "pp=2,tp=2", "zero=1")
     RECOMPUTED["recompute full"] = "dp=4"
+SHARED = LAYOUTS if WHOLE else ("zero=1,tp=2", "pp=2,vpp=2", "cp=2")
 STEPS = 3
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, weight_decay=0.1)
 
 
 def build(
-    layout: str, lora: LoraConfig = LORA, folder: Path | None = None, critic: bool = False, **model: object
+    layout: str,
+    lora: LoraConfig = LORA,
+    folder: Path | None = None,
+    critic: bool = False,
+    beside: Engine | None = None,
+    **model: object,
 ) -> Engine:
     settings = ModelConfig(path=str(base), lora=lora, **model)
     parallel = ParallelConfig() if layout == "dp=4" else parse_layout(layout)[0]
-    engine = Engine(shape, settings, parallel, world, critic)
+    engine = Engine(shape, settings, parallel, world, critic, base=beside)
     return engine.with_optimizer(OPTIMIZER, 10).load(WeightFolder(folder or base))
 
 
@@ -197,6 +205,56 @@ def resumed() -> dict[str, list[list[float]]]:
     return {"losses": losses}
 
 
+def base_storages(engine: Engine) -> dict[str, int]:
+    """Address of the storage of every frozen weight but a head."""
+    holdings = [holding for holding in engine.live.holdings if engine._is_base(holding)]
+    return {holding.row.megatron: holding.parameter.untyped_storage()._cdata for holding in holdings}
+
+
+def base_bytes(engine: Engine) -> int:
+    """Bytes that the frozen weights have on the device, without those that are too small to be offloaded."""
+    sizes = [h.parameter.untyped_storage().nbytes() for h in engine.live.holdings if engine._is_base(h)]
+    return sum(size for size in sizes if size > 4096)
+
+
+def one_base(layout: str) -> dict[str, bool]:
+    """Train a policy and a critic that share the frozen weights, and a critic that has its own, in turn."""
+    policy = build(layout)
+    own = build(layout, critic=True)
+    sharing = build(layout, critic=True, beside=policy)
+    storages = base_storages(policy)
+    whole = base_bytes(policy)
+    before = logits_of(policy)
+    facts = {
+        "the same memory": base_storages(sharing) == storages and sharing.shares_base(policy),
+        "memory of its own": not set(base_storages(own).values()) & set(storages.values()),
+        "most of the weights": 2 * len(storages) > len(policy.live.holdings) - len(policy.trained),
+    }
+    config = compose("tiny_rl", [f"model.path={base}", "offload=true"])
+    models = Models(config, world, Processor(base, config.data), policy, sharing, reference=policy)
+    losses = []
+    sizes = []
+    for _ in range(2):
+        models.offload_except(None)
+        sizes.append(base_bytes(policy))
+        losses.append(train(sharing, 1))
+        sizes.append(base_bytes(policy))
+        models.offload_except(policy)
+        sizes.append(base_bytes(policy))
+        models.offload_except(sharing)
+        sizes.append(base_bytes(policy))
+    facts["offloaded when neither works"] = sizes == [0, whole, whole, whole] * 2
+    facts["no bit of a loss"] = losses == [train(own, 1) for _ in range(2)]
+    equal = True
+    for (_, ours), (_, theirs) in zip(sharing.weights(), own.weights(), strict=True):
+        equal &= torch.equal(ours, theirs)
+    facts["no bit of an adapter"] = equal
+    facts["the policy stays"] = torch.equal(logits_of(policy), before)
+    by_rank: list[dict[str, bool]] = [{}] * world.size
+    torch.distributed.all_gather_object(by_rank, facts)
+    return {fact: all(rank_facts[fact] for rank_facts in by_rank) for fact in facts}
+
+
 if __name__ == "__main__":
     base, out = Path(sys.argv[1]), Path(sys.argv[2])
     world = distributed.start(ParallelConfig(), seed=0, threads=1)
@@ -228,6 +286,7 @@ if __name__ == "__main__":
         table[name] = row(engine, theirs, their_gradients)
     results = {
         "table": table,
+        "one base": {layout: one_base(layout) for layout in SHARED},
         "unchanged at the start": unchanged,
         "losses": {layout: train(build(layout), STEPS) for layout in ("tp=2,sp=1", "dp=4", "pp=2", "zero=1,cp=2")},
         "written losses": written_losses,

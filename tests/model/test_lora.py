@@ -64,6 +64,13 @@ def test_merged_equals_unmerged(results: dict[str, Any]) -> None:
     assert max(results["shards"].values()) < 1e-6
 
 
+def test_policy_and_critic_have_one_base(results: dict[str, Any]) -> None:
+    """The frozen weights are one memory, offloaded for both; no bit differs from a critic that has its own."""
+    for layout, facts in results["one base"].items():
+        assert all(facts.values()) and len(facts) == 7, (layout, facts)
+    assert len(results["one base"]) == (13 if WHOLE else 3)
+
+
 def test_disabled_adapters_leave_the_initial_model(results: dict[str, Any]) -> None:
     assert results["without adapters"] == 0
 

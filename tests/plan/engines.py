@@ -53,8 +53,11 @@ def text_and_images(shape: ModelShape, lengths: tuple[int, ...], sides: tuple[in
     )
 
 
-def build(folder: Path, parallel: ParallelConfig, critic: bool = False, **model: Any) -> Engine:
-    engine = Engine(ModelShape.from_hf(folder), ModelConfig(path=str(folder), **model), parallel, world, critic)
+def build(
+    folder: Path, parallel: ParallelConfig, critic: bool = False, base: Engine | None = None, **model: Any
+) -> Engine:
+    settings = ModelConfig(path=str(folder), **model)
+    engine = Engine(ModelShape.from_hf(folder), settings, parallel, world, critic, base)
     for part in engine.parts:
         for parameter in part.parameters():  # not loaded, so not all are initialised
             parameter.data.normal_(0, 0.02)
@@ -121,6 +124,22 @@ def states(models: Path) -> list[dict[str, Any]]:
     return table
 
 
+def pairs(models: Path) -> list[dict[str, Any]]:
+    """The bytes that every rank has of a policy and a critic whose frozen weights are the same memory."""
+    table = []
+    for name, layout, dtype in PAIRS:
+        parallel = parse_layout(layout)[0]
+        policy = build(models / name, parallel, lora=LORA, dtype=dtype)
+        critic = build(models / name, parallel, critic=True, base=policy, lora=LORA, dtype=dtype)
+        sizes = [held(policy), held(critic)]
+        weights = storage_bytes(p for engine in (policy, critic) for part in engine.parts for p in part.parameters())
+        states = sum(size["gradients"] + size["optimizer"] for size in sizes)
+        places = {key: sizes[0][key] for key in ("stage", "optimizer_rank")}
+        ranks = everyone(places | {"bytes": weights + states})
+        table.append({"name": name, "layout": layout, "dtype": dtype, "ranks": ranks})
+    return table
+
+
 MEASURED = [
     *product(("tied",), ("none", "full"), ("", "tp=2,sp=1"), ("images",), ("float32",)),
     *product(("wide",), ("none", "selective", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("float32",)),
@@ -129,6 +148,12 @@ MEASURED = [
     *product(("wide",), ("none", "full"), ("cp=2",), ("documents",), ("float32",)),
 ]
 LORA = {"rank": 4, "vision": True}
+PAIRS = (
+    ("untied", "", "float32"),
+    ("untied", "tp=2,sp=1", "bfloat16"),
+    ("tied", "pp=2", "float32"),
+    ("tied", "zero=1,cp=2", "float32"),
+)
 ADAPTED = list(product(("wide",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("float32",)))
 CRITICS = list(product(("wide",), ("none",), ("",), ("documents",), ("float32", "bfloat16")))
 
@@ -159,7 +184,7 @@ def peaks(models: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     models, out = Path(sys.argv[1]), Path(sys.argv[2])
     world = distributed.start(ParallelConfig(), seed=0, threads=1)
-    results = {"states": states(models), "peaks": peaks(models)}
+    results = {"states": states(models), "peaks": peaks(models), "pairs": pairs(models)}
     if world.is_main:
         out.write_text(json.dumps(results))
     distributed.finish()

@@ -14,11 +14,14 @@ from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
+from ovr_megatron.launch import compose
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.plan import memory
 from ovr_megatron.plan.activations import PackShape, activations
+from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.layer import Kernels
 from ovr_megatron.plan.parameters import buckets, model_state, rank_parameters
+from ovr_megatron.plan.scenario import build_scenario
 from ovr_megatron.runtime import distributed
 from ovr_megatron.weights.folder import WeightFolder
 from tests.model.matrix import WHOLE
@@ -63,6 +66,24 @@ def test_every_rank_of_every_layout_holds_what_the_plan_says(models: Path, measu
             checked += 1
     assert not wrong
     assert checked == 4 * len(measured["states"]) == 4 * (46 if WHOLE else 35)
+
+
+def test_a_policy_and_a_critic_have_the_frozen_weights_once(models: Path, measured: dict[str, Any]) -> None:
+    for case in measured["pairs"]:
+        options = [f"model.path={models / case['name']}", f"model.dtype={case['dtype']}", "data.sources=[]"]
+        options += ["model.lora.rank=4", "model.lora.vision=true"]
+        options += [f"parallel.{key}={value}" for key, value in asdict(parse_layout(case["layout"])[0]).items()]
+        scenarios = []
+        for critic in ([], ["critic.path=elsewhere"]):
+            config = compose("tiny_rl", [*options, *critic])
+            shape = ModelShape.from_hf(models / case["name"])
+            scenarios.append(build_scenario(config, shape, find_gpu("h100"), 4, None))
+        for phase, apart in zip(*map(memory.phases, scenarios), strict=True):
+            (real,) = {
+                rank["bytes"] for rank in case["ranks"] if (rank["stage"], rank["optimizer_rank"]) == (phase.stage, 0)
+            }
+            assert phase.items["policy"] + phase.items["critic"] == real, (case["name"], case["layout"], phase.name)
+            assert phase.items["critic"] < 0.8 * apart.items["critic"], "most of the miniature is frozen"
 
 
 def test_activations_are_within_a_tenth_of_what_is_alive(models: Path, measured: dict[str, Any]) -> None:

@@ -283,6 +283,11 @@ if __name__ == "__main__":
     train("lora", *adapters)
     resume_after("lora", 1, "lora_resumed", *adapters)
     train("lora_tp2", *adapters, "parallel.tp=2", "rollout.check_updates=true", "offload=true")
+    if world.is_main:
+        shutil.copytree(out / "model", out / "equal")
+    dist.barrier()
+    # Weights of another folder are the critic's own memory, also where they are equal.
+    train("lora_two_bases", *adapters, "parallel.tp=2", "offload=true", f"critic.path={out / 'equal'}")
     train("learned", "only=train", f"rollouts_from={out / 'ppo'}")
     oversampled_runs()
     continued_runs()

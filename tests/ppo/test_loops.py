@@ -95,6 +95,16 @@ def test_adapters_resume_bit_for_bit(runs: Path) -> None:
         assert all(ours[key].tobytes() == theirs[key].tobytes() for key in theirs)
 
 
+def test_a_critic_that_shares_the_policys_base_learns_the_same_bits(runs: Path) -> None:
+    assert curve(runs / "lora_tp2") == curve(runs / "lora_two_bases")
+    for name in ("policy", "critic"):
+        shared, own = (
+            load_file(runs / run / "checkpoints/step_000002" / name / "adapter_model.safetensors")
+            for run in ("lora_tp2", "lora_two_bases")
+        )
+        assert all(shared[key].tobytes() == own[key].tobytes() for key in own)
+
+
 def test_adapters_learn_the_same_in_another_layout(runs: Path) -> None:
     one, two = curve(runs / "lora")[0], curve(runs / "lora_tp2")[0]
     for key in ("policy/grad_norm", "critic/grad_norm", "critic/loss"):

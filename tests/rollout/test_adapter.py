@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
+from benchmarks.adapters import LORA_PATH, MERGED, measure_ways
 from ovr_megatron.checkpoint.conversion import export_hf
 from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.config import LoraConfig, ParallelConfig, RolloutConfig
 from ovr_megatron.data.processing import Processor, Sample
 from ovr_megatron.families import ModelShape
+from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.rollout.engine import _settings, undisturbed
 from ovr_megatron.runtime import distributed
 from ovr_megatron.weights.adapters import adapter_config, adapter_rows, write_adapter_config
@@ -67,3 +69,15 @@ def test_vllm_serves_the_adapter_as_the_merged_model(
         assert expected.argmax(-1).tolist() == tokens
         assert (expected.max(-1).values - scores).abs().max() < CLOSE
         assert base.logprobs(sample, tokens, [], 1.0).argmax(-1).tolist() != tokens, "the adapter must matter here"
+
+
+def test_merged_weights_answer_as_the_adapter_beside_them(tmp_path: Path) -> None:
+    """`ovr bench adapters` at the miniature's size: two engines, after the same updates, beside the trainer."""
+    make_tiny_model(tmp_path / "model", tied=False, seed=1)
+    merged, beside = measure_ways("tiny", tmp_path, rounds=1)
+    assert (merged["name"], beside["name"]) == (f"tiny, {MERGED}", f"tiny, {LORA_PATH}")
+    assert merged["same_tokens"] == 1 and merged["tokens"] == beside["tokens"] == 16 * 64
+    assert max(merged["max"], beside["max"]) < CLOSE
+    # The bytes that travel are those of the adapters, or those of the weights that have one.
+    assert beside["update_bytes"] == sum(t.nbytes for t in load_file(tmp_path / "adapter" / ADAPTER_WEIGHTS).values())
+    assert merged["update_bytes"] > 4 * beside["update_bytes"]

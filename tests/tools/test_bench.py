@@ -1,4 +1,4 @@
-"""`ovr bench peers` without its peer: the sentence that says how to get it, and our own side in a small form."""
+"""`ovr bench peers` without its peer, and the memory that `ovr bench adapters` measures."""
 
 import math
 from dataclasses import replace
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peers
+from benchmarks import adapters, peers
 from benchmarks.peer_task import OURS, PADDING, PeerTask, reply_lengths, write_rows
 from ovr_megatron import cli
+from ovr_megatron.config import ParallelConfig
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.plan.parameters import model_state
 
 
 def test_an_absent_peer_is_named_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,3 +53,14 @@ def test_cases_have_the_same_rows_for_both_sides() -> None:
     for case in cases:
         assert reply_lengths(case.task) == reply_lengths(replace(case.task, who=PADDING))
         assert set(reply_lengths(case.task)) == {case.task.tokens}
+
+
+def test_a_critic_beside_a_policy_takes_no_second_base(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", tied=False, seed=1)
+    one, two = (
+        adapters.measure_memory(part, "tiny", tmp_path)["weight_bytes"]
+        for part in (adapters.ONE_BASE, adapters.TWO_BASES)
+    )
+    settings = adapters.make_config(tmp_path)
+    critic = model_state(ModelShape.from_hf(tmp_path / "model"), settings.model, ParallelConfig(), dp=1, critic=True)
+    assert two - one == critic.frozen > 0.4 * two
