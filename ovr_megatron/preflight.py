@@ -236,7 +236,7 @@ def check_plan(config: Config, ranks: int, write_rate: float) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = []
-    if isinstance(config, ColdStartConfig) or config.only in ("all", "train"):
+    if isinstance(config, ColdStartConfig) or config.only in ("all", "train", "critic"):
         limits = deadlines.read_limits(os.environ)
         problems += deadlines.problems(plan, limits, config.run.hang_timeout_s, write_rate)
     largest = max(plan["phases"], key=lambda phase: phase["total"])

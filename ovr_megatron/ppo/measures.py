@@ -60,7 +60,7 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
     algorithm = models.config.algorithm
     training_pass = _training_pass_flops(models, experience)
     updates = 0
-    if iteration >= algorithm.critic_warmup_iterations:
+    if models.warmup.trains_policy(iteration):
         updates = algorithm.policy_epochs
     flops = training_pass * (updates + algorithm.scoring_passes / 3)
     if models.critic is not None:

@@ -19,9 +19,10 @@ from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import ArchiveError
 from ovr_megatron.ppo.corrections import correction_bounds
 from ovr_megatron.ppo.experience import Models
-from ovr_megatron.ppo.losses import find_loss
+from ovr_megatron.ppo.losses import check_loss
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.ppo.warmup import CriticWarmup, policy_steps
 from ovr_megatron.rewards import rules
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import RewardFunction
@@ -61,7 +62,7 @@ def check_names(config: RLConfig) -> None:
     """
     for name in config.reward.rules.values():
         rules.check(name)
-    find_loss(config.algorithm.loss)
+    check_loss(config.algorithm)
     if config.algorithm.correction:
         correction_bounds(config.algorithm)
     check_trackers(config.run.trackers)
@@ -110,7 +111,7 @@ def check_steps(config: RLConfig, world: World) -> None:
 
 
 def count_iterations(config: RLConfig) -> int:
-    """Return the number of iterations of the run; with ``only=train`` it ends with the archived rollouts.
+    """Return the number of iterations of the run; one that learns from archived rollouts ends with these.
 
     Raises:
         ArchiveError: ``rollouts_from`` has no rollouts.
@@ -121,7 +122,7 @@ def count_iterations(config: RLConfig) -> int:
         if not archived:
             problem = f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run"
             raise ArchiveError(describe_folder(config.rollouts_from, "run") or problem)
-    if config.only == "train":
+    if config.learns_from_archive:
         archived_end = max(archived, default=-1) + 1
         return min(config.iterations, archived_end)
     return config.iterations
@@ -160,15 +161,17 @@ def build_models(
     reference = None
     if training:
         engines = build_engines(config, model_folder, world)
+        # The policy that rolled out, whose layout its responses are balanced for; it does not learn.
+        policy = engines.get("policy") or build_frozen_policy(config, model_folder, world)
         if config.model.lora.rank and config.algorithm.kl_coefficient and not config.algorithm.reference:
-            reference = engines["policy"]  # without its adapters it is the initial policy
+            reference = policy  # without its adapters it is the initial policy
         else:
             reference = build_reference(config, model_folder, banned, world)
     else:
-        engines = {"policy": build_frozen_policy(config, model_folder, world)}
+        policy = build_frozen_policy(config, model_folder, world)
+        engines = {"policy": policy}
     if config.share_prompts:
         _check_shared_prompts(engines)
-    policy = engines["policy"]
     # As the engine samples, so that log-probabilities of both are of the same distribution.
     policy.sample_from(banned, config.rollout.temperature)
     critic = engines.get("critic")
@@ -192,11 +195,13 @@ def _check_shared_prompts(engines: Mapping[str, Engine]) -> None:
 
 
 def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[str, Engine]:
-    """Build the policy, and where the algorithm needs one the critic.
+    """Build the models that train: the policy, and where the algorithm needs one the critic; or the critic alone.
 
     The critic starts from the same weights, or those of ``critic.path``, with a fresh value head.
     """
     shape = ModelShape.from_hf(model_folder)
+    if config.only == "critic":
+        return {"critic": build_critic(config, shape, model_folder, world)}
     policy = build_policy(config, shape, model_folder, world)
     if not config.algorithm.has_critic:
         return {"policy": policy}
@@ -208,13 +213,10 @@ def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[st
 
 def build_policy(config: RLConfig, shape: ModelShape, model_folder: Path, world: World) -> Engine:
     """Build the policy that trains, with the weights in ``model_folder``."""
-    algorithm = config.algorithm
     policy = Engine(shape, config.model, config.parallel, world)
     store.check_weights(config.model.path, world)
     # The learning rate follows the iterations in which the policy moves.
-    policy_iterations = max(config.iterations - algorithm.critic_warmup_iterations, 1)
-    total_steps = policy_iterations * algorithm.policy_updates
-    policy.with_optimizer(config.optimizer, total_steps)
+    policy.with_optimizer(config.optimizer, policy_steps(config, CriticWarmup.of(config)))
     policy.load(WeightFolder(model_folder), seed=config.run.seed)
     return policy
 

@@ -234,7 +234,9 @@ class Iteration:
         raw, values, returns = (torch.cat([x.arrays[n] for x in answers]) for n in ("raw", "values", "returns"))
         for answer in answers:
             answer.arrays["advantages"] = (answer.arrays["raw"] - raw.mean()) / (raw.std(unbiased=False) + 1e-8)
+        self.metrics["critic/value_mean"] = float(values.mean())
         self.metrics["critic/value_std"] = float(values.std(unbiased=False))
+        self.metrics["critic/return_mean"] = float(returns.mean())
         left = (returns - values).var(unbiased=False) / returns.var(unbiased=False)
         self.metrics["critic/explained_variance"] = float(1 - left) if returns.var() > 1e-12 else 0.0
 

@@ -21,8 +21,9 @@ from ovr_megatron.model.scores import Scores
 from ovr_megatron.ppo.advantages import mean_and_std, moments, normalise, scaled_reward, token_rewards
 from ovr_megatron.ppo.estimators import find_estimator
 from ovr_megatron.ppo.experience import estimate, shaped_reward
-from ovr_megatron.ppo.losses import kl_estimate, token_weights
+from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.objectives import PolicyObjective
+from ovr_megatron.ppo.reductions import token_weights
 from tests.ppo.methods import documented_methods
 
 VOCABULARY, FEATURES = 6, 4
