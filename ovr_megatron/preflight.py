@@ -70,11 +70,12 @@ def run_bytes(config: Config) -> int:
     """
     try:
         shape = ModelShape.from_hf(weights_of(config.model.path))
-    except ShapeError:  # `check_model` reports it
+        critic_shape = report.read_critic_shape(config)
+    except (ShapeError, ConfigError):  # `check_model` reports it, and the plan
         return 0
     steps = config.iterations if isinstance(config, RLConfig) else config.steps
     checkpoints = config.run.keep_last or -(-steps // config.run.save_every)
-    return checkpoint_bytes(config, shape) * (checkpoints + 1)
+    return checkpoint_bytes(config, shape, critic_shape) * (checkpoints + 1)
 
 
 @dataclass(frozen=True)

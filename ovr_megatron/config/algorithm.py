@@ -190,7 +190,8 @@ class CriticConfig:
     """The separate value network: same class, another head, its own optimizer."""
 
     path: str | None = None
-    """Folder of its initial weights; none: those of the policy."""
+    """Folder of its initial weights, a checkpoint with a critic or a model of any size with the policy's tokenizer;
+    none: the weights of the policy."""
     parallel: ParallelConfig | None = None
     """Its own layout; none: the policy's."""
     # The first values of the two others are not small beside rewards of 0 and 1.

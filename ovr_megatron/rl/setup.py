@@ -26,6 +26,7 @@ from ovr_megatron.ppo.warmup import CriticWarmup, policy_steps
 from ovr_megatron.rewards import rules
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import RewardFunction
+from ovr_megatron.rl.critic import build_critic
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime.distributed import World
@@ -160,7 +161,7 @@ def build_models(
     banned = banned_tokens(processor.shape, processor.tokenizer)
     reference = None
     if training:
-        engines = build_engines(config, model_folder, world)
+        engines = build_engines(config, model_folder, processor, world)
         # The policy that rolled out, whose layout its responses are balanced for; it does not learn.
         policy = engines.get("policy") or build_frozen_policy(config, model_folder, world)
         if config.model.lora.rank and config.algorithm.kl_coefficient and not config.algorithm.reference:
@@ -194,20 +195,19 @@ def _check_shared_prompts(engines: Mapping[str, Engine]) -> None:
             )
 
 
-def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[str, Engine]:
+def build_engines(config: RLConfig, model_folder: Path, processor: Processor, world: World) -> dict[str, Engine]:
     """Build the models that train: the policy, and where the algorithm needs one the critic; or the critic alone.
 
-    The critic starts from the same weights, or those of ``critic.path``, with a fresh value head.
+    The critic starts from the same weights, or those of ``critic.path``.
     """
-    shape = ModelShape.from_hf(model_folder)
     if config.only == "critic":
-        return {"critic": build_critic(config, shape, model_folder, world)}
-    policy = build_policy(config, shape, model_folder, world)
+        return {"critic": build_critic(config, model_folder, processor, world)}
+    policy = build_policy(config, processor.shape, model_folder, world)
     if not config.algorithm.has_critic:
         return {"policy": policy}
     if config.offload:
         policy.offload()  # before the critic takes its memory
-    critic = build_critic(config, shape, model_folder, world)
+    critic = build_critic(config, model_folder, processor, world)
     return {"policy": policy, "critic": critic}
 
 
@@ -219,21 +219,6 @@ def build_policy(config: RLConfig, shape: ModelShape, model_folder: Path, world:
     policy.with_optimizer(config.optimizer, policy_steps(config, CriticWarmup.of(config)))
     policy.load(WeightFolder(model_folder), seed=config.run.seed)
     return policy
-
-
-def build_critic(config: RLConfig, shape: ModelShape, model_folder: Path, world: World) -> Engine:
-    """Build the critic with the weights in ``model_folder``, or those of ``critic.path``, and a fresh value head."""
-    settings = config.critic
-    layout = settings.parallel or config.parallel  # without one of its own the policy's
-    critic = Engine(shape, config.model, layout, world, critic=True)
-    total_steps = config.iterations * config.algorithm.critic_steps
-    critic.with_optimizer(settings.optimizer, total_steps)
-    folder = model_folder
-    if settings.path:
-        store.check_weights(settings.path, world, "critic")
-        folder = store.weights_of(settings.path, "critic")
-    critic.load(WeightFolder(folder), settings.head_init, seed=config.run.seed)
-    return critic
 
 
 def build_reference(config: RLConfig, model_folder: Path, banned: Sequence[int], world: World) -> Engine | None:
