@@ -14,8 +14,7 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import WeightFolder
 
-# The critic reads the policy's samples: token ids, patches and positions, which depend on these sizes.
-_SAMPLE_SIZES = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+# The critic reads the policy's patches and positions, which depend on these sizes.
 _VISION_SIZES = ("in_channels", "patch", "temporal_patch", "merge", "tokens_per_second")
 
 
@@ -71,28 +70,24 @@ def check_critic(config: RLConfig, folder: Path, shape: ModelShape, processor: P
     setting = f"critic.path={config.critic.path}"
     if shape.family != policy.family:
         raise ConfigError(f"{setting} is a model of family {shape.family}, and the policy's is {policy.family}")
-    for name in _SAMPLE_SIZES:
-        _compare(setting, name, getattr(shape, name), getattr(policy, name))
     for name in _VISION_SIZES:
-        _compare(setting, f"vision {name}", getattr(shape.vision, name, None), getattr(policy.vision, name, None))
+        own_size, expected = (getattr(vision, name, None) for vision in (shape.vision, policy.vision))
+        if own_size != expected:
+            raise ConfigError(
+                f"{setting} has {name}={own_size} in its vision tower, and the policy {expected}: it cannot read the "
+                "policy's images; give a model of the same series"
+            )
+    # Equal tokenizers have equal ids of images and videos: each folder is checked against its own.
     own = load_assets(folder, shape).tokenizer.get_vocab()
-    expected = processor.tokenizer.get_vocab()
-    differing = sorted(token for token in own.keys() | expected.keys() if own.get(token) != expected.get(token))
+    policys = processor.tokenizer.get_vocab()
+    differing = sorted(token for token in own.keys() | policys.keys() if own.get(token) != policys.get(token))
     if differing:
         token = differing[0]
         raise ConfigError(
             f"{setting} has another tokenizer than the policy: {len(differing)} tokens differ, {token!r} has the id "
-            f"{own.get(token)} there and {expected.get(token)} here; give a model with the policy's tokenizer"
+            f"{own.get(token)} there and {policys.get(token)} here; give a model with the policy's tokenizer"
         )
     shape.check_length(config.longest_sequence, f"{setting} with the longest prompt and response")
-
-
-def _compare(setting: str, name: str, own: object, expected: object) -> None:
-    if own != expected:
-        raise ConfigError(
-            f"{setting} has {name}={own}, and the policy has {expected}: it cannot read the policy's samples; give a "
-            "model of the same series"
-        )
 
 
 def record_critic(config: RLConfig, processor: Processor) -> None:
