@@ -20,6 +20,8 @@ from ovr_megatron.config.fields import (
 from ovr_megatron.config.model import OptimizerConfig, ParallelConfig
 from ovr_megatron.ppo.estimators import find_estimator
 
+OptionalUnit = Annotated[float | None, Field(ge=0, le=1)]
+
 
 @section("algorithm.")
 class AlgorithmConfig:
@@ -33,9 +35,9 @@ class AlgorithmConfig:
     """Discount of later rewards."""
     lam: UnitFloat = 1.0
     """Lambda of generalised advantage estimation: 0 trusts the values, 1 the returns."""
-    lam_policy: UnitFloat | None = None
+    lam_policy: OptionalUnit = None
     """Lambda of the policy's advantages alone; none: lam."""
-    lam_critic: UnitFloat | None = None
+    lam_critic: OptionalUnit = None
     """Lambda of the returns that the critic learns alone; none: lam."""
     lam_alpha: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
     """Gives the policy's advantages of each response the lambda 1 - 1 / (lam_alpha x its tokens), at least 0 (VAPO)."""
