@@ -81,14 +81,14 @@ def test_policy_and_critic_have_a_lambda_each(seed: int, gamma: float, lam: floa
         np.testing.assert_allclose(target, literal_gae(reward, value, gamma, lam_critic) + value, atol=1e-12)
 
 
-@given(st.integers(0, 2**31), st.floats(0.5, 1.0), st.floats(0.05, 2.0))
-def test_the_policys_lambda_goes_by_the_length_of_the_response(seed: int, gamma: float, alpha: float) -> None:
+@given(st.integers(0, 2**31), st.floats(0.5, 1.0), st.floats(0.05, 2.0), st.sampled_from([0.7, 0.9]))
+def test_the_policys_lambda_goes_by_the_length(seed: int, gamma: float, alpha: float, lam_critic: float) -> None:
     rewards, values = ragged(seed)
-    advantages, returns = gae(last(rewards, values), values, gamma, 0.7, 0.9, alpha)
+    advantages, returns = gae(last(rewards, values), values, gamma, 0.7, lam_critic, alpha)
     for reward, value, advantage, target in zip(rewards, values, advantages, returns, strict=True):
         lam = max(0.0, 1 - 1 / (alpha * len(value)))
         np.testing.assert_allclose(advantage, literal_gae(reward, value, gamma, lam), atol=1e-12)
-        np.testing.assert_allclose(target, literal_gae(reward, value, gamma, 0.9) + value, atol=1e-12)
+        np.testing.assert_allclose(target, literal_gae(reward, value, gamma, lam_critic) + value, atol=1e-12)
 
 
 def test_lambdas_by_hand() -> None:
