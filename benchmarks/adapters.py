@@ -36,7 +36,8 @@ from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.batch import Batch
 from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.rl.setup import build_critic, build_policy
+from ovr_megatron.rl.critic import build_critic
+from ovr_megatron.rl.setup import build_policy
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import make_documents, make_packs, objective
 from ovr_megatron.weights.adapters import write_adapter_config
@@ -246,7 +247,7 @@ def measure_memory(part: str, shape: str, folder: Path) -> BenchRow:
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     processor = Processor(model_folder, config.data)
     policy = build_policy(config, processor.shape, model_folder, world)
-    critic = build_critic(config, policy, model_folder, world)
+    critic = build_critic(config, model_folder, processor, world, policy)
     engines = (policy, critic)
     storages: dict[int, int] = {}
     for engine in engines:

@@ -250,7 +250,10 @@ def fill_in(values: DictConfig, recipe: str) -> DictConfig:
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """Return the command line with ``--rollout-only``, ``--rehearse`` and ``--train-only FOLDER`` as settings."""
+    """Return the command line with the settings of its shortcuts.
+
+    They are ``--rollout-only``, ``--rehearse``, ``--train-only FOLDER`` and ``--critic-only FOLDER``.
+    """
     settings = []
     remaining = iter(arguments)
     for argument in remaining:
@@ -258,9 +261,10 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
             settings.append("only=rollout")
         elif argument == "--rehearse":
             settings.append("only=rehearsal")
-        elif argument == "--train-only":
+        elif argument in ("--train-only", "--critic-only"):
             folder = next(remaining, "")
-            settings += ["only=train", f"rollouts_from={folder}"]
+            half = argument.removeprefix("--").removesuffix("-only")
+            settings += [f"only={half}", f"rollouts_from={folder}"]
         else:
             settings.append(argument)
     return settings

@@ -70,11 +70,12 @@ def run_bytes(config: Config) -> int:
     """
     try:
         shape = ModelShape.from_hf(weights_of(config.model.path))
-    except ShapeError:  # `check_model` reports it
+        critic_shape = report.read_critic_shape(config)
+    except (ShapeError, ConfigError):  # `check_model` reports it, and the plan
         return 0
     steps = config.iterations if isinstance(config, RLConfig) else config.steps
     checkpoints = config.run.keep_last or -(-steps // config.run.save_every)
-    return checkpoint_bytes(config, shape) * (checkpoints + 1)
+    return checkpoint_bytes(config, shape, critic_shape) * (checkpoints + 1)
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def check_plan(config: Config, ranks: int, write_rate: float) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = []
-    if isinstance(config, ColdStartConfig) or config.only in ("all", "train"):
+    if isinstance(config, ColdStartConfig) or config.only in ("all", "train", "critic"):
         limits = deadlines.read_limits(os.environ)
         problems += deadlines.problems(plan, limits, config.run.hang_timeout_s, write_rate)
     largest = max(plan["phases"], key=lambda phase: phase["total"])

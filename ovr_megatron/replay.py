@@ -29,7 +29,7 @@ from ovr_megatron.runtime.folder_kinds import describe_folder
 from ovr_megatron.runtime.step_lines import read_metrics
 
 METRICS = (
-    *("critic/loss", "critic/grad_norm", "critic/explained_variance", "critic/value_std"),
+    *("critic/loss", "critic/grad_norm", "critic/explained_variance", "critic/value_mean", "critic/value_std"),
     *("policy/loss", "policy/entropy", "policy/grad_norm", "policy/reference_kl", "rollout/mismatch_mean"),
 )
 # Largest difference that counts as rounding, relative to the largest saved value.
@@ -85,7 +85,10 @@ def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Re
     saved = archive.read(run, iteration, world)
     models, engines = build_models(config, model_folder, prompts.processor, world)
     if iteration:
-        store.restore(store.checkpoint_at(run / "checkpoints", iteration, world), engines)
+        checkpoint = store.checkpoint_at(run / "checkpoints", iteration, world)
+        store.restore(checkpoint, engines)
+        if "warmup" in checkpoint.state:
+            models.warmup.load(checkpoint.state["warmup"])
     result = learn(models, archive.restore(saved, prompts), iteration, Clock())
     experience = result.experience
     names = [name for name in archive.ARRAYS if getattr(experience, name) is not None]

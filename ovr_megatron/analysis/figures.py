@@ -98,7 +98,20 @@ def _rl_figures(stage: Stage, theme: Theme, width: float) -> Iterator[tuple[str,
     has_health = any(stage.values(key) for key, _, _ in _HEALTH)
     if has_health:
         caption = "PPO under the hood. Mismatch: largest difference of rollout and trainer log-probabilities."
-        yield "rl_health", caption, draw_health(stage, theme, width)
+        yield "rl_health", caption + _first_values(stage), draw_health(stage, theme, width)
+
+
+def _first_values(stage: Stage) -> str:
+    """Return a sentence on the critic's values before any training; empty where they were not logged."""
+    first = stage.metrics[0]
+    keys = ("critic/value_mean", "critic/return_mean", "critic/value_std", "critic/explained_variance")
+    if not all(key in first for key in keys):
+        return ""
+    mean, returns, spread, explained = (first[key] for key in keys)
+    return (
+        f" The critic's first values had the mean {mean:.2g} (returns {returns:.2g}) and the standard deviation "
+        f"{spread:.2g}, and explained {explained:.2f} of the returns' variance."
+    )
 
 
 def _tail_figures(stage: Stage, iteration: int | None, theme: Theme, width: float) -> Iterator[tuple[str, str, Figure]]:

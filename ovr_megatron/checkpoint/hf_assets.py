@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,6 +43,20 @@ def write_hf_assets(out: Path, processor: Processor) -> None:
         _update_pixel_budget(out / name, budget, size)
     vocabulary = processor.tokenizer.get_vocab()
     write_generation_config(out, processor.shape, vocabulary)
+
+
+def write_critic_assets(out: Path, folder: Path, processor: Processor) -> None:
+    """Write the files of a critic of another size than the policy below ``out``: the policy's, its own configuration.
+
+    Args:
+        out: folder of the policy's files (`write_hf_assets`); the critic's get a folder in it.
+        folder: the critic's, whose ``config.json`` is taken.
+        processor: the policy's, whose samples the critic reads.
+    """
+    critic = out / "critic"
+    write_hf_assets(critic, processor)
+    shutil.copyfile(folder / "config.json", critic / "config.json")
+    _update_json(critic / "config.json", {"after_video": processor.after_video})
 
 
 def write_generation_config(folder: Path, shape: ModelShape, vocabulary: dict[str, int]) -> None:

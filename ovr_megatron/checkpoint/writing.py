@@ -218,7 +218,8 @@ def start_writing(
     Args:
         save: gets the jobs.
         folders: what to write; those whose name has no ``-`` are models and get the ``hf_assets``.
-        hf_assets: folder of configuration, tokenizer and processor.
+        hf_assets: folder of configuration, tokenizer and processor, with a folder of a model's name where one has its
+            own.
         dtype: dtype of the models' weights.
         world: this process.
         queue: writes.
@@ -346,7 +347,9 @@ def _prepare(
         path = partial / folder
         path.mkdir(parents=True)
         if "-" not in folder:
-            copied = copy_hf_assets(hf_assets, path, dtype=dtype)
+            # A critic of another size than the policy has files of its own.
+            own_assets = hf_assets / folder
+            copied = copy_hf_assets(own_assets if own_assets.is_dir() else hf_assets, path, dtype=dtype)
             if folder in adapters:
                 write_adapter_config(path / ADAPTER_CONFIG, adapters[folder])
                 copied.append(ADAPTER_CONFIG)

@@ -20,6 +20,8 @@ from ovr_megatron.config.fields import (
 from ovr_megatron.config.model import OptimizerConfig, ParallelConfig
 from ovr_megatron.ppo.estimators import find_estimator
 
+OptionalUnit = Annotated[float | None, Field(ge=0, le=1)]
+
 
 @section("algorithm.")
 class AlgorithmConfig:
@@ -33,13 +35,27 @@ class AlgorithmConfig:
     """Discount of later rewards."""
     lam: UnitFloat = 1.0
     """Lambda of generalised advantage estimation: 0 trusts the values, 1 the returns."""
+    lam_policy: OptionalUnit = None
+    """Lambda of the policy's advantages alone; none: lam."""
+    lam_critic: OptionalUnit = None
+    """Lambda of the returns that the critic learns alone; none: lam."""
+    lam_alpha: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
+    """Gives the policy's advantages of each response the lambda 1 - 1 / (lam_alpha x its tokens), at least 0 (VAPO)."""
     loss: str = "clip"
     """Loss of the policy, a row of `ovr_megatron.ppo.losses` or package.module:NAME; checked when a run starts."""
     # Below 1: the ratio is never negative, so that from 1 on it would have no lower bound.
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Largest distance of the policy's ratio from 1 that changes the loss."""
+    """Largest distance of the policy's ratio from 1 that changes the loss; other losses take it for their own bound,
+    see docs/algorithms.md."""
     clip_high: Annotated[NonNegativeFloat, ZeroMeans("as clip")] = 0.0
     """Upper bound of the ratio alone."""
+    dual_clip: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
+    """Ratio above which the loss of a token with a negative advantage does not grow, with loss=clip and gspo; above
+    1."""
+    sapo_positive: PositiveFloat = 1.0
+    """Temperature of the gate of loss=sapo for tokens with a positive advantage."""
+    sapo_negative: PositiveFloat = 1.05
+    """Temperature of the gate of loss=sapo for all other tokens."""
     value_clip: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
     """Largest distance of a value from the one before the update that the value loss follows (Open-Reasoner-Zero)."""
     reduction: Literal["token", "sequence", "constant", "pack"] = "token"
@@ -55,7 +71,10 @@ class AlgorithmConfig:
     """Optimizer steps of the critic in an iteration."""
     # Neither the paper nor Open-Reasoner-Zero has a warm-up: docs/algorithms.md, "The critic's start".
     critic_warmup_iterations: Count = 0
-    """First iterations in which the critic alone learns."""
+    """First iterations in which the critic alone learns, at most; with critic_warmup_patience=0 exactly."""
+    critic_warmup_patience: Annotated[Count, ZeroMeans("off")] = 0
+    """Iterations in a row without a rise of the values' explained variance that end the warm-up, or with only=critic
+    the run."""
     policy_epochs: PositiveInt = 1
     """Times that the policy learns from a batch; with more than one, here or in policy_steps, the log-probabilities
     before the update are stored."""
@@ -71,6 +90,9 @@ class AlgorithmConfig:
     """Folder of the weights that the divergence is measured from; none: the policy's initial weights."""
     entropy_bonus: NonNegativeFloat = 0.0
     """Weight of the policy's entropy in its objective."""
+    positive_nll: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
+    """Weight of the mean negative log-likelihood of the tokens of right responses, those with the verdict 1, in the
+    policy's loss (VAPO)."""
     correction: str | None = None
     """Weight of a token by the trainer's probability over that of the distribution that drew it, a row of
     `ovr_megatron.ppo.corrections` or package.module:NAME, checked when a run starts; none: every token weighs the
@@ -96,6 +118,12 @@ class AlgorithmConfig:
             self.has_critic or not self.critic_warmup_iterations,
             f"algorithm.critic_warmup_iterations={self.critic_warmup_iterations}: {self.estimator} has no critic",
         )
+        self._check_lambdas()
+        require(
+            not self.dual_clip or self.dual_clip > 1,
+            f"algorithm.dual_clip={self.dual_clip:g} must be above 1, or 0 (off): below 1 it would bound tokens whose "
+            "probability has not changed",
+        )
         require(
             self.kl_form != "k1" or self.kl_in == "reward" or not self.kl_coefficient,
             "algorithm.kl_form=k1 in the loss has the gradient of the policy's own log-probability, which is none of "
@@ -107,6 +135,20 @@ class AlgorithmConfig:
                 f"algorithm.correction_{name}={bound:g} needs algorithm.correction, which is null; name one, or leave "
                 "the bound out",
             )
+
+    def _check_lambdas(self) -> None:
+        """Raise `ConfigError` where a lambda has no effect."""
+        for name in ("lam_policy", "lam_critic", "lam_alpha"):
+            value = getattr(self, name)
+            require(
+                self.has_critic or not value,
+                f"algorithm.{name}={value}: {self.estimator} has no critic, and so no lambda; leave it out",
+            )
+        require(
+            not self.lam_alpha or self.lam_policy is None,
+            f"algorithm.lam_alpha={self.lam_alpha:g} takes the place of algorithm.lam_policy={self.lam_policy}; leave "
+            "one of them out",
+        )
 
     @property
     def has_critic(self) -> bool:
@@ -150,7 +192,8 @@ class CriticConfig:
     """The separate value network: same class, another head, its own optimizer."""
 
     path: str | None = None
-    """Folder of its initial weights; none: those of the policy."""
+    """Folder of its initial weights, a checkpoint with a critic or a model of any size with the policy's tokenizer;
+    none: the weights of the policy."""
     parallel: ParallelConfig | None = None
     """Its own layout; none: the policy's."""
     # The first values of the two others are not small beside rewards of 0 and 1.

@@ -107,11 +107,11 @@ class RLConfig:
     share_prompts: bool = False
     """Compute a prompt with its images once for all of its responses in a pack; algorithm.reduction=pack then weighs
     other packs."""
-    only: Literal["all", "rollout", "train", "rehearsal"] = "all"
+    only: Literal["all", "rollout", "train", "critic", "rehearsal"] = "all"
     """Half of the system: generate and grade with the weights of model.path (rollout), or learn from the rollouts of
-    another run (train); rehearsal tries each stage of the curriculum once."""
+    another run (train), the critic alone (critic); rehearsal tries each stage of the curriculum once."""
     rollouts_from: str | None = None
-    """Run folder whose rollouts only=train learns from."""
+    """Run folder whose rollouts only=train and only=critic learn from."""
 
     def __post_init__(self) -> None:
         _check_pack(self.data, self.parallel)
@@ -138,10 +138,11 @@ class RLConfig:
             "take model.fp8=current or block",
         )
         require(
-            (self.only == "train") == bool(self.rollouts_from),
-            f"only={self.only} with rollouts_from={self.rollouts_from}: only=train needs the run folder to learn from, "
-            "and nothing else takes one",
+            self.learns_from_archive == bool(self.rollouts_from),
+            f"only={self.only} with rollouts_from={self.rollouts_from}: only=train and only=critic need the run folder "
+            "to learn from, and nothing else takes one",
         )
+        _check_critic_alone(self)
         # Resolved, as one folder can be written in several ways.
         require(
             not self.rollouts_from or Path(self.rollouts_from).resolve() != Path(self.run.dir).resolve(),
@@ -162,6 +163,11 @@ class RLConfig:
             ends[-1] >= self.iterations,
             f"curriculum ends at iteration {ends[-1]} but iterations={self.iterations}; raise the last 'until'",
         )
+
+    @property
+    def learns_from_archive(self) -> bool:
+        """Whether the run learns from the rollouts of another one and generates none."""
+        return self.only in ("train", "critic")
 
     @property
     def reduction_tokens(self) -> int:
@@ -191,6 +197,24 @@ class RLConfig:
         own_layout = self.critic.parallel is not None and self.critic.parallel != self.parallel
         has_adapters = self.model.lora.rank > 0 and self.algorithm.has_critic
         return has_adapters and not self.critic.path and not own_layout
+
+
+def _check_critic_alone(config: RLConfig) -> None:
+    """Raise `ConfigError` if the critic is to learn alone and cannot, or if nothing would end for want of patience."""
+    algorithm = config.algorithm
+    require(
+        config.only != "critic" or algorithm.has_critic,
+        f"only=critic: algorithm.estimator={algorithm.estimator} has no critic; take gae, or only=train",
+    )
+    require(
+        config.only != "critic" or not config.run.export_every,
+        f"only=critic with run.export_every={config.run.export_every}: there is no policy to export; leave it at 0",
+    )
+    require(
+        not algorithm.critic_warmup_patience or algorithm.critic_warmup_iterations > 0 or config.only == "critic",
+        f"algorithm.critic_warmup_patience={algorithm.critic_warmup_patience} ends a warm-up early, and there is none; "
+        "set algorithm.critic_warmup_iterations to the most iterations that it may take",
+    )
 
 
 def _check_rounds(config: RLConfig) -> None:

@@ -56,7 +56,7 @@ def model_flops(scenario: Scenario, span: Span) -> float:
     training = policy.training * algorithm.policy_epochs
     per_token = without_gradients + training
     if algorithm.has_critic:
-        critic = token_flops(shape, config.model, load, critic=True)
+        critic = token_flops(scenario.critic_scenario.shape, config.model, load, critic=True)
         per_token += critic.forward + critic.training
     return tokens * per_token
 
@@ -78,7 +78,7 @@ def seconds(scenario: Scenario, span: Span) -> Seconds:
     if algorithm.has_critic:
         # Values come from one pass over all responses, whatever the number of the critic's steps.
         critic_scenario = scenario.critic_scenario
-        critic = token_flops(shape, config.model, span.load, critic=True)
+        critic = token_flops(critic_scenario.shape, config.model, span.load, critic=True)
         value_flops = _forward_only(critic)
         values = _training(critic_scenario, span, value_flops, 1, True, backward=False)
         update = _training(critic_scenario, span, critic, algorithm.critic_steps, True)
@@ -131,7 +131,7 @@ def _offload_seconds(scenario: Scenario) -> float:
     size = policy.weights + policy.optimizer
     if algorithm.has_critic:
         critic = scenario.critic_scenario
-        state = model_state(scenario.shape, config.model, critic.config.parallel, critic.dp, critic=True)
+        state = model_state(critic.shape, config.model, critic.config.parallel, critic.dp, critic=True)
         if config.critic_shares_base:
             state = state.without_frozen()
         size += state.weights + state.optimizer

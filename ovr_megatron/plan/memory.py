@@ -105,8 +105,10 @@ class _IterationPhases:
             critic_stage = stage if layout.pp == config.parallel.pp else 0
             self.critic = critic
             self.critic_stage = critic_stage
-            self.models["critic"] = model_state(shape, config.model, layout, critic.dp, critic_stage, critic=True)
-            self.fp8_copies["critic"] = fp8_bytes(shape, config.model, layout, critic_stage, True)
+            self.models["critic"] = model_state(
+                critic.shape, config.model, layout, critic.dp, critic_stage, critic=True
+            )
+            self.fp8_copies["critic"] = fp8_bytes(critic.shape, config.model, layout, critic_stage, True)
 
     def items_by_phase(self) -> dict[str, dict[str, int]]:
         config = self.config
@@ -366,19 +368,27 @@ def cache_bytes_per_token(shape: ModelShape, rollout: RolloutConfig, dtype: str)
     return elements * DTYPE_BYTES[dtype]
 
 
-def checkpoint_bytes(config: ColdStartConfig | RLConfig, shape: ModelShape) -> int:
-    """Return the bytes of one checkpoint on disk: weights, moments and master weights of every model of the recipe."""
+def checkpoint_bytes(
+    config: ColdStartConfig | RLConfig, shape: ModelShape, critic_shape: ModelShape | None = None
+) -> int:
+    """Return the bytes of one checkpoint on disk: weights, moments and master weights of every model of the recipe.
+
+    Args:
+        config: the recipe.
+        shape: the model's sizes.
+        critic_shape: those of the critic; None: the same.
+    """
     model = config.model
-    kinds = [False]
+    models = [(shape, False)]
     if isinstance(config, RLConfig) and config.algorithm.has_critic:
-        kinds.append(True)
+        models.append((critic_shape or shape, True))
     weight_bytes = DTYPE_BYTES[model.dtype]
     adam_bytes = MOMENT_BYTES + MASTER_BYTES[model.dtype]
     # A folder has every tensor once, whatever the layout: so has a single rank.
     single_rank = ParallelConfig()
     size = 0
-    for critic in kinds:
-        state = model_state(shape, model, single_rank, 1, critic=critic)
+    for model_shape, critic in models:
+        state = model_state(model_shape, model, single_rank, 1, critic=critic)
         # Of a model with adapters only those are saved.
         saved = state.trained if model.lora.rank else state.parameters
         size += saved * weight_bytes

@@ -55,8 +55,26 @@ class Options:
     simulation: SimulationOptions | None = None
 
 
-def read_shape(path: str) -> tuple[ModelShape, str | None]:
+def read_critic_shape(config: ColdStartConfig | RLConfig) -> ModelShape | None:
+    """Return the sizes of the critic in ``critic.path``; None where it starts from the policy, or there is none.
+
+    Raises:
+        ShapeError: as of `read_shape`.
+        ConfigError: likewise.
+    """
+    if isinstance(config, ColdStartConfig) or not config.algorithm.has_critic or not config.critic.path:
+        return None
+    shape, _ = read_shape(config.critic.path, "critic.path", "critic")
+    return shape
+
+
+def read_shape(path: str, setting: str = "model.path", part: str = "policy") -> tuple[ModelShape, str | None]:
     """Read the sizes of a model and return them with its folder; the name of a preset (7B) has no folder.
+
+    Args:
+        path: a folder, a name on the hub, or a preset.
+        setting: that has it, for messages.
+        part: of a checkpoint.
 
     Raises:
         ShapeError: the folder holds no model of a known family.
@@ -71,8 +89,8 @@ def read_shape(path: str) -> tuple[ModelShape, str | None]:
             return ModelShape.from_hf(config_file.parent), None
     if not exists and not is_hub_name(path):
         names = ", ".join(known_presets)
-        raise ConfigError(f"model.path={path} is no folder; for a plan it can also be one of {names}")
-    folder = weights_of(path)
+        raise ConfigError(f"{setting}={path} is no folder; for a plan it can also be one of {names}")
+    folder = weights_of(path, part)
     return ModelShape.from_hf(folder), str(folder)
 
 
@@ -87,7 +105,8 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         raise ConfigError(f"--mfu {options.mfu} must lie between 0 and 1")
     shape, folder = read_shape(config.model.path)
     gpu = find_gpu(options.gpu)
-    scenario = build_scenario(config, shape, gpu, options.world, folder)
+    critic_shape = read_critic_shape(config)
+    scenario = build_scenario(config, shape, gpu, options.world, folder, critic_shape)
     phases = memory.phases(scenario)
     spans = [_span(scenario, span) for span in scenario.spans]
     steps = sum(span["steps"] for span in spans)
@@ -125,7 +144,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         "bubble": cost.bubble(scenario, first_span),
         "at_mfu": _time_at_mfu(scenario, total_flops, options.mfu),
         "by_cost_model": _modelled_time(scenario, total_flops),
-        "checkpoint_bytes": memory.checkpoint_bytes(config, shape),
+        "checkpoint_bytes": memory.checkpoint_bytes(config, shape, critic_shape),
         "checkpoints_kept": checkpoints,
         "candidates": _candidates(candidates) if candidates else None,
         "best_command": _best_command(scenario, candidates, options) if candidates else None,

@@ -31,21 +31,23 @@ class Span:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A recipe, the model's sizes, the GPUs, and the work."""
+    """A recipe, the model's sizes, the GPUs, and the work; ``critic_shape`` are those of a critic of another size."""
 
     config: ColdStartConfig | RLConfig
     shape: ModelShape
     gpu: Gpu
     world: int
     spans: tuple[Span, ...]
+    critic_shape: ModelShape | None = None
 
     @property
     def critic_scenario(self) -> Scenario:
-        """Return the same scenario with the critic's layout in the place of the policy's."""
+        """Return the same scenario with the critic's layout and sizes in the place of the policy's."""
         config = self.config
-        if isinstance(config, ColdStartConfig) or config.critic.parallel is None:
+        if isinstance(config, ColdStartConfig):
             return self
-        return replace(self, config=replace(config, parallel=config.critic.parallel))
+        parallel = config.critic.parallel or config.parallel
+        return replace(self, shape=self.critic_shape or self.shape, config=replace(config, parallel=parallel))
 
     def check(self) -> None:
         """Refuse what a run would refuse.
@@ -64,7 +66,7 @@ class Scenario:
             return
         algorithm = config.algorithm
         critic = self.critic_scenario
-        check_layout(self.shape, critic.config.parallel, uses_fp8)
+        check_layout(critic.shape, critic.config.parallel, uses_fp8)
         replicas_by_steps = {algorithm.policy_steps: dp}
         if algorithm.has_critic:
             replicas_by_steps[algorithm.critic_steps] = critic.dp
@@ -149,6 +151,7 @@ def build_scenario(
     gpu: Gpu,
     world: int,
     model_dir: str | None,
+    critic_shape: ModelShape | None = None,
 ) -> Scenario:
     """Build the scenario; lengths are measured where there are sources and a tokenizer in ``model_dir``, else assumed.
 
@@ -167,7 +170,7 @@ def build_scenario(
         spans = [_sft_span(config, measured)]
     else:
         spans = _rl_spans(config, shape, measured)
-    scenario = Scenario(config, shape, gpu, world, tuple(spans))
+    scenario = Scenario(config, shape, gpu, world, tuple(spans), critic_shape)
     scenario.check()
     return scenario
 

@@ -54,8 +54,13 @@ def token_rewards(scores: Sequence[float], lengths: Sequence[int], penalties: Ra
     return rewards
 
 
-def discounted_sums(rewards: Ragged, factor: float) -> Ragged:
-    """Sum from each token to the end of its response: G_t = sum over k >= t of factor^(k - t) r_k, [n] per response."""
+def discounted_sums(rewards: Ragged, factor: float | np.ndarray) -> Ragged:
+    """Sum from each token to the end of its response: G_t = sum over k >= t of factor^(k - t) r_k, [n] per response.
+
+    Args:
+        rewards: float [n] per response, of each token.
+        factor: of all responses, or of each, [number of responses].
+    """
     count = len(rewards)
     width = max(map(len, rewards), default=0)
     padded = np.zeros((count, width))
@@ -72,20 +77,20 @@ def discounted_sums(rewards: Ragged, factor: float) -> Ragged:
     return response_sums
 
 
-def generalised_advantages(rewards: Ragged, values: Ragged, gamma: float, lam: float) -> tuple[Ragged, Ragged]:
+def generalised_advantages(rewards: Ragged, values: Ragged, gamma: float, lam: float | np.ndarray) -> Ragged:
     """Estimate advantages by GAE with V(terminal) = 0.
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V(s_t)
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lam A_{t+1}
     (Schulman et al. 2016, eq. 16; the paper takes gamma = lam = 1, so A_t = reward - V(s_t)).
 
     Args:
         rewards: float [n] per response, of each token.
         values: float [n] per response.
         gamma: discount in (0, 1].
-        lam: mixing of n-step estimates in [0, 1].
+        lam: mixing of n-step estimates in [0, 1], of all responses or of each, [number of responses].
 
     Returns:
-        Advantages and returns, float64 [n] per response.
+        Float64 [n] per response.
     """
     deltas = []
     for r, v in zip(rewards, values, strict=True):
@@ -93,9 +98,26 @@ def generalised_advantages(rewards: Ragged, values: Ragged, gamma: float, lam: f
         later_values = np.append(value[1:], 0.0)
         next_value = later_values[: len(value)]  # cut, as a response may have no tokens
         deltas.append(r + gamma * next_value - value)
-    advantages = discounted_sums(deltas, gamma * lam)
-    returns = [a + v for a, v in zip(advantages, values, strict=True)]
-    return advantages, returns
+    return discounted_sums(deltas, gamma * lam)
+
+
+def value_targets(advantages: Ragged, values: Ragged) -> Ragged:
+    """Return R_t = A_t + V(s_t), what the critic learns, float64 [n] per response."""
+    return [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+def length_adaptive_lambda(lengths: Sequence[int], alpha: float) -> np.ndarray:
+    """Return 1 - 1 / (alpha n) for each response, at least 0 (VAPO, Yue et al. 2025, section 4.2).
+
+    The weights lam^k of the later differences then sum to alpha n: to a share of the response and not to a constant.
+
+    Args:
+        lengths: n of each response.
+        alpha: share of the response, positive.
+    """
+    # At least 1: a response of fewer than 1 / alpha tokens has the one-step estimate.
+    sums = np.maximum(alpha * np.asarray(lengths, np.float64), 1.0)
+    return 1.0 - 1.0 / sums
 
 
 def group_advantages(rewards: Ragged, groups: Sequence[int], divide: bool) -> Ragged:
@@ -121,6 +143,50 @@ def group_advantages(rewards: Ragged, groups: Sequence[int], divide: bool) -> Ra
             # The small term is for a group of equal rewards, whose standard deviation is 0.
             scale = group.std() + 1e-6
         advantages[members] = (group - group.mean()) / scale
+    return _repeat_over_tokens(advantages, rewards)
+
+
+def length_weighted_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged:
+    """Compare each response with the mean reward of a token of the responses to its prompt, as OPO does.
+
+    A_i = R_i - (sum over j of n_j R_j) / (sum over j of n_j): the baseline of least variance where the squared gradient
+    of a response grows with its length (Hao et al. 2025, section 3.2).  A group of empty responses has the baseline 0.
+
+    Args:
+        rewards: float [n] per response, of each token.
+        groups: index of the prompt of each response.
+    """
+    response_rewards = _sum_by_response(rewards)
+    lengths = np.array([len(r) for r in rewards], np.float64)
+    prompts = np.asarray(groups)
+    advantages = np.zeros(len(rewards))
+    for prompt in np.unique(prompts):
+        members = prompts == prompt
+        group = response_rewards[members]
+        baseline = (lengths[members] * group).sum() / max(lengths[members].sum(), 1.0)
+        advantages[members] = group - baseline
+    return _repeat_over_tokens(advantages, rewards)
+
+
+def likelihood_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged:
+    """Divide a response's distance from the mean of its group by that mean, as MaxRL does.
+
+    A = (R - mean) / mean, and 0 where the mean is not above 0 (Tajwar et al. 2026, "Maximum likelihood reinforcement
+    learning"): with rewards of 0 and 1 the gradient is that of log p of a prompt, p its share of right responses,
+    as far as the group's size resolves it.
+
+    Args:
+        rewards: float [n] per response, of each token.
+        groups: index of the prompt of each response.
+    """
+    response_rewards = _sum_by_response(rewards)
+    prompts = np.asarray(groups)
+    advantages = np.zeros(len(rewards))
+    for prompt in np.unique(prompts):
+        members = prompts == prompt
+        mean = response_rewards[members].mean()
+        if mean > 0:
+            advantages[members] = (response_rewards[members] - mean) / mean
     return _repeat_over_tokens(advantages, rewards)
 
 

@@ -11,12 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from ovr_megatron.ppo.advantages import (
     Ragged,
     discounted_sums,
     generalised_advantages,
     group_advantages,
     leave_one_out_advantages,
+    length_adaptive_lambda,
+    length_weighted_advantages,
+    likelihood_advantages,
+    value_targets,
 )
 from ovr_megatron.runtime.registry import Registry
 
@@ -30,7 +36,9 @@ class EstimatorInput:
         groups: the index of the prompt of each response.
         values: float [n] per response; None unless the estimator needs them.
         gamma: ``algorithm.gamma``.
-        lam: ``algorithm.lam``.
+        lam: lambda of the advantages, ``algorithm.lam_policy`` or else ``algorithm.lam``.
+        lam_critic: lambda of the returns, ``algorithm.lam_critic`` or else ``algorithm.lam``; None: as ``lam``.
+        lam_alpha: ``algorithm.lam_alpha``; 0 where the advantages take ``lam``.
     """
 
     rewards: Ragged
@@ -38,6 +46,8 @@ class EstimatorInput:
     values: Ragged | None
     gamma: float
     lam: float
+    lam_critic: float | None = None
+    lam_alpha: float = 0.0
 
 
 class Estimate(NamedTuple):
@@ -65,8 +75,17 @@ class Estimator:
 
 
 def _gae(batch: EstimatorInput) -> Estimate:
+    """Estimate advantages and returns with a lambda for each (VC-PPO, Yuan et al. 2025, section 4.2)."""
     assert batch.values is not None
-    return Estimate(*generalised_advantages(batch.rewards, batch.values, batch.gamma, batch.lam))
+    lam: float | np.ndarray = batch.lam
+    if batch.lam_alpha:
+        lam = length_adaptive_lambda([len(r) for r in batch.rewards], batch.lam_alpha)
+    advantages = generalised_advantages(batch.rewards, batch.values, batch.gamma, lam)
+    lam_critic = batch.lam if batch.lam_critic is None else batch.lam_critic
+    of_critic = advantages
+    if batch.lam_alpha or lam_critic != batch.lam:
+        of_critic = generalised_advantages(batch.rewards, batch.values, batch.gamma, lam_critic)
+    return Estimate(advantages, value_targets(of_critic, batch.values))
 
 
 def _grpo(batch: EstimatorInput) -> Estimate:
@@ -85,6 +104,14 @@ def _reinforce_pp(batch: EstimatorInput) -> Estimate:
     return Estimate(discounted_sums(batch.rewards, batch.gamma))
 
 
+def _opo(batch: EstimatorInput) -> Estimate:
+    return Estimate(length_weighted_advantages(batch.rewards, batch.groups))
+
+
+def _maxrl(batch: EstimatorInput) -> Estimate:
+    return Estimate(likelihood_advantages(batch.rewards, batch.groups))
+
+
 # docs/algorithms.md has the equation and the source of each.
 ESTIMATORS = Registry[Estimator](
     "algorithm.estimator",
@@ -94,6 +121,10 @@ ESTIMATORS = Registry[Estimator](
         "dr_grpo": Estimator(_dr_grpo, needs_groups=True),
         "rloo": Estimator(_rloo, needs_groups=True),
         "reinforce_pp": Estimator(_reinforce_pp, normalises=True),
+        # Hu 2025: the mean of the group, then the deviation of the batch, where GRPO takes that of the group.
+        "reinforce_pp_baseline": Estimator(_dr_grpo, needs_groups=True, normalises=True),
+        "opo": Estimator(_opo, needs_groups=True),
+        "maxrl": Estimator(_maxrl, needs_groups=True),
     },
     lambda value: value if isinstance(value, Estimator) else None,
     f"an {Estimator.__module__}.{Estimator.__name__}",

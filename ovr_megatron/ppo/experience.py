@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ from ovr_megatron.ppo.batch import Batch, Response, balance_prompts
 from ovr_megatron.ppo.estimators import Estimate, EstimatorInput, find_estimator
 from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.ppo.warmup import CriticWarmup
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import exchange, gather_objects
 from ovr_megatron.runtime.layout import Layout
@@ -44,6 +45,9 @@ class Models:
     """The models of an iteration; critic and reference only where the algorithm needs them.
 
     A policy with adapters may be its own reference.
+
+    Attributes:
+        warmup: says in which iterations the policy learns; a resumed run loads its progress.
     """
 
     config: RLConfig
@@ -52,6 +56,10 @@ class Models:
     policy: Engine
     critic: Engine | None
     reference: Engine | None
+    warmup: CriticWarmup = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.warmup = CriticWarmup.of(self.config)
 
     def offload_except(self, active: Engine | None) -> None:
         """With ``offload``, offload all models but ``active``, which onloads what it needs when it needs it."""
@@ -211,7 +219,9 @@ def estimate(
         groups: index of the prompt of each response.
         values: float [n] per response; None without a critic.
     """
-    batch = EstimatorInput(rewards, groups, values, algorithm.gamma, algorithm.lam)
+    lam = algorithm.lam if algorithm.lam_policy is None else algorithm.lam_policy
+    lam_critic = algorithm.lam if algorithm.lam_critic is None else algorithm.lam_critic
+    batch = EstimatorInput(rewards, groups, values, algorithm.gamma, lam, lam_critic, algorithm.lam_alpha)
     return find_estimator(algorithm.estimator).compute(batch)
 
 

@@ -17,8 +17,12 @@ from ovr_megatron.ppo.experience import Experience, Models, build_local_batch, c
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.ppo.timeline import Timeline
-from ovr_megatron.ppo.update import update_critic, update_policy
+from ovr_megatron.ppo.update import update_critic, update_policy, value_metrics
+from ovr_megatron.ppo.warmup import policy_steps
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -61,9 +65,11 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
     metrics: dict[str, float] = {}
     with clock("update"):
         if critic_batch is not None:
+            metrics |= value_metrics(models, critic_batch)
+            observe_values(models, metrics, iteration)
             models.offload_except(models.critic)
             metrics |= update_critic(models, critic_batch)
-        if iteration >= models.config.algorithm.critic_warmup_iterations:
+        if models.warmup.trains_policy(iteration):
             models.offload_except(models.policy)
             metrics |= update_policy(models, experience, iteration)
     metrics = {
@@ -74,6 +80,32 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
         **rollout.metrics,
     }
     return IterationResult(metrics, rollout, experience, clock.timeline)
+
+
+def observe_values(models: Models, metrics: dict[str, float], iteration: int) -> None:
+    """Say how the critic's first values lie, and let the values of ``iteration`` end its warm-up.  A collective.
+
+    Args:
+        models: those of the run.
+        metrics: of `value_metrics`.
+        iteration: from 0.
+    """
+    explained = metrics["critic/explained_variance"]
+    if iteration == 0 and models.world.is_main:
+        mean, spread, returns = (metrics[f"critic/{name}"] for name in ("value_mean", "value_std", "return_mean"))
+        logger.info(
+            f"values before training: mean {mean:.3g} (returns {returns:.3g}), standard deviation {spread:.3g}, "
+            f"explained variance {explained:.3f}"
+        )
+    warmup = models.warmup
+    if warmup.patience:
+        # That of the first rank, so that all of them agree: sums of other groups of ranks may round otherwise.
+        agreed = torch.tensor([explained], dtype=torch.float64)
+        dist.broadcast(agreed, src=0)
+        warmup.observe(iteration, float(agreed))
+        if models.config.only != "critic":
+            # The policy has taken no step while the end of the warm-up was open.
+            models.policy.total_steps = policy_steps(models.config, warmup)
 
 
 class Clock:

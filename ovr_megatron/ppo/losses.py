@@ -1,25 +1,20 @@
-"""Losses for each token, divergences, and the weights that reduce them.  Pure functions, no state.
+"""Losses for each token, and divergences.  Pure functions, no state.
 
-n is the number of scored tokens of a pack, or of response tokens of a response.  A new loss of the policy is a new row
+n is the number of scored tokens of a pack.  A new loss of the policy is a new row
 of `LOSSES`, or `register_loss` before the run starts, or a `PolicyLoss` in a module of the user's that
 ``algorithm.loss=package.module:NAME`` names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ovr_megatron.config import AlgorithmConfig
-from ovr_megatron.ppo.advantages import Ragged
+from ovr_megatron.config import AlgorithmConfig, ConfigError
 from ovr_megatron.runtime.registry import Registry
-
-SumOverRanks = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -72,27 +67,38 @@ class ResponseSegments:
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, ResponseSegments, AlgorithmConfig], tuple[Tensor, dict[str, Tensor]]]
 
 
+def clip_bounds(settings: AlgorithmConfig) -> tuple[float, float]:
+    """Return ``clip`` and ``clip_high``; 0 means as ``clip``, so that the plain form needs one setting."""
+    return settings.clip, settings.clip_high or settings.clip
+
+
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the negated clipped surrogate of each token, -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A).
 
     It is eq. 7 of Schulman et al. 2017; ``clip_high`` over ``clip`` is DAPO's clip-higher (Yu et al. 2025, eq. 10).
+    With ``dual_clip`` c the loss of a token with A < 0 is at most -c A (Ye et al. 2020, eq. 5).
 
     Args:
         ratio: rho [n], with a gradient.
         advantages: A [n].
-        settings: ``clip`` and ``clip_high``, how far rho may lie below and above 1.
+        settings: ``clip`` and ``clip_high``, how far rho may lie below and above 1, and ``dual_clip``.
 
     Returns:
-        Losses [n], and the number of clipped tokens as ``clip_fraction``.
+        Losses [n], and the number of clipped tokens as ``clip_fraction``, with ``dual_clip`` of those at its bound as
+        ``dual_clip_fraction``.
     """
-    low = settings.clip
-    # 0 means as `clip`, so that the plain form needs one setting.
-    high = settings.clip_high or settings.clip
+    low, high = clip_bounds(settings)
     surrogate = ratio * advantages
     clipped_surrogate = ratio.clamp(1 - low, 1 + high) * advantages
     clipped = clipped_surrogate < surrogate
     losses = -torch.minimum(surrogate, clipped_surrogate)
-    return losses, {"clip_fraction": clipped.float().sum()}
+    statistics = {"clip_fraction": clipped.float().sum()}
+    if settings.dual_clip:
+        bounds = -settings.dual_clip * advantages
+        bounded = (advantages < 0) & (losses > bounds)
+        losses = torch.where(bounded, bounds, losses)
+        statistics["dual_clip_fraction"] = bounded.float().sum()
+    return losses, statistics
 
 
 def clip_loss(
@@ -124,8 +130,117 @@ def gspo_loss(
     return clipped_surrogate(ratio, advantages, settings)
 
 
+def cispo_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return CISPO's loss, -sg(clip(rho, 1 - clip, 1 + clip_high)) A log pi (MiniMax-M1, 2025, eqs. 4 and 5).
+
+    The weight is clipped and not the loss, so that no token is without a gradient.
+    """
+    low, high = clip_bounds(settings)
+    ratio = (logprobs - old).detach().exp()
+    weights = ratio.clamp(1 - low, 1 + high)
+    return -weights * advantages * logprobs, {"clip_fraction": (weights != ratio).float().sum()}
+
+
+def gmpo_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return GMPO's loss: the geometric mean of a response's clipped ratios takes the place of its tokens' ratios.
+
+    With d = log pi - log pi_old, d' = min(d, clip_high) where A > 0, else max(d, -clip), and g = exp(mean over the
+    response of d'), the loss of a token is -sg(g) A exp(d') / sg(exp(d')).  Where all tokens of a response have one
+    advantage, its mean over the response is GMPO's objective and its gradient (Zhao et al. 2025, eq. 4), which needs
+    ``algorithm.reduction=sequence``.  A collective, see `ResponseSegments.mean`.
+    """
+    low, high = clip_bounds(settings)
+    difference = logprobs - old
+    clipped = torch.where(advantages > 0, difference.clamp(max=high), difference.clamp(min=-low))
+    geometric_mean = segments.mean(clipped).exp()
+    # The gradient stays on the token's own rank, as that of `gspo_loss`; a clipped token has none.
+    token_ratio = (clipped - clipped.detach()).exp()
+    return -geometric_mean * token_ratio * advantages, {"clip_fraction": (clipped != difference).float().sum()}
+
+
+def sapo_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return SAPO's loss, -4 / tau sigmoid(tau (rho - 1)) A (Gao et al. 2025, eqs. 5 and 6).
+
+    tau is ``sapo_positive`` where A > 0, else ``sapo_negative``.  The gradient is that of rho A times
+    4 p (1 - p), p the sigmoid: 1 at rho = 1 and falling on both sides, whose mean is logged as ``gate``.
+    """
+    ratio = (logprobs - old).exp()
+    temperatures = torch.where(advantages > 0, settings.sapo_positive, settings.sapo_negative).to(ratio.dtype)
+    openings = torch.sigmoid(temperatures * (ratio - 1))
+    gates = (4 * openings * (1 - openings)).detach()
+    return -4 / temperatures * openings * advantages, {"gate": gates.sum()}
+
+
+def dppo_tv_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of DPPO with the total variation of the binary event that the token is drawn, |pi - pi_old|.
+
+    See `_divergence_masked`, and Qi et al. 2026, "Rethinking the trust region in LLM reinforcement learning".
+    """
+    divergences = (logprobs.exp() - old.exp()).abs()
+    return _divergence_masked(logprobs, old, advantages, divergences, settings)
+
+
+def dppo_kl_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of DPPO with the divergence of the binary event that the token is drawn.
+
+    It is KL(pi_old || pi) = pi_old log(pi_old / pi) + (1 - pi_old) log((1 - pi_old) / (1 - pi)); see `dppo_tv_loss`.
+    """
+    old_rest = _rest(old)
+    divergences = old.exp() * (old - logprobs) + old_rest * (old_rest.log() - _rest(logprobs).log())
+    return _divergence_masked(logprobs, old, advantages, divergences, settings)
+
+
+def _rest(logprobs: Tensor) -> Tensor:
+    """Return 1 - pi [n], at least 1e-8: a token that is certain would have an infinite divergence."""
+    return (-torch.expm1(logprobs)).clamp(min=1e-8)
+
+
+def _divergence_masked(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, divergences: Tensor, settings: AlgorithmConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return -rho A [n], but 0 for the tokens that have left the trust region in the direction of their advantage.
+
+    These are those with A > 0, rho > 1 and a divergence above ``clip_high``, and those with A < 0, rho < 1 and a
+    divergence above ``clip``.
+
+    Args:
+        logprobs: log pi [n], with a gradient.
+        old: log pi_old [n].
+        advantages: A [n].
+        divergences: of pi from pi_old [n].
+        settings: ``clip`` and ``clip_high``.
+    """
+    low, high = clip_bounds(settings)
+    ratio = (logprobs - old).exp()
+    risen = (advantages > 0) & (ratio > 1) & (divergences > high)
+    fallen = (advantages < 0) & (ratio < 1) & (divergences > low)
+    masked = risen | fallen
+    return -(ratio * advantages).masked_fill(masked, 0.0), {"clip_fraction": masked.float().sum()}
+
+
+# docs/algorithms.md has the equation and the source of each.
 LOSSES = Registry[PolicyLoss](
-    "algorithm.loss", {"clip": clip_loss, "gspo": gspo_loss}, lambda value: value if callable(value) else None
+    "algorithm.loss",
+    {
+        "clip": clip_loss,
+        "gspo": gspo_loss,
+        "cispo": cispo_loss,
+        "gmpo": gmpo_loss,
+        "sapo": sapo_loss,
+        "dppo_tv": dppo_tv_loss,
+        "dppo_kl": dppo_kl_loss,
+    },
+    lambda value: value if callable(value) else None,
 )
 
 
@@ -145,6 +260,22 @@ def find_loss(name: str) -> PolicyLoss:
         RegistryError: there is none of this name, or the object of this name is no function.
     """
     return LOSSES.look_up(name)
+
+
+def check_loss(settings: AlgorithmConfig) -> None:
+    """Refuse a loss that there is not, and a second bound of the ratio that the loss does not have.
+
+    Raises:
+        RegistryError: as `find_loss`.
+        ConfigError: ``dual_clip`` would have no effect.
+    """
+    loss = find_loss(settings.loss)
+    # A loss of the user's may read the setting.
+    if settings.dual_clip and settings.loss in LOSSES.rows and loss not in (clip_loss, gspo_loss):
+        raise ConfigError(
+            f"algorithm.dual_clip={settings.dual_clip:g}: algorithm.loss={settings.loss} has no such bound; take clip "
+            "or gspo, or leave it out"
+        )
 
 
 def value_loss(values: Tensor, returns: Tensor, old: Tensor, clip: float) -> Tensor:
@@ -176,44 +307,3 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, form: str) -> Tensor:
     if form == "k3":
         return torch.expm1(-d) + d  # expm1: exp(-d) - 1 would lose the digits of a small d
     raise KeyError(form)
-
-
-def token_weights(
-    reduction: str, lengths: Sequence[int], packs: Sequence[Sequence[int]], constant: int, sum_over_ranks: SumOverRanks
-) -> Ragged | None:
-    """Return factors for the tokens' losses that turn the mean over all tokens of a step into the set reduction.
-
-    With N tokens in S responses and P packs in a step of all ranks: every ``token`` 1 (none is returned); every
-    response the same (``sequence``, GRPO) N / (S n); a ``constant`` divisor, the length limit of the run (Dr. GRPO) or
-    1, which sums over a response (RLOO), N / (S constant); every ``pack`` the same (Open-Reasoner-Zero)
-    N / (P n of the pack).
-
-    Args:
-        reduction: one of these four.
-        lengths: n of every response of this rank.
-        packs: the responses in each pack of the step; an empty pack counts nothing.
-        constant: tokens by which ``constant`` divides.
-        sum_over_ranks: sums an array over all ranks.
-
-    Returns:
-        float64 [n] per response; those outside ``packs`` stay 0.
-    """
-    if reduction == "token":
-        return None
-    members = list(chain.from_iterable(packs))
-    local_tokens = sum(lengths[i] for i in members)
-    local_packs = sum(map(bool, packs))  # without the empty ones, which only keep a rank in step
-    local_counts = np.array([local_tokens, len(members), local_packs], np.float64)
-    # Every rank takes part in the sum, also one without responses in this step.
-    token_count, response_count, pack_count = sum_over_ranks(local_counts)
-    weights = [np.zeros(n) for n in lengths]
-    for pack in packs:
-        pack_tokens = sum(lengths[i] for i in pack)
-        for i in pack:
-            divisor = {
-                "sequence": response_count * lengths[i],
-                "constant": response_count * constant,
-                "pack": pack_count * pack_tokens,
-            }[reduction]
-            weights[i][:] = token_count / divisor
-    return weights

@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from ovr_megatron.families import ModelShape
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.experience import Experience, Models, sum_over_dp
@@ -54,33 +55,32 @@ def spread_metrics(rollout: Rollout) -> dict[str, float]:
 def update_flops(models: Models, experience: Experience, iteration: int) -> float:
     """Return the model FLOP of values, scores and updates over all ranks.  A collective.
 
-    Recomputation does not count.  A forward pass counts a third of a training pass.  The critic's layers are the
-    policy's, but its head is one column.
+    Recomputation does not count.  A forward pass counts a third of a training pass.  The critic's head is one column.
     """
     algorithm = models.config.algorithm
-    training_pass = _training_pass_flops(models, experience)
+    training_pass = _training_pass_flops(models, experience, models.policy.shape)
     updates = 0
-    if iteration >= algorithm.critic_warmup_iterations:
+    if models.warmup.trains_policy(iteration):
         updates = algorithm.policy_epochs
     flops = training_pass * (updates + algorithm.scoring_passes / 3)
     if models.critic is not None:
-        critic_training_pass = training_pass - _head_difference_flops(models, experience)
+        shape = models.critic.shape
+        critic_training_pass = _training_pass_flops(models, experience, shape) - _head_flops(models, experience, shape)
         flops += critic_training_pass * (1 + 1 / 3)
     total = sum_over_dp(np.array([flops]), models.world.layout)
     return float(total[0])
 
 
-def _training_pass_flops(models: Models, experience: Experience) -> float:
-    """Return the FLOP of one training pass of the policy over the samples of this rank."""
+def _training_pass_flops(models: Models, experience: Experience, shape: ModelShape) -> float:
+    """Return the FLOP of one training pass of a policy of ``shape`` over the samples of this rank."""
     model = models.config.model
     work = experience.batch.work()
     trains = (model.trains_language, model.trains_vision, model.trains_merger, model.adapts_vision)
-    return training_flops(models.policy.shape, work.lengths, work.grids, *trains, prefixes=work.prefixes)
+    return training_flops(shape, work.lengths, work.grids, *trains, prefixes=work.prefixes)
 
 
-def _head_difference_flops(models: Models, experience: Experience) -> float:
-    """Return the FLOP by which the policy's head exceeds the critic's in a training pass."""
-    shape = models.policy.shape
+def _head_flops(models: Models, experience: Experience, shape: ModelShape) -> float:
+    """Return the FLOP by which a policy's head exceeds a critic's of the same ``shape`` in a training pass."""
     # A frozen head has a forward pass and the gradient of its input, 2 FLOP each for a weight and token; one that
     # trains has the gradient of its weights as well.
     flops_per_weight = 6.0 if models.config.model.trains_language else 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,8 +25,8 @@ class PolicyObjective:
 
     It reads ``advantages`` and ``rollout_logprobs`` of a pack, and where the pack has them ``old_logprobs`` (else the
     step is strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs``,
-    ``weights``, ``modalities`` and ``staleness``.  The loss of a token is multiplied by the weight that
-    ``algorithm.correction`` gives it.
+    ``weights``, ``likelihood_weights``, ``modalities`` and ``staleness``.  The loss of a token is multiplied by the
+    weight that ``algorithm.correction`` gives it.
 
     Args:
         config: the settings.
@@ -87,7 +88,13 @@ class PolicyObjective:
         if "modalities" in pack.extras:
             difference = (old - rollout).abs()
             self.mismatch.add(difference, scores.beside(pack, "modalities"), staleness)
-        return sum_weighted(losses, scores, pack, sums)
+        result = sum_weighted(losses, scores, pack, sums)
+        if "likelihood_weights" in pack.extras:
+            # Beside the weighted losses: it is a mean over the tokens of right responses whatever the reduction.
+            nll = -(scores.beside(pack, "likelihood_weights") * logprobs).sum()
+            sums["policy/positive_nll"] = nll.detach()
+            result = replace(result, total=result.total + config.positive_nll * nll)
+        return result
 
     def _importance(
         self, correction: Correction, log_ratio: Tensor, segments: ResponseSegments, staleness: Tensor | None
@@ -130,7 +137,7 @@ class ValueObjective:
 
 
 def sum_weighted(losses: Tensor, scores: Scores, pack: Pack, sums: dict[str, Tensor]) -> LossSum:
-    """Sum the losses of the tokens, each times its weight where the pack has ``weights`` (`losses.token_weights`)."""
+    """Sum the losses of the tokens, times their ``weights`` where the pack has some (`reductions.token_weights`)."""
     if "weights" in pack.extras:
         weights = scores.beside(pack, "weights")
     else:

@@ -11,9 +11,9 @@ import numpy as np
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.ppo.advantages import Ragged, explained_variance, mean_and_std, moments
 from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_over_dp
-from ovr_megatron.ppo.losses import token_weights
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
+from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
 from ovr_megatron.ppo.staleness import staleness_metrics, token_staleness
 from ovr_megatron.runtime.exchange import gather_objects
 
@@ -34,6 +34,19 @@ def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]
         packs = critic_packs(models, critic_batch, step)
         step_metrics.append(critic.train(packs, objective))
     metrics = mean_over_steps(step_metrics)
+    return {
+        "critic/loss": metrics["loss"],
+        "critic/grad_norm": metrics["grad_norm"],
+    }
+
+
+def value_metrics(models: Models, critic_batch: CriticBatch) -> dict[str, float]:
+    """Return what the values before the critic's update are: mean, spread, and share of the returns' variance.
+
+    A collective.
+    """
+    critic = models.critic
+    assert critic is not None
     errors = []
     for returns, values in zip(critic_batch.returns, critic_batch.values, strict=True):
         errors.append(returns - values)
@@ -41,11 +54,12 @@ def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]
     value_moments = sum_over_dp(moments(critic_batch.values), critic.layout)
     error_moments = sum_over_dp(moments(errors), critic.layout)
     return_moments = sum_over_dp(moments(critic_batch.returns), critic.layout)
-    _, value_std = mean_and_std(value_moments)
+    value_mean, value_std = mean_and_std(value_moments)
+    return_mean, _ = mean_and_std(return_moments)
     return {
-        "critic/loss": metrics["loss"],
-        "critic/grad_norm": metrics["grad_norm"],
+        "critic/value_mean": value_mean,
         "critic/value_std": value_std,
+        "critic/return_mean": return_mean,
         "critic/explained_variance": explained_variance(error_moments, return_moments),
     }
 
@@ -153,6 +167,10 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
     sum_over_ranks = partial(sum_over_dp, layout=models.policy.layout)
     divisor = models.config.reduction_tokens
     weights = token_weights(config.reduction, batch.lengths, pack_members, divisor, sum_over_ranks)
+    likelihood = None
+    if config.positive_nll:
+        right = [r.reward >= 1 for r in experience.responses]
+        likelihood = likelihood_weights(right, batch.lengths, members, sum_over_ranks)
     old_logprobs = None
     # One step is strictly on-policy, also where a divergence in the reward has had them computed.
     if config.policy_updates > 1:
@@ -165,6 +183,7 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
         old_logprobs=old_logprobs,
         reference_logprobs=experience.reference,
         weights=weights,
+        likelihood_weights=likelihood,
     )
 
 

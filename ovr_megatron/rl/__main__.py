@@ -2,7 +2,8 @@
 
 ``ovr rl --config-name tiny_rl run.dir=RUN model.path=COLD_START``; under ``torchrun`` or ``srun``
 for more than one process.  The same command on the same run folder goes on where the run ended.  ``--rollout-only``,
-``--rehearse`` and ``--train-only FOLDER`` run half of the system: see ``only`` and ``rollouts_from``.
+``--rehearse``, ``--train-only FOLDER`` and ``--critic-only FOLDER`` run half of the system: see ``only`` and
+``rollouts_from``.
 """
 
 from __future__ import annotations

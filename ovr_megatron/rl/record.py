@@ -12,6 +12,7 @@ from ovr_megatron.engine import Engine
 from ovr_megatron.model.layers import cautions, layers_in_use
 from ovr_megatron.plan.heading import run_rows, show_heading, source_rows
 from ovr_megatron.ppo.curriculum import stage_starts
+from ovr_megatron.rl.critic import record_critic
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import get_logger
@@ -30,6 +31,7 @@ def record_run(config: RLConfig, processor: Processor, world: World, launch: Lau
     if launch:
         record_start(run, launch, world.job.size if world.job else world.size)
     write_hf_assets(run / "companions", processor)
+    record_critic(config, processor)
 
 
 def show_start(config: RLConfig, engines: dict[str, Engine], world: World, checkpoint: ResumePoint | None) -> None:

@@ -19,12 +19,14 @@ from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.archive import ArchiveError
 from ovr_megatron.ppo.corrections import correction_bounds
 from ovr_megatron.ppo.experience import Models
-from ovr_megatron.ppo.losses import find_loss
+from ovr_megatron.ppo.losses import check_loss
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.ppo.warmup import CriticWarmup, policy_steps
 from ovr_megatron.rewards import rules
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import RewardFunction
+from ovr_megatron.rl.critic import build_critic
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime.distributed import World
@@ -61,7 +63,7 @@ def check_names(config: RLConfig) -> None:
     """
     for name in config.reward.rules.values():
         rules.check(name)
-    find_loss(config.algorithm.loss)
+    check_loss(config.algorithm)
     if config.algorithm.correction:
         correction_bounds(config.algorithm)
     check_trackers(config.run.trackers)
@@ -110,7 +112,7 @@ def check_steps(config: RLConfig, world: World) -> None:
 
 
 def count_iterations(config: RLConfig) -> int:
-    """Return the number of iterations of the run; with ``only=train`` it ends with the archived rollouts.
+    """Return the number of iterations of the run; one that learns from archived rollouts ends with these.
 
     Raises:
         ArchiveError: ``rollouts_from`` has no rollouts.
@@ -121,7 +123,7 @@ def count_iterations(config: RLConfig) -> int:
         if not archived:
             problem = f"rollouts_from={config.rollouts_from} has no rollouts; give the run folder of a PPO run"
             raise ArchiveError(describe_folder(config.rollouts_from, "run") or problem)
-    if config.only == "train":
+    if config.learns_from_archive:
         archived_end = max(archived, default=-1) + 1
         return min(config.iterations, archived_end)
     return config.iterations
@@ -159,16 +161,18 @@ def build_models(
     banned = banned_tokens(processor.shape, processor.tokenizer)
     reference = None
     if training:
-        engines = build_engines(config, model_folder, world)
+        engines = build_engines(config, model_folder, processor, world)
+        # The policy that rolled out, whose layout its responses are balanced for; it does not learn.
+        policy = engines.get("policy") or build_frozen_policy(config, model_folder, world)
         if config.model.lora.rank and config.algorithm.kl_coefficient and not config.algorithm.reference:
-            reference = engines["policy"]  # without its adapters it is the initial policy
+            reference = policy  # without its adapters it is the initial policy
         else:
             reference = build_reference(config, model_folder, banned, world)
     else:
-        engines = {"policy": build_frozen_policy(config, model_folder, world)}
+        policy = build_frozen_policy(config, model_folder, world)
+        engines = {"policy": policy}
     if config.share_prompts:
         _check_shared_prompts(engines)
-    policy = engines["policy"]
     # As the engine samples, so that log-probabilities of both are of the same distribution.
     policy.sample_from(banned, config.rollout.temperature)
     critic = engines.get("critic")
@@ -191,52 +195,31 @@ def _check_shared_prompts(engines: Mapping[str, Engine]) -> None:
             )
 
 
-def build_engines(config: RLConfig, model_folder: Path, world: World) -> dict[str, Engine]:
-    """Build the policy, and where the algorithm needs one the critic.
+def build_engines(config: RLConfig, model_folder: Path, processor: Processor, world: World) -> dict[str, Engine]:
+    """Build the models that train: the policy, and where the algorithm needs one the critic; or the critic alone.
 
-    The critic starts from the same weights, or those of ``critic.path``, with a fresh value head. Beside adapters the
-    weights of the two never change, and are in memory once where they are the same.
+    The critic starts from the same weights, or those of ``critic.path``. Beside adapters the weights of the two never
+    change, and are in memory once where they are the same.
     """
-    shape = ModelShape.from_hf(model_folder)
-    policy = build_policy(config, shape, model_folder, world)
+    if config.only == "critic":
+        return {"critic": build_critic(config, model_folder, processor, world)}
+    policy = build_policy(config, processor.shape, model_folder, world)
     if not config.algorithm.has_critic:
         return {"policy": policy}
     if config.offload:
         policy.offload()  # before the critic takes its memory
-    critic = build_critic(config, policy, model_folder, world)
+    critic = build_critic(config, model_folder, processor, world, policy)
     return {"policy": policy, "critic": critic}
 
 
 def build_policy(config: RLConfig, shape: ModelShape, model_folder: Path, world: World) -> Engine:
     """Build the policy that trains, with the weights in ``model_folder``."""
-    algorithm = config.algorithm
     policy = Engine(shape, config.model, config.parallel, world)
     store.check_weights(config.model.path, world)
     # The learning rate follows the iterations in which the policy moves.
-    policy_iterations = max(config.iterations - algorithm.critic_warmup_iterations, 1)
-    total_steps = policy_iterations * algorithm.policy_updates
-    policy.with_optimizer(config.optimizer, total_steps)
+    policy.with_optimizer(config.optimizer, policy_steps(config, CriticWarmup.of(config)))
     policy.load(WeightFolder(model_folder), seed=config.run.seed)
     return policy
-
-
-def build_critic(config: RLConfig, policy: Engine, model_folder: Path, world: World) -> Engine:
-    """Build the critic with the weights in ``model_folder``, or those of ``critic.path``, and a fresh value head."""
-    settings = config.critic
-    folder = model_folder
-    if settings.path:
-        store.check_weights(settings.path, world, "critic")
-        folder = store.weights_of(settings.path, "critic")
-    layout = settings.parallel or config.parallel  # without one of its own the policy's
-    base = None
-    if config.model.lora.rank and layout == config.parallel and folder.resolve() == model_folder.resolve():
-        base = policy
-        folder = model_folder  # it may be written in several ways
-    critic = Engine(policy.shape, config.model, layout, world, critic=True, base=base)
-    total_steps = config.iterations * config.algorithm.critic_steps
-    critic.with_optimizer(settings.optimizer, total_steps)
-    critic.load(WeightFolder(folder), settings.head_init, seed=config.run.seed)
-    return critic
 
 
 def build_reference(config: RLConfig, model_folder: Path, banned: Sequence[int], world: World) -> Engine | None:

@@ -27,6 +27,7 @@ from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.timeline import gather_timeline
+from ovr_megatron.ppo.warmup import policy_steps
 from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.record import record_run, show_start
@@ -58,8 +59,8 @@ logger = get_logger(__name__)
 def train(config: RLConfig, world: World, launch: LaunchArgs | None = None) -> RunResult:
     """Run every iteration, or until a signal comes, from the newest checkpoint if there is one.  A collective.
 
-    With ``only=train`` the rollouts are read from ``rollouts_from``, and no engine is started.  A rank of
-    ``rollout.ranks`` generates for the others until they are done.
+    With ``only=train`` and ``only=critic`` the rollouts are read from ``rollouts_from``, and no engine is started.  A
+    rank of ``rollout.ranks`` generates for the others until they are done.
     """
     if world.job and world.job.generates:
         return RunResult(Path(config.run.dir), serve(config, world))
@@ -79,9 +80,9 @@ class RL:
         critic: the value network, for values; None where the algorithm has none.
         next_iteration: index of the next iteration, from 0.
         last: the number of iterations after which the run ends.
-        rollouts: vLLM and graders; None with ``only=train`` and where other ranks generate.
+        rollouts: vLLM and graders; None with ``only=train``, ``only=critic`` and where other ranks generate.
         generators: the ranks that only generate; None without ``rollout.ranks``.
-        evaluation: None where it is off, and with ``only=train``.
+        evaluation: None where it is off, and with ``only=train`` and ``only=critic``.
         log: on the main rank only.
         peak_flops: FLOP per second of a device that the MFU refers to.
     """
@@ -175,7 +176,18 @@ class RL:
         if checkpoint:
             self.prompts.load(checkpoint.state["prompts"])
             self.next_iteration = checkpoint.step
+            if "warmup" in checkpoint.state:
+                self.models.warmup.load(checkpoint.state["warmup"])
+                self._end_warmup()
         return checkpoint
+
+    def _end_warmup(self) -> None:
+        """Let the policy's schedule begin where the warm-up ends, and a run of the critic alone end there."""
+        warmup = self.models.warmup
+        if self.config.only != "critic":
+            self.models.policy.total_steps = policy_steps(self.config, warmup)
+        elif warmup.end is not None:
+            self.last = self.next_iteration
 
     def _resume_responses(self, checkpoint: ResumePoint | None) -> None:
         """Load the unfinished responses of ``checkpoint``, and have later checkpoints save those of then."""
@@ -188,7 +200,7 @@ class RL:
 
     def _start_rollouts(self, model_folder: Path, resources: ExitStack) -> Rollouts | None:
         """Start vLLM, and graders, which end with ``resources``; None if no rank generates or others do."""
-        if self.config.only == "train" or self.generators:
+        if self.config.learns_from_archive or self.generators:
             return None
         rollouts = build_rollouts(self.config, model_folder, self.prompts.processor, self.models)
         rollouts.stop = self.checkpoints.stop
@@ -288,6 +300,9 @@ class RL:
             self._write_log(self.log, result, iteration)
         self._state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
         self.next_iteration += 1
+        if self.models.warmup.patience:
+            self._state["warmup"] = self.models.warmup.state()
+            self._end_warmup()
         if self.generators and self.next_iteration % self.config.run.save_every == 0:
             # Before the checkpoint, which is complete with these responses alone.
             ahead = self.generators.archive_received(self.run_folder, self.next_iteration, self.prompts, self.world)

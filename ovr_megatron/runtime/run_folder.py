@@ -24,11 +24,12 @@ SFT = "SFT"
 PPO = "PPO"
 ROLLOUTS = "rollouts alone"
 LEARNING = "PPO from stored rollouts"
+CRITIC = "the critic from stored rollouts"
 REHEARSAL = "rehearsal of PPO"
 REPLAY = "replay of an iteration"
-_MODES = {"all": PPO, "rollout": ROLLOUTS, "train": LEARNING, "rehearsal": REHEARSAL}
+_MODES = {"all": PPO, "rollout": ROLLOUTS, "train": LEARNING, "critic": CRITIC, "rehearsal": REHEARSAL}
 # Stages that store nothing, or a report alone, and the stages whose folders they may use besides their own.
-_ALSO_ALLOWED = {REHEARSAL: (PPO, ROLLOUTS, LEARNING), REPLAY: (PPO, LEARNING)}
+_ALSO_ALLOWED = {REHEARSAL: (PPO, ROLLOUTS, LEARNING, CRITIC), REPLAY: (PPO, LEARNING, CRITIC)}
 # Folders that a run itself writes, below its own.
 _RUN_SUBFOLDERS = (
     "checkpoints",

@@ -272,3 +272,30 @@ def test_ranks_that_only_generate_have_the_engines_and_nothing_else() -> None:
     assert ahead["spans"][0]["seconds"] == pytest.approx(max(generate, training))
     with pytest.raises(ConfigError, match=r"rollout\.ranks=64 of 64 processes leaves none to train"):
         plan(compose("rl_7b_64gpu", ["model.path=7B", "rollout.ranks=64"]), Options(64, search=False))
+
+
+def test_a_critic_of_another_size_is_counted() -> None:
+    """Its bytes and FLOP are those of a critic of a recipe whose policy has this size, in the same layout."""
+    layout = "{tp: 2, sequence_parallel: true, distributed_optimizer: true, overlap: true}"
+    options = Options(8, search=False)
+    mixed = plan(compose("ppo_7b_8gpu", ["critic.path=3B", f"critic.parallel={layout}"]), options)
+    large = plan(compose("ppo_7b_8gpu", []), options)
+    small = plan(compose("ppo_7b_8gpu", ["model.path=3B", f"parallel={layout}"]), options)
+
+    def ranks(found: dict, model: str) -> list[dict]:
+        return [rank for rank in found["rank"] if rank["model"] == model]
+
+    assert ranks(mixed, "policy") == ranks(large, "policy")
+    assert ranks(mixed, "critic") == ranks(small, "critic") != ranks(large, "critic")
+    critic = {name: found["checkpoint_bytes"] for name, found in (("large", large), ("small", small))}
+    assert critic["small"] < mixed["checkpoint_bytes"] < critic["large"]
+    for ours, theirs, smallest in zip(mixed["spans"], large["spans"], small["spans"], strict=True):
+        assert smallest["flops"] < ours["flops"] < theirs["flops"]
+        for phase in ("value", "update critic"):
+            assert ours["parts"][phase] == smallest["parts"][phase]
+        assert ours["parts"]["update policy"] == theirs["parts"]["update policy"]
+
+
+def test_a_critic_that_is_no_model_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"critic.path=9B is no folder; for a plan it can also be one of"):
+        plan(compose("ppo_7b_8gpu", ["critic.path=9B"]), Options(8, search=False))

@@ -1,10 +1,14 @@
-"""The one launch that tests/ppo/test_loops.py and tests/ppo/test_reference.py read."""
+"""The one launch that tests/ppo/test_loops.py, test_reference.py and test_critic.py read."""
 
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from ovr_megatron.families.tiny import TinySizes
 from ovr_megatron.model.tiny import make_tiny_model
 from tests.ranks import launch
 
@@ -20,9 +24,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("loops")
     make_tiny_model(out / "model", tied=True, seed=5)
     make_tiny_model(out / "other", tied=True, seed=6)
+    make_tiny_model(out / "small", tied=True, seed=7, sizes=TinySizes(hidden=64, layers=2, ffn=128))
+    _make_silent_critic(out / "model", out / "silent")
     words = os.environ.get("OVR_TEST_LOOPS", "").split()
     launch(ROOT / "tests/ppo/loops.py", out, *words, ranks=int(os.environ.get("OVR_TEST_RANKS", "2")))
     return out
+
+
+def _make_silent_critic(model: Path, out: Path) -> None:
+    """Write ``model`` with a value head of zeros, whose values explain exactly nothing."""
+    shutil.copytree(model, out)
+    weights = load_file(model / "model.safetensors")
+    width = weights["model.embed_tokens.weight"].shape[1]
+    save_file(weights | {"value_head.weight": np.zeros((1, width), np.float32)}, out / "model.safetensors")
 
 
 @pytest.fixture(scope="session")

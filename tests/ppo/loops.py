@@ -34,9 +34,10 @@ from ovr_megatron.ppo.experience import (
     compute_experience,
     sum_over_dp,
 )
-from ovr_megatron.ppo.objectives import ValueObjective
+from ovr_megatron.ppo.losses import LOSSES
+from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.ppo.update import critic_packs, update_policy
+from ovr_megatron.ppo.update import critic_packs, policy_packs, update_policy
 from ovr_megatron.rl import training as rl
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.setup import build_models
@@ -81,7 +82,8 @@ EVERYTHING = (
     *("critic.optimizer.lr=2e-3", "critic.optimizer.schedule=linear", "critic.optimizer.warmup_steps=2"),
     *("critic.optimizer.beta2=0.9", "critic.optimizer.eps=1e-6", "critic.optimizer.clip_grad=0.7"),
     *("critic.optimizer.weight_decay=0.2", "algorithm.critic_warmup_iterations=1", "algorithm.critic_steps=5"),
-    *("algorithm.policy_epochs=2", "algorithm.policy_steps=2", "algorithm.gamma=0.98", "algorithm.lam=0.9"),
+    *("algorithm.policy_epochs=2", "algorithm.policy_steps=2", "algorithm.gamma=0.98", "algorithm.lam=0.95"),
+    *("algorithm.lam_policy=0.9", "algorithm.positive_nll=0.1", "algorithm.dual_clip=1.01"),
     *("algorithm.clip=0.02", "algorithm.clip_high=0.05", "algorithm.value_clip=0.01", "algorithm.reduction=sequence"),
     *("algorithm.kl_coefficient=0.05", "algorithm.kl_form=k3", "algorithm.entropy_bonus=0.02"),
     *("algorithm.correction=token_truncate", "algorithm.correction_high=0.5"),
@@ -170,6 +172,24 @@ def critic_gradients(*more: str) -> dict[str, Tensor]:
     return {name: gradient.clone() for name, gradient in models.critic.gradients()} | {"packs": len(packs)}
 
 
+def policy_gradients(*more: str) -> dict[str, dict[str, Tensor]]:
+    """Those of every loss in a step on half of iteration 0, by a policy that has moved, cut in another way."""
+    settings = ("estimator=grpo", "policy_steps=2", "positive_nll=0.1", "reduction=sequence", "clip=0.03")
+    chosen = config("ppo", *(f"algorithm.{setting}" for setting in settings), *more)
+    models, experience, _ = saved_experience(chosen)
+    for i, response in enumerate(experience.responses):
+        noise = np.random.default_rng([response.prompt, response.sample]).normal(size=len(response.tokens))
+        experience.old[i] = experience.old[i] + 0.05 * noise
+    found = {}
+    for name in LOSSES.rows:
+        objective = PolicyObjective(replace(chosen.algorithm, loss=name), models.policy.groups.cp)
+        packs = policy_packs(models, experience, {}, 0)
+        models.policy.backward(packs, objective)
+        gradients = {key: gradient.clone() for key, gradient in models.policy.gradients()}
+        found[name] = gradients | {"packs": len(packs)}
+    return found
+
+
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
     """Of all gradients together, and the numbers of packs."""
     names = [name for name in ours if name != "packs"]
@@ -205,6 +225,23 @@ def reference_runs(names: Sequence[str]) -> None:
     for name in names or options:
         with refused_prompts() if name.startswith("everything") else nullcontext():
             train(name, *options[name])
+
+
+def critic_runs() -> None:
+    """Train a critic alone and PPO after it, warm-ups that end early, and a critic of another size."""
+    train("critic_alone", "only=critic", f"rollouts_from={out / 'ppo'}")
+    pretrained = f"critic.path={out / 'critic_alone/checkpoints/step_000002'}"
+    train("pretrained", "only=train", f"rollouts_from={out / 'ppo'}", "iterations=1", pretrained)
+    # Values that stay 0 explain nothing in any iteration.
+    silent = (f"critic.path={out / 'silent'}", "critic.optimizer.lr=1e-30", f"rollouts_from={out / 'tail'}")
+    settings = (*silent, "rollout.oversample=0.5", "iterations=3", "optimizer.schedule=linear")
+    train("warm_fixed", *settings, "only=train", "algorithm.critic_warmup_iterations=2")
+    patient = ("only=train", "algorithm.critic_warmup_iterations=3", "algorithm.critic_warmup_patience=2")
+    train("warm_patient", *settings, *patient)
+    resume_after("warm_patient", 1, "warm_resumed", *settings, *patient)
+    for _ in range(2):  # the second start has nothing to do
+        train("critic_early", *settings, "only=critic", "algorithm.critic_warmup_patience=1")
+    train("small_critic", f"critic.path={out / 'small'}", "critic.parallel={tp: 2}", "iterations=1")
 
 
 def oversampled_runs() -> None:
@@ -291,6 +328,7 @@ if __name__ == "__main__":
     train("learned", "only=train", f"rollouts_from={out / 'ppo'}")
     oversampled_runs()
     continued_runs()
+    critic_runs()
     half = config("rolled_out", "only=rollout", "iterations=1")
     generate(half, world)
     found = {
@@ -301,6 +339,8 @@ if __name__ == "__main__":
         "everything": again("everything", 1, "parallel.tp=2"),
         "partial": again("partial", 3, "parallel.tp=2"),
         "critic_tp2": again("ppo_critic_tp2", 1, "critic.parallel=null"),
+        "warm": again("warm_patient", 2, "parallel.tp=2"),
+        "small_critic": again("small_critic", 0, "critic.parallel=null"),
     }
     if WHOLE:
         found["gspo"] = again("gspo", 1, "parallel.cp=2")
@@ -308,6 +348,11 @@ if __name__ == "__main__":
     small = "data.max_prompt_tokens=64", "data.pack_tokens=160"
     cuts = {"micro-batches": small, "ranks": ("critic.parallel={cp: 2}",), "both": (*small, "critic.parallel={tp: 2}")}
     gradients = {name: differences(critic_gradients(*more), whole) for name, more in cuts.items()}
+    policy = policy_gradients()
+    policy_cuts = {"micro-batches": small} | {name: (f"parallel.{name}=2",) for name in ("tp", "cp", "pp")}
+    for cut, more in policy_cuts.items():
+        ours = policy_gradients(*more)
+        gradients |= {f"{cut}, {name}": differences(ours[name], policy[name]) for name in policy}
     stale = {"none": stale_update(None), "one_rank": stale_update(1)}
     shared = {}
     for name in ("sequence_truncate", "sequence_mask", "geometric_mask", "icepop"):

@@ -224,17 +224,22 @@ class Iteration:
             reference = self.load(Path(a.reference or self.config.model.path))
             for answer, (logprobs, _) in zip(answers, self.scores(reference, answers), strict=True):
                 answer.arrays["reference"] = logprobs.double()
-        critic, head = self.critic()
-        for answer, hidden in zip(answers, self.hidden(critic, answers), strict=True):
+        body, head = self.critic()
+        for answer, hidden in zip(answers, self.hidden(body, answers), strict=True):
             answer.arrays["values"] = (hidden @ head.t())[:, 0].double()
         for answer in answers:
             rewards = self._rewards(answer)
-            raw = literal_advantages(rewards, answer.arrays["values"], a.gamma, a.lam)
-            answer.arrays |= {"raw": raw, "returns": raw + answer.arrays["values"]}
+            values = answer.arrays["values"]
+            policy, critic = (a.lam if own is None else own for own in (a.lam_policy, a.lam_critic))
+            raw = literal_advantages(rewards, values, a.gamma, policy)
+            returns = literal_advantages(rewards, values, a.gamma, critic) + values
+            answer.arrays |= {"raw": raw, "returns": returns}
         raw, values, returns = (torch.cat([x.arrays[n] for x in answers]) for n in ("raw", "values", "returns"))
         for answer in answers:
             answer.arrays["advantages"] = (answer.arrays["raw"] - raw.mean()) / (raw.std(unbiased=False) + 1e-8)
+        self.metrics["critic/value_mean"] = float(values.mean())
         self.metrics["critic/value_std"] = float(values.std(unbiased=False))
+        self.metrics["critic/return_mean"] = float(returns.mean())
         left = (returns - values).var(unbiased=False) / returns.var(unbiased=False)
         self.metrics["critic/explained_variance"] = float(1 - left) if returns.var() > 1e-12 else 0.0
 
@@ -315,17 +320,23 @@ class Iteration:
         """Return the loss of a step and means over its tokens; add the rollout's differences [n] by modality."""
         a = self.algorithm
         per_token, logs = [], []
-        for answer, (now, entropy) in zip(part, self.scores(model, part), strict=True):
+        scores = self.scores(model, part)
+        for answer, (now, entropy) in zip(part, scores, strict=True):
             old = now.detach() if on_policy else answer.arrays["old"].float()
             rollout, advantage = torch.from_numpy(answer.saved["logprobs"]).float(), answer.arrays["advantages"].float()
             ratio = (now - old).exp()
             bounded = ratio.clamp(1 - a.clip, 1 + (a.clip_high or a.clip))
             loss = -torch.minimum(ratio * advantage, bounded * advantage)
+            highest = -a.dual_clip * advantage
+            at_bound = (advantage < 0) & (loss > highest) & (a.dual_clip > 0)
+            loss = torch.where(at_bound, highest, loss)
             log = {
                 "policy/entropy": entropy.detach(),
                 "policy/clip_fraction": (bounded * advantage < ratio * advantage).float(),
                 "rollout/kl": divergence(rollout, old, "k3"),
             }
+            if a.dual_clip:
+                log["policy/dual_clip_fraction"] = at_bound.float()
             if a.correction:
                 assert a.correction == "token_truncate"
                 importance = (old - rollout).exp()
@@ -345,7 +356,13 @@ class Iteration:
             importance = torch.cat([log["rollout/importance"] for log in logs]).double()
             share = importance.sum() ** 2 / importance.square().sum() / len(importance)
             means["rollout/effective_sample_size"] = float(share)
-        return self._reduce(per_token), means
+        loss = self._reduce(per_token)
+        if a.positive_nll:
+            right = [-now for answer, (now, _) in zip(part, scores, strict=True) if self.verdict(answer.line) == 1]
+            nll = torch.cat(right).mean() if right else torch.zeros(())
+            means["policy/positive_nll"] = float(nll.detach())
+            loss = loss + a.positive_nll * nll
+        return loss, means
 
     def _reduce(self, per_token: Sequence[Tensor]) -> Tensor:
         """Return one number of the losses [n] of each response of a step."""

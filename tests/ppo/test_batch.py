@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ovr_megatron.data.packing import IGNORED
 from ovr_megatron.ppo.batch import Batch, balance_prompts, seeds_of
-from ovr_megatron.ppo.losses import token_weights
+from ovr_megatron.ppo.reductions import token_weights
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=9), st.integers(1, 5), st.integers(1, 6), st.integers(1, 4))

@@ -12,11 +12,14 @@ from ovr_megatron.ppo.advantages import (
     discounted_sums,
     group_advantages,
     leave_one_out_advantages,
+    length_weighted_advantages,
+    likelihood_advantages,
     overlong_penalty,
     token_rewards,
 )
 from ovr_megatron.ppo.batch import balance_prompts
-from ovr_megatron.ppo.losses import kl_estimate, token_weights
+from ovr_megatron.ppo.losses import kl_estimate
+from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
 
 SEEDS = st.integers(0, 2**31)
 
@@ -53,6 +56,34 @@ def test_rloo(seed: int) -> None:
         np.testing.assert_allclose(found, np.full(len(rewards[i]), expected), atol=1e-12)
 
 
+@given(SEEDS)
+def test_opo(seed: int) -> None:
+    rewards, groups = responses(seed)
+    for i, found in enumerate(length_weighted_advantages(rewards, groups)):
+        group = [reward for k, reward in enumerate(rewards) if groups[k] == groups[i]]
+        baseline = sum(len(reward) * sum(reward) for reward in group) / sum(map(len, group))
+        np.testing.assert_allclose(found, np.full(len(rewards[i]), sum(rewards[i]) - baseline), atol=1e-12)
+
+
+@given(SEEDS)
+def test_maxrl(seed: int) -> None:
+    rewards, groups = responses(seed)
+    for i, found in enumerate(likelihood_advantages(rewards, groups)):
+        mean = (sum(others(rewards, groups, i)) + sum(rewards[i])) / 3
+        expected = sum(rewards[i]) / mean - 1 if mean > 0 else 0.0
+        np.testing.assert_allclose(found, np.full(len(rewards[i]), expected), rtol=1e-9, atol=1e-9)
+
+
+def test_maxrl_is_the_likelihood_of_the_right_responses() -> None:
+    """Its mean over a group is the mean score of the right responses less the baseline (Theorem 2 of the paper)."""
+    verdicts = [1.0, 0.0, 0.0, 1.0, 0.0]
+    rewards = token_rewards(verdicts, [1, 2, 3, 1, 2])
+    scores = np.array([0.3, -1.0, 0.7, 2.0, -0.4])  # stand for the gradients of log pi
+    advantages = np.array([a[0] for a in likelihood_advantages(rewards, [0] * 5)])
+    expected = np.mean([score for score, verdict in zip(scores, verdicts, strict=True) if verdict]) - scores.mean()
+    assert (advantages * scores).mean() == pytest.approx(expected)
+
+
 @given(SEEDS, st.floats(0.5, 1.0))
 def test_reinforce_takes_what_is_still_to_come(seed: int, gamma: float) -> None:
     rewards, _ = responses(seed)
@@ -74,6 +105,10 @@ def test_estimators_by_hand() -> None:
     found = group_advantages(rewards, groups, divide=False)
     assert [a[0] for a in found] == pytest.approx([1 / 3, -2 / 3, 1 / 3, 0])
     found = leave_one_out_advantages(rewards, groups)
+    assert [a[0] for a in found] == pytest.approx([1 / 2, -1, 1 / 2, 0])
+    found = length_weighted_advantages(rewards, groups)  # (2 * 1 + 1 * 0 + 1 * 1) / 4 = 3/4
+    assert [a[0] for a in found] == pytest.approx([1 / 4, -3 / 4, 1 / 4, 0])
+    found = likelihood_advantages(rewards, groups)  # 1 / (2/3) - 1; the second prompt has no right response
     assert [a[0] for a in found] == pytest.approx([1 / 2, -1, 1 / 2, 0])
     penalties = [np.array([0.25, 0.5]), np.zeros(1), np.zeros(1), np.zeros(3)]
     rewards = token_rewards([1.0, 0.0, 1.0, 0.0], [2, 1, 1, 3], penalties)
@@ -144,6 +179,28 @@ def test_weights_give_the_reduction(reduction: str) -> None:
 def test_weights_leave_out_what_is_in_no_pack() -> None:
     weights = token_weights("sequence", [2, 3], [[1]], 10, lambda found: found)
     assert [w.tolist() for w in weights] == [[0, 0], [1, 1, 1]]
+
+
+def test_weights_of_the_right_responses() -> None:
+    """Two ranks; the mean over all tokens of weight times loss is the mean over those of right responses."""
+    rng = np.random.default_rng(4)
+    losses = [[rng.normal(size=n) for n in (3, 5, 2)], [rng.normal(size=n) for n in (7, 1, 4)]]
+    right = [[True, False, True], [False, True, True]]
+    members = [[0, 1, 2], [0, 1]]  # the last response is in no pack of the step
+    sums = [np.array([10.0, 5.0]), np.array([8.0, 1.0])]
+    total = 0.0
+    for rank in range(2):
+
+        def over_ranks(found: np.ndarray, own: np.ndarray = sums[rank]) -> np.ndarray:
+            np.testing.assert_array_equal(found, own)
+            return sum(sums)
+
+        weights = likelihood_weights(right[rank], [len(loss) for loss in losses[rank]], members[rank], over_ranks)
+        total += sum(float((w * loss).sum()) for w, loss in zip(weights, losses[rank], strict=True))
+    expected = np.concatenate([losses[0][0], losses[0][2], losses[1][1]]).mean()
+    assert total / 18 == pytest.approx(expected, rel=1e-12)
+    nothing_right = likelihood_weights([False], [3], [0], lambda found: found)
+    assert [w.tolist() for w in nothing_right] == [[0, 0, 0]]
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 8))

@@ -21,8 +21,9 @@ from ovr_megatron.model.scores import Scores
 from ovr_megatron.ppo.advantages import mean_and_std, moments, normalise, scaled_reward, token_rewards
 from ovr_megatron.ppo.estimators import find_estimator
 from ovr_megatron.ppo.experience import estimate, shaped_reward
-from ovr_megatron.ppo.losses import kl_estimate, token_weights
+from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.objectives import PolicyObjective
+from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
 from tests.ppo.methods import documented_methods
 
 VOCABULARY, FEATURES = 6, 4
@@ -117,6 +118,10 @@ def our_gradient(algorithm: AlgorithmConfig) -> Tensor:
         extras["reference_logprobs"] = reference
     if weights is not None:
         extras["weights"] = [torch.from_numpy(w) for w in weights]
+    if algorithm.positive_nll:
+        right = [verdict == 1 for verdict in VERDICTS]
+        likelihood = likelihood_weights(right, LENGTHS, range(len(LENGTHS)), lambda total: total)
+        extras["likelihood_weights"] = [torch.from_numpy(w) for w in likelihood]
 
     def loss(logprobs: list[Tensor]) -> Tensor:
         flat = torch.cat([logprobs[i] for i in order])
@@ -220,6 +225,120 @@ def paper_gspo(logprobs: list[Tensor]) -> Tensor:
     return total / len(logprobs)
 
 
+def literal_gae(lam_of_length: Callable[[int], float]) -> list[Tensor]:
+    """A_t = sum over k >= t of lam^(k - t) delta_k, gamma = 1, the verdict on the last token; normalised."""
+    raw = []
+    for reward, values in zip(VERDICTS, PROBLEM.values, strict=True):
+        n = len(values)
+        following = [*values[1:], 0.0]
+        delta = [(reward if t == n - 1 else 0.0) + following[t] - values[t] for t in range(n)]
+        lam = lam_of_length(n)
+        raw.append(torch.tensor([sum(lam ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]).double())
+    return normalised(raw)
+
+
+def paper_vc_ppo(logprobs: list[Tensor]) -> Tensor:
+    """PPO with lambda = 0.95 in the advantages (Yuan 2025); the critic's lambda is not in the policy's gradient."""
+    advantages = literal_gae(lambda n: 0.95)
+    return sum((-a * p).sum() for a, p in zip(advantages, logprobs, strict=True)) / sum(LENGTHS)
+
+
+def paper_vapo(logprobs: list[Tensor]) -> Tensor:
+    """Length-adaptive GAE, clip-higher, token mean, and mu times the mean NLL of right tokens (Yue 2025, section 4)."""
+    old = PROBLEM.logprobs(PROBLEM.sampler)
+    total = torch.zeros((), dtype=torch.float64)
+    for a, p, q in zip(literal_gae(lambda n: max(0.0, 1 - 1 / (0.05 * n))), logprobs, old, strict=True):
+        ratio = p.exp() / q.exp()
+        total = total - torch.min(ratio * a, ratio.clamp(1 - 0.2, 1 + 0.28) * a).sum()
+    right = torch.cat([p for p, verdict in zip(logprobs, VERDICTS, strict=True) if verdict])
+    return total / sum(LENGTHS) - 0.1 * right.mean()
+
+
+def paper_reinforce_pp_baseline(logprobs: list[Tensor]) -> Tensor:
+    """(R - mean of the group), normalised over the batch's tokens, and beta d^2 / 2 in the loss (Hu 2025)."""
+    reference = PROBLEM.logprobs(PROBLEM.reference)
+    raw = []
+    for i, n in enumerate(LENGTHS):
+        raw.append(torch.full((n,), VERDICTS[i] - np.mean([VERDICTS[k] for k in group(i)]), dtype=torch.float64))
+    total = torch.zeros((), dtype=torch.float64)
+    for a, p, b in zip(normalised(raw), logprobs, reference, strict=True):
+        total = total + (-a * p + 0.01 * (p - b) ** 2 / 2).sum()
+    return total / sum(LENGTHS)
+
+
+def paper_opo(logprobs: list[Tensor]) -> Tensor:
+    """Mean over responses of (R - b) log pi(y), b the length-weighted mean of the group (Hao 2025, section 3.2)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, p in enumerate(logprobs):
+        baseline = sum(LENGTHS[k] * VERDICTS[k] for k in group(i)) / sum(LENGTHS[k] for k in group(i))
+        total = total - (VERDICTS[i] - baseline) * p.sum()
+    return total / len(logprobs)
+
+
+def paper_maxrl(logprobs: list[Tensor]) -> Tensor:
+    """Mean over prompts of the mean log pi(y) of the right responses less that of all (Tajwar 2026, Theorem 2)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for members in (range(0, 3), range(3, 6)):
+        sums = torch.stack([logprobs[k].sum() for k in members])
+        right = torch.tensor([VERDICTS[k] == 1 for k in members])
+        total = total - (sums[right].mean() - sums.mean())
+    return total / 2
+
+
+def group_relative(i: int) -> float:
+    """GRPO's advantage."""
+    rewards = np.array([VERDICTS[k] for k in group(i)])
+    return float((VERDICTS[i] - rewards.mean()) / (rewards.std() + 1e-6))
+
+
+def paper_cispo(logprobs: list[Tensor]) -> Tensor:
+    """Token mean of -sg(clip(rho)) A log pi, no lower bound and 5 as the upper (MiniMax-M1, eqs. 4 and 5; ScaleRL)."""
+    old = PROBLEM.logprobs(PROBLEM.sampler)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, p in enumerate(logprobs):
+        weight = (p.detach().exp() / old[i].exp()).clamp(max=5.0)
+        total = total - (weight * group_relative(i) * p).sum()
+    return total / sum(LENGTHS)
+
+
+def paper_gmpo(logprobs: list[Tensor]) -> Tensor:
+    """Mean over responses of the geometric mean of |min(rho A, clip(rho) A)| with A's sign (Zhao 2025, eq. 4)."""
+    old = PROBLEM.logprobs(PROBLEM.sampler)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, p in enumerate(logprobs):
+        advantage = group_relative(i)
+        ratio = p.exp() / old[i].exp()
+        bounded = torch.min(ratio * advantage, ratio.clamp(math.exp(-0.4), math.exp(0.4)) * advantage).abs()
+        total = total - math.copysign(1, advantage) * bounded.log().mean().exp()
+    return total / len(logprobs)
+
+
+def paper_sapo(logprobs: list[Tensor]) -> Tensor:
+    """Mean over responses of the mean of 4 / tau sigmoid(tau (rho - 1)) A, tau = 1 and 1.05 (Gao 2025, eq. 5)."""
+    old = PROBLEM.logprobs(PROBLEM.sampler)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, p in enumerate(logprobs):
+        tau = 1.0 if group_relative(i) > 0 else 1.05
+        gate = 4 / tau * torch.sigmoid(tau * (p.exp() / old[i].exp() - 1))
+        total = total - (gate * group_relative(i)).mean()
+    return total / len(logprobs)
+
+
+def paper_dppo(logprobs: list[Tensor], threshold: float, kl: bool) -> Tensor:
+    """Token mean of M rho A, M = 0 beyond the divergence of the binary event (Qi 2026)."""
+    old = PROBLEM.logprobs(PROBLEM.sampler)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, p in enumerate(logprobs):
+        now, then = p.detach().exp(), old[i].exp()
+        divergence = (now - then).abs()
+        if kl:
+            divergence = then * (then / now).log() + (1 - then) * ((1 - then) / (1 - now)).log()
+        away = (now > then) if group_relative(i) > 0 else (now < then)
+        mask = ~(away & (divergence > threshold))
+        total = total - (mask * (p.exp() / then) * group_relative(i)).sum()
+    return total / sum(LENGTHS)
+
+
 PAPERS = {
     "PPO": paper_ppo,
     "REINFORCE++": paper_reinforce_pp,
@@ -228,6 +347,16 @@ PAPERS = {
     "Dr. GRPO": paper_dr_grpo,
     "DAPO": paper_dapo,
     "GSPO": paper_gspo,
+    "VC-PPO": paper_vc_ppo,
+    "VAPO": paper_vapo,
+    "REINFORCE++-baseline": paper_reinforce_pp_baseline,
+    "OPO": paper_opo,
+    "MaxRL": paper_maxrl,
+    "CISPO": paper_cispo,
+    "GMPO": paper_gmpo,
+    "SAPO": paper_sapo,
+    "DPPO-TV": lambda logprobs: paper_dppo(logprobs, 0.15, kl=False),
+    "DPPO-KL": lambda logprobs: paper_dppo(logprobs, 0.05, kl=True),
 }
 
 
@@ -251,6 +380,15 @@ CHANGES = {
     "kl_form": ("GRPO", {"kl_form": "k2"}),
     "loss": ("GSPO", {"loss": "clip"}),
     "clip": ("GSPO", {"clip": 0.2, "clip_high": 0.2}),
+    "lam_policy": ("VC-PPO", {"lam_policy": 1}),
+    "lam_alpha": ("VAPO", {"lam_alpha": 0}),
+    "positive_nll": ("VAPO", {"positive_nll": 0}),
+    "k2": ("REINFORCE++-baseline", {"kl_coefficient": 0}),
+    "cispo": ("CISPO", {"loss": "clip", "clip": 0.2, "clip_high": 0.2}),
+    "gmpo": ("GMPO", {"loss": "clip"}),
+    "sapo": ("SAPO", {"sapo_positive": 20}),
+    "dppo_tv": ("DPPO-TV", {"clip": 0.01}),
+    "dppo_kl": ("DPPO-KL", {"clip": 0.001}),
 }
 
 
@@ -261,6 +399,16 @@ def test_no_setting_of_a_row_is_idle(setting: str) -> None:
     ours, other = our_gradient(settings(name)), our_gradient(settings(name, **change))
     cosine = float((ours * other).sum() / ours.norm() / other.norm())
     assert cosine < 0.9999, cosine
+
+
+@pytest.mark.parametrize("name", ["VC-PPO", "VAPO"])
+def test_the_critic_of_a_row_learns_undiscounted_returns(name: str) -> None:
+    """With its own lambda of 1 the target of every token is the reward, whatever the policy's lambda."""
+    per_token = token_rewards(VERDICTS, LENGTHS)
+    returns = estimate(settings(name), per_token, GROUPS, PROBLEM.values).returns
+    assert returns is not None
+    for target, verdict in zip(returns, VERDICTS, strict=True):
+        np.testing.assert_allclose(target, np.full(len(target), verdict), atol=1e-12)
 
 
 def test_the_constant_divisor_is_the_same_in_every_stage() -> None:

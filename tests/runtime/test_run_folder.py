@@ -11,7 +11,7 @@ from ovr_megatron.config import ColdStartConfig, ConfigError, ParallelConfig, RL
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.runtime import distributed, run_folder
 from ovr_megatron.runtime.lock import RunFolderError
-from ovr_megatron.runtime.run_folder import LEARNING, PPO, REHEARSAL, REPLAY, ROLLOUTS, SFT
+from ovr_megatron.runtime.run_folder import CRITIC, LEARNING, PPO, REHEARSAL, REPLAY, ROLLOUTS, SFT
 
 
 def recipe(schema: type, name: str, *overrides: str) -> ColdStartConfig | RLConfig:
@@ -23,8 +23,8 @@ def recipe(schema: type, name: str, *overrides: str) -> ColdStartConfig | RLConf
 def settings(run: Path, kind: str) -> ColdStartConfig | RLConfig:
     if kind == SFT:
         return recipe(ColdStartConfig, "tiny_cold_start", f"run.dir={run}", "model.path=m")
-    only = {PPO: "all", ROLLOUTS: "rollout", LEARNING: "train", REHEARSAL: "rehearsal"}[kind]
-    more = ["rollouts_from=elsewhere"] if only == "train" else []
+    only = {PPO: "all", ROLLOUTS: "rollout", LEARNING: "train", CRITIC: "critic", REHEARSAL: "rehearsal"}[kind]
+    more = ["rollouts_from=elsewhere"] if only in ("train", "critic") else []
     return recipe(RLConfig, "tiny_rl", f"run.dir={run}", "model.path=m", f"only={only}", *more)
 
 
@@ -34,14 +34,14 @@ def group() -> None:
     assert dist.get_rank() == 0
 
 
-KINDS = (SFT, PPO, ROLLOUTS, LEARNING)
+KINDS = (SFT, PPO, ROLLOUTS, LEARNING, CRITIC)
 
 
 @pytest.mark.parametrize("job", [*KINDS, REHEARSAL, REPLAY])
 @pytest.mark.parametrize("there", KINDS)
 def test_a_job_works_in_folders_of_its_own_stage(tmp_path: Path, there: str, job: str) -> None:
     run_folder.record(settings(tmp_path, there), tmp_path)
-    guests = {REHEARSAL: (PPO, ROLLOUTS, LEARNING), REPLAY: (PPO, LEARNING)}
+    guests = {REHEARSAL: (PPO, ROLLOUTS, LEARNING, CRITIC), REPLAY: (PPO, LEARNING, CRITIC)}
     if job == there or there in guests.get(job, ()):
         run_folder.enter(tmp_path, job, is_main=True)
         return

@@ -1,0 +1,84 @@
+"""Weights that turn the mean over the tokens of a step into the reduction of the settings.  Pure functions, no state.
+
+n is the number of tokens of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import numpy as np
+
+from ovr_megatron.ppo.advantages import Ragged
+
+SumOverRanks = Callable[[np.ndarray], np.ndarray]
+
+
+def token_weights(
+    reduction: str, lengths: Sequence[int], packs: Sequence[Sequence[int]], constant: int, sum_over_ranks: SumOverRanks
+) -> Ragged | None:
+    """Return factors for the tokens' losses that turn the mean over all tokens of a step into the set reduction.
+
+    With N tokens in S responses and P packs in a step of all ranks: every ``token`` 1 (none is returned); every
+    response the same (``sequence``, GRPO) N / (S n); a ``constant`` divisor, the length limit of the run (Dr. GRPO) or
+    1, which sums over a response (RLOO), N / (S constant); every ``pack`` the same (Open-Reasoner-Zero)
+    N / (P n of the pack).
+
+    Args:
+        reduction: one of these four.
+        lengths: n of every response of this rank.
+        packs: the responses in each pack of the step; an empty pack counts nothing.
+        constant: tokens by which ``constant`` divides.
+        sum_over_ranks: sums an array over all ranks.
+
+    Returns:
+        float64 [n] per response; those outside ``packs`` stay 0.
+    """
+    if reduction == "token":
+        return None
+    members = list(chain.from_iterable(packs))
+    local_tokens = sum(lengths[i] for i in members)
+    local_packs = sum(map(bool, packs))  # without the empty ones, which only keep a rank in step
+    local_counts = np.array([local_tokens, len(members), local_packs], np.float64)
+    # Every rank takes part in the sum, also one without responses in this step.
+    token_count, response_count, pack_count = sum_over_ranks(local_counts)
+    weights = [np.zeros(n) for n in lengths]
+    for pack in packs:
+        pack_tokens = sum(lengths[i] for i in pack)
+        for i in pack:
+            divisor = {
+                "sequence": response_count * lengths[i],
+                "constant": response_count * constant,
+                "pack": pack_count * pack_tokens,
+            }[reduction]
+            weights[i][:] = token_count / divisor
+    return weights
+
+
+def likelihood_weights(
+    right: Sequence[bool], lengths: Sequence[int], members: Sequence[int], sum_over_ranks: SumOverRanks
+) -> Ragged:
+    """Return factors that turn the mean over all tokens of a step into the mean over those of its right responses.
+
+    With N tokens in the step of all ranks, M of them of right responses, the factor of these is N / M and that of the
+    others 0 (VAPO, Yue et al. 2025, eq. of the positive-example loss); without a right response all are 0.
+
+    Args:
+        right: whether each response of this rank is right.
+        lengths: n of each.
+        members: the responses of the step.
+        sum_over_ranks: sums an array over all ranks.
+
+    Returns:
+        float64 [n] per response; those outside of ``members`` stay 0.
+    """
+    local_tokens = sum(lengths[i] for i in members)
+    local_right_tokens = sum(lengths[i] for i in members if right[i])
+    # Every rank takes part in the sum, also one without responses in this step.
+    token_count, right_count = sum_over_ranks(np.array([local_tokens, local_right_tokens], np.float64))
+    weights = [np.zeros(n) for n in lengths]
+    for i in members:
+        if right[i]:
+            weights[i][:] = token_count / right_count
+    return weights
