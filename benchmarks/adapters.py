@@ -29,7 +29,8 @@ from torch import Tensor
 from benchmarks.shapes import PEER_SHAPES
 from benchmarks.subprocess_bench import BenchRow, MeasurementError, resident_bytes, run_in_subprocess
 from ovr_megatron.config import RLConfig, build, defaults
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.families.adapters import is_adapter
 from ovr_megatron.launch import RECIPES
