@@ -58,7 +58,7 @@ from ovr_megatron.weights.transfer import check_weights, require_finite
 VALUE_HEAD = "value_head.weight"
 HEAD = "output_layer.weight"
 MEMORY_KINDS: tuple[str, ...] = ("base", "weights", "gradients", "optimizer")
-"""Memory of an engine that is offloaded apart: ``base`` are the frozen weights that a policy and a critic both have."""
+"""What an engine offloads, each by itself; ``base``: the frozen weights that a policy and a critic both have."""
 
 
 @dataclass(frozen=True)
