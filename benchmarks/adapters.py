@@ -29,7 +29,8 @@ from torch import Tensor
 from benchmarks.shapes import PEER_SHAPES
 from benchmarks.subprocess_bench import BenchRow, MeasurementError, resident_bytes, run_in_subprocess
 from ovr_megatron.config import RLConfig, build, defaults
-from ovr_megatron.data.processing import Processor, Sample
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.families.adapters import is_adapter
 from ovr_megatron.launch import RECIPES
@@ -59,7 +60,8 @@ def run(shapes: Sequence[str], rounds: int) -> list[BenchRow]:
     A row of a way has the ``seconds`` of generating and ``tokens_per_second``, the best of the rounds; the least
     ``update_seconds``; the ``update_bytes`` that travel to vLLM; ``same_tokens``, the share of tokens that both ways
     have in common; and ``mean`` and ``max``, the absolute differences of log-probabilities to the trainer's.  A row of
-    the memory has the ``peak_bytes`` of the process and the ``weight_bytes`` of both models.
+    the memory has the ``peak_bytes`` of the process, on a GPU those of torch there, and the ``weight_bytes`` of both
+    models.
     """
     rows: list[BenchRow] = []
     for shape in shapes:
@@ -96,6 +98,7 @@ def make_config(folder: Path, *more: str) -> RLConfig:
     recipe.pop("defaults")
     image = {"data": {"sources": [{"path": "puzzle:digits?form=image&task=sum&answered=0", "name": "image"}]}}
     options = [f"model.path={folder / 'model'}", f"run.dir={folder / 'run'}", f"model.lora.rank={RANK}", *more]
+    options.append("rollout.gpu_memory_utilization=0.3")  # two engines share a GPU
     merged = OmegaConf.merge(defaults(RLConfig), recipe, image, OmegaConf.from_dotlist(options))
     return build(RLConfig, merged)  # type: ignore[arg-type]
 
@@ -163,6 +166,8 @@ class Ways:
             self.llm.reset_prefix_cache()
             self.llm.llm_engine.reset_encoder_cache()
             self.llm.reset_mm_cache()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies into vLLM's adapters may still run
         return sum(tensor.nbytes for tensor in tensors.values())
 
     def generate(self, way: str) -> list[Any]:
@@ -255,10 +260,11 @@ def measure_memory(part: str, shape: str, folder: Path) -> BenchRow:
         for tensor in engine._weight_tensors():
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
+    on_gpu = torch.cuda.is_available()
     return {
         "name": f"{shape}, {part}",
         "weight_bytes": sum(storages.values()),
-        "peak_bytes": resident_bytes("VmHWM"),
+        "peak_bytes": torch.cuda.max_memory_reserved() if on_gpu else resident_bytes("VmHWM"),
     }
 
 

@@ -57,8 +57,8 @@ from ovr_megatron.weights.transfer import check_weights, require_finite
 
 VALUE_HEAD = "value_head.weight"
 HEAD = "output_layer.weight"
-MEMORY_KINDS = ("base", "weights", "gradients", "optimizer")
-"""Memory of an engine that is offloaded apart: ``base`` are the frozen weights that a policy and a critic both have."""
+MEMORY_KINDS: tuple[str, ...] = ("base", "weights", "gradients", "optimizer")
+"""What an engine offloads, each by itself; ``base``: the frozen weights that a policy and a critic both have."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Engine:
             if base is not None:
                 self._take_base(base)
             self.models = self._data_parallel()
-        self._offloaded = {
+        self._offloaded: dict[str, OffloadedTensors] = {
             "base": OffloadedTensors() if base is None else base._offloaded["base"],
             "weights": OffloadedTensors(),
             "gradients": OffloadedTensors(keep=False),
