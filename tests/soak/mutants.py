@@ -184,8 +184,8 @@ MUTANTS = [
     Mutant(
         "the policy does not wait for the critic",
         "ppo/warmup.py",
-        "return iteration >= self.first_policy_iteration",
-        "return True",
+        "return not self.alone and iteration >= self.first_policy_iteration",
+        "return not self.alone",
     ),
     Mutant(
         "the trainer bans nothing",
