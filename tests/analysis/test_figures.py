@@ -60,8 +60,8 @@ def test_the_first_values_of_the_critic_are_told(experiment):
     stage = experiment.stages["rl"]
     caption = next(chart.caption for chart in draw_figures(experiment, LIGHT) if chart.name == "rl_health")
     assert caption.endswith(
-        "The critic's first values had the mean 0.012 (returns 0.45) and the standard deviation 0.09, and explained 0.00 "
-        "of the returns' variance."
+        "The critic's first values had the mean 0.012 (returns 0.45) and the standard deviation 0.09, and explained "
+        "0.00 of the returns' variance."
     )
     for line in stage.metrics:
         del line["critic/value_mean"]  # a run of an earlier version

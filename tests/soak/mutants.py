@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant("the curriculum is late by one", "ppo/curriculum.py", "iteration < stage.until", "iteration <= stage.until"),
     Mutant(
         "the critic has the policy's optimizer settings",
-        "rl/setup.py",
+        "rl/critic.py",
         "with_optimizer(settings.optimizer,",
         "with_optimizer(config.optimizer,",
     ),
