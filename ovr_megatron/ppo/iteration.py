@@ -103,7 +103,7 @@ def observe_values(models: Models, metrics: dict[str, float], iteration: int) ->
         agreed = torch.tensor([explained], dtype=torch.float64)
         dist.broadcast(agreed, src=0)
         warmup.observe(iteration, float(agreed))
-        if models.config.only != "critic":
+        if not warmup.alone:
             # The policy has taken no step while the end of the warm-up was open.
             models.policy.total_steps = policy_steps(models.config, warmup)
 

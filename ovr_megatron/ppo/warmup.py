@@ -35,6 +35,7 @@ class CriticWarmup:
     Attributes:
         iterations: most iterations of the warm-up.
         patience: iterations without a rise that end it; 0: it does not end early.
+        alone: whether the run trains the critic alone and ends with the warm-up.
         best: largest explained variance so far, None before the first iteration.
         stale: iterations since then.
         end: first iteration after a warm-up that has ended early, else None.
@@ -42,6 +43,7 @@ class CriticWarmup:
 
     iterations: int
     patience: int = 0
+    alone: bool = False
     best: float | None = None
     stale: int = 0
     end: int | None = None
@@ -49,18 +51,18 @@ class CriticWarmup:
     @classmethod
     def of(cls, config: RLConfig) -> CriticWarmup:
         """Return the warm-up at the beginning of a run."""
-        # The policy never learns where the critic alone is trained.
-        iterations = config.iterations if config.only == "critic" else config.algorithm.critic_warmup_iterations
-        return cls(iterations, config.algorithm.critic_warmup_patience)
+        alone = config.only == "critic"
+        iterations = config.iterations if alone else config.algorithm.critic_warmup_iterations
+        return cls(iterations, config.algorithm.critic_warmup_patience, alone)
 
     @property
     def first_policy_iteration(self) -> int:
-        """The first iteration in which the policy learns, as far as it is known."""
+        """The first iteration in which the policy learns, or would beside it, as far as it is known."""
         return self.iterations if self.end is None else self.end
 
     def trains_policy(self, iteration: int) -> bool:
         """Return whether the policy learns in ``iteration``; call `observe` with the iteration first."""
-        return iteration >= self.first_policy_iteration
+        return not self.alone and iteration >= self.first_policy_iteration
 
     def observe(self, iteration: int, explained_variance: float) -> None:
         """Take notice of the values of ``iteration``, which may end the warm-up.
@@ -69,7 +71,7 @@ class CriticWarmup:
             iteration: from 0.
             explained_variance: of the values before the update, the same on all ranks.
         """
-        if not self.patience or self.trains_policy(iteration):
+        if not self.patience or iteration >= self.first_policy_iteration:
             return
         if self.best is None or explained_variance >= self.best + LEAST_RISE:
             self.best = explained_variance

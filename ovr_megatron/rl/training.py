@@ -184,7 +184,7 @@ class RL:
     def _end_warmup(self) -> None:
         """Let the policy's schedule begin where the warm-up ends, and a run of the critic alone end there."""
         warmup = self.models.warmup
-        if self.config.only != "critic":
+        if not warmup.alone:
             self.models.policy.total_steps = policy_steps(self.config, warmup)
         elif warmup.end is not None:
             self.last = self.next_iteration

@@ -56,6 +56,19 @@ def test_reward_and_length_by_source(experiment):
     assert [len(line.get_ydata()) for line in length.get_lines()] == [60, 60]
 
 
+def test_the_first_values_of_the_critic_are_told(experiment):
+    stage = experiment.stages["rl"]
+    caption = next(chart.caption for chart in draw_figures(experiment, LIGHT) if chart.name == "rl_health")
+    assert caption.endswith(
+        "The critic's first values had the mean 0.012 (returns 0.45) and the standard deviation 0.09, and explained "
+        "0.00 of the returns' variance."
+    )
+    for line in stage.metrics:
+        del line["critic/value_mean"]  # a run of an earlier version
+    caption = next(chart.caption for chart in draw_figures(experiment, LIGHT) if chart.name == "rl_health")
+    assert "first values" not in caption
+
+
 def test_looks_differ_in_colour_and_width(experiment_dir):
     for part in ("base", "cold_start", "rl"):
         shutil.rmtree(experiment_dir / part)

@@ -147,8 +147,8 @@ def steps(run: Path) -> list[int]:
 def test_the_critic_alone_learns_and_the_policy_is_in_no_checkpoint(runs: Path) -> None:
     lines = curve(runs / "critic_alone")
     assert [line["step"] for line in lines] == [0, 1]
-    # The first iteration is that of the run which the rollouts are of: the policy has no part in it.
-    for key in ("critic/loss", "critic/grad_norm", "critic/value_mean", "critic/value_std", "critic/return_mean"):
+    # The first values are those of the run which the rollouts are of.
+    for key in ("critic/value_mean", "critic/value_std", "critic/return_mean", "critic/explained_variance"):
         assert lines[0][key] == curve(runs / "ppo")[0][key]
     assert not any(key.startswith("policy/") for line in lines for key in line)
     checkpoint = runs / "critic_alone/checkpoints/step_000002"
@@ -170,7 +170,7 @@ def test_an_early_end_of_the_warmup_is_a_shorter_warmup(runs: Path) -> None:
     lines = curve(runs / "warm_patient")
     assert lines == curve(runs / "warm_fixed") and lines[1:] == curve(runs / "warm_resumed")
     assert ["policy/loss" in line for line in lines] == [False, False, True]
-    assert all(line["critic/explained_variance"] == line["critic/value_std"] == 0 for line in lines)
+    assert all(abs(line["critic/explained_variance"]) + line["critic/value_std"] < 1e-12 for line in lines)
     for name in ("policy", "critic"):
         ours = weights(runs / "warm_patient", name)
         for other in ("warm_fixed", "warm_resumed"):

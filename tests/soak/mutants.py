@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant("the curriculum is late by one", "ppo/curriculum.py", "iteration < stage.until", "iteration <= stage.until"),
     Mutant(
         "the critic has the policy's optimizer settings",
-        "rl/setup.py",
+        "rl/critic.py",
         "with_optimizer(settings.optimizer,",
         "with_optimizer(config.optimizer,",
     ),
@@ -184,8 +184,8 @@ MUTANTS = [
     Mutant(
         "the policy does not wait for the critic",
         "ppo/warmup.py",
-        "return iteration >= self.first_policy_iteration",
-        "return True",
+        "return not self.alone and iteration >= self.first_policy_iteration",
+        "return not self.alone",
     ),
     Mutant(
         "the trainer bans nothing",
