@@ -385,7 +385,9 @@ class Engine:
 
         A tensor may be the model's own memory, which an offloaded model frees at the end: copy what is to stay.
         """
-        with self._onloaded("base", "weights"):
+        # With adapters what trains is saved alone, and the base stays where it is.
+        kinds = ("weights",) if self.lora.rank else ("base", "weights")
+        with self._onloaded(*kinds):
             self._finish_gathers()
             yield from self.live.whole(self.saved_rows, "weight", self.config.params_dtype)
 
