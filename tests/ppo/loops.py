@@ -229,8 +229,7 @@ def reference_runs(names: Sequence[str]) -> None:
 
 def critic_runs() -> None:
     """Train a critic alone and PPO after it, warm-ups that end early, and a critic of another size."""
-    rate = ("critic.optimizer.lr=3e-3", "critic.optimizer.warmup_steps=1")
-    train("critic_alone", "only=critic", f"rollouts_from={out / 'ppo'}", *rate)
+    train("critic_alone", "only=critic", f"rollouts_from={out / 'ppo'}")
     pretrained = f"critic.path={out / 'critic_alone/checkpoints/step_000002'}"
     train("pretrained", "only=train", f"rollouts_from={out / 'ppo'}", "iterations=1", pretrained)
     # Values that stay 0 explain nothing in any iteration.
