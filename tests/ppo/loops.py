@@ -336,6 +336,7 @@ if __name__ == "__main__":
         "critic_tp2": again("ppo_critic_tp2", 1, "critic.parallel=null"),
         "warm": again("warm_patient", 2, "parallel.tp=2"),
         "small_critic": again("small_critic", 0, "critic.parallel=null"),
+        "critic_alone": again("critic_alone", 1, "critic.parallel={tp: 2}"),
     }
     if WHOLE:
         found["gspo"] = again("gspo", 1, "parallel.cp=2")

@@ -217,5 +217,6 @@ def test_a_critic_of_another_size(runs: Path) -> None:
     assert all(not np.array_equal(after[key], start[key]) for key in start if key.endswith("proj.weight"))
     found = json.loads((runs / "replays.json").read_text())
     assert {entry["name"] for entry in found["small_critic"]} >= {"values", "advantages", "critic/grad_norm"}
+    assert {entry["name"] for entry in found["critic_alone"]} >= {"values", "critic/loss", "critic/grad_norm"}
     # The warm-up of the replayed iteration had ended early.
     assert "policy/grad_norm" in {entry["name"] for entry in found["warm"]}
