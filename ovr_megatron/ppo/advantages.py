@@ -107,7 +107,7 @@ def value_targets(advantages: Ragged, values: Ragged) -> Ragged:
 
 
 def length_adaptive_lambda(lengths: Sequence[int], alpha: float) -> np.ndarray:
-    """Return 1 - 1 / (alpha n) for each response, at least 0 (VAPO, Yue et al. 2025, section 4.2).
+    """Return 1 - 1 / (alpha n) for each response, at least 0 (VAPO, Yue et al. 2025).
 
     The weights lam^k of the later differences then sum to alpha n: to a share of the response and not to a constant.
 
@@ -150,7 +150,7 @@ def length_weighted_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged
     """Compare each response with the mean reward of a token of the responses to its prompt, as OPO does.
 
     A_i = R_i - (sum over j of n_j R_j) / (sum over j of n_j): the baseline of least variance where the squared gradient
-    of a response grows with its length (Hao et al. 2025, section 3.2).  A group of empty responses has the baseline 0.
+    of a response grows with its length (Hao et al. 2025).  A group of empty responses has the baseline 0.
 
     Args:
         rewards: float [n] per response, of each token.

@@ -75,7 +75,7 @@ class Estimator:
 
 
 def _gae(batch: EstimatorInput) -> Estimate:
-    """Estimate advantages and returns with a lambda for each (VC-PPO, Yuan et al. 2025, section 4.2)."""
+    """Estimate advantages and returns with a lambda for each (decoupled GAE of VC-PPO, Yuan et al. 2025)."""
     assert batch.values is not None
     lam: float | np.ndarray = batch.lam
     if batch.lam_alpha:

@@ -76,7 +76,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConf
     """Return the negated clipped surrogate of each token, -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A).
 
     It is eq. 7 of Schulman et al. 2017; ``clip_high`` over ``clip`` is DAPO's clip-higher (Yu et al. 2025, eq. 10).
-    With ``dual_clip`` c the loss of a token with A < 0 is at most -c A (Ye et al. 2020, eq. 5).
+    With ``dual_clip`` c the loss of a token with A < 0 is at most -c A (dual-clip PPO, Ye et al. 2020).
 
     Args:
         ratio: rho [n], with a gradient.
@@ -133,7 +133,7 @@ def gspo_loss(
 def cispo_loss(
     logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return CISPO's loss, -sg(clip(rho, 1 - clip, 1 + clip_high)) A log pi (MiniMax-M1, 2025, eqs. 4 and 5).
+    """Return CISPO's loss, -sg(clip(rho, 1 - clip, 1 + clip_high)) A log pi (MiniMax-M1, 2025).
 
     The weight is clipped and not the loss, so that no token is without a gradient.
     """
@@ -150,7 +150,7 @@ def gmpo_loss(
 
     With d = log pi - log pi_old, d' = min(d, clip_high) where A > 0, else max(d, -clip), and g = exp(mean over the
     response of d'), the loss of a token is -sg(g) A exp(d') / sg(exp(d')).  Where all tokens of a response have one
-    advantage, its mean over the response is GMPO's objective and its gradient (Zhao et al. 2025, eq. 4), which needs
+    advantage, its mean over the response is GMPO's objective and its gradient (Zhao et al. 2025), which needs
     ``algorithm.reduction=sequence``.  A collective, see `ResponseSegments.mean`.
     """
     low, high = clip_bounds(settings)
@@ -165,7 +165,7 @@ def gmpo_loss(
 def sapo_loss(
     logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return SAPO's loss, -4 / tau sigmoid(tau (rho - 1)) A (Gao et al. 2025, eqs. 5 and 6).
+    """Return SAPO's loss, -4 / tau sigmoid(tau (rho - 1)) A (Gao et al. 2025).
 
     tau is ``sapo_positive`` where A > 0, else ``sapo_negative``.  The gradient is that of rho A times
     4 p (1 - p), p the sigmoid: 1 at rho = 1 and falling on both sides, whose mean is logged as ``gate``.

@@ -62,7 +62,7 @@ def likelihood_weights(
     """Return factors that turn the mean over all tokens of a step into the mean over those of its right responses.
 
     With N tokens in the step of all ranks, M of them of right responses, the factor of these is N / M and that of the
-    others 0 (VAPO, Yue et al. 2025, eq. of the positive-example loss); without a right response all are 0.
+    others 0 (VAPO, Yue et al. 2025); without a right response all are 0.
 
     Args:
         right: whether each response of this rank is right.

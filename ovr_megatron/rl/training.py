@@ -300,8 +300,10 @@ class RL:
             self._write_log(self.log, result, iteration)
         self._state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
         self.next_iteration += 1
-        if self.models.warmup.patience:
-            self._state["warmup"] = self.models.warmup.state()
+        warmup = self.models.warmup
+        # Also in a run that goes on without patience after its warm-up has ended early.
+        if warmup.patience or warmup.end is not None:
+            self._state["warmup"] = warmup.state()
             self._end_warmup()
         if self.generators and self.next_iteration % self.config.run.save_every == 0:
             # Before the checkpoint, which is complete with these responses alone.

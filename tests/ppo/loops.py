@@ -229,8 +229,7 @@ def reference_runs(names: Sequence[str]) -> None:
 
 def critic_runs() -> None:
     """Train a critic alone and PPO after it, warm-ups that end early, and a critic of another size."""
-    rate = ("critic.optimizer.lr=3e-3", "critic.optimizer.warmup_steps=1")
-    train("critic_alone", "only=critic", f"rollouts_from={out / 'ppo'}", *rate)
+    train("critic_alone", "only=critic", f"rollouts_from={out / 'ppo'}")
     pretrained = f"critic.path={out / 'critic_alone/checkpoints/step_000002'}"
     train("pretrained", "only=train", f"rollouts_from={out / 'ppo'}", "iterations=1", pretrained)
     # Values that stay 0 explain nothing in any iteration.
@@ -342,6 +341,7 @@ if __name__ == "__main__":
         "critic_tp2": again("ppo_critic_tp2", 1, "critic.parallel=null"),
         "warm": again("warm_patient", 2, "parallel.tp=2"),
         "small_critic": again("small_critic", 0, "critic.parallel=null"),
+        "critic_alone": again("critic_alone", 1, "critic.parallel={tp: 2}"),
     }
     if WHOLE:
         found["gspo"] = again("gspo", 1, "parallel.cp=2")

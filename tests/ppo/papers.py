@@ -154,7 +154,7 @@ def paper_vc_ppo(logprobs: list[Tensor]) -> Tensor:
 
 
 def paper_vapo(logprobs: list[Tensor]) -> Tensor:
-    """Length-adaptive GAE, clip-higher, token mean, and mu times the mean NLL of right tokens (Yue 2025, section 4)."""
+    """Length-adaptive GAE, clip-higher, token mean, and mu times the mean NLL of right tokens (Yue 2025)."""
     old = PROBLEM.logprobs(PROBLEM.sampler)
     total = torch.zeros((), dtype=torch.float64)
     for a, p, q in zip(literal_gae(lambda n: max(0.0, 1 - 1 / (0.05 * n))), logprobs, old, strict=True):
@@ -177,7 +177,7 @@ def paper_reinforce_pp_baseline(logprobs: list[Tensor]) -> Tensor:
 
 
 def paper_opo(logprobs: list[Tensor]) -> Tensor:
-    """Mean over responses of (R - b) log pi(y), b the length-weighted mean of the group (Hao 2025, section 3.2)."""
+    """Mean over responses of (R - b) log pi(y), b the length-weighted mean of the group (Hao 2025)."""
     total = torch.zeros((), dtype=torch.float64)
     for i, p in enumerate(logprobs):
         baseline = sum(LENGTHS[k] * VERDICTS[k] for k in group(i)) / sum(LENGTHS[k] for k in group(i))
@@ -202,7 +202,7 @@ def group_relative(i: int) -> float:
 
 
 def paper_cispo(logprobs: list[Tensor]) -> Tensor:
-    """Token mean of -sg(clip(rho)) A log pi, no lower bound and 5 as the upper (MiniMax-M1, eqs. 4 and 5; ScaleRL)."""
+    """Token mean of -sg(clip(rho)) A log pi, no lower bound and 5 as the upper (MiniMax-M1; ScaleRL)."""
     old = PROBLEM.logprobs(PROBLEM.sampler)
     total = torch.zeros((), dtype=torch.float64)
     for i, p in enumerate(logprobs):
@@ -212,7 +212,7 @@ def paper_cispo(logprobs: list[Tensor]) -> Tensor:
 
 
 def paper_gmpo(logprobs: list[Tensor]) -> Tensor:
-    """Mean over responses of the geometric mean of |min(rho A, clip(rho) A)| with A's sign (Zhao 2025, eq. 4)."""
+    """Mean over responses of the geometric mean of |min(rho A, clip(rho) A)| with A's sign (Zhao 2025)."""
     old = PROBLEM.logprobs(PROBLEM.sampler)
     total = torch.zeros((), dtype=torch.float64)
     for i, p in enumerate(logprobs):
@@ -224,7 +224,7 @@ def paper_gmpo(logprobs: list[Tensor]) -> Tensor:
 
 
 def paper_sapo(logprobs: list[Tensor]) -> Tensor:
-    """Mean over responses of the mean of 4 / tau sigmoid(tau (rho - 1)) A, tau = 1 and 1.05 (Gao 2025, eq. 5)."""
+    """Mean over responses of the mean of 4 / tau sigmoid(tau (rho - 1)) A, tau = 1 and 1.05 (Gao 2025)."""
     old = PROBLEM.logprobs(PROBLEM.sampler)
     total = torch.zeros((), dtype=torch.float64)
     for i, p in enumerate(logprobs):

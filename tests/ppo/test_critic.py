@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from ovr_megatron.config import ConfigError, RLConfig
@@ -15,7 +16,10 @@ from ovr_megatron.launch import compose, spelled_out
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.warmup import LEAST_RISE, CriticWarmup, policy_steps
 from ovr_megatron.rl.critic import check_critic
+from tests.ppo.reference import Iteration
 from tests.ppo.test_loops import curve, weights
+
+VALUE_HEAD = "value_head.weight"
 
 # Rules and refusals --------------------------------------------------------------------------------------
 
@@ -139,6 +143,16 @@ def test_a_critic_that_cannot_read_the_policys_samples_is_refused(models: Path) 
 # Runs ----------------------------------------------------------------------------------------------------
 
 
+def check_values(run: Path, folder: Path, head: torch.Tensor) -> None:
+    """Compare the values of the first iteration with those of Transformers' model in ``folder`` under ``head``."""
+    iteration = Iteration(run, 0)
+    with torch.no_grad():
+        hidden = iteration.hidden(iteration.load(folder), iteration.answers)
+    assert len(iteration.answers) == 16
+    for answer, states in zip(iteration.answers, hidden, strict=True):
+        np.testing.assert_allclose(answer.saved["values"], (states @ head.T)[:, 0], atol=2e-5)
+
+
 def steps(run: Path) -> list[int]:
     return [line["step"] for line in curve(run)]
 
@@ -147,8 +161,8 @@ def steps(run: Path) -> list[int]:
 def test_the_critic_alone_learns_and_the_policy_is_in_no_checkpoint(runs: Path) -> None:
     lines = curve(runs / "critic_alone")
     assert [line["step"] for line in lines] == [0, 1]
-    # The first values are those of the run which the rollouts are of.
-    for key in ("critic/value_mean", "critic/value_std", "critic/return_mean", "critic/explained_variance"):
+    # The first iteration is that of the run which the rollouts are of: the policy has no part in it.
+    for key in ("critic/loss", "critic/grad_norm", "critic/value_mean", "critic/value_std", "critic/return_mean"):
         assert lines[0][key] == curve(runs / "ppo")[0][key]
     assert not any(key.startswith("policy/") for line in lines for key in line)
     checkpoint = runs / "critic_alone/checkpoints/step_000002"
@@ -157,9 +171,11 @@ def test_the_critic_alone_learns_and_the_policy_is_in_no_checkpoint(runs: Path) 
 
 @pytest.mark.both_cores
 def test_ppo_goes_on_from_a_critic_that_was_trained_alone(runs: Path) -> None:
-    """On the same rollouts of iteration 0 its values explain more than fresh ones."""
+    """Its first values are those that Transformers computes with the checkpoint's weights and value head."""
+    folder = runs / "critic_alone/checkpoints/step_000002/critic"
+    check_values(runs / "pretrained", folder, torch.from_numpy(load_file(folder / "model.safetensors")[VALUE_HEAD]))
     (trained,), fresh = curve(runs / "pretrained"), curve(runs / "ppo")[0]
-    assert trained["critic/explained_variance"] > fresh["critic/explained_variance"] + 0.02
+    assert abs(trained["critic/value_mean"] - fresh["critic/value_mean"]) > 1e-3
     assert trained["critic/return_mean"] == fresh["critic/return_mean"]
     assert trained["policy/grad_norm"] > 0
 
@@ -190,6 +206,8 @@ def test_training_of_the_critic_alone_ends_where_its_values_stop_to_improve(runs
 def test_a_critic_of_another_size(runs: Path) -> None:
     (line,) = curve(runs / "small_critic")
     assert line["critic/grad_norm"] > 0 and line["policy/grad_norm"] > 0
+    generator = torch.Generator().manual_seed(1)
+    check_values(runs / "small_critic", runs / "small", torch.empty(1, 64).normal_(0.0, 1 / 65, generator=generator))
     checkpoint = runs / "small_critic/checkpoints/step_000001"
     policy, critic = (ModelShape.from_hf(checkpoint / name) for name in ("policy", "critic"))
     assert (policy.hidden, policy.layers) == (128, 4) and (critic.hidden, critic.layers) == (64, 2)
@@ -199,5 +217,6 @@ def test_a_critic_of_another_size(runs: Path) -> None:
     assert all(not np.array_equal(after[key], start[key]) for key in start if key.endswith("proj.weight"))
     found = json.loads((runs / "replays.json").read_text())
     assert {entry["name"] for entry in found["small_critic"]} >= {"values", "advantages", "critic/grad_norm"}
+    assert {entry["name"] for entry in found["critic_alone"]} >= {"values", "critic/loss", "critic/grad_norm"}
     # The warm-up of the replayed iteration had ended early.
     assert "policy/grad_norm" in {entry["name"] for entry in found["warm"]}

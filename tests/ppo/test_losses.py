@@ -140,7 +140,7 @@ LOW, HIGH, TAU, NEGATIVE_TAU = 0.04, 0.06, 1.5, 2.5
 
 
 def literal_clip(new: Tensor, old: Tensor, advantage: float) -> Tensor:
-    """Dual clip: max(min(rho A, clip(rho) A), c A) for A < 0 (Ye et al. 2020, eq. 5), c = 1.05."""
+    """Dual clip: max(min(rho A, clip(rho) A), c A) for A < 0 (Ye et al. 2020), c = 1.05."""
     total = torch.zeros((), dtype=torch.float64)
     for p, q in zip(new, old, strict=True):
         ratio = p.exp() / q.exp()
@@ -152,7 +152,7 @@ def literal_clip(new: Tensor, old: Tensor, advantage: float) -> Tensor:
 
 
 def literal_cispo(new: Tensor, old: Tensor, advantage: float) -> Tensor:
-    """-sum of sg(clip(rho)) A log pi (MiniMax-M1, eqs. 4 and 5)."""
+    """-sum of sg(clip(rho)) A log pi (MiniMax-M1)."""
     total = torch.zeros((), dtype=torch.float64)
     for p, q in zip(new, old, strict=True):
         weight = min(max(math.exp(float(p.detach()) - float(q)), 1 - LOW), 1 + HIGH)
@@ -161,7 +161,7 @@ def literal_cispo(new: Tensor, old: Tensor, advantage: float) -> Tensor:
 
 
 def literal_gmpo(new: Tensor, old: Tensor, advantage: float) -> Tensor:
-    """-|y| A (product of |min(rho A, clip(rho, e^-low, e^high) A) / A|)^(1/|y|), times |y| (Zhao 2025, eq. 4)."""
+    """-|y| A (product of |min(rho A, clip(rho, e^-low, e^high) A) / A|)^(1/|y|), times |y| (Zhao 2025)."""
     product = torch.ones((), dtype=torch.float64)
     for p, q in zip(new, old, strict=True):
         ratio = p.exp() / q.exp()
@@ -171,7 +171,7 @@ def literal_gmpo(new: Tensor, old: Tensor, advantage: float) -> Tensor:
 
 
 def literal_sapo(new: Tensor, old: Tensor, advantage: float) -> Tensor:
-    """-sum of A 4 / tau / (1 + exp(-tau (rho - 1))) (Gao et al. 2025, eqs. 5 and 6)."""
+    """-sum of A 4 / tau / (1 + exp(-tau (rho - 1))) (Gao et al. 2025)."""
     total = torch.zeros((), dtype=torch.float64)
     tau = TAU if advantage > 0 else NEGATIVE_TAU
     for p, q in zip(new, old, strict=True):
