@@ -103,10 +103,12 @@ class Rollouts:
         unfinished: the responses that this rank keeps for the next round.
         endless: makes every response as long as the limit allows, as a rehearsal needs it.
         stop: ends generation when a signal comes, on any rank; None generates to the end.
+        version: the iteration whose weights the engine has; None: that of the round.
     """
 
     endless = False
     stop: StopRequest | None = None
+    version: int | None = None
 
     def __init__(
         self, engine: RolloutEngine, grader: GraderPool, processor: Processor, config: RLConfig, world: World
@@ -284,7 +286,8 @@ class Rollouts:
         began = time.perf_counter()
         counters = RolloutCounters(f"counters/{name}")
         grading = RoundGrading(self.grader, self.processor, config, rollout.prompts.rows, counters)
-        parts = RoundResponses(config.responses, iteration, work.groups)
+        version = iteration if self.version is None else self.version
+        parts = RoundResponses(config.responses, version, work.groups)
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
         continues = rollout.restarted is not None

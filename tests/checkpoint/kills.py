@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ovr_megatron.checkpoint import writing
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.ppo import archive, experience, generators, grading
+from ovr_megatron.ppo import archive, experience, generator_commands, generators, grading
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rl import training as rl
@@ -59,8 +59,19 @@ MODES = {
         (OVERSAMPLED, "rollout.max_staleness=1", "rollout.max_num_seqs=3"),
     ),
     "turns": Mode("rl", TRAINER, ("rollout.ranks=1",), GENERATOR),
-    "ahead": Mode("rl", (*TRAINER, "ahead"), ("rollout.ranks=1", "rollout.max_staleness=1"), GENERATOR),
+    "ahead": Mode("rl", ("ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=1"), GENERATOR),
+    "further": Mode("rl", ("ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=2"), GENERATOR),
+    "in_flight": Mode(
+        "rl",
+        ("stored_file", "ahead", "stored_update", *TRAINER),
+        ("rollout.ranks=1", OVERSAMPLED, "rollout.max_staleness=2", "rollout.max_num_seqs=3"),
+        ("stored", "handover", *GENERATOR),
+    ),
 }
+
+
+# Iterations at the end of a run in which the trainer gets no responses, as it has had all.
+RECEIVED_AHEAD = {"ahead": 1, "further": 2, "in_flight": 1}
 
 
 def die(*args: Any, **kwargs: Any) -> None:
@@ -109,7 +120,8 @@ def kill(rank: int, kind: str, victim: int, step: int, number: int, delay_s: flo
         case "handover" if rank == victim:
             at(UnfinishedResponses, "send", step, 1, die)
         case "receive" | "deliver" if rank == victim:
-            at(generators, "exchange", step, 1, die)
+            owner = generators if kind == "receive" else generator_commands
+            at(owner, "exchange", step, 1, die)
         case "value" if rank == victim:
             at(Engine, "scores", step, 1, die)
         case "update" | "stored_update" if rank == victim:
@@ -180,12 +192,13 @@ def fitting_steps(kind: str, mode: str, lines: Sequence[dict[str, float]]) -> li
     if kind == "long":
         return [step for step in steps if lines[step]["rollout/long_round"]]
     if kind in ("stored", "stored_update", "handover"):
-        # Tokens that older weights drew have been stored.
-        return [step for step in steps if lines[step]["rollout/staleness_mean"] > 0]
+        # Tokens have been stored that are older than those of the round that finishes them.
+        ahead = mode == "in_flight"
+        return [step for step in steps if lines[step]["rollout/staleness_mean"] > ahead]
     if kind == "ahead":
         return steps[:-2]  # at the end nothing is generated ahead
-    if kind == "receive" and mode == "ahead":
-        return steps[:-1]
+    if kind == "receive":
+        return steps[: -RECEIVED_AHEAD.get(mode, 0) or None]
     return steps
 
 

@@ -40,6 +40,9 @@ EVALUATION = (
     "evaluation.sources=[{path: 'puzzle:digits?form=text&task=sum', name: sums}]",
 )
 AHEAD = ("iterations=4", "run.save_every=2", "rollout.max_staleness=1")
+FURTHER = ("iterations=5", "run.save_every=3", "rollout.max_staleness=2")
+# Responses that go on under new weights; an engine that begins some of them late.
+IN_FLIGHT = (*FURTHER, "rollout.oversample=0.5", "rollout.max_num_seqs=3")
 # Rounds that draw more prompts than they train on, of which the generators alone know how many.
 SAMPLED = ("iterations=3", "prompts=3", "algorithm.dynamic_sampling=3")
 TAIL = ("iterations=3", "rollout.oversample=0.5")
@@ -233,4 +236,9 @@ if __name__ == "__main__":
         stopped("stopped_ahead", ask_trainers_to_stop, *AHEAD, "run.save_every=5")
         train("stopped_ahead", *AHEAD, "run.save_every=5")
         refused("refused")
+        for name, settings in (("further", FURTHER), ("in_flight", IN_FLIGHT)):
+            train(name, *settings)
+            resume(name, f"{name}_resumed", 3, *settings)
+        # Without the archive of what was generated ahead.
+        resume("in_flight", "in_flight_lost", 3, *IN_FLIGHT, rollouts=False)
     distributed.finish()
