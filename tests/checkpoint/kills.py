@@ -59,13 +59,13 @@ MODES = {
         (OVERSAMPLED, "rollout.max_staleness=1", "rollout.max_num_seqs=3"),
     ),
     "turns": Mode("rl", TRAINER, ("rollout.ranks=1",), GENERATOR),
-    "ahead": Mode("rl", ("ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=1"), GENERATOR),
-    "further": Mode("rl", ("ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=2"), GENERATOR),
+    "ahead": Mode("rl", ("value", "ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=1"), GENERATOR),
+    "further": Mode("rl", ("value", "ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=2"), GENERATOR),
     "in_flight": Mode(
         "rl",
-        ("stored_file", "ahead", "stored_update", *TRAINER),
+        ("value", "stored_file", "ahead", "stored_update", *TRAINER),
         ("rollout.ranks=1", OVERSAMPLED, "rollout.max_staleness=2", "rollout.max_num_seqs=3"),
-        ("stored", "handover", *GENERATOR),
+        ("generate", "stored", "handover", "deliver", "sync", "clock", "grade"),
     ),
 }
 

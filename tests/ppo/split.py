@@ -1,7 +1,7 @@
 """Runs whose last ranks only generate, beside the same runs of one side: ``split.py OUT PART``.
 
-``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``tp1`` and ``tp2`` have two ranks on
-either side, with engines of one and of two ranks.
+``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``further`` has runs of older responses,
+``tp1`` and ``tp2`` have two ranks on either side, with engines of one and of two ranks.
 """
 
 import json
@@ -219,6 +219,12 @@ if __name__ == "__main__":
         for name, settings in (("sampled", SAMPLED), ("tail", TAIL)):
             train(name, tp, *settings)
             train_alone(f"{name}_one", tp, *settings)
+    elif part == "further":
+        for name, settings in (("further", FURTHER), ("in_flight", IN_FLIGHT)):
+            train(name, *settings)
+            resume(name, f"{name}_resumed", 3, *settings)
+        # Without the archive of what was generated ahead.
+        resume("in_flight", "in_flight_lost", 3, *IN_FLIGHT, rollouts=False)
     elif part == "first":
         with checked_updates("turns"):
             train("turns", *EVALUATION)
@@ -236,9 +242,4 @@ if __name__ == "__main__":
         stopped("stopped_ahead", ask_trainers_to_stop, *AHEAD, "run.save_every=5")
         train("stopped_ahead", *AHEAD, "run.save_every=5")
         refused("refused")
-        for name, settings in (("further", FURTHER), ("in_flight", IN_FLIGHT)):
-            train(name, *settings)
-            resume(name, f"{name}_resumed", 3, *settings)
-        # Without the archive of what was generated ahead.
-        resume("in_flight", "in_flight_lost", 3, *IN_FLIGHT, rollouts=False)
     distributed.finish()

@@ -69,6 +69,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run folders of split.py whose responses are up to two iterations old."""
+    out = tmp_path_factory.mktemp("older")
+    make_tiny_model(out / "model", tied=True, seed=5)
+    launch(SCRIPT, out, "further", ranks=2, timeout_s=240)
+    return out
+
+
 def test_taking_turns_is_the_run_of_one_side(runs: Path) -> None:
     assert_same_run(runs / "turns", runs / "one", range(2))
     assert curve(runs / "turns") == curve(runs / "one")
@@ -104,27 +113,27 @@ def test_a_killed_run_goes_on_with_what_was_generated_ahead(runs: Path) -> None:
     assert curve(runs / "killed") == curve(runs / "ahead")
 
 
-def test_generation_runs_two_iterations_ahead(runs: Path) -> None:
-    assert [versions(runs / "further", iteration) for iteration in range(5)] == [{0}, {0}, {0}, {1}, {2}]
-    ages = [line["rollout/staleness_mean"] for line in curve(runs / "further")]
+def test_generation_runs_two_iterations_ahead(older: Path) -> None:
+    assert [versions(older / "further", iteration) for iteration in range(5)] == [{0}, {0}, {0}, {1}, {2}]
+    ages = [line["rollout/staleness_mean"] for line in curve(older / "further")]
     assert ages == [0, 1, 2, 2, 2]
-    assert_same_run(runs / "further_resumed", runs / "further", range(3, 5))
-    assert curve(runs / "further_resumed") == curve(runs / "further")[3:]
+    assert_same_run(older / "further_resumed", older / "further", range(3, 5))
+    assert curve(older / "further_resumed") == curve(older / "further")[3:]
 
 
-def test_responses_go_on_under_weights_that_come_in_their_middle(runs: Path) -> None:
-    for iteration, line in enumerate(curve(runs / "in_flight")):
+def test_responses_go_on_under_weights_that_come_in_their_middle(older: Path) -> None:
+    for iteration, line in enumerate(curve(older / "in_flight")):
         newest = max(iteration - 1, 0)
-        assert versions(runs / "in_flight", iteration) <= set(range(max(iteration - 2, 0), newest + 1))
+        assert versions(older / "in_flight", iteration) <= set(range(max(iteration - 2, 0), newest + 1))
         shares = [line[f"rollout/staleness_share/{age}"] for age in range(3)]
         assert line["rollout/staleness_mean"] == pytest.approx(shares[1] + 2 * shares[2])
-    assert any(len(set(response.tolist())) == 2 for response in response_versions(runs / "in_flight"))
-    assert_same_run(runs / "in_flight_resumed", runs / "in_flight", range(3, 5))
-    assert curve(runs / "in_flight_resumed") == curve(runs / "in_flight")[3:]
+    assert any(len(set(response.tolist())) == 2 for response in response_versions(older / "in_flight"))
+    assert_same_run(older / "in_flight_resumed", older / "in_flight", range(3, 5))
+    assert curve(older / "in_flight_resumed") == curve(older / "in_flight")[3:]
 
 
-def test_responses_begin_again_where_those_that_were_ahead_are_lost(runs: Path) -> None:
-    assert [versions(runs / "in_flight_lost", iteration) for iteration in (3, 4)] == [{3}, {3}]
+def test_responses_begin_again_where_those_that_were_ahead_are_lost(older: Path) -> None:
+    assert [versions(older / "in_flight_lost", iteration) for iteration in (3, 4)] == [{3}, {3}]
 
 
 def test_a_rehearsal_measures_both_sides(runs: Path) -> None:
