@@ -19,7 +19,7 @@ from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
 from ovr_megatron.ppo.round_responses import RoundResponses
-from ovr_megatron.ppo.round_work import RoundWork, assign, assign_continued, open_queue
+from ovr_megatron.ppo.round_work import PromptQueue, RoundWork, assign, assign_continued
 from ovr_megatron.ppo.timeline import Timeline
 from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rewards.failures import FailureWatch
@@ -297,11 +297,13 @@ class Rollouts:
             cut = RoundCut(name, needed, self.replica, self.replicas, token_counts)
         engine_round = EngineRound(self.engine, parts, grading, cut, barrier, iteration, self.leads, continues)
         started_responses = config.responses + config.rollout.extra_responses
-        take = open_queue(work, name, started_responses, config.rollout.max_num_seqs, self.engine.agree)
+        queue = PromptQueue(
+            work, name, started_responses, config.rollout.max_num_seqs, self.replicas, self.engine.agree
+        )
 
-        def take_requests(outstanding: int) -> list[tuple[int, Prompt]]:
+        def take_requests(unfinished: int) -> list[tuple[int, Prompt]]:
             requests = []
-            for prompt, template in self._engine_prompts(take(outstanding), rollout, iteration):
+            for prompt, template in self._engine_prompts(queue.take(unfinished), rollout, iteration):
                 prompt_tokens = len(rollout.prompts.sample(prompt))
                 requests += parts.requests(prompt, template, rollout.limit, prompt_tokens)
             return requests
