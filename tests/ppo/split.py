@@ -1,6 +1,6 @@
 """Runs whose last ranks only generate, beside the same runs of one side: ``split.py OUT PART``.
 
-``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``further`` has responses that are older,
+``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``further`` has older responses,
 ``tp1`` and ``tp2`` have two ranks on either side, with engines of one and of two ranks.
 """
 

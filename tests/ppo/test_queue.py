@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_an_empty_queue_is_asked_once(calls: Counter[str]) -> None:
-    """500 decoding steps, of which ten find a prompt: eleven questions, the last of which finds nothing, and one before."""
+    """500 decoding steps, of which ten find a prompt: one question who is there, and eleven for prompts."""
     broadcasts = []
 
     def agree(decide: Any) -> int:

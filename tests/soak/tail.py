@@ -34,7 +34,9 @@ from ovr_megatron.plan.lengths import Problem
 from ovr_megatron.plan.modes import Mode, Setup, generate
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.timeline import Timeline, gather_timeline
+from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rl.setup import build_models, build_rollouts, open_model_and_prompts
+from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 
@@ -46,7 +48,14 @@ RANKS = 2
 FITTED: tuple[tuple[Literal["static", "shared"], int], ...] = (("static", 1), ("static", 2), ("shared", 2))
 BLOCK = 6  # iterations: two cycles of two short rounds and a long one
 QUEUE_SEQS, ENGINE_SEQS = 8, 64
-MODES = (Mode("static"), Mode("shared"), Mode("static", oversample=0.5), Mode("shared", oversample=0.5))
+MODES = (
+    Mode("static"),
+    Mode("shared"),
+    Mode("static", oversample=0.5),
+    Mode("shared", oversample=0.5),
+    Mode("static", oversample=0.5, staleness=1),
+    Mode("shared", oversample=0.5, staleness=1),
+)
 
 
 @dataclass
@@ -73,9 +82,8 @@ class StepTimes:
             self.rows += self.round_rows[:-1]
         self._begin_round()
 
-    def watch(self, rollouts: Rollouts) -> None:
-        """Record the steps of ``rollouts.engine`` from now on."""
-        engine = rollouts.engine
+    def watch(self, engine: RolloutEngine) -> None:
+        """Record the steps of ``engine`` from now on."""
         enqueue, step = engine._enqueue, engine._llm.llm_engine.step
 
         def enqueue_and_count(prompt: Prompt) -> list[str]:
@@ -111,7 +119,18 @@ def fit_rates(times: StepTimes) -> DecodeRates:
     dist.all_gather_object(parts, (times.rows, times.seconds, times.prompt_tokens))
     rows = np.array([row for part in parts for row in part[0]], dtype=float)
     seconds = np.array([value for part in parts for value in part[1]])
-    prompt_tokens = np.mean([tokens for part in parts for tokens in part[2]])
+    prompt_tokens = float(np.mean([tokens for part in parts for tokens in part[2]]))
+    return rates_of(rows, seconds, prompt_tokens)
+
+
+def rates_of(rows: np.ndarray, seconds: np.ndarray, prompt_tokens: float) -> DecodeRates:
+    """Return the rates of steps by least squares.
+
+    Args:
+        rows: [n, 3], as of `StepTimes`.
+        seconds: [n].
+        prompt_tokens: of a prompt, on average.
+    """
     columns = np.column_stack([np.ones(len(rows)), rows])
     step_s, sequence_s, context_s, prompt_s = np.linalg.lstsq(columns, seconds, rcond=None)[0]
     return DecodeRates(step_s, sequence_s, context_s, prompt_s / prompt_tokens)
@@ -158,6 +177,7 @@ def measure(rollouts: Rollouts, config: RLConfig, skip: int, times: StepTimes, f
     Their steps are added to ``times`` where ``fits`` says so.
     """
     rollouts.config = config
+    rollouts.unfinished = UnfinishedResponses()
     stream = open_model_and_prompts(config, SkippedRows())[1]
     stream.draw(skip)
     for iteration in range(BLOCK + 1):
@@ -188,12 +208,12 @@ def run_rank(blocks: int, prompts: int) -> None:
     models, _ = build_models(config, model_folder, stream.processor, world, training=False)
     engine_rollout = replace(config.rollout, max_num_seqs=ENGINE_SEQS)
     rollouts = build_rollouts(replace(config, rollout=engine_rollout), model_folder, stream.processor, models)
-    force_lengths(rollouts.engine, BETWEEN)
+    force_lengths(rollouts.engine, config.responses, BETWEEN)
     times = StepTimes()
     measured = {mode: Measured() for mode in MODES}
     simulated = {mode: Measured() for mode in MODES}
     with rollouts.grader:
-        times.watch(rollouts)
+        times.watch(rollouts.engine)
         # In turns, as the machine may be faster at one time than at another.
         for block in range(blocks):
             for schedule, count in FITTED:
@@ -201,7 +221,12 @@ def run_rank(blocks: int, prompts: int) -> None:
                 fitted = replace(config, rollout=rollout, prompts=count * prompts)
                 measure(rollouts, fitted, 200 * block, times, True, Measured())
             for mode in MODES:
-                rollout = replace(config.rollout, schedule=mode.schedule, oversample=mode.oversample)
+                rollout = replace(
+                    config.rollout,
+                    schedule=mode.schedule,
+                    oversample=mode.oversample,
+                    max_staleness=mode.staleness,
+                )
                 measure(rollouts, replace(config, rollout=rollout), 5_000 + 200 * block, times, False, measured[mode])
     rates = fit_rates(times)
     for block in range(blocks):
