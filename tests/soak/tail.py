@@ -69,6 +69,12 @@ class StepTimes:
     def __post_init__(self) -> None:
         self._begin_round()
 
+    def clear(self) -> None:
+        """Forget the steps so far."""
+        for values in (self.rows, self.seconds, self.prompt_tokens):
+            values.clear()
+        self._begin_round()
+
     def _begin_round(self) -> None:
         self.running = self.context = self.started = 0
         self.sizes: dict[str, int] = {}
@@ -86,16 +92,16 @@ class StepTimes:
         """Record the steps of ``engine`` from now on."""
         enqueue, step = engine._enqueue, engine._llm.llm_engine.step
 
-        def enqueue_and_count(prompt: Prompt) -> list[str]:
-            ids = enqueue(prompt)
+        def enqueue_and_count(prompt: Prompt) -> list[tuple[str, int]]:
+            requests = enqueue(prompt)
             lengths = response_lengths(prompt.tokens, len(prompt.seeds), BETWEEN)
             self.started += 1
             self.prompt_tokens.append(len(prompt.tokens))
-            for request, length in zip(ids, lengths, strict=True):
+            for (request, _), length in zip(requests, lengths, strict=True):
                 self.sizes[request.partition("-")[0]] = len(prompt.tokens) + length
                 self.running += 1
                 self.context += len(prompt.tokens)
-            return ids
+            return requests
 
         def step_and_count() -> list:
             self.begins.append(time.perf_counter())
