@@ -220,29 +220,33 @@ def run_rank(blocks: int, prompts: int) -> None:
     simulated = {mode: Measured() for mode in MODES}
     with rollouts.grader:
         times.watch(rollouts.engine)
-        # In turns, as the machine may be faster at one time than at another.
+        # In turns, and each block with rates of its own: the machine may be faster at one time than at another.
         for block in range(blocks):
+            times.clear()
+            modes = list(MODES)
             for schedule, count in FITTED:
                 rollout = replace(config.rollout, schedule=schedule)
                 fitted = replace(config, rollout=rollout, prompts=count * prompts)
                 measure(rollouts, fitted, 200 * block, times, True, Measured())
+                for mode in modes[: len(MODES) // len(FITTED)]:
+                    modes.remove(mode)
+                    rollout = replace(
+                        config.rollout,
+                        schedule=mode.schedule,
+                        oversample=mode.oversample,
+                        max_staleness=mode.staleness,
+                    )
+                    settings = replace(config, rollout=rollout)
+                    measure(rollouts, settings, 5_000 + 200 * block, times, False, measured[mode])
+            rates = fit_rates(times)
+            if world.is_main:
+                print(json.dumps({"name": "rates", **asdict(rates)}), flush=True)
+            lengths = StreamLengths(config, 5_000 + 200 * block)
+            setup = Setup(RANKS, 1, rates, ENGINE_SEQS, QUEUE_SEQS, prompts, lengths)
             for mode in MODES:
-                rollout = replace(
-                    config.rollout,
-                    schedule=mode.schedule,
-                    oversample=mode.oversample,
-                    max_staleness=mode.staleness,
-                )
-                measure(rollouts, replace(config, rollout=rollout), 5_000 + 200 * block, times, False, measured[mode])
-    rates = fit_rates(times)
-    for block in range(blocks):
-        lengths = StreamLengths(config, 5_000 + 200 * block)
-        setup = Setup(RANKS, 1, rates, ENGINE_SEQS, QUEUE_SEQS, prompts, lengths)
-        for mode in MODES:
-            for found in list(generate(setup, mode, BLOCK + 1))[1:]:
-                simulated[mode].add(found.round.engine_s)
+                for generated in list(generate(setup, mode, BLOCK + 1))[1:]:
+                    simulated[mode].add(generated.round.engine_s)
     if world.is_main:
-        print(json.dumps({"name": "rates", **asdict(rates)}))
         for mode in MODES:
             row = {"name": mode.name, "seconds": measured[mode].seconds, "simulated_s": simulated[mode].seconds}
             row |= {"idle_share": measured[mode].idle_share, "simulated_idle": simulated[mode].idle_share}
@@ -265,9 +269,12 @@ def main() -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
     command += ["--rank", "--blocks", str(arguments.blocks), "--prompts", str(arguments.prompts)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    rates, *rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    print("a step: " + ", ".join(f"{name} {1e6 * rates[name]:.2f} us" for name in rates if name != "name"))
-    print(f"{'':34}{'seconds':>9}{'simulated':>11}{'idle':>8}{'simulated':>11}")
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    blocks = [row for row in rows if row["name"] == "rates"]
+    rows = rows[len(blocks) :]
+    for name in blocks[0].keys() - {"name"}:
+        print(f"{name}: " + ", ".join(f"{1e6 * block[name]:.2f}" for block in blocks) + " us")
+    print(f"{'':46}{'seconds':>9}{'simulated':>11}{'idle':>8}{'simulated':>11}")
     failed = False
     for row in rows:
         within = abs(row["simulated_s"] / row["seconds"] - 1) <= BOUND
@@ -275,11 +282,11 @@ def main() -> int:
         within &= difference <= max(BOUND * row["idle_share"], POINTS)
         failed |= not within
         print(
-            f"{row['name']:34}{row['seconds']:9.2f}{row['simulated_s']:11.2f}{row['idle_share']:8.1%}"
+            f"{row['name']:46}{row['seconds']:9.2f}{row['simulated_s']:11.2f}{row['idle_share']:8.1%}"
             f"{row['simulated_idle']:11.1%}{'' if within else '  OUT OF BOUNDS'}"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps([rates, *rows], indent=1) + "\n")
+        arguments.json.write_text(json.dumps([*blocks, *rows], indent=1) + "\n")
     return int(failed)
 
 
