@@ -28,7 +28,7 @@ from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo import rollouts
 from ovr_megatron.rollout.engine import RolloutEngine
 from tests.checkpoint.forked_runs import DEADLINE_S, STEPS, Run, at, moment, wrap
-from tests.checkpoint.kills import MODES, kills
+from tests.checkpoint.kills import MODES, WAYS, kills
 
 # Disturbances: each is called in a rank before it trains --------------------------------------------------
 
@@ -251,6 +251,10 @@ def main(out: Path, seed: int, count: int, modes: list[str]) -> None:
         every = ("run.save_every=1", "run.keep_last=0")
         results["rl_whole"] = Run(out / "rl_whole", None, *every, stage="rl").codes()
         results["rl_kills"] = kills(out, seed, count, "rl", "rl_whole")
+        # One of the other ways of generating, another one each day.
+        mode = WAYS[seed % len(WAYS)]
+        results["way_whole"] = Run(out / "way_whole", None, *MODES[mode].overrides, stage="rl").codes()
+        results["way_kills"] = kills(out, seed, count, mode, "way_whole")
         results |= scenarios(out)
     (out / "results.json").write_text(json.dumps(results, indent=1))
 

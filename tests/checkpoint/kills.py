@@ -70,6 +70,7 @@ MODES = {
 }
 
 
+WAYS = tuple(MODES)[2:]  # of generating
 # Iterations at the end of a run in which the trainer gets no responses, as it has had all.
 RECEIVED_AHEAD = {"ahead": 1, "further": 2, "in_flight": 1}
 
