@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -144,7 +145,7 @@ class Generators:
         dropped = prompts.dropped
         try:
             for following, metrics in enumerate(ahead, iteration):
-                saved = call_on_all(lambda following=following: archive.read(run, following, world))
+                saved = call_on_all(partial(archive.read, run, following, world))
                 archive.restore(saved, prompts)
                 self.received.append(ReceivedRollout(following, saved, metrics, prompts.state(), {}))
         except ArchiveError as error:
@@ -187,8 +188,7 @@ class Generators:
         `collect` would begin it as well, after what the trainers do between two iterations.
         """
         if self.received:
-            newest = self.received[-1]
-            self._generate_ahead(self.received[0].iteration, newest.stream)
+            self._generate_ahead(self.received[0].iteration, self.received[-1].stream)
 
     def _generate_ahead(self, iteration: int, stream: PromptState) -> None:
         """Begin a further iteration if the generators do nothing and are not far enough ahead of ``iteration``.
