@@ -16,6 +16,7 @@ from ovr_megatron.config import (
     ModelConfig,
     ParallelConfig,
     RLConfig,
+    RolloutConfig,
     build,
     defaults,
     save,
@@ -152,7 +153,6 @@ REFUSED = [
     ("rollout.tp=0", "rollout.tp=0 must be positive"),
     ("rollout={ranks: 3, tp: 2}", "rollout.ranks=3 is no multiple of rollout.tp=2"),
     ("rollout.max_staleness=1", "set rollout.oversample above 0, as 0.5, or let rollout.ranks"),
-    ("rollout={ranks: 2, max_staleness: 2}", "rollout.max_staleness=2 with rollout.ranks=2: generation is at most one"),
     ("algorithm.reduction=mean", "algorithm.reduction='mean' is not known; choose one of token, sequence"),
     ("algorithm.gamma=0", "algorithm.gamma=0.0 must be positive and at most 1"),
     ("algorithm.lam=1.1", "algorithm.lam=1.1 must lie in 0..1"),
@@ -257,6 +257,24 @@ def test_ranks_that_only_generate_need_two_sides_at_work() -> None:
     both = complaint(RLConfig, "rollout={ranks: 2, max_staleness: 1, oversample: 0.5}")
     assert "rollout.max_staleness=1 and rollout.oversample=0.5 with rollout.ranks=2" in both
     assert "rollout.ranks=2: supervised fine-tuning has no rollouts" in complaint(ColdStartConfig, "rollout.ranks=2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "max_staleness", "oversample", "rounds_ahead", "continues"),
+    [
+        (0, 0, 0.0, 0, False),
+        (0, 2, 0.5, 0, True),
+        (2, 0, 0.5, 0, False),
+        (2, 1, 0.0, 1, False),
+        (2, 3, 0.0, 3, False),
+        (2, 3, 0.5, 1, True),
+    ],
+)
+def test_staleness_is_of_rounds_ahead_or_of_responses_that_go_on(
+    ranks: int, max_staleness: int, oversample: float, rounds_ahead: int, continues: bool
+) -> None:
+    rollout = RolloutConfig(ranks=ranks, max_staleness=max_staleness, oversample=oversample)
+    assert (rollout.rounds_ahead, rollout.continues_responses) == (rounds_ahead, continues)
 
 
 @pytest.mark.parametrize("key", ["epochs", "packs_per_step"])

@@ -28,8 +28,9 @@ class RolloutConfig:
     are generated anew in a later iteration of long responses, or with rollout.max_staleness continued in the next."""
     max_staleness: Annotated[Count, ZeroMeans("the current one alone")] = 0
     """How many iterations older than the policy a token may be that is trained on. With rollout.oversample responses
-    that a round leaves unfinished are continued with the new weights, not generated anew; with rollout.ranks 1 has the
-    responses of an iteration generated while the iteration before it trains."""
+    that a round leaves unfinished are continued with the new weights, not generated anew. With rollout.ranks generation
+    runs ahead of training by so many iterations, or with rollout.oversample by one, and responses are continued in the
+    others."""
     extra_responses: Annotated[Count, ZeroMeans("off")] = 0
     """Responses to each prompt that are started beyond those that are trained on. The first to be finished are taken,
     the others given up: short responses are taken more often than the policy gives them, and the policy learns that."""
@@ -71,9 +72,10 @@ class RolloutConfig:
             "them",
         )
         require(
-            self.ranks == 0 or self.max_staleness <= 1,
-            f"rollout.max_staleness={self.max_staleness} with rollout.ranks={self.ranks}: generation is at most one "
-            "iteration ahead; use 0 or 1",
+            not (self.ranks and self.oversample and self.max_staleness == 1),
+            f"rollout.max_staleness=1 and rollout.oversample={self.oversample:g} with rollout.ranks={self.ranks}: "
+            "responses are an iteration old when the other ranks get them, so that none could be continued; set "
+            "rollout.max_staleness to 2 or more, or one of the two to 0",
         )
         require(
             self.ranks > 0 or not self.max_staleness or self.oversample > 0,
@@ -88,9 +90,16 @@ class RolloutConfig:
         )
 
     @property
+    def rounds_ahead(self) -> int:
+        """By how many iterations the ranks that only generate run ahead of the others."""
+        if not self.ranks:
+            return 0
+        return min(self.max_staleness, 1) if self.oversample else self.max_staleness
+
+    @property
     def continues_responses(self) -> bool:
         """Whether a round goes on with the responses that the one before it left unfinished."""
-        return self.max_staleness > 0 and not self.ranks
+        return self.oversample > 0 and self.max_staleness > self.rounds_ahead
 
     def memory_share(self, offload: bool) -> float:
         """Return the share of the GPU that vLLM takes.

@@ -252,11 +252,6 @@ def _check_sides(only: str, rollout: RolloutConfig) -> None:
         f"only={only} with rollout.ranks={rollout.ranks}: one of the two sides would have nothing to do; leave "
         "rollout.ranks at 0",
     )
-    require(
-        not (rollout.ranks and rollout.max_staleness and rollout.oversample),
-        f"rollout.max_staleness={rollout.max_staleness} and rollout.oversample={rollout.oversample:g} with "
-        f"rollout.ranks={rollout.ranks}: generators that are ahead finish all responses; set one of the first two to 0",
-    )
 
 
 def _check_pack(data: DataConfig, parallel: ParallelConfig) -> None:

@@ -89,7 +89,7 @@ def seconds(scenario: Scenario, span: Span) -> Seconds:
     parts["sync"] = _sync_seconds(scenario)
     if config.offload:
         parts["offload"] = _offload_seconds(scenario)
-    if config.rollout.max_staleness:
+    if config.rollout.rounds_ahead:
         # Generation goes on meanwhile: what it takes longer is waited for.
         training = sum(parts.values()) - parts["generate"]
         parts["generate"] = max(0.0, parts["generate"] - training)

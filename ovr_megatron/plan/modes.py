@@ -19,8 +19,8 @@ class Mode:
         schedule: ``rollout.schedule``.
         oversample: ``rollout.oversample``.
         staleness: ``rollout.max_staleness``, the most updates between the policy that draws a token and the one that
-            learns from it.  Without ``generators`` unfinished responses of an oversampled round continue in the next
-            one, instead of beginning anew in a long round; with them generation runs ahead by so many updates.
+            learns from it.  Unfinished responses of an oversampled round continue in the next one, instead of
+            beginning anew in a long round; ``generators`` run ahead by so many updates, or oversampled ones by one.
         generators: ``rollout.ranks``, ranks that generate only, while the others train; 0: every rank does both in
             turn.
     """
@@ -43,9 +43,16 @@ class Mode:
         return ", ".join(parts)
 
     @property
+    def rounds_ahead(self) -> int:
+        """Updates by which generation runs ahead: ``RolloutConfig.rounds_ahead``."""
+        if not self.generators:
+            return 0
+        return min(self.staleness, 1) if self.oversample else self.staleness
+
+    @property
     def continues(self) -> bool:
-        """Whether unfinished responses continue in the next round."""
-        return bool(self.staleness and not self.generators)
+        """Whether unfinished responses continue in the next round: ``RolloutConfig.continues_responses``."""
+        return self.oversample > 0 and self.staleness > self.rounds_ahead
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,9 @@ def _continuing_rounds(setup: Setup, mode: Mode, iterations: int) -> Iterator[Si
         restarted: list[_Entry] = []
         discarded = 0
         for entry in unfinished:
-            if entry.tokens_done and iteration - entry.begun <= mode.staleness:
+            # The weights of its first tokens: there are none before the first update.
+            version = max(entry.begun - mode.rounds_ahead, 0)
+            if entry.tokens_done and iteration - version <= mode.staleness:
                 entries.append(entry)
             else:
                 discarded += entry.tokens_done

@@ -104,7 +104,7 @@ class _Simulation:
         self.round = RoundResult([], [[] for _ in engines], dict.fromkeys(cut.answered if cut else (), 0))
         self.steps = sorted(self.round.answer_steps.values())
         self.missing = [len(group) for group in groups]  # responses of each prompt that have not ended
-        self.outstanding = [0] * len(engines)  # responses of the prompts that an engine has not answered
+        self.outstanding = [0] * len(engines)  # responses that an engine has not finished
         self.queue: deque[int] = deque(index for index, group in enumerate(groups) if group)
         self.ended: list[tuple[Piece, int]] = []  # responses, and the step after which each ends
         self.clock = 0.0  # of the last end
@@ -182,8 +182,8 @@ class _Simulation:
             self.round.end_s[index].append(engine.clock)
             self.ended.append((piece, step))
             self.missing[prompt] -= 1
+            self.outstanding[index] -= 1
             if not self.missing[prompt]:
-                self.outstanding[index] -= len(self.groups[prompt])
                 self.round.answer_steps[prompt] = step
                 insort(self.steps, step)
         engine.fill()

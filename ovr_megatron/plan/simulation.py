@@ -38,7 +38,8 @@ class SimulationOptions:
     Attributes:
         lengths: as `source_of` takes it.
         oversample: values of ``rollout.oversample``.
-        staleness: values of ``rollout.max_staleness`` with ``rollout.oversample``; with ``rollout.ranks`` 0 and 1.
+        staleness: values of ``rollout.max_staleness`` with ``rollout.oversample``; with ``rollout.ranks`` those above
+            1, and without oversampling 0 and 1.
         generators: values of ``rollout.ranks``.
     """
 
@@ -64,11 +65,13 @@ def simulate(scenario: Scenario, options: SimulationOptions) -> PlannedSimulatio
     planned: list[PlannedMode] = []
     rounds_of_generators: dict[int, list[SimulatedRound]] = {}
     for mode in modes:
-        rounds = rounds_of_generators.get(mode.generators, [])
-        # How far generation runs ahead changes when a round begins, and nothing within it.
-        if not rounds or not mode.generators:
+        if mode.generators and not mode.oversample:
+            # How far generation runs ahead changes when a round begins, and nothing within it.
+            if mode.generators not in rounds_of_generators:
+                rounds_of_generators[mode.generators] = list(generate(setup, mode, _iterations(mode)))
+            rounds = rounds_of_generators[mode.generators]
+        else:
             rounds = list(generate(setup, mode, _iterations(mode)))
-            rounds_of_generators[mode.generators] = rounds
         planned.append(summarise_mode(setup, mode, rounds))
     shared = next(mode["iteration_s"] for mode in planned if mode["name"] == Mode("shared").name)
     for mode_summary in planned:
@@ -183,6 +186,7 @@ def _modes(config: RLConfig, world: int, options: SimulationOptions) -> list[Mod
     modes += [Mode("shared", share, staleness=updates) for updates in staleness if updates]
     for ranks in generators:
         modes += [Mode("shared", staleness=updates, generators=ranks) for updates in (0, 1)]
+        modes += [Mode("shared", share, staleness=updates, generators=ranks) for updates in staleness if updates > 1]
     return modes
 
 
@@ -190,7 +194,7 @@ def _iterations(mode: Mode) -> int:
     """Return how many iterations of a way are simulated, whole cycles of short and long rounds where it has any."""
     if mode.continues:
         return _STEADY_ITERATIONS + mode.staleness + 1
-    if mode.generators:
+    if mode.generators and not mode.oversample:
         return ITERATIONS + 2  # the first two start generation that runs ahead
     if not mode.oversample:
         return ITERATIONS
@@ -262,7 +266,7 @@ def _timeline(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -> lis
         behind = 0
         if entries:
             begin = max(entries[-1]["begin_s"] + rounds[index - 1].round.seconds, entries[-1]["graded_s"])
-            awaited = index - 1 - (mode.staleness if mode.generators else 0)
+            awaited = index - 1 - mode.rounds_ahead
             if awaited >= 0:
                 begin = max(begin, entries[awaited]["train_end_s"])
             behind = sum(entry["train_end_s"] > begin for entry in entries)

@@ -22,7 +22,7 @@ class EngineRound:
         grading: of the round.
         cut: ends a round that has more prompts than it trains on; None in any other round.
         barrier: of the round.
-        version: iteration whose weights the engine has.
+        iteration: that trains on the responses.
         leads: whether this rank speaks for its engine, whose other ranks have the same responses.
         keeps_unfinished: whether unfinished responses go on in a later round.
     """
@@ -34,7 +34,7 @@ class EngineRound:
         grading: RoundGrading,
         cut: RoundCut | None,
         barrier: WorkBarrier,
-        version: int,
+        iteration: int,
         leads: bool,
         keeps_unfinished: bool,
     ) -> None:
@@ -43,7 +43,7 @@ class EngineRound:
         self._grading = grading
         self._cut = cut
         self._barrier = barrier
-        self._version = version
+        self._iteration = iteration
         self._leads = leads
         self._keeps_unfinished = keeps_unfinished
 
@@ -91,7 +91,7 @@ class EngineRound:
         if self._cut:
             self._cut.answer(prompt)
         if self._leads:
-            self._grading.submit(prompt, self._responses.group(prompt), self._version)
+            self._grading.submit(prompt, self._responses.group(prompt), self._iteration)
 
     def wait(self, timeline: Timeline) -> None:
         """Wait for the other engines of a round that has an end, then for this engine's verdicts.  A collective.

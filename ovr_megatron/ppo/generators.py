@@ -5,20 +5,29 @@ for every command and every reply.  With ``rollout.max_staleness=0`` the two tak
 
     update v0, generate 0, [learn 0], update v1, generate 1, [learn 1], update v2, ...
 
-With 1 the responses of an iteration are generated while the one before it trains, by the weights before that:
+With K the responses of an iteration are generated while the K-th before it trains, by the weights before that one; so
+with 1:
 
     update v0, generate 0, generate 1 | learn 0, update v1, generate 2 | learn 1, update v2, ...
 
-What the clock does decides nothing: the weights of a response are a function of its iteration.
+With ``rollout.oversample``, too, generation is one iteration ahead.  A round then ends at a step of the engines that
+token counts decide (`RoundCut`), its unfinished responses go on in the next round by the weights of then, and the
+trainers keep a copy of them for checkpoints.
+
+What the clock does decides nothing: the weights of a token are a function of the round that draws it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.resume import ResumePoint
 from ovr_megatron.config import RLConfig
 from ovr_megatron.ppo import archive
@@ -26,9 +35,21 @@ from ovr_megatron.ppo.archive import ArchiveError, SavedIteration
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.curriculum import max_tokens
 from ovr_megatron.ppo.experience import Models
+from ovr_megatron.ppo.generator_commands import (
+    Command,
+    Continue,
+    Delivery,
+    End,
+    Evaluate,
+    EvaluationReply,
+    Generate,
+    Update,
+    receive_groups,
+)
 from ovr_megatron.ppo.iteration import Clock, IterationResult, learn
 from ovr_megatron.ppo.prompts import PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.ppo.unfinished import UnfinishedGroup, UnfinishedResponses
 from ovr_megatron.rollout.reshard import Reshard, Traffic
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import call_on_all, exchange
@@ -40,113 +61,31 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Update:
-    """Command: take new weights, those after ``version`` iterations."""
-
-    version: int
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Command: generate and grade an iteration, and deliver its responses.
-
-    Attributes:
-        iteration: from 0, for the seeds.
-        limit: most tokens of a prompt and its response together.
-        stream: position of the prompt stream before the iteration.
-    """
-
-    iteration: int
-    limit: int
-    stream: PromptState
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Command: score the weights after ``done`` iterations, to the end unless ``may_stop``."""
-
-    done: int
-    may_stop: bool
-
-
-@dataclass(frozen=True)
-class End:
-    """Command: end with an exit code."""
-
-    code: int
-
-
-Command = Update | Generate | Evaluate | End
-
-
-@dataclass
-class Delivery:
-    """Reply to `Generate` without the responses themselves.
-
-    Attributes:
-        stream: position of the prompt stream after the iteration.
-        drawn: prompts drawn.
-        seconds: from the command to the last verdict.
-        rest: see `Rollout`.
-        stopped: the signal that ended generation; the other fields then say nothing.
-    """
-
-    stream: PromptState | None = None
-    drawn: int = 0
-    seconds: float = 0.0
-    train_prompts: dict[int, int] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    long: bool = False
-    postponed: list[int] = field(default_factory=list)
-    stopped: Stop = Stop.NO
-
-
-@dataclass(frozen=True)
-class EvaluationReply:
-    """Reply to `Evaluate`: the scores, and the signal that ended the evaluation."""
-
-    metrics: dict[str, float]
-    stopped: Stop = Stop.NO
-
-
-@dataclass(frozen=True)
 class ReceivedRollout:
     """Responses that have come and wait for their turn.
 
     Attributes:
+        iteration: that trains on them.
         saved: has those of this rank.
         metrics: of their generation.
-        stream: position of the prompt stream after their iteration; None where a checkpoint goes on with them.
+        stream: position of the prompt stream after their iteration.
+        groups: responses that their round left unfinished, by index in the queue; this rank's part of a copy.
     """
 
+    iteration: int
     saved: SavedIteration
     metrics: dict[str, float]
-    stream: PromptState | None = None
-
-
-def deliver(job: SplitJob, delivery: Delivery, responses: Sequence[Response], stop: StopRequest) -> None:
-    """Send what this generator has to the trainers.  A collective of all ranks, the reply to `Generate`.
-
-    Args:
-        job: all ranks.
-        delivery: that of the first generator counts.
-        responses: those of this rank's engine, none on its followers.
-        stop: requests to stop on this rank.
-    """
-    job.meet(stop)
-    delivery = job.broadcast(delivery, job.trainers)
-    if delivery.stopped:
-        return
-    # Equally over the trainers, which exchange them by the load of each once more.
-    outgoing = {job.side_rank % job.trainers: list(responses)} if responses else {}
-    exchange(outgoing, job.messages)
+    stream: PromptState
+    groups: dict[int, UnfinishedGroup]
 
 
 class Generators:
     """The ranks that only generate, as those that train see them.  Every method is a collective of the trainers.
 
     Attributes:
-        received: the next iteration's responses, where they came while the last one trained.
+        received: the responses of the next iterations that have come, in order.
+        unfinished: this rank's part of a copy of what the generators' queue of unfinished responses was after the last
+            iteration in `archive_received` or, later than that, in `collect`: what a checkpoint is complete with.
     """
 
     def __init__(self, config: RLConfig, job: SplitJob, stop: StopRequest, last: int) -> None:
@@ -158,7 +97,8 @@ class Generators:
             stop: requests to stop on this rank; one that came to a generator is entered here.
             last: iterations after which the run ends.
         """
-        self.received: ReceivedRollout | None = None
+        self.received: deque[ReceivedRollout] = deque()
+        self.unfinished = UnfinishedResponses()
         self._config = config
         self._job = job
         self._stop = stop
@@ -167,7 +107,9 @@ class Generators:
         rollout = config.rollout
         self._reshard = Reshard(None, int(rollout.bucket_mib * 2**20), rollout.check_updates, job.group)
 
-    def start(self, models: Models, iteration: int, checkpoint: ResumePoint | None, run: Path) -> None:
+    def start(
+        self, models: Models, iteration: int, checkpoint: ResumePoint | None, run: Path, prompts: PromptStream
+    ) -> None:
         """Bring the weights of the beginning, and the responses that the checkpoint goes on with.
 
         Args:
@@ -175,20 +117,45 @@ class Generators:
             iteration: the first one of this process.
             checkpoint: that the run goes on from, if it does.
             run: the run folder.
+            prompts: at the position of the checkpoint, where they stay.
         """
         self.update(models, iteration)
-        ahead = None
-        if checkpoint and self._config.rollout.max_staleness:  # the run may have had another setting
-            ahead = checkpoint.state.get("ahead")
-        if ahead is None:
+        if checkpoint is None:
             return
+        ahead = ahead_of(checkpoint)
+        # The run may have had other settings: then what was generated ahead is generated anew.
+        complete = not ahead
+        if ahead and self._config.rollout.rounds_ahead:
+            complete = self._read_ahead(ahead, iteration, models.world, run, prompts)
+        if not (complete and self._config.rollout.continues_responses):
+            return  # all prompts that wait begin again
+        self.unfinished.load(store.read_loop_arrays(checkpoint, models.world))
+        if self.received:
+            self.received[-1].groups.update(self.unfinished.groups)
+        self._send(Continue())
+        generator = self._job.trainers + self._job.side_rank % self._job.generators
+        groups = self.unfinished.groups
+        exchange({generator: groups} if groups else {}, self._job.messages)
+
+    def _read_ahead(
+        self, ahead: Sequence[dict[str, float]], iteration: int, world: World, run: Path, prompts: PromptStream
+    ) -> bool:
+        """Read the responses that were generated ahead of ``iteration``; return whether all are there."""
+        position = prompts.state()
+        dropped = prompts.dropped
         try:
-            saved = call_on_all(lambda: archive.read(run, iteration, models.world))
+            for following, metrics in enumerate(ahead, iteration):
+                saved = call_on_all(partial(archive.read, run, following, world))
+                archive.restore(saved, prompts)
+                self.received.append(ReceivedRollout(following, saved, metrics, prompts.state(), {}))
         except ArchiveError as error:
-            if models.world.is_main:
+            if world.is_main:
                 logger.warning(f"{error}; the responses to go on with are generated anew, by newer weights")
-            return
-        self.received = ReceivedRollout(saved, ahead)
+            return False
+        finally:
+            prompts.load(position)
+            prompts.dropped = dropped
+        return True
 
     def update(self, models: Models, version: int) -> Traffic:
         """Send the policy's weights, those after ``version`` iterations."""
@@ -200,45 +167,53 @@ class Generators:
         return self._reshard.update(models.policy.held())
 
     def collect(self, prompts: PromptStream, iteration: int) -> Rollout:
-        """Return the responses of an iteration, and with ``rollout.max_staleness`` begin those of the next one.
+        """Return the responses of an iteration, and with ``rollout.max_staleness`` begin those of a later one.
 
         Raises:
             StopRequested: generation was stopped by a signal.
         """
-        if self.received is None:
+        if not self.received:
             self._generate(iteration, prompts.state())
-            self.received = self._receive()
-        received = self.received
-        self.received = None
+            self._receive()
+        received = self.received.popleft()
         rollout = archive.restore(received.saved, prompts)
         rollout.metrics |= received.metrics
-        self._generate_ahead(iteration + 1, prompts.state())
+        self.unfinished.groups = received.groups
+        self._generate_ahead(iteration, prompts.state())
         return rollout
 
-    def go_on(self, iteration: int) -> None:
-        """With ``rollout.max_staleness`` begin the iteration after ``iteration``, whose responses wait for their turn.
+    def go_on(self) -> None:
+        """With ``rollout.max_staleness`` begin a further iteration.
 
         `collect` would begin it as well, after what the trainers do between two iterations.
         """
-        if self.received is not None and self.received.stream is not None:
-            self._generate_ahead(iteration + 1, self.received.stream)
+        if self.received:
+            self._generate_ahead(self.received[0].iteration, self.received[-1].stream)
 
     def _generate_ahead(self, iteration: int, stream: PromptState) -> None:
-        if self._config.rollout.max_staleness and self._running is None and iteration < self._last:
-            self._generate(iteration, stream)
+        """Begin a further iteration if the generators do nothing and are not far enough ahead of ``iteration``.
 
-    def wait(self) -> None:
-        """Wait for responses that are generated meanwhile, if any are; a stop request leaves them out."""
-        if self._running is None:
-            return
+        ``stream`` is the position after ``iteration`` where no later one has come.
+        """
+        further = iteration + 1
+        if self.received:
+            further = self.received[-1].iteration + 1
+            stream = self.received[-1].stream
+        last = min(iteration + self._config.rollout.rounds_ahead, self._last - 1)
+        if self._running is None and further <= last:
+            self._generate(further, stream)
+
+    def wait(self, iteration: int) -> None:
+        """Wait until generation is as far ahead of ``iteration`` as it may be; a stop request leaves all of it out."""
         try:
-            self.received = self._receive()
+            while self._running is not None:
+                self._receive()
+                # At the begin of a run: later, one iteration is generated for each that trains.
+                self._generate_ahead(iteration, self.received[-1].stream)
         except StopRequested:
-            self.received = None  # the iteration that has trained is complete: the run ends after it
+            self.received.clear()  # the iteration that has trained is complete: the run ends after it
 
-    def archive_received(
-        self, run: Path, iteration: int, prompts: PromptStream, world: World
-    ) -> dict[str, float] | None:
+    def archive_received(self, run: Path, prompts: PromptStream, world: World) -> list[dict[str, float]] | None:
         """Archive responses that wait for their turn, so that a run goes on with them from a checkpoint.
 
         They were drawn by weights that no checkpoint of this iteration has.  The stream stays where it is.
@@ -246,16 +221,22 @@ class Generators:
         Returns:
             The metrics of their generation, for the checkpoint; None where none wait or the disk does not take them.
         """
-        if self.received is None:
-            return None
-        stream = prompts.state()
+        position = prompts.state()
         dropped = prompts.dropped
-        rollout = archive.restore(self.received.saved, prompts)
-        prompts.load(stream)
+        problem = None
+        for received in self.received:
+            stream = prompts.state()
+            rollout = archive.restore(received.saved, prompts)
+            responses = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
+            problem = archive.write(run, received.iteration, rollout, stream, responses, {}, world)
+            if problem:
+                break
+        prompts.load(position)
         prompts.dropped = dropped
-        responses = [r for r in rollout.responses if r.prompt in rollout.train_prompts]
-        problem = archive.write(run, iteration, rollout, stream, responses, {}, world)
-        return None if problem else self.received.metrics
+        if problem or not self.received:
+            return None
+        self.unfinished.groups = self.received[-1].groups
+        return [received.metrics for received in self.received]
 
     def scores(self, done: int, may_stop: bool) -> dict[str, float]:
         """Score the weights after ``done`` iterations, which the generators have.
@@ -271,7 +252,9 @@ class Generators:
 
     def end(self, code: int) -> None:
         """End the generators with an exit code."""
-        self.wait()  # a signal has ended the run, and ends what is generated ahead
+        if self._running is not None:
+            with suppress(StopRequested):  # a signal has ended the run, and ends what is generated ahead
+                self._receive()
         self._send(End(code))
 
     def _generate(self, iteration: int, stream: PromptState) -> None:
@@ -279,8 +262,8 @@ class Generators:
         self._running = Generate(iteration, limit, stream)
         self._send(self._running)
 
-    def _receive(self) -> ReceivedRollout:
-        """Wait for the responses of the last `Generate`.
+    def _receive(self) -> None:
+        """Wait for the responses of the last `Generate`, and put them behind those that have come.
 
         Raises:
             StopRequested: generation was stopped by a signal.
@@ -300,9 +283,13 @@ class Generators:
             responses,
             delivery.long,
             delivery.postponed,
+            delivery.restarted,
+            delivery.unfinished,
         )
+        groups = {} if delivery.restarted is None else receive_groups(self._job)
         metrics = delivery.metrics | {"timing/rollout": delivery.seconds}
-        return ReceivedRollout(saved, metrics, delivery.stream)
+        assert delivery.stream is not None, "only generation that was stopped has none"
+        self.received.append(ReceivedRollout(command.iteration, saved, metrics, delivery.stream, groups))
 
     def _enter_stop(self, stopped: Stop) -> None:
         """Enter a signal that has ended the generators' work, and raise `StopRequested` if one has."""
@@ -313,6 +300,11 @@ class Generators:
     def _send(self, command: Command) -> None:
         self._job.meet(self._stop)
         self._job.broadcast(command, 0)
+
+
+def ahead_of(checkpoint: ResumePoint) -> list[dict[str, float]]:
+    """Return the metrics of the iterations that were generated ahead of a checkpoint, none where there are none."""
+    return checkpoint.state.get("ahead") or []
 
 
 def iterate_split(
@@ -338,11 +330,11 @@ def iterate_split(
         rollout = generators.collect(prompts, iteration)
     result = learn(models, rollout, iteration, clock)
     with clock("generate"):
-        generators.wait()
+        generators.wait(iteration)
     with clock("sync"):
         traffic = generators.update(models, iteration + 1)
         if goes_on:
-            generators.go_on(iteration + 1)
+            generators.go_on()
     metrics = result.metrics
     metrics |= traffic.metrics()
     # Again: those of `learn` do not have the seconds of these phases yet.

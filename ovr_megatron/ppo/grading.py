@@ -36,11 +36,11 @@ class RoundGrading:
         self._counters = counters
         self._verdicts: dict[tuple[int, int], tuple[str, Verdict]] = {}  # with the source of the row
 
-    def submit(self, prompt: int, group: Sequence[ResponseSoFar], version: int) -> None:
-        """Have all responses to ``prompt`` graded; ``version`` is that of the current policy."""
+    def submit(self, prompt: int, group: Sequence[ResponseSoFar], iteration: int) -> None:
+        """Have all responses to ``prompt`` graded, on which ``iteration`` trains."""
         for k, finished in enumerate(group):
             tokens: list[int] = finished.tokens.tolist()
-            is_current = bool((finished.versions == version).all())
+            is_current = bool((finished.versions == iteration).all())
             response = Response(
                 prompt,
                 k,

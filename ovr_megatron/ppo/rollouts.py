@@ -19,7 +19,7 @@ from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
 from ovr_megatron.ppo.round_responses import RoundResponses
-from ovr_megatron.ppo.round_work import RoundWork, assign, assign_continued, open_queue
+from ovr_megatron.ppo.round_work import PromptQueue, RoundWork, assign, assign_continued
 from ovr_megatron.ppo.timeline import Timeline
 from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rewards.failures import FailureWatch
@@ -103,10 +103,12 @@ class Rollouts:
         unfinished: the responses that this rank keeps for the next round.
         endless: makes every response as long as the limit allows, as a rehearsal needs it.
         stop: ends generation when a signal comes, on any rank; None generates to the end.
+        version: the iteration whose weights the engine has; None: that of the round.
     """
 
     endless = False
     stop: StopRequest | None = None
+    version: int | None = None
 
     def __init__(
         self, engine: RolloutEngine, grader: GraderPool, processor: Processor, config: RLConfig, world: World
@@ -284,7 +286,8 @@ class Rollouts:
         began = time.perf_counter()
         counters = RolloutCounters(f"counters/{name}")
         grading = RoundGrading(self.grader, self.processor, config, rollout.prompts.rows, counters)
-        parts = RoundResponses(config.responses, iteration, work.groups)
+        version = iteration if self.version is None else self.version
+        parts = RoundResponses(config.responses, version, work.groups)
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
         continues = rollout.restarted is not None
@@ -294,11 +297,13 @@ class Rollouts:
             cut = RoundCut(name, needed, self.replica, self.replicas, token_counts)
         engine_round = EngineRound(self.engine, parts, grading, cut, barrier, iteration, self.leads, continues)
         started_responses = config.responses + config.rollout.extra_responses
-        take = open_queue(work, name, started_responses, config.rollout.max_num_seqs, self.engine.agree)
+        queue = PromptQueue(
+            work, name, started_responses, config.rollout.max_num_seqs, self.replicas, self.engine.agree
+        )
 
-        def take_requests(outstanding: int) -> list[tuple[int, Prompt]]:
+        def take_requests(unfinished: int) -> list[tuple[int, Prompt]]:
             requests = []
-            for prompt, template in self._engine_prompts(take(outstanding), rollout, iteration):
+            for prompt, template in self._engine_prompts(queue.take(unfinished), rollout, iteration):
                 prompt_tokens = len(rollout.prompts.sample(prompt))
                 requests += parts.requests(prompt, template, rollout.limit, prompt_tokens)
             return requests

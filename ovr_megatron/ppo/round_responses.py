@@ -17,17 +17,17 @@ class RoundResponses:
     its prompt is longer by the tokens so far.  They are numbered in the order in which they are made.
     """
 
-    def __init__(self, responses: int, iteration: int, groups: Mapping[int, UnfinishedGroup]) -> None:
+    def __init__(self, responses: int, version: int, groups: Mapping[int, UnfinishedGroup]) -> None:
         """Begin a round.
 
         Args:
             responses: Of each prompt.
-            iteration: The version of the tokens that the engine adds.
+            version: That of the tokens that the engine adds.
             groups: What earlier rounds left of the prompts that this engine goes on with, by index of the prompt,
                 within the length limit of this round.
         """
         self._count = responses
-        self._version = iteration
+        self._version = version
         self._groups = dict(groups)
         self._requests: list[tuple[int, list[int]]] = []  # prompt and samples of each
         self._missing: dict[int, set[int]] = {}  # of a prompt that the engine works on, the samples without an end

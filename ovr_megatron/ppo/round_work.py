@@ -67,40 +67,67 @@ def assign_continued(
     return shares, replica_of_prompt
 
 
-def open_queue(
-    work: RoundWork, name: str, responses: int, max_num_seqs: int, agree: Callable[[Callable[[], int]], int]
-) -> Callable[[int], list[int]]:
-    """Return a function that gives the engine's next prompts for the number of responses it still works on.
+class PromptQueue:
+    """Gives an engine its prompts of a round: all of its own at once, and the next of the queue when it has room.
 
-    All of its own come at once.  From the queue of all engines each takes the next prompt whenever it has capacity, so
-    that one with short responses takes more of them.
-
-    Args:
-        work: of the engine.
-        name: of the queue, unique in the process group.
-        responses: to each prompt.
-        max_num_seqs: responses that the engine generates at the same time.
-        agree: `RolloutEngine.agree`.
+    An engine with short responses so takes more prompts than others.  Until every engine has asked, each takes its
+    equal share of the queue at most, or those that ask first would take all prompts and leave others without any.
     """
-    remaining = list(work.prompts)
-    counter = default_store(f"queue/{name}") if work.shared else None
-    # Remembered, as asking costs a message to the store and a broadcast before each decoding step.
-    is_empty = counter is None
 
-    def take_next(outstanding: int) -> list[int]:
-        nonlocal is_empty
-        taken = list(remaining)
-        remaining.clear()
-        outstanding += len(taken) * responses
-        while not is_empty and outstanding < max_num_seqs:
-            assert counter is not None
+    def __init__(
+        self,
+        work: RoundWork,
+        name: str,
+        responses: int,
+        max_num_seqs: int,
+        replicas: int,
+        agree: Callable[[Callable[[], int]], int],
+    ) -> None:
+        """Open the queue for one engine.
+
+        Args:
+            work: of the engine.
+            name: of the queue, unique in the process group.
+            responses: to each prompt.
+            max_num_seqs: responses that the engine generates at the same time.
+            replicas: number of engines.
+            agree: `RolloutEngine.agree`.
+        """
+        self._own = list(work.prompts)
+        self._shared = work.shared
+        self._responses = responses
+        self._max_num_seqs = max_num_seqs
+        self._replicas = replicas
+        self._agree = agree
+        self._share = -(-len(work.shared) // replicas)
+        self._taken = 0  # from the queue
+        # Both remembered, as asking costs a message to the store and a broadcast before each decoding step.
+        self._is_empty = not work.shared
+        self._all_have_asked = False
+        self._has_asked = False
+        if work.shared:
+            self._store = default_store(f"queue/{name}")
+
+    def take(self, unfinished: int) -> list[int]:
+        """Return the next prompts of the engine, which still works on so many responses."""
+        prompts, self._own = self._own, []
+        unfinished += len(prompts) * self._responses
+        while not self._is_empty and unfinished < self._max_num_seqs and self._may_take(unfinished):
             # Asked by the leader alone: the ranks of an engine must take the same prompts.  The store adds for one
             # rank at a time, so that no position is given to two engines.
-            position = agree(lambda: counter.add("next", 1) - 1)
-            is_empty = position >= len(work.shared)
-            if not is_empty:
-                taken.append(work.shared[position])
-                outstanding += responses
-        return taken
+            position = self._agree(lambda: self._store.add("next", 1) - 1)
+            self._is_empty = position >= len(self._shared)
+            if not self._is_empty:
+                prompts.append(self._shared[position])
+                self._taken += 1
+                unfinished += self._responses
+        return prompts
 
-    return take_next
+    def _may_take(self, unfinished: int) -> bool:
+        """Return whether the engine's share has a prompt left, or need not be kept to."""
+        if not self._all_have_asked and (not self._has_asked or self._taken >= self._share):
+            first = int(not self._has_asked)
+            self._has_asked = True
+            self._all_have_asked = self._agree(lambda: self._store.add("engines", first)) >= self._replicas
+        # An engine without work takes a prompt in any case: it would end its round.
+        return self._all_have_asked or self._taken < self._share or not unfinished

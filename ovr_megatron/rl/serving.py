@@ -6,13 +6,21 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from ovr_megatron.config import RLConfig
 from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
-from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.generators import Command, Delivery, End, Evaluate, EvaluationReply, Generate, Update, deliver
+from ovr_megatron.ppo.generator_commands import (
+    Command,
+    Continue,
+    Delivery,
+    End,
+    Evaluate,
+    EvaluationReply,
+    Generate,
+    Update,
+    deliver,
+    receive_groups,
+)
 from ovr_megatron.ppo.prompts import PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.rl.setup import open_model_and_prompts, start_engine, start_graders
@@ -59,7 +67,6 @@ class _Server:
         self._rollouts = Rollouts(engine, grader, processor, config, world)
         self._rollouts.stop = stop
         self._rollouts.endless = config.only == "rehearsal"
-        self._version = 0
         self._evaluation: PeriodicEvaluation | None = None
         if config.evaluation.every:
             self._evaluation = PeriodicEvaluation(
@@ -75,9 +82,11 @@ class _Server:
                 return command.code
             if isinstance(command, Update):
                 self._engine.update([])
-                self._version = command.version
+                self._rollouts.version = command.version
             elif isinstance(command, Generate):
                 self._generate(command)
+            elif isinstance(command, Continue):
+                self._rollouts.unfinished.groups = receive_groups(self._job)
             else:
                 self._evaluate(command)
 
@@ -92,15 +101,12 @@ class _Server:
             rollout = self._rollouts.collect(self._prompts, command.iteration, command.limit)
         except StopRequested:
             delivery = Delivery(stopped=self._level())
-            deliver(self._job, delivery, [], self._stop)
+            deliver(self._job, delivery, [], {}, self._stop)
             return
         responses = rollout.responses if self._rollouts.leads else []
-        if self._version != command.iteration:  # older weights than those that learn from it
-            for response in responses:
-                response.versions = _versions(response, self._version)
         rollout.metrics["memory/rollout_peak_gib"] = peak_gib()
         delivery = _delivery(rollout, self._prompts.state(), time.perf_counter() - began)
-        deliver(self._job, delivery, responses, self._stop)
+        deliver(self._job, delivery, responses, self._rollouts.unfinished.groups, self._stop)
 
     def _evaluate(self, command: Evaluate) -> None:
         """Score the weights and send the scores, or that a signal has stopped it."""
@@ -125,11 +131,6 @@ def _go_to(prompts: PromptStream, command: Generate) -> None:
         prompts.load(command.stream)
 
 
-def _versions(response: Response, version: int) -> np.ndarray:
-    """Return the iteration whose weights drew each token of ``response``: int32 [n]."""
-    return np.full(len(response.tokens), version, np.int32)
-
-
 def _delivery(rollout: Rollout, stream: PromptState, seconds: float) -> Delivery:
     """Return what the trainers need of ``rollout`` to draw its prompts and train on its responses."""
     return Delivery(
@@ -140,4 +141,6 @@ def _delivery(rollout: Rollout, stream: PromptState, seconds: float) -> Delivery
         rollout.metrics,
         rollout.long,
         rollout.postponed,
+        rollout.restarted,
+        rollout.unfinished,
     )

@@ -21,7 +21,7 @@ from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.generators import Generators, iterate_split
+from ovr_megatron.ppo.generators import Generators, ahead_of, iterate_split
 from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
@@ -166,7 +166,7 @@ class RL:
         generators = join_generators(
             self.config, self.world.job, stop, self.last, lambda: self.checkpoints.result().exit_code, resources
         )
-        generators.start(self.models, self.next_iteration, checkpoint, self.run_folder)
+        generators.start(self.models, self.next_iteration, checkpoint, self.run_folder, self.prompts)
         return generators
 
     def _resume(self) -> ResumePoint | None:
@@ -191,10 +191,13 @@ class RL:
 
     def _resume_responses(self, checkpoint: ResumePoint | None) -> None:
         """Load the unfinished responses of ``checkpoint``, and have later checkpoints save those of then."""
+        if self.generators:
+            self.checkpoints.loop_arrays = self.generators.unfinished.tensors
         if self.rollouts is None:
             return
         unfinished = self.rollouts.unfinished
-        if checkpoint:
+        # Those of a checkpoint of other settings are of an iteration that was generated ahead: they begin again.
+        if checkpoint and not ahead_of(checkpoint):
             unfinished.load(store.read_loop_arrays(checkpoint, self.world))
         self.checkpoints.loop_arrays = unfinished.tensors
 
@@ -307,8 +310,7 @@ class RL:
             self._end_warmup()
         if self.generators and self.next_iteration % self.config.run.save_every == 0:
             # Before the checkpoint, which is complete with these responses alone.
-            ahead = self.generators.archive_received(self.run_folder, self.next_iteration, self.prompts, self.world)
-            self._state["ahead"] = ahead
+            self._state["ahead"] = self.generators.archive_received(self.run_folder, self.prompts, self.world)
         self._stopped = self.checkpoints.end_step(self.next_iteration, self.done, self.engines, self._state)
         return metrics
 

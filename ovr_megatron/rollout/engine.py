@@ -246,8 +246,9 @@ class RolloutEngine:
             has_more = True
             while has_more or waiting:
                 has_more = False
-                if self.room_left(waiting.responses):
-                    for index, prompt in take(waiting.responses):
+                unfinished = len(self._request_states())
+                if self.room_left(unfinished):
+                    for index, prompt in take(unfinished):
                         has_more = True
                         try:
                             waiting.add(index, prompt, self._enqueue(prompt))

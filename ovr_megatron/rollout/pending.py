@@ -15,14 +15,9 @@ SampleKey = tuple[int, int]  # a prompt's number and the index of one of its see
 
 
 class PendingPrompts:
-    """Prompts that vLLM works on; one whose seeds are not consecutive is several requests.
-
-    Attributes:
-        responses: Number of responses that the pending prompts ask for together.
-    """
+    """Prompts that vLLM works on; one whose seeds are not consecutive is several requests."""
 
     def __init__(self) -> None:
-        self.responses = 0
         self._prompt_of_request: dict[str, int] = {}
         self._first_seed: dict[str, int] = {}  # of each request, the index of its first seed
         self._generations: dict[int, dict[str, list[Generation]]] = {}  # of each prompt, by request
@@ -48,7 +43,6 @@ class PendingPrompts:
             self._first_seed[public_id] = first_seed
             first_seed += seeds
         self._seed_counts[index] = len(prompt.seeds)
-        self.responses += len(prompt.seeds)
         if prompt.enough:
             assert len(requests) == 1, "only the responses of one request are told apart by when they are finished"
             self._first_finished[public_id] = FirstFinished(prompt.enough)
@@ -74,10 +68,10 @@ class PendingPrompts:
             by_request[output.request_id] = generations(output)
         except RolloutError as error:
             failed.append((index, str(error)))
-            self.responses -= self._seed_counts.pop(index)
+            del self._seed_counts[index]
             return
         if all(by_request.values()):
-            self.responses -= self._seed_counts.pop(index)
+            del self._seed_counts[index]
             responses: list[Generation] = []
             for request_generations in self._generations.pop(index).values():
                 responses += request_generations

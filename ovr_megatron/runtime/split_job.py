@@ -24,8 +24,8 @@ from ovr_megatron.runtime.stop import Stop, StopRequest
 Item = TypeVar("Item")
 
 _REPORT_S = 1.0  # between two reports of a rank: the store is one process for all ranks
-_FIRST_PAUSE_S = 0.002
-_LONGEST_PAUSE_S = 0.1
+_PAUSE_S = 0.002
+_STORE_PAUSE_S = 0.1  # the same of a rank that waits
 _REQUEUE = 1 << 24  # a rank that is asked to stop adds 1 to the counter, and this where it is to be started again
 
 
@@ -129,20 +129,22 @@ class SplitJob:
             SideError: another rank has ended.
         """
         last_steps = -1
-        pause = _FIRST_PAUSE_S
+        next_look = 0.0
         try:
             barrier = dist.barrier(self.messages, async_op=True)
             assert barrier is not None
             # Polled, as a wait inside the collective would neither see the other side work nor let signals through.
             while not barrier.is_completed():
-                self._publish(request)
-                self._raise_failure()
-                steps = self._store.add("steps", 0)
-                if steps != last_steps:
-                    watchdog.defer()
-                last_steps = steps
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                now = time.monotonic()
+                if now >= next_look:
+                    next_look = now + _STORE_PAUSE_S
+                    self._publish(request)
+                    self._raise_failure()
+                    steps = self._store.add("steps", 0)
+                    if steps != last_steps:
+                        watchdog.defer()
+                    last_steps = steps
+                time.sleep(_PAUSE_S)
             barrier.wait()  # raises where a rank has died
         except SideError:
             raise

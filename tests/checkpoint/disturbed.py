@@ -1,143 +1,36 @@
-"""Runs of two ranks, of either stage, that are killed, stopped or starved: ``disturbed.py OUT SEED KILLS``.
+"""Runs of two ranks that are killed, stopped or starved: ``disturbed.py OUT SEED KILLS [MODE...]``.
 
 One process imports everything and forks the ranks of each run, so that a run costs its training only. What disturbs a
-run is wrapped around the package's functions in the child. Results go to ``OUT/results.json``.
+run is wrapped around the package's functions in the child. Results go to ``OUT/results.json``.  With modes of `kills`
+there are the kills of these alone.
 """
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from ovr_megatron.checkpoint import writing
 from ovr_megatron.checkpoint.manager import CheckpointManager
 from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.coldstart import training as coldstart
-from ovr_megatron.config import ColdStartConfig, RLConfig, build, defaults
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.evaluation import evaluator
-from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.ppo import archive, experience, grading, rollouts
-from ovr_megatron.rl import training as rl
+from ovr_megatron.ppo import rollouts
 from ovr_megatron.rollout.engine import RolloutEngine
-from ovr_megatron.runtime.command import run_command
-
-STEPS = 6
-MOMENTS = ("data", "collective", "save", "manifest", "rename", "prune", "step")
-RL_MOMENTS = ("generate", "grade", "exchange", "value", "update", "sync", "archive", "save", "manifest", "rename")
-DEADLINE_S = 300.0
-moment = {"step": 0}
-
-
-def config(run: Path, model: Path, *overrides: str) -> ColdStartConfig:
-    values = OmegaConf.load(RECIPES / "tiny_cold_start.yaml")
-    values.pop("defaults")
-    options = [f"run.dir={run}", f"model.path={model}", f"steps={STEPS}", "run.save_every=2", "data.pack_tokens=512"]
-    options += ["run.keep_last=1", "run.keep_every=4", "run.export_every=2", "run.peak_tflops=0.01"]
-    options += overrides
-    return build(ColdStartConfig, OmegaConf.merge(defaults(ColdStartConfig), values, OmegaConf.from_dotlist(options)))
-
-
-def rl_config(run: Path, model: Path, *overrides: str) -> RLConfig:
-    values = OmegaConf.load(RECIPES / "tiny_rl.yaml")
-    values.pop("defaults")
-    options = [f"run.dir={run}", f"model.path={model}", f"iterations={STEPS}", "run.save_every=2", "run.keep_last=1"]
-    options += ["run.keep_every=4", "prompts=4", "responses=2", "algorithm.critic_warmup_iterations=1", *overrides]
-    options += ["curriculum=[{until: 3, max_tokens: 65}, {until: 6, max_tokens: 72}]"]
-    return build(RLConfig, OmegaConf.merge(defaults(RLConfig), values, OmegaConf.from_dotlist(options)))
-
+from tests.checkpoint.forked_runs import DEADLINE_S, STEPS, Run, at, moment, wrap
+from tests.checkpoint.kills import MODES, WAYS, kills
 
 # Disturbances: each is called in a rank before it trains --------------------------------------------------
-
-
-def wrap(owner: Any, name: str, before: Callable[..., None]) -> None:
-    original = getattr(owner, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before(*args, **kwargs)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, wrapped)
-
-
-def at(owner: Any, name: str, step: int, number: int, action: Callable[..., None]) -> None:
-    """Do ``action`` before call ``number`` (from 1) of a function in step ``step`` (from 0)."""
-    seen = {"calls": 0}
-
-    def before(*args: Any, **kwargs: Any) -> None:
-        seen["calls"] += moment["step"] == step
-        if moment["step"] == step and seen["calls"] == number:
-            action(*args, **kwargs)
-
-    wrap(owner, name, before)
-
-
-def die(*args: Any, **kwargs: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_in_the_file(path: Path, *args: Any, **kwargs: Any) -> None:
-    path.write_bytes(b"half a shard")
-    die()
-
-
-def die_after_the_manifest(partial: Path, *args: Any, **kwargs: Any) -> None:
-    if partial.name.endswith(".partial") and (partial / "manifest.json").exists():
-        die()
-
-
-def is_doomed(path: Path) -> bool:
-    return path.name.endswith(".old") and path.exists()
-
-
-def kill(rank: int, kind: str, victim: int, step: int, number: int) -> None:
-    """SIGKILL of ``victim``; where only the first rank passes, it is the first."""
-    saves = step - step % 2 + 1  # the step at whose end there is a save
-    match kind:
-        case "data" if rank == victim:
-            at(Processor, "encode", step, 1, die)
-        case "collective" if rank == victim:
-            at(dist, "all_reduce", step, number, die)
-        case "generate" if rank == victim:  # in the middle: some responses are there, others are not
-            at(RolloutEngine, "room_left", step, 5 * number, die)
-        case "grade" if rank == victim:
-            at(grading.RoundGrading, "_submit", step, number, die)
-        case "exchange" if rank == victim:
-            at(experience, "exchange", step, 1, die)
-        case "value" if rank == victim:
-            at(Engine, "scores", step, 1, die)
-        case "update" if rank == victim:
-            at(Engine, "step", step, number, die)
-        case "sync" if rank == victim:
-            at(RolloutEngine, "update", step, 1, die)
-        case "archive" if rank == victim:
-            at(archive, "write_arrays", step, 1, lambda path, *rest: die_in_the_file(path))
-        case "step" if rank == victim:
-            at(Engine, "step", step, 1, die)
-        case "save" if rank == victim:
-            wrap(writing, "write_shard", lambda path, *r: die_in_the_file(path) if moment["step"] >= saves else None)
-        case "manifest" if rank == 0:
-            wrap(writing, "write_manifest", lambda *rest: die() if moment["step"] >= step else None)
-        case "rename" if rank == 0:
-            wrap(writing, "sync", lambda path: die_after_the_manifest(path) if moment["step"] >= step else None)
-        case "prune" if rank == 0:
-            wrap(writing.shutil, "rmtree", lambda path, **rest: die() if is_doomed(Path(path)) else None)
 
 
 def warn(rank: int, number: signal.Signals, victim: int, step: int) -> None:
@@ -246,87 +139,6 @@ def wait_for(rank: int, ready: Path, go: Path) -> None:
 # Runs ----------------------------------------------------------------------------------------------------
 
 
-class Run:
-    """Two ranks on one run folder, at work from the beginning."""
-
-    def __init__(
-        self,
-        out: Path,
-        disturb: Callable[[int], None] | None = None,
-        *overrides: str,
-        name: str = "",
-        stage: str = "coldstart",
-        ranks: int = 2,
-    ):
-        self.out, self.log = out, out.with_name(f"{out.name}{name}.log")
-        compose = {"coldstart": config, "rl": rl_config}[stage]
-        settings = compose(out, out.parent / "model", *overrides)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.pids = [self._fork(rank, port, settings, disturb) for rank in range(ranks)]
-
-    def _fork(
-        self, rank: int, port: int, settings: ColdStartConfig | RLConfig, disturb: Callable[[int], None] | None
-    ) -> int:
-        sys.stdout.flush()
-        if pid := os.fork():
-            return pid
-        code = 1
-        try:
-            file = os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            wrap(coldstart.StepTrainer, "train", lambda trainer, step, *rest: moment.update(step=step))
-            if disturb:
-                disturb(rank)
-            wrap(rl, "iterate", lambda models, rollouts, draw, iteration: moment.update(step=iteration))
-            run_command(partial(rl.run if isinstance(settings, RLConfig) else coldstart.run, settings))
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            raise
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def codes(self) -> list[int]:
-        """Exit codes of the ranks, those of signals negative; whoever takes too long is killed."""
-        until = time.monotonic() + DEADLINE_S
-        ended: dict[int, int] = {}
-        while len(ended) < len(self.pids):
-            for pid in self.pids:
-                if pid not in ended and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                    ended[pid] = os.waitstatus_to_exitcode(found[1])
-            if time.monotonic() > until:
-                for pid in set(self.pids) - set(ended):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-        return [ended[pid] for pid in self.pids]
-
-
-def kills(out: Path, seed: int, count: int, stage: str = "coldstart") -> list[dict[str, Any]]:
-    """Kill ``count`` runs at moments drawn from ``seed``, and let each go on to its end."""
-    generator = random.Random(seed)
-    moments = MOMENTS if stage == "coldstart" else RL_MOMENTS
-    kinds = [moments[(seed + number) % len(moments)] for number in range(count)]
-    found = []
-    for number, kind in enumerate(kinds):
-        where = {"kind": kind, "victim": generator.randrange(2), "step": generator.randrange(1, STEPS)}
-        where["number"] = generator.randrange(1, 4)
-        run = out / f"{stage}_kill_{number}"
-        codes = Run(run, partial(kill, **where), stage=stage).codes()
-        saved = sorted(path.name for path in (run / "checkpoints").glob("*"))
-        entry = {**where, "run": run.name, "killed": codes, "saved": saved, "resumed": Run(run, stage=stage).codes()}
-        print(json.dumps(entry), flush=True)
-        found.append(entry)
-    return found
-
-
 def left_in_generation(out: Path) -> dict[str, Any]:
     """Leave PPO in the first iteration, in one after a save, in one after none, in an update, then go on to the end."""
     usr1, term = signal.SIGUSR1, signal.SIGTERM
@@ -425,19 +237,27 @@ def with_other_folders(out: Path) -> dict[str, Any]:
     return codes | {"unusable": Run(out / "folders", name="_unusable").codes()}
 
 
-def main(out: Path, seed: int, count: int) -> None:
+def main(out: Path, seed: int, count: int, modes: list[str]) -> None:
     make_tiny_model(out / "model", tied=True, seed=5)
-    whole = Run(out / "whole").codes()
-    results = {"whole": whole, "kills": kills(out, seed, count)}
-    every = ("run.save_every=1", "run.keep_last=0")  # what runs that leave anywhere are compared with
-    results |= {
-        "rl_whole": Run(out / "rl_whole", None, *every, stage="rl").codes(),
-        "rl_kills": kills(out, seed, count, "rl"),
-    }
-    if len(sys.argv) < 5:
+    results: dict[str, Any] = {}
+    for mode in modes:
+        whole = f"{mode}_whole"
+        results[whole] = Run(out / whole, None, *MODES[mode].overrides, stage=MODES[mode].stage).codes()
+        results[mode] = kills(out, seed, count, mode, whole)
+    if not modes:
+        results["whole"] = Run(out / "whole").codes()
+        results["kills"] = kills(out, seed, count, "sft", "whole")
+        # What runs that leave anywhere are compared with.
+        every = ("run.save_every=1", "run.keep_last=0")
+        results["rl_whole"] = Run(out / "rl_whole", None, *every, stage="rl").codes()
+        results["rl_kills"] = kills(out, seed, count, "rl", "rl_whole")
+        # One of the other ways of generating, another one each day.
+        mode = WAYS[seed % len(WAYS)]
+        results["way_whole"] = Run(out / "way_whole", None, *MODES[mode].overrides, stage="rl").codes()
+        results["way_kills"] = kills(out, seed, count, mode, "way_whole")
         results |= scenarios(out)
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -75,7 +75,7 @@ def test_exports_outlive_their_checkpoints(runs: Path, codes: dict[str, Any]) ->
     assert not torch.equal(*weights)
 
 
-@pytest.mark.parametrize(("kills", "whole"), [("kills", "whole"), ("rl_kills", "rl_whole")])
+@pytest.mark.parametrize(("kills", "whole"), [("kills", "whole"), ("rl_kills", "rl_whole"), ("way_kills", "way_whole")])
 def test_killed_runs_go_on_as_if_nothing_had_been(runs: Path, codes: dict[str, Any], kills: str, whole: str) -> None:
     assert codes[whole] == [0, 0]
     assert len(codes[kills]) == KILLS

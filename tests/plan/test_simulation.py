@@ -120,9 +120,9 @@ def literal_round(
         for key in engine.make_step():
             result.end_s[index].append(now)
             missing[key[0]] -= 1
+            engine.outstanding -= 1
             if not missing[key[0]]:
                 result.answer_steps[key[0]] = engine.step
-                engine.outstanding -= len(groups[key[0]])
         while schedule == "shared" and not decided and queue and engine.outstanding < max_num_seqs:
             take(engine)
         if not engine.running:
@@ -276,6 +276,17 @@ def test_ranks_that_generate_only_by_hand() -> None:
     assert slow["iteration_s"] == pytest.approx(60)
 
 
+def test_responses_that_continue_on_ranks_that_generate_only() -> None:
+    """Weights are an iteration old when they draw: with a bound of 2 a response goes on in one more round."""
+    problems = [(5,), (100,), (16,), (90,), (10,), (12,), (40,), (15,)]
+    work = setup(problems, 2, world=8)
+    split = list(generate(work, Mode("shared", oversample=1.0, staleness=2, generators=4), 3))
+    together = list(generate(setup(problems, 2, world=4), Mode("shared", oversample=1.0, staleness=1), 3))
+    assert [found.trained for found in split] == [found.trained for found in together]
+    # The weights of round 0 drew in round 1, too: in round 2 they are two iterations old.
+    assert split[2].discarded == 0 < together[2].discarded
+
+
 def test_graders_take_responses_in_the_order_of_their_ends() -> None:
     assert last_verdict([1, 1, 1], workers=2, verdict_s=10) == 21
     assert last_verdict([1, 1, 30], workers=2, verdict_s=10) == 40
@@ -291,6 +302,7 @@ MODES = [
     Mode("shared", oversample=0.5, staleness=1),
     Mode("static", oversample=1.0, staleness=3),
     Mode("shared", staleness=1, generators=2),
+    Mode("shared", oversample=0.5, staleness=2, generators=2),
 ]
 
 

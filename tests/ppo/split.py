@@ -1,7 +1,7 @@
 """Runs whose last ranks only generate, beside the same runs of one side: ``split.py OUT PART``.
 
-``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``tp1`` and ``tp2`` have two ranks on
-either side, with engines of one and of two ranks.
+``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``further`` has older responses,
+``tp1`` and ``tp2`` have two ranks on either side, with engines of one and of two ranks.
 """
 
 import json
@@ -40,6 +40,9 @@ EVALUATION = (
     "evaluation.sources=[{path: 'puzzle:digits?form=text&task=sum', name: sums}]",
 )
 AHEAD = ("iterations=4", "run.save_every=2", "rollout.max_staleness=1")
+FURTHER = ("iterations=5", "run.save_every=3", "rollout.max_staleness=2")
+# Responses that go on under new weights; an engine that begins some of them late.
+IN_FLIGHT = (*FURTHER, "rollout.oversample=0.5", "rollout.max_num_seqs=3")
 # Rounds that draw more prompts than they train on, of which the generators alone know how many.
 SAMPLED = ("iterations=3", "prompts=3", "algorithm.dynamic_sampling=3")
 TAIL = ("iterations=3", "rollout.oversample=0.5")
@@ -216,6 +219,12 @@ if __name__ == "__main__":
         for name, settings in (("sampled", SAMPLED), ("tail", TAIL)):
             train(name, tp, *settings)
             train_alone(f"{name}_one", tp, *settings)
+    elif part == "further":
+        for name, settings in (("further", FURTHER), ("in_flight", IN_FLIGHT)):
+            train(name, *settings)
+            resume(name, f"{name}_resumed", 3, *settings)
+        # Without the archive of what was generated ahead.
+        resume("in_flight", "in_flight_lost", 3, *IN_FLIGHT, rollouts=False)
     elif part == "first":
         with checked_updates("turns"):
             train("turns", *EVALUATION)

@@ -9,7 +9,7 @@ import pytest
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.ppo import counters, round_work
 from ovr_megatron.ppo.counters import RolloutCounters
-from ovr_megatron.ppo.round_work import assign, open_queue
+from ovr_megatron.ppo.round_work import PromptQueue, assign
 from ovr_megatron.runtime import distributed
 
 PROMPTS, RESPONSES, ROOM, STEPS = 10, 4, 16, 500
@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_an_empty_queue_is_asked_once(calls: Counter[str]) -> None:
-    """500 decoding steps, of which ten find a prompt: eleven questions, the last of which finds nothing."""
+    """500 decoding steps, of which ten find a prompt: one question who is there, and eleven for prompts."""
     broadcasts = []
 
     def agree(decide: Any) -> int:
@@ -46,13 +46,41 @@ def test_an_empty_queue_is_asked_once(calls: Counter[str]) -> None:
         return broadcasts[-1]
 
     work = assign(range(100, 100 + PROMPTS), replica=0, replicas=1, static=False)
-    queue = open_queue(work, f"once{id(calls)}", RESPONSES, ROOM, agree)
+    queue = PromptQueue(work, f"once{id(calls)}", RESPONSES, ROOM, replicas=1, agree=agree)
     taken: list[int] = []
     for step in range(STEPS):
         finished = min(step // 10, len(taken))
-        taken += queue((len(taken) - finished) * RESPONSES)
+        taken += queue.take((len(taken) - finished) * RESPONSES)
     assert taken == list(range(100, 100 + PROMPTS))
-    assert calls["next"] == len(broadcasts) == PROMPTS + 1
+    assert calls["next"] == PROMPTS + 1
+    assert calls["engines"] == 1 == len(broadcasts) - calls["next"]
+
+
+def open_queues(name: str, replicas: int, prompts: int, max_num_seqs: int) -> list[PromptQueue]:
+    """Return the queue as each engine of a round has it."""
+    queues = []
+    for replica in range(replicas):
+        work = assign(range(prompts), replica, replicas, static=False)
+        queues.append(PromptQueue(work, name, RESPONSES, max_num_seqs, replicas, lambda decide: decide()))
+    return queues
+
+
+def test_an_engine_that_asks_first_leaves_the_others_their_share(calls: Counter[str]) -> None:
+    """Ten prompts for three engines with room for all of them: none takes more than four before all have asked."""
+    queues = open_queues(f"shares{id(calls)}", 3, PROMPTS, 1000)
+    assert [len(queue.take(0)) for queue in queues] == [4, 4, 2]
+
+
+def test_an_engine_that_is_early_done_takes_what_others_have_no_room_for(calls: Counter[str]) -> None:
+    first, second = open_queues(f"early{id(calls)}", 2, PROMPTS, 2 * RESPONSES)
+    assert first.take(0) == [0, 1]
+    # It has its share of five prompts, but works on none: it would end its round.
+    assert first.take(0) == [2, 3] and first.take(RESPONSES) == [4]
+    assert first.take(RESPONSES) == [] and first.take(0) == [5]
+    assert second.take(0) == [6, 7]
+    # All have asked: the share counts no more.
+    assert first.take(RESPONSES) == [8] and second.take(RESPONSES) == [9]
+    assert first.take(0) == second.take(0) == []
 
 
 def test_the_progress_is_looked_at_once_a_second(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,16 @@ def versions(run: Path, iteration: int) -> set[int]:
     return {int(version) for path in files for version in load_file(path).get("versions", [iteration])}
 
 
+def response_versions(run: Path) -> list[np.ndarray]:
+    """Return the versions [n] of every response of a run that has those of older weights."""
+    arrays: list[np.ndarray] = []
+    for path in run.glob("rollouts/*/*.safetensors"):
+        file = load_file(path)
+        lengths = file["index"][:, 2]
+        arrays += np.split(file["versions"], np.cumsum(lengths)[:-1])
+    return arrays
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run folders of split.py, one trainer beside one generator."""
@@ -56,6 +66,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(AssertionError, match=r"-9.*(\n.*)*has lost another rank of the job"):
         launch(SCRIPT, out, "first", ranks=2, timeout_s=240)
     launch(SCRIPT, out, "second", ranks=2, timeout_s=240)
+    return out
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run folders of split.py whose responses are up to two iterations old."""
+    out = tmp_path_factory.mktemp("older")
+    make_tiny_model(out / "model", tied=True, seed=5)
+    launch(SCRIPT, out, "further", ranks=2, timeout_s=240)
     return out
 
 
@@ -92,6 +111,29 @@ def test_generation_overlaps_training(runs: Path) -> None:
 def test_a_killed_run_goes_on_with_what_was_generated_ahead(runs: Path) -> None:
     assert_same_run(runs / "killed", runs / "ahead", range(4))
     assert curve(runs / "killed") == curve(runs / "ahead")
+
+
+def test_generation_runs_two_iterations_ahead(older: Path) -> None:
+    assert [versions(older / "further", iteration) for iteration in range(5)] == [{0}, {0}, {0}, {1}, {2}]
+    ages = [line["rollout/staleness_mean"] for line in curve(older / "further")]
+    assert ages == [0, 1, 2, 2, 2]
+    assert_same_run(older / "further_resumed", older / "further", range(3, 5))
+    assert curve(older / "further_resumed") == curve(older / "further")[3:]
+
+
+def test_responses_go_on_under_weights_that_come_in_their_middle(older: Path) -> None:
+    for iteration, line in enumerate(curve(older / "in_flight")):
+        newest = max(iteration - 1, 0)
+        assert versions(older / "in_flight", iteration) <= set(range(max(iteration - 2, 0), newest + 1))
+        shares = [line[f"rollout/staleness_share/{age}"] for age in range(3)]
+        assert line["rollout/staleness_mean"] == pytest.approx(shares[1] + 2 * shares[2])
+    assert any(len(set(response.tolist())) == 2 for response in response_versions(older / "in_flight"))
+    assert_same_run(older / "in_flight_resumed", older / "in_flight", range(3, 5))
+    assert curve(older / "in_flight_resumed") == curve(older / "in_flight")[3:]
+
+
+def test_responses_begin_again_where_those_that_were_ahead_are_lost(older: Path) -> None:
+    assert [versions(older / "in_flight_lost", iteration) for iteration in (3, 4)] == [{3}, {3}]
 
 
 def test_a_rehearsal_measures_both_sides(runs: Path) -> None:

@@ -47,6 +47,10 @@ class Case:
     schedule: str = "static"
     mean: float = 2.8
     limits: list[int] = field(default_factory=lambda: [10_000])
+    behind: int = 0  # iterations from the weights that draw a round to those that learn from it
+
+    def version(self, iteration: int) -> int:
+        return max(iteration - self.behind, 0)
 
     def length(self, row: int, sample: int) -> int:
         """Tokens of a response, wherever and by whatever policy it is generated."""
@@ -74,6 +78,11 @@ def random_case(seed: int) -> Case:
     return Case(
         seed, draw.randint(1, 3), prompts, oversample, draw.randint(1, 4), draw.randint(1, 3), room, limits=limits
     )
+
+
+def ahead(case: Case) -> Case:
+    """Return a case of ranks that only generate, one iteration ahead of those that train."""
+    return replace(case, behind=1, max_staleness=case.max_staleness + 1)
 
 
 # The rules, read literally: all engines at once, step by step.
@@ -152,7 +161,7 @@ class LiteralRun:
             for replica in range(case.replicas):
                 running = [(index, k) for index, k in order[replica] if k in missing(index)][: case.room]
                 for index, k in running:
-                    groups[index].responses[k].append(iteration)
+                    groups[index].responses[k].append(case.version(iteration))
                 for index in {index for index, _ in running}:
                     if not missing(index):
                         answered[index] = step
@@ -407,6 +416,8 @@ class Run:
 
         def work(rank: int) -> None:
             self.ranks.local.rank = rank
+            if self.case.behind:
+                self.members[rank].version = self.case.version(iteration)
             try:
                 results[rank] = self.members[rank].collect(self.streams[rank], iteration, self.case.limit(iteration))
             except BaseException as error:
@@ -494,9 +505,12 @@ def check_once(trained: Sequence[int], literal: LiteralRun, rows: Sequence[int])
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_rounds_go_on_as_the_rules_say(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("generates_ahead", [False, True])
+def test_rounds_go_on_as_the_rules_say(seed: int, generates_ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any speed of the engines the same tokens; each prompt is trained on once, and nothing older than allowed."""
     case, rows = random_case(seed), prompt_rows(300)
+    if generates_ahead:
+        case = ahead(case)
     for pace in range(2):
         run, literal = Run(case, monkeypatch, pace), LiteralRun(case)
         trained: list[int] = []

@@ -34,7 +34,9 @@ from ovr_megatron.plan.lengths import Problem
 from ovr_megatron.plan.modes import Mode, Setup, generate
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.timeline import Timeline, gather_timeline
+from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rl.setup import build_models, build_rollouts, open_model_and_prompts
+from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 
@@ -46,7 +48,14 @@ RANKS = 2
 FITTED: tuple[tuple[Literal["static", "shared"], int], ...] = (("static", 1), ("static", 2), ("shared", 2))
 BLOCK = 6  # iterations: two cycles of two short rounds and a long one
 QUEUE_SEQS, ENGINE_SEQS = 8, 64
-MODES = (Mode("static"), Mode("shared"), Mode("static", oversample=0.5), Mode("shared", oversample=0.5))
+MODES = (
+    Mode("static"),
+    Mode("shared"),
+    Mode("static", oversample=0.5),
+    Mode("shared", oversample=0.5),
+    Mode("static", oversample=0.5, staleness=1),
+    Mode("shared", oversample=0.5, staleness=1),
+)
 
 
 @dataclass
@@ -58,6 +67,12 @@ class StepTimes:
     prompt_tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._begin_round()
+
+    def clear(self) -> None:
+        """Forget the steps so far."""
+        for values in (self.rows, self.seconds, self.prompt_tokens):
+            values.clear()
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -73,21 +88,20 @@ class StepTimes:
             self.rows += self.round_rows[:-1]
         self._begin_round()
 
-    def watch(self, rollouts: Rollouts) -> None:
-        """Record the steps of ``rollouts.engine`` from now on."""
-        engine = rollouts.engine
+    def watch(self, engine: RolloutEngine) -> None:
+        """Record the steps of ``engine`` from now on."""
         enqueue, step = engine._enqueue, engine._llm.llm_engine.step
 
-        def enqueue_and_count(prompt: Prompt) -> list[str]:
-            ids = enqueue(prompt)
+        def enqueue_and_count(prompt: Prompt) -> list[tuple[str, int]]:
+            requests = enqueue(prompt)
             lengths = response_lengths(prompt.tokens, len(prompt.seeds), BETWEEN)
             self.started += 1
             self.prompt_tokens.append(len(prompt.tokens))
-            for request, length in zip(ids, lengths, strict=True):
+            for (request, _), length in zip(requests, lengths, strict=True):
                 self.sizes[request.partition("-")[0]] = len(prompt.tokens) + length
                 self.running += 1
                 self.context += len(prompt.tokens)
-            return ids
+            return requests
 
         def step_and_count() -> list:
             self.begins.append(time.perf_counter())
@@ -111,7 +125,18 @@ def fit_rates(times: StepTimes) -> DecodeRates:
     dist.all_gather_object(parts, (times.rows, times.seconds, times.prompt_tokens))
     rows = np.array([row for part in parts for row in part[0]], dtype=float)
     seconds = np.array([value for part in parts for value in part[1]])
-    prompt_tokens = np.mean([tokens for part in parts for tokens in part[2]])
+    prompt_tokens = float(np.mean([tokens for part in parts for tokens in part[2]]))
+    return rates_of(rows, seconds, prompt_tokens)
+
+
+def rates_of(rows: np.ndarray, seconds: np.ndarray, prompt_tokens: float) -> DecodeRates:
+    """Return the rates of steps by least squares.
+
+    Args:
+        rows: [n, 3], as of `StepTimes`.
+        seconds: [n].
+        prompt_tokens: of a prompt, on average.
+    """
     columns = np.column_stack([np.ones(len(rows)), rows])
     step_s, sequence_s, context_s, prompt_s = np.linalg.lstsq(columns, seconds, rcond=None)[0]
     return DecodeRates(step_s, sequence_s, context_s, prompt_s / prompt_tokens)
@@ -158,6 +183,7 @@ def measure(rollouts: Rollouts, config: RLConfig, skip: int, times: StepTimes, f
     Their steps are added to ``times`` where ``fits`` says so.
     """
     rollouts.config = config
+    rollouts.unfinished = UnfinishedResponses()
     stream = open_model_and_prompts(config, SkippedRows())[1]
     stream.draw(skip)
     for iteration in range(BLOCK + 1):
@@ -188,30 +214,39 @@ def run_rank(blocks: int, prompts: int) -> None:
     models, _ = build_models(config, model_folder, stream.processor, world, training=False)
     engine_rollout = replace(config.rollout, max_num_seqs=ENGINE_SEQS)
     rollouts = build_rollouts(replace(config, rollout=engine_rollout), model_folder, stream.processor, models)
-    force_lengths(rollouts.engine, BETWEEN)
+    force_lengths(rollouts.engine, config.responses, BETWEEN)
     times = StepTimes()
     measured = {mode: Measured() for mode in MODES}
     simulated = {mode: Measured() for mode in MODES}
     with rollouts.grader:
-        times.watch(rollouts)
-        # In turns, as the machine may be faster at one time than at another.
+        times.watch(rollouts.engine)
+        # In turns, and each block with rates of its own: the machine may be faster at one time than at another.
         for block in range(blocks):
+            times.clear()
+            modes = list(MODES)
             for schedule, count in FITTED:
                 rollout = replace(config.rollout, schedule=schedule)
                 fitted = replace(config, rollout=rollout, prompts=count * prompts)
                 measure(rollouts, fitted, 200 * block, times, True, Measured())
+                for mode in modes[: len(MODES) // len(FITTED)]:
+                    modes.remove(mode)
+                    rollout = replace(
+                        config.rollout,
+                        schedule=mode.schedule,
+                        oversample=mode.oversample,
+                        max_staleness=mode.staleness,
+                    )
+                    settings = replace(config, rollout=rollout)
+                    measure(rollouts, settings, 5_000 + 200 * block, times, False, measured[mode])
+            rates = fit_rates(times)
+            if world.is_main:
+                print(json.dumps({"name": "rates", **asdict(rates)}), flush=True)
+            lengths = StreamLengths(config, 5_000 + 200 * block)
+            setup = Setup(RANKS, 1, rates, ENGINE_SEQS, QUEUE_SEQS, prompts, lengths)
             for mode in MODES:
-                rollout = replace(config.rollout, schedule=mode.schedule, oversample=mode.oversample)
-                measure(rollouts, replace(config, rollout=rollout), 5_000 + 200 * block, times, False, measured[mode])
-    rates = fit_rates(times)
-    for block in range(blocks):
-        lengths = StreamLengths(config, 5_000 + 200 * block)
-        setup = Setup(RANKS, 1, rates, ENGINE_SEQS, QUEUE_SEQS, prompts, lengths)
-        for mode in MODES:
-            for found in list(generate(setup, mode, BLOCK + 1))[1:]:
-                simulated[mode].add(found.round.engine_s)
+                for generated in list(generate(setup, mode, BLOCK + 1))[1:]:
+                    simulated[mode].add(generated.round.engine_s)
     if world.is_main:
-        print(json.dumps({"name": "rates", **asdict(rates)}))
         for mode in MODES:
             row = {"name": mode.name, "seconds": measured[mode].seconds, "simulated_s": simulated[mode].seconds}
             row |= {"idle_share": measured[mode].idle_share, "simulated_idle": simulated[mode].idle_share}
@@ -234,9 +269,12 @@ def main() -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
     command += ["--rank", "--blocks", str(arguments.blocks), "--prompts", str(arguments.prompts)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    rates, *rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    print("a step: " + ", ".join(f"{name} {1e6 * rates[name]:.2f} us" for name in rates if name != "name"))
-    print(f"{'':34}{'seconds':>9}{'simulated':>11}{'idle':>8}{'simulated':>11}")
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    blocks = [row for row in rows if row["name"] == "rates"]
+    rows = rows[len(blocks) :]
+    for name in blocks[0].keys() - {"name"}:
+        print(f"{name}: " + ", ".join(f"{1e6 * block[name]:.2f}" for block in blocks) + " us")
+    print(f"{'':46}{'seconds':>9}{'simulated':>11}{'idle':>8}{'simulated':>11}")
     failed = False
     for row in rows:
         within = abs(row["simulated_s"] / row["seconds"] - 1) <= BOUND
@@ -244,11 +282,11 @@ def main() -> int:
         within &= difference <= max(BOUND * row["idle_share"], POINTS)
         failed |= not within
         print(
-            f"{row['name']:34}{row['seconds']:9.2f}{row['simulated_s']:11.2f}{row['idle_share']:8.1%}"
+            f"{row['name']:46}{row['seconds']:9.2f}{row['simulated_s']:11.2f}{row['idle_share']:8.1%}"
             f"{row['simulated_idle']:11.1%}{'' if within else '  OUT OF BOUNDS'}"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps([rates, *rows], indent=1) + "\n")
+        arguments.json.write_text(json.dumps([*blocks, *rows], indent=1) + "\n")
     return int(failed)
 
 
