@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -19,6 +20,8 @@ from ovr_megatron.config.fields import (
 )
 from ovr_megatron.config.model import OptimizerConfig, ParallelConfig
 from ovr_megatron.ppo.estimators import find_estimator
+
+_WEIGHT_ERROR = 1e-6  # of the sum of weights: thirds are written with some digits
 
 
 @section("algorithm.")
@@ -172,8 +175,18 @@ class RewardConfig:
     """Memory of one grader in MiB; SymPy needs 256."""
     cache: Annotated[Count, ZeroMeans("off")] = 65536
     """Verdicts in the cache."""
-    rules: dict[str, str] = field(default_factory=dict)
-    """By source, the rule that makes a response right (`ovr_megatron.rewards.rules.rule`); auto by default."""
+    rules: dict[str, str | dict[str, PositiveUnitFloat]] = field(default_factory=dict)
+    """By source, the rule that makes a response right (`ovr_megatron.rewards.rules.rule`), or several with weights that
+    add up to 1, as {math: 0.9, format: 0.1}; auto by default."""
+
+    def __post_init__(self) -> None:
+        for source, rule in self.rules.items():
+            if not isinstance(rule, str):
+                total = math.fsum(rule.values())
+                require(
+                    abs(total - 1.0) < _WEIGHT_ERROR,
+                    f"reward.rules.{source}: the weights add up to {total:g}; divide them so that they add up to 1",
+                )
 
 
 @section("curriculum[].")

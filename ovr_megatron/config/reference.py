@@ -131,7 +131,7 @@ def _type(annotation: Any, places: Mapping[type, list[Place]]) -> str:
     if origin is list:
         return f"list of {texts[0]}"
     if origin is dict:
-        return f"{texts[1]} by name"
+        return f"{texts[1]}{',' if ' ' in texts[1] else ''} by name"
     raise AssertionError(f"a setting of type {annotation}")
 
 

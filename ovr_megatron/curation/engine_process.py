@@ -29,10 +29,11 @@ from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.data.schema import Row
 from ovr_megatron.errors import UserError
+from ovr_megatron.rewards.combination import is_unknown
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.pool import GraderPool
-from ovr_megatron.rewards.rules import is_plain
-from ovr_megatron.rewards.verdict import GradeRequest, Verdict
+from ovr_megatron.rewards.requests import RequestBuilder
+from ovr_megatron.rewards.verdict import RewardRule, Verdict
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.rollout.sampling import Generation, Prompt
@@ -284,23 +285,14 @@ def _grade(
     config = replica.config
     rules = config.reward.rules
     grade_requests = []
-    thinking = config.data.template == "think"
+    builder = RequestBuilder(rules, config.data.template == "think", replica.processor.image_size)
     for request, group in groups:
-        row = request.row
-        rule = rules.get(row.source, "auto")
         for generation in group:
             # A response that was cut off has no final answer, whatever stands in its last box.
             text = ""
             if generation.stopped:
                 text = replica.processor.decode(generation.tokens)
-            grade_request = GradeRequest(
-                text,
-                row.answer or "",
-                row.options,
-                rule,
-                thinking,
-            )
-            grade_requests.append(grade_request)
+            grade_requests.append(builder.build(request.row, text))
     all_verdicts = grader.grade(grade_requests)
     by_row = batches(all_verdicts, config.difficulty.samples)
     graded = []
@@ -316,15 +308,12 @@ def _grade(
         replica.add(request.key, pass_rate(verdicts, rule))
 
 
-def pass_rate(verdicts: Sequence[Verdict], rule: str) -> PassRate:
+def pass_rate(verdicts: Sequence[Verdict], rule: RewardRule) -> PassRate:
     """Return how many of a prompt's ``verdicts`` by ``rule`` are right, of how many, or the error if all failed.
 
-    As in training, an expression that no grader can finish is a wrong answer, but a failure of a user's function says
-    nothing of the response.
+    Verdicts whose reward is unknown are left out, as in training (`ovr_megatron.rewards.combination.is_unknown`).
     """
-    valid = list(verdicts)
-    if not is_plain(rule):
-        valid = [verdict for verdict in verdicts if not verdict.failed]
+    valid = [verdict for verdict in verdicts if not is_unknown(verdict, rule)]
     if not valid:
         first = verdicts[0]
         parts = (first.reason, first.box)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.rewards.rules import RuleError
+from ovr_megatron.rewards.verdict import RuleError
 
 
 def check_sources(config: PrepareConfig) -> None:

@@ -12,7 +12,7 @@ from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.stream import RowPosition, RowStream, StreamState
 from ovr_megatron.rewards.references import check_reference
-from ovr_megatron.rewards.rules import RuleError
+from ovr_megatron.rewards.verdict import RewardRule, RuleError
 
 MOST_DROPPED = 10_000  # prompts in a row that are left out, after which the stream gives up
 
@@ -42,7 +42,11 @@ class PromptStream:
     """
 
     def __init__(
-        self, stream: RowStream, processor: Processor, rules: Mapping[str, str], skipped: SkippedRows | None = None
+        self,
+        stream: RowStream,
+        processor: Processor,
+        rules: Mapping[str, RewardRule],
+        skipped: SkippedRows | None = None,
     ):
         """Draw from ``stream``.
 

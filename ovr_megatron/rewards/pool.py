@@ -15,15 +15,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.rewards.rules import cache_key
-from ovr_megatron.rewards.verdict import WALL_FACTOR, GradeRequest, Reason, Verdict
+from ovr_megatron.rewards.combination import combine, weights_of
+from ovr_megatron.rewards.request_json import request_to_json
+from ovr_megatron.rewards.rules import cache_key, resolved
+from ovr_megatron.rewards.verdict import WALL_FACTOR, GradeRequest, Reason, RewardRule, Verdict
 from ovr_megatron.runtime.environment import child_environment
 
 __all__ = ["GradeRequest", "GraderPool", "PoolError", "Reason", "Verdict"]
@@ -59,6 +61,22 @@ class _Task:
     tries: int = 0
 
 
+@dataclass(eq=False)
+class _Joint:
+    """A request with weighted rules, and the verdicts that there are; ``key`` is the caller's."""
+
+    key: Hashable
+    weights: Mapping[str, float]
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+
+class _PartKey(NamedTuple):
+    """Key of the request of one of a joint's rules."""
+
+    joint: _Joint
+    rule: str
+
+
 class _Worker:
     """One grader process: starting, idle, or busy with ``task``.
 
@@ -89,14 +107,14 @@ class _Worker:
         self._start_cpu = 0.0  # CPU time of the process at the start of the task
         self._partial = b""  # output after the last complete line
 
-    def send(self, task: _Task) -> None:
+    def send(self, task: _Task, with_row: bool) -> None:
         """Send a request to the worker; if the worker has died, the next `receive` returns None."""
         assert self.process.stdin is not None
         self.task = task
         self.fresh = False
         self._start_time = time.monotonic()
         self._start_cpu = self._cpu_seconds()
-        line = json.dumps(asdict(task.request))
+        line = json.dumps(request_to_json(task.request, with_row))
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
@@ -178,6 +196,7 @@ class GraderPool:
         self._retries: deque[_Task] = deque()
         self._cache: dict[tuple[object, ...], Verdict] = {}
         self._cache_size = cache
+        self._row_rules: set[RewardRule] = set()  # of functions that take the row
         self._cached: list[tuple[Hashable, Verdict]] = []  # verdicts from the cache, not yet collected
         for _ in range(workers):
             self._start()
@@ -228,18 +247,27 @@ class GraderPool:
 
     @property
     def pending(self) -> int:
-        """Return the number of submitted requests whose verdicts have not been collected."""
+        """Return the number of submitted requests whose verdicts have not been collected; each weighted rule is one."""
         busy = sum(worker.task is not None for worker in self._workers)
         return len(self._cached) + len(self._waiting) + len(self._retries) + busy
 
     def submit(self, key: Hashable, request: GradeRequest) -> None:
-        """Submit a request; `collect` returns its verdict with ``key``.
+        """Submit a request; `collect` returns its verdict with ``key``.  Weighted rules are graded side by side.
 
         Raises:
             PoolError: the pool is closed.
         """
         if not self._workers:
             raise PoolError("the grader pool is closed; make a new one")
+        if isinstance(request.rule, str):
+            self._submit(key, replace(request, rule=resolved(request.rule, request.row)))
+            return
+        joint = _Joint(key, weights_of(request.rule))
+        for name in joint.weights:
+            self._submit(_PartKey(joint, name), replace(request, rule=resolved(name, request.row)))
+
+    def _submit(self, key: Hashable, request: GradeRequest) -> None:
+        """Submit a request with a single rule."""
         verdict_key = cache_key(request) if self._cache_size else None
         if verdict_key in self._cache:
             self._cached.append((key, self._cache[verdict_key]))
@@ -266,7 +294,7 @@ class GraderPool:
             if seconds is not None and seconds <= 0:
                 collected += self._replace(worker, Verdict(Reason.TIMEOUT))
         self._dispatch()
-        return collected
+        return list(_join(collected))
 
     def _wait_s(self) -> float:
         """Return the seconds until the first worker can reach its limit, at least `LEAST_WAIT_S`."""
@@ -304,6 +332,10 @@ class GraderPool:
         if task is None:
             return []
         verdict = Verdict(Reason(raw["reason"]), raw["box"], raw["score"])
+        if verdict.reason is Reason.NEEDS_ROW and task.request.rule not in self._row_rules:
+            self._row_rules.add(task.request.rule)
+            self._send(worker, task)
+            return []
         if verdict.failed and task.tries + 1 < TRIES:
             return self._replace(worker, verdict)
         worker.task = None
@@ -319,9 +351,13 @@ class GraderPool:
             if not worker.ready or worker.task is not None:
                 continue
             if self._retries and worker.fresh:
-                worker.send(self._retries.popleft())
+                self._send(worker, self._retries.popleft())
             elif self._waiting:
-                worker.send(self._waiting.popleft())
+                self._send(worker, self._waiting.popleft())
+
+    def _send(self, worker: _Worker, task: _Task) -> None:
+        # A row may hold images: it is sent to a function that has asked for one, from then on with the request.
+        worker.send(task, with_row=task.request.rule in self._row_rules)
 
     def _replace(self, worker: _Worker, verdict: Verdict) -> list[tuple[Hashable, Verdict]]:
         """Replace a worker that failed; return ``verdict`` on its task, unless the task is tried again.
@@ -361,3 +397,15 @@ class GraderPool:
         self._selector.unregister(worker.process.stdout)
         self._workers.remove(worker)
         return worker.kill()
+
+
+def _join(verdicts: Iterable[tuple[Hashable, Verdict]]) -> Iterator[tuple[Hashable, Verdict]]:
+    """Yield the verdicts with the caller's keys; those of a joint's rules as one, once all are there."""
+    for key, verdict in verdicts:
+        if not isinstance(key, _PartKey):
+            yield key, verdict
+            continue
+        joint = key.joint
+        joint.verdicts[key.rule] = verdict
+        if len(joint.verdicts) == len(joint.weights):
+            yield joint.key, combine(joint.weights, joint.verdicts)

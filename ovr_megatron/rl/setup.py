@@ -23,6 +23,7 @@ from ovr_megatron.ppo.losses import find_loss
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards import rules
+from ovr_megatron.rewards.combination import check_rules
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -59,8 +60,7 @@ def check_names(config: RLConfig) -> None:
         RuleError: a rule of ``reward.rules`` would not work in a grader.
         UserError: there is no such loss, correction or tracker, or the correction cannot have these bounds.
     """
-    for name in config.reward.rules.values():
-        rules.check(name)
+    check_rules(config.reward)
     find_loss(config.algorithm.loss)
     if config.algorithm.correction:
         correction_bounds(config.algorithm)
@@ -81,7 +81,7 @@ def with_rewards(config: RLConfig | ColdStartConfig, rewards: Mapping[str, Rewar
     if not rewards:
         return config
     places = {source: rules.place_of(function) for source, function in rewards.items()}
-    return replace(config, reward=replace(config.reward, rules=config.reward.rules | places))
+    return replace(config, reward=replace(config.reward, rules={**config.reward.rules, **places}))
 
 
 def check_steps(config: RLConfig, world: World) -> None:

@@ -21,7 +21,7 @@ from ovr_megatron.evaluation.command import (
     parse_sets,
     response_limit,
 )
-from ovr_megatron.evaluation.evaluator import grade
+from ovr_megatron.evaluation.grading import grade
 from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import GradedResponse
 from ovr_megatron.evaluation.statistics import wilson
