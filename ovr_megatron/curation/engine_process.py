@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 
 from ovr_megatron.config import ParallelConfig, build
 from ovr_megatron.curation.difficulty import PassRate
-from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import ROWS, batches
 from ovr_megatron.curation.teacher import has_video, question_key
@@ -31,6 +30,7 @@ from ovr_megatron.data.schema import Row
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.combination import is_unknown
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
+from ovr_megatron.rewards.judge_client import Judges
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.requests import RequestBuilder
 from ovr_megatron.rewards.verdict import RewardRule, Verdict
@@ -39,6 +39,7 @@ from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.journal import Journal
 from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.terminal import printable
 
@@ -244,6 +245,7 @@ def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: Worl
         reward.timeout_s,
         reward.memory_mib,
         reward.cache,
+        Judges(reward.judges, Path(config.dir) / "judges", replica.index, replica.count),
     )
     watch = FailureWatch(reward.rules)
     # Four times what the engine runs at a time: the engine idles less while the longest response of a batch finishes.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.curation.reward_rules import check_sources
+from ovr_megatron.curation import reward_rules
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, batches
 from ovr_megatron.curation.text import response_text
@@ -20,6 +20,7 @@ from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.data.schema import ImageSize, Row
 from ovr_megatron.rewards.combination import all_parts, any_part
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
+from ovr_megatron.rewards.judge_client import Judges
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.requests import RequestBuilder
 from ovr_megatron.rewards.rules import ignores_answer, reads_box, reads_image_size
@@ -34,11 +35,12 @@ def run(work: Work) -> None:
     Raises:
         RewardError: nearly all verdicts of a source failed.
     """
-    check_sources(work.config)
+    reward_rules.check_sources(work.config)
     reward = work.config.reward
     watch = FailureWatch(reward.rules)
     requests = _Requests(work.config)
-    with GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache) as pool:
+    judges = Judges(reward.judges, Path(work.config.dir) / "judges")
+    with GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache, judges) as pool:
         for batch in batches(work.rows(), _BATCH):
             verdicts = _grade(pool, batch, requests)
             rows = list(zip(batch, verdicts, strict=True))
@@ -52,6 +54,8 @@ def run(work: Work) -> None:
             for row, verdict in rows:
                 _write(work, row, verdict)
             work.progress.update(len(batch))
+        if reward.judges:
+            work.extra["judges"] = pool.take_judge_counts()
 
 
 class _Requests:
@@ -136,6 +140,7 @@ def settings(config: PrepareConfig) -> list[object]:
     return [
         config.verify,
         reward.rules,
+        *reward_rules.judge_settings(reward),
         reward.timeout_s,
         reward.memory_mib,
     ]

@@ -17,9 +17,7 @@ from ovr_megatron.rewards.combination import is_unknown
 from ovr_megatron.rewards.failures import VerdictCounts, count_verdicts
 from ovr_megatron.rewards.pool import GraderPool, Verdict
 from ovr_megatron.rewards.requests import RequestBuilder
-from ovr_megatron.rewards.verdict import Reason, RewardRule
-
-_EXPLAINED = (Reason.SCORE, Reason.WEIGHTED, Reason.JUDGE)  # reasons that say nothing without the verdict's text
+from ovr_megatron.rewards.verdict import RewardRule
 
 
 class RoundGrading:
@@ -127,7 +125,7 @@ def write_verdict(response: Response, verdict: Verdict, rule: RewardRule) -> flo
     response.failed = verdict.failed
     if is_unknown(verdict, rule):
         response.rewarded = False
-    if not response.rewarded or verdict.reason in _EXPLAINED:
-        parts = filter(None, (verdict.reason, verdict.box))
-        response.verdict = ": ".join(parts)
+    # The box of a rule without a score is in the response, where people read it.
+    if verdict.box and (verdict.score is not None or not response.rewarded):
+        response.verdict = f"{verdict.reason}: {verdict.box}"
     return response.reward
