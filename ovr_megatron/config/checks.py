@@ -43,10 +43,10 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
         schema: a class of settings.
         prefix: what stands before the names of its fields, as ``run.``.
     """
-    first, *others = error.errors(include_url=False)
+    first, *further = error.errors(include_url=False)
     # Of a text or an object, the errors of the text come first.
-    if others and first["type"] == "string_type" and isinstance(first["input"], dict):
-        first = others[0]
+    if further and first["type"] == "string_type" and isinstance(first["input"], dict):
+        first = further[0]
     kind = first["type"]
     path = _without_types(first["loc"])
     input_value = first["input"]
@@ -86,7 +86,7 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
 def _without_types(path: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Return a path of pydantic's without the names of types that it adds for a text or an object."""
     names = tuple(name for name in path if not str(name).startswith("dict["))
-    return names[:-1] if names[-1:] == ("str",) else names
+    return names[:-1] if names[-1:] in (("str",), ("constrained-str",)) else names
 
 
 def fields_of(schema: type) -> dict[str, FieldInfo]:

@@ -16,8 +16,8 @@ def overlap(first: Box, second: Box) -> float:
 
 
 def _area(box: Box) -> float:
-    left, top, right, bottom = box
-    return (right - left) * (bottom - top)
+    x0, y0, x1, y1 = box
+    return (x1 - x0) * (y1 - y0)
 
 
 def edit_distance(first: str, second: str) -> int:

@@ -50,13 +50,13 @@ class Region:
     @property
     def centre(self) -> tuple[float, float]:
         """Return the middle of the box, or the point itself."""
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
 
     def scaled(self, horizontal: float, vertical: float) -> Region:
         """Return the region with its coordinates multiplied."""
-        left, top, right, bottom = self.box
-        box = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
+        x0, y0, x1, y1 = self.box
+        box = (x0 * horizontal, y0 * vertical, x1 * horizontal, y1 * vertical)
         return Region(box, self.label, self.is_point)
 
 
@@ -176,6 +176,6 @@ def _region(values: Sequence[Any], label: str = "") -> Region | None:
     if len(numbers) == 2:
         horizontal, vertical = numbers
         return Region((horizontal, vertical, horizontal, vertical), label, is_point=True)
-    left, right = sorted((numbers[0], numbers[2]))
-    top, bottom = sorted((numbers[1], numbers[3]))
-    return Region((left, top, right, bottom), label)
+    x0, x1 = sorted((numbers[0], numbers[2]))
+    y0, y1 = sorted((numbers[1], numbers[3]))
+    return Region((x0, y0, x1, y1), label)

@@ -71,8 +71,8 @@ class _JudgeAnswers:
         self._replies = replies
         self._lock = threading.Lock()
         self._journal = Journal(job.folder / f"{name}.{job.rank:05d}.jsonl")
-        others = [path for path in sorted(job.folder.glob(f"{name}.*.jsonl")) if path != self._journal.path]
-        self._earlier = [Journal(path, append=False) for path in others]
+        other_paths = [path for path in sorted(job.folder.glob(f"{name}.*.jsonl")) if path != self._journal.path]
+        self._earlier = [Journal(path, append=False) for path in other_paths]
         self._added: dict[int, dict[str, Any]] = {}  # answers that the journal's index does not have yet
         self._waiting: dict[int, list[int]] = {}  # by key of a question in flight, the ids that wait for it
         requests = 0

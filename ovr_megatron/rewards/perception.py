@@ -42,7 +42,7 @@ _WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Options:
+class RuleParameters:
     """Parameters of a rule, behind its name and separated by colons.
 
     Attributes:
@@ -70,7 +70,9 @@ class Options:
         return [region.scaled(*factors) for region in regions]
 
 
-def read_options(name: str, parameters: str, words: Collection[str], largest: float, has_frame: bool) -> Options:
+def read_parameters(
+    name: str, parameters: str, words: Collection[str], largest: float, has_frame: bool
+) -> RuleParameters:
     """Read the ``parameters`` of the rule called ``name``.
 
     Args:
@@ -94,7 +96,7 @@ def read_options(name: str, parameters: str, words: Collection[str], largest: fl
             flags.add(parameter)
         else:
             number = _read_number(name, parameter, allowed, largest, number)
-    return Options(number, frozenset(flags), frame)
+    return RuleParameters(number, frozenset(flags), frame)
 
 
 def _read_number(name: str, text: str, words: Sequence[str], largest: float, previous: float | None) -> float:
@@ -131,7 +133,7 @@ def answer_of(request: GradeRequest) -> str | None:
 
 def box_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
     """Return the rule of one box: its overlap with the reference, or with a threshold whether it reaches that."""
-    options = read_options("box", parameters, (), 1.0, has_frame=True)
+    settings = read_parameters("box", parameters, (), 1.0, has_frame=True)
 
     def grade(request: GradeRequest) -> Verdict:
         regions = _response_regions(request)
@@ -140,9 +142,9 @@ def box_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
             return Verdict(Reason.UNREADABLE)
         if len(boxes) > 1:
             return Verdict(Reason.SEVERAL_ANSWERS, _shown(boxes))
-        [reference] = options.reference(request)
+        [reference] = settings.reference(request)
         share = overlap(boxes[0], reference.box)
-        return _score(share, options.number, f"IoU {share:.4f}")
+        return _score(share, settings.number, f"IoU {share:.4f}")
 
     return grade
 
@@ -153,7 +155,7 @@ def boxes_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
     The score is twice the sum of the overlaps of matched boxes over the number of boxes of both; with a threshold,
     pairs that reach it count 1 and others 0 (F1).  With ``labels`` boxes of different labels do not match.
     """
-    options = read_options("boxes", parameters, ("labels",), 1.0, has_frame=True)
+    settings = read_parameters("boxes", parameters, ("labels",), 1.0, has_frame=True)
 
     def grade(request: GradeRequest) -> Verdict:
         boxes = [region for region in _response_regions(request) if not region.is_point]
@@ -161,17 +163,17 @@ def boxes_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
             return Verdict(Reason.UNREADABLE)
         if len(boxes) > MAX_BOXES:
             return Verdict(Reason.SEVERAL_ANSWERS, f"{len(boxes)} boxes")
-        references = options.reference(request)
+        references = settings.reference(request)
         # Only graders import NumPy, and of them only those that match boxes.
         from ovr_megatron.rewards.assignment import best_assignment  # noqa: PLC0415
 
         gains = [[0.0] * len(references) for _ in boxes]
         for i, box in enumerate(boxes):
             for j, reference in enumerate(references):
-                if "labels" in options.flags and _label(box) != _label(reference):
+                if "labels" in settings.flags and _label(box) != _label(reference):
                     continue
                 share = overlap(box.box, reference.box)
-                gains[i][j] = share if options.number is None else float(share >= options.number)
+                gains[i][j] = share if settings.number is None else float(share >= settings.number)
         total = sum(gains[i][j] for i, j in best_assignment(gains))
         score = 2 * total / (len(boxes) + len(references))
         return Verdict(Reason.SCORE, f"{len(boxes)} boxes, {len(references)} in the reference", min(score, 1.0))
@@ -181,7 +183,7 @@ def boxes_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
 
 def point_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
     """Return the rule of a point: right inside a box of the reference, or within a distance in pixels of it."""
-    options = read_options("point", parameters, (), math.inf, has_frame=True)
+    settings = read_parameters("point", parameters, (), math.inf, has_frame=True)
 
     def grade(request: GradeRequest) -> Verdict:
         points = list(dict.fromkeys(region.centre for region in _response_regions(request)))
@@ -189,8 +191,8 @@ def point_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
             return Verdict(Reason.UNREADABLE)
         if len(points) > 1:
             return Verdict(Reason.SEVERAL_ANSWERS, _shown(points))
-        distance = min(_distance(points[0], region) for region in options.reference(request))
-        is_right = distance <= (options.number or 0.0)
+        distance = min(_distance(points[0], region) for region in settings.reference(request))
+        is_right = distance <= (settings.number or 0.0)
         return Verdict(Reason.SCORE, f"{distance:.1f} pixels off", float(is_right))
 
     return grade
@@ -201,7 +203,7 @@ def count_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
 
     A list of boxes or points counts as its length.
     """
-    options = read_options("count", parameters, ("graded",), 0.0, has_frame=False)
+    settings = read_parameters("count", parameters, ("graded",), 0.0, has_frame=False)
 
     def grade(request: GradeRequest) -> Verdict:
         answer = answer_of(request)
@@ -213,7 +215,7 @@ def count_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
         [count] = counts
         [reference] = _counts(request.answer)
         score = float(count == reference)
-        if "graded" in options.flags:
+        if "graded" in settings.flags:
             score = max(0.0, 1.0 - abs(count - reference) / max(reference, 1))
         return Verdict(Reason.SCORE, str(count), score)
 
@@ -225,16 +227,16 @@ def ocr_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
 
     Runs of white space count as one space; with ``nocase`` capitals count as small letters.
     """
-    options = read_options("ocr", parameters, ("nocase",), 1.0, has_frame=False)
+    settings = read_parameters("ocr", parameters, ("nocase",), 1.0, has_frame=False)
 
     def grade(request: GradeRequest) -> Verdict:
         answer = answer_of(request)
         if answer is None:
             return Verdict(Reason.UNREADABLE)
-        texts = [_plain_text(text, "nocase" in options.flags) for text in (answer, _reference_text(request.answer))]
+        texts = [_plain_text(text, "nocase" in settings.flags) for text in (answer, _reference_text(request.answer))]
         longest = max(map(len, texts))
         similarity = 1.0 - edit_distance(*texts) / longest if longest else 1.0
-        return _score(similarity, options.number, f"similarity {similarity:.4f}")
+        return _score(similarity, settings.number, f"similarity {similarity:.4f}")
 
     return grade
 
@@ -254,7 +256,7 @@ def reference_problem(kind: str, parameters: str, answer: str) -> str | None:
     if kind == "point":
         if not regions:
             return "it has no box and no point"
-        if len(boxes) < len(regions) and read_options(kind, parameters, (), math.inf, has_frame=True).number is None:
+        if len(boxes) < len(regions) and read_parameters(kind, parameters, (), math.inf, has_frame=True).number is None:
             return "it is a point, which needs a distance in pixels, as in point:20"
         return None
     if not boxes or len(boxes) < len(regions):
@@ -291,9 +293,9 @@ def _label(region: Region) -> str:
 
 def _distance(point: tuple[float, float], region: Region) -> float:
     """Return the distance in pixels of a point from the nearest point of a region, 0 inside."""
-    left, top, right, bottom = region.box
-    horizontal = max(left - point[0], 0.0, point[0] - right)
-    vertical = max(top - point[1], 0.0, point[1] - bottom)
+    x0, y0, x1, y1 = region.box
+    horizontal = max(x0 - point[0], 0.0, point[0] - x1)
+    vertical = max(y0 - point[1], 0.0, point[1] - y1)
     return math.hypot(horizontal, vertical)
 
 

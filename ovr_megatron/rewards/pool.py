@@ -142,8 +142,8 @@ class GraderPool:
     def pending(self) -> int:
         """Return the number of submitted requests whose verdicts have not been collected; each weighted rule is one."""
         busy = sum(worker.task is not None for worker in self._workers)
-        asked = self._judges.pending if self._judges else 0
-        return len(self._ready) + len(self._waiting) + len(self._retries) + busy + asked
+        questions = self._judges.pending if self._judges else 0
+        return len(self._ready) + len(self._waiting) + len(self._retries) + busy + questions
 
     def take_judge_counts(self) -> dict[str, float]:
         """Return requests, tokens and outcomes of the judges since the last call; empty without judges."""
@@ -208,8 +208,8 @@ class GraderPool:
             seconds = worker.time_left()
             if seconds is not None:  # an idle worker has no limit
                 limits.append(seconds)
-        asked = self._judges is not None and self._judges.pending
-        earliest = min(limits, default=_JUDGE_WAIT_S if asked else 0.0)
+        has_questions = self._judges is not None and self._judges.pending > 0
+        earliest = min(limits, default=_JUDGE_WAIT_S if has_questions else 0.0)
         return max(LEAST_WAIT_S, earliest)
 
     def cancel(self) -> None:

@@ -322,17 +322,17 @@ def _user_rule(function: Any) -> Rule | None:
 
     def grade_by_user(request: GradeRequest) -> Verdict:
         arguments: list[object] = [request.response, request.answer, request.options]
-        named: dict[str, object] = {}
+        keywords: dict[str, object] = {}
         if row_parameter is not None:
             if request.row is None:
                 return Verdict(Reason.NEEDS_ROW)
             if row_parameter:
-                named[row_parameter] = request.row
+                keywords[row_parameter] = request.row
             else:
                 arguments.append(request.row)
         try:
             # Any number will do, also a NumPy scalar or a bool.
-            score = float(function(*arguments, **named))
+            score = float(function(*arguments, **keywords))
         except RULE_ERRORS as error:
             return Verdict(Reason.RAISED, f"{type(error).__name__}: {error}"[:MAX_ANSWER])
         if not 0 <= score <= 1:
