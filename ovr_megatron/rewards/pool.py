@@ -20,7 +20,7 @@ from ovr_megatron.rewards.combination import combine, weights_of
 from ovr_megatron.rewards.grader_process import GraderProcess, GraderTask
 from ovr_megatron.rewards.judge_client import JudgeClient, Judges
 from ovr_megatron.rewards.rules import cache_key, is_judge, resolved
-from ovr_megatron.rewards.verdict import GradeRequest, Reason, RewardRule, RuleError, Verdict
+from ovr_megatron.rewards.verdict import FINAL, GradeRequest, Reason, RewardRule, RuleError, Verdict
 
 __all__ = ["GradeRequest", "GraderPool", "PoolError", "Reason", "Verdict"]
 
@@ -247,7 +247,7 @@ class GraderPool:
             self._row_rules.add(task.request.rule)
             self._send(worker, task)
             return []
-        if verdict.failed and task.tries + 1 < TRIES:
+        if verdict.failed and verdict.reason not in FINAL and task.tries + 1 < TRIES:
             return self._replace(worker, verdict)
         worker.task = None
         # A failure is not cached: the same request may succeed on a less busy node.

@@ -52,6 +52,8 @@ class Reason(StrEnum):
 
 
 RIGHT = frozenset({Reason.LETTER, Reason.CONTENT, Reason.TEXT, Reason.NUMBER, Reason.MATH})
+FINAL = frozenset({Reason.BAD_REFERENCE, Reason.NEEDS_ROW})
+"""Failures that another grader would repeat."""
 UNKNOWN = frozenset({Reason.RAISED, Reason.BAD_REFERENCE, Reason.NEEDS_ROW, Reason.NO_VERDICT})
 """Reasons that leave the reward unknown."""
 FAILED = frozenset({Reason.TIMEOUT, Reason.CRASH}) | UNKNOWN

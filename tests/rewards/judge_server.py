@@ -11,6 +11,9 @@ import argparse
 import asyncio
 import json
 import re
+import subprocess
+import sys
+import urllib.request
 
 ASKED = []
 KEYS = set()
@@ -61,6 +64,28 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lat
         IN_FLIGHT["now"] -= 1
     finally:
         writer.close()
+
+
+class Server:
+    """The endpoint of `judge_server.py` in a process of its own."""
+
+    def __init__(self, latency_s: float = 0.0):
+        self.process = subprocess.Popen(self.command(latency_s), stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    @staticmethod
+    def command(latency_s: float = 0.0, port: int = 0) -> list[str]:
+        return [sys.executable, __file__, "--latency-s", str(latency_s), "--port", str(port)]
+
+    def report(self) -> dict:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/asked") as reply:
+            return json.load(reply)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 async def main() -> None:

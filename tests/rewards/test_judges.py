@@ -1,12 +1,10 @@
 """Judges: templates and verdicts by hand, and whole pools against a real HTTP server on this machine."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -20,28 +18,9 @@ from ovr_megatron.rewards.judge_templates import open_template, read_verdict
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason
 from ovr_megatron.rewards.references import check_reference
 from ovr_megatron.rewards.verdict import RuleError
+from tests.rewards.judge_server import Server
 
-SERVER = Path(__file__).with_name("judge_server.py")
 KEY = "sk-secret-of-the-test"
-
-
-class Server:
-    """The endpoint of `judge_server.py` in a process of its own."""
-
-    def __init__(self, latency_s: float = 0.0):
-        command = [sys.executable, str(SERVER), "--latency-s", str(latency_s)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-
-    def report(self) -> dict:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/asked") as reply:
-            return json.load(reply)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +183,7 @@ def test_a_judge_that_dies_is_bounded_and_asked_again_once_it_is_back(tmp_path):
         began = time.monotonic()
         dead = pool.grade([request(f"dead {n}") for n in range(200)])
         seconds = time.monotonic() - began
-        returned = subprocess.Popen([sys.executable, str(SERVER), "--port", str(server.port)], stdout=subprocess.PIPE)
+        returned = subprocess.Popen(server.command(port=server.port), stdout=subprocess.PIPE)
         assert returned.stdout is not None and returned.stdout.readline()
         time.sleep(0.4)  # the pause
         [after] = pool.grade([request("after")])
