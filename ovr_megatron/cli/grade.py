@@ -119,7 +119,7 @@ def _read_row(raw: Mapping[str, object], where: str) -> GradedRow:
     options = raw.get("options") or []
     if not isinstance(response, str):
         raise GradeFileError(f"{where}:response: {_describe(raw, 'response')}; give the text of the response")
-    if isinstance(answer, list | dict):
+    if _is_regions(answer):
         answer = json.dumps(answer, ensure_ascii=False)
     if not _is_value(answer):
         raise GradeFileError(f"{where}:answer: {_describe(raw, 'answer')}; give the reference as a text or a number")
@@ -194,6 +194,17 @@ def read_reward(settings: Sequence[str], rule: str) -> RewardConfig:
     config = replace(config, rules={"rows": rule})
     check_rules(config)
     return config
+
+
+def _is_regions(answer: object) -> bool:
+    """Return whether an answer may be boxes or points in JSON: an object, or a list without texts."""
+    if isinstance(answer, dict):
+        return True
+    return (
+        isinstance(answer, list)
+        and bool(answer)
+        and all(isinstance(item, int | float | list | dict) for item in answer)
+    )
 
 
 def _is_value(value: object) -> bool:
@@ -314,9 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--timeout-s", type=number(above=0), default=5.0, metavar="S", help="CPU time of a verdict (default: 5)"
     )
     parser.add_argument("--rule", default="auto", metavar="RULE", help="rule of rewards, as box:0.5 (default: auto)")
-    parser.add_argument(
-        "--thinking", action="store_true", help="prompts opened a thought (data.template=think)"
-    )
+    parser.add_argument("--thinking", action="store_true", help="prompts opened a thought (data.template=think)")
     parser.add_argument("settings", nargs="*", metavar="reward.KEY=VALUE", help="settings of judges")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--out", type=Path, metavar="JSONL", help="write every row with its verdict to this file")

@@ -354,7 +354,7 @@ def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None
         RowError: the field is no text, or the solution is a derivation.
     """
     answer = raw.get("answer")
-    if _is_list(answer) or isinstance(answer, Mapping):
+    if _is_regions(answer):
         try:
             return json.dumps(answer, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
@@ -367,6 +367,15 @@ def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None
     if "\\boxed" in solution:
         raise RowError(where, "solution", "holds a derivation", "put its final answer into a field 'answer'")
     return solution.removeprefix("<answer>").removesuffix("</answer>").strip()
+
+
+def _is_regions(answer: Any) -> bool:
+    """Return whether an answer may be boxes or points: an object, or a list of objects, numbers or lists."""
+    if isinstance(answer, Mapping):
+        return True
+    if not _is_list(answer) or not answer:
+        return False
+    return all(_is_number(item) or _is_list(item) or isinstance(item, Mapping) for item in answer)
 
 
 def is_structured(answer: str) -> bool:
