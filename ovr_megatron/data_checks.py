@@ -13,6 +13,7 @@ from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import ENDLESS, Row, RowError, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.streamed import StreamedRows, StreamError
+from ovr_megatron.rewards.judge_templates import open_templates
 from ovr_megatron.rewards.references import check_reference
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 from ovr_megatron.runtime.progress import Progress
@@ -34,7 +35,8 @@ def checks_of(config: ColdStartConfig | RLConfig, processor: Processor | None) -
     is_rl = isinstance(config, RLConfig)
     checks: list[Check] = [partial(load_media, config=config.data)]
     if isinstance(config, RLConfig):
-        checks.append(partial(check_reference, rules=config.reward.rules))
+        judges = open_templates(config.reward.judges)
+        checks.append(partial(check_reference, rules=config.reward.rules, judges=judges))
     if processor is not None:
         limit = 0 if is_rl else config.data.pack_tokens
         checks.append(partial(_check_length, processor=processor, generation=is_rl, limit=limit))

@@ -81,11 +81,11 @@ def _is_text_hint(hint: Any) -> bool:
 
 
 def _inner_schemas(hint: Any) -> Iterator[tuple[type, str]]:
-    """Yield the dataclasses in a type hint, each with the mark ``[]`` for every list around it."""
+    """Yield the dataclasses in a type hint, each with a mark for what is around it: ``[]`` a list, ``.NAME`` names."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint, ""
     for argument in typing.get_args(hint):
-        mark = "[]" if typing.get_origin(hint) is list else ""
+        mark = {list: "[]", dict: ".NAME"}.get(typing.get_origin(hint), "")
         for inner_schema, inner_mark in _inner_schemas(argument):
             yield inner_schema, mark + inner_mark
 

@@ -170,8 +170,14 @@ def prepare(folder: Path) -> None:
     riddle = {"riddle": "How many dots?", "picture": "dots.png", "solution": "3"}
     (folder / "riddles.jsonl").write_text(json.dumps(riddle) + "\n")
     Image.new("RGB", (56, 56)).save(folder / "dots.png")
+    box = {"response": '{"bbox_2d": [10, 20, 30, 40], "label": "dot"}', "answer": [10, 20, 30, 40]}
+    (folder / "boxes.jsonl").write_text(json.dumps(box) + "\n")
+    image = {"type": "image", "image": "dots.png"}
+    asked = [{"role": "user", "content": [image, {"type": "text", "text": "Brighter or darker than usual?"}]}]
+    described = {"messages": asked, "answer": "darker", "metadata": {"brightness": 100}, "response": "It is darker."}
+    (folder / "described.jsonl").write_text(json.dumps(described) + "\n")
     # The modules that pages show are those that their commands name.
-    pages = {"own_reward.md": ["my_rewards.py"], "own_data.md": ["my_rows.py", "my_formats.py"]}
+    pages = {"own_reward.md": ["my_rewards.py", "row_rewards.py"], "own_data.md": ["my_rows.py", "my_formats.py"]}
     for page, modules in pages.items():
         _, *blocks = (ROOT / "docs" / page).read_text().split("```python\n")
         for module, block in zip(modules, blocks, strict=False):

@@ -1,7 +1,10 @@
 r"""Grade a JSONL file of responses: accuracy, and the agreement with another grader where the rows have its verdict.
 
-A row has ``response`` (text), ``answer`` (a letter, an option's content or a value), optionally ``options`` (a
-list) and ``correct`` (true or false: what another script said).  Only the last \boxed{} of a response counts.
+A row has ``response`` (text), ``answer`` (a letter, an option's content, a value, or boxes and points in JSON),
+optionally ``options`` (a list) and ``correct`` (true or false: what another script said).  Only the last \boxed{} of
+a response counts, unless --rule names a rule that reads more of it.  Rules that read the row need ``messages``, those
+that scale coordinates ``image_size`` (width and height of the file, then as the model sees it).  Settings such as
+reward.judges.NAME.base_url=URL describe judges.
 """
 
 from __future__ import annotations
@@ -10,18 +13,24 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from ovr_megatron.rewards.choice import named_letter
+from ovr_megatron.rewards.judge_client import Judges
 from ovr_megatron.rewards.latex import clean
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason, Verdict
 from ovr_megatron.rewards.quantity import has_unit
+from ovr_megatron.rewards.rules import answer_problem, reads_box
 from ovr_megatron.runtime.command import number, whole_number
 from ovr_megatron.runtime.json_lines import JsonLine, json_lines
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.terminal import printable
+
+if TYPE_CHECKING:
+    from ovr_megatron.config import RewardConfig
+    from ovr_megatron.data.schema import ImageSize
 
 NO_BOX = "no box in the response"
 UNIT = "the benchmark's script missed a unit"
@@ -41,6 +50,7 @@ class GradedRow:
     request: GradeRequest
     correct: bool | None
     raw: Mapping[str, object]
+    where: str = ""
 
 
 class ReferenceOption(TypedDict, total=False):
@@ -61,11 +71,15 @@ class Disagreement(ReferenceOption):
 
 
 class GradeSummary(TypedDict):
-    """Counts, accuracy and reasons; the last three only where rows have another script's verdict."""
+    """Counts, accuracy and reasons; ``reward``, the mean, only where a rule gives rewards between 0 and 1.
+
+    The last three are there only where rows have another script's verdict.
+    """
 
     rows: int
     correct: int
     accuracy: float
+    reward: NotRequired[float]
     reasons: dict[str, int]
     compared: NotRequired[int]
     agreement: NotRequired[float]
@@ -105,6 +119,8 @@ def _read_row(raw: Mapping[str, object], where: str) -> GradedRow:
     options = raw.get("options") or []
     if not isinstance(response, str):
         raise GradeFileError(f"{where}:response: {_describe(raw, 'response')}; give the text of the response")
+    if _is_regions(answer):
+        answer = json.dumps(answer, ensure_ascii=False)
     if not _is_value(answer):
         raise GradeFileError(f"{where}:answer: {_describe(raw, 'answer')}; give the reference as a text or a number")
     if not isinstance(options, list) or not all(_is_value(option) for option in options):
@@ -112,7 +128,83 @@ def _read_row(raw: Mapping[str, object], where: str) -> GradedRow:
     correct = raw.get("correct")
     if correct is not None and not isinstance(correct, bool):
         raise GradeFileError(f"{where}:correct: {_describe(raw, 'correct')}; give true or false, or leave it out")
-    return GradedRow(GradeRequest(response, str(answer), tuple(map(str, options))), correct, raw)
+    request = GradeRequest(response, str(answer), tuple(map(str, options)))
+    return GradedRow(request, correct, raw, where)
+
+
+def with_rule(rows: Sequence[GradedRow], rule: str, thinking: bool, folder: Path) -> list[GradedRow]:
+    """Return the rows with ``rule`` in their requests, and what it reads of the file's row.
+
+    Args:
+        rows: Of a file.
+        rule: Name of the rule.
+        thinking: Whether the prompts opened a thought.
+        folder: Bounds the paths of images.
+
+    Raises:
+        GradeFileError: a reference is none of the rule, or the row is no row of ours.
+    """
+    graded_rows = []
+    for row in rows:
+        problem = answer_problem(rule, row.request.answer, row.request.options)
+        if problem:
+            raise GradeFileError(f"{row.where}:answer: {problem}; give a reference of the rule {rule}")
+        data_row = None
+        if row.raw.get("messages") is not None and not reads_box(rule):
+            # Torch is not loaded for the usual rules.
+            from ovr_megatron.data.row_parsing import parse_row
+
+            data_row = parse_row(row.raw, row.where, folder)
+        request = replace(row.request, rule=rule, thinking=thinking, row=data_row, image=_image_size(row))
+        graded_rows.append(replace(row, request=request))
+    return graded_rows
+
+
+def _image_size(row: GradedRow) -> ImageSize | None:
+    value = row.raw.get("image_size")
+    if value is None:
+        return None
+    from ovr_megatron.data.schema import ImageSize
+
+    if not (isinstance(value, list) and len(value) == 4 and all(type(side) is int and side > 0 for side in value)):
+        raise GradeFileError(
+            f"{row.where}:image_size: {_describe(row.raw, 'image_size')}; give width and height of the file, then of "
+            "the image that the model sees, a list of four whole numbers"
+        )
+    return ImageSize(*value)
+
+
+def read_reward(settings: Sequence[str], rule: str) -> RewardConfig:
+    """Return the reward settings of ``reward.KEY=VALUE`` arguments, with ``rule`` for all rows.
+
+    Raises:
+        ConfigError: there is no such setting, or a value that cannot work.
+        RuleError: the rule would not work.
+    """
+    from omegaconf import OmegaConf
+
+    from ovr_megatron.config import ConfigError, RewardConfig, build
+    from ovr_megatron.rewards.combination import check_rules
+
+    for setting in settings:
+        if not setting.startswith("reward.") or "=" not in setting:
+            raise ConfigError(f"{setting}: give settings as reward.judges.NAME.base_url=URL")
+    values = OmegaConf.from_dotlist(list(settings)).get("reward", {})
+    config = build(RewardConfig, values)
+    config = replace(config, rules={"rows": rule})
+    check_rules(config)
+    return config
+
+
+def _is_regions(answer: object) -> bool:
+    """Return whether an answer may be boxes or points in JSON: an object, or a list without texts."""
+    if isinstance(answer, dict):
+        return True
+    return (
+        isinstance(answer, list)
+        and bool(answer)
+        and all(isinstance(item, int | float | list | dict) for item in answer)
+    )
 
 
 def _is_value(value: object) -> bool:
@@ -158,6 +250,8 @@ def summarise(rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> GradeSu
         "accuracy": correct_count / len(rows),
         "reasons": dict(Counter(verdict.reason.value for verdict in verdicts).most_common()),
     }
+    if any(verdict.score is not None for verdict in verdicts):
+        summary["reward"] = sum(verdict.reward for verdict in verdicts) / len(rows)
     compared = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
     if compared:
         groups: defaultdict[str, list[Disagreement]] = defaultdict(list)
@@ -191,6 +285,8 @@ def _disagreement(row: GradedRow, verdict: Verdict) -> Disagreement:
 def print_summary(summary: GradeSummary) -> None:
     """Print `summarise`'s result for a person."""
     print(f"accuracy   {summary['accuracy']:.4f}  ({summary['correct']} of {summary['rows']})")
+    if "reward" in summary:
+        print(f"reward     {summary['reward']:.4f}  (mean)")
     for reason, count in summary["reasons"].items():
         print(printable(f"  {count:6d}  {reason}"))
     if "agreement" not in summary:
@@ -212,7 +308,9 @@ def write_verdicts(path: Path, rows: Sequence[GradedRow], verdicts: Sequence[Ver
     """Write each row with ``verdict`` = {correct, reason, box} added, one a line."""
     with path.open("w", encoding="utf-8") as out:
         for row, verdict in zip(rows, verdicts, strict=True):
-            entry = {"correct": verdict.correct, "reason": verdict.reason.value, "box": verdict.box}
+            entry: dict[str, object] = {"correct": verdict.correct, "reason": verdict.reason.value, "box": verdict.box}
+            if verdict.score is not None:
+                entry["reward"] = verdict.score
             out.write(json.dumps({**row.raw, "verdict": entry}) + "\n")
 
 
@@ -226,13 +324,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--timeout-s", type=number(above=0), default=5.0, metavar="S", help="CPU time of a verdict (default: 5)"
     )
+    parser.add_argument("--rule", default="auto", metavar="RULE", help="rule of rewards, as box:0.5 (default: auto)")
+    parser.add_argument("--thinking", action="store_true", help="prompts opened a thought (data.template=think)")
+    parser.add_argument("settings", nargs="*", metavar="reward.KEY=VALUE", help="settings of judges")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--out", type=Path, metavar="JSONL", help="write every row with its verdict to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
-        rows = read_rows(args.file)
+        reward = read_reward(args.settings, args.rule)
+        rows = with_rule(read_rows(args.file), args.rule, args.thinking, args.file.parent)
+        judges = Judges(reward.judges, args.file.with_suffix(".judges"))
         with (
-            GraderPool(args.workers, args.timeout_s) as pool,
+            GraderPool(args.workers, args.timeout_s, judges=judges) as pool,
             Progress(len(rows), "grading", "response", show=not args.json) as progress,
         ):
             verdicts = pool.grade([row.request for row in rows], progress.update)

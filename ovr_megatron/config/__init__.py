@@ -8,7 +8,7 @@ its type says what is allowed, and ``--help`` prints the docstring under it.
 
 from __future__ import annotations
 
-from ovr_megatron.config.algorithm import AlgorithmConfig, CriticConfig, RewardConfig, StageConfig
+from ovr_megatron.config.algorithm import AlgorithmConfig, CriticConfig, RewardConfig, RewardJudgeConfig, StageConfig
 from ovr_megatron.config.building import build, defaults
 from ovr_megatron.config.checks import ConfigError, require
 from ovr_megatron.config.data import FORMATS, DataConfig, SourceConfig
@@ -37,6 +37,7 @@ __all__ = [
     "ParallelConfig",
     "RLConfig",
     "RewardConfig",
+    "RewardJudgeConfig",
     "RolloutConfig",
     "RunConfig",
     "Sampling",

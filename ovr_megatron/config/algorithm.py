@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ovr_megatron.config.checks import LARGEST, ZeroMeans, require
+from ovr_megatron.config.endpoint import Attempts, Concurrency, EndpointConfig, Timeout, Wait, check_url
 from ovr_megatron.config.fields import (
     Count,
     NonNegativeFloat,
@@ -18,9 +21,11 @@ from ovr_megatron.config.fields import (
     section,
 )
 from ovr_megatron.config.model import OptimizerConfig, ParallelConfig
+from ovr_megatron.config.sampling import ResponseTokens
 from ovr_megatron.ppo.estimators import find_estimator
 
 OptionalUnit = Annotated[float | None, Field(ge=0, le=1)]
+_WEIGHT_ERROR = 1e-6  # of the sum of weights: thirds are written with some digits
 
 
 @section("algorithm.")
@@ -105,6 +110,18 @@ class AlgorithmConfig:
     """Times that prompts are drawn until enough have responses that differ in reward."""
     overlong_buffer: Annotated[Count, ZeroMeans("off")] = 0
     """Last tokens before the limit, which cost up to 1."""
+    length_reward: Literal["none", "cosine"] = "none"
+    """Whether the estimator's reward depends on the length of the response by a cosine (Yeo et al. 2025)."""
+    cosine_right: float = 2.0
+    """Cosine reward of a right response without tokens; these five are the paper's by default."""
+    cosine_right_limit: float = 1.0
+    """Cosine reward of a right response as long as the limit."""
+    cosine_wrong: float = -10.0
+    """Cosine reward of a wrong response without tokens."""
+    cosine_wrong_limit: float = 0.0
+    """Cosine reward of a wrong response as long as the limit."""
+    cosine_exceeded: float = -10.0
+    """Cosine reward of a response that did not end before the limit."""
 
     def __post_init__(self) -> None:
         find_estimator(self.estimator)
@@ -112,6 +129,11 @@ class AlgorithmConfig:
             not self.reduction_tokens or self.reduction == "constant",
             f"algorithm.reduction_tokens={self.reduction_tokens} needs algorithm.reduction=constant, which is "
             f"{self.reduction}; change one of them",
+        )
+        require(
+            self.length_reward == "none" or not (self.wrong_reward or self.overlong_buffer),
+            f"algorithm.length_reward={self.length_reward} takes the place of algorithm.wrong_reward="
+            f"{self.wrong_reward:g} and algorithm.overlong_buffer={self.overlong_buffer}; set both to 0",
         )
         # In the warm-up the critic alone learns: without one nothing would.
         require(
@@ -203,6 +225,42 @@ class CriticConfig:
     """Its optimizer."""
 
 
+@section("reward.judges.NAME.")
+class RewardJudgeConfig(EndpointConfig):
+    """A judge of responses: an OpenAI-compatible endpoint, or a server of vLLM's, and what it is asked."""
+
+    base_url: str | None = None
+    """Address of the endpoint, as https://HOST/v1."""
+    model: str | None = None
+    """Name of its model."""
+    max_tokens: ResponseTokens = 512
+    concurrency: Concurrency = 256
+    """Requests at the same time, of all engines together."""
+    attempts: Attempts = 4
+    max_backoff_s: Wait = 10.0
+    timeout_s: Timeout = 60.0
+    template: str = "facts"
+    """Question: facts, answer, or the path of a file with $question, $answer, $response and other fields."""
+    response_characters: PositiveInt = 16384
+    """Last characters of a response that it is shown."""
+    no_verdict: Annotated[float | None, Field(ge=0, le=1)] = None
+    """Reward where it gives no verdict; none: the response has no reward, and its prompt is not learned from."""
+
+    def check(self, name: str) -> None:
+        """Refuse settings of the judge called ``name`` that cannot work together.
+
+        Raises:
+            ConfigError: it has no address or no model, or its key would be sent unencrypted.
+        """
+        require(bool(self.base_url and self.model), f"{name} needs base_url=https://HOST/v1 and model=NAME")
+        assert self.base_url is not None
+        require(
+            re.fullmatch(r"[\w.-]+", name.removeprefix("reward.judges.")) is not None,
+            f"{name}: give a name of letters, digits, - _ or ., of which a file is named",
+        )
+        check_url(self.base_url, f"{name}.base_url", bool(self.key_env), self.allow_http, f"{name}.allow_http=true")
+
+
 @section("reward.")
 class RewardConfig:
     """Graders of responses."""
@@ -215,8 +273,24 @@ class RewardConfig:
     """Memory of one grader in MiB; SymPy needs 256."""
     cache: Annotated[Count, ZeroMeans("off")] = 65536
     """Verdicts in the cache."""
-    rules: dict[str, str] = field(default_factory=dict)
-    """By source, the rule that makes a response right (`ovr_megatron.rewards.rules.rule`); auto by default."""
+    rules: dict[str, str | dict[str, float]] = field(default_factory=dict)
+    """By source, the rule that makes a response right (`ovr_megatron.rewards.rules.rule`), or several with weights that
+    add up to 1, as {math: 0.9, format: 0.1}; auto by default."""
+
+    judges: dict[str, RewardJudgeConfig] = field(default_factory=dict)
+    """By name, the models that the rules judge:NAME ask."""
+
+    def __post_init__(self) -> None:
+        for name, judge in self.judges.items():
+            judge.check(f"reward.judges.{name}")
+        for source, rule in self.rules.items():
+            if not isinstance(rule, str):
+                total = math.fsum(rule.values())
+                require(
+                    abs(total - 1.0) < _WEIGHT_ERROR and min(rule.values()) > 0.0,
+                    f"reward.rules.{source}: the weights {dict(rule)} add up to {total:g}; give positive ones that "
+                    "add up to 1",
+                )
 
 
 @section("curriculum[].")

@@ -43,9 +43,12 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
         schema: a class of settings.
         prefix: what stands before the names of its fields, as ``run.``.
     """
-    first = error.errors(include_url=False)[0]
+    first, *further = error.errors(include_url=False)
+    # Of a text or an object, the errors of the text come first.
+    if further and first["type"] == "string_type" and isinstance(first["input"], dict):
+        first = further[0]
     kind = first["type"]
-    path = first["loc"]
+    path = _without_types(first["loc"])
     input_value = first["input"]
     if kind == "value_error":  # a `ConfigError` of a check across fields, which names its keys
         return str(first["ctx"]["error"])
@@ -80,6 +83,12 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
     return f"{dotted or 'config'}: {first['msg']} (got {value!r})"
 
 
+def _without_types(path: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return a path of pydantic's without the names of types that it adds for a text or an object."""
+    names = tuple(name for name in path if not str(name).startswith("dict["))
+    return names[:-1] if names[-1:] in (("str",), ("constrained-str",)) else names
+
+
 def fields_of(schema: type) -> dict[str, FieldInfo]:
     """Return the fields of a class of settings by name, with what pydantic knows about them."""
     fields: dict[str, FieldInfo] = vars(schema)["__pydantic_fields__"]
@@ -93,14 +102,16 @@ def field_at(schema: type, names: list[str]) -> FieldInfo:
     if not inner_names:
         return field
     inner_schema = inner_schemas(field.annotation)[0]
+    if typing.get_origin(field.annotation) is dict:  # the first name is the user's
+        inner_names = inner_names[1:]
     return field_at(inner_schema, inner_names)
 
 
 def inner_schemas(annotation: Any) -> list[type]:
-    """Return the class of settings that a field holds, alone, in a list or optional; without one an empty list."""
+    """Return the class of settings that a field holds, alone, in a list, by name or optional; else an empty list."""
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return [annotation]
-    if typing.get_origin(annotation) in (list, typing.Union, UnionType):
+    if typing.get_origin(annotation) in (list, dict, typing.Union, UnionType):
         schemas: list[type] = []
         for argument in typing.get_args(annotation):
             schemas += inner_schemas(argument)

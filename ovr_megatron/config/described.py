@@ -28,7 +28,7 @@ def _lines(schema: type, values: Mapping[str, object], indent: str) -> Iterator[
         yield from _comment(_description(field), indent)
         value = values[name]
         schemas = inner_schemas(field.annotation)
-        if schemas and isinstance(value, dict):
+        if schemas and isinstance(value, dict) and typing.get_origin(field.annotation) is not dict:
             yield f"{indent}{name}:"
             yield from _lines(schemas[0], value, f"{indent}  ")
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import field, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ class EvaluationConfig:
     """Tokens of a greedy response, as in tools/evaluate.py."""
     samples: Annotated[int | None, Field(ge=0, le=MAX_SAMPLES)] = 0
     """More responses at temperature 1, which give pass@k."""
+    rules: dict[str, str] = field(default_factory=dict)
+    """By name of a set, the rule that makes a response right (`ovr_megatron.rewards.rules.rule`), as box:0.5, where its
+    reward is 1; by default the last box counts."""
     workers: PositiveInt = 2
     """Processes that grade."""
 
@@ -48,6 +51,8 @@ class EvaluationConfig:
                 f"evaluation.sources: {source.path} is called {name!r}; give it a name of letters, digits, - _ or .",
             )
             require(names.count(name) == 1, f"evaluation.sources: two sets are called {name}; name one of them anew")
+        for name in self.rules:
+            require(name in names, f"evaluation.rules.{name}: no set of evaluation.sources has this name")
 
 
 @section("evaluation.")
@@ -58,8 +63,9 @@ class EvaluationSettings(EvaluationConfig):
     """Sampled responses to each problem for pass@k, beside the greedy one; none: as many as the benchmark asks for."""
     temperature: Temperature = 1.0
     """Temperature of the samples."""
-    metric: Literal["auto", "boxed", "exact"] = "auto"
-    """Whether the last box is right (boxed), or the response is the reference text (exact); auto chooses by row."""
+    metric: str = "auto"
+    """Whether the last box is right (boxed), or the response is the reference text (exact); auto chooses by row.  Or a
+    rule of rewards, for sets without one in ``rules``."""
     seed: LargeCount = 1
     """Seed of the samples."""
 
@@ -76,4 +82,6 @@ class EvaluationSettings(EvaluationConfig):
     def as_result(self) -> dict[str, object]:
         """Return the settings on which responses and scores depend, as the results of a set hold them."""
         names = ("samples", "temperature", "max_tokens", "metric", "seed")
-        return {name: getattr(self, name) for name in names}
+        result = {name: getattr(self, name) for name in names}
+        # Left out where there are none, as in results before there were rules.
+        return {**result, "rules": self.rules} if self.rules else result

@@ -22,6 +22,7 @@ A setting is given as `key=value` behind a command, or stands in a recipe, a YAM
 line comes before the recipe, and the recipe before the default. `--help` behind a command prints the values of its
 recipe. An element of a list is written `[{path: a.jsonl, weight: 2}]`; `data.sources[].weight` is a field of it.
 """
+_MARKS = {list: "[]", dict: ".NAME"}  # between the name of a setting and that of a field of its elements
 REQUIRED = "???"  # Hydra's mark of a value that must be given
 TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", type(None): "`null`"}
 
@@ -55,11 +56,11 @@ def settings_page(roots: Mapping[str, type]) -> str:
 def _collect(schema: type, place: Place, places: dict[type, list[Place]]) -> None:
     """Add the places below ``place``, which is one of ``schema``, to ``places``."""
     for name, field in fields_of(schema).items():
-        is_list = typing.get_origin(field.annotation) is list
+        mark = _MARKS.get(typing.get_origin(field.annotation), "")
         for inner in inner_schemas(field.annotation):
             values = place.defaults[name]
-            inner_defaults = values if isinstance(values, dict) else defaults(inner)
-            prefix = f"{place.prefix}{name}{'[]' if is_list else ''}."
+            inner_defaults = values if isinstance(values, dict) and not mark else defaults(inner)
+            prefix = f"{place.prefix}{name}{mark}."
             inner_place = Place(place.command, prefix, inner_defaults)
             places.setdefault(inner, []).append(inner_place)
             _collect(inner, inner_place, places)
@@ -81,7 +82,8 @@ def _section(schema: type, used: list[Place], places: Mapping[type, list[Place]]
     for name, field in fields_of(schema).items():
         meaning = escaped(" ".join((field.description or "").split()))
         value = first.defaults[name]
-        is_section = bool(inner_schemas(field.annotation)) and isinstance(value, dict)
+        has_defaults = typing.get_origin(field.annotation) not in _MARKS
+        is_section = has_defaults and bool(inner_schemas(field.annotation)) and isinstance(value, dict)
         default = "" if is_section else _default(value)
         yield f"| `{first.prefix}{name}` | {_allowed(field, places)} | {default} | {meaning} |"
 
@@ -131,7 +133,7 @@ def _type(annotation: Any, places: Mapping[type, list[Place]]) -> str:
     if origin is list:
         return f"list of {texts[0]}"
     if origin is dict:
-        return f"{texts[1]} by name"
+        return f"{texts[1]}{',' if ' ' in texts[1] else ''} by name"
     raise AssertionError(f"a setting of type {annotation}")
 
 

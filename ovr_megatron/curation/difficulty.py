@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TypedDict, cast
 
 from ovr_megatron.curation.engines import engine_files, run_engines
-from ovr_megatron.curation.journal import Journal
-from ovr_megatron.curation.reward_rules import check_sources
+from ovr_megatron.curation.reward_rules import check_sources, judge_settings
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, listing
+from ovr_megatron.runtime.journal import Journal
 
 TRIES = "tries"
 
@@ -67,6 +67,7 @@ def settings(config: PrepareConfig) -> list[object]:
         config.difficulty,
         config.data,
         reward.rules,
+        *judge_settings(reward),
         reward.timeout_s,
         reward.memory_mib,
         config.seed,

@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 
 from ovr_megatron.config import ParallelConfig, build
 from ovr_megatron.curation.difficulty import PassRate
-from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import ROWS, batches
 from ovr_megatron.curation.teacher import has_video, question_key
@@ -29,15 +28,18 @@ from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.data.schema import Row
 from ovr_megatron.errors import UserError
+from ovr_megatron.rewards.combination import is_unknown
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
+from ovr_megatron.rewards.judge_client import Judges
 from ovr_megatron.rewards.pool import GraderPool
-from ovr_megatron.rewards.rules import is_plain
-from ovr_megatron.rewards.verdict import GradeRequest, Verdict
+from ovr_megatron.rewards.requests import RequestBuilder
+from ovr_megatron.rewards.verdict import RewardRule, Verdict
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.journal import Journal
 from ovr_megatron.runtime.json_lines import json_lines
 from ovr_megatron.runtime.terminal import printable
 
@@ -243,6 +245,7 @@ def attempt(config: PrepareConfig, input_folder: Path, folder: Path, world: Worl
         reward.timeout_s,
         reward.memory_mib,
         reward.cache,
+        Judges(reward.judges, Path(config.dir) / "judges", replica.index, replica.count),
     )
     watch = FailureWatch(reward.rules)
     # Four times what the engine runs at a time: the engine idles less while the longest response of a batch finishes.
@@ -284,23 +287,14 @@ def _grade(
     config = replica.config
     rules = config.reward.rules
     grade_requests = []
-    thinking = config.data.template == "think"
+    builder = RequestBuilder(rules, config.data.template == "think", replica.processor.image_size)
     for request, group in groups:
-        row = request.row
-        rule = rules.get(row.source, "auto")
         for generation in group:
             # A response that was cut off has no final answer, whatever stands in its last box.
             text = ""
             if generation.stopped:
                 text = replica.processor.decode(generation.tokens)
-            grade_request = GradeRequest(
-                text,
-                row.answer or "",
-                row.options,
-                rule,
-                thinking,
-            )
-            grade_requests.append(grade_request)
+            grade_requests.append(builder.build(request.row, text))
     all_verdicts = grader.grade(grade_requests)
     by_row = batches(all_verdicts, config.difficulty.samples)
     graded = []
@@ -316,15 +310,12 @@ def _grade(
         replica.add(request.key, pass_rate(verdicts, rule))
 
 
-def pass_rate(verdicts: Sequence[Verdict], rule: str) -> PassRate:
+def pass_rate(verdicts: Sequence[Verdict], rule: RewardRule) -> PassRate:
     """Return how many of a prompt's ``verdicts`` by ``rule`` are right, of how many, or the error if all failed.
 
-    As in training, an expression that no grader can finish is a wrong answer, but a failure of a user's function says
-    nothing of the response.
+    Verdicts whose reward is unknown are left out, as in training (`ovr_megatron.rewards.combination.is_unknown`).
     """
-    valid = list(verdicts)
-    if not is_plain(rule):
-        valid = [verdict for verdict in verdicts if not verdict.failed]
+    valid = [verdict for verdict in verdicts if not is_unknown(verdict, rule)]
     if not valid:
         first = verdicts[0]
         parts = (first.reason, first.box)

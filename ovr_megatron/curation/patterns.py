@@ -11,15 +11,16 @@ from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
-from ovr_megatron.curation.repetition import repeatness
 from ovr_megatron.curation.reward_rules import check_sources
 from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, Work
 from ovr_megatron.curation.text import prompt_text, response_text
 from ovr_megatron.data.row_json import RowJson
-from ovr_megatron.rewards.choice import verifiable
+from ovr_megatron.rewards.combination import any_part, weights_of
 from ovr_megatron.rewards.latex import END_OF_THOUGHT, clean, last_box
-from ovr_megatron.rewards.rules import is_plain
+from ovr_megatron.rewards.repetition import repeatness
+from ovr_megatron.rewards.rules import answer_problem, is_verifying, reads_box
+from ovr_megatron.rewards.verdict import RewardRule
 
 Check = Callable[[PatternsConfig, bool, RowJson, str], str | None]
 
@@ -88,7 +89,7 @@ def without_box(config: PatternsConfig, think: bool, row: RowJson, response: str
 
 
 def repeated(config: PatternsConfig, think: bool, row: RowJson, response: str) -> str | None:
-    """Refuse a response that repeats itself (`ovr_megatron.curation.repetition`)."""
+    """Refuse a response that repeats itself (`ovr_megatron.rewards.repetition`)."""
     if config.max_repetition == 1 or len(response) < config.repetition_min_characters:
         return None
     if repeatness(response) > config.max_repetition:
@@ -140,16 +141,20 @@ RULES: tuple[Check, ...] = (
 )
 
 
-def unverifiable(config: PatternsConfig, row: RowJson) -> str | None:
-    """Refuse an answer in a form that no grader can verify: a proof, prose, none of the options."""
-    if not config.verifiable or row.get("answer") is None:
+def unverifiable(config: PatternsConfig, row: RowJson, rule: RewardRule) -> str | None:
+    """Refuse an answer in a form that no grader can verify: a proof, prose, none of the options.
+
+    Functions of the user's, judges and rules of style take any answer.
+    """
+    verifying = [name for name in weights_of(rule) if is_verifying(name)]
+    if not config.verifiable or row.get("answer") is None or not verifying:
         return None
     # Content in parts may hold an image, which is a prompt without any text.
     has_media = any(not isinstance(message["content"], str) for message in row["messages"])
     if not has_media and not prompt_text(row).strip():
         return "empty prompt"
     options = tuple(row.get("options", ()))
-    if verifiable(row["answer"], options):
+    if any(answer_problem(name, row["answer"], options) for name in verifying):
         return "unverifiable answer"
     return None
 
@@ -158,19 +163,18 @@ def broken_rule(
     config: PatternsConfig,
     think: bool,
     row: RowJson,
-    rewards: Mapping[str, str] = MappingProxyType({}),
+    rewards: Mapping[str, RewardRule] = MappingProxyType({}),
 ) -> str | None:
     """Return the first rule that ``row`` breaks, or None; prompt rows are not checked by the rules on the response.
 
-    ``rewards`` maps sources to the rules by which their responses are graded.  A user's function takes any answer and
-    needs no box.
+    ``rewards`` maps sources to the rules by which their responses are graded.  Only rules that read a box need one.
     """
     response = response_text(row)
     source = row.get("source", "")
     reward_rule = rewards.get(source, "auto")
-    if not is_plain(reward_rule):
-        config = replace(config, verifiable=False, need_box=False)
-    if reason := unverifiable(config, row):
+    if not any_part(reward_rule, reads_box):
+        config = replace(config, need_box=False)
+    if reason := unverifiable(config, row, reward_rule):
         return reason
     if response is None:
         return None

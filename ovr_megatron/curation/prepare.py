@@ -28,7 +28,7 @@ from ovr_megatron.curation import (
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.curation.stage import PrepareStage, check_stage_folder, run_stages
 from ovr_megatron.data.hf_assets import check_assets
-from ovr_megatron.rewards import rules
+from ovr_megatron.rewards.combination import check_rules
 from ovr_megatron.runtime.files import write_json
 from ovr_megatron.runtime.lock import lock_folder
 
@@ -55,8 +55,7 @@ def prepare(config: PrepareConfig) -> Path:
     # All checks come before the first stage: a stage may take hours.
     check_folder(folder, config.stages)
     check_models(config)
-    for name in config.reward.rules.values():
-        rules.check(name)
+    check_rules(config.reward)
     with lock_folder(folder):
         configuration.save(config, folder / "config.yaml")
         last = run_stages([STAGES[name] for name in config.stages], config)

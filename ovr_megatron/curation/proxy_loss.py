@@ -10,9 +10,9 @@ import sys
 import numpy as np
 
 from ovr_megatron.curation.engines import engine_files, run_engines
-from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, ProxyLossConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, listing
+from ovr_megatron.runtime.journal import Journal
 
 HIGH = "high loss"
 

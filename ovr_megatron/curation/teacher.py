@@ -17,14 +17,14 @@ from typing import cast
 
 from PIL import Image
 
-from ovr_megatron.curation.endpoint import ChatMessage, Completion, Endpoint, ImageUrlPart, Question
 from ovr_megatron.curation.engines import engine_files, run_engines
-from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.row_json import PartJson, RowJson
 from ovr_megatron.data.traces import continuation, convert, with_thought
+from ovr_megatron.runtime.endpoint import ChatMessage, Completion, Endpoint, ImageUrlPart, Question
+from ovr_megatron.runtime.journal import Journal
 
 JOURNAL = "journal.jsonl"
 # Settings on which an answer does not depend.

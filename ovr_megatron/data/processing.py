@@ -21,7 +21,7 @@ from ovr_megatron.data.pixels import PixelProcessor, Video, frame_size, stack_fr
 from ovr_megatron.data.rendering import Chat, ChatTemplate, TemplateError, TokenisedChat
 from ovr_megatron.data.row_chats import converted_row, cut_after_learned, supervised_chat
 from ovr_megatron.data.samples import Sample
-from ovr_megatron.data.schema import ImagePart, Row, RowError, TextPart, VideoPart, all_parts
+from ovr_megatron.data.schema import ImagePart, ImageSize, Row, RowError, TextPart, VideoPart, all_parts
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.positions import Visual
 
@@ -170,6 +170,21 @@ class Processor:
         """
         media = [part for part in all_parts(row.prompt) if not isinstance(part, TextPart)]
         return [self._measure_visual(part, row).grid for part in media]
+
+    def image_size(self, row: Row) -> ImageSize:
+        """Return the size of a row's only image, in the file and as the model sees it; only the header is read.
+
+        Raises:
+            RowError: as `encode`, of an image; or the row has none, or several.
+        """
+        images = [part for part in all_parts(row.prompt) if isinstance(part, ImagePart)]
+        if len(images) != 1:
+            problem = f"has {len(images)} images where the size of a single one is needed"
+            raise RowError(row.where, "messages", problem, "remove the row")
+        width, height = image_size(images[0], self.config)
+        _, rows, columns = self._pixels.still(width, height).grid
+        patch = self.shape.vision.patch
+        return ImageSize(width, height, columns * patch, rows * patch)
 
     def response_sample(self, sample: Sample, response_tokens: Sequence[int] | np.ndarray) -> Sample:
         """Append the engine's tokens to a prompt's sample, as they are; they are its target."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from ovr_megatron.data.file_slices import read_slice
 from ovr_megatron.data.images import frame_png, png_bytes
@@ -40,6 +40,7 @@ class RowJson(TypedDict):
     source: NotRequired[str]
     difficulty: NotRequired[float]
     id: NotRequired[str]
+    metadata: NotRequired[dict[str, Any]]
     teacher: NotRequired[str | None]
     loss: NotRequired[float]
     stratum: NotRequired[str]
@@ -64,6 +65,8 @@ def row_to_json(row: Row) -> RowJson:
         fields["difficulty"] = row.difficulty
     if row.id:
         fields["id"] = row.id
+    if row.metadata:
+        fields["metadata"] = dict(row.metadata)
     return fields
 
 

@@ -7,6 +7,7 @@ row, the order of the calls decides which one is named.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from ovr_megatron.data.video_files import SUFFIXES, VideoFileError, is_video_nam
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 MAX_ANSWER_CHARACTERS = 512
+MAX_STRUCTURED_CHARACTERS = 32_768  # of lists of boxes and the like
 DEFAULT_FPS = 2.0  # frames a second of a video without a rate
 _OPTION_LETTER = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]?[.:]?")
 
@@ -58,9 +60,27 @@ def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
         difficulty=_parse_number(raw.get("difficulty"), where, "difficulty"),
         id=parse_id(raw.get("id"), where, "id"),
         where=where,
+        metadata=parse_metadata(raw.get("metadata"), where),
     )
     check_answer(row)
     return row
+
+
+def parse_metadata(value: Any, where: str) -> dict[str, Any]:
+    """Return the object of a row that rules of rewards may read beside the answer, empty where there is none.
+
+    Raises:
+        RowError: it is no object, or holds what JSON does not.
+    """
+    if value is None:
+        return {}
+    try:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise RowError(where, "metadata", f"is {_describe(value)}", "give an object of JSON values") from None
+    return dict(value)
 
 
 def parse_messages(
@@ -314,9 +334,10 @@ def check_answer(row: Row) -> None:
             remedy = "a row that ends with a user message needs the final answer; add it or remove the row"
             raise RowError(row.where, "answer", "is missing or empty", remedy)
         return
-    if len(answer) > MAX_ANSWER_CHARACTERS:
+    limit = MAX_STRUCTURED_CHARACTERS if is_structured(answer) else MAX_ANSWER_CHARACTERS
+    if len(answer) > limit:
         problem = f"has {len(answer)} characters, which is no verifiable final answer"
-        remedy = f"give the bare result, at most {MAX_ANSWER_CHARACTERS} characters"
+        remedy = f"give the bare result, at most {limit} characters"
         raise RowError(row.where, "answer", problem, remedy)
     if row.options and not _names_option(answer, row.options):
         count = len(row.options)
@@ -332,7 +353,13 @@ def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None
     Raises:
         RowError: the field is no text, or the solution is a derivation.
     """
-    if raw.get("answer") is not None:
+    answer = raw.get("answer")
+    if _is_regions(answer):
+        try:
+            return json.dumps(answer, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise RowError(where, "answer", f"is {_describe(answer)}", "give a text or JSON values") from None
+    if answer is not None:
         return parse_text(raw["answer"], where, "answer")
     if not prompt or raw.get("solution") is None:
         return None
@@ -340,6 +367,20 @@ def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None
     if "\\boxed" in solution:
         raise RowError(where, "solution", "holds a derivation", "put its final answer into a field 'answer'")
     return solution.removeprefix("<answer>").removesuffix("</answer>").strip()
+
+
+def _is_regions(answer: Any) -> bool:
+    """Return whether an answer may be boxes or points: an object, or a list of objects, numbers or lists."""
+    if isinstance(answer, Mapping):
+        return True
+    if not _is_list(answer) or not answer:
+        return False
+    return all(_is_number(item) or _is_list(item) or isinstance(item, Mapping) for item in answer)
+
+
+def is_structured(answer: str) -> bool:
+    """Return whether an answer is JSON or has marks of boxes, as references of perception have."""
+    return answer.startswith(("[", "{", '"', "<"))
 
 
 def _names_option(answer: str, options: Sequence[str]) -> bool:

@@ -8,10 +8,10 @@ row holds a path, encoded bytes or a picture, and `ovr_megatron.data.images` ope
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import PIL.Image
 
@@ -68,6 +68,16 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class ImageSize:
+    """Width and height of an image in pixels, as the file has it and as the model sees it."""
+
+    width: int
+    height: int
+    resized_width: int
+    resized_height: int
+
+
+@dataclass(frozen=True)
 class VideoPart:
     """A video as its frames in order, ``fps`` of them a second."""
 
@@ -100,7 +110,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """A chat with its reference answer.  ``where`` is ``file:line`` and only serves errors."""
+    """A chat with its reference answer.
+
+    ``where`` is ``file:line`` and only serves errors; ``metadata`` is what a rule of rewards reads beside ``answer``.
+    """
 
     messages: tuple[Message, ...]
     answer: str | None = None
@@ -109,6 +122,7 @@ class Row:
     difficulty: float | None = None
     id: str = ""
     where: str = dataclasses.field(default="", compare=False)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def is_prompt(self) -> bool:

@@ -68,7 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation("max_tokens", metavar="N", help=max_tokens_help)
     prompt_help = "longest prompt (default: what the model leaves, 8192)"
     add("--max-prompt-tokens", type=whole_number(0), metavar="N", help=prompt_help)  # 0, too, is the default
-    metric_help = "boxed: the last \\boxed{} is right; exact: the whole response is the reference text; auto: by row"
+    metric_help = (
+        "boxed: the last \\boxed{} is right; exact: the whole response is the reference text; auto: by row; or a rule"
+        " of rewards, as box:0.5"
+    )
     evaluation("metric", help=metric_help)
     data("template", default="model", help="chat template: the folder's own, or ours")
     data("min_pixels", default=None, metavar="N", help="image budget (default: the folder's)")

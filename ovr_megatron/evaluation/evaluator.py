@@ -20,11 +20,12 @@ from ovr_megatron.config import DataConfig, EvaluationSettings, RolloutConfig
 from ovr_megatron.curation.stage import listing
 from ovr_megatron.data.processing import Processor, TooLongError
 from ovr_megatron.data.schema import Row
+from ovr_megatron.evaluation.grading import grade, request_maker
 from ovr_megatron.evaluation.problems import ProblemSet, open_problems
 from ovr_megatron.evaluation.response_cache import Generated, ResponseCache, check_results, read_finished
-from ovr_megatron.evaluation.scoring import EvaluationResult, GradedResponse, add_votes, rule_of, score
+from ovr_megatron.evaluation.scoring import EvaluationResult, GradedResponse, score
 from ovr_megatron.ppo.batch import seeds_of
-from ovr_megatron.rewards.pool import GradeRequest, GraderPool
+from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.rollout.sampling import Generation
@@ -108,7 +109,7 @@ def evaluate_sets(
     check_results(out, [source.name or "" for source in settings.sources])
     problem_sets = [open_problems(source, settings.limit) for source in settings.sources]
     for problems in problem_sets:
-        problems.check_references(settings.metric)
+        problems.check_references(problems.resolve_settings(settings).metric)
     processor = Processor(model, data)
     engine = RolloutEngine(model, rollout, processor, dtype, data.max_prompt_tokens + settings.max_tokens)
     with GraderPool(settings.workers) as grader:
@@ -203,6 +204,8 @@ def _generate_and_grade(
     indices = range(context.replica, problems.count, context.replicas)
     graded: list[GradedResponse] = []
 
+    make_request = request_maker(context.processor, problems)
+
     def between() -> bool:
         return work.engine_step(context.engine.agree)
 
@@ -211,7 +214,9 @@ def _generate_and_grade(
             for start in range(0, len(indices), CHUNK):
                 chunk = indices[start : start + CHUNK]
                 responses = list(_generate(context, problems, chunk, settings, cache, progress.update, between))
-                graded += grade(context.grader, responses) if context.is_leader else responses
+                if context.is_leader:
+                    responses = grade(context.grader, responses, make_request)
+                graded += responses
     return graded
 
 
@@ -283,30 +288,6 @@ def _missing_requests(
 def _without_response(index: int, row: Row, metric: str, reference: str) -> GradedResponse:
     question = "\n".join(message.text for message in row.prompt)
     return GradedResponse(index, None, row.id, row.source, question, reference, row.options, metric)
-
-
-def grade(grader: GraderPool, responses: Sequence[GradedResponse]) -> list[GradedResponse]:
-    """Return the responses with their verdicts and votes.
-
-    Unlike for the reward, a box in a response that was cut off counts.
-    """
-    graded = list(responses)
-    positions: list[int] = []  # of the responses that the graders get
-    requests: list[GradeRequest] = []
-    for position, response in enumerate(responses):
-        if response.response is None:  # a prompt over the limit: wrong without a verdict
-            continue
-        if response.metric == "exact":
-            is_same = response.response.strip() == response.reference.strip()
-            reason = "same text" if is_same else "different"
-            graded[position] = replace(response, correct=is_same, reason=reason)
-        else:
-            positions.append(position)
-            rule = rule_of(response.metric)
-            requests.append(GradeRequest(response.response, response.reference, response.options, rule))
-    for position, verdict in zip(positions, grader.grade(requests), strict=True):
-        graded[position] = replace(responses[position], correct=verdict.correct, reason=str(verdict.reason))
-    return add_votes(grader, graded)
 
 
 def _gather(context: EvalContext, responses: list[GradedResponse]) -> list[GradedResponse] | None:

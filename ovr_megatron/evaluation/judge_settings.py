@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ovr_megatron.config import ConfigError, section
-from ovr_megatron.curation.settings import EndpointConfig, check_url
+from ovr_megatron.config.endpoint import EndpointConfig, check_url
 from ovr_megatron.runtime.options import add_option
 
 LEXICAL = "lexical"

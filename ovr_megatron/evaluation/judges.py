@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from ovr_megatron.config import ConfigError, DataConfig, ParallelConfig, RolloutConfig
-from ovr_megatron.curation.endpoint import Endpoint, Question
-from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.stage import batches
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.row_parsing import parse_row
@@ -29,6 +27,8 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.endpoint import Endpoint, Question
+from ovr_megatron.runtime.journal import Journal
 
 JOURNAL = "judge.jsonl"
 _BATCH = 256  # questions in one call of the local engine

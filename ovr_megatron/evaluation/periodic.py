@@ -39,7 +39,7 @@ class EvaluationSchedule:
         self.settings = EvaluationSettings(**vars(config) | {"max_tokens": max_tokens, "seed": seed})
         self.sets = [open_problems(source, config.limit) for source in config.sources]
         for problems in self.sets:
-            problems.check_references(self.settings.metric)
+            problems.check_references(problems.resolve_settings(self.settings).metric)
 
     def due(self, done: int, last: bool) -> bool:
         """Return whether the weights after ``done`` steps are to be scored."""

@@ -13,7 +13,10 @@ from ovr_megatron.config import ConfigError, EvaluationSettings, SourceConfig
 from ovr_megatron.data.schema import ENDLESS, Row, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, OURS, Benchmark
-from ovr_megatron.evaluation.scoring import OfficialScore, reference_of
+from ovr_megatron.evaluation.scoring import METRICS, OfficialScore, reference_of
+from ovr_megatron.rewards import rules
+from ovr_megatron.rewards.references import check_reference
+from ovr_megatron.rewards.verdict import RuleError
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class ProblemSet:
         return self.benchmark.official if self.benchmark else None
 
     def resolve_settings(self, settings: EvaluationSettings) -> EvaluationSettings:
-        """Return ``settings`` with the benchmark's number of samples where they have none."""
+        """Return ``settings`` with the set's own rule as its metric, and a benchmark's samples where they have none."""
+        settings = replace(settings, metric=settings.rules.get(self.name, settings.metric))
         if settings.samples is not None:
             return settings
         return replace(settings, samples=self.benchmark.samples if self.benchmark else 0)
@@ -60,10 +64,28 @@ class ProblemSet:
         """Check that every problem has something to compare a response with, before any is generated.
 
         Raises:
-            RowError: a row has no reference, or cannot be used.
+            RowError: a row has no reference, or none that the rule reads, or cannot be used.
+            RuleError: there is no such metric and no such rule, or it asks a judge.
         """
+        is_rule = metric not in METRICS
+        if is_rule:
+            check_rule(metric)
         for index in range(self.count):
-            self.metric_of(self.rows[index], metric)
+            row = self.rows[index]
+            _, reference = self.metric_of(row, metric)
+            if is_rule:
+                check_reference(replace(row, answer=reference), {row.source: metric})
+
+
+def check_rule(name: str) -> None:
+    """Refuse a rule by which an evaluation cannot grade.
+
+    Raises:
+        RuleError: there is no such rule, it would not work, or it asks a judge.
+    """
+    if rules.is_judge(name):
+        raise RuleError(f"{name}: an evaluation grades by itself; have its responses judged by ovr judge afterwards")
+    rules.check(name)
 
 
 def open_problems(source: SourceConfig, limit: int = 0) -> ProblemSet:

@@ -12,8 +12,8 @@ from typing import Any, Self, TypedDict, cast
 import torch.distributed as dist
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.curation.journal import Journal
 from ovr_megatron.evaluation.scoring import EvaluationResult
+from ovr_megatron.runtime.journal import Journal
 from ovr_megatron.runtime.json_lines import read_json_lines
 
 RESPONSE_FIELDS = ("response", "tokens", "stopped")  # the fields of `GradedResponse` that generation fills in

@@ -135,6 +135,8 @@ class EvaluationResult(EvaluationScores):
     mark: str | None
 
 
+METRICS = ("auto", "boxed", "exact")
+"""Metrics that are no rule of rewards."""
 OfficialScore = Callable[[Sequence[GradedResponse]], Accuracy | None]
 """Computes a benchmark's own score from the greedy responses; None if some of those that it needs are missing."""
 

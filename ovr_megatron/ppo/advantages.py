@@ -6,6 +6,7 @@ taken in the state before it, so values[t] = V(s_t) and the state after the last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,31 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
         return 0.0
     tokens_in_buffer = max(length - (limit - buffer), 0)
     return -min(tokens_in_buffer / buffer, 1.0)
+
+
+def cosine_reward(
+    verdict: float,
+    length: int,
+    limit: int,
+    right: tuple[float, float],
+    wrong: tuple[float, float],
+) -> float:
+    """Return the length-dependent reward of Yeo et al. (2025, section 4.2), a cosine between two values.
+
+    ``right`` and ``wrong`` are the values of a right and a wrong response without tokens and at the limit; a verdict in
+    between is mapped linearly onto the two curves.
+
+    Args:
+        verdict: 0 to 1.
+        length: tokens of the response.
+        limit: most tokens of the response.
+        right: of a verdict of 1.
+        wrong: of a verdict of 0.
+    """
+    phase = (1.0 + math.cos(math.pi * length / limit)) / 2  # 1 without tokens, 0 at the limit
+    of_right = right[1] + (right[0] - right[1]) * phase
+    of_wrong = wrong[1] + (wrong[0] - wrong[1]) * phase
+    return of_wrong + (of_right - of_wrong) * verdict
 
 
 def token_rewards(scores: Sequence[float], lengths: Sequence[int], penalties: Ragged | None = None) -> Ragged:

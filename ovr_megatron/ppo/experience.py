@@ -20,6 +20,7 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import MEMORY_KINDS, Engine
 from ovr_megatron.ppo.advantages import (
     Ragged,
+    cosine_reward,
     mean_and_std,
     moments,
     normalise,
@@ -226,9 +227,16 @@ def estimate(
 
 
 def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConfig) -> float:
-    """Return what the estimator takes for a response: its scaled verdict less the overlong penalty."""
+    """Return what the estimator takes for a response: its scaled verdict less the overlong penalty, or the cosine."""
     prompt_tokens = len(rollout.prompts.sample(response.prompt))
     limit = rollout.limit - prompt_tokens  # that of the rollout is of prompt and response together
+    if algorithm.length_reward == "cosine":
+        if not response.stopped:
+            return algorithm.cosine_exceeded
+        length = len(response.tokens)
+        right = (algorithm.cosine_right, algorithm.cosine_right_limit)
+        wrong = (algorithm.cosine_wrong, algorithm.cosine_wrong_limit)
+        return cosine_reward(response.reward, length, limit, right, wrong)
     reward = scaled_reward(response.reward, algorithm.wrong_reward)
     penalty = overlong_penalty(len(response.tokens), limit, algorithm.overlong_buffer)
     return reward + penalty

@@ -13,9 +13,11 @@ from ovr_megatron.data.schema import Row
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.counters import RolloutCounters
 from ovr_megatron.ppo.unfinished import ResponseSoFar
+from ovr_megatron.rewards.combination import is_unknown
 from ovr_megatron.rewards.failures import VerdictCounts, count_verdicts
-from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Verdict
-from ovr_megatron.rewards.rules import is_plain
+from ovr_megatron.rewards.pool import GraderPool, Verdict
+from ovr_megatron.rewards.requests import RequestBuilder
+from ovr_megatron.rewards.verdict import RewardRule
 
 
 class RoundGrading:
@@ -33,6 +35,7 @@ class RoundGrading:
         self._processor = processor
         self._config = config
         self._rows = rows
+        self._requests = RequestBuilder(config.reward.rules, config.data.template == "think", processor.image_size)
         self._counters = counters
         self._verdicts: dict[tuple[int, int], tuple[str, Verdict]] = {}  # with the source of the row
 
@@ -59,14 +62,7 @@ class RoundGrading:
         """Have ``response`` graded; one that did not stop by itself gets 0 and costs the graders nothing."""
         response.verdict = "not finished"
         if response.stopped:
-            row = self._rows[response.prompt]
-            request = GradeRequest(
-                response.text,
-                row.answer or "",
-                row.options,
-                self._rule_for(row.source),
-                self._config.data.template == "think",
-            )
+            request = self._requests.build(self._rows[response.prompt], response.text)
             self._grader.submit((response.prompt, response.sample), request)
 
     def add_failed(self, failed: Sequence[tuple[int, str]], count: int) -> None:
@@ -101,7 +97,7 @@ class RoundGrading:
         reward = write_verdict(response, verdict, self._rule_for(source))
         self._counters.add_reward(reward)
 
-    def _rule_for(self, source: str) -> str:
+    def _rule_for(self, source: str) -> RewardRule:
         """Return the rule by which responses to rows of ``source`` are graded."""
         return self._config.reward.rules.get(source, "auto")
 
@@ -119,17 +115,17 @@ class RoundGrading:
         return count_verdicts(verdicts)
 
 
-def write_verdict(response: Response, verdict: Verdict, rule: str) -> float:
+def write_verdict(response: Response, verdict: Verdict, rule: RewardRule) -> float:
     """Write ``verdict``, made by ``rule``, into its response; return the reward.
 
-    An expression that two graders cannot finish is no right answer, but of a user's function that fails nothing is
-    known, so that there is no reward.
+    There is no reward where it is unknown (`ovr_megatron.rewards.combination.is_unknown`).
     """
     response.reward = verdict.reward
     response.verdict = verdict.reason
     response.failed = verdict.failed
-    if verdict.failed and not is_plain(rule):
+    if is_unknown(verdict, rule):
         response.rewarded = False
-        parts = filter(None, (verdict.reason, verdict.box))
-        response.verdict = ": ".join(parts)
+    # The box of a rule without a score is in the response, where people read it.
+    if verdict.box and (verdict.score is not None or not response.rewarded):
+        response.verdict = f"{verdict.reason}: {verdict.box}"
     return response.reward

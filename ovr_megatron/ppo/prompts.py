@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NotRequired, cast
 
 from ovr_megatron.data.processing import Processor, TooLongError
@@ -11,8 +12,9 @@ from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.stream import RowPosition, RowStream, StreamState
+from ovr_megatron.rewards.judge_templates import JudgeTemplate
 from ovr_megatron.rewards.references import check_reference
-from ovr_megatron.rewards.rules import RuleError
+from ovr_megatron.rewards.verdict import RewardRule, RuleError
 
 MOST_DROPPED = 10_000  # prompts in a row that are left out, after which the stream gives up
 
@@ -42,7 +44,12 @@ class PromptStream:
     """
 
     def __init__(
-        self, stream: RowStream, processor: Processor, rules: Mapping[str, str], skipped: SkippedRows | None = None
+        self,
+        stream: RowStream,
+        processor: Processor,
+        rules: Mapping[str, RewardRule],
+        skipped: SkippedRows | None = None,
+        judges: Mapping[str, JudgeTemplate] = MappingProxyType({}),
     ):
         """Draw from ``stream``.
 
@@ -51,6 +58,7 @@ class PromptStream:
             processor: Measures them.
             rules: By source, how responses are graded; a function of the user's takes any answer.
             skipped: Lists rows that cannot be used; None stops at the first.
+            judges: Templates of the judges by name, whose fields rows must have.
 
         Raises:
             RuleError: a rule is given for a source that no row has.
@@ -63,6 +71,7 @@ class PromptStream:
         self.stream = stream
         self.processor = processor
         self.rules = rules
+        self.judges = judges
         self.skipped = skipped
         self.dropped = 0
         self._postponed: list[RowPosition] = []
@@ -217,7 +226,7 @@ class PromptStream:
     def _problem(self, row: Row) -> RowError | None:
         """Return why the row's answer cannot be verified, or None; list the problem, or raise it without a list."""
         try:
-            check_reference(row, self.rules)
+            check_reference(row, self.rules, self.judges)
         except RowError as error:
             if self.skipped is None:
                 raise

@@ -328,6 +328,7 @@ class Rollouts:
         left_out = set(rollout.postponed + rollout.unfinished)
         # All ranks, so that all stop where one source has hardly any verdict.
         self.failures.add(gather_objects(grading.count_verdicts(left_out)))
+        self._record_judges(rollout)
         self._record_idle_time(rollout, RankTimes(generate_s, time.perf_counter() - began, len(problems)))
         return grading.responses_without(left_out)
 
@@ -360,6 +361,15 @@ class Rollouts:
                 prompt = replace(prompt, enough=config.responses)
             prompts.append((i, prompt))
         return prompts
+
+    def _record_judges(self, rollout: Rollout) -> None:
+        """Add what judges were asked and how they replied to the metrics of ``rollout``.  A collective."""
+        if not self.config.reward.judges:
+            return
+        for counts in gather_objects(self.grader.take_judge_counts()):
+            for name, value in counts.items():
+                key = f"grading/judge_{name}"
+                rollout.metrics[key] = rollout.metrics.get(key, 0.0) + value
 
     def _record_idle_time(self, rollout: Rollout, times: RankTimes) -> None:
         """Add what the ranks waited for, and how many prompts failed, to the metrics of ``rollout``.  A collective.

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.rewards.verdict import Verdict
+from ovr_megatron.rewards.combination import describe
+from ovr_megatron.rewards.verdict import RewardRule, Verdict
 
 NEARLY_ALL = 0.9
 """Share of failed verdicts that stops a run: the responses that are still graded are then no sample of the source."""
@@ -49,7 +50,7 @@ def count_verdicts(graded: Iterable[tuple[str, Verdict]]) -> dict[str, VerdictCo
 class FailureWatch:
     """Recent verdicts of each source, until there are enough to judge the source by; ``rules`` by source."""
 
-    rules: Mapping[str, str]
+    rules: Mapping[str, RewardRule]
     recent: dict[str, VerdictCounts] = field(default_factory=dict)
 
     def add(self, parts: Iterable[Mapping[str, VerdictCounts]]) -> None:
@@ -66,7 +67,7 @@ class FailureWatch:
             if counts.verdicts < FEWEST:
                 continue
             if counts.failed >= NEARLY_ALL * counts.verdicts:
-                rule = self.rules.get(source, "auto")
+                rule = describe(self.rules.get(source, "auto"))
                 raise RewardError(
                     f"{counts.failed} of {counts.verdicts} rewards of source {source!r} failed, each in two workers "
                     f"({counts.example}); repair its rule {rule} (reward.rules), or raise reward.timeout_s or "

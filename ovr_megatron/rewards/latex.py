@@ -14,11 +14,11 @@ MAX_ANSWER = 1000
 
 START_OF_THOUGHT = "<think>"
 END_OF_THOUGHT = "</think>"
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 # Without braces TeX boxes one character only; authors mean the number or the letter.
 _BARE = r"(?P<bare>(?>[+-]?(?:\d[\d.,]*|\.\d+)(?:/\d+)?)|[A-Z])(?!\s*[{^\\+\-*/=<>]|\w)"
 _BRACES = re.compile(
-    rf"(?P<box>{_BOX.pattern}\s*\{{)|{_BOX.pattern}\s*{_BARE}|\\\\(?=[{{}}])|\\[{{}}]|(?P<open>\{{)|(?P<close>\}})"
+    rf"(?P<box>{BOX.pattern}\s*\{{)|{BOX.pattern}\s*{_BARE}|\\\\(?=[{{}}])|\\[{{}}]|(?P<open>\{{)|(?P<close>\}})"
 )
 _STYLES = r"rm|bf|it|sf|tt|em|displaystyle|textstyle|limits|nolimits|left|right|[bB]igg?[lrm]?"
 _WRAPPER = re.compile(
@@ -91,6 +91,17 @@ _DOLLARS = re.compile(r"\$([^$]*)\$")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹]+")
 
 
+def final_part(response: str, thinking: bool = False) -> str | None:
+    """Return the text after the last ``</think>``; without one the response, or None where it is all a thought.
+
+    ``thinking`` says whether the prompt opened a thought; a response may also open one itself.
+    """
+    answer = response.rpartition(END_OF_THOUGHT)[2]
+    if len(answer) == len(response) and (thinking or START_OF_THOUGHT in answer):
+        return None
+    return answer
+
+
 def last_box(response: str, thinking: bool = False) -> str | None:
     r"""Return the content of the last ``\boxed{...}`` after the thought.
 
@@ -105,11 +116,9 @@ def last_box(response: str, thinking: bool = False) -> str | None:
     Returns:
         the content, or None if there is no box or the last one is never closed.
     """
-    answer = response.rpartition(END_OF_THOUGHT)[2]
-    if len(answer) == len(response) and (thinking or START_OF_THOUGHT in answer):
-        return None
-    first = _BOX.search(answer)
-    if first is None:
+    answer = final_part(response, thinking)
+    first = None if answer is None else BOX.search(answer)
+    if answer is None or first is None:
         return None
     stack: list[int] = []  # for each open brace the start of the content of its box, or -1 for a brace of no box
     boxes: list[tuple[int, int]] = []  # start and end of the content of each closed box

@@ -6,34 +6,29 @@ made in a worker process that is killed and replaced when its time is up: a host
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import selectors
 import signal
-import subprocess
-import sys
-import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Self
+from typing import IO, NamedTuple, Self
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.rewards.rules import cache_key
-from ovr_megatron.rewards.verdict import WALL_FACTOR, GradeRequest, Reason, Verdict
-from ovr_megatron.runtime.environment import child_environment
+from ovr_megatron.rewards.combination import combine, weights_of
+from ovr_megatron.rewards.grader_process import GraderProcess, GraderTask
+from ovr_megatron.rewards.judge_client import JudgeClient, Judges
+from ovr_megatron.rewards.rules import cache_key, is_judge, resolved
+from ovr_megatron.rewards.verdict import FINAL, GradeRequest, Reason, RewardRule, RuleError, Verdict
 
 __all__ = ["GradeRequest", "GraderPool", "PoolError", "Reason", "Verdict"]
 
-START_LIMIT_S = 300.0
-"""Seconds that a worker may take to import its libraries, on a busy node or a slow disk; not counted as grading."""
 START_ATTEMPTS = 3
 """Attempts in a row to start a worker: the node's memory may have been short for a moment."""
 TRIES = 2
 """Workers that try a request, one after the other, until one comes to a verdict."""
+_JUDGE_WAIT_S = 1.0  # between looks at the judges' process, whose output ends the wait
 LEAST_WAIT_S = 0.02
 """Seconds at least between readings of a worker's CPU time, which the kernel counts in steps of 0.01."""
 
@@ -42,115 +37,20 @@ class PoolError(UserError, RuntimeError):
     """The workers cannot run at all; that one of them is killed over a response is no error."""
 
 
-@dataclass
-class _Task:
-    """A request to grade.
-
-    Attributes:
-        key: The caller's key of the request.
-        request: The request.
-        cache_key: Key of the verdict in the cache; None if it is not cached.
-        tries: Number of workers that came to no verdict.
-    """
+@dataclass(eq=False)
+class _Joint:
+    """A request with weighted rules, and the verdicts that there are; ``key`` is the caller's."""
 
     key: Hashable
-    request: GradeRequest
-    cache_key: tuple[object, ...] | None
-    tries: int = 0
+    weights: Mapping[str, float]
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
 
 
-class _Worker:
-    """One grader process: starting, idle, or busy with ``task``.
+class _PartKey(NamedTuple):
+    """Key of the request of one of a joint's rules."""
 
-    Attributes:
-        process: The process.
-        timeout_s: Limit of CPU time of a verdict.
-        attempt: Number of predecessors in a row that died before they could grade.
-        ready: Whether it can grade.
-        fresh: Whether it has not graded anything yet.
-        task: The request that it grades now.
-    """
-
-    def __init__(self, timeout_s: float, memory_mib: int, attempt: int = 0) -> None:
-        """Start the process and return at once."""
-        limits = ["--timeout-s", str(timeout_s), "--memory-mib", str(memory_mib)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ovr_megatron.rewards.worker", *limits],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=child_environment(os.environ),
-        )
-        self.timeout_s = timeout_s
-        self.attempt = attempt
-        self.ready = False
-        self.fresh = True
-        self.task: _Task | None = None
-        self._start_time = time.monotonic()  # of the process, then of each task
-        self._start_cpu = 0.0  # CPU time of the process at the start of the task
-        self._partial = b""  # output after the last complete line
-
-    def send(self, task: _Task) -> None:
-        """Send a request to the worker; if the worker has died, the next `receive` returns None."""
-        assert self.process.stdin is not None
-        self.task = task
-        self.fresh = False
-        self._start_time = time.monotonic()
-        self._start_cpu = self._cpu_seconds()
-        line = json.dumps(asdict(task.request))
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(line.encode() + b"\n")
-            self.process.stdin.flush()
-
-    def receive(self) -> str | None:
-        """Return the next complete line, "" while it is incomplete, None if the process has ended."""
-        assert self.process.stdout is not None
-        # os.read returns the bytes that are there; the file object would wait for a full buffer.
-        chunk = os.read(self.process.stdout.fileno(), 1 << 16)
-        if not chunk:
-            return None
-        self._partial += chunk
-        line, newline, rest = self._partial.partition(b"\n")
-        if not newline:
-            return ""
-        self._partial = rest
-        return line.decode()
-
-    def time_left(self) -> float | None:
-        """Return the seconds until the limit can be reached at the earliest; None for an idle worker.
-
-        The result is 0 or less once the limit is reached.  A verdict may take ``timeout_s`` of the worker's CPU time:
-        on a node with more work than cores, wall time passes while a worker waits for its turn.  `WALL_FACTOR` bounds
-        the wall time of a worker that sleeps.
-        """
-        elapsed = time.monotonic() - self._start_time
-        if not self.ready:
-            return START_LIMIT_S - elapsed
-        if self.task is None:
-            return None
-        # The clock first: most verdicts take milliseconds, so the kernel need not be asked for the CPU time.
-        if elapsed < self.timeout_s:
-            return self.timeout_s - elapsed
-        cpu_left = self.timeout_s - (self._cpu_seconds() - self._start_cpu)
-        return min(cpu_left, WALL_FACTOR * self.timeout_s - elapsed)
-
-    def _cpu_seconds(self) -> float:
-        """Return the CPU time of the process and its ended children (``/proc/PID/stat``, proc(5), fields 14 to 17)."""
-        text = Path(f"/proc/{self.process.pid}/stat").read_text()
-        # Field 2, the name in brackets, may hold spaces; field 3 is the first one behind it.
-        _, _, fields = text.rpartition(")")
-        ticks = fields.split()[11:15]
-        total = sum(map(int, ticks))
-        return total / os.sysconf("SC_CLK_TCK")
-
-    def kill(self) -> int:
-        """Kill the process and close its pipes; return its exit status."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.kill()
-        status = self.process.wait()
-        self.process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):  # closing flushes input that the dead process has not read
-            self.process.stdin.close()
-        return status
+    joint: _Joint
+    rule: str
 
 
 class GraderPool:
@@ -161,24 +61,34 @@ class GraderPool:
     `grade` waits for them.  Use as a context manager.  Not safe for use from several threads at a time.
     """
 
-    def __init__(self, workers: int = 2, timeout_s: float = 5.0, memory_mib: int = 1024, cache: int = 65536) -> None:
-        """Start the workers and return at once; at most ``cache`` verdicts are cached.
+    def __init__(
+        self,
+        workers: int = 2,
+        timeout_s: float = 5.0,
+        memory_mib: int = 1024,
+        cache: int = 65536,
+        judges: Judges | None = None,
+    ) -> None:
+        """Start the workers and return at once; at most ``cache`` verdicts are cached, beside those of ``judges``.
 
         Raises:
             ValueError: fewer than one worker, or a limit that is not positive.
+            RuleError: the template of a judge cannot be used.
         """
         if workers < 1 or timeout_s <= 0:
             raise ValueError(f"a pool needs at least one worker and a positive limit, got {workers=}, {timeout_s=}")
         self.timeout_s = timeout_s
         self.memory_mib = memory_mib
         self._selector = selectors.DefaultSelector()
-        self._workers: list[_Worker] = []
-        self._waiting: deque[_Task] = deque()
+        self._workers: list[GraderProcess] = []
+        self._waiting: deque[GraderTask] = deque()
         # At most as many as there are fresh workers, since each failure makes one.
-        self._retries: deque[_Task] = deque()
+        self._retries: deque[GraderTask] = deque()
         self._cache: dict[tuple[object, ...], Verdict] = {}
         self._cache_size = cache
-        self._cached: list[tuple[Hashable, Verdict]] = []  # verdicts from the cache, not yet collected
+        self._row_rules: set[RewardRule] = set()  # of functions that take the row
+        self._ready: list[tuple[Hashable, Verdict]] = []  # verdicts without a worker, not yet collected
+        self._judges = JudgeClient(judges) if judges is not None and judges.settings else None
         for _ in range(workers):
             self._start()
 
@@ -197,6 +107,8 @@ class GraderPool:
         for worker in list(self._workers):
             self._stop(worker)
         self._selector.close()
+        if self._judges:
+            self._judges.close()
 
     def grade(self, requests: Sequence[GradeRequest], progress: Callable[[int], None] | None = None) -> list[Verdict]:
         """Grade ``requests`` and return the verdicts in their order.
@@ -228,23 +140,41 @@ class GraderPool:
 
     @property
     def pending(self) -> int:
-        """Return the number of submitted requests whose verdicts have not been collected."""
+        """Return the number of submitted requests whose verdicts have not been collected; each weighted rule is one."""
         busy = sum(worker.task is not None for worker in self._workers)
-        return len(self._cached) + len(self._waiting) + len(self._retries) + busy
+        questions = self._judges.pending if self._judges else 0
+        return len(self._ready) + len(self._waiting) + len(self._retries) + busy + questions
+
+    def take_judge_counts(self) -> dict[str, float]:
+        """Return requests, tokens and outcomes of the judges since the last call; empty without judges."""
+        return self._judges.take_counts() if self._judges else {}
 
     def submit(self, key: Hashable, request: GradeRequest) -> None:
-        """Submit a request; `collect` returns its verdict with ``key``.
+        """Submit a request; `collect` returns its verdict with ``key``.  Weighted rules are graded side by side.
 
         Raises:
             PoolError: the pool is closed.
         """
         if not self._workers:
             raise PoolError("the grader pool is closed; make a new one")
+        if isinstance(request.rule, str):
+            self._submit(key, replace(request, rule=resolved(request.rule, request.row)))
+            return
+        joint = _Joint(key, weights_of(request.rule))
+        for name in joint.weights:
+            self._submit(_PartKey(joint, name), replace(request, rule=resolved(name, request.row)))
+
+    def _submit(self, key: Hashable, request: GradeRequest) -> None:
+        """Submit a request with a single rule."""
+        assert isinstance(request.rule, str)
+        if is_judge(request.rule):
+            self._ask_judge(key, request)
+            return
         verdict_key = cache_key(request) if self._cache_size else None
         if verdict_key in self._cache:
-            self._cached.append((key, self._cache[verdict_key]))
+            self._ready.append((key, self._cache[verdict_key]))
             return
-        self._waiting.append(_Task(key, request, verdict_key))
+        self._waiting.append(GraderTask(key, request, verdict_key))
         self._dispatch()
 
     def collect(self, wait: bool = True) -> list[tuple[Hashable, Verdict]]:
@@ -255,18 +185,21 @@ class GraderPool:
         Raises:
             PoolError: workers do not start.
         """
-        collected = self._cached
-        self._cached = []
+        collected = self._ready
+        self._ready = []
         timeout = self._wait_s() if wait and not collected else 0.0
         for event, _ in self._selector.select(timeout):
-            collected += self._receive(event.data)
+            if isinstance(event.data, GraderProcess):
+                collected += self._receive(event.data)
+            else:
+                collected += self._receive_from_judges()
         # After the output: a verdict that came just in time counts.
         for worker in list(self._workers):
             seconds = worker.time_left()
             if seconds is not None and seconds <= 0:
                 collected += self._replace(worker, Verdict(Reason.TIMEOUT))
         self._dispatch()
-        return collected
+        return list(_join(collected))
 
     def _wait_s(self) -> float:
         """Return the seconds until the first worker can reach its limit, at least `LEAST_WAIT_S`."""
@@ -275,21 +208,27 @@ class GraderPool:
             seconds = worker.time_left()
             if seconds is not None:  # an idle worker has no limit
                 limits.append(seconds)
-        earliest = min(limits, default=0.0)
+        has_questions = self._judges is not None and self._judges.pending > 0
+        earliest = min(limits, default=_JUDGE_WAIT_S if has_questions else 0.0)
         return max(LEAST_WAIT_S, earliest)
 
     def cancel(self) -> None:
         """Drop all requests whose verdicts have not been collected."""
         self._waiting.clear()
         self._retries.clear()
-        self._cached.clear()
+        self._ready.clear()
+        if self._judges and self._judges.pending:
+            output = self._judges.output
+            if output is not None:
+                self._selector.unregister(output)
+            self._judges.cancel()
         busy = [worker for worker in self._workers if worker.task is not None]
         # Killed: a verdict that is already under way must not arrive under the key of a later request.
         for worker in busy:
             self._stop(worker)
             self._start()
 
-    def _receive(self, worker: _Worker) -> list[tuple[Hashable, Verdict]]:
+    def _receive(self, worker: GraderProcess) -> list[tuple[Hashable, Verdict]]:
         """Read a worker's output; return its verdict, if there is a final one."""
         line = worker.receive()
         if line is None:
@@ -304,7 +243,11 @@ class GraderPool:
         if task is None:
             return []
         verdict = Verdict(Reason(raw["reason"]), raw["box"], raw["score"])
-        if verdict.failed and task.tries + 1 < TRIES:
+        if verdict.reason is Reason.NEEDS_ROW and task.request.rule not in self._row_rules:
+            self._row_rules.add(task.request.rule)
+            self._send(worker, task)
+            return []
+        if verdict.failed and verdict.reason not in FINAL and task.tries + 1 < TRIES:
             return self._replace(worker, verdict)
         worker.task = None
         # A failure is not cached: the same request may succeed on a less busy node.
@@ -319,11 +262,42 @@ class GraderPool:
             if not worker.ready or worker.task is not None:
                 continue
             if self._retries and worker.fresh:
-                worker.send(self._retries.popleft())
+                self._send(worker, self._retries.popleft())
             elif self._waiting:
-                worker.send(self._waiting.popleft())
+                self._send(worker, self._waiting.popleft())
 
-    def _replace(self, worker: _Worker, verdict: Verdict) -> list[tuple[Hashable, Verdict]]:
+    def _ask_judge(self, key: Hashable, request: GradeRequest) -> None:
+        """Send the question about a response to its judge."""
+        if self._judges is None:
+            raise RuleError(f"{request.rule}: there are no judges here; give reward.judges")
+        before = self._judges.output
+        verdict = self._judges.submit(key, request)
+        if verdict is not None:
+            self._ready.append((key, verdict))
+        self._watch_judges(before)
+
+    def _receive_from_judges(self) -> list[tuple[Hashable, Verdict]]:
+        assert self._judges is not None
+        before = self._judges.output
+        # Before it is closed, where the process has ended.
+        assert before is not None
+        self._selector.unregister(before)
+        verdicts = self._judges.receive()
+        self._watch_judges(None)
+        return verdicts
+
+    def _watch_judges(self, before: IO[bytes] | None) -> None:
+        """Wait for the judges' output, too, unless it is still ``before``."""
+        assert self._judges is not None
+        output = self._judges.output
+        if output is not None and output is not before:
+            self._selector.register(output, selectors.EVENT_READ, self._judges)
+
+    def _send(self, worker: GraderProcess, task: GraderTask) -> None:
+        # A row may hold images: it is sent to a function that has asked for one, from then on with the request.
+        worker.send(task, with_row=task.request.rule in self._row_rules)
+
+    def _replace(self, worker: GraderProcess, verdict: Verdict) -> list[tuple[Hashable, Verdict]]:
         """Replace a worker that failed; return ``verdict`` on its task, unless the task is tried again.
 
         Raises:
@@ -350,14 +324,26 @@ class GraderPool:
         return [(task.key, verdict)]
 
     def _start(self, attempt: int = 0) -> None:
-        worker = _Worker(self.timeout_s, self.memory_mib, attempt)
+        worker = GraderProcess(self.timeout_s, self.memory_mib, attempt)
         assert worker.process.stdout is not None
         self._workers.append(worker)
         self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
-    def _stop(self, worker: _Worker) -> int:
+    def _stop(self, worker: GraderProcess) -> int:
         """End ``worker``; return its exit status."""
         assert worker.process.stdout is not None
         self._selector.unregister(worker.process.stdout)
         self._workers.remove(worker)
         return worker.kill()
+
+
+def _join(verdicts: Iterable[tuple[Hashable, Verdict]]) -> Iterator[tuple[Hashable, Verdict]]:
+    """Yield the verdicts with the caller's keys; those of a joint's rules as one, once all are there."""
+    for key, verdict in verdicts:
+        if not isinstance(key, _PartKey):
+            yield key, verdict
+            continue
+        joint = key.joint
+        joint.verdicts[key.rule] = verdict
+        if len(joint.verdicts) == len(joint.weights):
+            yield joint.key, combine(joint.weights, joint.verdicts)

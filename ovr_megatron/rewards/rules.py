@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,22 +10,29 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
-from ovr_megatron.errors import UserError
-from ovr_megatron.rewards.choice import named_letter, right_option
+from ovr_megatron.rewards.choice import named_letter, right_option, verifiable
 from ovr_megatron.rewards.latex import MAX_ANSWER, clean, joined, key, last_box
+from ovr_megatron.rewards.perception import PERCEPTION, needs_image, reference_problem
 from ovr_megatron.rewards.quantity import conversion, number, split_unit
-from ovr_megatron.rewards.verdict import GradeRequest, Reason, Verdict
+from ovr_megatron.rewards.style import LANGUAGES, format_rule, language_of, language_rule, repetition_rule
+from ovr_megatron.rewards.verdict import GradeRequest, Reason, RuleError, Verdict
 from ovr_megatron.runtime.environment import child_environment
 from ovr_megatron.runtime.registry import Registry
 from ovr_megatron.runtime.stop import USER_ERROR
 
+if TYPE_CHECKING:  # a program that only grades loads neither images nor NumPy
+    from ovr_megatron.data.schema import Row
+
 Rule = Callable[[GradeRequest], Verdict]
-RewardFunction = Callable[[str, str, Sequence[str]], float]
-"""A user's function of response, answer and options that returns a reward in 0..1."""
+RewardFunction = Callable[..., float]
+"""A user's function of response, answer and options, and by name of the ``row``, that returns a reward in 0..1."""
+JUDGE = "judge:"
+"""Beginning of the name of a rule that asks a judge of ``reward.judges``."""
 TOLERANCE = Fraction(1, 100)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # What a user's function may raise and be reported for.  Any other error ends the worker, which is reported, too.
 RULE_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError),
@@ -32,10 +40,6 @@ RULE_ERRORS = (
 )
 # What may stand between the letters of an answer with several right options.
 _BETWEEN = re.compile(r"\bAND\b|[\s,;/&.()\[\]{}]")
-
-
-class RuleError(UserError, ValueError):
-    """A rule does not exist or cannot be imported; the message has the remedy."""
 
 
 @lru_cache(maxsize=64)
@@ -46,17 +50,17 @@ def rule(name: str) -> Rule:
     in this order.  ``math``: the same without options.  ``exact``: equal text.  ``choice``: the letter of the right
     option, nothing else.  ``letters``: the letters of all right options, in any order.  ``numeric`` or
     ``numeric:0.05``: a number within this relative tolerance, 0.01 by default.  ``within:0.001``: a number within this
-    absolute tolerance; `check` refuses a tolerance that is no number.
-    ``package.module:function``: a user's function of response, answer and options that returns a reward in 0..1.
+    absolute tolerance.  ``box``, ``boxes``, ``point``, ``count`` and ``ocr``: see `ovr_megatron.rewards.perception`;
+    ``format``, ``language`` and ``repetition``: see `ovr_megatron.rewards.style`.
+    ``package.module:function``: a user's function of response, answer and options, and of the row where it has a
+    parameter ``row``, that returns a reward in 0..1.
 
     Raises:
-        RuleError: there is no such rule.
+        RuleError: there is no such rule, or a parameter of it cannot work.
     """
-    kind, colon, parameter = name.partition(":")
-    if kind == "numeric" and colon:
-        return lambda request: _numeric(request, share=_tolerance(name, parameter))
-    if kind == "within" and colon:
-        return lambda request: _numeric(request, distance=_tolerance(name, parameter))
+    kind, colon, parameters = name.partition(":")
+    if colon and kind in PARAMETRISED:
+        return PARAMETRISED[kind](parameters)
     return RULES.look_up(name)
 
 
@@ -69,17 +73,18 @@ def check(name: str) -> None:
     Raises:
         RuleError: has the reason and the remedy.
     """
-    kind, _, parameter = name.partition(":")
-    if kind in ("numeric", "within"):
-        _tolerance(name, parameter)
-    elif name not in RULES.rows:
-        command = [sys.executable, "-m", __spec__.name, name]
-        process = subprocess.run(command, capture_output=True, text=True, env=child_environment(os.environ))
-        if process.returncode:
-            # A user error is printed on stdout; any other failure ends with a traceback on stderr.
-            output = process.stdout if process.returncode == USER_ERROR else process.stderr
-            _, _, last_line = output.strip().rpartition("\n")
-            raise RuleError(last_line or f"{name}: its import ended with code {process.returncode}")
+    if is_judge(name):
+        return
+    if is_plain(name):
+        rule(name)
+        return
+    command = [sys.executable, "-m", __spec__.name, name]
+    process = subprocess.run(command, capture_output=True, text=True, env=child_environment(os.environ))
+    if process.returncode:
+        # A user error is printed on stdout; any other failure ends with a traceback on stderr.
+        output = process.stdout if process.returncode == USER_ERROR else process.stderr
+        _, _, last_line = output.strip().rpartition("\n")
+        raise RuleError(last_line or f"{name}: its import ended with code {process.returncode}")
 
 
 def place_of(function: RewardFunction) -> str:
@@ -105,13 +110,54 @@ def place_of(function: RewardFunction) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Return whether the rule is one of `RULES` and no function of the user's."""
+    """Return whether the rule is built in, and no judge and no function of the user's."""
     return name.partition(":")[0] in RULES.rows
 
 
+def is_judge(name: str) -> bool:
+    """Return whether the rule is ``judge:NAME``, a model that is asked."""
+    return name.startswith(JUDGE)
+
+
+def reads_box(name: str) -> bool:
+    r"""Return whether the rule depends on the last ``\boxed{}`` of a response alone."""
+    return name.partition(":")[0] in BOX_RULES
+
+
+def reads_image_size(name: str) -> bool:
+    """Return whether the rule scales the coordinates of its reference by the size of the row's only image."""
+    kind, _, parameters = name.partition(":")
+    return kind in PERCEPTION and needs_image(parameters)
+
+
+def resolved(name: str, row: Row | None) -> str:
+    """Return the rule's name with what it takes from the row in it: ``language`` is that of the row's question."""
+    return f"language:{language_of(row)}" if name == "language" and row is not None else name
+
+
+def is_verifying(name: str) -> bool:
+    """Return whether the rule is built in and compares with the reference answer, which must have a form it reads."""
+    kind = name.partition(":")[0]
+    return kind in BOX_RULES or kind in PERCEPTION
+
+
+def ignores_answer(name: str) -> bool:
+    """Return whether the rule needs no reference answer: one of style, or a judge."""
+    return is_judge(name) or (is_plain(name) and not is_verifying(name))
+
+
+def answer_problem(name: str, answer: str, options: Sequence[str]) -> str | None:
+    """Return why no grader could verify ``answer`` by the rule called ``name``, None if one can."""
+    kind, _, parameters = name.partition(":")
+    if kind in PERCEPTION:
+        return reference_problem(kind, parameters, answer)
+    return verifiable(answer, options) if kind in BOX_RULES else None
+
+
 def cache_key(request: GradeRequest) -> tuple[object, ...] | None:
-    """Return all on which the verdict depends; None for a user's function, which may read the whole response."""
-    if not is_plain(request.rule):
+    """Return all on which the verdict depends; None for a rule that reads more of the response than its last box."""
+    assert isinstance(request.rule, str), "weighted rules are graded one by one"
+    if not reads_box(request.rule):
         return None
     box = last_box(request.response, request.thinking)
     return request.rule, request.answer, request.options, box
@@ -222,6 +268,40 @@ def _numeric(request: GradeRequest, share: Fraction = Fraction(0), distance: Fra
     return Verdict(Reason.NUMBER if same else Reason.DIFFERENT, box)
 
 
+def _share_rule(parameters: str) -> Rule:
+    share = _tolerance(f"numeric:{parameters}", parameters)
+    return lambda request: _numeric(request, share=share)
+
+
+def _distance_rule(parameters: str) -> Rule:
+    distance = _tolerance(f"within:{parameters}", parameters)
+    return lambda request: _numeric(request, distance=distance)
+
+
+def _perception_rule(kind: str, parameters: str) -> Rule:
+    """Return the perception rule ``kind``, whose verdict on an unusable reference is a failure."""
+    grade = PERCEPTION[kind](parameters)
+
+    def grade_checked(request: GradeRequest) -> Verdict:
+        problem = reference_problem(kind, parameters, request.answer)
+        if problem is None and needs_image(parameters) and request.image is None:
+            problem = "the size of the image is not known here, by which its coordinates are scaled"
+        return grade(request) if problem is None else Verdict(Reason.BAD_REFERENCE, problem)
+
+    return grade_checked
+
+
+def _language_rule(parameters: str) -> Rule:
+    if parameters not in LANGUAGES:
+        languages = " or ".join(f"language:{name}" for name in LANGUAGES)
+        raise RuleError(f"language:{parameters}: this language is not known; give {languages}, or language alone")
+    return partial(language_rule, parameters)
+
+
+def _language_of_row(request: GradeRequest) -> Verdict:
+    return Verdict(Reason.BAD_REFERENCE, "the question is not known here, whose language the response is to have")
+
+
 def _tolerance(name: str, text: str) -> Fraction:
     try:
         tolerance = Fraction(text) if text else TOLERANCE
@@ -238,11 +318,21 @@ def _user_rule(function: Any) -> Rule | None:
     """Return the rule that calls a user's function; None for an object that is no function."""
     if not callable(function):
         return None
+    row_parameter = _row_parameter(function)
 
     def grade_by_user(request: GradeRequest) -> Verdict:
+        arguments: list[object] = [request.response, request.answer, request.options]
+        keywords: dict[str, object] = {}
+        if row_parameter is not None:
+            if request.row is None:
+                return Verdict(Reason.NEEDS_ROW)
+            if row_parameter:
+                keywords[row_parameter] = request.row
+            else:
+                arguments.append(request.row)
         try:
             # Any number will do, also a NumPy scalar or a bool.
-            score = float(function(request.response, request.answer, request.options))
+            score = float(function(*arguments, **keywords))
         except RULE_ERRORS as error:
             return Verdict(Reason.RAISED, f"{type(error).__name__}: {error}"[:MAX_ANSWER])
         if not 0 <= score <= 1:
@@ -252,18 +342,45 @@ def _user_rule(function: Any) -> Rule | None:
     return grade_by_user
 
 
+def _row_parameter(function: Callable[..., Any]) -> str | None:
+    """Return how a function takes the row: "row" by this name, "" as its fourth argument, None not at all."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # one that is compiled
+        return None
+    if "row" in parameters:
+        return "row"
+    required = [p for p in parameters.values() if p.kind in _POSITIONAL and p.default is inspect.Parameter.empty]
+    return "" if len(required) == 4 else None
+
+
+# Rules that depend on the last box alone, without a parameter.
+BOX_RULES: dict[str, Rule] = {
+    "auto": _auto,
+    "math": _math,
+    "exact": _exact,
+    "choice": _choice,
+    "letters": _letters,
+    "numeric": _within_share,
+    "within": _within_distance,
+}
+# By the name before the colon, functions from the parameters behind it to the rule.
+PARAMETRISED: dict[str, Callable[[str], Rule]] = {
+    "numeric": _share_rule,
+    "within": _distance_rule,
+    "language": _language_rule,
+    **{kind: partial(_perception_rule, kind) for kind in PERCEPTION},
+}
 # The built-in rules without a parameter.  There is no function that registers others: graders are processes of their
 # own, which would not have them.
 RULES = Registry[Rule](
     "rule",
     {
-        "auto": _auto,
-        "math": _math,
-        "exact": _exact,
-        "choice": _choice,
-        "letters": _letters,
-        "numeric": _within_share,
-        "within": _within_distance,
+        **BOX_RULES,
+        **{kind: _perception_rule(kind, "") for kind in PERCEPTION},
+        "format": format_rule,
+        "language": _language_of_row,
+        "repetition": repetition_rule,
     },
     _user_rule,
     error=RuleError,

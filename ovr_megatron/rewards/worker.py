@@ -3,8 +3,9 @@
     python -m ovr_megatron.rewards.worker [--timeout-s S] [--memory-mib M]
 
 It writes ``{"ready": true}`` once it can grade.  A request is ``{"response", "answer", "options", "rule",
-"thinking"}``, a verdict ``{"reason", "box", "score"}``.  The parent enforces the time limit by killing the process.  As
-a second line of defence the kernel ends it when a verdict takes twice that long, so that no worker outlives its parent.
+"thinking"}``, with ``"image"`` and ``"row"`` for a rule that reads them; a verdict is ``{"reason", "box", "score"}``.
+The parent enforces the time limit by killing the process.  As a second line of defence the kernel ends it when a
+verdict takes twice that long, so that no worker outlives its parent.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import asdict
 from typing import TextIO
 
 from ovr_megatron.rewards.grader import grade
+from ovr_megatron.rewards.request_json import request_from_json
 from ovr_megatron.rewards.rules import rule
 from ovr_megatron.rewards.verdict import WALL_FACTOR, GradeRequest
 
@@ -47,11 +49,9 @@ def serve(requests: Iterable[str], verdicts: TextIO, timeout_s: float) -> None:
         raw = json.loads(line)
         # Only while it grades: an idle worker may wait for the next request as long as it takes.
         set_alarms(timeout_s)
-        options = tuple(raw.get("options") or ())
-        name = raw.get("rule", "auto")
-        thinking = raw.get("thinking", False)
-        request = GradeRequest(raw["response"], raw["answer"], options, name, thinking)
-        grade_by_rule = rule(name)
+        request = request_from_json(raw)
+        assert isinstance(request.rule, str), "the pool sends weighted rules one by one"
+        grade_by_rule = rule(request.rule)
         verdict = grade_by_rule(request)
         set_alarms(0)
         verdict_json = json.dumps(asdict(verdict))

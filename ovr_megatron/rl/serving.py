@@ -63,7 +63,7 @@ class _Server:
         processor = self._prompts.processor
         engine = start_engine(config, model_folder, processor, job.group)
         self._engine = engine
-        grader = resources.enter_context(start_graders(config))
+        grader = resources.enter_context(start_graders(config, world))
         self._rollouts = Rollouts(engine, grader, processor, config, world)
         self._rollouts.stop = stop
         self._rollouts.endless = config.only == "rehearsal"

@@ -24,6 +24,9 @@ from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.warmup import CriticWarmup, policy_steps
 from ovr_megatron.rewards import rules
+from ovr_megatron.rewards.combination import check_rules
+from ovr_megatron.rewards.judge_client import Judges
+from ovr_megatron.rewards.judge_templates import open_templates
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.critic import build_critic
@@ -50,7 +53,7 @@ def open_model_and_prompts(config: RLConfig, skipped: SkippedRows | None) -> tup
     processor = Processor(model_folder, config.data)
     check_lengths(config, processor.shape)
     stream = open_stream(config.data, config.run.seed, skipped)
-    prompts = PromptStream(stream, processor, config.reward.rules, skipped)
+    prompts = PromptStream(stream, processor, config.reward.rules, skipped, open_templates(config.reward.judges))
     return model_folder, prompts
 
 
@@ -61,8 +64,7 @@ def check_names(config: RLConfig) -> None:
         RuleError: a rule of ``reward.rules`` would not work in a grader.
         UserError: there is no such loss, correction or tracker, or the correction cannot have these bounds.
     """
-    for name in config.reward.rules.values():
-        rules.check(name)
+    check_rules(config.reward)
     check_loss(config.algorithm)
     if config.algorithm.correction:
         correction_bounds(config.algorithm)
@@ -83,7 +85,7 @@ def with_rewards(config: RLConfig | ColdStartConfig, rewards: Mapping[str, Rewar
     if not rewards:
         return config
     places = {source: rules.place_of(function) for source, function in rewards.items()}
-    return replace(config, reward=replace(config.reward, rules=config.reward.rules | places))
+    return replace(config, reward=replace(config.reward, rules={**config.reward.rules, **places}))
 
 
 def check_steps(config: RLConfig, world: World) -> None:
@@ -250,13 +252,17 @@ def build_rollouts(config: RLConfig, model_folder: Path, processor: Processor, m
         # The cache has taken what the trainer's models left free; it must be gone before the policy comes back.
         engine.sleep(deep=True)
     engine.update(models.policy.held())
-    return Rollouts(engine, start_graders(config), processor, config, models.world)
+    return Rollouts(engine, start_graders(config, models.world), processor, config, models.world)
 
 
-def start_graders(config: RLConfig) -> GraderPool:
+def start_graders(config: RLConfig, world: World) -> GraderPool:
     """Start the processes that grade on this rank; they end with the pool's ``with`` block."""
     reward = config.reward
-    return GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache)
+    # One of each engine's ranks grades.
+    tp = config.rollout.tp
+    folder = Path(config.run.dir) / "judges"
+    judges = Judges(reward.judges, folder, world.rank // tp, world.size // tp)
+    return GraderPool(reward.workers, reward.timeout_s, reward.memory_mib, reward.cache, judges)
 
 
 def start_engine(

@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig, build
-from ovr_megatron.curation.journal import Journal
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.settings import CollectConfig, DedupConfig, PatternsConfig, PrepareConfig, StratifyConfig
 from ovr_megatron.data.images import load_media
@@ -28,6 +27,7 @@ from ovr_megatron.data.sources import open_source
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data_checks import bad_rows
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.runtime.journal import Journal
 from ovr_megatron.runtime.lock import lock_folder
 
 STAGES = ["collect", "dedup", "patterns", "stratify", "weigh", "tokenise"]

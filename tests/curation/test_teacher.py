@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
-from ovr_megatron.curation.endpoint import TeacherError, retry_after
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.evaluation.judge_settings import JudgeConfig
+from ovr_megatron.runtime.endpoint import TeacherError, retry_after
 from ovr_megatron.runtime.terminal import printable
 
 KEY = "sk-very-secret-7f3a"

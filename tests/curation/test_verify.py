@@ -1,17 +1,19 @@
 """Curation grades a row as training grades its source."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ovr_megatron.config import DataConfig, RewardConfig, SourceConfig
+from ovr_megatron.config import ConfigError, DataConfig, RewardConfig, RewardJudgeConfig, SourceConfig
 from ovr_megatron.curation.engine_process import pass_rate
 from ovr_megatron.curation.prepare import prepare
-from ovr_megatron.curation.settings import PrepareConfig
+from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
 from ovr_megatron.rewards.rules import RuleError
 from ovr_megatron.rewards.verdict import Reason, Verdict
+from tests.rewards.judge_server import Server
 
 ROWS = [
     ("near", "geometry", "100", "So</think>\\boxed{100.4}"),
@@ -47,6 +49,54 @@ def config(folder: Path, rules: dict[str, str]) -> PrepareConfig:
 def kept(folder: Path) -> set[str]:
     lines = (folder / "out/verify/rows.jsonl").read_text().splitlines()
     return {row["id"] for row in map(json.loads, lines)}
+
+
+BOX = 'So</think>```json\n[{{"bbox_2d": [{}, 100, 200, 200], "label": "dog"}}]\n```'
+PERCEPTION = [
+    ("exact", "dogs", [100, 100, 200, 200], BOX.format(100)),
+    ("off", "dogs", [100, 100, 200, 200], BOX.format(180)),
+    ("said", "facts", "no matter", "So</think>It is red."),
+    ("unsaid", "facts", "no matter", "So</think>SCORE=1/2"),
+    ("refused", "facts", "no matter", "So</think>REFUSE"),
+    ("formal", "form", None, "So</think>\\boxed{5}"),
+    ("plain", "form", None, "So</think>5"),
+]
+
+
+def test_boxes_judges_and_style_verify_as_in_training(tmp_path: Path) -> None:
+    rows = []
+    for name, source, answer, response in PERCEPTION:
+        messages = [{"role": "user", "content": f"{name}?"}, {"role": "assistant", "content": response}]
+        fields = {} if answer is None else {"answer": answer}
+        rows.append({"messages": messages, "source": source, "id": name, "metadata": {"facts": ["red"]}, **fields})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server = Server()
+    judge = RewardJudgeConfig(base_url=server.url, model="m", attempts=1)
+    rules = {"dogs": "box:0.5", "facts": "judge:seen", "form": "format"}
+    settings = PrepareConfig(
+        dir=str(tmp_path / "out"),
+        stages=["collect", "patterns", "verify"],
+        data=DataConfig(sources=[SourceConfig(path=str(tmp_path / "rows.jsonl"))]),
+        patterns=PatternsConfig(need_box=False),
+        reward=RewardConfig(rules=rules, judges={"seen": judge}, workers=1),
+    )
+    prepare(settings)
+    assert kept(tmp_path) == {"exact", "said", "formal"}
+    report = json.loads((tmp_path / "out/verify/report.json").read_text())
+    assert report["dropped"] == {"wrong: score": 2, "wrong: judge": 1, "not graded: no verdict of the judge": 1}
+    assert report["judges"]["requests"] == 3 and report["judges"]["refused"] == 1
+    # Another threshold grades all rows again, and asks nothing.
+    prepare(replace(settings, reward=replace(settings.reward, rules=rules | {"dogs": "box:0.9"})))
+    report = json.loads((tmp_path / "out/verify/report.json").read_text())
+    assert (report["judges"]["requests"], report["judges"]["journal"]) == (0, 3)
+    assert len(server.report()["asked"]) == 3
+    server.close()
+
+
+def test_scaled_coordinates_need_the_model(tmp_path: Path) -> None:
+    settings = config(tmp_path, {"geometry": "box:original"})
+    with pytest.raises(ConfigError, match="scales coordinates to the image of the model: give model=FOLDER"):
+        prepare(replace(settings, stages=["collect", "verify"]))
 
 
 def test_a_row_is_graded_by_the_rule_of_its_source(tmp_path: Path) -> None:

@@ -518,3 +518,19 @@ def test_targets_are_the_assistant_tokens_of_transformers(folder, transformers_p
     # Transformers ends a chat with the line feed after the last end of turn, which no reply is followed by.
     assert [*sample.tokens.tolist(), ids[-1]] == ids and not mask[-1]
     assert sample.loss_mask.tolist() == [bool(value) for value in mask[:-1]]
+
+
+@pytest.mark.parametrize("size", [(500, 300), (20, 31), (57, 1200), (280, 280)])
+def test_the_size_that_the_model_sees_is_that_of_its_patches(processor, transformers_processor, size):
+    """Coordinates of references are scaled by it."""
+    asked = row(user(picture(*size), "Where?"))
+    measured = processor.image_size(asked)
+    [sample] = processor.encode([asked], generation=True)
+    _, rows, columns = sample.grid_thw[0].tolist()
+    assert (measured.width, measured.height) == size
+    assert (measured.resized_width, measured.resized_height) == (14 * columns, 14 * rows)
+    budget = {"shortest_edge": CONFIG.min_pixels, "longest_edge": CONFIG.max_pixels}
+    outputs = transformers_processor.image_processor(images=[asked.messages[0].parts[0].image], size=budget)
+    assert outputs["image_grid_thw"][0].tolist() == [1, rows, columns]
+    with pytest.raises(RowError, match="has 0 images where the size of a single one is needed"):
+        processor.image_size(ROWS["text"])

@@ -187,3 +187,18 @@ def test_an_answer_is_the_letter_or_the_text_of_an_option(answer: str) -> None:
 def test_an_error_survives_the_way_between_processes() -> None:
     error = RowError("a:1", "answer", "is missing", "add it")
     assert str(pickle.loads(pickle.dumps(error))) == str(error) == "a:1: answer: is missing; add it"
+
+
+def test_metadata_and_structured_answers_are_read_and_written_back():
+    metadata = {"facts": ["a cat", "two dogs"], "size": {"width": 3, "share": 0.5, "none": None}}
+    raw = {"messages": [{"role": "user", "content": "Where?"}], "answer": [{"bbox_2d": [1, 2, 3, 4]}] * 200}
+    row = parse({**raw, "metadata": metadata})
+    assert json.loads(row.answer) == raw["answer"] and len(row.answer) > 512
+    assert row.metadata == metadata
+    assert parse(json.loads(json.dumps(row_to_json(row)))) == row
+    hash(row)
+    for value in ("text", [1], {"a": float("nan")}, {"a": object()}):
+        with pytest.raises(RowError, match=r"metadata: is .*; give an object of JSON values"):
+            parse({**raw, "metadata": value})
+    with pytest.raises(RowError, match="answer: has 600 characters"):
+        parse({**raw, "answer": "x" * 600})

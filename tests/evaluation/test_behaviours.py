@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from ovr_megatron.config import ConfigError, SourceConfig
-from ovr_megatron.curation.endpoint import TeacherError
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.errors import UserError
 from ovr_megatron.evaluation import lexical
@@ -30,6 +29,7 @@ from ovr_megatron.evaluation.behaviours import (
 from ovr_megatron.evaluation.judge_settings import JudgeConfig
 from ovr_megatron.evaluation.judging import ANNOTATIONS, judge_behaviours
 from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.runtime.endpoint import TeacherError
 from tests.evaluation.judge_server import KEY, Judge
 
 LABELLED = Path(__file__).with_name("behaviours.jsonl")

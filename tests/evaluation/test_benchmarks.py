@@ -15,7 +15,7 @@ from ovr_megatron.evaluation.benchmarks import (
     paper_score,
     worst_case,
 )
-from ovr_megatron.evaluation.evaluator import grade
+from ovr_megatron.evaluation.grading import grade
 from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import GradedResponse, score
 from ovr_megatron.rewards.pool import GraderPool

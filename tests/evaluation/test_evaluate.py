@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from ovr_megatron.config import ConfigError, EvaluationConfig, SourceConfig
+from ovr_megatron.config import ConfigError, DataConfig, EvaluationConfig, EvaluationSettings, SourceConfig
+from ovr_megatron.data.schema import ImageSize
 from ovr_megatron.errors import UserError
 from ovr_megatron.evaluation.command import (
     build_parser,
@@ -21,7 +24,7 @@ from ovr_megatron.evaluation.command import (
     parse_sets,
     response_limit,
 )
-from ovr_megatron.evaluation.evaluator import grade
+from ovr_megatron.evaluation.grading import grade, request_maker
 from ovr_megatron.evaluation.problems import open_problems
 from ovr_megatron.evaluation.scoring import GradedResponse
 from ovr_megatron.evaluation.statistics import wilson
@@ -129,6 +132,34 @@ def test_responses_are_graded_by_box_or_by_text():
         graded = grade(grader, asked)
     assert [r.correct for r in graded] == [True, False, False, True, False, False]
     assert [r.reason for r in graded][2:] == ["no box", "same text", "different", ""]
+
+
+def test_a_set_is_graded_by_its_rule(tmp_path):
+    """The row and the size of its image come from the set; a reward below 1 is wrong."""
+    Image.new("RGB", (100, 100)).save(tmp_path / "image.png")
+    asked = [{"type": "image", "image": "image.png"}, {"type": "text", "text": "Where?"}]
+    rows = [{"messages": [{"role": "user", "content": asked}], "answer": [10, 10, 60, 60]}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [SourceConfig(path=str(tmp_path / "rows.jsonl"), name=name) for name in ("boxes", "scaled", "other")]
+    settings = EvaluationSettings(sources=sources, rules={"boxes": "box:0.5", "scaled": "box:original"}, metric="count")
+    boxes, scaled, other = (open_problems(source) for source in sources)
+    processor = SimpleNamespace(config=DataConfig(), image_size=lambda row: ImageSize(100, 100, 200, 200))
+    responses = ["x</think>[10, 10, 60, 50]", "x</think>[20, 20, 120, 120]"]
+
+    def graded(problems):
+        metric = problems.resolve_settings(settings).metric
+        problems.check_references(metric)
+        reference = problems.metric_of(problems.rows[0], metric)[1]
+        made = [GradedResponse(i, None, "", "", "", reference, (), metric, text) for i, text in enumerate(responses)]
+        return [r.correct for r in grade(grader, made, request_maker(processor, problems))]
+
+    with GraderPool(1) as grader:
+        assert graded(boxes) == [True, False]
+        assert graded(scaled) == [False, True]
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: answer: it is not one whole number"):
+        graded(other)
+    with pytest.raises(UserError, match="have its responses judged by ovr judge afterwards"):
+        boxes.check_references("judge:x")
 
 
 def test_problem_sets_have_names():

@@ -6,7 +6,7 @@ import pytest
 
 from ovr_megatron.data.schema import Message, Row, RowError, TextPart
 from ovr_megatron.evaluation.command import without_verdict
-from ovr_megatron.evaluation.evaluator import grade as grade_responses
+from ovr_megatron.evaluation.grading import grade as grade_responses
 from ovr_megatron.evaluation.scoring import GradedResponse, add_votes, k_values, majority_is_right, reference_of, score
 from ovr_megatron.rewards.grader import grade
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool

@@ -1,6 +1,7 @@
 """Every advantage, penalty and reduction against a literal transcription in float64, and one case of each by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ovr_megatron.config import AlgorithmConfig, ConfigError
 from ovr_megatron.ppo.advantages import (
+    cosine_reward,
     discounted_sums,
     group_advantages,
     leave_one_out_advantages,
@@ -18,6 +21,7 @@ from ovr_megatron.ppo.advantages import (
     token_rewards,
 )
 from ovr_megatron.ppo.batch import balance_prompts
+from ovr_megatron.ppo.experience import shaped_reward
 from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
 
@@ -139,6 +143,36 @@ def test_overlong_penalty_by_hand() -> None:
     found = [overlong_penalty(n, 100, 20) for n in (0, 80, 85, 100, 120)]
     assert found == pytest.approx([0.0, 0.0, -0.25, -1.0, -1.0])
     assert overlong_penalty(100, 100, 0) == 0.0
+
+
+def literal_cosine(t: float, limit: float, at_limit: float, at_start: float) -> float:
+    """CosFn of arXiv 2502.03373: eta_min + (eta_max - eta_min) (1 + cos(t pi / T)) / 2."""
+    return at_limit + 0.5 * (at_start - at_limit) * (1 + np.cos(t * np.pi / limit))
+
+
+def test_the_cosine_reward_is_that_of_its_paper() -> None:
+    right, wrong = (2.0, 1.0), (-10.0, 0.0)
+    for length in (0, 1, 37, 50, 99, 100):
+        of_right = literal_cosine(length, 100, right[1], right[0])
+        of_wrong = literal_cosine(length, 100, wrong[1], wrong[0])
+        assert cosine_reward(1.0, length, 100, right, wrong) == pytest.approx(of_right)
+        assert cosine_reward(0.0, length, 100, right, wrong) == pytest.approx(of_wrong)
+        assert cosine_reward(0.25, length, 100, right, wrong) == pytest.approx(0.25 * of_right + 0.75 * of_wrong)
+    # By hand: the ends and the middle.
+    values = [cosine_reward(1.0, n, 100, right, wrong) for n in (0, 50, 100)]
+    assert values == pytest.approx([2.0, 1.5, 1.0])
+    values = [cosine_reward(0.0, n, 100, right, wrong) for n in (0, 50, 100)]
+    assert values == pytest.approx([-10.0, -5.0, 0.0])
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_the_cosine_takes_the_place_of_the_verdict(stopped: bool) -> None:
+    algorithm = AlgorithmConfig(length_reward="cosine")
+    rollout = SimpleNamespace(limit=105, prompts=SimpleNamespace(sample=lambda prompt: [0] * 5))
+    response = SimpleNamespace(prompt=0, tokens=[0] * 50, reward=1.0, stopped=stopped)
+    assert shaped_reward(response, rollout, algorithm) == pytest.approx(1.5 if stopped else -10.0)
+    with pytest.raises(ConfigError, match=r"takes the place of algorithm\.wrong_reward=-1"):
+        AlgorithmConfig(length_reward="cosine", wrong_reward=-1.0)
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "constant", "pack"])

@@ -1,19 +1,24 @@
 """What becomes of verdicts in the loop: rewards, failures, and their metrics by source."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
+from ovr_megatron.config import RewardConfig, RewardJudgeConfig
 from ovr_megatron.data.schema import Message, Row, TextPart
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.grading import write_verdict
 from ovr_megatron.ppo.iteration import response_metrics
 from ovr_megatron.ppo.prompts import Prompts
-from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.rewards.failures import FEWEST, FailureWatch, RewardError, count_verdicts
+from ovr_megatron.rewards.judge_client import Judges
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.rewards.verdict import Reason, Verdict
+from tests.rewards.judge_server import Server
 
 RAISED = Verdict(Reason.RAISED, "KeyError: 'x'")
 
@@ -88,3 +93,44 @@ def test_a_hostile_response_now_and_then_stops_nothing():
         rank = count_verdicts([("math", Verdict(Reason.TIMEOUT))] * 3 + [("math", Verdict(Reason.DIFFERENT))] * 5)
         watch.add([rank, rank])
     watch.add([count_verdicts([("rare", RAISED)])])
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_judges_were_asked_is_in_the_metrics_of_the_round(tmp_path):
+    server = Server()
+    judge = RewardJudgeConfig(base_url=server.url, model="m", template="answer", attempts=1)
+    reward = RewardConfig(judges={"j": judge}, rules={"mine": "judge:j"})
+    row = Row((Message("user", (TextPart("?"),)),), answer="1", source="mine")
+    with GraderPool(1, judges=Judges(reward.judges, tmp_path)) as grader:
+        rollouts = Rollouts.__new__(Rollouts)
+        rollouts.config = SimpleNamespace(reward=reward)
+        rollouts.grader = grader
+        rollout = Rollout(Prompts([row], None), 10)
+        for texts in (["good", "REFUSE", "SILENT"], ["good"]):  # two rounds of one iteration
+            grader.grade([GradeRequest(text, "1", (), "judge:j", row=row) for text in texts])
+            rollouts._record_judges(rollout)
+    server.close()
+    assert {name: value for name, value in rollout.metrics.items() if value} == {
+        "grading/judge_requests": 3.0,
+        "grading/judge_tokens": rollout.metrics["grading/judge_tokens"],
+        "grading/judge_verdict": 2.0,
+        "grading/judge_refused": 1.0,
+        "grading/judge_malformed": 1.0,
+        "grading/judge_journal": 1.0,
+    }
+    rollouts.config = SimpleNamespace(reward=RewardConfig())
+    rollouts._record_judges(without := Rollout(Prompts([row], None), 10))
+    assert without.metrics == {}
+
+
+def test_verdicts_in_words_say_what_a_score_is_of():
+    weighted = response(0, Verdict(Reason.WEIGHTED, "math 1 (same number), format 0 (no </think>)", 0.9), "auto")
+    assert weighted.verdict == "weighted rules: math 1 (same number), format 0 (no </think>)"
+    assert (weighted.reward, weighted.rewarded) == (0.9, True)
+    unknown = response(0, Verdict(Reason.NO_VERDICT, "refused: HTTP 400"), "judge:j")
+    assert (unknown.rewarded, unknown.failed) == (False, True)
+    assert unknown.verdict == "no verdict of the judge: refused: HTTP 400"
+    set_reward = response(0, Verdict(Reason.NO_VERDICT, "refused: HTTP 400", 0.5), "judge:j")
+    assert (set_reward.rewarded, set_reward.failed, set_reward.reward) == (True, True, 0.5)
+    right = response(0, Verdict(Reason.NUMBER, "5"))
+    assert right.verdict == "same number"

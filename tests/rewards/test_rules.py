@@ -3,8 +3,12 @@
 import time
 
 import pytest
+from PIL import Image
 
-from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason
+from ovr_megatron.data.images import png_bytes
+from ovr_megatron.data.schema import ImagePart, Message, Row, TextPart
+from ovr_megatron.rewards.combination import combine, is_unknown
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason, Verdict
 from ovr_megatron.rewards.rules import RuleError, cache_key, check, rule
 
 OWN = """
@@ -138,3 +142,135 @@ def test_what_is_pending_can_be_forgotten_and_collected_without_waiting():
         pool.submit(7, GradeRequest(r"\boxed{5}", "5"))
         pool.cancel()
         assert pool.pending == 0 and pool.collect(wait=False) == []
+
+
+ROWS = """
+from ovr_megatron.config import DataConfig
+from ovr_megatron.data.images import load_media
+
+def by_name(response, answer, options, *, row):
+    return row.metadata["share"] if row.answer == answer else 0.0
+
+def fourth(response, answer, options, item):
+    [image], _ = load_media(item, DataConfig())
+    return image.getpixel((0, 0))[0] / 255
+"""
+
+
+@pytest.fixture
+def own_with_row(tmp_path, monkeypatch):
+    (tmp_path / "row_rewards.py").write_text(ROWS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def row_with(*parts, **fields):
+    return Row((Message("user", parts),), where="rows.jsonl:1", **fields)
+
+
+@pytest.mark.usefixtures("own_with_row")
+def test_a_function_gets_the_row_with_images_and_metadata(tmp_path):
+    Image.new("RGB", (4, 4), (51, 0, 0)).save(tmp_path / "red.png")
+    picture = Image.new("RGB", (4, 4), (102, 0, 0))
+    question = TextPart("Which?")
+    rows = [
+        row_with(question, answer="5", metadata={"share": 0.25, "nested": {"a": [1, None]}}),
+        row_with(ImagePart(path=tmp_path / "red.png", root=tmp_path), question, answer="5"),
+        row_with(ImagePart(image=picture), question, answer="5"),
+        row_with(ImagePart(data=png_bytes(picture)), question, answer="5"),
+    ]
+    rules = ["row_rewards:by_name", *["row_rewards:fourth"] * 3]
+    requests = [GradeRequest("r", "5", (), rule, row=row) for rule, row in zip(rules, rows, strict=True)]
+    with GraderPool(1) as pool:
+        # Twice: the first time the worker asks for the row, the second time the pool knows that it does.
+        for _ in range(2):
+            assert [verdict.reward for verdict in pool.grade(requests)] == [0.25, 0.2, 0.4, 0.4]
+        [without] = pool.grade([GradeRequest("r", "5", (), "row_rewards:by_name")])
+    assert without.failed and without.reason is Reason.NEEDS_ROW
+
+
+MIXED = {"math": 0.9, "format": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        (r"<think>2 + 3</think>\boxed{5}", 1.0),
+        (r"\boxed{5}", 0.9),
+        (r"<think>2 + 3</think>\boxed{6}", 0.1),
+        ("6", 0.0),
+    ],
+)
+def test_weighted_rules_add_up(response, reward):
+    with GraderPool(1) as pool:
+        [verdict] = pool.grade([GradeRequest(response, "5", (), MIXED)])
+    assert verdict.reward == pytest.approx(reward, abs=1e-12)
+    assert (verdict.reward == 1.0) == (reward == 1.0) == verdict.correct
+    assert verdict.reason is Reason.WEIGHTED and "math" in verdict.box and "format" in verdict.box
+
+
+def test_weights_that_add_up_to_1_only_nearly_give_the_full_reward():
+    right = Verdict(Reason.SCORE, None, 1.0)
+    weights = {"ocr": 0.7, "format": 0.2, "repetition": 0.1}
+    assert combine(weights, dict.fromkeys(weights, right)).reward == 1.0
+
+
+@pytest.mark.usefixtures("own")
+def test_where_one_rule_knows_nothing_all_of_them_do():
+    hostile = "\\boxed{9^{9^{9^{9^9}}}}"
+    requests = [
+        GradeRequest(r"<think>a</think>\boxed{5}", "x", (), {"math": 0.5, "my_rewards:broken": 0.5}),
+        # An expression that no grader can finish is wrong, and the other rule still counts.
+        GradeRequest(f"<think>a</think>{hostile}", "\\sqrt{2}", (), {"math": 0.5, "format": 0.5}),
+    ]
+    with GraderPool(2, timeout_s=0.5) as pool:
+        unknown, wrong = pool.grade(requests)
+    assert unknown.reason is Reason.RAISED and is_unknown(unknown, requests[0].rule)
+    assert "my_rewards:broken 0" in unknown.box
+    assert wrong.reward == 0.5 and not is_unknown(wrong, requests[1].rule) and "timeout" in wrong.box
+
+
+def test_weighted_verdicts_keep_the_callers_keys():
+    with GraderPool(1, cache=16) as pool:
+        for key in "ab":
+            pool.submit(key, GradeRequest(r"\boxed{5}", "5", (), {"math": 0.5, "exact": 0.5}))
+        pool.submit("c", GradeRequest(r"\boxed{5}", "5"))
+        verdicts = {}
+        while pool.pending:
+            verdicts |= dict(pool.collect())
+    assert {key: verdict.reward for key, verdict in verdicts.items()} == {"a": 1.0, "b": 1.0, "c": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "thinking", "reward"),
+    [
+        ("format", r"So.</think>\boxed{5}", True, 1.0),
+        ("format", r"<think>So.</think>\boxed{5}", False, 1.0),
+        ("format", r"<think>So.</think>\boxed{5}", True, 0.0),
+        ("format", r"So.</think>\boxed{5}", False, 0.0),
+        ("format", r"</think>\boxed{5}", True, 0.0),
+        ("format", r"So.</think>5", True, 0.0),
+        ("format", r"So.</think>\boxed{ }", True, 0.0),
+        ("format", r"So.</think>\boxed{5} or \boxed{6}", True, 0.0),
+        ("format", r"So.</think>No.</think>\boxed{5}", True, 0.0),
+        ("format", r"So \boxed{5}", True, 0.0),
+        ("language:en", "The answer is $答案$ five.", False, 1.0),
+        ("language:en", "ab 答案", False, 0.5),
+        ("language:zh", r"答案 \frac{1}{2} $x$", False, 1.0),
+        ("language:zh", "答案 is", False, 0.5),
+        ("language:en", "да", False, 0.0),
+        ("repetition", "abc", False, 1.0),
+        ("repetition", "aaaa", False, 1 - 6 / 10),
+    ],
+)
+def test_rules_of_style_by_hand(name, response, thinking, reward):
+    verdict = rule(name)(GradeRequest(response, "", (), name, thinking))
+    assert verdict.reward == pytest.approx(reward)
+
+
+def test_the_language_is_that_of_the_question():
+    rows = [row_with(TextPart("图中有几只猫? (A) cat"), answer="1"), row_with(TextPart("How many?"), answer="1")]
+    with GraderPool(1) as pool:
+        verdicts = pool.grade([GradeRequest("三只猫", "1", (), "language", row=row) for row in rows])
+        [unknown] = pool.grade([GradeRequest("三只猫", "1", (), "language")])
+    assert [verdict.reward for verdict in verdicts] == [1.0, 0.0]
+    assert unknown.reason is Reason.BAD_REFERENCE

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from ovr_megatron.curation.journal import Journal
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.runtime import appended
+from ovr_megatron.runtime.journal import Journal
 from ovr_megatron.runtime.runlog import RunLog
 from ovr_megatron.runtime.step_lines import StepLines, read_metrics
 

@@ -166,3 +166,44 @@ def test_a_pool_without_workers_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([str(written(tmp_path, GOOD)), "--workers", "0"])
     assert end.value.code == 2 and "is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_rule_grades_boxes_rows_and_weighs_nothing_else(tmp_path, capsys):
+    box = '{"bbox_2d": [100, 100, 200, 150]}'
+    path = written(
+        tmp_path, {"response": box, "answer": [100, 100, 200, 200]}, {"response": "no", "answer": "[1,2,3,4]"}
+    )
+    main([str(path), "--rule", "box", "--json", "--out", str(tmp_path / "out.jsonl")])
+    assert json.loads(capsys.readouterr().out)["reward"] == 0.25
+    verdicts = [json.loads(line)["verdict"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert verdicts[0] == {"correct": False, "reason": "score", "box": "IoU 0.5000", "reward": 0.5}
+    assert verdicts[1] == {"correct": False, "reason": "no answer of this form", "box": None}
+    sized = {"response": box, "answer": "[0.5, 0.5, 1, 0.75]", "image_size": [50, 50, 200, 200]}
+    main([str(written(tmp_path, sized)), "--rule", "box:0.9:unit", "--json"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+    messages = [{"role": "user", "content": "图中有几只猫?"}]
+    main(
+        [
+            str(written(tmp_path, {"response": "三", "answer": "3", "messages": messages})),
+            "--rule",
+            "language",
+            "--json",
+        ]
+    )
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "message"),
+    [
+        ({}, ["--rule", "box"], "rows.jsonl:1:answer: it is no box; give a reference"),
+        ({"image_size": [1, 2]}, [], "rows.jsonl:1:image_size: '[1, 2]' is a list; give width"),
+        ({}, ["--rule", "boxx"], "rule='boxx' is not known (did you mean box?)"),
+        ({}, ["--rule", "judge:j"], "there is no such judge in reward.judges, but none"),
+        ({}, ["judges=1"], "judges=1: give settings as reward.judges.NAME.base_url=URL"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_refused(tmp_path, capsys, fields, words, message):
+    with pytest.raises(SystemExit) as ended:
+        main([str(written(tmp_path, {"response": "r", "answer": "cat", **fields})), *words])
+    assert ended.value.code == 2 and message in capsys.readouterr().err

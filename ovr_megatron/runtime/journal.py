@@ -22,13 +22,20 @@ logger = get_logger(__name__)
 
 
 class Journal:
-    """Results in one file by key; the last result of a key counts.  A context manager."""
+    """Results in one file by key; the last result of a key counts.  A context manager.
 
-    def __init__(self, path: Path) -> None:
-        """Open or create ``path``; cut off an incomplete line at its end, and skip damaged lines with a warning."""
-        self._path = path
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: Path, append: bool = True) -> None:
+        """Open or create ``path``; cut off an incomplete line at its end, and skip damaged lines with a warning.
+
+        Without ``append`` the file, which must exist, is read alone and stays as it is: another process may write it.
+        """
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        self._file = path.open("a+b" if append else "rb")
         self._keys = array("Q")
         self._offsets = array("q")  # bytes from the start of the file, of the line of each key
         end = 0
@@ -44,7 +51,8 @@ class Journal:
                 self._offsets.append(line.offset)
             end = line.offset + len(line.content)
         # Otherwise the next result would be appended to half a line, and both would be lost.
-        self._file.truncate(end)
+        if append:
+            self._file.truncate(end)
         if damaged:
             logger.warning(f"{path}: {damaged} damaged lines, which count as not there")
         self._sort()
@@ -73,8 +81,9 @@ class Journal:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield every result in the order of the file."""
         # A second file object: it sees only flushed results, and does not move the position of the first.
-        self._file.flush()
-        for line in json_lines(self._path):
+        if self._file.writable():
+            self._file.flush()
+        for line in json_lines(self.path):
             result = line.parse_or_none()
             if result is not None and _key(result) is not None:
                 yield result

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr_megatron.curation.repetition import repeatness
+from ovr_megatron.rewards.repetition import repeatness
 
 
 def by_counting(text: str) -> float:

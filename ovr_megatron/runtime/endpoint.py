@@ -14,7 +14,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -22,8 +22,7 @@ from typing import Any, Literal, TypedDict
 import httpx
 
 from ovr_megatron.config import ConfigError
-from ovr_megatron.curation.settings import EndpointConfig
-from ovr_megatron.data.row_json import PartJson
+from ovr_megatron.config.endpoint import EndpointConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.terminal import printable
 
@@ -59,7 +58,7 @@ class ChatMessage(TypedDict):
     """A message in OpenAI's form."""
 
     role: str
-    content: str | list[PartJson | ImageUrlPart]
+    content: str | Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,23 @@ class Endpoint:
         tokens: Prompt and response tokens so far.
     """
 
-    def __init__(self, config: EndpointConfig, requests: int = 0, tokens: int = 0, setting: str = "teacher.{}") -> None:
-        """Read the key; ``requests`` and ``tokens`` were spent by earlier runs.
+    def __init__(
+        self,
+        config: EndpointConfig,
+        requests: int = 0,
+        tokens: int = 0,
+        setting: str = "teacher.{}",
+        pause_s: float = 0.0,
+    ) -> None:
+        """Read the key.
 
-        ``setting`` is the pattern by which messages name a setting, as the user wrote it.
+        Args:
+            config: Its settings.
+            requests: Attempts of earlier runs.
+            tokens: Tokens of earlier runs.
+            setting: Pattern by which messages name a setting, as the user wrote it.
+            pause_s: Seconds without an attempt after as many failures in a row as end `ask`; questions fail at once
+                meanwhile.
 
         Raises:
             ConfigError: the environment variable ``key_env`` is not set, or is no key.
@@ -125,22 +137,23 @@ class Endpoint:
         self.tokens = tokens
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        headers = {
+        self._draining = False
+        self._pause_s = pause_s
+        self._paused_until = 0.0
+        self._failures = 0  # in a row
+        self._last_problem = ""
+        self._pool = ThreadPoolExecutor(config.concurrency)  # starts a thread when there is work for it
+        self._headers = {
             "content-type": "application/json",
             "accept-encoding": "identity",  # compressed, a small reply could fill the memory
         }
         if self._key:
-            headers["authorization"] = f"Bearer {self._key}"
-        limits = httpx.Limits(
-            max_connections=None,
-            max_keepalive_connections=config.concurrency,
-        )
-        self._client = httpx.Client(
-            headers=headers,
-            timeout=config.timeout_s,
-            follow_redirects=False,  # they would carry the key to another host
-            limits=limits,
-        )
+            self._headers["authorization"] = f"Bearer {self._key}"
+        # Each thread has a client of its own: one for all looks through all of its connections at every request, which
+        # at hundreds of them takes longer than the request.
+        self._local = threading.local()
+        self._clients: list[httpx.Client] = []
+        self._certificates = httpx.create_ssl_context()
         self._max_bytes = _ENVELOPE_BYTES + _TOKEN_BYTES * config.max_tokens
 
     def ask(self, questions: Iterable[Question]) -> Iterator[Completion]:
@@ -151,12 +164,11 @@ class Endpoint:
         """
         failures = 0
         pending: set[Future[Completion | None]] = set()
-        pool = ThreadPoolExecutor(self._config.concurrency)
         try:
             for question in questions:
                 if self.exhausted:
                     break
-                pending.add(pool.submit(self._persist, question))
+                pending.add(self.submit(question))
                 # Twice the concurrency: the threads stay busy, and few questions with their images are in memory.
                 if len(pending) < 2 * self._config.concurrency:
                     continue
@@ -170,8 +182,24 @@ class Endpoint:
         finally:
             # Also when the caller stops early: without the event the threads would go on with their attempts.
             self._stopped.set()
-            pool.shutdown(cancel_futures=True)
-            self._client.close()
+            self._pool.shutdown(cancel_futures=True)
+            for client in self._clients:
+                client.close()
+
+    def submit(self, question: Question) -> Future[Completion | None]:
+        """Have a question asked; the result is None where the budget ends before it is.
+
+        The future raises `TeacherError` where the endpoint refuses all questions.
+        """
+        return self._pool.submit(self._persist, question)
+
+    def drain(self, timeout_s: float) -> None:
+        """Cancel questions that wait, and give those in flight ``timeout_s`` seconds, but no further attempt."""
+        self._draining = True
+        # The pool's own wait, which also covers the callbacks of the futures, has no limit.
+        thread = threading.Thread(target=self._pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+        thread.start()
+        thread.join(timeout_s)
 
     @property
     def exhausted(self) -> bool:
@@ -186,20 +214,50 @@ class Endpoint:
     def _count_failures(self, previous: int, completion: Completion) -> int:
         """Return the number of failures in a row, given that before ``completion``."""
         failures = 0 if completion.final else previous + 1
-        if failures > max(8, self._config.concurrency):
+        if failures > self._most_failures:
             raise TeacherError(
                 f"the last {failures} questions to {self._config.base_url} failed, {completion.error}; what was "
                 f"answered is kept; correct {self._setting.format('*')} or wait, and run again"
             )
         return failures
 
+    @property
+    def _most_failures(self) -> int:
+        return max(8, self._config.concurrency)
+
     def _persist(self, question: Question) -> Completion | None:
         """Ask until there is an answer, at most ``attempts`` times; return None if the budget ended before."""
+        with self._lock:
+            paused_s = self._paused_until - time.monotonic()
+            last_problem = self._last_problem
+        if paused_s > 0.0:
+            error = f"not asked for another {paused_s:.0f} s after failures in a row, the last: {last_problem}"
+            return Completion(question.key, error=error, final=False)
+        completion = self._attempt_repeatedly(question)
+        if completion is not None and self._pause_s:
+            self._pause_after_failures(completion)
+        return completion
+
+    def _pause_after_failures(self, completion: Completion) -> None:
+        with self._lock:
+            if completion.final:
+                self._failures = 0
+                return
+            self._failures += 1
+            self._last_problem = completion.error or ""
+            if self._failures >= self._most_failures:
+                # One more failure after the pause begins the next.
+                self._failures = self._most_failures - 1
+                self._paused_until = time.monotonic() + self._pause_s
+
+    def _attempt_repeatedly(self, question: Question) -> Completion | None:
         config = self._config
         problem = ""
         # A loop of our own: each attempt counts in the budget, a reply that is no completion is one more failure, and a
         # stop ends the wait. httpx retries connections only, and openai's client counts nothing and sleeps on.
         for attempt in range(config.attempts):
+            if self._draining and attempt:
+                break
             with self._lock:  # threads share the counts, and none may start an attempt beyond the budget
                 if self.exhausted or self._stopped.is_set():
                     return None
@@ -266,11 +324,12 @@ class Endpoint:
         """
         replies: list[_HttpReply | Exception] = []
         timeout_s = self._config.timeout_s
+        client = self._client()
 
         def post() -> None:
             try:
                 reply_deadline = time.monotonic() + timeout_s
-                replies.append(self._post(request, reply_deadline))
+                replies.append(self._post(client, request, reply_deadline))
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, RuntimeError) as error:
                 replies.append(error)
 
@@ -283,6 +342,7 @@ class Endpoint:
                 break
             thread.join(min(_TICK_S, remaining_s))
         if not replies:
+            del self._local.client  # the late request still uses it
             raise _TransientError(f"no whole answer after {timeout_s:g} s")
         [reply] = replies
         if isinstance(reply, Exception):
@@ -290,8 +350,23 @@ class Endpoint:
             raise _TransientError(f"{type(reply).__name__}: {message}")
         return reply
 
-    def _post(self, request: bytes, deadline: float) -> _HttpReply:
-        with self._client.stream("POST", self._url, content=request) as response:
+    def _client(self) -> httpx.Client:
+        """Return this thread's client."""
+        client: httpx.Client | None = getattr(self._local, "client", None)
+        if client is None:
+            client = httpx.Client(
+                headers=self._headers,
+                timeout=self._config.timeout_s,
+                follow_redirects=False,  # they would carry the key to another host
+                verify=self._certificates,
+            )
+            self._local.client = client
+            with self._lock:
+                self._clients.append(client)
+        return client
+
+    def _post(self, client: httpx.Client, request: bytes, deadline: float) -> _HttpReply:
+        with client.stream("POST", self._url, content=request) as response:
             data = bytearray()
             for chunk in response.iter_bytes():
                 data += chunk
