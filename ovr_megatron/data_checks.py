@@ -25,7 +25,7 @@ GENERATED_ROWS = 1000  # checked of a source that never ends
 
 
 def checks_of(config: ColdStartConfig | RLConfig, processor: Processor | None) -> list[Check]:
-    """Return the checks of a stage: intact media within the limits, a verifiable answer (RL), and lengths.
+    """Return the checks of a stage: intact media within the limits, a verifiable answer (RL with rewards), and lengths.
 
     Args:
         config: A stage's configuration.
@@ -33,7 +33,7 @@ def checks_of(config: ColdStartConfig | RLConfig, processor: Processor | None) -
     """
     is_rl = isinstance(config, RLConfig)
     checks: list[Check] = [partial(load_media, config=config.data)]
-    if isinstance(config, RLConfig):
+    if isinstance(config, RLConfig) and config.algorithm.learns_from_rewards:
         checks.append(partial(check_reference, rules=config.reward.rules))
     if processor is not None:
         limit = 0 if is_rl else config.data.pack_tokens

@@ -55,8 +55,10 @@ class Options:
     simulation: SimulationOptions | None = None
 
 
-def read_shape(path: str) -> tuple[ModelShape, str | None]:
-    """Read the sizes of a model and return them with its folder; the name of a preset (7B) has no folder.
+def read_shape(path: str, setting: str = "model.path") -> tuple[ModelShape, str | None]:
+    """Read the sizes of the model that ``setting`` names as ``path`` and return them with its folder.
+
+    The name of a preset (7B) has no folder.
 
     Raises:
         ShapeError: the folder holds no model of a known family.
@@ -71,7 +73,7 @@ def read_shape(path: str) -> tuple[ModelShape, str | None]:
             return ModelShape.from_hf(config_file.parent), None
     if not exists and not is_hub_name(path):
         names = ", ".join(known_presets)
-        raise ConfigError(f"model.path={path} is no folder; for a plan it can also be one of {names}")
+        raise ConfigError(f"{setting}={path} is no folder; for a plan it can also be one of {names}")
     folder = weights_of(path)
     return ModelShape.from_hf(folder), str(folder)
 
@@ -87,7 +89,10 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         raise ConfigError(f"--mfu {options.mfu} must lie between 0 and 1")
     shape, folder = read_shape(config.model.path)
     gpu = find_gpu(options.gpu)
-    scenario = build_scenario(config, shape, gpu, options.world, folder)
+    teacher_shape = None
+    if isinstance(config, RLConfig) and config.algorithm.teacher:
+        teacher_shape, _ = read_shape(config.algorithm.teacher, "algorithm.teacher")
+    scenario = build_scenario(config, shape, gpu, options.world, folder, teacher_shape)
     phases = memory.phases(scenario)
     spans = [_span(scenario, span) for span in scenario.spans]
     steps = sum(span["steps"] for span in spans)

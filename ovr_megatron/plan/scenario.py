@@ -31,13 +31,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A recipe, the model's sizes, the GPUs, and the work."""
+    """A recipe, the model's sizes, the GPUs, and the work; ``teacher_shape`` are the sizes of a teacher."""
 
     config: ColdStartConfig | RLConfig
     shape: ModelShape
     gpu: Gpu
     world: int
     spans: tuple[Span, ...]
+    teacher_shape: ModelShape | None = None
 
     @property
     def critic_scenario(self) -> Scenario:
@@ -46,6 +47,15 @@ class Scenario:
         if isinstance(config, ColdStartConfig) or config.critic.parallel is None:
             return self
         return replace(self, config=replace(config, parallel=config.critic.parallel))
+
+    @property
+    def teacher_scenario(self) -> Scenario | None:
+        """Return the same scenario with sizes and layout of the teacher; None without one."""
+        config = self.config
+        if isinstance(config, ColdStartConfig) or self.teacher_shape is None:
+            return None
+        parallel = config.algorithm.teacher_parallel or config.parallel
+        return replace(self, shape=self.teacher_shape, config=replace(config, parallel=parallel), teacher_shape=None)
 
     def check(self) -> None:
         """Refuse what a run would refuse.
@@ -65,6 +75,10 @@ class Scenario:
         algorithm = config.algorithm
         critic = self.critic_scenario
         check_layout(self.shape, critic.config.parallel, uses_fp8)
+        teacher = self.teacher_scenario
+        if teacher:
+            check_layout(teacher.shape, teacher.config.parallel, uses_fp8)
+            teacher.config.parallel.data_parallel(self.trainers)
         replicas_by_steps = {algorithm.policy_steps: dp}
         if algorithm.has_critic:
             replicas_by_steps[algorithm.critic_steps] = critic.dp
@@ -149,6 +163,7 @@ def build_scenario(
     gpu: Gpu,
     world: int,
     model_dir: str | None,
+    teacher_shape: ModelShape | None = None,
 ) -> Scenario:
     """Build the scenario; lengths are measured where there are sources and a tokenizer in ``model_dir``, else assumed.
 
@@ -167,7 +182,7 @@ def build_scenario(
         spans = [_sft_span(config, measured)]
     else:
         spans = _rl_spans(config, shape, measured)
-    scenario = Scenario(config, shape, gpu, world, tuple(spans))
+    scenario = Scenario(config, shape, gpu, world, tuple(spans), teacher_shape)
     scenario.check()
     return scenario
 

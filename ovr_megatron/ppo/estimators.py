@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from ovr_megatron.ppo.advantages import (
     Ragged,
     discounted_sums,
@@ -85,6 +87,10 @@ def _reinforce_pp(batch: EstimatorInput) -> Estimate:
     return Estimate(discounted_sums(batch.rewards, batch.gamma))
 
 
+def _none(batch: EstimatorInput) -> Estimate:
+    return Estimate([np.zeros(len(r)) for r in batch.rewards])
+
+
 # docs/algorithms.md has the equation and the source of each.
 ESTIMATORS = Registry[Estimator](
     "algorithm.estimator",
@@ -94,6 +100,7 @@ ESTIMATORS = Registry[Estimator](
         "dr_grpo": Estimator(_dr_grpo, needs_groups=True),
         "rloo": Estimator(_rloo, needs_groups=True),
         "reinforce_pp": Estimator(_reinforce_pp, normalises=True),
+        "none": Estimator(_none),  # the advantages of `algorithm.teacher` alone
     },
     lambda value: value if isinstance(value, Estimator) else None,
     f"an {Estimator.__module__}.{Estimator.__name__}",

@@ -42,7 +42,12 @@ class PromptStream:
     """
 
     def __init__(
-        self, stream: RowStream, processor: Processor, rules: Mapping[str, str], skipped: SkippedRows | None = None
+        self,
+        stream: RowStream,
+        processor: Processor,
+        rules: Mapping[str, str],
+        skipped: SkippedRows | None = None,
+        needs_answers: bool = True,
     ):
         """Draw from ``stream``.
 
@@ -51,6 +56,7 @@ class PromptStream:
             processor: Measures them.
             rules: By source, how responses are graded; a function of the user's takes any answer.
             skipped: Lists rows that cannot be used; None stops at the first.
+            needs_answers: Whether a row with an answer that its rule cannot verify is refused.
 
         Raises:
             RuleError: a rule is given for a source that no row has.
@@ -64,6 +70,7 @@ class PromptStream:
         self.processor = processor
         self.rules = rules
         self.skipped = skipped
+        self.needs_answers = needs_answers
         self.dropped = 0
         self._postponed: list[RowPosition] = []
         self._unfinished: list[RowPosition] = []
@@ -216,6 +223,8 @@ class PromptStream:
 
     def _problem(self, row: Row) -> RowError | None:
         """Return why the row's answer cannot be verified, or None; list the problem, or raise it without a list."""
+        if not self.needs_answers:
+            return None
         try:
             check_reference(row, self.rules)
         except RowError as error:

@@ -25,6 +25,7 @@ from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rewards import rules
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import RewardFunction
+from ovr_megatron.rl.teacher import build_teacher
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime.distributed import World
@@ -48,7 +49,8 @@ def open_model_and_prompts(config: RLConfig, skipped: SkippedRows | None) -> tup
     processor = Processor(model_folder, config.data)
     check_lengths(config, processor.shape)
     stream = open_stream(config.data, config.run.seed, skipped)
-    prompts = PromptStream(stream, processor, config.reward.rules, skipped)
+    needs_answers = config.algorithm.learns_from_rewards
+    prompts = PromptStream(stream, processor, config.reward.rules, skipped, needs_answers)
     return model_folder, prompts
 
 
@@ -158,21 +160,26 @@ def build_models(
     """
     banned = banned_tokens(processor.shape, processor.tokenizer)
     reference = None
+    teacher = None
     if training:
         engines = build_engines(config, model_folder, world)
         if config.model.lora.rank and config.algorithm.kl_coefficient and not config.algorithm.reference:
             reference = engines["policy"]  # without its adapters it is the initial policy
         else:
             reference = build_reference(config, model_folder, banned, world)
+        if config.offload and config.algorithm.teacher:
+            for engine in engines.values():
+                engine.offload()  # before the teacher takes its memory
+        teacher = build_teacher(config, processor, world)
     else:
         engines = {"policy": build_frozen_policy(config, model_folder, world)}
     if config.share_prompts:
-        _check_shared_prompts(engines)
+        _check_shared_prompts(engines | {"teacher": teacher} if teacher else engines)
     policy = engines["policy"]
     # As the engine samples, so that log-probabilities of both are of the same distribution.
     policy.sample_from(banned, config.rollout.temperature)
     critic = engines.get("critic")
-    models = Models(config, world, processor, policy, critic, reference)
+    models = Models(config, world, processor, policy, critic, reference, teacher)
     return models, engines
 
 
