@@ -44,6 +44,7 @@ class Problem:
 
         self.sampler = draw(VOCABULARY, FEATURES)
         self.reference = self.sampler + 0.3 * draw(VOCABULARY, FEATURES)
+        self.teacher = self.sampler + 0.5 * draw(VOCABULARY, FEATURES)
         self.moved = self.sampler + 0.08 * draw(VOCABULARY, FEATURES)
         self.features = [draw(n, FEATURES) for n in LENGTHS]
         self.actions = [torch.randint(0, VOCABULARY, (n, 1), generator=generator) for n in LENGTHS]
@@ -115,6 +116,8 @@ def our_gradient(algorithm: AlgorithmConfig) -> Tensor:
         extras["old_logprobs"] = old
     if algorithm.kl_coefficient:
         extras["reference_logprobs"] = reference
+    if algorithm.teacher:
+        extras["teacher_logprobs"] = PROBLEM.logprobs(PROBLEM.teacher)
     if weights is not None:
         extras["weights"] = [torch.from_numpy(w) for w in weights]
 
@@ -220,6 +223,17 @@ def paper_gspo(logprobs: list[Tensor]) -> Tensor:
     return total / len(logprobs)
 
 
+def paper_distillation(logprobs: list[Tensor], coefficient: float = 1.0) -> Tensor:
+    """Mean over tokens of -rho A with A_t = -(log pi_sampler - log pi_teacher) of the token alone (Lu 2025)."""
+    pairs = zip(PROBLEM.logprobs(PROBLEM.sampler), PROBLEM.logprobs(PROBLEM.teacher), logprobs, strict=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for sampled, teacher, p in pairs:
+        for t in range(len(p)):
+            ratio = torch.exp(p[t] - sampled[t])
+            total = total + coefficient * ratio * (sampled[t] - teacher[t])
+    return total / sum(LENGTHS)
+
+
 PAPERS = {
     "PPO": paper_ppo,
     "REINFORCE++": paper_reinforce_pp,
@@ -228,6 +242,7 @@ PAPERS = {
     "Dr. GRPO": paper_dr_grpo,
     "DAPO": paper_dapo,
     "GSPO": paper_gspo,
+    "On-policy distillation": paper_distillation,
 }
 
 
@@ -241,6 +256,16 @@ def test_a_row_is_its_papers_estimator(name: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("method", ["Dr. GRPO", "PPO"])
+def test_a_teacher_adds_its_part_to_any_method(method: str) -> None:
+    """With one step both parts are policy gradients, which add up."""
+    divisor = sum(LENGTHS) / (len(LENGTHS) * LATER_LIMIT) if method == "Dr. GRPO" else 1.0
+    ours = our_gradient(settings(method, teacher="folder", teacher_coefficient=0.3))
+    paper = PROBLEM.gradient(PROBLEM.sampler, PAPERS[method])
+    teaching = PROBLEM.gradient(PROBLEM.sampler, lambda logprobs: paper_distillation(logprobs, 0.3) * divisor)
+    torch.testing.assert_close(ours, paper + teaching, rtol=1e-5, atol=1e-6 * float(paper.abs().max()))
+
+
 CHANGES = {
     "clip_high": ("DAPO", {"clip_high": 0.2}),
     "wrong_reward": ("DAPO", {"wrong_reward": 0}),
@@ -251,6 +276,7 @@ CHANGES = {
     "kl_form": ("GRPO", {"kl_form": "k2"}),
     "loss": ("GSPO", {"loss": "clip"}),
     "clip": ("GSPO", {"clip": 0.2, "clip_high": 0.2}),
+    "estimator": ("On-policy distillation", {"estimator": "grpo"}),
 }
 
 
