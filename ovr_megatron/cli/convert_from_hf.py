@@ -37,4 +37,5 @@ def _layer_numbers(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; write numbers between commas, as 0,2,4") from None
+        message = f"{text!r} is no list of layers; write numbers between commas, as 0,2,4"
+        raise argparse.ArgumentTypeError(message) from None

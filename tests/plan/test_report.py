@@ -276,7 +276,7 @@ def test_ranks_that_only_generate_have_the_engines_and_nothing_else() -> None:
 
 
 def test_a_teacher_has_a_phase_and_memory_of_its_own_size() -> None:
-    """The 7B's weights in the teacher's layout: cut by its own tp, and on the GPU in its own phase alone with offload."""
+    """The 7B's weights, cut by the teacher's own tp; with offload they are on the GPU in its own phase alone."""
     teacher = count_parameters(read_shape("7B")[0])
     # The norms and the tower's biases are whole on every rank.
     share = 2 * sum(teacher.values()) / 4
@@ -297,5 +297,5 @@ def test_a_teacher_has_a_phase_and_memory_of_its_own_size() -> None:
     weights = teacher["layers"] + read_shape("7B")[0].vocab * 3584
     added = (span["flops"] - alone["spans"][0]["flops"]) / span["tokens"]
     assert 2 * weights < added < 1.3 * 2 * weights
-    with pytest.raises(ConfigError, match="algorithm.teacher=9B is no folder"):
+    with pytest.raises(ConfigError, match=r"algorithm\.teacher=9B is no folder"):
         plan(compose("distill_3b_8gpu", ["model.path=3B", "algorithm.teacher=9B"]), Options(8, search=False))

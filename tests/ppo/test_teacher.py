@@ -107,9 +107,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("difference", REFUSED)
-def test_a_teacher_that_reads_prompts_in_another_way_is_refused(
-    student: Path, tmp_path: Path, difference: str
-) -> None:
+def test_a_teacher_that_reads_prompts_in_another_way_is_refused(student: Path, tmp_path: Path, difference: str) -> None:
     change: Callable[[Path], None] = REFUSED[difference]
     # A limit that the fixed prompt would pass: it is not the run's.
     processor = Processor(student, DataConfig(template="model", max_prompt_tokens=8, max_images=1))
