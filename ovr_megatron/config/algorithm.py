@@ -115,8 +115,8 @@ class AlgorithmConfig:
         )
         require(
             self.teacher is not None or self.teacher_parallel is None,
-            "algorithm.teacher_parallel is the layout of a teacher, and there is none; give algorithm.teacher, or leave "
-            "out the layout",
+            "algorithm.teacher_parallel is the layout of a teacher, and there is none; give algorithm.teacher, or "
+            "leave the layout out",
         )
         for name, bound in (("low", self.correction_low), ("high", self.correction_high)):
             require(
