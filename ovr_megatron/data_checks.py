@@ -26,7 +26,7 @@ GENERATED_ROWS = 1000  # checked of a source that never ends
 
 
 def checks_of(config: ColdStartConfig | RLConfig, processor: Processor | None) -> list[Check]:
-    """Return the checks of a stage: intact media within the limits, a verifiable answer (RL), and lengths.
+    """Return the checks of a stage: intact media within the limits, a verifiable answer (RL with rewards), and lengths.
 
     Args:
         config: A stage's configuration.
@@ -34,7 +34,7 @@ def checks_of(config: ColdStartConfig | RLConfig, processor: Processor | None) -
     """
     is_rl = isinstance(config, RLConfig)
     checks: list[Check] = [partial(load_media, config=config.data)]
-    if isinstance(config, RLConfig):
+    if isinstance(config, RLConfig) and config.algorithm.learns_from_rewards:
         judges = open_templates(config.reward.judges)
         checks.append(partial(check_reference, rules=config.reward.rules, judges=judges))
     if processor is not None:

@@ -42,6 +42,8 @@ Config = ColdStartConfig | RLConfig
 def list_inputs(config: Config) -> tuple[list[Path], list[str]]:
     """Return the files and folders that the run reads, and a problem if it has no data."""
     paths = [weights_of(config.model.path)]
+    if isinstance(config, RLConfig) and config.algorithm.teacher:
+        paths.append(weights_of(config.algorithm.teacher))
     problems = []
     for source in row_sources(config):
         if source.path.startswith("puzzle:") or is_url(source.path):

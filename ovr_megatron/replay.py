@@ -31,6 +31,7 @@ from ovr_megatron.runtime.step_lines import read_metrics
 METRICS = (
     *("critic/loss", "critic/grad_norm", "critic/explained_variance", "critic/value_mean", "critic/value_std"),
     *("policy/loss", "policy/entropy", "policy/grad_norm", "policy/reference_kl", "rollout/mismatch_mean"),
+    "policy/teacher_kl",
 )
 # Largest difference that counts as rounding, relative to the largest saved value.
 BOUND = {"float32": 1e-4, "bfloat16": 5e-2}

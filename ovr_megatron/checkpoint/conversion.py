@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from ovr_megatron.weights.adapters import MergedFolder, adapter_dtype, is_adapte
 from ovr_megatron.weights.average import average
 from ovr_megatron.weights.diagnosis import HEAD
 from ovr_megatron.weights.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WeightFolder, copy_hf_assets
+from ovr_megatron.weights.selected_layers import SelectedLayers, check_layers, write_layer_count
 from ovr_megatron.weights.transfer import (
     VALUE_HEAD,
     check_finite,
@@ -42,16 +44,31 @@ def import_hf(
     workers: int,
     force: bool,
     yarn: float | None,
+    layers: Sequence[int] | None = None,
 ) -> None:
-    """Write ``out/policy``, stretched ``yarn`` times, and the manifest; ``out`` appears when it is complete."""
+    """Write ``out/policy``, stretched ``yarn`` times, and the manifest; ``out`` appears when it is complete.
+
+    With ``layers`` the language model has these layers alone, in this order.
+
+    Raises:
+        ConfigError: there are no such layers, or ``yarn`` stretches nothing.
+        WeightError: a tensor is missing, unknown or of another size.
+    """
     shape = check_assets(hf)
-    with WeightFolder(hf) as folder:
+    selected: WeightFolder | None = None
+    if layers is not None:
+        check_layers(layers, shape)
+        selected = SelectedLayers(hf, layers)
+        shape = replace(shape, layers=len(layers))
+    with selected or WeightFolder(hf) as folder:
         # All checks come before anything is written.
         check_weights(folder, shape)
         check_finite(folder)
         with staged(out, [hf], force) as partial:
             policy = partial / "policy"
             copy_hf_assets(complete_folder(hf), policy)
+            if layers is not None:
+                shape = write_layer_count(policy, layers)
             if yarn is not None:
                 shape = stretch_positions(policy, yarn)
             copy_weights(folder, policy, workers=workers)

@@ -93,6 +93,13 @@ class AlgorithmConfig:
     """Whether the divergence is added to the loss or taken from the reward."""
     reference: str | None = None
     """Folder of the weights that the divergence is measured from; none: the policy's initial weights."""
+    teacher: str | None = None
+    """Folder of a larger or trained model of the same tokenizer, from whose log-probabilities of the sampled tokens the
+    policy learns (on-policy distillation), alone with estimator=none or beside the rewards."""
+    teacher_coefficient: PositiveFloat = 1.0
+    """Weight of the teacher's part in the advantage of a token."""
+    teacher_parallel: ParallelConfig | None = None
+    """The teacher's own layout; none: the policy's."""
     entropy_bonus: NonNegativeFloat = 0.0
     """Weight of the policy's entropy in its objective."""
     positive_nll: Annotated[NonNegativeFloat, ZeroMeans("off")] = 0.0
@@ -151,6 +158,16 @@ class AlgorithmConfig:
             "algorithm.kl_form=k1 in the loss has the gradient of the policy's own log-probability, which is none of "
             "the divergence; use k2 or k3, or algorithm.kl_in=reward",
         )
+        require(
+            self.estimator != "none" or self.teacher is not None,
+            "algorithm.estimator=none takes nothing from the rewards, and there is no teacher to learn from; give "
+            "algorithm.teacher, or another estimator",
+        )
+        require(
+            self.teacher is not None or self.teacher_parallel is None,
+            "algorithm.teacher_parallel is the layout of a teacher, and there is none; give algorithm.teacher, or "
+            "leave the layout out",
+        )
         for name, bound in (("low", self.correction_low), ("high", self.correction_high)):
             require(
                 not bound or self.correction is not None,
@@ -176,6 +193,11 @@ class AlgorithmConfig:
     def has_critic(self) -> bool:
         """Return whether the estimator needs values."""
         return find_estimator(self.estimator).needs_values
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Return whether the estimator takes anything from the rewards; else prompts need no answers."""
+        return self.estimator != "none"
 
     @property
     def in_groups(self) -> bool:

@@ -58,6 +58,9 @@ def model_flops(scenario: Scenario, span: Span) -> float:
     if algorithm.has_critic:
         critic = token_flops(scenario.critic_scenario.shape, config.model, load, critic=True)
         per_token += critic.forward + critic.training
+    teacher = scenario.teacher_scenario
+    if teacher:
+        per_token += token_flops(teacher.shape, teacher.config.model, load).forward
     return tokens * per_token
 
 
@@ -75,6 +78,11 @@ def seconds(scenario: Scenario, span: Span) -> Seconds:
         scoring_flops = _forward_only(policy)
         scoring = _training(scenario, span, scoring_flops, 1, False, backward=False)
         parts["log-probabilities"] = sum(scoring.values()) * algorithm.scoring_passes
+    teacher = scenario.teacher_scenario
+    if teacher:
+        teacher_flops = _forward_only(token_flops(teacher.shape, teacher.config.model, span.load))
+        teaching = _training(teacher, span, teacher_flops, 1, False, backward=False)
+        parts["teacher"] = sum(teaching.values())
     if algorithm.has_critic:
         # Values come from one pass over all responses, whatever the number of the critic's steps.
         critic_scenario = scenario.critic_scenario
@@ -137,6 +145,9 @@ def _offload_seconds(scenario: Scenario) -> float:
         size += state.weights + state.optimizer
     if config.has_reference:
         size += policy.weights
+    teacher = scenario.teacher_scenario
+    if teacher:
+        size += model_state(teacher.shape, config.model.frozen(), teacher.config.parallel, teacher.dp).weights
     return 2 * size / (WIRE * scenario.gpu.host)
 
 

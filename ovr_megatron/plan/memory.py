@@ -109,6 +109,15 @@ class _IterationPhases:
                 critic.shape, config.model, layout, critic.dp, critic_stage, critic=True
             )
             self.fp8_copies["critic"] = fp8_bytes(critic.shape, config.model, layout, critic_stage, True)
+        self.teacher = scenario.teacher_scenario
+        if self.teacher:
+            layout = self.teacher.config.parallel
+            frozen = config.model.frozen()
+            self.teacher_stage = stage if layout.pp == config.parallel.pp else 0
+            self.models["teacher"] = model_state(
+                self.teacher.shape, frozen, layout, self.teacher.dp, self.teacher_stage
+            )
+            self.fp8_copies["teacher"] = fp8_bytes(self.teacher.shape, frozen, layout, self.teacher_stage, False)
 
     def items_by_phase(self) -> dict[str, dict[str, int]]:
         config = self.config
@@ -132,6 +141,9 @@ class _IterationPhases:
         if algorithm.scoring_passes:
             scoring = _forward_items(scenario, self.stage, False)
             phases["log-probabilities"] = resident_policy | scoring | asleep
+        if self.teacher:
+            scoring = _forward_items(self.teacher, self.teacher_stage, False)
+            phases["teacher"] = self._resident("teacher") | scoring | asleep
         update = _backward_items(scenario, self.stage, False, algorithm.policy_steps)
         phases["update policy"] = self._resident("policy", trains=True) | update | asleep
         weights = {"vLLM weights": engine["vLLM weights"]}

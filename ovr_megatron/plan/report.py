@@ -69,7 +69,9 @@ def read_critic_shape(config: ColdStartConfig | RLConfig) -> ModelShape | None:
 
 
 def read_shape(path: str, setting: str = "model.path", part: str = "policy") -> tuple[ModelShape, str | None]:
-    """Read the sizes of a model and return them with its folder; the name of a preset (7B) has no folder.
+    """Read the sizes of the model that ``setting`` names as ``path`` and return them with its folder.
+
+    The name of a preset (7B) has no folder.
 
     Args:
         path: a folder, a name on the hub, or a preset.
@@ -105,8 +107,11 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
         raise ConfigError(f"--mfu {options.mfu} must lie between 0 and 1")
     shape, folder = read_shape(config.model.path)
     gpu = find_gpu(options.gpu)
+    teacher_shape = None
+    if isinstance(config, RLConfig) and config.algorithm.teacher:
+        teacher_shape, _ = read_shape(config.algorithm.teacher, "algorithm.teacher")
     critic_shape = read_critic_shape(config)
-    scenario = build_scenario(config, shape, gpu, options.world, folder, critic_shape)
+    scenario = build_scenario(config, shape, gpu, options.world, folder, critic_shape, teacher_shape)
     phases = memory.phases(scenario)
     spans = [_span(scenario, span) for span in scenario.spans]
     steps = sum(span["steps"] for span in spans)

@@ -31,7 +31,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A recipe, the model's sizes, the GPUs, and the work; ``critic_shape`` are those of a critic of another size."""
+    """A recipe, the model's sizes, the GPUs, and the work.
+
+    ``critic_shape`` are the sizes of a critic of another size than the policy, ``teacher_shape`` those of a teacher.
+    """
 
     config: ColdStartConfig | RLConfig
     shape: ModelShape
@@ -39,6 +42,7 @@ class Scenario:
     world: int
     spans: tuple[Span, ...]
     critic_shape: ModelShape | None = None
+    teacher_shape: ModelShape | None = None
 
     @property
     def critic_scenario(self) -> Scenario:
@@ -48,6 +52,15 @@ class Scenario:
             return self
         parallel = config.critic.parallel or config.parallel
         return replace(self, shape=self.critic_shape or self.shape, config=replace(config, parallel=parallel))
+
+    @property
+    def teacher_scenario(self) -> Scenario | None:
+        """Return the same scenario with sizes and layout of the teacher; None without one."""
+        config = self.config
+        if isinstance(config, ColdStartConfig) or self.teacher_shape is None:
+            return None
+        parallel = config.algorithm.teacher_parallel or config.parallel
+        return replace(self, shape=self.teacher_shape, config=replace(config, parallel=parallel), teacher_shape=None)
 
     def check(self) -> None:
         """Refuse what a run would refuse.
@@ -67,6 +80,10 @@ class Scenario:
         algorithm = config.algorithm
         critic = self.critic_scenario
         check_layout(critic.shape, critic.config.parallel, uses_fp8)
+        teacher = self.teacher_scenario
+        if teacher:
+            check_layout(teacher.shape, teacher.config.parallel, uses_fp8)
+            teacher.config.parallel.data_parallel(self.trainers)
         replicas_by_steps = {algorithm.policy_steps: dp}
         if algorithm.has_critic:
             replicas_by_steps[algorithm.critic_steps] = critic.dp
@@ -152,6 +169,7 @@ def build_scenario(
     world: int,
     model_dir: str | None,
     critic_shape: ModelShape | None = None,
+    teacher_shape: ModelShape | None = None,
 ) -> Scenario:
     """Build the scenario; lengths are measured where there are sources and a tokenizer in ``model_dir``, else assumed.
 
@@ -170,7 +188,7 @@ def build_scenario(
         spans = [_sft_span(config, measured)]
     else:
         spans = _rl_spans(config, shape, measured)
-    scenario = Scenario(config, shape, gpu, world, tuple(spans), critic_shape)
+    scenario = Scenario(config, shape, gpu, world, tuple(spans), critic_shape, teacher_shape)
     scenario.check()
     return scenario
 

@@ -31,7 +31,7 @@ from ovr_megatron.runtime.files import atomic_file, write_whole
 
 PICTURES = 2  # images saved of a rank's responses that are trained on, and as many of its others
 # Fields of `Experience`, and the names of their arrays in the files.
-ARRAYS = ("values", "advantages", "old", "reference")
+ARRAYS = ("values", "advantages", "old", "reference", "teacher")
 
 
 class ArchiveError(UserError, ValueError):

@@ -112,6 +112,10 @@ def _maxrl(batch: EstimatorInput) -> Estimate:
     return Estimate(likelihood_advantages(batch.rewards, batch.groups))
 
 
+def _none(batch: EstimatorInput) -> Estimate:
+    return Estimate([np.zeros(len(r)) for r in batch.rewards])
+
+
 # docs/algorithms.md has the equation and the source of each.
 ESTIMATORS = Registry[Estimator](
     "algorithm.estimator",
@@ -125,6 +129,7 @@ ESTIMATORS = Registry[Estimator](
         "reinforce_pp_baseline": Estimator(_dr_grpo, needs_groups=True, normalises=True),
         "opo": Estimator(_opo, needs_groups=True),
         "maxrl": Estimator(_maxrl, needs_groups=True),
+        "none": Estimator(_none),  # the advantages of `algorithm.teacher` alone
     },
     lambda value: value if isinstance(value, Estimator) else None,
     f"an {Estimator.__module__}.{Estimator.__name__}",

@@ -43,7 +43,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Models:
-    """The models of an iteration; critic and reference only where the algorithm needs them.
+    """The models of an iteration; critic, reference and teacher only where the algorithm needs them.
 
     A policy with adapters may be its own reference.
 
@@ -57,6 +57,7 @@ class Models:
     policy: Engine
     critic: Engine | None
     reference: Engine | None
+    teacher: Engine | None = None
     warmup: CriticWarmup = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class Models:
         """With ``offload``, offload all models but ``active``, which onloads what it needs when it needs it."""
         if not self.config.offload:
             return
-        for engine in (self.policy, self.critic, self.reference):
+        for engine in (self.policy, self.critic, self.reference, self.teacher):
             if engine is None or engine is active:
                 continue
             kinds = MEMORY_KINDS
@@ -82,10 +83,12 @@ class Experience:
     Attributes:
         responses: in order of their prompts.
         batch: their samples.
-        advantages: those that the loss takes, normalised where the estimator is.
+        advantages: of the estimator, normalised where the estimator is.
         values: of the critic; None without one.
         old: log-probabilities before the update; None where the policy takes one step and no reward needs them.
         reference: log-probabilities of the reference; None without one.
+        teacher: log-probabilities of the teacher, from which the loss takes its part of the advantages; None without
+            one.
     """
 
     responses: list[Response]
@@ -94,6 +97,7 @@ class Experience:
     values: Ragged | None = None
     old: Ragged | None = None
     reference: Ragged | None = None
+    teacher: Ragged | None = None
 
 
 @dataclass
@@ -132,6 +136,8 @@ def compute_experience(
         # A policy with adapters is its own reference without them.
         with models.reference.without_adapters():
             experience.reference = _compute_logprobs(models.reference, batch, pack_members)
+    if models.teacher is not None:
+        experience.teacher = _compute_teacher_logprobs(models, models.teacher, rollout, experience)
     penalties = None
     if kl_in_reward:
         penalties = _kl_penalties(experience, algorithm)
@@ -156,6 +162,24 @@ def _compute_logprobs(engine: Engine, batch: Batch, pack_members: list[list[int]
     scores = engine.scores(batch.packs(pack_members))
     logprobs = [pack_scores.logprobs for pack_scores in scores]
     return batch.unpack(logprobs, pack_members)
+
+
+def _compute_teacher_logprobs(models: Models, teacher: Engine, rollout: Rollout, experience: Experience) -> Ragged:
+    """Return the teacher's log-probabilities of the policy's responses, [n] per response.  A collective.
+
+    A teacher of another layout scores another share of the responses, which is sent back to those that train on it.
+    """
+    models.offload_except(teacher)
+    responses = experience.responses
+    batch = experience.batch
+    same_layout = teacher.layout is models.policy.layout
+    if not same_layout:
+        responses, batch = build_local_batch(models, rollout, teacher)
+    pack_members = batch.group_into_packs(range(len(batch)))
+    logprobs = _compute_logprobs(teacher, batch, pack_members)
+    if same_layout:
+        return logprobs
+    return _redistribute(_by_key(responses, logprobs), teacher, experience.responses)
 
 
 def _kl_penalties(experience: Experience, algorithm: AlgorithmConfig) -> Ragged:

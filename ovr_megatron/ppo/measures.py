@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.ppo.batch import Response
@@ -67,6 +68,8 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
         shape = models.critic.shape
         critic_training_pass = _training_pass_flops(models, experience, shape) - _head_flops(models, experience, shape)
         flops += critic_training_pass * (1 + 1 / 3)
+    if models.teacher is not None:
+        flops += _teacher_flops(models.teacher, experience)
     total = sum_over_dp(np.array([flops]), models.world.layout)
     return float(total[0])
 
@@ -77,6 +80,14 @@ def _training_pass_flops(models: Models, experience: Experience, shape: ModelSha
     work = experience.batch.work()
     trains = (model.trains_language, model.trains_vision, model.trains_merger, model.adapts_vision)
     return training_flops(shape, work.lengths, work.grids, *trains, prefixes=work.prefixes)
+
+
+def _teacher_flops(teacher: Engine, experience: Experience) -> float:
+    """Return the FLOP of the teacher's forward pass over the samples of this rank."""
+    work = experience.batch.work()
+    # Of a model that trains as a whole the forward pass is a third.
+    training_pass = training_flops(teacher.shape, work.lengths, work.grids, True, True, True, prefixes=work.prefixes)
+    return training_pass / 3
 
 
 def _head_flops(models: Models, experience: Experience, shape: ModelShape) -> float:

@@ -25,8 +25,8 @@ class PolicyObjective:
 
     It reads ``advantages`` and ``rollout_logprobs`` of a pack, and where the pack has them ``old_logprobs`` (else the
     step is strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs``,
-    ``weights``, ``likelihood_weights``, ``modalities`` and ``staleness``.  The loss of a token is multiplied by the
-    weight that ``algorithm.correction`` gives it.
+    ``teacher_logprobs``, ``weights``, ``likelihood_weights``, ``modalities`` and ``staleness``.  The loss of a token is
+    multiplied by the weight that ``algorithm.correction`` gives it.
 
     Args:
         config: the settings.
@@ -63,6 +63,11 @@ class PolicyObjective:
             # Detached: the ratio is then exactly 1, and its gradient that of the current log-probabilities.
             old = logprobs.detach()
         advantages = scores.beside(pack, "advantages")
+        teacher_kl = None
+        if "teacher_logprobs" in pack.extras:
+            # Of the token alone: what it does to later tokens is left out, as by a discount of 0.
+            teacher_kl = kl_estimate(old, scores.beside(pack, "teacher_logprobs"), "k1")
+            advantages = advantages - config.teacher_coefficient * teacher_kl
         response_ids = send(pack.document_of(scores.rows), logprobs.device)
         response_count = len(pack.cu_seqlens) - 1
         segments = ResponseSegments(response_ids, response_count, self.sum_over_ranks)
@@ -72,6 +77,8 @@ class PolicyObjective:
         for name, value in statistics.items():
             sums[f"policy/{name}"] = value.detach()
         sums["rollout_kl"] = kl_estimate(rollout, old, "k3").sum()
+        if teacher_kl is not None:
+            sums["teacher_kl"] = teacher_kl.sum()
         staleness = scores.beside(pack, "staleness") if "staleness" in pack.extras else None
         if self.correction is not None:
             importance, correction_sums = self._importance(self.correction, old - rollout, segments, staleness)

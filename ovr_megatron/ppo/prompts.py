@@ -50,6 +50,7 @@ class PromptStream:
         rules: Mapping[str, RewardRule],
         skipped: SkippedRows | None = None,
         judges: Mapping[str, JudgeTemplate] = MappingProxyType({}),
+        needs_answers: bool = True,
     ):
         """Draw from ``stream``.
 
@@ -59,6 +60,7 @@ class PromptStream:
             rules: By source, how responses are graded; a function of the user's takes any answer.
             skipped: Lists rows that cannot be used; None stops at the first.
             judges: Templates of the judges by name, whose fields rows must have.
+            needs_answers: Whether a row with an answer that its rule cannot verify is refused.
 
         Raises:
             RuleError: a rule is given for a source that no row has.
@@ -73,6 +75,7 @@ class PromptStream:
         self.rules = rules
         self.judges = judges
         self.skipped = skipped
+        self.needs_answers = needs_answers
         self.dropped = 0
         self._postponed: list[RowPosition] = []
         self._unfinished: list[RowPosition] = []
@@ -225,6 +228,8 @@ class PromptStream:
 
     def _problem(self, row: Row) -> RowError | None:
         """Return why the row's answer cannot be verified, or None; list the problem, or raise it without a list."""
+        if not self.needs_answers:
+            return None
         try:
             check_reference(row, self.rules, self.judges)
         except RowError as error:

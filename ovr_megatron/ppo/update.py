@@ -147,6 +147,7 @@ def policy_metrics(means: dict[str, float], mismatch: dict[str, float]) -> dict[
         "importance": "rollout/importance",
         "sample_size": "rollout/effective_sample_size",
         "reference_kl": "policy/reference_kl",
+        "teacher_kl": "policy/teacher_kl",
     }
     for key, name in logged_names.items():
         if key in means:
@@ -182,6 +183,7 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
         **token_arrays,
         old_logprobs=old_logprobs,
         reference_logprobs=experience.reference,
+        teacher_logprobs=experience.teacher,
         weights=weights,
         likelihood_weights=likelihood,
     )

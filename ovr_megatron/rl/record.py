@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.checkpoint.resume import ResumePoint
-from ovr_megatron.config import RLConfig
+from ovr_megatron.config import AlgorithmConfig, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.model.layers import cautions, layers_in_use
@@ -47,11 +47,20 @@ def show_start(config: RLConfig, engines: dict[str, Engine], world: World, check
         ("batch", f"{config.prompts} prompts x {config.responses} responses an iteration"),
         ("tokens", f"of prompt and response at most: {describe_curriculum(config)}"),
         ("algorithm", f"{algorithm.estimator}, policy_updates={algorithm.policy_updates}"),
+        *_teacher_rows(algorithm),
         *source_rows(config, total_prompts),
         *run_rows(config, engines, world, resumed),
         ("rollouts", f"{replicas} vLLM engines, tp={config.rollout.tp}, on {engines_on}"),
     ]
     logger.info(show_heading(f"reinforcement learning in {config.run.dir}", rows))
+
+
+def _teacher_rows(algorithm: AlgorithmConfig) -> list[tuple[str, str]]:
+    """Return the row of the teacher, if there is one."""
+    if not algorithm.teacher:
+        return []
+    alone = "" if algorithm.learns_from_rewards else ", without rewards"
+    return [("teacher", f"{algorithm.teacher}, coefficient {algorithm.teacher_coefficient:g}{alone}")]
 
 
 def describe_curriculum(config: RLConfig) -> str:

@@ -30,6 +30,7 @@ from ovr_megatron.rewards.judge_templates import open_templates
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.critic import build_critic
+from ovr_megatron.rl.teacher import build_teacher
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import banned_tokens
 from ovr_megatron.runtime.distributed import World
@@ -53,7 +54,9 @@ def open_model_and_prompts(config: RLConfig, skipped: SkippedRows | None) -> tup
     processor = Processor(model_folder, config.data)
     check_lengths(config, processor.shape)
     stream = open_stream(config.data, config.run.seed, skipped)
-    prompts = PromptStream(stream, processor, config.reward.rules, skipped, open_templates(config.reward.judges))
+    judges = open_templates(config.reward.judges)
+    needs_answers = config.algorithm.learns_from_rewards
+    prompts = PromptStream(stream, processor, config.reward.rules, skipped, judges, needs_answers)
     return model_folder, prompts
 
 
@@ -162,6 +165,7 @@ def build_models(
     """
     banned = banned_tokens(processor.shape, processor.tokenizer)
     reference = None
+    teacher = None
     if training:
         engines = build_engines(config, model_folder, processor, world)
         # The policy that rolled out, whose layout its responses are balanced for; it does not learn.
@@ -170,15 +174,19 @@ def build_models(
             reference = policy  # without its adapters it is the initial policy
         else:
             reference = build_reference(config, model_folder, banned, world)
+        if config.offload and config.algorithm.teacher:
+            for engine in engines.values():
+                engine.offload()  # before the teacher takes its memory
+        teacher = build_teacher(config, processor, world)
     else:
         policy = build_frozen_policy(config, model_folder, world)
         engines = {"policy": policy}
     if config.share_prompts:
-        _check_shared_prompts(engines)
+        _check_shared_prompts(engines | {"teacher": teacher} if teacher else engines)
     # As the engine samples, so that log-probabilities of both are of the same distribution.
     policy.sample_from(banned, config.rollout.temperature)
     critic = engines.get("critic")
-    models = Models(config, world, processor, policy, critic, reference)
+    models = Models(config, world, processor, policy, critic, reference, teacher)
     return models, engines
 
 

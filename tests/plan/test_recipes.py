@@ -13,7 +13,7 @@ NODE = 8
 
 
 def test_the_recipes_are_those_of_the_documentation() -> None:
-    assert len(NAMES) == 13
+    assert len(NAMES) == 14
 
 
 @pytest.mark.parametrize("name", NAMES)

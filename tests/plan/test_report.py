@@ -23,6 +23,7 @@ from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.plan import cost, search
 from ovr_megatron.plan.flops import FRAME, token_flops
 from ovr_megatron.plan.hardware import find_gpu
+from ovr_megatron.plan.parameters import count_parameters
 from ovr_megatron.plan.report import Options, plan, processes, read_shape
 from ovr_megatron.plan.scenario import Scenario, build_scenario
 from ovr_megatron.plan.text import show
@@ -299,3 +300,29 @@ def test_a_critic_of_another_size_is_counted() -> None:
 def test_a_critic_that_is_no_model_is_named() -> None:
     with pytest.raises(ConfigError, match=r"critic.path=9B is no folder; for a plan it can also be one of"):
         plan(compose("ppo_7b_8gpu", ["critic.path=9B"]), Options(8, search=False))
+
+
+def test_a_teacher_has_a_phase_and_memory_of_its_own_size() -> None:
+    """The 7B's weights, cut by the teacher's own tp; with offload they are on the GPU in its own phase alone."""
+    teacher = count_parameters(read_shape("7B")[0])
+    # The norms and the tower's biases are whole on every rank.
+    share = 2 * sum(teacher.values()) / 4
+    for offload in ("false", "true"):
+        settings = [f"offload={offload}", "algorithm.teacher_parallel={tp: 4}"]
+        with_teacher = plan(compose("distill_3b_8gpu", ["model.path=3B", *settings]), Options(8, search=False))
+        held = {phase["name"]: phase["items"].get("teacher", 0) for phase in with_teacher["phases"]}
+        assert share <= held["teacher"] < 1.01 * share
+        elsewhere = {size for name, size in held.items() if name != "teacher"}
+        assert elsewhere == ({0} if offload == "true" else {held["teacher"]})
+    alone = plan(
+        compose("distill_3b_8gpu", ["model.path=3B", "algorithm.estimator=grpo", "algorithm.teacher=null"]),
+        Options(8, search=False),
+    )
+    (span,) = with_teacher["spans"]
+    assert "teacher" not in alone["spans"][0]["parts"] and span["parts"]["teacher"] > 0
+    # A forward pass of the 7B is two FLOP a weight and token of its language model, with attention and images on top.
+    weights = teacher["layers"] + read_shape("7B")[0].vocab * 3584
+    added = (span["flops"] - alone["spans"][0]["flops"]) / span["tokens"]
+    assert 2 * weights < added < 1.3 * 2 * weights
+    with pytest.raises(ConfigError, match=r"algorithm\.teacher=9B is no folder"):
+        plan(compose("distill_3b_8gpu", ["model.path=3B", "algorithm.teacher=9B"]), Options(8, search=False))

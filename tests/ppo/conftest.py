@@ -13,6 +13,8 @@ from ovr_megatron.model.tiny import make_tiny_model
 from tests.ranks import launch
 
 ROOT = Path(__file__).resolve().parents[2]
+# Another size in everything that a teacher may have its own of.
+TEACHER = TinySizes(hidden=96, ffn=160, layers=6, heads=6, vision_depth=3, vision_hidden=64, vision_ffn=128)
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_model(out / "other", tied=True, seed=6)
     make_tiny_model(out / "small", tied=True, seed=7, sizes=TinySizes(hidden=64, layers=2, ffn=128))
     _make_silent_critic(out / "model", out / "silent")
+    make_tiny_model(out / "teacher", tied=False, seed=7, sizes=TEACHER)
     words = os.environ.get("OVR_TEST_LOOPS", "").split()
     launch(ROOT / "tests/ppo/loops.py", out, *words, ranks=int(os.environ.get("OVR_TEST_RANKS", "2")))
     return out

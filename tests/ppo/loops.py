@@ -1,8 +1,8 @@
 """PPO and its relatives on two ranks, for tests/ppo: ``torchrun ... tests/ppo/loops.py OUT [reference [NAME ...]]``.
 
 With ``reference`` only the runs that tests/ppo/test_reference.py reads, or those named; with ``tail`` only those of
-oversampled rounds, with ``partial`` those that go on with unfinished responses, with ``one_engine`` one that resumes
-these.
+oversampled rounds, with ``partial`` those that go on with unfinished responses, with ``taught`` those with a teacher,
+with ``one_engine`` one that resumes unfinished responses.
 """
 
 import json
@@ -94,6 +94,12 @@ EVERYTHING = (
 CONTINUED = (
     *("rollout.oversample=0.5", "rollout.max_staleness=1", "rollout.max_num_seqs=3", "iterations=4"),
     "curriculum=[{until: 2, max_tokens: 72}, {until: 9, max_tokens: 88}]",
+)
+# A teacher alone, of prompts whose responses go on in a later round; and one of another layout beside rewards.
+TAUGHT = ("algorithm.estimator=none", "algorithm.correction=token_truncate", *CONTINUED, "iterations=3")
+MIXED = (
+    *("algorithm.estimator=grpo", "algorithm.teacher_coefficient=0.5", "algorithm.teacher_parallel={tp: 2}"),
+    *("algorithm.policy_steps=2", "offload=true", "share_prompts=true", "iterations=1"),
 )
 IN_REWARD = (
     *(
@@ -263,6 +269,21 @@ def continued_runs() -> None:
     train("partial_learned", *CONTINUED, "only=train", f"rollouts_from={out / 'partial'}")
 
 
+def taught_runs() -> None:
+    """Distil from a teacher of another size: alone, resumed, beside rewards, and from the policy's own weights."""
+    teacher = f"algorithm.teacher={out / 'teacher'}"
+    train("taught", *TAUGHT, teacher)
+    resume_after("taught", 2, "taught_resumed", *TAUGHT, teacher)
+    train("taught_mixed", *MIXED, teacher)
+    train("taught_by_itself", "algorithm.estimator=none", f"algorithm.teacher={out / 'model'}", "iterations=1")
+    layouts = {name: again("taught", 2, f"parallel.{name}=2") for name in ("tp", "pp", "cp")}
+    layouts["same"] = again("taught", 2)
+    layouts["teacher in two stages"] = again("taught", 2, "algorithm.teacher_parallel={pp: 2}")
+    layouts["mixed"] = again("taught_mixed", 0, "parallel.pp=2", "algorithm.teacher_parallel=null")
+    if world.is_main:
+        (out / "taught.json").write_text(json.dumps(layouts))
+
+
 def run_of_one_engine() -> None:
     """Have one engine of two ranks go on with what two engines have left; no process can have engines of both sizes."""
     resume_after("partial", 3, "partial_tp2", *CONTINUED, "rollout.tp=2")
@@ -294,12 +315,17 @@ def slow_engine(rank: int) -> Iterator[None]:
         RolloutEngine.answer = answer
 
 
+PARTS = {
+    "tail": oversampled_runs,
+    "partial": continued_runs,
+    "taught": taught_runs,
+    "one_engine": run_of_one_engine,
+}
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
-    if parts := {"tail": oversampled_runs, "partial": continued_runs, "one_engine": run_of_one_engine}.get(
-        sys.argv[-1]
-    ):
+    if parts := PARTS.get(sys.argv[-1]):
         parts()
         distributed.finish()
         sys.exit()
@@ -329,6 +355,7 @@ if __name__ == "__main__":
     oversampled_runs()
     continued_runs()
     critic_runs()
+    taught_runs()
     half = config("rolled_out", "only=rollout", "iterations=1")
     generate(half, world)
     found = {

@@ -30,6 +30,7 @@ class Problem:
         self.features = [draw(n, FEATURES) for n in LENGTHS]
         self.actions = [torch.randint(0, VOCABULARY, (n, 1), generator=generator) for n in LENGTHS]
         self.values = [draw(n).numpy() for n in LENGTHS]
+        self.teacher = self.sampler + 0.5 * draw(VOCABULARY, FEATURES)
 
     def logprobs(self, weight: Tensor) -> list[Tensor]:
         pairs = zip(self.features, self.actions, strict=True)
@@ -249,6 +250,17 @@ def paper_dppo(logprobs: list[Tensor], threshold: float, kl: bool) -> Tensor:
     return total / sum(LENGTHS)
 
 
+def paper_distillation(logprobs: list[Tensor], coefficient: float = 1.0) -> Tensor:
+    """Mean over tokens of -rho A with A_t = -(log pi_sampler - log pi_teacher) of the token alone (Lu 2025)."""
+    pairs = zip(PROBLEM.logprobs(PROBLEM.sampler), PROBLEM.logprobs(PROBLEM.teacher), logprobs, strict=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for sampled, teacher, p in pairs:
+        for t in range(len(p)):
+            ratio = torch.exp(p[t] - sampled[t])
+            total = total + coefficient * ratio * (sampled[t] - teacher[t])
+    return total / sum(LENGTHS)
+
+
 PAPERS = {
     "PPO": paper_ppo,
     "REINFORCE++": paper_reinforce_pp,
@@ -267,4 +279,5 @@ PAPERS = {
     "SAPO": paper_sapo,
     "DPPO-TV": lambda logprobs: paper_dppo(logprobs, 0.15, kl=False),
     "DPPO-KL": lambda logprobs: paper_dppo(logprobs, 0.05, kl=True),
+    "On-policy distillation": paper_distillation,
 }

@@ -24,7 +24,18 @@ from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.objectives import PolicyObjective
 from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
 from tests.ppo.methods import documented_methods
-from tests.ppo.papers import BUFFER, EARLIER_LIMIT, GROUPS, LATER_LIMIT, LENGTHS, LIMIT, PAPERS, PROBLEM, VERDICTS
+from tests.ppo.papers import (
+    BUFFER,
+    EARLIER_LIMIT,
+    GROUPS,
+    LATER_LIMIT,
+    LENGTHS,
+    LIMIT,
+    PAPERS,
+    PROBLEM,
+    VERDICTS,
+    paper_distillation,
+)
 
 
 def settings(name: str, **changes: object) -> AlgorithmConfig:
@@ -79,6 +90,8 @@ def our_gradient(algorithm: AlgorithmConfig) -> Tensor:
         extras["old_logprobs"] = old
     if algorithm.kl_coefficient:
         extras["reference_logprobs"] = reference
+    if algorithm.teacher:
+        extras["teacher_logprobs"] = PROBLEM.logprobs(PROBLEM.teacher)
     if weights is not None:
         extras["weights"] = [torch.from_numpy(w) for w in weights]
     if algorithm.positive_nll:
@@ -108,6 +121,16 @@ def test_a_row_is_its_papers_estimator(name: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("method", ["Dr. GRPO", "PPO"])
+def test_a_teacher_adds_its_part_to_any_method(method: str) -> None:
+    """With one step both parts are policy gradients, which add up."""
+    divisor = sum(LENGTHS) / (len(LENGTHS) * LATER_LIMIT) if method == "Dr. GRPO" else 1.0
+    ours = our_gradient(settings(method, teacher="folder", teacher_coefficient=0.3))
+    paper = PROBLEM.gradient(PROBLEM.sampler, PAPERS[method])
+    teaching = PROBLEM.gradient(PROBLEM.sampler, lambda logprobs: paper_distillation(logprobs, 0.3) * divisor)
+    torch.testing.assert_close(ours, paper + teaching, rtol=1e-5, atol=1e-6 * float(paper.abs().max()))
+
+
 CHANGES = {
     "clip_high": ("DAPO", {"clip_high": 0.2}),
     "wrong_reward": ("DAPO", {"wrong_reward": 0}),
@@ -127,6 +150,7 @@ CHANGES = {
     "sapo": ("SAPO", {"sapo_positive": 20}),
     "dppo_tv": ("DPPO-TV", {"clip": 0.01}),
     "dppo_kl": ("DPPO-KL", {"clip": 0.001}),
+    "estimator": ("On-policy distillation", {"estimator": "grpo"}),
 }
 
 

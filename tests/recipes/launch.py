@@ -41,6 +41,8 @@ def scale_down(recipe: str, out: Path) -> list[str]:
     paths = [f"run.dir={out / recipe}", f"model.path={out / 'model'}"]
     paths.append(f"data.sources=[{{path: '{out / name}.jsonl', name: {name}}}]")
     layout = [f"parallel.tp={min(own.parallel.tp, RANKS)}"]
+    if is_rl and own.algorithm.teacher:
+        paths.append(f"algorithm.teacher={out / 'model'}")
     # A CPU has no FP8.
     precision = [] if own.model.fp8 == "none" else ["model.fp8=none", "model.fp8_bf16_layers=0"]
     return [*paths, *layout, *precision, *SIZES, *(RL_SIZES if is_rl else SFT_SIZES)]
