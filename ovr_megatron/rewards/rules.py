@@ -16,6 +16,7 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.choice import named_letter, right_option
 from ovr_megatron.rewards.latex import MAX_ANSWER, clean, joined, key, last_box
 from ovr_megatron.rewards.quantity import conversion, number, split_unit
+from ovr_megatron.rewards.signature import signature_problem
 from ovr_megatron.rewards.verdict import GradeRequest, Reason, Verdict
 from ovr_megatron.runtime.environment import child_environment
 from ovr_megatron.runtime.registry import Registry
@@ -235,9 +236,15 @@ def _tolerance(name: str, text: str) -> Fraction:
 
 
 def _user_rule(function: Any) -> Rule | None:
-    """Return the rule that calls a user's function; None for an object that is no function."""
+    """Return the rule that calls a user's function; None for an object that is no function.
+
+    Raises:
+        RuleError: it takes other values than response, answer and options.
+    """
     if not callable(function):
         return None
+    if problem := signature_problem(function):
+        raise RuleError(problem)
 
     def grade_by_user(request: GradeRequest) -> Verdict:
         try:
