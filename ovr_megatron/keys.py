@@ -20,6 +20,55 @@ _FORMER_SETTINGS = {
     "where the cap was 0",
 }
 
+# By the last part of a setting's name in verl, ms-swift or TRL, ours; docs/coming_from.md has the rest.
+NAMES_ELSEWHERE = {
+    "beta": ["algorithm.kl_coefficient"],
+    "clip_ratio": ["algorithm.clip"],
+    "clip_ratio_high": ["algorithm.clip_high"],
+    "entropy_coeff": ["algorithm.entropy_bonus"],
+    "epsilon": ["algorithm.clip"],
+    "epsilon_high": ["algorithm.clip_high"],
+    "eval_steps": ["validation.every", "evaluation.every"],
+    "filter_groups": ["algorithm.dynamic_sampling"],
+    "freeze_vision_tower": ["model.freeze_vision"],
+    "freeze_vit": ["model.freeze_vision"],
+    "gradient_accumulation_steps": ["packs_per_step", "algorithm.policy_steps"],
+    "gradient_checkpointing": ["model.recompute"],
+    "kl_coef": ["algorithm.kl_coefficient"],
+    "kl_loss_coef": ["algorithm.kl_coefficient"],
+    "learning_rate": ["optimizer.lr"],
+    "logger": ["run.trackers"],
+    "logging_steps": ["run.log_every"],
+    "lora_alpha": ["model.lora.alpha"],
+    "lora_rank": ["model.lora.rank"],
+    "max_completion_length": ["curriculum[].max_tokens"],
+    "max_grad_norm": ["optimizer.clip_grad"],
+    "max_length": ["data.pack_tokens"],
+    "max_prompt_length": ["data.max_prompt_tokens"],
+    "max_response_length": ["curriculum[].max_tokens"],
+    "max_steps": ["steps", "iterations"],
+    "micro_batch_size": ["data.pack_tokens", "packs_per_step"],
+    "n": ["responses"],
+    "num_generations": ["responses"],
+    "num_train_epochs": ["epochs", "iterations"],
+    "output_dir": ["run.dir"],
+    "per_device_train_batch_size": ["packs_per_step", "prompts"],
+    "ppo_epochs": ["algorithm.policy_epochs"],
+    "ppo_micro_batch_size_per_gpu": ["data.pack_tokens"],
+    "ppo_mini_batch_size": ["algorithm.policy_steps"],
+    "report_to": ["run.trackers"],
+    "save_freq": ["run.save_every"],
+    "save_steps": ["run.save_every"],
+    "save_total_limit": ["run.keep_last"],
+    "target_modules": ["model.lora.layers"],
+    "tensor_model_parallel_size": ["parallel.tp"],
+    "test_freq": ["evaluation.every"],
+    "train_batch_size": ["packs_per_step", "prompts"],
+    "train_files": ["data.sources"],
+    "val_files": ["evaluation.sources"],
+    "warmup_ratio": ["optimizer.warmup_steps"],
+}
+
 
 def replace_former_settings(settings: dict[str, Any]) -> None:
     """Replace the settings of former versions in the stored ``settings`` of a run by those that mean the same."""
@@ -38,6 +87,13 @@ def setting_names(schema: type) -> Iterator[str]:
         for inner_schema, mark in _inner_schemas(hints[field.name]):
             for name in setting_names(inner_schema):
                 yield f"{field.name}{mark}.{name}"
+
+
+def leaf_names(schema: type) -> list[str]:
+    """Return the dotted names of ``schema`` that are no sections."""
+    names = list(setting_names(schema))
+    sections = {name.rpartition(".")[0] for name in names}
+    return [name for name in names if name not in sections]
 
 
 def mapping_names(schema: type) -> Iterator[str]:
@@ -100,20 +156,39 @@ def unknown_setting(schema: type, name: str) -> str:
     if name in _FORMER_SETTINGS:
         return f"there is no setting {name} any more; {_FORMER_SETTINGS[name]}"
     without_indices = re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "[]", name)
-    nearest = nearest_names(without_indices, list(setting_names(schema)))
+    nearest = nearest_names(without_indices, leaf_names(schema))
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists all settings"
     return f"there is no setting {name}; {remedy}"
 
 
 def nearest_names(name: str, candidates: list[str]) -> list[str]:
-    """Return at most three dotted names of ``candidates``: those that end in ``name``, or the most similar one."""
+    """Return at most three dotted names of ``candidates``.
+
+    They are those that end in ``name``, those that mean what ``name`` does in another trainer, or the most similar one.
+    """
     endings = [candidate for candidate in candidates if candidate.endswith(f".{name}")]
     if endings:
         return endings[:_MOST_PROPOSALS]
+    *outer_parts, last_part = name.split(".")
+    for part in (last_part, *reversed(outer_parts)):
+        if ours := _names_here(name, part, candidates):
+            return ours
     if similar := difflib.get_close_matches(name, candidates, n=1, cutoff=_SIMILAR_NAME):
         return similar
+    for foreign_name in difflib.get_close_matches(last_part, NAMES_ELSEWHERE, n=1, cutoff=_SIMILAR_NAME):
+        return _names_here(name, foreign_name, candidates)
     # Of several candidates with one last part, the first of the schema wins: later entries overwrite earlier ones.
     by_last_part = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
-    last_part = name.rpartition(".")[2]
     matches = difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=_SIMILAR_LAST_PART)
     return [by_last_part[match] for match in matches]
+
+
+def _names_here(name: str, foreign_name: str, candidates: list[str]) -> list[str]:
+    """Return the ``candidates`` that mean what ``foreign_name`` does in another trainer.
+
+    In the section of ``name`` only that section's: ``critic.optimizer.learning_rate`` is ``critic.optimizer.lr``.
+    """
+    ours = [candidate for candidate in NAMES_ELSEWHERE.get(foreign_name, []) if candidate in candidates]
+    section = name.rpartition(".")[0]
+    in_section = [f"{section}.{candidate.rpartition('.')[2]}" for candidate in ours]
+    return [candidate for candidate in in_section if candidate in candidates] or ours

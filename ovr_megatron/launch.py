@@ -6,6 +6,7 @@ Nothing heavy is imported here: help, a mistyped key and a finished run are answ
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig, build, d
 from ovr_megatron.config.checks import require
 from ovr_megatron.config.described import described_yaml
 from ovr_megatron.families.presets import presets
-from ovr_megatron.keys import text_names, unknown_setting, with_new_keys
+from ovr_megatron.keys import leaf_names, nearest_names, text_names, unknown_setting, with_new_keys
 
 RECIPES = Path(__file__).parent / "recipes"
 # Hydra's message for an override of a key that the schema does not have.
@@ -79,7 +80,9 @@ def read_command_line(
         add("--dry-run", action="store_true", help="print the plan of exactly this command line, and leave")
     add("-h", "--help", action="store_true", help="print this and every setting of the recipe, and leave")
     # Intermixed: options and overrides may come in any order.
-    options = parser.parse_intermixed_args(arguments)
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        raise ConfigError(_unknown_option(schema, parser, unknown[0]))
     path = recipe_path(options.config_name, options.config_dir)
     values = compose_values(schema, path, options.overrides)
     if options.help:
@@ -89,6 +92,21 @@ def read_command_line(
     if dry_run:
         values = fill_in(values, path.stem)
     return CommandLine(build(schema, values), path.stem, tuple(options.overrides), dry_run)
+
+
+def _unknown_option(schema: type, parser: argparse.ArgumentParser, option: str) -> str:
+    """Return the message for an option that a command of settings does not have."""
+    name = option.lstrip("-").partition("=")[0]
+    # The parser has no public list of its options.
+    options = re.findall(r"--[a-z-]+", parser.format_usage())
+    abbreviated = [candidate for candidate in options if candidate.startswith(f"--{name}")]
+    nearest = abbreviated or difflib.get_close_matches(f"--{name}", options, n=1)
+    settings = nearest_names(name.replace("-", "_"), leaf_names(schema))
+    if nearest or not settings:
+        remedy = f"did you mean {nearest[0]}?" if nearest else f"there are {' '.join(options)}, and settings, KEY=VALUE"
+    else:
+        remedy = f"a setting is written without dashes: {' or '.join(f'{setting}=VALUE' for setting in settings)}"
+    return f"there is no option {option}; {remedy}"
 
 
 def recipe_path(name: str, folder: Path = RECIPES) -> Path:
@@ -117,6 +135,8 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
         key = override.lstrip("+~").split("=", 1)[0]
         if not key or "@" in key:
             raise ConfigError(f"{override!r} cannot be read; write a setting as KEY=VALUE")
+        if "=" not in override and (override.endswith((".yaml", ".yml")) or (RECIPES / f"{override}.yaml").is_file()):
+            raise ConfigError(f"{override} is a recipe; write --config-name {override}")
     try:
         hydra_overrides = with_new_keys(schema, with_plain_text(schema, overrides))
         # A recipe elsewhere may be built on one of the package's.
@@ -134,6 +154,10 @@ def compose_values(schema: type, path: Path, overrides: Sequence[str]) -> DictCo
             raise ConfigError(f"{override!r} cannot be read; write a setting as KEY=VALUE") from None
         cause = error.__cause__ or error
         full_key = getattr(cause, "full_key", None)
+        values_by_key = dict(override.split("=", 1) for override in overrides if "=" in override)
+        value = values_by_key.get(full_key or "", "")
+        if "Cannot merge DictConfig with ListConfig" in str(cause) and value.startswith("{"):
+            raise ConfigError(f"{full_key}={value} must be a list; write '{full_key}=[{value}]'") from None
         where = f"{path.stem}: {full_key}" if full_key else path.stem
         raise ConfigError(f"{where}: {str(cause).splitlines()[0]}") from error
 

@@ -24,7 +24,8 @@ from ovr_megatron.config import (
 from ovr_megatron.config.checks import fields_of, inner_schemas
 from ovr_megatron.config.described import described_yaml
 from ovr_megatron.curation.settings import PrepareConfig
-from ovr_megatron.launch import compose, compose_values, recipe_path
+from ovr_megatron.keys import NAMES_ELSEWHERE, setting_names, unknown_setting
+from ovr_megatron.launch import compose, compose_values, read_command_line, recipe_path
 
 REQUIRED = ["run.dir=runs/a", "model.path=models/tiny"]
 CURRICULUM = ["curriculum=[{until: 300, max_tokens: 16384}, {until: 900, max_tokens: 32768}]"]
@@ -94,6 +95,23 @@ def test_an_override_without_a_key_or_a_value_is_refused(override: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tiny_rl", "prompts=3"], "tiny_rl is a recipe; write --config-name tiny_rl"),
+        (["mine.yaml"], "mine.yaml is a recipe; write --config-name mine.yaml"),
+        (["--lr", "1e-3"], "there is no option --lr; a setting is written without dashes: optimizer.lr=VALUE"),
+        (["--kl-coef=3"], "there is no option --kl-coef=3; a setting is written without dashes: algorithm.kl_"),
+        (["--config", "tiny_rl"], "there is no option --config; did you mean --config-name?"),
+        (["--zebra"], "there is no option --zebra; there are --config-name --config-dir --dry-run, and settings, "),
+    ],
+)
+def test_a_word_that_is_neither_option_nor_setting_is_corrected(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read_command_line(RLConfig, "tiny_rl", None, [*REQUIRED, *words])
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
     ("override", "key"),
     [
         ("promts=8", "promts"),
@@ -107,21 +125,73 @@ def test_unknown_key_is_named(override: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "key", "given"),
+    ("override", "message"),
     [
-        ("prompts=many", "prompts", "'many'"),
-        ("prompts=2.5", "prompts", "2.5"),
-        ("prompts=null", "prompts", "None"),
-        ("optimizer.lr=fast", "optimizer.lr", "'fast'"),
-        ("model.freeze_vision=perhaps", "model.freeze_vision", "'perhaps'"),
-        ("data.sources=a.jsonl", "data.sources", "'a.jsonl'"),
-        ("data.sources=[{weight: 1}]", "data.sources.0.path", "required"),
+        ("prompts=many", "prompts='many' must be a whole number"),
+        ("prompts=2.5", "prompts=2.5 must be a whole number"),
+        ("prompts=null", "prompts=None must be a whole number"),
+        ("optimizer.lr=fast", "optimizer.lr='fast' must be a number"),
+        ("model.freeze_vision=perhaps", "model.freeze_vision='perhaps' must be true or false"),
+        ("run.trackers=[3]", "run.trackers[0]=3 must be a text"),
+        ("run.trackers=wandb", "run.trackers=wandb must be a list; write 'run.trackers=[wandb]'"),
+        ("data.sources=a.jsonl", "data.sources=a.jsonl must be a list; write 'data.sources=[{path: a.jsonl}]'"),
+        ("data.sources=[a.jsonl]", "data.sources[0]=a.jsonl must have fields with names; write {path: a.jsonl}"),
+        (
+            "data.sources=[{weight: 1}]",
+            "no value for data.sources[0].path; the fields are path, weight, format, image_root, name, streaming, "
+            "shuffle_rows",
+        ),
+        (
+            "data.sources=[{file: a.jsonl}]",
+            "no value for data.sources[0].path, and file is no field of it; the fields are path, weight, ",
+        ),
+        ("curriculum=900", "curriculum=900 must be a list; write 'curriculum=[{until: 900, max_tokens: VALUE}]'"),
+        (
+            "critic.parallel=2",
+            "critic.parallel=2: critic.parallel is a group of settings; give one of them, as critic.parallel.tp, ",
+        ),
+        ("reward.rules=a:b", "reward.rules=a:b must have names; write reward.rules.NAME=a:b"),
     ],
 )
-def test_wrong_type_names_key_and_value(override: str, key: str, given: str) -> None:
-    message = complaint(RLConfig, override)
-    assert message.startswith(f"{key}: ")
-    assert given in message
+def test_a_value_of_another_form_says_how_it_is_written(override: str, message: str) -> None:
+    assert complaint(RLConfig, override).startswith(message)
+
+
+def test_an_object_for_a_list_says_how_it_is_written() -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose("tiny_rl", [*REQUIRED, "data.sources={path: a.jsonl}"])
+    assert str(raised.value) == "data.sources={path: a.jsonl} must be a list; write 'data.sources=[{path: a.jsonl}]'"
+
+
+@pytest.mark.parametrize(
+    ("name", "sft", "rl"),
+    [
+        ("learning_rate", "optimizer.lr", "optimizer.lr"),
+        ("critic.optimizer.learning_rate", "optimizer.lr", "critic.optimizer.lr"),
+        ("batch_size", "packs_per_step", "prompts"),
+        ("trainer.save_freq", "run.save_every", "run.save_every"),
+        ("algorithm.filter_groups.enable", "", "algorithm.dynamic_sampling"),
+        ("model.lora.r", "model.lora.rank", "model.lora.rank"),
+        ("data.source", "data.sources", "data.sources"),
+    ],
+)
+def test_a_name_of_another_trainer_leads_to_ours(name: str, sft: str, rl: str) -> None:
+    for schema, ours in ((ColdStartConfig, sft), (RLConfig, rl)):
+        message = unknown_setting(schema, name)
+        assert message.startswith(f"there is no setting {name}; ")
+        if ours:
+            assert message.endswith(f"; did you mean {ours}?")
+
+
+def test_names_of_other_trainers_are_those_of_the_page() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs/coming_from.md"
+    lines = [line.split("|") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    for name, ours in NAMES_ELSEWHERE.items():
+        word = re.compile(rf"(?<![a-z_]){name}(?![a-z_])")
+        rows = ["|".join(cells[2:]) for cells in lines if word.search(cells[1])]
+        settings = [setting.removesuffix("[].max_tokens") for setting in ours]
+        assert any(f"`{setting}`" in row for row in rows for setting in settings), name
+        assert {*ours} <= {*setting_names(ColdStartConfig), *setting_names(RLConfig)}
 
 
 # For each check: a value that it refuses, and what the message must name or advise.

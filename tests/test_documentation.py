@@ -80,7 +80,8 @@ def target(words: list[str]) -> tuple[str, list[str]] | None:
             given = [*given, "model.path=OVR_MODEL"]  # of the environment
         return f"ovr_megatron/{stage}/__main__.py", ["--config-name", recipe, *given]
     if words[:2] == ["python", "-m"] and words[2] == "ovr_megatron.torchrun":
-        words = ["python", *words[5:]]  # --nproc-per-node N
+        options_end = words.index("-m", 3) if "-m" in words[3:] else 5  # torchrun's: --nproc-per-node N, and others
+        words = ["python", *words[options_end:]]
     if words[0] == "ovr":
         return "ovr_megatron/__main__.py", words[1:]
     if words[:2] == ["python", "-m"] and words[2].startswith("ovr_megatron"):

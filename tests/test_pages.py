@@ -212,3 +212,14 @@ def test_every_number_has_a_command_that_is_there() -> None:
     scripts = re.findall(r"`(?:bash )?((?:tests|tools|examples)/[\w./]+)", page)
     assert len(scripts) > 15
     assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_programs_that_start_vllm_may_be_imported_by_its_process() -> None:
+    programs = []
+    for page in PAGES:
+        programs += re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    engines = [program for program in programs if "LLM(" in program]
+    assert engines
+    for program in engines:
+        top_level = [node for node in ast.parse(program).body if not isinstance(node, ast.FunctionDef | ast.If)]
+        assert not any("LLM(" in ast.unparse(node) for node in top_level), program

@@ -29,6 +29,8 @@ STAGES = {"base": "Base model", "cold_start": "Cold start", "rl": "RL"}
 MODELS = {"base": "Base", "cold_start": "Cold start", "rl": "RL", "average": "Average"}
 SETS = {"visual": "Visual puzzles", "text": "Text puzzles", "caption": "Captions"}
 
+RUN_SETTINGS = "config.yaml"  # of every run folder
+
 
 class ExperimentError(UserError, ValueError):
     """A folder that is no experiment; the message names it and says what is expected."""
@@ -176,15 +178,25 @@ class Experiment:
         return any(map(_shows_behaviour, self.checkpoints.values()))
 
     @property
+    def single_run(self) -> Stage | None:
+        """The only stage where the folder is a run's own; None for the folder of an experiment."""
+        is_run = (self.dir / RUN_SETTINGS).is_file()
+        return next(iter(self.stages.values()), None) if is_run else None
+
+    @property
     def missing(self) -> list[str]:
-        """One sentence for each part of the recipe that is not there yet."""
+        """One sentence for each part of the recipe, or of the single run, that is not there yet."""
         sentences = []
-        for name, title in STAGES.items():
+        single_run = self.single_run
+        titles = {single_run.name: single_run.title} if single_run else STAGES
+        for name, title in titles.items():
             stage = self.stages.get(name)
             if stage is None or not stage.metrics:
                 sentences.append(f"{title}: no metrics yet.")
             elif stage.done < stage.total:
                 sentences.append(f"{title}: {stage.done} of {stage.total} {stage.unit} done.")
+        if single_run:
+            return sentences
         unscored = [title for name, title in MODELS.items() if not self.scores.get(name)]
         if unscored:
             titles = ", ".join(unscored)
@@ -229,7 +241,7 @@ def read_experiment(folder: Path, iteration: int | None = None) -> Experiment:
 
 def _read_stages(folder: Path) -> dict[str, Stage]:
     """Read the run folders of an experiment, or ``folder`` itself if it is one."""
-    if (folder / "config.yaml").is_file():
+    if (folder / RUN_SETTINGS).is_file():
         stage = _read_stage(folder, "")
         return {stage.name: stage}
     return {name: _read_stage(path, name) for name, path in stage_folders(folder).items()}

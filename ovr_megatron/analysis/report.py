@@ -92,7 +92,7 @@ def render(experiment: Experiment, refresh: int = 0) -> str:
         refresh=refresh,
         lead=_lead_text(summary),
         missing=experiment.missing,
-        tiles=list(_tiles(summary)),
+        tiles=_tiles(summary, is_single_run=experiment.single_run is not None),
         accuracy=show_accuracy(experiment, accuracy_chart),
         behaviours=show_behaviours(experiment, behaviours_chart),
         charts=list(charts.values()),
@@ -118,6 +118,12 @@ def _lead_text(summary: ExperimentSummary) -> str:
             f"On {accuracy['problems']} held-out visual puzzles RL ends "
             f"{abs(gain):.1f} points {direction} the cold start."
         )
+    loss = summary["loss"]
+    if loss["first10"] is not None and rl is None:
+        sentence = f"The loss went from {loss['first10']:.3f} (first ten steps) to {loss['last10']:.3f} (last ten)"
+        if loss["validation"] is not None:
+            sentence += f", that of validation to {loss['validation']:.3f} (lowest {loss['lowest_validation']:.3f})"
+        sentences.append(f"{sentence}.")
     first = summary["reward"]["first10"]
     last = summary["reward"]["last10"]
     if first is not None:
@@ -126,16 +132,23 @@ def _lead_text(summary: ExperimentSummary) -> str:
     return " ".join(sentences) or "Nothing to compare yet."
 
 
-def _tiles(summary: ExperimentSummary) -> Iterator[Tile]:
+def _tiles(summary: ExperimentSummary, is_single_run: bool) -> list[Tile]:
+    """Return the numbers at the top of the page; of a single run those that it has."""
+    tiles = []
     for model, title in MODELS.items():
         accuracy = summary["accuracy"][model]
-        yield _tile(f"{title}, visual puzzles", percent(accuracy), model)
+        tiles.append(_tile(f"{title}, visual puzzles", percent(accuracy), model))
+    loss = summary["loss"]
+    if is_single_run:
+        tiles.append(_tile("Loss, last ten steps", format_number(loss["last10"], ".3f")))
+        tiles.append(_tile("Validation loss", format_number(loss["validation"], ".3f")))
     reward = summary["reward"]["last10"]
-    yield _tile("Reward, last ten iterations", format_number(reward, ".3f"))
+    tiles.append(_tile("Reward, last ten iterations", format_number(reward, ".3f")))
     mismatch = summary["mismatch"]["max"]
-    yield _tile("Largest mismatch, log-prob", format_number(mismatch, ".1e"))
-    yield _tile("Wall time", duration(summary["wall_seconds"]))
-    yield _tile("Peak memory", gigabytes(summary["peak_memory_bytes"]))
+    tiles.append(_tile("Largest mismatch, log-prob", format_number(mismatch, ".1e")))
+    tiles.append(_tile("Wall time", duration(summary["wall_seconds"])))
+    tiles.append(_tile("Peak memory", gigabytes(summary["peak_memory_bytes"])))
+    return [tile for tile in tiles if not is_single_run or tile["value"] != NOTHING]
 
 
 def _tile(name: str, value: str, model: str = "") -> Tile:

@@ -22,6 +22,15 @@ class RewardEnds(TypedDict):
     last10: float | None
 
 
+class LossEnds(TypedDict):
+    """Mean training loss of the first and of the last steps of supervised fine-tuning; the last validation loss."""
+
+    first10: float | None
+    last10: float | None
+    validation: float | None
+    lowest_validation: float | None
+
+
 class LargestMismatch(TypedDict):
     """Largest difference between rollout and trainer log-probabilities in any iteration."""
 
@@ -34,6 +43,7 @@ class ExperimentSummary(TypedDict):
     accuracy: ModelAccuracies
     accuracy_text: ModelAccuracies
     accuracy_caption: ModelAccuracies
+    loss: LossEnds
     reward: RewardEnds
     mismatch: LargestMismatch
     wall_seconds: float | None
@@ -46,11 +56,15 @@ def summarise(experiment: Experiment) -> ExperimentSummary:
 
     Returns:
         ``accuracy`` (visual puzzles), ``accuracy_text`` and ``accuracy_caption``: greedy fractions of ``base``,
-        ``cold_start``, ``rl`` and ``average``, and the number of ``problems``.  ``reward``: means of the
-        ``first10`` and ``last10`` iterations.  ``mismatch.max``: the largest difference between rollout and trainer
-        log-probabilities in any iteration.  ``wall_seconds`` (sum) and ``peak_memory_bytes`` (largest) of the
-        commands under ``measured``.  ``exported_model``: path of the final Hugging Face folder.
+        ``cold_start``, ``rl`` and ``average``, and the number of ``problems``.  ``loss`` of supervised fine-tuning:
+        means of the ``first10`` and ``last10`` steps, and the last and the lowest ``validation`` loss.  ``reward``:
+        means of the ``first10`` and ``last10`` iterations.  ``mismatch.max``: the largest difference between rollout
+        and trainer log-probabilities in any iteration.  ``wall_seconds`` (sum) and ``peak_memory_bytes`` (largest) of
+        the commands under ``measured``.  ``exported_model``: path of the final Hugging Face folder.
     """
+    sft = experiment.stages.get("cold_start")
+    losses = sft.values("loss/train") if sft else []
+    validation = sft.values("validation/loss") if sft else []
     rl = experiment.stages.get("rl")
     rewards = rl.values("reward/mean") if rl else []
     mismatches = rl.values("rollout/mismatch_max") if rl else []
@@ -61,6 +75,12 @@ def summarise(experiment: Experiment) -> ExperimentSummary:
         "accuracy": _accuracies(experiment, "visual"),
         "accuracy_text": _accuracies(experiment, "text"),
         "accuracy_caption": _accuracies(experiment, "caption"),
+        "loss": {
+            "first10": mean_of_first(losses, ENDS),
+            "last10": mean_of_last(losses, ENDS),
+            "validation": validation[-1] if validation else None,
+            "lowest_validation": min(validation, default=None),
+        },
         "reward": {
             "first10": mean_of_first(rewards, ENDS),
             "last10": mean_of_last(rewards, ENDS),

@@ -59,7 +59,8 @@ def draw_ranks(line: TimelineLine, theme: Theme, width: float = WIDE) -> Figure:
     """Draw what each rank did in an iteration, a row for each rank, the first at the top."""
     total = len(line["ends"])
     ranks = drawn_rows(total)
-    height = min(6.0, 1.4 + 0.16 * len(ranks))
+    # A narrow figure has more rows of the legend, below the axes.
+    height = min(6.0, (1.4 if width == WIDE else 2.0) + 0.16 * len(ranks))
     figure = Figure(figsize=(width, height), layout="constrained")
     selection = ""
     if len(ranks) < total:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from ovr_megatron.checkpoint.manifest import CheckpointError, check, step_of
-from ovr_megatron.config import ColdStartConfig, RLConfig
+from ovr_megatron.config import ColdStartConfig, RLConfig, as_yaml
+from ovr_megatron.config.changes import changed_settings
 
 
 def report_finished(config: ColdStartConfig | RLConfig) -> bool:
     """Print, on the first rank, that the run of ``config`` is finished; return False where work is left.
 
-    The files of the last checkpoint are compared by their sizes, not read.
+    The files of the last checkpoint are compared by their sizes, not read.  Settings of ``config`` that the run did not
+    have are printed, too: they have no effect.  A folder of another stage counts as not finished, so that the start of
+    the run refuses it.
     """
     steps = planned_steps(config)
     if not steps:
@@ -23,14 +28,36 @@ def report_finished(config: ColdStartConfig | RLConfig) -> bool:
     path = last_checkpoint(Path(config.run.dir) / "checkpoints", steps)
     if path is None:
         return False
+    is_rl = isinstance(config, RLConfig)
+    stored = _stored_settings(Path(config.run.dir))
+    if stored and is_rl != ("iterations" in stored):
+        return False
     # torch is not loaded yet, so the rank comes from the launcher's environment.
     if os.environ.get("RANK", "0") == "0":
-        is_rl = isinstance(config, RLConfig)
         unit = "iterations" if is_rl else "steps"
         stage = "rl" if is_rl else "sft"
         print(f"finished: all {steps} {unit} are done; for another run give another run.dir, to go on more {unit}")
+        if stored and (changes := _changes_without_effect(stored, config)):
+            print(f"these settings are not those of the run and have no effect: {changes}")
         print(f"{stage}: {path}", flush=True)
     return True
+
+
+def _stored_settings(run: Path) -> dict[str, Any] | None:
+    """Return the settings in the ``config.yaml`` of a run folder, None without such a file."""
+    try:
+        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _changes_without_effect(stored: dict[str, Any], config: ColdStartConfig | RLConfig) -> str:
+    """Return the settings of ``config`` that differ from those that the run stored, as one text."""
+    current = yaml.safe_load(as_yaml(config))
+    if current.get("steps") == 0:  # a run of epochs stores their number of steps
+        current["steps"] = stored.get("steps", 0)
+    return "; ".join(changed_settings(stored, current))
 
 
 def last_checkpoint(directory: Path, steps: int) -> Path | None:

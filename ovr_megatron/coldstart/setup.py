@@ -97,7 +97,11 @@ def show_start(
     if isinstance(packs, EpochStream):
         rows.append(("data", describe_epochs(config, packs)))
     elif config.data.sources:
-        sample_count = config.steps * step_tokens / mean_length(config, processor)
+        lengths, too_long = measure_first_rows(config, processor)
+        if too_long:
+            rows.append(("data", too_long_warning(config, too_long)))
+        # The mean of no length is unknown: then a row is taken to fill a pack.
+        sample_count = config.steps * step_tokens / (statistics.mean(lengths) if lengths else config.data.pack_tokens)
         rows += source_rows(config, sample_count)
     start = None
     if checkpoint:
@@ -111,15 +115,18 @@ def describe_epochs(config: ColdStartConfig, packs: EpochStream) -> str:
     """Return the rows of an epoch, its steps, and how many epochs the run takes."""
     source = config.data.tokenised or "data.sources"
     rows = f"{source}: {packs.trained_rows:,} rows to train on, {packs.dropped:,} left out"
+    if packs.dropped:
+        rows += " as too long or unusable (ovr check-data lists them)"
     if not packs.epoch_steps:  # with very small weights an epoch may have no row
         return rows
     epochs = config.steps / packs.epoch_steps
     return f"{rows}; an epoch takes {packs.epoch_steps:,.1f} steps, the run {epochs:,.1f} epochs"
 
 
-def mean_length(config: ColdStartConfig, processor: Processor) -> float:
-    """Return the mean number of tokens of the first samples; the length of a pack if none of them can be used."""
+def measure_first_rows(config: ColdStartConfig, processor: Processor) -> tuple[list[int], int]:
+    """Return the tokens of each of the first `LENGTHS_MEASURED` rows that fit, and how many are too long."""
     lengths = []
+    too_long = 0
     # A stream of its own: the samples measured here are not taken from the training packs.
     stream = open_stream(config.data, config.run.seed, SkippedRows(None))
     for row in islice(stream, LENGTHS_MEASURED):
@@ -127,11 +134,20 @@ def mean_length(config: ColdStartConfig, processor: Processor) -> float:
             [length] = processor.lengths([row], generation=False)
         except RowError:
             continue  # the loop itself names the row and stops, or skips it
-        if isinstance(length, int):
+        if isinstance(length, int) and length <= config.data.pack_tokens:
             lengths.append(length)
-    if not lengths:
-        return float(config.data.pack_tokens)
-    return statistics.mean(lengths)
+        else:
+            too_long += 1
+    return lengths, too_long
+
+
+def too_long_warning(config: ColdStartConfig, too_long: int) -> str:
+    """Return the line of the heading about rows that no pack takes: ``too_long`` of the first `LENGTHS_MEASURED`."""
+    limits = f"data.pack_tokens={config.data.pack_tokens}, data.max_prompt_tokens={config.data.max_prompt_tokens}"
+    return (
+        f"warning: {too_long} of the first {LENGTHS_MEASURED} rows are too long ({limits}) and are left out; raise the "
+        "limit, or see them with ovr check-data"
+    )
 
 
 def build_evaluation(config: ColdStartConfig, policy: ChatModel) -> PeriodicEvaluation:

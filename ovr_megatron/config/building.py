@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from ovr_megatron.config.checks import ConfigError, require, sentence
+from ovr_megatron.config.checks import ConfigError, require
+from ovr_megatron.config.sentences import sentence
 from ovr_megatron.config.writing import remember_environment
 
 T = TypeVar("T")

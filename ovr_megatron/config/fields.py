@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ovr_megatron.config.checks import LARGEST, ConfigError, fields_of, sentence
+from ovr_megatron.config.checks import LARGEST, ConfigError, fields_of
+from ovr_megatron.config.sentences import sentence
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]

@@ -7,6 +7,7 @@ It is the only place where an image becomes tokens.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import PIL.Image
 
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.hf_assets import check_template, complete_folder, load_assets
+from ovr_megatron.data.hf_files import BASE_GENERATION
 from ovr_megatron.data.images import check_counts, image_size, load_media
 from ovr_megatron.data.pixels import PixelProcessor, Video, frame_size, stack_frames
 from ovr_megatron.data.rendering import Chat, ChatTemplate, TemplateError, TokenisedChat
@@ -24,10 +26,18 @@ from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import ImagePart, ImageSize, Row, RowError, TextPart, VideoPart, all_parts
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.positions import Visual
+from ovr_megatron.runtime.logs import NOTICE, get_logger
+
+logger = get_logger(__name__)
 
 TEMPLATE_NOTICE = (
     "data.template=think: chats are written with this project's template in place of the model folder's own, and "
     "replies begin after an opened <think>; data.template=model takes the folder's"
+)
+_TRAINED_WARNING = (
+    "data.template=think: {folder} was trained by this project with another chat template, the one in its folder, and "
+    "has not learned to reply after the <think> that this run opens; go on with data.template=model, or train both "
+    "stages with data.template=think"
 )
 
 
@@ -83,9 +93,13 @@ class Processor:
         if config.template == "think":
             path = self._family.processor.think_template
             self.chat_template = path.read_text(encoding="utf-8")
+        is_replaced = bool(folder_template) and folder_template != self.chat_template
+        # Only training writes this file.
+        is_trained = (Path(model_dir) / BASE_GENERATION).is_file()
         self.template_notice = ""
-        if folder_template and folder_template != self.chat_template:
-            self.template_notice = TEMPLATE_NOTICE
+        if is_replaced:
+            self.template_notice = _TRAINED_WARNING.format(folder=model_dir) if is_trained else TEMPLATE_NOTICE
+        self._notice_level = logging.WARNING if is_trained else NOTICE
         if not self.chat_template:
             raise TemplateError(f"{model_dir} has no chat template; set data.template=think or add one to the folder")
         self._chat = ChatTemplate(self.tokenizer, self.chat_template, self._family)
@@ -99,6 +113,11 @@ class Processor:
             config,
         )
         self.mm_processor_kwargs = self._pixels.mm_processor_kwargs
+
+    def log_template(self) -> None:
+        """Log `template_notice`, if there is one; as a warning where the model was trained with another template."""
+        if self.template_notice:
+            logger.log(self._notice_level, self.template_notice)
 
     def encode(self, rows: Sequence[Row], generation: bool) -> list[Sample]:
         """Turn rows into samples; the images of all rows are processed in one call.

@@ -231,15 +231,16 @@ class RowStream:
             ConfigError: the position is that of a stream with another seed, or other sources.
         """
         comparisons = (
-            ("seed", state["seed"], self._seed),
-            ("sizes", state["sizes"], self._sizes),
+            ("run.seed", state["seed"], self._seed),
+            ("rows to train on, by source,", state["sizes"], self._sizes),
         )
         # Another seed or another file has its rows in another order: the position would mean other rows.
         for key, stored, current in comparisons:
             if stored != current:
                 raise ConfigError(
                     f"data.sources: the checkpoint was written with {key} {stored}, this run has {current}; "
-                    "use the same seed and sources, or another run.dir"
+                    "use the same run.seed, data.sources and, for rows that are held out, validation.share and "
+                    "validation.rows, or another run.dir with model.path at the checkpoint"
                 )
         for source, position in zip(self._streamed, state.get("streamed", []), strict=True):
             source.load(position)

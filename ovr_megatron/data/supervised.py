@@ -25,9 +25,6 @@ from ovr_megatron.data.tokenised import TokenisedSet
 from ovr_megatron.data.work import RowWork, attention_work
 from ovr_megatron.runtime.balance import balance
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.logs import NOTICE, get_logger
-
-logger = get_logger(__name__)
 
 
 class StepPacks(Protocol):
@@ -77,8 +74,8 @@ def open_packs(
     data = config.data
     seed = config.run.seed
     replica = (world.dp_rank, world.dp_size)
-    if world.is_main and processor.template_notice:
-        logger.log(NOTICE, processor.template_notice)
+    if world.is_main:
+        processor.log_template()
     skipped = skipped_rows(data, Path(config.run.dir), world.is_main)
     if not has_data(data):
         raise missing_data()

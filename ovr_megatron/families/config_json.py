@@ -55,7 +55,9 @@ def read_config(directory: str | Path, title: str) -> tuple[dict[str, object], P
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        problem = f"{path} does not exist; give the folder of a Hugging Face {title} model"
+        remedy = f"give the folder of a Hugging Face {title} model"
+        is_there = path.parent.exists()
+        problem = f"{path} does not exist; {remedy}" if is_there else f"{directory}: there is no such folder; {remedy}"
         raise ShapeError(describe_folder(directory, "model") or problem) from None
     except json.JSONDecodeError as error:
         raise ShapeError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ from ovr_megatron.rewards.choice import named_letter, right_option, verifiable
 from ovr_megatron.rewards.latex import MAX_ANSWER, clean, joined, key, last_box
 from ovr_megatron.rewards.perception import PERCEPTION, needs_image, reference_problem
 from ovr_megatron.rewards.quantity import conversion, number, split_unit
+from ovr_megatron.rewards.signature import row_parameter, signature_problem
 from ovr_megatron.rewards.style import LANGUAGES, format_rule, language_of, language_rule, repetition_rule
 from ovr_megatron.rewards.verdict import GradeRequest, Reason, RuleError, Verdict
 from ovr_megatron.runtime.environment import child_environment
@@ -32,7 +32,6 @@ RewardFunction = Callable[..., float]
 JUDGE = "judge:"
 """Beginning of the name of a rule that asks a judge of ``reward.judges``."""
 TOLERANCE = Fraction(1, 100)
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # What a user's function may raise and be reported for.  Any other error ends the worker, which is reported, too.
 RULE_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError),
@@ -315,19 +314,25 @@ def _tolerance(name: str, text: str) -> Fraction:
 
 
 def _user_rule(function: Any) -> Rule | None:
-    """Return the rule that calls a user's function; None for an object that is no function."""
+    """Return the rule that calls a user's function; None for an object that is no function.
+
+    Raises:
+        RuleError: it takes other values than response, answer and options.
+    """
     if not callable(function):
         return None
-    row_parameter = _row_parameter(function)
+    if problem := signature_problem(function):
+        raise RuleError(problem)
+    row_name = row_parameter(function)
 
     def grade_by_user(request: GradeRequest) -> Verdict:
         arguments: list[object] = [request.response, request.answer, request.options]
         keywords: dict[str, object] = {}
-        if row_parameter is not None:
+        if row_name is not None:
             if request.row is None:
                 return Verdict(Reason.NEEDS_ROW)
-            if row_parameter:
-                keywords[row_parameter] = request.row
+            if row_name:
+                keywords[row_name] = request.row
             else:
                 arguments.append(request.row)
         try:
@@ -340,18 +345,6 @@ def _user_rule(function: Any) -> Rule | None:
         return Verdict(Reason.USER_RULE, None, score)
 
     return grade_by_user
-
-
-def _row_parameter(function: Callable[..., Any]) -> str | None:
-    """Return how a function takes the row: "row" by this name, "" as its fourth argument, None not at all."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # one that is compiled
-        return None
-    if "row" in parameters:
-        return "row"
-    required = [p for p in parameters.values() if p.kind in _POSITIONAL and p.default is inspect.Parameter.empty]
-    return "" if len(required) == 4 else None
 
 
 # Rules that depend on the last box alone, without a parameter.

@@ -45,7 +45,7 @@ from ovr_megatron.rl.setup import (
 from ovr_megatron.rl.split import RemoteEvaluation, check_sides, join_generators
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.logs import NOTICE, get_logger, set_step
+from ovr_megatron.runtime.logs import get_logger, set_step
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.runtime.runlog import RunLog, open_log
 from ovr_megatron.runtime.starts import LaunchArgs
@@ -124,8 +124,8 @@ class RL:
             self.skipped = skipped_rows(config.data, self.run_folder, world.is_main)
             model_folder, self.prompts = open_model_and_prompts(config, self.skipped)
             processor = self.prompts.processor
-            if world.is_main and processor.template_notice:
-                logger.log(NOTICE, processor.template_notice)
+            if world.is_main:
+                processor.log_template()
             self.last = count_iterations(config)
             self.models, self.engines = build_models(config, model_folder, processor, world)
             # vLLM takes the memory that they leave free; each is onloaded when it works.

@@ -106,12 +106,16 @@ def _is_iteration(path: Path) -> bool:
 
 
 def _newest_step(path: Path) -> str:
-    steps = sorted(path.glob("checkpoints/step_*"))
+    steps = sorted(path.glob("checkpoints/step_*")) or sorted(path.glob("step_*"))
     return str(steps[-1]) if steps else f"{path}/checkpoints/step_N"
 
 
 def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() and not _has(path, "manifest.json", "config.json", "adapter_config.json")
+
+
+def _is_checkpoints(path: Path) -> bool:
+    return _has(path, "step_*/manifest.json")
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -149,6 +153,16 @@ _RUN = FolderKind(
         "model": "give one of its checkpoints, {newest}",
         "checkpoint": "give one of its checkpoints, {newest}",
         "megatron": "its checkpoints need no conversion: give {newest} to the command that is to read it",
+    },
+)
+_CHECKPOINTS = FolderKind(
+    "checkpoints",
+    "holds the checkpoints of a run",
+    _is_checkpoints,
+    {
+        "model": "give one of them, {newest}",
+        "checkpoint": "give one of them, {newest}",
+        "megatron": "they need no conversion: give {newest} to the command that is to read it",
     },
 )
 _CHECKPOINT = FolderKind(
@@ -231,6 +245,6 @@ _FILE = FolderKind(
 )
 # The first that holds: a whole model comes before what else its folder has, but a run's own file before all.
 KINDS = (
-    *(_CHECKPOINT, _RUN, _GGUF, ADAPTER, _HUGGING_FACE),
+    *(_CHECKPOINT, _RUN, _CHECKPOINTS, _GGUF, ADAPTER, _HUGGING_FACE),
     *(_MEGATRON, _VERL, _DEEPSPEED, _DCP, _PICKLE, _FILE),
 )

@@ -68,10 +68,26 @@ class Registry(Generic[Row]):
                 f"{self.setting}={name!r} is not known{proposal}; choose one of {', '.join(self.rows)}{place}"
             )
         try:
-            value = getattr(importlib.import_module(module), attribute)
+            loaded_module = importlib.import_module(module)
         except (ImportError, AttributeError) as error:
-            raise self.error(f"{self.setting}={name}: {error}; is its folder in PYTHONPATH?") from error
+            raise self.error(f"{self.setting}={name}: {error}; {_import_remedy(module, error)}") from error
+        if not hasattr(loaded_module, attribute):
+            nearest = difflib.get_close_matches(attribute, dir(loaded_module), n=1)
+            remedy = f"did you mean {module}:{nearest[0]}?" if nearest else "correct the name behind the colon"
+            file = getattr(loaded_module, "__file__", None) or module
+            raise self.error(f"{self.setting}={name}: {file} has no {attribute}; {remedy}")
+        value = getattr(loaded_module, attribute)
         row = self.accept(value)
         if row is None:
             raise self.error(f"{self.setting}={name} is of type {type(value).__name__}; make it {self.form}")
         return row
+
+
+def _import_remedy(module: str, error: Exception) -> str:
+    """Return what to do about an ``error`` of importing ``module``."""
+    if module.endswith(".py"):
+        return f"write the module without .py: {module.removesuffix('.py')}"
+    # A module that is there may itself import one that is absent.
+    absent_module = error.name if isinstance(error, ModuleNotFoundError) else None
+    is_absent = absent_module is not None and f"{module}.".startswith(f"{absent_module}.")
+    return "is its folder in PYTHONPATH?" if is_absent else f"correct what {module} imports"

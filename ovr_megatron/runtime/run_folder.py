@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 
 from ovr_megatron import config as configuration
 from ovr_megatron.config import ConfigError
+from ovr_megatron.config.changes import changed_settings
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.lock import lock_folder
 from ovr_megatron.runtime.logs import get_logger
@@ -44,7 +44,6 @@ _RUN_SUBFOLDERS = (
     "data",
     "logs",
 )
-_MAX_VALUE = 80  # characters of a value that changed
 
 
 def stage_of(settings: Mapping[str, Any]) -> str | None:
@@ -112,7 +111,7 @@ def record(config: Any, run: Path) -> None:
     text = configuration.as_yaml(config)
     changes: list[str] = []
     if path.exists():
-        changes = list(_changes(_read(path), yaml.safe_load(text)))
+        changes = list(changed_settings(_read(path), yaml.safe_load(text)))
     if changes:
         names = (run / f"config.{index}.yaml" for index in itertools.count(1))
         former = next(name for name in names if not name.exists())
@@ -128,28 +127,3 @@ def _read(path: Path) -> Mapping[str, object]:
     if not isinstance(settings, dict):
         raise ValueError("no settings are in it")
     return settings
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """Yield ``key before -> after`` for every setting that differs, also those that one side does not have."""
-    old = dict(_flatten(before))
-    new = dict(_flatten(after))
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key) and key != "run.dir":
-            old_text = _shorten(old[key]) if key in old else "none"
-            new_text = _shorten(new[key]) if key in new else "none"
-            yield f"{key} {old_text} -> {new_text}"
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each setting with its dotted key."""
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _shorten(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."

@@ -276,6 +276,20 @@ def test_a_run_that_is_going_is_reported_with_what_is_missing(experiment_dir, ca
     assert json.loads((experiment_dir / "summary.json").read_text())["accuracy"]["rl"] is None
 
 
+def test_the_report_of_a_single_run_speaks_of_this_run_alone(experiment_dir, capsys):
+    run = experiment_dir / "cold_start"
+    with (run / "metrics/train.jsonl").open("a") as file:
+        for step, loss in ((39, 0.5), (79, 0.625)):
+            file.write(json.dumps({"step": step, "validation/loss": loss}) + "\n")
+    command.main([str(run)])
+    page = Page((run / "report.html").read_text())
+    assert "that of validation to 0.625 (lowest 0.500)." in page.text
+    assert "visual puzzles" not in page.text and "Not complete yet" not in page.text
+    assert "missing:" not in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["loss"]["validation"] == 0.625 and summary["loss"]["lowest_validation"] == 0.5
+
+
 def test_a_run_that_has_just_begun_is_reported(tmp_path):
     (tmp_path / "base").mkdir()
     page = Page(render(read_experiment(tmp_path)))

@@ -16,10 +16,18 @@ def summary_of(folder):
 def test_summary_of_a_finished_experiment(experiment_dir):
     lines = (experiment_dir / "rl" / "metrics" / "train.jsonl").read_text().splitlines()
     rewards = [json.loads(line)["reward/mean"] for line in lines]
+    sft_lines = (experiment_dir / "cold_start" / "metrics" / "train.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss/train"] for line in sft_lines]
     assert summary_of(experiment_dir) == {
         "accuracy": {"base": 0.0, "cold_start": 0.642, "rl": 0.882, "average": 0.892, "problems": 500},
         "accuracy_text": {"base": 0.006, "cold_start": 0.882, "rl": 0.938, "average": 0.942, "problems": 500},
         "accuracy_caption": {"base": 0.998, "cold_start": 0.82, "rl": 0.754, "average": 0.76, "problems": 500},
+        "loss": {
+            "first10": pytest.approx(sum(losses[:10]) / 10),
+            "last10": pytest.approx(sum(losses[-10:]) / 10),
+            "validation": None,
+            "lowest_validation": None,
+        },
         "reward": {
             "first10": pytest.approx(sum(rewards[:10]) / 10),
             "last10": pytest.approx(sum(rewards[-10:]) / 10),

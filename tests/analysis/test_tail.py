@@ -1,6 +1,7 @@
 """Figures of the tail: timeline of the ranks, lengths with the cut, idle share, stale tokens, postponed prompts."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ovr_megatron import cli
+from ovr_megatron.analysis import tail
 from ovr_megatron.analysis.experiment import ExperimentError, read_experiment
 from ovr_megatron.analysis.figures import draw_figures
 from ovr_megatron.analysis.numbers import write_numbers
 from ovr_megatron.analysis.tail import draw_ranks, draw_tail, read_timeline, select_iteration
-from ovr_megatron.analysis.themes import DARK, LIGHT, NARROW
+from ovr_megatron.analysis.themes import DARK, LIGHT, NARROW, WIDE
 from ovr_megatron.analysis.timelines import MAX_ROWS, colours, drawn_rows
 
 ACTIVITIES = ["draw", "engine", "wait", "grade", "wait", "update", "wait"]
@@ -63,6 +65,15 @@ def test_the_timeline_has_a_bar_for_each_activity_of_each_rank(tail_dir: Path) -
     assert bars[1, "update"] == [(4.5, 5.5)]
     assert axes.yaxis_inverted()
     assert axes.get_title() == "RL: iteration 59 by rank"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_rank_has_room_above_the_legend_of_all_activities() -> None:
+    line = timeline_line(0, ranks=1)
+    line["activities"] = list(tail.ACTIVITIES)
+    line["ends"] = [[float(index + 1) for index in range(len(tail.ACTIVITIES))]]
+    for width in (WIDE, NARROW):
+        draw_ranks(line, LIGHT, width).savefig(io.BytesIO())  # Matplotlib warns where it finds no room
 
 
 def test_of_many_ranks_some_are_drawn() -> None:

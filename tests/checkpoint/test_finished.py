@@ -50,3 +50,25 @@ def test_half_of_the_system_is_never_finished_by_a_checkpoint(tmp_path):
     checkpoint(tmp_path, 3)
     assert report_finished(config)
     assert not report_finished(replace(config, only="rollout"))
+
+
+def test_settings_that_a_finished_run_did_not_have_are_named(config, tmp_path, capsys):
+    save(config, tmp_path / "config.yaml")
+    checkpoint(tmp_path, 4)
+    assert report_finished(config)
+    assert report_finished(replace(config, steps=0)), "a run of epochs stores their number of steps"
+    assert "no effect" not in capsys.readouterr().out
+    assert report_finished(replace(config, model=ModelConfig(path="other"), steps=3))
+    assert (
+        "these settings are not those of the run and have no effect: model.path m -> other; steps 4 -> 3\n"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_folder_of_another_stage_is_not_finished(config, tmp_path):
+    stages = [StageConfig(until=900, max_tokens=9000)]
+    rl = RLConfig(run=config.run, model=config.model, curriculum=stages, iterations=3)
+    checkpoint(tmp_path, 4)
+    save(rl, tmp_path / "config.yaml")
+    assert report_finished(rl)
+    assert not report_finished(config), "the start of the run refuses the folder"

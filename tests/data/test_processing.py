@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
+from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.hf_files import AssetError
 from ovr_megatron.data.processing import Processor, TemplateError, TooLongError
@@ -168,6 +169,24 @@ def test_lengths_are_exact(processor, generation):
 def test_a_template_that_replaces_the_folders_is_told(folder, processor):
     assert processor.template_notice.startswith("data.template=think: chats are written with this project's template")
     assert Processor(folder, DataConfig(template="model")).template_notice == ""
+
+
+def test_another_template_than_that_of_the_training_before_is_a_warning(folder, processor, tmp_path, capsys):
+    exports = {name: tmp_path / name for name in ("model", "think")}
+    for name, export in exports.items():
+        export.mkdir()
+        write_hf_assets(export, Processor(folder, DataConfig(template=name)))
+    processor.log_template()
+    assert capsys.readouterr().err.startswith("data.template=think: chats are written")
+    Processor(exports["model"], DataConfig()).log_template()
+    warning = capsys.readouterr().err
+    assert warning.startswith(
+        f"warning: data.template=think: {exports['model']} was trained by this project with another"
+    )
+    assert "go on with data.template=model" in warning
+    Processor(exports["model"], DataConfig(template="model")).log_template()
+    Processor(exports["think"], DataConfig()).log_template()
+    assert capsys.readouterr().err == ""
 
 
 def test_the_think_template_reads_as_documented(processor):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ovr_megatron.coldstart.setup import measure_first_rows, too_long_warning
 from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig
 from ovr_megatron.data.epochs import EpochStream
 from ovr_megatron.data.pack_stream import PackStream
@@ -40,3 +41,15 @@ def test_one_function_opens_rows_and_sets(tmp_path, capsys):
         open_packs(replace(config, data=DataConfig()), processor, WORLD)
     with pytest.raises(RowError, match=r"absent.manifest.json: does not exist"):
         open_packs(replace(config, data=replace(tokenised, tokenised=str(tmp_path / "absent"))), processor, WORLD)
+
+
+def test_rows_that_no_pack_takes_are_counted_before_the_first_step(tmp_path):
+    model, path = make_tiny_model(tmp_path / "model", sizes=SIZES), tmp_path / "rows.jsonl"
+    path.write_text(ROW * 2 + ROW.replace("So", "So " * 200))
+    data = DataConfig(sources=[SourceConfig(path=str(path))], pack_tokens=100)
+    config = ColdStartConfig(run=RunConfig(dir=str(tmp_path / "run")), model=ModelConfig(path=str(model)), data=data)
+    lengths, too_long = measure_first_rows(config, Processor(model, data))
+    assert too_long in (21, 22) and len(lengths) == 64 - too_long and max(lengths) <= 100
+    assert too_long_warning(config, too_long).startswith(
+        f"warning: {too_long} of the first 64 rows are too long (data.pack_tokens=100, data.max_prompt_tokens=8192) and"
+    )

@@ -154,7 +154,7 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
             r"algorithm.estimator='gea' is not known \(did you mean gae\?\); choose one of gae, grpo, dr_grpo, rloo",
         ),
         ("outside_row:BLEND", "algorithm.estimator=outside_row:BLEND: No module named 'outside_row'"),
-        ("outside_rows:BLENDS", "algorithm.estimator=outside_rows:BLENDS: module 'outside_rows' has no attribute"),
+        ("outside_rows:BLENDS", "BLENDS: .*outside_rows.py has no BLENDS; did you mean outside_rows:BLEND"),
         ("outside_rows:blend", "is of type function; make it an ovr_megatron.ppo.estimators.Estimator"),
     ],
 )

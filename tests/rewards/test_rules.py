@@ -91,7 +91,9 @@ def test_no_box_is_no_answer(name):
         ("numeric:x", "the tolerance must be a number"),
         ("numeric:1.5", "the tolerance must be a number"),
         ("no_such_module_of_mine:f", "No module named"),
-        ("json:no_such_function", "has no attribute"),
+        ("json:no_such_function", "json/__init__.py has no no_such_function; correct the name behind the colon"),
+        ("json:dmps", r"json/__init__.py has no dmps; did you mean json:dumps\?"),
+        ("json.py:dumps", "write the module without .py: json"),
         ("json:__doc__", "rule=json:__doc__ is of type str; make it a function"),
         ("json:a b", "rule='json:a b' is not known"),
     ],
@@ -99,6 +101,26 @@ def test_no_box_is_no_answer(name):
 def test_a_rule_that_does_not_work_is_refused(name, message):
     with pytest.raises(RuleError, match=message):
         check(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import no_such_library\ndef f(response, answer, options): ...", "correct what other_rewards imports"),
+        ("def f(response, answer): ...", r"other_rewards:f\(response, answer\) cannot be called with three values"),
+        ("def f(a, b, c, d): ...", r"missing a required argument: 'd'\); write it as \(response, answer, options\)"),
+        ("def f(data_source, solution_str, ground_truth, extra_info=None): ...", "data_source of a reward of verl; "),
+        (
+            "def f(completions, **columns): ...",
+            "has the parameter completions of a reward of TRL and ms-swift; write it",
+        ),
+    ],
+)
+def test_a_function_that_takes_other_values_is_refused(source, message, tmp_path, monkeypatch):
+    (tmp_path / "other_rewards.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuleError, match=message):
+        check("other_rewards:f")
 
 
 @pytest.mark.usefixtures("own")

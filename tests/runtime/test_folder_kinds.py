@@ -18,6 +18,7 @@ from ovr_megatron.weights.megatron import open_megatron
 # Files by kind, as the programs name them; the folder's name is the kind's.
 FILES = {
     "run": ["config.yaml", "checkpoints/step_000100/manifest.json", "checkpoints/step_000020/manifest.json"],
+    "checkpoints": ["step_000100/manifest.json", "step_000020/manifest.json"],
     "checkpoint": ["manifest.json", "policy/config.json", "policy/model.safetensors"],
     "Hugging Face": ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "trainer.json"],
     "adapter": ["adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"],
@@ -33,6 +34,7 @@ FILES = {
 ANSWERS = {
     "model": {
         "run": "give one of its checkpoints, {path}/checkpoints/step_000100",
+        "checkpoints": "give one of them, {path}/step_000100",
         "checkpoint": "",
         "Hugging Face": "",
         "adapter": "ovr convert to-hf --merge",
@@ -46,6 +48,7 @@ ANSWERS = {
     },
     "checkpoint": {
         "run": "give one of its checkpoints, {path}/checkpoints/step_000100",
+        "checkpoints": "give one of them, {path}/step_000100",
         "checkpoint": "",
         "Hugging Face": "ovr convert from-hf --hf {path} --out CKPT",
         "adapter": "ovr convert to-hf --merge",
@@ -59,6 +62,7 @@ ANSWERS = {
     },
     "run": {
         "run": "",
+        "checkpoints": "give the folder that run.dir named",
         "checkpoint": "give the folder of its run",
         "Hugging Face": "give the folder that run.dir named",
         "adapter": "give the folder that run.dir named",
@@ -72,6 +76,7 @@ ANSWERS = {
     },
     "megatron": {
         "run": "its checkpoints need no conversion: give {path}/checkpoints/step_000100",
+        "checkpoints": "they need no conversion: give {path}/step_000100",
         "checkpoint": "it needs no conversion",
         "Hugging Face": "ovr convert from-hf --hf {path} --out CKPT",
         "adapter": "ovr convert to-hf --merge",

@@ -129,7 +129,7 @@ def test_a_run_takes_a_tracker_from_outside_the_package(tmp_path: Path) -> None:
             "mlflow, trackio, absent, folder, or write package.module:NAME",
         ),
         ("missing_package.module:open", "No module named 'missing_package'; is its folder in PYTHONPATH"),
-        ("json:nothing", "has no attribute 'nothing'"),
+        ("json:nothing", "has no nothing; correct the name behind the colon"),
         ("json:__name__", "run.trackers=json:__name__ is of type str; make it a function"),
         ("absent", "absent is not installed; pip install 'ovr-megatron\\[absent_package\\]', or leave absent out"),
         ("folder", "folder is not installed"),

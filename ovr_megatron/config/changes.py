@@ -1,0 +1,34 @@
+"""List the settings in which two resolved configurations differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_MAX_VALUE = 80  # characters of a value
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Yield ``key before -> after`` for every setting that differs, also those that one side does not have."""
+    old = dict(_flatten(before))
+    new = dict(_flatten(after))
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key) and key != "run.dir":
+            old_text = _shorten(old[key]) if key in old else "none"
+            new_text = _shorten(new[key]) if key in new else "none"
+            yield f"{key} {old_text} -> {new_text}"
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each setting with its dotted key."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shorten(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
