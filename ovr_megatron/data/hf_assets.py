@@ -220,7 +220,7 @@ def _check_pixels(processor: Any, shape: ModelShape, directory: str | Path) -> N
     """Raise `AssetError` unless the processor cuts the patches that the vision tower takes."""
     vision = shape.vision
     files = family_of(shape).processor
-    if not type(processor).__name__.startswith(files.pixel_class_prefix):
+    if not type(processor).__name__.startswith(files.pixel_class_prefixes):
         raise AssetError(
             f"{directory}: pictures would go through {type(processor).__name__}; set image_processor_type in "
             f"{PREPROCESSOR} to {files.image_processor['image_processor_type']}"

@@ -47,14 +47,14 @@ class ProcessorFiles:
 
     Attributes:
         load_class: Imports and returns the class that ``AutoProcessor`` gives for a folder.
-        pixel_class_prefix: The names of the classes of the image and the video processor begin with it.
+        pixel_class_prefixes: The names of the classes of the image and the video processor begin with one of them.
         image_processor: ``preprocessor_config.json`` of every published model, as far as they agree.
         renamed_types: Early values of ``image_processor_type`` that Transformers no longer knows.
         think_template: Jinja file of the chat template that opens a thought.
     """
 
     load_class: Callable[[], type[Any]]
-    pixel_class_prefix: str
+    pixel_class_prefixes: tuple[str, ...]
     image_processor: Mapping[str, Any]
     renamed_types: tuple[str, ...]
     think_template: Path

@@ -71,7 +71,10 @@ def make_tiny_model(
         },
     )
     generator = torch.Generator().manual_seed(seed)
-    vocab = config["vocab_size"]
+    # Some families have the language model's sizes on a level of their own.
+    text = config.get("text_config", config)
+    assert isinstance(text, dict)
+    vocab = text["vocab_size"]
     assert isinstance(vocab, int)
     weights = {}
     for name, shape in tiny.tensors(sizes, vocab, tied):

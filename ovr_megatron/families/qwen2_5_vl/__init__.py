@@ -84,7 +84,7 @@ FAMILY = Family(
     ),
     processor=ProcessorFiles(
         load_class=_load_processor_class,
-        pixel_class_prefix="Qwen2VL",
+        pixel_class_prefixes=("Qwen2VL",),
         image_processor={
             "processor_class": "Qwen2_5_VLProcessor",
             "image_processor_type": "Qwen2VLImageProcessor",
