@@ -237,6 +237,10 @@ class Processor:
             return self._pixels.still(width, height)
         sizes = [image_size(frame, self.config) for frame in part.frames]
         width, height = frame_size(sizes, row)
+        fewest = self._family.fewest_frames
+        if len(sizes) < fewest:
+            problem = f"has {len(sizes)} frame, and {self._family.title} takes at least {fewest}"
+            raise RowError(row.where, "video", problem, "give it as an image, or give more frames")
         return self._pixels.moving(len(sizes), width, height, part.fps)
 
     def _prompt_length(self, draft: _Draft) -> int:

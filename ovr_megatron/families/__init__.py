@@ -176,6 +176,7 @@ class Family:
             ids, and visuals that take a placeholder for each of their features, as `positions` gets them.
         served_after_video: The rule after a video that vLLM serves with, of `AFTER_VIDEO`.
         image_grid: What an image becomes, of its width and height, the sizes and the image budget.
+        fewest_frames: Of a video; Transformers' processor refuses shorter ones.
         video_grid: What a video becomes, of its frames, width, height, frames a second, the sizes and the budget.
         weight_table: A row for each Megatron parameter, ``{i}`` for a layer (`ovr_megatron.weights.table`).
         weight_sizes: The numbers that the letters of ``weight_table`` stand for.
@@ -205,6 +206,7 @@ class Family:
     expand: Callable[[Visual, ModelShape, Callable[[str], list[int]]], list[list[int] | Visual]] = _unchanged
     served_after_video: str
     image_grid: Callable[[int, int, ModelShape, DataConfig], Visual]
+    fewest_frames: int = 1
     video_grid: Callable[[int, int, int, float, ModelShape, DataConfig], Visual]
     weight_table: tuple[WeightEntry, ...]
     weight_sizes: Callable[[ModelShape], dict[str, int]]

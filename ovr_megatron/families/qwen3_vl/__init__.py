@@ -99,7 +99,8 @@ FAMILY = Family(
     ),
     processor=ProcessorFiles(
         load_class=_load_processor_class,
-        pixel_class_prefixes=("Qwen2VL", "Qwen3VL"),
+        image_class_prefix="Qwen2VL",
+        video_class_prefix="Qwen3VL",
         image_processor={
             "processor_class": "Qwen3VLProcessor",
             "image_processor_type": "Qwen2VLImageProcessor",
@@ -118,6 +119,7 @@ FAMILY = Family(
     # Both rules are the same here, see `positions`.
     served_after_video="extent",
     image_grid=_image_grid,
+    fewest_frames=2,
     video_grid=_video_grid,
     weight_table=weights.TABLE,
     weight_sizes=weights.sizes,

@@ -39,9 +39,8 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-_PREPROCESSOR = {
+_PIXELS = {
     "processor_class": "Qwen3VLProcessor",
-    "image_processor_type": "Qwen2VLImageProcessor",
     "size": {"shortest_edge": 4096, "longest_edge": 1003520},
     "patch_size": 16,
     "temporal_patch_size": 2,
@@ -49,6 +48,8 @@ _PREPROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+_PREPROCESSOR = {**_PIXELS, "image_processor_type": "Qwen2VLImageProcessor"}
+_VIDEO_PREPROCESSOR = {**_PIXELS, "video_processor_type": "Qwen3VLVideoProcessor"}
 _POSITIONS_SIDE = 7  # odd and small: the grids of tests lie between its points, and beyond its size
 
 
@@ -192,4 +193,5 @@ TINY = TinyModel(
     special_tokens=SPECIAL_TOKENS,
     added_tokens=ADDED_TOKENS,
     chat_template=CHAT_TEMPLATE,
+    video_preprocessor=_VIDEO_PREPROCESSOR,
 )
