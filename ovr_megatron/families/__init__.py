@@ -62,6 +62,11 @@ class VisionShape:
         return 0
 
     @property
+    def has_layer_norm(self) -> bool:
+        """Return whether a block norms by mean and deviation, and not by the root mean square alone."""
+        return False
+
+    @property
     def has_gate(self) -> bool:
         """Return whether the MLP of a block has a gate: three matrices rather than two."""
         return True

@@ -46,6 +46,11 @@ class DeepStackVisionShape(VisionShape):
         return len(self.deepstack_blocks)
 
     @property
+    def has_layer_norm(self) -> bool:
+        """Return True: norms have a bias."""
+        return True
+
+    @property
     def has_gate(self) -> bool:
         """Return False: the MLP of a block is two matrices."""
         return False
