@@ -125,9 +125,7 @@ def folders_of(engines: dict[str, Engine]) -> list[TensorFolder]:
     return folders
 
 
-def _published(
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]], shape: ModelShape
-) -> Iterator[tuple[str, Tensor]]:
+def _published(tensors: Callable[[], Iterator[tuple[str, Tensor]]], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """Yield ``tensors`` under the names that published folders of the model's family have.  A collective."""
     for name, tensor in tensors():
         yield published_name(name, shape), tensor

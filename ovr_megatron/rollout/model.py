@@ -40,7 +40,7 @@ class RolloutModel(nn.Module):
                 fill_rotary_cache(module.cos_sin_cache, shape)
 
     def clear_state(self) -> None:
-        """Zero what is no parameter, lies with the weights, and is read before it is written; a family may have some."""
+        """Zero tensors beside the weights that are read before they are written; a family may have some."""
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [n, V] of hidden states [n, D]; None on the tensor-parallel ranks that vLLM gives none."""

@@ -10,7 +10,8 @@ from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.presets import presets, write_config
 from ovr_megatron.weights.table import LayoutError, canonical, cut_dim, from_hf, join, padded_vocab, rows, split, to_hf
 
-BYTES = {"7B": 16_584_333_312, "32B": 66_905_436_672, "Qwen3-VL-8B": 17_534_247_392}  # of bfloat16, as the hub's indices state them
+# Of bfloat16, as the hub's indices state them.
+BYTES = {"7B": 16_584_333_312, "32B": 66_905_436_672, "Qwen3-VL-8B": 17_534_247_392}
 TP = {"3B": [1, 2], "7B": [1, 2, 4], "32B": [1, 2, 4, 8], "72B": [1, 2, 4, 8]}
 REFUSED = {"3B": (4, 2, "1, 2"), "7B": (8, 4, "1, 2, 4"), "32B": (16, 8, "1, 2, 4, 8"), "72B": (16, 8, "1, 2, 4, 8")}
 TP |= {"Qwen3-VL-2B": [1, 2, 4, 8], "Qwen3-VL-4B": [1, 2, 4, 8], "Qwen3-VL-8B": [1, 2, 4, 8], "Qwen3-VL-32B": [1, 8]}
@@ -98,5 +99,5 @@ def test_a_larger_tp_is_refused_with_the_reason(preset):
 
 
 def test_another_name_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"'8B' is no Qwen2\.5-VL or Qwen3-VL; choose one of 3B, 7B, 32B, 72B, Qwen3-VL-2B"):
+    with pytest.raises(ValueError, match=r"'8B' is no Qwen2\.5-VL or Qwen3-VL; choose one of 3B, 7B, .*, Qwen3-VL-2B"):
         write_config("8B", tmp_path)

@@ -91,7 +91,8 @@ def test_copy_keeps_bits_and_converts_on_demand(model, tmp_path):
     original = load_file(model / "model.safetensors")
     with WeightFolder(model) as folder:
         copy_weights(folder, tmp_path / "same", ModelShape.from_hf(model))
-        copy_weights(folder, tmp_path / "half", ModelShape.from_hf(model), torch.bfloat16, leave_out=["model.norm.weight"])
+        shape = ModelShape.from_hf(model)
+        copy_weights(folder, tmp_path / "half", shape, torch.bfloat16, leave_out=["model.norm.weight"])
     same, half = (load_file(tmp_path / name / "model.safetensors") for name in ("same", "half"))
     assert same.keys() == original.keys()
     assert all(same_bits(same[name], original[name]) for name in original)
@@ -123,9 +124,10 @@ def folder_bytes(directory):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as stored", "converted"])
 def test_any_number_of_workers_writes_the_same_bytes(model, tmp_path, dtype):
+    shape = ModelShape.from_hf(model)
     with WeightFolder(model) as folder:
         for workers in (1, 2, 5):
-            copy_weights(folder, tmp_path / str(workers), ModelShape.from_hf(model), dtype, workers=workers, shard_bytes=20_000)
+            copy_weights(folder, tmp_path / str(workers), shape, dtype, workers=workers, shard_bytes=20_000)
         with WeightWriter(tmp_path / "one by one", shard_bytes=20_000) as writer:
             for name in folder.names():
                 writer.add(name, folder.tensor(name).to(dtype or folder.tensor(name).dtype))

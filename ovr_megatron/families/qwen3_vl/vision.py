@@ -62,9 +62,7 @@ def frame_layout(height: int, width: int, merge: int, side: int) -> FrameLayout:
     back = 1 - across
     return FrameLayout(
         position=np.stack((patch_row, patch_column), axis=-1),
-        corners=np.stack(
-            (top * side + left, top * side + right, bottom * side + left, bottom * side + right), axis=-1
-        ),
+        corners=np.stack((top * side + left, top * side + right, bottom * side + left, bottom * side + right), axis=-1),
         shares=np.stack((up * back, up * across, down * back, down * across), axis=-1),
     )
 
