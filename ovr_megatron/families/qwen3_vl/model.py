@@ -50,7 +50,7 @@ class Qwen3VL(VisionLanguageModel):
         return VisionTower(vision_shape(shape), shape.hidden, config, self.pg_collection, classes)
 
     def rotary_rows(self, shape: ModelShape) -> Tensor:
-        """Return time, height, width, time, ... for the pairs, and time alone once a section has its number of pairs."""
+        """Return time, height, width, time, ... for the pairs, and time where a section has all of its pairs."""
         _, height_pairs, width_pairs = shape.mrope_section
         rows = torch.zeros(shape.head_dim // 2, dtype=torch.int64)
         rows[1 : 3 * height_pairs : 3] = 1

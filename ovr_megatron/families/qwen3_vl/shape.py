@@ -34,7 +34,8 @@ class DeepStackVisionShape(VisionShape):
     """A vision tower whose blocks attend to whole frames.
 
     ``positions_side`` is the side of the square of learned positions.  Features are also taken after the blocks
-    ``deepstack_blocks`` and added to the outputs of as many of the decoder's first layers (DeepStack, arXiv 2406.04334).
+    ``deepstack_blocks`` and added to the outputs of as many of the decoder's first layers (DeepStack, arXiv
+    2406.04334).
     """
 
     positions_side: int
