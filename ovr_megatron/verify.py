@@ -20,6 +20,7 @@ from torch import Tensor
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.fields import Dtype
+from ovr_megatron.data.expansion import expand, joined
 from ovr_megatron.data.hf_assets import check_assets, one_sentence
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import VALUE_HEAD, Engine, LossSum
@@ -33,6 +34,7 @@ from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.table import canonical
 
 SECONDS_PER_SLICE = 1.0
+SLICE_TIMES = (0.25, 1.25, 2.25)
 # Relative to the largest logit, and to a gradient's norm.  In bfloat16, whose step is 8e-3, a few steps are rounding.
 LOGIT_BOUND = {"float32": 1e-4, "bfloat16": 3e-2}
 GRADIENT_BOUND = {"float32": 1e-4, "bfloat16": 1e-1}
@@ -51,17 +53,19 @@ class Document:
         tokens: ids, placeholders of the visuals' features included.
         segments: lengths of stretches of text, and the visuals between them.
         patches: float32[P, patch_dim] of all visuals.
+        visuals: the images or videos, in their order, as the processor sees them.
     """
 
     name: str
     tokens: list[int]
     segments: Sequence[int | Visual]
     patches: Tensor
+    visuals: Sequence[Visual] = ()
 
     @property
-    def visuals(self) -> list[Visual]:
-        """Return the images and videos, in their order."""
-        return [segment for segment in self.segments if isinstance(segment, Visual)]
+    def grids(self) -> list[tuple[int, int, int]]:
+        """Return the patches in time, height and width of each visual among the segments."""
+        return [segment.grid for segment in self.segments if isinstance(segment, Visual)]
 
 
 @dataclass
@@ -120,7 +124,7 @@ def make_documents(shape: ModelShape, seed: int = 0, texts: Sequence[int] = ()) 
     generator = torch.Generator().manual_seed(seed)
     vision = shape.vision
     unit = vision.merge  # patches along the side of a feature
-    window = vision.attention_side
+    window = max(2, vision.attention_side)
     small = 2 * unit
     medium = (window + 1) * unit
     large = (2 * window + 1) * unit
@@ -128,7 +132,7 @@ def make_documents(shape: ModelShape, seed: int = 0, texts: Sequence[int] = ()) 
         "text": [],
         "image": [Visual((1, small, small))],
         "images": [Visual((1, small, medium)), Visual((1, medium, large)), Visual((1, large, small))],
-        "video": [Visual((3, small, medium), SECONDS_PER_SLICE)],
+        "video": [Visual((3, small, medium), SECONDS_PER_SLICE, SLICE_TIMES)],
     }
     text_vocab = min(
         shape.image_token, shape.video_token, shape.vision_start_token, shape.vision_end_token, shape.vocab
@@ -141,16 +145,14 @@ def make_documents(shape: ModelShape, seed: int = 0, texts: Sequence[int] = ()) 
     for name, document_visuals in visuals.items():
         tokens = text(11)
         patches = [torch.zeros(0, vision.patch_dim)]
-        segments: list[int | Visual] = []
-        text_length = 11  # of the stretch before the next visual, without its start token
+        segments: list[int | Visual] = [11]
         for visual in document_visuals:
-            placeholder = shape.image_token if visual.seconds is None else shape.video_token
-            tokens += [shape.vision_start_token, *[placeholder] * visual.features(unit), shape.vision_end_token]
-            tokens += text(5)
-            segments += [text_length + 1, visual]
-            text_length = 6  # the end token of the visual, and five ids of text
+            # Random ids stand for the texts that a family writes between the slices of a video.
+            expansion = expand(visual, shape, lambda _: text(3))
+            tokens += [shape.vision_start_token, *expansion.tokens, shape.vision_end_token, *text(5)]
+            segments += [1, *expansion.segments, 6]
             patches.append(torch.randn(int(np.prod(visual.grid)), vision.patch_dim, generator=generator))
-        documents.append(Document(name, tokens, [*segments, text_length], torch.cat(patches)))
+        documents.append(Document(name, tokens, joined(segments), torch.cat(patches), document_visuals))
     no_patches = torch.zeros(0, vision.patch_dim)
     for length in texts:
         documents.append(Document(f"text {length}", text(length), [length], no_patches))
@@ -172,7 +174,7 @@ def as_pack(documents: list[Document], shape: ModelShape) -> Pack:
         is_feature = np.isin(document.tokens, (shape.image_token, shape.video_token))
         placement.append(start + np.flatnonzero(is_feature))
         tokens += document.tokens
-        grids += [visual.grid for visual in document.visuals]
+        grids += document.grids
     # Transformers goes on after a video by this rule.
     positions = [family_of(shape).positions(document.segments, shape, "grid") for document in documents]
     return Pack(

@@ -71,7 +71,7 @@ def import_hf(
                 shape = write_layer_count(policy, layers)
             if yarn is not None:
                 shape = stretch_positions(policy, yarn)
-            copy_weights(folder, policy, workers=workers)
+            copy_weights(folder, policy, shape, workers=workers)
             # Last: it has the hashes of all files.
             origin = str(hf.resolve())
             manifest = write_manifest(partial, step=0, extra={"converted_from": origin})
@@ -153,7 +153,7 @@ def export_hf(
             if manifest.step:  # step 0 is the base model itself
                 vocabulary = assets.tokenizer.get_vocab()
                 write_generation_config(partial, shape, vocabulary)
-            copy_weights(folder, partial, export_dtype, [VALUE_HEAD], workers, on_tensor=on_progress)
+            copy_weights(folder, partial, shape, export_dtype, [VALUE_HEAD], workers, on_tensor=on_progress)
     print(f"{out}: {part} of step {manifest.step}")
     left_out = sorted(parts - {part})
     if critic:

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ovr_megatron.data.hf_files import BASE_GENERATION, GENERATION, PREPROCESSOR, PROCESSOR
+from ovr_megatron.data.hf_files import BASE_GENERATION, GENERATION, PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.weights.folder import copy_hf_assets
 
-_PROCESSORS = (PREPROCESSOR, "video_preprocessor_config.json", PROCESSOR)
+_PROCESSORS = (PREPROCESSOR, VIDEO_PREPROCESSOR, PROCESSOR)
 
 
 def write_hf_assets(out: Path, processor: Processor) -> None:

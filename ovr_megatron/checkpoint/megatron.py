@@ -52,7 +52,7 @@ def import_megatron(megatron: Path, hf: Path, out: Path, text_only: bool, worker
         with staged(out, [megatron, hf], force) as partial:
             policy = partial / "policy"
             copy_hf_assets(complete_folder(hf), policy, FORMATS[folder.dtype(EMBEDDING)])
-            copy_weights(folder, policy, workers=workers)
+            copy_weights(folder, policy, shape, workers=workers)
             # Last: it has the hashes of all files.
             manifest = write_manifest(partial, step=0, extra={"converted_from": str(folder.directory.resolve())})
     total_bytes = sum(file.bytes for file in manifest.files.values())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,13 @@ from ovr_megatron.checkpoint.writing import (
 )
 from ovr_megatron.data.hub import local_folder
 from ovr_megatron.engine import Engine
+from ovr_megatron.families import ModelShape
 from ovr_megatron.runtime.distributed import World, seed_everything
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.work_barrier import WorkBarrier
 from ovr_megatron.weights.adapters import is_adapter_folder, read_adapter_settings
 from ovr_megatron.weights.folder import ADAPTER_WEIGHTS, SHARD_BYTES, WeightFolder
-from ovr_megatron.weights.table import TensorRow
+from ovr_megatron.weights.table import TensorRow, published_name
 
 logger = get_logger(__name__)
 
@@ -113,23 +114,30 @@ def folders_of(engines: dict[str, Engine]) -> list[TensorFolder]:
     folders = []
     for name, engine in engines.items():
         itemsize = engine.config.params_dtype.itemsize
-        weight_sizes = _sizes(engine.saved_rows, itemsize)
-        folders.append(TensorFolder(name, weight_sizes, engine.weights, engine.adapter_config()))
+        weight_sizes = _sizes(engine.saved_rows, itemsize, engine.shape)
+        weights = partial(_published, engine.weights, engine.shape)
+        folders.append(TensorFolder(name, weight_sizes, weights, engine.adapter_config()))
         # Moments and master weights are float32 whatever the weights are, and frozen parameters have none.
-        state_sizes = _sizes(engine.trained_rows, torch.float32.itemsize)
+        state_sizes = _sizes(engine.trained_rows, torch.float32.itemsize, engine.shape)
         for kind in engine.state_kinds:
-            tensors = partial(engine.optimizer_state, kind)
+            tensors = partial(_published, partial(engine.optimizer_state, kind), engine.shape)
             folders.append(TensorFolder(f"{name}-{kind}", state_sizes, tensors))
     return folders
 
 
-def _sizes(rows: Sequence[TensorRow], itemsize: int) -> dict[str, int]:
-    """Return the bytes of each Hugging Face tensor of ``rows``."""
+def _published(tensors: Callable[[], Iterator[tuple[str, Tensor]]], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``tensors`` under the names that published folders of the model's family have.  A collective."""
+    for name, tensor in tensors():
+        yield published_name(name, shape), tensor
+
+
+def _sizes(rows: Sequence[TensorRow], itemsize: int, shape: ModelShape) -> dict[str, int]:
+    """Return the bytes of each Hugging Face tensor of ``rows``, by the name that it is stored under."""
     sizes: dict[str, int] = {}
     for row in rows:
-        for name, shape in zip(row.hf, row.sizes, strict=True):
-            numel = math.prod(shape)
-            sizes[name] = numel * itemsize
+        for name, size in zip(row.hf, row.sizes, strict=True):
+            numel = math.prod(size)
+            sizes[published_name(name, shape)] = numel * itemsize
     return sizes
 
 

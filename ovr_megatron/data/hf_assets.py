@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
-from ovr_megatron.data.hf_files import PREPROCESSOR, PROCESSOR, AssetError, copy_files
+from ovr_megatron.data.hf_files import PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR, AssetError, copy_files
 from ovr_megatron.families import ModelShape, family_of, family_of_folder
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 
@@ -100,10 +100,10 @@ def load_assets(directory: str | Path, shape: ModelShape) -> HfAssets:
         )
     with one_sentence(f"{directory}: its tokenizer cannot be used", "get tokenizer.json of the model again"):
         check_tokenizer(processor.tokenizer, shape, directory)
-    for part in (processor.image_processor, processor.video_processor):
+    for part, is_video in ((processor.image_processor, False), (processor.video_processor, True)):
         name = type(part).__name__
         with one_sentence(f"{directory}: its {name} cannot be used", f"get {PREPROCESSOR} again"):
-            _check_pixels(part, shape, directory)
+            _check_pixels(part, is_video, shape, directory)
     template = processor.chat_template or processor.tokenizer.chat_template
     if template is not None and not isinstance(template, str):
         # Transformers gives several templates as a dictionary by name.
@@ -216,13 +216,19 @@ def check_template(template: str, special: dict[str, int], directory: str | Path
         )
 
 
-def _check_pixels(processor: Any, shape: ModelShape, directory: str | Path) -> None:
+def _check_pixels(processor: Any, is_video: bool, shape: ModelShape, directory: str | Path) -> None:
     """Raise `AssetError` unless the processor cuts the patches that the vision tower takes."""
     vision = shape.vision
     files = family_of(shape).processor
-    if not type(processor).__name__.startswith(files.pixel_class_prefix):
+    class_name = type(processor).__name__
+    if is_video and not class_name.startswith(files.video_class_prefix):
         raise AssetError(
-            f"{directory}: pictures would go through {type(processor).__name__}; set image_processor_type in "
+            f"{directory}: videos would go through {class_name}; set video_processor_type in {VIDEO_PREPROCESSOR} to "
+            f"{files.video_class_prefix}VideoProcessor"
+        )
+    if not is_video and not class_name.startswith(files.image_class_prefix):
+        raise AssetError(
+            f"{directory}: pictures would go through {class_name}; set image_processor_type in "
             f"{PREPROCESSOR} to {files.image_processor['image_processor_type']}"
         )
     settings = {
@@ -256,7 +262,7 @@ def _is_bounded(value: Any) -> bool:
 def _check_json(folder: Path) -> None:
     """Raise `AssetError` unless every JSON file holds an object: Transformers' own messages do not name the file."""
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-    for name in (*names, PREPROCESSOR, PROCESSOR, "video_preprocessor_config.json", "chat_template.json"):
+    for name in (*names, PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR, "chat_template.json"):
         _read_json(folder / name)
 
 

@@ -15,12 +15,13 @@ from ovr_megatron.errors import UserError
 GENERATION = "generation_config.json"
 BASE_GENERATION = "generation_config.base.json"
 PREPROCESSOR = "preprocessor_config.json"
+VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 HF_ASSETS = (
     *("config.json", GENERATION, BASE_GENERATION),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
-    *(PREPROCESSOR, "video_preprocessor_config.json", PROCESSOR),
+    *(PREPROCESSOR, VIDEO_PREPROCESSOR, PROCESSOR),
     *("README.md", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
 )
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 
 from ovr_megatron.config import DataConfig
+from ovr_megatron.data.expansion import Expansion, expand, joined
 from ovr_megatron.data.hf_assets import check_template, complete_folder, load_assets
 from ovr_megatron.data.hf_files import BASE_GENERATION
 from ovr_megatron.data.images import check_counts, image_size, load_media
@@ -47,11 +48,15 @@ class TooLongError(RowError):
 
 @dataclass
 class _Draft:
-    """A row that is tokenised and whose media are measured; ``visuals`` are in the order of the tokens."""
+    """A row that is tokenised and whose media are measured; ``visuals`` are in the order of the tokens.
+
+    ``expansions`` are what their placeholders become.
+    """
 
     row: Row
     chat: TokenisedChat
     visuals: list[Visual]
+    expansions: list[Expansion]
 
 
 class Processor:
@@ -256,7 +261,8 @@ class Processor:
             )
         check_counts(row, self.config)
         visuals = [self._measure_visual(part, row) for part in media]
-        return _Draft(row, chat, visuals)
+        expansions = [expand(visual, self.shape, self._chat.encode) for visual in visuals]
+        return _Draft(row, chat, visuals, expansions)
 
     def _measure_visual(self, part: ImagePart | VideoPart, row: Row) -> Visual:
         """Return the grid that an image or a video will have."""
@@ -265,6 +271,10 @@ class Processor:
             return self._pixels.still(width, height)
         sizes = [image_size(frame, self.config) for frame in part.frames]
         width, height = frame_size(sizes, row)
+        fewest = self._family.fewest_frames
+        if len(sizes) < fewest:
+            problem = f"has {len(sizes)} frame, and {self._family.title} takes at least {fewest}"
+            raise RowError(row.where, "video", problem, "give it as an image, or give more frames")
         return self._pixels.moving(len(sizes), width, height, part.fps)
 
     def _prompt_length(self, draft: _Draft) -> int:
@@ -275,20 +285,12 @@ class Processor:
             count = learned.index(True)
         prompt = draft.chat.prompt[:count]
         visuals = sum(map(self._is_visual, prompt))
-        return count + self._added_tokens(draft.visuals[:visuals])
+        return count + _added_tokens(draft.expansions[:visuals])
 
     def _sample_length(self, draft: _Draft) -> int:
         chat = draft.chat
         text_tokens = len(chat.prompt) + len(chat.response)
-        return text_tokens + self._added_tokens(draft.visuals)
-
-    def _added_tokens(self, visuals: Sequence[Visual]) -> int:
-        """Count the tokens of ``visuals`` beyond the one placeholder of each."""
-        merge = self.shape.vision.merge
-        count = 0
-        for visual in visuals:
-            count += visual.features(merge) - 1
-        return count
+        return text_tokens + _added_tokens(draft.expansions)
 
     def _is_visual(self, token: int) -> bool:
         return token in (self.shape.image_token, self.shape.video_token)
@@ -336,47 +338,50 @@ class Processor:
         videos: list[Video],
         patches: list[np.ndarray],
     ) -> Sample:
-        """Repeat the placeholder of each visual for all of its features, and set positions and targets."""
+        """Put the tokens of each visual in the place of its placeholder, and set positions and targets."""
         vision = self.shape.vision
         chat = draft.chat
-        features = [visual.features(vision.merge) for visual in draft.visuals]
-        expected_patches = [count * vision.merge**2 for count in features]
+        expected_patches = [visual.features(vision.merge) * vision.merge**2 for visual in draft.visuals]
         assert [len(part) for part in patches] == expected_patches, "grid and pixels"
-        prompt = np.array(chat.prompt, np.int64)
-        is_image = prompt == self.shape.image_token
-        is_video = prompt == self.shape.video_token
-        is_visual = is_image | is_video
-        repeats = np.ones(len(prompt), np.int64)
-        repeats[is_visual] = features
-        response = np.array(chat.response, np.int64)
-        learned = np.array(chat.learned, bool)
-        prompt_targets = np.repeat(learned, repeats)
-        response_targets = np.ones(len(response), bool)
-        grids = [visual.grid for visual in draft.visuals]
+        prompt: list[int] = []
+        targets: list[bool] = []
+        segments: list[int | Visual] = []
+        grids: list[tuple[int, int, int]] = []
+        expansions = iter(draft.expansions)
+        for token, is_learned in zip(chat.prompt, chat.learned, strict=True):
+            if not self._is_visual(token):
+                prompt.append(token)
+                targets.append(is_learned)
+                segments.append(1)
+                continue
+            expansion = next(expansions)
+            prompt += expansion.tokens
+            targets += [is_learned] * len(expansion.tokens)
+            segments += expansion.segments
+            grids += expansion.grids
+        targets += [True] * len(chat.response)
+        # Positions follow the placeholders of the prompt.
+        segments.append(len(chat.response))
+        is_feature = np.isin(prompt, (self.shape.image_token, self.shape.video_token))
         # Of fixed width: text alone has no patch, and its arrays still join those of other samples.
         no_patches = np.zeros((0, vision.patch_dim), np.float32)
-
-        # Positions follow the placeholders of the prompt; the text after the last visual joins the response.
-        segments: list[int | Visual] = []
-        start = 0
-        visual_indices = np.flatnonzero(is_visual).tolist()
-        for index, visual in zip(visual_indices, draft.visuals, strict=True):
-            segments += [index - start, visual]
-            start = index + 1
-        rest = len(prompt) - start
-        segments.append(rest + len(response))
         return Sample(
-            tokens=np.concatenate([np.repeat(prompt, repeats), response]),
-            loss_mask=np.concatenate([prompt_targets, response_targets]),
-            position_ids=self._family.positions(segments, self.shape, self.after_video),
+            tokens=np.array(prompt + chat.response, np.int64),
+            loss_mask=np.array(targets, bool),
+            position_ids=self._family.positions(joined(segments), self.shape, self.after_video),
             patches=np.concatenate([no_patches, *patches]),
             grid_thw=np.array(grids, np.int64).reshape(-1, 3),
-            placement=np.flatnonzero(np.repeat(is_visual, repeats)),
+            placement=np.flatnonzero(is_feature),
             images=images,
             videos=videos,
             prompt_tokens=chat.prompt,
             row=draft.row,
         )
+
+
+def _added_tokens(expansions: Sequence[Expansion]) -> int:
+    """Count the tokens of ``expansions`` beyond the one placeholder of each."""
+    return sum(len(expansion.tokens) - 1 for expansion in expansions)
 
 
 def _stack_videos(videos: Sequence[Sequence[PIL.Image.Image]], row: Row) -> list[Video]:

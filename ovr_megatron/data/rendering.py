@@ -240,6 +240,11 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
 
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, in which a special token's name is characters."""
+        (ids,) = self._tokenise_plain([text])
+        return ids
+
     def _tokenise_plain(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, in which a special token's name is characters."""
         if not texts:

@@ -56,6 +56,21 @@ class VisionShape:
         """Return the features along the side of what a block attends to, 1 where it is always a whole frame."""
         return 1
 
+    @property
+    def layer_features(self) -> int:
+        """Return how many of the decoder's first layers have features of the tower added to their output."""
+        return 0
+
+    @property
+    def has_layer_norm(self) -> bool:
+        """Return whether a block norms by mean and deviation, and not by the root mean square alone."""
+        return False
+
+    @property
+    def has_gate(self) -> bool:
+        """Return whether the MLP of a block has a gate: three matrices rather than two."""
+        return True
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -133,6 +148,16 @@ class ModelShape:
 WeightEntry = tuple[str, tuple[str, ...], str, tuple[str, ...]]
 
 
+def _unchanged(visual: Visual, sizes: ModelShape, encode: Callable[[str], list[int]]) -> list[list[int] | Visual]:
+    """Return the visual alone: its features in a row."""
+    return [visual]
+
+
+def _layer_counts(sizes: ModelShape) -> Mapping[str, int]:
+    """Return the layers of the language model and of the vision tower."""
+    return {"decoder.layers.": sizes.layers, "vision.layers.": sizes.vision.depth}
+
+
 # By identity: its dictionaries have no hash, and vLLM's registration is cached by family.
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Family:
@@ -152,11 +177,17 @@ class Family:
         positions: Rows of time, height and width of a document, int64[3, S], of its segments (lengths of text, and
             visuals), the sizes and the rule after a video.  They are computed once, when the sample is built, and
             travel with the tokens from there on; nothing later derives positions from a pack.
+        expand: What the placeholder of a visual becomes, of the visual, the sizes and a function that encodes a text:
+            ids, and visuals that take a placeholder for each of their features, as `positions` gets them.
         served_after_video: The rule after a video that vLLM serves with, of `AFTER_VIDEO`.
         image_grid: What an image becomes, of its width and height, the sizes and the image budget.
+        fewest_frames: Of a video; Transformers' processor refuses shorter ones.
         video_grid: What a video becomes, of its frames, width, height, frames a second, the sizes and the budget.
         weight_table: A row for each Megatron parameter, ``{i}`` for a layer (`ovr_megatron.weights.table`).
         weight_sizes: The numbers that the letters of ``weight_table`` stand for.
+        weight_stacks: For how many parameters a row with ``{i}`` stands, by what stands before ``{i}`` in its name.
+        has_module_names: Whether published folders name tensors as Transformers 5 names its modules
+            (``model.language_model.*``), and not as Transformers 4 did; both are read.
         decoder_options: Fields of Megatron's configuration of the language model that differ between families.
         load_model_class: The trainer's class, a `ovr_megatron.model.vision_language.VisionLanguageModel`.
         load_rollout_class: vLLM's class, a `ovr_megatron.rollout.model.RolloutModel`.
@@ -177,11 +208,15 @@ class Family:
     tokens: SpecialTokens
     processor: ProcessorFiles
     positions: Callable[[Sequence[int | Visual], ModelShape, str], np.ndarray]
+    expand: Callable[[Visual, ModelShape, Callable[[str], list[int]]], list[list[int] | Visual]] = _unchanged
     served_after_video: str
     image_grid: Callable[[int, int, ModelShape, DataConfig], Visual]
+    fewest_frames: int = 1
     video_grid: Callable[[int, int, int, float, ModelShape, DataConfig], Visual]
     weight_table: tuple[WeightEntry, ...]
     weight_sizes: Callable[[ModelShape], dict[str, int]]
+    weight_stacks: Callable[[ModelShape], Mapping[str, int]] = _layer_counts
+    has_module_names: bool = False
     decoder_options: Callable[[ModelShape], Mapping[str, object]]
     load_model_class: Callable[[], type[Any]]
     load_rollout_class: Callable[[], type[Any]]

@@ -47,14 +47,16 @@ class ProcessorFiles:
 
     Attributes:
         load_class: Imports and returns the class that ``AutoProcessor`` gives for a folder.
-        pixel_class_prefix: The names of the classes of the image and the video processor begin with it.
+        image_class_prefix: The name of the image processor's class begins with it.
+        video_class_prefix: That of the video processor's class.
         image_processor: ``preprocessor_config.json`` of every published model, as far as they agree.
         renamed_types: Early values of ``image_processor_type`` that Transformers no longer knows.
         think_template: Jinja file of the chat template that opens a thought.
     """
 
     load_class: Callable[[], type[Any]]
-    pixel_class_prefix: str
+    image_class_prefix: str
+    video_class_prefix: str
     image_processor: Mapping[str, Any]
     renamed_types: tuple[str, ...]
     think_template: Path

@@ -15,10 +15,12 @@ class Visual:
     Attributes:
         grid: Patches in time, height and width (t, h, w), before the merger.
         seconds: Seconds from one of the t slices to the next; None for a still image.
+        times: Seconds of each slice from the beginning, where a family writes them into the text.
     """
 
     grid: tuple[int, int, int]
     seconds: float | None = None
+    times: tuple[float, ...] = ()
 
     def features(self, merge: int) -> int:
         """Return the number of tokens it takes: patches after merging ``merge`` x ``merge`` of them."""

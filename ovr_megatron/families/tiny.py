@@ -59,6 +59,8 @@ class TinyModel:
         tensors: Hugging Face names with their shapes, in the order in which they are drawn, of the sizes, the
             vocabulary, and whether the output layer is the embedding.
         preprocessor: ``preprocessor_config.json``.
+        video_preprocessor: ``video_preprocessor_config.json``; None where Transformers makes the video processor of the
+            file of the image processor.
         tokenizer_class: Transformers' class of the tokenizer.
         special_tokens: In the order of their ids, which follow the learned vocabulary.
         added_tokens: Those after the special ones, which are not special.
@@ -72,3 +74,4 @@ class TinyModel:
     special_tokens: tuple[str, ...]
     added_tokens: tuple[str, ...]
     chat_template: str
+    video_preprocessor: Mapping[str, Any] | None = None

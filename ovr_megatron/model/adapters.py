@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ovr_megatron.config import LoraConfig
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.adapters import adapted_linears
-from ovr_megatron.model.layers import LayerClasses, rms_norm
+from ovr_megatron.model.layers import LayerClasses, norm
 
 
 class Adapter(nn.Module):
@@ -148,19 +148,20 @@ class RowAdapter(Adapter):
         return self.add_to(output, down)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Return the layer's normed input once more, which the layer keeps to itself."""
-    if x.is_cuda:
+    if x.is_cuda and bias is None:
         # One kernel in the dtype of ``x``: `rms_norm` would store a float32 copy of it.
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return rms_norm(x, weight, eps)
+    return norm(x, weight, bias, eps)
 
 
 def with_column_adapter(base: type[Any], lora: LoraConfig, parts: int) -> type[Any]:
     """Return a column-parallel linear class with a `ColumnAdapter`.
 
     Args:
-        base: computes W norm(x) and has the norm's weight as ``layer_norm_weight``: ours or Transformer Engine's.
+        base: computes W norm(x) and has the norm's weight as ``layer_norm_weight``, and its bias as
+            ``layer_norm_bias``: ours or Transformer Engine's.
         lora: rank and scale.
         parts: Hugging Face tensors that the weight fuses: three are query, key and value, two are gate and up.
     """
@@ -186,7 +187,9 @@ def with_column_adapter(base: type[Any], lora: LoraConfig, parts: int) -> type[A
             output, bias = super().forward(input_, *args, **kwargs)
             if not self.adapter.enabled:
                 return output, bias
-            normed = _normed(input_, self.layer_norm_weight, self.norm_eps)
+            # Transformer Engine's layer has no such attribute, or None, where the norm has no bias.
+            norm_bias = getattr(self, "layer_norm_bias", None)
+            normed = _normed(input_, self.layer_norm_weight, norm_bias, self.norm_eps)
             return self.adapter(output, normed), bias
 
     return AdaptedColumnLinear

@@ -60,38 +60,54 @@ class _RMSNorm(torch.autograd.Function):
         return d_x.to(x.dtype), d_weight, None
 
 
-class RMSNorm(torch.nn.Module):
-    """RMSNorm that accepts sequence parallelism: its gradient is then summed over the tensor-parallel ranks."""
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalise the last dimension: LayerNorm where there is a ``bias``, else `rms_norm`."""
+    if bias is None:
+        return rms_norm(x, weight, eps)
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _norm_parameters(config: TransformerConfig, size: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
+    """Return the weight of a norm, and the bias where ``config`` asks for LayerNorm."""
+    device = torch.cuda.current_device()
+    weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
+    # Megatron sums the gradients of marked parameters over the tensor-parallel ranks.
+    weight.sequence_parallel = config.sequence_parallel
+    if config.normalization == "RMSNorm":
+        return weight, None
+    bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype, device=device))
+    bias.sequence_parallel = config.sequence_parallel
+    return weight, bias
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm or LayerNorm, as the configuration says; its gradients are those of all rows of a pack.
+
+    Under sequence parallelism they are summed over the tensor-parallel ranks.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        # Megatron sums the gradients of marked parameters over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight, self.bias = _norm_parameters(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden_size]."""
-        return rms_norm(x, self.weight, self.eps)
+        return norm(x, self.weight, self.bias, self.eps)
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm and column-parallel linear in one module, parameters named as in Transformer Engine's fused layer."""
+    """Norm and column-parallel linear in one module, parameters named as in Transformer Engine's fused layer."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any):
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.eps = config.layernorm_epsilon
-        self.layer_norm_weight = torch.nn.Parameter(
-            torch.ones(input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        # As in `RMSNorm`: each tensor-parallel rank sees its own rows only.
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.layer_norm_weight, self.layer_norm_bias = _norm_parameters(config, input_size)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Normalise, then multiply; see `ColumnParallelLinear`."""
-        return super().forward(rms_norm(input_, self.layer_norm_weight, self.eps), *args, **kwargs)
+        normed = norm(input_, self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        return super().forward(normed, *args, **kwargs)
 
 
 class SwiGLU(torch.nn.Module):
@@ -169,7 +185,7 @@ def choose_layer_classes(layers: str, dtype: torch.dtype) -> LayerClasses:
     Raises:
         ConfigError: Transformer Engine is asked for and cannot be had, or in float32.
     """
-    ours = LayerClasses(RMSNorm, NormColumnParallelLinear, RowParallelLinear, PackedDotProductAttention)
+    ours = LayerClasses(Norm, NormColumnParallelLinear, RowParallelLinear, PackedDotProductAttention)
     if layers == "local" or (layers == "auto" and not torch.cuda.is_available()):
         return ours
     if dtype == torch.float32:
@@ -207,7 +223,7 @@ def layers_in_use(model: ModelConfig) -> str:
         ConfigError: as `choose_layer_classes`.
     """
     layers = "transformer_engine" if model.fp8 != "none" else model.layers
-    if choose_layer_classes(layers, getattr(torch, model.dtype)).norm is not RMSNorm:
+    if choose_layer_classes(layers, getattr(torch, model.dtype)).norm is not Norm:
         return f"Transformer Engine {metadata.version('transformer_engine')}"
     if not torch.cuda.is_available() or layers == "local":
         return "this project's own"
@@ -281,10 +297,23 @@ def _packed_attention(attention: Any) -> Any:
     return PackedTEAttention
 
 
-def layer_spec(causal: bool, classes: LayerClasses) -> ModuleSpec:
-    """Return the specification of a transformer layer: causal for language, bidirectional for the vision tower."""
+def layer_spec(
+    config: TransformerConfig,
+    causal: bool,
+    classes: LayerClasses,
+    layer: type[TransformerLayer] = TransformerLayer,
+) -> ModuleSpec:
+    """Return the specification of a transformer layer: causal for language, bidirectional for the vision tower.
+
+    Args:
+        config: of the layers; queries and keys are normed by head where it says so.
+        causal: whether a row sees the rows before it alone.
+        classes: of the layer's modules.
+        layer: class of the layer itself.
+    """
+    head_norm = classes.norm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=PackedSelfAttention,
@@ -293,8 +322,8 @@ def layer_spec(causal: bool, classes: LayerClasses) -> ModuleSpec:
                     linear_qkv=classes.adapt("self_attention.linear_qkv", classes.norm_linear),
                     core_attention=classes.core_attention,
                     linear_proj=classes.adapt("self_attention.linear_proj", classes.row_linear),
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

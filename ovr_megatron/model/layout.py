@@ -33,8 +33,26 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False)
                 f"parallel.tp={tp} does not divide the model's {count} {name}; use at most tp={tp_sizes[-1]}"
             )
     _check_stages(shape.layers, parallel)
+    _check_layer_features(shape, parallel)
     if fp8:
         _check_fp8_sizes(shape, tp)
+
+
+def _check_layer_features(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Refuse a pipeline whose first part lacks a layer that features of the vision tower are added to."""
+    needed = shape.vision.layer_features
+    stage = parallel.first_stage_layers
+    if not stage:
+        # As `_check_stages` divides them.
+        uneven = bool(parallel.last_stage_layers)
+        stage = (shape.layers - parallel.last_stage_layers) // (parallel.pp - uneven)
+    layers = stage // parallel.vpp
+    if layers < needed:
+        raise ConfigError(
+            f"parallel.pp={parallel.pp}, parallel.vpp={parallel.vpp}: the vision tower's features are added to the "
+            f"first {needed} layers, and the first part of the first stage has {layers}; lower pp or vpp, or set "
+            f"parallel.first_stage_layers={needed * parallel.vpp}"
+        )
 
 
 def _check_fp8_sizes(shape: ModelShape, tp: int) -> None:

@@ -62,6 +62,7 @@ class Segments(PackedSeqParams):
             ``cu_seqlens_kv`` cuts them; None: the rows of the pack.
         exact: as for `build`.
         share: size of the context-parallel group and this rank in it.
+        feature_rows: int64, this rank's rows that `FeatureLayer` adds features to; None: no rows.
     """
 
     pad_between_seqs: bool = False
@@ -70,6 +71,7 @@ class Segments(PackedSeqParams):
     key_rows: Tensor | None = None
     exact: bool = False
     share: tuple[int, int] = (1, 0)
+    feature_rows: Tensor | None = None
 
     @classmethod
     def build(

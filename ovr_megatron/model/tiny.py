@@ -59,6 +59,8 @@ def make_tiny_model(
     config = tiny.config(sizes, ids, tied, std, str(dtype).removeprefix("torch."))
     _write_json(out / "config.json", config)
     _write_json(out / "preprocessor_config.json", tiny.preprocessor)
+    if tiny.video_preprocessor is not None:
+        _write_json(out / "video_preprocessor_config.json", tiny.video_preprocessor)
     _write_json(out / "chat_template.json", {"chat_template": tiny.chat_template})
     _write_json(
         out / "generation_config.json",
@@ -71,7 +73,10 @@ def make_tiny_model(
         },
     )
     generator = torch.Generator().manual_seed(seed)
-    vocab = config["vocab_size"]
+    # Some families have the language model's sizes on a level of their own.
+    text = config.get("text_config", config)
+    assert isinstance(text, dict)
+    vocab = text["vocab_size"]
     assert isinstance(vocab, int)
     weights = {}
     for name, shape in tiny.tensors(sizes, vocab, tied):

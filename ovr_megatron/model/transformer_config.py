@@ -17,11 +17,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **options: Any) -> TransformerConfig:
     """Return Megatron's configuration of a stack of layers; ``options`` are its sizes and what a family sets."""
+    activation: dict[str, Any] = {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "use_te_activation_func": True,  # the name notwithstanding: the layers' own module `SwiGLU`
+    }
     return TransformerConfig(
         tensor_model_parallel_size=parallel.tp,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -32,12 +35,11 @@ def transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **options: 
         gradient_accumulation_fusion=parallel_layers._grad_accum_fusion_available,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
-        use_te_activation_func=True,  # the name notwithstanding: the layers' own module `SwiGLU`
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
         batch_p2p_sync=False,
-        **options,
+        **(activation | options),
     )
 
 

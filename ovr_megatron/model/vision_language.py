@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
 from ovr_megatron.config import LoraConfig, ParallelConfig
@@ -26,6 +26,7 @@ from ovr_megatron.model.adapters import adapted_classes
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.context import rank_rows, share_images
 from ovr_megatron.model.heads import ValueHead, float_product, token_scores
+from ovr_megatron.model.layer_features import FeatureLayer, LayerFeatures, layer_features
 from ovr_megatron.model.layers import LayerClasses, layer_spec
 from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.model.scores import Scores
@@ -68,7 +69,9 @@ class VisionLanguageModel(GPTModel, ABC):
         vp_stage = part if parallel.vpp > 1 else None
         layer_count = get_num_layers_to_build(config, vp_stage, stage)
         adapted = adapted_classes(classes, shape, lora)
-        layer_specs = [layer_spec(True, adapted)] * layer_count
+        # The layers that add features are in the first part, see `check_layout`.
+        layer_class = FeatureLayer if pre_process and shape.vision.layer_features else TransformerLayer
+        layer_specs = [layer_spec(config, True, adapted, layer_class)] * layer_count
         # Every rank holds the same number of rows: `_padding_rows` bans those beyond the vocabulary.
         rank_vocab = -(-shape.vocab // parallel.tp)
         super().__init__(
@@ -110,7 +113,11 @@ class VisionLanguageModel(GPTModel, ABC):
         dtype: torch.dtype,
         classes: LayerClasses,
     ) -> MegatronModule:
-        """Return the vision tower on this rank: patches [P, patch_dim] and grids [images, 3] to features [F, D]."""
+        """Return the vision tower on this rank: patches [P, patch_dim] and grids [images, 3] to features.
+
+        Features are [F, D], and with ``shape.vision.layer_features`` [F, (1 + L) D]: those of the embedding and those
+        of each of the L first layers.
+        """
 
     @abstractmethod
     def rotary_rows(self, shape: ModelShape) -> Tensor:
@@ -183,18 +190,29 @@ class VisionLanguageModel(GPTModel, ABC):
             lengths=lengths,
             prefix_of=pack.prefix_of,
         )
+        hidden = None
+        features = None
+        if self.pre_process:
+            hidden, features = self._embed(pack, rows)
+        if features is not None:
+            segments.feature_rows = features.rows
         return self.decoder(
-            hidden_states=self._embed(pack, rows) if self.pre_process else None,
+            hidden_states=hidden,
             attention_mask=None,
+            context=None if features is None else features.values,
             rotary_pos_emb=rotary_table(angles, self.config.params_dtype, self.rotary_scaling),
             packed_seq_params=segments,
         )
 
-    def _embed(self, pack: Pack, rows: Tensor) -> Tensor:
-        """Return token embeddings [T / cp, 1, D] with the image features in the rows of ``pack.placement``."""
+    def _embed(self, pack: Pack, rows: Tensor) -> tuple[Tensor, LayerFeatures | None]:
+        """Return token embeddings [T / cp, 1, D] with the image features in the rows of ``pack.placement``.
+
+        Second come the features of the first layers; None in a pack without images, or where no layer has any.
+        """
         device = self.inv_freq.device
         token_ids = send(pack.tokens[rows], device)
         hidden = self.embedding(input_ids=token_ids[None], position_ids=None)
+        further = None
         if len(pack.placement):
             features = self._features(pack)
             # Indices are made on the host: a mask on the device would have to be waited for.
@@ -205,7 +223,13 @@ class VisionLanguageModel(GPTModel, ABC):
             (local_features,) = is_local.nonzero(as_tuple=True)
             if len(local_features) < len(feature_rows):
                 features = features[send(local_features, device)]
-            target_rows = send(feature_rows[local_features], device)
+            row_of_feature = feature_rows[local_features]
+            target_rows = send(row_of_feature, device)
+            layers = self.shape.vision.layer_features
+            if layers:
+                features, further_features = features.split([self.shape.hidden, layers * self.shape.hidden], dim=-1)
+                group = self.pg_collection.tp if self.config.sequence_parallel else None
+                further = layer_features(further_features, layers, row_of_feature, len(rows), group)
             hidden = hidden.index_copy(0, target_rows, features[:, None].to(hidden.dtype))
         elif self.training and self._vision_trains():
             # Every rank takes part in the tower's gradient collectives, a pack without images too.
@@ -219,7 +243,7 @@ class VisionLanguageModel(GPTModel, ABC):
         if self.has_adapters and torch.is_grad_enabled() and not hidden.requires_grad:
             # The embedding is frozen. A recomputed layer has a backward pass only if its input asks for a gradient.
             hidden.requires_grad_(True)
-        return hidden
+        return hidden, further
 
     def _vision_trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.vision.parameters())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ovr_megatron.config import ModelConfig, ParallelConfig
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.adapters import has_adapter
 from ovr_megatron.plan.head import head_bytes
 from ovr_megatron.plan.layer import FLOAT_BYTES, Kernels, LayerSizes
@@ -171,6 +171,7 @@ def _language_layer(
         mlp_trains=model.trains_language or has_adapter(model.lora, "mlp"),
         adapter_rank=model.lora.rank,
         shares_keys=kernels.device == "cpu" and cp == 1,
+        has_head_norms=bool(family_of(shape).decoder_options(shape).get("qk_layernorm")),
         # An adapter computes in the parameters' dtype, and so stores its input in it.
         stores_fp8=model.fp8 != "none" and not model.lora.rank,
     )
@@ -203,6 +204,8 @@ def _tower_layer(
         mlp_trains=model.trains_vision or (model.adapts_vision and has_adapter(model.lora, "mlp")),
         adapter_rank=model.lora.rank if model.adapts_vision else 0,
         has_bias=True,
+        has_gate=vision.has_gate,
+        has_layer_norm=vision.has_layer_norm,
     )
 
 
@@ -242,17 +245,20 @@ def _tower_stored(shape: ModelShape, model: ModelConfig, layer: LayerSizes) -> i
         stored += layers + patches + rotary_table
     if model.trains_vision or model.trains_merger or model.adapts_vision:
         merger_input, hidden = _merger_bytes(layer)
-        stored += merger_input + hidden
+        merger = merger_input + hidden
         # As in a layer, a frozen matrix does not store its input.
         if model.trains_merger:
-            stored += merger_input + hidden
-    return stored
+            merger *= 2
+        stored += (1 + vision.layer_features) * merger
+    # They are there until the layers that they are added to have run, and stay where these are recomputed.
+    features = layer.rows // vision.merge**2 * shape.hidden * layer.dtype_bytes
+    return stored + vision.layer_features * features
 
 
 def _tower_working(shape: ModelShape, model: ModelConfig, layer: LayerSizes) -> int:
     """Return the peak transient bytes of the tower's backward pass."""
     feature_rows = layer.rows // shape.vision.merge**2
-    features = feature_rows * shape.hidden * layer.dtype_bytes
+    features = (1 + shape.vision.layer_features) * feature_rows * shape.hidden * layer.dtype_bytes
     merger = sum(_merger_bytes(layer))
     if not (model.trains_vision or model.adapts_vision):
         return features + merger

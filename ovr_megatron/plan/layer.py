@@ -10,7 +10,8 @@ them; D width, Q query and K key columns, F MLP columns of this rank, N query he
                view of;  T 4Q + N  with ours, keys and values repeated, and T Q more where documents are batched;
                T (3Q + 3K) + N  with ours on a CPU without context parallelism, where query heads share them
 
-On a CPU a layer stores T F more, the gate's activation.
+On a CPU a layer stores T F more, the gate's activation.  An MLP without a gate has F in place of 2F.  Norms by head
+store their scales and, where the layer does not keep it anyway, the fused product of query, key and value.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class LayerSizes:
     mlp_trains: bool = True
     adapter_rank: int = 0
     has_bias: bool = False
+    has_gate: bool = True
+    has_head_norms: bool = False
+    has_layer_norm: bool = False  # rather than RMSNorm
     shares_keys: bool = False  # query heads of attention without Transformer Engine share keys and values
     stores_fp8: bool = False  # inputs of matrix products are stored in FP8
 
@@ -68,7 +72,7 @@ class LayerSizes:
     def norm_copies(self) -> int:
         """Return what our norm on a GPU stores beside its output and scale."""
         # It is two operations there: one stores a float32 copy of the rows, the other the normed rows.
-        if self.kernels != Kernels("local", "cuda"):
+        if self.kernels != Kernels("local", "cuda") or self.has_layer_norm:
             return 0
         element_bytes = FLOAT_BYTES + self.dtype_bytes
         return self.sp_rows * self.width * element_bytes
@@ -83,6 +87,8 @@ class LayerSizes:
         if trains:
             output = self._stored_bytes(self.input)
         scale = self.sp_rows * FLOAT_BYTES
+        if self.has_layer_norm:
+            scale *= 2  # the mean, too
         if trains and self.adapter_rank:
             # The adapter normalises once more, and stores the narrow products of itself and of the one behind it.
             return output + self.norm_copies + 2 * scale + self.adapter_products
@@ -99,8 +105,23 @@ class LayerSizes:
         if self.kernels.layers == "transformer_engine":
             columns = 3 * self.query_width + 3 * self.key_width
             row_bytes = columns * self.dtype_bytes + self.heads * FLOAT_BYTES
-            return self.rows * row_bytes
-        return self._local_attention()
+            return self.rows * row_bytes + self._head_norms(keeps_product=True)
+        is_view = not self.batched > 0 and self.shares_keys
+        return self._local_attention() + self._head_norms(keeps_product=is_view)
+
+    def _head_norms(self, keeps_product: bool) -> int:
+        """Return what the norms of queries and keys store; their input is a view of the fused product."""
+        if not self.has_head_norms:
+            return 0
+        head_dim = self.query_width // self.heads
+        columns = self.query_width + self.key_width
+        row_bytes = columns // head_dim * FLOAT_BYTES
+        if not keeps_product:
+            row_bytes += (columns + self.key_width) * self.dtype_bytes
+        if self.kernels == Kernels("local", "cuda"):
+            # As `norm_copies`.
+            row_bytes += columns * (FLOAT_BYTES + self.dtype_bytes)
+        return self.rows * row_bytes
 
     def _local_attention(self) -> int:
         query_width = self.query_width
@@ -122,24 +143,28 @@ class LayerSizes:
         return int(elements * self.dtype_bytes + log_sum_exp)
 
     @property
+    def inner(self) -> int:
+        """Return the bytes of the input of the MLP's second matrix, [T, F]."""
+        return self.rows * self.ffn * self.dtype_bytes
+
+    @property
     def gate_up(self) -> int:
-        """Return the bytes of the MLP's gate and up, [T, 2F]."""
-        columns = 2 * self.ffn
-        return self.rows * columns * self.dtype_bytes
+        """Return the bytes of the MLP's gate and up, [T, 2F]; without a gate [T, F]."""
+        return 2 * self.inner if self.has_gate else self.inner
 
     @property
     def gate_product(self) -> int:
         """Return the bytes of gate times up, which the MLP's second matrix stores as its input."""
         if not self.mlp_trains:
             return 0
-        return self._stored_bytes(self.gate_up // 2)
+        return self._stored_bytes(self.inner)
 
     @property
     def mlp(self) -> int:
         """Return what the MLP stores, with the norm before it."""
         stored = self.norm(self.mlp_trains) + self.gate_up + self.gate_product
-        if self.is_on_cpu:
-            stored += self.gate_up // 2  # the activated gate, which is an operation of its own there
+        if self.is_on_cpu and self.has_gate:
+            stored += self.inner  # the activated gate, which is an operation of its own there
         return stored
 
     @property
@@ -166,7 +191,7 @@ class LayerSizes:
         recomputed = self.all_stored - self.stored(recompute)
         if recompute != "none":
             recomputed += 3 * self.input  # the recomputed part's input, its output and the gradient of the output
-        mlp = self.gate_up // 2  # gradient of the gate product; that of gate and up is written over them
+        mlp = self.inner  # gradient of the gate product; that of gate and up is written over them
         # When attention's turn comes, the MLP's activations are freed already.
         attention_columns = 3 * self.query_width + 2 * self.key_width
         attention_gradients = self.rows * attention_columns * self.dtype_bytes
@@ -183,7 +208,7 @@ class LayerSizes:
         qkv = qkv_copies * self.rows * qkv_columns * self.dtype_bytes
         attention = self.attention + qkv
         # The gate product; on a CPU the activated gate, too.
-        products = self.gate_up if self.is_on_cpu else self.gate_up // 2
+        products = self.gate_up if self.is_on_cpu else self.inner
         if self.adapter_rank:
             products = self.gate_up  # as of query, key and value
         mlp = self.gate_up + products

@@ -327,9 +327,10 @@ def engine_memory(
     # The merger makes one token of `merge**2` patches.
     vision = shape.vision
     patches = _ENGINE_BATCH * vision.merge**2
-    patch_elements = _TOWER_ROWS * vision.hidden + 2 * vision.ffn // tp
+    inner_matrices = 2 if vision.has_gate else 1
+    patch_elements = _TOWER_ROWS * vision.hidden + inner_matrices * vision.ffn // tp
     images = patches * patch_elements * dtype_bytes
-    images += _ENGINE_BATCH * hidden * dtype_bytes
+    images += (1 + vision.layer_features) * _ENGINE_BATCH * hidden * dtype_bytes
 
     token_elements = 2 * shape.ffn // tp + 4 * hidden
     batch = _ENGINE_BATCH * token_elements * dtype_bytes

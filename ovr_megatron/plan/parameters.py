@@ -29,8 +29,9 @@ _BUCKET_NUMEL = 40_000_000
 _BUCKET_NUMEL_PER_RANK = 1_000_000
 # Modules register their parameters in this order; buffers are filled from the last to the first.
 _ORDER = ("embedding.", "decoder.layers.", "decoder.final_layernorm.", "output_layer.", "vision.", "value_head.")
-_WITHIN_LAYER = ("linear_proj.", "linear_qkv.", "linear_fc1.", "linear_fc2.")
-_WITHIN_MODULE = ("layer_norm_weight", "bias", "weight", "lora_A", "lora_B")
+_WITHIN_TOWER = ("vision.patch_embed.", "vision.pos_embed.", "vision.layers.", "vision.merger.")
+_WITHIN_LAYER = ("linear_proj.", "linear_qkv.", "q_layernorm.", "k_layernorm.", "linear_fc1.", "linear_fc2.")
+_WITHIN_MODULE = (".weight", ".bias", ".layer_norm_weight", ".layer_norm_bias", ".lora_A", ".lora_B")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -184,19 +185,13 @@ def _registration_order(row: TensorRow) -> tuple[int, ...]:
     """Return a key that sorts rows as the modules register their parameters."""
     name = row.megatron
     module = next(i for i, prefix in enumerate(_ORDER) if name.startswith(prefix))
-    layer = -1
-    if ".layers." in name:
-        layer = int(name.split(".")[2])
+    # Of a stack of layers or mergers; what is no part of one comes before.
+    indices = [int(part) for part in name.split(".") if part.isdigit()]
+    layer = indices[0] if indices else -1
+    within_tower = next((i for i, part in enumerate(_WITHIN_TOWER) if name.startswith(part)), -1)
     within_layer = next((i for i, linear in enumerate(_WITHIN_LAYER) if linear in name), -1)
-    # "weight" ends "layer_norm_weight", too: the longer name is asked for first, and comes last.
     within_module = next(i for i, end in enumerate(_WITHIN_MODULE) if name.endswith(end))
-    position_in_module = (2, 1, 0, 3, 4)[within_module]
-    tower_group = 1
-    if "patch_embed" in name:
-        tower_group = 0
-    elif "merger" in name:
-        tower_group = 2
-    return module, tower_group, layer, within_layer, position_in_module
+    return module, within_tower, layer, within_layer, within_module
 
 
 def _rank_parameter(row: TensorRow, shape: ModelShape, model: ModelConfig, tp: int, own_bucket: bool) -> Parameter:

@@ -150,9 +150,9 @@ class RolloutEngine:
             with private_segments(None if torch.cuda.is_available() else self._group):
                 self._llm = LLM(model=str(complete_folder(Path(model_dir))), seed=seed, **settings)
             _started.append(self._llm)
-            (model,) = self._llm.apply_model(lambda model: model)
-            model.follow(self.banned, processor.after_video, processor.shape)
-            self._reshard = Reshard(model, int(config.bucket_mib * 2**20), config.check_updates, group)
+            (self._model,) = self._llm.apply_model(lambda model: model)
+            self._model.follow(self.banned, processor.after_video, processor.shape)
+            self._reshard = Reshard(self._model, int(config.bucket_mib * 2**20), config.check_updates, group)
         share_timeout()
         self._can_sleep = settings.get("enable_sleep_mode", False)
 
@@ -168,6 +168,7 @@ class RolloutEngine:
             self._wake("weights")
             if self._empty:
                 self._llm.collective_rpc(clear_positions)
+                self._model.clear_state()
             traffic = self._reshard.update(shards, everything=self._empty)
             self._empty = False
             self._reset_caches()

@@ -39,6 +39,9 @@ class RolloutModel(nn.Module):
             if isinstance(module, MRotaryEmbedding):
                 fill_rotary_cache(module.cos_sin_cache, shape)
 
+    def clear_state(self) -> None:
+        """Zero tensors beside the weights that are read before they are written; a family may have some."""
+
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [n, V] of hidden states [n, D]; None on the tensor-parallel ranks that vLLM gives none."""
         logits = super().compute_logits(hidden_states)

@@ -15,6 +15,7 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.runtime.progress import Progress
 from ovr_megatron.weights.diagnosis import HEAD
 from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter, copy_hf_assets
+from ovr_megatron.weights.table import published_name
 from ovr_megatron.weights.transfer import check_finite, check_weights, staged
 
 _PIECE = 1 << 22  # numbers that are summed at once
@@ -61,7 +62,7 @@ def average(directories: Sequence[Path], out: Path, replace: bool = False) -> No
         writer = stack.enter_context(WeightWriter(partial))
         for name in names:
             tensors = [folder.tensor(name) for folder in folders]
-            writer.add(name, mean(tensors))
+            writer.add(published_name(name, first_shape), mean(tensors))
             progress.update(1)
 
 

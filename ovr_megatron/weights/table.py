@@ -62,6 +62,11 @@ def module_name(name: str) -> str:
     return name
 
 
+def published_name(name: str, shape: ModelShape) -> str:
+    """Return the name that the published folders of the model's family give the tensor with the hub's name ``name``."""
+    return module_name(name) if family_of(shape).has_module_names else name
+
+
 def rows(shape: ModelShape, critic: bool = False) -> list[TensorRow]:
     """Every parameter of the model, layers expanded.
 
@@ -74,6 +79,7 @@ def rows(shape: ModelShape, critic: bool = False) -> list[TensorRow]:
         absent.add("value_head.weight")
     family = family_of(shape)
     sizes = family.weight_sizes(shape)
+    stacks = family.weight_stacks(shape)
     expanded = []
     for megatron, hf, kind, terms in family.weight_table:
         if megatron in absent:
@@ -83,10 +89,8 @@ def rows(shape: ModelShape, critic: bool = False) -> list[TensorRow]:
             letters = term.split()
             term_sizes = [sizes[letter] for letter in letters]
             dims.append(tuple(term_sizes))
-        copies = 1
-        if "{i}" in megatron:
-            is_vision = megatron.startswith("vision.")
-            copies = shape.vision.depth if is_vision else shape.layers
+        stack, is_stacked, _ = megatron.partition("{i}")
+        copies = stacks[stack] if is_stacked else 1
         for i in range(copies):
             hf_names = [name.format(i=i) for name in hf]
             row = TensorRow(

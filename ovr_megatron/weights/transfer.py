@@ -21,6 +21,7 @@ from ovr_megatron.weights import table
 from ovr_megatron.weights.diagnosis import HEAD, explain
 from ovr_megatron.weights.folder import SHARD_BYTES, WeightError, WeightFolder, some, write_folder
 from ovr_megatron.weights.shard import FORMATS, PIECE, Pending, as_bytes, sync
+from ovr_megatron.weights.table import published_name
 
 EMBEDDING = "model.embed_tokens.weight"
 VALUE_HEAD = "value_head.weight"
@@ -122,6 +123,7 @@ def require_finite(tensor: Tensor, name: str, directory: Path) -> None:
 def copy_weights(
     source: WeightFolder,
     out: Path,
+    shape: ModelShape,
     dtype: torch.dtype | None = None,
     leave_out: Sequence[str] = (),
     workers: int = 1,
@@ -130,6 +132,7 @@ def copy_weights(
 ) -> None:
     """Write the tensors of ``source`` to ``out``, except those named in ``leave_out``, in ``dtype`` or as stored.
 
+    They get the names that published folders of the family of ``shape`` have, whichever they have in ``source``.
     ``workers`` threads write a shard each; the files are the same for any number of them.  Memory holds a few
     pieces of tensors, apart from the mapped pages of ``source``.  ``on_tensor`` is called before each tensor is read.
     """
@@ -143,7 +146,7 @@ def copy_weights(
         if name in leave_out:
             continue
         pending = Pending(
-            name=name,
+            name=published_name(name, shape),
             dtype=dtype or FORMATS[source.dtype(name)],
             shape=source.shape(name),
             load=partial(load, name),

@@ -7,15 +7,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import AutoConfig, AutoProcessor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ovr_megatron.checkpoint.hf_assets import write_hf_assets
 from ovr_megatron.config import DataConfig
 from ovr_megatron.data.hf_files import AssetError
 from ovr_megatron.data.processing import Processor, TemplateError, TooLongError
 from ovr_megatron.data.schema import ImagePart, Message, Row, RowError, TextPart, VideoPart
-from ovr_megatron.families import default_family
+from ovr_megatron.families import default_family, families
 from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
@@ -37,6 +36,12 @@ def processor(folder):
 @pytest.fixture(scope="module")
 def transformers_processor(folder):
     return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=[family.name for family in families()])
+def any_folder(request, tmp_path_factory):
+    """A folder of each family."""
+    return make_tiny_model(tmp_path_factory.mktemp(request.param), sizes=SIZES, family=request.param)
 
 
 def picture(width, height, seed=0):
@@ -112,33 +117,54 @@ def as_transformers(processor, transformers_processor, messages):
     )
 
 
+def slices_of(grids):
+    """Height and width of each slice: a family may have a row for each, where Transformers has one for a video."""
+    return [(int(height), int(width)) for slices, height, width in grids for _ in range(slices)]
+
+
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("template", ["think", "model"])
-def test_prompts_are_those_of_transformers(folder, transformers_processor, name, template):
-    processor = Processor(folder, DataConfig(template=template, **BUDGET))
+def test_prompts_are_those_of_transformers(any_folder, name, template):
+    processor = Processor(any_folder, DataConfig(template=template, **BUDGET))
     [found] = processor.encode([ROWS[name]], generation=True)
-    expected = as_transformers(processor, transformers_processor, ROWS[name].messages)
+    expected = as_transformers(processor, AutoProcessor.from_pretrained(any_folder), ROWS[name].messages)
     assert found.tokens.tolist() == expected["input_ids"][0].tolist()
     assert not found.loss_mask.any()
 
     ends = np.cumsum(found.grid_thw.prod(axis=1))
     blocks = [found.patches[end - grid.prod() : end] for grid, end in zip(found.grid_thw, ends, strict=True)]
-    moving = found.grid_thw[:, 0] > 1
+    firsts = found.placement[np.cumsum([0, *found.grid_thw.prod(axis=1) // 4])[:-1]]
+    moving = found.tokens[firsts] == processor.shape.video_token
     for key, wanted in (("image", ~moving), ("video", moving)):
-        assert found.grid_thw[wanted].tolist() == expected.get(f"{key}_grid_thw", torch.zeros(0, 3)).tolist()
+        grids = expected.get(f"{key}_grid_thw", torch.zeros(0, 3, dtype=torch.int64))
+        assert slices_of(found.grid_thw[wanted]) == slices_of(grids.numpy())
         pixels = expected.get("pixel_values" if key == "image" else "pixel_values_videos")
         mine = [block for block, of_kind in zip(blocks, wanted, strict=True) if of_kind]
         assert (pixels is None and not mine) or np.array_equal(np.concatenate(mine), pixels.numpy())
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_positions_are_those_of_transformers(folder, processor, transformers_processor, name):
-    model = Qwen2_5_VLModel(AutoConfig.from_pretrained(folder))
+def test_positions_are_those_of_transformers(any_folder, name):
+    model = AutoModel.from_config(AutoConfig.from_pretrained(any_folder))
+    processor = Processor(any_folder, CONFIG)
     [found] = processor.encode([ROWS[name]], generation=True)
-    batch = as_transformers(processor, transformers_processor, ROWS[name].messages)
+    batch = as_transformers(processor, AutoProcessor.from_pretrained(any_folder), ROWS[name].messages)
     visual = {key: batch[key] for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if key in batch}
     expected, _ = model.get_rope_index(batch["input_ids"], batch["mm_token_type_ids"], **visual)
     np.testing.assert_array_equal(found.position_ids, expected[:, 0].numpy())
+
+
+def test_a_video_of_a_single_frame_is_refused_where_transformers_refuses_it(tmp_path):
+    processor = Processor(make_tiny_model(tmp_path, sizes=SIZES, family="qwen3_vl"), CONFIG)
+    with pytest.raises(RowError, match=r"has 1 frame, and Qwen3-VL takes at least 2; give it as an image"):
+        processor.encode([row(user(video(1, 56, 56), "What moves?"))], generation=True)
+
+
+def test_a_folder_that_would_take_videos_for_another_family_s_is_refused(tmp_path):
+    folder = make_tiny_model(tmp_path, sizes=SIZES, family="qwen3_vl")
+    (folder / "video_preprocessor_config.json").unlink()
+    with pytest.raises(AssetError, match=r"videos would go through Qwen2VL.*; set video_processor_type in video_pre"):
+        Processor(folder, CONFIG)
 
 
 @pytest.mark.parametrize("name", ROWS)

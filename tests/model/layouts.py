@@ -1,4 +1,4 @@
-"""The parity matrix, for tests/model/test_layouts.py: ``torchrun ... 4 processes ... layouts.py MODELS OUT``.
+"""The parity matrix, for tests/model/test_layouts.py: ``torchrun ... 4 processes ... layouts.py MODELS OUT FAMILY``.
 
 Every layout starts from the same weights and sees the same documents.  "One process" is data parallelism whose
 ranks all see everything: sums and counts are four times as large, which is exact.
@@ -20,7 +20,7 @@ from ovr_megatron.config.layout_text import parse_layout
 from ovr_megatron.data.packing import Pack
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, default_family
 from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import (
@@ -62,11 +62,12 @@ OTHER_SHAPES = {
     "one vision layer": ("tp=2,sp=1", True),
     "odd sizes": ("cp=2", False),
 }
+SHARED_PROMPT_LAYOUTS: tuple[str, ...] = ("tp=2,sp=1", "cp=2,tp=2", "pp=2,vpp=2,cp=2")
 STEPS = 4
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=1.0, weight_decay=0.1)
 # Left out of the one-process column: bfloat16 is compared with float32.
 VARIANTS = {
-    "pp=2, 3 + 1 layers": (ParallelConfig(pp=2, first_stage_layers=3, last_stage_layers=1), {}),
+    "pp=2, uneven layers": (ParallelConfig(pp=2, first_stage_layers=3, last_stage_layers=1), {}),
     "recompute selective": (ParallelConfig(), {"recompute": "selective"}),
     "recompute full, pp=2, vpp=2": (ParallelConfig(pp=2, vpp=2), {"recompute": "full"}),
     "frozen vision": (ParallelConfig(), {"freeze_vision": True, "freeze_merger": True}),
@@ -219,7 +220,7 @@ def packed_equals_separate(folder: Path) -> dict[str, float]:
 def with_shared_prompts(folder: Path) -> dict[str, dict[str, float]]:
     """Packs whose responses share their prompts against packs of whole samples, in several layouts."""
     table = {}
-    for layout in ("tp=2,sp=1", "cp=2,tp=2", "pp=2,vpp=2,cp=2"):
+    for layout in SHARED_PROMPT_LAYOUTS:
         for critic in (False, True):
             engine = build(folder, parse_layout(layout)[0], critic)
             table[f"{layout}, {'critic' if critic else 'policy'}"] = shared_prompts.compare(engine)
@@ -256,6 +257,17 @@ def resumed(folder: Path, out: Path) -> dict[str, list[list[float]]]:
 
 if __name__ == "__main__":
     models, out = Path(sys.argv[1]), Path(sys.argv[2])
+    is_default = sys.argv[3] == default_family().name
+    if not is_default:  # what all families share is computed for the default one
+        OTHER_SHAPES = {"odd sizes": OTHER_SHAPES["odd sizes"]}
+        # Its first layers take features: 8 layers, of which each part of a pipeline has at least 2.
+        VARIANTS["pp=2, uneven layers"] = (ParallelConfig(pp=2, first_stage_layers=7, last_stage_layers=1), {})
+    if not (is_default or WHOLE):
+        LAYOUTS = ("tp=2,sp=1", "pp=4", "cp=2,tp=2,sp=1", "pp=2,vpp=2,cp=2", "zero=1,tp=2")
+        CRITIC_LAYOUTS = ("pp=2,vpp=2,cp=2",)
+        SHARED_PROMPT_LAYOUTS = ("cp=2,tp=2",)
+        variants = ("pp=2, uneven layers", "recompute full, pp=2, vpp=2", "frozen language, cp=2")
+        VARIANTS = {name: VARIANTS[name] for name in (*variants, "bf16, cp=2, tp=2, sp=1")}
     world = distributed.start(ParallelConfig(), seed=0, threads=1)
     found = make_documents(ModelShape.from_hf(models / "tied"), texts=ODD_LENGTHS)
     results = {
@@ -263,11 +275,11 @@ if __name__ == "__main__":
             f"{name} {'critic' if critic else 'policy'}": matrix(models / name, critic)
             for name, critic in (("untied", False), ("tied", False), ("tied", True))
         },
-        "side by side": two_layouts(models / "untied"),
+        "side by side": two_layouts(models / "untied") if is_default else {},
         "other shapes": other_shapes(models),
         "packed": packed_equals_separate(models / "untied"),
         "shared prompts": with_shared_prompts(models / "untied"),
-        "resumed": resumed(models / "tied", out / "checkpoints"),
+        "resumed": resumed(models / "tied", out / "checkpoints") if is_default else {},
     }
     if world.is_main:
         (out / "results.json").write_text(json.dumps(results, indent=1))

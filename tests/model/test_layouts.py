@@ -6,10 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from ovr_megatron.config import ConfigError, ParallelConfig
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.model.layout import alignment, check_layout
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.model.tiny_tokenizer import CORPUS, write_tokenizer
@@ -27,7 +33,52 @@ OTHER_SIZES = {
 }
 
 
-def make_odd_model(folder: Path) -> None:
+def make_odd_qwen3_vl(folder: Path) -> None:
+    """Patches of 10 pixels merged 3 x 3, one frame each, features of a first and a last block, odd sections."""
+    folder.mkdir()
+    ids = write_tokenizer(folder, CORPUS, bpe_vocab=290, max_length=512, family=family_of("qwen3_vl"))
+    config = Qwen3VLConfig(
+        text_config={
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "intermediate_size": 112,
+            "vocab_size": 333,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e4,
+                "mrope_section": [5, 3, 4],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_heads": 4,
+            "out_hidden_size": 96,
+            "patch_size": 10,
+            "spatial_merge_size": 3,
+            "temporal_patch_size": 1,
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    Qwen2VLImageProcessor(patch_size=10, merge_size=3, temporal_patch_size=1).save_pretrained(folder)
+
+
+def make_odd_qwen2_5_vl(folder: Path) -> None:
     """Patches of 10 pixels merged 3 x 3, one frame each, windows of 2 features, full attention first, odd sections."""
     folder.mkdir()
     ids = write_tokenizer(folder, CORPUS, bpe_vocab=290, max_length=512)
@@ -67,16 +118,31 @@ def make_odd_model(folder: Path) -> None:
     Qwen2VLImageProcessor(patch_size=10, merge_size=3, temporal_patch_size=1).save_pretrained(folder)
 
 
+ODD_MODELS = {"qwen2_5_vl": make_odd_qwen2_5_vl, "qwen3_vl": make_odd_qwen3_vl}
+
+
+def compute(folder: Path, family: str) -> dict[str, Any]:
+    """The matrix of a family; one whose first layers take features needs two layers in each part of a pipeline."""
+    sizes = TinySizes() if family_of(family).is_default else TinySizes(layers=8)
+    for tied in (True, False):
+        name = "tied" if tied else "untied"
+        make_tiny_model(folder / name, tied=tied, seed=5, perturb=True, sizes=sizes, family=family)
+    if family_of(family).is_default:
+        for name, other_sizes in OTHER_SIZES.items():
+            make_tiny_model(folder / name, tied=False, seed=2, perturb=True, sizes=other_sizes)
+    ODD_MODELS[family](folder / "odd sizes")
+    launch(ROOT / "tests/model/layouts.py", folder, folder, family, ranks=4)
+    return json.loads((folder / "results.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("layouts")
-    for tied in (True, False):
-        make_tiny_model(folder / ("tied" if tied else "untied"), tied=tied, seed=5, perturb=True)
-    for name, sizes in OTHER_SIZES.items():
-        make_tiny_model(folder / name, tied=False, seed=2, perturb=True, sizes=sizes)
-    make_odd_model(folder / "odd sizes")
-    launch(ROOT / "tests/model/layouts.py", folder, folder, ranks=4)
-    return json.loads((folder / "results.json").read_text())
+    return compute(tmp_path_factory.mktemp("layouts"), "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def further_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compute(tmp_path_factory.mktemp("layouts"), "qwen3_vl")
 
 
 def rows(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -84,7 +150,7 @@ def rows(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return table | results["side by side"] | results["other shapes"]
 
 
-def test_every_layout_computes_what_transformers_computes(results: dict[str, Any]) -> None:
+def check(results: dict[str, Any], count: int) -> None:
     columns = list(BOUNDS)
     print(f"\n{'largest relative error':44}" + "".join(f"{column:>13}" for column in columns))
     wrong = []
@@ -94,7 +160,17 @@ def test_every_layout_computes_what_transformers_computes(results: dict[str, Any
         bounds = BF16_BOUNDS if "bf16" in name else BOUNDS
         wrong += [(name, c, row[c]) for c, bound in bounds.items() if c in row and not row[c] <= bound]
     assert not wrong
-    assert len(rows(results)) == (60 if WHOLE else 34)
+    assert len(rows(results)) == count
+
+
+def test_every_layout_computes_what_transformers_computes(results: dict[str, Any]) -> None:
+    check(results, 60 if WHOLE else 34)
+
+
+def test_every_layout_of_a_further_family_computes_what_transformers_computes(further_results: dict[str, Any]) -> None:
+    check(further_results, 55 if WHOLE else 16)
+    assert all(row.get("replicas agree", True) for row in rows(further_results).values())
+    assert max(further_results["packed"].values()) < 1e-5
 
 
 def test_what_is_frozen_has_no_gradient(results: dict[str, Any]) -> None:
@@ -110,9 +186,11 @@ def test_replicas_stay_bit_identical(results: dict[str, Any]) -> None:
     assert len(checked) > (15 if WHOLE else 8) and all(checked)
 
 
-def test_shared_prompts_change_nothing_but_the_work(results: dict[str, Any]) -> None:
+def test_shared_prompts_change_nothing_but_the_work(results: dict[str, Any], further_results: dict[str, Any]) -> None:
     assert len(results["shared prompts"]) == 6
-    for name, differences in results["shared prompts"].items():
+    further = {f"further {name}": differences for name, differences in further_results["shared prompts"].items()}
+    assert len(further) == (6 if WHOLE else 2)
+    for name, differences in (results["shared prompts"] | further).items():
         assert differences["scores"] < 1e-5, name
         assert differences["loss"] < 1e-6, name
         assert differences["gradients"] < 2e-5, name
@@ -150,6 +228,24 @@ def test_an_impossible_layout_is_refused(tmp_path: Path, parallel: dict[str, int
     make_tiny_model(tmp_path, tied=True, seed=1)
     with pytest.raises(ConfigError, match=message):
         check_layout(ModelShape.from_hf(tmp_path), ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"pp": 4}, "added to the first 2 layers, and the first part .* has 1; .*first_stage_layers=2$"),
+        ({"pp": 2, "vpp": 2}, "first part of the first stage has 1; .*first_stage_layers=4$"),
+        ({"pp": 2, "first_stage_layers": 1, "last_stage_layers": 3}, "first part of the first stage has 1"),
+    ],
+)
+def test_layers_that_take_features_stay_in_the_first_part(
+    tmp_path: Path, parallel: dict[str, int], message: str
+) -> None:
+    shape = ModelShape.from_hf(make_tiny_model(tmp_path, seed=1, family="qwen3_vl"))
+    check_layout(shape, ParallelConfig(pp=2))
+    check_layout(shape, ParallelConfig(pp=2, first_stage_layers=3, last_stage_layers=1))
+    with pytest.raises(ConfigError, match=message):
+        check_layout(shape, ParallelConfig(**parallel))
 
 
 @pytest.mark.parametrize(

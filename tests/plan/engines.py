@@ -117,6 +117,7 @@ def states(models: Path) -> list[dict[str, Any]]:
     cases += [("untied", False, parse_layout(x)[0], {"lora": LORA}) for x in ("", "tp=2,sp=1", "pp=2", "zero=1,pp=2")]
     cases += [("untied", True, ParallelConfig(), {"lora": LORA})]
     cases += [("untied", False, parse_layout("zero=1")[0], {"lora": LORA, "dtype": "bfloat16"})]
+    cases += [("further", False, parse_layout(x)[0], {}) for x in ("tp=2,sp=1", "zero=1,pp=2")]
     table = []
     for name, critic, parallel, model in cases:
         ranks = everyone(held(build(models / name, parallel, critic, **model)))
@@ -155,6 +156,12 @@ PAIRS = (
     ("tied", "zero=1,cp=2", "float32"),
 )
 ADAPTED = list(product(("wide",), ("none", "full"), ("", "tp=2,sp=1"), ("documents", "images"), ("float32",)))
+# A family whose decoder and vision tower differ from the default's.
+FURTHER = [
+    ("further", "none", "", "images", "float32"),
+    ("further", "none", "tp=2,sp=1", "documents", "float32"),
+    ("further", "full", "", "images", "bfloat16"),
+]
 CRITICS = list(product(("wide",), ("none",), ("",), ("documents",), ("float32", "bfloat16")))
 
 
@@ -165,6 +172,7 @@ def peaks(models: Path) -> list[dict[str, Any]]:
     cases += [(case, False, LORA) for case in ADAPTED]
     if not WHOLE:  # every third meets each value once, but for a single document and a critic
         cases = [*cases[::3], (MEASURED[17], False, {}), (CRITICS[1], True, {})]
+    cases += [(case, False, {}) for case in FURTHER]
     for (name, recompute, layout, kind, dtype), critic, lora in cases:
         engine = build(models / name, parse_layout(layout)[0], critic, recompute=recompute, dtype=dtype, lora=lora)
         pack = text_and_images(engine.shape, *PACKS[kind])

@@ -43,6 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     for name, tied, sizes in (("tied", True, None), ("untied", False, None), ("wide", False, WIDE)):
         make_tiny_model(folder / name, tied=tied, seed=5, sizes=sizes)
+    make_tiny_model(folder / "further", tied=False, seed=5, sizes=replace(WIDE, layers=4), family="qwen3_vl")
     return folder
 
 
@@ -65,7 +66,7 @@ def test_every_rank_of_every_layout_holds_what_the_plan_says(models: Path, measu
             ]
             checked += 1
     assert not wrong
-    assert checked == 4 * len(measured["states"]) == 4 * (46 if WHOLE else 35)
+    assert checked == 4 * len(measured["states"]) == 4 * (48 if WHOLE else 37)
 
 
 def test_a_policy_and_a_critic_have_the_frozen_weights_once(models: Path, measured: dict[str, Any]) -> None:

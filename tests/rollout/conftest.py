@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.config import DataConfig, Sampling
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, default_family, family_of, family_of_folder
 from ovr_megatron.families.stretch import stretch_positions
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.rollout.sampling import Generation, Prompt
+from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.slices import LocalShard, row_ranges
 from ovr_megatron.weights.table import cut_dim, from_hf, rows
 
@@ -31,12 +30,13 @@ class Reference:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model_class = family_of_folder(folder).load_hf_class()
+        self.model = model_class.from_pretrained(folder, dtype=torch.float32)
 
     def held(self) -> list[LocalShard]:
         """All weights on one rank."""
-        shape, tensors = ModelShape.from_hf(self.folder), load_file(self.folder / "model.safetensors")
-        fused = ((row, from_hf(row, [tensors[name] for name in row.hf], shape)) for row in rows(shape))
+        shape, folder = ModelShape.from_hf(self.folder), WeightFolder(self.folder)
+        fused = ((row, from_hf(row, [folder.tensor(name) for name in row.hf], shape)) for row in rows(shape))
         return [LocalShard(parameter, cut_dim(row), row_ranges(row, 1, 0, shape)) for row, parameter in fused]
 
     @torch.no_grad()
@@ -75,13 +75,21 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
+def family(request: pytest.FixtureRequest) -> str:
+    """The family of the models: the default one where a test does not choose."""
+    return getattr(request, "param", default_family().name)
+
+
+@pytest.fixture(scope="module")
+def make_reference(tmp_path_factory: pytest.TempPathFactory, family: str) -> Callable[..., Reference]:
     """A model folder with random weights, tied or not, of a seed, and with YaRN over so many positions or without."""
     root = tmp_path_factory.mktemp("models")
 
     def make(tied: bool, seed: int, positions: int = 4096, yarn: float | None = None) -> Reference:
-        folder, sizes = root / f"{tied}{seed}", TinySizes(max_positions=positions)
-        make_tiny_model(folder, tied=tied, seed=seed, sizes=sizes, std=STD, perturb=True)
+        # Layers that take features are to be in the first part of an interleaved pipeline, too.
+        layers = 4 if family_of(family).is_default else 8
+        folder, sizes = root / f"{tied}{seed}", TinySizes(max_positions=positions, layers=layers)
+        make_tiny_model(folder, tied=tied, seed=seed, sizes=sizes, std=STD, perturb=True, family=family)
         if yarn:
             stretch_positions(folder, yarn)
         return Reference(folder)
@@ -90,9 +98,9 @@ def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Re
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+def processor(tmp_path_factory: pytest.TempPathFactory, family: str) -> Processor:
     """A processor whose image budget is not the folder's."""
-    folder = make_tiny_model(tmp_path_factory.mktemp("processor"))
+    folder = make_tiny_model(tmp_path_factory.mktemp("processor"), family=family)
     # The rule after a video is that of the reference.
     return Processor(folder, DataConfig(min_pixels=56 * 56, max_pixels=200 * 200, after_video="grid"))
 

@@ -59,6 +59,8 @@ def main(folder: Path) -> None:
         for name, parallel in LAYOUTS.items():
             if not tied and name not in UNTIED:
                 continue
+            if job["layouts"] and name not in job["layouts"] and not WHOLE:
+                continue
             trainer = Engine(ModelShape.from_hf(new), ModelConfig(path=str(new)), parallel, world)
             engine.update(trainer.load(WeightFolder(old)).held())
             other = engine.generate(job["prompts"])

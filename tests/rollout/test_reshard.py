@@ -33,18 +33,21 @@ def remains() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("remains")
-@pytest.mark.parametrize("tp", [1, 2])
-def test_an_updated_engine_is_a_fresh_one(tp, make_reference, processor, samples, ask, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 2)], indirect=["family"], scope="module"
+)
+def test_an_updated_engine_is_a_fresh_one(family, tp, make_reference, processor, samples, ask, tmp_path):
     models = {tied: (make_reference(tied, 5), make_reference(tied, 6)) for tied in (True, False)}
     folders = {tied: (old.folder, new.folder) for tied, (old, new) in models.items()}
-    job = {"tp": tp, "models": folders, "data": processor.config, "prompts": ask(samples[:3], [1, 7], 8)}
+    job = {"tp": tp, "models": folders, "data": processor.config, "prompts": ask(samples[:4], [1, 7], 8)}
+    job["layouts"] = None if family == "qwen2_5_vl" else ("zero", "tp, pp")
     (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
     launch(ROOT / "tests/rollout/reshard.py", tmp_path, ranks=RANKS)
     ranks = [pickle.loads((tmp_path / f"rank_{rank}.pickle").read_bytes()) for rank in range(RANKS)]
     banned = banned_tokens(processor.shape, processor.tokenizer)
     for tied, (_, new) in models.items():
         fresh = [rank.pop(f"{tied} fresh") for rank in ranks]
-        assert new.worst(samples[:3], fresh[0], banned, 1.0) < 3e-5
+        assert new.worst(samples[:4], fresh[0], banned, 1.0) < 3e-5
         for other in fresh[1:]:
             for ours, theirs in zip(fresh[0], other, strict=True):
                 for a, b in zip(ours, theirs, strict=True):

@@ -11,6 +11,7 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime.ownership import RECORD, write_record
 from ovr_megatron.weights.folder import WeightError, WeightFolder, WeightWriter
+from ovr_megatron.weights.table import canonical
 from ovr_megatron.weights.transfer import check_weights, copy_weights, differences, same_bits, staged
 
 SIZES = TinySizes(hidden=32, layers=2, ffn=48, vision_hidden=32, vision_heads=2, vision_ffn=40)
@@ -89,13 +90,32 @@ def test_tied_model_may_store_its_head_if_equal(tmp_path):
 def test_copy_keeps_bits_and_converts_on_demand(model, tmp_path):
     original = load_file(model / "model.safetensors")
     with WeightFolder(model) as folder:
-        copy_weights(folder, tmp_path / "same")
-        copy_weights(folder, tmp_path / "half", torch.bfloat16, leave_out=["model.norm.weight"])
+        copy_weights(folder, tmp_path / "same", ModelShape.from_hf(model))
+        shape = ModelShape.from_hf(model)
+        copy_weights(folder, tmp_path / "half", shape, torch.bfloat16, leave_out=["model.norm.weight"])
     same, half = (load_file(tmp_path / name / "model.safetensors") for name in ("same", "half"))
     assert same.keys() == original.keys()
     assert all(same_bits(same[name], original[name]) for name in original)
     assert original.keys() - half.keys() == {"model.norm.weight"}
     assert all(same_bits(half[name], original[name].bfloat16()) for name in half)
+
+
+def test_a_family_s_folders_have_its_published_names_whatever_was_read(tmp_path):
+    model = make_tiny_model(tmp_path / "hf", sizes=SIZES, family="qwen3_vl")
+    published = load_file(model / "model.safetensors")
+    assert "model.language_model.norm.weight" in published and "model.visual.pos_embed.weight" in published
+    shape = ModelShape.from_hf(model)
+    (tmp_path / "renamed").mkdir()
+    renamed = {canonical(name): tensor for name, tensor in published.items()}
+    assert not renamed.keys() & published.keys()
+    save_file(renamed, tmp_path / "renamed/model.safetensors", metadata={"format": "pt"})
+    for source in (model, tmp_path / "renamed"):
+        with WeightFolder(source) as folder:
+            check_weights(folder, shape)
+            copy_weights(folder, tmp_path / f"copy of {source.name}", shape)
+        copied = load_file(tmp_path / f"copy of {source.name}" / "model.safetensors")
+        assert copied.keys() == published.keys()
+        assert all(same_bits(copied[name], published[name]) for name in published)
 
 
 def folder_bytes(directory):
@@ -104,9 +124,10 @@ def folder_bytes(directory):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as stored", "converted"])
 def test_any_number_of_workers_writes_the_same_bytes(model, tmp_path, dtype):
+    shape = ModelShape.from_hf(model)
     with WeightFolder(model) as folder:
         for workers in (1, 2, 5):
-            copy_weights(folder, tmp_path / str(workers), dtype, workers=workers, shard_bytes=20_000)
+            copy_weights(folder, tmp_path / str(workers), shape, dtype, workers=workers, shard_bytes=20_000)
         with WeightWriter(tmp_path / "one by one", shard_bytes=20_000) as writer:
             for name in folder.names():
                 writer.add(name, folder.tensor(name).to(dtype or folder.tensor(name).dtype))
@@ -121,7 +142,7 @@ def test_a_failing_worker_leaves_nothing(model, tmp_path, monkeypatch, workers):
         sound = folder.tensor
         monkeypatch.setattr(folder, "tensor", lambda name: sound(name if "layers.1" not in name else "absent"))
         with pytest.raises(WeightError, match="no tensor absent"):
-            copy_weights(folder, tmp_path / "out", workers=workers, shard_bytes=20_000)
+            copy_weights(folder, tmp_path / "out", ModelShape.from_hf(model), workers=workers, shard_bytes=20_000)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -130,7 +151,7 @@ def test_a_disk_that_is_full_names_the_file_and_leaves_nothing(model, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
         with WeightFolder(model) as folder, pytest.raises(OSError, match=r"out/model-00001\.partial"):
-            copy_weights(folder, tmp_path / "out")
+            copy_weights(folder, tmp_path / "out", ModelShape.from_hf(model))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "out").iterdir())

@@ -84,7 +84,8 @@ FAMILY = Family(
     ),
     processor=ProcessorFiles(
         load_class=_load_processor_class,
-        pixel_class_prefix="Qwen2VL",
+        image_class_prefix="Qwen2VL",
+        video_class_prefix="Qwen2VL",
         image_processor={
             "processor_class": "Qwen2_5_VLProcessor",
             "image_processor_type": "Qwen2VLImageProcessor",

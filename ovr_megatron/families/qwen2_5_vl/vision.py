@@ -13,9 +13,7 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,6 +22,7 @@ from torch import Tensor
 from ovr_megatron.families.qwen2_5_vl.shape import WindowedVisionShape
 from ovr_megatron.model.attention import rotary_table
 from ovr_megatron.model.layers import LayerClasses, layer_spec
+from ovr_megatron.model.patch_merger import PatchMerger
 from ovr_megatron.model.segments import Segments
 from ovr_megatron.runtime.device import send
 
@@ -84,48 +83,6 @@ def _bounds(lengths_by_image: Iterable[Sequence[int]]) -> Tensor:
     return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
 
 
-class PatchMerger(MegatronModule):
-    """Norm, then a two-layer MLP that maps each m x m block of patches to the language model's width."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        merge: int,
-        out_size: int,
-        tp_group: torch.distributed.ProcessGroup,
-        classes: LayerClasses,
-    ):
-        super().__init__(config=config)
-        self.norm = classes.norm(config, config.hidden_size, eps=config.layernorm_epsilon)
-        self.width = config.hidden_size * merge * merge
-        self.linear_fc1 = ColumnParallelLinear(
-            self.width,
-            self.width,
-            config=config,
-            init_method=config.init_method,
-            skip_bias_add=False,
-            tp_group=tp_group,
-        )
-        self.linear_fc2 = RowParallelLinear(
-            self.width,
-            out_size,
-            config=config,
-            init_method=config.init_method,
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            tp_group=tp_group,
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return features [F, 1, D] of ``hidden`` [P, 1, width of the tower]."""
-        blocks = self.norm(hidden).view(-1, 1, self.width)
-        inner, _ = self.linear_fc1(blocks)
-        inner = F.gelu(inner)
-        features, _ = self.linear_fc2(inner)
-        return features
-
-
 class VisionTower(MegatronModule):
     """The vision tower: window attention, full attention in some layers, and the merger to language features.
 
@@ -152,7 +109,7 @@ class VisionTower(MegatronModule):
         )
         self.layers = torch.nn.ModuleList(
             build_module(
-                layer_spec(causal=False, classes=classes),
+                layer_spec(config, causal=False, classes=classes),
                 config=config,
                 layer_number=i + 1,
                 pg_collection=pg_collection,
