@@ -199,8 +199,7 @@ class Experiment:
             return sentences
         unscored = [title for name, title in MODELS.items() if not self.scores.get(name)]
         if unscored:
-            titles = ", ".join(unscored)
-            sentences.append(f"Evaluation: nothing yet of {titles}.")
+            sentences.append(f"Evaluation: nothing yet of {', '.join(unscored)}.")
         if self.exported is None:
             sentences.append("Export: no final model yet.")
         return sentences

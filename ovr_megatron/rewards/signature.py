@@ -38,7 +38,7 @@ def signature_problem(function: Callable[..., Any]) -> str | None:
             return f"{place} has the parameter {name} of a reward of {_NAMES_ELSEWHERE[name]}; {remedy}"
     row_name = row_parameter(function)
     values: tuple[object, ...] = (*_VALUES, {}) if row_name == "" else _VALUES
-    keywords = {row_name: {}} if row_name else {}
+    keywords: dict[str, object] = {row_name: {}} if row_name else {}
     try:
         signature.bind(*values, **keywords)
     except TypeError as error:
