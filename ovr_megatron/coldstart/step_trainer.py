@@ -19,9 +19,12 @@ from ovr_megatron.engine import Engine, LossSum
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.scores import Scores
 from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.runlog import open_log
 from ovr_megatron.runtime.spikes import SpikeWatch
 from ovr_megatron.runtime.steps import RankStep, gather, matrix_rate, memory_peaks, rank_metrics
+
+logger = get_logger(__name__)
 
 SPIKE_DOCUMENTS = 16  # documents that the record of a spike names
 
@@ -110,9 +113,12 @@ class StepTrainer:
         return metrics
 
     def record_scores(self, step: int, scores: dict[str, float]) -> None:
-        """Log the ``scores`` of the weights after ``step`` under that step."""
+        """Log the ``scores`` of the weights after ``step`` under that step, and print those of all rows of a set."""
         if self.log:
             self.log.scalars(step, scores)
+            # Deeper keys are of single sources, or details of a set.
+            totals = [f"{key} {value:.4f}" for key, value in scores.items() if key.count("/") == 1]
+            logger.info(f"after step {step + 1}: {', '.join(totals)}")
 
     def _step_metrics(
         self,

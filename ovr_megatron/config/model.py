@@ -160,7 +160,8 @@ class ParallelConfig:
         require(
             world_size % ranks == 0,
             f"{world_size} processes cannot be cut into tp={self.tp},pp={self.pp},cp={self.cp}, {ranks} ranks a "
-            f"replica; start a multiple of {ranks} processes or change parallel.*",
+            f"replica; start a multiple of {ranks} processes, change parallel.*, or name a recipe that fits with "
+            "--config-name",
         )
         return world_size // ranks
 

@@ -130,8 +130,12 @@ def _write(work: Work, row: RowJson, verdict: Verdict | None) -> None:
         work.keep(row, source, verdict=str(verdict.reason))
     elif verdict.failed:
         work.drop(row, source, f"not graded: {verdict.reason}", error=verdict.box)
+    elif verdict.score is not None:
+        work.drop(row, source, f"less than 1: {verdict.reason}", reward=verdict.score)
     else:
         work.drop(row, source, f"wrong: {verdict.reason}", box=verdict.box)
+    if verdict is not None and verdict.score is not None:
+        work.report.add_value("reward by a function", verdict.score)
 
 
 def settings(config: PrepareConfig) -> list[object]:

@@ -133,7 +133,12 @@ def _parse_message(
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in roles:
         names = ", ".join(roles)
-        raise RowError(where, f"{field}.{role_key}", f"is {role!r}", f"use one of {names}")
+        remedy = f"use one of {names}"
+        if role is None and "from" in turn:
+            remedy = "a list of turns with 'from' and 'value' is called 'conversations'"
+        elif role == "tool":
+            remedy += "; turns of tools cannot be learned"
+        raise RowError(where, f"{field}.{role_key}", "is missing" if role is None else f"is {role!r}", remedy)
     role = roles[role]
     content = turn.get(content_key)
     content_field = f"{field}.{content_key}"
@@ -331,7 +336,10 @@ def check_answer(row: Row) -> None:
     answer = (row.answer or "").strip()
     if not answer:
         if row.is_prompt:
-            remedy = "a row that ends with a user message needs the final answer; add it or remove the row"
+            remedy = (
+                "a row that ends with a user message needs the final answer; add it, or for supervised fine-tuning the "
+                "assistant's reply, or remove the row"
+            )
             raise RowError(row.where, "answer", "is missing or empty", remedy)
         return
     limit = MAX_STRUCTURED_CHARACTERS if is_structured(answer) else MAX_ANSWER_CHARACTERS

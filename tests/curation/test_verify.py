@@ -106,8 +106,11 @@ def test_a_row_is_graded_by_the_rule_of_its_source(tmp_path: Path) -> None:
     assert report["dropped"] == {
         "not graded: own rule raised an error": 2,
         "wrong: different": 2,
-        "wrong: own rule": 1,
+        "less than 1: own rule": 1,
     }
+    assert report["examples"]["less than 1: own rule"][0]["reward"] == 0.0
+    rewards = report["measures"]["reward by a function"]
+    assert (min(rewards.values()), max(rewards.values())) == (0.0, 1.0)
     assert "no_such_name" in report["examples"]["not graded: own rule raised an error"][0]["error"]
     with pytest.raises(RuleError, match="rule for 'geometri', which is the source of no row; there are broken, essays"):
         prepare(config(tmp_path, RULES | {"geometri": "numeric"}))

@@ -177,6 +177,20 @@ def test_bad_rows_name_place_field_and_remedy(raw: Any, field: str, problem: str
     assert str(error).endswith(f"; {error.remedy}") and len(error.remedy) > 10
 
 
+@pytest.mark.parametrize(
+    ("raw", "remedy"),
+    [
+        ({"messages": [{"from": "user", "value": "hi"}], "answer": "5"}, "is called 'conversations'"),
+        ({"messages": [USER, {"role": "tool", "content": "5"}]}, "turns of tools cannot be learned"),
+        ({"messages": [USER]}, "or for supervised fine-tuning the assistant's reply"),
+    ],
+)
+def test_rows_of_other_forms_have_the_remedy_for_theirs(raw: Any, remedy: str) -> None:
+    with pytest.raises(RowError) as caught:
+        parse(raw)
+    assert remedy in caught.value.remedy
+
+
 @pytest.mark.parametrize("answer", ["A", "B", "1/2", " two ", "(B)", "b", "(a)", "B.", "[A]"])
 def test_an_answer_is_the_letter_or_the_text_of_an_option(answer: str) -> None:
     row = parse(PROMPT | {"options": ["1/2", "two"], "answer": answer})

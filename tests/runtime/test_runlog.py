@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from ovr_megatron.coldstart.step_trainer import StepTrainer
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.runtime import appended
@@ -168,3 +169,14 @@ def test_a_real_disk_may_be_full_for_a_while(small_disk: Path, capfd: pytest.Cap
     (events,) = (small_disk / "tensorboard/train").iterdir()
     loaded = [event.step for event in EventFileLoader(str(events)).Load() if event.HasField("summary")]
     assert loaded == [step for step in range(4) for _ in padding]
+
+
+def test_scores_of_a_set_are_printed_and_details_are_in_the_metrics_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = StepTrainer.__new__(StepTrainer)  # without a model
+    trainer.log = RunLog(tmp_path, "train", trackers=["jsonl"])
+    trainer.record_scores(99, {"validation/loss": 0.58, "validation/loss/source/a": 0.5})
+    trainer.log.close()
+    assert capsys.readouterr().out == "after step 100: validation/loss 0.5800\n"
+    assert '"validation/loss/source/a": 0.5' in (tmp_path / "metrics/train.jsonl").read_text()
