@@ -219,6 +219,8 @@ if __name__ == "__main__":
         for name, settings in (("sampled", SAMPLED), ("tail", TAIL)):
             train(name, tp, *settings)
             train_alone(f"{name}_one", tp, *settings)
+        train("in_flight", tp, *IN_FLIGHT)
+        resume("in_flight", "in_flight_resumed", 3, tp, *IN_FLIGHT)
     elif part == "further":
         for name, settings in (("further", FURTHER), ("in_flight", IN_FLIGHT)):
             train(name, *settings)

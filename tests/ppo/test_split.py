@@ -175,5 +175,8 @@ def test_two_ranks_on_either_side(part: str, tmp_path: Path) -> None:
         assert curve(tmp_path / name) == curve(tmp_path / f"{name}_one")
     assert_same_run(tmp_path / "ahead_resumed", tmp_path / "ahead", range(2, 4))
     assert [versions(tmp_path / "ahead", iteration) for iteration in range(4)] == [{0}, {0}, {1}, {2}]
+    assert any(len(set(response.tolist())) == 2 for response in response_versions(tmp_path / "in_flight"))
+    assert_same_run(tmp_path / "in_flight_resumed", tmp_path / "in_flight", range(3, 5))
+    assert curve(tmp_path / "in_flight_resumed") == curve(tmp_path / "in_flight")[3:]
     # Without the archive of the responses that were generated ahead newer weights draw them again.
     assert [versions(tmp_path / "ahead_lost", iteration) for iteration in (2, 3)] == [{2}, {2}]
