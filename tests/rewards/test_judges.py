@@ -236,12 +236,12 @@ main()
 
 
 def test_a_run_that_is_killed_and_resumed_asks_nothing_twice(tmp_path):
-    server = Server(latency_s=0.1)
-    count = 200
+    server = Server(latency_s=0.7)
+    count = 80
     command = [sys.executable, "-c", PROGRAM, server.url, str(tmp_path), str(Path(__file__).parent), str(count)]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert killed.stdout is not None
-    while int(killed.stdout.readline()) < 50:
+    while int(killed.stdout.readline()) < 32 or len(server.report()["asked"]) < 64:
         pass
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -251,7 +251,26 @@ def test_a_run_that_is_killed_and_resumed_asks_nothing_twice(tmp_path):
     server.close()
     assert len(report["asked"]) == len(set(report["asked"])) == count
     requests = int(resumed.stdout.split()[-1])
-    assert 0 < requests <= count - 50
+    assert requests == count - 2 * 32  # 32 are answered and 32 in flight when it is killed
+
+
+def test_a_process_waits_for_the_answers_that_its_predecessor_has_in_flight(tmp_path):
+    server = Server(latency_s=3.0)  # longer than a process takes to start
+    requests = [request(f"predecessor {number}") for number in range(8)]
+    first = open_pool(tmp_path, url=server.url)
+    for number, graded in enumerate(requests):
+        first.submit(number, graded)
+    while len(server.report()["asked"]) < 8:
+        time.sleep(0.05)
+    # As where its parent is killed: its input ends, and nobody waits for it.
+    first._judges._stops_writing.set()
+    first._judges._lines.put(b"")
+    with open_pool(tmp_path, url=server.url) as second:
+        assert all(verdict.reward == 1.0 for verdict in second.grade(requests))
+        assert second.take_judge_counts()["journal"] == 8
+    assert len(server.report()["asked"]) == 8
+    first.close()
+    server.close()
 
 
 def test_a_process_that_dies_is_started_again_and_its_questions_are_sent_again(tmp_path):
