@@ -147,28 +147,37 @@ def test_outcomes_are_rewards_or_counted(tmp_path, server, monkeypatch):
     assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
 
 
-def test_a_reward_without_a_verdict_can_be_set(tmp_path, server):
-    with open_pool(tmp_path, url=server.url, no_verdict=0.5) as pool:
-        [alone, mixed] = pool.grade([request("REFUSE a"), request("REFUSE b", rule={"judge:j": 0.5, "format": 0.5})])
+@pytest.fixture(scope="module")
+def pool(server, tmp_path_factory):
+    judges = {
+        "half": judge(server.url, no_verdict=0.5),
+        "slow": judge(server.url, timeout_s=0.5),
+        "locked": judge(server.url, concurrency=1),
+    }
+    with GraderPool(1, judges=Judges(judges, tmp_path_factory.mktemp("judges"))) as pool:
+        yield pool
+
+
+def test_a_reward_without_a_verdict_can_be_set(pool):
+    mixed_rule = {"judge:half": 0.5, "format": 0.5}
+    [alone, mixed] = pool.grade([request("REFUSE a", "judge:half"), request("REFUSE b", mixed_rule)])
     assert (alone.reward, mixed.reward) == (0.5, 0.25)
     # It counts as a failure all the same, so that a run whose judge is gone does not go on.
-    assert alone.failed and mixed.failed and not is_unknown(alone, "judge:j")
-    with pytest.raises(RewardError, match="repair its rule judge:j"):
-        FailureWatch({"s": "judge:j"}).add([count_verdicts([("s", alone)] * FEWEST)])
+    assert alone.failed and mixed.failed and not is_unknown(alone, "judge:half")
+    with pytest.raises(RewardError, match="repair its rule judge:half"):
+        FailureWatch({"s": "judge:half"}).add([count_verdicts([("s", alone)] * FEWEST)])
 
 
-def test_a_slow_judge_takes_its_time_limit_and_no_more(tmp_path, server):
+def test_a_slow_judge_takes_its_time_limit_and_no_more(pool):
     began = time.monotonic()
-    with open_pool(tmp_path, url=server.url, timeout_s=0.5) as pool:
-        slow, quick = pool.grade([request("SLOW"), request("quick")])
+    slow, quick = pool.grade([request("SLOW", "judge:slow"), request("quick", "judge:slow")])
     assert slow.reason is Reason.NO_VERDICT and "no whole answer after 0.5 s" in slow.box
     assert quick.reward == 1.0
     assert time.monotonic() - began < 30
 
 
-def test_a_judge_that_refuses_the_key_is_asked_no_more(tmp_path, server):
-    with open_pool(tmp_path, url=server.url, concurrency=1) as pool:
-        verdicts = pool.grade([request(f"DENY {n}") for n in range(20)])
+def test_a_judge_that_refuses_the_key_is_asked_no_more(pool, server):
+    verdicts = pool.grade([request(f"DENY {n}", "judge:locked") for n in range(20)])
     assert all(verdict.reason is Reason.NO_VERDICT for verdict in verdicts)
     assert all("refuses model 'm', HTTP 401" in verdict.box for verdict in verdicts)
     assert sum("DENY" in text for text in server.report()["asked"]) == 1
