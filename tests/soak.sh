@@ -2,9 +2,10 @@
 # What takes longer than the tests may: conversion at the 7B shape (needs 50 GB in SOAK_DIR), 40,960 tokens against
 # Transformers, an export served by vLLM, twenty kills of each stage, every layout and every method of PPO's tests,
 # every training recipe at a small size, 200,000 rows from sources to a checkpoint, all inputs that cannot work, all
-# faults put into PPO's loop, the simulator of the plan beside two engines, PPO, GRPO and RLOO, and the kinds of
-# rounds, on three seeds of the miniature, and other versions of packages, for which it needs a network. The results of the last run stand in
-# docs/layouts.md, running.md, data.md, faults.md, recipes.md, algorithms.md and versions.md.
+# faults put into PPO's loop, the simulator of the plan beside two engines, what judges add to a round, PPO, GRPO and
+# RLOO, and the kinds of rounds, on three seeds of the miniature, and other versions of packages, for which it needs a
+# network. The results of the last run stand in docs/layouts.md, running.md, data.md, faults.md, recipes.md,
+# algorithms.md and versions.md.
 #
 #   bash tests/soak.sh
 set -euo pipefail
@@ -26,6 +27,7 @@ OVR_TEST_WHOLE=1 .venv/bin/python -m pytest -q tests/model/test_layouts.py tests
 .venv/bin/python tests/soak/prepared.py
 .venv/bin/python tests/soak/mutants.py
 .venv/bin/python tests/soak/tail.py
+.venv/bin/python tests/soak/judges.py
 for comparison in methods rounds; do
     .venv/bin/python tests/soak/algorithms.py --run "${SOAK_DIR:-runs/soak}/algorithms" --out docs/images --compare $comparison
 done

@@ -22,10 +22,7 @@ A setting is given as `key=value` behind a command, or stands in a recipe, a YAM
 line comes before the recipe, and the recipe before the default. `--help` behind a command prints the values of its
 recipe. An element of a list is written `[{path: a.jsonl, weight: 2}]`; `data.sources[].weight` is a field of it.
 """
-_MARKS: dict[object, str] = {
-    list: "[]",
-    dict: ".NAME",
-}  # between the name of a setting and that of a field of its elements
+_MARKS: dict[Any, str] = {list: "[]", dict: ".NAME"}  # before the name of a field of an element
 REQUIRED = "???"  # Hydra's mark of a value that must be given
 TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", type(None): "`null`"}
 

@@ -23,7 +23,8 @@ from ovr_megatron.curation.stage import PrepareStage, Work, listing
 from ovr_megatron.curation.text import response_text
 from ovr_megatron.data.row_json import PartJson, RowJson
 from ovr_megatron.data.traces import continuation, convert, with_thought
-from ovr_megatron.runtime.endpoint import ChatMessage, Completion, Endpoint, ImageUrlPart, Question
+from ovr_megatron.runtime.chat_messages import ChatMessage, Completion, ImageUrlPart, Question
+from ovr_megatron.runtime.endpoint import Endpoint
 from ovr_megatron.runtime.journal import Journal
 
 JOURNAL = "journal.jsonl"

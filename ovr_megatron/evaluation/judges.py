@@ -27,7 +27,8 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.offline import Request, answer_rows
 from ovr_megatron.runtime import distributed
-from ovr_megatron.runtime.endpoint import Endpoint, Question
+from ovr_megatron.runtime.chat_messages import Question
+from ovr_megatron.runtime.endpoint import Endpoint
 from ovr_megatron.runtime.journal import Journal
 
 JOURNAL = "judge.jsonl"

@@ -30,7 +30,8 @@ from typing import Any, TextIO
 from ovr_megatron.config import RewardJudgeConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.judge_templates import read_verdict
-from ovr_megatron.runtime.endpoint import Completion, Endpoint, Question
+from ovr_megatron.runtime.chat_messages import Completion, Question
+from ovr_megatron.runtime.endpoint import Endpoint
 from ovr_megatron.runtime.journal import Journal
 
 DRAIN_S = 30.0

@@ -14,16 +14,17 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import httpx
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.config.endpoint import EndpointConfig
 from ovr_megatron.errors import UserError
+from ovr_megatron.runtime.chat_messages import Completion, Question
 from ovr_megatron.runtime.terminal import printable
 
 _FATAL = (401, 402, 403, 404, 405)  # HTTP statuses after which every other question would fail, too
@@ -45,42 +46,6 @@ class _TransientError(Exception):
     def __init__(self, problem: str, wait_s: float = 0.0) -> None:
         super().__init__(problem)
         self.wait_s = wait_s
-
-
-class ImageUrlPart(TypedDict):
-    """An image of a message in OpenAI's form; ``image_url`` holds a data URL as its ``url``."""
-
-    type: Literal["image_url"]
-    image_url: dict[str, str]
-
-
-class ChatMessage(TypedDict):
-    """A message in OpenAI's form."""
-
-    role: str
-    content: str | Sequence[Mapping[str, object]]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request: its key in the journal, messages in OpenAI's form, and the sampling seed."""
-
-    key: int
-    messages: list[ChatMessage]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Result of a question: a text with its finish reason, or an ``error``; ``tokens`` of prompt and response."""
-
-    key: int
-    text: str | None = None
-    thought: str | None = None
-    finish: str = ""
-    tokens: int = 0
-    error: str | None = None
-    final: bool = True  # False: the same question may succeed later
 
 
 @dataclass(frozen=True)

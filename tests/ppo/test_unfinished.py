@@ -323,6 +323,8 @@ class Grader:
 class Encoder:
     """A processor whose samples have the row's number for a prompt."""
 
+    image_size = None  # no rule asks for it
+
     def encode(self, rows: Sequence[Row], generation: bool) -> list[Any]:
         return [Encoded(int(row.id)) for row in rows]
 
@@ -400,7 +402,7 @@ class Run:
             prompts=case.prompts,
             responses=case.responses,
             algorithm=SimpleNamespace(dynamic_sampling=0),
-            reward=SimpleNamespace(rules={}),
+            reward=SimpleNamespace(rules={}, judges={}),
             data=SimpleNamespace(template="plain"),
             run=SimpleNamespace(seed=1),
         )

@@ -147,28 +147,37 @@ def test_outcomes_are_rewards_or_counted(tmp_path, server, monkeypatch):
     assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
 
 
-def test_a_reward_without_a_verdict_can_be_set(tmp_path, server):
-    with open_pool(tmp_path, url=server.url, no_verdict=0.5) as pool:
-        [alone, mixed] = pool.grade([request("REFUSE a"), request("REFUSE b", rule={"judge:j": 0.5, "format": 0.5})])
+@pytest.fixture(scope="module")
+def pool(server, tmp_path_factory):
+    judges = {
+        "half": judge(server.url, no_verdict=0.5),
+        "slow": judge(server.url, timeout_s=0.5),
+        "locked": judge(server.url, concurrency=1),
+    }
+    with GraderPool(1, judges=Judges(judges, tmp_path_factory.mktemp("judges"))) as pool:
+        yield pool
+
+
+def test_a_reward_without_a_verdict_can_be_set(pool):
+    mixed_rule = {"judge:half": 0.5, "format": 0.5}
+    [alone, mixed] = pool.grade([request("REFUSE a", "judge:half"), request("REFUSE b", mixed_rule)])
     assert (alone.reward, mixed.reward) == (0.5, 0.25)
     # It counts as a failure all the same, so that a run whose judge is gone does not go on.
-    assert alone.failed and mixed.failed and not is_unknown(alone, "judge:j")
-    with pytest.raises(RewardError, match="repair its rule judge:j"):
-        FailureWatch({"s": "judge:j"}).add([count_verdicts([("s", alone)] * FEWEST)])
+    assert alone.failed and mixed.failed and not is_unknown(alone, "judge:half")
+    with pytest.raises(RewardError, match="repair its rule judge:half"):
+        FailureWatch({"s": "judge:half"}).add([count_verdicts([("s", alone)] * FEWEST)])
 
 
-def test_a_slow_judge_takes_its_time_limit_and_no_more(tmp_path, server):
+def test_a_slow_judge_takes_its_time_limit_and_no_more(pool):
     began = time.monotonic()
-    with open_pool(tmp_path, url=server.url, timeout_s=0.5) as pool:
-        slow, quick = pool.grade([request("SLOW"), request("quick")])
+    slow, quick = pool.grade([request("SLOW", "judge:slow"), request("quick", "judge:slow")])
     assert slow.reason is Reason.NO_VERDICT and "no whole answer after 0.5 s" in slow.box
     assert quick.reward == 1.0
     assert time.monotonic() - began < 30
 
 
-def test_a_judge_that_refuses_the_key_is_asked_no_more(tmp_path, server):
-    with open_pool(tmp_path, url=server.url, concurrency=1) as pool:
-        verdicts = pool.grade([request(f"DENY {n}") for n in range(20)])
+def test_a_judge_that_refuses_the_key_is_asked_no_more(pool, server):
+    verdicts = pool.grade([request(f"DENY {n}", "judge:locked") for n in range(20)])
     assert all(verdict.reason is Reason.NO_VERDICT for verdict in verdicts)
     assert all("refuses model 'm', HTTP 401" in verdict.box for verdict in verdicts)
     assert sum("DENY" in text for text in server.report()["asked"]) == 1
@@ -236,12 +245,12 @@ main()
 
 
 def test_a_run_that_is_killed_and_resumed_asks_nothing_twice(tmp_path):
-    server = Server(latency_s=0.1)
-    count = 200
+    server = Server(latency_s=0.7)
+    count = 80
     command = [sys.executable, "-c", PROGRAM, server.url, str(tmp_path), str(Path(__file__).parent), str(count)]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert killed.stdout is not None
-    while int(killed.stdout.readline()) < 50:
+    while int(killed.stdout.readline()) < 32 or len(server.report()["asked"]) < 64:
         pass
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -251,7 +260,26 @@ def test_a_run_that_is_killed_and_resumed_asks_nothing_twice(tmp_path):
     server.close()
     assert len(report["asked"]) == len(set(report["asked"])) == count
     requests = int(resumed.stdout.split()[-1])
-    assert 0 < requests <= count - 50
+    assert requests == count - 2 * 32  # 32 are answered and 32 in flight when it is killed
+
+
+def test_a_process_waits_for_the_answers_that_its_predecessor_has_in_flight(tmp_path):
+    server = Server(latency_s=3.0)  # longer than a process takes to start
+    requests = [request(f"predecessor {number}") for number in range(8)]
+    first = open_pool(tmp_path, url=server.url)
+    for number, graded in enumerate(requests):
+        first.submit(number, graded)
+    while len(server.report()["asked"]) < 8:
+        time.sleep(0.05)
+    # As where its parent is killed: its input ends, and nobody waits for it.
+    first._judges._stops_writing.set()
+    first._judges._lines.put(b"")
+    with open_pool(tmp_path, url=server.url) as second:
+        assert all(verdict.reward == 1.0 for verdict in second.grade(requests))
+        assert second.take_judge_counts()["journal"] == 8
+    assert len(server.report()["asked"]) == 8
+    first.close()
+    server.close()
 
 
 def test_a_process_that_dies_is_started_again_and_its_questions_are_sent_again(tmp_path):

@@ -144,6 +144,6 @@ def test_the_cache_is_gone_before_an_offloaded_policy_comes_back(
     monkeypatch.setattr(setup, "Rollouts", lambda *arguments: None)
     config = compose("tiny_rl", ["run.dir=x", "model.path=m", f"offload={offload}"])
     assert isinstance(config, RLConfig)
-    models = SimpleNamespace(policy=SimpleNamespace(held=lambda: []), world=None)
+    models = SimpleNamespace(policy=SimpleNamespace(held=lambda: []), world=SimpleNamespace(rank=0, size=1))
     setup.build_rollouts(config, "m", SimpleNamespace(shape=None), models)  # type: ignore[arg-type]
     assert order == calls
