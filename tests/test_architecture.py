@@ -27,6 +27,7 @@ WITHOUT_TORCH = (
     f"{PACKAGE}.rewards.worker",
     f"{PACKAGE}.families",
     f"{PACKAGE}.families.qwen2_5_vl",
+    f"{PACKAGE}.families.qwen3_vl",
     f"{PACKAGE}.config",
 )
 # Commands, which import what they do in `main`, after the command line has been judged.
