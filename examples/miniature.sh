@@ -3,7 +3,7 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-run="$1" seed="${SEED:-1}" evaluated="${PROBLEMS:-500}"
+run="$1" seed="${SEED:-1}" family="${FAMILY:-qwen2_5_vl}" evaluated="${PROBLEMS:-500}"
 python=.venv/bin/python
 processes=$(($(nproc) > 1 ? 2 : 1))
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
@@ -25,8 +25,8 @@ visual="puzzle:digits?form=image&task=sum&answered=0&$puzzle" text="puzzle:digit
 on_the_way=("evaluation.sources=[{path: '$visual', name: visual}, {path: '$text', name: text}]"
     evaluation.limit=$((evaluated < 100 ? evaluated : 100)) evaluation.max_tokens=72)
 
-title "base model: the stand-in for Qwen2.5-VL's pre-training, on generated captions and single steps"
-[ -e "$run/init/config.json" ] || "$python" tools/make_tiny_model.py --out "$run/init" --seed "$seed"
+title "base model ($family): the stand-in for the pre-training, on generated captions and single steps"
+[ -e "$run/init/config.json" ] || "$python" tools/make_tiny_model.py --out "$run/init" --seed "$seed" --family "$family"
 stage base tiny_base 1000 coldstart model.path="$run/init"
 
 title "stage 1, linguistic cold start: text puzzles with reasoning, vision frozen"

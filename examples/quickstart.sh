@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe in miniature: base model, linguistic cold start, multimodal PPO, averaging, export, evaluation, report.
 #
-#   bash examples/quickstart.sh [RUN_DIR]        SEED=2 chooses another seed (default 1)
+#   bash examples/quickstart.sh [RUN_DIR]        SEED=2 chooses another seed (default 1), FAMILY=qwen3_vl another model
 #
 # Every part is the real one (Megatron-Core, vLLM, Transformers, math-verify); only model and data are small. It can be
 # interrupted with Ctrl-C; the same command goes on.

@@ -264,12 +264,17 @@ def fill_in(values: DictConfig, recipe: str) -> DictConfig:
 
     The model is the preset in the recipe's name: ``cold_start_7b_64gpu`` names 7B.
     """
-    names = [name for name in presets() if name.lower() in recipe.split("_")]
+    names = []
+    for name in presets():
+        words = name.lower().replace("-", "_")
+        if f"_{words}_" in f"_{recipe}_":
+            names.append(name)
     missing = OmegaConf.missing_keys(values)
     if "run.dir" in missing:
         values.run.dir = "run"
     if "model.path" in missing and names:
-        values.model.path = names[0]
+        # The longest: 32B would be in the name of another family's model, too.
+        values.model.path = max(names, key=len)
     return values
 
 

@@ -27,6 +27,7 @@ WITHOUT_TORCH = (
     f"{PACKAGE}.rewards.worker",
     f"{PACKAGE}.families",
     f"{PACKAGE}.families.qwen2_5_vl",
+    f"{PACKAGE}.families.qwen3_vl",
     f"{PACKAGE}.config",
 )
 # Commands, which import what they do in `main`, after the command line has been judged.
@@ -360,6 +361,7 @@ SOUND = {
     "ovr_megatron/data/__init__.py": "",
     "ovr_megatron/families/__init__.py": "import json",
     "ovr_megatron/families/qwen2_5_vl/__init__.py": "def f():\n    from ovr_megatron.families.qwen2_5_vl import model",
+    "ovr_megatron/families/qwen3_vl/__init__.py": "import json",
     "ovr_megatron/families/qwen2_5_vl/model.py": "from ovr_megatron.model import layers",
     "ovr_megatron/data/schema.py": "from ovr_megatron.families import ModelShape",
     "ovr_megatron/data/packing.py": "import torch\nfrom . import schema\nfrom ovr_megatron.config import X",

@@ -9,10 +9,10 @@ import yaml
 
 from ovr_megatron.checkpoint.manifest import CheckpointError, check, write_manifest
 from ovr_megatron.data.hf_assets import check_assets, complete_folder
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.runtime.files import write_whole
 from ovr_megatron.runtime.folder_kinds import TRACKER, describe_folder
-from ovr_megatron.weights.folder import WeightFolder, copy_hf_assets
+from ovr_megatron.weights.folder import WeightError, WeightFolder, copy_hf_assets
 from ovr_megatron.weights.megatron import MegatronFolder, chunks, empty_states, open_megatron
 from ovr_megatron.weights.shard import FORMATS
 from ovr_megatron.weights.torch_dist import write_torch_dist
@@ -44,6 +44,7 @@ def import_megatron(megatron: Path, hf: Path, out: Path, text_only: bool, worker
         WeightError: the checkpoint cannot be read, or is of another model.
     """
     shape = check_assets(hf)
+    _check_tower(shape, text_only)
     source = open_megatron(megatron)
     with MegatronFolder(source, shape, WeightFolder(hf) if text_only else None) as folder:
         # All checks come before anything is written.
@@ -81,6 +82,7 @@ def export_megatron(checkpoint: Path, out: Path, text_only: bool, dtype: str | N
     if problem := describe_folder(source, "model"):
         raise CheckpointError(problem)
     shape = ModelShape.from_hf(source)
+    _check_tower(shape, text_only)
     with WeightFolder(source) as folder:
         check_weights(folder, shape)
         check_finite(folder)
@@ -94,3 +96,17 @@ def export_megatron(checkpoint: Path, out: Path, text_only: bool, dtype: str | N
             write_whole(partial / TRACKER, _RELEASE)
     names = "GPTModel, without the vision tower" if text_only else "Megatron-Bridge"
     print(f"{out}: policy of step {manifest.step} in torch_dist, under the names of {names}")
+
+
+def _check_tower(shape: ModelShape, text_only: bool) -> None:
+    """Refuse a whole model whose vision tower has names in Megatron-Bridge that are not known here.
+
+    Raises:
+        WeightError: names the family and the remedy.
+    """
+    family = family_of(shape)
+    if not (text_only or family.has_bridge_tower):
+        raise WeightError(
+            f"{family.title}: the names that Megatron-Bridge gives its vision tower are not known here; convert the "
+            "language model alone with --text-only"
+        )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from ovr_megatron.families import default_family, families
 from ovr_megatron.families.tiny import TinySizes
 from ovr_megatron.runtime.command import number, whole_number
 
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True, help="tie output and embedding")
     parser.add_argument("--untied", dest="tied", action="store_false", help="the same as --no-tied")
+    names = [family.name for family in families()]
+    parser.add_argument("--family", choices=names, default=default_family().name, help="family of the model")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the weights")
     parser.add_argument("--std", type=number(least=0), default=0.04, help="standard deviation of the matrices")
     parser.add_argument("--perturb", action="store_true", help="move norms and biases off 1 and 0")
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 perturb=args.perturb,
                 std=args.std,
                 dtype=getattr(torch, args.dtype),
+                family=args.family,
             )
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

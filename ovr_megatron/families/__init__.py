@@ -188,6 +188,7 @@ class Family:
         weight_stacks: For how many parameters a row with ``{i}`` stands, by what stands before ``{i}`` in its name.
         has_module_names: Whether published folders name tensors as Transformers 5 names its modules
             (``model.language_model.*``), and not as Transformers 4 did; both are read.
+        has_bridge_tower: Whether checkpoints of Megatron-Bridge name the vision tower's tensors as Transformers 4 did.
         decoder_options: Fields of Megatron's configuration of the language model that differ between families.
         load_model_class: The trainer's class, a `ovr_megatron.model.vision_language.VisionLanguageModel`.
         load_rollout_class: vLLM's class, a `ovr_megatron.rollout.model.RolloutModel`.
@@ -217,6 +218,7 @@ class Family:
     weight_sizes: Callable[[ModelShape], dict[str, int]]
     weight_stacks: Callable[[ModelShape], Mapping[str, int]] = _layer_counts
     has_module_names: bool = False
+    has_bridge_tower: bool = False
     decoder_options: Callable[[ModelShape], Mapping[str, object]]
     load_model_class: Callable[[], type[Any]]
     load_rollout_class: Callable[[], type[Any]]

@@ -14,6 +14,7 @@ FORMULA = """\
 FLOP of training = 3 x forward where a part trains, 2 x where gradients only pass through (attention: 3 x), else 1 x
   forward, a token: layers x [2 x D(Q + 2K) + 2 x QD + 6 x DF + 2 x Q x length]  + 2 x DV (policy's head)
   forward, a patch: depth x [8 x E^2 + 6 x EG + 4 x E x window] + 2 x E x pixels + (merger) 2 x M(M + D) / merge^2
+    4 x EG where a tower's MLP has no gate; a merger more for each layer that takes features
   length = sum of squared document lengths / sum of lengths (causal: half of 4); window = the patches a patch sees
   MFU = this FLOP, recomputation not counted, over peak rate x GPUs x seconds"""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.cli import main
@@ -158,3 +159,17 @@ def test_a_tied_model_in_bfloat16_goes_there_and_back(tmp_path: Path) -> None:
         folder = convert(path, hf, tmp_path / name)
         for file in ("model.safetensors", "config.json"):
             assert (folder / file).read_bytes() == (tmp_path / "a/policy" / file).read_bytes()
+
+
+def test_a_family_without_known_names_of_its_tower_goes_as_a_language_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = make_tiny_model(tmp_path / "hf", tied=False, seed=3, sizes=SIZES, perturb=True, family="qwen3_vl")
+    main(["convert", "from-hf", "--hf", str(hf), "--out", str(tmp_path / "ckpt")])
+    command = ["convert", "to-megatron", "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "megatron"]
+    assert "the names that Megatron-Bridge gives its vision tower are not known here" in refused(capsys, *command)
+    main([*map(str, command), "--text-only"])
+    policy = convert(tmp_path / "megatron", hf, tmp_path / "again", "--text-only")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (policy, hf))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -20,7 +20,7 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.launch import compose
-from ovr_megatron.model.tiny import make_tiny_model
+from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.ppo.experience import Models
 from ovr_megatron.runtime import distributed
 from ovr_megatron.verify import (
@@ -80,7 +80,8 @@ def refused(path: Path) -> list[str]:
     """Messages of resuming ``path`` beside other weights, with another alpha, and without adapters."""
     other = out / "other"
     if world.is_main:
-        make_tiny_model(other, tied=False, seed=6, perturb=True)
+        sizes = TinySizes(layers=shape.layers)
+        make_tiny_model(other, tied=False, seed=6, perturb=True, sizes=sizes, family=shape.family)
     torch.distributed.barrier()
     messages = []
     for engine in (

@@ -35,13 +35,27 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_every_layout_computes_what_peft_computes(results: dict[str, Any]) -> None:
+def check(results: dict[str, Any]) -> None:
     wrong = []
     for layout, row in results["table"].items():
         print(f"{layout:26}" + "".join(f"{row[column]:13.1e}" for column in BOUNDS))
         wrong += [(layout, column, row[column]) for column, bound in BOUNDS.items() if not row[column] <= bound]
     assert not wrong
+
+
+def test_every_layout_computes_what_peft_computes(results: dict[str, Any]) -> None:
+    check(results)
     assert len(results["table"]) == (16 if WHOLE else 8)
+
+
+@pytest.mark.skipif(not WHOLE, reason="one family is enough in a short run")
+def test_adapters_of_a_further_family_compute_what_peft_computes(tmp_path: Path) -> None:
+    sizes = TinySizes(layers=8)
+    make_tiny_model(tmp_path / "model", tied=False, seed=5, perturb=True, sizes=sizes, family="qwen3_vl")
+    launch(ROOT / "tests/model/lora.py", tmp_path / "model", tmp_path, ranks=4)
+    results = json.loads((tmp_path / "results.json").read_text())
+    check(results)
+    assert max(results["merged"].values()) < 1e-5
 
 
 def test_a_new_adapter_changes_nothing(results: dict[str, Any]) -> None:

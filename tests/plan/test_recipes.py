@@ -13,12 +13,12 @@ NODE = 8
 
 
 def test_the_recipes_are_those_of_the_documentation() -> None:
-    assert len(NAMES) == 14
+    assert len(NAMES) == 18
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_fits_its_machine(name: str) -> None:
-    config = compose(name, ["model.path=7B"] if "_3b_" not in name else [])
+    config = compose(name, ["model.path=7B"] if "_7b_" in name else [])
     world = max(processes(name, config.parallel), NODE if name == "rl_7b_from_ovr_coldstart" else 1)
     summary = plan(config, Options(world, gpu_in_name(name), search=False))
     needs = {phase["name"]: f"{phase['total'] / 2**30:.1f} GiB" for phase in summary["phases"]}

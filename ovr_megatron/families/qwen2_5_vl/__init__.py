@@ -103,6 +103,7 @@ FAMILY = Family(
     video_grid=_video_grid,
     weight_table=weights.TABLE,
     weight_sizes=weights.sizes,
+    has_bridge_tower=True,
     decoder_options=_decoder_options,
     load_model_class=_load_model_class,
     load_rollout_class=_load_rollout_class,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.qwen3_vl.shape import vision_shape
-from ovr_megatron.families.qwen3_vl.vision import VisionTower
+from ovr_megatron.families.qwen3_vl.vision import DeepStackTower
 from ovr_megatron.model.layers import LayerClasses
 from ovr_megatron.model.transformer_config import transformer_config
 from ovr_megatron.model.vision_language import VisionLanguageModel
@@ -44,10 +44,10 @@ class Qwen3VL(VisionLanguageModel):
 
     def build_vision(
         self, shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, classes: LayerClasses
-    ) -> VisionTower:
+    ) -> DeepStackTower:
         """Return the vision tower on this rank."""
         config = vision_config(shape, parallel, dtype)
-        return VisionTower(vision_shape(shape), shape.hidden, config, self.pg_collection, classes)
+        return DeepStackTower(vision_shape(shape), shape.hidden, config, self.pg_collection, classes)
 
     def rotary_rows(self, shape: ModelShape) -> Tensor:
         """Return time, height, width, time, ... for the pairs, and time where a section has all of its pairs."""

@@ -63,7 +63,7 @@ def vision_shape(shape: ModelShape) -> DeepStackVisionShape:
     return shape.vision
 
 
-class TextFields(DecoderFields):
+class LanguageFields(DecoderFields):
     """Language model."""
 
     rms_norm_eps: Annotated[float, Field(strict=True, gt=0, lt=1)] = 1e-6
@@ -72,7 +72,7 @@ class TextFields(DecoderFields):
     attention_bias: Literal[False] | None = False
 
 
-class VisionFields(Fields):
+class TowerFields(Fields):
     """Vision tower."""
 
     depth: Annotated[int, Field(strict=True, ge=1, le=1000)] = 27
@@ -107,9 +107,9 @@ def read_shape(name: str, raw: dict[str, object], path: Path) -> ModelShape:
         ShapeError: a field is missing or out of its bounds, or asks for a feature that is not computed here.
     """
     values = raw.get("text_config")
-    text = read_fields(TextFields, values, path, "text_config.")
+    text = read_fields(LanguageFields, values, path, "text_config.")
     assert isinstance(values, dict)  # `read_fields` has refused anything else
-    vision = read_fields(VisionFields, raw.get("vision_config", {}), path, "vision_config.")
+    vision = read_fields(TowerFields, raw.get("vision_config", {}), path, "vision_config.")
     tokens = read_fields(TokenFields, raw, path)
     rope, angles = read_rope(values, path)
     read_fields(InterleavedFields, rope, path, "text_config.rope_scaling.")
@@ -151,7 +151,7 @@ def read_shape(name: str, raw: dict[str, object], path: Path) -> ModelShape:
     )
 
 
-def _vision_shape(vision: VisionFields) -> DeepStackVisionShape:
+def _vision_shape(vision: TowerFields) -> DeepStackVisionShape:
     return DeepStackVisionShape(
         depth=vision.depth,
         hidden=vision.hidden_size,
@@ -166,7 +166,7 @@ def _vision_shape(vision: VisionFields) -> DeepStackVisionShape:
     )
 
 
-def _deepstack_problems(text: TextFields, vision: VisionFields) -> Iterator[str]:
+def _deepstack_problems(text: LanguageFields, vision: TowerFields) -> Iterator[str]:
     count = vision.num_position_embeddings
     if math.isqrt(count) ** 2 != count:
         yield f"vision_config.num_position_embeddings {count} is not the square of a whole number"

@@ -77,7 +77,7 @@ def _neighbours(index: np.ndarray, count: int, side: int) -> tuple[np.ndarray, n
     return before, after, points - before.astype(np.float32)
 
 
-class VisionTower(MegatronModule):
+class DeepStackTower(MegatronModule):
     """The vision tower: learned positions, blocks that attend to whole frames, the merger and those of DeepStack.
 
     Layers, attention and mergers are sharded over the tensor-parallel group; embeddings are replicated.
