@@ -4,7 +4,7 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-run="$1" teacher="$2" seed="${SEED:-1}" evaluated="${PROBLEMS:-300}" processes="${PROCESSES:-$(($(nproc) > 1 ? 2 : 1))}"
+run="$1" teacher="$2" seed="${SEED:-1}" evaluated="${PROBLEMS:-200}" processes="${PROCESSES:-$(($(nproc) > 1 ? 2 : 1))}"
 python=.venv/bin/python
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONPATH="$PWD"
 
@@ -16,14 +16,13 @@ title "the student: the first and the last of the teacher's four layers, and its
 [ -e "$run/half/manifest.json" ] ||
     "$python" tools/convert_from_hf.py --hf "$teacher/policy" --layers 0,3 --out "$run/half"
 
-title "supervised start: the base model's data, a seventh of its steps"
-steps=150
-[ -e "$run/start/checkpoints/step_000150/manifest.json" ] ||
-    launch -m ovr_megatron.coldstart --config-name tiny_base run.dir="$run/start" run.seed="$seed" steps=$steps \
+title "supervised start: the base model's data, a twenty-fifth of its steps"
+[ -e "$run/start/checkpoints/step_000040/manifest.json" ] ||
+    launch -m ovr_megatron.coldstart --config-name tiny_base run.dir="$run/start" run.seed="$seed" steps=40 \
         model.path="$run/half"
 
 title "on-policy distillation"
-iterations="${ITERATIONS:-60}"
+iterations="${ITERATIONS:-40}"
 [ -e "$run/distilled/checkpoints/$(printf 'step_%06d' "$iterations")/manifest.json" ] ||
     launch -m ovr_megatron.rl --config-name tiny_distill run.dir="$run/distilled" run.seed="$seed" \
         iterations="$iterations" model.path="$(newest start)" algorithm.teacher="$teacher"
@@ -35,7 +34,7 @@ for name in teacher start distilled; do
     [ $name = teacher ] || model="$(newest $name)"
     [ -e "$run/eval/$name/text.json" ] || launch tools/evaluate.py --model "$model/policy" --out "$run/eval/$name" \
         --limit "$evaluated" --max-tokens 72 --threads 1 --max-num-seqs 128 \
-        --data "caption=puzzle:digits?form=image&task=caption&$problems" \
+        --data "image=puzzle:digits?form=image&task=caption&$problems" \
         --data "pick=puzzle:digits?form=image&task=pick&$problems" \
-        --data "text=puzzle:digits?form=text&task=both&$problems"
+        --data "text=puzzle:digits?form=text&task=caption&$problems"
 done

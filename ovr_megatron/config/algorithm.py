@@ -196,7 +196,7 @@ class AlgorithmConfig:
 
     @property
     def learns_from_rewards(self) -> bool:
-        """Return whether the estimator takes anything from the rewards; else prompts need no answers."""
+        """Return whether the estimator takes anything from the rewards; else chats without answers are prompts."""
         return self.estimator != "none"
 
     @property

@@ -333,7 +333,7 @@ def _build_lines(
                 "number": r.prompt,
                 "sample": r.sample,
                 "where": row.where,
-                "prompt": row.messages[-1].text,
+                "prompt": row.prompt[-1].text,
                 "response": r.text,
                 "reward": r.reward,
                 "verdict": r.verdict,

@@ -119,13 +119,16 @@ def test_a_teacher_that_reads_prompts_in_another_way_is_refused(student: Path, t
     assert str(teacher) in str(error.value) and str(student) in str(error.value)
 
 
-def test_prompts_of_a_teacher_alone_need_no_answers(student: Path, tmp_path: Path) -> None:
+def test_chats_without_answers_are_prompts_of_a_teacher_alone(student: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"messages": [{"role": "user", "content": "1 + 2?"}]}\n')
+    messages = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "It is three, I think."}]
+    rows.write_text(json.dumps({"messages": messages}) + "\n")
     data = DataConfig(sources=[SourceConfig(path=str(rows))])
     processor = Processor(student, data)
     (row,) = PromptStream(open_stream(data, 1), processor, {}, needs_answers=False).draw(1)
     assert row.answer is None
+    (sample,) = processor.encode([row], generation=True)
+    assert "three" not in processor.decode(sample.tokens)
     with pytest.raises(RowError, match="answer"):
         PromptStream(open_stream(data, 1), processor, {}).draw(1)
     counts = []
