@@ -1,4 +1,4 @@
-"""Compare which problems two checkpoints solve in a number of samples: kept, found, lost or unsolved.
+"""Compare which problems two checkpoints solve in a number of samples: both, one of them alone, or neither.
 
 The figures are those of arXiv 2507.14843 ("The Invisible Leash"), with a problem in the place of a completion.
 """
@@ -13,7 +13,7 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.statistics import Share, wilson
 from ovr_megatron.evaluation.verdicts import read_responses
 
-KINDS = ("kept", "found", "lost", "unsolved")
+KINDS = ("both", "after", "before", "neither")
 
 
 @dataclass(frozen=True)
@@ -21,26 +21,26 @@ class Support:
     """Ids of the problems that two checkpoints solve, in the order of their set.
 
     Attributes:
-        kept: solved by both.
-        found: solved by the later checkpoint alone.
-        lost: solved by the earlier checkpoint alone.
-        unsolved: solved by neither.
+        both: solved by both.
+        after: solved by the later checkpoint alone.
+        before: solved by the earlier checkpoint alone.
+        neither: solved by neither.
     """
 
-    kept: tuple[str, ...]
-    found: tuple[str, ...]
-    lost: tuple[str, ...]
-    unsolved: tuple[str, ...]
+    both: tuple[str, ...]
+    after: tuple[str, ...]
+    before: tuple[str, ...]
+    neither: tuple[str, ...]
 
     @property
     def retention(self) -> Share | None:
         """Return the share of the earlier checkpoint's problems that the later one solves; None if it solved none."""
-        return _share(self.kept, self.lost)
+        return _share(self.both, self.before)
 
     @property
     def discovery(self) -> Share | None:
         """Return the share of the later checkpoint's problems that the earlier one did not solve; None without any."""
-        return _share(self.found, self.kept)
+        return _share(self.after, self.both)
 
 
 def _share(counted: Sequence[str], others: Sequence[str]) -> Share | None:
@@ -135,16 +135,16 @@ def _questions(problems: dict[int, SampledProblem]) -> dict[int, tuple[str, str]
 
 def _kind(solved_before: bool, solved_after: bool) -> str:
     if solved_before:
-        return "kept" if solved_after else "lost"
-    return "found" if solved_after else "unsolved"
+        return "both" if solved_after else "before"
+    return "after" if solved_after else "neither"
 
 
 def format_table(supports: dict[str, Support]) -> str:
     """Format the counts of all problems and of each source, with retention and discovery and their intervals."""
     width = max(len("all problems"), *map(len, supports))
-    lines = [f"{'':{width}}  {'kept':>7}{'found':>7}{'lost':>7}{'unsolved':>10}   {'retention':22}discovery"]
+    lines = [f"{'':{width}}  {'both':>7}{'after':>7}{'before':>8}{'neither':>9}   {'retention':22}discovery"]
     for source, support in supports.items():
-        counts = f"{len(support.kept):7}{len(support.found):7}{len(support.lost):7}{len(support.unsolved):10}"
+        counts = f"{len(support.both):7}{len(support.after):7}{len(support.before):8}{len(support.neither):9}"
         shares = f"{_format_share(support.retention):22}{_format_share(support.discovery)}"
         lines.append(f"{source or 'all problems':{width}}  {counts}   {shares}")
     return "\n".join(lines)

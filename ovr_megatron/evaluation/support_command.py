@@ -1,8 +1,8 @@
 """Compare the problems that two checkpoints solve: ``ovr support BEFORE AFTER [--samples K] [--out FILE]``.
 
-A problem is solved if one of the first K samples is right (pass@K).  Of the problems that the earlier checkpoint solves
-some are kept and some lost, and the later one finds others; retention is kept / (kept + lost), discovery
-found / (kept + found).  With a large K they tell whether training widened what a model can do, or made it surer of what
+A problem is solved if one of the first K samples is right (pass@K).  It prints how many problems both checkpoints solve,
+the later one alone (after), the earlier one alone (before) and neither; retention is both / (both + before), discovery
+after / (both + after).  With a large K they tell whether training widened what a model can do, or made it surer of what
 it could do.
 """
 

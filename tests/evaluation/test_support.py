@@ -1,4 +1,4 @@
-"""Problems that a later checkpoint keeps, finds and loses: the counts of a written example, and what is refused."""
+"""Problems that two checkpoints solve, both, one or neither: the counts of a written example, and what is refused."""
 
 import json
 from pathlib import Path
@@ -32,18 +32,18 @@ BEFORE = {"text/a": "+---", "text/b": "----", "image/c": "---+", "image/d": "---
 AFTER = {"text/a": "-+--", "text/b": "--+-", "image/c": "----", "image/d": "----", "image/e": "+---"}
 
 
-def test_problems_are_kept_found_lost_or_unsolved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_problem_is_solved_by_both_by_one_or_by_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = write(tmp_path / "before.jsonl", BEFORE)
     after = write(tmp_path / "after.jsonl", AFTER)
     main([str(before), str(after), "--out", str(tmp_path / "support.json")])
     written = json.loads((tmp_path / "support.json").read_text())
     assert written["all"] == {
-        "kept": ["text/a", "image/e"],
-        "found": ["text/b"],
-        "lost": ["image/c"],
-        "unsolved": ["image/d"],
+        "both": ["text/a", "image/e"],
+        "after": ["text/b"],
+        "before": ["image/c"],
+        "neither": ["image/d"],
     }
-    assert written["sources"]["text"] == {"kept": ["text/a"], "found": ["text/b"], "lost": [], "unsolved": []}
+    assert written["sources"]["text"] == {"both": ["text/a"], "after": ["text/b"], "before": [], "neither": []}
     total = compare(before, after)[""]
     assert total.retention == wilson(2, 3) and total.discovery == wilson(1, 3)
     table = capsys.readouterr().out.splitlines()
@@ -54,8 +54,8 @@ def test_only_the_first_samples_count(tmp_path: Path) -> None:
     before = write(tmp_path / "before.jsonl", BEFORE)
     after = write(tmp_path / "after.jsonl", AFTER)
     first = compare(before, after, samples=1)[""]
-    assert first.kept == ("image/e",) and first.lost == ("text/a",) and first.found == ()
-    assert first.unsolved == ("text/b", "image/c", "image/d")
+    assert first.both == ("image/e",) and first.before == ("text/a",) and first.after == ()
+    assert first.neither == ("text/b", "image/c", "image/d")
 
 
 def test_a_share_of_nothing_is_none(tmp_path: Path) -> None:
