@@ -1,9 +1,9 @@
 """Compare the problems that two checkpoints solve: ``ovr support BEFORE AFTER [--samples K] [--out FILE]``.
 
-A problem is solved if one of the first K samples is right (pass@K).  It prints how many problems both checkpoints solve,
-the later one alone (after), the earlier one alone (before) and neither; retention is both / (both + before), discovery
-after / (both + after).  With a large K they tell whether training widened what a model can do, or made it surer of what
-it could do.
+A problem is solved if one of the first K samples is right (pass@K).  The table has how many problems both checkpoints
+solve, the later one alone (after), the earlier one alone (before) and neither; retention is both / (both + before),
+discovery after / (both + after).  With a large K they tell whether training widened what a model can do, or made it
+surer of what it could do.
 """
 
 from __future__ import annotations
