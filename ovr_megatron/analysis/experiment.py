@@ -188,8 +188,8 @@ class Experiment:
         """One sentence for each part of the recipe, or of the single run, that is not there yet."""
         sentences = []
         single_run = self.single_run
-        titles = {single_run.name: single_run.title} if single_run else STAGES
-        for name, title in titles.items():
+        expected = {single_run.name: single_run.title} if single_run else STAGES
+        for name, title in expected.items():
             stage = self.stages.get(name)
             if stage is None or not stage.metrics:
                 sentences.append(f"{title}: no metrics yet.")

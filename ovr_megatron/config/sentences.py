@@ -58,8 +58,8 @@ def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
         choices = re.findall("'([^']*)'", first["ctx"]["expected"])
         return f"{key}={value!r} is not known; choose one of {', '.join(choices)}"
     if kind == "missing":
-        siblings = [other for other in errors if other["loc"][:-1] == path[:-1]]
-        unknown = [str(other["loc"][-1]) for other in siblings if other["type"] == "unexpected_keyword_argument"]
+        siblings = [sibling for sibling in errors if sibling["loc"][:-1] == path[:-1]]
+        unknown = [str(sibling["loc"][-1]) for sibling in siblings if sibling["type"] == "unexpected_keyword_argument"]
         return _missing_field(schema, path, key, unknown)
     if kind == "finite_number":
         return f"{key}={value} must be a finite number"
