@@ -83,7 +83,7 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
 
 
 def observe_values(models: Models, metrics: dict[str, float], iteration: int) -> None:
-    """Say how the critic's first values lie, and let the values of ``iteration`` end its warm-up.  A collective.
+    """Log the values before any training, and let those of ``iteration`` end the warm-up.  A collective.
 
     Args:
         models: those of the run.

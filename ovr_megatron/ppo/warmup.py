@@ -65,7 +65,7 @@ class CriticWarmup:
         return not self.alone and iteration >= self.first_policy_iteration
 
     def observe(self, iteration: int, explained_variance: float) -> None:
-        """Take notice of the values of ``iteration``, which may end the warm-up.
+        """Count ``iteration`` and end the warm-up where its values have stopped to improve.
 
         Args:
             iteration: from 0.
