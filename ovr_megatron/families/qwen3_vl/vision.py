@@ -163,7 +163,7 @@ class DeepStackTower(MegatronModule):
         shares = _per_frame([layout.shares for layout in layouts], frames, device).to(weight.dtype)
         hidden = hidden + F.embedding_bag(corners, weight, mode="sum", per_sample_weights=shares)
         hidden = hidden.unsqueeze(1)
-        layer_features = []
+        layer_features: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=table, packed_seq_params=segments)
             if index in self.shape.deepstack_blocks:
