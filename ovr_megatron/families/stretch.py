@@ -45,7 +45,7 @@ def _stretched(rope: dict[str, object], factor: float, original: int) -> dict[st
     """Return the rotary part with YaRN, its type under the field names that it has."""
     stretched: dict[str, object] = {}
     # Nothing else stays: options of another YaRN would not fit this factor.
-    for name in ("rope_theta", "mrope_section"):
+    for name in ("rope_theta", "mrope_section", "mrope_interleaved"):
         if name in rope:
             stretched[name] = rope[name]
     kinds = [name for name in ("type", "rope_type") if name in rope] or ["rope_type"]

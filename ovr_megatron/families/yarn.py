@@ -10,7 +10,7 @@ from typing import Any
 from ovr_megatron.families.config_json import ShapeError, is_number
 
 _OPTIONS = ("beta_fast", "beta_slow", "attention_factor")
-_FIELDS = {"type", "rope_type", "rope_theta", "mrope_section", "truncate", *_OPTIONS}
+_FIELDS = {"type", "rope_type", "rope_theta", "mrope_section", "mrope_interleaved", "truncate", *_OPTIONS}
 _FIELDS |= {"factor", "original_max_position_embeddings"}
 
 

@@ -73,6 +73,7 @@ class FeatureLayer(TransformerLayer):
             return hidden, None
         index = self.layer_number - 1
         segments: Segments = kwargs["packed_seq_params"]
+        assert segments.feature_rows is not None
         features = context[index].unsqueeze(1).to(hidden.dtype)
         hidden = hidden.index_add(0, segments.feature_rows, features)
         is_last = index + 1 == len(context)

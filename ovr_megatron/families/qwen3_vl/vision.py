@@ -69,12 +69,33 @@ def frame_layout(height: int, width: int, merge: int, side: int) -> FrameLayout:
 
 def _neighbours(index: np.ndarray, count: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return for each ``index`` of ``count`` the learned positions before and after it, and the share of the latter."""
-    # torch's linspace in float32, as the referees have it: the share of a position at a grid point would else be
-    # another one's rounding error.
+    # torch's own function in float32, as in Transformers and vLLM: rounded otherwise, a point just below a learned
+    # position would take its share from another one.
     points = torch.linspace(0, side - 1, count, dtype=torch.float32).numpy()[index]
     before = points.astype(np.int64)
     after = np.minimum(before + 1, side - 1)
     return before, after, points - before.astype(np.float32)
+
+
+class DeepStackMerger(PatchMerger):
+    """The merger of the last block's output, and those of the blocks before it that have features for a decoder layer.
+
+    The latter are parts of it: what freezes the merger freezes them.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        merge: int,
+        out_size: int,
+        tp_group: torch.distributed.ProcessGroup,
+        classes: LayerClasses,
+        layer_features: int,
+    ):
+        super().__init__(config, merge, out_size, tp_group, classes)
+        self.deepstack = torch.nn.ModuleList(
+            PatchMerger(config, merge, out_size, tp_group, classes, norm_merged=True) for _ in range(layer_features)
+        )
 
 
 class DeepStackTower(MegatronModule):
@@ -108,11 +129,7 @@ class DeepStackTower(MegatronModule):
             )
             for i in range(shape.depth)
         )
-        self.merger = PatchMerger(config, shape.merge, out_size, pg_collection.tp, classes)
-        self.merger.deepstack = torch.nn.ModuleList(
-            PatchMerger(config, shape.merge, out_size, pg_collection.tp, classes, norm_merged=True)
-            for _ in shape.deepstack_blocks
-        )
+        self.merger = DeepStackMerger(config, shape.merge, out_size, pg_collection.tp, classes, shape.layer_features)
         head_dim = shape.hidden // shape.heads
         # Half of the columns turn by height and half by width.
         columns = head_dim // 2
