@@ -30,6 +30,19 @@ def server():
     server.close()
 
 
+@pytest.fixture
+def start_server():
+    servers = []
+
+    def start(latency_s=0.0):
+        servers.append(Server(latency_s))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
 def judge(url, **settings):
     defaults = {"base_url": url, "model": "m", "template": "answer", "attempts": 2, "backoff_s": 0.01, "timeout_s": 5.0}
     return RewardJudgeConfig(**{**defaults, "max_backoff_s": 0.1, **settings})
@@ -183,8 +196,8 @@ def test_a_judge_that_refuses_the_key_is_asked_no_more(pool, server):
     assert sum("DENY" in text for text in server.report()["asked"]) == 1
 
 
-def test_a_judge_that_dies_is_bounded_and_asked_again_once_it_is_back(tmp_path):
-    server = Server()
+def test_a_judge_that_dies_is_bounded_and_asked_again_once_it_is_back(tmp_path, start_server):
+    server = start_server()
     settings = {"url": server.url, "attempts": 1, "concurrency": 4, "max_backoff_s": 0.3}
     with open_pool(tmp_path, **settings) as pool:
         [before] = pool.grade([request("before")])
@@ -244,8 +257,8 @@ main()
 """
 
 
-def test_a_run_that_is_killed_and_resumed_asks_nothing_twice(tmp_path):
-    server = Server(latency_s=0.7)
+def test_a_run_that_is_killed_and_resumed_asks_nothing_twice(tmp_path, start_server):
+    server = start_server(latency_s=0.7)
     count = 80
     command = [sys.executable, "-c", PROGRAM, server.url, str(tmp_path), str(Path(__file__).parent), str(count)]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -257,14 +270,13 @@ def test_a_run_that_is_killed_and_resumed_asks_nothing_twice(tmp_path):
     # At once: the process of the killed run may still have requests in flight, whose answers it keeps.
     resumed = subprocess.run(command, capture_output=True, text=True, check=True)
     report = server.report()
-    server.close()
     assert len(report["asked"]) == len(set(report["asked"])) == count
     requests = int(resumed.stdout.split()[-1])
     assert requests == count - 2 * 32  # 32 are answered and 32 in flight when it is killed
 
 
-def test_a_process_waits_for_the_answers_that_its_predecessor_has_in_flight(tmp_path):
-    server = Server(latency_s=3.0)  # longer than a process takes to start
+def test_a_process_waits_for_the_answers_that_its_predecessor_has_in_flight(tmp_path, start_server):
+    server = start_server(latency_s=3.0)  # longer than a process takes to start
     requests = [request(f"predecessor {number}") for number in range(8)]
     first = open_pool(tmp_path, url=server.url)
     for number, graded in enumerate(requests):
@@ -279,11 +291,10 @@ def test_a_process_waits_for_the_answers_that_its_predecessor_has_in_flight(tmp_
         assert second.take_judge_counts()["journal"] == 8
     assert len(server.report()["asked"]) == 8
     first.close()
-    server.close()
 
 
-def test_a_process_that_dies_is_started_again_and_its_questions_are_sent_again(tmp_path):
-    server = Server(latency_s=0.3)
+def test_a_process_that_dies_is_started_again_and_its_questions_are_sent_again(tmp_path, start_server):
+    server = start_server(latency_s=0.3)
     with open_pool(tmp_path, url=server.url) as pool:
         for number in range(8):
             pool.submit(number, request(f"process {number}"))
@@ -294,15 +305,13 @@ def test_a_process_that_dies_is_started_again_and_its_questions_are_sent_again(t
         verdicts = {}
         while pool.pending:
             verdicts |= dict(pool.collect())
-    server.close()
     assert {key: verdict.reward for key, verdict in verdicts.items()} == dict.fromkeys(range(8), 1.0)
 
 
-def test_hundreds_of_requests_are_in_flight(tmp_path):
-    server = Server(latency_s=1.0)
+def test_hundreds_of_requests_are_in_flight(tmp_path, start_server):
+    server = start_server(latency_s=1.0)
     with open_pool(tmp_path, url=server.url, concurrency=256, timeout_s=30.0) as pool:
         verdicts = pool.grade([request(f"flight {n}") for n in range(300)])
     report = server.report()
-    server.close()
     assert all(verdict.reward == 1.0 for verdict in verdicts)
     assert 200 <= report["most"] <= 256
