@@ -25,12 +25,12 @@ from tests.ppo.test_loops import curve, weights
 @pytest.mark.both_cores
 @pytest.mark.parametrize(("name", "number"), [("taught", 0), ("taught", 2), ("taught_mixed", 0)])
 def test_the_teachers_log_probabilities_are_those_of_transformers(runs: Path, name: str, number: int) -> None:
-    """Of every token, of prompts with and without an image; the metric is their mean distance from the policy's."""
+    """Of every token, of prompts with an image, too; the metric is their mean distance from the policy's."""
     iteration = Iteration(runs / name, number)
     with torch.no_grad():
         taught = iteration.scores(iteration.load(runs / "teacher"), iteration.answers)
         own = iteration.scores(iteration.load(iteration.policy_folder), iteration.answers)
-    assert {len(iteration.samples[answer.prompt].patches) > 0 for answer in iteration.answers} == {False, True}
+    assert any(len(iteration.samples[answer.prompt].patches) > 0 for answer in iteration.answers)
     distances = []
     for answer, (theirs, _), (policy, _) in zip(iteration.answers, taught, own, strict=True):
         np.testing.assert_allclose(answer.saved["teacher"], theirs.numpy(), atol=1e-4)
