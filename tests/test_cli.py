@@ -13,6 +13,7 @@ from PIL import Image
 
 from ovr_megatron import __version__, cli
 from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, RLConfig, build
+from ovr_megatron.config.algorithm import RewardJudgeConfig
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.row_parsing import parse_row
@@ -87,13 +88,23 @@ def test_a_rule_of_a_source_that_no_row_has() -> None:
         PromptStream(RowStream([([row], 1.0)], seed=1), None, {"sums": "numeric", "sum": "numeric"})
 
 
+# By setting, the text of two entries, and the entry "more"; settings that these need are in SETS.
 MAPPINGS = {
-    "reward.rules": (
-        "geometry: numeric:0.05, geo/3k-b: 'mine:half'",
-        {"geometry": "numeric:0.05", "geo/3k-b": "mine:half"},
-    ),
-    "patterns.drop": ("refusal: \"I cannot help\", many: 'x{3}'", {"refusal": "I cannot help", "many": "x{3}"}),
+    "reward.rules": ("geometry: numeric:0.05, geo/3k-b: 'mine:half'", "exact"),
+    "reward.judges": ("facts: {base_url: 'http://host:1/v1', model: m}", "{base_url: 'http://host:2/v1', model: n}"),
+    "evaluation.rules": ("geometry: numeric:0.05, geo/3k-b: 'mine:half'", "exact"),
+    "patterns.drop": ("refusal: \"I cannot help\", many: 'x{3}'", "exact"),
 }
+ENTRIES = {
+    "reward.rules": {"geometry": "numeric:0.05", "geo/3k-b": "mine:half", "more": "exact"},
+    "reward.judges": {
+        "facts": RewardJudgeConfig(base_url="http://host:1/v1", model="m"),
+        "more": RewardJudgeConfig(base_url="http://host:2/v1", model="n"),
+    },
+    "evaluation.rules": {"geometry": "numeric:0.05", "geo/3k-b": "mine:half", "more": "exact"},
+    "patterns.drop": {"refusal": "I cannot help", "many": "x{3}", "more": "exact"},
+}
+SETS = "evaluation.sources=[{path: a, name: geometry}, {path: b, name: geo/3k-b}, {path: c, name: more}]"
 
 
 @pytest.mark.parametrize("schema", [ColdStartConfig, RLConfig, PrepareConfig])
@@ -102,13 +113,13 @@ def test_settings_that_are_mappings_take_keys_of_the_users(schema: type) -> None
     needed = ["dir=x", "data.sources=[{path: a}]", "decontaminate.sources=[{path: b}]"]
     needed = needed if schema is PrepareConfig else ["run.dir=x", "model.path=y"]
     for name in mapping_names(schema):
-        text, expected = MAPPINGS[name]
+        text, more = MAPPINGS[name]
+        sets = [SETS] if name == "evaluation.rules" else []
         for prefix in ("", "+", "++"):
-            config = read_command_line(
-                schema, recipe, "", [*needed, f"{prefix}{name}={{{text}}}", f"{name}.more=exact"]
-            )
+            words = [*needed, *sets, f"{prefix}{name}={{{text}}}", f"{name}.more={more}"]
+            config = read_command_line(schema, recipe, "", words)
             section, _, field = name.partition(".")
-            assert getattr(getattr(config.config, section), field) == {**expected, "more": "exact"}
+            assert getattr(getattr(config.config, section), field) == ENTRIES[name]
     assert set(mapping_names(schema)) <= set(MAPPINGS)
 
 

@@ -254,7 +254,7 @@ REFUSED = [
     ("rollout.stop=['a', '']", "rollout.stop[1] is empty"),
     ("rollout.max_staleness=2", "without rollout.oversample a round finishes all; set rollout.oversample above 0"),
     ("reward.rules={image: ''}", "reward.rules.image is empty"),
-    ("reward.rules.image={math: much}", "reward.rules.image.math: Input should be a valid number, unable to parse"),
+    ("reward.rules.image={math: much}", "reward.rules.image.math='much' must be a number"),
     (
         "reward.rules.image={math: 0.9, format: 0.2}",
         "reward.rules.image: the weights {'math': 0.9, 'format': 0.2} add up",

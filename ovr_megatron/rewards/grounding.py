@@ -1,9 +1,11 @@
-"""Read boxes and points from text, in the forms that Qwen's vision models write.
+"""Read boxes and points from text, in the forms that vision-language models write.
 
-These are JSON with ``bbox_2d`` or ``point_2d``, fenced or not (Qwen2.5-VL), ``<points x1="..." y1="...">`` (the same),
-``(x1,y1),(x2,y2)`` between ``<|box_start|>`` and ``<|box_end|>`` (Qwen2-VL) or ``<box>`` and ``</box>`` (Qwen-VL)
-behind the name of the object, and bare lists of four or two numbers.  The tokens with bars are special ones, which a
-decoded response does not show, so that the numbers are read without them as well.
+These are JSON with ``bbox_2d`` or ``point_2d``, fenced or not, ``<points x1="..." y1="...">``, ``(x1,y1),(x2,y2)``
+between ``<|box_start|>`` and ``<|box_end|>`` or ``<box>`` and ``</box>`` behind the name of the object, and bare lists
+of four or two numbers; docs/own_reward.md says which models write which.
+
+The tokens with bars are special ones, which a decoded response does not show, so that the numbers are read without them
+as well.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rules for perception: boxes, points, counts and read text, compared with a reference that needs no judge.
 
-Reference and response must have the same coordinates.  Qwen2.5-VL writes pixels of the image as it sees it, after
+Reference and response must have the same coordinates.  Many models write pixels of the image as they see it, after
 resizing; a rule scales references that are in another frame (`FRAMES`).
 """
 

@@ -155,7 +155,7 @@ def test_a_model_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         collect=CollectConfig(limit=3),
         proxy_loss=ProxyLossConfig(model=str(tmp_path / "nothing")),
     )
-    with pytest.raises(ShapeError, match=r"nothing/config\.json does not exist"):
+    with pytest.raises(ShapeError, match=r"nothing: there is no such folder"):
         prepare(config)
     assert not (tmp_path / "out").exists()
     (make_tiny_model(tmp_path / "nothing") / "model.safetensors").unlink()

@@ -83,7 +83,11 @@ def test_boxes_judges_and_style_verify_as_in_training(tmp_path: Path) -> None:
     prepare(settings)
     assert kept(tmp_path) == {"exact", "said", "formal"}
     report = json.loads((tmp_path / "out/verify/report.json").read_text())
-    assert report["dropped"] == {"wrong: score": 2, "wrong: judge": 1, "not graded: no verdict of the judge": 1}
+    assert report["dropped"] == {
+        "less than 1: score": 2,
+        "less than 1: judge": 1,
+        "not graded: no verdict of the judge": 1,
+    }
     assert report["judges"]["requests"] == 3 and report["judges"]["refused"] == 1
     # Another threshold grades all rows again, and asks nothing.
     prepare(replace(settings, reward=replace(settings.reward, rules=rules | {"dogs": "box:0.9"})))

@@ -108,7 +108,7 @@ def test_a_rule_that_does_not_work_is_refused(name, message):
     [
         ("import no_such_library\ndef f(response, answer, options): ...", "correct what other_rewards imports"),
         ("def f(response, answer): ...", r"other_rewards:f\(response, answer\) cannot be called with three values"),
-        ("def f(a, b, c, d): ...", r"missing a required argument: 'd'\); write it as \(response, answer, options\)"),
+        ("def f(a, b, c, d, e): ...", r"missing a required argument: 'd'\); write it as \(response, answer, options\)"),
         ("def f(data_source, solution_str, ground_truth, extra_info=None): ...", "data_source of a reward of verl; "),
         (
             "def f(completions, **columns): ...",

@@ -59,7 +59,7 @@ def test_an_option_has_name_type_and_default_of_its_setting(schema: type, name: 
         (EvaluationSettings, "limit", "-1", "'-1' is not a whole number of at least 0"),
         (EvaluationSettings, "samples", "65537", "'65537' is more than 65,536"),
         (EvaluationSettings, "temperature", "101", "'101' is not a finite number of at least 0 and of at most 100"),
-        (EvaluationSettings, "metric", "boxes", "invalid choice: 'boxes'"),
+        (RolloutConfig, "schedule", "queue", "invalid choice: 'queue'"),
     ],
 )
 def test_an_option_has_the_bounds_of_its_setting(
