@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "config nested without end": (write(CONFIG, "[" * 100_000), "nested too deeply"),
     "config is a list": (write(CONFIG, "[]"), "config.json: holds a list and not an object"),
     "config is a folder": (both(remove(CONFIG), lambda f: (f / CONFIG).mkdir()), "config.json cannot be read"),
-    "another model": (text(model_type="qwen3_vl"), "model_type is 'qwen3_vl', expected"),
+    "another model": (text(model_type="qwen2_vl"), "model_type is 'qwen2_vl', expected"),
     "model type is a number": (text(model_type=7), "model_type is 7, expected"),
     "another head": (text(architectures=["Qwen2_5_VLForTokenClassification"]), "field 'architectures' is"),
     "awq": (text(quantization_config={"quant_method": "awq", "bits": 4}), r"weights are quantised \(awq\)"),
