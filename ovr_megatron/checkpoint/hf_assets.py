@@ -40,7 +40,7 @@ def write_hf_assets(out: Path, processor: Processor) -> None:
     budget = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     for name in _PROCESSORS:
-        _update_pixel_budget(out / name, budget, size)
+        _update_pixel_budget(out / name, budget, size, processor.video_options)
     vocabulary = processor.tokenizer.get_vocab()
     write_generation_config(out, processor.shape, vocabulary)
 
@@ -103,18 +103,25 @@ def _update_json(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(text + "\n")
 
 
-def _update_pixel_budget(path: Path, budget: dict[str, int], size: dict[str, int]) -> None:
-    """Set the pixel budget wherever the file has one. Transformers 5 nests the processors in one file."""
+def _update_pixel_budget(
+    path: Path, budget: dict[str, int], size: dict[str, int], video_options: Mapping[str, object]
+) -> None:
+    """Set the pixel budget wherever the file has one, and the options of a video processor.
+
+    Transformers 5 nests the processors in one file.
+    """
     if not path.exists():
         return
     content = json.loads(path.read_text())
-    parts = []
-    for part in content.values():
+    parts = {}
+    for name, part in content.items():
         if isinstance(part, dict) and ("size" in part or "min_pixels" in part):
-            parts.append(part)
-    for part in parts or [content]:
+            parts[name] = part
+    for name, part in (parts or {path.name: content}).items():
         part.update(budget)
         if "size" in part:
             part["size"] = size
+        if name.startswith("video_"):
+            part.update(video_options)
     text = json.dumps(content, indent=2)
     path.write_text(text + "\n")

@@ -34,6 +34,7 @@ class PixelProcessor:
 
     Attributes:
         mm_processor_kwargs: The same budget in the form that vLLM's argument of this name takes.
+        video_options: Fields of the video processor beside the budget.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class PixelProcessor:
         self.mm_processor_kwargs: dict[str, Any] = {"size": size}
         for processor in (image_processor, video_processor):
             processor.size = type(processor.size)(**size)  # as an argument it would lose to the folder's numbers
+        self.video_options: dict[str, object] = {}
         if hasattr(video_processor, "cap_pixels_per_frame"):  # Transformers 5.22 turns it on
             video_processor.cap_pixels_per_frame = False
-            self.mm_processor_kwargs["videos_kwargs"] = {"cap_pixels_per_frame": False}
+            self.video_options = {"cap_pixels_per_frame": False}
+            self.mm_processor_kwargs["videos_kwargs"] = self.video_options
 
     def still(self, width: int, height: int) -> Visual:
         """Return the grid that an image of this size will have."""

@@ -70,6 +70,7 @@ class Processor:
         template_notice: One sentence where ``chat_template`` is not the folder's own, else empty.
         end_token: Id of the token that closes a response.
         mm_processor_kwargs: The image budget in the form that vLLM's argument of this name takes.
+        video_options: Fields of the video processor beside the budget.
         after_video: How positions go on after a video, see `Family.positions`: ``data.after_video``, else what the
             folder says that its model was trained with, else as vLLM serves it.
     """
@@ -118,6 +119,7 @@ class Processor:
             config,
         )
         self.mm_processor_kwargs = self._pixels.mm_processor_kwargs
+        self.video_options = self._pixels.video_options
 
     def log_template(self) -> None:
         """Log `template_notice`, if there is one; as a warning where the model was trained with another template."""

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.runtime.folder_kinds import TRACKER, describe_folder, newest_iteration, tracked_iteration
 from ovr_megatron.weights import table
 from ovr_megatron.weights.diagnosis import HEAD
@@ -47,6 +47,8 @@ _STATEFUL = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+# The same of the norms of queries and keys of each head, in models that have them.
+_STATEFUL_HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _FORMAT_NAMES = {dtype: name for name, dtype in FORMATS.items()}
 
 
@@ -336,7 +338,10 @@ def empty_states(shape: ModelShape, text_only: bool) -> list[str]:
     """Return the keys of the states that modules of Transformer Engine ask for when they are loaded."""
     prefix = "" if text_only else LANGUAGE
     keys = [f"{prefix}decoder.final_layernorm._extra_state/shard_0_1"]
-    for module in _STATEFUL:
+    modules = _STATEFUL
+    if family_of(shape).decoder_options(shape).get("qk_layernorm"):
+        modules += _STATEFUL_HEAD_NORMS
+    for module in modules:
         for layer in range(shape.layers):
             keys.append(f"{prefix}{_LAYERS}{module}._extra_state/shard_{layer}_{shape.layers}")
     return keys

@@ -31,7 +31,7 @@ class SelectedLayers(WeightFolder):
 
 
 def check_layers(layers: Sequence[int], shape: ModelShape) -> None:
-    """Refuse a selection that is no ascending list of the model's layers.
+    """Refuse a selection that is no ascending list of the model's layers, or leaves out one with features of the tower.
 
     Raises:
         ConfigError: names the layers that can be selected.
@@ -40,6 +40,13 @@ def check_layers(layers: Sequence[int], shape: ModelShape) -> None:
     if not layers or list(layers) != sorted(set(layers)) or not are_present:
         numbers = ",".join(map(str, layers))
         raise ConfigError(f"--layers {numbers}: give numbers of 0 to {shape.layers - 1}, ascending, as 0,2,4")
+    first = list(range(shape.vision.layer_features))
+    if list(layers[: len(first)]) != first:
+        numbers = ",".join(map(str, layers))
+        raise ConfigError(
+            f"--layers {numbers}: the first {len(first)} layers of this model take features of the vision tower and "
+            f"stay where they are; begin with {','.join(map(str, first))}"
+        )
 
 
 def write_layer_count(directory: Path, layers: Sequence[int]) -> ModelShape:

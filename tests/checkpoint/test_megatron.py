@@ -169,6 +169,9 @@ def test_a_family_without_known_names_of_its_tower_goes_as_a_language_model(
     command = ["convert", "to-megatron", "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "megatron"]
     assert "the names that Megatron-Bridge gives its vision tower are not known here" in refused(capsys, *command)
     main([*map(str, command), "--text-only"])
+    metadata = read_index(tmp_path / "megatron/release").state_dict_metadata
+    for norm in ("q_layernorm", "k_layernorm"):  # Transformer Engine asks for the state of each of its modules
+        assert f"decoder.layers.self_attention.{norm}._extra_state/shard_0_{SIZES.layers}" in metadata
     policy = convert(tmp_path / "megatron", hf, tmp_path / "again", "--text-only")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (policy, hf))
     assert ours.keys() == theirs.keys()

@@ -39,3 +39,14 @@ def test_layers_that_are_not_there_are_refused(tmp_path: Path, layers: list[int]
     with pytest.raises(ConfigError, match="give numbers of 0 to 3, ascending"):
         import_hf(whole, tmp_path / "half", workers=1, force=False, yarn=None, layers=layers)
     assert not (tmp_path / "half").exists()
+
+
+def test_layers_with_features_of_the_tower_stay_where_they_are(tmp_path: Path) -> None:
+    whole = make_tiny_model(tmp_path / "whole", seed=3, family="qwen3_vl")
+    features = ModelShape.from_hf(whole).vision.layer_features
+    assert features > 1
+    with pytest.raises(
+        ConfigError, match=rf"the first {features} layers of this model take features .*; begin with 0,1"
+    ):
+        import_hf(whole, tmp_path / "half", workers=1, force=False, yarn=None, layers=[0, 2, 3])
+    assert not (tmp_path / "half").exists()

@@ -13,7 +13,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -69,8 +68,8 @@ def frame_layout(height: int, width: int, merge: int, side: int) -> FrameLayout:
 
 def _neighbours(index: np.ndarray, count: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return for each ``index`` of ``count`` the learned positions before and after it, and the share of the latter."""
-    # torch's own function in float32, as in Transformers and vLLM: rounded otherwise, a point just below a learned
-    # position would take its share from another one.
+    # torch's own function in float32, as vLLM: rounded otherwise, a point just below a learned position would take its
+    # share from another one.  Transformers has a closed form, equal but for the last bits.
     points = torch.linspace(0, side - 1, count, dtype=torch.float32).numpy()[index]
     before = points.astype(np.int64)
     after = np.minimum(before + 1, side - 1)
@@ -117,8 +116,9 @@ class DeepStackTower(MegatronModule):
         device = torch.cuda.current_device()
         # Published as a convolution; its stride is its kernel, so that it is a product with each patch.
         self.patch_embed = torch.nn.Linear(shape.patch_dim, shape.hidden, dtype=config.params_dtype, device=device)
-        self.pos_embed = torch.nn.Embedding(
-            shape.positions_side**2, shape.hidden, dtype=config.params_dtype, device=device
+        # A patch has the weighted sum of the four learned positions around it.
+        self.pos_embed = torch.nn.EmbeddingBag(
+            shape.positions_side**2, shape.hidden, mode="sum", dtype=config.params_dtype, device=device
         )
         self.layers = torch.nn.ModuleList(
             build_module(
@@ -157,11 +157,12 @@ class DeepStackTower(MegatronModule):
         bounds = torch.tensor(np.cumsum([0, *np.repeat(lengths, frames)]), dtype=torch.int32)
         segments = Segments.build(bounds, exact=True, device=device)
 
-        weight = self.pos_embed.weight
-        hidden = self.patch_embed(patches.to(weight.dtype))
+        dtype = self.patch_embed.weight.dtype
+        hidden = self.patch_embed(patches.to(dtype))
         corners = _per_frame([layout.corners for layout in layouts], frames, device)
-        shares = _per_frame([layout.shares for layout in layouts], frames, device).to(weight.dtype)
-        hidden = hidden + F.embedding_bag(corners, weight, mode="sum", per_sample_weights=shares)
+        shares = _per_frame([layout.shares for layout in layouts], frames, device).to(dtype)
+        # As a call of the module: with an overlapped gather its hook waits until its weights are there.
+        hidden = hidden + self.pos_embed(corners, per_sample_weights=shares)
         hidden = hidden.unsqueeze(1)
         layer_features: list[Tensor] = []
         for index, layer in enumerate(self.layers):
