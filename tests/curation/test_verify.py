@@ -1,6 +1,7 @@
 """Curation grades a row as training grades its source."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,31 +71,30 @@ def test_boxes_judges_and_style_verify_as_in_training(tmp_path: Path) -> None:
         fields = {} if answer is None else {"answer": answer}
         rows.append({"messages": messages, "source": source, "id": name, "metadata": {"facts": ["red"]}, **fields})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    server = Server()
-    judge = RewardJudgeConfig(base_url=server.url, model="m", attempts=1)
-    rules = {"dogs": "box:0.5", "facts": "judge:seen", "form": "format"}
-    settings = PrepareConfig(
-        dir=str(tmp_path / "out"),
-        stages=["collect", "patterns", "verify"],
-        data=DataConfig(sources=[SourceConfig(path=str(tmp_path / "rows.jsonl"))]),
-        patterns=PatternsConfig(need_box=False),
-        reward=RewardConfig(rules=rules, judges={"seen": judge}, workers=1),
-    )
-    prepare(settings)
-    assert kept(tmp_path) == {"exact", "said", "formal"}
-    report = json.loads((tmp_path / "out/verify/report.json").read_text())
-    assert report["dropped"] == {
-        "less than 1: score": 2,
-        "less than 1: judge": 1,
-        "not graded: no verdict of the judge": 1,
-    }
-    assert report["judges"]["requests"] == 3 and report["judges"]["refused"] == 1
-    # Another threshold grades all rows again, and asks nothing.
-    prepare(replace(settings, reward=replace(settings.reward, rules=rules | {"dogs": "box:0.9"})))
-    report = json.loads((tmp_path / "out/verify/report.json").read_text())
-    assert (report["judges"]["requests"], report["judges"]["journal"]) == (0, 3)
-    assert len(server.report()["asked"]) == 3
-    server.close()
+    with closing(Server()) as server:
+        judge = RewardJudgeConfig(base_url=server.url, model="m", attempts=1)
+        rules = {"dogs": "box:0.5", "facts": "judge:seen", "form": "format"}
+        settings = PrepareConfig(
+            dir=str(tmp_path / "out"),
+            stages=["collect", "patterns", "verify"],
+            data=DataConfig(sources=[SourceConfig(path=str(tmp_path / "rows.jsonl"))]),
+            patterns=PatternsConfig(need_box=False),
+            reward=RewardConfig(rules=rules, judges={"seen": judge}, workers=1),
+        )
+        prepare(settings)
+        assert kept(tmp_path) == {"exact", "said", "formal"}
+        report = json.loads((tmp_path / "out/verify/report.json").read_text())
+        assert report["dropped"] == {
+            "less than 1: score": 2,
+            "less than 1: judge": 1,
+            "not graded: no verdict of the judge": 1,
+        }
+        assert report["judges"]["requests"] == 3 and report["judges"]["refused"] == 1
+        # Another threshold grades all rows again, and asks nothing.
+        prepare(replace(settings, reward=replace(settings.reward, rules=rules | {"dogs": "box:0.9"})))
+        report = json.loads((tmp_path / "out/verify/report.json").read_text())
+        assert (report["judges"]["requests"], report["judges"]["journal"]) == (0, 3)
+        assert len(server.report()["asked"]) == 3
 
 
 def test_scaled_coordinates_need_the_model(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What becomes of verdicts in the loop: rewards, failures, and their metrics by source."""
 
 import json
+from contextlib import ExitStack, closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,11 +98,12 @@ def test_a_hostile_response_now_and_then_stops_nothing():
 
 @pytest.mark.usefixtures("one_rank")
 def test_what_judges_were_asked_is_in_the_metrics_of_the_round(tmp_path):
-    server = Server()
-    judge = RewardJudgeConfig(base_url=server.url, model="m", template="answer", attempts=1)
-    reward = RewardConfig(judges={"j": judge}, rules={"mine": "judge:j"})
     row = Row((Message("user", (TextPart("?"),)),), answer="1", source="mine")
-    with GraderPool(1, judges=Judges(reward.judges, tmp_path)) as grader:
+    with ExitStack() as stack:
+        server = stack.enter_context(closing(Server()))
+        judge = RewardJudgeConfig(base_url=server.url, model="m", template="answer", attempts=1)
+        reward = RewardConfig(judges={"j": judge}, rules={"mine": "judge:j"})
+        grader = stack.enter_context(GraderPool(1, judges=Judges(reward.judges, tmp_path)))
         rollouts = Rollouts.__new__(Rollouts)
         rollouts.config = SimpleNamespace(reward=reward)
         rollouts.grader = grader
@@ -109,7 +111,6 @@ def test_what_judges_were_asked_is_in_the_metrics_of_the_round(tmp_path):
         for texts in (["good", "REFUSE", "SILENT"], ["good"]):  # two rounds of one iteration
             grader.grade([GradeRequest(text, "1", (), "judge:j", row=row) for text in texts])
             rollouts._record_judges(rollout)
-    server.close()
     assert {name: value for name, value in rollout.metrics.items() if value} == {
         "grading/judge_requests": 3.0,
         "grading/judge_tokens": rollout.metrics["grading/judge_tokens"],

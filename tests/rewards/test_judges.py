@@ -43,6 +43,13 @@ def start_server():
         server.close()
 
 
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def judge(url, **settings):
     defaults = {"base_url": url, "model": "m", "template": "answer", "attempts": 2, "backoff_s": 0.01, "timeout_s": 5.0}
     return RewardJudgeConfig(**{**defaults, "max_backoff_s": 0.1, **settings})
@@ -281,8 +288,7 @@ def test_a_process_waits_for_the_answers_that_its_predecessor_has_in_flight(tmp_
     first = open_pool(tmp_path, url=server.url)
     for number, graded in enumerate(requests):
         first.submit(number, graded)
-    while len(server.report()["asked"]) < 8:
-        time.sleep(0.05)
+    wait_until(lambda: len(server.report()["asked"]) == 8)
     # As where its parent is killed: its input ends, and nobody waits for it.
     first._judges._stops_writing.set()
     first._judges._lines.put(b"")
@@ -298,9 +304,7 @@ def test_a_process_that_dies_is_started_again_and_its_questions_are_sent_again(t
     with open_pool(tmp_path, url=server.url) as pool:
         for number in range(8):
             pool.submit(number, request(f"process {number}"))
-        deadline = time.monotonic() + 60
-        while len(server.report()["asked"]) < 8 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: len(server.report()["asked"]) == 8)
         pool._judges._process.kill()
         verdicts = {}
         while pool.pending:
