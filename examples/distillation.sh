@@ -22,7 +22,7 @@ title "supervised start: the base model's data, a twenty-fifth of its steps"
         model.path="$run/half"
 
 title "on-policy distillation"
-iterations="${ITERATIONS:-80}"
+iterations="${ITERATIONS:-40}"
 [ -e "$run/distilled/checkpoints/$(printf 'step_%06d' "$iterations")/manifest.json" ] ||
     launch -m ovr_megatron.rl --config-name tiny_distill run.dir="$run/distilled" run.seed="$seed" \
         iterations="$iterations" model.path="$(newest start)" algorithm.teacher="$teacher"
