@@ -6,14 +6,14 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ovr_megatron import __version__, cli
-from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, RLConfig, build
-from ovr_megatron.config.algorithm import RewardJudgeConfig
+from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, RewardJudgeConfig, RLConfig, build
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.row_parsing import parse_row
@@ -88,38 +88,40 @@ def test_a_rule_of_a_source_that_no_row_has() -> None:
         PromptStream(RowStream([([row], 1.0)], seed=1), None, {"sums": "numeric", "sum": "numeric"})
 
 
-# By setting, the text of two entries, and the entry "more"; settings that these need are in SETS.
+JUDGE = RewardJudgeConfig(base_url="http://127.0.0.1/v1", model="m")
+# By setting, what is given, what it becomes, and a further key with its value.
 MAPPINGS = {
-    "reward.rules": ("geometry: numeric:0.05, geo/3k-b: 'mine:half'", "exact"),
-    "reward.judges": ("facts: {base_url: 'http://host:1/v1', model: m}", "{base_url: 'http://host:2/v1', model: n}"),
-    "evaluation.rules": ("geometry: numeric:0.05, geo/3k-b: 'mine:half'", "exact"),
-    "patterns.drop": ("refusal: \"I cannot help\", many: 'x{3}'", "exact"),
+    "reward.rules": (
+        "geometry: numeric:0.05, geo/3k-b: 'mine:half'",
+        {"geometry": "numeric:0.05", "geo/3k-b": "mine:half"},
+        ("more={math: 0.9, format: 0.1}", {"math": 0.9, "format": 0.1}),
+    ),
+    "reward.judges": (
+        "a: {base_url: 'http://127.0.0.1/v1', model: m}",
+        {"a": JUDGE},
+        ("more={base_url: 'http://127.0.0.1/v1', model: m, timeout_s: 5}", replace(JUDGE, timeout_s=5.0)),
+    ),
+    "evaluation.rules": ("boxes: 'box:0.5'", {"boxes": "box:0.5"}, ("more=exact", "exact")),
+    "patterns.drop": (
+        "refusal: \"I cannot help\", many: 'x{3}'",
+        {"refusal": "I cannot help", "many": "x{3}"},
+        ("more=exact", "exact"),
+    ),
 }
-ENTRIES = {
-    "reward.rules": {"geometry": "numeric:0.05", "geo/3k-b": "mine:half", "more": "exact"},
-    "reward.judges": {
-        "facts": RewardJudgeConfig(base_url="http://host:1/v1", model="m"),
-        "more": RewardJudgeConfig(base_url="http://host:2/v1", model="n"),
-    },
-    "evaluation.rules": {"geometry": "numeric:0.05", "geo/3k-b": "mine:half", "more": "exact"},
-    "patterns.drop": {"refusal": "I cannot help", "many": "x{3}", "more": "exact"},
-}
-SETS = "evaluation.sources=[{path: a, name: geometry}, {path: b, name: geo/3k-b}, {path: c, name: more}]"
 
 
 @pytest.mark.parametrize("schema", [ColdStartConfig, RLConfig, PrepareConfig])
 def test_settings_that_are_mappings_take_keys_of_the_users(schema: type) -> None:
     recipe = {ColdStartConfig: "tiny_base", RLConfig: "tiny_rl", PrepareConfig: "prepare_prompts"}[schema]
     needed = ["dir=x", "data.sources=[{path: a}]", "decontaminate.sources=[{path: b}]"]
-    needed = needed if schema is PrepareConfig else ["run.dir=x", "model.path=y"]
+    sets = "evaluation.sources=[{path: c, name: boxes}, {path: d, name: more}]"
+    needed = needed if schema is PrepareConfig else ["run.dir=x", "model.path=y", sets]
     for name in mapping_names(schema):
-        text, more = MAPPINGS[name]
-        sets = [SETS] if name == "evaluation.rules" else []
+        text, expected, (more, value) = MAPPINGS[name]
         for prefix in ("", "+", "++"):
-            words = [*needed, *sets, f"{prefix}{name}={{{text}}}", f"{name}.more={more}"]
-            config = read_command_line(schema, recipe, "", words)
+            config = read_command_line(schema, recipe, "", [*needed, f"{prefix}{name}={{{text}}}", f"{name}.{more}"])
             section, _, field = name.partition(".")
-            assert getattr(getattr(config.config, section), field) == ENTRIES[name]
+            assert getattr(getattr(config.config, section), field) == {**expected, "more": value}
     assert set(mapping_names(schema)) <= set(MAPPINGS)
 
 

@@ -103,6 +103,8 @@ class EngineRound:
             timeline.end("wait")
         # Every verdict is reported as a step, so that the ranks that wait at the barrier see this one work.
         while self._leads and self._grading.pending and not self._barrier.stop_asked():
+            before = self._grading.pending
             self._grading.take_verdicts(True)
-            self._barrier.step()
+            if self._grading.pending < before:  # it also returns after a second without a verdict
+                self._barrier.step()
         timeline.end("grade")

@@ -81,9 +81,9 @@ class RoundGrading:
                 )
 
     @property
-    def pending(self) -> bool:
-        """Whether a verdict is missing."""
-        return bool(self._grader.pending)
+    def pending(self) -> int:
+        """Number of verdicts that are missing."""
+        return self._grader.pending
 
     def take_verdicts(self, wait: bool) -> None:
         """Write the verdicts that are there into their responses; ``wait`` for at least one."""

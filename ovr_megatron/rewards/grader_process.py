@@ -29,12 +29,14 @@ class GraderTask:
         request: The request.
         cache_key: Key of the verdict in the cache; None if it is not cached.
         tries: Number of workers that came to no verdict.
+        has_row: Whether the worker that has the request has its row, too.
     """
 
     key: Hashable
     request: GradeRequest
     cache_key: tuple[object, ...] | None
     tries: int = 0
+    has_row: bool = False
 
 
 class GraderProcess:
@@ -71,6 +73,7 @@ class GraderProcess:
         """Send a request to the worker; if the worker has died, the next `receive` returns None."""
         assert self.process.stdin is not None
         self.task = task
+        task.has_row = with_row
         self.fresh = False
         self._start_time = time.monotonic()
         self._start_cpu = self._cpu_seconds()

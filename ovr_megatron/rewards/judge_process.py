@@ -72,7 +72,7 @@ class _JudgeAnswers:
         self._replies = replies
         self._lock = threading.Lock()
         self._journal = Journal(job.folder / f"{name}.{job.rank:05d}.jsonl")
-        other_paths = [path for path in sorted(job.folder.glob(f"{name}.*.jsonl")) if path != self._journal.path]
+        other_paths = [path for path in sorted(job.folder.glob(f"{name}.[0-9]*.jsonl")) if path != self._journal.path]
         self._earlier = [Journal(path, append=False) for path in other_paths]
         self._added: dict[int, dict[str, Any]] = {}  # answers that the journal's index does not have yet
         self._waiting: dict[int, list[int]] = {}  # by key of a question in flight, the ids that wait for it
@@ -126,6 +126,19 @@ class _JudgeAnswers:
     def _receive(self, key: int, future: Future[Completion | None]) -> None:
         """Record the answer to a question, and reply to all that wait for it.  On a thread of the endpoint."""
         try:
+            self._record(key, future)
+        except (OSError, RuntimeError) as error:  # a full disk, or no further thread: the round must not wait for ever
+            self._problem = f"{self._journal.path}: {error}"
+            self._finish(key, {"outcome": FAILED, "text": self._problem}, 1)
+
+    def _record(self, key: int, future: Future[Completion | None]) -> None:
+        """Keep the answer to a question in the journal, and reply to all that wait for it.
+
+        Raises:
+            OSError: the disk does not take it.
+            RuntimeError: no thread could be started for the request.
+        """
+        try:
             completion = future.result()
         except CancelledError:
             return
@@ -149,7 +162,7 @@ class _JudgeAnswers:
 
     def _finish(self, key: int, entry: Mapping[str, Any], requests: int) -> None:
         with self._lock:
-            ids = self._waiting.pop(key)
+            ids = self._waiting.pop(key, [])
         for index, request_id in enumerate(ids):
             self._reply(request_id, entry, requests if index == 0 else 0)
 

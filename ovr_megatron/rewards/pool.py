@@ -243,7 +243,8 @@ class GraderPool:
         if task is None:
             return []
         verdict = Verdict(Reason(raw["reason"]), raw["box"], raw["score"])
-        if verdict.reason is Reason.NEEDS_ROW and task.request.rule not in self._row_rules:
+        # Several workers may have a request without its row before the first of them asks for one.
+        if verdict.reason is Reason.NEEDS_ROW and not task.has_row and task.request.row is not None:
             self._row_rules.add(task.request.rule)
             self._send(worker, task)
             return []
