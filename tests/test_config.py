@@ -197,6 +197,15 @@ def test_names_of_other_trainers_are_those_of_the_page() -> None:
 # For each check: a value that it refuses, and what the message must name or advise.
 REFUSED = [
     (
+        "algorithm={estimator: maxrl, wrong_reward: -1}",
+        "algorithm.estimator=maxrl divides by a group's success rate, for which rewards must lie in 0..1",
+    ),
+    (
+        "algorithm={estimator: none, teacher: t, kl_coefficient: 0.1, kl_in: reward}",
+        "takes the divergence from rewards, of which algorithm.estimator=none takes nothing",
+    ),
+    ("algorithm={estimator: grpo, lam_policy: 0.0}", "algorithm.lam_policy=0.0: grpo has no critic"),
+    (
         "data.sources=[{path: a, format: csv}]",
         "'csv' is not known; choose one of auto, messages, orz, verl, llava, alpaca, query, mathvision, puzzle",
     ),

@@ -164,6 +164,17 @@ class AlgorithmConfig:
             "algorithm.teacher, or another estimator",
         )
         require(
+            self.estimator != "none" or not (self.kl_coefficient and self.kl_in == "reward"),
+            "algorithm.kl_in=reward takes the divergence from rewards, of which algorithm.estimator=none takes "
+            "nothing; set algorithm.kl_in=loss, or another estimator",
+        )
+        require(
+            self.estimator != "maxrl" or not self._rewards_leave_the_unit_interval,
+            "algorithm.estimator=maxrl divides by a group's success rate, for which rewards must lie in 0..1; set "
+            "algorithm.wrong_reward and algorithm.overlong_buffer to 0, algorithm.length_reward to none and "
+            "algorithm.kl_in to loss",
+        )
+        require(
             self.teacher is not None or self.teacher_parallel is None,
             "algorithm.teacher_parallel is the layout of a teacher, and there is none; give algorithm.teacher, or "
             "leave the layout out",
@@ -175,12 +186,20 @@ class AlgorithmConfig:
                 "the bound out",
             )
 
+    @property
+    def _rewards_leave_the_unit_interval(self) -> bool:
+        """Whether what the estimator gets is more than a verdict of 0 to 1."""
+        kl_in_reward = self.kl_coefficient > 0 and self.kl_in == "reward"
+        is_shaped = self.wrong_reward < 0 or self.overlong_buffer > 0 or self.length_reward != "none"
+        return kl_in_reward or is_shaped
+
     def _check_lambdas(self) -> None:
         """Raise `ConfigError` where a lambda has no effect."""
         for name in ("lam_policy", "lam_critic", "lam_alpha"):
             value = getattr(self, name)
+            is_default = value is None or (name == "lam_alpha" and value == 0)
             require(
-                self.has_critic or not value,
+                self.has_critic or is_default,
                 f"algorithm.{name}={value}: {self.estimator} has no critic, and so no lambda; leave it out",
             )
         require(
@@ -196,8 +215,8 @@ class AlgorithmConfig:
 
     @property
     def learns_from_rewards(self) -> bool:
-        """Return whether the estimator takes anything from the rewards; else chats without answers are prompts."""
-        return self.estimator != "none"
+        """Return whether anything is taken from the rewards; else chats without answers are prompts."""
+        return self.estimator != "none" or self.positive_nll > 0 or self.dynamic_sampling > 0
 
     @property
     def in_groups(self) -> bool:

@@ -196,7 +196,8 @@ class RLConfig:
         """
         own_layout = self.critic.parallel is not None and self.critic.parallel != self.parallel
         has_adapters = self.model.lora.rank > 0 and self.algorithm.has_critic
-        return has_adapters and not self.critic.path and not own_layout
+        # A critic that learns alone has no policy beside it that trains.
+        return has_adapters and not self.critic.path and not own_layout and self.only != "critic"
 
 
 def _check_critic_alone(config: RLConfig) -> None:
@@ -205,6 +206,11 @@ def _check_critic_alone(config: RLConfig) -> None:
     require(
         config.only != "critic" or algorithm.has_critic,
         f"only=critic: algorithm.estimator={algorithm.estimator} has no critic; take gae, or only=train",
+    )
+    require(
+        config.only != "critic" or algorithm.teacher is None,
+        f"only=critic with algorithm.teacher={algorithm.teacher}: the teacher is for the policy, which does not learn; "
+        "leave it out",
     )
     require(
         config.only != "critic" or not config.run.export_every,

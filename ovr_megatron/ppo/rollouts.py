@@ -167,7 +167,10 @@ class Rollouts:
         asked = len(rows) - len(rollout.postponed) - len(rollout.unfinished)
         if len(tokens) * 2 <= asked:
             problems = {r.verdict for r in rollout.responses if not r.rewarded}
-            raise RolloutError(f"{len(tokens)} of {asked} prompts were answered and graded: {problems}")
+            raise RolloutError(
+                f"{len(tokens)} of {asked} prompts were answered and graded: {problems}; where a judge gives no "
+                "verdict on some responses, reward.judges.NAME.no_verdict gives them a reward"
+            )
         order = list(tokens)
         if dynamic_sampling:
             unequal_prompts = set(unequal)

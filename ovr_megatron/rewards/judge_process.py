@@ -12,7 +12,6 @@ was killed, the requests in flight are waited for and kept, so that the next run
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import queue
@@ -33,6 +32,7 @@ from ovr_megatron.rewards.judge_templates import read_verdict
 from ovr_megatron.runtime.chat_messages import Completion, Question
 from ovr_megatron.runtime.endpoint import Endpoint
 from ovr_megatron.runtime.journal import Journal
+from ovr_megatron.runtime.kernel_lock import try_lock
 
 DRAIN_S = 30.0
 """Longest wait for requests in flight at the end, and for a predecessor that waits for its own."""
@@ -119,7 +119,8 @@ class _JudgeAnswers:
         if key in self._added:
             return self._added[key]
         for journal in (self._journal, *self._earlier):
-            if key in journal:
+            # What an endpoint refused an earlier run is asked again: its settings may have been mended since.
+            if key in journal and journal[key]["outcome"] != REFUSED:
                 return journal[key]
         return None
 
@@ -214,18 +215,16 @@ def _lock(folder: Path, rank: int) -> TextIO:
     """Wait until no other process writes this rank's journals: a killed run's keeps the answers in flight.
 
     Raises:
-        TimeoutError: it does not end.
+        UserError: it does not end.
     """
     file = (folder / f"{rank:05d}.lock").open("w")
     deadline = time.monotonic() + 2 * DRAIN_S
     while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(file):
             return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"another process asks judges with the journals in {folder}") from None
-            time.sleep(0.05)
+        if time.monotonic() > deadline:
+            raise UserError(f"another process asks judges with the journals in {folder}; wait for its end, or end it")
+        time.sleep(0.05)
 
 
 def _write_replies(replies: queue.Queue[dict[str, Any]], out: TextIO) -> None:

@@ -175,8 +175,9 @@ def build_models(
         else:
             reference = build_reference(config, model_folder, banned, world)
         if config.offload and config.algorithm.teacher:
-            for engine in engines.values():
-                engine.offload()  # before the teacher takes its memory
+            for engine in (*engines.values(), reference):
+                if engine is not None:
+                    engine.offload()  # before the teacher takes its memory
         teacher = build_teacher(config, processor, world)
     else:
         policy = build_frozen_policy(config, model_folder, world)

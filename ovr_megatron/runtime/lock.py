@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import time
@@ -14,6 +13,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from ovr_megatron.errors import UserError
+from ovr_megatron.runtime.kernel_lock import try_lock
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 
 logger = get_logger(__name__)
@@ -23,7 +23,6 @@ LEASE_S = 100.0
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 # The path itself cannot be used. Anything else may pass, such as a fault of the file server or a full disk.
 _PATH_ERRORS = (*_READ_ONLY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLockedError(UserError, RuntimeError):
@@ -86,7 +85,7 @@ def _take(path: Path, lock: contextlib.ExitStack) -> str | None:
     """Take the lock, which ``lock`` will release, and return None; or return its holder if it cannot be taken."""
     file = path.open("a+")
     deadline = time.monotonic() + LEASE_S
-    while not _try_lock(file):
+    while not try_lock(file):
         file.seek(0)
         holder = file.read().strip() or "another process"
         if _is_on_this_host(holder) or time.monotonic() > deadline:
@@ -110,17 +109,3 @@ def _release(file: IO[str]) -> None:
 
 def _is_on_this_host(holder: str) -> bool:
     return f" on {socket.gethostname()} " in holder
-
-
-def _try_lock(file: IO[str]) -> bool:
-    """Return whether this process now has the lock; also where the file system has no locks."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if error.errno in _NOT_SUPPORTED:
-            logger.warning(f"{file.name}: this file system has no locks; start one job only")
-            return True
-        raise
-    return True

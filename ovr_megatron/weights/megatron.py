@@ -338,9 +338,8 @@ def empty_states(shape: ModelShape, text_only: bool) -> list[str]:
     """Return the keys of the states that modules of Transformer Engine ask for when they are loaded."""
     prefix = "" if text_only else LANGUAGE
     keys = [f"{prefix}decoder.final_layernorm._extra_state/shard_0_1"]
-    modules = _STATEFUL
-    if family_of(shape).decoder_options(shape).get("qk_layernorm"):
-        modules += _STATEFUL_HEAD_NORMS
+    has_head_norms = bool(family_of(shape).decoder_options(shape).get("qk_layernorm"))
+    modules = (*_STATEFUL, *(_STATEFUL_HEAD_NORMS if has_head_norms else ()))
     for module in modules:
         for layer in range(shape.layers):
             keys.append(f"{prefix}{_LAYERS}{module}._extra_state/shard_{layer}_{shape.layers}")

@@ -90,11 +90,11 @@ def test_boxes_judges_and_style_verify_as_in_training(tmp_path: Path) -> None:
             "not graded: no verdict of the judge": 1,
         }
         assert report["judges"]["requests"] == 3 and report["judges"]["refused"] == 1
-        # Another threshold grades all rows again, and asks nothing.
+        # Another threshold grades all rows again, and asks only what was refused.
         prepare(replace(settings, reward=replace(settings.reward, rules=rules | {"dogs": "box:0.9"})))
         report = json.loads((tmp_path / "out/verify/report.json").read_text())
-        assert (report["judges"]["requests"], report["judges"]["journal"]) == (0, 3)
-        assert len(server.report()["asked"]) == 3
+        assert (report["judges"]["requests"], report["judges"]["journal"]) == (1, 2)
+        assert len(server.report()["asked"]) == 4
 
 
 def test_scaled_coordinates_need_the_model(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Judges: templates and verdicts by hand, and whole pools against a real HTTP server on this machine."""
 
+import errno
 import os
+import queue
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,12 @@ from ovr_megatron.data.schema import Message, Row, RowError, TextPart
 from ovr_megatron.rewards.combination import check_rules, is_unknown
 from ovr_megatron.rewards.failures import FEWEST, FailureWatch, RewardError, count_verdicts
 from ovr_megatron.rewards.judge_client import Judges
+from ovr_megatron.rewards.judge_process import Job, _JudgeAnswers
 from ovr_megatron.rewards.judge_templates import open_template, read_verdict
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason
 from ovr_megatron.rewards.references import check_reference
 from ovr_megatron.rewards.verdict import RuleError
+from ovr_megatron.runtime.chat_messages import Completion
 from tests.rewards.judge_server import Server
 
 KEY = "sk-secret-of-the-test"
@@ -62,6 +67,23 @@ def request(text, rule="judge:j", **fields):
 
 def open_pool(folder, **settings):
     return GraderPool(1, judges=Judges({"j": judge(**settings)}, folder))
+
+
+def test_a_disk_that_takes_no_answer_ends_no_wait(tmp_path, monkeypatch):
+    """The reply says so; without one the round would wait for ever."""
+    replies: queue.Queue = queue.Queue()
+    answers = _JudgeAnswers("j", judge("http://127.0.0.1:9/v1"), Job(tmp_path, 0, 1, {}), replies)
+
+    def full(key: int, entry: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(answers._journal, "add", full)
+    future: Future = Future()
+    future.set_result(Completion(7, text="<verdict>right</verdict>", tokens=3))
+    answers._waiting[7] = [1, 2]
+    answers._receive(7, future)
+    first, second = replies.get_nowait(), replies.get_nowait()
+    assert first["outcome"] == second["outcome"] == "failed" and "No space left" in first["text"]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +301,8 @@ def test_a_run_that_is_killed_and_resumed_asks_nothing_twice(tmp_path, start_ser
     report = server.report()
     assert len(report["asked"]) == len(set(report["asked"])) == count
     requests = int(resumed.stdout.split()[-1])
-    assert requests == count - 2 * 32  # 32 are answered and 32 in flight when it is killed
+    # At least 32 are answered and 32 in flight when it is killed; a busy machine kills it later.
+    assert 0 < requests <= count - 2 * 32
 
 
 def test_a_process_waits_for_the_answers_that_its_predecessor_has_in_flight(tmp_path, start_server):

@@ -210,6 +210,17 @@ def test_a_function_gets_the_row_with_images_and_metadata(tmp_path):
     assert without.failed and without.reason is Reason.NEEDS_ROW
 
 
+@pytest.mark.usefixtures("own_with_row")
+def test_every_worker_that_asks_gets_the_row():
+    """Both workers have a request without its row before the first of them asks for one."""
+    row = row_with(TextPart("Which?"), answer="5", metadata={"share": 0.25, "nested": {}})
+    with GraderPool(2) as pool:
+        while not all(worker.ready for worker in pool._workers):
+            pool.grade([GradeRequest(r"\boxed{5}", "5", (), "math")] * 4)
+        verdicts = pool.grade([GradeRequest(f"r{i}", "5", (), "row_rewards:by_name", row=row) for i in range(6)])
+    assert [verdict.reward for verdict in verdicts] == [0.25] * 6
+
+
 MIXED = {"math": 0.9, "format": 0.1}
 
 
