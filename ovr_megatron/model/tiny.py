@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ovr_megatron.families import default_family, family_of
+from ovr_megatron.families.assets import SpecialTokens
 from ovr_megatron.families.tiny import TinySizes
 from ovr_megatron.model.tiny_tokenizer import CORPUS, write_tokenizer
 
@@ -52,7 +53,6 @@ def make_tiny_model(
     sizes = sizes or TinySizes()
     record = family_of(family) if family else default_family()
     tiny = record.tiny
-    tokens = record.tokens
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(out, CORPUS if corpus is None else corpus, sizes.bpe_vocab, sizes.max_positions, record)
@@ -62,16 +62,7 @@ def make_tiny_model(
     if tiny.video_preprocessor is not None:
         _write_json(out / "video_preprocessor_config.json", tiny.video_preprocessor)
     _write_json(out / "chat_template.json", {"chat_template": tiny.chat_template})
-    _write_json(
-        out / "generation_config.json",
-        {
-            "bos_token_id": ids[tokens.end_of_text],
-            "eos_token_id": [ids[token] for token in tokens.ends],
-            "pad_token_id": ids[tokens.end_of_text],
-            "do_sample": True,
-            "temperature": 1.0,
-        },
-    )
+    _write_json(out / "generation_config.json", _generation_config(ids, record.tokens))
     generator = torch.Generator().manual_seed(seed)
     # Some families have the language model's sizes on a level of their own.
     text = config.get("text_config", config)
@@ -86,6 +77,16 @@ def make_tiny_model(
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it private
     return out
+
+
+def _generation_config(ids: Mapping[str, int], tokens: SpecialTokens) -> dict[str, object]:
+    return {
+        "bos_token_id": ids[tokens.end_of_text],
+        "eos_token_id": [ids[token] for token in tokens.ends],
+        "pad_token_id": ids[tokens.end_of_text],
+        "do_sample": True,
+        "temperature": 1.0,
+    }
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator, std: float, perturb: bool) -> Tensor:

@@ -289,8 +289,7 @@ class Rollouts:
         began = time.perf_counter()
         counters = RolloutCounters(f"counters/{name}")
         grading = RoundGrading(self.grader, self.processor, config, rollout.prompts.rows, counters)
-        version = iteration if self.version is None else self.version
-        parts = RoundResponses(config.responses, version, work.groups)
+        parts = RoundResponses(config.responses, self._version_of(iteration), work.groups)
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
         continues = rollout.restarted is not None
@@ -300,9 +299,8 @@ class Rollouts:
             cut = RoundCut(name, needed, self.replica, self.replicas, token_counts)
         engine_round = EngineRound(self.engine, parts, grading, cut, barrier, iteration, self.leads, continues)
         started_responses = config.responses + config.rollout.extra_responses
-        queue = PromptQueue(
-            work, name, started_responses, config.rollout.max_num_seqs, self.replicas, self.engine.agree
-        )
+        slots = config.rollout.max_num_seqs
+        queue = PromptQueue(work, name, started_responses, slots, self.replicas, self.engine.agree)
 
         def take_requests(unfinished: int) -> list[tuple[int, Prompt]]:
             requests = []
@@ -334,6 +332,10 @@ class Rollouts:
         self._record_judges(rollout)
         self._record_idle_time(rollout, RankTimes(generate_s, time.perf_counter() - began, len(problems)))
         return grading.responses_without(left_out)
+
+    def _version_of(self, iteration: int) -> int:
+        """Return the iteration whose weights the engine has in the round of ``iteration``."""
+        return iteration if self.version is None else self.version
 
     def _leave_out(self, rollout: Rollout, prompts: list[int], cut: RoundCut, parts: RoundResponses) -> None:
         """Leave ``prompts`` to a later round, and keep what there is of their responses where that round goes on."""

@@ -72,10 +72,6 @@ def _config(
     dtype: str,
 ) -> dict[str, object]:
     """Return the layout of the published models: the language model in ``text_config``."""
-    pairs = _head_dim(sizes) // 2
-    # In the published ratio of 6 : 5 : 5.
-    side = 5 * pairs // 16
-    section = [pairs - 2 * side, side, side]
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
@@ -85,46 +81,58 @@ def _config(
         "vision_end_token_id": ids["<|vision_end|>"],
         "tie_word_embeddings": tied,
         "dtype": dtype,
-        "text_config": {
-            "model_type": "qwen3_vl_text",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "dtype": dtype,
-            "head_dim": _head_dim(sizes),
-            "hidden_act": "silu",
-            "hidden_size": sizes.hidden,
-            "initializer_range": std,
-            "intermediate_size": sizes.ffn,
-            "max_position_embeddings": sizes.max_positions,
-            "num_attention_heads": sizes.heads,
-            "num_hidden_layers": sizes.layers,
-            "num_key_value_heads": sizes.kv_heads,
-            "rms_norm_eps": 1e-6,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": section, "rope_type": "default"},
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": tied,
-            "use_cache": True,
-            # Like the published models: a multiple of 64, so some ids lie past the tokenizer.
-            "vocab_size": (max(ids.values()) // 64 + 1) * 64,
-        },
-        "vision_config": {
-            "model_type": "qwen3_vl",
-            "deepstack_visual_indexes": _deepstack_blocks(sizes),
-            "depth": sizes.vision_depth,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": sizes.vision_hidden,
-            "in_channels": 3,
-            "initializer_range": std,
-            "intermediate_size": sizes.vision_ffn,
-            "num_heads": sizes.vision_heads,
-            "num_position_embeddings": _POSITIONS_SIDE**2,
-            "out_hidden_size": sizes.hidden,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
+        "text_config": _text_config(sizes, ids, tied, std, dtype),
+        "vision_config": _vision_config(sizes, std),
+    }
+
+
+def _text_config(sizes: TinySizes, ids: Mapping[str, int], tied: bool, std: float, dtype: str) -> dict[str, object]:
+    pairs = _head_dim(sizes) // 2
+    # In the published ratio of 6 : 5 : 5.
+    side = 5 * pairs // 16
+    section = [pairs - 2 * side, side, side]
+    return {
+        "model_type": "qwen3_vl_text",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "dtype": dtype,
+        "head_dim": _head_dim(sizes),
+        "hidden_act": "silu",
+        "hidden_size": sizes.hidden,
+        "initializer_range": std,
+        "intermediate_size": sizes.ffn,
+        "max_position_embeddings": sizes.max_positions,
+        "num_attention_heads": sizes.heads,
+        "num_hidden_layers": sizes.layers,
+        "num_key_value_heads": sizes.kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": section, "rope_type": "default"},
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        # Like the published models: a multiple of 64, so some ids lie past the tokenizer.
+        "vocab_size": (max(ids.values()) // 64 + 1) * 64,
+    }
+
+
+def _vision_config(sizes: TinySizes, std: float) -> dict[str, object]:
+    return {
+        "model_type": "qwen3_vl",
+        "deepstack_visual_indexes": _deepstack_blocks(sizes),
+        "depth": sizes.vision_depth,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": sizes.vision_hidden,
+        "in_channels": 3,
+        "initializer_range": std,
+        "intermediate_size": sizes.vision_ffn,
+        "num_heads": sizes.vision_heads,
+        "num_position_embeddings": _POSITIONS_SIDE**2,
+        "out_hidden_size": sizes.hidden,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
     }
 
 
