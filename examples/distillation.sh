@@ -16,9 +16,10 @@ title "the student: the first and the last of the teacher's four layers, and its
 [ -e "$run/half/manifest.json" ] ||
     "$python" tools/convert_from_hf.py --hf "$teacher/policy" --layers 0,3 --out "$run/half"
 
-title "supervised start: the base model's data, a twenty-fifth of its steps"
-[ -e "$run/start/checkpoints/step_000040/manifest.json" ] ||
-    launch -m ovr_megatron.coldstart --config-name tiny_base run.dir="$run/start" run.seed="$seed" steps=40 \
+title "supervised start: the base model's data, 40 of its 1,000 steps"
+steps="${STEPS:-40}"
+[ -e "$run/start/checkpoints/$(printf 'step_%06d' "$steps")/manifest.json" ] ||
+    launch -m ovr_megatron.coldstart --config-name tiny_base run.dir="$run/start" run.seed="$seed" steps="$steps" \
         model.path="$run/half"
 
 title "on-policy distillation"
