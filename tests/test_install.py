@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,14 @@ def pins(text: str) -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in found}
 
 
+def names(parts: Iterable[str]) -> set[str]:
+    """Names of the packages in parts of setup.cfg, as a lock writes them."""
+    packages = set()
+    for part in parts:
+        packages |= set(re.findall(r"^([A-Za-z0-9_.-]+)", part, re.MULTILINE))
+    return {package.lower().replace("_", "-") for package in packages}
+
+
 def test_locks_hold_the_versions_of_setup_cfg_with_hashes() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
@@ -324,6 +333,10 @@ def test_locks_hold_the_versions_of_setup_cfg_with_hashes() -> None:
         lock = (ROOT / "docker" / f"{extra}.lock").read_text()
         expected = pins(always) | pins(config["options.extras_require"][extra])
         assert expected.items() <= pins(lock).items()
+        # Also what has no version in setup.cfg; cpu.lock has the packages of the tests, too.
+        extras = (extra, "dev") if extra == "cpu" else (extra,)
+        parts = (always, *(config["options.extras_require"][name] for name in extras))
+        assert names(parts) <= pins(lock).keys()
         entries = re.split(r"\n(?=[^\s#])", lock)
         assert all("--hash=sha256:" in entry for entry in entries if "==" in entry.partition("\n")[0])
         assert not re.search(r"^-|://(?!download\.pytorch\.org)", lock, re.MULTILINE)  # no index hides in it

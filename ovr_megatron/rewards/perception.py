@@ -164,8 +164,8 @@ def boxes_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
         if len(boxes) > MAX_BOXES:
             return Verdict(Reason.SEVERAL_ANSWERS, f"{len(boxes)} boxes")
         references = settings.reference(request)
-        # Only graders import NumPy, and of them only those that match boxes.
-        from ovr_megatron.rewards.assignment import best_assignment  # noqa: PLC0415
+        # Only graders import SciPy, and of them only those that match boxes.
+        from scipy.optimize import linear_sum_assignment  # noqa: PLC0415
 
         gains = [[0.0] * len(references) for _ in boxes]
         for i, box in enumerate(boxes):
@@ -174,7 +174,8 @@ def boxes_rule(parameters: str) -> Callable[[GradeRequest], Verdict]:
                     continue
                 share = overlap(box.box, reference.box)
                 gains[i][j] = share if settings.number is None else float(share >= settings.number)
-        total = sum(gains[i][j] for i, j in best_assignment(gains))
+        rows, columns = linear_sum_assignment(gains, maximize=True)
+        total = sum(gains[i][j] for i, j in zip(rows, columns, strict=True))
         score = 2 * total / (len(boxes) + len(references))
         return Verdict(Reason.SCORE, f"{len(boxes)} boxes, {len(references)} in the reference", min(score, 1.0))
 

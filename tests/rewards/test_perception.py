@@ -11,7 +11,6 @@ import torch
 from torchvision.ops import box_iou
 
 from ovr_megatron.data.schema import ImageSize
-from ovr_megatron.rewards.assignment import best_assignment
 from ovr_megatron.rewards.distances import edit_distance, overlap
 from ovr_megatron.rewards.grounding import MAX_TEXT, read_regions
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason
@@ -57,39 +56,12 @@ def test_overlap_is_torchvisions():
     assert 0 < sum(value > 0 for value in values) < 400
 
 
-def random_gains(generator):
-    rows, columns = generator.integers(0, 6, 2)
-    gains = generator.random((rows, columns))
-    return gains if generator.random() < 0.5 else np.round(2 * gains)  # with ties
-
-
 def largest_sum(gains):
     if gains.shape[0] > gains.shape[1]:
         gains = gains.T
     rows, columns = gains.shape
     choices = itertools.permutations(range(columns), rows)
     return max(sum(gains[row, column] for row, column in enumerate(choice)) for choice in choices)
-
-
-def test_the_assignment_has_the_largest_sum_of_all():
-    generator = np.random.default_rng(1)
-    for _ in range(300):
-        gains = random_gains(generator)
-        pairs = best_assignment(gains)
-        assert len(pairs) == min(gains.shape)
-        assert len({row for row, _ in pairs}) == len({column for _, column in pairs}) == len(pairs)
-        assert sum(gains[pair] for pair in pairs) == pytest.approx(largest_sum(gains), abs=1e-12)
-
-
-def test_the_assignment_is_worth_scipys():
-    optimize = pytest.importorskip("scipy.optimize", reason="SciPy is the referee")
-    generator = np.random.default_rng(2)
-    for size in (3, 20, 60):
-        for _ in range(20):
-            gains = generator.random((size, int(generator.integers(1, 80))))
-            total = sum(gains[pair] for pair in best_assignment(gains))
-            expected = gains[optimize.linear_sum_assignment(gains, maximize=True)].sum()
-            assert total == pytest.approx(expected, abs=1e-9)
 
 
 def table_distance(first, second):
