@@ -13,7 +13,7 @@ from typing import Any
 _MOST_PROPOSALS = 3
 # Similarity of `difflib`, from 0 to 1: of entire dotted names, and of their last parts.
 _SIMILAR_NAME = 0.75
-_SIMILAR_LAST_PART = 0.6
+_SIMILAR_LAST_PART = 0.65
 # By the dotted name of a setting of former versions, what to write instead.
 _FORMER_SETTINGS = {
     "algorithm.importance_cap": "write algorithm.correction=token_truncate algorithm.correction_high=CAP, and nothing "
@@ -77,6 +77,10 @@ def replace_former_settings(settings: dict[str, Any]) -> None:
         cap = algorithm.pop("importance_cap")
         if cap:
             algorithm |= {"correction": "token_truncate", "correction_high": cap}
+
+
+# The same within a section of an optimizer, where some names have another meaning.
+_NAMES_IN_OPTIMIZER = {"epsilon": ["eps"], "adam_epsilon": ["eps"], "beta": ["beta1", "beta2"]}
 
 
 def setting_names(schema: type) -> Iterator[str]:
@@ -170,20 +174,33 @@ def nearest_names(name: str, candidates: list[str]) -> list[str]:
     if endings:
         return endings[:_MOST_PROPOSALS]
     *outer_parts, last_part = name.split(".")
+    # Within a section of ours first: `epsilon` is Adam's in `optimizer`, and the clip's elsewhere.
+    own_section = [candidate for candidate in candidates if candidate.rpartition(".")[0] == ".".join(outer_parts)]
+    if outer_parts and own_section:
+        if ours := _names_in_section(last_part, own_section):
+            return ours
     for part in (last_part, *reversed(outer_parts)):
-        if ours := _names_here(name, part, candidates):
+        if ours := _our_names(name, part, candidates):
             return ours
     if similar := difflib.get_close_matches(name, candidates, n=1, cutoff=_SIMILAR_NAME):
         return similar
     for foreign_name in difflib.get_close_matches(last_part, NAMES_ELSEWHERE, n=1, cutoff=_SIMILAR_NAME):
-        return _names_here(name, foreign_name, candidates)
+        return _our_names(name, foreign_name, candidates)
     # Of several candidates with one last part, the first of the schema wins: later entries overwrite earlier ones.
     by_last_part = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
     matches = difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=_SIMILAR_LAST_PART)
     return [by_last_part[match] for match in matches]
 
 
-def _names_here(name: str, foreign_name: str, candidates: list[str]) -> list[str]:
+def _names_in_section(foreign_name: str, section: list[str]) -> list[str]:
+    """Return the settings of one section that ``foreign_name`` means or is most similar to."""
+    by_last_part = {candidate.rpartition(".")[2]: candidate for candidate in section}
+    meant = [name for name in _NAMES_IN_OPTIMIZER.get(foreign_name, []) if name in by_last_part]
+    similar = difflib.get_close_matches(foreign_name, by_last_part, n=1, cutoff=_SIMILAR_NAME)
+    return [by_last_part[name] for name in meant or similar]
+
+
+def _our_names(name: str, foreign_name: str, candidates: list[str]) -> list[str]:
     """Return the ``candidates`` that mean what ``foreign_name`` does in another trainer.
 
     In the section of ``name`` only that section's: ``critic.optimizer.learning_rate`` is ``critic.optimizer.lr``.

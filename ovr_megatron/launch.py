@@ -97,10 +97,12 @@ def read_command_line(
 def _unknown_option(schema: type, parser: argparse.ArgumentParser, option: str) -> str:
     """Return the message for an option that a command of settings does not have."""
     name = option.lstrip("-").partition("=")[0]
-    # The parser has no public list of its options.
-    options = re.findall(r"--[a-z-]+", parser.format_usage())
+    # The parser has no public list of its options, and does not know those that `spelled_out` replaces.
+    options = [*re.findall(r"--[a-z-]+", parser.format_usage()), "--help"]
+    if schema is RLConfig:
+        options += SHORTCUTS
     abbreviated = [candidate for candidate in options if candidate.startswith(f"--{name}")]
-    nearest = abbreviated or difflib.get_close_matches(f"--{name}", options, n=1)
+    nearest = abbreviated or difflib.get_close_matches(f"--{name}", options, n=1, cutoff=0.7)
     settings = nearest_names(name.replace("-", "_"), leaf_names(schema))
     if nearest or not settings:
         remedy = f"did you mean {nearest[0]}?" if nearest else f"there are {' '.join(options)}, and settings, KEY=VALUE"
@@ -260,9 +262,10 @@ def compose(recipe: str, overrides: Sequence[str]) -> ColdStartConfig | RLConfig
 
 
 def fill_in(values: DictConfig, recipe: str) -> DictConfig:
-    """Set ``run.dir`` and ``model.path``, where they are missing, to values that a plan can work with.
+    """Set what is missing of ``run.dir``, ``model.path`` and ``algorithm.teacher`` to values that a plan can work with.
 
-    The model is the preset in the recipe's name: ``cold_start_7b_64gpu`` names 7B.
+    The model is the preset in the recipe's name: ``cold_start_7b_64gpu`` names 7B.  A teacher that alone is learned
+    from is as large as the model.
     """
     names = []
     for name in presets():
@@ -275,7 +278,14 @@ def fill_in(values: DictConfig, recipe: str) -> DictConfig:
     if "model.path" in missing and names:
         # The longest: 32B would be in the name of another family's model, too.
         values.model.path = max(names, key=len)
+    algorithm = values.get("algorithm")
+    if algorithm is not None and algorithm.estimator == "none" and algorithm.teacher is None:
+        algorithm.teacher = None if OmegaConf.is_missing(values.model, "path") else values.model.path
     return values
+
+
+SHORTCUTS = ("--rollout-only", "--rehearse", "--train-only", "--critic-only")
+"""Options of ``ovr rl`` that stand for settings."""
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
@@ -286,14 +296,15 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     settings = []
     remaining = iter(arguments)
     for argument in remaining:
+        option, equals, value = argument.partition("=")
         if argument == "--rollout-only":
             settings.append("only=rollout")
         elif argument == "--rehearse":
             settings.append("only=rehearsal")
-        elif argument in ("--train-only", "--critic-only"):
-            folder = next(remaining, "")
-            half = argument.removeprefix("--").removesuffix("-only")
-            settings += [f"only={half}", f"rollouts_from={folder}"]
+        elif option in ("--train-only", "--critic-only"):
+            folder = value if equals else next(remaining, "")
+            part = option.removeprefix("--").removesuffix("-only")
+            settings += [f"only={part}", f"rollouts_from={folder}"]
         else:
             settings.append(argument)
     return settings

@@ -42,8 +42,11 @@ Config = ColdStartConfig | RLConfig
 def list_inputs(config: Config) -> tuple[list[Path], list[str]]:
     """Return the files and folders that the run reads, and a problem if it has no data."""
     paths = [weights_of(config.model.path)]
-    if isinstance(config, RLConfig) and config.algorithm.teacher:
-        paths.append(weights_of(config.algorithm.teacher))
+    if isinstance(config, RLConfig):
+        others = (config.algorithm.teacher, config.algorithm.reference)
+        paths += [weights_of(path) for path in others if path]
+        if config.critic.path:
+            paths.append(weights_of(config.critic.path, "critic"))
     problems = []
     for source in row_sources(config):
         if source.path.startswith("puzzle:") or is_url(source.path):
@@ -73,7 +76,7 @@ def run_bytes(config: Config) -> int:
     try:
         shape = ModelShape.from_hf(weights_of(config.model.path))
         critic_shape = report.read_critic_shape(config)
-    except (ShapeError, ConfigError):  # `check_model` reports it, and the plan
+    except (ShapeError, ConfigError):  # `check_model` or the plan reports the error
         return 0
     steps = config.iterations if isinstance(config, RLConfig) else config.steps
     checkpoints = config.run.keep_last or -(-steps // config.run.save_every)

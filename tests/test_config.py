@@ -102,7 +102,13 @@ def test_an_override_without_a_key_or_a_value_is_refused(override: str) -> None:
         (["--lr", "1e-3"], "there is no option --lr; a setting is written without dashes: optimizer.lr=VALUE"),
         (["--kl-coef=3"], "there is no option --kl-coef=3; a setting is written without dashes: algorithm.kl_"),
         (["--config", "tiny_rl"], "there is no option --config; did you mean --config-name?"),
-        (["--zebra"], "there is no option --zebra; there are --config-name --config-dir --dry-run, and settings, "),
+        (
+            ["--zebra"],
+            "there is no option --zebra; there are --config-name --config-dir --dry-run --help --rollout-only "
+            "--rehearse --train-only --critic-only, and settings, ",
+        ),
+        (["--rehears"], "there is no option --rehears; did you mean --rehearse?"),
+        (["--hlep"], "there is no option --hlep; did you mean --help?"),
     ],
 )
 def test_a_word_that_is_neither_option_nor_setting_is_corrected(words: list[str], message: str) -> None:
@@ -129,7 +135,7 @@ def test_unknown_key_is_named(override: str, key: str) -> None:
     [
         ("prompts=many", "prompts='many' must be a whole number"),
         ("prompts=2.5", "prompts=2.5 must be a whole number"),
-        ("prompts=null", "prompts=None must be a whole number"),
+        ("prompts=null", "prompts=null must be a whole number"),
         ("optimizer.lr=fast", "optimizer.lr='fast' must be a number"),
         ("model.freeze_vision=perhaps", "model.freeze_vision='perhaps' must be true or false"),
         ("run.trackers=[3]", "run.trackers[0]=3 must be a text"),
@@ -170,6 +176,8 @@ def test_an_object_for_a_list_says_how_it_is_written() -> None:
         ("critic.optimizer.learning_rate", "optimizer.lr", "critic.optimizer.lr"),
         ("batch_size", "packs_per_step", "prompts"),
         ("trainer.save_freq", "run.save_every", "run.save_every"),
+        ("optimizer.epsilon", "optimizer.eps", "optimizer.eps"),
+        ("critic.optimizer.beta", "optimizer.beta2", "critic.optimizer.beta1 or critic.optimizer.beta2"),
         ("algorithm.filter_groups.enable", "", "algorithm.dynamic_sampling"),
         ("model.lora.r", "model.lora.rank", "model.lora.rank"),
         ("data.source", "data.sources", "data.sources"),
@@ -179,8 +187,8 @@ def test_a_name_of_another_trainer_leads_to_ours(name: str, sft: str, rl: str) -
     for schema, ours in ((ColdStartConfig, sft), (RLConfig, rl)):
         message = unknown_setting(schema, name)
         assert message.startswith(f"there is no setting {name}; ")
-        if ours:
-            assert message.endswith(f"; did you mean {ours}?")
+        # SFT has no such setting, nor one that is similar, where `ours` is empty.
+        assert message.endswith(f"; did you mean {ours}?" if ours else "; --help lists all settings")
 
 
 def test_names_of_other_trainers_are_those_of_the_page() -> None:
@@ -203,6 +211,10 @@ REFUSED = [
     (
         "algorithm={estimator: none, teacher: t, kl_coefficient: 0.1, kl_in: reward}",
         "takes the divergence from rewards, of which algorithm.estimator=none takes nothing",
+    ),
+    (
+        "algorithm={estimator: none, teacher: t, overlong_buffer: 8}",
+        "algorithm.estimator=none takes nothing from the rewards; leave",
     ),
     ("algorithm={estimator: grpo, lam_policy: 0.0}", "algorithm.lam_policy=0.0: grpo has no critic"),
     (
@@ -272,6 +284,7 @@ REFUSED = [
         "reward.judges={a: {base_url: 'http://h/v1', model: m, timeout_s: 0}}",
         "reward.judges.a.timeout_s=0.0 must be posi",
     ),
+    ("reward.judges=http://h/v1", "must have names; write reward.judges.NAME.base_url=VALUE"),
     ("reward.judges={a: {url: 'http://h/v1'}}", "there is no setting reward.judges.a.url; did you mean"),
     ("evaluation.rules={no_set: exact}", "evaluation.rules.no_set: no set of evaluation.sources has this name"),
 ]

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-LENGTHS_MEASURED = 64  # rows whose mean length estimates the epochs in the heading
+# Rows drawn for the heading: their mean length estimates the epochs, and those that are too long are warned of.
+LENGTHS_MEASURED = 64
 
 
 def open_data(config: ColdStartConfig, processor: Processor, world: World) -> tuple[SupervisedPacks | None, int]:
@@ -97,7 +98,7 @@ def show_start(
     if isinstance(packs, EpochStream):
         rows.append(("data", describe_epochs(config, packs)))
     elif config.data.sources:
-        lengths, too_long = measure_first_rows(config, processor)
+        lengths, too_long = measure_drawn_rows(config, processor)
         if too_long:
             rows.append(("data", too_long_warning(config, too_long)))
         # The mean of no length is unknown: then a row is taken to fill a pack.
@@ -123,8 +124,11 @@ def describe_epochs(config: ColdStartConfig, packs: EpochStream) -> str:
     return f"{rows}; an epoch takes {packs.epoch_steps:,.1f} steps, the run {epochs:,.1f} epochs"
 
 
-def measure_first_rows(config: ColdStartConfig, processor: Processor) -> tuple[list[int], int]:
-    """Return the tokens of each of the first `LENGTHS_MEASURED` rows that fit, and how many are too long."""
+def measure_drawn_rows(config: ColdStartConfig, processor: Processor) -> tuple[list[int], int]:
+    """Return the tokens of each of `LENGTHS_MEASURED` drawn rows that fits, and how many are too long.
+
+    The stream shuffles and begins again, so that a row of a small source is drawn several times.
+    """
     lengths = []
     too_long = 0
     # A stream of its own: the samples measured here are not taken from the training packs.
@@ -142,11 +146,11 @@ def measure_first_rows(config: ColdStartConfig, processor: Processor) -> tuple[l
 
 
 def too_long_warning(config: ColdStartConfig, too_long: int) -> str:
-    """Return the line of the heading about rows that no pack takes: ``too_long`` of the first `LENGTHS_MEASURED`."""
+    """Return the line of the heading about rows that no pack takes: ``too_long`` of `LENGTHS_MEASURED` drawn ones."""
     limits = f"data.pack_tokens={config.data.pack_tokens}, data.max_prompt_tokens={config.data.max_prompt_tokens}"
     return (
-        f"warning: {too_long} of the first {LENGTHS_MEASURED} rows are too long ({limits}) and are left out; raise the "
-        "limit, or see them with ovr check-data"
+        f"warning: {too_long} of {LENGTHS_MEASURED} rows drawn from data.sources are too long ({limits}) and are left "
+        "out; raise the limit, lower data.max_pixels, or list them with ovr check-data"
     )
 
 

@@ -76,10 +76,11 @@ class AlgorithmConfig:
     """Optimizer steps of the critic in an iteration."""
     # Neither the paper nor Open-Reasoner-Zero has a warm-up: docs/algorithms.md, "The critic's start".
     critic_warmup_iterations: Count = 0
-    """First iterations in which the critic alone learns, at most; with critic_warmup_patience=0 exactly."""
+    """Iterations at the start in which only the critic learns; critic_warmup_patience may end them earlier. Without
+    effect with only=critic."""
     critic_warmup_patience: Annotated[Count, ZeroMeans("off")] = 0
-    """Iterations in a row without a rise of the values' explained variance that end the warm-up, or with only=critic
-    the run."""
+    """End the warm-up, or with only=critic the run, after so many iterations in a row whose explained variance is not
+    0.01 above the best before."""
     policy_epochs: PositiveInt = 1
     """Times that the policy learns from a batch; with more than one, here or in policy_steps, the log-probabilities
     before the update are stored."""
@@ -169,7 +170,12 @@ class AlgorithmConfig:
             "nothing; set algorithm.kl_in=loss, or another estimator",
         )
         require(
-            self.estimator != "maxrl" or not self._rewards_leave_the_unit_interval,
+            self.estimator != "none" or not self._shapes_rewards,
+            "algorithm.estimator=none takes nothing from the rewards; leave algorithm.wrong_reward, overlong_buffer "
+            "and length_reward out, or choose another estimator",
+        )
+        require(
+            self.estimator != "maxrl" or not (self._shapes_rewards or (self.kl_coefficient and self.kl_in == "reward")),
             "algorithm.estimator=maxrl divides by a group's success rate, for which rewards must lie in 0..1; set "
             "algorithm.wrong_reward and algorithm.overlong_buffer to 0, algorithm.length_reward to none and "
             "algorithm.kl_in to loss",
@@ -187,11 +193,9 @@ class AlgorithmConfig:
             )
 
     @property
-    def _rewards_leave_the_unit_interval(self) -> bool:
-        """Whether what the estimator gets is more than a verdict of 0 to 1."""
-        kl_in_reward = self.kl_coefficient > 0 and self.kl_in == "reward"
-        is_shaped = self.wrong_reward < 0 or self.overlong_buffer > 0 or self.length_reward != "none"
-        return kl_in_reward or is_shaped
+    def _shapes_rewards(self) -> bool:
+        """Return whether the estimator gets anything else than verdicts of 0 to 1, a divergence apart."""
+        return self.wrong_reward < 0 or self.overlong_buffer > 0 or self.length_reward != "none"
 
     def _check_lambdas(self) -> None:
         """Raise `ConfigError` where a lambda has no effect."""
@@ -275,13 +279,15 @@ class RewardJudgeConfig(EndpointConfig):
     model: str | None = None
     """Name of its model."""
     max_tokens: ResponseTokens = 512
+    """Longest reply of the judge, in tokens."""
     concurrency: Concurrency = 256
     """Requests at the same time, of all engines together."""
     attempts: Attempts = 4
     max_backoff_s: Wait = 10.0
     timeout_s: Timeout = 60.0
     template: str = "facts"
-    """Question: facts, answer, or the path of a file with $question, $answer, $response and other fields."""
+    """What the judge is asked: facts (which of the row's metadata.facts the response states), answer (whether the final
+    answer means the row's), or the path of a text file, see docs/own_reward.md."""
     response_characters: PositiveInt = 16384
     """Last characters of a response that it is shown."""
     no_verdict: Annotated[float | None, Field(ge=0, le=1)] = None
@@ -297,7 +303,7 @@ class RewardJudgeConfig(EndpointConfig):
         assert self.base_url is not None
         require(
             re.fullmatch(r"[\w.-]+", name.removeprefix("reward.judges.")) is not None,
-            f"{name}: give a name of letters, digits, - _ or ., of which a file is named",
+            f"{name}: the name becomes a file name; use letters, digits, - _ or .",
         )
         check_url(self.base_url, f"{name}.base_url", bool(self.key_env), self.allow_http, f"{name}.allow_http=true")
 

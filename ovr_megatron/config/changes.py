@@ -15,8 +15,8 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> Ite
     new = dict(_flatten(after))
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key) and key != "run.dir":
-            old_text = _shorten(old[key]) if key in old else "none"
-            new_text = _shorten(new[key]) if key in new else "none"
+            old_text = _shorten(old[key]) if key in old else "(not set)"
+            new_text = _shorten(new[key]) if key in new else "(not set)"
             yield f"{key} {old_text} -> {new_text}"
 
 

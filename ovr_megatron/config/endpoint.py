@@ -61,7 +61,7 @@ def _is_local(host: str) -> bool:
 
 @section("endpoint.")
 class EndpointConfig:
-    """An OpenAI-compatible endpoint, and how it is asked: the teacher's or a judge's."""
+    """An OpenAI-compatible endpoint, and how it is asked: that of `ovr prepare`'s teacher, or a judge's."""
 
     base_url: str | None = None
     """Address of the endpoint; none: the model is local."""
@@ -86,9 +86,9 @@ class EndpointConfig:
     timeout_s: Timeout = 600.0
     """Seconds of a request from its first to its last byte."""
     max_requests: Budget = 0
-    """Requests of all runs in this folder."""
+    """Most requests that all runs in this folder send together; further questions have no answer."""
     max_total_tokens: Budget = 0
-    """Tokens of all runs in this folder."""
+    """Most tokens of the requests and answers of all runs in this folder."""
 
     @property
     def sampling(self) -> Sampling:

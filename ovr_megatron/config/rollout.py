@@ -27,10 +27,10 @@ class RolloutConfig:
     """Share of prompts that are started beyond those of an iteration, which ends when enough are answered; the others
     are generated anew in a later iteration of long responses, or with rollout.max_staleness continued in the next."""
     max_staleness: Annotated[Count, ZeroMeans("the current one alone")] = 0
-    """How many iterations older than the policy a token may be that is trained on. With rollout.oversample responses
-    that a round leaves unfinished are continued with the new weights, not generated anew. With rollout.ranks generation
-    runs ahead of training by so many iterations, or with rollout.oversample by one, and responses are continued in the
-    others."""
+    """Largest age in iterations of a token that is trained on. Without rollout.ranks it needs rollout.oversample:
+    unfinished responses continue under the new weights. With rollout.ranks alone generation runs so many iterations
+    ahead of training. With both it runs one ahead, a response may span max_staleness - 1 updates, and the value is 0 or
+    at least 2."""
     extra_responses: Annotated[Count, ZeroMeans("off")] = 0
     """Responses to each prompt that are started beyond those that are trained on. The first to be finished are taken,
     the others given up: short responses are taken more often than the policy gives them, and the policy learns that."""
@@ -91,14 +91,14 @@ class RolloutConfig:
 
     @property
     def rounds_ahead(self) -> int:
-        """By how many iterations the ranks that only generate run ahead of the others."""
+        """Return how many iterations the ranks that only generate run ahead of those that train."""
         if not self.ranks:
             return 0
         return min(self.max_staleness, 1) if self.oversample else self.max_staleness
 
     @property
     def continues_responses(self) -> bool:
-        """Whether a round goes on with the responses that the one before it left unfinished."""
+        """Return whether unfinished responses continue in the next round."""
         return self.oversample > 0 and self.max_staleness > self.rounds_ahead
 
     def memory_share(self, offload: bool) -> float:

@@ -96,14 +96,18 @@ def _form_problem(kind: str, schema: type, path: tuple[str | int, ...], key: str
         value: the value as it was written.
     """
     if kind in _SCALARS:
-        return f"{key}={value!r} must be {_SCALARS[kind]}"
+        shown_value = "null" if value is None else repr(value)
+        return f"{key}={shown_value} must be {_SCALARS[kind]}"
     if kind not in ("list_type", "dict_type", "dataclass_type"):
         return None
     field = field_at(schema, [part for part in path if isinstance(part, str)])
     text = _value_text(value)
+    groups = inner_schemas(field.annotation)
+    if kind == "dict_type" and groups:
+        first_field = next(iter(fields_of(groups[0])))
+        return f"{key}={text} must have names; write {key}.NAME.{first_field}=VALUE"
     if kind == "dict_type":
         return f"{key}={text} must have names; write {key}.NAME={text}"
-    groups = inner_schemas(field.annotation)
     if kind == "list_type":
         element = _with_field_name(groups[0], value) if groups else text
         return f"{key}={text} must be a list; write '{key}=[{element}]'"

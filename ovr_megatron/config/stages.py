@@ -108,8 +108,9 @@ class RLConfig:
     """Compute a prompt with its images once for all of its responses in a pack; algorithm.reduction=pack then weighs
     other packs."""
     only: Literal["all", "rollout", "train", "critic", "rehearsal"] = "all"
-    """Half of the system: generate and grade with the weights of model.path (rollout), or learn from the rollouts of
-    another run (train), the critic alone (critic); rehearsal tries each stage of the curriculum once."""
+    """Part of the loop to run: all; rollout (generate and grade with the weights of model.path); train (learn from the
+    rollouts in rollouts_from); critic (the same, for the critic alone); rehearsal (each stage of the curriculum
+    once)."""
     rollouts_from: str | None = None
     """Run folder whose rollouts only=train and only=critic learn from."""
 
@@ -190,7 +191,7 @@ class RLConfig:
 
     @property
     def critic_shares_base(self) -> bool:
-        """Whether the critic's frozen weights are the policy's memory: beside adapters, from one folder in one layout.
+        """Return whether policy and critic have one frozen base in memory: adapters, the same folder and layout.
 
         A ``critic.path`` counts as another folder; a run shares the memory also where it turns out to be the same one.
         """
@@ -201,7 +202,7 @@ class RLConfig:
 
 
 def _check_critic_alone(config: RLConfig) -> None:
-    """Raise `ConfigError` if the critic is to learn alone and cannot, or if nothing would end for want of patience."""
+    """Raise `ConfigError` if only=critic or critic_warmup_patience has nothing to act on."""
     algorithm = config.algorithm
     require(
         config.only != "critic" or algorithm.has_critic,

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ovr_megatron.coldstart.setup import measure_first_rows, too_long_warning
+from ovr_megatron.coldstart.setup import measure_drawn_rows, too_long_warning
 from ovr_megatron.config import ColdStartConfig, ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig
 from ovr_megatron.data.epochs import EpochStream
 from ovr_megatron.data.pack_stream import PackStream
@@ -48,8 +48,9 @@ def test_rows_that_no_pack_takes_are_counted_before_the_first_step(tmp_path):
     path.write_text(ROW * 2 + ROW.replace("So", "So " * 200))
     data = DataConfig(sources=[SourceConfig(path=str(path))], pack_tokens=100)
     config = ColdStartConfig(run=RunConfig(dir=str(tmp_path / "run")), model=ModelConfig(path=str(model)), data=data)
-    lengths, too_long = measure_first_rows(config, Processor(model, data))
+    lengths, too_long = measure_drawn_rows(config, Processor(model, data))
     assert too_long in (21, 22) and len(lengths) == 64 - too_long and max(lengths) <= 100
     assert too_long_warning(config, too_long).startswith(
-        f"warning: {too_long} of the first 64 rows are too long (data.pack_tokens=100, data.max_prompt_tokens=8192) and"
+        f"warning: {too_long} of 64 rows drawn from data.sources are too long (data.pack_tokens=100, "
+        "data.max_prompt_tokens=8192) and"
     )

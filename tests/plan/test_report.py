@@ -308,7 +308,7 @@ def test_a_teacher_has_a_phase_and_memory_of_its_own_size() -> None:
     # The norms and the tower's biases are whole on every rank.
     share = 2 * sum(teacher.values()) / 4
     for offload in ("false", "true"):
-        settings = [f"offload={offload}", "algorithm.teacher_parallel={tp: 4}"]
+        settings = [f"offload={offload}", "algorithm.teacher=7B", "algorithm.teacher_parallel={tp: 4}"]
         with_teacher = plan(compose("distill_3b_8gpu", ["model.path=3B", *settings]), Options(8, search=False))
         held = {phase["name"]: phase["items"].get("teacher", 0) for phase in with_teacher["phases"]}
         assert share <= held["teacher"] < 1.01 * share
