@@ -217,6 +217,18 @@ def _check_critic_alone(config: RLConfig) -> None:
         f"only=critic with run.export_every={config.run.export_every}: there is no policy to export; leave it at 0",
     )
     require(
+        config.only != "critic" or not config.model.lora.rank,
+        f"only=critic with model.lora.rank={config.model.lora.rank}: the checkpoint would have adapters alone, which "
+        "critic.path cannot take; set model.lora.rank=0",
+    )
+    # Without a reference of its own the divergence of a policy that does not learn from itself is 0.
+    changes_rewards = algorithm.kl_in == "reward" and algorithm.reference is not None
+    require(
+        config.only != "critic" or not algorithm.kl_coefficient or changes_rewards,
+        f"only=critic with algorithm.kl_coefficient={algorithm.kl_coefficient:g}: the policy does not learn, so that "
+        "its divergence is of no effect; set it to 0, or algorithm.kl_in=reward with algorithm.reference",
+    )
+    require(
         not algorithm.critic_warmup_patience or algorithm.critic_warmup_iterations > 0 or config.only == "critic",
         f"algorithm.critic_warmup_patience={algorithm.critic_warmup_patience} ends a warm-up early, and there is none; "
         "set algorithm.critic_warmup_iterations to the most iterations that it may take",

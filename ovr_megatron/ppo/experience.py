@@ -32,7 +32,7 @@ from ovr_megatron.ppo.batch import Batch, Response, balance_prompts
 from ovr_megatron.ppo.estimators import Estimate, EstimatorInput, find_estimator
 from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.rollouts import Rollout
-from ovr_megatron.ppo.warmup import CriticWarmup
+from ovr_megatron.ppo.warmup import CriticWarmup, WarmupState, policy_steps
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import exchange, gather_objects
 from ovr_megatron.runtime.layout import Layout
@@ -61,7 +61,18 @@ class Models:
     warmup: CriticWarmup = field(init=False)
 
     def __post_init__(self) -> None:
-        self.warmup = CriticWarmup.of(self.config)
+        self.warmup = CriticWarmup.from_config(self.config)
+
+    def load_warmup(self, state: WarmupState) -> None:
+        """Go on from the warm-up's progress in a checkpoint."""
+        self.warmup.load(state)
+        self.follow_warmup()
+
+    def follow_warmup(self) -> None:
+        """Have the policy's learning rate begin where the warm-up ends, as far as that is known."""
+        # While the end is open the policy takes no step, so that none was taken by another schedule.
+        if not self.warmup.critic_only:
+            self.policy.total_steps = policy_steps(self.config, self.warmup)
 
     def offload_except(self, active: Engine | None) -> None:
         """With ``offload``, offload all models but ``active``, which onloads what it needs when it needs it."""

@@ -34,6 +34,7 @@ from ovr_megatron.ppo.experience import (
     compute_experience,
     sum_over_dp,
 )
+from ovr_megatron.ppo.iteration import rollout_staleness
 from ovr_megatron.ppo.losses import LOSSES
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
@@ -166,7 +167,8 @@ def stale_update(stale_rank: int | None) -> dict[str, float]:
         if world.rank == stale_rank:
             response.versions = (7 - age).astype(np.int32)
     total, count = sum_over_dp(np.array([sum(map(sum, ages)), sum(map(len, ages))]), models.policy.layout)
-    return update_policy(models, experience, 7) | {"expected_staleness": total / count}
+    staleness = rollout_staleness(models, experience.responses, 7)
+    return update_policy(models, experience, 7) | staleness | {"expected_staleness": total / count}
 
 
 def critic_gradients(*more: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.families import ModelShape
 from ovr_megatron.launch import compose, spelled_out
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.ppo.warmup import LEAST_RISE, CriticWarmup, policy_steps
+from ovr_megatron.ppo.warmup import MIN_IMPROVEMENT, CriticWarmup, policy_steps
 from ovr_megatron.rl.critic import check_critic
 from tests.ppo.reference import Iteration
 from tests.ppo.test_loops import curve, weights
@@ -34,7 +34,7 @@ def literal_end(values: list[float], iterations: int, patience: int) -> int:
     """The first iteration that is the ``patience``-th in a row without a rise, else ``iterations``."""
     best, stale = -np.inf, 0
     for i, value in enumerate(values[:iterations]):
-        if value >= best + LEAST_RISE:
+        if value >= best + MIN_IMPROVEMENT:
             best, stale = value, 0
         else:
             stale += 1
@@ -75,12 +75,27 @@ def test_a_warmup_by_hand() -> None:
     assert warmup.trains_policy(8) and warmup.end == 8
 
 
+@pytest.mark.parametrize(("patience", "goes_on"), [(0, True), (1, False), (2, False), (3, True)])
+def test_a_critic_that_ended_early_goes_on_with_more_patience(patience: int, goes_on: bool) -> None:
+    first = CriticWarmup(10, patience=2, critic_only=True)
+    ends = [first.observe(i, value) for i, value in enumerate([0.5, 0.5, 0.5])]
+    assert ends == [False, False, True] and first.end == 2
+    resumed = CriticWarmup(10, patience, critic_only=True)
+    resumed.load(json.loads(json.dumps(first.state())))
+    assert (resumed.end is None) == goes_on
+    assert resumed.observe(3, 0.5) == (patience == 3)
+    # The policy has learned since the end of its warm-up, which cannot be taken back.
+    beside_a_policy = CriticWarmup(10, patience)
+    beside_a_policy.load(first.state())
+    assert beside_a_policy.end == 2
+
+
 def test_the_policys_schedule_begins_where_the_warmup_ends() -> None:
     config = settings("iterations=20", "algorithm.critic_warmup_iterations=8", "algorithm.policy_steps=3")
-    assert policy_steps(config, CriticWarmup.of(config)) == 36
+    assert policy_steps(config, CriticWarmup.from_config(config)) == 36
     assert policy_steps(config, CriticWarmup(8, 2, end=5)) == 45
     alone = settings("only=critic", "rollouts_from=elsewhere", "iterations=20")
-    assert not CriticWarmup.of(alone).trains_policy(19)
+    assert not CriticWarmup.from_config(alone).trains_policy(19)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +109,15 @@ def test_the_policys_schedule_begins_where_the_warmup_ends() -> None:
         (
             ["only=critic", "rollouts_from=a", "run.export_every=20"],
             "run.export_every=20: there is no policy to export",
+        ),
+        (["only=critic", "rollouts_from=a", "model.lora.rank=4"], "only=critic with model.lora.rank=4: the checkpoint"),
+        (
+            ["only=critic", "rollouts_from=a", "algorithm.kl_coefficient=0.1", "algorithm.reference=r"],
+            "only=critic with algorithm.kl_coefficient=0.1: the policy does not learn",
+        ),
+        (
+            ["only=critic", "rollouts_from=a", "algorithm.kl_coefficient=0.1", "algorithm.kl_in=reward"],
+            "only=critic with algorithm.kl_coefficient=0.1: the policy does not learn",
         ),
         (
             ["algorithm.critic_warmup_iterations=0", "algorithm.critic_warmup_patience=2"],
@@ -109,6 +133,11 @@ def test_the_policys_schedule_begins_where_the_warmup_ends() -> None:
 def test_settings_that_cannot_work_are_refused(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         settings(*overrides)
+
+
+def test_a_critic_alone_may_learn_rewards_less_the_divergence_from_a_reference() -> None:
+    divergence = ("algorithm.kl_coefficient=0.1", "algorithm.kl_in=reward", "algorithm.reference=r")
+    assert settings("only=critic", "rollouts_from=a", *divergence).algorithm.changes_rewards
 
 
 def test_the_shortcut_of_the_critic_alone() -> None:

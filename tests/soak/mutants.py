@@ -176,8 +176,8 @@ MUTANTS = [
     Mutant(
         "the policy does not wait for the critic",
         "ppo/warmup.py",
-        "return not self.alone and iteration >= self.first_policy_iteration",
-        "return not self.alone",
+        "return not self.critic_only and iteration >= self.first_policy_iteration",
+        "return not self.critic_only",
     ),
     Mutant(
         "the trainer bans nothing",
