@@ -62,7 +62,7 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
     """Learn from graded responses: the iteration without generation and without the engine's update.  A collective."""
     with clock("value"):
         responses, batch = build_local_batch(models, rollout, models.policy)
-        experience, critic_batch = compute_experience(models, rollout, responses, batch)
+        experience, critic_batch = compute_experience(models, rollout, responses, batch, iteration)
     # Also in iterations in which the policy takes no step.
     metrics = rollout_staleness(models, responses, iteration)
     with clock("update"):

@@ -13,7 +13,7 @@ from ovr_megatron.ppo.advantages import Ragged, explained_variance, mean_and_std
 from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_over_dp
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
-from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
+from ovr_megatron.ppo.reductions import positive_nll_weights, token_weights
 from ovr_megatron.ppo.staleness import has_older_tokens, token_staleness
 
 
@@ -165,7 +165,7 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
     likelihood = None
     if config.positive_nll:
         right = [r.reward >= 1 for r in experience.responses]
-        likelihood = likelihood_weights(right, batch.lengths, members, sum_over_ranks)
+        likelihood = positive_nll_weights(right, batch.lengths, members, sum_over_ranks)
     old_logprobs = None
     # One step is strictly on-policy, also where a divergence in the reward has had them computed.
     if config.policy_updates > 1:
@@ -179,7 +179,7 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
         reference_logprobs=experience.reference,
         teacher_logprobs=experience.teacher,
         weights=weights,
-        likelihood_weights=likelihood,
+        positive_nll_weights=likelihood,
     )
 
 

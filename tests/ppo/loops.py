@@ -154,7 +154,7 @@ def saved_experience(chosen: RLConfig) -> tuple[Models, Experience, CriticBatch 
     models, _ = build_models(chosen, out / "model", processor, there)
     prompts = PromptStream(open_stream(chosen.data, chosen.run.seed), processor, chosen.reward.rules)
     rollout = archive.restore(archive.read(out / "ppo", 0, world), prompts)
-    return models, *compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy))
+    return models, *compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy), iteration=0)
 
 
 def stale_update(stale_rank: int | None) -> dict[str, float]:
@@ -269,6 +269,7 @@ def continued_runs() -> None:
     with slow_engine(rank=1):
         train("partial_slow", *CONTINUED, "iterations=2")
     train("partial_learned", *CONTINUED, "only=train", f"rollouts_from={out / 'partial'}")
+    train("partial_critic", *CONTINUED, "only=critic", f"rollouts_from={out / 'partial'}", "iterations=2")
 
 
 def taught_runs() -> None:

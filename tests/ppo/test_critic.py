@@ -137,7 +137,7 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], says: str) 
 
 def test_a_critic_alone_may_learn_rewards_less_the_divergence_from_a_reference() -> None:
     divergence = ("algorithm.kl_coefficient=0.1", "algorithm.kl_in=reward", "algorithm.reference=r")
-    assert settings("only=critic", "rollouts_from=a", *divergence).algorithm.changes_rewards
+    assert settings("only=critic", "rollouts_from=a", *divergence).algorithm.kl_in == "reward"
 
 
 def test_the_shortcut_of_the_critic_alone() -> None:

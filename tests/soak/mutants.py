@@ -197,7 +197,7 @@ MUTANTS = [
         "ppo/iteration.py",
         "metrics |= update_critic(models, critic_batch)",
         "metrics |= update_critic(models, critic_batch); "
-        "experience, _ = compute_experience(models, rollout, responses, batch)",
+        "experience, _ = compute_experience(models, rollout, responses, batch, iteration)",
     ),
     Mutant(
         "the engine keeps its first weights",
