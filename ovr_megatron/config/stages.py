@@ -170,6 +170,23 @@ class RLConfig:
         return self.only in ("train", "critic")
 
     @property
+    def generates(self) -> bool:
+        """Whether the run has engines that generate responses."""
+        return not self.learns_from_archive
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether the policy learns; with ``only=rollout`` it does in the run that takes the rollouts."""
+        return self.only != "critic"
+
+    @property
+    def scoring_passes(self) -> int:
+        """Return `AlgorithmConfig.scoring_passes` of this run: a critic alone needs those of its rewards."""
+        if self.trains_policy or self.algorithm.kl_coefficient:
+            return self.algorithm.scoring_passes
+        return 0
+
+    @property
     def reduction_tokens(self) -> int:
         """Return the divisor of ``algorithm.reduction=constant`` in tokens.
 
