@@ -50,13 +50,11 @@ from ovr_megatron.weights.adapters import (
     initial_adapter,
 )
 from ovr_megatron.weights.folder import WeightFolder
-from ovr_megatron.weights.live import MOMENTS, Holding, LiveTensors
+from ovr_megatron.weights.live import MOMENTS, OUTPUT_LAYER, Holding, LiveTensors
 from ovr_megatron.weights.slices import LocalShard
 from ovr_megatron.weights.table import TensorRow, rows
-from ovr_megatron.weights.transfer import check_weights, require_finite
+from ovr_megatron.weights.transfer import VALUE_HEAD, check_weights, require_finite
 
-VALUE_HEAD = "value_head.weight"
-HEAD = "output_layer.weight"
 MEMORY_KINDS: tuple[str, ...] = ("base", "weights", "gradients", "optimizer")
 """What an engine offloads, each by itself; ``base``: the frozen weights that a policy and a critic both have."""
 
@@ -163,7 +161,7 @@ class Engine:
     def _is_base(self, holding: Holding) -> bool:
         """Whether a weight is frozen and one that a policy and a critic both have: of the heads each has its own."""
         name = holding.row.megatron
-        is_head = holding.is_copy or name in (HEAD, VALUE_HEAD)
+        is_head = holding.is_copy or name in (OUTPUT_LAYER, VALUE_HEAD)
         return name not in self.trained and not is_head
 
     def _take_base(self, base: Engine) -> None:

@@ -22,7 +22,6 @@ from ovr_megatron.data.skipped import SkippedRows
 from ovr_megatron.keys import replace_former_settings
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.iteration import Clock, learn
-from ovr_megatron.ppo.warmup import policy_steps
 from ovr_megatron.rl.setup import build_models, open_model_and_prompts
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
@@ -90,9 +89,7 @@ def replay(config: RLConfig, run: Path, iteration: int, world: World) -> list[Re
         checkpoint = store.checkpoint_at(run / "checkpoints", iteration, world)
         store.restore(checkpoint, engines)
         if "warmup" in checkpoint.state:
-            models.warmup.load(checkpoint.state["warmup"])
-            if not models.warmup.alone:
-                models.policy.total_steps = policy_steps(config, models.warmup)  # of its learning rate
+            models.load_warmup(checkpoint.state["warmup"])
     result = learn(models, archive.restore(saved, prompts), iteration, Clock())
     experience = result.experience
     names = [name for name in archive.ARRAYS if getattr(experience, name) is not None]

@@ -23,7 +23,7 @@ from ovr_megatron.config.fields import Dtype
 from ovr_megatron.data.expansion import expand, joined
 from ovr_megatron.data.hf_assets import check_assets, one_sentence
 from ovr_megatron.data.packing import IGNORED, Pack
-from ovr_megatron.engine import VALUE_HEAD, Engine, LossSum
+from ovr_megatron.engine import Engine, LossSum
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.positions import Visual
 from ovr_megatron.model.heads import init_value_head
@@ -32,6 +32,7 @@ from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.runtime import distributed
 from ovr_megatron.weights.folder import WeightFolder
 from ovr_megatron.weights.table import canonical
+from ovr_megatron.weights.transfer import VALUE_HEAD
 
 SECONDS_PER_SLICE = 1.0
 SLICE_TIMES = (0.25, 1.25, 2.25)

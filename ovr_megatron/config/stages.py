@@ -171,6 +171,23 @@ class RLConfig:
         return self.only in ("train", "critic")
 
     @property
+    def generates(self) -> bool:
+        """Whether the run has engines that generate responses."""
+        return not self.learns_from_archive
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether the policy learns; with ``only=rollout`` it does in the run that takes the rollouts."""
+        return self.only != "critic"
+
+    @property
+    def scoring_passes(self) -> int:
+        """Return `AlgorithmConfig.scoring_passes` of this run: a critic alone needs those of its rewards."""
+        if self.trains_policy or self.algorithm.kl_coefficient:
+            return self.algorithm.scoring_passes
+        return 0
+
+    @property
     def reduction_tokens(self) -> int:
         """Return the divisor of ``algorithm.reduction=constant`` in tokens.
 
@@ -216,6 +233,18 @@ def _check_critic_alone(config: RLConfig) -> None:
     require(
         config.only != "critic" or not config.run.export_every,
         f"only=critic with run.export_every={config.run.export_every}: there is no policy to export; leave it at 0",
+    )
+    require(
+        config.only != "critic" or not config.model.lora.rank,
+        f"only=critic with model.lora.rank={config.model.lora.rank}: the checkpoint would have adapters alone, which "
+        "critic.path cannot take; set model.lora.rank=0",
+    )
+    # Without a reference of its own the divergence of a policy that does not learn from itself is 0.
+    changes_rewards = algorithm.kl_in == "reward" and algorithm.reference is not None
+    require(
+        config.only != "critic" or not algorithm.kl_coefficient or changes_rewards,
+        f"only=critic with algorithm.kl_coefficient={algorithm.kl_coefficient:g}: the policy does not learn, so that "
+        "its divergence is of no effect; set it to 0, or algorithm.kl_in=reward with algorithm.reference",
     )
     require(
         not algorithm.critic_warmup_patience or algorithm.critic_warmup_iterations > 0 or config.only == "critic",

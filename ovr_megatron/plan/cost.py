@@ -47,20 +47,20 @@ def model_flops(scenario: Scenario, span: Span) -> float:
     shape = scenario.shape
     load = span.load
     tokens = scenario.tokens(span)
-    policy = token_flops(shape, config.model, load)
+    policy = token_flops(shape, scenario.model, load)
     if isinstance(config, ColdStartConfig):
         return tokens * policy.training
     algorithm = config.algorithm
-    forward_passes = 1 + algorithm.scoring_passes
-    without_gradients = policy.forward * forward_passes
-    training = policy.training * algorithm.policy_epochs
-    per_token = without_gradients + training
+    forward_passes = config.generates + config.scoring_passes
+    per_token = policy.forward * forward_passes
+    if config.trains_policy:
+        per_token += policy.training * algorithm.policy_epochs
     if algorithm.has_critic:
         critic = token_flops(scenario.critic_scenario.shape, config.model, load, critic=True)
         per_token += critic.forward + critic.training
     teacher = scenario.teacher_scenario
     if teacher:
-        per_token += token_flops(teacher.shape, teacher.config.model, load).forward
+        per_token += token_flops(teacher.shape, teacher.model, load).forward
     return tokens * per_token
 
 
@@ -68,19 +68,21 @@ def seconds(scenario: Scenario, span: Span) -> Seconds:
     """Return the seconds of one step or iteration of ``span``."""
     config = scenario.config
     shape = scenario.shape
-    policy = token_flops(shape, config.model, span.load)
+    policy = token_flops(shape, scenario.model, span.load)
     if isinstance(config, ColdStartConfig):
         parts = _training(scenario, span, policy, 1, False)
         return Seconds(parts)
     algorithm = config.algorithm
-    parts = {"generate": generation_seconds(scenario, span)}
-    if algorithm.scoring_passes:
+    parts = {}
+    if config.generates:
+        parts["generate"] = generation_seconds(scenario, span)
+    if config.scoring_passes:
         scoring_flops = _forward_only(policy)
         scoring = _training(scenario, span, scoring_flops, 1, False, backward=False)
-        parts["log-probabilities"] = sum(scoring.values()) * algorithm.scoring_passes
+        parts["log-probabilities"] = sum(scoring.values()) * config.scoring_passes
     teacher = scenario.teacher_scenario
     if teacher:
-        teacher_flops = _forward_only(token_flops(teacher.shape, teacher.config.model, span.load))
+        teacher_flops = _forward_only(token_flops(teacher.shape, teacher.model, span.load))
         teaching = _training(teacher, span, teacher_flops, 1, False, backward=False)
         parts["teacher"] = sum(teaching.values())
     if algorithm.has_critic:
@@ -92,9 +94,11 @@ def seconds(scenario: Scenario, span: Span) -> Seconds:
         update = _training(critic_scenario, span, critic, algorithm.critic_steps, True)
         parts["value"] = sum(values.values())
         parts["update critic"] = sum(update.values())
-    epoch = _training(scenario, span, policy, algorithm.policy_steps, False)
-    parts["update policy"] = sum(epoch.values()) * algorithm.policy_epochs
-    parts["sync"] = _sync_seconds(scenario)
+    if config.trains_policy:
+        epoch = _training(scenario, span, policy, algorithm.policy_steps, False)
+        parts["update policy"] = sum(epoch.values()) * algorithm.policy_epochs
+    if config.generates:
+        parts["sync"] = _sync_seconds(scenario)
     if config.offload:
         parts["offload"] = _offload_seconds(scenario)
     if config.rollout.rounds_ahead:
@@ -135,7 +139,7 @@ def _offload_seconds(scenario: Scenario) -> float:
     config = scenario.config
     assert isinstance(config, RLConfig)
     algorithm = config.algorithm
-    policy = model_state(scenario.shape, config.model, config.parallel, scenario.dp)
+    policy = model_state(scenario.shape, scenario.model, config.parallel, scenario.dp)
     size = policy.weights + policy.optimizer
     if algorithm.has_critic:
         critic = scenario.critic_scenario
@@ -147,7 +151,7 @@ def _offload_seconds(scenario: Scenario) -> float:
         size += policy.weights
     teacher = scenario.teacher_scenario
     if teacher:
-        size += model_state(teacher.shape, config.model.frozen(), teacher.config.parallel, teacher.dp).weights
+        size += model_state(teacher.shape, teacher.model, teacher.config.parallel, teacher.dp).weights
     return 2 * size / (WIRE * scenario.gpu.host)
 
 

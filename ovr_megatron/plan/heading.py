@@ -67,9 +67,16 @@ def run_rows(
         progress = f"after {unit} {step:,} of {total:,}, from {checkpoint}"
         rows.append(("resumes", progress))
     else:
-        start = f"from the weights of {config.model.path}; {total:,} {unit}s to do"
+        start = f"from the weights of {initial_weights(config)}; {total:,} {unit}s to do"
         rows.append(("starts", start))
     return rows
+
+
+def initial_weights(config: ColdStartConfig | RLConfig) -> str:
+    """Return the folder from whose weights the model that trains begins."""
+    if isinstance(config, RLConfig) and config.only == "critic":
+        return config.critic.path or config.model.path
+    return config.model.path
 
 
 def describe_model(engine: Engine) -> str:

@@ -69,7 +69,7 @@ def _stage_phases(scenario: Scenario, stage: int) -> list[Phase]:
     config = scenario.config
     shape = scenario.shape
     overhead = _overhead(scenario)
-    state = model_state(shape, config.model, config.parallel, scenario.dp, stage)
+    state = model_state(shape, scenario.model, config.parallel, scenario.dp, stage)
     if isinstance(config, ColdStartConfig):
         saved = _state_items(state)
         # The largest tensor is put together in float32 from its shards: both are there at once.
@@ -95,7 +95,7 @@ class _IterationPhases:
         self.config = config
         self.stage = stage
         self.models = {"policy": policy}
-        fp8_policy = fp8_bytes(shape, config.model, config.parallel, stage, False)
+        fp8_policy = fp8_bytes(shape, scenario.model, config.parallel, stage, False)
         # The reference has the policy's sizes and its layout.
         self.fp8_copies = {"policy": fp8_policy, "reference": fp8_policy}
         if config.algorithm.has_critic:
@@ -112,7 +112,7 @@ class _IterationPhases:
         self.teacher = scenario.teacher_scenario
         if self.teacher:
             layout = self.teacher.config.parallel
-            frozen = config.model.frozen()
+            frozen = self.teacher.model
             self.teacher_stage = stage if layout.pp == config.parallel.pp else 0
             self.models["teacher"] = model_state(
                 self.teacher.shape, frozen, layout, self.teacher.dp, self.teacher_stage
@@ -124,32 +124,34 @@ class _IterationPhases:
         scenario = self.scenario
         algorithm = config.algorithm
         rollout = config.rollout
-        engine = engine_memory(rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
-        resident = self._resident()
-        asleep = {} if config.offload else _graphs(rollout)
-        if rollout.ranks:
-            # Other ranks have the engines, and nothing else.
-            resident = {}
-            asleep = {}
-        phases = {"generate": resident | engine}
+        has_engine = config.generates and not rollout.ranks
+        asleep = _graphs(rollout) if has_engine and not config.offload else {}
+        phases = {}
+        if config.generates:
+            engine = engine_memory(rollout, scenario.shape, scenario.gpu, config.model.dtype, config.offload)
+            # Where other ranks have the engines, these have nothing else.
+            resident = self._resident() if has_engine else {}
+            phases["generate"] = resident | engine
         if algorithm.has_critic:
             values = _forward_items(self.critic, self.critic_stage, True)
             update = _backward_items(self.critic, self.critic_stage, True, algorithm.critic_steps)
             phases["value"] = self._resident("critic") | values | asleep
             phases["update critic"] = self._resident("critic", trains=True) | update | asleep
         resident_policy = self._resident("policy")
-        if algorithm.scoring_passes:
+        if config.scoring_passes:
             scoring = _forward_items(scenario, self.stage, False)
             phases["log-probabilities"] = resident_policy | scoring | asleep
         if self.teacher:
             scoring = _forward_items(self.teacher, self.teacher_stage, False)
             phases["teacher"] = self._resident("teacher") | scoring | asleep
-        update = _backward_items(scenario, self.stage, False, algorithm.policy_steps)
-        phases["update policy"] = self._resident("policy", trains=True) | update | asleep
-        weights = {"vLLM weights": engine["vLLM weights"]}
-        # Waking vLLM's weights wakes its graphs, too.
-        awake = {} if rollout.ranks else weights | _graphs(rollout)
-        phases["sync"] = resident_policy | awake | self._sync_buckets() | self._merged_weight()
+        if config.trains_policy:
+            update = _backward_items(scenario, self.stage, False, algorithm.policy_steps)
+            phases["update policy"] = self._resident("policy", trains=True) | update | asleep
+        if config.generates:
+            weights = {"vLLM weights": engine["vLLM weights"]}
+            # Waking vLLM's weights wakes its graphs, too.
+            awake = weights | _graphs(rollout) if has_engine else {}
+            phases["sync"] = resident_policy | awake | self._sync_buckets() | self._merged_weight()
         return phases
 
     def _sync_buckets(self) -> dict[str, int]:
@@ -358,7 +360,7 @@ def cache_shortage(scenario: Scenario) -> str:
     Empty where it can.
     """
     config = scenario.config
-    if not isinstance(config, RLConfig):
+    if not isinstance(config, RLConfig) or not config.generates:
         return ""
     rollout = config.rollout
     dtype = config.model.dtype
@@ -392,7 +394,9 @@ def checkpoint_bytes(
         critic_shape: those of the critic; None: the same.
     """
     model = config.model
-    models = [(shape, False)]
+    models = []
+    if not isinstance(config, RLConfig) or config.trains_policy:
+        models.append((shape, False))
     if isinstance(config, RLConfig) and config.algorithm.has_critic:
         models.append((critic_shape or shape, True))
     weight_bytes = DTYPE_BYTES[model.dtype]

@@ -140,7 +140,7 @@ def plan(config: ColdStartConfig | RLConfig, options: Options) -> Plan:
             "expected": scenario.pack(first_span).patches,
             "room": memory.room_for_patches(scenario),
         },
-        "engine": _engine(scenario) if isinstance(config, RLConfig) else None,
+        "engine": _engine(scenario) if isinstance(config, RLConfig) and config.generates else None,
         "spans": spans,
         "sources": _sources(scenario.config, spans) if folder else [],
         "tokens": total_tokens,
@@ -257,11 +257,13 @@ def _ranks(scenario: Scenario) -> list[PlannedRank]:
         models = [("policy", False, scenario)]
         if config.algorithm.has_critic:
             models.append(("critic", True, scenario.critic_scenario))
+        if teacher := scenario.teacher_scenario:
+            models.append(("teacher", False, teacher))
     ranks: list[PlannedRank] = []
     for name, critic, layout in models:
         parallel = layout.config.parallel
         for stage in range(parallel.pp):
-            state = model_state(layout.shape, config.model, parallel, layout.dp, stage, critic=critic)
+            state = model_state(layout.shape, layout.model, parallel, layout.dp, stage, critic=critic)
             if critic and isinstance(config, RLConfig) and config.critic_shares_base:
                 state = state.without_frozen()
             ranks.append(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
+from ovr_megatron.config import ColdStartConfig, ConfigError, ModelConfig, RLConfig
 from ovr_megatron.data.repetition import epoch_data
 from ovr_megatron.families import ModelShape
 from ovr_megatron.model.layout import check_layout
@@ -34,6 +34,7 @@ class Scenario:
     """A recipe, the model's sizes, the GPUs, and the work.
 
     ``critic_shape`` are the sizes of a critic of another size than the policy, ``teacher_shape`` those of a teacher.
+    ``trains`` says whether the model of ``shape`` learns.
     """
 
     config: ColdStartConfig | RLConfig
@@ -43,6 +44,12 @@ class Scenario:
     spans: tuple[Span, ...]
     critic_shape: ModelShape | None = None
     teacher_shape: ModelShape | None = None
+    trains: bool = True
+
+    @property
+    def model(self) -> ModelConfig:
+        """Return the settings of the model, frozen where it does not learn."""
+        return self.config.model if self.trains else self.config.model.frozen()
 
     @property
     def critic_scenario(self) -> Scenario:
@@ -51,7 +58,8 @@ class Scenario:
         if isinstance(config, ColdStartConfig):
             return self
         parallel = config.critic.parallel or config.parallel
-        return replace(self, shape=self.critic_shape or self.shape, config=replace(config, parallel=parallel))
+        config = replace(config, parallel=parallel)
+        return replace(self, shape=self.critic_shape or self.shape, config=config, trains=True)
 
     @property
     def teacher_scenario(self) -> Scenario | None:
@@ -60,7 +68,8 @@ class Scenario:
         if isinstance(config, ColdStartConfig) or self.teacher_shape is None:
             return None
         parallel = config.algorithm.teacher_parallel or config.parallel
-        return replace(self, shape=self.teacher_shape, config=replace(config, parallel=parallel), teacher_shape=None)
+        config = replace(config, parallel=parallel)
+        return replace(self, shape=self.teacher_shape, config=config, teacher_shape=None, trains=False)
 
     def check(self) -> None:
         """Refuse what a run would refuse.
@@ -96,6 +105,8 @@ class Scenario:
                     f"prompts={prompts} x responses={responses} are too few for {replicas} replicas and "
                     f"the {steps} steps of an iteration; raise prompts"
                 )
+        if not config.generates:
+            return
         rollout_tp = config.rollout.tp
         if self.engine_ranks % rollout_tp:
             raise ConfigError(f"rollout.tp={rollout_tp} does not divide the {self.engine_ranks} processes; change one")
@@ -188,7 +199,8 @@ def build_scenario(
         spans = [_sft_span(config, measured)]
     else:
         spans = _rl_spans(config, shape, measured)
-    scenario = Scenario(config, shape, gpu, world, tuple(spans), critic_shape, teacher_shape)
+    trains = isinstance(config, ColdStartConfig) or config.trains_policy
+    scenario = Scenario(config, shape, gpu, world, tuple(spans), critic_shape, teacher_shape, trains)
     scenario.check()
     return scenario
 

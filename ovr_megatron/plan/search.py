@@ -96,6 +96,8 @@ def _layouts(scenario: Scenario, fixed: Collection[str]) -> Iterator[SearchedLay
     searched = dict(SEARCHED)
     if isinstance(scenario.config, RLConfig):
         searched |= SEARCHED_IN_RL
+        if not scenario.config.generates:
+            del searched["rollout.tp"]  # there is no engine
     choices = []
     for name, values in searched.items():
         # The recipe's own value comes first: of layouts that are equally fast and large the nearest to the recipe wins.

@@ -53,11 +53,13 @@ def simulate(scenario: Scenario, options: SimulationOptions) -> PlannedSimulatio
     """Simulate iterations of the curriculum's last stage in every way of generating.
 
     Raises:
-        ConfigError: the recipe is one of supervised training, the lengths cannot be read, or an option is impossible.
+        ConfigError: the run generates nothing, the lengths cannot be read, or an option is impossible.
     """
     config = scenario.config
     if not isinstance(config, RLConfig):
         raise ConfigError("--simulate: supervised training generates nothing; give a recipe of reinforcement learning")
+    if not config.generates:
+        raise ConfigError(f"--simulate: only={config.only} generates nothing; leave one of the two out")
     span = scenario.spans[-1]
     lengths = source_of(options.lengths, config, span)
     setup = _setup(scenario, span, lengths)

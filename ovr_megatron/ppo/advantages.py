@@ -55,9 +55,9 @@ def cosine_reward(
         wrong: of a verdict of 0.
     """
     phase = (1.0 + math.cos(math.pi * length / limit)) / 2  # 1 without tokens, 0 at the limit
-    of_right = right[1] + (right[0] - right[1]) * phase
-    of_wrong = wrong[1] + (wrong[0] - wrong[1]) * phase
-    return of_wrong + (of_right - of_wrong) * verdict
+    reward_if_right = right[1] + (right[0] - right[1]) * phase
+    reward_if_wrong = wrong[1] + (wrong[0] - wrong[1]) * phase
+    return reward_if_wrong + (reward_if_right - reward_if_wrong) * verdict
 
 
 def token_rewards(scores: Sequence[float], lengths: Sequence[int], penalties: Ragged | None = None) -> Ragged:
@@ -194,7 +194,7 @@ def length_weighted_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged
     return _repeat_over_tokens(advantages, rewards)
 
 
-def likelihood_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged:
+def mean_relative_advantages(rewards: Ragged, groups: Sequence[int]) -> Ragged:
     """Divide a response's distance from the mean of its group by that mean, as MaxRL does.
 
     A = (R - mean) / mean, and 0 where the mean is not above 0 (Tajwar et al. 2026, "Maximum likelihood reinforcement

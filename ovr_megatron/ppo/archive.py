@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -74,6 +74,7 @@ class SavedIteration:
         postponed: indices of the prompts that were left to a long round.
         restarted: as in `Rollout`.
         unfinished: indices of the prompts that the next round went on with.
+        where: file and line of the row, by index of its prompt; empty where they are not known.
     """
 
     limit: int
@@ -85,6 +86,7 @@ class SavedIteration:
     postponed: Sequence[int] = ()
     restarted: Sequence[int] | None = None
     unfinished: Sequence[int] = ()
+    where: Mapping[int, str] = field(default_factory=dict)
 
 
 def write(
@@ -227,15 +229,16 @@ def read(run: Path, iteration: int, world: World) -> SavedIteration:
         paths = sorted(folder.glob("*.safetensors"))
         for path in paths[world.rank :: world.size]:
             responses += read_responses(path, lines, iteration)
+        where = {prompt: line["where"] for (prompt, _), line in lines.items()}
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         complete = ", ".join(map(str, iterations(run))) or "none"
         raise ArchiveError(
             f"{folder}: the rollouts of iteration {iteration} cannot be read ({error}); whole ones: {complete}"
         ) from error
-    return _saved(summary, responses)
+    return _saved(summary, responses, where)
 
 
-def _saved(summary: IterationSummary, responses: list[Response]) -> SavedIteration:
+def _saved(summary: IterationSummary, responses: list[Response], where: Mapping[int, str]) -> SavedIteration:
     train_prompts = {prompt: tokens for prompt, tokens in summary["kept"]}
     return SavedIteration(
         summary["limit"],
@@ -247,6 +250,7 @@ def _saved(summary: IterationSummary, responses: list[Response]) -> SavedIterati
         summary.get("postponed", []),
         summary.get("restarted"),
         summary.get("unfinished", []),
+        where,
     )
 
 
@@ -274,15 +278,20 @@ def skip(run: Path, iteration: int, prompts: PromptStream) -> None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         # The saved state is that before the iteration, so its prompts are drawn once more.
-        _redraw(prompts, _saved(summary, []))
+        _redraw(prompts, _saved(summary, [], {}))
     except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
         remedy = f"remove {path.parent}, and the iteration is done again"
         raise ArchiveError(f"{path} cannot be read ({error}); {remedy}") from error
 
 
 def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
-    """Return the rollout as it was, its prompts drawn again; the stream ends where the iteration left it."""
+    """Return the rollout as it was, its prompts drawn again; the stream ends where the iteration left it.
+
+    Raises:
+        ArchiveError: other rows are drawn than were archived, so that responses would stand beside other prompts.
+    """
     rows = _redraw(prompts, saved)
+    _check_rows(rows, saved)
     return Rollout(
         Prompts(rows, prompts.processor),
         saved.limit,
@@ -293,6 +302,16 @@ def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
         restarted=None if saved.restarted is None else list(saved.restarted),
         unfinished=list(saved.unfinished),
     )
+
+
+def _check_rows(rows: Sequence[Row], saved: SavedIteration) -> None:
+    for prompt, where in sorted(saved.where.items()):
+        redrawn = rows[prompt].where if prompt < len(rows) else "missing"
+        if redrawn != where:
+            raise ArchiveError(
+                f"prompt {prompt} was {where} when it was archived and is {redrawn} now; give the settings of data, "
+                "reward.rules and algorithm.estimator that drew it"
+            )
 
 
 def _redraw(prompts: PromptStream, saved: SavedIteration) -> list[Row]:

@@ -21,7 +21,7 @@ from ovr_megatron.ppo.advantages import (
     leave_one_out_advantages,
     length_adaptive_lambda,
     length_weighted_advantages,
-    likelihood_advantages,
+    mean_relative_advantages,
     value_targets,
 )
 from ovr_megatron.runtime.registry import Registry
@@ -82,10 +82,10 @@ def _gae(batch: EstimatorInput) -> Estimate:
         lam = length_adaptive_lambda([len(r) for r in batch.rewards], batch.lam_alpha)
     advantages = generalised_advantages(batch.rewards, batch.values, batch.gamma, lam)
     lam_critic = batch.lam if batch.lam_critic is None else batch.lam_critic
-    of_critic = advantages
+    critic_advantages = advantages
     if batch.lam_alpha or lam_critic != batch.lam:
-        of_critic = generalised_advantages(batch.rewards, batch.values, batch.gamma, lam_critic)
-    return Estimate(advantages, value_targets(of_critic, batch.values))
+        critic_advantages = generalised_advantages(batch.rewards, batch.values, batch.gamma, lam_critic)
+    return Estimate(advantages, value_targets(critic_advantages, batch.values))
 
 
 def _grpo(batch: EstimatorInput) -> Estimate:
@@ -109,7 +109,7 @@ def _opo(batch: EstimatorInput) -> Estimate:
 
 
 def _maxrl(batch: EstimatorInput) -> Estimate:
-    return Estimate(likelihood_advantages(batch.rewards, batch.groups))
+    return Estimate(mean_relative_advantages(batch.rewards, batch.groups))
 
 
 def _none(batch: EstimatorInput) -> Estimate:

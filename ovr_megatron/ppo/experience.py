@@ -32,7 +32,7 @@ from ovr_megatron.ppo.batch import Batch, Response, balance_prompts
 from ovr_megatron.ppo.estimators import Estimate, EstimatorInput, find_estimator
 from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.rollouts import Rollout
-from ovr_megatron.ppo.warmup import CriticWarmup
+from ovr_megatron.ppo.warmup import CriticWarmup, WarmupState, policy_steps
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import exchange, gather_objects
 from ovr_megatron.runtime.layout import Layout
@@ -61,7 +61,18 @@ class Models:
     warmup: CriticWarmup = field(init=False)
 
     def __post_init__(self) -> None:
-        self.warmup = CriticWarmup.of(self.config)
+        self.warmup = CriticWarmup.from_config(self.config)
+
+    def load_warmup(self, state: WarmupState) -> None:
+        """Go on from the warm-up's progress in a checkpoint."""
+        self.warmup.load(state)
+        self.follow_warmup()
+
+    def follow_warmup(self) -> None:
+        """Have the policy's learning rate begin where the warm-up ends, as far as that is known."""
+        # While the end is open the policy takes no step, so that none was taken by another schedule.
+        if not self.warmup.critic_only:
+            self.policy.total_steps = policy_steps(self.config, self.warmup)
 
     def offload_except(self, active: Engine | None) -> None:
         """With ``offload``, offload all models but ``active``, which onloads what it needs when it needs it."""
@@ -85,10 +96,10 @@ class Experience:
         batch: their samples.
         advantages: of the estimator, normalised where the estimator is.
         values: of the critic; None without one.
-        old: log-probabilities before the update; None where the policy takes one step and no reward needs them.
-        reference: log-probabilities of the reference; None without one.
-        teacher: log-probabilities of the teacher, from which the loss takes its part of the advantages; None without
-            one.
+        old: log-probabilities before the update; None where the policy takes at most one step and no reward needs
+            them.
+        reference: log-probabilities of the reference; None without one, and where nothing reads them.
+        teacher: log-probabilities of the teacher, from which the loss takes its part of the advantages; likewise.
     """
 
     responses: list[Response]
@@ -110,7 +121,7 @@ class CriticBatch:
 
 
 def compute_experience(
-    models: Models, rollout: Rollout, responses: list[Response], batch: Batch
+    models: Models, rollout: Rollout, responses: list[Response], batch: Batch, iteration: int
 ) -> tuple[Experience, CriticBatch | None]:
     """Compute log-probabilities where they are needed, values, and advantages; no model changes.  A collective.
 
@@ -119,6 +130,7 @@ def compute_experience(
         rollout: of the iteration.
         responses: those that the policy trains on on this rank.
         batch: their samples.
+        iteration: from 0; where the policy cannot learn in it, nothing is computed that its loss alone reads.
 
     Returns:
         What the policy learns from, and what the critic does; None without a critic.
@@ -127,16 +139,17 @@ def compute_experience(
     experience = Experience(responses, batch, [])
     pack_members = batch.group_into_packs(range(len(batch)))
     kl_in_reward = models.reference is not None and algorithm.kl_in == "reward"
+    may_learn = models.warmup.may_train_policy(iteration)
     # One step is strictly on-policy: the loss takes the current log-probabilities for the old ones.
-    if algorithm.policy_updates > 1 or kl_in_reward:
+    if kl_in_reward or (may_learn and algorithm.policy_updates > 1):
         models.offload_except(models.policy)
         experience.old = _compute_logprobs(models.policy, batch, pack_members)
-    if models.reference is not None:
+    if models.reference is not None and (kl_in_reward or may_learn):
         models.offload_except(models.reference)
         # A policy with adapters is its own reference without them.
         with models.reference.without_adapters():
             experience.reference = _compute_logprobs(models.reference, batch, pack_members)
-    if models.teacher is not None:
+    if models.teacher is not None and may_learn:
         experience.teacher = _compute_teacher_logprobs(models, models.teacher, rollout, experience)
     penalties = None
     if kl_in_reward:

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ovr_megatron.ppo.batch import Batch
+from ovr_megatron.ppo.batch import Batch, Response
 from ovr_megatron.ppo.curriculum import max_tokens
 from ovr_megatron.ppo.experience import Experience, Models, build_local_batch, compute_experience, sum_over_dp
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
+from ovr_megatron.ppo.staleness import has_older_tokens, staleness_metrics, token_staleness
 from ovr_megatron.ppo.timeline import Timeline
 from ovr_megatron.ppo.update import update_critic, update_policy, value_metrics
-from ovr_megatron.ppo.warmup import policy_steps
+from ovr_megatron.ppo.warmup import MIN_IMPROVEMENT
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import get_logger
 
@@ -61,8 +62,9 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
     """Learn from graded responses: the iteration without generation and without the engine's update.  A collective."""
     with clock("value"):
         responses, batch = build_local_batch(models, rollout, models.policy)
-        experience, critic_batch = compute_experience(models, rollout, responses, batch)
-    metrics: dict[str, float] = {}
+        experience, critic_batch = compute_experience(models, rollout, responses, batch, iteration)
+    # Also in iterations in which the policy takes no step.
+    metrics = rollout_staleness(models, responses, iteration)
     with clock("update"):
         if critic_batch is not None:
             metrics |= value_metrics(models, critic_batch)
@@ -80,6 +82,14 @@ def learn(models: Models, rollout: Rollout, iteration: int, clock: Clock) -> Ite
         **rollout.metrics,
     }
     return IterationResult(metrics, rollout, experience, clock.timeline)
+
+
+def rollout_staleness(models: Models, responses: Sequence[Response], iteration: int) -> dict[str, float]:
+    """Return how much older than the policy the tokens of ``responses`` are; none where none can be.  A collective."""
+    max_staleness = models.config.rollout.max_staleness
+    if not has_older_tokens(responses, max_staleness):
+        return {}
+    return staleness_metrics(token_staleness(responses, iteration), ages=max_staleness + 1)
 
 
 def observe_values(models: Models, metrics: dict[str, float], iteration: int) -> None:
@@ -102,10 +112,14 @@ def observe_values(models: Models, metrics: dict[str, float], iteration: int) ->
         # That of the first rank, so that all of them agree: sums of other groups of ranks may round otherwise.
         agreed = torch.tensor([explained], dtype=torch.float64)
         dist.broadcast(agreed, src=0)
-        warmup.observe(iteration, float(agreed))
-        if not warmup.alone:
-            # The policy has taken no step while the end of the warm-up was open.
-            models.policy.total_steps = policy_steps(models.config, warmup)
+        ends = warmup.observe(iteration, float(agreed))
+        if ends and models.world.is_main:
+            follows = "the run ends here" if warmup.critic_only else "the policy learns from here on"
+            logger.info(
+                f"iteration {iteration}: the explained variance has not risen by {MIN_IMPROVEMENT:g} in "
+                f"{warmup.iterations_without_rise} iterations (best {warmup.best:.3f}); {follows}"
+            )
+        models.follow_warmup()
 
 
 class Clock:

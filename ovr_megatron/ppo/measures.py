@@ -63,12 +63,14 @@ def update_flops(models: Models, experience: Experience, iteration: int) -> floa
     updates = 0
     if models.warmup.trains_policy(iteration):
         updates = algorithm.policy_epochs
-    flops = training_pass * (updates + algorithm.scoring_passes / 3)
+    # Those that were made: none is for a loss that the policy does not learn from.
+    scoring_passes = (experience.old is not None) + (experience.reference is not None)
+    flops = training_pass * (updates + scoring_passes / 3)
     if models.critic is not None:
         shape = models.critic.shape
         critic_training_pass = _training_pass_flops(models, experience, shape) - _head_flops(models, experience, shape)
         flops += critic_training_pass * (1 + 1 / 3)
-    if models.teacher is not None:
+    if models.teacher is not None and experience.teacher is not None:
         flops += _teacher_flops(models.teacher, experience)
     total = sum_over_dp(np.array([flops]), models.world.layout)
     return float(total[0])

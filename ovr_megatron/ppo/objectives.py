@@ -25,8 +25,8 @@ class PolicyObjective:
 
     It reads ``advantages`` and ``rollout_logprobs`` of a pack, and where the pack has them ``old_logprobs`` (else the
     step is strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs``,
-    ``teacher_logprobs``, ``weights``, ``likelihood_weights``, ``modalities`` and ``staleness``.  The loss of a token is
-    multiplied by the weight that ``algorithm.correction`` gives it.
+    ``teacher_logprobs``, ``weights``, ``positive_nll_weights``, ``modalities`` and ``staleness``.  The loss of a token
+    is multiplied by the weight that ``algorithm.correction`` gives it.
 
     Args:
         config: the settings.
@@ -96,9 +96,9 @@ class PolicyObjective:
             difference = (old - rollout).abs()
             self.mismatch.add(difference, scores.beside(pack, "modalities"), staleness)
         result = sum_weighted(losses, scores, pack, sums)
-        if "likelihood_weights" in pack.extras:
+        if "positive_nll_weights" in pack.extras:
             # Beside the weighted losses: it is a mean over the tokens of right responses whatever the reduction.
-            nll = -(scores.beside(pack, "likelihood_weights") * logprobs).sum()
+            nll = -(scores.beside(pack, "positive_nll_weights") * logprobs).sum()
             sums["policy/positive_nll"] = nll.detach()
             result = replace(result, total=result.total + config.positive_nll * nll)
         return result

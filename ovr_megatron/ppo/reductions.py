@@ -56,7 +56,7 @@ def token_weights(
     return weights
 
 
-def likelihood_weights(
+def positive_nll_weights(
     right: Sequence[bool], lengths: Sequence[int], members: Sequence[int], sum_over_ranks: SumOverRanks
 ) -> Ragged:
     """Return factors that turn the mean over all tokens of a step into the mean over those of its right responses.

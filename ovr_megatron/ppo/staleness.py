@@ -22,6 +22,18 @@ def token_staleness(responses: Sequence[Response], iteration: int) -> Ragged:
     return arrays
 
 
+def has_older_tokens(responses: Sequence[Response], max_staleness: int) -> bool:
+    """Return whether tokens of any rank may be older than the policy.  A collective.
+
+    Args:
+        responses: of this rank.
+        max_staleness: ``rollout.max_staleness``.
+    """
+    # All ranks or none: those that share a pack, and the sums of all packs, must have the same arrays.
+    has_versions = any(response.versions is not None for response in responses)
+    return max_staleness > 0 or any(gather_objects(has_versions))
+
+
 def staleness_metrics(staleness: Ragged, ages: int) -> dict[str, float]:
     """Return the mean staleness of the tokens of all ranks, and the share of each age.  A collective.
 

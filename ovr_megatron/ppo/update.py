@@ -13,9 +13,8 @@ from ovr_megatron.ppo.advantages import Ragged, explained_variance, mean_and_std
 from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_over_dp
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
-from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
-from ovr_megatron.ppo.staleness import staleness_metrics, token_staleness
-from ovr_megatron.runtime.exchange import gather_objects
+from ovr_megatron.ppo.reductions import positive_nll_weights, token_weights
+from ovr_megatron.ppo.staleness import has_older_tokens, token_staleness
 
 
 def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]:
@@ -91,14 +90,9 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
     config = models.config.algorithm
     batch = experience.batch
     token_arrays: dict[str, Ragged] = {"modalities": token_modalities(batch.samples, batch.lengths)}
-    # All ranks or none: those that share a pack, and the sums of all packs, must have the same arrays.
-    has_versions = any(response.versions is not None for response in experience.responses)
-    max_staleness = models.config.rollout.max_staleness
-    by_staleness = max_staleness > 0 or any(gather_objects(has_versions))
-    staleness: dict[str, float] = {}
+    by_staleness = has_older_tokens(experience.responses, models.config.rollout.max_staleness)
     if by_staleness:
         token_arrays["staleness"] = token_staleness(experience.responses, iteration)
-        staleness = staleness_metrics(token_arrays["staleness"], ages=max_staleness + 1)
     objective = PolicyObjective(config, models.policy.groups.cp, by_staleness)
     # As many on every rank, also on one that has no responses in a step.
     step_count = min(config.policy_steps, batch.total)
@@ -110,7 +104,7 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
             if objective.correction is not None:
                 step_metrics[-1]["sample_size"] = effective_sample_size(step_metrics[-1])
     mismatch = objective.mismatch.metrics()  # after the last step, as it waits for the device
-    return policy_metrics(mean_over_steps(step_metrics), mismatch) | staleness
+    return policy_metrics(mean_over_steps(step_metrics), mismatch)
 
 
 def effective_sample_size(means: dict[str, float]) -> float:
@@ -171,7 +165,7 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
     likelihood = None
     if config.positive_nll:
         right = [r.reward >= 1 for r in experience.responses]
-        likelihood = likelihood_weights(right, batch.lengths, members, sum_over_ranks)
+        likelihood = positive_nll_weights(right, batch.lengths, members, sum_over_ranks)
     old_logprobs = None
     # One step is strictly on-policy, also where a divergence in the reward has had them computed.
     if config.policy_updates > 1:
@@ -185,7 +179,7 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
         reference_logprobs=experience.reference,
         teacher_logprobs=experience.teacher,
         weights=weights,
-        likelihood_weights=likelihood,
+        positive_nll_weights=likelihood,
     )
 
 

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 from ovr_megatron.config import RLConfig
 
-LEAST_RISE = 0.01  # of the explained variance: batches differ by about as much
+MIN_IMPROVEMENT = 0.01  # of the explained variance: batches differ by about as much
 
 
 class WarmupState(TypedDict):
@@ -30,30 +30,30 @@ class CriticWarmup:
 
     With ``patience`` the warm-up ends before ``iterations`` where the explained variance of the values stops to rise:
     in the first iteration whose values, those before its update, are the ``patience``-th in a row that explain less
-    than `LEAST_RISE` more than the best before.  The policy learns in that iteration.
+    than `MIN_IMPROVEMENT` more than the best before.  The policy learns in that iteration.
 
     Attributes:
         iterations: most iterations of the warm-up.
         patience: iterations without a rise that end it; 0: it does not end early.
-        alone: whether the run trains the critic alone and ends with the warm-up.
+        critic_only: whether the run trains the critic alone and ends with the warm-up.
         best: largest explained variance so far, None before the first iteration.
-        stale: iterations since then.
+        iterations_without_rise: iterations since then.
         end: first iteration after a warm-up that has ended early, else None.
     """
 
     iterations: int
     patience: int = 0
-    alone: bool = False
+    critic_only: bool = False
     best: float | None = None
-    stale: int = 0
+    iterations_without_rise: int = 0
     end: int | None = None
 
     @classmethod
-    def of(cls, config: RLConfig) -> CriticWarmup:
+    def from_config(cls, config: RLConfig) -> CriticWarmup:
         """Return the warm-up at the beginning of a run."""
-        alone = config.only == "critic"
-        iterations = config.iterations if alone else config.algorithm.critic_warmup_iterations
-        return cls(iterations, config.algorithm.critic_warmup_patience, alone)
+        critic_only = config.only == "critic"
+        iterations = config.iterations if critic_only else config.algorithm.critic_warmup_iterations
+        return cls(iterations, config.algorithm.critic_warmup_patience, critic_only)
 
     @property
     def first_policy_iteration(self) -> int:
@@ -62,28 +62,37 @@ class CriticWarmup:
 
     def trains_policy(self, iteration: int) -> bool:
         """Return whether the policy learns in ``iteration``; call `observe` with the iteration first."""
-        return not self.alone and iteration >= self.first_policy_iteration
+        return not self.critic_only and iteration >= self.first_policy_iteration
 
-    def observe(self, iteration: int, explained_variance: float) -> None:
+    def may_train_policy(self, iteration: int) -> bool:
+        """Return whether the policy can still learn in ``iteration``, whatever `observe` is called with."""
+        return not self.critic_only and (self.patience > 0 or iteration >= self.first_policy_iteration)
+
+    def observe(self, iteration: int, explained_variance: float) -> bool:
         """Count ``iteration`` and end the warm-up where its values have stopped to improve.
 
         Args:
             iteration: from 0.
             explained_variance: of the values before the update, the same on all ranks.
+
+        Returns:
+            Whether the warm-up ends early with this iteration.
         """
         if not self.patience or iteration >= self.first_policy_iteration:
-            return
-        if self.best is None or explained_variance >= self.best + LEAST_RISE:
+            return False
+        if self.best is None or explained_variance >= self.best + MIN_IMPROVEMENT:
             self.best = explained_variance
-            self.stale = 0
-            return
-        self.stale += 1
-        if self.stale >= self.patience:
-            self.end = iteration
+            self.iterations_without_rise = 0
+            return False
+        self.iterations_without_rise += 1
+        if self.iterations_without_rise < self.patience:
+            return False
+        self.end = iteration
+        return True
 
     def state(self) -> WarmupState:
         """Return its progress as JSON."""
-        state: WarmupState = {"stale": self.stale}
+        state: WarmupState = {"stale": self.iterations_without_rise}
         if self.best is not None:
             state["best"] = self.best
         if self.end is not None:
@@ -91,10 +100,16 @@ class CriticWarmup:
         return state
 
     def load(self, state: WarmupState) -> None:
-        """Go on from the progress that `state` gave."""
+        """Go on from the progress that `state` gave.
+
+        A run of the critic alone that has ended early goes on where ``patience`` is longer now, or 0.
+        """
         self.best = state.get("best")
-        self.stale = state["stale"]
+        self.iterations_without_rise = state["stale"]
         self.end = state.get("end")
+        is_patient = not self.patience or self.iterations_without_rise < self.patience
+        if self.critic_only and is_patient:
+            self.end = None
 
 
 def policy_steps(config: RLConfig, warmup: CriticWarmup) -> int:

@@ -6,16 +6,13 @@ from pathlib import Path
 
 from ovr_megatron.checkpoint import store
 from ovr_megatron.checkpoint.hf_assets import write_critic_assets
-from ovr_megatron.config import ConfigError, RLConfig
-from ovr_megatron.data.hf_assets import load_assets
+from ovr_megatron.config import RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.engine import Engine
 from ovr_megatron.families import ModelShape
+from ovr_megatron.rl.sample_readers import check_reads_samples
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import WeightFolder
-
-# The critic reads the policy's patches and positions, which depend on these sizes.
-_VISION_SIZES = ("in_channels", "patch", "temporal_patch", "merge", "tokens_per_second")
 
 
 def critic_folder(config: RLConfig, model_folder: Path) -> Path:
@@ -54,7 +51,7 @@ def build_critic(
     folder = critic_folder(config, model_folder)
     shape = ModelShape.from_hf(folder)
     if settings.path:
-        check_critic(config, folder, shape, processor)
+        check_reads_samples(f"critic.path={settings.path}", folder, shape, processor, config.longest_sequence)
     layout = settings.parallel or config.parallel  # without one of its own the policy's
     base = None
     if config.model.lora.rank and layout == config.parallel and folder.resolve() == model_folder.resolve():
@@ -65,43 +62,6 @@ def build_critic(
     critic.with_optimizer(settings.optimizer, total_steps)
     critic.load(WeightFolder(folder), settings.head_init, seed=config.run.seed)
     return critic
-
-
-def check_critic(config: RLConfig, folder: Path, shape: ModelShape, processor: Processor) -> None:
-    """Refuse a critic that would read other token ids, patches or positions than the policy, or too few of them.
-
-    Args:
-        config: of the job.
-        folder: the critic's, with its tokenizer.
-        shape: the critic's.
-        processor: the policy's.
-
-    Raises:
-        AssetError: the folder has no tokenizer that can be loaded.
-        ConfigError: names what differs.
-    """
-    policy = processor.shape
-    setting = f"critic.path={config.critic.path}"
-    if shape.family != policy.family:
-        raise ConfigError(f"{setting} is a model of family {shape.family}, and the policy's is {policy.family}")
-    for name in _VISION_SIZES:
-        own_size, expected = (getattr(vision, name, None) for vision in (shape.vision, policy.vision))
-        if own_size != expected:
-            raise ConfigError(
-                f"{setting} has {name}={own_size} in its vision tower, and the policy {expected}: it cannot read the "
-                "policy's images; give a model of the same series"
-            )
-    # Equal tokenizers have equal ids of images and videos: each folder is checked against its own.
-    own = load_assets(folder, shape).tokenizer.get_vocab()
-    policys = processor.tokenizer.get_vocab()
-    differing = sorted(token for token in own.keys() | policys.keys() if own.get(token) != policys.get(token))
-    if differing:
-        token = differing[0]
-        raise ConfigError(
-            f"{setting} has another tokenizer than the policy: {len(differing)} tokens differ, {token!r} has the id "
-            f"{own.get(token)} there and {policys.get(token)} here; give a model with the policy's tokenizer"
-        )
-    shape.check_length(config.longest_sequence, f"{setting} with the longest prompt and response")
 
 
 def record_critic(config: RLConfig, processor: Processor) -> None:

@@ -38,8 +38,6 @@ def show_start(config: RLConfig, engines: dict[str, Engine], world: World, check
     """Print the heading of the run: batch, curriculum, algorithm, data, models, and the checkpoint it goes on from."""
     algorithm = config.algorithm
     total_prompts = float(config.iterations * config.prompts)
-    engines_on = f"the last {world.job.generators} ranks" if world.job else "all ranks"
-    replicas = (config.rollout.ranks or world.size) // config.rollout.tp
     resumed = None
     if checkpoint:
         resumed = (checkpoint.path, checkpoint.step)
@@ -50,9 +48,18 @@ def show_start(config: RLConfig, engines: dict[str, Engine], world: World, check
         *_teacher_rows(algorithm),
         *source_rows(config, total_prompts),
         *run_rows(config, engines, world, resumed),
-        ("rollouts", f"{replicas} vLLM engines, tp={config.rollout.tp}, on {engines_on}"),
+        ("rollouts", describe_rollouts(config, world)),
     ]
     logger.info(show_heading(f"reinforcement learning in {config.run.dir}", rows))
+
+
+def describe_rollouts(config: RLConfig, world: World) -> str:
+    """Return where the rollouts come from: engines, or the archive of another run."""
+    if config.learns_from_archive:
+        return f"those of {config.rollouts_from}, no engine"
+    engines_on = f"the last {world.job.generators} ranks" if world.job else "all ranks"
+    replicas = (config.rollout.ranks or world.size) // config.rollout.tp
+    return f"{replicas} vLLM engines, tp={config.rollout.tp}, on {engines_on}"
 
 
 def _teacher_rows(algorithm: AlgorithmConfig) -> list[tuple[str, str]]:

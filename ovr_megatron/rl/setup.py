@@ -84,7 +84,7 @@ def with_rewards(config: RLConfig | ColdStartConfig, rewards: Mapping[str, Rewar
     if not isinstance(config, RLConfig):
         raise ConfigError("RL takes settings of `ovr rl`, and these are of `ovr sft`; compose another recipe")
     if config.only in ("rollout", "rehearsal"):
-        raise ConfigError(f"only={config.only} trains nothing: give it to `ovr rl`, and to RL all or train")
+        raise ConfigError(f"RL takes only=all, train or critic; run only={config.only} with `ovr rl`")
     if not rewards:
         return config
     places = {source: rules.place_of(function) for source, function in rewards.items()}
@@ -168,8 +168,12 @@ def build_models(
     teacher = None
     if training:
         engines = build_engines(config, model_folder, processor, world)
+        if config.offload and "policy" not in engines:
+            engines["critic"].offload()  # before the frozen policy takes its memory
         # The policy that rolled out, whose layout its responses are balanced for; it does not learn.
         policy = engines.get("policy") or build_frozen_policy(config, model_folder, world)
+        if config.offload:
+            policy.offload()  # before the reference takes its memory
         if config.model.lora.rank and config.algorithm.kl_coefficient and not config.algorithm.reference:
             reference = policy  # without its adapters it is the initial policy
         else:
@@ -183,7 +187,8 @@ def build_models(
         policy = build_frozen_policy(config, model_folder, world)
         engines = {"policy": policy}
     if config.share_prompts:
-        _check_shared_prompts(engines | {"teacher": teacher} if teacher else engines)
+        # With only=critic the frozen policy is none of the engines that train.
+        _check_shared_prompts({"policy": policy} | engines | ({"teacher": teacher} if teacher else {}))
     # As the engine samples, so that log-probabilities of both are of the same distribution.
     policy.sample_from(banned, config.rollout.temperature)
     critic = engines.get("critic")
@@ -228,7 +233,7 @@ def build_policy(config: RLConfig, shape: ModelShape, model_folder: Path, world:
     policy = Engine(shape, config.model, config.parallel, world)
     store.check_weights(config.model.path, world)
     # The learning rate follows the iterations in which the policy moves.
-    policy.with_optimizer(config.optimizer, policy_steps(config, CriticWarmup.of(config)))
+    policy.with_optimizer(config.optimizer, policy_steps(config, CriticWarmup.from_config(config)))
     policy.load(WeightFolder(model_folder), seed=config.run.seed)
     return policy
 

@@ -27,7 +27,6 @@ from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.timeline import gather_timeline
-from ovr_megatron.ppo.warmup import policy_steps
 from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.record import record_run, show_start
@@ -177,16 +176,14 @@ class RL:
             self.prompts.load(checkpoint.state["prompts"])
             self.next_iteration = checkpoint.step
             if "warmup" in checkpoint.state:
-                self.models.warmup.load(checkpoint.state["warmup"])
-                self._end_warmup()
+                self.models.load_warmup(checkpoint.state["warmup"])
+                self._end_with_warmup()
         return checkpoint
 
-    def _end_warmup(self) -> None:
-        """Let the policy's schedule begin where the warm-up ends, and a run of the critic alone end there."""
+    def _end_with_warmup(self) -> None:
+        """End a run of the critic alone whose warm-up has ended early."""
         warmup = self.models.warmup
-        if not warmup.alone:
-            self.models.policy.total_steps = policy_steps(self.config, warmup)
-        elif warmup.end is not None:
+        if warmup.critic_only and warmup.end is not None:
             self.last = self.next_iteration
 
     def _resume_responses(self, checkpoint: ResumePoint | None) -> None:
@@ -307,7 +304,7 @@ class RL:
         # Also in a run that goes on without patience after its warm-up has ended early.
         if warmup.patience or warmup.end is not None:
             self._state["warmup"] = warmup.state()
-            self._end_warmup()
+            self._end_with_warmup()
         if self.generators and self.next_iteration % self.config.run.save_every == 0:
             # Before the checkpoint, which is complete with these responses alone.
             self._state["ahead"] = self.generators.archive_received(self.run_folder, self.prompts, self.world)

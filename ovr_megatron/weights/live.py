@@ -25,7 +25,7 @@ from ovr_megatron.weights.table import TensorRow, cut_dim, from_hf, join, split,
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _EMBEDDING = "embedding.word_embeddings.weight"
-_HEAD = "output_layer.weight"
+OUTPUT_LAYER = "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LiveTensors:
             for local, parameter in part.named_parameters():
                 name = _global_name(local, part.first_layer)
                 # A tied model has no row for a head: the one that its last stage has is a copy of the embedding.
-                is_copy = name == _HEAD and name not in rows_by_name
+                is_copy = name == OUTPUT_LAYER and name not in rows_by_name
                 row_name = _EMBEDDING if is_copy else name
                 holding = Holding(rows_by_name[row_name], parameter, is_copy, adapters.get(local))
                 self.holdings.append(holding)

@@ -196,6 +196,9 @@ def fitting_steps(kind: str, mode: str, lines: Sequence[dict[str, float]]) -> li
         # Tokens have been stored that are older than those of the round that finishes them.
         ahead = mode == "in_flight"
         return [step for step in steps if lines[step]["rollout/staleness_mean"] > ahead]
+    if kind == "clock":
+        # A run that is faster than the undisturbed one may have ended before the timer of its last step.
+        return steps[:-1]
     if kind == "ahead":
         return steps[:-2]  # at the end nothing is generated ahead
     if kind == "receive":

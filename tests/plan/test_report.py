@@ -26,6 +26,7 @@ from ovr_megatron.plan.hardware import find_gpu
 from ovr_megatron.plan.parameters import count_parameters
 from ovr_megatron.plan.report import Options, plan, processes, read_shape
 from ovr_megatron.plan.scenario import Scenario, build_scenario
+from ovr_megatron.plan.simulation import SimulationOptions
 from ovr_megatron.plan.text import show
 from ovr_megatron.plan.workload import Workload, assume_workload, measure
 
@@ -302,6 +303,34 @@ def test_a_critic_that_is_no_model_is_named() -> None:
         plan(compose("ppo_7b_8gpu", ["critic.path=9B"]), Options(8, search=False))
 
 
+def test_a_run_that_learns_from_archived_rollouts_has_no_engine() -> None:
+    """Without generation and new weights for vLLM; the critic alone has the weights of a policy that never trains."""
+    overrides = ["model.path=3B", "offload=false"]
+    archive = ["rollouts_from=runs/a"]
+    whole = plan(compose("rl_7b_64gpu", overrides), Options(64, search=False))
+    train = plan(compose("rl_7b_64gpu", [*overrides, *archive, "only=train"]), Options(64, search=False))
+    critic = plan(compose("rl_7b_64gpu", [*overrides, *archive, "only=critic"]), Options(64, search=False))
+    assert train["checkpoint_bytes"] == whole["checkpoint_bytes"]
+    learning = {"value", "update critic", "update policy"}
+    phases = [{phase["name"] for phase in mode["phases"]} for mode in (whole, train, critic)]
+    assert phases == [{"generate", *learning, "sync"}, learning, {"value", "update critic"}]
+    for mode in (train, critic):
+        assert mode["engine"] is None and mode["fits"]
+        assert not any(name.startswith("vLLM") for phase in mode["phases"] for name in phase["items"])
+        for span, whole_span in zip(mode["spans"], whole["spans"], strict=True):
+            assert span["parts"].keys() == phases[1 if mode is train else 2]
+            assert all(span["parts"][name] == whole_span["parts"][name] for name in span["parts"])
+            assert span["flops"] < whole_span["flops"]
+    (policy,) = [rank for rank in critic["rank"] if rank["model"] == "policy"]
+    assert policy["weights"] > 0 == policy["gradients"] == policy["optimizer"]
+    held = {phase["name"]: phase["items"]["policy"] for phase in critic["phases"]}
+    assert set(held.values()) == {policy["weights"]}
+    assert 0.4 < critic["checkpoint_bytes"] / whole["checkpoint_bytes"] < 0.5  # the head is one column
+    with pytest.raises(ConfigError, match="only=train generates nothing"):
+        config = compose("rl_7b_64gpu", [*overrides, *archive, "only=train"])
+        plan(config, Options(64, search=False, simulation=SimulationOptions()))
+
+
 def test_a_teacher_has_a_phase_and_memory_of_its_own_size() -> None:
     """The 7B's weights, cut by the teacher's own tp; with offload they are on the GPU in its own phase alone."""
     teacher = count_parameters(read_shape("7B")[0])
@@ -318,6 +347,8 @@ def test_a_teacher_has_a_phase_and_memory_of_its_own_size() -> None:
         compose("distill_3b_8gpu", ["model.path=3B", "algorithm.estimator=grpo", "algorithm.teacher=null"]),
         Options(8, search=False),
     )
+    (rank,) = [rank for rank in with_teacher["rank"] if rank["model"] == "teacher"]
+    assert rank["weights"] == held["teacher"] and rank["gradients"] == rank["optimizer"] == 0
     (span,) = with_teacher["spans"]
     assert "teacher" not in alone["spans"][0]["parts"] and span["parts"]["teacher"] > 0
     # A forward pass of the 7B is two FLOP a weight and token of its language model, with attention and images on top.

@@ -34,6 +34,7 @@ from ovr_megatron.ppo.experience import (
     compute_experience,
     sum_over_dp,
 )
+from ovr_megatron.ppo.iteration import rollout_staleness
 from ovr_megatron.ppo.losses import LOSSES
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
@@ -153,7 +154,7 @@ def saved_experience(chosen: RLConfig) -> tuple[Models, Experience, CriticBatch 
     models, _ = build_models(chosen, out / "model", processor, there)
     prompts = PromptStream(open_stream(chosen.data, chosen.run.seed), processor, chosen.reward.rules)
     rollout = archive.restore(archive.read(out / "ppo", 0, world), prompts)
-    return models, *compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy))
+    return models, *compute_experience(models, rollout, *build_local_batch(models, rollout, models.policy), iteration=0)
 
 
 def stale_update(stale_rank: int | None) -> dict[str, float]:
@@ -166,7 +167,8 @@ def stale_update(stale_rank: int | None) -> dict[str, float]:
         if world.rank == stale_rank:
             response.versions = (7 - age).astype(np.int32)
     total, count = sum_over_dp(np.array([sum(map(sum, ages)), sum(map(len, ages))]), models.policy.layout)
-    return update_policy(models, experience, 7) | {"expected_staleness": total / count}
+    staleness = rollout_staleness(models, experience.responses, 7)
+    return update_policy(models, experience, 7) | staleness | {"expected_staleness": total / count}
 
 
 def critic_gradients(*more: str) -> dict[str, Tensor]:
@@ -267,6 +269,7 @@ def continued_runs() -> None:
     with slow_engine(rank=1):
         train("partial_slow", *CONTINUED, "iterations=2")
     train("partial_learned", *CONTINUED, "only=train", f"rollouts_from={out / 'partial'}")
+    train("partial_critic", *CONTINUED, "only=critic", f"rollouts_from={out / 'partial'}", "iterations=2")
 
 
 def taught_runs() -> None:

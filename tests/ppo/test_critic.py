@@ -9,13 +9,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from ovr_megatron.config import ConfigError, RLConfig
+from ovr_megatron.config import ConfigError, ParallelConfig, RLConfig
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.families import ModelShape
 from ovr_megatron.launch import compose, spelled_out
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.ppo.warmup import LEAST_RISE, CriticWarmup, policy_steps
-from ovr_megatron.rl.critic import check_critic
+from ovr_megatron.plan.heading import initial_weights
+from ovr_megatron.ppo.warmup import MIN_IMPROVEMENT, CriticWarmup, policy_steps
+from ovr_megatron.rl.record import describe_rollouts
+from ovr_megatron.rl.sample_readers import check_reads_samples
+from ovr_megatron.rl.setup import with_rewards
+from ovr_megatron.runtime import distributed
 from tests.ppo.reference import Iteration
 from tests.ppo.test_loops import curve, weights
 
@@ -34,7 +38,7 @@ def literal_end(values: list[float], iterations: int, patience: int) -> int:
     """The first iteration that is the ``patience``-th in a row without a rise, else ``iterations``."""
     best, stale = -np.inf, 0
     for i, value in enumerate(values[:iterations]):
-        if value >= best + LEAST_RISE:
+        if value >= best + MIN_IMPROVEMENT:
             best, stale = value, 0
         else:
             stale += 1
@@ -75,12 +79,27 @@ def test_a_warmup_by_hand() -> None:
     assert warmup.trains_policy(8) and warmup.end == 8
 
 
+@pytest.mark.parametrize(("patience", "goes_on"), [(0, True), (1, False), (2, False), (3, True)])
+def test_a_critic_that_ended_early_goes_on_with_more_patience(patience: int, goes_on: bool) -> None:
+    first = CriticWarmup(10, patience=2, critic_only=True)
+    ends = [first.observe(i, value) for i, value in enumerate([0.5, 0.5, 0.5])]
+    assert ends == [False, False, True] and first.end == 2
+    resumed = CriticWarmup(10, patience, critic_only=True)
+    resumed.load(json.loads(json.dumps(first.state())))
+    assert (resumed.end is None) == goes_on
+    assert resumed.observe(3, 0.5) == (patience == 3)
+    # The policy has learned since the end of its warm-up, which cannot be taken back.
+    beside_a_policy = CriticWarmup(10, patience)
+    beside_a_policy.load(first.state())
+    assert beside_a_policy.end == 2
+
+
 def test_the_policys_schedule_begins_where_the_warmup_ends() -> None:
     config = settings("iterations=20", "algorithm.critic_warmup_iterations=8", "algorithm.policy_steps=3")
-    assert policy_steps(config, CriticWarmup.of(config)) == 36
+    assert policy_steps(config, CriticWarmup.from_config(config)) == 36
     assert policy_steps(config, CriticWarmup(8, 2, end=5)) == 45
     alone = settings("only=critic", "rollouts_from=elsewhere", "iterations=20")
-    assert not CriticWarmup.of(alone).trains_policy(19)
+    assert not CriticWarmup.from_config(alone).trains_policy(19)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +113,15 @@ def test_the_policys_schedule_begins_where_the_warmup_ends() -> None:
         (
             ["only=critic", "rollouts_from=a", "run.export_every=20"],
             "run.export_every=20: there is no policy to export",
+        ),
+        (["only=critic", "rollouts_from=a", "model.lora.rank=4"], "only=critic with model.lora.rank=4: the checkpoint"),
+        (
+            ["only=critic", "rollouts_from=a", "algorithm.kl_coefficient=0.1", "algorithm.reference=r"],
+            "only=critic with algorithm.kl_coefficient=0.1: the policy does not learn",
+        ),
+        (
+            ["only=critic", "rollouts_from=a", "algorithm.kl_coefficient=0.1", "algorithm.kl_in=reward"],
+            "only=critic with algorithm.kl_coefficient=0.1: the policy does not learn",
         ),
         (
             ["algorithm.critic_warmup_iterations=0", "algorithm.critic_warmup_patience=2"],
@@ -111,6 +139,26 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], says: str) 
         settings(*overrides)
 
 
+def test_a_critic_alone_may_learn_rewards_less_the_divergence_from_a_reference() -> None:
+    divergence = ("algorithm.kl_coefficient=0.1", "algorithm.kl_in=reward", "algorithm.reference=r")
+    assert settings("only=critic", "rollouts_from=a", *divergence).algorithm.kl_in == "reward"
+
+
+def test_the_heading_names_no_engine_where_archived_rollouts_are_learned_from() -> None:
+    world = distributed.start(ParallelConfig(), seed=1)
+    assert describe_rollouts(settings(), world) == "1 vLLM engines, tp=1, on all ranks"
+    for only in ("train", "critic"):
+        learner = settings(f"only={only}", "rollouts_from=runs/a", "critic.path=c")
+        assert describe_rollouts(learner, world) == "those of runs/a, no engine"
+        assert initial_weights(learner) == {"train": "m", "critic": "c"}[only]
+
+
+@pytest.mark.parametrize("only", ["rollout", "rehearsal"])
+def test_a_program_is_told_where_jobs_that_train_nothing_run(only: str) -> None:
+    with pytest.raises(ConfigError, match=f"RL takes only=all, train or critic; run only={only} with `ovr rl`"):
+        with_rewards(settings(f"only={only}"), {})
+
+
 def test_the_shortcut_of_the_critic_alone() -> None:
     assert spelled_out(["--critic-only", "runs/a", "x=1"]) == ["only=critic", "rollouts_from=runs/a", "x=1"]
 
@@ -120,16 +168,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("critics")
     make_tiny_model(folder / "policy", seed=1)
     make_tiny_model(folder / "other_words", seed=1, corpus=["entirely other words of another language"] * 9)
+    make_tiny_model(folder / "other_pixels", seed=1)
+    path = folder / "other_pixels/preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    # A critic reads the policy's tokens: it needs no template.
+    for template in (folder / "policy").glob("chat_template*"):
+        (folder / "other_pixels" / template.name).unlink()
     return folder
 
 
 def test_a_critic_that_cannot_read_the_policys_samples_is_refused(models: Path) -> None:
     config = settings(f"critic.path={models / 'other_words'}")
     processor = Processor(models / "policy", config.data)
-    with pytest.raises(ConfigError, match=r"has another tokenizer than the policy: \d+ tokens differ, .* give a model"):
-        check_critic(config, models / "other_words", ModelShape.from_hf(models / "other_words"), processor)
+
+    def check(folder: Path, shape: ModelShape) -> None:
+        check_reads_samples(f"critic.path={folder}", folder, shape, processor, config.longest_sequence)
+
+    with pytest.raises(ConfigError, match=r"have different vocabularies: \d+ tokens differ, .* give a model"):
+        check(models / "other_words", ModelShape.from_hf(models / "other_words"))
     shape = processor.shape
-    check_critic(config, models / "policy", shape, processor)
+    check(models / "policy", shape)
+    with pytest.raises(ConfigError, match=r"have different pixels of a prompt with an image"):
+        check(models / "other_pixels", shape)
     for change, says in (
         ({"vision": replace(shape.vision, patch=7)}, "has patch=7 in its vision tower, and the policy 14"),
         ({"vision": replace(shape.vision, tokens_per_second=1.0)}, "has tokens_per_second=1.0 in its vision tower"),
@@ -137,7 +197,7 @@ def test_a_critic_that_cannot_read_the_policys_samples_is_refused(models: Path) 
         ({"max_positions": 64}, "with the longest prompt and response comes to 128 tokens, and the model has 64"),
     ):
         with pytest.raises(ConfigError, match=says):
-            check_critic(config, models / "policy", replace(shape, **change), processor)
+            check(models / "policy", replace(shape, **change))
 
 
 # Runs ----------------------------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ from ovr_megatron.ppo.advantages import (
     group_advantages,
     leave_one_out_advantages,
     length_weighted_advantages,
-    likelihood_advantages,
+    mean_relative_advantages,
     overlong_penalty,
     token_rewards,
 )
 from ovr_megatron.ppo.batch import balance_prompts
 from ovr_megatron.ppo.experience import shaped_reward
 from ovr_megatron.ppo.losses import kl_estimate
-from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
+from ovr_megatron.ppo.reductions import positive_nll_weights, token_weights
 
 SEEDS = st.integers(0, 2**31)
 
@@ -72,7 +72,7 @@ def test_opo(seed: int) -> None:
 @given(SEEDS)
 def test_maxrl(seed: int) -> None:
     rewards, groups = responses(seed)
-    for i, found in enumerate(likelihood_advantages(rewards, groups)):
+    for i, found in enumerate(mean_relative_advantages(rewards, groups)):
         mean = (sum(others(rewards, groups, i)) + sum(rewards[i])) / 3
         expected = sum(rewards[i]) / mean - 1 if mean > 0 else 0.0
         np.testing.assert_allclose(found, np.full(len(rewards[i]), expected), rtol=1e-9, atol=1e-9)
@@ -83,7 +83,7 @@ def test_maxrl_is_the_likelihood_of_the_right_responses() -> None:
     verdicts = [1.0, 0.0, 0.0, 1.0, 0.0]
     rewards = token_rewards(verdicts, [1, 2, 3, 1, 2])
     scores = np.array([0.3, -1.0, 0.7, 2.0, -0.4])  # stand for the gradients of log pi
-    advantages = np.array([a[0] for a in likelihood_advantages(rewards, [0] * 5)])
+    advantages = np.array([a[0] for a in mean_relative_advantages(rewards, [0] * 5)])
     expected = np.mean([score for score, verdict in zip(scores, verdicts, strict=True) if verdict]) - scores.mean()
     assert (advantages * scores).mean() == pytest.approx(expected)
 
@@ -112,7 +112,7 @@ def test_estimators_by_hand() -> None:
     assert [a[0] for a in found] == pytest.approx([1 / 2, -1, 1 / 2, 0])
     found = length_weighted_advantages(rewards, groups)  # (2 * 1 + 1 * 0 + 1 * 1) / 4 = 3/4
     assert [a[0] for a in found] == pytest.approx([1 / 4, -3 / 4, 1 / 4, 0])
-    found = likelihood_advantages(rewards, groups)  # 1 / (2/3) - 1; the second prompt has no right response
+    found = mean_relative_advantages(rewards, groups)  # 1 / (2/3) - 1; the second prompt has no right response
     assert [a[0] for a in found] == pytest.approx([1 / 2, -1, 1 / 2, 0])
     penalties = [np.array([0.25, 0.5]), np.zeros(1), np.zeros(1), np.zeros(3)]
     rewards = token_rewards([1.0, 0.0, 1.0, 0.0], [2, 1, 1, 3], penalties)
@@ -153,11 +153,12 @@ def literal_cosine(t: float, limit: float, at_limit: float, at_start: float) -> 
 def test_the_cosine_reward_is_that_of_its_paper() -> None:
     right, wrong = (2.0, 1.0), (-10.0, 0.0)
     for length in (0, 1, 37, 50, 99, 100):
-        of_right = literal_cosine(length, 100, right[1], right[0])
-        of_wrong = literal_cosine(length, 100, wrong[1], wrong[0])
-        assert cosine_reward(1.0, length, 100, right, wrong) == pytest.approx(of_right)
-        assert cosine_reward(0.0, length, 100, right, wrong) == pytest.approx(of_wrong)
-        assert cosine_reward(0.25, length, 100, right, wrong) == pytest.approx(0.25 * of_right + 0.75 * of_wrong)
+        reward_if_right = literal_cosine(length, 100, right[1], right[0])
+        reward_if_wrong = literal_cosine(length, 100, wrong[1], wrong[0])
+        assert cosine_reward(1.0, length, 100, right, wrong) == pytest.approx(reward_if_right)
+        assert cosine_reward(0.0, length, 100, right, wrong) == pytest.approx(reward_if_wrong)
+        blended = 0.25 * reward_if_right + 0.75 * reward_if_wrong
+        assert cosine_reward(0.25, length, 100, right, wrong) == pytest.approx(blended)
     # By hand: the ends and the middle.
     values = [cosine_reward(1.0, n, 100, right, wrong) for n in (0, 50, 100)]
     assert values == pytest.approx([2.0, 1.5, 1.0])
@@ -229,11 +230,11 @@ def test_weights_of_the_right_responses() -> None:
             np.testing.assert_array_equal(found, own)
             return sum(sums)
 
-        weights = likelihood_weights(right[rank], [len(loss) for loss in losses[rank]], members[rank], over_ranks)
+        weights = positive_nll_weights(right[rank], [len(loss) for loss in losses[rank]], members[rank], over_ranks)
         total += sum(float((w * loss).sum()) for w, loss in zip(weights, losses[rank], strict=True))
     expected = np.concatenate([losses[0][0], losses[0][2], losses[1][1]]).mean()
     assert total / 18 == pytest.approx(expected, rel=1e-12)
-    nothing_right = likelihood_weights([False], [3], [0], lambda found: found)
+    nothing_right = positive_nll_weights([False], [3], [0], lambda found: found)
     assert [w.tolist() for w in nothing_right] == [[0, 0, 0]]
 
 

@@ -317,6 +317,9 @@ def test_unfinished_responses_go_on(runs: Path) -> None:
         line["rollout/staleness_share/0"] + line["rollout/staleness_share/1"] == pytest.approx(1) for line in lines
     )
     assert all(0.05 < line["rollout/staleness_mean"] < 0.8 for line in lines[1:])
+    for line, alone in zip(lines, curve(runs / "partial_critic"), strict=False):
+        staleness = {key: value for key, value in line.items() if key.startswith("rollout/staleness_")}
+        assert len(staleness) == 3 and staleness.items() <= alone.items()
     places = trained_prompts(runs / "partial")
     assert [len(set(prompts)) for prompts in places] == [4] * 4
     assert len({place for prompts in places for place in prompts}) == 16

@@ -22,7 +22,7 @@ from ovr_megatron.ppo.estimators import find_estimator
 from ovr_megatron.ppo.experience import estimate, shaped_reward
 from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.objectives import PolicyObjective
-from ovr_megatron.ppo.reductions import likelihood_weights, token_weights
+from ovr_megatron.ppo.reductions import positive_nll_weights, token_weights
 from tests.ppo.methods import documented_methods
 from tests.ppo.papers import (
     BUFFER,
@@ -96,8 +96,8 @@ def our_gradient(algorithm: AlgorithmConfig) -> Tensor:
         extras["weights"] = [torch.from_numpy(w) for w in weights]
     if algorithm.positive_nll:
         right = [verdict == 1 for verdict in VERDICTS]
-        likelihood = likelihood_weights(right, LENGTHS, range(len(LENGTHS)), lambda total: total)
-        extras["likelihood_weights"] = [torch.from_numpy(w) for w in likelihood]
+        likelihood = positive_nll_weights(right, LENGTHS, range(len(LENGTHS)), lambda total: total)
+        extras["positive_nll_weights"] = [torch.from_numpy(w) for w in likelihood]
 
     def loss(logprobs: list[Tensor]) -> Tensor:
         flat = torch.cat([logprobs[i] for i in order])

@@ -72,7 +72,7 @@ def learn(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[list[np.nd
     responses = []
     for i, (reward, length) in enumerate(zip(REWARDS, LENGTHS, strict=True)):
         responses.append(Response(i // 2, i % 2, [0] * length, np.zeros(length), True, "", reward))
-    result, critic_batch = compute_experience(models, rollout, responses, OnePack())
+    result, critic_batch = compute_experience(models, rollout, responses, OnePack(), 0)
     return result.advantages, critic_batch and critic_batch.returns
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.schema import RowError
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.data_checks import checks_of
+from ovr_megatron.families import ModelShape
 from ovr_megatron.launch import compose
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.rl.teacher import check_teacher
+from ovr_megatron.rl.sample_readers import check_reads_samples
 from tests.ppo.reference import Iteration
 from tests.ppo.test_loops import curve, weights
 
@@ -112,10 +114,19 @@ def test_a_teacher_that_reads_prompts_in_another_way_is_refused(student: Path, t
     # A limit that the fixed prompt would pass: it is not the run's.
     processor = Processor(student, DataConfig(template="model", max_prompt_tokens=8, max_images=1))
     teacher = make_tiny_model(tmp_path / "teacher", seed=6)
-    check_teacher(teacher, processor)
+
+    def check(longest: int = 128, **sizes: object) -> None:
+        shape = replace(ModelShape.from_hf(teacher), **sizes)
+        check_reads_samples(f"algorithm.teacher={teacher}", teacher, shape, processor, longest, same_template=True)
+
+    check()
+    with pytest.raises(ConfigError, match="is a model of family another"):
+        check(family="another")
+    with pytest.raises(ConfigError, match="with the longest prompt and response comes to 1000000 tokens"):
+        check(longest=1_000_000)
     change(teacher)
     with pytest.raises(ConfigError, match=f"have different {difference}") as error:
-        check_teacher(teacher, processor)
+        check()
     assert str(teacher) in str(error.value) and str(student) in str(error.value)
 
 

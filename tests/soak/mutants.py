@@ -176,8 +176,8 @@ MUTANTS = [
     Mutant(
         "the policy does not wait for the critic",
         "ppo/warmup.py",
-        "return not self.alone and iteration >= self.first_policy_iteration",
-        "return not self.alone",
+        "return not self.critic_only and iteration >= self.first_policy_iteration",
+        "return not self.critic_only",
     ),
     Mutant(
         "the trainer bans nothing",
@@ -197,7 +197,7 @@ MUTANTS = [
         "ppo/iteration.py",
         "metrics |= update_critic(models, critic_batch)",
         "metrics |= update_critic(models, critic_batch); "
-        "experience, _ = compute_experience(models, rollout, responses, batch)",
+        "experience, _ = compute_experience(models, rollout, responses, batch, iteration)",
     ),
     Mutant(
         "the engine keeps its first weights",
