@@ -36,8 +36,8 @@ _ENVELOPE_BYTES = 1 << 20  # of a reply, beside its text
 _TOKEN_BYTES = 256  # of a token at most, escapes included
 
 
-class TeacherError(UserError, RuntimeError):
-    """The teacher cannot be reached or refuses: no key, no access, no such model, or nothing but failures."""
+class EndpointError(UserError, RuntimeError):
+    """The endpoint cannot be reached or refuses: no key, no access, no such model, or nothing but failures."""
 
 
 class _TransientError(Exception):
@@ -102,7 +102,7 @@ class Endpoint:
         self.tokens = tokens
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._draining = False
+        self._no_retries = threading.Event()  # set by `_stop` and `drain`; ends the back-off
         self._pause_s = pause_s
         self._paused_until = 0.0
         self._failures = 0  # in a row
@@ -117,7 +117,7 @@ class Endpoint:
         # Each thread has a client of its own: one for all looks through all of its connections at every request, which
         # at hundreds of them takes longer than the request.
         self._local = threading.local()
-        self._clients: list[httpx.Client] = []
+        self._clients: set[httpx.Client] = set()  # without those of requests that took too long, which end on their own
         self._certificates = httpx.create_ssl_context()
         self._max_bytes = _ENVELOPE_BYTES + _TOKEN_BYTES * config.max_tokens
 
@@ -125,7 +125,7 @@ class Endpoint:
         """Yield completions as they arrive, in any order; questions beyond the budget have none.
 
         Raises:
-            TeacherError: the endpoint refuses all questions, or the last ones have all failed.
+            EndpointError: the endpoint refuses all questions, or the last ones have all failed.
         """
         failures = 0
         pending: set[Future[Completion | None]] = set()
@@ -145,26 +145,39 @@ class Endpoint:
                 failures = self._count_failures(failures, completion)
                 yield completion
         finally:
-            # Also when the caller stops early: without the event the threads would go on with their attempts.
-            self._stopped.set()
+            # Also when the caller stops early: without it the threads would go on with their attempts.
+            self._stop()
             self._pool.shutdown(cancel_futures=True)
-            for client in self._clients:
-                client.close()
+            self._close_clients()
 
     def submit(self, question: Question) -> Future[Completion | None]:
         """Have a question asked; the result is None where the budget ends before it is.
 
-        The future raises `TeacherError` where the endpoint refuses all questions.
+        The future raises `EndpointError` where the endpoint refuses all questions.
         """
         return self._pool.submit(self._persist, question)
 
     def drain(self, timeout_s: float) -> None:
         """Cancel questions that wait, and give those in flight ``timeout_s`` seconds, but no further attempt."""
-        self._draining = True
+        self._no_retries.set()
         # The pool's own wait, which also covers the callbacks of the futures, has no limit.
         thread = threading.Thread(target=self._pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
         thread.start()
         thread.join(timeout_s)
+        self._stop()
+        self._close_clients()
+
+    def _stop(self) -> None:
+        """End the waits of all threads, for a reply or for the next attempt."""
+        self._stopped.set()
+        self._no_retries.set()
+
+    def _close_clients(self) -> None:
+        with self._lock:
+            clients = list(self._clients)
+            self._clients.clear()
+        for client in clients:
+            client.close()
 
     @property
     def exhausted(self) -> bool:
@@ -180,7 +193,7 @@ class Endpoint:
         """Return the number of failures in a row, given that before ``completion``."""
         failures = 0 if completion.final else previous + 1
         if failures > self._most_failures:
-            raise TeacherError(
+            raise EndpointError(
                 f"the last {failures} questions to {self._config.base_url} failed, {completion.error}; what was "
                 f"answered is kept; correct {self._setting.format('*')} or wait, and run again"
             )
@@ -218,32 +231,36 @@ class Endpoint:
     def _attempt_repeatedly(self, question: Question) -> Completion | None:
         config = self._config
         problem = ""
+        attempts = 0
         # A loop of our own: each attempt counts in the budget, a reply that is no completion is one more failure, and a
         # stop ends the wait. httpx retries connections only, and openai's client counts nothing and sleeps on.
-        for attempt in range(config.attempts):
-            if self._draining and attempt:
-                break
+        while attempts < config.attempts:
             with self._lock:  # threads share the counts, and none may start an attempt beyond the budget
-                if self.exhausted or self._stopped.is_set():
+                if self._stopped.is_set():
+                    return None
+                if attempts and self._no_retries.is_set():
+                    break
+                if self.exhausted:
                     return None
                 self.requests += 1
             try:
                 completion = self._attempt(question)
             except _TransientError as error:
                 problem = str(error)
-                factor = 2.0 ** min(attempt, 64)  # a larger exponent would overflow a float in the end
+                factor = 2.0 ** min(attempts, 64)  # a larger exponent would overflow a float in the end
+                attempts += 1
                 backoff_s = min(config.backoff_s * factor, config.max_backoff_s)
                 # Jitter, so that threads that failed together do not return together.
                 backoff_s *= random.uniform(0.5, 1.0)
                 demanded_s = min(error.wait_s, config.max_backoff_s)
-                self._stopped.wait(max(demanded_s, backoff_s))
+                self._no_retries.wait(max(demanded_s, backoff_s))
                 continue
             with self._lock:
                 self.tokens += completion.tokens
             return completion
         return Completion(
             question.key,
-            error=f"{config.attempts} attempts, the last: {problem}",
+            error=f"{attempts} attempt{'s' if attempts > 1 else ''}, the last: {problem}",
             final=False,
         )
 
@@ -252,7 +269,7 @@ class Endpoint:
 
         Raises:
             _TransientError: another attempt may succeed.
-            TeacherError: no question would succeed.
+            EndpointError: no question would succeed.
         """
         body = {
             "model": self._config.model or "",
@@ -267,12 +284,12 @@ class Endpoint:
             return self._read(question.key, reply.text, len(request))
         problem = f"HTTP {reply.status}: {self._excerpt(reply.text)}"
         if reply.status in _FATAL or 300 <= reply.status < 400:
-            self._stopped.set()
+            self._stop()
             redirect = ""
             if reply.status < 400:
                 redirect = " (it leads elsewhere: give that address)"
             settings = ", ".join(map(self._setting.format, ("base_url", "model")))
-            raise TeacherError(
+            raise EndpointError(
                 f"{self._config.base_url} refuses model {self._config.model!r}, {problem}{redirect}; correct "
                 f"{settings} or the key ({self._setting.format('key_env')}={self._config.key_env})"
             )
@@ -285,18 +302,24 @@ class Endpoint:
         """Post ``request`` and return the reply, at the latest ``timeout_s`` seconds from now.
 
         The client's own time-out counts from byte to byte, so an endpoint that sends a byte now and then would hold it
-        for ever.  A late request goes on in its own daemon thread, for which nothing waits.
+        for ever.  A late request goes on in its own daemon thread, which closes its client and for which nothing waits.
         """
         replies: list[_HttpReply | Exception] = []
         timeout_s = self._config.timeout_s
         client = self._client()
 
         def post() -> None:
+            result: _HttpReply | Exception
             try:
                 reply_deadline = time.monotonic() + timeout_s
-                replies.append(self._post(client, request, reply_deadline))
+                result = self._post(client, request, reply_deadline)
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, RuntimeError) as error:
-                replies.append(error)
+                result = error
+            with self._lock:
+                replies.append(result)
+                is_late = client not in self._clients
+            if is_late:
+                client.close()
 
         thread = threading.Thread(target=post, daemon=True)
         thread.start()
@@ -306,7 +329,11 @@ class Endpoint:
             if remaining_s <= 0.0:
                 break
             thread.join(min(_TICK_S, remaining_s))
-        if not replies:
+        with self._lock:  # the reply may come at this moment
+            is_late = not replies
+            if is_late:
+                self._clients.discard(client)
+        if is_late:
             del self._local.client  # the late request still uses it
             raise _TransientError(f"no whole answer after {timeout_s:g} s")
         [reply] = replies
@@ -327,7 +354,7 @@ class Endpoint:
             )
             self._local.client = client
             with self._lock:
-                self._clients.append(client)
+                self._clients.add(client)
         return client
 
     def _post(self, client: httpx.Client, request: bytes, deadline: float) -> _HttpReply:

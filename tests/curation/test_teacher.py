@@ -8,20 +8,25 @@ import re
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
-from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
+from ovr_megatron.config import ConfigError, DataConfig, RewardConfig, RewardJudgeConfig, SourceConfig
+from ovr_megatron.config.endpoint import TRANSPORT_FIELDS
+from ovr_megatron.curation import teacher
 from ovr_megatron.curation.prepare import prepare
+from ovr_megatron.curation.reward_rules import judge_settings
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.evaluation.judge_settings import JudgeConfig
-from ovr_megatron.runtime.endpoint import TeacherError, retry_after
+from ovr_megatron.runtime.chat_messages import Question
+from ovr_megatron.runtime.endpoint import Endpoint, EndpointError, retry_after
 from ovr_megatron.runtime.terminal import printable
 
 KEY = "sk-very-secret-7f3a"
@@ -197,7 +202,7 @@ def test_the_key_is_nowhere(config: PrepareConfig, server: Teacher, monkeypatch:
     assert len(files) > 5
     assert not any(KEY.encode() in data for data in files)
     server.script["*"] = [403]
-    with pytest.raises(TeacherError, match=r"403.*\*\*\*.*correct teacher.base_url") as error:
+    with pytest.raises(EndpointError, match=r"403.*\*\*\*.*correct teacher.base_url") as error:
         prepare(replace(config, teacher=replace(config.teacher, model="other")))
     assert KEY not in str(error.value)
     monkeypatch.delenv("TEACHER_KEY")
@@ -229,8 +234,23 @@ def test_nothing_is_asked_twice_over_budgets_and_failures(config: PrepareConfig,
 def test_an_endpoint_that_only_fails_ends_the_run(config: PrepareConfig, server: Teacher) -> None:
     server.script["*"] = [503] * 1000
     failing = replace(config, teacher=replace(config.teacher, attempts=1, concurrency=2))
-    with pytest.raises(TeacherError, match=r"the last 9 questions .* failed, .*HTTP 503.*run again"):
+    with pytest.raises(EndpointError, match=r"the last 9 questions .* failed, .*HTTP 503.*run again"):
         prepare(failing)
+
+
+def test_no_stage_starts_anew_for_another_address_key_or_speed() -> None:
+    other = {name: 3 for name in TRANSPORT_FIELDS} | {
+        "base_url": "http://host/v1",
+        "key_env": "KEY",
+        "allow_http": True,
+    }
+    judge = RewardJudgeConfig(base_url="http://127.0.0.1/v1", model="m")
+    config = PrepareConfig(dir="d", stages=["collect"])
+    changed = replace(config, teacher=replace(config.teacher, **other))
+    assert teacher.settings(changed) == teacher.settings(config)
+    assert teacher.settings(replace(config, teacher=replace(config.teacher, attempts=9))) != teacher.settings(config)
+    judges = [RewardConfig(judges={"j": settings}) for settings in (judge, replace(judge, **other))]
+    assert judge_settings(judges[0]) == judge_settings(judges[1])
 
 
 def test_samples_and_images(config: PrepareConfig, server: Teacher, tmp_path: Path) -> None:
@@ -258,6 +278,53 @@ def test_a_request_has_an_end_however_slowly_the_endpoint_drips(
     assert time.monotonic() - began < 60
     [example] = report(config)["examples"]["no answer"]
     assert re.search(problem, example["error"]), example
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def question(number: int) -> Question:
+    return Question(number, [{"role": "user", "content": f"add {number} 1"}], 0)
+
+
+def test_the_clients_of_late_requests_are_closed_and_drain_closes_the_others(
+    config: PrepareConfig, server: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients: list[httpx.Client] = []
+
+    class RecordedClient(httpx.Client):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            clients.append(self)
+
+    monkeypatch.setattr(httpx, "Client", RecordedClient)
+    server.script["*"] = ["drip"] * 8
+    endpoint = Endpoint(replace(config.teacher, timeout_s=0.3, attempts=4, concurrency=2))
+    for future in [endpoint.submit(question(number)) for number in range(2)]:
+        completion = future.result()
+        assert completion is not None and not completion.final
+    # A thread may learn that the request was late before the wait for it ends, and keep its client.
+    wait_until(lambda: sum(not client.is_closed for client in clients) <= 2)
+    assert len(clients) > 2
+    endpoint.submit(question(3)).result()
+    assert not all(client.is_closed for client in clients)
+    endpoint.drain(30.0)
+    assert all(client.is_closed for client in clients)
+
+
+def test_draining_ends_the_wait_for_the_next_attempt(config: PrepareConfig, server: Teacher) -> None:
+    server.script["add 1 1"] = [503] * 4
+    endpoint = Endpoint(replace(config.teacher, backoff_s=600.0, max_backoff_s=600.0))
+    future = endpoint.submit(question(1))
+    wait_until(lambda: server.asked["add 1 1"] == 1)
+    endpoint.drain(60.0)
+    assert future.done()
+    completion = future.result()
+    assert completion is not None and (completion.error or "").startswith("1 attempt, the last: HTTP 503")
 
 
 def test_an_endless_answer_is_cut(config: PrepareConfig, server: Teacher) -> None:
@@ -303,14 +370,14 @@ def test_numbers_of_an_endpoint_are_not_believed(config: PrepareConfig, server: 
 
 def test_a_redirect_does_not_take_the_key_along(config: PrepareConfig, server: Teacher) -> None:
     server.script["*"] = ["redirect"] * 100
-    with pytest.raises(TeacherError, match=r"HTTP 307.*it leads elsewhere"):
+    with pytest.raises(EndpointError, match=r"HTTP 307.*it leads elsewhere"):
         prepare(config)
 
 
 def test_control_characters_of_an_endpoint_reach_no_terminal(config: PrepareConfig, server: Teacher) -> None:
     failing = replace(config, teacher=replace(config.teacher, model="m\x1b[2Jm", attempts=1))
     server.script["*"] = [403]
-    with pytest.raises(TeacherError) as error:
+    with pytest.raises(EndpointError) as error:
         prepare(failing)
     assert "\x1b" not in printable(error.value) and "\\x1b[2J" in printable(error.value)
 
