@@ -6,10 +6,7 @@ The endpoint is not trusted: the time and size of its replies and the numbers in
 
 from __future__ import annotations
 
-import datetime
-import email.utils
 import json
-import math
 import os
 import random
 import threading
@@ -17,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
@@ -25,12 +21,12 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.config.endpoint import EndpointConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.chat_messages import Completion, Question
+from ovr_megatron.runtime.chat_replies import ReplyError, read_completion, retry_after
 from ovr_megatron.runtime.terminal import printable
 
 _FATAL = (401, 402, 403, 404, 405)  # HTTP statuses after which every other question would fail, too
 _REFUSED = (400, 413, 422)  # HTTP statuses that concern this question only
 _EXCERPT = 300  # characters of a reply that an error message shows
-_FINISH = 40  # characters of the finish reason that are kept
 _TICK_S = 0.5  # seconds until a waiting request notices that the client stops
 _ENVELOPE_BYTES = 1 << 20  # of a reply, beside its text
 _TOKEN_BYTES = 256  # of a token at most, escapes included
@@ -281,7 +277,10 @@ class Endpoint:
         request = json.dumps(body).encode()
         reply = self._within_time(request)
         if 200 <= reply.status < 300:
-            return self._read(question.key, reply.text, len(request))
+            try:
+                return read_completion(question.key, reply.text, len(request), self._config.max_tokens, self._excerpt)
+            except ReplyError as error:
+                raise _TransientError(str(error)) from None
         problem = f"HTTP {reply.status}: {self._excerpt(reply.text)}"
         if reply.status in _FATAL or 300 <= reply.status < 400:
             self._stop()
@@ -369,37 +368,6 @@ class Endpoint:
         text = data.decode("utf-8", "replace")
         return _HttpReply(response.status_code, response.headers, text)
 
-    def _read(self, key: int, text: str, request_bytes: int) -> Completion:
-        """Read a chat completion, any field of which may be missing or of another type."""
-        try:
-            body = json.loads(text)
-            choice = body["choices"][0]
-            message = choice["message"]
-            content = message.get("content")
-            thought = message.get("reasoning_content") or message.get("reasoning")
-            if not isinstance(content, str) or not content.strip():
-                raise ValueError("the content is empty")
-            thought = thought if isinstance(thought, str) else None
-            f"{content}{thought or ''}".encode()  # raises for half a surrogate pair, which no file could hold
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            reason = self._excerpt(repr(error))
-            beginning = self._excerpt(text)
-            raise _TransientError(f"not a chat completion ({reason}): {beginning!r}") from None
-        tokens = self._tokens(body.get("usage"), text, request_bytes)
-        finish = choice.get("finish_reason")
-        if not isinstance(finish, str):
-            finish = ""
-        return Completion(key, content, thought, finish[:_FINISH], tokens)
-
-    def _tokens(self, usage: Any, text: str, request_bytes: int) -> int:
-        """Return the endpoint's count of the tokens of question and answer, bounded by their sizes in bytes."""
-        total = usage.get("total_tokens") if isinstance(usage, dict) else None
-        if not isinstance(total, int) or isinstance(total, bool) or total <= 0:
-            return len(text) // 4  # an estimate: about four characters make a token
-        # No token is shorter than a byte: without a bound, one false count would end the budget.
-        answer_bytes = max(len(text.encode()), self._config.max_tokens)
-        return min(total, request_bytes + answer_bytes)
-
     def _excerpt(self, text: str) -> str:
         """Return the beginning of a foreign text, without the key and without control characters."""
         if self._key:
@@ -412,19 +380,3 @@ def _completions(done: Iterable[Future[Completion | None]]) -> Iterator[Completi
         completion = future.result()
         if completion is not None:
             yield completion
-
-
-def retry_after(text: str) -> float:
-    """Return the seconds of a ``Retry-After`` header, a number or a date; 0 for a text that is neither."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            date = email.utils.parsedate_to_datetime(text)
-            now = datetime.datetime.now(datetime.UTC)
-            seconds = (date - now).total_seconds()
-        except (ValueError, TypeError):  # no date, or one without a time zone
-            return 0.0
-    if not math.isfinite(seconds):
-        return 0.0
-    return max(0.0, seconds)
