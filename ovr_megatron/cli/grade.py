@@ -1,10 +1,10 @@
 r"""Grade a JSONL file of responses: accuracy, and the agreement with another grader where the rows have its verdict.
 
-A row has ``response`` (text), ``answer`` (a letter, an option's content, a value, or boxes and points in JSON),
-optionally ``options`` (a list) and ``correct`` (true or false: what another script said).  Only the last \boxed{} of
-a response counts, unless --rule names a rule that reads more of it.  Rules that read the row need ``messages``, those
-that scale coordinates ``image_size`` (width and height of the file, then as the model sees it).  Settings such as
-reward.judges.NAME.base_url=URL describe judges.
+A row has ``response`` (text), ``answer`` (a letter, an option's content, a value, or boxes and points in JSON; a rule
+that does not read it needs none), optionally ``options`` (a list) and ``correct`` (true or false: what another script
+said).  Only the last \boxed{} of a response counts, unless --rule names a rule that reads more of it.  Rules that read
+the row need ``messages``, those that scale coordinates ``image_size`` (width and height of the file, then as the model
+sees it).  Settings such as reward.judges.NAME.base_url=URL describe judges.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from ovr_megatron.rewards.choice import named_letter
+from ovr_megatron.rewards.combination import is_unknown, needs_answer
 from ovr_megatron.rewards.judge_client import Judges
+from ovr_megatron.rewards.judge_templates import open_templates
 from ovr_megatron.rewards.latex import clean
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason, Verdict
 from ovr_megatron.rewards.quantity import has_unit
@@ -30,7 +32,7 @@ from ovr_megatron.runtime.terminal import printable
 
 if TYPE_CHECKING:
     from ovr_megatron.config import RewardConfig
-    from ovr_megatron.data.schema import ImageSize
+    from ovr_megatron.data.schema import ImageSize, Row
 
 NO_BOX = "no box in the response"
 UNIT = "the benchmark's script missed a unit"
@@ -73,12 +75,14 @@ class Disagreement(ReferenceOption):
 class GradeSummary(TypedDict):
     """Counts, accuracy and reasons; ``reward``, the mean, only where a rule gives rewards between 0 and 1.
 
-    The last three are there only where rows have another script's verdict.
+    Accuracy and mean are those of the rows with a reward; ``unknown`` is the number of the others, where there are
+    some, and the accuracy None where all are.  The last three are there only where rows have another script's verdict.
     """
 
     rows: int
     correct: int
-    accuracy: float
+    accuracy: float | None
+    unknown: NotRequired[int]
     reward: NotRequired[float]
     reasons: dict[str, int]
     compared: NotRequired[int]
@@ -86,8 +90,8 @@ class GradeSummary(TypedDict):
     disagreements: NotRequired[dict[str, list[Disagreement]]]
 
 
-def read_rows(path: Path) -> list[GradedRow]:
-    """Read the rows of ``path``; empty lines are skipped.
+def read_rows(path: Path, has_answers: bool = True) -> list[GradedRow]:
+    """Read the rows of ``path``; empty lines are skipped.  Without ``has_answers`` a row may have no answer.
 
     Raises:
         GradeFileError: no such file, no rows, or a row that is not as described above.
@@ -95,7 +99,7 @@ def read_rows(path: Path) -> list[GradedRow]:
     rows = []
     try:
         for line in json_lines(path):
-            rows.append(_read_row(_parse(line, path), f"{path}:{line.number}"))
+            rows.append(_read_row(_parse(line, path), f"{path}:{line.number}", has_answers))
     except OSError as error:
         raise GradeFileError(f"{path}: {error.strerror}; give a JSONL file") from None
     if not rows:
@@ -113,15 +117,21 @@ def _parse(line: JsonLine, path: Path) -> Mapping[str, object]:
         raise GradeFileError(f"{path}:{line.number}: {error}; write one JSON object a line") from None
 
 
-def _read_row(raw: Mapping[str, object], where: str) -> GradedRow:
+def _read_row(raw: Mapping[str, object], where: str, has_answers: bool) -> GradedRow:
     response = raw.get("response")
     answer = raw.get("answer")
     options = raw.get("options") or []
     if not isinstance(response, str):
         raise GradeFileError(f"{where}:response: {_describe(raw, 'response')}; give the text of the response")
-    if _is_regions(answer):
-        answer = json.dumps(answer, ensure_ascii=False)
-    if not _is_value(answer):
+    if isinstance(answer, list | dict):
+        # Images are loaded only for answers of perception.
+        from ovr_megatron.data.row_parsing import is_regions
+
+        if is_regions(answer):
+            answer = json.dumps(answer, ensure_ascii=False)
+    if answer is None and not has_answers:
+        answer = ""
+    elif not _is_value(answer):
         raise GradeFileError(f"{where}:answer: {_describe(raw, 'answer')}; give the reference as a text or a number")
     if not isinstance(options, list) or not all(_is_value(option) for option in options):
         raise GradeFileError(f"{where}:options: {_describe(raw, 'options')}; give a list of texts or numbers, or none")
@@ -151,13 +161,22 @@ def with_rule(rows: Sequence[GradedRow], rule: str, thinking: bool, folder: Path
             raise GradeFileError(f"{row.where}:answer: {problem}; give a reference of the rule {rule}")
         data_row = None
         if row.raw.get("messages") is not None and not reads_box(rule):
-            # Torch is not loaded for the usual rules.
-            from ovr_megatron.data.row_parsing import parse_row
-
-            data_row = parse_row(row.raw, row.where, folder)
+            data_row = _data_row(row, folder)
         request = replace(row.request, rule=rule, thinking=thinking, row=data_row, image=_image_size(row))
         graded_rows.append(replace(row, request=request))
     return graded_rows
+
+
+def _data_row(row: GradedRow, folder: Path) -> Row:
+    # Torch is not loaded for the usual rules.
+    from ovr_megatron.data.row_parsing import parse_row
+
+    messages = row.raw["messages"]
+    if row.request.answer or not isinstance(messages, list):
+        return parse_row(row.raw, row.where, folder)
+    # `parse_row` takes a prompt without an answer for a mistake: a reply is added, and removed again.
+    parsed = parse_row({**row.raw, "messages": [*messages, {"role": "assistant", "content": "-"}]}, row.where, folder)
+    return replace(parsed, messages=parsed.prompt)
 
 
 def _image_size(row: GradedRow) -> ImageSize | None:
@@ -196,17 +215,6 @@ def read_reward(settings: Sequence[str], rule: str) -> RewardConfig:
     return config
 
 
-def _is_regions(answer: object) -> bool:
-    """Return whether an answer may be boxes or points in JSON: an object, or a list without texts."""
-    if isinstance(answer, dict):
-        return True
-    return (
-        isinstance(answer, list)
-        and bool(answer)
-        and all(isinstance(item, int | float | list | dict) for item in answer)
-    )
-
-
 def _is_value(value: object) -> bool:
     """Return whether ``value`` is a text or number that can be an answer or an option."""
     # True is an int of Python, and no answer.
@@ -227,6 +235,8 @@ def explain(row: GradedRow, verdict: Verdict) -> str:
     says wrong where the box has the right option's letter and content, its content, or a unit beside the value.
     """
     request = row.request
+    if verdict.score is not None:  # the box is then a note of the rule
+        return UNEXPLAINED
     if row.correct and verdict.reason is Reason.NO_BOX:
         return NO_BOX
     if row.correct and verdict.reason is Reason.DIFFERENT and "=" in (verdict.box or ""):
@@ -243,16 +253,19 @@ def explain(row: GradedRow, verdict: Verdict) -> str:
 
 def summarise(rows: Sequence[GradedRow], verdicts: Sequence[Verdict]) -> GradeSummary:
     """Return counts, accuracy and reasons; where rows have ``correct`` also agreement, and disagreements by group."""
-    correct_count = sum(verdict.correct for verdict in verdicts)
+    graded = [pair for pair in zip(rows, verdicts, strict=True) if not is_unknown(pair[1], pair[0].request.rule)]
+    correct_count = sum(verdict.correct for _, verdict in graded)
     summary: GradeSummary = {
         "rows": len(rows),
         "correct": correct_count,
-        "accuracy": correct_count / len(rows),
+        "accuracy": correct_count / len(graded) if graded else None,
         "reasons": dict(Counter(verdict.reason.value for verdict in verdicts).most_common()),
     }
-    if any(verdict.score is not None for verdict in verdicts):
-        summary["reward"] = sum(verdict.reward for verdict in verdicts) / len(rows)
-    compared = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
+    if len(graded) < len(rows):
+        summary["unknown"] = len(rows) - len(graded)
+    if any(verdict.score is not None for _, verdict in graded):
+        summary["reward"] = sum(verdict.reward for _, verdict in graded) / len(graded)
+    compared = [(row, verdict) for row, verdict in graded if row.correct is not None]
     if compared:
         groups: defaultdict[str, list[Disagreement]] = defaultdict(list)
         for row, verdict in compared:
@@ -284,7 +297,11 @@ def _disagreement(row: GradedRow, verdict: Verdict) -> Disagreement:
 
 def print_summary(summary: GradeSummary) -> None:
     """Print `summarise`'s result for a person."""
-    print(f"accuracy   {summary['accuracy']:.4f}  ({summary['correct']} of {summary['rows']})")
+    unknown = summary.get("unknown", 0)
+    if summary["accuracy"] is not None:
+        print(f"accuracy   {summary['accuracy']:.4f}  ({summary['correct']} of {summary['rows'] - unknown})")
+    if unknown:
+        print(f"unknown    {unknown} of {summary['rows']} rewards, which count in no figure")
     if "reward" in summary:
         print(f"reward     {summary['reward']:.4f}  (mean)")
     for reason, count in summary["reasons"].items():
@@ -332,7 +349,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     try:
         reward = read_reward(args.settings, args.rule)
-        rows = with_rule(read_rows(args.file), args.rule, args.thinking, args.file.parent)
+        has_answers = needs_answer(args.rule, open_templates(reward.judges))
+        rows = with_rule(read_rows(args.file, has_answers), args.rule, args.thinking, args.file.parent)
         judges = Judges(reward.judges, args.file.with_suffix(".judges"))
         with (
             GraderPool(args.workers, args.timeout_s, judges=judges) as pool,

@@ -13,6 +13,8 @@ from ovr_megatron.config.checks import ConfigError, ZeroMeans, require
 from ovr_megatron.config.fields import section
 from ovr_megatron.config.sampling import ResponseTokens, Sampling, Temperature
 
+TRANSPORT_FIELDS = ("base_url", "key_env", "allow_http", "concurrency", "backoff_s", "max_backoff_s", "timeout_s")
+"""Fields of `EndpointConfig` on which no answer depends."""
 _SECRET = re.compile("key|token|secret|passw|sig|auth", re.IGNORECASE)
 # Settings of an endpoint: a wait lasts a week at most, a budget fits into 64 bits.
 Wait = Annotated[float, Field(ge=0, le=604800)]

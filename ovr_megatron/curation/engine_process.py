@@ -53,6 +53,14 @@ class IndexedRow:
     row: Row
 
 
+def parse_collected_row(raw: RowJson, where: str, root: Path) -> Row:
+    """Parse a row of the stage before, whose images are below ``root``; a prompt needs no answer here."""
+    if raw["messages"][-1]["role"] == "assistant":
+        return parse_row(raw, where, root)
+    # `parse_row` takes a prompt row without an answer for a mistake.
+    return parse_row({"answer": "-", **raw}, where, root)
+
+
 class Replica:
     """The engine of this process with its share of the rows.
 
@@ -102,9 +110,7 @@ class Replica:
                 continue
             raw = cast(RowJson, line.parse())
             where = f"{path}:{line.number}"
-            # `parse_row` takes a prompt row without an answer for a mistake; here prompts need none.
-            row = parse_row({"answer": "-", **raw}, where, root)
-            yield IndexedRow(index, raw, row)
+            yield IndexedRow(index, raw, parse_collected_row(raw, where, root))
 
     def pending_rows(self, input_folder: Path) -> Iterator[IndexedRow]:
         """Yield this replica's rows that have no result yet."""

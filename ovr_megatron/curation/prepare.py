@@ -46,7 +46,7 @@ def prepare(config: PrepareConfig) -> Path:
         ConfigError: a setting cannot work or a stage keeps nothing.
         RunLockedError: another job works in this folder.
         RunFolderError: the folder cannot be made or written to.
-        TeacherError: the teacher cannot be reached or refuses.
+        EndpointError: the teacher cannot be reached or refuses.
         EngineError: vLLM's process failed.
         RuleError: a rule of ``reward.rules`` would not work, or names a source that no row has.
         RewardError: nearly all rewards of a source failed.

@@ -7,12 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ovr_megatron.config import RewardConfig
+from ovr_megatron.config.endpoint import TRANSPORT_FIELDS
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.rewards.judge_templates import open_template
 from ovr_megatron.rewards.verdict import RuleError
-
-# Settings of a judge on which its verdicts do not depend.
-_FREE = ("base_url", "key_env", "allow_http", "concurrency", "backoff_s", "max_backoff_s", "timeout_s")
 
 
 def judge_settings(reward: RewardConfig) -> list[dict[str, object]]:
@@ -20,7 +18,7 @@ def judge_settings(reward: RewardConfig) -> list[dict[str, object]]:
     settings = []
     for name, judge in reward.judges.items():
         template = open_template(name, judge.template, judge.response_characters).text
-        dependent = {key: value for key, value in asdict(judge).items() if key not in _FREE}
+        dependent = {key: value for key, value in asdict(judge).items() if key not in TRANSPORT_FIELDS}
         settings.append({**dependent, "name": name, "template": template})
     return settings
 

@@ -17,6 +17,7 @@ from typing import cast
 
 from PIL import Image
 
+from ovr_megatron.config.endpoint import TRANSPORT_FIELDS
 from ovr_megatron.curation.engines import engine_files, run_engines
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.curation.stage import PrepareStage, Work, listing
@@ -28,8 +29,6 @@ from ovr_megatron.runtime.endpoint import Endpoint
 from ovr_megatron.runtime.journal import Journal
 
 JOURNAL = "journal.jsonl"
-# Settings on which an answer does not depend.
-_FREE = ("base_url", "key_env", "concurrency", "backoff_s", "max_backoff_s", "timeout_s")
 
 
 def run(work: Work) -> None:
@@ -228,7 +227,7 @@ def inputs(config: PrepareConfig) -> object:
 def settings(config: PrepareConfig) -> list[object]:
     """Return the settings on which the answers depend, without address, speed and time limits."""
     sampling = asdict(config.teacher)
-    for name in _FREE:
+    for name in TRANSPORT_FIELDS:
         del sampling[name]
     return [sampling, config.data.template]
 

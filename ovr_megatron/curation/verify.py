@@ -18,12 +18,13 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.data.schema import ImageSize, Row
-from ovr_megatron.rewards.combination import all_parts, any_part
+from ovr_megatron.rewards.combination import all_parts, any_part, needs_answer
 from ovr_megatron.rewards.failures import FailureWatch, count_verdicts
 from ovr_megatron.rewards.judge_client import Judges
+from ovr_megatron.rewards.judge_templates import open_templates
 from ovr_megatron.rewards.pool import GraderPool
 from ovr_megatron.rewards.requests import RequestBuilder
-from ovr_megatron.rewards.rules import ignores_answer, reads_box, reads_image_size
+from ovr_megatron.rewards.rules import reads_box, reads_image_size
 from ovr_megatron.rewards.verdict import GradeRequest, RewardRule, Verdict
 
 _BATCH = 2048  # rows in memory at a time
@@ -66,14 +67,16 @@ class _Requests:
 
         Raises:
             ConfigError: there is no ``model``.
+            RuleError: the template of a judge cannot be used.
         """
         self._rules = config.reward.rules
+        self._templates = open_templates(config.reward.judges)
         self._root = Path(config.dir)
         self._rows = RequestBuilder(self._rules, config.data.template == "think", _measure(config))
 
     def compares(self, row: RowJson) -> bool:
         """Return whether the rule of a row needs its answer."""
-        return not all_parts(self._rule_for(row), ignores_answer)
+        return needs_answer(self._rule_for(row), self._templates)
 
     def build(self, row: RowJson, response: str) -> GradeRequest:
         """Return the request for the response of a row."""
@@ -82,9 +85,8 @@ class _Requests:
         if all_parts(rule, reads_box):
             # Here a response needs no thought, whatever the template.
             return GradeRequest(response, answer, tuple(row.get("options", ())), rule)
-        # `parse_row` takes a prompt row without an answer for a mistake; some rules need none.
-        parsed = parse_row({**row, "answer": answer or "-"}, str(row.get("id") or "a row"), self._root)
-        return replace(self._rows.build(parsed, response), answer=answer)
+        parsed = parse_row(row, str(row.get("id") or "a row"), self._root)
+        return self._rows.build(parsed, response)
 
     def _rule_for(self, row: RowJson) -> RewardRule:
         return self._rules.get(row.get("source", ""), "auto")

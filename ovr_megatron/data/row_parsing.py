@@ -362,7 +362,7 @@ def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None
         RowError: the field is no text, or the solution is a derivation.
     """
     answer = raw.get("answer")
-    if _is_regions(answer):
+    if is_regions(answer):
         try:
             return json.dumps(answer, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
@@ -377,7 +377,7 @@ def parse_answer(raw: Mapping[str, Any], where: str, prompt: bool) -> str | None
     return solution.removeprefix("<answer>").removesuffix("</answer>").strip()
 
 
-def _is_regions(answer: Any) -> bool:
+def is_regions(answer: Any) -> bool:
     """Return whether an answer may be boxes or points: an object, or a list of objects, numbers or lists."""
     if isinstance(answer, Mapping):
         return True

@@ -75,7 +75,7 @@ def count_behaviours(
 
     Raises:
         ConfigError: the judge cannot be opened, or its key is not set.
-        TeacherError: the endpoint refuses us, or nothing but failures; the answers so far are on disk.
+        EndpointError: the endpoint refuses us, or nothing but failures; the answers so far are on disk.
     """
     counts = Counts({name: [None] * len(traces) for name in BEHAVIOURS})
     if config.is_lexical:
@@ -119,7 +119,7 @@ def ask_judge(
 
     Raises:
         ConfigError: the judge is no model, cannot be opened, or its key is not set.
-        TeacherError: the endpoint refuses us, or nothing but failures; the answers so far are on disk.
+        EndpointError: the endpoint refuses us, or nothing but failures; the answers so far are on disk.
     """
     if config.is_lexical:
         raise ConfigError("judge lexical counts words and answers no question; give vllm:FOLDER or URL#MODEL")

@@ -93,7 +93,7 @@ def judge_behaviours(
 
     Raises:
         ConfigError: there are no responses, a judge cannot be opened, or an annotation is damaged.
-        TeacherError: an endpoint refuses us, or nothing but failures.
+        EndpointError: an endpoint refuses us, or nothing but failures.
     """
     first_judge, *other_judges = judges
     checkpoints = {name: read_traces(path, limit) for name, path in files.items()}

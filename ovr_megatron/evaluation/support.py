@@ -13,7 +13,7 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.statistics import Share, wilson
 from ovr_megatron.evaluation.verdicts import read_responses
 
-KINDS = ("both", "after", "before", "neither")
+KINDS = ("solved_by_both", "solved_after_only", "solved_before_only", "solved_by_neither")
 
 
 @dataclass(frozen=True)
@@ -21,26 +21,26 @@ class Support:
     """Ids of the problems that two checkpoints solve, in the order of their set.
 
     Attributes:
-        both: solved by both.
-        after: solved by the later checkpoint alone.
-        before: solved by the earlier checkpoint alone.
-        neither: solved by neither.
+        solved_by_both: solved by both.
+        solved_after_only: solved by the later checkpoint alone.
+        solved_before_only: solved by the earlier checkpoint alone.
+        solved_by_neither: solved by neither.
     """
 
-    both: tuple[str, ...]
-    after: tuple[str, ...]
-    before: tuple[str, ...]
-    neither: tuple[str, ...]
+    solved_by_both: tuple[str, ...]
+    solved_after_only: tuple[str, ...]
+    solved_before_only: tuple[str, ...]
+    solved_by_neither: tuple[str, ...]
 
     @property
     def retention(self) -> Share | None:
         """Return the share of the earlier checkpoint's problems that the later one solves; None if it solved none."""
-        return _share(self.both, self.before)
+        return _share(self.solved_by_both, self.solved_before_only)
 
     @property
     def discovery(self) -> Share | None:
         """Return the share of the later checkpoint's problems that the earlier one did not solve; None without any."""
-        return _share(self.after, self.both)
+        return _share(self.solved_after_only, self.solved_by_both)
 
 
 def _share(counted: Sequence[str], others: Sequence[str]) -> Share | None:
@@ -135,8 +135,8 @@ def _questions(problems: dict[int, SampledProblem]) -> dict[int, tuple[str, str]
 
 def _kind(solved_before: bool, solved_after: bool) -> str:
     if solved_before:
-        return "both" if solved_after else "before"
-    return "after" if solved_after else "neither"
+        return "solved_by_both" if solved_after else "solved_before_only"
+    return "solved_after_only" if solved_after else "solved_by_neither"
 
 
 def format_table(supports: dict[str, Support]) -> str:
@@ -144,7 +144,8 @@ def format_table(supports: dict[str, Support]) -> str:
     width = max(len("all problems"), *map(len, supports))
     lines = [f"{'':{width}}  {'both':>7}{'after':>7}{'before':>8}{'neither':>9}   {'retention':22}discovery"]
     for source, support in supports.items():
-        counts = f"{len(support.both):7}{len(support.after):7}{len(support.before):8}{len(support.neither):9}"
+        counts = f"{len(support.solved_by_both):7}{len(support.solved_after_only):7}"
+        counts += f"{len(support.solved_before_only):8}{len(support.solved_by_neither):9}"
         shares = f"{_format_share(support.retention):22}{_format_share(support.discovery)}"
         lines.append(f"{source or 'all problems':{width}}  {counts}   {shares}")
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def judge_responses(scores: Path, config: JudgeConfig) -> JudgedScores:
 
     Raises:
         ConfigError: there is no such evaluation, its responses do not match its scores, or the judge cannot be opened.
-        TeacherError: an endpoint refuses us, or nothing but failures; the answers so far are on disk.
+        EndpointError: an endpoint refuses us, or nothing but failures; the answers so far are on disk.
     """
     result = _read_result(scores)
     responses = read_responses(scores.with_name(f"{result['set']}.responses.jsonl"))

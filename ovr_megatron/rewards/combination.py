@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ovr_megatron.rewards import rules
-from ovr_megatron.rewards.judge_templates import open_templates
+from ovr_megatron.rewards.judge_templates import JudgeTemplate, open_templates
 from ovr_megatron.rewards.verdict import UNKNOWN, Reason, RewardRule, RuleError, Verdict
 
 if TYPE_CHECKING:  # a program that only grades does not load the settings
@@ -48,6 +48,17 @@ def any_part(rule: RewardRule, condition: Callable[[str], bool]) -> bool:
 def all_parts(rule: RewardRule, condition: Callable[[str], bool]) -> bool:
     """Return whether ``condition`` holds of every rule in ``rule``."""
     return all(map(condition, weights_of(rule)))
+
+
+def needs_answer(rule: RewardRule, judges: Mapping[str, JudgeTemplate]) -> bool:
+    """Return whether one of the rules in ``rule`` reads the reference answer; ``judges`` are the templates by name."""
+
+    def part_needs_answer(name: str) -> bool:
+        if rules.is_judge(name):
+            return judges[name.removeprefix(rules.JUDGE)].needs_answer
+        return not rules.ignores_answer(name)
+
+    return any_part(rule, part_needs_answer)
 
 
 def describe(rule: RewardRule) -> str:

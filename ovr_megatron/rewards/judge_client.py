@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import selectors
 import subprocess
 import sys
 import threading
@@ -51,19 +52,20 @@ class Judges:
 class JudgeClient:
     """Sends questions to the judges and collects their verdicts; its process starts with the first question."""
 
-    def __init__(self, judges: Judges) -> None:
-        """Read the templates.
+    def __init__(self, judges: Judges, selector: selectors.BaseSelector) -> None:
+        """Read the templates; ``selector`` has the process's output, with this object as data, while it runs.
 
         Raises:
             RuleError: a template cannot be used.
         """
         self._judges = judges
+        self._selector = selector
         self._templates = open_templates(judges.settings)
         self._process: subprocess.Popen[bytes] | None = None
         self._partial = b""  # output after the last complete line
         self._next_id = 0
         self._pending: dict[int, tuple[Hashable, str, bytes]] = {}  # by id: key, judge, and the line that was sent
-        self._starts = 0
+        self._starts = 0  # since the last reply, with the process that sent it
         self._counts: Counter[str] = Counter()
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # that the process is sent
         self._stops_writing = threading.Event()
@@ -72,11 +74,6 @@ class JudgeClient:
     def pending(self) -> int:
         """Return the number of questions without a verdict."""
         return len(self._pending)
-
-    @property
-    def output(self) -> IO[bytes] | None:
-        """Return the process's output, to wait for; None before it is started."""
-        return self._process.stdout if self._process else None
 
     def submit(self, key: Hashable, request: GradeRequest) -> Verdict | None:
         """Send the question about a response; return the verdict where there is nothing to ask.
@@ -119,6 +116,7 @@ class JudgeClient:
             reply = json.loads(line)
             if "error" in reply:
                 raise RuleError(reply["error"])
+            self._starts = 1
             key, name, _ = self._pending.pop(reply["id"])
             verdicts.append((key, self._verdict(name, reply)))
         return verdicts
@@ -134,6 +132,7 @@ class JudgeClient:
         if self._pending:
             self.close()
             self._pending.clear()
+            self._starts = 0
 
     def close(self) -> None:
         """End the process, which keeps the answers in flight first."""
@@ -142,6 +141,7 @@ class JudgeClient:
         process, self._process = self._process, None
         self._partial = b""
         assert process.stdout is not None
+        self._selector.unregister(process.stdout)
         self._stops_writing.set()
         self._lines.put(b"")
         process.stdout.close()
@@ -159,7 +159,8 @@ class JudgeClient:
             stdout=subprocess.PIPE,
             env=child_environment(os.environ),  # with the keys, which are in the environment alone
         )
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._selector.register(self._process.stdout, selectors.EVENT_READ, self)
         self._lines = queue.SimpleQueue()
         self._stops_writing = threading.Event()
         writer_arguments = (self._process.stdin, self._lines, self._stops_writing)

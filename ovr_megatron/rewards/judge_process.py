@@ -12,6 +12,7 @@ was killed, the requests in flight are waited for and kept, so that the next run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -44,7 +45,6 @@ REFUSED = "refused"
 MALFORMED = "malformed"
 FAILED = "failed"
 OVER_BUDGET = "over_budget"
-OUTCOMES = (VERDICT, REFUSED, MALFORMED, FAILED, OVER_BUDGET)
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ class _JudgeAnswers:
             return self._added[key]
         for journal in (self._journal, *self._earlier):
             # What an endpoint refused an earlier run is asked again: its settings may have been mended since.
-            if key in journal and journal[key]["outcome"] != REFUSED:
-                return journal[key]
+            entry: dict[str, Any] | None = journal[key] if key in journal else None
+            if entry is not None and entry["outcome"] != REFUSED:
+                return entry
         return None
 
     def _receive(self, key: int, future: Future[Completion | None]) -> None:
@@ -228,7 +229,7 @@ def _lock(folder: Path, rank: int) -> TextIO:
 
 
 def _write_replies(replies: queue.Queue[dict[str, Any]], out: TextIO) -> None:
-    """Write replies until the parent is gone; then they are only taken off the queue."""
+    """Write replies to the parent, and return once it is gone; later replies stay in the queue."""
     while True:
         reply = replies.get()
         try:
@@ -270,9 +271,13 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         serve(sys.stdin, out)
-    except UserError as error:
-        out.write(json.dumps({"error": str(error)}) + "\n")
-        out.flush()
+    except (UserError, OSError) as error:
+        problem = str(error)
+        if isinstance(error, OSError):
+            problem = f"the answers of judges cannot be kept: {error}; make room there and run again"
+        with contextlib.suppress(OSError):  # the parent may be gone
+            out.write(json.dumps({"error": problem}) + "\n")
+            out.flush()
     # Threads may still wait for an endpoint that does not answer.
     os._exit(0)
 

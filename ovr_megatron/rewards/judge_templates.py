@@ -51,7 +51,8 @@ SHIPPED = {"facts": FACTS, "answer": ANSWER}
 """By name, the templates that ship."""
 ROW_FIELDS = ("question", "options", "answer", "response", "final")
 """Fields of a template that any row has; the others are fields of its ``metadata``."""
-_TAG = re.compile(r"</?([A-Za-z_]+)>")
+# Also </text > and <verdict x>, which a judge reads as the tags themselves; possessive, so that the time is linear.
+_TAG = re.compile(r"<[\s/]*+([A-Za-z_]++)[^<>]*+>")
 _VERDICT = re.compile(r"<verdict>([^<>]*)</verdict>", re.IGNORECASE)
 _FRACTION = re.compile(r"(\d{1,4})\s*/\s*(\d{1,4})")
 _DECIMAL = re.compile(r"\d{1,4}(?:\.\d{1,16})?")
@@ -75,6 +76,11 @@ class JudgeTemplate:
     def metadata_fields(self) -> tuple[str, ...]:
         """Names of the fields that are those of the row's ``metadata``."""
         return tuple(name for name in self.fields if name not in ROW_FIELDS)
+
+    @property
+    def needs_answer(self) -> bool:
+        """Whether the question has the reference answer of the row."""
+        return "answer" in self.fields
 
     def missing_field(self, row: Row) -> str | None:
         """Return the name of a field that the row's ``metadata`` does not have, None if it has all."""

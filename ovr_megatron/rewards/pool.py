@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import IO, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.combination import combine, weights_of
@@ -88,7 +88,7 @@ class GraderPool:
         self._cache_size = cache
         self._row_rules: set[RewardRule] = set()  # of functions that take the row
         self._ready: list[tuple[Hashable, Verdict]] = []  # verdicts without a worker, not yet collected
-        self._judges = JudgeClient(judges) if judges is not None and judges.settings else None
+        self._judges = JudgeClient(judges, self._selector) if judges is not None and judges.settings else None
         for _ in range(workers):
             self._start()
 
@@ -106,9 +106,9 @@ class GraderPool:
         """End every worker; a second call does nothing."""
         for worker in list(self._workers):
             self._stop(worker)
-        self._selector.close()
         if self._judges:
             self._judges.close()
+        self._selector.close()
 
     def grade(self, requests: Sequence[GradeRequest], progress: Callable[[int], None] | None = None) -> list[Verdict]:
         """Grade ``requests`` and return the verdicts in their order.
@@ -192,7 +192,7 @@ class GraderPool:
             if isinstance(event.data, GraderProcess):
                 collected += self._receive(event.data)
             else:
-                collected += self._receive_from_judges()
+                collected += event.data.receive()
         # After the output: a verdict that came just in time counts.
         for worker in list(self._workers):
             seconds = worker.time_left()
@@ -217,10 +217,7 @@ class GraderPool:
         self._waiting.clear()
         self._retries.clear()
         self._ready.clear()
-        if self._judges and self._judges.pending:
-            output = self._judges.output
-            if output is not None:
-                self._selector.unregister(output)
+        if self._judges:
             self._judges.cancel()
         busy = [worker for worker in self._workers if worker.task is not None]
         # Killed: a verdict that is already under way must not arrive under the key of a later request.
@@ -271,28 +268,9 @@ class GraderPool:
         """Send the question about a response to its judge."""
         if self._judges is None:
             raise RuleError(f"{request.rule}: there are no judges here; give reward.judges")
-        before = self._judges.output
         verdict = self._judges.submit(key, request)
         if verdict is not None:
             self._ready.append((key, verdict))
-        self._watch_judges(before)
-
-    def _receive_from_judges(self) -> list[tuple[Hashable, Verdict]]:
-        assert self._judges is not None
-        before = self._judges.output
-        # Before it is closed, where the process has ended.
-        assert before is not None
-        self._selector.unregister(before)
-        verdicts = self._judges.receive()
-        self._watch_judges(None)
-        return verdicts
-
-    def _watch_judges(self, before: IO[bytes] | None) -> None:
-        """Wait for the judges' output, too, unless it is still ``before``."""
-        assert self._judges is not None
-        output = self._judges.output
-        if output is not None and output is not before:
-            self._selector.register(output, selectors.EVENT_READ, self._judges)
 
     def _send(self, worker: GraderProcess, task: GraderTask) -> None:
         # A row may hold images: it is sent to a function that has asked for one, from then on with the request.

@@ -38,6 +38,9 @@ def check_reference(
                 remedy = f"give a reference of the rule {name}, or remove the row"
             raise RowError(row.where, "answer", problem, remedy)
         template = judges.get(name.removeprefix(JUDGE)) if is_judge(name) else None
+        if template and template.needs_answer and not row.answer:
+            remedy = f"the question to {name} needs it; add it to the row or change the template"
+            raise RowError(row.where, "answer", "is missing", remedy)
         missing = template.missing_field(row) if template else None
         if missing:
             remedy = f"the question to {name} needs it; add it to the row's metadata or change the template"

@@ -60,6 +60,8 @@ def rule(name: str) -> Rule:
     kind, colon, parameters = name.partition(":")
     if colon and kind in PARAMETRISED:
         return PARAMETRISED[kind](parameters)
+    if colon and kind in RULES.rows:
+        raise RuleError(f"{name}: the rule {kind} takes no parameter; a module of yours needs another name")
     return RULES.look_up(name)
 
 
@@ -141,8 +143,8 @@ def is_verifying(name: str) -> bool:
 
 
 def ignores_answer(name: str) -> bool:
-    """Return whether the rule needs no reference answer: one of style, or a judge."""
-    return is_judge(name) or (is_plain(name) and not is_verifying(name))
+    """Return whether the rule is one of style, which needs no reference answer."""
+    return is_plain(name) and not is_verifying(name)
 
 
 def answer_problem(name: str, answer: str, options: Sequence[str]) -> str | None:

@@ -16,13 +16,15 @@ LANGUAGES = {
     "zh": re.compile(r"[\u3400-\u9fff\uf900-\ufaff]"),
 }
 """By language, the letters of its script."""
-MAX_REPETITION_TEXT = 65_536
-"""Last characters of a response in which repetitions are counted."""
+MAX_TEXT = 65_536
+"""Last characters of a response in which letters and repetitions are counted."""
 _LETTER = re.compile(r"[^\W\d_]")
 _GREEK = re.compile(r"[\u0370-\u03ff]")  # formulas without marks
-# Formulas, code and commands have Latin letters in any language.
+# Formulas, code and commands have Latin letters in any language.  Every alternative ends at the next mark of its own
+# kind, so that a text of opening marks alone takes linear time.
 _FORMULAS = re.compile(
-    r"\$\$[^$]*\$\$|\$[^$\n]*\$|\\\([^\n]*?\\\)|```[^`]*```|`[^`\n]*`|\\[a-zA-Z]+|</?[a-z_]+>|\b[A-Za-z]\b"
+    r"\$\$[^$]*\$\$|\$[^$\n]*\$|\\\((?:[^\n\\]|\\(?![()]))*+\\\)|```[^`]*```|`[^`\n]*`|\\[a-zA-Z]+|</?[a-z_]+>"
+    r"|\b[A-Za-z]\b"
 )
 _CHINESE_SHARE = 0.2  # of the letters of a prompt that is Chinese: names and options are often Latin
 
@@ -61,7 +63,7 @@ def _format_problem(response: str, thinking: bool) -> str | None:
 
 def language_rule(language: str, request: GradeRequest) -> Verdict:
     """Give the share of letters of ``language`` among all letters outside of formulas and code."""
-    prose = _FORMULAS.sub(" ", request.response)
+    prose = _FORMULAS.sub(" ", request.response[-MAX_TEXT:])
     letters = [letter for letter in _LETTER.findall(prose) if not _GREEK.match(letter)]
     if not letters:
         return Verdict(Reason.UNREADABLE)
@@ -82,5 +84,5 @@ def repetition_rule(request: GradeRequest) -> Verdict:
     # Only graders import NumPy.
     from ovr_megatron.rewards.repetition import repeatness  # noqa: PLC0415
 
-    share = repeatness(request.response[-MAX_REPETITION_TEXT:])
+    share = repeatness(request.response[-MAX_TEXT:])
     return Verdict(Reason.SCORE, f"repeatness {share:.4f}", 1.0 - share)

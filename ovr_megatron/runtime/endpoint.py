@@ -6,10 +6,7 @@ The endpoint is not trusted: the time and size of its replies and the numbers in
 
 from __future__ import annotations
 
-import datetime
-import email.utils
 import json
-import math
 import os
 import random
 import threading
@@ -17,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
@@ -25,19 +21,19 @@ from ovr_megatron.config import ConfigError
 from ovr_megatron.config.endpoint import EndpointConfig
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.chat_messages import Completion, Question
+from ovr_megatron.runtime.chat_replies import ReplyError, read_completion, retry_after
 from ovr_megatron.runtime.terminal import printable
 
 _FATAL = (401, 402, 403, 404, 405)  # HTTP statuses after which every other question would fail, too
 _REFUSED = (400, 413, 422)  # HTTP statuses that concern this question only
 _EXCERPT = 300  # characters of a reply that an error message shows
-_FINISH = 40  # characters of the finish reason that are kept
 _TICK_S = 0.5  # seconds until a waiting request notices that the client stops
 _ENVELOPE_BYTES = 1 << 20  # of a reply, beside its text
 _TOKEN_BYTES = 256  # of a token at most, escapes included
 
 
-class TeacherError(UserError, RuntimeError):
-    """The teacher cannot be reached or refuses: no key, no access, no such model, or nothing but failures."""
+class EndpointError(UserError, RuntimeError):
+    """The endpoint cannot be reached or refuses: no key, no access, no such model, or nothing but failures."""
 
 
 class _TransientError(Exception):
@@ -102,7 +98,7 @@ class Endpoint:
         self.tokens = tokens
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._draining = False
+        self._no_retries = threading.Event()  # set by `_stop` and `drain`; ends the back-off
         self._pause_s = pause_s
         self._paused_until = 0.0
         self._failures = 0  # in a row
@@ -117,7 +113,7 @@ class Endpoint:
         # Each thread has a client of its own: one for all looks through all of its connections at every request, which
         # at hundreds of them takes longer than the request.
         self._local = threading.local()
-        self._clients: list[httpx.Client] = []
+        self._clients: set[httpx.Client] = set()  # without those of requests that took too long, which end on their own
         self._certificates = httpx.create_ssl_context()
         self._max_bytes = _ENVELOPE_BYTES + _TOKEN_BYTES * config.max_tokens
 
@@ -125,7 +121,7 @@ class Endpoint:
         """Yield completions as they arrive, in any order; questions beyond the budget have none.
 
         Raises:
-            TeacherError: the endpoint refuses all questions, or the last ones have all failed.
+            EndpointError: the endpoint refuses all questions, or the last ones have all failed.
         """
         failures = 0
         pending: set[Future[Completion | None]] = set()
@@ -145,26 +141,39 @@ class Endpoint:
                 failures = self._count_failures(failures, completion)
                 yield completion
         finally:
-            # Also when the caller stops early: without the event the threads would go on with their attempts.
-            self._stopped.set()
+            # Also when the caller stops early: without it the threads would go on with their attempts.
+            self._stop()
             self._pool.shutdown(cancel_futures=True)
-            for client in self._clients:
-                client.close()
+            self._close_clients()
 
     def submit(self, question: Question) -> Future[Completion | None]:
         """Have a question asked; the result is None where the budget ends before it is.
 
-        The future raises `TeacherError` where the endpoint refuses all questions.
+        The future raises `EndpointError` where the endpoint refuses all questions.
         """
         return self._pool.submit(self._persist, question)
 
     def drain(self, timeout_s: float) -> None:
         """Cancel questions that wait, and give those in flight ``timeout_s`` seconds, but no further attempt."""
-        self._draining = True
+        self._no_retries.set()
         # The pool's own wait, which also covers the callbacks of the futures, has no limit.
         thread = threading.Thread(target=self._pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
         thread.start()
         thread.join(timeout_s)
+        self._stop()
+        self._close_clients()
+
+    def _stop(self) -> None:
+        """End the waits of all threads, for a reply or for the next attempt."""
+        self._stopped.set()
+        self._no_retries.set()
+
+    def _close_clients(self) -> None:
+        with self._lock:
+            clients = list(self._clients)
+            self._clients.clear()
+        for client in clients:
+            client.close()
 
     @property
     def exhausted(self) -> bool:
@@ -180,7 +189,7 @@ class Endpoint:
         """Return the number of failures in a row, given that before ``completion``."""
         failures = 0 if completion.final else previous + 1
         if failures > self._most_failures:
-            raise TeacherError(
+            raise EndpointError(
                 f"the last {failures} questions to {self._config.base_url} failed, {completion.error}; what was "
                 f"answered is kept; correct {self._setting.format('*')} or wait, and run again"
             )
@@ -218,32 +227,36 @@ class Endpoint:
     def _attempt_repeatedly(self, question: Question) -> Completion | None:
         config = self._config
         problem = ""
+        attempts = 0
         # A loop of our own: each attempt counts in the budget, a reply that is no completion is one more failure, and a
         # stop ends the wait. httpx retries connections only, and openai's client counts nothing and sleeps on.
-        for attempt in range(config.attempts):
-            if self._draining and attempt:
-                break
+        while attempts < config.attempts:
             with self._lock:  # threads share the counts, and none may start an attempt beyond the budget
-                if self.exhausted or self._stopped.is_set():
+                if self._stopped.is_set():
+                    return None
+                if attempts and self._no_retries.is_set():
+                    break
+                if self.exhausted:
                     return None
                 self.requests += 1
             try:
                 completion = self._attempt(question)
             except _TransientError as error:
                 problem = str(error)
-                factor = 2.0 ** min(attempt, 64)  # a larger exponent would overflow a float in the end
+                factor = 2.0 ** min(attempts, 64)  # a larger exponent would overflow a float in the end
+                attempts += 1
                 backoff_s = min(config.backoff_s * factor, config.max_backoff_s)
                 # Jitter, so that threads that failed together do not return together.
                 backoff_s *= random.uniform(0.5, 1.0)
                 demanded_s = min(error.wait_s, config.max_backoff_s)
-                self._stopped.wait(max(demanded_s, backoff_s))
+                self._no_retries.wait(max(demanded_s, backoff_s))
                 continue
             with self._lock:
                 self.tokens += completion.tokens
             return completion
         return Completion(
             question.key,
-            error=f"{config.attempts} attempts, the last: {problem}",
+            error=f"{attempts} attempt{'s' if attempts > 1 else ''}, the last: {problem}",
             final=False,
         )
 
@@ -252,7 +265,7 @@ class Endpoint:
 
         Raises:
             _TransientError: another attempt may succeed.
-            TeacherError: no question would succeed.
+            EndpointError: no question would succeed.
         """
         body = {
             "model": self._config.model or "",
@@ -264,15 +277,18 @@ class Endpoint:
         request = json.dumps(body).encode()
         reply = self._within_time(request)
         if 200 <= reply.status < 300:
-            return self._read(question.key, reply.text, len(request))
+            try:
+                return read_completion(question.key, reply.text, len(request), self._config.max_tokens, self._excerpt)
+            except ReplyError as error:
+                raise _TransientError(str(error)) from None
         problem = f"HTTP {reply.status}: {self._excerpt(reply.text)}"
         if reply.status in _FATAL or 300 <= reply.status < 400:
-            self._stopped.set()
+            self._stop()
             redirect = ""
             if reply.status < 400:
                 redirect = " (it leads elsewhere: give that address)"
             settings = ", ".join(map(self._setting.format, ("base_url", "model")))
-            raise TeacherError(
+            raise EndpointError(
                 f"{self._config.base_url} refuses model {self._config.model!r}, {problem}{redirect}; correct "
                 f"{settings} or the key ({self._setting.format('key_env')}={self._config.key_env})"
             )
@@ -285,18 +301,24 @@ class Endpoint:
         """Post ``request`` and return the reply, at the latest ``timeout_s`` seconds from now.
 
         The client's own time-out counts from byte to byte, so an endpoint that sends a byte now and then would hold it
-        for ever.  A late request goes on in its own daemon thread, for which nothing waits.
+        for ever.  A late request goes on in its own daemon thread, which closes its client and for which nothing waits.
         """
         replies: list[_HttpReply | Exception] = []
         timeout_s = self._config.timeout_s
         client = self._client()
 
         def post() -> None:
+            result: _HttpReply | Exception
             try:
                 reply_deadline = time.monotonic() + timeout_s
-                replies.append(self._post(client, request, reply_deadline))
+                result = self._post(client, request, reply_deadline)
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, RuntimeError) as error:
-                replies.append(error)
+                result = error
+            with self._lock:
+                replies.append(result)
+                is_late = client not in self._clients
+            if is_late:
+                client.close()
 
         thread = threading.Thread(target=post, daemon=True)
         thread.start()
@@ -306,7 +328,11 @@ class Endpoint:
             if remaining_s <= 0.0:
                 break
             thread.join(min(_TICK_S, remaining_s))
-        if not replies:
+        with self._lock:  # the reply may come at this moment
+            is_late = not replies
+            if is_late:
+                self._clients.discard(client)
+        if is_late:
             del self._local.client  # the late request still uses it
             raise _TransientError(f"no whole answer after {timeout_s:g} s")
         [reply] = replies
@@ -327,7 +353,7 @@ class Endpoint:
             )
             self._local.client = client
             with self._lock:
-                self._clients.append(client)
+                self._clients.add(client)
         return client
 
     def _post(self, client: httpx.Client, request: bytes, deadline: float) -> _HttpReply:
@@ -342,37 +368,6 @@ class Endpoint:
         text = data.decode("utf-8", "replace")
         return _HttpReply(response.status_code, response.headers, text)
 
-    def _read(self, key: int, text: str, request_bytes: int) -> Completion:
-        """Read a chat completion, any field of which may be missing or of another type."""
-        try:
-            body = json.loads(text)
-            choice = body["choices"][0]
-            message = choice["message"]
-            content = message.get("content")
-            thought = message.get("reasoning_content") or message.get("reasoning")
-            if not isinstance(content, str) or not content.strip():
-                raise ValueError("the content is empty")
-            thought = thought if isinstance(thought, str) else None
-            f"{content}{thought or ''}".encode()  # raises for half a surrogate pair, which no file could hold
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            reason = self._excerpt(repr(error))
-            beginning = self._excerpt(text)
-            raise _TransientError(f"not a chat completion ({reason}): {beginning!r}") from None
-        tokens = self._tokens(body.get("usage"), text, request_bytes)
-        finish = choice.get("finish_reason")
-        if not isinstance(finish, str):
-            finish = ""
-        return Completion(key, content, thought, finish[:_FINISH], tokens)
-
-    def _tokens(self, usage: Any, text: str, request_bytes: int) -> int:
-        """Return the endpoint's count of the tokens of question and answer, bounded by their sizes in bytes."""
-        total = usage.get("total_tokens") if isinstance(usage, dict) else None
-        if not isinstance(total, int) or isinstance(total, bool) or total <= 0:
-            return len(text) // 4  # an estimate: about four characters make a token
-        # No token is shorter than a byte: without a bound, one false count would end the budget.
-        answer_bytes = max(len(text.encode()), self._config.max_tokens)
-        return min(total, request_bytes + answer_bytes)
-
     def _excerpt(self, text: str) -> str:
         """Return the beginning of a foreign text, without the key and without control characters."""
         if self._key:
@@ -385,19 +380,3 @@ def _completions(done: Iterable[Future[Completion | None]]) -> Iterator[Completi
         completion = future.result()
         if completion is not None:
             yield completion
-
-
-def retry_after(text: str) -> float:
-    """Return the seconds of a ``Retry-After`` header, a number or a date; 0 for a text that is neither."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            date = email.utils.parsedate_to_datetime(text)
-            now = datetime.datetime.now(datetime.UTC)
-            seconds = (date - now).total_seconds()
-        except (ValueError, TypeError):  # no date, or one without a time zone
-            return 0.0
-    if not math.isfinite(seconds):
-        return 0.0
-    return max(0.0, seconds)

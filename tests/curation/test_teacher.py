@@ -1,129 +1,32 @@
 """The teacher over a real HTTP server that fails, stalls, talks nonsense and counts."""
 
-import contextlib
 import datetime
 import email.utils
 import json
 import re
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
-from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
+from ovr_megatron.config import ConfigError, DataConfig, RewardConfig, RewardJudgeConfig, SourceConfig
+from ovr_megatron.config.endpoint import TRANSPORT_FIELDS
+from ovr_megatron.curation import teacher
 from ovr_megatron.curation.prepare import prepare
+from ovr_megatron.curation.reward_rules import judge_settings
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.evaluation.judge_settings import JudgeConfig
-from ovr_megatron.runtime.endpoint import TeacherError, retry_after
+from ovr_megatron.runtime.chat_messages import Question
+from ovr_megatron.runtime.chat_replies import retry_after
+from ovr_megatron.runtime.endpoint import Endpoint, EndpointError
 from ovr_megatron.runtime.terminal import printable
-
-KEY = "sk-very-secret-7f3a"
-
-
-class Teacher(ThreadingHTTPServer):
-    """Answers "add A B" with thought and box.
-
-    ``script`` maps a prompt to what its first requests get: a status, ``garbage``, ``empty``, ``drop`` (the connection
-    ends), ``long`` (cut off), ``drip`` and ``drip head`` (a byte from time to time, without end), ``flood`` (more than
-    any answer), ``redirect``, ``deep`` (JSON that no parser follows), or the ``usage`` to claim.
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.retry_after = "0.02"
-        self.script: dict[str, list[Any]] = defaultdict(list)
-        self.asked: Counter[str] = Counter()
-        self.bodies: list[dict[str, Any]] = []
-        self.busy = self.most_busy = 0
-        self.lock = threading.Lock()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Teacher
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        prompt = body["messages"][-1]["content"]
-        text = prompt if isinstance(prompt, str) else prompt[-1]["text"]
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.asked[text] += 1
-            self.server.busy += 1
-            self.server.most_busy = max(self.server.most_busy, self.server.busy)
-            script = self.server.script[text] or self.server.script["*"]
-            step = script.pop(0) if script else None
-        threading.Event().wait(0.01)
-        with self.server.lock:
-            self.server.busy -= 1
-        if self.headers["authorization"] != f"Bearer {KEY}":
-            step = 401
-        self.reply(step, body, text)
-
-    def reply(self, step: Any, body: dict[str, Any], text: str) -> None:
-        if step == "drop":
-            self.connection.close()
-            return
-        if isinstance(step, int):
-            self.send(step, json.dumps({"error": {"message": f"no, {self.headers['authorization']}"}}))
-            return
-        if step == "garbage":
-            self.send(200, "<html>busy</html>")
-            return
-        if step in ("drip", "drip head", "flood"):
-            self.trickle(step)
-            return
-        if step == "redirect":
-            self.send_response(307)
-            self.send_header("location", f"http://localhost:{self.server.server_address[1]}/v1/chat/completions")
-            self.send_header("content-length", "0")
-            self.end_headers()
-            return
-        if step == "deep":
-            self.send(200, "[" * 100_000)
-            return
-        a, b = map(int, text.split()[1:3])
-        message = {"reasoning_content": f"{a} and {b} make {a + b}.", "content": f"It is \\boxed{{{a + b}}}."}
-        if step == "empty":
-            message["content"] = ""
-        finish = "length" if step == "long" else "stop"
-        usage = step if isinstance(step, dict) else {"total_tokens": 100}
-        told = {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
-        self.send(200, json.dumps(told))
-
-    def trickle(self, step: str) -> None:
-        """Send without end, until the other side has gone."""
-        with contextlib.suppress(OSError):
-            if step == "drip head":
-                self.wfile.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
-            else:
-                self.send_response(200)
-                self.end_headers()
-            while True:
-                self.wfile.write(b" " * (1 << 20) if step == "flood" else b" ")
-                self.wfile.flush()
-                if step != "flood":
-                    threading.Event().wait(0.05)
-
-    def send(self, status: int, text: str) -> None:
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(text)))
-        if status == 429:
-            self.send_header("retry-after", self.server.retry_after)
-        self.end_headers()
-        self.wfile.write(text.encode())
+from tests.curation.teacher_server import KEY, Teacher
 
 
 @pytest.fixture
@@ -197,7 +100,7 @@ def test_the_key_is_nowhere(config: PrepareConfig, server: Teacher, monkeypatch:
     assert len(files) > 5
     assert not any(KEY.encode() in data for data in files)
     server.script["*"] = [403]
-    with pytest.raises(TeacherError, match=r"403.*\*\*\*.*correct teacher.base_url") as error:
+    with pytest.raises(EndpointError, match=r"403.*\*\*\*.*correct teacher.base_url") as error:
         prepare(replace(config, teacher=replace(config.teacher, model="other")))
     assert KEY not in str(error.value)
     monkeypatch.delenv("TEACHER_KEY")
@@ -229,8 +132,23 @@ def test_nothing_is_asked_twice_over_budgets_and_failures(config: PrepareConfig,
 def test_an_endpoint_that_only_fails_ends_the_run(config: PrepareConfig, server: Teacher) -> None:
     server.script["*"] = [503] * 1000
     failing = replace(config, teacher=replace(config.teacher, attempts=1, concurrency=2))
-    with pytest.raises(TeacherError, match=r"the last 9 questions .* failed, .*HTTP 503.*run again"):
+    with pytest.raises(EndpointError, match=r"the last 9 questions .* failed, .*HTTP 503.*run again"):
         prepare(failing)
+
+
+def test_no_stage_starts_anew_for_another_address_key_or_speed() -> None:
+    other: dict[str, Any] = {name: 3 for name in TRANSPORT_FIELDS} | {
+        "base_url": "http://host/v1",
+        "key_env": "KEY",
+        "allow_http": True,
+    }
+    judge = RewardJudgeConfig(base_url="http://127.0.0.1/v1", model="m")
+    config = PrepareConfig(dir="d", stages=["collect"])
+    changed = replace(config, teacher=replace(config.teacher, **other))
+    assert teacher.settings(changed) == teacher.settings(config)
+    assert teacher.settings(replace(config, teacher=replace(config.teacher, attempts=9))) != teacher.settings(config)
+    judges = [RewardConfig(judges={"j": settings}) for settings in (judge, replace(judge, **other))]
+    assert judge_settings(judges[0]) == judge_settings(judges[1])
 
 
 def test_samples_and_images(config: PrepareConfig, server: Teacher, tmp_path: Path) -> None:
@@ -258,6 +176,53 @@ def test_a_request_has_an_end_however_slowly_the_endpoint_drips(
     assert time.monotonic() - began < 60
     [example] = report(config)["examples"]["no answer"]
     assert re.search(problem, example["error"]), example
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def question(number: int) -> Question:
+    return Question(number, [{"role": "user", "content": f"add {number} 1"}], 0)
+
+
+def test_the_clients_of_late_requests_are_closed_and_drain_closes_the_others(
+    config: PrepareConfig, server: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients: list[httpx.Client] = []
+
+    class RecordedClient(httpx.Client):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            clients.append(self)
+
+    monkeypatch.setattr(httpx, "Client", RecordedClient)
+    server.script["*"] = ["drip"] * 8
+    endpoint = Endpoint(replace(config.teacher, timeout_s=0.3, attempts=4, concurrency=2))
+    for future in [endpoint.submit(question(number)) for number in range(2)]:
+        completion = future.result()
+        assert completion is not None and not completion.final
+    # A thread may learn that the request was late before the wait for it ends, and keep its client.
+    wait_until(lambda: sum(not client.is_closed for client in clients) <= 2)
+    assert len(clients) > 2
+    endpoint.submit(question(3)).result()
+    assert not all(client.is_closed for client in clients)
+    endpoint.drain(30.0)
+    assert all(client.is_closed for client in clients)
+
+
+def test_draining_ends_the_wait_for_the_next_attempt(config: PrepareConfig, server: Teacher) -> None:
+    server.script["add 1 1"] = [503] * 4
+    endpoint = Endpoint(replace(config.teacher, backoff_s=600.0, max_backoff_s=600.0))
+    future = endpoint.submit(question(1))
+    wait_until(lambda: server.asked["add 1 1"] == 1)
+    endpoint.drain(60.0)
+    assert future.done()
+    completion = future.result()
+    assert completion is not None and (completion.error or "").startswith("1 attempt, the last: HTTP 503")
 
 
 def test_an_endless_answer_is_cut(config: PrepareConfig, server: Teacher) -> None:
@@ -303,14 +268,14 @@ def test_numbers_of_an_endpoint_are_not_believed(config: PrepareConfig, server: 
 
 def test_a_redirect_does_not_take_the_key_along(config: PrepareConfig, server: Teacher) -> None:
     server.script["*"] = ["redirect"] * 100
-    with pytest.raises(TeacherError, match=r"HTTP 307.*it leads elsewhere"):
+    with pytest.raises(EndpointError, match=r"HTTP 307.*it leads elsewhere"):
         prepare(config)
 
 
 def test_control_characters_of_an_endpoint_reach_no_terminal(config: PrepareConfig, server: Teacher) -> None:
     failing = replace(config, teacher=replace(config.teacher, model="m\x1b[2Jm", attempts=1))
     server.script["*"] = [403]
-    with pytest.raises(TeacherError) as error:
+    with pytest.raises(EndpointError) as error:
         prepare(failing)
     assert "\x1b" not in printable(error.value) and "\\x1b[2J" in printable(error.value)
 

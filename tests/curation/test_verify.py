@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from ovr_megatron.config import ConfigError, DataConfig, RewardConfig, RewardJudgeConfig, SourceConfig
-from ovr_megatron.curation.engine_process import pass_rate
+from ovr_megatron.curation.engine_process import parse_collected_row, pass_rate
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
+from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.rewards.rules import RuleError
 from ovr_megatron.rewards.verdict import Reason, Verdict
 from tests.rewards.judge_server import Server
@@ -58,6 +59,9 @@ PERCEPTION = [
     ("off", "dogs", [100, 100, 200, 200], BOX.format(180)),
     ("said", "facts", "no matter", "So</think>It is red."),
     ("unsaid", "facts", "no matter", "So</think>SCORE=1/2"),
+    ("chosen", "choices", None, "So</think>It is red."),
+    ("compared", "compared", "It is red.", "So</think>It is red."),
+    ("unanswered", "compared", None, "So</think>It is red."),
     ("refused", "facts", "no matter", "So</think>REFUSE"),
     ("formal", "form", None, "So</think>\\boxed{5}"),
     ("plain", "form", None, "So</think>5"),
@@ -69,32 +73,42 @@ def test_boxes_judges_and_style_verify_as_in_training(tmp_path: Path) -> None:
     for name, source, answer, response in PERCEPTION:
         messages = [{"role": "user", "content": f"{name}?"}, {"role": "assistant", "content": response}]
         fields = {} if answer is None else {"answer": answer}
+        if source == "choices":
+            fields["options"] = ["red", "green"]
         rows.append({"messages": messages, "source": source, "id": name, "metadata": {"facts": ["red"]}, **fields})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with closing(Server()) as server:
         judge = RewardJudgeConfig(base_url=server.url, model="m", attempts=1)
-        rules = {"dogs": "box:0.5", "facts": "judge:seen", "form": "format"}
+        judges = {"seen": judge, "right": replace(judge, template="answer")}
+        rules = {
+            "dogs": "box:0.5",
+            "facts": "judge:seen",
+            "choices": "judge:seen",
+            "compared": "judge:right",
+            "form": "format",
+        }
         settings = PrepareConfig(
             dir=str(tmp_path / "out"),
             stages=["collect", "patterns", "verify"],
             data=DataConfig(sources=[SourceConfig(path=str(tmp_path / "rows.jsonl"))]),
             patterns=PatternsConfig(need_box=False),
-            reward=RewardConfig(rules=rules, judges={"seen": judge}, workers=1),
+            reward=RewardConfig(rules=rules, judges=judges, workers=1),
         )
         prepare(settings)
-        assert kept(tmp_path) == {"exact", "said", "formal"}
+        assert kept(tmp_path) == {"exact", "said", "chosen", "compared", "unanswered", "formal"}
         report = json.loads((tmp_path / "out/verify/report.json").read_text())
         assert report["dropped"] == {
             "less than 1: score": 2,
             "less than 1: judge": 1,
             "not graded: no verdict of the judge": 1,
         }
-        assert report["judges"]["requests"] == 3 and report["judges"]["refused"] == 1
+        # A row without the answer that its judge compares with is not graded, and passes by default.
+        assert report["judges"]["requests"] == 5 and report["judges"]["refused"] == 1
         # Another threshold grades all rows again, and asks only what was refused.
         prepare(replace(settings, reward=replace(settings.reward, rules=rules | {"dogs": "box:0.9"})))
         report = json.loads((tmp_path / "out/verify/report.json").read_text())
-        assert (report["judges"]["requests"], report["judges"]["journal"]) == (1, 2)
-        assert len(server.report()["asked"]) == 4
+        assert (report["judges"]["requests"], report["judges"]["journal"]) == (1, 4)
+        assert len(server.report()["asked"]) == 6
 
 
 def test_scaled_coordinates_need_the_model(tmp_path: Path) -> None:
@@ -120,6 +134,14 @@ def test_a_row_is_graded_by_the_rule_of_its_source(tmp_path: Path) -> None:
         prepare(config(tmp_path, RULES | {"geometri": "numeric"}))
     with pytest.raises(RuleError, match="rule='maths' is not known"):
         prepare(config(tmp_path, {"geometry": "maths"}))
+
+
+def test_engines_take_a_reply_with_options_and_no_answer() -> None:
+    messages = [{"role": "user", "content": "Which?"}]
+    assert parse_collected_row(RowJson(messages=messages), "rows.jsonl:1", Path()).is_prompt
+    messages.append({"role": "assistant", "content": "The red one."})
+    row = parse_collected_row(RowJson(messages=messages, options=["red", "green"]), "rows.jsonl:1", Path())
+    assert row.answer is None and row.response == "The red one."
 
 
 def test_the_pass_rate_of_what_could_be_graded() -> None:

@@ -29,7 +29,7 @@ from ovr_megatron.evaluation.behaviours import (
 from ovr_megatron.evaluation.judge_settings import JudgeConfig
 from ovr_megatron.evaluation.judging import ANNOTATIONS, judge_behaviours
 from ovr_megatron.model.tiny import make_tiny_model
-from ovr_megatron.runtime.endpoint import TeacherError
+from ovr_megatron.runtime.endpoint import EndpointError
 from tests.evaluation.judge_server import KEY, Judge
 
 LABELLED = Path(__file__).with_name("behaviours.jsonl")
@@ -196,7 +196,7 @@ def test_a_judge_that_refuses_or_dies_keeps_what_was_answered(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
     server = Judge(count_names, [None] * 6 + [403])
-    with pytest.raises(TeacherError, match=r"refuses model 'judge'.*judge key_env=JUDGE_KEY"):
+    with pytest.raises(EndpointError, match=r"refuses model 'judge'.*judge key_env=JUDGE_KEY"):
         judge_behaviours({"rl": responses}, [config(server)], tmp_path / "out", 0, 10, False)
     judge_behaviours({"rl": responses}, [config(server)], tmp_path / "out", 0, 10, False)
     assert server.asked <= 24 + 2

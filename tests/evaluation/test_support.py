@@ -38,12 +38,17 @@ def test_a_problem_is_solved_by_both_by_one_or_by_neither(tmp_path: Path, capsys
     main([str(before), str(after), "--out", str(tmp_path / "support.json")])
     written = json.loads((tmp_path / "support.json").read_text())
     assert written["all"] == {
-        "both": ["text/a", "image/e"],
-        "after": ["text/b"],
-        "before": ["image/c"],
-        "neither": ["image/d"],
+        "solved_by_both": ["text/a", "image/e"],
+        "solved_after_only": ["text/b"],
+        "solved_before_only": ["image/c"],
+        "solved_by_neither": ["image/d"],
     }
-    assert written["sources"]["text"] == {"both": ["text/a"], "after": ["text/b"], "before": [], "neither": []}
+    assert written["sources"]["text"] == {
+        "solved_by_both": ["text/a"],
+        "solved_after_only": ["text/b"],
+        "solved_before_only": [],
+        "solved_by_neither": [],
+    }
     total = compare(before, after)[""]
     assert total.retention == wilson(2, 3) and total.discovery == wilson(1, 3)
     table = capsys.readouterr().out.splitlines()
@@ -54,8 +59,12 @@ def test_only_the_first_samples_count(tmp_path: Path) -> None:
     before = write(tmp_path / "before.jsonl", BEFORE)
     after = write(tmp_path / "after.jsonl", AFTER)
     first = compare(before, after, samples=1)[""]
-    assert first.both == ("image/e",) and first.before == ("text/a",) and first.after == ()
-    assert first.neither == ("text/b", "image/c", "image/d")
+    assert (
+        first.solved_by_both == ("image/e",)
+        and first.solved_before_only == ("text/a",)
+        and first.solved_after_only == ()
+    )
+    assert first.solved_by_neither == ("text/b", "image/c", "image/d")
 
 
 def test_a_share_of_nothing_is_none(tmp_path: Path) -> None:

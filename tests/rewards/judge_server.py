@@ -2,14 +2,16 @@
 
     python tests/rewards/judge_server.py [--latency-s 0.2]
 
-It prints its port. A question with REFUSE gets HTTP 400, GARBAGE no JSON, SILENT an answer without a verdict, SLOW an
-answer after a minute, DENY HTTP 401, BUSY HTTP 503 the first time, SCORE=0.25 that verdict, any other 1. GET /asked
-lists what was asked, in order of arrival, with the keys, and the most requests that were in flight.
+It prints its port. A question with REFUSE gets HTTP 400, GARBAGE no JSON, SILENT an answer without a verdict, SLOW
+none ever, DENY HTTP 401, BUSY HTTP 503 the first time, SCORE=0.25 that verdict, any other 1. GET /asked lists what was
+asked, in order of arrival, with the keys, and the requests in flight, now and at most. GET /hold keeps answers back
+until GET /release, GET /release/32 lets that many go.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,14 +19,38 @@ import urllib.request
 
 ASKED = []
 KEYS = set()
-IN_FLIGHT = {"now": 0, "most": 0, "answered": 0}
+IN_FLIGHT = {"now": 0, "most": 0}
+
+
+class Gate:
+    """Lets a number of answers pass; the others wait."""
+
+    def __init__(self) -> None:
+        self.allowed = math.inf
+        self.changed = asyncio.Condition()
+
+    async def enter(self) -> None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.allowed > 0)
+            self.allowed -= 1
+
+    async def set(self, allowed: float) -> None:
+        async with self.changed:
+            self.allowed = allowed
+            self.changed.notify_all()
+
+
+GATE = Gate()
 
 
 async def answer(body: dict, latency_s: float) -> tuple[int, str]:
     text = body["messages"][0]["content"]
     ASKED.append(text)
     times = ASKED.count(text) if "BUSY" in text else 0
-    await asyncio.sleep(60 if "SLOW" in text else latency_s)
+    if "SLOW" in text:
+        await asyncio.Event().wait()
+    await GATE.enter()
+    await asyncio.sleep(latency_s)
     if "REFUSE" in text:
         return 400, json.dumps({"error": "the content is refused"})
     if "DENY" in text:
@@ -49,19 +75,27 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lat
                 if name == "authorization":
                     KEYS.add(value)
             body = await reader.readexactly(size)
-            if request.startswith("GET"):
+            path = request.split()[1]
+            if path == "/asked":
                 status, text = 200, json.dumps({"asked": ASKED, "keys": sorted(KEYS), **IN_FLIGHT})
+            elif path == "/hold":
+                await GATE.set(0)
+                status, text = 200, "{}"
+            elif path.startswith("/release"):
+                await GATE.set(float(path.removeprefix("/release").removeprefix("/") or "inf"))
+                status, text = 200, "{}"
             else:
                 IN_FLIGHT["now"] += 1
                 IN_FLIGHT["most"] = max(IN_FLIGHT["most"], IN_FLIGHT["now"])
-                status, text = await answer(json.loads(body), latency_s)
-                IN_FLIGHT["now"] -= 1
-                IN_FLIGHT["answered"] += 1
+                try:
+                    status, text = await answer(json.loads(body), latency_s)
+                finally:
+                    IN_FLIGHT["now"] -= 1
             data = text.encode()
             writer.write(f"HTTP/1.1 {status} -\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
             await writer.drain()
     except (ConnectionError, asyncio.IncompleteReadError):
-        IN_FLIGHT["now"] -= 1
+        pass
     finally:
         writer.close()
 
@@ -80,7 +114,16 @@ class Server:
         return [sys.executable, __file__, "--latency-s", str(latency_s), "--port", str(port)]
 
     def report(self) -> dict:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/asked") as reply:
+        return self._get("asked")
+
+    def hold(self) -> None:
+        self._get("hold")
+
+    def release(self, answers: int | None = None) -> None:
+        self._get("release" if answers is None else f"release/{answers}")
+
+    def _get(self, path: str) -> dict:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}") as reply:
             return json.load(reply)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 
 from ovr_megatron.data.schema import ImageSize
 from ovr_megatron.rewards.distances import edit_distance, overlap
-from ovr_megatron.rewards.grounding import MAX_TEXT, read_regions
+from ovr_megatron.rewards.grounding import MAX_TEXT
 from ovr_megatron.rewards.pool import GradeRequest, GraderPool, Reason
 from ovr_megatron.rewards.rules import RuleError, answer_problem, check, rule
 
@@ -93,31 +93,39 @@ def test_boxes_score_as_defined_by_trying_every_matching():
             assert verdict.reward == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[" * MAX_TEXT,
-        '{"a":' * (MAX_TEXT // 5),
-        "(" * MAX_TEXT,
-        "(1," * (MAX_TEXT // 3),
-        " " * MAX_TEXT,
-        "<ref>" * (MAX_TEXT // 5),
-        "(1,2)," * (MAX_TEXT // 6),
-        "<points x1=" * (MAX_TEXT // 11),
-        "9" * MAX_TEXT,
-        "[9" * (MAX_TEXT // 2),
-        "[" + "9" * 4000 + "," + "9" * 4000 + "]",
-        "`" * MAX_TEXT,
-        "\ud800",
-        "\x00(1,2),(3,4)",
-    ],
-    ids=lambda text: repr(text[:12]),
-)
-def test_hostile_text_takes_little_time_and_raises_nothing(text):
-    read_regions(text)
-    for name in ("box", "boxes", "point", "count", "ocr"):
-        reference = {"count": "3", "ocr": "x"}.get(name, "[0, 0, 1, 1]")
-        assert 0 <= rule(name)(GradeRequest(text, reference)).reward <= 1
+HOSTILE = [
+    "[" * MAX_TEXT,
+    '{"a":' * (MAX_TEXT // 5),
+    "(" * MAX_TEXT,
+    "(1," * (MAX_TEXT // 3),
+    " " * MAX_TEXT,
+    "<ref>" * (MAX_TEXT // 5),
+    "(1,2)," * (MAX_TEXT // 6),
+    "<points x1=" * (MAX_TEXT // 11),
+    "9" * MAX_TEXT,
+    "[9" * (MAX_TEXT // 2),
+    "[" + "9" * 4000 + "," + "9" * 4000 + "]",
+    "`" * MAX_TEXT,
+    "\\(" * 30_000,
+    "$$a" * 20_000,
+    "\ud800",
+    "\x00(1,2),(3,4)",
+]
+
+
+def test_hostile_text_takes_little_cpu_time_and_raises_nothing():
+    references = {"box": "[0, 0, 1, 1]", "boxes": "[0, 0, 1, 1]", "point": "[0, 0, 1, 1]", "count": "3", "ocr": "x"}
+    rules = [*references, "language:en", "format", "repetition"]
+    requests = [GradeRequest(text, references.get(name, ""), (), name) for text in HOSTILE for name in rules]
+    with GraderPool(1, timeout_s=2.0) as pool:
+        verdicts = pool.grade(requests)
+    failures = [
+        (request.rule, request.response[:12], verdict.reason)
+        for request, verdict in zip(requests, verdicts, strict=True)
+        if verdict.failed
+    ]
+    assert failures == []
+    assert all(0 <= verdict.reward <= 1 for verdict in verdicts)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def test_no_box_is_no_answer(name):
         ("json.py:dumps", "write the module without .py: json"),
         ("json:__doc__", "rule=json:__doc__ is of type str; make it a function"),
         ("json:a b", "rule='json:a b' is not known"),
+        ("exact:nocase", "^exact:nocase: the rule exact takes no parameter; a module of yours needs another name$"),
+        ("format:f", "the rule format takes no parameter"),
     ],
 )
 def test_a_rule_that_does_not_work_is_refused(name, message):

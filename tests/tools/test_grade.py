@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from ovr_megatron.cli.grade import (
     GradeFileError,
     explain,
     main,
+    print_summary,
     read_rows,
     summarise,
 )
 from ovr_megatron.rewards.grader import grade
-from ovr_megatron.rewards.pool import GradeRequest
+from ovr_megatron.rewards.pool import GradeRequest, Reason, Verdict
+from tests.rewards.judge_server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 REFEREE = ROOT / "../shared/data/mathvision/graded_responses.jsonl"
@@ -99,6 +102,44 @@ def test_summary_counts_by_hand():
     assert Counter(summary["reasons"]) == Counter({"same text": 2, "no box": 1, "different": 1})
     assert {group: len(shown) for group, shown in summary["disagreements"].items()} == {NO_BOX: 1}
     assert "agreement" not in summarise(rows[3:], [grade(rows[3].request)])
+
+
+def test_unknown_rewards_count_in_no_figure(tmp_path, capsys):
+    rows = [replace(row("r", "a", correct=True), request=GradeRequest("r", "a", rule="mine:rule")) for _ in range(4)]
+    verdicts = [Verdict(Reason.USER_RULE, None, score) for score in (1.0, 0.5)]
+    verdicts += [Verdict(Reason.RAISED, "KeyError"), Verdict(Reason.TIMEOUT)]
+    summary = summarise(rows, verdicts)
+    assert (summary["rows"], summary["unknown"], summary["reward"], summary["accuracy"]) == (4, 2, 0.75, 0.5)
+    assert (summary["compared"], summary["agreement"]) == (2, 0.5)
+    print_summary(summary)
+    shown = capsys.readouterr().out
+    assert "accuracy   0.5000  (1 of 2)" in shown and "unknown    2 of 4 rewards" in shown
+    summary = summarise(rows[2:], verdicts[2:])
+    assert summary["accuracy"] is None and "reward" not in summary
+    print_summary(summary)
+
+
+def test_the_note_of_a_score_is_no_box():
+    judged = replace(row("r", "a", correct=False), request=GradeRequest("r", "5 cm", rule="box"))
+    assert explain(judged, Verdict(Reason.SCORE, "IoU 1.0000", 1.0)) == UNEXPLAINED
+
+
+def test_rules_that_ignore_the_answer_need_none(tmp_path, capsys):
+    messages = [{"role": "user", "content": "What is there?"}]
+    facts = {"response": "a cat", "messages": messages, "metadata": {"facts": ["a cat"]}}
+    path = written(tmp_path, facts, {**facts, "response": ""})
+    server = Server()
+    try:
+        judge = [f"reward.judges.j.base_url={server.url}", "reward.judges.j.model=m"]
+        main([str(path), "--json", "--rule", "judge:j", *judge])
+        assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+        with pytest.raises(SystemExit):
+            main([str(path), "--rule", "judge:j", *judge, "reward.judges.j.template=answer"])
+        assert "rows.jsonl:1:answer: missing" in capsys.readouterr().err
+    finally:
+        server.close()
+    main([str(path), "--json", "--rule", "language"])
+    assert json.loads(capsys.readouterr().out)["reasons"] == {"score": 1, "no answer of this form": 1}
 
 
 def test_the_command_line(tmp_path):
