@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,9 @@ class DeepStackVisionShape(VisionShape):
     2406.04334).
     """
 
+    has_layer_norm: ClassVar[bool] = True
+    has_gate: ClassVar[bool] = False
+
     positions_side: int
     deepstack_blocks: tuple[int, ...]
 
@@ -43,16 +46,6 @@ class DeepStackVisionShape(VisionShape):
     def layer_features(self) -> int:
         """Return how many of the decoder's first layers have features added to their output."""
         return len(self.deepstack_blocks)
-
-    @property
-    def has_layer_norm(self) -> bool:
-        """Return True: norms have a bias."""
-        return True
-
-    @property
-    def has_gate(self) -> bool:
-        """Return False: the MLP of a block is two matrices."""
-        return False
 
 
 def vision_shape(shape: ModelShape) -> DeepStackVisionShape:
