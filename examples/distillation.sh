@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
-# A student of half the layers learns from its teacher on its own samples, into RUN_DIR; what is there already is not
-# done again.  TEACHER is the base model of examples/miniature.sh, RUN/base/checkpoints/step_001000.
+# On-policy distillation in miniature: a student of half the layers learns from its teacher on its own samples.
+#
+#   bash examples/distillation.sh RUN_DIR TEACHER
+#
+# TEACHER is the checkpoint of the base model that examples/quickstart.sh trains, such as
+# runs/quickstart/base/checkpoints/step_001000. What is in RUN_DIR already is not done again. Variables, with defaults:
+# SEED=1, STEPS=40 of the supervised start, ITERATIONS=40 of distillation, PROBLEMS=200 evaluated of each kind, and
+# PROCESSES, 2 where there are two CPU cores.
 set -euo pipefail
 
+[ $# = 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+run="$(realpath -m "$1")" teacher="$(realpath -m "$2")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-run="$1" teacher="$2" seed="${SEED:-1}" evaluated="${PROBLEMS:-200}" processes="${PROCESSES:-$(($(nproc) > 1 ? 2 : 1))}"
+seed="${SEED:-1}" evaluated="${PROBLEMS:-200}" processes="${PROCESSES:-$(($(nproc) > 1 ? 2 : 1))}"
 python=.venv/bin/python
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONPATH="$PWD"
 

@@ -27,6 +27,9 @@ on_the_way=("evaluation.sources=[{path: '$visual', name: visual}, {path: '$text'
 
 title "base model ($family): the stand-in for the pre-training, on generated captions and single steps"
 [ -e "$run/init/config.json" ] || "$python" tools/make_tiny_model.py --out "$run/init" --seed "$seed" --family "$family"
+of_folder='import sys; from ovr_megatron.families import family_of_folder; print(family_of_folder(sys.argv[1]).name)'
+[ "$("$python" -c "$of_folder" "$run/init")" = "$family" ] ||
+    { echo "$run has a model of another family than FAMILY=$family; give another folder" >&2; exit 2; }
 stage base tiny_base 1000 coldstart model.path="$run/init"
 
 title "stage 1, linguistic cold start: text puzzles with reasoning, vision frozen"

@@ -20,7 +20,7 @@ from torch import Tensor
 from ovr_megatron.checkpoint.store import weights_of
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.config.fields import Dtype
-from ovr_megatron.data.expansion import expand, joined
+from ovr_megatron.data.expansion import expand, merge_text_lengths
 from ovr_megatron.data.hf_assets import check_assets, one_sentence
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine, LossSum
@@ -153,7 +153,7 @@ def make_documents(shape: ModelShape, seed: int = 0, texts: Sequence[int] = ()) 
             tokens += [shape.vision_start_token, *expansion.tokens, shape.vision_end_token, *text(5)]
             segments += [1, *expansion.segments, 6]
             patches.append(torch.randn(int(np.prod(visual.grid)), vision.patch_dim, generator=generator))
-        documents.append(Document(name, tokens, joined(segments), torch.cat(patches), document_visuals))
+        documents.append(Document(name, tokens, merge_text_lengths(segments), torch.cat(patches), document_visuals))
     no_patches = torch.zeros(0, vision.patch_dim)
     for length in texts:
         documents.append(Document(f"text {length}", text(length), [length], no_patches))

@@ -3,7 +3,7 @@
 Parameters, gradients and optimizer state of a rank (exact), activations and the other memory of each phase
 (estimated), FLOP, hours and GPU-hours, the checkpoint's size, and every layout (parallel sizes, recomputation,
 ``offload``, ``rollout.tp``; settings of the command line stay): those that fit, fastest first, the command that runs
-the fastest, and why others cannot be.  ``model.path`` is a folder, or 3B, 7B, 32B or 72B for a model that is not there.
+the fastest, and why others cannot be.  ``model.path`` is a folder, or the name of a published model (listed below).
 With ``--simulate`` also iterations of reinforcement learning in each way of generating: seconds, idle shares, gain.
 Exits with 1 if the recipe does not fit, with 2 if it cannot work.
 """
@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from ovr_megatron.families.presets import presets
 from ovr_megatron.launch import compose
 from ovr_megatron.plan.hardware import GPUS, find_gpu, gpu_in_name
 from ovr_megatron.runtime.command import number, whole_number
@@ -64,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="ovr plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ovr plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"published models: {', '.join(presets())}",
     )
     parser.add_argument("recipe", help="name under ovr_megatron/recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the stage's command line")

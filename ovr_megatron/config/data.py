@@ -72,10 +72,12 @@ class DataConfig:
     """Replies that are learned of a chat of several turns."""
     # Four merged patches of 28 x 28, as in the published models' own processor.
     min_pixels: Count = 3136
-    """Pixels that an image has at least after resizing."""
+    """Pixels that an image, or in some model families (docs/models.md) all frames of a video together, has at least
+    after resizing; a smaller one is enlarged."""
     # 1,280 merged patches, each a token; the published processor allows 16,384.
     max_pixels: Count = 1003520
-    """Pixels that an image has at most after resizing."""
+    """Pixels that an image, or in some model families (docs/models.md) all frames of a video together, has at most
+    after resizing."""
     max_images: PositiveInt = 8
     """Images of a row."""
     max_frames: PositiveInt = 16

@@ -42,7 +42,7 @@ def expand(visual: Visual, shape: ModelShape, encode: Callable[[str], list[int]]
     return Expansion(tokens, segments)
 
 
-def joined(segments: Iterable[int | Visual]) -> list[int | Visual]:
+def merge_text_lengths(segments: Iterable[int | Visual]) -> list[int | Visual]:
     """Return ``segments`` with a single length for each stretch of text between two visuals."""
     result: list[int | Visual] = []
     for segment in segments:

@@ -90,7 +90,8 @@ def load_assets(directory: str | Path, shape: ModelShape) -> HfAssets:
     _check_json(folder)
     with one_sentence(
         f"{directory}: Transformers cannot load its tokenizer or its processor",
-        f"get tokenizer.json, tokenizer_config.json and {PREPROCESSOR} of the model again",
+        f"get tokenizer.json, tokenizer_config.json, {PREPROCESSOR} and {VIDEO_PREPROCESSOR} (if the model has it) "
+        "again",
     ):
         processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     if not isinstance(processor, processor_class):
@@ -102,8 +103,9 @@ def load_assets(directory: str | Path, shape: ModelShape) -> HfAssets:
         check_tokenizer(processor.tokenizer, shape, directory)
     for part, is_video in ((processor.image_processor, False), (processor.video_processor, True)):
         name = type(part).__name__
-        with one_sentence(f"{directory}: its {name} cannot be used", f"get {PREPROCESSOR} again"):
-            _check_pixels(part, is_video, shape, directory)
+        file = _settings_file(folder, is_video)
+        with one_sentence(f"{directory}: its {name} cannot be used", f"get {file} again"):
+            _check_pixels(part, is_video, shape, directory, file)
     template = processor.chat_template or processor.tokenizer.chat_template
     if template is not None and not isinstance(template, str):
         # Transformers gives several templates as a dictionary by name.
@@ -216,20 +218,29 @@ def check_template(template: str, special: dict[str, int], directory: str | Path
         )
 
 
-def _check_pixels(processor: Any, is_video: bool, shape: ModelShape, directory: str | Path) -> None:
-    """Raise `AssetError` unless the processor cuts the patches that the vision tower takes."""
+def _settings_file(folder: Path, is_video: bool) -> str:
+    """Return the name of the file that Transformers reads the settings of the image or the video processor from."""
+    if ("video_processor" if is_video else "image_processor") in _read_json(folder / PROCESSOR):
+        return PROCESSOR
+    if is_video and (folder / VIDEO_PREPROCESSOR).exists():
+        return VIDEO_PREPROCESSOR
+    return PREPROCESSOR
+
+
+def _check_pixels(processor: Any, is_video: bool, shape: ModelShape, directory: str | Path, file: str) -> None:
+    """Raise `AssetError` unless the processor, whose settings are in ``file``, cuts the patches of the vision tower."""
     vision = shape.vision
     files = family_of(shape).processor
     class_name = type(processor).__name__
     if is_video and not class_name.startswith(files.video_class_prefix):
-        raise AssetError(
-            f"{directory}: videos would go through {class_name}; set video_processor_type in {VIDEO_PREPROCESSOR} to "
-            f"{files.video_class_prefix}VideoProcessor"
-        )
+        remedy = f"set video_processor_type in {file} to {files.video_class_prefix}VideoProcessor"
+        if file == PREPROCESSOR:
+            remedy = f"get {VIDEO_PREPROCESSOR} of the model, which is missing"
+        raise AssetError(f"{directory}: videos would go through {class_name}; {remedy}")
     if not is_video and not class_name.startswith(files.image_class_prefix):
         raise AssetError(
             f"{directory}: pictures would go through {class_name}; set image_processor_type in "
-            f"{PREPROCESSOR} to {files.image_processor['image_processor_type']}"
+            f"{file} to {files.image_processor['image_processor_type']}"
         )
     settings = {
         "patch_size": vision.patch,
@@ -244,14 +255,14 @@ def _check_pixels(processor: Any, is_video: bool, shape: ModelShape, directory: 
         if value != expected:
             raise AssetError(
                 f"{directory}: {name} of {type(processor).__name__} is {value!r} and the model needs {expected!r}; "
-                f"correct {PREPROCESSOR}"
+                f"correct {file}"
             )
     for name in ("image_mean", "image_std"):
         values = getattr(processor, name)
         if len(values) != 3 or not all(map(_is_bounded, values)):
-            raise AssetError(f"{directory}: {name} is {values!r} and not three numbers; correct {PREPROCESSOR}")
+            raise AssetError(f"{directory}: {name} is {values!r} and not three numbers; correct {file}")
     if not all(float(value) > 0 for value in processor.image_std):
-        raise AssetError(f"{directory}: image_std is {processor.image_std!r}; each must be above 0")
+        raise AssetError(f"{directory}: image_std is {processor.image_std!r}; each must be above 0; correct {file}")
 
 
 def _is_bounded(value: Any) -> bool:

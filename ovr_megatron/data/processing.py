@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from ovr_megatron.config import DataConfig
-from ovr_megatron.data.expansion import Expansion, expand, joined
+from ovr_megatron.data.expansion import Expansion, expand, merge_text_lengths
 from ovr_megatron.data.hf_assets import check_template, complete_folder, load_assets
 from ovr_megatron.data.hf_files import BASE_GENERATION
 from ovr_megatron.data.images import check_counts, image_size, load_media
@@ -345,32 +345,30 @@ class Processor:
         chat = draft.chat
         expected_patches = [visual.features(vision.merge) * vision.merge**2 for visual in draft.visuals]
         assert [len(part) for part in patches] == expected_patches, "grid and pixels"
+        visual_tokens = (self.shape.image_token, self.shape.video_token)
         prompt: list[int] = []
         targets: list[bool] = []
         segments: list[int | Visual] = []
         grids: list[tuple[int, int, int]] = []
-        expansions = iter(draft.expansions)
-        for token, is_learned in zip(chat.prompt, chat.learned, strict=True):
-            if not self._is_visual(token):
-                prompt.append(token)
-                targets.append(is_learned)
-                segments.append(1)
-                continue
-            expansion = next(expansions)
-            prompt += expansion.tokens
-            targets += [is_learned] * len(expansion.tokens)
-            segments += expansion.segments
+        start = 0  # of the text before the placeholder
+        placeholders = np.flatnonzero(np.isin(chat.prompt, visual_tokens)).tolist()
+        for index, expansion in zip(placeholders, draft.expansions, strict=True):
+            prompt += chat.prompt[start:index] + expansion.tokens
+            targets += chat.learned[start:index] + [chat.learned[index]] * len(expansion.tokens)
+            segments += [index - start, *expansion.segments]
             grids += expansion.grids
-        targets += [True] * len(chat.response)
+            start = index + 1
+        prompt += chat.prompt[start:]
+        targets += chat.learned[start:] + [True] * len(chat.response)
+        segments.append(len(chat.prompt) - start + len(chat.response))
         # Positions follow the placeholders of the prompt.
-        segments.append(len(chat.response))
-        is_feature = np.isin(prompt, (self.shape.image_token, self.shape.video_token))
+        is_feature = np.isin(prompt, visual_tokens)
         # Of fixed width: text alone has no patch, and its arrays still join those of other samples.
         no_patches = np.zeros((0, vision.patch_dim), np.float32)
         return Sample(
             tokens=np.array(prompt + chat.response, np.int64),
             loss_mask=np.array(targets, bool),
-            position_ids=self._family.positions(joined(segments), self.shape, self.after_video),
+            position_ids=self._family.positions(merge_text_lengths(segments), self.shape, self.after_video),
             patches=np.concatenate([no_patches, *patches]),
             grid_thw=np.array(grids, np.int64).reshape(-1, 3),
             placement=np.flatnonzero(is_feature),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ovr_megatron.config import ConfigError, DataConfig
 from ovr_megatron.families.assets import ProcessorFiles, SpecialTokens
@@ -35,7 +35,14 @@ LONGEST_RESPONSE = 32768
 
 @dataclass(frozen=True)
 class VisionShape:
-    """Sizes of a vision tower: ``depth`` blocks of ``heads`` heads; a family adds its own."""
+    """Sizes of a vision tower: ``depth`` blocks of ``heads`` heads; a family adds its own.
+
+    ``has_layer_norm`` is whether a block has LayerNorm rather than RMSNorm, ``has_gate`` whether its MLP is SwiGLU, of
+    three matrices, rather than GELU between two.  Trainer and plan read both.
+    """
+
+    has_layer_norm: ClassVar[bool] = False
+    has_gate: ClassVar[bool] = True
 
     depth: int
     hidden: int
@@ -60,16 +67,6 @@ class VisionShape:
     def layer_features(self) -> int:
         """Return how many of the decoder's first layers have features of the tower added to their output."""
         return 0
-
-    @property
-    def has_layer_norm(self) -> bool:
-        """Return whether a block norms by mean and deviation, and not by the root mean square alone."""
-        return False
-
-    @property
-    def has_gate(self) -> bool:
-        """Return whether the MLP of a block has a gate: three matrices rather than two."""
-        return True
 
 
 @dataclass(frozen=True)
@@ -192,8 +189,6 @@ class Family:
         decoder_options: Fields of Megatron's configuration of the language model that differ between families.
         load_model_class: The trainer's class, a `ovr_megatron.model.vision_language.VisionLanguageModel`.
         load_rollout_class: vLLM's class, a `ovr_megatron.rollout.model.RolloutModel`.
-        load_hf_class: Transformers' class named by ``architecture``.
-        language_weights: How many weights a token is multiplied with, of the sizes and whether it is a critic.
         patch_forward: FLOP of the tower and of the merger for a patch, of the sizes and the patches of its frame.
         tiny: Files of small random models.
     """
@@ -222,10 +217,14 @@ class Family:
     decoder_options: Callable[[ModelShape], Mapping[str, object]]
     load_model_class: Callable[[], type[Any]]
     load_rollout_class: Callable[[], type[Any]]
-    load_hf_class: Callable[[], type[Any]]
-    language_weights: Callable[[ModelShape, bool], int]
     patch_forward: Callable[[ModelShape, int], tuple[float, float]]
     tiny: TinyModel
+
+    def load_hf_class(self) -> type[Any]:
+        """Return Transformers' class named by ``architecture``."""
+        transformers = import_module("transformers")
+        model_class: type[Any] = getattr(transformers, self.architecture)
+        return model_class
 
 
 _FAMILIES = Registry[Family]("family", {}, error=ConfigError)

@@ -5,12 +5,13 @@ No torch, no Megatron.  The defaults are those of Transformers, since a folder m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ovr_megatron.families import ModelShape, VisionShape
 from ovr_megatron.families.config_json import (
     Depth,
     Fields,
@@ -23,6 +24,7 @@ from ovr_megatron.families.config_json import (
     excerpt,
     read_fields,
 )
+from ovr_megatron.families.yarn import read_yarn
 
 
 class DecoderFields(Fields):
@@ -76,7 +78,7 @@ def read_rope(values: dict[str, object], path: Path) -> tuple[dict[str, object],
     return rope, angles
 
 
-def mrope_section(angles: RopeFields, head_dim: int, path: Path) -> tuple[int, int, int]:
+def _mrope_section(angles: RopeFields, head_dim: int, path: Path) -> tuple[int, int, int]:
     """Return the rotary pairs of time, height and width.
 
     Raises:
@@ -88,7 +90,7 @@ def mrope_section(angles: RopeFields, head_dim: int, path: Path) -> tuple[int, i
     return section
 
 
-def read_tied(raw: dict[str, object], text: dict[str, object], path: Path) -> bool:
+def _read_tied(raw: dict[str, object], text: dict[str, object], path: Path) -> bool:
     """Return whether input and output embedding are tied.
 
     Older exports have the flag on the outer level only, newer ones on both: the outer one wins.
@@ -102,7 +104,7 @@ def read_tied(raw: dict[str, object], text: dict[str, object], path: Path) -> bo
     return tied
 
 
-def vision_end_token(tokens: TokenFields) -> int:
+def _vision_end_token(tokens: TokenFields) -> int:
     """Return the id that closes an image; where the file leaves it out, the one after the id that opens it."""
     if tokens.vision_end_token_id is None:
         # In the vocabulary of every published model it follows the token that it closes.
@@ -154,3 +156,70 @@ def token_problems(text: DecoderFields, tokens: TokenFields) -> Iterator[str]:
             yield f"field {name!r} is {index}, and vocab_size is {text.vocab_size}; ids lie below it"
     if len(set(ids.values())) < len(ids):
         yield f"two of {', '.join(names)} are the same id; each needs its own"
+
+
+def refuse(problems: Iterable[str], path: Path) -> None:
+    """Raise `ShapeError` with the first of ``problems``, where there is one."""
+    for problem in problems:
+        raise ShapeError(f"{path}: {problem}")
+
+
+def model_shape(
+    name: str,
+    raw: dict[str, object],
+    path: Path,
+    *,
+    values: dict[str, object],
+    text: DecoderFields,
+    head_dim: int,
+    rope: dict[str, object],
+    angles: RopeFields,
+    vision: VisionShape,
+    tokens: TokenFields,
+) -> ModelShape:
+    """Return the sizes of a model of fields that are checked.
+
+    Args:
+        name: Of the family.
+        raw: The object in ``config.json``.
+        path: The file, for messages.
+        values: The language model's part of ``raw``.
+        text: Its fields.
+        head_dim: Columns of a head.
+        rope: The rotary part of ``values``.
+        angles: Its fields.
+        vision: Sizes of the vision tower.
+        tokens: Special ids.
+
+    Raises:
+        ShapeError: the rotary sections, YaRN or the flag of tied embeddings cannot be.
+    """
+    section = _mrope_section(angles, head_dim, path)
+    positions = text.max_position_embeddings
+    yarn = read_yarn(rope, positions, path)
+    if yarn:
+        # vLLM stops at the first of the two.
+        stretched_positions = int(yarn.factor * yarn.original_positions)
+        positions = min(positions, stretched_positions)
+    return ModelShape(
+        family=name,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        ffn=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        vocab=text.vocab_size,
+        norm_eps=text.rms_norm_eps,
+        rope_theta=float(angles.rope_theta),
+        mrope_section=section,
+        max_positions=positions,
+        yarn=yarn,
+        tied=_read_tied(raw, values, path),
+        vision=vision,
+        image_token=tokens.image_token_id,
+        video_token=tokens.video_token_id,
+        vision_start_token=tokens.vision_start_token_id,
+        vision_end_token=_vision_end_token(tokens),
+        after_video=tokens.after_video,
+    )

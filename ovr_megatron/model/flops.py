@@ -13,6 +13,21 @@ from collections.abc import Sequence
 from ovr_megatron.families import ModelShape, family_of
 
 
+def language_weights(shape: ModelShape, critic: bool = False) -> int:
+    """Count the weights of the matrices that every token is multiplied with: layers and head."""
+    query_width = shape.heads * shape.head_dim
+    key_width = shape.kv_heads * shape.head_dim
+    # Queries and output have one width, keys and values another.
+    query_and_output = 2 * shape.hidden * query_width
+    key_and_value = 2 * shape.hidden * key_width
+    # Gate, up and down.
+    mlp = 3 * shape.hidden * shape.ffn
+    layer = query_and_output + key_and_value + mlp
+    head_rows = 1 if critic else shape.vocab
+    head = shape.hidden * head_rows
+    return shape.layers * layer + head
+
+
 def attention_forward(shape: ModelShape, squares: float) -> float:
     """Return the FLOP of the language model's causal attention over documents of summed squared lengths ``squares``."""
     return 2.0 * shape.layers * shape.heads * shape.head_dim * squares
@@ -66,7 +81,7 @@ def training_flops(
     matrix_passes, tower_passes, merger_passes = training_passes(
         language_trains, vision_trains, merger_trains, vision_adapters
     )
-    weights = family.language_weights(shape, False)
+    weights = language_weights(shape)
     flops = 2.0 * matrix_passes * weights * sum(lengths)
     # Attention has no weights: its backward pass is twice the forward one, whatever trains.
     squares = 0

@@ -32,7 +32,7 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, fp8: bool = False)
             raise ConfigError(
                 f"parallel.tp={tp} does not divide the model's {count} {name}; use at most tp={tp_sizes[-1]}"
             )
-    _check_stages(shape.layers, parallel)
+    _check_stages(shape, parallel)
     _check_layer_features(shape, parallel)
     if fp8:
         _check_fp8_sizes(shape, tp)
@@ -50,9 +50,23 @@ def _check_layer_features(shape: ModelShape, parallel: ParallelConfig) -> None:
     if layers < needed:
         raise ConfigError(
             f"parallel.pp={parallel.pp}, parallel.vpp={parallel.vpp}: the vision tower's features are added to the "
-            f"first {needed} layers, and the first part of the first stage has {layers}; lower pp or vpp, or set "
-            f"parallel.first_stage_layers={needed * parallel.vpp}"
+            f"first {needed} layers, and the first part of the first stage has {layers}; "
+            f"{_pipeline_remedy(shape, parallel.vpp)}"
         )
+
+
+def _pipeline_remedy(shape: ModelShape, vpp: int) -> str:
+    """Return the values of ``parallel.pp`` that stages of equal size allow with this ``vpp``."""
+    needed = shape.vision.layer_features
+    pp_sizes = []
+    # An interleaved pipeline has at least two stages.
+    for size in range(1 if vpp == 1 else 2, shape.layers + 1):
+        parts = size * vpp
+        if shape.layers % parts == 0 and shape.layers // parts >= needed:
+            pp_sizes.append(str(size))
+    if not pp_sizes:
+        return "lower vpp"
+    return f"without uneven stages pp can be {', '.join(pp_sizes)}"
 
 
 def _check_fp8_sizes(shape: ModelShape, tp: int) -> None:
@@ -75,8 +89,9 @@ def _check_fp8_sizes(shape: ModelShape, tp: int) -> None:
             raise ConfigError(f"model.fp8 with parallel.tp={tp}: {name} = {size}, not a multiple of 16; {remedy}")
 
 
-def _check_stages(layers: int, parallel: ParallelConfig) -> None:
-    """Refuse stages and interleaved parts that the model's ``layers`` do not divide over."""
+def _check_stages(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Refuse stages and interleaved parts that the model's layers do not divide over."""
+    layers = shape.layers
     first = parallel.first_stage_layers
     last = parallel.last_stage_layers
     uneven = [count for count in (first, last) if count]
@@ -92,16 +107,9 @@ def _check_stages(layers: int, parallel: ParallelConfig) -> None:
     even_parts = even_stages * parallel.vpp
     # Too few layers may divide, too: 0 layers leave stages without any.
     if even_stages and (even_layers < even_stages or even_layers % even_parts):
-        pp_sizes = []
-        for size in range(1, layers + 1):
-            if layers % (size * parallel.vpp) == 0:
-                pp_sizes.append(str(size))
-        remedy = "lower vpp"
-        if pp_sizes:
-            remedy = f"without uneven stages pp can be {', '.join(pp_sizes)}"
         raise ConfigError(
             f"{settings}: {even_layers} of the model's {layers} layers do not divide over {even_stages} stages x "
-            f"{parallel.vpp}; {remedy}"
+            f"{parallel.vpp}; {_pipeline_remedy(shape, parallel.vpp)}"
         )
     for count in uneven:
         if count % parallel.vpp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ovr_megatron.config import ModelConfig, ParallelConfig
-from ovr_megatron.families import ModelShape, family_of
+from ovr_megatron.families import ModelShape, VisionShape, family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,6 +41,29 @@ def transformer_config(parallel: ParallelConfig, dtype: torch.dtype, **options: 
         persist_layer_norm=False,
         batch_p2p_sync=False,
         **(activation | options),
+    )
+
+
+def vision_config(vision: VisionShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Return Megatron's configuration of a vision tower: no pipeline, no sequence parallelism, biases everywhere."""
+    options: dict[str, Any] = {}
+    if vision.has_layer_norm:
+        options["normalization"] = "LayerNorm"
+    if not vision.has_gate:
+        gelu = partial(F.gelu, approximate="tanh")
+        options |= {"gated_linear_unit": False, "activation_func": gelu, "use_te_activation_func": False}
+    return transformer_config(
+        parallel,
+        dtype,
+        num_layers=vision.depth,
+        hidden_size=vision.hidden,
+        ffn_hidden_size=vision.ffn,
+        num_attention_heads=vision.heads,
+        # Transformers has this number in the code of the towers, not in their configuration.
+        layernorm_epsilon=1e-6,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        **options,
     )
 
 

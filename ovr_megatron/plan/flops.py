@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ovr_megatron.config import ModelConfig
 from ovr_megatron.families import ModelShape, family_of
-from ovr_megatron.model.flops import attention_forward, training_passes
+from ovr_megatron.model.flops import attention_forward, language_weights, training_passes
 from ovr_megatron.plan.workload import Workload
 
 FRAME = 1280  # patches of an image, for layers of full attention
@@ -31,7 +31,7 @@ class TokenFlops:
 def token_flops(shape: ModelShape, model: ModelConfig, load: Workload, critic: bool = False) -> TokenFlops:
     """Return the FLOP of a token by `FORMULA`; images count by the patches that ``load`` has for each of its tokens."""
     family = family_of(shape)
-    matrices = 2.0 * family.language_weights(shape, critic)
+    matrices = 2.0 * language_weights(shape, critic)
     attention = attention_forward(shape, load.attended_length)
     head = 2.0 * shape.hidden * (1 if critic else shape.vocab)
     mlps = 6.0 * shape.layers * shape.hidden * shape.ffn

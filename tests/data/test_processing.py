@@ -163,7 +163,32 @@ def test_a_video_of_a_single_frame_is_refused_where_transformers_refuses_it(tmp_
 def test_a_folder_that_would_take_videos_for_another_family_s_is_refused(tmp_path):
     folder = make_tiny_model(tmp_path, sizes=SIZES, family="qwen3_vl")
     (folder / "video_preprocessor_config.json").unlink()
-    with pytest.raises(AssetError, match=r"videos would go through Qwen2VL.*; set video_processor_type in video_pre"):
+    with pytest.raises(AssetError, match=r"go through Qwen2VL.*; get video_preprocessor_config.json of the model"):
+        Processor(folder, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_mean": [0.5]}, r"image_mean is .* not three numbers; correct"),
+        ({"image_std": [0.5, 0.0, 0.5]}, r"each must be above 0; correct"),
+        ({"image_std": ["a", 0.5, 0.5]}, r"Qwen3VLVideoProcessor cannot be used .*; get"),
+        ({"patch_size": 7}, r"patch_size of Qwen3VLVideoProcessor is 7 .*; correct"),
+        ({"video_processor_type": "Qwen2VLVideoProcessor"}, r"set video_processor_type in"),
+    ],
+)
+def test_a_refused_video_processor_is_named_with_its_own_file(tmp_path, settings, message):
+    folder = make_tiny_model(tmp_path, sizes=SIZES, family="qwen3_vl")
+    path = folder / "video_preprocessor_config.json"
+    contents = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps(contents))
+    with pytest.raises(AssetError, match=f"{message} video_preprocessor_config.json"):
+        Processor(folder, CONFIG)
+    # As Transformers 5 saves it, which then counts before the other file.
+    (folder / "processor_config.json").write_text(
+        json.dumps({"processor_class": "Qwen3VLProcessor", "video_processor": contents})
+    )
+    with pytest.raises(AssetError, match=f"{message} processor_config.json"):
         Processor(folder, CONFIG)
 
 

@@ -14,7 +14,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
-from ovr_megatron.data.expansion import expand, joined
+from ovr_megatron.data.expansion import expand, merge_text_lengths
 from ovr_megatron.families import ModelShape, family_of
 from ovr_megatron.families.config_json import ShapeError
 from ovr_megatron.families.positions import Visual
@@ -26,7 +26,6 @@ from ovr_megatron.model.rope import inverse_frequencies
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 
 SIZES = TinySizes(layers=2, hidden=64, ffn=64, vision_hidden=32, vision_ffn=32, vision_depth=3)
-PAIRS = 16  # of a head of `SIZES`
 
 
 @pytest.fixture
@@ -132,6 +131,6 @@ def test_positions_are_those_that_vllm_serves(folder: Path) -> None:
             tokens += [shape.vision_start_token, *expansion.tokens, shape.vision_end_token, 0]
             segments += [1, *expansion.segments, 2]
         expected, delta = Qwen3VLForConditionalGeneration._get_mrope_input_positions(tokens, features, config)
-        positions = family_of(shape).positions(joined(segments), shape, "extent")
+        positions = family_of(shape).positions(merge_text_lengths(segments), shape, "extent")
         np.testing.assert_array_equal(positions, expected.numpy())
         assert delta == positions.max() + 1 - len(tokens)

@@ -1,12 +1,19 @@
 """Every recipe composes and fits the machine in its name; recipes of adapters fit cards of 24 and 48 GB."""
 
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
 import pytest
 
+from ovr_megatron.cli.plan import main
 from ovr_megatron.config import ConfigError
+from ovr_megatron.families.presets import presets
 from ovr_megatron.launch import RECIPES, compose
 from ovr_megatron.plan.hardware import GPUS, find_gpu, gpu_in_name
 from ovr_megatron.plan.report import Options, plan, processes
 
+ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = ("prepare", "tiny", "evaluate")
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(ELSEWHERE))
 NODE = 8
@@ -14,6 +21,20 @@ NODE = 8
 
 def test_the_recipes_are_those_of_the_documentation() -> None:
     assert len(NAMES) == 18
+
+
+def test_the_documentation_names_the_recipes_that_keep_the_model_s_template() -> None:
+    recipes = {path.stem: path.read_text() for path in RECIPES.glob("*.yaml")}
+    keep = {name for name, text in recipes.items() if re.search(r"^ *template: model$", text, re.MULTILINE)}
+    sentence = re.search(r"The recipes (.*) keep the model's chat template", (ROOT / "docs/recipes.md").read_text())
+    patterns = re.findall(r"`([^`]+)`", sentence[1])
+    assert keep == {name for name in recipes if any(fnmatch(name, pattern) for pattern in patterns)}
+
+
+def test_help_names_the_published_models(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"published models: {', '.join(presets())}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/recipes/launch.py OUT RECIPE ...
 
-OUT has the folder ``model`` and the files ``chats.jsonl`` and ``problems.jsonl``.  The run folder of a recipe is
-OUT/RECIPE.
+OUT has a model folder for each family of `model_family` and the files ``chats.jsonl`` and ``problems.jsonl``.  The run
+folder of a recipe is OUT/RECIPE.
 """
 
 import sys
@@ -30,19 +30,25 @@ RL_SIZES = (
 )
 
 
+def model_family(recipe: str) -> str:
+    """Return the family of the model that a recipe is for, by its name."""
+    return "qwen3_vl" if "qwen3_vl" in recipe else "qwen2_5_vl"
+
+
 def scale_down(recipe: str, out: Path) -> list[str]:
     """Return the overrides that let any training recipe run on two ranks of a CPU: sizes, paths and parallel sizes.
 
     Estimator, loss, adapters, frozen parts, dtype, recomputation, optimizer, template and offload stay the recipe's.
     """
-    own = compose(recipe, [f"model.path={out / 'model'}"])
+    model = out / model_family(recipe)
+    own = compose(recipe, [f"model.path={model}"])
     is_rl = isinstance(own, RLConfig)
     name = "problems" if is_rl else "chats"
-    paths = [f"run.dir={out / recipe}", f"model.path={out / 'model'}"]
+    paths = [f"run.dir={out / recipe}", f"model.path={model}"]
     paths.append(f"data.sources=[{{path: '{out / name}.jsonl', name: {name}}}]")
     layout = [f"parallel.tp={min(own.parallel.tp, RANKS)}"]
     if is_rl and own.algorithm.teacher:
-        paths.append(f"algorithm.teacher={out / 'model'}")
+        paths.append(f"algorithm.teacher={model}")
     # A CPU has no FP8.
     precision = [] if own.model.fp8 == "none" else ["model.fp8=none", "model.fp8_bf16_layers=0"]
     return [*paths, *layout, *precision, *SIZES, *(RL_SIZES if is_rl else SFT_SIZES)]

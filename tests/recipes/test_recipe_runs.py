@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from ovr_megatron.config import SourceConfig
 from ovr_megatron.data.row_json import row_to_json
 from ovr_megatron.data.sources import open_source
+from ovr_megatron.families import family_of_folder
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
-from tests.recipes.launch import LONGEST, scale_down
+from tests.recipes.launch import LONGEST, model_family, scale_down
 
 pytestmark = pytest.mark.both_cores
 
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALL = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("prepare", "evaluate")))
 # One of each kind; tests/soak.sh trains all of them.
 KINDS = ["cold_start_7b_64gpu", "sft_7b_8gpu", "sft_lora_3b_24gb", "ppo_7b_8gpu", "grpo_7b_8gpu", "grpo_lora_3b_24gb"]
+KINDS += ["grpo_qwen3_vl_4b_8gpu"]
 NAMES = ALL if os.environ.get("OVR_TEST_WHOLE") else KINDS
 
 
@@ -31,7 +33,8 @@ NAMES = ALL if os.environ.get("OVR_TEST_WHOLE") else KINDS
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folders of the recipes, all trained by one launch on chats and problems with images."""
     out = tmp_path_factory.mktemp("recipes")
-    make_tiny_model(out / "model", tied=True, seed=5)
+    for family in {model_family(recipe) for recipe in NAMES}:
+        make_tiny_model(out / family, tied=True, seed=5, family=family)
     for name, kind in (("chats", ""), ("problems", "&answered=0")):
         rows = open_source(SourceConfig(path=f"puzzle:digits?form=image&task=sum{kind}"))
         lines = [json.dumps(row_to_json(rows[index])) for index in range(24)]
@@ -69,6 +72,7 @@ def test_a_recipe_trains_two_steps_with_its_own_choices(runs: Path, recipe: str)
     assert [line["step"] for line in lines] == [0, 1]
     checkpoint = run / "checkpoints/step_000002"
     assert json.loads((checkpoint / "manifest.json").read_text())["step"] == 2
+    assert family_of_folder(checkpoint / "policy").name == model_family(recipe)
 
     chosen = leaves(OmegaConf.to_container(values_of(recipe)))
     scaled = {override.partition("=")[0] for override in scale_down(recipe, runs)}

@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
         frozen = ModelConfig(path=str(new), freeze_vision=True)
         trainer = Engine(ModelShape.from_hf(new), frozen, ParallelConfig(pp=2), world).load(WeightFolder(new))
         whole, later = engine.update(trainer.held()), engine.update(trainer.held())
-        lose_memory(engine)
+        lose_memory(engine, processor.shape)
         woken = engine.update(trainer.held())
         # Texts first: what a batch with images writes must not hide what the sleep has left.
         texts = [i for i, prompt in enumerate(job["prompts"]) if not prompt.images and not prompt.videos]
@@ -87,12 +87,14 @@ def main(folder: Path) -> None:
     distributed.finish()
 
 
-def lose_memory(engine: RolloutEngine) -> None:
+def lose_memory(engine: RolloutEngine, shape: ModelShape) -> None:
     """Put an engine to a deep sleep; on a GPU the sleep itself would take its weights and the model's other memory."""
     engine.sleep(deep=True)
     memory = [parameter.parameter.data for parameter in engine._reshard._targets]
     # Features for the first layers, where the model has them: a list, which is neither parameters nor buffers.
-    memory += getattr(engine._model, "deepstack_input_embeds", None) or []
+    features = getattr(engine._model, "deepstack_input_embeds", None) or []
+    assert len(features) == shape.vision.layer_features
+    memory += features
     for tensor in memory:
         tensor.fill_(float("nan"))
 
@@ -100,13 +102,14 @@ def lose_memory(engine: RolloutEngine) -> None:
 def update_bfloat16(job: dict[str, Any], old: Path, new: Path, world: World) -> tuple[object, ...]:
     """Update an engine of bfloat16 weights, whose head makes float32 logits from the embedding, over a deep sleep."""
     config = RolloutConfig(tp=job["tp"], max_num_seqs=16, bucket_mib=0.125, check_updates=True)
-    engine = RolloutEngine(new, config, Processor(new, job["data"]), "bfloat16", 256)
+    processor = Processor(new, job["data"])
+    engine = RolloutEngine(new, config, processor, "bfloat16", 256)
     expected = engine.generate(job["prompts"])
     model = ModelConfig(path=str(new), dtype="bfloat16")
     trainer = Engine(ModelShape.from_hf(new), model, ParallelConfig(tp=2), world)
     engine.update(trainer.load(WeightFolder(old)).held())
     other = engine.generate(job["prompts"])
-    lose_memory(engine)
+    lose_memory(engine, processor.shape)
     traffic = engine.update(trainer.load(WeightFolder(new)).held())
     again = engine.generate(job["prompts"])
     steps = engine._reshard._plans[0]

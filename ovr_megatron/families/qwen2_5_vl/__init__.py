@@ -23,12 +23,6 @@ def _load_processor_class() -> type[Any]:
     return Qwen2_5_VLProcessor
 
 
-def _load_hf_class() -> type[Any]:
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    return Qwen2_5_VLForConditionalGeneration
-
-
 def _load_model_class() -> type[Any]:
     from ovr_megatron.families.qwen2_5_vl.model import Qwen25VL
 
@@ -107,8 +101,6 @@ FAMILY = Family(
     decoder_options=_decoder_options,
     load_model_class=_load_model_class,
     load_rollout_class=_load_rollout_class,
-    load_hf_class=_load_hf_class,
-    language_weights=flops.language_weights,
     patch_forward=flops.patch_forward,
     tiny=tiny.TINY,
 )

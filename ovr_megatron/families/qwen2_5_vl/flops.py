@@ -1,24 +1,9 @@
-"""What a token and a patch cost in Qwen2.5-VL: weights that they are multiplied with, and attention."""
+"""FLOP of Qwen2.5-VL's vision tower and merger."""
 
 from __future__ import annotations
 
 from ovr_megatron.families import ModelShape
 from ovr_megatron.families.qwen2_5_vl.shape import vision_shape
-
-
-def language_weights(shape: ModelShape, critic: bool = False) -> int:
-    """Count the weights of the matrices that every token is multiplied with: layers and head."""
-    query_width = shape.heads * shape.head_dim
-    key_width = shape.kv_heads * shape.head_dim
-    # Queries and output have one width, keys and values another.
-    query_and_output = 2 * shape.hidden * query_width
-    key_and_value = 2 * shape.hidden * key_width
-    # Gate, up and down.
-    mlp = 3 * shape.hidden * shape.ffn
-    layer = query_and_output + key_and_value + mlp
-    head_rows = 1 if critic else shape.vocab
-    head = shape.hidden * head_rows
-    return shape.layers * layer + head
 
 
 def patch_forward(shape: ModelShape, frame: int) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ovr_megatron.config import ParallelConfig
@@ -11,25 +10,8 @@ from ovr_megatron.families import ModelShape
 from ovr_megatron.families.qwen2_5_vl.shape import vision_shape
 from ovr_megatron.families.qwen2_5_vl.vision import VisionTower
 from ovr_megatron.model.layers import LayerClasses
-from ovr_megatron.model.transformer_config import transformer_config
+from ovr_megatron.model.transformer_config import vision_config
 from ovr_megatron.model.vision_language import VisionLanguageModel
-
-
-def vision_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Return Megatron's configuration of the vision tower: no pipeline, no sequence parallelism."""
-    vision = vision_shape(shape)
-    return transformer_config(
-        parallel,
-        dtype,
-        num_layers=vision.depth,
-        hidden_size=vision.hidden,
-        ffn_hidden_size=vision.ffn,
-        num_attention_heads=vision.heads,
-        # Transformers has this number in the code of the tower, not in its configuration.
-        layernorm_epsilon=1e-6,
-        add_bias_linear=True,
-        add_qkv_bias=True,
-    )
 
 
 class Qwen25VL(VisionLanguageModel):
@@ -39,7 +21,7 @@ class Qwen25VL(VisionLanguageModel):
         self, shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, classes: LayerClasses
     ) -> VisionTower:
         """Return the vision tower on this rank."""
-        config = vision_config(shape, parallel, dtype)
+        config = vision_config(shape.vision, parallel, dtype)
         return VisionTower(vision_shape(shape), shape.hidden, config, self.pg_collection, classes)
 
     def rotary_rows(self, shape: ModelShape) -> Tensor:

@@ -20,7 +20,6 @@ from ovr_megatron.families.config_json import (
     Index,
     Positions,
     Positive,
-    ShapeError,
     Width,
     read_fields,
 )
@@ -28,14 +27,12 @@ from ovr_megatron.families.decoder_fields import (
     DecoderFields,
     TokenFields,
     decoder_problems,
-    mrope_section,
+    model_shape,
     read_rope,
-    read_tied,
+    refuse,
     token_problems,
     tower_problems,
-    vision_end_token,
 )
-from ovr_megatron.families.yarn import read_yarn
 
 SERVED_AFTER_VIDEO = "extent"  # `Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions` of vLLM 0.32
 
@@ -109,35 +106,19 @@ def read_shape(name: str, raw: dict[str, object], path: Path) -> ModelShape:
     assert isinstance(values, dict)  # `read_fields` has refused anything else
     rope, angles = read_rope(values, path)
     head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
-    _check_numbers(text, vision, tokens, head_dim, path)
-    section = mrope_section(angles, head_dim, path)
-    positions = text.max_position_embeddings
-    yarn = read_yarn(rope, positions, path)
-    if yarn:
-        # vLLM stops at the first of the two.
-        stretched_positions = int(yarn.factor * yarn.original_positions)
-        positions = min(positions, stretched_positions)
-    return ModelShape(
-        family=name,
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        ffn=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
+    problems = (*_text_problems(text, head_dim), *_vision_problems(text, vision), *token_problems(text, tokens))
+    refuse(problems, path)
+    return model_shape(
+        name,
+        raw,
+        path,
+        values=values,
+        text=text,
         head_dim=head_dim,
-        vocab=text.vocab_size,
-        norm_eps=text.rms_norm_eps,
-        rope_theta=float(angles.rope_theta),
-        mrope_section=section,
-        max_positions=positions,
-        yarn=yarn,
-        tied=read_tied(raw, values, path),
+        rope=rope,
+        angles=angles,
         vision=_vision_shape(vision),
-        image_token=tokens.image_token_id,
-        video_token=tokens.video_token_id,
-        vision_start_token=tokens.vision_start_token_id,
-        vision_end_token=vision_end_token(tokens),
-        after_video=tokens.after_video,
+        tokens=tokens,
     )
 
 
@@ -162,16 +143,6 @@ def _patch_size(vision: VisionFields) -> int:
     """Return the side of a patch in pixels."""
     # Older folders say spatial_patch_size, and some leave the size out; every published tower has patches of 14.
     return vision.patch_size or vision.spatial_patch_size or 14
-
-
-def _check_numbers(text: TextFields, vision: VisionFields, tokens: TokenFields, head_dim: int, path: Path) -> None:
-    """Refuse numbers that are no model together, and attention that is not computed here.
-
-    Raises:
-        ShapeError: names the fields and both numbers.
-    """
-    for problem in (*_text_problems(text, head_dim), *_vision_problems(text, vision), *token_problems(text, tokens)):
-        raise ShapeError(f"{path}: {problem}")
 
 
 def _text_problems(text: TextFields, head_dim: int) -> Iterator[str]:

@@ -23,12 +23,6 @@ def _load_processor_class() -> type[Any]:
     return Qwen3VLProcessor
 
 
-def _load_hf_class() -> type[Any]:
-    from transformers import Qwen3VLForConditionalGeneration
-
-    return Qwen3VLForConditionalGeneration
-
-
 def _load_model_class() -> type[Any]:
     from ovr_megatron.families.qwen3_vl.model import Qwen3VL
 
@@ -128,8 +122,6 @@ FAMILY = Family(
     decoder_options=_decoder_options,
     load_model_class=_load_model_class,
     load_rollout_class=_load_rollout_class,
-    load_hf_class=_load_hf_class,
-    language_weights=flops.language_weights,
     patch_forward=flops.patch_forward,
     tiny=tiny.TINY,
 )

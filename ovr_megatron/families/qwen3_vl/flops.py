@@ -1,20 +1,8 @@
-"""What a token and a patch cost in Qwen3-VL: weights that they are multiplied with, and attention."""
+"""FLOP of Qwen3-VL's vision tower and mergers."""
 
 from __future__ import annotations
 
 from ovr_megatron.families import ModelShape
-
-
-def language_weights(shape: ModelShape, critic: bool = False) -> int:
-    """Count the weights of the matrices that every token is multiplied with: layers and head."""
-    query_width = shape.heads * shape.head_dim
-    key_width = shape.kv_heads * shape.head_dim
-    # Queries and output have one width, keys and values another.
-    attention = 2 * shape.hidden * (query_width + key_width)
-    # Gate, up and down.
-    mlp = 3 * shape.hidden * shape.ffn
-    head_rows = 1 if critic else shape.vocab
-    return shape.layers * (attention + mlp) + shape.hidden * head_rows
 
 
 def patch_forward(shape: ModelShape, frame: int) -> tuple[float, float]:

@@ -9,24 +9,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ovr_megatron.families import ModelShape, VisionShape
-from ovr_megatron.families.config_json import Fields, Index, ShapeError, Width, read_fields
+from ovr_megatron.families.config_json import Depth, Fields, Index, Positions, Positive, Width, read_fields
 from ovr_megatron.families.decoder_fields import (
     DecoderFields,
     TokenFields,
     decoder_problems,
-    mrope_section,
+    model_shape,
     read_rope,
-    read_tied,
+    refuse,
     token_problems,
     tower_problems,
-    vision_end_token,
 )
-from ovr_megatron.families.yarn import read_yarn
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,9 @@ class DeepStackVisionShape(VisionShape):
     2406.04334).
     """
 
+    has_layer_norm: ClassVar[bool] = True
+    has_gate: ClassVar[bool] = False
+
     positions_side: int
     deepstack_blocks: tuple[int, ...]
 
@@ -45,16 +46,6 @@ class DeepStackVisionShape(VisionShape):
     def layer_features(self) -> int:
         """Return how many of the decoder's first layers have features added to their output."""
         return len(self.deepstack_blocks)
-
-    @property
-    def has_layer_norm(self) -> bool:
-        """Return True: norms have a bias."""
-        return True
-
-    @property
-    def has_gate(self) -> bool:
-        """Return False: the MLP of a block is two matrices."""
-        return False
 
 
 def vision_shape(shape: ModelShape) -> DeepStackVisionShape:
@@ -66,16 +57,16 @@ def vision_shape(shape: ModelShape) -> DeepStackVisionShape:
 class LanguageFields(DecoderFields):
     """Language model."""
 
-    rms_norm_eps: Annotated[float, Field(strict=True, gt=0, lt=1)] = 1e-6
+    rms_norm_eps: Annotated[Positive, Field(lt=1)] = 1e-6
     head_dim: Width = 128
-    max_position_embeddings: Annotated[int, Field(strict=True, ge=1, le=1 << 30)] = 128000
+    max_position_embeddings: Positions = 128000
     attention_bias: Literal[False] | None = False
 
 
 class TowerFields(Fields):
     """Vision tower."""
 
-    depth: Annotated[int, Field(strict=True, ge=1, le=1000)] = 27
+    depth: Depth = 27
     hidden_size: Width = 1152
     intermediate_size: Width = 4304
     num_heads: Width = 16
@@ -119,35 +110,18 @@ def read_shape(name: str, raw: dict[str, object], path: Path) -> ModelShape:
         *_deepstack_problems(text, vision),
         *token_problems(text, tokens),
     )
-    for problem in problems:
-        raise ShapeError(f"{path}: {problem}")
-    positions = text.max_position_embeddings
-    yarn = read_yarn(rope, positions, path)
-    if yarn:
-        # vLLM stops at the first of the two.
-        stretched_positions = int(yarn.factor * yarn.original_positions)
-        positions = min(positions, stretched_positions)
-    return ModelShape(
-        family=name,
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        ffn=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
+    refuse(problems, path)
+    return model_shape(
+        name,
+        raw,
+        path,
+        values=values,
+        text=text,
         head_dim=text.head_dim,
-        vocab=text.vocab_size,
-        norm_eps=text.rms_norm_eps,
-        rope_theta=float(angles.rope_theta),
-        mrope_section=mrope_section(angles, text.head_dim, path),
-        max_positions=positions,
-        yarn=yarn,
-        tied=read_tied(raw, values, path),
+        rope=rope,
+        angles=angles,
         vision=_vision_shape(vision),
-        image_token=tokens.image_token_id,
-        video_token=tokens.video_token_id,
-        vision_start_token=tokens.vision_start_token_id,
-        vision_end_token=vision_end_token(tokens),
-        after_video=tokens.after_video,
+        tokens=tokens,
     )
 
 
