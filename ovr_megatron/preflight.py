@@ -43,8 +43,8 @@ def list_inputs(config: Config) -> tuple[list[Path], list[str]]:
     """Return the files and folders that the run reads, and a problem if it has no data."""
     paths = [weights_of(config.model.path)]
     if isinstance(config, RLConfig):
-        others = (config.algorithm.teacher, config.algorithm.reference)
-        paths += [weights_of(path) for path in others if path]
+        frozen_models = (config.algorithm.teacher, config.algorithm.reference)
+        paths += [weights_of(path) for path in frozen_models if path]
         if config.critic.path:
             paths.append(weights_of(config.critic.path, "critic"))
     problems = []

@@ -222,7 +222,8 @@ class Family:
 
     def load_hf_class(self) -> type[Any]:
         """Return Transformers' class named by ``architecture``."""
-        transformers = import_module("transformers")
+        import transformers
+
         model_class: type[Any] = getattr(transformers, self.architecture)
         return model_class
 

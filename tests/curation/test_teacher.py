@@ -143,7 +143,7 @@ def test_no_stage_starts_anew_for_another_address_key_or_speed() -> None:
         "allow_http": True,
     }
     judge = RewardJudgeConfig(base_url="http://127.0.0.1/v1", model="m")
-    config = PrepareConfig(dir="d", stages=["collect"])
+    config = PrepareConfig(dir="d", stages=["collect"], data=DataConfig(sources=[SourceConfig(path="rows.jsonl")]))
     changed = replace(config, teacher=replace(config.teacher, **other))
     assert teacher.settings(changed) == teacher.settings(config)
     assert teacher.settings(replace(config, teacher=replace(config.teacher, attempts=9))) != teacher.settings(config)

@@ -114,7 +114,7 @@ def test_settings_that_cannot_work_are_refused(monkeypatch):
         RewardConfig(judges={"j": RewardJudgeConfig(model="m")})
     with pytest.raises(ConfigError, match="a key would go unencrypted to example"):
         RewardConfig(judges={"j": judge("http://example.org/v1", key_env="JUDGE_KEY")})
-    with pytest.raises(ConfigError, match="give a name of letters"):
+    with pytest.raises(ConfigError, match="the name becomes a file name; use letters"):
         RewardConfig(judges={"../j": judge("http://127.0.0.1/v1")})
     with pytest.raises(RuleError, match="there is no such judge"):
         check_rules(RewardConfig(rules={"s": {"judge:k": 0.5, "math": 0.5}}))
