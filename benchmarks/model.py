@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.shapes import LAYER_SHAPES
 from benchmarks.subprocess_bench import BenchRow, resident_bytes, run_in_subprocess
@@ -25,14 +24,14 @@ from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
 from ovr_megatron.engine import Engine
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, family_of_folder
+from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.steps import matrix_rate
 from ovr_megatron.weights.folder import WeightFolder
 
 SIGMA = 1.0  # of log-normal lengths
-VOCABULARY = 448  # of `make_tiny_model`
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,16 @@ class Case:
     recompute: str = "none"
     freeze_language: bool = False
     freeze_vision: bool = True
+    family: str = ""  # empty: the default one
 
 
 @dataclass
 class Measurement:
-    """Seconds of the fastest round of a process, and its peak memory beyond the libraries'."""
+    """Seconds of the fastest round of a process, its peak memory beyond the libraries', and the FLOP of a round."""
 
     seconds: float
     peak_bytes: int
+    flops: float
 
 
 def sample_lengths(total: int, mean: int, seed: int = 0) -> tuple[int, ...]:
@@ -66,15 +67,15 @@ def sample_lengths(total: int, mean: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def make_cases(shapes: Sequence[str], tokens: int, mean: int) -> list[tuple[str, Case, Case | None]]:
+def make_cases(shapes: Sequence[str], tokens: int, mean: int, family: str = "") -> list[tuple[str, Case, Case | None]]:
     """Return for each row of the table a name, our case, and the rival's case or ours without the option."""
     equal = (mean,) * (tokens // mean)
     rows: list[tuple[str, Case, Case | None]] = []
     for shape in shapes:
         for name, lengths in (("equal lengths", equal), ("natural lengths", sample_lengths(tokens, mean))):
-            ours = Case(shape, "ours", lengths)
+            ours = Case(shape, "ours", lengths, family=family)
             rows.append((f"{shape}, {name}", ours, replace(ours, implementation="transformers")))
-        plain = Case(shape, "ours", equal)
+        plain = Case(shape, "ours", equal, family=family)
         rows.append((f"{shape}, recompute selective", replace(plain, recompute="selective"), plain))
         rows.append((f"{shape}, recompute full", replace(plain, recompute="full"), plain))
         frozen = replace(plain, freeze_language=True, freeze_vision=False)
@@ -105,7 +106,8 @@ def _measure_in_turns(cases: Sequence[Case], rounds: int) -> dict[Case, Measurem
         for case in cases:
             new = measure_in_subprocess(case)
             old = best.get(case, new)
-            best[case] = Measurement(min(old.seconds, new.seconds), min(old.peak_bytes, new.peak_bytes))
+            seconds = min(old.seconds, new.seconds)
+            best[case] = Measurement(seconds, min(old.peak_bytes, new.peak_bytes), new.flops)
     return best
 
 
@@ -117,7 +119,7 @@ def _rates(case: Case, measurement: Measurement) -> BenchRow:
         "peak_bytes": measurement.peak_bytes,
     }
     if torch.cuda.is_available():
-        rate = count_flops(case) / seconds
+        rate = measurement.flops / seconds
         reachable = matrix_rate(torch.bfloat16)
         rates |= {"tflops": rate / 1e12, "matrix_tflops": reachable / 1e12, "mfu": rate / reachable}
     return rates
@@ -125,20 +127,9 @@ def _rates(case: Case, measurement: Measurement) -> BenchRow:
 
 FLOP_FORMULA = (
     "FLOP of a step = 6 x (layer and head parameters) x tokens + 6 x layers x query width x sum of squared lengths "
-    "(causal attention: half of 12); recomputation not counted. MFU = FLOP/s over this card's own bfloat16 matrix rate."
+    "(causal attention: half of 12); recomputation not counted. "
+    "Frozen layers have 4 in place of the first 6. MFU = FLOP/s over this card's own bfloat16 matrix rate."
 )
-
-
-def count_flops(case: Case) -> float:
-    """Return the FLOP of one forward and backward by `FLOP_FORMULA`."""
-    sizes = LAYER_SHAPES[case.shape]
-    width = sizes.hidden
-    head_size = width // sizes.heads
-    attention = 2 * width**2 + 2 * width * sizes.kv_heads * head_size  # query and output, key and value
-    mlp = 3 * width * sizes.ffn  # gate, up and down
-    weights = sizes.layers * (attention + mlp) + VOCABULARY * width
-    squares = sum(length**2 for length in case.lengths)
-    return 6.0 * weights * sum(case.lengths) + 6.0 * sizes.layers * width * squares
 
 
 def measure_in_subprocess(case: Case) -> Measurement:
@@ -156,8 +147,10 @@ def measure(case: Case, repeats: int = 3, at_least: float = 3.0) -> Measurement:
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     peak_before = _peak_bytes(on_gpu)
+    sizes = LAYER_SHAPES[case.shape]
     with tempfile.TemporaryDirectory() as name:
-        folder = make_tiny_model(Path(name), tied=False, seed=1, sizes=LAYER_SHAPES[case.shape], dtype=dtype)
+        folder = make_tiny_model(Path(name), tied=False, seed=1, sizes=sizes, dtype=dtype, family=case.family)
+        flops = training_flops(ModelShape.from_hf(folder), case.lengths, language_trains=not case.freeze_language)
         build = _build_ours if case.implementation == "ours" else _build_transformers
         run_once = build(case, folder, dtype)
     seconds: list[float] = []
@@ -168,7 +161,7 @@ def measure(case: Case, repeats: int = 3, at_least: float = 3.0) -> Measurement:
             # Kernels run after the call has returned: without a wait only their launch would be measured.
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return Measurement(min(seconds[1:]), _peak_bytes(on_gpu) - peak_before)
+    return Measurement(min(seconds[1:]), _peak_bytes(on_gpu) - peak_before, flops)
 
 
 def _peak_bytes(on_gpu: bool) -> int:
@@ -191,7 +184,7 @@ def _build_ours(case: Case, folder: Path, dtype: torch.dtype) -> Callable[[], ob
     )
     engine = Engine(ModelShape.from_hf(folder), model, ParallelConfig(), world)
     engine.with_optimizer(OptimizerConfig(), 1).load(WeightFolder(folder))
-    pack = make_text_pack(case.lengths)
+    pack = make_text_pack(case.lengths, engine.shape.vision.patch_dim)
     return lambda: engine.backward([pack], cross_entropy)
 
 
@@ -200,7 +193,8 @@ def _build_transformers(case: Case, folder: Path, dtype: torch.dtype) -> Callabl
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model_class = family_of_folder(folder).load_hf_class()
+    model = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     model = model.to(device).train()
     model.model.visual.requires_grad_(False)
     longest = max(case.lengths)
@@ -220,8 +214,11 @@ def _build_transformers(case: Case, folder: Path, dtype: torch.dtype) -> Callabl
     return run_once
 
 
-def make_text_pack(lengths: Sequence[int]) -> Pack:
-    """Return a pack of random text documents, with the next token as the target of each token but the last."""
+def make_text_pack(lengths: Sequence[int], patch_dim: int) -> Pack:
+    """Return a pack of random text documents, with the next token as the target of each token but the last.
+
+    It has no patches, of the ``patch_dim`` numbers that the model's patches have.
+    """
     generator = torch.Generator().manual_seed(0)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     tokens = torch.randint(0, 256, (int(bounds[-1]),), generator=generator)
@@ -233,7 +230,7 @@ def make_text_pack(lengths: Sequence[int]) -> Pack:
         labels=labels,
         position_ids=torch.cat([torch.arange(n) for n in lengths]).expand(3, -1),
         cu_seqlens=bounds.int(),
-        patches=torch.zeros(0, 1176),
+        patches=torch.zeros(0, patch_dim),
         grid_thw=torch.zeros(0, 3, dtype=torch.int64),
         placement=torch.zeros(0, dtype=torch.int64),
     )

@@ -17,7 +17,7 @@ Benchmark = Callable[[argparse.Namespace], Rows]
 
 def _run_model(arguments: argparse.Namespace) -> Rows:
     """Measure the model beside Transformers', and print each row as soon as it is measured."""
-    cases = model.make_cases(arguments.shapes or list(LAYER_SHAPES), arguments.tokens, arguments.mean)
+    cases = model.make_cases(arguments.shapes or list(LAYER_SHAPES), arguments.tokens, arguments.mean, arguments.family)
     selected = [case for case in cases if arguments.only in case[0]]
     print(model.HEADER)
     rows = _print_each(model.run_table(selected, arguments.rounds), model.format_row)
@@ -55,6 +55,14 @@ def _print_at_end(run: Callable[[argparse.Namespace], Rows], format_table: Calla
     return run_and_print
 
 
+def _run_vision(arguments: argparse.Namespace) -> Rows:
+    shapes = arguments.shapes or (["7B"] if torch.cuda.is_available() else ["tiny"])
+    rows: Rows = []
+    for shape in shapes:
+        rows += vision.run(arguments.rounds, shape, arguments.family)
+    return rows
+
+
 def _run_packing(arguments: argparse.Namespace) -> Rows:
     return packing.run(arguments.samples, arguments.rival_samples, arguments.rounds)
 
@@ -85,7 +93,7 @@ def _run_peers(arguments: argparse.Namespace) -> Rows:
 BENCHMARKS: dict[str, Benchmark] = {
     "model": _run_model,
     "step": _run_step,
-    "vision": _print_at_end(lambda arguments: vision.run(arguments.rounds), vision.format_table),
+    "vision": _print_at_end(_run_vision, vision.format_table),
     "head": _print_at_end(lambda arguments: head.run(arguments.rounds), head.format_table),
     "rl": _print_at_end(lambda arguments: rl.run(arguments.rounds, arguments.only), rl.format_table),
     "packing": _print_at_end(_run_packing, packing.format_table),

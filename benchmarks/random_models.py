@@ -5,6 +5,7 @@ Their tokenizer is the miniature's: sampled ids are its few hundred, out of the 
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ovr_megatron.engine import Engine
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, families
 from ovr_megatron.families.presets import presets
 from ovr_megatron.families.tiny import TinySizes
 from ovr_megatron.model.tiny import make_tiny_model
@@ -25,32 +26,40 @@ SMALL = {
 }
 
 
-def write_model(name: str, folder: Path, layers: int = 0) -> Path:
+def write_model(name: str, folder: Path, layers: int = 0, family: str = "") -> Path:
     """Write configuration, tokenizer and processor of a model into ``folder``, and no weights.
 
     Args:
         name: of `SMALL` or a preset.
         folder: is made, and returned.
         layers: how many of them the language model has; 0: all.
+        family: of a model of `SMALL`; empty: the default one. A preset has its own.
     """
-    make_tiny_model(folder, sizes=SMALL.get(name, TinySizes(max_positions=128000)))
+    for record in families():
+        if name in record.presets:
+            family = record.name
+    make_tiny_model(folder, sizes=SMALL.get(name, TinySizes(max_positions=128000)), family=family)
     (folder / "model.safetensors").unlink()  # the miniature's weights fit no other configuration
     path = folder / "config.json"
     config = json.loads(path.read_text())
     if name in presets():
         # The ids of special tokens belong to the tokenizer, which is the miniature's.
         token_ids = {key: value for key, value in config.items() if key.endswith("token_id")}
-        config = presets()[name] | token_ids
+        config = copy.deepcopy(presets()[name]) | token_ids
     if layers:
-        config |= {"num_hidden_layers": layers, "max_window_layers": layers}
+        # Some families have the language model's sizes on a level of their own.
+        text = config.get("text_config", config)
+        text["num_hidden_layers"] = layers
+        if "max_window_layers" in text:
+            text["max_window_layers"] = layers
     path.write_text(json.dumps(config))
     return folder
 
 
-def read_shape(name: str, layers: int = 0) -> ModelShape:
+def read_shape(name: str, layers: int = 0, family: str = "") -> ModelShape:
     """Return the shape of the model that `write_model` writes with these arguments."""
     with tempfile.TemporaryDirectory() as folder:
-        return ModelShape.from_hf(write_model(name, Path(folder), layers))
+        return ModelShape.from_hf(write_model(name, Path(folder), layers, family))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig
 
 from benchmarks.model import make_text_pack, sample_lengths
 from benchmarks.random_models import randomise, randomise_engine, read_shape, write_model
@@ -31,6 +31,7 @@ from benchmarks.subprocess_bench import BenchRow, MeasurementError, run_in_subpr
 from ovr_megatron.coldstart.step_trainer import cross_entropy
 from ovr_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from ovr_megatron.engine import Engine
+from ovr_megatron.families import family_of
 from ovr_megatron.model.flops import training_flops
 from ovr_megatron.model.transformer_config import DTYPES
 from ovr_megatron.plan.activations import PackShape, activations
@@ -216,7 +217,7 @@ def _build_ours(case: StepCase) -> Callable[[], object]:
     shape = read_shape(case.shape, case.layers)
     engine = Engine(shape, make_model_config(case), ParallelConfig(), world).with_optimizer(OptimizerConfig(), 1)
     randomise_engine(engine)
-    pack = make_text_pack(case.lengths)
+    pack = make_text_pack(case.lengths, shape.vision.patch_dim)
     # The optimizer makes its state in the first step: the peak must hold it, and not that step itself.
     engine.train([pack], cross_entropy)
     if torch.cuda.is_available():
@@ -231,10 +232,9 @@ def _build_transformers(case: StepCase) -> Callable[[], object]:
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         config = AutoConfig.from_pretrained(write_model(case.shape, Path(folder), case.layers))
+    model_class = family_of(read_shape(case.shape, case.layers)).load_hf_class()
     with torch.device("cuda" if on_gpu else "cpu"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=DTYPES[case.dtype], attn_implementation="sdpa"
-        ).train()
+        model = model_class._from_config(config, dtype=DTYPES[case.dtype], attn_implementation="sdpa").train()
     randomise(model.parameters())
     model.model.visual.requires_grad_(False)
     if case.recompute == "full":

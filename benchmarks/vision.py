@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers import AutoConfig, AutoModel
 
 from benchmarks.random_models import randomise, randomise_engine, read_shape, write_model
 from benchmarks.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
@@ -32,7 +31,7 @@ from ovr_megatron.runtime.distributed import World
 from ovr_megatron.weights.folder import WeightFolder
 
 Tower = tuple[torch.nn.Module, Callable[[], torch.Tensor]]
-"""The tower's module, and a function that returns the features of a pack of images."""
+"""The tower's module, and a function that returns the sum of the features of a pack of images."""
 
 SIZES = TinySizes(vision_hidden=640, vision_heads=8, vision_ffn=1712, vision_depth=4, window=112)
 # Height and width of images, in patches.
@@ -42,20 +41,27 @@ LAYOUTS = {
     "tower cut over 2": ParallelConfig(tp=2),
     "images dealt to 2": ParallelConfig(cp=2),
 }
+LAYERS = 3  # of the language model, which does not run; a tower may have features for as many
 REPEATS = 16  # of the images on a GPU: 68,608 patches
 MIN_SECONDS = 3.0  # of measured rounds on one device
 
 
-def run(rounds: int) -> list[BenchRow]:
-    """Measure our tower and Transformers', and without a GPU the layouts on two ranks; each in a new process."""
-    ours = _best_of("ours", rounds)
-    rival = _best_of("Transformers", rounds)
+def run(rounds: int, shape: str, family: str = "") -> list[BenchRow]:
+    """Measure our tower and Transformers', and without a GPU the layouts on two ranks; each in a new process.
+
+    Args:
+        rounds: processes of each tower; the fastest counts.
+        shape: ``tiny`` or a preset, whose tower is measured.
+        family: of a tiny model; empty: the default one.
+    """
+    ours = _best_of("ours", rounds, shape, family)
+    rival = _best_of("Transformers", rounds, shape, family)
     if "failed" not in ours | rival:
         ours["ratio"] = rival["seconds"] / ours["seconds"]
     if torch.cuda.is_available():
         return [ours, rival]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    one_rank, *two_ranks = run_in_subprocess(__name__, rounds, launcher=launcher)
+    one_rank, *two_ranks = run_in_subprocess(__name__, "layouts", rounds, family, launcher=launcher)
     for row in two_ranks:
         row["ratio"] = one_rank["seconds"] / row["seconds"]
     return [ours, rival, one_rank, *two_ranks]
@@ -74,12 +80,12 @@ def format_table(rows: Sequence[BenchRow]) -> str:
     return "\n".join(lines)
 
 
-def _best_of(implementation: str, rounds: int) -> BenchRow:
+def _best_of(implementation: str, rounds: int, shape: str, family: str) -> BenchRow:
     """Return the row of the fastest of ``rounds`` processes, or one that says why a process failed."""
     best: BenchRow = {}
     for _ in range(rounds):
         try:
-            (row,) = run_in_subprocess(__name__, implementation)
+            (row,) = run_in_subprocess(__name__, implementation, shape, family)
         except MeasurementError as error:
             return {"name": implementation, "failed": str(error)}
         if row["seconds"] < best.get("seconds", float("inf")):
@@ -87,20 +93,20 @@ def _best_of(implementation: str, rounds: int) -> BenchRow:
     return best
 
 
-def measure_alone(implementation: str) -> BenchRow:
-    """Measure a tower's forward and backward: the 7B model's in bfloat16 on a GPU, else a small one in float32."""
+def measure_alone(implementation: str, shape: str, family: str) -> BenchRow:
+    """Measure forward and backward of the tower of ``shape``: in bfloat16 on a GPU, else in float32."""
     on_gpu = torch.cuda.is_available()
-    name = "7B" if on_gpu else "tiny"
     dtype = "bfloat16" if on_gpu else "float32"
     sides = SIDES * REPEATS if on_gpu else SIDES
     world = distributed.start(ParallelConfig(), seed=1, threads=0 if on_gpu else 1)
-    pack = make_image_pack(2, 1176, sides)
+    vision = read_shape(shape, LAYERS, family).vision
+    pack = make_image_pack(vision.merge, vision.patch_dim, sides)
     build = _build_ours if implementation == "ours" else _build_transformers
-    model, forward = build(world, pack, name, dtype)
+    model, forward = build(world, pack, shape, family, dtype)
     seconds: list[float] = []
     while len(seconds) < 4 or sum(seconds[1:]) < MIN_SECONDS:  # the first round warms up
         start = time.perf_counter()
-        forward().float().sum().backward()
+        forward().backward()
         if on_gpu:
             # Kernels run after the call has returned: the time ends when the device is done.
             torch.cuda.synchronize()
@@ -110,25 +116,28 @@ def measure_alone(implementation: str) -> BenchRow:
     return {"name": implementation, "seconds": min(seconds[1:]), "patches": len(pack.patches), "parameters": parameters}
 
 
-def _build_ours(world: World, pack: Pack, name: str, dtype: str) -> Tower:
-    engine = Engine(read_shape(name, layers=1), ModelConfig(path=name, dtype=dtype), ParallelConfig(), world)  # type: ignore[arg-type]
+def _build_ours(world: World, pack: Pack, shape: str, family: str, dtype: str) -> Tower:
+    model = ModelConfig(path=shape, dtype=dtype)  # type: ignore[arg-type]
+    engine = Engine(read_shape(shape, LAYERS, family), model, ParallelConfig(), world)
     randomise_engine(engine)
     # The function refers to the engine, which so lives as long as its part is used.
-    return engine.parts[0].vision, lambda: engine.parts[0]._features(pack)
+    return engine.parts[0].vision, lambda: engine.parts[0]._features(pack).float().sum()
 
 
-def _build_transformers(world: World, pack: Pack, name: str, dtype: str) -> Tower:
+def _build_transformers(world: World, pack: Pack, shape: str, family: str, dtype: str) -> Tower:
     with tempfile.TemporaryDirectory() as folder:
-        config = AutoConfig.from_pretrained(write_model(name, Path(folder))).vision_config
+        config = AutoConfig.from_pretrained(write_model(shape, Path(folder), family=family)).vision_config
     attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
     with torch.device(world.device):
-        model = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-            config, dtype=DTYPES[dtype], attn_implementation=attention
-        ).train()
+        model = AutoModel.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention).train()
     randomise(model.parameters())
 
     def forward() -> torch.Tensor:
-        return model(pack.patches.to(world.device, DTYPES[dtype]), grid_thw=pack.grid_thw.to(world.device))[1]
+        patches = pack.patches.to(world.device, DTYPES[dtype])
+        output = model(patches, grid_thw=pack.grid_thw.to(world.device))
+        # Some towers have features for layers of the language model, too.
+        features = [output.pooler_output, *output.get("deepstack_features", ())]
+        return torch.stack([part.float().sum() for part in features]).sum()
 
     return model, forward
 
@@ -169,19 +178,20 @@ def make_image_pack(merge: int, patch_dim: int, sides: Sequence[tuple[int, int]]
 def main() -> None:
     """Measure one tower alone, or every layout on two ranks, and print JSON rows."""
     if sys.argv[1] in ("ours", "Transformers"):
-        print(json.dumps(measure_alone(sys.argv[1])), flush=True)
+        print(json.dumps(measure_alone(*sys.argv[1:])), flush=True)
         return
+    rounds, family = int(sys.argv[2]), sys.argv[3]
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
     # The first rank makes the folder, and the other learns its name.
     names = [tempfile.mkdtemp() if world.is_main else ""]
     dist.broadcast_object_list(names)
     folder = Path(names[0])
     if world.is_main:
-        make_tiny_model(folder, tied=True, seed=1, sizes=SIZES)
+        make_tiny_model(folder, tied=True, seed=1, sizes=SIZES, family=family)
     dist.barrier()  # the model is on disk from here on
     patches = sum(height * width for height, width in SIDES)
     for name, parallel in LAYOUTS.items():
-        seconds, parameters = measure(world, folder, parallel, int(sys.argv[1]))
+        seconds, parameters = measure(world, folder, parallel, rounds)
         if world.is_main:
             row = {"name": name, "seconds": seconds, "patches": patches, "parameters": parameters}
             print(json.dumps(row), flush=True)

@@ -27,11 +27,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import LAYER_SHAPES, PARTS, PEER_SHAPES, STEP_SHAPES
+from ovr_megatron.families import default_family, families
 from ovr_megatron.launch import parse_options
 from ovr_megatron.runtime.command import run_command, whole_number
 
 GPU = ("step", "vision", "head", "rl")
-SHAPES = f"of {', '.join(LAYER_SHAPES)} (model), tiny, 3B, 7B (step) or {', '.join(PEER_SHAPES)} (adapters, peers)"
+PRESETS = ", ".join(STEP_SHAPES)
+SHAPES = f"of {', '.join(LAYER_SHAPES)} (model), {PRESETS} (step, vision) or {', '.join(PEER_SHAPES)} (adapters, peers)"
 SHAPES_OF = {"model": LAYER_SHAPES, "adapters": PEER_SHAPES, "peers": PEER_SHAPES}
 
 
@@ -43,6 +45,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="turns that rivals take; the best counts")
     parser.add_argument("--parts", nargs="+", choices=GPU, default=GPU, help="some of them only (gpu)")
     parser.add_argument("--shapes", nargs="+", help=SHAPES)
+    names = [family.name for family in families()]
+    parser.add_argument("--family", choices=names, default=default_family().name, help="of tiny (model, vision)")
     parser.add_argument("--fp8", choices=("delayed", "current", "block"), default="current", help="scaling (step)")
     parser.add_argument("--trace", type=Path, help="folder for a trace of each of our steps (step)")
     parser.add_argument(
