@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from ovr_megatron.config import ConfigError
+from ovr_megatron.data.puzzle_checksum import CHECKSUM
 from ovr_megatron.data.puzzle_grids import DIGITS, SHAPES_COUNT
 from ovr_megatron.data.puzzle_kind import Kind, Number, Params
 from ovr_megatron.data.puzzle_logic import COUNTDOWN, ORDERING
@@ -24,6 +25,7 @@ HELD_OUT_SHARE = 16
 KINDS: dict[str, Kind] = {
     "digits": DIGITS,
     "shapes": SHAPES_COUNT,
+    "checksum": CHECKSUM,
     "ordering": ORDERING,
     "countdown": COUNTDOWN,
 }

@@ -1,0 +1,114 @@
+"""Generate rows of digits with their sum, of which one digit can be read in two ways.
+
+The digit is a blend of two, the likelier one drawn over the fainter one; as a text it is ``3/4``.  The row alone does not
+say which one is right.  The sum does: a reader who compares notices a wrong first reading and reads again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from ovr_megatron.data.puzzle_grids import Cells, render
+from ovr_megatron.data.puzzle_kind import Kind, Number, Params, Puzzle, box
+from ovr_megatron.data.schema import ImagePart, Part, TextPart
+
+DIGIT_COLOUR = "white"
+SUM_COLOUR = "green"
+SUM_CELLS = 2  # tens and units
+VERBS = {"image": "look", "text": "read"}
+
+Digits = tuple[int, ...]
+Blended = tuple[Digits, int, int]  # (likelier reading of the row, index of the blended digit, its other reading)
+
+
+def draw_checksum(rng: Random, params: Params) -> Blended:
+    """Draw a row of digits 1 to ``high`` and a second reading of one of them."""
+    high = params["high"]
+    digits = tuple(rng.randint(1, high) for _ in range(params["cols"]))
+    index = rng.randrange(len(digits))
+    others = [digit for digit in range(1, high + 1) if digit != digits[index]]
+    return digits, index, rng.choice(others)
+
+
+def pose_checksum(problem: Blended, rng: Random, params: Params) -> Puzzle:
+    """Pose a task on a row with a blended digit.
+
+    ``number`` is the puzzle: name the digits that have the sum.  The other tasks teach its steps separately.
+    """
+    first, index, other = problem
+    second = (*first[:index], other, *first[index + 1 :])
+    # Drawn first, and not part of the problem: a held-out row is held out with either sum.
+    is_misread = rng.random() < params["misread"]
+    right = second if is_misread else first
+    verb = VERBS[params["form"]]
+    question, response, answer = _state_task(first, second, right, verb, params)
+    if params["task"] in ("arith", "box"):
+        return Puzzle((TextPart(question),), response, answer)
+    figures = [str(digit) for digit in first]
+    figures[index] = f"{first[index]}/{other}"
+    parts = _show(figures, sum(right), question, rng, params)
+    return Puzzle(parts, response, answer)
+
+
+def _state_task(first: Digits, second: Digits, right: Digits, verb: str, params: Params) -> tuple[str, str, str]:
+    """Return question, response and verifiable answer of ``task``."""
+    number = int("".join(map(str, right)))
+    terms = _join(first)
+    reading = f"I {verb}: {terms}."
+    second_reading = f"I {verb} again: {_join(second)}."
+    total = f"I {verb}: sum {sum(right)}."
+    addition = f"{_add(first)}."
+    if params["task"] == "number":
+        thinking = _think(first, second, right, verb, params)
+        return "Which digits?", box(thinking, number), str(number)
+    question, response = {
+        "caption": ("Describe.", reading),
+        "again": (f"Not {terms}.", second_reading),
+        "total": ("Name the sum.", total),
+        "arith": (f"Add {terms}.", addition),
+        "box": (f"Box {number}.", box("", number)),
+    }[params["task"]]
+    return question, response, str(number) if params["task"] == "box" else response
+
+
+def _think(first: Digits, second: Digits, right: Digits, verb: str, params: Params) -> str:
+    """Reason to the right reading: by a check of the likelier one, or at once (``trace=direct``)."""
+    if params["trace"] == "direct":
+        return f"I {verb}: {_add(right)}. "
+    checked = f"I {verb}: {_add(first)}. I check. I {verb}: sum {sum(right)}. "
+    if right == first:
+        return f"{checked}Match. "
+    return f"{checked}No match. Wait, I {verb} again: {_add(second)}. Match. "
+
+
+def _join(digits: Digits) -> str:
+    return "+".join(map(str, digits))
+
+
+def _add(digits: Digits) -> str:
+    return f"{_join(digits)}={sum(digits)}"
+
+
+def _show(figures: Sequence[str], total: int, question: str, rng: Random, params: Params) -> tuple[Part, ...]:
+    """Show the row and its sum as one row of cells, or as a line of text."""
+    if params["form"] == "text":
+        return (TextPart(f"{' '.join(figures)} = {total}\n{question}"),)
+    cells: Cells = tuple((DIGIT_COLOUR, figure) for figure in figures)
+    cells += tuple((SUM_COLOUR, figure) for figure in str(total).rjust(SUM_CELLS))
+    image = render(cells, len(cells), rng)
+    return ImagePart(image=image), TextPart(f"\n{question}")
+
+
+CHECKSUM = Kind(
+    draw_checksum,
+    pose_checksum,
+    {
+        "form": tuple(VERBS),
+        "task": ("number", "caption", "again", "total", "arith", "box"),
+        "trace": ("check", "direct"),
+        "cols": Number(3, 1, 11),  # the sum has two digits at most
+        "high": Number(9, 2, 9),
+        "misread": Number(0.3, 0, 1),
+    },
+)
